@@ -1,0 +1,229 @@
+"""Let the target answer prompts: the text a draft head should be trained on.
+
+    python training/generate_dataset.py --target work/smollm2 --prompts sharegpt.json --prompts gsm8k.jsonl \\
+        --output work/answers.jsonl --limit 4000 --temperatures 0 0 0.8
+
+Writes one conversation per line (`messages`, `temperature`, `finished`, `prompt_id`) and `OUTPUT.provenance.json`.
+Killed at any moment, the same command continues where it stopped.
+
+Prompts of exactly the same length are decoded together: no padding means no mask, so every row keeps the fast
+attention path, and rows that end early are dropped from the batch.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from transformers_resps.trainers.conversations import Conversation, read_conversations
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A full-attention layer that writes into one buffer, instead of copying all its past at every token."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.device = key_states.device
+        self.key_buffer = key_states.new_empty(*key_states.shape[:2], self.capacity, key_states.shape[-1])
+        self.value_buffer = value_states.new_empty(*value_states.shape[:2], self.capacity, value_states.shape[-1])
+        self.keys, self.values = self.key_buffer[:, :, :0], self.value_buffer[:, :, :0]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        self.key_buffer[:, :, self.length : end] = key_states
+        self.value_buffer[:, :, self.length : end] = value_states
+        self.length = end
+        self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
+        return self.keys, self.values
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        self.key_buffer, self.value_buffer = self.key_buffer[rows], self.value_buffer[rows]
+        self.keys, self.values = self.key_buffer[:, :, : self.length], self.value_buffer[:, :, : self.length]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    prompt_id: str
+    messages: Conversation
+    token_ids: list[int]
+
+
+def read_prompts(paths: list[Path], tokenizer: Any, max_prompt_tokens: int, limit: int, seed: int) -> list[Prompt]:
+    """The opening turns of every conversation, up to its first answer; shuffled, then cut to `limit`."""
+    prompts: dict[str, Prompt] = {}
+    opened: list[Conversation] = []
+    for path in paths:
+        opened.extend(conversation for conversation in read_conversations(path) if conversation)
+    random.Random(seed).shuffle(opened)
+    for conversation in opened:
+        ends = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
+        messages = conversation[: ends[0]] if ends else conversation
+        if not messages or messages[-1]["role"] != "user" or len(messages[-1]["content"]) > 8 * max_prompt_tokens:
+            continue
+        token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+        if len(token_ids) <= max_prompt_tokens:
+            prompts.setdefault(prompt_id, Prompt(prompt_id, messages, token_ids))
+        if len(prompts) == limit:
+            break
+    return list(prompts.values())
+
+
+def batches(prompts: list[Prompt], batch_size: int, seed: int) -> list[list[Prompt]]:
+    """Groups of equal prompt length, in random order: a run that stops early has still seen every length."""
+    by_length: dict[int, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        by_length[len(prompt.token_ids)].append(prompt)
+    groups = [
+        group[start : start + batch_size] for group in by_length.values() for start in range(0, len(group), batch_size)
+    ]
+    random.Random(seed).shuffle(groups)
+    return sorted(groups, key=lambda group: len(group) < batch_size // 4)
+
+
+def new_cache(model: Any, capacity: int) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    if all(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.layers = [PreallocatedLayer(capacity) for _ in cache.layers]
+    return cache
+
+
+def keep_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
+    for layer in cache.layers:
+        if isinstance(layer, PreallocatedLayer):
+            layer.keep_rows(rows)
+        else:
+            layer.batch_select_indices(rows)
+
+
+@torch.inference_mode()
+def answer(
+    model: Any, prompts: list[Prompt], temperature: float, max_new_tokens: int, eos_ids: set[int], seed: int
+) -> list[list[int]]:
+    """Decode all `prompts` (of one length) at once; each answer is cut after its first end token."""
+    input_ids = torch.tensor([prompt.token_ids for prompt in prompts], device=model.device)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    cache = new_cache(model, input_ids.shape[1] + max_new_tokens)
+    answers: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))  # row of the batch -> index of the prompt
+    for _ in range(max_new_tokens):
+        logits = model(input_ids=input_ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        if temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+        for row, token in enumerate(tokens.tolist()):
+            if not answers[alive[row]] or answers[alive[row]][-1] not in eos_ids:
+                answers[alive[row]].append(token)
+        running = [row for row, index in enumerate(alive) if answers[index][-1] not in eos_ids]
+        if not running:
+            break
+        if len(running) <= 0.85 * len(alive):
+            rows = torch.tensor(running, device=model.device)
+            keep_rows(cache, rows)
+            tokens, alive = tokens[rows], [alive[row] for row in running]
+        input_ids = tokens[:, None]
+    return answers
+
+
+def finished_ids(output: Path) -> set[str]:
+    """Prompts already answered; a last line that was cut off by a kill is removed."""
+    if not output.exists():
+        return set()
+    text = output.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        output.write_text(whole, encoding="utf-8")
+    return {json.loads(line)["prompt_id"] for line in whole.splitlines()}
+
+
+def rows_of(
+    model: Any, tokenizer: Any, group: list[Prompt], temperature: float, max_new_tokens: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    eos = model.generation_config.eos_token_id
+    eos_ids = set(eos) if isinstance(eos, list) else {eos}
+    for prompt, token_ids in zip(
+        group, answer(model, group, temperature, max_new_tokens, eos_ids, seed), strict=True
+    ):
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        yield {
+            "prompt_id": prompt.prompt_id,
+            "temperature": temperature,
+            "finished": token_ids[-1] in eos_ids,
+            "tokens": len(token_ids),
+            "messages": [*prompt.messages, {"role": "assistant", "content": text}],
+        }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True, help="model id or folder")
+    parser.add_argument("--prompts", required=True, action="append", type=Path, help=".json or .jsonl; may be repeated")
+    parser.add_argument("--output", required=True, type=Path, help="a .jsonl file; continued when it exists")
+    parser.add_argument("--limit", type=int, default=4000, help="most prompts to answer")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.0, 0.8], help="taken in turn by batch")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-prompt-tokens", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=64, help="most prompts of one length decoded together")
+    parser.add_argument("--dtype", default="auto", help="a torch dtype name, or auto")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def write_provenance(args: argparse.Namespace, prompts: list[Prompt]) -> None:
+    facts = {
+        "command": sys.argv,
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "prompts_selected": len(prompts),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    args.output.with_suffix(".provenance.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).eval()
+    prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_provenance(args, prompts)
+    done = finished_ids(args.output)
+    groups = batches(prompts, args.batch_size, args.seed)
+    started, tokens_made = time.monotonic(), 0
+    with args.output.open("a", encoding="utf-8") as output:
+        for number, group in enumerate(groups):
+            todo = [prompt for prompt in group if prompt.prompt_id not in done]
+            if not todo:
+                continue
+            temperature = args.temperatures[number % len(args.temperatures)]
+            for row in rows_of(model, tokenizer, todo, temperature, args.max_new_tokens, args.seed + number):
+                output.write(json.dumps(row, ensure_ascii=False) + "\n")
+                tokens_made += row["tokens"]
+            output.flush()
+            rate = tokens_made / (time.monotonic() - started)
+            print(f"batch {number + 1}/{len(groups)}: {tokens_made} tokens, {rate:.0f} tokens/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

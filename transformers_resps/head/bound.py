@@ -1,0 +1,40 @@
+"""A head together with what it borrows from its target."""
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .modeling import DraftHead
+
+
+class BoundHead:
+    """The head, the target's embedding table and the output rows of the draft vocabulary.
+
+    Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target.
+
+    Raises:
+        ValueError: the head belongs to another target.
+    """
+
+    def __init__(self, head: DraftHead, target: PreTrainedModel) -> None:
+        head.check_target(target)
+        self.head = head
+        self.embed_tokens = head.embed_tokens if head.config.owns_embedding else target.get_input_embeddings()
+        output = head.lm_head if head.config.owns_output_head else target.get_output_embeddings()
+        self.output_weight = cast(Tensor, output.weight)
+        self.draft_token_ids = None if head.config.draft_vocab_size is None else head.draft_token_ids
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Target ids `[b, t]` -> `[b, t, h]` in the head's dtype."""
+        return cast(Tensor, self.embed_tokens(tokens)).to(self.head.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[b, t, h]` before the final norm -> fp32 `[b, t, d]`."""
+        normed = self.head.norm(hidden)
+        return F.linear(normed.to(self.output_weight.dtype), self.output_weight).float()
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft vocabulary ids of any shape -> target ids."""
+        return draft_ids if self.draft_token_ids is None else self.draft_token_ids[draft_ids]

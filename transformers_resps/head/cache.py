@@ -1,0 +1,59 @@
+"""The head's own keys and values: true-feature entries, and behind them those of the tree being drafted."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configuration import DraftHeadConfig
+from .layer import Attend
+
+
+_GROWTH = 256  # positions added when the buffer is full
+
+
+class HeadCache:
+    """Preallocated keys and values of every head layer.
+
+    Only entries `[0, length)` come from the target's features. Tree entries are written behind them and simply
+    overwritten later (reference/eagle3: stable KV), so dropping a tree costs nothing.
+    """
+
+    def __init__(self, config: DraftHeadConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        assert config.head_dim is not None
+        self.length = 0
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, _GROWTH, config.head_dim)
+        self._keys = torch.empty(shape, dtype=dtype, device=device)
+        self._values = torch.empty(shape, dtype=dtype, device=device)
+        self._grouped = config.num_key_value_heads != config.num_attention_heads
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions, keeping what is there."""
+        missing = length - self._keys.shape[3]
+        if missing > 0:
+            extra = (*self._keys.shape[:3], missing + _GROWTH, self._keys.shape[4])
+            self._keys = torch.cat([self._keys, self._keys.new_empty(extra)], dim=3)
+            self._values = torch.cat([self._values, self._values.new_empty(extra)], dim=3)
+
+    def attend_from(self, start: int, mask: Tensor | None, *, is_causal: bool = False) -> Attend:
+        """Attention that writes its keys at `[start, start + t)` and sees all entries before their end.
+
+        Args:
+            start: where the new entries go.
+            mask: `[b or 1, 1, t, start + t]` bool, true where attended; `None` sees everything.
+            is_causal: instead of a mask, for `start == 0`.
+        """
+
+        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            end = start + keys.shape[2]
+            self._keys[layer, :, :, start:end] = keys
+            self._values[layer, :, :, start:end] = values
+            return F.scaled_dot_product_attention(
+                queries,
+                self._keys[layer, :, :, :end],
+                self._values[layer, :, :, :end],
+                attn_mask=mask,
+                is_causal=is_causal,
+                enable_gqa=self._grouped,
+            )
+
+        return attend

@@ -1,0 +1,73 @@
+"""One decoder layer of a draft head. Knows nothing of caches or masks: attention is passed in."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
+
+from .configuration import DraftHeadConfig
+
+
+# (layer index, queries [b, heads, t, hd], keys [b, kv heads, t, hd], values) -> [b, heads, t, hd]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class DraftAttention(nn.Module):
+    """Projections of the attention; the first layer reads embedding and feature, so `2h` wide."""
+
+    def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.layer_index = layer_index
+        self.head_dim = config.head_dim
+        width = 2 * config.hidden_size if layer_index == 0 else config.hidden_size
+        key_width = config.num_key_value_heads * config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """`[b, t, width]` -> `[b, t, h]`; `rope` is the cosine and sine of each position, `[b, t, head_dim]`."""
+        split = (*states.shape[:2], -1, self.head_dim)
+        queries = self.q_norm(self.q_proj(states).view(split)).transpose(1, 2)
+        keys = self.k_norm(self.k_proj(states).view(split)).transpose(1, 2)
+        values = self.v_proj(states).view(split).transpose(1, 2)
+        queries, keys = apply_rotary_pos_emb(queries, keys, *rope)
+        attended = attend(self.layer_index, queries, keys, values)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module is untyped
+
+
+class DraftLayer(nn.Module):
+    """The first layer fuses embedding and feature (EAGLE-3, section 3.1); any further one is a plain decoder layer."""
+
+    def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
+        super().__init__()
+        self.reads_embedding = layer_index == 0
+        self.norm_before_residual = config.norm_before_residual
+        if self.reads_embedding:
+            self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DraftAttention(config, layer_index)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, hidden: Tensor, embeddings: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """`[b, t, h]` hidden states and token embeddings -> `[b, t, h]`."""
+        residual = hidden
+        if self.reads_embedding:
+            normed = self.hidden_norm(hidden)
+            if self.norm_before_residual:
+                residual = normed
+            states = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)  # embedding first, as published
+        else:
+            states = self.input_layernorm(hidden)
+        residual = residual + self.self_attn(states, rope, attend)
+        return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped

@@ -1,0 +1,220 @@
+"""The EAGLE-3 draft head: reads the target's features, proposes the tokens after next.
+
+Knows nothing of trees, policies or how it is decoded.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ..tree import TreeShape
+from .configuration import DraftHeadConfig
+from .layer import Attend, DraftLayer
+
+
+class DraftHead(PreTrainedModel):
+    """An EAGLE-3 head in canonical layout.
+
+    A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. What
+    the head shares with its target, the embedding table and (with a full draft vocabulary) the output head, is
+    borrowed when decoding and stored nowhere: see `BoundHead`.
+    """
+
+    config_class = DraftHeadConfig
+    config: DraftHeadConfig
+    base_model_prefix = ""
+    main_input_name = "features"
+    _no_split_modules = ["DraftLayer"]
+
+    def __init__(self, config: DraftHeadConfig) -> None:
+        super().__init__(config)
+        assert config.feature_layers is not None and config.target_hidden_size is not None
+        layer_count = len(config.feature_layers)
+        if config.norm_before_fc:
+            self.input_norm = nn.RMSNorm(config.features_width, eps=config.rms_norm_eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(
+                nn.RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in range(layer_count)
+            )
+        if config.owns_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.fc = nn.Linear(config.features_width, config.hidden_size, bias=config.fc_bias)
+        self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.owns_output_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_rows, bias=False)
+        if config.draft_vocab_size is not None:
+            # Offsets, as published: the target id of draft id i is i + d2t[i].
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's features `[b, t, A * target hidden]` -> fused `[b, t, h]`."""
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return cast(Tensor, self.fc(features))
+
+    def forward(self, hidden: Tensor, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """One pass over positions in parallel.
+
+        Args:
+            hidden: `[b, t, h]`: fused features, or the previous level's `feedback`.
+            embeddings: `[b, t, h]` of the token after each feature.
+            positions: `[b, t]` RoPE positions.
+            attend: attention over what the caller keeps (see `HeadCache`).
+
+        Returns:
+            `[b, t, h]`, before the final norm.
+        """
+        rope = self.rotary_emb(hidden, positions)
+        for layer in self.layers:
+            hidden = layer(hidden, embeddings, rope, attend)
+        return hidden
+
+    def feedback(self, hidden: Tensor) -> Tensor:
+        """What the next level reads in place of a fused feature: `[b, t, h]`."""
+        return cast(Tensor, self.norm(hidden)) if self.config.feedback_post_norm else hidden
+
+    @property
+    def draft_token_ids(self) -> Tensor:
+        """Target ids of the draft vocabulary `[d]`, ascending."""
+        if self.config.draft_vocab_size is None:
+            return torch.arange(self.config.vocab_size, device=self.device)
+        offsets = cast(Tensor, self.d2t)
+        return torch.arange(len(offsets), device=offsets.device) + offsets
+
+    @property
+    def default_shape(self) -> TreeShape:
+        """The tree used when `generate` gets no policy."""
+        assert self.config.default_tree is not None
+        return TreeShape(*self.config.default_tree)
+
+    @classmethod
+    def from_target(
+        cls,
+        target: PreTrainedModel,
+        draft_vocab_size: int | None = None,
+        *,
+        draft_token_ids: Tensor | None = None,
+        feature_layers: list[int] | None = None,
+        **overrides: Any,
+    ) -> "DraftHead":
+        """A fresh, untrained head for `target`, in its dtype and on its device.
+
+        Args:
+            target: the model whose features the head will read.
+            draft_vocab_size: tokens the head can propose; `None` for all, with the target's own output head.
+            draft_token_ids: which target ids those are, `[d]`; the lowest ids when `None`.
+            feature_layers: as in `DraftHeadConfig`; EAGLE-3's low, middle and high layer when `None`.
+            overrides: any other field of `DraftHeadConfig`.
+
+        Raises:
+            ValueError: the draft vocabulary is larger than the target's, or the ids do not match its size.
+        """
+        config = target.config.get_text_config()
+        if draft_token_ids is not None:
+            draft_token_ids = draft_token_ids.sort().values
+            draft_vocab_size = len(draft_token_ids) if draft_vocab_size is None else draft_vocab_size
+            if len(draft_token_ids) != draft_vocab_size or len(draft_token_ids.unique()) != draft_vocab_size:
+                raise ValueError(
+                    f"`draft_token_ids` has {len(draft_token_ids)} ids, {len(draft_token_ids.unique())} of them "
+                    f"distinct, but `draft_vocab_size` is {draft_vocab_size}. Pass as many distinct ids as that."
+                )
+        if draft_vocab_size is not None and not 1 <= draft_vocab_size <= config.vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` is {draft_vocab_size}, but the target has {config.vocab_size} tokens. "
+                "Choose a number from 1 to that, or None for all of them."
+            )
+        layers = feature_layers or default_feature_layers(config.num_hidden_layers)
+        head_config = DraftHeadConfig(
+            **{
+                **_target_sizes(target),
+                "feature_layers": sorted(layers),
+                "draft_vocab_size": draft_vocab_size,
+                "owns_output_head": draft_vocab_size is not None,
+                **overrides,
+            }
+        )
+        head = cls(head_config).to(device=target.device, dtype=target.dtype)
+        head._start_from(target, draft_token_ids)
+        return head
+
+    @torch.no_grad()
+    def _start_from(self, target: PreTrainedModel, draft_token_ids: Tensor | None) -> None:
+        """Read the deepest feature unchanged and predict with the target's own rows: measurably quicker to train."""
+        width, hidden_size = self.config.target_hidden_size, self.config.hidden_size
+        if width == hidden_size:
+            self.fc.weight[:, -hidden_size:] += torch.eye(hidden_size, dtype=self.fc.weight.dtype, device=self.device)
+        if self.config.draft_vocab_size is not None:
+            rows = torch.arange(self.config.draft_vocab_size) if draft_token_ids is None else draft_token_ids.cpu()
+            cast(Tensor, self.d2t).copy_(rows - torch.arange(len(rows)))
+            output = target.get_output_embeddings()
+            if output is not None and output.weight.shape[-1] == hidden_size:
+                self.lm_head.weight.copy_(output.weight[rows.to(output.weight.device)])
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Refuse a target the head was not made for.
+
+        Raises:
+            ValueError: a size differs; the message names both models.
+        """
+        theirs = _identity(target)
+        ours = self.config.target or {}
+        needed = {
+            "vocab_size": self.config.vocab_size,
+            "hidden_size": self.config.target_hidden_size,
+            **{key: ours[key] for key in ("num_hidden_layers", "model_type") if key in ours},
+        }
+        wrong = [f"{key} {needed[key]} (this target: {theirs[key]})" for key in needed if needed[key] != theirs[key]]
+        if wrong:
+            raise ValueError(
+                f"This head was made for {ours.get('name_or_path') or 'another target'}, not for "
+                f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
+                "belongs to this target, or train one with training/train_head.py."
+            )
+
+
+def default_feature_layers(layer_count: int) -> list[int]:
+    """EAGLE-3's low, middle and high hidden state, distinct and in range also for very shallow targets."""
+    last = max(layer_count - 1, 0)
+    return sorted({min(2, last), layer_count // 2, max(layer_count - 3, 0)})
+
+
+def _identity(target: PreTrainedModel) -> dict[str, Any]:
+    config = target.config.get_text_config()
+    return {
+        "name_or_path": target.config.name_or_path,
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
+    """The head's layer repeats the target's own proportions."""
+    config = target.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "hidden_size": config.hidden_size,
+        "target_hidden_size": config.hidden_size,
+        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim if head_dim % 2 == 0 else head_dim + 1,
+        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "target": _identity(target),
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }

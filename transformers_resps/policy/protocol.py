@@ -1,0 +1,64 @@
+"""What a policy sees, decides and is told.
+
+Knows trees and records, never a head or a model: any drafter can sit behind an observation.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..telemetry import StepRecord
+from ..tree import TreeShape
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What is known before drafting.
+
+    Attributes:
+        features: `[b, A * h]` the target's kept hidden states at the newest position it has processed, in its dtype.
+        context_length: positions of the text so far, padding included.
+        step: 0 for the first decision of a call of `generate`.
+    """
+
+    features: Tensor
+    context_length: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What is known after a level was drafted.
+
+    Attributes:
+        depth: levels drafted so far.
+        scores: `[b, k]` fp32 cumulative log probability of the nodes that would get children next.
+    """
+
+    depth: int
+    scores: Tensor
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Up to three decisions a step; subclass it and override what you decide.
+
+    A policy is never trusted with correctness: whatever it answers, the text stays the target's own.
+    """
+
+    def choose(self, observation: Observation) -> TreeShape:
+        """The shape of this step; `TreeShape.plain()` drafts nothing."""
+        ...
+
+    def grow(self, level: Level) -> bool:
+        """Whether to draft another level, up to the chosen depth."""
+        return True
+
+    def size(self, scores: Tensor) -> int:
+        """Nodes to verify, root included, given the pool's scores `[b, p]`; the chosen `total_tokens` is the most."""
+        return scores.shape[-1] + 1
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn what the step gave and cost."""
+        return None

@@ -1,0 +1,99 @@
+"""Read conversations from the files people have, as `messages`.
+
+Knows file layouts only: nothing of tokenizers, templates or models.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+Message = dict[str, str]
+Conversation = list[Message]
+
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "system": "system"}
+_BLOCK_CHARACTERS = 1 << 20
+
+
+def read_conversations(path: str | Path) -> Iterator[Conversation]:
+    """Yield the conversations of a `.jsonl` file, or of a `.json` file that holds one list.
+
+    A row may have `messages`; `prompt` and optionally `completion` (each a string or a list of messages); `turns` (user
+    turns); `question` and optionally `answer`; or ShareGPT's `conversations`. A JSON list that is cut off at its end
+    yields all its whole rows.
+
+    Raises:
+        ValueError: a row has none of these fields, or a JSONL line is not JSON.
+    """
+    path = Path(path)
+    rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _json_list_rows(path)
+    for number, row in enumerate(rows):
+        yield _messages(row, f"{path}, row {number}")
+
+
+def _jsonl_rows(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number} is not JSON ({error.msg}). Each line of a .jsonl file must be one JSON "
+                    "object. Mend or remove that line."
+                ) from error
+
+
+def _json_list_rows(path: Path) -> Iterator[Any]:
+    """Decode a JSON list element by element: a download that broke off still gives its whole elements."""
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8", errors="ignore") as file:
+        text = file.read(_BLOCK_CHARACTERS).lstrip()
+        if not text.startswith("["):
+            raise ValueError(
+                f"{path} does not begin with `[`. A .json dataset must be one list of conversations. "
+                "Write one JSON object per line and name the file .jsonl instead."
+            )
+        position = 1
+        while True:
+            while position < len(text) and text[position] in ", \r\n\t":
+                position += 1
+            try:
+                row, position = decoder.raw_decode(text, position)
+                yield row
+                continue
+            except json.JSONDecodeError:
+                block = file.read(_BLOCK_CHARACTERS)
+            if not block:
+                return
+            text, position = text[position:] + block, 0
+
+
+def _messages(row: Any, where: str) -> Conversation:
+    if "messages" in row:
+        return [{"role": str(m["role"]), "content": str(m["content"])} for m in row["messages"]]
+    if "conversations" in row:
+        turns = row["conversations"]
+        return [
+            {"role": _SHAREGPT_ROLES[t["from"]], "content": str(t["value"])}
+            for t in turns
+            if t["from"] in _SHAREGPT_ROLES
+        ]
+    if "turns" in row:
+        return [{"role": "user", "content": str(turn)} for turn in row["turns"]]
+    for question, answer in (("prompt", "completion"), ("question", "answer")):
+        if question in row:
+            asked = _as_messages(row[question], "user")
+            return asked + (_as_messages(row[answer], "assistant") if answer in row else [])
+    raise ValueError(
+        f"{where} has the fields {sorted(row)}. A conversation needs `messages`, `prompt` (and `completion`), `turns`, "
+        "`question` (and `answer`), or ShareGPT's `conversations`. Rename your fields to one of these."
+    )
+
+
+def _as_messages(value: Any, role: str) -> Conversation:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]

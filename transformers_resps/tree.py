@@ -1,0 +1,165 @@
+"""Draft trees: the shape a policy asks for, the pool a drafter scores, the tree a target verifies.
+
+Knows torch only: nothing of models, caches or policies.
+
+Shape legend, used in the whole package: b batch rows, n tree nodes, p pool nodes, s cached positions, v vocabulary,
+d draft vocabulary, h hidden size, k `top_k`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """What a policy picks for one step.
+
+    Args:
+        total_tokens: nodes that the target verifies, root included; at least 1.
+        depth: drafted levels, so at most `depth` drafted tokens are accepted in a step; at least 0.
+        top_k: children of a node, and nodes of a level that get children; at least 1.
+
+    `TreeShape(1, 0, 1)` is a plain step and `TreeShape(n + 1, n, 1)` a chain of n drafted tokens.
+
+    Raises:
+        ValueError: a size is below its least value, or is not an integer.
+    """
+
+    total_tokens: int
+    depth: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("total_tokens", 1), ("depth", 0), ("top_k", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"TreeShape got `{name}={value!r}`, but it must be an integer of at least {least}. "
+                    "`TreeShape(1, 0, 1)` is a plain step, without drafting."
+                )
+
+    @classmethod
+    def from_eagle(cls, total_token: int, depth: int, top_k: int) -> "TreeShape":
+        """The shape that EAGLE and Re-SpS call total_token/depth/top_k: they count one level less.
+
+        Their 60/7/10 drafts 8 levels (reference: `topK_genrate` in SafeAILab/EAGLE, one extend pass and `depth` loops).
+        """
+        return cls(total_token, depth + 1, top_k)
+
+    @classmethod
+    def plain(cls) -> "TreeShape":
+        """No drafting: the target decodes one token."""
+        return cls(1, 0, 1)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.total_tokens == 1 or self.depth == 0
+
+    def within(self, depth: int) -> "TreeShape":
+        """The same shape with at most `depth` levels."""
+        return self if depth >= self.depth else TreeShape(self.total_tokens, max(depth, 0), self.top_k)
+
+
+@dataclass(frozen=True, slots=True)
+class CandidatePool:
+    """Scored continuations of the root, every parent before its children.
+
+    Attributes:
+        tokens: `[b, p]` target vocabulary ids.
+        parents: `[b, p]` index of the parent in the pool; -1 is the root.
+        scores: `[b, p]` fp32, cumulative log probability of the path; never above the parent's.
+        levels: `[p]`, 1 for children of the root.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    scores: Tensor
+    levels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """The nodes of one target forward; node 0 is the root, the newest token, not yet in the target's cache.
+
+    Attributes:
+        tokens: `[b, n]` target vocabulary ids.
+        parents: `[b, n]` index of the parent, smaller than the node's own; the root is its own parent.
+        depths: `[b, n]` distance to the root.
+        ancestors: `[b, n, n]` bool; `[i, j]` says that j lies on the path from the root to i, i included.
+        scores: `[b, n]` fp32 cumulative draft log probability; 0 for the root.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    scores: Tensor
+
+    @property
+    def node_count(self) -> int:
+        return self.tokens.shape[1]
+
+    @classmethod
+    def root_only(cls, root: Tensor) -> "DraftTree":
+        """The tree of a plain step, from the newest tokens `[b]`."""
+        tokens = root[:, None]
+        zeros = torch.zeros_like(tokens)
+        return cls(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool)[..., None], zeros.float())
+
+    @classmethod
+    def from_parents(cls, tokens: Tensor, parents: Tensor, scores: Tensor | None = None) -> "DraftTree":
+        """A tree from `[b, n]` tokens and parents, in which every parent comes before its children.
+
+        Raises:
+            ValueError: a parent does not come before its child.
+        """
+        node_count = tokens.shape[1]
+        order = torch.arange(node_count, device=tokens.device)
+        if node_count > 1 and not bool(((parents[:, 1:] < order[1:]) & (parents[:, 1:] >= 0)).all()):
+            raise ValueError(
+                f"DraftTree got the parents {parents.tolist()}, but a parent must be an earlier node. "
+                "Sort the nodes so that parents come first."
+            )
+        parents = parents.clone()
+        parents[:, 0] = 0
+        return cls._derive(tokens, parents, torch.zeros(tokens.shape) if scores is None else scores, node_count)
+
+    @classmethod
+    def from_pool(cls, root: Tensor, pool: CandidatePool, total_tokens: int) -> "DraftTree":
+        """The root `[b]` and the best `total_tokens - 1` nodes of the pool.
+
+        The sort is stable and a parent comes before its children and never scores less, so the kept nodes are closed
+        under parents even when scores tie.
+        """
+        kept = min(total_tokens - 1, pool.tokens.shape[1])
+        best = pool.scores.sort(dim=-1, descending=True, stable=True).indices[:, :kept].sort(dim=-1).values  # [b, n-1]
+        rank = torch.zeros(pool.tokens.shape[0], pool.tokens.shape[1] + 1, dtype=torch.long, device=best.device)
+        nodes = torch.arange(1, kept + 1, device=best.device).expand_as(best)
+        rank.scatter_(1, best + 1, nodes)  # pool index + 1 -> node; the root stays 0
+        parents = rank.gather(1, pool.parents.gather(1, best) + 1)
+        zero = torch.zeros_like(root)[:, None]
+        return cls._derive(
+            torch.cat([root[:, None], pool.tokens.gather(1, best)], dim=1),
+            torch.cat([zero, parents], dim=1),
+            torch.cat([zero.float(), pool.scores.gather(1, best)], dim=1),
+            int(pool.levels[-1]) if kept else 0,
+        )
+
+    @classmethod
+    def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, most_levels: int) -> "DraftTree":
+        node_count = tokens.shape[1]
+        ancestors = torch.eye(node_count, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
+        if node_count > 1:
+            index = parents[..., None].expand(-1, -1, node_count)
+            own = ancestors
+            for _ in range(most_levels):
+                ancestors = own | ancestors.gather(1, index)
+        return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores)
+
+    def children_of(self, nodes: Tensor, tokens: Tensor) -> Tensor:
+        """The child of each of `nodes` `[b]` that carries `tokens` `[b]`, or -1: `[b]`."""
+        order = torch.arange(self.node_count, device=tokens.device)
+        matches = (self.parents == nodes[:, None]) & (self.tokens == tokens[:, None]) & (order > 0)
+        return torch.where(matches.any(-1), matches.int().argmax(-1), -1)
