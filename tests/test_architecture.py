@@ -1,0 +1,132 @@
+"""The house rules that a machine can hold: who may import whom, sizes, no prints, no blanket excepts."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parent.parent / "transformers_resps"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
+BOTTOM = {"versions", "tree", "cache", "attention", "telemetry"}
+PARTS = {"acceptance", "head", "policy"}
+ENGINE = BOTTOM | PARTS | {"candidate_generator", "generation"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "versions": set(),
+    "tree": set(),
+    "cache": {"versions"},
+    "attention": {"tree", "cache", "versions"},
+    "telemetry": {"tree"},
+    "acceptance": {"tree"},
+    "head": {"tree", "versions"},
+    "policy": {"tree", "telemetry"},
+    "candidate_generator": BOTTOM | PARTS,
+    "generation": BOTTOM | PARTS | {"candidate_generator"},
+    "__init__": ENGINE,
+    "verification": ENGINE,
+    "trainers": ENGINE,
+    "bench": ENGINE | {"verification", "trainers"},
+    "demo": ENGINE | {"verification", "bench"},
+    "cli": ENGINE | {"verification", "trainers", "bench", "demo"},
+}
+
+MOST_FILE_LINES = 300
+MOST_FUNCTION_LINES = 40
+
+
+def module_of(file: Path) -> str:
+    """`head/layer.py` -> `head`, `tree.py` -> `tree`."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    """The top-level modules of the package that `file` imports, at any depth of nesting."""
+    parents = ["transformers_resps", *file.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            module = [*base, *(node.module or "").split(".")]
+            names = [".".join([*filter(None, module), alias.name]) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "transformers_resps":
+                yield parts[1] if len(parts) > 1 and parts[1] in known_modules() else "__init__"
+
+
+def known_modules() -> set[str]:
+    return {module_of(file) for file in FILES} - {"__init__"}
+
+
+def functions_of(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines without the docstring: saying what a function does must not cost it."""
+    lines = (function.end_lineno or function.lineno) - function.lineno + 1
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return lines - ((first.end_lineno or first.lineno) - first.lineno + 1 if is_docstring else 0)
+
+
+def named(file: Path) -> str:
+    return str(file.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("file", FILES, ids=named)
+def test_imports_follow_the_map(file: Path) -> None:
+    module = module_of(file)
+    assert module in MAY_IMPORT, f"{module} is new: give it a place in MAY_IMPORT and in CONTRIBUTING.md"
+    wrong = set(imported_modules(file)) - MAY_IMPORT[module] - {module}
+    assert not wrong, f"{named(file)} imports {sorted(wrong)}; {module} may import {sorted(MAY_IMPORT[module])}"
+
+
+def test_the_map_has_no_cycle_and_head_and_policy_are_strangers() -> None:
+    def reach(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
+        assert module not in seen, f"{module} reaches itself"
+        return MAY_IMPORT[module].union(*(reach(other, seen | {module}) for other in MAY_IMPORT[module]))
+
+    assert "policy" not in reach("head")
+    assert "head" not in reach("policy")
+
+
+@pytest.mark.parametrize("file", FILES, ids=named)
+def test_files_and_functions_stay_within_their_budgets(file: Path) -> None:
+    lines = len(file.read_text(encoding="utf-8").splitlines())
+    assert lines < MOST_FILE_LINES, f"{named(file)} has {lines} lines; it holds two nouns: give each its file"
+    long = {function.name: body_lines(function) for function in functions_of(file)}
+    long = {name: count for name, count in long.items() if count >= MOST_FUNCTION_LINES}
+    assert not long, f"{named(file)} has functions of {MOST_FUNCTION_LINES} lines or more: {long}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=named)
+def test_only_what_faces_a_terminal_prints(file: Path) -> None:
+    if module_of(file) in {"cli", "demo"} or file.name == "__main__.py":
+        return
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        assert not is_print, f"{named(file)}, line {node.lineno}: use `logging.getLogger(__name__)`"
+
+
+@pytest.mark.parametrize("file", FILES, ids=named)
+def test_no_except_catches_everything(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.walk(node.type) if node.type else iter(())
+            names = {part.id for part in caught if isinstance(part, ast.Name)}
+            blanket = node.type is None or names & {"Exception", "BaseException"}
+            assert not blanket, f"{named(file)}, line {node.lineno}: name the exception"
+
+
+def test_no_module_is_called_utils() -> None:
+    banned = {"utils", "helpers", "helper", "common", "misc", "manager"}
+    assert not banned & {part for file in FILES for part in file.with_suffix("").parts[-2:]}
