@@ -1,0 +1,128 @@
+"""The acceptance rule: walk the tree in commit order.
+
+At every committed position the walk makes exactly the calls that plain sampling makes (Transformers' `_sample`):
+the user's logits processors with the text so far, one pick by the target, the stopping criteria, the streamer. It
+then descends if a child carries the pick, and stops otherwise. So every token is the target's own draw given its
+prefix, in the order and with the random numbers of plain decoding: lossless for any tree that was built without
+looking at the picks, and identical with the same seed. `min(1, p/q)` on chosen children is not (a test shows it).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from .tree import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a step added.
+
+    Attributes:
+        path: `[b, m]` nodes whose logits were used, root first; meaningless in rows that had finished.
+        tokens: `[b, m]` the picks after them; the last one is the next root.
+        emitted: `[b]` tokens that count: those before a row had finished.
+    """
+
+    path: Tensor
+    tokens: Tensor
+    emitted: Tensor
+
+
+class Text:
+    """The text being written, one committed position at a time.
+
+    Args:
+        input_ids: `[b, s]` the prompt.
+        logits_processor: called once per committed position, never for a rejected node.
+        stopping_criteria: called after each committed position.
+        do_sample: draw from the processed scores, else take the largest.
+        pad_token: what finished rows are filled with, where an end token is among the criteria.
+        streamer: gets each token as it is committed.
+        keep_scores: keep the processed scores of each position.
+        keep_logits: keep the raw logits of each position.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        *,
+        do_sample: bool,
+        pad_token: Tensor | None,
+        streamer: Any = None,
+        keep_scores: bool = False,
+        keep_logits: bool = False,
+    ) -> None:
+        self.input_ids = input_ids
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        self.finished = False
+        self.scores: tuple[Tensor, ...] | None = () if keep_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
+        self._logits_processor = logits_processor
+        self._stopping_criteria = stopping_criteria
+        self._do_sample = do_sample
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self._pad_token = pad_token
+        self._streamer = streamer
+
+    @property
+    def length(self) -> int:
+        return int(self.input_ids.shape[1])
+
+    @property
+    def live(self) -> Tensor:
+        """`[b]` rows that still get the target's own tokens; without an end token, finished rows go on too."""
+        return self.unfinished.bool() if self._pads else torch.ones_like(self.unfinished, dtype=torch.bool)
+
+    def commit(self, logits: Tensor) -> Tensor:
+        """Pick and append one token per row from the target's logits `[b, v]`; returns them, `[b]`."""
+        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        scores = self._logits_processor(self.input_ids, logits)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self._do_sample:
+            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if self._pads:
+            tokens = tokens * self.unfinished + self._pad_token * (1 - self.unfinished)
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        self.unfinished = self.unfinished & ~self._stopping_criteria(self.input_ids, self.scores)
+        if self._streamer is not None:
+            self._streamer.put(tokens.cpu())
+        self.finished = bool(self.unfinished.max() == 0)
+        return tokens
+
+
+def walk(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
+    """Commit picks along the tree until one is not drafted, or the text is finished.
+
+    Rows advance in lockstep: all commit as many tokens as the live row with the shortest run.
+
+    Args:
+        tree: what was verified.
+        logits: `[b, n, v]` the target's, one row per node.
+        text: gains the picks.
+    """
+    rows = torch.arange(len(logits), device=logits.device)
+    nodes = torch.zeros_like(rows)
+    path, picks, emitted = [], [], torch.zeros_like(rows)
+    while True:
+        path.append(nodes)
+        emitted = emitted + text.unfinished.to(rows.device)
+        tokens = text.commit(logits[rows, nodes]).to(rows.device)
+        picks.append(tokens)
+        if text.finished or tree.node_count == 1:
+            break
+        children = tree.children_of(nodes, tokens)
+        if bool(((children < 0) & text.live.to(rows.device)).any()):
+            break
+        nodes = children.clamp(min=0)
+    return Acceptance(torch.stack(path, dim=1), torch.stack(picks, dim=1), emitted)

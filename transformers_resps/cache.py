@@ -1,0 +1,82 @@
+"""The target's cache: which kinds can hold a tree, and how to keep the accepted nodes.
+
+The only file that touches the inside of Transformers' caches.
+"""
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+# By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
+_TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+
+
+def check_cache(cache: Cache) -> None:
+    """Refuse a cache whose layers cannot hold a tree.
+
+    Raises:
+        ValueError: a layer is of another type than the dynamic full or sliding one, or is offloaded.
+    """
+    for layer in cache.layers:
+        name = type(layer).__name__
+        if name not in _TREE_LAYERS or not type(layer).__module__.startswith("transformers."):
+            raise ValueError(
+                f"The cache has a `{name}`, but only {', '.join(_TREE_LAYERS[:2])} can keep the accepted nodes of a "
+                "tree. Call `generate` without `cache` and `cache_implementation`, or without a draft head."
+            )
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "The cache is offloaded, but accepted nodes are moved on the model's device. Call `generate` without "
+            "`cache_implementation='offloaded'`, or without a draft head."
+        )
+
+
+def cached_length(cache: Cache) -> int:
+    """Positions the cache has seen."""
+    return int(cache.get_seq_length())
+
+
+def visible_length(cache: Cache, layer_index: int) -> int:
+    """Past positions that layer `layer_index` still shows to a new token."""
+    layer = cache.layers[layer_index]
+    kept = layer.keys.shape[-2] if getattr(layer, "keys", None) is not None and layer.keys.numel() else 0
+    return kept if window_of(cache, layer_index) is None else min(kept, layer.sliding_window - 1)
+
+
+def window_of(cache: Cache, layer_index: int) -> int | None:
+    """The sliding window of a layer, or `None` where attention is full."""
+    layer = cache.layers[layer_index]
+    return int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
+
+
+def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
+    """Keep, of the last `node_count` positions, those of the accepted path.
+
+    Args:
+        cache: right after the tree's forward.
+        path: `[b, m]` ascending node indices, the root first.
+        node_count: nodes of the tree.
+
+    Rotary positions were applied by depth, so a moved entry needs no rotation.
+    """
+    kept = path.shape[1]
+    in_place = torch.arange(kept, device=path.device)
+    if kept < node_count and not bool((path == in_place).all()):
+        for layer in cache.layers:
+            if getattr(layer, "keys", None) is not None and layer.keys.numel():
+                _move_forward(layer.keys, path, node_count)
+                _move_forward(layer.values, path, node_count)
+    cache.crop(kept - node_count)
+
+
+def _move_forward(states: Tensor, path: Tensor, node_count: int) -> None:
+    """Gather the path's entries of `[b, heads, s, hd]` to the front of the last `node_count`."""
+    start = states.shape[-2] - node_count
+    path = path.to(states.device)
+    if len(path) == 1:
+        kept = states.index_select(2, path[0] + start)
+    else:
+        index = (path + start)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+        kept = states.gather(2, index)
+    states[:, :, start : start + path.shape[1]] = kept

@@ -1,0 +1,166 @@
+"""Grow the candidates of a step: the head drafts level by level, the policy says when it is enough.
+
+Owns the head's cache. Knows nothing of the target's cache, of acceptance or of text.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .head import BoundHead, HeadCache
+from .policy import Level, Policy
+from .tree import CandidatePool, TreeShape
+
+
+@dataclass(slots=True)
+class _Frontier:
+    """The nodes that get children next. w nodes, e entries drafted before them."""
+
+    indices: Tensor  # [b, w] in the pool
+    tokens: Tensor  # [b, w]
+    scores: Tensor  # [b, w]
+    hidden: Tensor  # [b, w, h] what stands in for a feature: the parent's output
+    visible: Tensor  # [b, w, e] which drafted entries are ancestors
+
+
+class TreeCandidateGenerator:
+    """Drafts candidate pools with one head, for one call of `generate`.
+
+    Args:
+        head: with its target's embedding and output rows.
+        batch_size: rows decoded together.
+        prompt_mask: `[b, s]`, 0 where the prompt is padding; `None` when there is none.
+    """
+
+    def __init__(self, head: BoundHead, batch_size: int, prompt_mask: Tensor | None) -> None:
+        self._head = head
+        module = head.head
+        self._device, self._dtype = module.device, module.dtype
+        self._cache = HeadCache(module.config, batch_size, self._dtype, self._device)
+        self._mask = None if prompt_mask is None else prompt_mask.bool().to(self._device)
+        self._unread: list[tuple[Tensor, Tensor]] = []
+        self._newest = torch.empty(0)  # [b, 1, h] output at the last true pair, before the final norm
+        self.newest_features = torch.empty(0)  # [b, A * target hidden]
+
+    def observe(self, features: Tensor, tokens: Tensor) -> None:
+        """Take in newly committed positions.
+
+        Args:
+            features: `[b, t, A * target hidden]` of the positions.
+            tokens: `[b, t]` the token after each of them.
+
+        They are read only when a draft needs them: plain steps cost the head nothing.
+        """
+        self._unread.append((features, tokens))
+        self.newest_features = features[:, -1]
+
+    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
+        """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node.
+
+        EAGLE-2 (arXiv 2406.16858) section 4.1: the best `top_k` nodes of a level, by path probability, get children;
+        all children are candidates.
+        """
+        self._read()
+        tokens, scores = self._children(self._newest, shape.top_k)  # [b, 1, k]
+        pool = [(tokens[:, 0], torch.full_like(tokens[:, 0], -1), scores[:, 0])]
+        frontier = self._first_frontier(*pool[0])
+        for depth in range(1, shape.depth):
+            if not policy.grow(Level(depth, frontier.scores)):
+                break
+            output = self._run(frontier, depth)
+            tokens, scores = self._children(output, shape.top_k)  # [b, w, k]
+            scores = scores + frontier.scores[..., None]
+            parents = frontier.indices[..., None].expand_as(tokens)
+            pool.append((tokens.flatten(1), parents.flatten(1), scores.flatten(1)))
+            if depth + 1 < shape.depth:
+                first = sum(part[0].shape[1] for part in pool[:-1])
+                frontier = self._next_frontier(frontier, output, tokens, scores, first)
+        levels = [torch.full((part[0].shape[1],), level) for level, part in enumerate(pool, start=1)]
+        joined = [torch.cat(parts, dim=1) for parts in zip(*pool, strict=True)]
+        return CandidatePool(joined[0], joined[1], joined[2], torch.cat(levels))
+
+    def _read(self) -> None:
+        """Extend the head's cache by the pairs committed since the last draft, in one pass."""
+        features = torch.cat([part.to(self._device, self._dtype) for part, _ in self._unread], dim=1)
+        tokens = torch.cat([part.to(self._device) for _, part in self._unread], dim=1)
+        self._unread.clear()
+        start, count = self._cache.length, tokens.shape[1]
+        self._cache.reserve(start + count)
+        mask = self._pair_mask(start, count)
+        output = self._head.head(
+            self._head.head.fuse(features),
+            self._head.embed(tokens),
+            self._positions(start, count),
+            self._cache.attend_from(start, mask, is_causal=mask is None and count > 1),
+        )
+        self._cache.length = start + count
+        self._newest = output[:, -1:]
+
+    def _pair_mask(self, start: int, count: int) -> Tensor | None:
+        """`[b or 1, 1, count, start + count]` causal, without padding; `None` where plain causal attention will do."""
+        if self._mask is None and (start == 0 or count == 1):
+            return None
+        length = start + count
+        causal = torch.ones(count, length, dtype=torch.bool, device=self._device).tril(start)[None, None]
+        if self._mask is None:
+            return causal
+        own = torch.eye(length, dtype=torch.bool, device=self._device)[start:]  # a padded row sees itself: never NaN
+        return causal & self._padded(length)[:, None, None] | own
+
+    def _padded(self, length: int) -> Tensor:
+        """The prompt's mask `[b, length]`, with every later pair visible."""
+        assert self._mask is not None
+        missing = length - self._mask.shape[1]
+        if missing <= 0:
+            return self._mask[:, :length]
+        return torch.cat([self._mask, self._mask.new_ones(len(self._mask), missing)], dim=1)
+
+    def _positions(self, start: int, count: int) -> Tensor:
+        """Rotary attention is relative, so slots serve as positions, padding included."""
+        return torch.arange(start, start + count, device=self._device)[None]
+
+    def _children(self, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, w, k]`."""
+        log_probs = self._head.logits(output).log_softmax(dim=-1)
+        scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
+        return self._head.target_ids(draft_ids), scores
+
+    def _first_frontier(self, tokens: Tensor, parents: Tensor, scores: Tensor) -> _Frontier:
+        width = tokens.shape[1]
+        hidden = self._head.head.feedback(self._newest).expand(-1, width, -1)
+        indices = torch.arange(width, device=tokens.device).expand_as(tokens)
+        return _Frontier(indices, tokens, scores, hidden, parents.new_empty(*tokens.shape, 0, dtype=torch.bool))
+
+    def _next_frontier(
+        self, frontier: _Frontier, output: Tensor, tokens: Tensor, scores: Tensor, first: int
+    ) -> _Frontier:
+        """The best children `[b, w, k]` of a frontier, wherever they hang; `first` is their first pool index."""
+        top_k = tokens.shape[-1]
+        scores, best = scores.flatten(1).topk(top_k, dim=-1)
+        origin = best.div(top_k, rounding_mode="floor")[..., None]  # [b, k, 1] position of the parent in the frontier
+        hidden = self._head.head.feedback(output)
+        return _Frontier(
+            first + best,
+            tokens.flatten(1).gather(1, best),
+            scores,
+            hidden.gather(1, origin.expand(-1, -1, hidden.shape[-1])),
+            frontier.visible.gather(1, origin.expand(-1, -1, frontier.visible.shape[-1])),
+        )
+
+    def _run(self, frontier: _Frontier, depth: int) -> Tensor:
+        """One pass of the head over a level: all its nodes share a position and see only prefix and ancestors."""
+        batch_size, width, entries = frontier.visible.shape
+        own = torch.eye(width, dtype=torch.bool, device=self._device).expand(batch_size, -1, -1)
+        frontier.visible = torch.cat([frontier.visible, own], dim=-1)
+        length = self._cache.length
+        self._cache.reserve(length + entries + width)
+        mask = None
+        if width > 1 or self._mask is not None:
+            prefix = own.new_ones(1, length) if self._mask is None else self._padded(length)
+            prefix = prefix[:, None].expand(batch_size, width, -1)
+            mask = torch.cat([prefix, frontier.visible], dim=-1)[:, None]
+        positions = self._positions(length + depth - 1, 1).expand(1, width)
+        attend = self._cache.attend_from(length + entries, mask)
+        output: Tensor = self._head.head(frontier.hidden, self._head.embed(frontier.tokens), positions, attend)
+        return output

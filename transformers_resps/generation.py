@@ -1,0 +1,262 @@
+"""`generate(..., assistant_model=head, policy=policy)` on any loaded model.
+
+`attach` gives a model object a subclass of its own class in which `generate` knows draft heads. Everything before
+the decoding loop stays Transformers' own, and so does every call without a head.
+"""
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .acceptance import Text
+from .decoding import TreeDecoding
+from .head import BoundHead, DraftHead
+from .policy import FixedPolicy, Policy
+from .probe import check_tree_attention
+from .refusals import check_forward_arguments, check_model, check_settings
+from .telemetry import SpeculationReport
+from .versions import CACHE_KEYWORD
+
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with a draft head and `return_dict_in_generate=True`.
+
+    Attributes:
+        speculation: every step's shape, tokens and seconds.
+    """
+
+    speculation: SpeculationReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What one call of `generate` asked for; it cannot travel through Transformers' own preparation."""
+
+    head: BoundHead
+    policy: Policy
+
+
+_request: ContextVar[_Request | None] = ContextVar("resps_request", default=None)
+
+
+class ReSpSGenerationMixin(GenerationMixin):
+    """`generate` with draft trees; put in front of a model's class by `attach`."""
+
+    def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: PreTrainedModel | None = None,
+        *args: Any,
+        policy: Policy | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `GenerationMixin.generate`, and with a draft head faster.
+
+        Args:
+            assistant_model: a `DraftHead` for draft trees; anything else is Transformers' own assisted decoding.
+            policy: who shapes the trees; the head's default tree when `None`.
+
+        Returns:
+            The tokens that the same call without `assistant_model` and `policy` returns with the same seed; with
+            `return_dict_in_generate=True` a `SpeculativeOutput`.
+
+        Raises:
+            ValueError: the head is another target's, or the call asks for what a tree cannot do.
+        """
+        head = _draft_head(assistant_model)
+        request = None
+        if head is not None:
+            arguments = {**kwargs, "synced_gpus": synced_gpus, **dict(zip(_AFTER_ASSISTANT, args, strict=False))}
+            request = _make_request(cast(PreTrainedModel, self), head, policy, generation_config, arguments)
+        elif policy is not None:
+            raise ValueError(
+                f"Got policy={policy!r} with assistant_model={type(assistant_model).__name__}, but a policy shapes "
+                "the trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave out "
+                "`policy`."
+            )
+        token = _request.set(request)
+        try:
+            return super().generate(
+                inputs,
+                generation_config,
+                logits_processor,
+                stopping_criteria,
+                prefix_allowed_tokens_fn,
+                synced_gpus,
+                head or assistant_model,
+                *args,
+                **kwargs,
+            )
+        finally:
+            _request.reset(token)
+
+    def _assisted_decoding(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: Tensor | None = None,
+        assistant_model: PreTrainedModel | None = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        request = _request.get()
+        if request is None or assistant_model is not request.head.head:
+            return super()._assisted_decoding(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                inputs_tensor=inputs_tensor,
+                assistant_model=assistant_model,
+                assistant_tokenizer=assistant_tokenizer,
+                tokenizer=tokenizer,
+                **model_kwargs,
+            )
+        check_forward_arguments(model_kwargs)
+        text = Text(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            do_sample=generation_config.do_sample,
+            pad_token=generation_config._pad_token_tensor,
+            streamer=streamer,
+            keep_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
+            keep_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
+        )
+        decoding = TreeDecoding(
+            cast(PreTrainedModel, self),
+            request.head,
+            request.policy,
+            text,
+            cache=model_kwargs[CACHE_KEYWORD],
+            attention_mask=model_kwargs["attention_mask"],
+            position_ids=model_kwargs["position_ids"],
+            max_length=generation_config.max_length,
+        )
+        try:
+            decoding.prefill(
+                generation_config.prefill_chunk_size,
+                {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs},
+            )
+            with self._optimize_model_for_decode():
+                while not text.finished:
+                    decoding.step()
+        finally:
+            if streamer is not None:
+                streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return text.input_ids
+        return SpeculativeOutput(
+            sequences=text.input_ids,
+            scores=text.scores,
+            logits=text.logits,
+            speculation=decoding.report,
+            **{CACHE_KEYWORD: decoding.cache},
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the model's own class: the subclass exists in memory only."""
+        function, arguments, *state = super().__reduce_ex__(protocol)  # type: ignore[misc]  # always a tuple here
+        if arguments and arguments[0] is type(self):
+            return (_new_attached, (type(self).__mro__[2], *arguments[1:]), *state)
+        return (function, arguments, *state)
+
+
+# The parameters of stock `generate` behind `assistant_model`, in order.
+_AFTER_ASSISTANT = ("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
+
+
+def _draft_head(assistant_model: Any) -> DraftHead | None:
+    """The head itself, also from inside a PEFT wrapper; `None` for any other assistant."""
+    inner = assistant_model.get_base_model() if hasattr(assistant_model, "get_base_model") else assistant_model
+    return inner if isinstance(inner, DraftHead) else None
+
+
+def _make_request(
+    target: PreTrainedModel,
+    head: DraftHead,
+    policy: Any,
+    config: GenerationConfig | None,
+    arguments: dict[str, Any],
+) -> _Request:
+    """Everything that can be refused is refused here, before any work."""
+    if policy is None:
+        policy = FixedPolicy(head.default_shape)
+    elif not isinstance(policy, Policy):
+        raise ValueError(
+            f"Got policy={policy!r}, but a policy needs the methods `choose`, `grow`, `size` and `observe`. Subclass "
+            "`transformers_resps.Policy`, which has a default for all but the first."
+        )
+    check_settings(target, config, arguments)
+    check_model(target)
+    bound = BoundHead(head, target)
+    check_tree_attention(target)
+    return _Request(bound, policy)
+
+
+@functools.cache
+def _attached_class(base: type) -> type:
+    """`base` with the mixin in front; name and module stay, so that saving and output capturing see no difference."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (ReSpSGenerationMixin, base), names)
+
+
+def _new_attached(base: type, *arguments: Any) -> Any:
+    cls = _attached_class(base)
+    return cls.__new__(cls, *arguments)
+
+
+def _inner(model: Any) -> Any:
+    """The model that `generate` runs on: a PEFT wrapper forwards to the one it wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def attach(model: Model) -> Model:
+    """Let `model.generate` take draft heads and policies. Same object, same weights.
+
+    Args:
+        model: any decoder-only model of Transformers, or a PEFT model around one.
+
+    Raises:
+        ValueError: the model cannot generate.
+    """
+    inner = _inner(model)
+    if not isinstance(inner, GenerationMixin):
+        raise ValueError(
+            f"Got a {type(inner).__name__}, but only models with `generate` can be attached. Load it with "
+            "`AutoModelForCausalLM.from_pretrained(...)`."
+        )
+    if not isinstance(inner, ReSpSGenerationMixin):
+        inner.__class__ = _attached_class(type(inner))
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Undo `attach`: the same object, of its own class again."""
+    inner = _inner(model)
+    if isinstance(inner, ReSpSGenerationMixin):
+        inner.__class__ = type(inner).__mro__[2]
+    return model

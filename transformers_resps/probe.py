@@ -1,0 +1,68 @@
+"""Does an architecture understand a tree? A small check on the model itself, once per object.
+
+Architectures that were compared with plain decoding in the tests need none.
+"""
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from .attention import tree_attention_mask, tree_positions
+from .cache import check_cache, keep_nodes
+from .tree import DraftTree
+from .versions import CACHE_KEYWORD
+
+
+# model_type of every architecture in tests/test_architectures.py.
+_COMPARED = frozenset(
+    "cohere2 deepseek_v3 gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite llama mistral mixtral olmo2 phi3 qwen2 "
+    "qwen3 qwen3_moe smollm3".split()
+)
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+_LOW_PRECISION_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
+
+
+def check_tree_attention(target: PreTrainedModel) -> None:
+    """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one.
+
+    Raises:
+        ValueError: a node's logits depend on its siblings, or the forward fails on a tree's mask.
+    """
+    model_type = target.config.get_text_config().model_type
+    if model_type in _COMPARED or getattr(target, "_resps_probed", False):
+        return
+    error, scale = _tree_error(target)
+    if not error <= _TOLERANCE.get(target.dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
+        raise ValueError(
+            f"{type(target).__name__} ({model_type}) gave logits that differ by {error:.3g} between a tree and the "
+            "same text alone, so trees would change its answers. Call `generate` without the head."
+        )
+    target._resps_probed = True
+
+
+@torch.no_grad()
+def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
+    """The largest difference of logits between tree and text, and the largest logit.
+
+    The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on.
+    """
+    vocabulary = target.config.get_text_config().vocab_size
+    tokens = torch.arange(1, 11, device=target.device).remainder(vocabulary)[None]
+    prompt, nodes, after = tokens[:, :4], tokens[:, 4:9], tokens[:, 9:]
+    parents = torch.tensor([[0, 0, 0, 1, 2]], device=target.device)
+    tree = DraftTree.from_parents(nodes, parents)
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    cache.activate_past_recording()
+    options = {"use_cache": True, CACHE_KEYWORD: cache}
+    target(input_ids=prompt, position_ids=torch.arange(4, device=target.device)[None], **options)
+    check_cache(cache)
+    cache.crop(0)
+    roots = torch.full((1,), 4, device=target.device)
+    mask = tree_attention_mask(target.config, cache, None, tree, target.dtype)
+    logits = target(input_ids=nodes, attention_mask=mask, position_ids=tree_positions(tree, roots), **options).logits
+    path = torch.tensor([[0, 2, 4]], device=target.device)
+    keep_nodes(cache, path, 5)
+    last = target(input_ids=after, position_ids=torch.full_like(after, 7), **options).logits
+    branch = torch.cat([prompt, nodes[:, [0, 2, 4]], after], dim=1)
+    expected = target(input_ids=branch, use_cache=False).logits[:, 4:]
+    found = torch.cat([logits[:, [0, 2, 4]], last], dim=1)
+    return float((found - expected).abs().max()), float(expected.abs().max())

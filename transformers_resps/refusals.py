@@ -1,0 +1,154 @@
+"""What a tree cannot do correctly, refused by name before any work.
+
+Stock `generate` would ignore or misroute most of these when it is given an assistant.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from .cache import cached_length, check_cache
+from .versions import CACHE_KEYWORD
+
+
+# Setting -> whether a value asks for something that a tree cannot do. Order: decoding, assistants, outputs.
+_SETTINGS = {
+    "num_beams": lambda value: value > 1,
+    "num_beam_groups": lambda value: value > 1,
+    "constraints": bool,
+    "force_words_ids": bool,
+    "penalty_alpha": bool,
+    "dola_layers": bool,
+    "num_return_sequences": lambda value: value > 1,
+    "token_healing": bool,
+    "prompt_lookup_num_tokens": bool,
+    "assistant_early_exit": bool,
+    "use_mtp": bool,
+    "speculation_type": bool,
+    "assistant_ensemble_weight": bool,
+    "output_attentions": bool,
+    "output_hidden_states": bool,
+    "compile_config": bool,
+}
+_WAYS_OUT = {
+    "num_beams": "Trees serve greedy search and multinomial sampling: set `num_beams=1`.",
+    "num_return_sequences": "Repeat the prompt that many times in the batch.",
+    "output_hidden_states": "The head reads the hidden states itself: ask a plain call for them.",
+}
+_ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus", "inputs_embeds")
+_CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
+
+
+def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
+    """Refuse generation settings that a tree cannot honour.
+
+    Args:
+        model: the target.
+        config: the `generation_config` of the call.
+        arguments: all other keyword arguments of the call.
+
+    Raises:
+        ValueError: names the setting, what trees need, and the way out.
+    """
+
+    def setting(name: str) -> Any:
+        """As `generate` resolves it: the call's keyword, the call's config, the model's config."""
+        for value in (arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)):
+            if value is not None:
+                return value
+        return None
+
+    for name, is_asked in _SETTINGS.items():
+        value = setting(name)
+        if value is not None and is_asked(value):
+            raise _refusal(f"{name}={value!r}", _WAYS_OUT.get(name, f"Leave out `{name}`"))
+    for name in _ARGUMENTS:
+        if arguments.get(name) is not None and arguments[name] is not False:
+            raise _refusal(f"`{name}`", f"Leave out `{name}`")
+    if setting("use_cache") is False:
+        raise _refusal("use_cache=False", "A tree is verified against cached keys: set `use_cache=True`.")
+    implementation = setting("cache_implementation")
+    if implementation not in (None, "dynamic"):
+        raise _refusal(f"cache_implementation={implementation!r}", "Leave it out: trees use the dynamic cache.")
+    _check_user_cache(arguments)
+
+
+def _check_user_cache(arguments: Mapping[str, Any]) -> None:
+    cache = arguments.get("cache", arguments.get("past_key_values"))
+    if cache is None:
+        return
+    check_cache(cache)
+    if cached_length(cache) > 0:
+        raise _refusal(
+            f"a cache of {cached_length(cache)} positions",
+            "The head has no features for positions it did not see: pass the whole text without `cache`.",
+        )
+
+
+def check_forward_arguments(model_kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments of the target's forward that a tree's forward does not carry on, such as `pixel_values`.
+
+    Raises:
+        ValueError: names them.
+    """
+    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _CARRIED)
+    if unknown:
+        raise _refusal(f"the arguments {unknown}", "A tree's forward takes text only: leave them out")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        raise _refusal(f"`position_ids` of {positions.dim()} dimensions", "Trees need one position per token")
+
+
+def _refusal(came: str, way_out: str) -> ValueError:
+    return ValueError(
+        f"Got {came} together with a draft head, but draft trees cannot honour that. {way_out.rstrip('.')}; "
+        "or call `generate` without the head."
+    )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a target whose architecture or attention cannot verify a tree.
+
+    Raises:
+        ValueError: names the architecture and the reason.
+    """
+    config = model.config.get_text_config()
+    name = f"{type(model).__name__} ({config.model_type})"
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is an encoder-decoder, but draft trees are verified by decoder-only models. "
+            "Call `generate` without the head."
+        )
+    reason = _architecture_reason(model)
+    if reason is not None:
+        raise ValueError(
+            f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without the head, "
+            "or use `prompt_lookup_num_tokens` where this model supports it."
+        )
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{name} runs with attn_implementation={attention!r}, but a tree needs a mask that only 'sdpa' and 'eager' "
+            "take. Call `model.set_attn_implementation('sdpa')` first."
+        )
+
+
+def _architecture_reason(model: PreTrainedModel) -> str | None:
+    config = model.config.get_text_config()
+    if getattr(model, "_is_stateful", False):
+        return "keeps a recurrent state"
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        return "encodes positions by cache slot (alibi)"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "takes no `position_ids`"
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    odd = layer_types - {"full_attention", "sliding_attention"}
+    if odd:
+        return f"has layers of the kind {sorted(odd)}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
+    if "dynamic" in kinds:
+        return "rescales all rotary positions as the text grows (rope_type 'dynamic')"
+    return None
