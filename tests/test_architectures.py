@@ -1,0 +1,61 @@
+"""The contract on every architecture: with any tree, the tokens of plain `generate` with the same seed."""
+
+import pytest
+import torch
+from transformers import set_seed
+
+from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
+from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach
+from transformers_resps.probe import _COMPARED, check_tree_attention
+
+
+class ChangingPolicy(Policy):
+    """Another tree at every step, plain steps among them."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+
+    def choose(self, observation: Observation) -> TreeShape:
+        total, depth, top_k = (int(torch.randint(low, high, (), generator=self.generator)) for low, high in _BOUNDS)
+        return TreeShape(total, depth, top_k)
+
+
+_BOUNDS = ((1, 60), (0, 5), (1, VOCABULARY + 1))
+_CASES = [(architecture, attention) for architecture in ARCHITECTURES for attention in architecture.attention]
+
+
+@pytest.mark.parametrize(("architecture", "attention"), _CASES, ids=lambda case: str(case))
+def test_any_tree_gives_the_tokens_of_plain_generate(architecture: Architecture, attention: str) -> None:
+    target = attach(architecture.build(attention))
+    torch.manual_seed(1)
+    head = DraftHead.from_target(target)
+    prompts = torch.randint(1, VOCABULARY, (2, 11))
+    mask = torch.ones_like(prompts)
+    mask[1, :4] = 0
+    accepted = 0
+    for inputs in (
+        {"input_ids": prompts[:1], "attention_mask": mask[:1]},
+        {"input_ids": prompts * mask, "attention_mask": mask},
+    ):
+        for do_sample in (False, True):
+            for policy in (FixedPolicy(TreeShape(40, 3, VOCABULARY)), ChangingPolicy()):
+                options = {**inputs, "do_sample": do_sample, "max_new_tokens": 22}
+                set_seed(3)
+                expected = target.generate(**options)
+                set_seed(3)
+                out = target.generate(**options, assistant_model=head, policy=policy, return_dict_in_generate=True)
+                assert out.sequences.tolist() == expected.tolist()
+                accepted += out.speculation.emitted - out.speculation.target_forwards * len(expected)
+    assert accepted > 0, "no drafted token was ever accepted: the comparison proved nothing"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_the_probe_agrees_with_every_architecture_that_is_compared(architecture: Architecture) -> None:
+    assert architecture.model_type in _COMPARED
+    target = architecture.build(architecture.attention[0])
+    target.config.get_text_config().model_type = "unknown"  # so that the probe runs
+    check_tree_attention(target)
+
+
+def test_the_probe_covers_exactly_the_architectures_that_are_compared() -> None:
+    assert {architecture.model_type for architecture in ARCHITECTURES} == _COMPARED
