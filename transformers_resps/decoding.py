@@ -15,11 +15,12 @@ from .acceptance import Acceptance, Text, walk
 from .attention import tree_attention_mask, tree_positions
 from .cache import cached_length, check_cache, keep_nodes
 from .candidate_generator import TreeCandidateGenerator
+from .features import Features, FeatureTap
 from .head import BoundHead
 from .policy import Observation, Policy
 from .telemetry import SpeculationReport, StepRecord
 from .tree import DraftTree, TreeShape
-from .versions import CACHE_KEYWORD, hidden_states_request
+from .versions import CACHE_KEYWORD
 
 
 class TreeDecoding:
@@ -33,6 +34,7 @@ class TreeDecoding:
         cache: the target's, empty.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
         position_ids: `[b or 1, s]` of the prompt.
+        tap: open, catches the features that the head reads.
         max_length: positions the text may reach.
         clock: seconds; tests pass a fake one.
     """
@@ -47,12 +49,13 @@ class TreeDecoding:
         cache: Cache,
         attention_mask: Tensor | None,
         position_ids: Tensor,
+        tap: FeatureTap,
         max_length: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.target, self.policy, self.text, self.cache = target, policy, text, cache
         self.report = SpeculationReport(batch_size=len(text.input_ids))
-        self._feature_layers = head.head.config.feature_layers or []
+        self._tap = tap
         self._generator = TreeCandidateGenerator(head, len(text.input_ids), attention_mask)
         self._mask = attention_mask
         self._positions = position_ids
@@ -70,14 +73,14 @@ class TreeDecoding:
         self.cache.activate_past_recording()
         for start in range(0, length, chunk_size or length):
             end = min(start + (chunk_size or length), length)
-            outputs = self._forward(
+            outputs, caught = self._forward(
                 prompt[:, start:end],
                 None if self._mask is None else self._mask[:, :end],
                 self._positions[:, start:end],
                 **logits_to_keep,
             )
             self.cache.crop(0)
-            features.append(self._features(outputs))
+            features.append(caught.concatenated())
         check_cache(self.cache)
         verified = self._clock()
         tree = DraftTree.root_only(prompt[:, -1])
@@ -92,10 +95,10 @@ class TreeDecoding:
         shape = self._clip(self.policy.choose(observation))
         tree, drafted_count = self._draft(shape)
         drafted = self._clock()
-        outputs = self._verify(tree)
+        outputs, features = self._verify(tree)
         verified = self._clock()
         acceptance = walk(tree, outputs.logits, self.text)
-        self._keep(tree, acceptance, outputs)
+        self._keep(tree, acceptance, features)
         record = self._record(shape, drafted_count, tree, acceptance, (started, drafted, verified))
         self.policy.observe(record)
 
@@ -121,7 +124,7 @@ class TreeDecoding:
             return DraftTree.root_only(root), drafted
         return DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens), drafted
 
-    def _verify(self, tree: DraftTree) -> Any:
+    def _verify(self, tree: DraftTree) -> tuple[Any, Features]:
         """The target's forward over all nodes; a lone root runs exactly as in plain decoding."""
         if self._mask is not None:
             missing = self.text.length - self._mask.shape[1]
@@ -132,29 +135,26 @@ class TreeDecoding:
             mask = tree_attention_mask(self.target.config, self.cache, self._mask, tree, self.target.dtype)
         return self._forward(tree.tokens, mask, tree_positions(tree, self._root_positions))
 
-    def _forward(self, tokens: Tensor, mask: Any, positions: Tensor, **kwargs: int) -> Any:
-        return self.target(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            output_hidden_states=hidden_states_request(self._feature_layers),
-            return_dict=True,
-            **{CACHE_KEYWORD: self.cache},
-            **kwargs,
-        )
+    def _forward(self, tokens: Tensor, mask: Any, positions: Tensor, **kwargs: int) -> tuple[Any, Features]:
+        with self._tap.record() as features:
+            outputs = self.target(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                return_dict=True,
+                **{CACHE_KEYWORD: self.cache},
+                **kwargs,
+            )
+        return outputs, features
 
-    def _features(self, outputs: Any) -> Tensor:
-        """`[b, t, A * h]` of the kept layers, shallow to deep."""
-        return torch.cat([outputs.hidden_states[layer] for layer in self._feature_layers], dim=-1)
-
-    def _keep(self, tree: DraftTree, acceptance: Acceptance, outputs: Any) -> None:
+    def _keep(self, tree: DraftTree, acceptance: Acceptance, features: Features) -> None:
         """The target's cache keeps the accepted path; the features of that path go to the head."""
         path = acceptance.path
         keep_nodes(self.cache, path, tree.node_count)
-        features = self._features(outputs)
-        index = path.to(features.device)[..., None].expand(-1, -1, features.shape[-1])
-        self._generator.observe(features.gather(1, index), acceptance.tokens)
+        states = features.concatenated()
+        index = path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
+        self._generator.observe(states.gather(1, index), acceptance.tokens)
         self._root_positions = self._root_positions + path.shape[1]
 
     def _record(

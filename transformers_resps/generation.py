@@ -17,6 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .acceptance import Text
 from .decoding import TreeDecoding
+from .features import FeatureTap
 from .head import BoundHead, DraftHead
 from .policy import FixedPolicy, Policy
 from .probe import check_tree_attention
@@ -146,24 +147,8 @@ class ReSpSGenerationMixin(GenerationMixin):
             keep_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
             keep_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
         )
-        decoding = TreeDecoding(
-            cast(PreTrainedModel, self),
-            request.head,
-            request.policy,
-            text,
-            cache=model_kwargs[CACHE_KEYWORD],
-            attention_mask=model_kwargs["attention_mask"],
-            position_ids=model_kwargs["position_ids"],
-            max_length=generation_config.max_length,
-        )
         try:
-            decoding.prefill(
-                generation_config.prefill_chunk_size,
-                {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs},
-            )
-            with self._optimize_model_for_decode():
-                while not text.finished:
-                    decoding.step()
+            report = self._decode(request, text, generation_config, model_kwargs)
         finally:
             if streamer is not None:
                 streamer.end()
@@ -173,9 +158,35 @@ class ReSpSGenerationMixin(GenerationMixin):
             sequences=text.input_ids,
             scores=text.scores,
             logits=text.logits,
-            speculation=decoding.report,
-            **{CACHE_KEYWORD: decoding.cache},
+            speculation=report,
+            **{CACHE_KEYWORD: model_kwargs[CACHE_KEYWORD]},
         )
+
+    def _decode(
+        self, request: _Request, text: Text, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> SpeculationReport:
+        """Prefill, then one step after another until the text is finished."""
+        target = cast(PreTrainedModel, self)
+        with FeatureTap(target, request.head.head.config.feature_layers or []) as tap:
+            decoding = TreeDecoding(
+                target,
+                request.head,
+                request.policy,
+                text,
+                cache=model_kwargs[CACHE_KEYWORD],
+                attention_mask=model_kwargs["attention_mask"],
+                position_ids=model_kwargs["position_ids"],
+                tap=tap,
+                max_length=generation_config.max_length,
+            )
+            decoding.prefill(
+                generation_config.prefill_chunk_size,
+                {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs},
+            )
+            with self._optimize_model_for_decode():
+                while not text.finished:
+                    decoding.step()
+        return decoding.report
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the model's own class: the subclass exists in memory only."""

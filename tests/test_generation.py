@@ -1,0 +1,398 @@
+"""The contract on every option of `generate`: the same call without a head is the oracle."""
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    TextIteratorStreamer,
+    WatermarkingConfig,
+    set_seed,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from tests.targets import VOCABULARY, Architecture
+from tests.tokenizers import letter_tokenizer
+from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach, detach
+
+
+WIDE = TreeShape(40, 3, VOCABULARY)  # so wide that most picks are drafted
+SAMPLING = {"do_sample": True, "temperature": 1.3}
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return attach(Architecture("llama", {"eos_token_id": 2, "max_position_embeddings": 64}).build("sdpa"))
+
+
+@pytest.fixture(scope="module")
+def head(target: PreTrainedModel) -> DraftHead:
+    torch.manual_seed(1)
+    return DraftHead.from_target(target)
+
+
+@pytest.fixture
+def prompt() -> torch.Tensor:
+    return torch.tensor([[5, 7, 11, 3, 9, 7, 11]])
+
+
+def both(target: Any, head: DraftHead, inputs: Any, shape: TreeShape = WIDE, seed: int = 0, **options: Any) -> Any:
+    """The output of the same call, plain and with the head."""
+    inputs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
+    outputs = []
+    for extra in ({}, {"assistant_model": head, "policy": FixedPolicy(shape)}):
+        set_seed(seed)
+        call = {"max_new_tokens": 24, "return_dict_in_generate": True, **options}
+        made = {name: value() if isinstance(value, type) else value for name, value in call.items()}
+        outputs.append(target.generate(**inputs, **made, **extra))
+    return outputs
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature": SAMPLING,
+    "top-k": SAMPLING | {"top_k": 5},
+    "top-p": SAMPLING | {"top_p": 0.8},
+    "min-p": SAMPLING | {"min_p": 0.1},
+    "typical": SAMPLING | {"typical_p": 0.8},
+    "epsilon": SAMPLING | {"epsilon_cutoff": 0.02},
+    "repetition penalty": {"repetition_penalty": 1.7},
+    "repetition penalty, sampled": SAMPLING | {"repetition_penalty": 1.7},
+    "no repeated n-gram": {"no_repeat_ngram_size": 2},
+    "bad words": {"bad_words_ids": [[4], [7, 11]]},
+    "suppressed tokens": {"suppress_tokens": [3, 8]},
+    "sequence bias": {"sequence_bias": {(9,): 2.0}},
+    "min new tokens": SAMPLING | {"min_new_tokens": 12},
+    "forced end token": {"forced_eos_token_id": 2},
+    "exponential decay": SAMPLING | {"exponential_decay_length_penalty": (4, 1.2)},
+    "prefix constraint": SAMPLING | {"prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) + i) % 19 for i in (1, 3)]},
+    "watermark": SAMPLING | {"watermarking_config": WatermarkingConfig()},
+    "synthid": SAMPLING
+    | {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[5, 7, 11], context_history_size=8)},
+    "guidance scale": {"guidance_scale": 1.5},
+    "guidance scale, sampled": SAMPLING | {"guidance_scale": 1.5},
+    "several end tokens": SAMPLING | {"eos_token_id": [2, 6, 12]},
+    "one new token": {"max_new_tokens": 1},
+    "two new tokens": {"max_new_tokens": 2},
+    "max_length in the middle of a tree": {"max_new_tokens": None, "max_length": 15},
+    "prefill in chunks": {"prefill_chunk_size": 3},
+    "dynamic cache by name": {"cache_implementation": "dynamic"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_changes_nothing_about_losslessness(
+    name: str, target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    for seed in range(3):
+        plain, tree = both(target, head, prompt, seed=seed, **OPTIONS[name])
+        assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+def test_scores_and_logits_are_those_of_plain_generate(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    wanted = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.3}
+    plain, tree = both(target, head, prompt, **SAMPLING, **wanted)
+    for name in ("scores", "logits"):
+        ours, theirs = getattr(tree, name), getattr(plain, name)
+        assert len(ours) == len(theirs)
+        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_prompt_may_be_a_single_token(target: PreTrainedModel, head: DraftHead, length: int) -> None:
+    plain, tree = both(target, head, torch.arange(5, 5 + length)[None], **SAMPLING)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_rows_of_a_padded_batch_finish_on_their_own(target: PreTrainedModel, head: DraftHead, do_sample: bool) -> None:
+    ids = torch.randint(3, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 3, 8, 5)):
+        mask[row, :pads] = 0
+    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    lengths = set()
+    for seed in range(6):
+        plain, tree = both(target, head, inputs, seed=seed, do_sample=do_sample, eos_token_id=[2, 6])
+        assert tree.sequences.tolist() == plain.sequences.tolist()
+        lengths |= {int((row != 0).sum()) for row in tree.sequences[:, 9:]}
+        assert tree.speculation.emitted == sum(sum(step.emitted) for step in tree.speculation.steps)
+    assert len(lengths) > 1 or not do_sample
+
+
+class StopAfter(StoppingCriteria):
+    """Stops each row at its own length, wherever in an accepted run that is."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        return input_ids.shape[1] >= self.lengths[: len(input_ids)]
+
+
+@pytest.mark.parametrize("length", range(8, 16))
+def test_a_custom_criterion_stops_in_the_middle_of_an_accepted_run(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, length: int
+) -> None:
+    criteria = StoppingCriteriaList([StopAfter((length,))])
+    plain, tree = both(target, head, prompt, stopping_criteria=criteria)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+    assert tree.sequences.shape[1] == length
+
+
+def test_without_an_end_token_finished_rows_go_on_as_in_plain_generate(head: DraftHead, target: PreTrainedModel) -> None:
+    ids = torch.randint(3, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
+    criteria = StoppingCriteriaList([StopAfter((9, 14, 20))])
+    plain, tree = both(target, head, ids, stopping_criteria=criteria, eos_token_id=-1, **SAMPLING)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+class CountingProcessor(LogitsProcessor):
+    """Stateful: forbids the token it would have picked, every third call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.calls += 1
+        if self.calls % 3 == 0:
+            scores = scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf)
+        return scores
+
+
+def test_a_stateful_processor_is_called_once_per_committed_token(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    outputs, calls = [], []
+    for extra in ({}, {"assistant_model": head, "policy": FixedPolicy(WIDE)}):
+        processor = CountingProcessor()
+        outputs.append(
+            target.generate(prompt, logits_processor=LogitsProcessorList([processor]), max_new_tokens=20, **extra)
+        )
+        calls.append(processor.calls)
+    assert outputs[0].tolist() == outputs[1].tolist()
+    assert calls[0] == calls[1] == outputs[0].shape[1] - prompt.shape[1]
+
+
+@pytest.mark.parametrize("stop", ["d", "fg", "kk"])
+def test_stop_strings_stop_at_the_same_token(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, stop: str
+) -> None:
+    for seed in range(4):
+        plain, tree = both(
+            target, head, prompt, seed=seed, stop_strings=[stop], tokenizer=letter_tokenizer(), **SAMPLING
+        )
+        assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+class Recorder(BaseStreamer):
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.values: list[Any] = []
+        self.ended = 0
+        self.fails_at = fails_at
+
+    def put(self, value: torch.Tensor) -> None:
+        if len(self.values) == self.fails_at:
+            raise RuntimeError("the reader went away")
+        self.values.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_the_streamer_gets_what_plain_generate_streams(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    plain, tree = Recorder(), Recorder()
+    target.generate(prompt, streamer=plain, max_new_tokens=20)
+    target.generate(prompt, streamer=tree, max_new_tokens=20, assistant_model=head, policy=FixedPolicy(WIDE))
+    assert tree.values == plain.values
+    assert tree.ended == plain.ended == 1
+
+
+def test_a_text_iterator_streamer_in_a_thread_gets_the_whole_text(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    tokenizer = letter_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20)
+    options = {"max_new_tokens": 20, "assistant_model": head, "policy": FixedPolicy(WIDE), "streamer": streamer}
+    thread = threading.Thread(target=target.generate, args=(prompt,), kwargs=options)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    expected = target.generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :]
+    assert text == tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("fails_at", [1, 4])
+def test_a_streamer_that_raises_leaves_the_model_usable(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, fails_at: int
+) -> None:
+    streamer = Recorder(fails_at)
+    with pytest.raises(RuntimeError, match="the reader went away"):
+        target.generate(prompt, streamer=streamer, assistant_model=head, policy=FixedPolicy(WIDE), max_new_tokens=20)
+    assert streamer.ended == 1, "a reader in another thread would wait for ever"
+    plain, tree = both(target, head, prompt)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+def test_drafting_leaves_the_global_generator_where_plain_generate_leaves_it(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    states = []
+    for extra in ({}, {"assistant_model": head}):
+        set_seed(4)
+        target.generate(prompt, max_new_tokens=20, **SAMPLING, **extra)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_two_threads_share_a_model(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:
+    expected = target.generate(prompt, max_new_tokens=24).tolist()
+    found: dict[int, Any] = {}
+
+    def run(index: int) -> None:
+        extra = {"assistant_model": head, "policy": FixedPolicy(WIDE)} if index % 2 else {}
+        found[index] = target.generate(prompt, max_new_tokens=24, **extra).tolist()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[index] == expected for index in range(4))
+
+
+def test_learned_positions_may_run_out_in_the_middle_of_a_tree() -> None:
+    architecture = Architecture("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 20})
+    target = attach(architecture.build("sdpa"))
+    plain, tree = both(target, DraftHead.from_target(target), torch.arange(3, 10)[None], max_new_tokens=13)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+def test_a_tree_never_crosses_the_boundary_at_which_longrope_changes_its_frequencies() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 16
+    target = attach(Architecture("phi3", {"rope_parameters": rope, "max_position_embeddings": 64}).build("sdpa"))
+    plain, tree = both(target, DraftHead.from_target(target), torch.arange(3, 10)[None], max_new_tokens=20)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+    assert tree.speculation.tau > 1
+
+
+# --- attach ---------------------------------------------------------------------------------------------------------
+
+
+def test_attach_returns_the_same_object_and_detach_restores_it() -> None:
+    model = Architecture("llama").build("sdpa")
+    cls, weights = type(model), {name: value.clone() for name, value in model.state_dict().items()}
+    assert attach(model) is model and attach(model) is model
+    assert isinstance(model, cls)
+    assert detach(model) is model and type(model) is cls
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_stock_assistants_work_on_an_attached_model(target: PreTrainedModel, prompt: torch.Tensor) -> None:
+    stock = detach(copy.deepcopy(target))
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(stock)}):
+        expected = stock.generate(prompt, max_new_tokens=16, **options)
+        assert target.generate(prompt, max_new_tokens=16, **options).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_attached_model_speculates_too(
+    duplicate: Any, target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    plain, tree = both(duplicate(target), head, prompt)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+def test_saving_an_attached_model_names_its_own_architecture(target: PreTrainedModel, tmp_path: Any) -> None:
+    target.save_pretrained(tmp_path)
+    assert type(target).from_pretrained(tmp_path).config.architectures == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_a_target_with_a_lora_adapter_speculates(prompt: torch.Tensor, attach_first: bool) -> None:
+    model = Architecture("llama").build("sdpa")
+    head = DraftHead.from_target(model)
+    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    wrapped = get_peft_model(attach(model), lora) if attach_first else attach(get_peft_model(model, lora))
+    plain, tree = both(wrapped.eval(), head, prompt)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+    assert tree.speculation.tau > 1
+
+
+def test_a_head_with_an_adapter_drafts(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:
+    wrapped = get_peft_model(copy.deepcopy(head), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    plain, tree = both(target, wrapped, prompt)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+def test_the_pipeline_takes_a_head(target: PreTrainedModel, head: DraftHead) -> None:
+    from transformers import pipeline
+
+    tokenizer = letter_tokenizer()
+    options = {"max_new_tokens": 16, "do_sample": False}
+    plain = pipeline("text-generation", model=target, tokenizer=tokenizer)("bdfh", **options)
+    tree = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=head)("bdfh", **options)
+    assert tree == plain
+
+
+# --- what the report says -------------------------------------------------------------------------------------------
+
+
+def test_the_report_adds_up(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:
+    _, tree = both(target, head, prompt, eos_token_id=-1)
+    report = tree.speculation
+    assert report.emitted == tree.sequences.shape[1] - prompt.shape[1] == 24
+    assert report.target_forwards == len(report.steps)
+    assert report.tau == report.emitted / report.target_forwards > 1
+    for step in report.steps:
+        assert step.emitted == step.accepted + 1
+        assert step.verified <= step.shape.total_tokens
+        assert step.accepted <= step.shape.depth
+        assert step.draft_seconds + step.verify_seconds <= step.step_seconds
+
+
+def test_the_default_tree_of_the_head_is_used_without_a_policy(target: PreTrainedModel, prompt: torch.Tensor) -> None:
+    head = DraftHead.from_target(target, default_tree=[4, 3, 1])
+    out = target.generate(prompt, assistant_model=head, max_new_tokens=10, return_dict_in_generate=True)
+    assert out.speculation.steps[1].shape == TreeShape(4, 3, 1)
+    assert out.speculation.steps[1].verified == 4
+
+
+def test_a_policy_may_stop_growing_and_choose_the_number_of_nodes(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    class Careful(FixedPolicy):
+        told: list[Any] = []
+
+        def grow(self, level: Any) -> bool:
+            assert level.scores.shape == (1, 4)
+            return level.depth < 2
+
+        def size(self, scores: torch.Tensor) -> int:
+            assert scores.shape in ((1, 4), (1, 4 + 16))  # one level only where the text may grow by one token
+            return 5
+
+        def observe(self, record: Any) -> None:
+            self.told.append(record)
+
+    policy: Policy = Careful(TreeShape(30, 6, 4))
+    options = {"max_new_tokens": 20, "eos_token_id": -1}
+    out = target.generate(prompt, assistant_model=head, policy=policy, return_dict_in_generate=True, **options)
+    assert out.sequences.tolist() == target.generate(prompt, **options).tolist()
+    assert [step.verified for step in out.speculation.steps[1:-3]] == [5] * (len(out.speculation.steps) - 4)
+    assert policy.told == out.speculation.steps[1:]  # type: ignore[attr-defined]

@@ -1,0 +1,106 @@
+"""The target's features: the hidden states that a head reads, caught as they pass.
+
+`output_hidden_states` of Transformers would do as well, but it leaves hooks in the model that cannot be pickled,
+keeps all layers in releases before 5.23, and gives the last layer only after the final norm.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+# Which recording the forward that runs in this thread belongs to: two threads may share a target.
+_recording: ContextVar[dict[int, Tensor] | None] = ContextVar("resps_features", default=None)
+
+
+class FeatureTap:
+    """Catches the inputs of some decoder layers of `target`; inside `with`, and only during `record`.
+
+    Args:
+        target: any decoder of Transformers.
+        layers: ascending, in the `output_hidden_states` convention: j is what enters layer j, the number of layers is
+            what leaves the last one, before the final norm.
+
+    Raises:
+        ValueError: the target has no such layers.
+    """
+
+    def __init__(self, target: PreTrainedModel, layers: list[int]) -> None:
+        self._decoder_layers = _decoder_layers(target)
+        self._layers = layers
+        self._hooks = ExitStack()
+        if not layers or min(layers) < 0 or max(layers) > len(self._decoder_layers):
+            raise ValueError(
+                f"The head reads the feature layers {layers}, but {type(target).__name__} has the hidden states 0 to "
+                f"{len(self._decoder_layers)}. Load the head that belongs to this target."
+            )
+
+    def __enter__(self) -> "FeatureTap":
+        for index in self._layers:
+            if index == len(self._decoder_layers):
+                handle = self._decoder_layers[-1].register_forward_hook(_Catch(index).leaving)
+            else:
+                handle = self._decoder_layers[index].register_forward_pre_hook(_Catch(index).entering, with_kwargs=True)
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.close()
+
+    @contextmanager
+    def record(self) -> Iterator["Features"]:
+        """The features of the forward that runs inside."""
+        features = Features(self._layers)
+        token = _recording.set(features.caught)
+        try:
+            yield features
+        finally:
+            _recording.reset(token)
+
+
+class Features:
+    """What one forward left behind."""
+
+    def __init__(self, layers: list[int]) -> None:
+        self.layers = layers
+        self.caught: dict[int, Tensor] = {}
+
+    def concatenated(self) -> Tensor:
+        """`[b, t, A * h]`, shallow to deep."""
+        first = self.caught[self.layers[0]]
+        return torch.cat([self.caught[layer].to(first.device) for layer in self.layers], dim=-1)
+
+
+class _Catch:
+    """A hook for one feature layer."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def _keep(self, states: Tensor) -> None:
+        caught = _recording.get()
+        if caught is not None:
+            caught[self.index] = states
+
+    def entering(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._keep(arguments[0] if arguments else keywords["hidden_states"])
+
+    def leaving(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        self._keep(output[0] if isinstance(output, tuple) else output)
+
+
+def _decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
+    """The outermost list with as many modules as the target has layers."""
+    count = target.config.get_text_config().num_hidden_layers
+    for module in target.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"{type(target).__name__} has no list of {count} decoder layers, but a head reads what passes between them. "
+        "Draft heads need a decoder with one `nn.ModuleList` of layers."
+    )
