@@ -1,4 +1,4 @@
-"""Every architecture the contract is held on: tiny, random, and with a vocabulary so small that wide trees are right."""
+"""Every architecture the contract is held on: tiny, random, its vocabulary so small that wide trees are right."""
 
 from dataclasses import dataclass, field
 from typing import Any

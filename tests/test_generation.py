@@ -75,7 +75,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "min new tokens": SAMPLING | {"min_new_tokens": 12},
     "forced end token": {"forced_eos_token_id": 2},
     "exponential decay": SAMPLING | {"exponential_decay_length_penalty": (4, 1.2)},
-    "prefix constraint": SAMPLING | {"prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) + i) % 19 for i in (1, 3)]},
+    "prefix constraint": SAMPLING
+    | {"prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) + i) % 19 for i in (1, 3)]},
     "watermark": SAMPLING | {"watermarking_config": WatermarkingConfig()},
     "synthid": SAMPLING
     | {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[5, 7, 11], context_history_size=8)},
@@ -152,7 +153,9 @@ def test_a_custom_criterion_stops_in_the_middle_of_an_accepted_run(
     assert tree.sequences.shape[1] == length
 
 
-def test_without_an_end_token_finished_rows_go_on_as_in_plain_generate(head: DraftHead, target: PreTrainedModel) -> None:
+def test_without_an_end_token_finished_rows_go_on_as_in_plain_generate(
+    head: DraftHead, target: PreTrainedModel
+) -> None:
     ids = torch.randint(3, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
     criteria = StoppingCriteriaList([StopAfter((9, 14, 20))])
     plain, tree = both(target, head, ids, stopping_criteria=criteria, eos_token_id=-1, **SAMPLING)

@@ -8,7 +8,7 @@ looking at the picks, and identical with the same seed. `min(1, p/q)` on chosen 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class Text:
     def commit(self, logits: Tensor) -> Tensor:
         """Pick and append one token per row from the target's logits `[b, v]`; returns them, `[b]`."""
         logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
-        scores = self._logits_processor(self.input_ids, logits)
+        scores: Tensor = self._logits_processor(cast(torch.LongTensor, self.input_ids), cast(Any, logits))
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
@@ -92,9 +92,12 @@ class Text:
         else:
             tokens = scores.argmax(dim=-1)
         if self._pads:
+            assert self._pad_token is not None
             tokens = tokens * self.unfinished + self._pad_token * (1 - self.unfinished)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
-        self.unfinished = self.unfinished & ~self._stopping_criteria(self.input_ids, self.scores)
+        self.unfinished = self.unfinished & ~self._stopping_criteria(
+            cast(torch.LongTensor, self.input_ids), cast(Any, self.scores)
+        )
         if self._streamer is not None:
             self._streamer.put(tokens.cpu())
         self.finished = bool(self.unfinished.max() == 0)

@@ -3,6 +3,8 @@
 The only file that touches the inside of Transformers' caches.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -39,15 +41,22 @@ def cached_length(cache: Cache) -> int:
 
 def visible_length(cache: Cache, layer_index: int) -> int:
     """Past positions that layer `layer_index` still shows to a new token."""
-    layer = cache.layers[layer_index]
-    kept = layer.keys.shape[-2] if getattr(layer, "keys", None) is not None and layer.keys.numel() else 0
-    return kept if window_of(cache, layer_index) is None else min(kept, layer.sliding_window - 1)
+    states = _states(cache.layers[layer_index])
+    window = window_of(cache, layer_index)
+    kept = states[0].shape[-2] if states else 0
+    return kept if window is None else min(kept, window - 1)
 
 
 def window_of(cache: Cache, layer_index: int) -> int | None:
     """The sliding window of a layer, or `None` where attention is full."""
-    layer = cache.layers[layer_index]
+    layer: Any = cache.layers[layer_index]
     return int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
+
+
+def _states(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Keys and values `[b, heads, s, hd]`, or `None` for a layer that holds none (yet, or because it shares)."""
+    keys = getattr(layer, "keys", None)
+    return None if keys is None or not keys.numel() else (keys, layer.values)
 
 
 def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
@@ -64,9 +73,8 @@ def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
     in_place = torch.arange(kept, device=path.device)
     if kept < node_count and not bool((path == in_place).all()):
         for layer in cache.layers:
-            if getattr(layer, "keys", None) is not None and layer.keys.numel():
-                _move_forward(layer.keys, path, node_count)
-                _move_forward(layer.values, path, node_count)
+            for states in _states(layer) or ():
+                _move_forward(states, path, node_count)
     cache.crop(kept - node_count)
 
 

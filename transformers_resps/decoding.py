@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from .acceptance import Acceptance, Text, walk
 from .attention import tree_attention_mask, tree_positions
-from .cache import cached_length, check_cache, keep_nodes
+from .cache import check_cache, keep_nodes
 from .candidate_generator import TreeCandidateGenerator
 from .features import Features, FeatureTap
 from .head import BoundHead
@@ -158,7 +158,12 @@ class TreeDecoding:
         self._root_positions = self._root_positions + path.shape[1]
 
     def _record(
-        self, shape: TreeShape, drafted: int, tree: DraftTree, acceptance: Acceptance, clock: tuple[float, float, float]
+        self,
+        shape: TreeShape,
+        drafted: int,
+        tree: DraftTree,
+        acceptance: Acceptance,
+        clock: tuple[float, float, float],
     ) -> StepRecord:
         started, drafting_ended, verifying_ended = clock
         emitted = acceptance.emitted.tolist()

@@ -45,7 +45,9 @@ class FeatureTap:
             if index == len(self._decoder_layers):
                 handle = self._decoder_layers[-1].register_forward_hook(_Catch(index).leaving)
             else:
-                handle = self._decoder_layers[index].register_forward_pre_hook(_Catch(index).entering, with_kwargs=True)
+                handle = self._decoder_layers[index].register_forward_pre_hook(
+                    _Catch(index).entering, with_kwargs=True
+                )
             self._hooks.callback(handle.remove)
         return self
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .acceptance import Text
 from .decoding import TreeDecoding
@@ -67,11 +67,10 @@ class ReSpSGenerationMixin(GenerationMixin):
         policy: Policy | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `GenerationMixin.generate`, and with a draft head faster.
+        """As `GenerationMixin.generate`, whose parameters all hold, and with a draft head faster.
 
-        Args:
-            assistant_model: a `DraftHead` for draft trees; anything else is Transformers' own assisted decoding.
-            policy: who shapes the trees; the head's default tree when `None`.
+        With a `DraftHead` as `assistant_model` draft trees are decoded; anything else there is Transformers' own
+        assisted decoding. `policy` shapes the trees: the head's default tree when `None`.
 
         Returns:
             The tokens that the same call without `assistant_model` and `policy` returns with the same seed; with
@@ -123,7 +122,8 @@ class ReSpSGenerationMixin(GenerationMixin):
     ) -> Any:
         request = _request.get()
         if request is None or assistant_model is not request.head.head:
-            return super()._assisted_decoding(
+            stock: Any = super()
+            return stock._assisted_decoding(
                 input_ids,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
@@ -154,13 +154,8 @@ class ReSpSGenerationMixin(GenerationMixin):
                 streamer.end()
         if not generation_config.return_dict_in_generate:
             return text.input_ids
-        return SpeculativeOutput(
-            sequences=text.input_ids,
-            scores=text.scores,
-            logits=text.logits,
-            speculation=report,
-            **{CACHE_KEYWORD: model_kwargs[CACHE_KEYWORD]},
-        )
+        kept: dict[str, Any] = {"sequences": text.input_ids, "scores": text.scores, "logits": text.logits}
+        return SpeculativeOutput(**kept, speculation=report, **{CACHE_KEYWORD: model_kwargs[CACHE_KEYWORD]})
 
     def _decode(
         self, request: _Request, text: Text, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
@@ -183,14 +178,15 @@ class ReSpSGenerationMixin(GenerationMixin):
                 generation_config.prefill_chunk_size,
                 {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs},
             )
-            with self._optimize_model_for_decode():
+            with cast(Any, target)._optimize_model_for_decode():
                 while not text.finished:
                     decoding.step()
         return decoding.report
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the model's own class: the subclass exists in memory only."""
-        function, arguments, *state = super().__reduce_ex__(protocol)  # type: ignore[misc]  # always a tuple here
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *state = reduced
         if arguments and arguments[0] is type(self):
             return (_new_attached, (type(self).__mro__[2], *arguments[1:]), *state)
         return (function, arguments, *state)
@@ -221,8 +217,8 @@ def _make_request(
             f"Got policy={policy!r}, but a policy needs the methods `choose`, `grow`, `size` and `observe`. Subclass "
             "`transformers_resps.Policy`, which has a default for all but the first."
         )
-    check_settings(target, config, arguments)
     check_model(target)
+    check_settings(target, config, arguments)
     bound = BoundHead(head, target)
     check_tree_attention(target)
     return _Request(bound, policy)
@@ -261,7 +257,8 @@ def attach(model: Model) -> Model:
             "`AutoModelForCausalLM.from_pretrained(...)`."
         )
     if not isinstance(inner, ReSpSGenerationMixin):
-        inner.__class__ = _attached_class(type(inner))
+        base: Any = type(inner)
+        inner.__class__ = _attached_class(base)
     return model
 
 

@@ -4,7 +4,7 @@ Stock `generate` would ignore or misroute most of these when it is given an assi
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -14,7 +14,7 @@ from .versions import CACHE_KEYWORD
 
 
 # Setting -> whether a value asks for something that a tree cannot do. Order: decoding, assistants, outputs.
-_SETTINGS = {
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda value: value > 1,
     "num_beam_groups": lambda value: value > 1,
     "constraints": bool,
@@ -130,8 +130,8 @@ def check_model(model: PreTrainedModel) -> None:
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(
-            f"{name} runs with attn_implementation={attention!r}, but a tree needs a mask that only 'sdpa' and 'eager' "
-            "take. Call `model.set_attn_implementation('sdpa')` first."
+            f"{name} runs with attn_implementation={attention!r}, but a tree needs a mask that only 'sdpa' and "
+            "'eager' take. Call `model.set_attn_implementation('sdpa')` first."
         )
 
 

@@ -44,7 +44,7 @@ class TreeShape:
     def from_eagle(cls, total_token: int, depth: int, top_k: int) -> "TreeShape":
         """The shape that EAGLE and Re-SpS call total_token/depth/top_k: they count one level less.
 
-        Their 60/7/10 drafts 8 levels (reference: `topK_genrate` in SafeAILab/EAGLE, one extend pass and `depth` loops).
+        Their 60/7/10 drafts 8 levels (`topK_genrate` in SafeAILab/EAGLE: one extend pass and `depth` loops).
         """
         return cls(total_token, depth + 1, top_k)
 

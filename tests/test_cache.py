@@ -1,0 +1,51 @@
+"""Keeping the accepted nodes: the compacted cache is a fresh prefill of the accepted text."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tests.targets import ARCHITECTURES, Architecture
+from transformers_resps.attention import tree_attention_mask, tree_positions
+from transformers_resps.cache import keep_nodes
+from transformers_resps.tree import DraftTree
+from transformers_resps.versions import CACHE_KEYWORD
+
+
+PROMPTS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11], [9, 1, 2, 6, 6, 8, 2, 10, 3]])
+PATHS = torch.tensor([[0, 2, 4], [0, 1, 3]])  # one row keeps another path than the other
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.attention[0] == "sdpa"], ids=str)
+def test_a_compacted_cache_equals_a_fresh_prefill(architecture: Architecture) -> None:
+    target = architecture.build("sdpa")
+    cache = DynamicCache(config=target.config)
+    cache.activate_past_recording()
+    options = {"use_cache": True, CACHE_KEYWORD: cache}
+    parents = torch.tensor([[0, 0, 0, 1, 2, 2]] * 2)
+    tree = DraftTree.from_parents(torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]), parents)
+    with torch.no_grad():
+        target(input_ids=PROMPTS, **options)
+        cache.crop(0)
+        mask = tree_attention_mask(target.config, cache, None, tree, target.dtype)
+        positions = tree_positions(tree, torch.tensor([9, 9]))
+        target(input_ids=tree.tokens, attention_mask=mask, position_ids=positions, **options)
+        keep_nodes(cache, PATHS, tree.node_count)
+        text = torch.cat([PROMPTS, tree.tokens.gather(1, PATHS)], dim=1)
+        fresh = DynamicCache(config=target.config)
+        target(input_ids=text, use_cache=True, **{CACHE_KEYWORD: fresh})
+    assert cache.get_seq_length() == fresh.get_seq_length() == 12
+    for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
+        if getattr(theirs, "keys", None) is not None:
+            kept = theirs.keys.shape[-2]
+            torch.testing.assert_close(ours.keys[..., -kept:, :], theirs.keys, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours.values[..., -kept:, :], theirs.values, atol=1e-4, rtol=1e-4)
+
+
+def test_the_mask_is_never_bool() -> None:
+    """Eager attention adds its mask to the scores: a bool one would be silently wrong."""
+    tree = DraftTree.from_parents(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 0, 0]]))
+    config = Architecture("llama").build("sdpa").config
+    mask = tree_attention_mask(config, DynamicCache(config=config), None, tree, torch.bfloat16)
+    assert isinstance(mask, torch.Tensor) and mask.dtype == torch.bfloat16
+    lowest = torch.finfo(torch.bfloat16).min
+    assert mask[0, 0].tolist() == [[0, lowest, lowest], [0, 0, lowest], [0, lowest, 0]]

@@ -1,0 +1,190 @@
+"""Everything a tree cannot do is refused by name, before any work: one row per refusal."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tests.targets import Architecture
+from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return attach(Architecture("llama").build("sdpa"))
+
+
+@pytest.fixture(scope="module")
+def head(target: PreTrainedModel) -> DraftHead:
+    return DraftHead.from_target(target)
+
+
+PROMPT = torch.tensor([[3, 4, 5]])
+
+
+def filled_cache() -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
+    return cache
+
+
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "beams": ({"num_beams": 3}, r"num_beams=3.*set `num_beams=1`"),
+    "beams in a config": ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2"),
+    "beam groups": ({"num_beam_groups": 2}, "num_beam_groups"),
+    "constraints": ({"constraints": [object()]}, "constraints"),
+    "forced words": ({"force_words_ids": [[3]]}, "force_words_ids"),
+    "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
+    "dola": ({"dola_layers": "low"}, "dola_layers"),
+    "several sequences": ({"num_return_sequences": 2, "do_sample": True}, "Repeat the prompt"),
+    "token healing": ({"token_healing": True}, "token_healing"),
+    "no cache": ({"use_cache": False}, "use_cache=False"),
+    "static cache": ({"cache_implementation": "static"}, "cache_implementation='static'"),
+    "quantized cache": ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+    "paged cache": ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
+    "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+    "a cache with a past": ({"cache": filled_cache}, "a cache of 3 positions"),
+    "a static cache": ({"cache": lambda: StaticCache(config=LlamaConfig(), max_cache_len=9)}, "StaticLayer"),
+    "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "ask a plain call for them"),
+    "synced gpus": ({"synced_gpus": True}, "synced_gpus"),
+    "assistant tokenizer": ({"assistant_tokenizer": object()}, "assistant_tokenizer"),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+    "early exit": ({"assistant_early_exit": 1}, "assistant_early_exit"),
+    "mtp": ({"use_mtp": True}, "use_mtp"),
+    "speculation type": ({"speculation_type": "dflash"}, "speculation_type"),
+    "ensemble weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
+    "custom generate": ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
+    "compile config": ({"compile_config": CompileConfig()}, "compile_config"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
+    "positions of three dimensions": ({"position_ids": torch.zeros(3, 1, 3, dtype=torch.long)}, "3 dimensions"),
+    "other inputs of the forward": ({"labels": torch.zeros(1, 3, dtype=torch.long)}, "labels"),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_setting_is_refused_by_name(row: str, target: PreTrainedModel, head: DraftHead) -> None:
+    options, message = ROWS[row]
+    made = {name: value() if name == "cache" else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        target.generate(PROMPT, assistant_model=head, max_new_tokens=4, **made)
+
+
+def test_a_policy_without_a_head_says_what_is_missing(target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="a policy shapes the trees of a draft head"):
+        target.generate(PROMPT, policy=FixedPolicy(TreeShape.plain()))
+
+
+def test_an_object_that_is_no_policy_is_refused(target: PreTrainedModel, head: DraftHead) -> None:
+    with pytest.raises(ValueError, match="needs the methods `choose`"):
+        target.generate(PROMPT, assistant_model=head, policy=object())
+    assert not isinstance(object(), Policy)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_an_attention_without_tree_masks_is_refused(attention: str) -> None:
+    target = attach(Architecture("llama").build("sdpa"))
+    head = DraftHead.from_target(target)
+    target.config._attn_implementation_internal = attention
+    with pytest.raises(ValueError, match=f"{attention}.*set_attn_implementation"):
+        target.generate(PROMPT, assistant_model=head)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"vocab_size": 23}, "vocab_size 19 .this target: 23"),
+        ({"hidden_size": 64, "head_dim": 16}, "hidden_size 32 .this target: 64"),
+        ({"num_hidden_layers": 6}, "num_hidden_layers 4 .this target: 6"),
+    ],
+)
+def test_the_head_of_another_target_names_both(head: DraftHead, other: dict[str, Any], message: str) -> None:
+    stranger = attach(Architecture("llama", other).build("sdpa"))
+    stranger.config.name_or_path = "someone/stranger"
+    with pytest.raises(ValueError, match=f"was made for another target, not for someone/stranger.*{message}"):
+        stranger.generate(PROMPT, assistant_model=head)
+
+
+def test_the_head_of_another_architecture_is_refused(head: DraftHead) -> None:
+    stranger = attach(Architecture("qwen2").build("sdpa"))
+    with pytest.raises(ValueError, match="model_type llama .this target: qwen2"):
+        stranger.generate(PROMPT, assistant_model=head)
+
+
+STATEFUL = {
+    "mamba": ({}, "recurrent state"),
+    "bloom": ({"n_layer": 4, "n_head": 4}, "alibi"),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 4}, "alibi"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 48}, "conv"),
+    "llama": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+}
+
+
+@pytest.mark.parametrize("model_type", STATEFUL)
+def test_an_architecture_that_cannot_branch_is_refused(model_type: str) -> None:
+    config, message = STATEFUL[model_type]
+    target = attach(Architecture(model_type, config).build("eager"))
+    text = target.config.get_text_config()
+    head = DraftHead.from_target(
+        Architecture("llama", {"num_hidden_layers": text.num_hidden_layers, "hidden_size": text.hidden_size}).build(
+            "sdpa"
+        )
+    )
+    head.config.target = None
+    with pytest.raises(ValueError, match=message):
+        target.generate(PROMPT, assistant_model=head, max_new_tokens=4)
+
+
+def test_an_encoder_decoder_is_refused(head: DraftHead) -> None:
+    config = T5Config(vocab_size=19, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    target = attach(T5ForConditionalGeneration(config))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        target.generate(PROMPT, assistant_model=head)
+
+
+def test_only_models_that_generate_can_be_attached() -> None:
+    with pytest.raises(ValueError, match="only models with `generate` can be attached"):
+        attach(torch.nn.Linear(2, 2))
+
+
+def test_an_unknown_architecture_that_mixes_siblings_fails_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = attach(Architecture("llama").build("sdpa"))
+    head = DraftHead.from_target(target)
+    target.config.model_type = head.config.target["model_type"] = "newcomer"
+    monkeypatch.setattr(type(target.model.rotary_emb), "forward", _positions_by_slot)
+    with pytest.raises(ValueError, match="so trees would change its answers"):
+        target.generate(PROMPT, assistant_model=head)
+
+
+def _positions_by_slot(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    """Ignores the positions it is told, as alibi models do."""
+    positions = position_ids.min() + torch.arange(x.shape[1])[None]
+    angles = positions[..., None].float() * self.inv_freq.float()
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def test_a_quantized_cache_object_is_refused(target: PreTrainedModel, head: DraftHead) -> None:
+    pytest.importorskip("optimum.quanto")
+    with pytest.raises(ValueError, match="Quant"):
+        target.generate(PROMPT, assistant_model=head, cache=QuantizedCache("quanto", target.config))
+
+
+def test_generation_works_after_every_refusal(target: PreTrainedModel, head: DraftHead) -> None:
+    expected = target.generate(PROMPT, max_new_tokens=8)
+    for options, _ in ROWS.values():
+        made = {name: value() if name == "cache" else value for name, value in options.items()}
+        with pytest.raises(ValueError):
+            target.generate(PROMPT, assistant_model=head, **made)
+    assert target.generate(PROMPT, max_new_tokens=8, assistant_model=head).tolist() == expected.tolist()
