@@ -11,20 +11,26 @@ PACKAGE = Path(__file__).parent.parent / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
-BOTTOM = {"versions", "tree", "cache", "attention", "telemetry"}
-PARTS = {"acceptance", "head", "policy"}
-ENGINE = BOTTOM | PARTS | {"candidate_generator", "generation"}
+BOTTOM = {"versions", "tree", "cache", "attention", "features", "telemetry"}
+PARTS = {"acceptance", "head", "lookup", "policy"}
+LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
+ENGINE = LOOP | {"probe", "refusals", "generation"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "tree": set(),
     "cache": {"versions"},
-    "attention": {"tree", "cache", "versions"},
+    "attention": {"tree", "cache"},
+    "features": {"versions"},
     "telemetry": {"tree"},
     "acceptance": {"tree"},
-    "head": {"tree", "versions"},
+    "head": {"tree"},
+    "lookup": {"tree"},
     "policy": {"tree", "telemetry"},
     "candidate_generator": BOTTOM | PARTS,
-    "generation": BOTTOM | PARTS | {"candidate_generator"},
+    "decoding": BOTTOM | PARTS | {"candidate_generator"},
+    "probe": BOTTOM,
+    "refusals": BOTTOM,
+    "generation": LOOP | {"probe", "refusals"},
     "__init__": ENGINE,
     "verification": ENGINE,
     "trainers": ENGINE,

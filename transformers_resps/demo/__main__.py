@@ -1,0 +1,111 @@
+"""Answer five prompts plain and with a draft head, and show that the text is the same.
+
+Exit status: 0 when every difference is explained by rounding, 1 when one is not.
+"""
+
+import argparse
+import json
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from ..generation import attach
+from ..head import DraftHead
+from .answering import Comparison, compare
+from .report import divergence_line, table, verdict
+from .target import load_target
+
+
+_HEAD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-head"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `resps demo`."""
+    parser = argparse.ArgumentParser("resps demo", description=__doc__)
+    parser.add_argument("--head", default=str(_HEAD), help="folder or Hub id of a head for SmolLM2-135M-Instruct")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    return parser
+
+
+class Demo:
+    """A target in one dtype, its head, and the terminal they answer in."""
+
+    def __init__(self, console: Console, head_path: str, dtype: torch.dtype, max_new_tokens: int) -> None:
+        model, tokenizer = load_target(dtype)
+        self.console, self.max_new_tokens = console, max_new_tokens
+        self.model, self.tokenizer = attach(model), tokenizer
+        self.head = DraftHead.from_pretrained(head_path, target=model)
+        self._compare("warm-up", self.prompt_ids([{"role": "user", "content": "Hello"}]), 8, lambda *_: None)
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> Tensor:
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return torch.tensor(ids)
+
+    def text_of(self, tokens: list[int]) -> str:
+        """Without the end token."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def run(self, row: dict[str, Any], title: str) -> Comparison:
+        """Both answers to one prompt, streamed."""
+        self.console.rule(f"[bold]{title}", align="left")
+        self.console.print(_shortened(row["messages"][-1]["content"]), style="dim", markup=False)
+        progress: dict[str, str] = {}
+        with Live(console=self.console, auto_refresh=False) as live:
+
+            def show(method: str, tokens: list[int], tokens_per_second: float) -> None:
+                progress[method] = f"{method} {len(tokens)} tokens, {tokens_per_second:.1f} tokens/s"
+                lines = Text("  |  ".join(progress.values()), style="cyan")
+                live.update(Group(Text(self.text_of(tokens)), lines), refresh=self.console.is_terminal)
+
+            result = self._compare(row["kind"], self.prompt_ids(row["messages"]), self.max_new_tokens, show)
+        self.console.print()
+        return result
+
+    def _compare(self, kind: str, prompt_ids: Tensor, max_new_tokens: int, show: Any) -> Comparison:
+        return compare(kind, self.model, self.head, prompt_ids, max_new_tokens, show)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    args = make_parser().parse_args(arguments)
+    console = Console()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    rows = [json.loads(line) for line in files("transformers_resps.demo").joinpath("prompts.jsonl").open()]
+
+    console.print("Loading SmolLM2-135M-Instruct in bfloat16. The first time its weights are unpacked: half a minute.")
+    demo = Demo(console, args.head, torch.bfloat16, args.max_new_tokens)
+    results = [demo.run(row, f"{number}/{len(rows)} {row['kind']}") for number, row in enumerate(rows, start=1)]
+
+    parted = [row for row, result in zip(rows, results, strict=True) if result.divergence]
+    exact = Demo(console, args.head, torch.float32, args.max_new_tokens)
+    again = (parted or rows)[0]
+    results.append(exact.run(again, f"{again['kind']} again, in float32, where the text must be equal"))
+    report(console, results, demo)
+    return 0 if all(result.passed for result in results) else 1
+
+
+def report(console: Console, results: list[Comparison], demo: Demo) -> None:
+    """One table, a line for every pair of texts that part, and whether a tree pays here."""
+    console.print(table(results))
+    for result in results:
+        if result.divergence is not None:
+            console.print(divergence_line(result, demo.text_of), markup=False, highlight=False)
+    console.print(verdict(results[:-1]), highlight=False)
+    console.print(verdict(results[-1:]), highlight=False)
+
+
+def _shortened(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

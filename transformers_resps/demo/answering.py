@@ -1,0 +1,109 @@
+"""One prompt answered twice, plain and with a draft head, and what both took.
+
+Knows models, heads and clocks; nothing of terminals.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from ..head import DraftHead
+from ..telemetry import SpeculationReport
+from ..verification import Divergence, explain_divergence
+
+
+Show = Callable[[str, list[int], float], None]  # method, tokens so far, tokens per second so far
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one call of `generate` wrote.
+
+    Attributes:
+        token_ids: `[t]`, without the prompt.
+        seconds: of the whole call, prefill included.
+        token_seconds: median time from one token to the next.
+        speculation: every step; `None` for a plain answer.
+    """
+
+    token_ids: Tensor
+    seconds: float
+    token_seconds: float
+    speculation: SpeculationReport | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Both answers to one prompt; `divergence` says where they part."""
+
+    kind: str
+    dtype: torch.dtype
+    plain: Answer
+    speculative: Answer
+    divergence: Divergence | None
+
+    @property
+    def passed(self) -> bool:
+        """The texts are equal, or rounding explains where they part."""
+        return self.divergence is None or self.divergence.explained
+
+
+class _Watch(BaseStreamer):
+    """Hands every new token on and notes when it came."""
+
+    def __init__(self, method: str, show: Show) -> None:
+        self.method, self.show = method, show
+        self.tokens: list[int] | None = None  # the first `put` brings the prompt
+        self.started = time.perf_counter()
+        self.arrivals: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if self.tokens is None:
+            self.tokens = []
+            return
+        self.tokens += value.flatten().tolist()
+        self.arrivals.append(time.perf_counter())
+        self.show(self.method, self.tokens, len(self.tokens) / (self.arrivals[-1] - self.started))
+
+    def end(self) -> None:
+        """Nothing is buffered."""
+
+
+def compare(
+    kind: str, model: PreTrainedModel, head: DraftHead, prompt_ids: Tensor, max_new_tokens: int, show: Show
+) -> Comparison:
+    """Answer `prompt_ids` `[s]` plain, then with the head's default tree, and judge the difference."""
+    plain = _answer("plain", model, None, prompt_ids, max_new_tokens, show)
+    speculative = _answer("with the head", model, head, prompt_ids, max_new_tokens, show)
+    divergence = explain_divergence(model, prompt_ids, plain.token_ids, speculative.token_ids)
+    return Comparison(kind, model.dtype, plain, speculative, divergence)
+
+
+def _answer(
+    method: str, model: PreTrainedModel, head: DraftHead | None, prompt_ids: Tensor, max_new_tokens: int, show: Show
+) -> Answer:
+    watch = _Watch(method, show)
+    output: Any = cast(Any, model).generate(
+        prompt_ids[None],
+        attention_mask=torch.ones_like(prompt_ids)[None],
+        assistant_model=head,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=watch,
+        return_dict_in_generate=True,
+    )
+    seconds = time.perf_counter() - watch.started
+    gaps = [after - before for before, after in zip(watch.arrivals, watch.arrivals[1:], strict=False)]
+    speculation = None if head is None else output.speculation
+    return Answer(output.sequences[0, len(prompt_ids) :], seconds, median(gaps) if gaps else seconds, speculation)

