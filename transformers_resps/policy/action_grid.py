@@ -1,0 +1,101 @@
+"""The shapes a learned policy picks from.
+
+Knows tree shapes only.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from ..tree import TreeShape
+
+
+@dataclass(frozen=True, slots=True)
+class ActionGrid:
+    """A finite set of shapes; an action is an index into it.
+
+    Args:
+        shapes: distinct, at least one.
+
+    Raises:
+        ValueError: no shape, or one twice.
+    """
+
+    shapes: tuple[TreeShape, ...]
+
+    def __post_init__(self) -> None:
+        if not self.shapes or len(set(self.shapes)) < len(self.shapes):
+            raise ValueError(
+                f"ActionGrid got {len(self.shapes)} shapes, {len(set(self.shapes))} of them distinct, but it needs at "
+                "least one and none twice. Build it with `ActionGrid.from_bins(total_tokens, depth, top_k)`."
+            )
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, action: int) -> TreeShape:
+        return self.shapes[action]
+
+    @classmethod
+    def paper(cls) -> "ActionGrid":
+        """The 177 actions of Re-SpS (arXiv 2601.12212), section 4.1 and its code at 24786f4.
+
+        EAGLE's total_token, depth and top_k out of {32, 48, 64, 80, 96, 128} x {3, ..., 8} x {8, 12, 16, 20, 32}, 180
+        in all, under the paper's filter total_token <= top_k ** (depth - 1), which drops 80, 96 and 128 at depth 3 and
+        top_k 8. Those three would fit (EAGLE's pool holds top_k + depth * top_k ** 2 nodes); they stay out, as there.
+        """
+        return cls(
+            tuple(
+                TreeShape.from_eagle(total_token, depth, top_k)
+                for total_token, depth, top_k in product((32, 48, 64, 80, 96, 128), range(3, 9), (8, 12, 16, 20, 32))
+                if total_token <= top_k ** (depth - 1)
+            )
+        )
+
+    @classmethod
+    def small(cls) -> "ActionGrid":
+        """The default: a plain step and trees of 4 to 16 nodes, where a wide target forward is dear."""
+        return cls.from_bins((4, 6, 8, 12, 16), (2, 3, 4, 6), (1, 2, 4))
+
+    @classmethod
+    def from_bins(
+        cls, total_tokens: Sequence[int], depths: Sequence[int], top_ks: Sequence[int], *, plain: bool = True
+    ) -> "ActionGrid":
+        """All combinations that a head can fill and that could not be had with fewer levels, in order.
+
+        Args:
+            total_tokens: nodes verified, root included.
+            depths: drafted levels, counted as `TreeShape` does.
+            top_ks: children per node.
+            plain: put a plain step first.
+
+        A shape stays out when its pool of `top_k + (depth - 1) * top_k ** 2` nodes is smaller than its tree, and when
+        the tree has fewer drafted nodes than levels.
+        """
+        shapes = [
+            TreeShape(total, depth, top_k)
+            for total, depth, top_k in product(total_tokens, depths, top_ks)
+            if depth <= total - 1 <= top_k + (depth - 1) * top_k**2
+        ]
+        return cls(tuple(dict.fromkeys([TreeShape.plain(), *shapes] if plain else shapes)))
+
+    def to_list(self) -> list[list[int]]:
+        """JSON: total_tokens, depth, top_k and lookup of each shape."""
+        return [[shape.total_tokens, shape.depth, shape.top_k, shape.lookup] for shape in self.shapes]
+
+    @classmethod
+    def from_list(cls, rows: Iterable[Sequence[int]]) -> "ActionGrid":
+        return cls(tuple(TreeShape(*row) for row in rows))
+
+    def index_of(self, shape: TreeShape) -> int:
+        """The action of `shape`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if shape not in self.shapes:
+            raise ValueError(
+                f"{shape} is not one of the {len(self)} shapes of this grid. Pick one of `ActionGrid.shapes`, or "
+                "build a grid that has it with `ActionGrid.from_bins`."
+            )
+        return self.shapes.index(shape)

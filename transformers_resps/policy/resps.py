@@ -1,0 +1,179 @@
+"""Re-SpS: an actor that reads the target's features picks a shape and keeps it for some steps.
+
+Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persistence, Algorithm 1), and its code at
+24786f4. Deviations are said at their line; `ReSpSConfig.paper` has none but these:
+
+- The state is the concatenation of the three layers, as the paper's equation 4 has it. Its code averages them for one
+  model and cuts them off for two.
+- The decision at a step shapes the tree of that step. The code's shapes the next one, with (96, 8, 20) before.
+- Sampling uses its own random numbers, so the text stays that of plain decoding with the same seed.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..tree import TreeShape
+from .action_grid import ActionGrid
+from .actor_critic import ActorCritic, seeded_actor_critic
+from .identity import Identity, check_same
+from .protocol import Observation
+from .saving import SavedPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class ReSpSConfig:
+    """What a `ReSpSPolicy` is, beside its weights.
+
+    Attributes:
+        feature_size: width F of the features it reads: layers kept by the head times the target's hidden size.
+        grid: the shapes it picks from.
+        hidden_size: width of both layers of actor and critic.
+        normalize: see `ActorCritic`.
+        persistence: steps of a decision in use; Re-SpS: 30 (and 10 in training, see `PolicyTrainingConfig`).
+        sample: draw the action instead of taking the likeliest. Re-SpS's max-entropy variant draws.
+        temperature: divides the logits before a draw; Re-SpS: 1.5.
+        target: identity of the target it was trained with, or `None` when unknown.
+        head: likewise of the head.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    feature_size: int
+    grid: ActionGrid = field(default_factory=ActionGrid.small)
+    hidden_size: int = 128
+    normalize: bool = True
+    persistence: int = 30
+    sample: bool = False
+    temperature: float = 1.0
+    target: Identity | None = None
+    head: Identity | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("feature_size", "hidden_size", "persistence", "temperature"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(
+                    f"ReSpSConfig got `{name}={value!r}`, but it must be above 0. To decide at every step, pass "
+                    "`persistence=1`."
+                )
+
+    @classmethod
+    def paper(cls, feature_size: int, **changes: Any) -> "ReSpSConfig":
+        """Re-SpS with maximum entropy as published: 177 actions, raw features, held 30 steps, drawn at 1.5."""
+        published = cls(feature_size, ActionGrid.paper(), normalize=False, sample=True, temperature=1.5)
+        return replace(published, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"grid": self.grid.to_list()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ReSpSConfig":
+        return cls(**{**values, "grid": ActionGrid.from_list(values["grid"])})
+
+
+class ReSpSPolicy(SavedPolicy):
+    """Picks a shape from the features of the last accepted token and holds it for `persistence` steps.
+
+    A batch gets one shape: the one that its rows together find likeliest. One call of `generate` at a time.
+
+    Args:
+        config: see `ReSpSConfig`.
+        network: trained; a fresh one when `None`.
+        seed: of a fresh network and of drawn actions; the global random numbers are not touched.
+
+    Example:
+        >>> import torch
+        >>> policy = ReSpSPolicy(ReSpSConfig(feature_size=12, persistence=2))
+        >>> policy.decide(torch.randn(1, 12)) in policy.config.grid.shapes
+        True
+    """
+
+    policy_type = "resps"
+    needs_head = True
+
+    def __init__(self, config: ReSpSConfig, network: ActorCritic | None = None, *, seed: int = 0) -> None:
+        self.config = config
+        self.network = network or seeded_actor_critic(
+            config.feature_size,
+            len(config.grid),
+            hidden_size=config.hidden_size,
+            normalize=config.normalize,
+            seed=seed,
+        )
+        self.network.eval()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._held = config.grid[0]
+        self._steps_left = 0
+
+    def __repr__(self) -> str:
+        config = self.config
+        return f"ReSpSPolicy({len(config.grid)} shapes, persistence={config.persistence}, sample={config.sample})"
+
+    def choose(self, observation: Observation) -> TreeShape:
+        """The held shape, or a new one at the first step of a text and after `persistence` steps.
+
+        Raises:
+            ValueError: the features have another width than those it was trained on, or there are none.
+        """
+        if observation.step == 0 or self._steps_left <= 0:
+            self._held = self.decide(self._checked(observation.features))
+            self._steps_left = self.config.persistence
+        self._steps_left -= 1
+        return self._held
+
+    @torch.inference_mode()
+    def decide(self, features: Tensor) -> TreeShape:
+        """The shape for features `[b, F]`. NaN and infinities count as 0: they can cost speed, never a token."""
+        log_probs = (self.network.logits(features) / self.config.temperature).log_softmax(-1).mean(0)  # [a]
+        if self.config.sample:
+            action = torch.multinomial(log_probs.softmax(-1).cpu(), 1, generator=self._generator)
+        else:
+            action = log_probs.argmax()
+        return self.config.grid[int(action)]
+
+    def _checked(self, features: Tensor | None) -> Tensor:
+        width = None if features is None else features.shape[-1]
+        if features is None or width != self.config.feature_size:
+            raise ValueError(
+                f"This policy reads features of width {self.config.feature_size}, but "
+                + ("there are none without a draft head" if features is None else f"the head keeps {width}")
+                + f". It was trained for {(self.config.target or {}).get('name_or_path') or 'another target'}: pass "
+                "that target with its head, or another policy."
+            )
+        return features
+
+    def check_identity(
+        self, *, target: Identity | None = None, head: Identity | None = None, grid: ActionGrid | None = None
+    ) -> None:
+        """Refuse another target, head or set of actions than the policy was trained with.
+
+        Raises:
+            ValueError: one differs; the message names both sides.
+        """
+        check_same("target", self.config.target, target)
+        check_same("head", self.config.head, head)
+        if grid is not None and grid != self.config.grid:
+            missing = [shape for shape in self.config.grid.shapes if shape not in grid.shapes]
+            raise ValueError(
+                f"This policy picks from {len(self.config.grid)} shapes, but it is used with another grid of "
+                f"{len(grid)}; {len(missing)} of its own are not there"
+                + (f", the first being {missing[0]}" if missing else "")
+                + ". Use `policy.config.grid`, or train a policy on the other grid with training/train_policy.py."
+            )
+
+    def to_config(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.network.state_dict()
+
+    @classmethod
+    def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        policy = cls(ReSpSConfig.from_dict(config))
+        policy.network.load_state_dict(tensors)
+        return policy

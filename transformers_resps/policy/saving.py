@@ -1,0 +1,120 @@
+"""Save, load and publish policies: one `config.json` and, where there are weights, one safetensors file.
+
+Knows files and the Hub: nothing of what a policy decides.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from huggingface_hub import HfApi, snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .protocol import Policy
+
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class SavedPolicy(Policy):
+    """A policy that can be saved. A subclass sets `policy_type` and answers the three methods below."""
+
+    policy_type: ClassVar[str]
+
+    def to_config(self) -> dict[str, Any]:
+        """What `config.json` holds beside `policy_type`: JSON values."""
+        raise NotImplementedError
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The weights, if any."""
+        return {}
+
+    @classmethod
+    def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """The policy that `to_config` and `state_tensors` described."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `config.json` and, where there are weights, `model.safetensors` into a folder, made if missing."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"policy_type": self.policy_type, **self.to_config()}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_tensors().items()}
+        if tensors:
+            save_file(tensors, folder / WEIGHTS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> Self:
+        """A saved policy.
+
+        Args:
+            id_or_folder: a folder, or a repository of the Hub.
+            revision: branch, tag or commit of the repository.
+            hub: passed to `huggingface_hub.snapshot_download`, for example `token` or `cache_dir`.
+
+        Raises:
+            ValueError: there is no policy, or one of another class.
+        """
+        folder = policy_folder(id_or_folder, revision, **hub)
+        config = read_config(folder)
+        if config["policy_type"] != cls.policy_type:
+            raise ValueError(
+                f"{id_or_folder} holds a policy of type {config['policy_type']!r}, but {cls.__name__} loads "
+                f"{cls.policy_type!r}. Load it with `AutoPolicy.from_pretrained`."
+            )
+        return cls.load_folder(folder, config)
+
+    @classmethod
+    def load_folder(cls, folder: Path, config: dict[str, Any]) -> Self:
+        """The policy of a local folder whose `config.json` was read already."""
+        weights = folder / WEIGHTS_FILE
+        return cls.from_saved(
+            {key: value for key, value in config.items() if key != "policy_type"},
+            load_file(weights) if weights.is_file() else {},
+        )
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **hub: Any) -> str:
+        """Publish the policy; returns the address of the commit.
+
+        Args:
+            repo_id: made if missing.
+            private: of a repository that is made.
+            token: otherwise the one of `hf auth login`.
+            hub: passed to `HfApi.upload_folder`, for example `revision` or `commit_message`.
+        """
+        from tempfile import TemporaryDirectory
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            hub.setdefault("commit_message", f"Upload {type(self).__name__}")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **hub))
+
+
+def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) -> Path:
+    """The local folder of a policy, downloaded if need be: its two files and nothing else."""
+    if Path(id_or_folder).is_dir():
+        return Path(id_or_folder)
+    allowed = [CONFIG_FILE, WEIGHTS_FILE]
+    return Path(str(snapshot_download(str(id_or_folder), revision=revision, allow_patterns=allowed, **hub)))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a policy.
+
+    Raises:
+        ValueError: there is none, or it is not a policy's.
+    """
+    file = folder / CONFIG_FILE
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not isinstance(config, dict) or not isinstance(config.get("policy_type"), str):
+        raise ValueError(
+            f"{folder} holds no policy: "
+            + ("`config.json` has no `policy_type`" if config else "no `config.json`")
+            + ". A policy's folder is what `save_pretrained` of a policy wrote. Check the path or the repository."
+        )
+    return config
