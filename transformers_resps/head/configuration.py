@@ -12,7 +12,8 @@ class DraftHeadConfig(PreTrainedConfig):
         hidden_size: width h of the head.
         target_hidden_size: width of the target's hidden states; `None` means h.
         feature_layers: the target's hidden states the head reads, in the `output_hidden_states` convention of
-            Transformers (0 is the embedding output, j the output of decoder layer j - 1), ascending.
+            Transformers (0 is the embedding output, j the output of decoder layer j - 1), ascending; that of the last
+            layer is read before the target's final norm.
         vocab_size: the target's vocabulary size v.
         draft_vocab_size: the head's own vocabulary size d; `None` means v, without `d2t`.
         owns_embedding: the file holds an embedding table, because its width differs from the target's.
@@ -24,6 +25,7 @@ class DraftHeadConfig(PreTrainedConfig):
         qk_norm: RMSNorm on queries and keys, as in Qwen3.
         default_tree: total_tokens, depth and top_k of the tree used when no policy is given.
         target: name and sizes of the model the head was made for.
+        source: of an imported head, its publisher's format and layer ids as published.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3; the flags are those of published checkpoints.
     """
@@ -42,6 +44,7 @@ class DraftHeadConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     initializer_range: float = 0.02
     attention_bias: bool = False
+    attention_output_bias: bool = False
     mlp_bias: bool = False
     fc_bias: bool = False
     target_hidden_size: int | None = None
@@ -57,6 +60,7 @@ class DraftHeadConfig(PreTrainedConfig):
     qk_norm: bool = False
     default_tree: list[int] | None = None
     target: dict[str, Any] | None = None
+    source: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -73,7 +77,7 @@ class DraftHeadConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         if self.default_tree is None:
             self.default_tree = [60, 8, 10]
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     @property
     def draft_rows(self) -> int:

@@ -27,7 +27,7 @@ class DraftAttention(nn.Module):
         self.q_proj = nn.Linear(width, query_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(width, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(width, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:

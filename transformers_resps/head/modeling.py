@@ -3,16 +3,21 @@
 Knows nothing of trees, policies or how it is decoded.
 """
 
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..tree import TreeShape
 from .configuration import DraftHeadConfig
+from .formats import canonical_head, export_head, read_checkpoint, refuse_inexact, split_keywords
+from .identity import default_feature_layers, target_identity
 from .layer import Attend, DraftLayer
+from .rotary import RotaryEmbedding
 
 
 class DraftHead(PreTrainedModel):
@@ -49,8 +54,8 @@ class DraftHead(PreTrainedModel):
         if config.draft_vocab_size is not None:
             # Offsets, as published: the target id of draft id i is i + d2t[i].
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-        self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.post_init()
+        self.rotary_emb = RotaryEmbedding(config)
+        self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features `[b, t, A * target hidden]` -> fused `[b, t, h]`."""
@@ -122,9 +127,9 @@ class DraftHead(PreTrainedModel):
         if draft_token_ids is not None:
             draft_token_ids = draft_token_ids.sort().values
             draft_vocab_size = len(draft_token_ids) if draft_vocab_size is None else draft_vocab_size
-            if len(draft_token_ids) != draft_vocab_size or len(draft_token_ids.unique()) != draft_vocab_size:
+            if len(draft_token_ids) != draft_vocab_size or len(set(draft_token_ids.tolist())) != draft_vocab_size:
                 raise ValueError(
-                    f"`draft_token_ids` has {len(draft_token_ids)} ids, {len(draft_token_ids.unique())} of them "
+                    f"`draft_token_ids` has {len(draft_token_ids)} ids, {len(set(draft_token_ids.tolist()))} of them "
                     f"distinct, but `draft_vocab_size` is {draft_vocab_size}. Pass as many distinct ids as that."
                 )
         if draft_vocab_size is not None and not 1 <= draft_vocab_size <= config.vocab_size:
@@ -142,9 +147,74 @@ class DraftHead(PreTrainedModel):
                 **overrides,
             }
         )
-        head = cls(head_config).to(device=target.device, dtype=target.dtype)
+        head = cls(head_config)
+        head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
         head._start_from(target, draft_token_ids)
         return head
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the target is ours
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        target: PreTrainedModel | None = None,
+        **keywords: Any,
+    ) -> "DraftHead":
+        """A head of ours or in any published EAGLE-3 layout, recognised by its tensors.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            model_args: as in Transformers.
+            target: the model it will draft for: gives what the config leaves out (layers, sizes), is checked, and
+                decides dtype and device unless they are passed.
+            keywords: `revision` and the other loading arguments of Transformers; and any field of `DraftHeadConfig`,
+                or `rope_theta`, to correct what the config says, as `resps doctor` suggests.
+
+        Raises:
+            ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
+                not fit `target`. Nothing is ever newly initialized.
+        """
+        hub, loading, overrides = split_keywords(keywords)
+        if pretrained_model_name_or_path is None or "state_dict" in loading:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **hub, **loading)
+        checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)
+        if (stated := loading.pop("config", None)) is not None:  # as `AutoModel` passes it
+            checkpoint = replace(checkpoint, config=stated.to_dict())
+        config, tensors = canonical_head(checkpoint, target, overrides)
+        with torch.device("meta"):
+            wanted = cls(config)
+        refuse_inexact(wanted.state_dict(), tensors, checkpoint.name)
+        if target is not None:
+            wanted.check_target(target)
+            loading.setdefault("dtype", target.dtype)
+        if checkpoint.is_canonical:
+            head = super().from_pretrained(pretrained_model_name_or_path, config=config, **hub, **loading)
+        else:
+            loading.setdefault("dtype", tensors["fc.weight"].dtype)
+            head = super().from_pretrained(None, config=config, state_dict=tensors, **loading)
+            head.name_or_path = config.name_or_path = checkpoint.name
+        if target is not None and "device_map" not in loading:
+            head.to(device=target.device)  # type: ignore[call-arg]  # wrapped by Transformers
+        return head
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, format: str = "resps", **keywords: Any
+    ) -> None:
+        """Write the head, in our own format or for other engines.
+
+        Args:
+            save_directory: made when missing.
+            args: as in Transformers; own format only.
+            format: "resps"; "specforge" for SGLang, vLLM and llama.cpp; "speculators" for vLLM.
+            keywords: as in Transformers; own format only.
+
+        Raises:
+            ValueError: the format is unknown or cannot say what this head does.
+        """
+        if format == "resps":
+            super().save_pretrained(save_directory, *args, **keywords)
+        else:
+            export_head(self, self.config, Path(save_directory), format)
 
     @torch.no_grad()
     def _start_from(self, target: PreTrainedModel, draft_token_ids: Tensor | None) -> None:
@@ -165,9 +235,9 @@ class DraftHead(PreTrainedModel):
         Raises:
             ValueError: a size differs; the message names both models.
         """
-        theirs = _identity(target)
+        theirs = target_identity(target)
         ours = self.config.target or {}
-        needed = {
+        needed: dict[str, Any] = {
             "vocab_size": self.config.vocab_size,
             "hidden_size": self.config.target_hidden_size,
             **{key: ours[key] for key in ("num_hidden_layers", "model_type") if key in ours},
@@ -179,23 +249,6 @@ class DraftHead(PreTrainedModel):
                 f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
                 "belongs to this target, or train one with training/train_head.py."
             )
-
-
-def default_feature_layers(layer_count: int) -> list[int]:
-    """EAGLE-3's low, middle and high hidden state, distinct and in range also for very shallow targets."""
-    last = max(layer_count - 1, 0)
-    return sorted({min(2, last), layer_count // 2, max(layer_count - 3, 0)})
-
-
-def _identity(target: PreTrainedModel) -> dict[str, Any]:
-    config = target.config.get_text_config()
-    return {
-        "name_or_path": target.config.name_or_path,
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-    }
 
 
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
@@ -213,7 +266,7 @@ def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
         "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
         "max_position_embeddings": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
-        "target": _identity(target),
+        "target": target_identity(target),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,

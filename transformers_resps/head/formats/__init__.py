@@ -1,0 +1,10 @@
+"""Published EAGLE-3 checkpoints -> our canonical head, and back."""
+
+from .checkpoint import Checkpoint, read_checkpoint
+from .exporting import export_head
+from .importing import canonical_head
+from .keywords import split_keywords
+from .names import refuse_inexact
+
+
+__all__ = ["Checkpoint", "canonical_head", "export_head", "read_checkpoint", "refuse_inexact", "split_keywords"]

@@ -1,0 +1,164 @@
+"""The files of a head: its config and its tensors, from a folder or the Hub. Knows nothing of layouts.
+
+Nothing in a checkpoint is executed: JSON, safetensors, and legacy `.bin` files with `weights_only=True`.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..configuration import DraftHeadConfig
+
+
+# A file name inside the checkpoint -> its path on this machine, or None when there is no such file.
+Fetch = Callable[[str], Path | None]
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference
+# What a damaged or hostile pickle makes `torch.load` raise.
+_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A head as published.
+
+    Attributes:
+        name: Hub id or folder, for messages.
+        config: `config.json`.
+        tensors: by their published names, on the CPU, as stored.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def is_canonical(self) -> bool:
+        """Saved by `DraftHead.save_pretrained` in our own format."""
+        return self.config.get("model_type") == DraftHeadConfig.model_type
+
+
+def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
+    """Read `config.json` and the weights of a Hub id or folder.
+
+    Args:
+        name: Hub id, or a folder.
+        hub: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`, `subfolder`, as in
+            `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        ValueError: a file is missing, damaged, holds more than tensors, or points outside the checkpoint.
+    """
+    fetch = _fetch_from(name, hub)
+    path = fetch("config.json")
+    if path is None:
+        raise ValueError(
+            f"There is no config.json in {name}. A head is a folder or Hub repository with config.json and "
+            "model.safetensors (or pytorch_model.bin). Check the name, `revision`, and whether you are offline."
+        )
+    config = _read_json(path)
+    for single in _WEIGHTS:
+        whole, index = fetch(single), fetch(f"{single}.index.json")
+        if whole is not None:
+            return Checkpoint(str(name), config, _read_tensors(whole))
+        if index is not None:
+            return Checkpoint(str(name), config, _read_shards(index, fetch))
+    raise ValueError(
+        f"There are no weights in {name}. A head needs one of {', '.join(_WEIGHTS)}, or shards of it with their "
+        ".index.json. Check that the download is whole, and whether you are offline."
+    )
+
+
+def _fetch_from(name: str | os.PathLike[str], hub: dict[str, Any]) -> Fetch:
+    hub = dict(hub)
+    subfolder = hub.pop("subfolder", None) or ""
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(
+            f"{name} is a file. `from_pretrained` needs the folder that holds config.json and the weights. "
+            f"Pass {folder.parent} instead."
+        )
+
+    def local(file: str) -> Path | None:
+        path = folder / subfolder / file
+        return path if path.is_file() else None
+
+    def remote(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(str(name), file, subfolder=subfolder or None, **hub))
+        except EntryNotFoundError:  # not in the repository; or offline and not in the cache
+            return None
+        except HFValidationError as error:
+            raise ValueError(
+                f"{name} is neither a folder nor a Hub id. A Hub id reads `owner/name`. Check the path for a typing "
+                "mistake."
+            ) from error
+
+    return local if folder.is_dir() else remote
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON and UTF-8 errors
+        raise ValueError(f"{path} is not JSON: {error}. Download it again, or mend it.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, but must be a JSON object. Download it again.")
+    return value
+
+
+def _read_shards(index: Path, fetch: Fetch) -> dict[str, Tensor]:
+    """The tensors of all shards that the index names, each shard a plain file of the checkpoint."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} has no `weight_map` from tensor to file name. Download it again.")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith((".safetensors", ".bin")):
+            raise ValueError(
+                f"{index} names the shard {shard!r}. A shard must be a plain .safetensors or .bin file beside the "
+                "index, never a path: it could read files outside the checkpoint. Do not use this checkpoint."
+            )
+        path = fetch(shard)
+        if path is None:
+            raise ValueError(f"{index} names the shard {shard}, which is not there. Download the checkpoint again.")
+        tensors |= _read_tensors(path)
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise ValueError(f"{index} promises the tensors {missing}, which no shard holds. Download it again.")
+    return tensors
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.name.endswith(".safetensors"):
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file: {error}. It is truncated or corrupt. Download it again."
+            ) from error
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors ({str(error).splitlines()[0] if str(error) else error!r}). "
+            "Only tensors are read from a .bin file, because anything else could run code. Use the safetensors file "
+            "of this head, or ask its publisher for one."
+        ) from error
+    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
+        raise ValueError(
+            f"{path} does not map names to tensors. A head's .bin file must be a plain state dict. "
+            "Save `model.state_dict()` as model.safetensors instead."
+        )
+    return {str(key): tensor for key, tensor in value.items()}

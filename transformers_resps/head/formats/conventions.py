@@ -1,0 +1,171 @@
+"""What the publishers mean by the same words: layer ids, RoPE, norms. Knows configs only."""
+
+import logging
+from typing import Any
+
+from ..identity import default_feature_layers
+from .keywords import check_layers
+from .publishers import Publisher
+
+
+logger = logging.getLogger(__name__)
+
+_ID_FIELDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
+# Ids that count the boundary before a layer, as Transformers' `hidden_states` do; all others count the layer itself.
+_BOUNDARY = {Publisher.EAGLE, Publisher.SPECULATORS}
+_ROPE_NEEDS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "yarn": {"factor"},
+    "longrope": {"long_factor", "short_factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+_ANGELSLIM_BASE = 10000.0
+
+
+def published_layer_ids(config: dict[str, Any]) -> list[int] | None:
+    """The layer ids as written, ascending; `None` when the config leaves them to the default.
+
+    Their order says nothing: NVIDIA ModelOpt wrote them through a set, while features are in depth order.
+    """
+    eagle = config.get("eagle_config")
+    for place in (eagle if isinstance(eagle, dict) else {}, config):
+        for field in _ID_FIELDS:
+            if place.get(field):
+                check_layers(place[field], f"`{field}`")
+                return sorted(place[field])
+    return None
+
+
+def feature_layers(
+    config: dict[str, Any], publisher: Publisher, count: int, layer_count: int | None, source: str
+) -> list[int]:
+    """Feature layers in the `output_hidden_states` convention of Transformers, ascending.
+
+    The number of layers itself stands for what leaves the last one, before the final norm (see `features.FeatureTap`).
+
+    Args:
+        config: flat; the user's `feature_layers`, if any, win over published ids.
+        publisher: decides what an id means.
+        count: how many layers `fc` reads.
+        layer_count: decoder layers of the target, when known.
+        source: where from, for messages.
+
+    Raises:
+        ValueError: there are not `count` of them, one is out of range, or their meaning is uncertain.
+    """
+    given, published = config.get("feature_layers"), published_layer_ids(config)
+    if given is not None:
+        layers = sorted(given)
+    elif published is not None:
+        layers = _counted_from_the_embedding(published, publisher, layer_count, source)
+    elif layer_count is None:
+        raise ValueError(
+            f"{source} does not say which layers of its target it reads, so they follow from the target's depth. Pass "
+            "`target=`, or `feature_layers=[...]`, counted as in `output_hidden_states`."
+        )
+    else:
+        layers = default_feature_layers(layer_count)
+    if len(layers) != count:
+        raise ValueError(
+            f"{source} reads {count} layers of its target by the width of its fc, but the feature layers are "
+            f"{layers}. Pass `feature_layers=[...]` with {count} distinct ids, counted as in `output_hidden_states`."
+        )
+    _refuse_range(layers, layer_count, source)
+    return layers
+
+
+def _counted_from_the_embedding(
+    ids: list[int], publisher: Publisher, layer_count: int | None, source: str
+) -> list[int]:
+    """Published ids -> HF `hidden_states` indices."""
+    if publisher not in _BOUNDARY:
+        return [layer + 1 for layer in ids]
+    if ids[0] == 1 and layer_count is None:
+        raise ValueError(
+            f"The layer ids {ids} of {source} may count layers or the boundaries before them: converters copied both "
+            "into this format. Pass `target=`, or `feature_layers=[...]`, counted as in `output_hidden_states`."
+        )
+    if layer_count is not None and ids == [1, layer_count // 2 - 1, layer_count - 4]:
+        # SpecForge's default, lifted unchanged into a speculators file (sgl-project/sglang #25454).
+        logger.warning("%s: ids %s are SpecForge's, read as outputs of those layers. Try `resps doctor`.", source, ids)
+        return [layer + 1 for layer in ids]
+    return ids
+
+
+def _refuse_range(layers: list[int], layer_count: int | None, source: str) -> None:
+    if layer_count is not None and layers[-1] > layer_count:
+        raise ValueError(
+            f"{source} reads the hidden states {layers}, but this target has 0 to {layer_count} (the embedding "
+            "output and what leaves each layer). This head does not fit that target, or its ids are counted "
+            "differently. Load another head, or pass `feature_layers=[...]`, counted as in `output_hidden_states`."
+        )
+
+
+def rope_parameters(config: dict[str, Any], publisher: Publisher, overrides: dict[str, Any]) -> dict[str, Any]:
+    """RoPE in the form of Transformers 5, from `rope_parameters` or `rope_theta` and `rope_scaling`.
+
+    AngelSlim trains with base 10000 whatever its config says, so that is what is used unless overridden.
+
+    Raises:
+        ValueError: the config contradicts itself, or names a kind of RoPE that Transformers does not have.
+    """
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if isinstance(rope.get("full_attention"), dict):  # per layer type, as Transformers 5 writes it
+        rope = dict(rope["full_attention"])
+    kind = rope.pop("type", None)
+    kind = rope.get("rope_type") or kind or "default"
+    if kind == "mrope" or "mrope_section" in rope:  # equal to plain RoPE where all tokens are text
+        rope = {key: value for key, value in rope.items() if not key.startswith("mrope")}
+        kind = "default" if kind == "mrope" else kind
+    inner, outer = rope.get("rope_theta"), config.get("rope_theta")
+    if inner is not None and outer is not None and inner != outer and "rope_theta" not in overrides:
+        raise ValueError(
+            f"The config states two RoPE bases, {inner} and {outer}. Only one was used in training. Pass "
+            "`rope_theta=` with the right one; `resps doctor` tells which that is."
+        )
+    theta = overrides.get("rope_theta") or inner or outer or 10000.0
+    if publisher is Publisher.ANGELSLIM and not {"rope_theta", "rope_parameters"} & set(overrides):
+        if theta != _ANGELSLIM_BASE:
+            logger.warning("AngelSlim trains with RoPE base 10000; the config's %s is ignored.", theta)
+        theta = _ANGELSLIM_BASE
+    rope = {**rope, "rope_type": kind, "rope_theta": float(theta)}
+    _refuse_rope(rope)
+    return rope
+
+
+def _refuse_rope(rope: dict[str, Any]) -> None:
+    kind = rope["rope_type"]
+    if kind not in _ROPE_NEEDS:
+        raise ValueError(
+            f"The config asks for RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct it."
+        )
+    missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
+    if missing:
+        raise ValueError(
+            f"RoPE of the kind {kind!r} needs {missing}, which the config lacks. Add them to config.json."
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"The config rotates {rope['partial_rotary_factor']} of each attention head, but EAGLE-3 heads are run "
+            "with all of it rotated. Use another head."
+        )
+
+
+def norm_flags(config: dict[str, Any], publisher: Publisher, source: str) -> dict[str, bool]:
+    """`norm_before_residual` and `feedback_post_norm`.
+
+    `norm_output` means the latter only in speculators files; in SpecForge's it says that logits are normed, which
+    they always are.
+    """
+    eagle = config.get("eagle_config")
+    before = config.get("norm_before_residual")
+    if before is None and isinstance(eagle, dict):
+        before = eagle.get("norm_before_residual")
+    if before is None and publisher is Publisher.SPECULATORS:
+        logger.warning("%s does not state `norm_before_residual`; true, as in vLLM. Try `resps doctor`.", source)
+        before = True
+    stated = config.get("feedback_post_norm")
+    post = config.get("norm_output") is True and publisher is Publisher.SPECULATORS if stated is None else stated
+    return {"norm_before_residual": bool(before), "feedback_post_norm": bool(post)}

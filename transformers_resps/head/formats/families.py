@@ -1,0 +1,95 @@
+"""Draft models that are not EAGLE-3 heads, or kinds of heads that we cannot run: refused by name."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+_WAY_OUT = "Use an EAGLE-3 head of the same target, or train one with training/train_head.py."
+
+
+def refuse_other_drafters(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
+    """Refuse what would load and draft nonsense, or not load at all.
+
+    Args:
+        config: the published config, flat.
+        tensors: under our names.
+        source: where from, for messages.
+
+    Raises:
+        ValueError: says which kind of drafter this is and why it cannot be used.
+    """
+    reason = _parallel(config, tensors) or _another_kind(config, tensors) or _not_eagle3(config, tensors)
+    if reason:
+        raise ValueError(f"{source} {reason} {_WAY_OUT}")
+
+
+def _parallel(config: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
+    eagle = _eagle_config(config)
+    steps = eagle.get("parallel_draft_step", config.get("parallel_draft_step"))
+    is_parallel = (
+        any("mask_hidden" in name or "parallel_draft_heads" in name for name in tensors)
+        or bool(config.get("parallel_drafting"))
+        or config.get("speculators_model_type") == "peagle"
+        or any(str(name).startswith("PEagle") for name in config.get("architectures") or [])
+        or (isinstance(steps, int) and steps > 1)
+    )
+    if is_parallel:
+        return (
+            "is a P-EAGLE (parallel) head: it drafts several tokens in one pass from a learnt mask embedding, which "
+            "a draft tree grown level by level cannot use."
+        )
+    return None
+
+
+def _another_kind(config: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
+    kind = config.get("speculators_model_type")
+    if kind not in (None, "eagle3"):
+        return f"is a speculators model of the kind {kind!r}, but only `eagle3` is an EAGLE-3 head."
+    if any(part in name for name in tensors for part in ("kv_a_proj", "kv_b_proj", "q_a_proj", "q_b_proj")):
+        return "has MLA attention (low-rank keys and values), but only plain and grouped-query heads can be run."
+    if any(".mlp.experts." in name or name.endswith(".mlp.gate.weight") for name in tensors):
+        return "has a mixture of experts in its layer, but only a dense MLP can be run."
+    return None
+
+
+def _not_eagle3(config: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
+    eagle = _eagle_config(config)
+    if eagle.get("use_aux_hidden_state", config.get("use_aux_hidden_state", True)) is False:
+        return (
+            "has `use_aux_hidden_state: false`: it reads one state after the target's final norm instead of several "
+            "layers, which is not EAGLE-3's feature."
+        )
+    for flag, needed in (
+        ("use_input_layernorm_in_first_layer", True),
+        ("use_last_layernorm", True),
+        ("use_mtp_layernorm", False),
+    ):
+        if eagle.get(flag, config.get(flag, needed)) is (not needed):
+            return f"has `{flag}: {str(not needed).lower()}`, a layer unlike EAGLE-3's."
+    return _not_two_inputs(tensors)
+
+
+def _not_two_inputs(tensors: dict[str, Tensor]) -> str | None:
+    fc, query = tensors.get("fc.weight"), tensors.get("layers.0.self_attn.q_proj.weight")
+    if any("qkv_proj" in name for name in tensors):
+        return "has query, key and value in one tensor (`qkv_proj`), but published EAGLE-3 heads keep them apart."
+    if fc is None or query is None or fc.dim() != 2 or query.dim() != 2:
+        return None  # reported with everything else that is missing
+    width = fc.shape[0]
+    if query.shape[1] == 2 * width:
+        return None
+    if query.shape[1] == width and fc.shape[1] == 2 * width:
+        return (
+            f"is an EAGLE-1 or EAGLE-2 head: its fc joins embedding and feature ({fc.shape[1]} -> {width}) and its "
+            f"q_proj reads {width} columns, where EAGLE-3's reads {2 * width}. It would run and never be accepted."
+        )
+    return (
+        f"is no EAGLE-3 head: its q_proj reads {query.shape[1]} columns, but EAGLE-3's reads embedding and feature "
+        f"side by side, 2 x {width}."
+    )
+
+
+def _eagle_config(config: dict[str, Any]) -> dict[str, Any]:
+    value = config.get("eagle_config")
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,166 @@
+"""One published checkpoint -> the config and tensors of our canonical head."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from ..configuration import DraftHeadConfig
+from ..identity import target_identity
+from .checkpoint import Checkpoint
+from .conventions import feature_layers, norm_flags, published_layer_ids, rope_parameters
+from .families import refuse_other_drafters
+from .keywords import check_fields
+from .names import canonical_names, refuse_missing
+from .publishers import Publisher, flat_config, publisher_of, target_name
+from .sizes import feature_count, read_sizes
+from .vocabulary import draft_offsets, refuse_ids
+
+
+logger = logging.getLogger(__name__)
+
+_COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def canonical_head(
+    checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
+) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
+    """Config and tensors of the canonical head in `checkpoint`, whoever published it.
+
+    Args:
+        checkpoint: what was read.
+        target: the model the head is for; gives what the config leaves out.
+        overrides: corrections, by field of `DraftHeadConfig`, and `rope_theta`.
+
+    Raises:
+        ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
+    """
+    if checkpoint.is_canonical:
+        return _own(checkpoint, overrides)
+    tensors = canonical_names(checkpoint.tensors, checkpoint.name)
+    publisher = publisher_of(checkpoint.config, tensors)
+    config = {**flat_config(checkpoint.config), **overrides}
+    check_fields(config, f"The config of {checkpoint.name}")
+    refuse_other_drafters(config, tensors, checkpoint.name)
+    refuse_missing(tensors, checkpoint.name)
+    fields = _fields(config, publisher, tensors, target, overrides, checkpoint.name)
+    tensors = _shared_with_target(fields, tensors, config, target, checkpoint.name)
+    return DraftHeadConfig(**{**fields, **_free(overrides)}), tensors
+
+
+def _own(checkpoint: Checkpoint, overrides: dict[str, Any]) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
+    where = f"The config of {checkpoint.name}"
+    fields = {**checkpoint.config, **_free(overrides)}
+    check_fields(fields, where)
+    if "rope_theta" in overrides:
+        rope = fields.get("rope_parameters") or {"rope_type": "default"}
+        fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}
+    if fields.get("feature_layers") is not None:
+        fields["feature_layers"] = sorted(fields["feature_layers"])
+    config = DraftHeadConfig.from_dict(fields)
+    if "d2t" in checkpoint.tensors:
+        offsets = checkpoint.tensors["d2t"]
+        refuse_ids(torch.arange(len(offsets)) + offsets, config.vocab_size, checkpoint.name)
+    return config, checkpoint.tensors
+
+
+def _free(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Corrections that are fields of our config, in the form it keeps them."""
+    return {
+        key: sorted(value) if key == "feature_layers" and value is not None else value
+        for key, value in overrides.items()
+        if key != "rope_theta"
+    }
+
+
+def _fields(
+    config: dict[str, Any],
+    publisher: Publisher,
+    tensors: dict[str, Tensor],
+    target: PreTrainedModel | None,
+    overrides: dict[str, Any],
+    source: str,
+) -> dict[str, Any]:
+    sizes = read_sizes(config, tensors, target, source)
+    identity = _identity(config, target)
+    ids = published_layer_ids(config)
+    if target is None and config.get("target_hidden_size") is None and ids is not None:
+        width = tensors["fc.weight"].shape[1]
+        sizes["target_hidden_size"] = width // len(ids) if width % len(ids) == 0 else sizes["target_hidden_size"]
+    count = feature_count(tensors, sizes["target_hidden_size"], source)
+    if config.get("hidden_act", "silu") not in ACT2FN:
+        raise ValueError(
+            f"{source} has the activation {config['hidden_act']!r}, which Transformers does not know. Pass "
+            "`hidden_act=` with the right one."
+        )
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        logger.warning("%s has a window of %s; the head sees everything.", source, config["sliding_window"])
+    return {
+        **{key: default if config.get(key) is None else config[key] for key, default in _COPIED.items()},
+        **{key: config.get(key) for key in _TOKEN_IDS},
+        **sizes,
+        **norm_flags(config, publisher, source),
+        "rope_parameters": rope_parameters(config, publisher, overrides),
+        "feature_layers": feature_layers(config, publisher, count, identity.get("num_hidden_layers"), source),
+        "target": identity,
+        "source": {"format": str(publisher), "layer_ids": ids},
+    }
+
+
+def _identity(config: dict[str, Any], target: PreTrainedModel | None) -> dict[str, Any]:
+    """The target given, or as much as the config tells about it."""
+    layer_count = config.get("num_target_layers")
+    if target is None:
+        told = {"name_or_path": target_name(config), "num_hidden_layers": layer_count}
+        return {key: value for key, value in told.items() if value is not None}
+    identity = target_identity(target)
+    if layer_count is not None and layer_count != identity["num_hidden_layers"]:
+        raise ValueError(
+            f"The head was made for a target of {layer_count} layers, but the target has "
+            f"{identity['num_hidden_layers']}. This head does not fit that target. Load the head made for it."
+        )
+    return identity
+
+
+def _shared_with_target(
+    fields: dict[str, Any],
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    target: PreTrainedModel | None,
+    source: str,
+) -> dict[str, Tensor]:
+    """Drop what the head borrows from its target, and settle in `fields` what it keeps."""
+    tensors = dict(tensors)
+    offsets = draft_offsets(tensors, fields["draft_vocab_size"], fields["vocab_size"], source)
+    for name in ("t2d", "d2t", "hot_token_id"):
+        tensors.pop(name, None)
+    if offsets is None:
+        fields["draft_vocab_size"] = None
+    else:
+        tensors["d2t"] = offsets
+    same_width = fields["hidden_size"] == fields["target_hidden_size"]
+    fields["owns_embedding"] = (
+        config.get("owns_embedding") or not same_width or bool(config.get("embed_requires_grad"))
+    )
+    if not fields["owns_embedding"]:
+        tensors.pop("embed_tokens.weight", None)  # the target's own, or a stale copy of it
+    borrowed = config.get("owns_output_head") is False or _is_targets_output(tensors.get("lm_head.weight"), target)
+    if "lm_head.weight" not in tensors:
+        borrowed = offsets is None and same_width
+    if borrowed:
+        tensors.pop("lm_head.weight", None)
+    fields["owns_output_head"] = not borrowed
+    return tensors
+
+
+def _is_targets_output(weight: Tensor | None, target: PreTrainedModel | None) -> bool:
+    if target is None:
+        return False
+    output = target.get_output_embeddings()
+    if weight is None or output is None or weight.shape != output.weight.shape:
+        return False
+    return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))

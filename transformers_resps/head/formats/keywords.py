@@ -1,0 +1,96 @@
+"""The keyword arguments of `from_pretrained`: how to load, and what to correct. Knows no files."""
+
+from typing import Any
+
+from ..configuration import DraftHeadConfig
+
+
+_HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+_LOADING = {
+    "adapter_kwargs",
+    "attn_implementation",
+    "config",
+    "device_map",
+    "dtype",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_folder",
+    "quantization_config",
+    "state_dict",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_safetensors",
+}
+_SIZES = (
+    "draft_vocab_size",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "target_hidden_size",
+    "vocab_size",
+)
+_FLAGS = ("fc_norm", "feedback_post_norm", "norm_before_fc", "norm_before_residual", "qk_norm")
+
+
+def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Keywords -> (where the files are, how Transformers loads them, corrections to the head's config).
+
+    Raises:
+        ValueError: a name is none of these, or a correction has the wrong type.
+    """
+    fields = set(DraftHeadConfig.__annotations__) | {"rope_theta"}
+    hub = {key: value for key, value in keywords.items() if key in _HUB}
+    loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
+    overrides = {key: value for key, value in keywords.items() if key in fields}
+    unknown = sorted(set(keywords) - set(hub) - set(loading) - set(overrides))
+    if unknown:
+        raise ValueError(
+            f"DraftHead.from_pretrained got {unknown}, which it does not know. It takes the loading arguments "
+            f"{sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}. Check the spelling."
+        )
+    check_fields(overrides, "DraftHead.from_pretrained")
+    return hub, loading, overrides
+
+
+def check_fields(fields: dict[str, Any], where: str) -> None:
+    """Refuse values that no head can have; fields that are absent or None are fine.
+
+    Raises:
+        ValueError: names the field, its value and what it must be.
+    """
+    for key in _SIZES:
+        value = fields.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{where} has `{key}={value!r}`, but it must be a positive integer. Correct it.")
+    for key in _FLAGS:
+        if not isinstance(fields.get(key), bool | None):
+            raise ValueError(f"{where} has `{key}={fields[key]!r}`, but it must be true or false. Correct it.")
+    for key in ("rope_theta", "rms_norm_eps"):
+        value = fields.get(key)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value <= 0):
+            raise ValueError(f"{where} has `{key}={value!r}`, but it must be a positive number. Correct it.")
+    if not isinstance(fields.get("rope_parameters"), dict | None):
+        raise ValueError(f"{where} has `rope_parameters={fields['rope_parameters']!r}`, but it must be a dict.")
+    check_layers(fields.get("feature_layers"), where)
+
+
+def check_layers(layers: Any, where: str) -> None:
+    """Refuse feature layers that are not distinct integers from 0.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if layers is None:
+        return
+    is_list = isinstance(layers, list | tuple) and len(layers) > 0
+    if not is_list or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise ValueError(f"{where} has the feature layers {layers!r}, but they must be a list of integers.")
+    if min(layers) < 0 or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"{where} has the feature layers {list(layers)}, but they must be distinct and at least 0. Pass "
+            "`feature_layers=[...]`, counted as in `output_hidden_states`."
+        )

@@ -1,0 +1,136 @@
+"""Tensor names: every published spelling -> ours. Knows no config."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+_PREFIXES = ("model.", "draft_model.", "eagle_module.")
+_SPELLINGS = (
+    ("midlayer.", "layers.0."),
+    ("hidden_norm.", "layers.0.hidden_norm."),
+    ("input_embeds_norm.", "layers.0.input_layernorm."),
+    ("layers.0.input_embeds_norm.", "layers.0.input_layernorm."),
+    ("eagle_lm_head.", "lm_head."),
+    ("draft_id_to_target_id", "d2t"),
+)
+# Derived from the config, or copies of the target's own tensors.
+_IGNORED_STARTS = ("verifier_",)
+_IGNORED_ENDS = ("rotary_emb.inv_freq", ".cos_cached", ".sin_cached")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_LAYER = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def canonical_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The same tensors under our names; `t2d` and `hot_token_id` are kept for reading the vocabulary.
+
+    Source: the key map of published heads (SafeAILab/EAGLE, sgl-project/SpecForge, Tencent/AngelSlim,
+    NVIDIA/Model-Optimizer, vllm-project/speculators, deepseek-ai/DeepSpec).
+
+    Raises:
+        ValueError: two tensors mean the same.
+    """
+    renamed: dict[str, Tensor] = {}
+    origins: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        canonical = _canonical(name)
+        if canonical is None:
+            continue
+        if canonical in renamed:
+            raise ValueError(
+                f"{source} has both {origins[canonical]} and {name}, which mean the same tensor ({canonical}). "
+                "It cannot be told which one the head was trained with. Remove the stale one."
+            )
+        renamed[canonical], origins[canonical] = tensor, name
+    return renamed
+
+
+def _canonical(name: str) -> str | None:
+    if name.startswith(_IGNORED_STARTS) or name.endswith(_IGNORED_ENDS):
+        return None
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    for theirs, ours in _SPELLINGS:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def layer_count(tensors: dict[str, Tensor]) -> int:
+    """Decoder layers in the file, by the highest index."""
+    indices = [
+        int(name.split(".")[1]) for name in tensors if name.startswith("layers.") and name.split(".")[1].isdigit()
+    ]
+    return max(indices, default=0) + 1
+
+
+def required_names(layers: int) -> Iterator[str]:
+    """The tensors that every EAGLE-3 head of `layers` decoder layers has."""
+    yield from ("fc.weight", "norm.weight", "layers.0.hidden_norm.weight")
+    for index in range(layers):
+        yield from (f"layers.{index}.{part}.weight" for part in _LAYER)
+
+
+def refuse_missing(tensors: dict[str, Tensor], source: str) -> None:
+    """Refuse a file without one of the tensors that every head has.
+
+    Raises:
+        ValueError: lists what is missing.
+    """
+    missing = [name for name in required_names(layer_count(tensors)) if name not in tensors]
+    if missing:
+        raise ValueError(_inexact(source, missing, []))
+
+
+def refuse_inexact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
+    """Refuse a file whose tensors are not exactly those of the head its config describes.
+
+    A missing tensor is never filled in with fresh weights: that is how heads without any use get published.
+
+    Args:
+        wanted: the head's own state dict, of which only names and shapes count.
+        tensors: what the file holds, under our names.
+        source: where from, for messages.
+
+    Raises:
+        ValueError: lists what is missing, unexpected, of another shape, or quantized.
+    """
+    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or unexpected:
+        raise ValueError(_inexact(source, missing, unexpected))
+    wrong = [
+        f"{name} {list(tensor.shape)} (needed: {list(wanted[name].shape)})"
+        for name, tensor in tensors.items()
+        if tensor.shape != wanted[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"The tensors of {source} do not have the sizes that its config states: {', '.join(wrong)}. Config and "
+            "tensors must describe the same head. Correct config.json, or pass the right value to `from_pretrained`."
+        )
+    strange = sorted(name for name, tensor in tensors.items() if name != "d2t" and tensor.dtype not in _FLOATS)
+    if strange:
+        raise ValueError(
+            f"{source} stores {strange[0]} as {tensors[strange[0]].dtype}. Heads are read in float32, bfloat16, "
+            "float16 or float64. Use the unquantized head."
+        )
+
+
+def _inexact(source: str, missing: list[str], unexpected: list[str]) -> str:
+    found = [f"{kind} {names}" for kind, names in (("lacks", missing), ("has the unexpected", unexpected)) if names]
+    return (
+        f"{source} {' and '.join(found)}. A head is loaded only with exactly its own tensors; nothing is newly "
+        "initialized or left out. Download it again, or use a head in one of the known layouts."
+    )
