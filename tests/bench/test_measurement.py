@@ -1,0 +1,47 @@
+from itertools import cycle
+
+import pytest
+
+from transformers_resps.bench.measurement import Measurement, bootstrap_interval, rate, summarise, token_count
+
+
+def measured(
+    method: str, prompt: str, tokens: int, seconds: float, repeat: int = 0, forwards: int = 10
+) -> Measurement:
+    return Measurement(method, prompt, repeat, tokens, forwards, seconds)
+
+
+@pytest.mark.parametrize(
+    ("answer", "most", "count"),
+    [([5, 6, 7], 8, 3), ([5, 2, 7, 2], 8, 2), ([2], 8, 1), ([5, 6, 7, 8], 3, 3), ([5, 6, 7, 2], 3, 3), ([], 8, 0)],
+)
+def test_tokens_count_to_the_first_end_token_and_the_budget(answer: list[int], most: int, count: int) -> None:
+    assert token_count(answer, {2}, most) == count
+
+
+def test_the_rate_is_total_over_total_not_a_mean_of_rates() -> None:
+    assert rate([measured("a", "x", 10, 1.0), measured("a", "y", 10, 4.0)]) == 4.0
+
+
+def test_a_summary_compares_with_plain_decoding_on_the_same_prompts() -> None:
+    rows = []
+    for prompt, plain_seconds in (("x", 10.0), ("y", 30.0)):
+        for repeat in (0, 1):
+            rows.append(measured("plain", prompt, 100, plain_seconds, repeat, forwards=100))
+            rows.append(measured("tree", prompt, 100, plain_seconds / 2 * (1 + 0.2 * repeat), repeat, forwards=40))
+    found = summarise(rows, "tree")
+    assert found.ratio == pytest.approx(2 / 1.1)
+    assert found.tokens_per_second == pytest.approx(400 / 44)
+    assert found.tau == 2.5
+    assert found.spread == pytest.approx(0.2)
+    assert found.low == pytest.approx(found.ratio) == pytest.approx(found.high)  # the same gain on every prompt
+
+
+def test_the_interval_is_paired_and_covers_the_ratios_of_the_prompts() -> None:
+    own = [[measured("tree", "x", 10, 1.0)], [measured("tree", "y", 10, 10.0)]]
+    base = [[measured("plain", "x", 10, 3.0)], [measured("plain", "y", 10, 10.0)]]
+    draws = cycle([[0, 0], [1, 1]])
+    assert bootstrap_interval(own, base, draws=100, choose=lambda count: next(draws)) == (1.0, 3.0)
+    low, high = bootstrap_interval(own, base)
+    assert 1.0 <= low < high <= 3.0
+    assert bootstrap_interval(own, base) == (low, high)  # the same every time

@@ -1,0 +1,124 @@
+"""Compare draft trees with plain decoding and prompt lookup, in turn, on prompts of your own.
+
+Exit status: 0, or 1 when a greedy answer differs from the plain one and rounding does not explain it.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..generation import attach
+from ..head import DraftHead
+from ..trainers.conversations import read_conversations
+from ..tree import TreeShape
+from ..verification import explain_divergence
+from .measurement import Summary, summarise
+from .profile import profile
+from .protocol import PLAIN, Bench, Method, Prompt, Run, methods
+from .results import circumstances, markdown_table, write_results
+
+
+def shape(text: str) -> TreeShape:
+    """`8,4,2` -> total_tokens, depth, top_k."""
+    return TreeShape(*(int(part) for part in text.split(",")))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the benchmark."""
+    parser = argparse.ArgumentParser("python -m transformers_resps.bench", description=__doc__)
+    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("head", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("--dataset", nargs="+", type=Path, required=True, help=".jsonl with turns, messages or prompt")
+    parser.add_argument("--limit", type=int, default=10, help="prompts per dataset, spread evenly over the file")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--shapes", nargs="+", type=shape, help="total_tokens,depth,top_k; the head's own by default")
+    parser.add_argument("--prompt-lookup", action="store_true", help="also Transformers' own prompt lookup")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of the processor; as many as torch chooses by default")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("results/bench"), help="folder for results.json")
+    parser.add_argument("--profile", action="store_true", help="instead: where time and memory of the first tree go")
+    return parser
+
+
+def read_prompts(file: Path, limit: int, tokenizer: Any) -> list[Prompt]:
+    """The first user turn of `limit` rows spread evenly over the file, as chat prompts."""
+    rows = list(read_conversations(file))
+    chosen = [index * len(rows) // min(limit, len(rows)) for index in range(min(limit, len(rows)))]
+    found = []
+    for index in chosen:
+        ids = tokenizer.apply_chat_template(rows[index][:1], add_generation_prompt=True, return_dict=False)
+        found.append(Prompt(f"{file.stem}/{index}", torch.tensor(ids)))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    args = make_parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=getattr(torch, args.dtype)).to(args.device)
+    head = DraftHead.from_pretrained(args.head, target=target)
+    bench = Bench(attach(target), args.max_new_tokens)
+    prompts = [prompt for file in args.dataset for prompt in read_prompts(file, args.limit, tokenizer)]
+    chosen = methods(head, args.shapes or [head.default_shape], args.prompt_lookup)
+    if args.profile:
+        return print_profile(bench, head, chosen[-1] if not args.shapes else chosen[-len(args.shapes)], prompts)
+    total = args.repeats * len(prompts) * len(chosen)
+    runs = list(track(bench.run(prompts, chosen, args.repeats), "Decoding", total=total))
+    return report(bench, chosen, prompts, runs, args)
+
+
+def print_profile(bench: Bench, head: DraftHead, tree: Method, prompts: list[Prompt]) -> int:
+    """One line per finding."""
+    found = profile(bench, head, tree, prompts)
+    for name, value in asdict(found).items():
+        print(f"{name:20}{value / 2**20:8.0f} MiB" if name.startswith("peak") else f"{name:20}{value:8.3f}")
+    print(f"{'head_bytes':20}{sum(p.nbytes for p in head.parameters()) / 2**20:8.0f} MiB")
+    return 0
+
+
+def report(bench: Bench, chosen: list[Method], prompts: list[Prompt], runs: list[Run], args: Any) -> int:
+    """Table, results.json, and every difference from plain decoding that rounding does not explain."""
+    measurements = [run.measurement for run in runs]
+    names = [method.name for method in chosen]
+    summaries: dict[str, list[Summary]] = {}
+    for dataset in [*(file.stem for file in args.dataset), "all"]:
+        own = [m for m in measurements if dataset in ("all", m.prompt.rpartition("/")[0])]
+        summaries[dataset] = [summarise(own, name) for name in names]
+    same, unexplained = judge(bench, prompts, [run for run in runs if run.measurement.repeat == 0])
+    facts = {**circumstances(bench.model), "target": args.target, "head": args.head, "unexplained": unexplained}
+    file = write_results(args.output, {**facts, "same_text": same}, summaries, measurements)
+    print(markdown_table(summaries, {name: f"{same[name]} of {len(prompts)}" for name in names}))
+    print(f"\nWritten to {file}")
+    for line in unexplained:
+        print(f"NOT explained by rounding: {line}")
+    return 1 if unexplained else 0
+
+
+def judge(bench: Bench, prompts: list[Prompt], runs: list[Run]) -> tuple[dict[str, int], list[str]]:
+    """How many answers of each method equal the plain ones, and those that differ beyond rounding."""
+    plain = {run.measurement.prompt: run.token_ids for run in runs if run.measurement.method == PLAIN}
+    inputs = {prompt.name: prompt.input_ids for prompt in prompts}
+    same: Counter[str] = Counter()
+    unexplained = []
+    for run in runs:
+        method, prompt = run.measurement.method, run.measurement.prompt
+        found = explain_divergence(bench.model, inputs[prompt], plain[prompt], run.token_ids)
+        same[method] += found is None
+        if found is not None and not found.explained:
+            unexplained.append(f"{method}, {prompt}, {found}")
+    return dict(same), unexplained
+
+
+if __name__ == "__main__":
+    sys.exit(main())
