@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.conftest import build_target
 from transformers_resps.head import BoundHead, DraftHead, HeadCache
 
 from .cases import CASES
-from .published import LAYERS, Published, random_tensors, reference_logits
+from .published import LAYERS, Published, random_tensors, reference_logits, rename, save, write_config
 
 
 TOKENS = torch.tensor([1, 17, 23, 5, 42, 17, 23, 60, 9, 11])
@@ -20,8 +21,6 @@ TOKENS = torch.tensor([1, 17, 23, 5, 42, 17, 23, 60, 9, 11])
 
 @pytest.fixture(scope="module")
 def target() -> PreTrainedModel:
-    from tests.conftest import build_target
-
     return build_target(num_hidden_layers=LAYERS, initializer_range=0.3)
 
 
@@ -107,8 +106,6 @@ def test_what_the_doctor_suggests_can_be_passed(
 
 
 def test_vllm_and_sglang_spellings_of_the_draft_vocabulary(target: PreTrainedModel, tmp_path: Path) -> None:
-    from .published import rename, save, write_config
-
     case = CASES[2]
     tensors = random_tensors(case)
     ids = tensors["t2d"].nonzero().squeeze(-1)

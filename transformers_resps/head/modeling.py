@@ -192,7 +192,7 @@ class DraftHead(PreTrainedModel):
         else:
             loading.setdefault("dtype", tensors["fc.weight"].dtype)
             head = super().from_pretrained(None, config=config, state_dict=tensors, **loading)
-            head.name_or_path = config.name_or_path = checkpoint.name
+            head.name_or_path = head.config.name_or_path = checkpoint.name
         if target is not None and "device_map" not in loading:
             head.to(device=target.device)  # type: ignore[call-arg]  # wrapped by Transformers
         return head

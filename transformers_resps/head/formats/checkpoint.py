@@ -26,7 +26,16 @@ Fetch = Callable[[str], Path | None]
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 # What a damaged or hostile pickle makes `torch.load` raise.
-_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,9 @@ def feature_layers(
         layers = default_feature_layers(layer_count)
     if len(layers) != count:
         raise ValueError(
-            f"{source} reads {count} layers of its target by the width of its fc, but the feature layers are "
-            f"{layers}. Pass `feature_layers=[...]` with {count} distinct ids, counted as in `output_hidden_states`."
+            f"By the width of its fc, {source} reads {count} layers of this target, but its layers are {layers}. "
+            "It was made for a target of another hidden size: load the head of this one. Or its ids are wrong: pass "
+            f"`feature_layers=[...]` with {count} distinct ids, counted as in `output_hidden_states`."
         )
     _refuse_range(layers, layer_count, source)
     return layers
