@@ -92,7 +92,7 @@ def report(bench: Bench, chosen: list[Method], prompts: list[Prompt], runs: list
     measurements = [run.measurement for run in runs]
     names = [method.name for method in chosen]
     summaries: dict[str, list[Summary]] = {}
-    for dataset in [*(file.stem for file in args.dataset), "all"]:
+    for dataset in [*(file.stem for file in args.dataset), "all"][-1 if len(args.dataset) == 1 else 0 :]:
         own = [m for m in measurements if dataset in ("all", m.prompt.rpartition("/")[0])]
         summaries[dataset] = [summarise(own, name) for name in names]
     same, unexplained = judge(bench, prompts, [run for run in runs if run.measurement.repeat == 0])
