@@ -1,6 +1,6 @@
-"""Let the target answer prompts: the text a draft head should be trained on.
+r"""Let the target answer prompts: the text a draft head should be trained on.
 
-    python training/generate_dataset.py --target work/smollm2 --prompts sharegpt.json --prompts gsm8k.jsonl \\
+    python training/generate_dataset.py --target work/smollm2 --prompts sharegpt.json --prompts gsm8k.jsonl \
         --output work/answers.jsonl --limit 4000 --temperatures 0 0 0.8
 
 Writes one conversation per line (`messages`, `temperature`, `finished`, `prompt_id`) and `OUTPUT.provenance.json`.
@@ -163,9 +163,7 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     eos = model.generation_config.eos_token_id
     eos_ids = set(eos) if isinstance(eos, list) else {eos}
-    for prompt, token_ids in zip(
-        group, answer(model, group, temperature, max_new_tokens, eos_ids, seed), strict=True
-    ):
+    for prompt, token_ids in zip(group, answer(model, group, temperature, max_new_tokens, eos_ids, seed), strict=True):
         text = tokenizer.decode(token_ids, skip_special_tokens=True)
         yield {
             "prompt_id": prompt.prompt_id,
@@ -179,10 +177,14 @@ def rows_of(
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True, help="model id or folder")
-    parser.add_argument("--prompts", required=True, action="append", type=Path, help=".json or .jsonl; may be repeated")
+    parser.add_argument(
+        "--prompts", required=True, action="append", type=Path, help=".json or .jsonl; may be repeated"
+    )
     parser.add_argument("--output", required=True, type=Path, help="a .jsonl file; continued when it exists")
     parser.add_argument("--limit", type=int, default=4000, help="most prompts to answer")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.0, 0.8], help="taken in turn by batch")
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", default=[0.0, 0.0, 0.8], help="taken in turn by batch"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--max-prompt-tokens", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64, help="most prompts of one length decoded together")

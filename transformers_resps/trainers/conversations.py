@@ -19,9 +19,9 @@ _BLOCK_CHARACTERS = 1 << 20
 def read_conversations(path: str | Path) -> Iterator[Conversation]:
     """Yield the conversations of a `.jsonl` file, or of a `.json` file that holds one list.
 
-    A row may have `messages`; `prompt` and optionally `completion` (each a string or a list of messages); `turns` (user
-    turns); `question` and optionally `answer`; or ShareGPT's `conversations`. A JSON list that is cut off at its end
-    yields all its whole rows.
+    A row may have `messages`; `prompt` and optionally `completion` (each a string or a list of messages); `turns`
+    (user turns); `question` and optionally `answer`; or ShareGPT's `conversations`. A JSON list that is cut off at its
+    end yields all its whole rows.
 
     Raises:
         ValueError: a row has none of these fields, or a JSONL line is not JSON.
@@ -88,8 +88,8 @@ def _messages(row: Any, where: str) -> Conversation:
             asked = _as_messages(row[question], "user")
             return asked + (_as_messages(row[answer], "assistant") if answer in row else [])
     raise ValueError(
-        f"{where} has the fields {sorted(row)}. A conversation needs `messages`, `prompt` (and `completion`), `turns`, "
-        "`question` (and `answer`), or ShareGPT's `conversations`. Rename your fields to one of these."
+        f"{where} has the fields {sorted(row)}. A conversation needs `messages`, `prompt` (and `completion`), "
+        "`turns`, `question` (and `answer`), or ShareGPT's `conversations`. Rename your fields to one of these."
     )
 
 

@@ -1,0 +1,175 @@
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.conftest import build_target
+from transformers_resps import DraftHead
+from transformers_resps.trainers import (
+    CachedFeatures,
+    DraftHeadTrainer,
+    DraftHeadTrainingConfig,
+    Example,
+    ExampleDataset,
+    FrozenTarget,
+    save_head,
+)
+
+
+def texts(count=12, vocabulary=64):
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(9, 24, (1,), generator=generator))
+        mask = torch.arange(length) >= 5
+        examples.append(Example(torch.randint(3, vocabulary, (length,), generator=generator), mask))
+    return examples
+
+
+def config(folder, **overrides):
+    return DraftHeadTrainingConfig(
+        **{
+            "output_dir": str(folder),
+            "steps": 3,
+            "tokens_per_batch": 64,
+            "max_steps": 6,
+            "save_steps": 3,
+            "logging_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **overrides,
+        }
+    )
+
+
+def fresh(draft_vocab_size=48):
+    target = build_target(initializer_range=0.3)
+    torch.manual_seed(1)
+    return target, DraftHead.from_target(target, draft_vocab_size=draft_vocab_size)
+
+
+class Stop(TrainerCallback):
+    """As a kill after a checkpoint would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def bits(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("freeze_output_head", [True, False])
+def test_every_trained_parameter_moves_and_none_of_the_target(tmp_path, optimizer, freeze_output_head):
+    target, head = fresh()
+    target_before, before = bits(target), bits(head)
+    args = config(tmp_path, max_steps=2, optimizer=optimizer, freeze_output_head=freeze_output_head)
+    DraftHeadTrainer(head, target, args, ExampleDataset(texts())).train()
+    for name, parameter in head.named_parameters():
+        is_frozen = freeze_output_head and name == "lm_head.weight"
+        assert torch.equal(parameter, before[name]) == is_frozen, name
+    assert all(torch.equal(value, target_before[name]) for name, value in bits(target).items())
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    target, head = fresh()
+    whole = DraftHeadTrainer(head, target, config(tmp_path / "whole", max_steps=7), ExampleDataset(texts()))
+    whole.train()
+
+    for callbacks, resume in (([Stop(3)], None), ([], True)):
+        target, resumed_head = fresh()
+        args = config(tmp_path / "killed", max_steps=7)
+        resumed = DraftHeadTrainer(resumed_head, target, args, ExampleDataset(texts()), callbacks=callbacks)
+        resumed.train(resume_from_checkpoint=resume)
+    assert resumed.state.global_step == whole.state.global_step == 7
+    expected = bits(head)
+    assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())
+
+
+def test_cached_features_train_the_same_head_as_the_target_itself(tmp_path):
+    losses = []
+    for cached in (False, True):
+        target, head = fresh()
+        examples = sorted(texts(), key=lambda example: len(example.input_ids))
+        dataset = ExampleDataset(examples)
+        if cached:
+            frozen = FrozenTarget(target, head.config.feature_layers)
+            dataset = CachedFeatures(examples, tmp_path / "features", frozen, dtype=torch.float32)
+        trainer = DraftHeadTrainer(head, target, config(tmp_path / str(cached), max_steps=3), dataset)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_accumulated_small_batches_give_the_gradient_of_one_large_batch(tmp_path):
+    same = [Example(torch.arange(3, 19), torch.arange(16) >= 4) for _ in range(4)]
+    heads = []
+    for tokens, accumulation in ((64, 1), (32, 2)):
+        target, head = fresh()
+        args = config(tmp_path, tokens_per_batch=tokens, gradient_accumulation_steps=accumulation, max_steps=1)
+        DraftHeadTrainer(head, target, args, ExampleDataset(same)).train()
+        heads.append(bits(head))
+    for name, value in heads[0].items():
+        torch.testing.assert_close(value, heads[1][name], atol=1e-5, rtol=1e-3)
+
+
+def test_loss_falls_and_agreement_rises_on_one_memorised_text(tmp_path):
+    target, head = fresh()
+    args = config(tmp_path, max_steps=60, learning_rate=1e-2, lr_scheduler_type="constant")
+    trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts(1)), ExampleDataset(texts(1)))
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss_1"] < before["eval_loss_1"]
+    assert after["eval_top1_1"] > before["eval_top1_1"] and after["eval_top1_1"] > 0.5
+    assert {"top1_3", "tokens_per_second", "minutes_left"} <= set(trainer.state.log_history[-4]) | set(
+        trainer.state.log_history[-3]
+    )
+    assert all(math.isfinite(value) for value in after.values())
+
+
+def test_checkpoints_and_exports_load_as_heads(tmp_path):
+    target, head = fresh()
+    trainer = DraftHeadTrainer(head, target, config(tmp_path, max_steps=3), ExampleDataset(texts()))
+    trainer.train()
+    checkpoint = DraftHead.from_pretrained(tmp_path / "checkpoint-3", target=target)
+    assert all(torch.equal(value, bits(head)[name]) for name, value in bits(checkpoint).items())
+    save_head(head, tmp_path / "bf16")
+    exported = DraftHead.from_pretrained(tmp_path / "bf16", target=target)
+    assert exported.fc.weight.dtype == torch.bfloat16 and head.fc.weight.dtype == torch.float32
+    assert torch.equal(exported.fc.weight, head.fc.weight.bfloat16())
+    assert torch.equal(exported.d2t, head.d2t)
+
+
+def test_the_cache_goes_on_from_whole_files_and_says_what_a_full_disk_needs(tmp_path, monkeypatch):
+    target, head = fresh()
+    frozen = FrozenTarget(target, head.config.feature_layers)
+    examples = texts(130)
+
+    def full(tensors, path):
+        if len(list(tmp_path.glob("*.safetensors"))) == 2:
+            raise OSError(28, "No space left on device")
+        return save(tensors, path)
+
+    from transformers_resps.trainers import feature_cache
+
+    save = feature_cache.save_file
+    monkeypatch.setattr(feature_cache, "save_file", full)
+    with pytest.raises(OSError, match="bytes per token"):
+        CachedFeatures(examples, tmp_path, frozen)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+    monkeypatch.setattr(feature_cache, "save_file", save)
+    assert len(CachedFeatures(examples, tmp_path, frozen)) == 130
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("field", [{"steps": 0}, {"step_decay": 0.0}, {"optimizer": "sgd"}, {"tokens_per_batch": 1}])
+def test_settings_out_of_range_are_refused(tmp_path, field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        config(tmp_path, **field)

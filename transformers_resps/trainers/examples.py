@@ -1,0 +1,98 @@
+"""Conversations as token ids, with a mask over the tokens that the assistant wrote.
+
+Knows tokenizers and chat templates: nothing of models.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .conversations import Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One text.
+
+    Attributes:
+        input_ids: `[t]`.
+        loss_mask: `[t]` bool, true for tokens that the assistant wrote, its end-of-turn token included.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """`[t]` bool: the assistant's tokens that a head can predict, which sees at least two tokens before them."""
+        mask = self.loss_mask.clone()
+        mask[:2] = False
+        return mask
+
+
+def make_examples(
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Example]:
+    """Tokenize every conversation that has an assistant turn within `max_length` tokens; longer ones are cut.
+
+    Raises:
+        ValueError: no conversation has such a turn, or the chat template does not render turn after turn.
+    """
+    examples, seen = [], 0
+    for conversation in conversations:
+        seen += 1
+        if any(message["role"] == "assistant" for message in conversation):
+            example = make_example(conversation, tokenizer, max_length)
+            if example.predicted.any():
+                examples.append(example)
+    if not examples:
+        raise ValueError(
+            f"None of the {seen} conversations has an assistant turn that begins within `max_length={max_length}` "
+            "tokens. A head learns from assistant turns only: pass answered conversations, made for instance by "
+            "training/generate_dataset.py, or raise `max_length`."
+        )
+    return examples
+
+
+def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
+    """Render the conversation turn by turn; what an assistant turn adds beyond the generation prompt is its own.
+
+    Raises:
+        ValueError: the text up to a turn is not a prefix of the whole text, so the turns cannot be told apart.
+    """
+    pieces: list[tuple[str, bool]] = []
+    text = ""
+    for index, message in enumerate(conversation):
+        if message["role"] != "assistant":
+            continue
+        asked = _render(tokenizer, conversation[:index], add_generation_prompt=True)
+        answered = _render(tokenizer, conversation[: index + 1], add_generation_prompt=False)
+        if not asked.startswith(text) or not answered.startswith(asked):
+            raise ValueError(
+                "The chat template does not render conversations turn by turn: the text up to turn "
+                f"{index + 1} is not the beginning of the text with that turn. The assistant's tokens are found by "
+                "such prefixes. Pass a tokenizer with a template that only appends."
+            )
+        end = len(answered.rstrip("\n"))  # templates put a line break after the end-of-turn token
+        pieces += [(asked[len(text) :], False), (answered[len(asked) : end], True)]
+        text = answered[:end]
+    ids: list[int] = []
+    mask: list[bool] = []
+    for piece, is_assistant in pieces:
+        tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        mask += [is_assistant] * len(tokens)
+        if len(ids) >= max_length:
+            break
+    return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, add_generation_prompt: bool) -> str:
+    rendered: Any = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    return str(rendered)

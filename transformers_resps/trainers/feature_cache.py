@@ -1,0 +1,157 @@
+"""The target's features on disk, computed once and read in every epoch.
+
+One safetensors file per block of texts, written under another name and then renamed: a killed or failed run leaves
+whole files only, and the next run goes on from them.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .batches import collate
+from .examples import Example
+from .target_features import FrozenTarget
+
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 64  # texts per file
+_OPEN_FILES = 256
+
+
+class ExampleDataset(Dataset[dict[str, Tensor]]):
+    """Tokenized texts; the trainer runs the target on each batch."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        example = self.examples[index]
+        return {"input_ids": example.input_ids, "loss_mask": example.predicted}
+
+
+class CachedFeatures(ExampleDataset):
+    """The same texts with `features`, `hidden` and `picks`, read from `folder` in the dtype they were stored in.
+
+    Args:
+        examples: the texts.
+        folder: where files are kept; those of other texts or another target are left alone.
+        target: computes what is missing.
+        dtype: of the stored features; bf16 halves the disk and is what heads are served in.
+        tokens_per_forward: size of the target's batches, padding included.
+
+    Raises:
+        OSError: the disk is full; what was written stays usable.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        folder: str | Path,
+        target: FrozenTarget,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        tokens_per_forward: int = 4096,
+    ) -> None:
+        super().__init__(sorted(examples, key=lambda example: len(example.input_ids)))
+        self._folder, self._target, self._dtype = Path(folder), target, dtype
+        self._tokens_per_forward = tokens_per_forward
+        self._folder.mkdir(parents=True, exist_ok=True)
+        identity = {"layers": target.feature_layers, "dtype": str(dtype), "target": _fingerprint(target)}
+        self._identity = json.dumps(identity, sort_keys=True)
+        blocks = [self.examples[start : start + _BLOCK] for start in range(0, len(examples), _BLOCK)]
+        self._paths = [self._folder / f"{self._key(block)}.safetensors" for block in blocks]
+        self._places = list(range(len(examples)))
+        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._fill(blocks)
+
+    def select(self, examples: list[Example]) -> "CachedFeatures":
+        """The same files, restricted to some of their texts: training and held-out texts share one cache."""
+        wanted = {id(example) for example in examples}
+        chosen = [index for index, example in enumerate(self.examples) if id(example) in wanted]
+        view = copy.copy(self)
+        view.examples = [self.examples[index] for index in chosen]
+        view._places = [self._places[index] for index in chosen]
+        view._open = OrderedDict()
+        return view
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block, row = divmod(self._places[index], _BLOCK)
+        path = self._paths[block]
+        if path not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[path] = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]  # untyped upstream
+        file = self._open[path]
+        return super().__getitem__(index) | {
+            name: file.get_tensor(f"{row}.{name}") for name in ("features", "hidden", "picks")
+        }
+
+    def _key(self, block: list[Example]) -> str:
+        digest = hashlib.sha256(self._identity.encode())
+        for example in block:
+            digest.update(example.input_ids.numpy().tobytes() + b"|")
+        return digest.hexdigest()[:24]
+
+    def _fill(self, blocks: list[list[Example]]) -> None:
+        missing = [index for index, path in enumerate(self._paths) if not path.exists()]
+        started, tokens = time.monotonic(), 0
+        for done, index in enumerate(missing, start=1):
+            self._write(self._paths[index], blocks[index])
+            tokens += sum(len(example.input_ids) for example in blocks[index])
+            if done % 10 == 0 or done == len(missing):
+                rate = tokens / (time.monotonic() - started)
+                logger.info("features: %d of %d files, %.0f tokens/s", done, len(missing), rate)
+
+    def _write(self, path: Path, block: list[Example]) -> None:
+        tensors: dict[str, Tensor] = {}
+        size = max(1, self._tokens_per_forward // len(block[-1].input_ids))
+        for start in range(0, len(block), size):
+            part = block[start : start + size]
+            batch = collate([{"input_ids": e.input_ids, "loss_mask": e.predicted} for e in part])
+            read = self._target.read(batch["input_ids"].to(self._target.model.device))
+            for row, example in enumerate(part):
+                length = len(example.input_ids)
+                tensors[f"{start + row}.features"] = read.features[row, :length].to("cpu", self._dtype).contiguous()
+                tensors[f"{start + row}.hidden"] = read.hidden[row, :length].to("cpu", self._dtype).contiguous()
+                tensors[f"{start + row}.picks"] = read.picks[row, :length].to("cpu", torch.int32).contiguous()
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial)
+            partial.replace(path)
+        except Exception as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) or "space" in str(error).lower():
+                raise OSError(
+                    f"Writing the target's features to {path} failed: {error}. They need about "
+                    f"{_bytes_per_token(tensors)} bytes per token. Free some disk, set another `feature_cache_dir`, "
+                    "or leave it out to run the target on each batch; the files written so far stay usable."
+                ) from error
+            raise
+
+
+def _bytes_per_token(tensors: dict[str, Tensor]) -> int:
+    tokens = sum(len(tensor) for name, tensor in tensors.items() if name.endswith(".picks"))
+    return sum(tensor.nbytes for tensor in tensors.values()) // max(tokens, 1)
+
+
+def _fingerprint(target: FrozenTarget) -> str:
+    """Name, sizes, dtype and a few weights: another target must not meet these files."""
+    weight = target.output_weight
+    sample = weight[:: max(1, len(weight) // 64)].float().sum(-1).cpu().numpy().tobytes()
+    facts = f"{type(target.model).__name__} {tuple(weight.shape)} {weight.dtype}".encode()
+    return hashlib.sha256(facts + sample).hexdigest()[:16]

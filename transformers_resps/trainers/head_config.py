@@ -1,0 +1,66 @@
+"""The settings of `DraftHeadTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class DraftHeadTrainingConfig(TrainingArguments):
+    """`TrainingArguments` and what EAGLE-3's training-time test adds to them.
+
+    Batches hold a budget of tokens, so `per_device_train_batch_size` is not used.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for steps and weights are those of its code.
+    """
+
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "Peak step size, of both Muon and AdamW (Muon's updates are scaled to fit)."}
+    )
+    logging_steps: float = field(default=20, metadata={"help": "Optimiser steps between two lines of metrics."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; EAGLE-3 uses 0.5."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any schedule of Transformers."})
+    bf16: bool = field(
+        default=False,
+        metadata={"help": "Autocast to bf16. Worth it on GPUs; slower than fp32 on processors without bf16."},
+    )
+    steps: int = field(
+        default=7, metadata={"help": "Levels of the training-time test: how deep the head learns to draft."}
+    )
+    step_decay: float = field(default=0.8, metadata={"help": "Weight of level k is step_decay ** k."})
+    tokens_per_batch: int = field(
+        default=2048, metadata={"help": "Tokens of a batch on one device, padding included; texts are not split."}
+    )
+    loss_chunk_size: int = field(
+        default=1024,
+        metadata={
+            "help": "Positions whose logits are in memory at once: two fp32 buffers of this times draft vocabulary."
+        },
+    )
+    freeze_output_head: bool = field(
+        default=True,
+        metadata={"help": "Keep the target's rows as output head: a third less work, and nothing to overfit."},
+    )
+    optimizer: str = field(
+        default="muon",
+        metadata={"help": "muon: orthogonalised momentum for the matrices, AdamW for the rest. adamw: AdamW for all."},
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of squares; EAGLE-3 uses 0.95."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False
+        self.label_names = ["labels"]
+        for name, least in (("steps", 1), ("tokens_per_batch", 2), ("loss_chunk_size", 1)):
+            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        _check("step_decay", self.step_decay, 0 < self.step_decay <= 1, "above 0 and at most 1")
+        _check("optimizer", self.optimizer, self.optimizer in ("muon", "adamw"), "`muon` or `adamw`")
+
+
+def _check(name: str, value: Any, is_valid: bool, needed: str) -> None:
+    if not is_valid:
+        raise ValueError(f"`{name}` is {value!r}, but it must be {needed}. See `DraftHeadTrainingConfig`.")

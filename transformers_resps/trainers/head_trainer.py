@@ -1,0 +1,227 @@
+"""Train a draft head on a target's own distribution.
+
+Knows Transformers' Trainer; the maths is in `training_time_test` and `soft_cross_entropy`.
+"""
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+
+from ..head import BoundHead, DraftHead
+from .batches import IGNORED, TokenBudgetBatches, collate
+from .feature_cache import ExampleDataset
+from .head_config import DraftHeadTrainingConfig
+from .level_meter import LevelMeter
+from .muon import Muon
+from .soft_cross_entropy import soft_cross_entropy
+from .target_features import FrozenTarget, TargetFeatures
+from .training_time_test import unroll
+
+
+class DraftHeadTrainer(Trainer):
+    """Trainer of a `DraftHead`: training-time test, soft cross-entropy over the draft vocabulary.
+
+    The trained model is the head alone, so checkpoints hold the head alone, loadable by `DraftHead.from_pretrained`;
+    `OUTPUT_DIR/head` is always the newest one in bf16.
+
+    Args:
+        model: the head, or a PEFT model of it.
+        target: the model it drafts for; not trained, not saved.
+        args: see `DraftHeadTrainingConfig`.
+        train_dataset: `ExampleDataset` (the target runs on each batch) or `CachedFeatures`.
+        eval_dataset: likewise, of held-out texts.
+        peft_config: wrap the head in adapters, for instance `LoraConfig`.
+        kwargs: passed to `transformers.Trainer`.
+
+    Raises:
+        ValueError: head and target do not belong together.
+
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
+    """
+
+    args: DraftHeadTrainingConfig
+
+    def __init__(
+        self,
+        model: DraftHead,
+        target: PreTrainedModel,
+        args: DraftHeadTrainingConfig,
+        train_dataset: ExampleDataset | None = None,
+        eval_dataset: ExampleDataset | None = None,
+        *,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = cast(DraftHead, get_peft_model(model, peft_config))
+        bound = BoundHead(_head_of(model), target)
+        if bound.head.config.owns_output_head and args.freeze_output_head:
+            bound.head.lm_head.requires_grad_(False)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", collate),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's count of predicted tokens
+        self.target = FrozenTarget(target.to(args.device), list(bound.head.config.feature_layers or []))
+        self._meters = {"train": LevelMeter(args.steps), "eval": LevelMeter(args.steps)}
+        self._clock = (time.monotonic(), 0)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted loss of all levels, per predicted token of the optimiser step."""
+        loss, losses, hits, predicted = self._levels(model, inputs)
+        self._meters["train" if model.training else "eval"].add(losses, hits, predicted, inputs["input_ids"].numel())
+        count = predicted[0] if num_items_in_batch is None else num_items_in_batch
+        loss = loss / count * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return (loss, {}) if return_outputs else loss
+
+    def _levels(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weighted loss; per level the summed loss, the hits and all predicted tokens, in vocabulary or not."""
+        bound = BoundHead(_head_of(self.accelerator.unwrap_model(model)), self.target.model)
+        read = self._read(inputs)
+        rows, places = (inputs["labels"] != IGNORED).nonzero(as_tuple=True)  # the n predicted tokens
+        start = max(int(places.min()) - 1 - self.args.steps, 0)
+        hidden = unroll(
+            bound.head,
+            read.features.to(bound.head.dtype),
+            bound.embed(inputs["input_ids"]),
+            self.args.steps,
+            start,
+            first_pass=model,
+        )
+        slots = places - 2 - torch.arange(self.args.steps, device=places.device)[:, None]  # [k, n]
+        levels = torch.arange(self.args.steps, device=places.device)[:, None]
+        picked = hidden[levels, rows, slots.clamp(min=start) - start]  # [k, n, h]
+        exists = slots >= 0
+        token_ids = bound.head.draft_token_ids
+        in_vocabulary = torch.isin(read.picks[rows, places - 1], token_ids)
+        weights = self.args.step_decay**levels * (exists & in_vocabulary)
+        loss, losses, hits = soft_cross_entropy(
+            picked,
+            bound.output_weight,
+            self.target.teacher(read.hidden[rows, places - 1], token_ids),
+            weights.float(),
+            self.args.loss_chunk_size,
+        )
+        return loss, losses, hits, exists.sum(-1)
+
+    def _read(self, inputs: dict[str, Tensor]) -> TargetFeatures:
+        if "features" in inputs:
+            return TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
+        return self.target.read(inputs["input_ids"])
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss alone: logits of the whole text would not fit."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add top-1 agreement per level, tokens per second and time left to Trainer's own metrics."""
+        is_eval = any(key.startswith("eval_") for key in logs)
+        meter = self._meters["eval" if is_eval else "train"]
+        if meter.tokens:
+            prefix = "eval_" if is_eval else ""
+            logs |= {prefix + key: value for key, value in meter.read().items()}
+            if not is_eval:
+                logs |= self._pace(meter.tokens)
+            meter.reset()
+        super().log(logs, start_time)
+
+    def _pace(self, tokens: int) -> dict[str, float]:
+        (before, step), now = self._clock, time.monotonic()
+        self._clock = (now, self.state.global_step)
+        done = self.state.global_step - step
+        if done <= 0:
+            return {}
+        left = (self.state.max_steps - self.state.global_step) * (now - before) / done
+        return {"tokens_per_second": round(tokens / (now - before), 1), "minutes_left": round(left / 60, 1)}
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of a token budget."""
+        if self.train_dataset is None:
+            raise ValueError("`train_dataset` is missing, but training needs texts. Pass an `ExampleDataset`.")
+        return self._loader(self.train_dataset, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Batches of a token budget, in a fixed order."""
+        dataset = eval_dataset if isinstance(eval_dataset, ExampleDataset) else self.eval_dataset
+        if dataset is None:
+            raise ValueError(
+                "`eval_dataset` is missing, but evaluation needs held-out texts. Pass an `ExampleDataset`."
+            )
+        return self._loader(dataset, shuffle=False)
+
+    def _loader(self, dataset: Any, *, shuffle: bool) -> DataLoader[Any]:
+        lengths = [len(example.input_ids) for example in dataset.examples]
+        batches = TokenBudgetBatches(
+            lengths, self.args.tokens_per_batch, seed=self.args.data_seed or self.args.seed, shuffle=shuffle
+        )
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return cast(DataLoader[Any], self.accelerator.prepare(loader))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Muon for the matrices and AdamW for the rest, or AdamW for all."""
+        if self.optimizer is None:
+            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            uses_muon = self.args.optimizer == "muon"
+            matrices = [p for n, p in named if uses_muon and p.ndim == 2 and "lm_head" not in n and "embed" not in n]
+            chosen = {id(p) for p in matrices}
+            groups = [
+                {"params": matrices, "matrices": True},
+                {"params": [p for _, p in named if id(p) not in chosen], "matrices": False},
+            ]
+            self.optimizer = Muon(
+                [group for group in groups if group["params"]],
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                weight_decay=self.args.weight_decay,
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            save_head(_head_of(self.accelerator.unwrap_model(self.model)), Path(self.args.output_dir) / "head")
+
+
+def save_head(head: DraftHead, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write `head` to `folder` in `dtype`; the head in memory keeps its own."""
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in head.state_dict().items()
+    }
+    before, head.config.dtype = head.config.dtype, dtype
+    try:
+        head.save_pretrained(folder, state_dict=state)
+    finally:
+        head.config.dtype = before
+
+
+def _head_of(model: Any) -> DraftHead:
+    """The head itself, without adapters' wrapper."""
+    return cast(DraftHead, model.get_base_model() if hasattr(model, "get_base_model") else model)

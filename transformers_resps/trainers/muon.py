@@ -1,0 +1,98 @@
+"""Muon for the matrices, AdamW for everything else, in one optimiser: one state dict, one schedule.
+
+`torch.optim.Muon` runs its iteration in bf16, ten times slower than fp32 on processors without bf16 arithmetic, and
+takes matrices only.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Keller Jordan, "Muon" (2024)
+
+
+def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """The nearest matrix `[m, n]` with singular values near 1, by Newton-Schulz iteration in fp32 (GPU: bf16)."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    wide = wide / wide.norm().clamp(min=1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(iterations):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).to(matrix.dtype)
+
+
+class Muon(Optimizer):
+    """Orthogonalised momentum for groups with `matrices=True`, AdamW for the others.
+
+    Args:
+        groups: parameter groups; each has `matrices`.
+        lr: step size; Muon's update has a root mean square of 0.2, so that one rate fits both kinds.
+        betas: AdamW's decay rates; Muon's momentum is `momentum`.
+        momentum: decay rate of Muon's Nesterov momentum.
+        weight_decay: decoupled, for the matrices only.
+        eps: AdamW's denominator floor.
+
+    Source: Jordan et al., Muon (2024); update scale 0.2 sqrt(max(m, n)) of Moonlight (arXiv 2502.16982) section 2.2.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
+        super().__init__(groups, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            update = self._muon if group["matrices"] else self._adamw
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update(parameter, group)
+        return loss
+
+    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        direction = orthogonalise(gradient.lerp(state["momentum"], group["momentum"]))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(direction, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
+
+    def _adamw(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        step, (first, second) = state["step"].item(), group["betas"]
+        state["mean"].lerp_(gradient, 1 - first)
+        state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        scale = (state["square"] / (1 - second**step)).sqrt_().add_(group["eps"])
+        if parameter.ndim >= 2:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - first**step))

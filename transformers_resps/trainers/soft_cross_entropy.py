@@ -1,0 +1,101 @@
+"""The loss of all draft levels at once, in chunks: no `[positions, draft vocab]` tensor outlives its chunk.
+
+Knows nothing of heads, batches or trainers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """The target's distribution over the draft vocabulary, in factored form.
+
+    Attributes:
+        hidden: `[n, h]` the target's last hidden state after its final norm.
+        weight: `[d, h]` the target's output rows of the draft vocabulary.
+        scale: what the target multiplies its logits by.
+        softcap: the target's final soft cap, or `None`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def probabilities(self, rows: slice) -> Tensor:
+        """fp32 `[c, d]` of the positions `rows`, renormalised over the draft vocabulary."""
+        logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight).float()
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+        return logits.div_(logits.sum(-1, keepdim=True))
+
+
+def soft_cross_entropy(
+    hidden: Tensor, weight: Tensor, teacher: Teacher, row_weights: Tensor, chunk_size: int = 1024
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of every level's logits against the target's probabilities.
+
+    Args:
+        hidden: `[k, n, h]` normed hidden states of the k levels that predict the same n tokens.
+        weight: `[d, h]` the head's output rows.
+        teacher: the target's distribution at those n tokens.
+        row_weights: fp32 `[k, n]` factor of each loss; 0 leaves a row out.
+        chunk_size: positions whose logits are alive at once: 2 fp32 buffers `[chunk_size, d]`.
+
+    Returns:
+        The weighted sum of the losses; per level its unweighted sum `[k]` and the count of rows whose best token is
+        the target's `[k]`, both over the rows of non-zero weight and without gradient.
+
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; gradients are formed with the logits, as in fused linear losses.
+    """
+    return _SoftCrossEntropy.apply(hidden, weight, teacher, row_weights, chunk_size)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher: Teacher, row_weights: Tensor, chunk_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        losses, hits = row_weights.new_zeros(len(hidden)), row_weights.new_zeros(len(hidden))
+        total = row_weights.new_zeros(())
+        for start in range(0, hidden.shape[1], chunk_size):
+            rows = slice(start, start + chunk_size)
+            probabilities = teacher.probabilities(rows)  # [c, d]
+            best = probabilities.argmax(-1)
+            for level in range(len(hidden)):
+                states, factors = hidden[level, rows], row_weights[level, rows]
+                counted = (factors != 0).float()
+                logits = F.linear(states.to(weight.dtype), weight).float()  # [c, d]
+                hits[level] += ((logits.argmax(-1) == best) * counted).sum()
+                normaliser = logits.logsumexp(-1, keepdim=True)
+                loss = normaliser.squeeze(-1) - torch.linalg.vecdot(probabilities, logits)
+                losses[level] += (loss * counted).sum()
+                total += (loss * factors).sum()
+                if hidden_grad is None and weight_grad is None:
+                    continue
+                slopes = logits.sub_(normaliser).exp_().sub_(probabilities).mul_(factors[:, None]).to(weight.dtype)
+                if hidden_grad is not None:
+                    hidden_grad[level, rows] = (slopes @ weight).to(hidden.dtype)
+                if weight_grad is not None:
+                    weight_grad += slopes.T @ states.to(weight.dtype)
+        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        ctx.mark_non_differentiable(losses, hits)
+        return total, losses, hits
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad = None if hidden_grad is None else hidden_grad * slope.to(hidden_grad.dtype)
+        weight_grad = None if weight_grad is None else weight_grad * slope.to(weight_grad.dtype)
+        return hidden_grad, weight_grad, None, None, None

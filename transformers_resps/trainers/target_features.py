@@ -1,0 +1,80 @@
+"""What a head learns from: the target's features, its last hidden state and its picks.
+
+Knows the target: nothing of heads' weights, datasets or trainers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..features import FeatureTap
+from .soft_cross_entropy import Teacher
+
+
+_PICK_CHUNK = 512  # positions whose full logits are alive at once
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFeatures:
+    """Attributes:
+    features: `[b, t, A * target hidden]`.
+    hidden: `[b, t, target hidden]` after the target's final norm: the input of its output head.
+    picks: `[b, t]` the target's most likely token after each position.
+    """
+
+    features: Tensor
+    hidden: Tensor
+    picks: Tensor
+
+
+class FrozenTarget:
+    """The target in evaluation mode, without gradients, and kept out of the trained module.
+
+    Args:
+        model: any causal language model of Transformers.
+        feature_layers: as in `DraftHeadConfig`.
+
+    Raises:
+        ValueError: the model has no output head.
+    """
+
+    def __init__(self, model: PreTrainedModel, feature_layers: list[int]) -> None:
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output head, but a draft head learns from the target's distribution. "
+                "Load the target with AutoModelForCausalLM."
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.feature_layers = feature_layers
+        config = model.config.get_text_config()
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """`[v, target hidden]`."""
+        weight = self.model.get_output_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor) -> TargetFeatures:
+        """Run right-padded texts `[b, t]`; causal attention keeps the padding out of the texts without a mask."""
+        with FeatureTap(self.model, self.feature_layers) as tap, tap.record() as features:
+            hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        return TargetFeatures(features.concatenated(), hidden, self._picks(hidden))
+
+    def _picks(self, hidden: Tensor) -> Tensor:
+        """Argmax over the whole vocabulary, in chunks; scale and soft cap are monotone, so they don't matter."""
+        rows = hidden.flatten(0, 1).to(self.output_weight.dtype)
+        picks = [F.linear(part, self.output_weight).argmax(-1) for part in rows.split(_PICK_CHUNK)]
+        return torch.cat(picks).view(hidden.shape[:2])
+
+    def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
+        """The distribution over `token_ids` `[d]` at hidden states `[n, target hidden]`."""
+        return Teacher(hidden, self.output_weight[token_ids], self.scale, self.softcap)
