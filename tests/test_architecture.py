@@ -34,9 +34,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": ENGINE,
     "verification": ENGINE,
     "trainers": ENGINE,
+    "doctor": ENGINE | {"trainers"},
     "bench": ENGINE | {"verification", "trainers"},
     "demo": ENGINE | {"verification", "bench"},
-    "cli": ENGINE | {"verification", "trainers", "bench", "demo"},
+    "cli": ENGINE | {"verification", "trainers", "doctor", "bench", "demo"},
 }
 
 MOST_FILE_LINES = 300
