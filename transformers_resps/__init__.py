@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel
 
 from .generation import ReSpSGenerationMixin, SpeculativeOutput, attach, detach
 from .head import DraftHead, DraftHeadConfig
-from .policy import FixedPolicy, Level, Observation, Policy
+from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
 from .telemetry import SpeculationReport, StepRecord
 from .tree import DraftTree, TreeShape
 
@@ -13,17 +13,21 @@ AutoConfig.register(DraftHeadConfig.model_type, DraftHeadConfig, exist_ok=True)
 AutoModel.register(DraftHeadConfig, DraftHead, exist_ok=True)
 
 __all__ = [
+    "AutoPolicy",
     "DraftHead",
     "DraftHeadConfig",
     "DraftTree",
     "FixedPolicy",
+    "Guard",
     "Level",
     "Observation",
     "Policy",
     "ReSpSGenerationMixin",
+    "ReSpSPolicy",
     "SpeculationReport",
     "SpeculativeOutput",
     "StepRecord",
+    "ThroughputPolicy",
     "TreeShape",
     "attach",
     "detach",

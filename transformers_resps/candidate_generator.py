@@ -61,7 +61,7 @@ class TreeCandidateGenerator:
         EAGLE-2 (arXiv 2406.16858) section 4.1: the best `top_k` nodes of a level, by path probability, get children;
         all children are candidates.
         """
-        self._read()
+        self.read()
         tokens, scores = self._children(self._newest, shape.top_k)  # [b, 1, k]
         pool = [(tokens[:, 0], torch.full_like(tokens[:, 0], -1), scores[:, 0])]
         frontier = self._first_frontier(*pool[0])
@@ -80,8 +80,10 @@ class TreeCandidateGenerator:
         joined = [torch.cat(parts, dim=1) for parts in zip(*pool, strict=True)]
         return CandidatePool(joined[0], joined[1], joined[2], torch.cat(levels))
 
-    def _read(self) -> None:
-        """Extend the head's cache by the pairs committed since the last draft, in one pass."""
+    def read(self) -> None:
+        """Extend the head's cache by the pairs committed since it was last read, in one pass."""
+        if not self._unread:
+            return
         features = torch.cat([part.to(self._device, self._dtype) for part, _ in self._unread], dim=1)
         tokens = torch.cat([part.to(self._device) for _, part in self._unread], dim=1)
         self._unread.clear()

@@ -5,6 +5,7 @@ One `TreeDecoding` lives for one call of `generate`. Knows nothing of how it was
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .cache import check_cache, keep_nodes
 from .candidate_generator import TreeCandidateGenerator
 from .features import Features, FeatureTap
 from .head import BoundHead
+from .lookup import BatchLookup, Match
 from .policy import Observation, Policy
 from .telemetry import SpeculationReport, StepRecord
 from .tree import DraftTree, TreeShape
@@ -28,13 +30,13 @@ class TreeDecoding:
 
     Args:
         target: verifies.
-        head: drafts.
+        head: drafts; `None` to draft by lookup alone.
         policy: decides.
         text: starts as the prompt and gains the answer.
         cache: the target's, empty.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
         position_ids: `[b or 1, s]` of the prompt.
-        tap: open, catches the features that the head reads.
+        tap: open, catches the features that the head reads; `None` without a head.
         max_length: positions the text may reach.
         clock: seconds; tests pass a fake one.
     """
@@ -42,21 +44,23 @@ class TreeDecoding:
     def __init__(
         self,
         target: PreTrainedModel,
-        head: BoundHead,
+        head: BoundHead | None,
         policy: Policy,
         text: Text,
         *,
         cache: Cache,
         attention_mask: Tensor | None,
         position_ids: Tensor,
-        tap: FeatureTap,
+        tap: FeatureTap | None,
         max_length: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.target, self.policy, self.text, self.cache = target, policy, text, cache
         self.report = SpeculationReport(batch_size=len(text.input_ids))
         self._tap = tap
-        self._generator = TreeCandidateGenerator(head, len(text.input_ids), attention_mask)
+        batch_size = len(text.input_ids)
+        self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, attention_mask)
+        self._lookup = BatchLookup([0] * batch_size if attention_mask is None else _pads(attention_mask))
         self._mask = attention_mask
         self._positions = position_ids
         self._root_positions = position_ids[:, -1].expand(len(text.input_ids)) + 1  # [b]
@@ -80,12 +84,15 @@ class TreeDecoding:
                 **logits_to_keep,
             )
             self.cache.crop(0)
-            features.append(caught.concatenated())
+            features.append(caught)
         check_cache(self.cache)
         verified = self._clock()
         tree = DraftTree.root_only(prompt[:, -1])
         acceptance = walk(tree, outputs.logits[:, -1:], self.text)
-        self._generator.observe(torch.cat(features, dim=1), self.text.input_ids[:, 1:])
+        if self._generator is not None:
+            prompt_features = torch.cat([caught.concatenated() for caught in features], dim=1)
+            self._generator.observe(prompt_features, self.text.input_ids[:, 1:])
+            self._generator.read()
         self._record(TreeShape.plain(), 0, tree, acceptance, (started, started, verified))
 
     def step(self) -> None:
@@ -103,26 +110,43 @@ class TreeDecoding:
         self.policy.observe(record)
 
     def _observe(self) -> Observation:
-        return Observation(self._generator.newest_features, self.text.length, len(self.report.steps) - 1)
+        features = None if self._generator is None else self._generator.newest_features
+        return Observation(features, self.text.length, len(self.report.steps) - 1, self._room() + 1, self._survival)
 
-    def _clip(self, shape: TreeShape) -> TreeShape:
-        """No deeper than the text may grow, and than the target's positions reach."""
+    def _room(self) -> int:
+        """Levels below the root that the text's limit and the target's positions allow."""
         room = self._max_length - self.text.length - 1
         if self._last_position is not None:
             room = min(room, self._last_position - int(self._root_positions.max()))
-        return shape.within(room)
+        return room
+
+    def _matches(self) -> list[Match]:
+        self._lookup.extend(self.text.input_ids[:, self._lookup.length :].tolist())
+        return self._lookup.matches()
+
+    def _survival(self) -> list[float]:
+        return min((match.survival for match in self._matches()), key=lambda survival: survival[:1])
+
+    def _clip(self, shape: TreeShape) -> TreeShape:
+        """What can be drafted: no deeper than there is room, and no head where there is none."""
+        shape = shape.within(self._room())
+        return shape if self._generator is not None else TreeShape(1, 0, 1, shape.lookup)
 
     def _draft(self, shape: TreeShape) -> tuple[DraftTree, int]:
         """The tree to verify, and how many candidates it was chosen from."""
         root = self.text.input_ids[:, -1]
-        if shape.is_plain:
-            return DraftTree.root_only(root), 0
-        pool = self._generator.draft(shape, self.policy)
-        total_tokens = min(shape.total_tokens, self.policy.size(pool.scores))
-        drafted = pool.tokens.shape[1]
-        if total_tokens <= 1:
-            return DraftTree.root_only(root), drafted
-        return DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens), drafted
+        tree, drafted = DraftTree.root_only(root), 0
+        if shape.asks_head and self._generator is not None:
+            pool = self._generator.draft(shape, self.policy)
+            drafted = pool.tokens.shape[1]
+            total_tokens = min(shape.total_tokens, self.policy.size(pool.scores))
+            if total_tokens > 1:
+                tree = DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens)
+        if shape.lookup:
+            chains = [match.tokens[: shape.lookup] for match in self._matches()]
+            tree = tree.with_chains(chains)
+            drafted += max(map(len, chains))
+        return tree, drafted
 
     def _verify(self, tree: DraftTree) -> tuple[Any, Features]:
         """The target's forward over all nodes; a lone root runs exactly as in plain decoding."""
@@ -136,7 +160,7 @@ class TreeDecoding:
         return self._forward(tree.tokens, mask, tree_positions(tree, self._root_positions))
 
     def _forward(self, tokens: Tensor, mask: Any, positions: Tensor, **kwargs: int) -> tuple[Any, Features]:
-        with self._tap.record() as features:
+        with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
             outputs = self.target(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -152,10 +176,12 @@ class TreeDecoding:
         """The target's cache keeps the accepted path; the features of that path go to the head."""
         path = acceptance.path
         keep_nodes(self.cache, path, tree.node_count)
+        self._root_positions = self._root_positions + path.shape[1]
+        if self._generator is None:
+            return
         states = features.concatenated()
         index = path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
         self._generator.observe(states.gather(1, index), acceptance.tokens)
-        self._root_positions = self._root_positions + path.shape[1]
 
     def _record(
         self,
@@ -181,6 +207,12 @@ class TreeDecoding:
         )
         self.report.steps.append(record)
         return record
+
+
+def _pads(attention_mask: Tensor) -> list[int]:
+    """Leading padding of each row."""
+    leading: list[int] = attention_mask.int().argmax(dim=-1).tolist()
+    return leading
 
 
 def _last_position(target: PreTrainedModel, root_position: int) -> int | None:

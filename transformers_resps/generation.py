@@ -6,6 +6,7 @@ the decoding loop stays Transformers' own, and so does every call without a head
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -19,7 +20,7 @@ from .acceptance import Text
 from .decoding import TreeDecoding
 from .features import FeatureTap
 from .head import BoundHead, DraftHead
-from .policy import FixedPolicy, Policy
+from .policy import FixedPolicy, Policy, default_policy
 from .probe import check_tree_attention
 from .refusals import check_forward_arguments, check_model, check_settings
 from .telemetry import SpeculationReport
@@ -44,7 +45,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 class _Request:
     """What one call of `generate` asked for; it cannot travel through Transformers' own preparation."""
 
-    head: BoundHead
+    head: BoundHead | None
     policy: Policy
 
 
@@ -64,13 +65,14 @@ class ReSpSGenerationMixin(GenerationMixin):
         synced_gpus: bool | None = None,
         assistant_model: PreTrainedModel | None = None,
         *args: Any,
-        policy: Policy | None = None,
+        policy: Policy | str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `GenerationMixin.generate`, whose parameters all hold, and with a draft head faster.
+        """As `GenerationMixin.generate`, whose parameters all hold, and with a draft head or a policy faster.
 
         With a `DraftHead` as `assistant_model` draft trees are decoded; anything else there is Transformers' own
-        assisted decoding. `policy` shapes the trees: the head's default tree when `None`.
+        assisted decoding. `policy` shapes the trees: the head's default tree when `None`, our best default when
+        "auto", which without a head drafts by lookup alone.
 
         Returns:
             The tokens that the same call without `assistant_model` and `policy` returns with the same seed; with
@@ -81,15 +83,10 @@ class ReSpSGenerationMixin(GenerationMixin):
         """
         head = _draft_head(assistant_model)
         request = None
-        if head is not None:
+        if head is not None or policy is not None:
+            _check_assistant(head, assistant_model, policy)
             arguments = {**kwargs, "synced_gpus": synced_gpus, **dict(zip(_AFTER_ASSISTANT, args, strict=False))}
             request = _make_request(cast(PreTrainedModel, self), head, policy, generation_config, arguments)
-        elif policy is not None:
-            raise ValueError(
-                f"Got policy={policy!r} with assistant_model={type(assistant_model).__name__}, but a policy shapes "
-                "the trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave out "
-                "`policy`."
-            )
         token = _request.set(request)
         try:
             return super().generate(
@@ -106,36 +103,34 @@ class ReSpSGenerationMixin(GenerationMixin):
         finally:
             _request.reset(token)
 
-    def _assisted_decoding(
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Where stock `generate` goes when it is given an assistant."""
+        request = _request.get()
+        stock: Any = super()
+        if request is None or request.head is None or kwargs.get("assistant_model") is not request.head.head:
+            return stock._assisted_decoding(*args, **kwargs)
+        return self._speculate(request, *args, **kwargs)
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """Where stock `generate` goes without an assistant; a policy alone drafts by lookup."""
+        request = _request.get()
+        stock: Any = super()
+        if request is None or request.head is not None:
+            return stock._sample(*args, **kwargs)
+        return self._speculate(request, *args, **kwargs)
+
+    def _speculate(
         self,
+        request: _Request,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
+        generation_config: Any,
         streamer: Any = None,
-        inputs_tensor: Tensor | None = None,
-        assistant_model: PreTrainedModel | None = None,
-        assistant_tokenizer: Any = None,
-        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        request = _request.get()
-        if request is None or assistant_model is not request.head.head:
-            stock: Any = super()
-            return stock._assisted_decoding(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                inputs_tensor=inputs_tensor,
-                assistant_model=assistant_model,
-                assistant_tokenizer=assistant_tokenizer,
-                tokenizer=tokenizer,
-                **model_kwargs,
-            )
+        for name in _NOT_OURS:
+            model_kwargs.pop(name, None)
         check_forward_arguments(model_kwargs)
         text = Text(
             input_ids,
@@ -162,7 +157,10 @@ class ReSpSGenerationMixin(GenerationMixin):
     ) -> SpeculationReport:
         """Prefill, then one step after another until the text is finished."""
         target = cast(PreTrainedModel, self)
-        with FeatureTap(target, request.head.head.config.feature_layers or []) as tap:
+        with ExitStack() as stack:
+            tap = None
+            if request.head is not None:
+                tap = stack.enter_context(FeatureTap(target, request.head.head.config.feature_layers or []))
             decoding = TreeDecoding(
                 target,
                 request.head,
@@ -192,6 +190,8 @@ class ReSpSGenerationMixin(GenerationMixin):
         return (function, arguments, *state)
 
 
+# What stock decoding methods are told and a tree has no use for.
+_NOT_OURS = ("synced_gpus", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
 # The parameters of stock `generate` behind `assistant_model`, in order.
 _AFTER_ASSISTANT = ("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
 
@@ -202,26 +202,47 @@ def _draft_head(assistant_model: Any) -> DraftHead | None:
     return inner if isinstance(inner, DraftHead) else None
 
 
+def _check_assistant(head: DraftHead | None, assistant_model: Any, policy: Any) -> None:
+    """A policy rules draft trees: refuse to combine it with an assistant of Transformers' own."""
+    if head is None and assistant_model is not None:
+        raise ValueError(
+            f"Got policy={policy!r} with assistant_model={type(assistant_model).__name__}, but a policy shapes the "
+            "trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave out `policy`."
+        )
+
+
 def _make_request(
     target: PreTrainedModel,
-    head: DraftHead,
+    head: DraftHead | None,
     policy: Any,
     config: GenerationConfig | None,
     arguments: dict[str, Any],
 ) -> _Request:
     """Everything that can be refused is refused here, before any work."""
-    if policy is None:
-        policy = FixedPolicy(head.default_shape)
-    elif not isinstance(policy, Policy):
-        raise ValueError(
-            f"Got policy={policy!r}, but a policy needs the methods `choose`, `grow`, `size` and `observe`. Subclass "
-            "`transformers_resps.Policy`, which has a default for all but the first."
-        )
+    policy = _resolve_policy(policy, head)
     check_model(target)
     check_settings(target, config, arguments)
-    bound = BoundHead(head, target)
+    bound = None if head is None else BoundHead(head, target)
     check_tree_attention(target)
     return _Request(bound, policy)
+
+
+def _resolve_policy(policy: Any, head: DraftHead | None) -> Policy:
+    if policy is None and head is not None:
+        return FixedPolicy(head.default_shape)
+    if policy == "auto":
+        return default_policy()
+    if not isinstance(policy, Policy):
+        raise ValueError(
+            f"Got policy={policy!r}, but a policy is 'auto' or has the methods `choose`, `grow`, `size` and "
+            "`observe`. Subclass `transformers_resps.Policy`, which has a default for all but the first."
+        )
+    if head is None and getattr(policy, "needs_head", True):
+        raise ValueError(
+            f"Got policy={policy!r} without a draft head, but it shapes the trees of one. Pass "
+            "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
+        )
+    return policy
 
 
 @functools.cache

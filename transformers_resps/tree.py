@@ -18,10 +18,13 @@ class TreeShape:
 
     Args:
         total_tokens: nodes that the target verifies, root included; at least 1.
-        depth: drafted levels, so at most `depth` drafted tokens are accepted in a step; at least 0.
+        depth: levels the head drafts, so at most `depth` of its tokens are accepted in a step; at least 0.
         top_k: children of a node, and nodes of a level that get children; at least 1.
+        lookup: how many nodes, on top of `total_tokens`, a continuation of an earlier occurrence of the text's end
+            may add; at least 0.
 
-    `TreeShape(1, 0, 1)` is a plain step and `TreeShape(n + 1, n, 1)` a chain of n drafted tokens.
+    `TreeShape(1, 0, 1)` is a plain step, `TreeShape(n + 1, n, 1)` a chain of n drafted tokens, and
+    `TreeShape(1, 0, 1, lookup=8)` asks no head.
 
     Raises:
         ValueError: a size is below its least value, or is not an integer.
@@ -30,9 +33,10 @@ class TreeShape:
     total_tokens: int
     depth: int
     top_k: int
+    lookup: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("total_tokens", 1), ("depth", 0), ("top_k", 1)):
+        for name, least in (("total_tokens", 1), ("depth", 0), ("top_k", 1), ("lookup", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(
@@ -54,12 +58,19 @@ class TreeShape:
         return cls(1, 0, 1)
 
     @property
+    def asks_head(self) -> bool:
+        return self.total_tokens > 1 and self.depth > 0
+
+    @property
     def is_plain(self) -> bool:
-        return self.total_tokens == 1 or self.depth == 0
+        return not self.asks_head and self.lookup == 0
 
     def within(self, depth: int) -> "TreeShape":
         """The same shape with at most `depth` levels."""
-        return self if depth >= self.depth else TreeShape(self.total_tokens, max(depth, 0), self.top_k)
+        if depth >= self.depth and depth >= self.lookup:
+            return self
+        depth = max(depth, 0)
+        return TreeShape(self.total_tokens, min(self.depth, depth), self.top_k, min(self.lookup, depth))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +169,45 @@ class DraftTree:
                 ancestors = own | ancestors.gather(1, index)
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores)
 
+    def with_chains(self, chains: list[list[int]]) -> "DraftTree":
+        """Add one chain of tokens below the root per row; nodes that the tree already has are shared.
+
+        Rows that gain fewer nodes are filled up with children of the root that repeat its first one: the walk finds
+        the first, so they change nothing.
+        """
+        rows = [
+            _merged(tokens, parents, chain)
+            for tokens, parents, chain in zip(self.tokens.tolist(), self.parents.tolist(), chains, strict=True)
+        ]
+        node_count = max(len(tokens) for tokens, _ in rows)
+        for tokens, parents in rows:
+            missing = node_count - len(tokens)
+            tokens.extend(tokens[1:2] * missing or [0] * missing)
+            parents.extend([0] * missing)
+        if node_count == self.node_count:
+            return self
+        all_tokens = torch.tensor([row for row, _ in rows], device=self.tokens.device)
+        all_parents = torch.tensor([row for _, row in rows], device=self.tokens.device)
+        scores = torch.nn.functional.pad(self.scores, (0, node_count - self.node_count))
+        levels = max(int(self.depths.max()), max(len(chain) for chain in chains))
+        return self._derive(all_tokens, all_parents, scores, levels)
+
     def children_of(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """The child of each of `nodes` `[b]` that carries `tokens` `[b]`, or -1: `[b]`."""
         order = torch.arange(self.node_count, device=tokens.device)
         matches = (self.parents == nodes[:, None]) & (self.tokens == tokens[:, None]) & (order > 0)
         return torch.where(matches.any(-1), matches.int().argmax(-1), -1)
+
+
+def _merged(tokens: list[int], parents: list[int], chain: list[int]) -> tuple[list[int], list[int]]:
+    """Nodes of one row with a chain below the root; the new nodes come last."""
+    node = 0
+    for token in chain:
+        below = [child for child in range(1, len(tokens)) if parents[child] == node and tokens[child] == token]
+        if below:
+            node = below[0]
+        else:
+            tokens.append(token)
+            parents.append(node)
+            node = len(tokens) - 1
+    return tokens, parents

@@ -1,21 +1,41 @@
 """One shape for every step, as EAGLE-3 decodes."""
 
+from typing import Any, Self
+
+from torch import Tensor
+
 from ..tree import TreeShape
-from .protocol import Observation, Policy
+from .protocol import Observation
+from .saving import SavedPolicy
 
 
-class FixedPolicy(Policy):
+class FixedPolicy(SavedPolicy):
     """Always the same tree.
 
     Args:
         shape: for example `TreeShape(8, 3, 2)`, or a published one through `TreeShape.from_eagle(60, 7, 10)`.
     """
 
+    policy_type = "fixed"
+
     def __init__(self, shape: TreeShape) -> None:
         self.shape = shape
+
+    @property
+    def needs_head(self) -> bool:
+        """A shape of lookups alone serves a target without a head."""
+        return self.shape.asks_head or self.shape.is_plain
 
     def __repr__(self) -> str:
         return f"FixedPolicy({self.shape})"
 
     def choose(self, observation: Observation) -> TreeShape:
         return self.shape
+
+    def to_config(self) -> dict[str, Any]:
+        shape = self.shape
+        return {"shape": [shape.total_tokens, shape.depth, shape.top_k, shape.lookup]}
+
+    @classmethod
+    def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        return cls(TreeShape(*config["shape"]))

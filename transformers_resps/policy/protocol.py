@@ -3,6 +3,7 @@
 Knows trees and records, never a head or a model: any drafter can sit behind an observation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,14 +18,21 @@ class Observation:
     """What is known before drafting.
 
     Attributes:
-        features: `[b, A * h]` the target's kept hidden states at the newest position it has processed, in its dtype.
+        features: `[b, A * h]` the target's kept hidden states at the newest position it has processed, in its dtype;
+            `None` without a head.
         context_length: positions of the text so far, padding included.
         step: 0 for the first decision of a call of `generate`.
+        room: tokens that the text may still gain; a deeper tree is cut.
+        survival: called, looks the text's end up in the text so far, and answers for i = 1, 2, ... with the
+            probability that the first i tokens of that continuation are accepted: empty when it never occurred
+            before, and the least hopeful row's in a batch. Microseconds.
     """
 
-    features: Tensor
+    features: Tensor | None
     context_length: int
     step: int
+    room: int
+    survival: Callable[[], list[float]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,7 @@ class ReSpSPolicy(SavedPolicy):
         self._generator = torch.Generator().manual_seed(seed)
         self._held = config.grid[0]
         self._steps_left = 0
+        self._last_step = 0
 
     def __repr__(self) -> str:
         config = self.config
@@ -120,7 +121,9 @@ class ReSpSPolicy(SavedPolicy):
         Raises:
             ValueError: the features have another width than those it was trained on, or there are none.
         """
-        if observation.step == 0 or self._steps_left <= 0:
+        is_new_text = observation.step == 0 or observation.step <= self._last_step  # a guard may take the first steps
+        self._last_step = observation.step
+        if is_new_text or self._steps_left <= 0:
             self._held = self.decide(self._checked(observation.features))
             self._steps_left = self.config.persistence
         self._steps_left -= 1

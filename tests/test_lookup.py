@@ -1,0 +1,118 @@
+"""Lookup drafts against a scan of the whole text, and their own record of success."""
+
+import pytest
+import torch
+from transformers import set_seed
+
+from tests.targets import VOCABULARY, Architecture
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.lookup import LONGEST_KEY, LONGEST_MATCH, NO_MATCH, BatchLookup, Lookup, SuffixIndex
+from transformers_resps.tree import DraftTree
+
+
+def scan(tokens: list[int]) -> tuple[int, int]:
+    """The longest n-gram of up to `LONGEST_KEY` at the end that occurred before, where it last did."""
+    for size in range(LONGEST_KEY, 0, -1):
+        for place in range(len(tokens) - 1, size - 1, -1):
+            if len(tokens) > size and tokens[place - size : place] == tokens[-size:]:
+                length = size
+                while length < min(place, LONGEST_MATCH) and tokens[place - length - 1] == tokens[-length - 1]:
+                    length += 1
+                return length, place
+    return 0, 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_index_finds_what_a_scan_finds(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 4, (80,), generator=generator).tolist()
+    index = SuffixIndex()
+    for end, token in enumerate(tokens, start=1):
+        index.extend([token])
+        assert index.find() == scan(tokens[:end])
+
+
+def test_a_match_that_runs_into_the_end_repeats_itself() -> None:
+    lookup = Lookup()
+    lookup.extend([1, 2, 3, 1, 2, 3, 1])
+    assert lookup.match(7).tokens == [2, 3, 1, 2, 3, 1, 2]
+
+
+def test_a_text_that_repeats_nothing_has_no_match() -> None:
+    lookup = Lookup()
+    lookup.extend([1, 2, 3])
+    assert lookup.match() is NO_MATCH
+
+
+def test_hope_follows_the_record() -> None:
+    """Twice the same prompt; then the text repeats itself, or never does what it did before."""
+    faithful, fickle = Lookup(), Lookup()
+    for lookup in (faithful, fickle):
+        lookup.extend([1, 2, 3, 4])
+    before = _hope(faithful)
+    faithful.extend([1, 2, 3, 4] * 10)
+    for step in range(20):
+        fickle.extend([1, 5 + step])
+    assert _hope(fickle) < before < _hope(faithful)
+
+
+def _hope(lookup: Lookup) -> float:
+    lookup.extend([1])
+    return lookup.match().survival[0]
+
+
+def test_survival_falls_along_the_draft() -> None:
+    lookup = Lookup()
+    lookup.extend([1, 2, 3, 4, 5, 1, 2])
+    survival = lookup.match(6).survival
+    assert all(0 < later < earlier <= 1 for earlier, later in zip(survival, survival[1:], strict=False))
+
+
+def test_rows_start_after_their_padding() -> None:
+    rows = BatchLookup([0, 2])
+    rows.extend([[7, 8, 7], [0, 0, 9]])
+    assert rows.length == 3
+    rows.extend([[8], [9]])
+    assert [match.tokens[:1] for match in rows.matches()] == [[7], [9]]
+
+
+def test_a_chain_shares_the_nodes_the_tree_has() -> None:
+    tree = DraftTree.from_parents(torch.tensor([[5, 1, 2, 3]]), torch.tensor([[0, 0, 0, 1]]))
+    merged = tree.with_chains([[1, 3, 9, 9]])
+    assert merged.tokens.tolist() == [[5, 1, 2, 3, 9, 9]]
+    assert merged.parents.tolist() == [[0, 0, 0, 1, 3, 4]]
+    assert merged.depths.tolist() == [[0, 1, 1, 2, 3, 4]]
+
+
+def test_rows_with_shorter_chains_are_filled_up_without_effect() -> None:
+    tree = DraftTree.root_only(torch.tensor([5, 6])).with_chains([[1, 2], []])
+    assert tree.tokens.shape == (2, 3)
+    assert tree.children_of(torch.tensor([0, 0]), torch.tensor([1, 7])).tolist() == [1, -1]
+
+
+@pytest.mark.parametrize(
+    "shape", [TreeShape(1, 0, 1, lookup=6), TreeShape(12, 3, 4, lookup=6), TreeShape(1, 0, 1, 40)]
+)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_lookups_give_the_tokens_of_plain_generate(shape: TreeShape, rows: int, do_sample: bool) -> None:
+    target = attach(Architecture("llama").build("sdpa"))
+    head = DraftHead.from_target(target) if shape.asks_head else None
+    prompt = torch.randint(0, VOCABULARY, (rows, 9), generator=torch.Generator().manual_seed(1))
+    options = {"do_sample": do_sample, "max_new_tokens": 40}
+    set_seed(0)
+    expected = target.generate(prompt, **options)
+    set_seed(0)
+    policy = FixedPolicy(shape)
+    out = target.generate(prompt, assistant_model=head, policy=policy, return_dict_in_generate=True, **options)
+    assert out.sequences.tolist() == expected.tolist()
+    assert rows > 1 or out.speculation.tau > 1.05
+
+
+def test_auto_needs_no_head() -> None:
+    target = attach(Architecture("llama").build("sdpa"))
+    prompt = torch.tensor([[3, 4, 5, 6, 3, 4, 5]])
+    expected = target.generate(prompt, max_new_tokens=60)
+    out = target.generate(prompt, max_new_tokens=60, policy="auto", return_dict_in_generate=True)
+    assert out.sequences.tolist() == expected.tolist()
+    assert not any(step.shape.asks_head for step in out.speculation.steps)

@@ -1,0 +1,152 @@
+"""Lookup drafts: what followed, the last time the text ended like this.
+
+Knows lists of token ids only. The index grows with the text and is never rebuilt; a query costs microseconds.
+"""
+
+from dataclasses import dataclass
+
+
+LONGEST_KEY = 4  # tokens; longer matches are measured from the text itself
+LONGEST_MATCH = 16
+LONGEST_DRAFT = 16
+_CLASSES = (1, 2, 3, 4, 6, 9)  # least match length of each class of the track record
+_PRIOR = (0.15, 0.3, 0.45, 0.6, 0.75, 0.85)  # acceptance of a token in each class before anything is known
+_PRIOR_WEIGHT = 4.0
+_MEMORY = 0.98  # how much of the record an outcome leaves standing
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A continuation of the text.
+
+    Attributes:
+        length: tokens at the text's end that occurred before; 0 when none did.
+        tokens: what followed then, nearest first.
+        survival: probability that at least the first i + 1 of `tokens` are accepted, from the track record.
+    """
+
+    length: int
+    tokens: list[int]
+    survival: list[float]
+
+
+NO_MATCH = Match(0, [], [])
+
+
+class SuffixIndex:
+    """All n-grams of one growing text, and where each last occurred."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._followed: list[dict[tuple[int, ...], int]] = [{} for _ in range(LONGEST_KEY)]
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append to the text; what stood before each token is now known to be followed by it."""
+        for token in tokens:
+            end = len(self.tokens)
+            for size, places in enumerate(self._followed, start=1):
+                if size > end:
+                    break
+                places[tuple(self.tokens[end - size : end])] = end
+            self.tokens.append(token)
+
+    def find(self) -> tuple[int, int]:
+        """The longest match of the text's end: its length, and the place of the token after it; `(0, 0)` for none."""
+        for size in range(min(LONGEST_KEY, len(self.tokens)), 0, -1):
+            place = self._followed[size - 1].get(tuple(self.tokens[-size:]))
+            if place is not None:
+                return self._length_at(place, size), place
+        return 0, 0
+
+    def _length_at(self, place: int, length: int) -> int:
+        end = len(self.tokens)
+        while length < min(place, LONGEST_MATCH) and self.tokens[place - length - 1] == self.tokens[end - length - 1]:
+            length += 1
+        return length
+
+
+class TrackRecord:
+    """How often the next token of a match was right, by class of match length. Recent outcomes weigh more."""
+
+    def __init__(self) -> None:
+        self._right = [rate * _PRIOR_WEIGHT for rate in _PRIOR]
+        self._tried = [_PRIOR_WEIGHT] * len(_PRIOR)
+
+    def rate(self, length: int) -> float:
+        """Probability that the token after a match of `length` is right."""
+        index = _class_of(length)
+        return self._right[index] / self._tried[index]
+
+    def add(self, length: int, right: bool) -> None:
+        index = _class_of(length)
+        self._right[index] = self._right[index] * _MEMORY + right
+        self._tried[index] = self._tried[index] * _MEMORY + 1.0
+
+
+class Lookup:
+    """Proposes continuations of one text and keeps the record of its proposals, taken up or not."""
+
+    def __init__(self) -> None:
+        self._index = SuffixIndex()
+        self._record = TrackRecord()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text it has seen."""
+        return len(self._index.tokens)
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append committed tokens, judging for each what would have been proposed there."""
+        if not self._index.tokens:  # the prompt was not written by the target: it is no evidence
+            self._index.extend(tokens)
+            return
+        for token in tokens:
+            length, place = self._index.find()
+            if length:
+                self._record.add(length, self._index.tokens[place] == token)
+            self._index.extend([token])
+
+    def match(self, most_tokens: int = LONGEST_DRAFT) -> Match:
+        """The continuation of the text's end, at most `most_tokens` of it."""
+        length, place = self._index.find()
+        if length == 0:
+            return NO_MATCH
+        seen = self._index.tokens
+        period = len(seen) - place  # a match that runs into the text's end goes on by repeating itself
+        tokens = [seen[place + offset % period] for offset in range(most_tokens)]
+        survival, alive = [], 1.0
+        for offset in range(len(tokens)):
+            alive *= self._record.rate(min(length + offset, LONGEST_MATCH))
+            survival.append(alive)
+        return Match(length, tokens, survival)
+
+
+class BatchLookup:
+    """One `Lookup` per row of a batch; each catches up with its text when it is asked.
+
+    Args:
+        pads: padding tokens before each row's prompt.
+    """
+
+    def __init__(self, pads: list[int]) -> None:
+        self._rows = [Lookup() for _ in pads]
+        self._pads = pads
+
+    @property
+    def length(self) -> int:
+        """Positions of the text that were read, padding included."""
+        return self._rows[0].length + self._pads[0] if self._rows[0].length else 0
+
+    def extend(self, rows: list[list[int]]) -> None:
+        """Append to each row what was committed since `length`; at first the whole prompt, padding included."""
+        fresh = self.length == 0
+        for row, pads, tokens in zip(self._rows, self._pads, rows, strict=True):
+            row.extend(tokens[pads:] if fresh else tokens)
+
+    def matches(self, most_tokens: int = LONGEST_DRAFT) -> list[Match]:
+        """The match of every row."""
+        return [row.match(most_tokens) for row in self._rows]
+
+
+def _class_of(length: int) -> int:
+    return sum(least <= length for least in _CLASSES) - 1

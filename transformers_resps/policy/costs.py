@@ -1,0 +1,69 @@
+"""What a step costs, learned while decoding: seconds of the target's forward by nodes, of the head by levels."""
+
+import bisect
+
+
+_NEWEST = 0.2  # weight of the newest measurement
+_GUESSED_SLOPE = 0.04  # of a plain step, per further node, before anything was measured: most machines are near it
+
+
+class RunningCosts:
+    """Exponential means of measured seconds, interpolated between the node counts that were seen."""
+
+    def __init__(self) -> None:
+        self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
+        self._counts: list[int] = []  # the keys, ascending
+        self._draft: dict[int, float] = {}  # levels asked for -> seconds of drafting
+        self._rest = 0.0  # seconds of everything else in a step
+
+    def add(self, nodes: int, levels: int, verify_seconds: float, draft_seconds: float, step_seconds: float) -> None:
+        """Learn from one step. Times below zero, from a clock that was set back, are not believed."""
+        rest = step_seconds - verify_seconds - draft_seconds
+        if min(verify_seconds, draft_seconds, rest) < 0.0:
+            return
+        if nodes not in self._verify:
+            bisect.insort(self._counts, nodes)
+        self._verify[nodes] = _mean(self._verify.get(nodes), verify_seconds)
+        if levels:
+            self._draft[levels] = _mean(self._draft.get(levels), draft_seconds)
+        self._rest = _mean(self._rest or None, rest)
+
+    @property
+    def knows_plain(self) -> bool:
+        return 1 in self._verify
+
+    def verify(self, nodes: int) -> float:
+        """Seconds of a forward over `nodes`, never less than over fewer."""
+        if nodes in self._verify:
+            return max(self._verify[count] for count in self._counts if count <= nodes)
+        place = bisect.bisect_left(self._counts, nodes)
+        if place == 0:
+            return self._verify[self._counts[0]] if self._counts else 0.0
+        low = self._counts[place - 1]
+        if place == len(self._counts):
+            return self.verify(low) + (nodes - low) * self._slope()
+        high = self._counts[place]
+        share = (nodes - low) / (high - low)
+        return self.verify(low) + share * max(self.verify(high) - self.verify(low), 0.0)
+
+    def _slope(self) -> float:
+        """Seconds per node beyond the largest tree that was measured."""
+        low, high = self._counts[0], self._counts[-1]
+        if high - low < 4:
+            return _GUESSED_SLOPE * self._verify[low]
+        return max(self._verify[high] - self._verify[low], 0.0) / (high - low)
+
+    def draft(self, levels: int) -> float:
+        """Seconds of drafting `levels`; proportional to the nearest depth that was measured, 0 before any was."""
+        if not self._draft or levels == 0:
+            return 0.0
+        nearest = min(self._draft, key=lambda known: abs(known - levels))
+        return self._draft[nearest] * levels / nearest
+
+    def step(self, nodes: int, levels: int) -> float:
+        """Seconds of a whole step."""
+        return self.verify(nodes) + self.draft(levels) + self._rest
+
+
+def _mean(old: float | None, new: float) -> float:
+    return new if old is None else (1 - _NEWEST) * old + _NEWEST * new
