@@ -1,0 +1,72 @@
+"""The contract on a real model: SmolLM2-135M-Instruct and the head that is published for it."""
+
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.demo.target import load_target
+from transformers_resps.verification import explain_divergence
+
+
+HEAD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-head"
+pytestmark = [pytest.mark.real, pytest.mark.skipif(not HEAD.exists(), reason="the head is not published yet")]
+PROMPTS = [
+    json.loads(line)["messages"]
+    for line in files("transformers_resps.demo").joinpath("prompts.jsonl").read_text(encoding="utf-8").splitlines()
+]
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
+
+
+@cache
+def loaded(dtype: torch.dtype) -> tuple[Any, Any, DraftHead]:
+    target, tokenizer = load_target(dtype)
+    return attach(target), tokenizer, DraftHead.from_pretrained(HEAD, target=target)
+
+
+def answers(dtype: torch.dtype, messages: Any, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """The prompt, the plain answer, and the output of the same call with the head."""
+    target, tokenizer, head = loaded(dtype)
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    keywords = {"max_new_tokens": 24, "do_sample": False} | keywords
+    torch.manual_seed(3)
+    plain = target.generate(**inputs, **keywords)
+    torch.manual_seed(3)
+    out = target.generate(
+        **inputs,
+        assistant_model=head,
+        policy=FixedPolicy(TreeShape(8, 4, 2)),
+        return_dict_in_generate=True,
+        **keywords,
+    )
+    return inputs["input_ids"][0], plain[0, inputs["input_ids"].shape[1] :], out
+
+
+@pytest.mark.parametrize("keywords", [{}, SAMPLING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("messages", PROMPTS[:2], ids=["chat", "code"])
+def test_in_float32_the_text_is_that_of_plain_generate(messages: Any, keywords: dict[str, Any]) -> None:
+    prompt, plain, out = answers(torch.float32, messages, **keywords)
+    assert out.sequences[0, len(prompt) :].tolist() == plain.tolist()
+
+
+def test_in_bfloat16_every_difference_is_a_near_tie() -> None:
+    for messages in PROMPTS[:3]:
+        prompt, plain, out = answers(torch.bfloat16, messages)
+        found = explain_divergence(loaded(torch.bfloat16)[0], prompt, plain, out.sequences[0, len(prompt) :])
+        assert found is None or found.explained, str(found)
+
+
+def test_the_published_head_is_accepted_often() -> None:
+    reports = [answers(torch.float32, messages)[2].speculation for messages in PROMPTS[:2]]
+    emitted, forwards = (sum(getattr(r, name) for r in reports) for name in ("emitted", "target_forwards"))
+    assert emitted / forwards > 1.5
+
+
+def test_the_published_head_is_small_and_carries_no_pickle() -> None:
+    assert sum(file.stat().st_size for file in HEAD.rglob("*")) < 24 * 2**20
+    assert {file.suffix for file in HEAD.iterdir()} <= {".safetensors", ".json", ".md", ".png", ".yaml"}
