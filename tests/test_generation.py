@@ -376,6 +376,44 @@ def test_the_default_tree_of_the_head_is_used_without_a_policy(target: PreTraine
     assert out.speculation.steps[1].verified == 4
 
 
+@pytest.mark.parametrize("answer", [None, (8, 3, 2), "auto"])
+def test_a_policy_that_chooses_no_shape_is_told_so(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, answer: Any
+) -> None:
+    class Odd(Policy):
+        def choose(self, observation: Any) -> Any:
+            return answer
+
+    with pytest.raises(ValueError, match="a step needs a TreeShape"):
+        target.generate(prompt, assistant_model=head, policy=Odd(), max_new_tokens=8)
+    plain, tree = both(target, head, prompt)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+@pytest.mark.parametrize("size", [-3, 0, 1, 10**9, 4.7])
+def test_any_number_of_nodes_a_policy_asks_for_is_survived(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, size: float
+) -> None:
+    class Greedy(FixedPolicy):
+        def size(self, scores: torch.Tensor) -> Any:
+            return size
+
+    plain = target.generate(prompt, max_new_tokens=16)
+    policy = Greedy(TreeShape(10**6, 3, 10**6))
+    assert target.generate(prompt, assistant_model=head, policy=policy, max_new_tokens=16).tolist() == plain.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_contract_holds_on_a_gpu(do_sample: bool) -> None:
+    model = attach(Architecture("llama").build("sdpa").cuda())
+    drafter = DraftHead.from_target(model)
+    plain, tree = both(model, drafter, torch.tensor([[5, 7, 11, 3, 9, 7, 11]]).cuda(), do_sample=do_sample)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+    assert tree.speculation.tau > 1
+
+
 def test_a_policy_may_stop_growing_and_choose_the_number_of_nodes(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
 ) -> None:

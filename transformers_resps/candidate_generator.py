@@ -62,14 +62,15 @@ class TreeCandidateGenerator:
         all children are candidates.
         """
         self.read()
-        tokens, scores = self._children(self._newest, shape.top_k)  # [b, 1, k]
+        top_k = min(shape.top_k, max(shape.total_tokens - 1, 1))  # what ranks lower in its level is never kept
+        tokens, scores = self._children(self._newest, top_k)  # [b, 1, k]
         pool = [(tokens[:, 0], torch.full_like(tokens[:, 0], -1), scores[:, 0])]
         frontier = self._first_frontier(*pool[0])
         for depth in range(1, shape.depth):
             if not policy.grow(Level(depth, frontier.scores)):
                 break
             output = self._run(frontier, depth)
-            tokens, scores = self._children(output, shape.top_k)  # [b, w, k]
+            tokens, scores = self._children(output, top_k)  # [b, w, k]
             scores = scores + frontier.scores[..., None]
             parents = frontier.indices[..., None].expand_as(tokens)
             pool.append((tokens.flatten(1), parents.flatten(1), scores.flatten(1)))

@@ -129,6 +129,11 @@ class TreeDecoding:
 
     def _clip(self, shape: TreeShape) -> TreeShape:
         """What can be drafted: no deeper than there is room, and no head where there is none."""
+        if not isinstance(shape, TreeShape):
+            raise ValueError(
+                f"{self.policy!r} chose {shape!r}, but a step needs a TreeShape. Return one from `choose`; "
+                "`TreeShape.plain()` drafts nothing."
+            )
         shape = shape.within(self._room())
         return shape if self._generator is not None else TreeShape(1, 0, 1, shape.lookup)
 
@@ -139,7 +144,7 @@ class TreeDecoding:
         if shape.asks_head and self._generator is not None:
             pool = self._generator.draft(shape, self.policy)
             drafted = pool.tokens.shape[1]
-            total_tokens = min(shape.total_tokens, self.policy.size(pool.scores))
+            total_tokens = min(shape.total_tokens, int(self.policy.size(pool.scores)))
             if total_tokens > 1:
                 tree = DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens)
         if shape.lookup:
