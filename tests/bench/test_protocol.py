@@ -45,10 +45,18 @@ def test_methods_take_turns_and_each_begins_as_often(bench: Bench, tiny_head: Dr
 
 def test_every_method_is_counted_alike(bench: Bench, tiny_head: DraftHead) -> None:
     plain = bench.decode(PROMPTS[0], Method("plain"), 0)
-    tree = bench.decode(PROMPTS[0], methods(tiny_head, [SHAPE], False)[1], 0)
+    tree = bench.decode(PROMPTS[0], methods(tiny_head, [SHAPE])[1], 0)
     assert plain.token_ids.tolist() == tree.token_ids.tolist()
     assert plain.measurement.target_forwards == plain.measurement.tokens == tree.measurement.tokens
     assert tree.measurement.target_forwards <= plain.measurement.target_forwards
+
+
+def test_every_kind_of_method_writes_the_plain_text(bench: Bench, tiny_head: DraftHead) -> None:
+    chosen = methods(tiny_head, [SHAPE, TreeShape(4, 2, 2, lookup=3)], prompt_lookup=True, auto=True)
+    names = [method.name for method in chosen]
+    assert names == ["plain", "prompt lookup", "tree 4/2/2", "tree 4/2/2+3", "auto, no head", "auto"]
+    same, unexplained = judge(bench, PROMPTS, list(bench.run(PROMPTS, chosen, repeats=1)))
+    assert same == dict.fromkeys(names, 2) and not unexplained
 
 
 def test_a_wrong_answer_is_reported(bench: Bench) -> None:

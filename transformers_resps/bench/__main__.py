@@ -26,7 +26,7 @@ from .results import circumstances, markdown_table, write_results
 
 
 def shape(text: str) -> TreeShape:
-    """`8,4,2` -> total_tokens, depth, top_k."""
+    """`8,4,2` -> total_tokens, depth, top_k; a fourth number is `lookup`."""
     return TreeShape(*(int(part) for part in text.split(",")))
 
 
@@ -38,8 +38,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", nargs="+", type=Path, required=True, help=".jsonl with turns, messages or prompt")
     parser.add_argument("--limit", type=int, default=10, help="prompts per dataset, spread evenly over the file")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--shapes", nargs="+", type=shape, help="total_tokens,depth,top_k; the head's own by default")
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape, help="total_tokens,depth,top_k[,lookup]; the head's by default"
+    )
     parser.add_argument("--prompt-lookup", action="store_true", help="also Transformers' own prompt lookup")
+    parser.add_argument("--auto", action="store_true", help="also policy='auto', with the head and without")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the processor; as many as torch chooses by default")
@@ -70,9 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     head = DraftHead.from_pretrained(args.head, target=target)
     bench = Bench(attach(target), args.max_new_tokens)
     prompts = [prompt for file in args.dataset for prompt in read_prompts(file, args.limit, tokenizer)]
-    chosen = methods(head, args.shapes or [head.default_shape], args.prompt_lookup)
+    shapes = args.shapes or [head.default_shape]
     if args.profile:
-        return print_profile(bench, head, chosen[-1] if not args.shapes else chosen[-len(args.shapes)], prompts)
+        return print_profile(bench, head, methods(head, shapes[:1])[1], prompts)
+    chosen = methods(head, shapes, prompt_lookup=args.prompt_lookup, auto=args.auto)
     total = args.repeats * len(prompts) * len(chosen)
     runs = list(track(bench.run(prompts, chosen, args.repeats), "Decoding", total=total))
     return report(bench, chosen, prompts, runs, args)

@@ -33,15 +33,25 @@ class Prompt:
     input_ids: Tensor
 
 
-def methods(head: DraftHead, shapes: Sequence[TreeShape], prompt_lookup: bool) -> list[Method]:
-    """Plain decoding first, then Transformers' prompt lookup if asked, then every fixed shape."""
+def methods(
+    head: DraftHead, shapes: Sequence[TreeShape], *, prompt_lookup: bool = False, auto: bool = False
+) -> list[Method]:
+    """Plain decoding first, then prompt lookup of Transformers, every fixed shape, and `policy="auto"`."""
     found = [Method(PLAIN)]
     if prompt_lookup:
         found.append(Method("prompt lookup", {"prompt_lookup_num_tokens": 10}))
     for shape in shapes:
-        name = f"tree {shape.total_tokens}/{shape.depth}/{shape.top_k}"
-        found.append(Method(name, {"assistant_model": head, "policy": FixedPolicy(shape)}))
+        found.append(Method(shape_name(shape), {"assistant_model": head, "policy": FixedPolicy(shape)}))
+    if auto:
+        found.append(Method("auto, no head", {"policy": "auto"}))
+        found.append(Method("auto", {"assistant_model": head, "policy": "auto"}))
     return found
+
+
+def shape_name(shape: TreeShape) -> str:
+    """`tree 8/4/2`, and `+6` for nodes that lookup may add."""
+    name = f"tree {shape.total_tokens}/{shape.depth}/{shape.top_k}"
+    return f"{name}+{shape.lookup}" if shape.lookup else name
 
 
 class Bench:
