@@ -82,12 +82,17 @@ def test_a_setting_is_refused_by_name(row: str, target: PreTrainedModel, head: D
 
 
 def test_a_policy_without_a_head_says_what_is_missing(target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="without a draft head, but it shapes the trees of one"):
+        target.generate(PROMPT, policy=FixedPolicy(TreeShape(8, 3, 2)))
+
+
+def test_a_policy_with_a_stock_assistant_is_refused(target: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="a policy shapes the trees of a draft head"):
-        target.generate(PROMPT, policy=FixedPolicy(TreeShape.plain()))
+        target.generate(PROMPT, policy=FixedPolicy(TreeShape(8, 3, 2)), assistant_model=target)
 
 
 def test_an_object_that_is_no_policy_is_refused(target: PreTrainedModel, head: DraftHead) -> None:
-    with pytest.raises(ValueError, match="needs the methods `choose`"):
+    with pytest.raises(ValueError, match="has the methods `choose`"):
         target.generate(PROMPT, assistant_model=head, policy=object())
     assert not isinstance(object(), Policy)
 

@@ -2,20 +2,25 @@
 
 import inspect
 
+import pytest
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
 
-from transformers_resps.generation import _AFTER_ASSISTANT, ReSpSGenerationMixin
+from transformers_resps.generation import _AFTER_ASSISTANT, _NOT_OURS, ReSpSGenerationMixin
 
 
-def test_assisted_generation_is_looked_up_on_the_class_by_this_name() -> None:
+def test_the_decoding_methods_are_looked_up_on_the_class_by_these_names() -> None:
     assert GENERATION_MODES_MAPPING[GenerationMode.ASSISTED_GENERATION] == "_assisted_decoding"
+    assert GENERATION_MODES_MAPPING[GenerationMode.SAMPLE] == "_sample"
+    assert GENERATION_MODES_MAPPING[GenerationMode.GREEDY_SEARCH] == "_sample"
 
 
-def test_assisted_decoding_takes_the_parameters_we_take() -> None:
-    theirs = list(inspect.signature(GenerationMixin._assisted_decoding).parameters)
-    assert theirs == list(inspect.signature(ReSpSGenerationMixin._assisted_decoding).parameters)
+@pytest.mark.parametrize("name", ["_assisted_decoding", "_sample"])
+def test_decoding_methods_are_told_nothing_that_we_do_not_know(name: str) -> None:
+    theirs = set(inspect.signature(getattr(GenerationMixin, name)).parameters)
+    ours = set(inspect.signature(ReSpSGenerationMixin._speculate).parameters) - {"request"}
+    assert theirs <= ours | set(_NOT_OURS)
 
 
 def test_generate_has_the_parameters_we_name() -> None:
