@@ -17,39 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..generation import attach
 from ..head import DraftHead
 from ..trainers.conversations import read_conversations
-from ..tree import TreeShape
 from ..verification import explain_divergence
 from .measurement import Summary, summarise
+from .options import add_options
 from .profile import profile
 from .protocol import PLAIN, Bench, Method, Prompt, Run, methods
 from .results import circumstances, markdown_table, write_results
-
-
-def shape(text: str) -> TreeShape:
-    """`8,4,2` -> total_tokens, depth, top_k; a fourth number is `lookup`."""
-    return TreeShape(*(int(part) for part in text.split(",")))
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The options of the benchmark."""
-    parser = argparse.ArgumentParser("python -m transformers_resps.bench", description=__doc__)
-    parser.add_argument("target", help="folder or Hub id")
-    parser.add_argument("head", help="folder or Hub id of a draft head for the target")
-    parser.add_argument("--dataset", nargs="+", type=Path, required=True, help=".jsonl with turns, messages or prompt")
-    parser.add_argument("--limit", type=int, default=10, help="prompts per dataset, spread evenly over the file")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument(
-        "--shapes", nargs="+", type=shape, help="total_tokens,depth,top_k[,lookup]; the head's by default"
-    )
-    parser.add_argument("--prompt-lookup", action="store_true", help="also Transformers' own prompt lookup")
-    parser.add_argument("--auto", action="store_true", help="also policy='auto', with the head and without")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="of the processor; as many as torch chooses by default")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("results/bench"), help="folder for results.json")
-    parser.add_argument("--profile", action="store_true", help="instead: where time and memory of the first tree go")
-    return parser
 
 
 def read_prompts(file: Path, limit: int, tokenizer: Any) -> list[Prompt]:
@@ -65,7 +38,13 @@ def read_prompts(file: Path, limit: int, tokenizer: Any) -> list[Prompt]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    args = make_parser().parse_args(arguments)
+    parser = argparse.ArgumentParser("resps bench", description=__doc__)
+    add_options(parser)
+    return run(parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decode, judge, report."""
     if args.threads:
         torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.target)

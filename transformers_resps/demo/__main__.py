@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +19,9 @@ from transformers.utils import logging as transformers_logging
 from ..generation import attach
 from ..head import DraftHead
 from .answering import Comparison, compare
+from .options import add_options
 from .report import divergence_line, table, verdict
 from .target import load_target
-
-
-_HEAD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-head"
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The options of `resps demo`."""
-    parser = argparse.ArgumentParser("resps demo", description=__doc__)
-    parser.add_argument("--head", default=str(_HEAD), help="folder or Hub id of a head for SmolLM2-135M-Instruct")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    return parser
 
 
 class Demo:
@@ -75,7 +64,13 @@ class Demo:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
-    args = make_parser().parse_args(arguments)
+    parser = argparse.ArgumentParser("resps demo", description=__doc__)
+    add_options(parser)
+    return run(parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Every prompt in bfloat16, one of them again in float32, then the findings."""
     console = Console()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
