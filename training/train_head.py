@@ -8,13 +8,15 @@ A run that was killed goes on with the same command: the newest checkpoint in `o
 import hashlib
 import json
 import logging
+import sys
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
 from transformers_resps import DraftHead
@@ -26,8 +28,8 @@ from transformers_resps.trainers import (
     ExampleDataset,
     FrozenTarget,
     choose_draft_vocabulary,
+    load_conversations,
     make_examples,
-    read_conversations,
     save_head,
 )
 
@@ -50,6 +52,12 @@ class HeadScriptArguments:
         default=None, metadata={"help": "Keep the target's features there and read them in every epoch."}
     )
     target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
+    fc_norm: bool = field(
+        default=True,
+        metadata={
+            "help": "Normalise each feature layer of a fresh head (EAGLE-3.1): deep layers are often 20 times larger."
+        },
+    )
     default_tree: list[int] = field(
         default_factory=lambda: [8, 4, 2],
         metadata={"help": "total_tokens, depth and top_k of the head's default tree."},
@@ -60,9 +68,9 @@ def read_examples(script: HeadScriptArguments, tokenizer: Any) -> tuple[list[Exa
     """All texts, those to train on and those held out: of the first dataset, the ones whose hashes are lowest."""
     texts: list[list[Example]] = []
     for index, name in enumerate(script.datasets):
-        conversations = list(read_conversations(name))
         limit = script.limits[index] if index < len(script.limits) else 0
-        examples = make_examples(conversations[: limit or None], tokenizer, script.max_length)
+        conversations = islice(load_conversations(name), limit or None)
+        examples = make_examples(conversations, tokenizer, script.max_length)
         print(f"{name}: {len(examples)} texts, {sum(int(e.predicted.sum()) for e in examples)} assistant tokens")
         texts.append(examples)
     by_hash = sorted(texts[0], key=lambda e: hashlib.sha256(e.input_ids[:64].numpy().tobytes()).hexdigest())
@@ -82,10 +90,18 @@ def make_head(script: HeadScriptArguments, target: PreTrainedModel, tokenizer: A
         vocabulary = choose_draft_vocabulary(texts, target.vocab_size, script.draft_vocab_size, always)
         print(f"draft vocabulary: {script.draft_vocab_size} tokens cover {vocabulary.coverage:.2%} of the answers")
         token_ids = vocabulary.token_ids
-    head = DraftHead.from_target(target, draft_token_ids=token_ids, default_tree=script.default_tree).float()
+    head = DraftHead.from_target(
+        target, draft_token_ids=token_ids, default_tree=script.default_tree, fc_norm=script.fc_norm
+    ).float()
     if script.target_name is not None:
         head.config.target = {**(head.config.target or {}), "name_or_path": script.target_name}
     return head
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint: `trainer_state.json` is written last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def main() -> None:
@@ -95,6 +111,11 @@ def main() -> None:
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     target = AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)
+    context = target.config.get_text_config().max_position_embeddings
+    if script.max_length > context:
+        raise ValueError(
+            f"`max_length` is {script.max_length}, but the target reads at most {context} tokens. Lower `max_length`."
+        )
     everything, train, held_out = read_examples(script, tokenizer)
     head = make_head(script, target, tokenizer, train)
 
@@ -104,10 +125,15 @@ def main() -> None:
         cached = CachedFeatures(everything, script.feature_cache_dir, frozen)
         train_set, held_out_set = cached.select(train), cached.select(held_out)
     trainer = DraftHeadTrainer(head, target, args, train_set, held_out_set if held_out else None)
-    newest = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=newest)
+    try:
+        trainer.train(resume_from_checkpoint=newest_checkpoint(Path(args.output_dir)))
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {newest_checkpoint(Path(args.output_dir)) or 'the beginning'}")
+        sys.exit(130)
     metrics = trainer.evaluate() if held_out else {}
-    save_head(head, Path(args.output_dir) / "head")
+    save_head(trainer.model, Path(args.output_dir) / "head")
+    if args.push_to_hub:
+        trainer.push_to_hub()
     (Path(args.output_dir) / "head" / "metrics.json").write_text(json.dumps(metrics, indent=2))
     print(metrics)
 

@@ -120,14 +120,14 @@ def test_accumulated_small_batches_give_the_gradient_of_one_large_batch(tmp_path
 
 
 def test_loss_falls_and_agreement_rises_on_one_memorised_text(tmp_path):
-    target, head = fresh()
+    target, head = fresh(draft_vocab_size=64)
     args = config(tmp_path, max_steps=60, learning_rate=1e-2, lr_scheduler_type="constant")
     trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts(1)), ExampleDataset(texts(1)))
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
     assert after["eval_loss_1"] < before["eval_loss_1"]
-    assert after["eval_top1_1"] > before["eval_top1_1"] and after["eval_top1_1"] > 0.5
+    assert after["eval_top1_1"] > before["eval_top1_1"] and after["eval_top1_1"] > 0.4
     assert {"top1_3", "tokens_per_second", "minutes_left"} <= set(trainer.state.log_history[-4]) | set(
         trainer.state.log_history[-3]
     )
@@ -141,7 +141,7 @@ def test_checkpoints_and_exports_load_as_heads(tmp_path):
     checkpoint = DraftHead.from_pretrained(tmp_path / "checkpoint-3", target=target)
     assert all(torch.equal(value, bits(head)[name]) for name, value in bits(checkpoint).items())
     save_head(head, tmp_path / "bf16")
-    exported = DraftHead.from_pretrained(tmp_path / "bf16", target=target)
+    exported = DraftHead.from_pretrained(tmp_path / "bf16")
     assert exported.fc.weight.dtype == torch.bfloat16 and head.fc.weight.dtype == torch.float32
     assert torch.equal(exported.fc.weight, head.fc.weight.bfloat16())
     assert torch.equal(exported.d2t, head.d2t)

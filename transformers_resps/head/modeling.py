@@ -228,6 +228,9 @@ class DraftHead(PreTrainedModel):
             output = target.get_output_embeddings()
             if output is not None and output.weight.shape[-1] == hidden_size:
                 self.lm_head.weight.copy_(output.weight[rows.to(output.weight.device)])
+                norm: Any = getattr(target.get_decoder(), "norm", None)
+                if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # theirs adds 1
+                    self.norm.weight.copy_(norm.weight)
 
     def check_target(self, target: PreTrainedModel) -> None:
         """Refuse a target the head was not made for.

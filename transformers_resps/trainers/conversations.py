@@ -32,6 +32,26 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         yield _messages(row, f"{path}, row {number}")
 
 
+def load_conversations(source: str, split: str = "train") -> Iterator[Conversation]:
+    """Yield the conversations of a file (see `read_conversations`) or of a dataset on the Hub.
+
+    Raises:
+        ValueError: `source` looks like a file but does not exist, or a row is no conversation.
+    """
+    if Path(source).exists():
+        yield from read_conversations(source)
+        return
+    if Path(source).suffix in (".json", ".jsonl"):
+        raise ValueError(
+            f"There is no file {source}, but its name ends like a file's. Give the path of a JSON or JSONL file, or "
+            "the id of a dataset on the Hub."
+        )
+    from datasets import load_dataset
+
+    for number, row in enumerate(load_dataset(source, split=split)):
+        yield _messages(row, f"{source}, row {number}")
+
+
 def _jsonl_rows(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -73,7 +93,7 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
 
 def _messages(row: Any, where: str) -> Conversation:
     if "messages" in row:
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in row["messages"]]
+        return _as_messages(row["messages"], "user", where)
     if "conversations" in row:
         turns = row["conversations"]
         return [
@@ -85,15 +105,21 @@ def _messages(row: Any, where: str) -> Conversation:
         return [{"role": "user", "content": str(turn)} for turn in row["turns"]]
     for question, answer in (("prompt", "completion"), ("question", "answer")):
         if question in row:
-            asked = _as_messages(row[question], "user")
-            return asked + (_as_messages(row[answer], "assistant") if answer in row else [])
+            asked = _as_messages(row[question], "user", where)
+            return asked + (_as_messages(row[answer], "assistant", where) if answer in row else [])
     raise ValueError(
         f"{where} has the fields {sorted(row)}. A conversation needs `messages`, `prompt` (and `completion`), "
         "`turns`, `question` (and `answer`), or ShareGPT's `conversations`. Rename your fields to one of these."
     )
 
 
-def _as_messages(value: Any, role: str) -> Conversation:
+def _as_messages(value: Any, role: str, where: str) -> Conversation:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
+    for message in value:
+        if not {"role", "content"} <= set(message):
+            raise ValueError(
+                f"{where} has a message with the fields {sorted(message)}. Each needs `role` and `content`. "
+                "Mend or remove that row."
+            )
     return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]

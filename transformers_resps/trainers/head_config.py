@@ -45,6 +45,10 @@ class DraftHeadTrainingConfig(TrainingArguments):
         default=True,
         metadata={"help": "Keep the target's rows as output head: a third less work, and nothing to overfit."},
     )
+    tau_texts: int = field(
+        default=8,
+        metadata={"help": "Held-out texts on which evaluation simulates the default tree's tau; 0 for none."},
+    )
     optimizer: str = field(
         default="muon",
         metadata={"help": "muon: orthogonalised momentum for the matrices, AdamW for the rest. adamw: AdamW for all."},
@@ -52,7 +56,7 @@ class DraftHeadTrainingConfig(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of squares; EAGLE-3 uses 0.95."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # untyped upstream
         self.remove_unused_columns = False
         self.label_names = ["labels"]
         for name, least in (("steps", 1), ("tokens_per_batch", 2), ("loss_chunk_size", 1)):

@@ -3,6 +3,7 @@
 Knows Transformers' Trainer; the maths is in `training_time_test` and `soft_cross_entropy`.
 """
 
+import copy
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
 from .level_meter import LevelMeter
 from .muon import Muon
+from .simulated_decoding import simulated_tau
 from .soft_cross_entropy import soft_cross_entropy
 from .target_features import FrozenTarget, TargetFeatures
 from .training_time_test import unroll
@@ -64,6 +66,8 @@ class DraftHeadTrainer(Trainer):
         bound = BoundHead(_head_of(model), target)
         if bound.head.config.owns_output_head and args.freeze_output_head:
             bound.head.lm_head.requires_grad_(False)
+        for dataset in (train_dataset, eval_dataset):
+            _check_ids(dataset, bound.head.config.vocab_size)
         super().__init__(
             model=model,
             args=args,
@@ -73,7 +77,8 @@ class DraftHeadTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's count of predicted tokens
-        self.target = FrozenTarget(target.to(args.device), list(bound.head.config.feature_layers or []))
+        target.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
+        self.target = FrozenTarget(target, list(bound.head.config.feature_layers or []))
         self._meters = {"train": LevelMeter(args.steps), "eval": LevelMeter(args.steps)}
         self._clock = (time.monotonic(), 0)
 
@@ -125,6 +130,36 @@ class DraftHeadTrainer(Trainer):
         if "features" in inputs:
             return TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
         return self.target.read(inputs["input_ids"])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss and agreement of the held-out texts, and `eval_tau` of the head's default tree on the first of them."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self.args.tau_texts and self.accelerator.is_main_process:
+            started = time.monotonic()
+            metrics["eval_tau"] = self.measure_tau()
+            self.log({"eval_tau": metrics["eval_tau"], "eval_tau_seconds": round(time.monotonic() - started, 1)})
+        return metrics
+
+    def measure_tau(self) -> float:
+        """Simulated tau of the default tree on `tau_texts` held-out texts, evenly spread over their lengths."""
+        dataset = self.eval_dataset
+        if not isinstance(dataset, ExampleDataset) or not len(dataset):
+            return 1.0
+        chosen = range(0, len(dataset), max(1, len(dataset) // self.args.tau_texts))
+        head = _head_of(self.accelerator.unwrap_model(self.model))
+        is_training = head.training
+        head.train(False)
+        bound = BoundHead(head, self.target.model)
+        texts = (self._with_features(dataset[index]) for index in chosen)
+        tau = round(simulated_tau(bound, texts, head.default_shape), 3)
+        head.train(is_training)
+        return tau
+
+    def _with_features(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
+        row = {name: tensor.to(self.args.device) for name, tensor in row.items()}
+        if "features" not in row:
+            row["features"] = self.target.read(row["input_ids"][None]).features[0]
+        return row
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
@@ -187,7 +222,8 @@ class DraftHeadTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Muon for the matrices and AdamW for the rest, or AdamW for all."""
         if self.optimizer is None:
-            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            trained = cast(nn.Module, model or self.model)
+            named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
             uses_muon = self.args.optimizer == "muon"
             matrices = [p for n, p in named if uses_muon and p.ndim == 2 and "lm_head" not in n and "embed" not in n]
             chosen = {id(p) for p in matrices}
@@ -207,19 +243,25 @@ class DraftHeadTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            save_head(_head_of(self.accelerator.unwrap_model(self.model)), Path(self.args.output_dir) / "head")
+            save_head(self.accelerator.unwrap_model(self.model), Path(str(self.args.output_dir)) / "head")
 
 
-def save_head(head: DraftHead, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write `head` to `folder` in `dtype`; the head in memory keeps its own."""
-    state = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in head.state_dict().items()
-    }
-    before, head.config.dtype = head.config.dtype, dtype
-    try:
-        head.save_pretrained(folder, state_dict=state)
-    finally:
-        head.config.dtype = before
+def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a head to `folder` in `dtype`, with adapters merged into it; the one in memory stays as it is."""
+    head = copy.deepcopy(model)
+    if hasattr(head, "merge_and_unload"):
+        head = head.merge_and_unload()
+    head.to(dtype).save_pretrained(folder)
+
+
+def _check_ids(dataset: ExampleDataset | None, vocab_size: int) -> None:
+    """Refuse texts of another tokenizer before the target's embedding does, without a word of explanation."""
+    highest = max((int(example.input_ids.max()) for example in dataset.examples), default=0) if dataset else 0
+    if highest >= vocab_size:
+        raise ValueError(
+            f"The texts hold token id {highest}, but the target's vocabulary has {vocab_size} tokens. They were made "
+            "with another model's tokenizer: tokenize them with the target's own."
+        )
 
 
 def _head_of(model: Any) -> DraftHead:

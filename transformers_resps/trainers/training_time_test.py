@@ -56,8 +56,8 @@ class UnrolledAttention:
 
     def _causal(self, length: int, keys: Tensor) -> Tensor:
         """`[length, t]`, 0 where a query of `[start, t)` may look and -inf elsewhere."""
-        mask = keys.new_full((length, keys.shape[2]), float("-inf"))
-        return mask.triu_(self.start + 1)
+        mask: Tensor = keys.new_full((length, keys.shape[2]), float("-inf"))
+        return torch.triu(mask, self.start + 1)
 
 
 def unroll(

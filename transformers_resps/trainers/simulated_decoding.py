@@ -1,0 +1,61 @@
+"""Tau of a head on texts that are already written: the engine's own drafting, without a target forward."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..candidate_generator import TreeCandidateGenerator
+from ..head import BoundHead
+from ..policy import FixedPolicy
+from ..tree import DraftTree, TreeShape
+
+
+@torch.no_grad()
+def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: TreeShape) -> float:
+    """Mean tokens per target forward if the target were to write `texts` again, drafting `shape` at every step.
+
+    Exact for texts that the target itself wrote, greedily or sampled: its pick is the text's next token.
+
+    Args:
+        bound: the head with what it borrows from its target.
+        texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, A * target hidden]`; the last run of
+            true `loss_mask` is the answer, and its first token comes from the prompt's own forward.
+        shape: nodes, depth and width of every tree.
+
+    Returns:
+        At least 1; 1 without texts.
+    """
+    emitted = forwards = 0
+    for text in texts:
+        begins = int((~text["loss_mask"]).nonzero()[-1]) + 1 if not text["loss_mask"].all() else 1
+        steps = _steps(bound, text, begins, shape)
+        emitted += sum(steps)
+        forwards += len(steps)
+    return emitted / forwards if forwards else 1.0
+
+
+def _steps(bound: BoundHead, text: dict[str, Tensor], root: int, shape: TreeShape) -> list[int]:
+    """Tokens emitted at each step, from `root` on, the newest token that is not yet in the target's cache."""
+    tokens, features = text["input_ids"][None], text["features"][None]
+    generator, policy = TreeCandidateGenerator(bound, 1, None), FixedPolicy(shape)
+    generator.observe(features[:, :root], tokens[:, 1 : root + 1])
+    steps = []
+    while root < tokens.shape[1] - 1:
+        tree = DraftTree.from_pool(tokens[:, root], generator.draft(shape, policy), shape.total_tokens)
+        accepted = _accepted(tree, tokens[:, root + 1 :])
+        end = min(root + accepted + 1, tokens.shape[1] - 1)
+        steps.append(end - root)
+        generator.observe(features[:, root:end], tokens[:, root + 1 : end + 1])
+        root = end
+    return steps
+
+
+def _accepted(tree: DraftTree, continuation: Tensor) -> int:
+    """How many of the tokens `[1, t]` after the root the tree holds as one path."""
+    node = torch.zeros(1, dtype=torch.long, device=continuation.device)
+    for depth in range(continuation.shape[1]):
+        node = tree.children_of(node, continuation[:, depth])
+        if int(node) < 0:
+            return depth
+    return continuation.shape[1]
