@@ -1,0 +1,171 @@
+"""Faults planted in a good head are found, named and mended; a good head is left alone."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.conftest import build_target
+from tests.tokenizers import letter_tokenizer
+from transformers_resps.cli import main
+from transformers_resps.doctor import DEPTHS, Answer, diagnose, write_answers
+from transformers_resps.features import FeatureTap
+from transformers_resps.head import BoundHead, DraftHead, HeadCache
+from transformers_resps.trainers.training_time_test import unroll
+
+
+V, PERIOD, LENGTH = 24, 7, 28
+LAYERS, BASE = [1, 2, 3], 1e4
+
+
+def periodic_texts(count: int, generator: torch.Generator) -> Tensor:
+    """Seven random tokens over and over: what comes next lies a fixed distance back, so that RoPE matters."""
+    block = torch.randint(3, V, (count, PERIOD), generator=generator)
+    return block.repeat(1, LENGTH // PERIOD)
+
+
+def train_target(generator: torch.Generator) -> PreTrainedModel:
+    target = build_target(num_hidden_layers=5, vocab_size=V, initializer_range=0.1).train()
+    optimizer = torch.optim.AdamW(target.parameters(), lr=4e-3)
+    for _ in range(120):
+        texts = periodic_texts(16, generator)
+        target(texts, labels=texts).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return target.eval()
+
+
+def train_head(target: PreTrainedModel, generator: torch.Generator) -> DraftHead:
+    rope = {"rope_type": "default", "rope_theta": BASE}
+    head = DraftHead.from_target(target, V, feature_layers=LAYERS, rope_parameters=rope).train()
+    with torch.no_grad():  # as uneven as in real heads, so that the residual before it is not the one behind it
+        head.layers[0].hidden_norm.weight.copy_(2 * torch.randn(32, generator=generator))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=4e-3)
+    for _ in range(120):
+        texts = periodic_texts(16, generator)
+        with torch.no_grad(), FeatureTap(target, LAYERS) as tap, tap.record() as features:
+            embeddings = target.get_input_embeddings()(texts)
+            target(texts)
+        levels = unroll(head, features.concatenated(), embeddings, DEPTHS)
+        losses = [
+            F.cross_entropy(head.lm_head(level[:, PERIOD : -2 - depth]).mT, texts[:, PERIOD + 2 + depth :])
+            for depth, level in enumerate(levels)
+        ]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return head.eval()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, list[Answer]]:
+    """A target, the folder of a good head for it, and answers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these matrices are too small to share
+    generator = torch.Generator().manual_seed(0)
+    target = train_target(generator)
+    folder = tmp_path_factory.mktemp("head")
+    train_head(target, generator).save_pretrained(folder)
+    torch.set_num_threads(threads)
+    return target, folder, [Answer(text, PERIOD + 1) for text in periodic_texts(24, generator)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "cure"),
+    [
+        ({}, {}),
+        ({"feature_layers": [2, 3, 4]}, {"feature_layers": LAYERS}),
+        ({"feature_layers": [0, 1, 2]}, {"feature_layers": LAYERS}),
+        ({"rope_theta": 1e6}, {"rope_theta": BASE}),
+        ({"rope_theta": 30.0}, {"rope_theta": BASE}),
+        ({"norm_before_residual": True}, {"norm_before_residual": False}),
+        (
+            {"feature_layers": [2, 3, 4], "rope_theta": 1e6, "norm_before_residual": True},
+            {"feature_layers": LAYERS, "rope_theta": BASE, "norm_before_residual": False},
+        ),
+    ],
+    ids=str,
+)
+def test_a_planted_fault_is_found_and_its_cure_named(
+    fault: dict[str, Any], cure: dict[str, Any], pair: tuple[PreTrainedModel, Path, list[Answer]]
+) -> None:
+    target, folder, answers = pair
+    found = diagnose(target, DraftHead.from_pretrained(folder, target=target, **fault), answers)
+    assert found.overrides == cure and found.is_healthy is (not fault)
+    assert all(f"{key}={value!r}" in found.verdict for key, value in cure.items())
+    if fault:
+        mended = DraftHead.from_pretrained(folder, target=target, **{**fault, **found.overrides})
+        assert diagnose(target, mended, answers).is_healthy
+
+
+@torch.no_grad()
+def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedModel, Path, list[Answer]]) -> None:
+    """Against the engine's own cache, one true prefix and one chain at a time."""
+    target, folder, answers = pair
+    head = DraftHead.from_pretrained(folder, target=target, feature_layers=[2, 3, 4])  # good, but not all right
+    bound = BoundHead(head, target)
+    hits = torch.zeros(DEPTHS)
+    kept = positions = 0
+    for answer in answers[:3]:
+        states = target(answer.tokens[None], output_hidden_states=True)
+        features = torch.cat([states.hidden_states[layer] for layer in (2, 3, 4)], dim=-1)
+        picks = states.logits[0].argmax(-1)
+        for slot in range(answer.prompt_length - 2, LENGTH - DEPTHS):
+            cache = HeadCache(head.config, 1, head.dtype, head.device)
+            embedded = bound.embed(answer.tokens[None])
+            order = torch.arange(LENGTH)[None]
+            attend = cache.attend_from(0, None, is_causal=True)
+            hidden = head(head.fuse(features[:, : slot + 1]), embedded[:, 1 : slot + 2], order[:, : slot + 1], attend)
+            chain = []
+            for depth in range(DEPTHS):
+                guess = bound.target_ids(bound.logits(hidden[:, -1:]).argmax(-1))
+                chain.append(bool(guess == picks[slot + 1 + depth]))
+                here, token = slot + 1 + depth, slot + 2 + depth
+                if depth < DEPTHS - 1:
+                    attend = cache.attend_from(here, None)
+                    fed = head.feedback(hidden[:, -1:])
+                    hidden = head(fed, embedded[:, token : token + 1], order[:, here : here + 1], attend)
+            hits += torch.tensor(chain)
+            kept += next((i for i, hit in enumerate(chain) if not hit), DEPTHS)
+            positions += 1
+    cell = diagnose(target, head, answers[:3]).configured
+    assert cell.agreement == pytest.approx((hits / positions).tolist()) and 0.3 < min(cell.agreement) < 0.99
+    assert cell.accepted == pytest.approx(kept / positions)
+
+
+def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, Path, list[Answer]]) -> None:
+    target, folder, answers = pair
+    head = DraftHead.from_pretrained(folder, target=target)
+    with pytest.raises(ValueError, match="1 of 2 answers have at least 4 tokens.*at least 2 are needed"):
+        diagnose(target, head, [answers[0], Answer(answers[0].tokens[:10], 8)])
+    with torch.no_grad():
+        head.lm_head.weight.zero_()
+    assert "No reading makes this head agree" in diagnose(target, head, answers).verdict
+
+
+def test_answers_are_what_generate_writes_one_by_one(pair: tuple[PreTrainedModel, Path, list[Answer]]) -> None:
+    target, _, answers = pair
+    prompts = [answer.tokens[: 8 + index] for index, answer in enumerate(answers[:5])]
+    for prompt, written in zip(prompts, write_answers(target, prompts, 6, batch=3), strict=True):
+        alone = target.generate(prompt[None], do_sample=False, max_new_tokens=6, pad_token_id=0)[0]
+        assert written.prompt_length == len(prompt) and torch.equal(written.tokens, alone)
+
+
+def test_the_command_prints_a_table_and_leaves_by_the_verdict(
+    pair: tuple[PreTrainedModel, Path, list[Answer]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, folder, _ = pair
+    target.save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    command = ["doctor", str(tmp_path), str(folder), "--device", "cpu", "--max-new-tokens", "12", "--answers", "12"]
+    status = main([*command, "--set", "feature_layers=[2,3,4]"])
+    printed = capsys.readouterr().out
+    assert re.search(r">[ *]2, 3, 4 +10000 +no +0\.\d+", printed) and status in (0, 1)
+    assert main([*command, "--set", "rope_theta"]) == 2
+    assert main(["doctor", str(tmp_path), str(tmp_path)]) == 2
+    assert "resps doctor:" in capsys.readouterr().err

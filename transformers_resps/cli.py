@@ -1,0 +1,187 @@
+"""The command `resps`. Parses and prints; what is printed is worked out elsewhere."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .doctor import Answer, Cell, Diagnosis, diagnose, write_answers
+from .head import DraftHead
+from .trainers.conversations import Conversation, read_conversations
+from .trainers.examples import make_example
+
+
+# Fifty questions that any chat model answers at some length: every task with every subject.
+_TASKS = (
+    "Explain {} to a child.",
+    "Write a short story about {}.",
+    "List five facts about {}.",
+    "What is the history of {}?",
+    "Compare {} fifty years ago and today.",
+    "Write a Python function that prints a report about {}.",
+    "Give step-by-step advice to someone new to {}.",
+    "Summarise the main arguments for and against {}.",
+    "Write a polite e-mail asking an expert about {}.",
+    "Make a quiz of three questions about {}, with answers.",
+)
+_SUBJECTS = ("bicycles", "the ocean", "cooking", "public libraries", "numbers")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Returns:
+        0; 1 when what was examined is not as it should be; 2 when it could not be examined.
+    """
+    args = make_parser().parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"resps {args.command}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The subcommands and their options."""
+    parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_doctor(commands)
+    return parser
+
+
+def add_doctor(commands: Any) -> None:
+    """`resps doctor TARGET HEAD`."""
+    parser = commands.add_parser("doctor", help="does a head read its target as it was trained to?")
+    parser.set_defaults(run=doctor)
+    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("head", help="folder or Hub id of a draft head for the target, in any published format")
+    parser.add_argument(
+        "--dataset",
+        help=".json, .jsonl or Hub id; the target answers where it has no assistant turns",
+    )
+    parser.add_argument("--split", default="train", help="of a dataset from the Hub")
+    parser.add_argument("--answers", type=int, default=50, help="how many answers to look at")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="per answer, when the target writes them")
+    parser.add_argument("--max-length", type=int, default=320, help="tokens per conversation; longer ones are cut")
+    parser.add_argument("--revision", help="of the head")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="read the head with these corrections, for instance rope_theta=1e4 feature_layers=[2,16,29]",
+    )
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print how well the head agrees with its target under each reading; 1 when another reading is better."""
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device)
+    head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
+    conversations = read_dataset(args.dataset, args.split, args.answers) if args.dataset else []
+    answers = answered(conversations, tokenizer, args.max_length)
+    if not answers:
+        questions = [row[:1] for row in conversations if row] or default_questions(args.answers)
+        print(f"The target answers {len(questions)} questions ...")
+        prompts = [prompt_ids(question, tokenizer)[-args.max_length :] for question in questions]
+        answers = write_answers(target, prompts, args.max_new_tokens)
+    diagnosis = diagnose(target, head, answers)
+    print_diagnosis(diagnosis)
+    return 0 if diagnosis.is_healthy else 1
+
+
+def corrections(settings: Sequence[str]) -> dict[str, Any]:
+    """`FIELD=VALUE` strings, values in JSON, as overrides.
+
+    Raises:
+        ValueError: a setting has no `=`, or its value is not JSON.
+    """
+    found = {}
+    for setting in settings:
+        field, separator, value = setting.partition("=")
+        try:
+            found[field.replace("-", "_")] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`--set {setting}` cannot be read. Write FIELD=VALUE with a JSON value, for instance "
+                "rope_theta=1e4, norm_before_residual=true or feature_layers=[2,16,29]."
+            ) from error
+    return found
+
+
+def read_dataset(name: str, split: str, most: int) -> list[Conversation]:
+    """The first `most` conversations of a file or Hub dataset.
+
+    Raises:
+        ValueError: neither is there, or a row is no conversation.
+    """
+    if Path(name).exists():
+        return [row for row, _ in zip(read_conversations(name), range(most), strict=False)]
+    if Path(name).suffix in (".json", ".jsonl"):
+        raise ValueError(f"`--dataset {name}` does not exist. Pass a .json or .jsonl file, or a Hub id.")
+    from datasets import load_dataset  # an extra, for those who read datasets from the Hub
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        load_dataset(name, split=f"{split}[:{most}]").to_json(file)
+        return list(read_conversations(file))
+
+
+def answered(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Answer]:
+    """Every conversation up to the end of its first assistant turn; those without one are left out."""
+    found = []
+    for conversation in conversations:
+        roles = [message["role"] for message in conversation]
+        if "assistant" not in roles[1:]:
+            continue
+        example = make_example(conversation[: roles.index("assistant", 1) + 1], tokenizer, max_length)
+        if example.loss_mask.any():
+            found.append(Answer(example.input_ids, int(example.loss_mask.int().argmax())))
+    return found
+
+
+def default_questions(most: int) -> list[Conversation]:
+    """Up to fifty one-turn conversations."""
+    texts = [task.format(subject) for subject in _SUBJECTS for task in _TASKS]
+    return [[{"role": "user", "content": text}] for text in texts[:most]]
+
+
+def prompt_ids(question: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids `[t]` of a question, through the chat template where there is one."""
+    if tokenizer.chat_template is None:
+        ids: Any = tokenizer(question[0]["content"] + "\n")["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    return torch.tensor(ids)
+
+
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    """A table, best reading first, and the verdict."""
+    depths = range(1, len(diagnosis.configured.agreement) + 1)
+    columns = "".join(f"  depth {depth}" for depth in depths)
+    count = sum(positions for _, positions in diagnosis.configured.by_answer)
+    print(f"\nAgreement with the target, {count} positions of {len(diagnosis.configured.by_answer)} answers:\n")
+    print(f"  {'feature layers':24}{'RoPE base':>10}  {'norm before residual':20}{columns}  accepted")
+    for cell in sorted(diagnosis.cells, key=lambda cell: -cell.accepted):
+        print(row(cell, diagnosis))
+    print(f"\n  > as configured   * best\n\n{diagnosis.verdict}")
+
+
+def row(cell: Cell, diagnosis: Diagnosis) -> str:
+    """One line of the table."""
+    reading = cell.reading
+    marks = (">" if cell is diagnosis.configured else " ") + ("*" if cell is diagnosis.best else " ")
+    numbers = "".join(f"{share:9.3f}" for share in cell.agreement)
+    layers = ", ".join(map(str, reading.feature_layers))
+    before = "yes" if reading.norm_before_residual else "no"
+    return f"{marks}{layers:24}{reading.rope_theta:>10g}  {before:20}{numbers}{cell.accepted:10.2f}"
