@@ -1,0 +1,295 @@
+"""Policy training: known best actions are found, runs resume exactly, planted costs are obeyed."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+
+from tests.conftest import FakeClock
+from transformers_resps import DraftHead, TreeShape, attach
+from transformers_resps.decoding import TreeDecoding
+from transformers_resps.policy import ActionGrid, AutoPolicy, Observation, ReSpSConfig, ReSpSPolicy
+from transformers_resps.telemetry import StepRecord
+from transformers_resps.trainers.live_rollouts import DecisionRecorder, LiveRollouts
+from transformers_resps.trainers.outcomes import OutcomeTable, TextOutcomes
+from transformers_resps.trainers.policy_config import PolicyTrainingConfig
+from transformers_resps.trainers.policy_trainer import PolicyTrainer
+from transformers_resps.trainers.rollouts import ReplayRollouts
+
+
+RECIPES = Path(__file__).parent.parent.parent / "training" / "recipes"
+GRID = ActionGrid((TreeShape.plain(), TreeShape(4, 3, 1), TreeShape(9, 8, 1)))
+SECONDS = torch.tensor([1.0, 1.3, 2.0])
+LONGEST = torch.tensor([[1, 1, 1], [1, 3, 3], [1, 4, 9]])  # emitted, by context: plain, short and deep trees are best
+FEATURES = 12
+
+
+def task(texts: int, seed: int) -> ReplayRollouts:
+    """Texts of runs of three contexts, visible in noisy features; the best action of each is its own number."""
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(99))
+    made = []
+    for _ in range(texts):
+        contexts = torch.randint(3, (4,), generator=generator).repeat_interleave(16)
+        left = len(contexts) - torch.arange(len(contexts))
+        noise = 0.2 * torch.randn(len(contexts), FEATURES, generator=generator)
+        emitted = LONGEST[contexts].minimum(left[:, None])
+        made.append(TextOutcomes(prototypes[contexts] + noise, emitted, SECONDS.expand(len(contexts), 3)))
+    return ReplayRollouts(OutcomeTable(made))
+
+
+def known_best_seconds(rollouts: ReplayRollouts) -> float:
+    """Seconds of all texts when every step takes the action that is best in its context."""
+    table = rollouts.table
+    best = (table.emitted - 1.9 * table.seconds).argmax(-1)  # near the rate that this choice attains itself
+    total = 0.0
+    for start, stop in zip(table.starts.tolist(), table.stops.tolist(), strict=True):
+        while start < stop:
+            total += float(table.seconds[start, best[start]])
+            start += int(table.emitted[start, best[start]])
+    return total
+
+
+def config(folder: Path, **changes: Any) -> PolicyTrainingConfig:
+    settings = {"updates": 40, "persistence": 1, "learning_rate": 5e-3, "texts_per_update": 4}
+    return PolicyTrainingConfig(str(folder), **{"disable_tqdm": True, "use_cpu": True, **settings, **changes})
+
+
+def policy(**changes: Any) -> ReSpSPolicy:
+    return ReSpSPolicy(ReSpSConfig(FEATURES, GRID, persistence=1, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "full_information"},
+        {"objective": "ppo"},
+        {"objective": "max_entropy_ppo"},
+        {"objective": "max_entropy_ppo", "reward": "mean_rate", "normalize": False},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_each_objective_learns_the_known_best_actions(tmp_path: Path, changes: dict[str, Any]) -> None:
+    learner = policy(normalize=changes.pop("normalize", True))
+    held_out = task(20, seed=1)
+    trainer = PolicyTrainer(learner, config(tmp_path, **changes), task(40, seed=0), held_out)
+    trainer.train()
+    metrics = trainer.evaluate()
+    best = known_best_seconds(held_out)
+    tokens = int((held_out.table.stops - held_out.table.starts).sum())
+    assert tokens / metrics["eval_tokens_per_second"] < 1.05 * best
+    assert metrics["eval_gain_over_best_fixed"] > 1.2
+    assert metrics["eval_distinct_actions"] == 3
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert {"tokens_per_second", "entropy", "distinct_actions", "oracle_regret"} <= logged
+    assert ("reward" if changes.get("reward") else "gain_regret") in logged
+    loaded = AutoPolicy.from_pretrained(tmp_path / "policy")
+    assert isinstance(loaded, ReSpSPolicy)
+    for name, weight in learner.network.state_dict().items():
+        assert torch.equal(weight, loaded.network.state_dict()[name])
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(TrainerCallback):
+    """What a power cut does after some optimiser steps."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._after:
+            raise KilledError
+
+
+@pytest.mark.parametrize("objective", ["full_information", "ppo"])
+def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, objective: str) -> None:
+    changes = {"objective": objective, "updates": 6, "save_updates": 2, "persistence": 2}
+    whole, broken, resumed = policy(), policy(), ReSpSPolicy(ReSpSConfig(FEATURES, GRID, persistence=1), seed=3)
+    PolicyTrainer(whole, config(tmp_path / "whole", **changes), task(9, 0)).train()
+    settings = config(tmp_path / "broken", **changes)
+    with pytest.raises(KilledError):
+        PolicyTrainer(broken, settings, task(9, 0), callbacks=[Kill(after=21)]).train()
+    torch.manual_seed(123)  # whatever else the new process did
+    PolicyTrainer(resumed, settings, task(9, 0)).train(resume_from_checkpoint=True)
+    for name, weight in whole.network.state_dict().items():
+        assert torch.equal(weight, resumed.network.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("objective", ["full_information", "ppo"])
+@pytest.mark.parametrize(("deep_seconds", "wanted"), [(1.0, 2), (50.0, 0)], ids=["free", "ruinous"])
+def test_planted_costs_on_replayed_texts_are_obeyed(
+    tmp_path: Path, objective: str, deep_seconds: float, wanted: int
+) -> None:
+    table = task(12, seed=0).table
+    seconds = torch.tensor([1.0, 1.0 + (deep_seconds - 1.0) / 2, deep_seconds])
+    texts = [
+        TextOutcomes(table.features[start:stop], table.emitted[start:stop], seconds.expand(stop - start, 3))
+        for start, stop in zip(table.starts.tolist(), table.stops.tolist(), strict=True)
+    ]
+    learner = policy()
+    trainer = PolicyTrainer(
+        learner, config(tmp_path, objective=objective, updates=20), ReplayRollouts(OutcomeTable(texts))
+    )
+    trainer.train()
+    picked = learner.network.logits(table.features).argmax(-1)
+    pays = (table.emitted[:, 2] > table.emitted[:, 1]) if wanted else torch.ones(len(picked), dtype=torch.bool)
+    assert (picked[pays] == wanted).float().mean() > 0.95
+
+
+WIDE = ActionGrid((TreeShape.plain(), TreeShape(73, 2, 8)))  # every token has 8 candidates: always two accepted
+
+
+@pytest.fixture
+def small_vocabulary(make_target: Callable[..., PreTrainedModel]) -> tuple[PreTrainedModel, DraftHead]:
+    target = attach(make_target(vocab_size=8, bos_token_id=None, eos_token_id=None))
+    return target, DraftHead.from_target(target, draft_vocab_size=None).eval()
+
+
+def live(pair: tuple[PreTrainedModel, DraftHead], **options: Any) -> tuple[ReSpSPolicy, LiveRollouts]:
+    target, head = pair
+    prompts = [torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7])]
+    rollouts = LiveRollouts(target, head, prompts, max_new_tokens=16, do_sample=False, **options)
+    return ReSpSPolicy(ReSpSConfig(head.config.features_width, WIDE, persistence=1)), rollouts
+
+
+def plant_costs(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[PreTrainedModel, DraftHead], node_seconds: float, level_seconds: float
+) -> FakeClock:
+    """A target's forward takes a second and `node_seconds` for each token, a pass of the head `level_seconds`."""
+    clock = FakeClock()
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    target, head = pair
+    target.register_forward_pre_hook(
+        lambda module, args, kwargs: clock.advance(1 + node_seconds * kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    head.register_forward_pre_hook(lambda module, args: clock.advance(level_seconds))
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("node_seconds", "level_seconds", "includes_drafting", "wanted"),
+    [
+        (0.0, 0.0, True, 1),  # deep trees are free
+        (1.0, 0.0, True, 0),  # nodes are ruinous
+        (0.0, 5.0, True, 0),  # drafting is ruinous
+        (0.0, 5.0, False, 1),  # ... and as free as in the code of Re-SpS, whose clock leaves it out
+    ],
+)
+def test_planted_costs_in_live_decoding_are_obeyed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_vocabulary: tuple[PreTrainedModel, DraftHead],
+    node_seconds: float,
+    level_seconds: float,
+    includes_drafting: bool,
+    wanted: int,
+) -> None:
+    plant_costs(monkeypatch, small_vocabulary, node_seconds, level_seconds)
+    learner, rollouts = live(small_vocabulary, includes_drafting=includes_drafting)
+    settings = config(
+        tmp_path, objective="max_entropy_ppo", reward="mean_rate", updates=12, minibatches=1, learning_rate=2e-3
+    )
+    trainer = PolicyTrainer(learner, settings, rollouts)
+    trainer.train()
+    decisions = rollouts.collect(learner, 2, 1, torch.Generator().manual_seed(0), greedy=True)
+    assert (decisions.actions == wanted).all()
+
+
+def record(shape: TreeShape, emitted: int, seconds: float, draft_seconds: float = 0.0) -> StepRecord:
+    return StepRecord(shape, 0, shape.total_tokens, emitted - 1, emitted, draft_seconds, 0.0, seconds)
+
+
+def test_each_step_is_booked_under_the_decision_that_shaped_it() -> None:
+    learner = ReSpSPolicy(ReSpSConfig(FEATURES, GRID))
+    recorder = DecisionRecorder(learner, persistence=3, generator=torch.Generator().manual_seed(0))
+    for step in range(8):
+        shape = recorder.choose(Observation(torch.full((1, FEATURES), float(step)), 10, step, 100, list))
+        recorder.observe(record(shape, emitted=step + 1, seconds=1.0))
+    assert [[one.emitted for one in decision.records] for decision in recorder.decisions] == [
+        [1, 2, 3],
+        [4, 5, 6],
+        [7, 8],
+    ]
+    assert [float(decision.features[0, 0]) for decision in recorder.decisions] == [0, 3, 6]  # no zeros put in
+    for decision in recorder.decisions:
+        assert {one.shape for one in decision.records} == {GRID[decision.action]}
+
+
+def test_a_clock_that_jumps_or_stands_still_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, small_vocabulary: tuple[PreTrainedModel, DraftHead]
+) -> None:
+    clock = plant_costs(monkeypatch, small_vocabulary, 0.01, 0.1)
+    learner, rollouts = live(small_vocabulary)
+    steady = rollouts.collect(learner, 2, 1, torch.Generator().manual_seed(0))
+    assert steady.dropped == 0 and len(steady) > 8
+    calls = iter(range(10_000))
+    jumps = {5: 3600.0, 9: -7200.0}  # the machine slept; then the clock was set back
+    target = small_vocabulary[0]
+    handle = target.register_forward_hook(lambda *_: clock.advance(jumps.get(next(calls), 0.0)))
+    jumped = rollouts.collect(learner, 2, 1, torch.Generator().manual_seed(0))
+    handle.remove()
+    assert jumped.dropped == 2 and len(jumped) == len(steady) - 2
+    assert jumped.tokens_per_second == pytest.approx(steady.tokens_per_second, rel=0.2)
+    clock.advance = lambda seconds: None  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"None of the \d+ decisions over 2 prompts.*Check the clock"):
+        rollouts.collect(learner, 2, 1, torch.Generator().manual_seed(0))
+
+
+def test_training_goes_on_with_a_single_replayed_text(tmp_path: Path) -> None:
+    trainer = PolicyTrainer(policy(), config(tmp_path, updates=2, objective="ppo"), task(1, seed=0))
+    trainer.train()
+    assert all(weight.isfinite().all() for weight in trainer.policy.network.parameters())
+
+
+def test_bad_input_is_refused_by_name(tmp_path: Path, small_vocabulary: tuple[PreTrainedModel, DraftHead]) -> None:
+    with pytest.raises(ValueError, match="Got no prompts.*Pass a dataset"):
+        LiveRollouts(*small_vocabulary, [])
+    with pytest.raises(ValueError, match="0 replayed texts.*At least one text"):
+        OutcomeTable([])
+    with pytest.raises(ValueError, match=r"width 12 and 3 actions, but the policy reads width 9 and has 3.*Record"):
+        learner = ReSpSPolicy(ReSpSConfig(9, GRID))
+        PolicyTrainer(learner, config(tmp_path), task(1, 0)).train()
+    learner, rollouts = live(small_vocabulary)
+    with pytest.raises(ValueError, match="'full_information' with LiveRollouts.*objective='ppo'"):
+        PolicyTrainer(learner, config(tmp_path), rollouts)
+    with pytest.raises(ValueError, match="`eval_rollouts` is missing.*held-out"):
+        PolicyTrainer(policy(), config(tmp_path), task(1, 0)).evaluate()
+    features, ones = torch.zeros(4, 2), torch.ones(4, 3, dtype=torch.long)
+    for seconds in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="positive, finite time. Measure the costs again"):
+            TextOutcomes(features, ones, torch.full((4, 3), seconds))
+    with pytest.raises(ValueError, match="2 to 2 tokens in a text of 4.*Clip"):
+        TextOutcomes(features, 2 * ones, torch.ones(4, 3))
+    with pytest.raises(ValueError, match="the same number of positions"):
+        TextOutcomes(features, ones[:3], torch.ones(4, 3))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "dqn"},
+        {"reward": "tokens"},
+        {"persistence": 0},
+        {"discount": 2.0},
+        {"max_steps": 7},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_out_of_range_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    name, value = next(iter(changes.items()))
+    with pytest.raises(ValueError, match=f"`{name}` is {value!r}, but it must be .* See `PolicyTrainingConfig`"):
+        config(tmp_path, **changes)
+
+
+def test_every_setting_has_a_help() -> None:
+    for one in dataclasses.fields(PolicyTrainingConfig):
+        assert one.metadata.get("help"), one.name

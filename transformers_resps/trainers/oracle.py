@@ -1,0 +1,89 @@
+"""What can be won: the fastest sequence of shapes for realised texts, by dynamic programming over positions.
+
+Knows outcome tables only.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .outcomes import OutcomeTable
+
+
+class Oracle:
+    """Seconds that texts take under fixed actions and under the best sequence of actions.
+
+    The step at position t with action a ends at t + emitted[t, a]; the least time from t to the text's end is the
+    least over a of seconds[t, a] plus the least time from there.
+
+    Args:
+        table: every action at every position.
+    """
+
+    def __init__(self, table: OutcomeTable) -> None:
+        self.table = table
+
+    @cached_property
+    def _from_every_position(self) -> tuple[Tensor, Tensor]:
+        """Seconds to the end `[p, a]` with one action throughout, and `[p]` with the best ones."""
+        table = self.table
+        actions = torch.arange(table.action_count)
+        is_last = torch.zeros(len(table.features) + 1, dtype=torch.bool)
+        is_last[table.stops] = True
+        fixed = torch.zeros(len(table.features) + 1, table.action_count, dtype=torch.float64)
+        best = torch.zeros(len(table.features) + 1, dtype=torch.float64)
+        for place in reversed(range(len(table.features))):
+            ends = place + table.emitted[place]
+            done = is_last[ends]  # a step never passes its text's end, so an end that starts another text is one
+            fixed[place] = table.seconds[place] + fixed[ends, actions].masked_fill(done, 0.0)
+            best[place] = (table.seconds[place] + best[ends].masked_fill(done, 0.0)).min()
+        return fixed[:-1], best[:-1]
+
+    @property
+    def fixed_seconds(self) -> Tensor:
+        """`[texts, a]` with one action throughout."""
+        return self._from_every_position[0][self.table.starts]
+
+    @property
+    def best_seconds(self) -> Tensor:
+        """`[texts]` with the best action at every step."""
+        return self._from_every_position[1][self.table.starts]
+
+    @property
+    def best_fixed(self) -> int:
+        """The action that is fastest over all texts together."""
+        return int(self.fixed_seconds.sum(0).argmin())
+
+    def headroom(self, fixed: int | None = None) -> "Headroom":
+        """Seconds of all texts under each kind of choice.
+
+        Args:
+            fixed: the best fixed action found on other texts; that of these texts when `None`.
+        """
+        fixed = self.best_fixed if fixed is None else fixed
+        return Headroom(
+            tokens=int((self.table.stops - self.table.starts).sum()),
+            fixed_action=fixed,
+            fixed_seconds=float(self.fixed_seconds[:, fixed].sum()),
+            per_text_seconds=float(self.fixed_seconds.min(-1).values.sum()),
+            oracle_seconds=float(self.best_seconds.sum()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Headroom:
+    """Attributes:
+    tokens: of all texts, the first of each left out: prefill gives it.
+    fixed_action: the action used throughout.
+    fixed_seconds: with it.
+    per_text_seconds: with the best fixed action of each text.
+    oracle_seconds: with the best action at every step.
+    """
+
+    tokens: int
+    fixed_action: int
+    fixed_seconds: float
+    per_text_seconds: float
+    oracle_seconds: float

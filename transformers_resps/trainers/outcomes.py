@@ -1,0 +1,191 @@
+"""What actions gave: of every action at every position of a text, and of the decisions that were taken.
+
+Knows tensors only: nothing of models, heads or how outcomes were found. Shapes: t positions, n decisions, a actions,
+F width of the features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TextOutcomes:
+    """Every action at every position of one realised text, first to last.
+
+    Attributes:
+        features: `[t, F]` what a policy sees before the step at that position.
+        emitted: `[t, a]` tokens the step would have added, at least 1 and no more than the text still has.
+        seconds: `[t, a]` what it would have taken.
+
+    Raises:
+        ValueError: the shapes do not fit, or a value is impossible.
+    """
+
+    features: Tensor
+    emitted: Tensor
+    seconds: Tensor
+
+    def __post_init__(self) -> None:
+        length = len(self.features)
+        if not length or len(self.emitted) != length or self.seconds.shape != self.emitted.shape:
+            raise ValueError(
+                f"TextOutcomes got features {list(self.features.shape)}, emitted {list(self.emitted.shape)} and "
+                f"seconds {list(self.seconds.shape)}, but they need the same number of positions, at least one, and "
+                "the same actions. Build them with `ReplayText.outcomes`."
+            )
+        left = length - torch.arange(length, device=self.emitted.device)[:, None]
+        if bool(((self.emitted < 1) | (self.emitted > left)).any()):
+            raise ValueError(
+                f"TextOutcomes got steps of {int(self.emitted.min())} to {int(self.emitted.max())} tokens in a text "
+                f"of {length}, but a step adds at least 1 and ends with the text. Clip them to what is left."
+            )
+        if not bool((self.seconds.isfinite() & (self.seconds > 0)).all()):
+            raise ValueError(
+                f"TextOutcomes got steps of {float(self.seconds.min())} to {float(self.seconds.max())} seconds, but a "
+                "step takes a positive, finite time. Measure the costs again with `calibrate`."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutcomes:
+    """Outcomes of holding an action for some steps, or until the text ends.
+
+    Attributes:
+        emitted: tokens, all steps together.
+        seconds: likewise.
+        mean_rates: mean over the steps of each step's tokens per second (Re-SpS, equation 5).
+    """
+
+    emitted: Tensor
+    seconds: Tensor
+    mean_rates: Tensor
+
+    def at(self, places: Tensor) -> "HeldOutcomes":
+        """Rows `places`."""
+        return HeldOutcomes(self.emitted[places], self.seconds[places], self.mean_rates[places])
+
+    def of(self, actions: Tensor) -> "HeldOutcomes":
+        """From `[n, a]` of every action, `[n]` of `actions` `[n]`."""
+        rows = torch.arange(len(actions))
+        return HeldOutcomes(self.emitted[rows, actions], self.seconds[rows, actions], self.mean_rates[rows, actions])
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """Decisions in the order they were taken, text after text.
+
+    Attributes:
+        features: `[n, F]`.
+        actions: `[n]`.
+        log_probs: `[n]` of the actions, when they were taken.
+        outcomes: `[n]` of the actions taken.
+        ends: `[n]` bool, the last decision of a text.
+        all_outcomes: `[n, a]` of every action, where known.
+        oracle_seconds: the least that these texts could have taken, where known.
+        dropped: decisions left out because the clock had jumped or stood still.
+    """
+
+    features: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    outcomes: HeldOutcomes
+    ends: Tensor
+    all_outcomes: HeldOutcomes | None = None
+    oracle_seconds: float | None = None
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return float(self.outcomes.emitted.sum() / self.outcomes.seconds.sum())
+
+    @property
+    def oracle_regret(self) -> float | None:
+        """Time lost to the fastest sequence of shapes, as a share of its time."""
+        if self.oracle_seconds is None:
+            return None
+        return float(self.outcomes.seconds.sum()) / self.oracle_seconds - 1
+
+
+class OutcomeTable:
+    """The outcomes of many texts, one behind the other.
+
+    Args:
+        texts: with the same actions and the same width of features.
+
+    Raises:
+        ValueError: there are no texts, or they differ in one of these.
+
+    Attributes:
+        features: `[p, F]`, p positions of all texts.
+        emitted: `[p, a]`.
+        seconds: `[p, a]` fp64.
+        starts: first position of each text.
+        stops: position behind the last of each text.
+    """
+
+    def __init__(self, texts: Sequence[TextOutcomes]) -> None:
+        kinds = {(text.features.shape[1], text.emitted.shape[1]) for text in texts}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"Got {len(texts)} replayed texts with these widths of features and numbers of actions: "
+                f"{sorted(kinds)}. At least one text is needed, and all must be of one head and one grid. Record them "
+                "together."
+            )
+        lengths = torch.tensor([len(text.features) for text in texts])
+        self.features = torch.cat([text.features for text in texts]).cpu()
+        self.emitted = torch.cat([text.emitted for text in texts]).long().cpu()
+        self.seconds = torch.cat([text.seconds for text in texts]).double().cpu()
+        self.stops = lengths.cumsum(0)
+        self.starts = self.stops - lengths
+        self._stop_of = self.stops.repeat_interleave(lengths)  # [p]
+        self._held: dict[int, HeldOutcomes] = {}
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def action_count(self) -> int:
+        return self.emitted.shape[1]
+
+    def held(self, persistence: int) -> HeldOutcomes:
+        """`[p, a]` of holding each action for `persistence` steps from each position."""
+        if persistence not in self._held:
+            self._held[persistence] = self._hold(persistence)
+        return self._held[persistence]
+
+    def _hold(self, persistence: int) -> HeldOutcomes:
+        places = torch.arange(len(self.features))[:, None].expand_as(self.emitted).clone()
+        stops = self._stop_of[:, None]
+        emitted, seconds, rates, steps = (torch.zeros_like(self.seconds) for _ in range(4))
+        for _ in range(persistence):
+            alive = places < stops
+            if not bool(alive.any()):
+                break
+            index = places.clamp(max=len(self.features) - 1)
+            gained = self.emitted.gather(0, index) * alive
+            taken = self.seconds.gather(0, index)
+            emitted += gained
+            seconds += taken * alive
+            rates += gained / taken
+            steps += alive
+            places += gained
+        return HeldOutcomes(emitted, seconds, rates / steps)
+
+
+def joined(parts: Sequence[Decisions]) -> Decisions:
+    """All decisions of `parts`, whose outcomes of other actions are unknown."""
+    outcomes = [part.outcomes for part in parts]
+    return Decisions(
+        torch.cat([part.features for part in parts]),
+        torch.cat([part.actions for part in parts]),
+        torch.cat([part.log_probs for part in parts]),
+        HeldOutcomes(*(torch.cat([getattr(part, f.name) for part in outcomes]) for f in fields(HeldOutcomes))),
+        torch.cat([part.ends for part in parts]),
+        dropped=sum(part.dropped for part in parts),
+    )

@@ -1,0 +1,114 @@
+"""The settings of `PolicyTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+OBJECTIVES = ("full_information", "ppo", "max_entropy_ppo")
+REWARDS = ("gain", "mean_rate")
+
+
+@dataclass
+class PolicyTrainingConfig(TrainingArguments):
+    """`TrainingArguments` and what policy optimisation adds to them.
+
+    Training goes in updates: decide over some texts, then take `epochs * minibatches` optimiser steps on what they
+    gave. `max_steps`, `save_steps`, `logging_steps` and `eval_steps` follow from it and are not set by hand.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: Re-SpS (arXiv 2601.12212) and its code at 24786f4; training/recipes/policy_resps_paper.yaml has its values.
+    """
+
+    objective: str = field(
+        default="full_information",
+        metadata={
+            "help": "full_information: the outcome of every action is known (replayed texts), their expected "
+            "gains are learned. ppo: clipped policy gradient on the outcomes of the actions taken. "
+            "max_entropy_ppo: the same with the entropy bonus of Re-SpS."
+        },
+    )
+    reward: str = field(
+        default="gain",
+        metadata={
+            "help": "gain: tokens minus seconds times the current rate, whose maximum is that of total tokens over "
+            "total seconds. mean_rate: mean of the steps' tokens per second, the reward of Re-SpS (equations 3 and 5)."
+        },
+    )
+    updates: int = field(default=200, metadata={"help": "How often to decide over texts and learn from it."})
+    texts_per_update: int = field(
+        default=8,
+        metadata={
+            "help": "Texts decided over in an update, from beginning to end. The code of Re-SpS cuts after 64 "
+            "decisions, which is about 8 answers; whole answers can be repeated exactly after a resume."
+        },
+    )
+    persistence: int = field(default=10, metadata={"help": "Steps a decision is held in training; Re-SpS: 10."})
+    epochs: int = field(default=4, metadata={"help": "Passes over the decisions of an update."})
+    minibatches: int = field(default=2, metadata={"help": "Optimiser steps in a pass."})
+    clip: float = field(default=0.2, metadata={"help": "PPO: how far the probability ratio may leave 1."})
+    entropy_coefficient: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the entropy bonus; unset: 0.01, for max_entropy_ppo 0.1, for full_information 0."
+        },
+    )
+    value_coefficient: float = field(default=0.5, metadata={"help": "PPO: weight of the critic's loss."})
+    discount: float = field(
+        default=0.0,
+        metadata={
+            "help": "PPO: weight of the next decision of the same text. 0: each stands alone, which is what the code "
+            "of Re-SpS does, although it sets 0.95: it ends an episode after every decision."
+        },
+    )
+    gae_decay: float = field(
+        default=0.9, metadata={"help": "PPO: lambda of the advantage estimate; idle at discount 0."}
+    )
+    save_updates: int = field(default=50, metadata={"help": "Updates between two checkpoints."})
+    logging_updates: int = field(default=10, metadata={"help": "Updates between two lines of metrics."})
+    eval_updates: int = field(
+        default=50, metadata={"help": "Updates between two evaluations, with eval_strategy steps."}
+    )
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Adam's step size; Re-SpS: 3e-4."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Any schedule of Transformers."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Adam's epsilon, as in stable-baselines3."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; Re-SpS: 0.5."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]  # Transformers is untyped
+        _check("objective", self.objective, self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        _check("reward", self.reward, self.reward in REWARDS, f"one of {', '.join(REWARDS)}")
+        for name in ("updates", "texts_per_update", "persistence", "epochs", "minibatches"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("discount", "gae_decay"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        _check(
+            "max_steps", self.max_steps, self.max_steps in (-1, self._steps(self.updates)), "left out: set `updates`"
+        )
+        accumulated = self.gradient_accumulation_steps
+        _check("gradient_accumulation_steps", accumulated, accumulated == 1, "1: choose `minibatches` instead")
+        self.remove_unused_columns = False
+        self.per_device_train_batch_size = 1
+        self.max_steps = self._steps(self.updates)
+        self.save_steps = self._steps(self.save_updates)
+        self.logging_steps = self._steps(self.logging_updates)
+        self.eval_steps = self._steps(self.eval_updates)
+        if self.entropy_coefficient is None:
+            self.entropy_coefficient = {"max_entropy_ppo": 0.1, "ppo": 0.01}.get(self.objective, 0.0)
+
+    @property
+    def steps_per_update(self) -> int:
+        """Optimiser steps."""
+        return self._steps(1)
+
+    def _steps(self, updates: int) -> int:
+        return updates * self.epochs * self.minibatches
+
+
+def _check(name: str, value: Any, is_valid: bool, needed: str) -> None:
+    if not is_valid:
+        raise ValueError(f"`{name}` is {value!r}, but it must be {needed}. See `PolicyTrainingConfig`.")

@@ -1,0 +1,212 @@
+"""Train a Re-SpS policy, by PPO or with the outcome of every action.
+
+Knows Transformers' Trainer; the maths is in `ppo`, the texts in `rollouts` and `live_rollouts`.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from ..policy import ReSpSPolicy
+from .outcomes import HeldOutcomes
+from .policy_config import PolicyTrainingConfig
+from .ppo import clipped_surrogate, entropy, gae, gain_regression_loss, gains, standardized, value_loss
+from .rollouts import ReplayRollouts, Rollouts
+
+
+class PolicyTrainer(Trainer):
+    """Trainer of a `ReSpSPolicy`.
+
+    The trained model is the policy's network, so checkpoints hold it alone; `OUTPUT_DIR/policy` is always the newest
+    one, loadable by `AutoPolicy.from_pretrained`. All random numbers of an update come from the seed and the update's
+    number, so on replayed texts a run that was killed and resumed ends as one that was not.
+
+    Args:
+        policy: trained in place.
+        args: see `PolicyTrainingConfig`.
+        rollouts: where decisions come from: `ReplayRollouts`, or `LiveRollouts` with the clock inside.
+        eval_rollouts: replayed texts that are held out.
+        kwargs: passed to `transformers.Trainer`.
+
+    Raises:
+        ValueError: full information is asked of live rollouts.
+
+    Logged of each update: `tokens_per_second`; `reward` with `mean_rate` (a `gain` is 0 on average: it is measured
+    against the policy's own rate); `entropy` in nats; `distinct_actions`, the likeliest ones over all decisions; on
+    replayed texts `gain_regret`, the tokens per step that the likeliest actions lose to the best ones, and
+    `oracle_regret`, the time lost to the fastest sequence of shapes as a share of its time; live `dropped` decisions.
+    Evaluated as in use, against the best fixed shape of the training texts: see `evaluate`.
+    """
+
+    args: PolicyTrainingConfig
+
+    def __init__(
+        self,
+        policy: ReSpSPolicy,
+        args: PolicyTrainingConfig,
+        rollouts: Rollouts,
+        eval_rollouts: ReplayRollouts | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.objective == "full_information" and not rollouts.knows_all_outcomes:
+            raise ValueError(
+                f"Got objective='full_information' with {type(rollouts).__name__}, but live decoding shows the "
+                "outcome of the action taken only. Record the texts and pass `ReplayRollouts`, or set objective='ppo'."
+            )
+        super().__init__(
+            model=policy.network, args=args, train_dataset=_Steps(args.max_steps), data_collator=_collate, **kwargs
+        )
+        self.model_accepts_loss_kwargs = False
+        self.policy, self.rollouts, self.eval_rollouts = policy, rollouts, eval_rollouts
+        self._update = -1
+        self._sums: dict[str, list[float]] = defaultdict(list)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of the optimiser step that is due: one minibatch of the current update."""
+        index = self._minibatch()
+        logits, values = model(self._decisions.features[index])
+        log_probs = logits.log_softmax(-1)
+        if self.args.objective == "full_information":
+            loss = gain_regression_loss(logits, self._all_rewards[index].to(logits))
+        else:
+            actions = self._decisions.actions[index].to(logits.device)
+            taken = log_probs.gather(1, actions[:, None]).squeeze(1)
+            old, advantages, returns = (part[index].to(logits) for part in self._targets)
+            loss = -clipped_surrogate(taken, old, advantages, self.args.clip)
+            loss = loss + self.args.value_coefficient * value_loss(values, returns)
+        bonus = entropy(logits).mean()
+        self._note(entropy=bonus.item())
+        loss = loss - cast(float, self.args.entropy_coefficient) * bonus
+        return (loss, {}) if return_outputs else loss
+
+    def _minibatch(self) -> Tensor:
+        """Indices of the decisions of the current optimiser step; a new update decides first."""
+        update, step = divmod(self.state.global_step, self.args.steps_per_update)
+        if update != self._update:
+            self._start(update)
+        epoch, part = divmod(step, self.args.minibatches)
+        order = torch.randperm(len(self._decisions), generator=self._generator(update, 1 + epoch))
+        parts = order.tensor_split(min(self.args.minibatches, len(order)))
+        return parts[part % len(parts)]
+
+    def _start(self, update: int) -> None:
+        """Decide over texts and work out what each decision was worth."""
+        self._update = update
+        args = self.args
+        self._decisions = self.rollouts.collect(
+            self.policy,
+            args.texts_per_update,
+            args.persistence,
+            self._generator(update, 0),
+            greedy=args.objective == "full_information",  # there is nothing left to explore
+        )
+        with torch.no_grad():
+            logits, values = (part.cpu() for part in self.policy.network(self._decisions.features))
+        decisions, likeliest = self._decisions, logits.argmax(-1)
+        if decisions.all_outcomes is not None:
+            # The rate of the actions that would be taken in use, at the positions visited
+            all_rewards = self._rewards(decisions.all_outcomes, _rate(decisions.all_outcomes.of(likeliest)))
+            self._all_rewards = all_rewards
+            lost = all_rewards.max(-1).values - all_rewards.gather(1, likeliest[:, None]).squeeze(1)
+            self._note(gain_regret=float(lost.mean()) if args.reward == "gain" else None)
+        if args.objective != "full_information":
+            rewards = self._rewards(decisions.outcomes, _rate(decisions.outcomes))
+            values = values.to(rewards)
+            advantages = gae(rewards, values, decisions.ends, discount=args.discount, decay=args.gae_decay)
+            self._targets = (decisions.log_probs, standardized(advantages), advantages + values)
+        self._note(
+            reward=float(decisions.outcomes.mean_rates.mean()) if args.reward == "mean_rate" else None,
+            tokens_per_second=decisions.tokens_per_second,
+            distinct_actions=len(likeliest.unique()),
+            oracle_regret=decisions.oracle_regret,
+            dropped=None if self.rollouts.knows_all_outcomes else decisions.dropped,
+        )
+
+    def _rewards(self, outcomes: HeldOutcomes, rate: Tensor) -> Tensor:
+        if self.args.reward == "mean_rate":
+            return outcomes.mean_rates
+        return gains(outcomes.emitted, outcomes.seconds, rate, self.args.persistence)
+
+    def _note(self, **values: float | None) -> None:
+        """Keep for the next line of metrics what is known."""
+        for name, value in values.items():
+            if value is not None:
+                self._sums[name].append(value)
+
+    def _generator(self, update: int, purpose: int) -> torch.Generator:
+        """Random numbers that depend on nothing but these and the seed."""
+        seed = (self.args.seed * 1_000_003 + update) * 1_009 + purpose
+        return torch.Generator().manual_seed(seed % 2**63)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of what was noted since the last line."""
+        logs |= {name: sum(values) / len(values) for name, values in self._sums.items()}
+        self._sums.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Decide over all held-out texts as in use: see `policy.config`.
+
+        Returns:
+            Under `eval_`: `tokens_per_second`; `best_fixed_tokens_per_second` of the fixed shape that is fastest on
+            the training texts (on the held-out ones when training is live); `gain_over_best_fixed`, their ratio;
+            `oracle_regret`; `distinct_actions`.
+
+        Raises:
+            ValueError: no texts were held out.
+        """
+        if self.eval_rollouts is None:
+            raise ValueError("`eval_rollouts` is missing, but evaluation needs held-out texts. Pass `ReplayRollouts`.")
+        held_out, training = self.eval_rollouts, self.rollouts
+        texts = torch.arange(len(held_out.table))
+        use = self.policy.config
+        generator = self._generator(0, 0) if use.sample else None
+        decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
+        fixed = training.oracle.best_fixed if isinstance(training, ReplayRollouts) else None
+        headroom = held_out.oracle.headroom(fixed)
+        fixed_rate = headroom.tokens / headroom.fixed_seconds
+        metrics = {
+            "tokens_per_second": decisions.tokens_per_second,
+            "best_fixed_tokens_per_second": fixed_rate,
+            "gain_over_best_fixed": decisions.tokens_per_second / fixed_rate,
+            "oracle_regret": cast(float, decisions.oracle_regret),
+            "distinct_actions": len(decisions.actions.unique()),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        super().log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self.policy.save_pretrained(Path(cast(str, self.args.output_dir)) / "policy")
+
+
+class _Steps(Dataset[int]):
+    """One item per optimiser step: what is learned from is decided while training."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def _collate(steps: list[int]) -> dict[str, Tensor]:
+    return {"step": torch.tensor(steps)}
+
+
+def _rate(outcomes: HeldOutcomes) -> Tensor:
+    """Lambda: all tokens over all seconds."""
+    return outcomes.emitted.sum() / outcomes.seconds.sum()

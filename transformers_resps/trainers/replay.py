@@ -1,0 +1,209 @@
+"""Replay: what any tree would have emitted at every position of a text that is already there.
+
+The target runs over the text once and the head drafts from every position. A tree's outcome there is the longest of
+its paths that the text follows, so one recording answers for all shapes: no clock, no noise, no exploration. Exact for
+greedy and, because a tree is built without looking at the target's draws, right in law for sampled texts too.
+
+Knows target, head and trees: nothing of policies' networks or losses. Shapes: t positions, d levels, F features.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..features import FeatureTap
+from ..head import BoundHead, DraftHead
+from ..lookup import BatchLookup
+from ..policy import ActionGrid
+from ..tree import CandidatePool, TreeShape
+from .outcomes import TextOutcomes
+from .prefix_pools import PrefixPools
+
+
+_NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
+_CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
+
+# Seconds of a step: (shape, positions of the text before it) -> seconds.
+StepSeconds = Callable[[TreeShape, int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayText:
+    """One realised text, and where each of its tokens stands in the pools drafted before it.
+
+    Attributes:
+        features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
+        ranks: `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the place of the realised path's node of level l in a
+            pool of d levels with the k-th `top_k`, best first: a tree of n nodes holds the places below n - 1.
+        lookups: `[t]` tokens of the looked-up continuation that the text follows.
+        top_ks: the K values of `top_k` that were drafted.
+        context_length: positions of the text before the first step.
+        spare_room: tokens that the text could have gained after its last one.
+    """
+
+    features: Tensor
+    ranks: Tensor
+    lookups: Tensor
+    top_ks: tuple[int, ...]
+    context_length: int
+    spare_room: int
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def emitted(self, shape: TreeShape) -> Tensor:
+        """`[t]` tokens that a step of `shape` adds at each position, cut to the room that is left as decoding does.
+
+        Raises:
+            ValueError: the head was not asked for such a tree.
+        """
+        most_levels = self.ranks.shape[-1]
+        if shape.asks_head and (shape.top_k not in self.top_ks or shape.depth > most_levels):
+            raise ValueError(
+                f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and up to {most_levels} "
+                "levels. Record it again with `record_text(..., grid=...)` of a grid that has this shape."
+            )
+        left = len(self) - torch.arange(len(self))
+        room = left - 1 + self.spare_room
+        accepted = self.lookups.clamp(max=shape.lookup)
+        if shape.asks_head:
+            depth = room.clamp(max=shape.depth)  # [t]
+            rows = self.ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
+            kept = (rows < shape.total_tokens - 1) & (torch.arange(1, most_levels + 1) <= depth[:, None])
+            accepted = torch.maximum(accepted, kept.int().cumprod(-1).sum(-1))
+        return (accepted + 1).minimum(left)
+
+    def outcomes(self, grid: ActionGrid, seconds: StepSeconds) -> TextOutcomes:
+        """Every action of `grid` at every position.
+
+        Args:
+            grid: no shape deeper or with another `top_k` than was recorded.
+            seconds: cost of a step; asked once for every 16 positions of context.
+        """
+        buckets = (self.context_length + torch.arange(len(self))) // _CONTEXT_BUCKET
+        contexts, bucket_of = buckets.unique(return_inverse=True)
+        costs = [[seconds(shape, int(c) * _CONTEXT_BUCKET) for shape in grid.shapes] for c in contexts]
+        emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
+        return TextOutcomes(self.features, emitted, torch.tensor(costs, dtype=torch.float64)[bucket_of])
+
+    def save(self, file: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {"features": self.features, "ranks": self.ranks, "lookups": self.lookups}
+        metadata = {
+            "top_ks": ",".join(map(str, self.top_ks)),
+            "context_length": str(self.context_length),
+            "spare_room": str(self.spare_room),
+        }
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+
+    @classmethod
+    def load(cls, file: str | Path) -> "ReplayText":
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+            return cls(
+                opened.get_tensor("features"),
+                opened.get_tensor("ranks"),
+                opened.get_tensor("lookups"),
+                tuple(map(int, metadata["top_ks"].split(","))),
+                int(metadata["context_length"]),
+                int(metadata["spare_room"]),
+            )
+
+
+@torch.no_grad()
+def record_text(
+    target: PreTrainedModel,
+    head: DraftHead,
+    input_ids: Tensor,
+    prompt_length: int,
+    *,
+    grid: ActionGrid,
+    spare_room: int = 0,
+) -> ReplayText:
+    """Record one text that `target` wrote, or that somebody else did.
+
+    Args:
+        target: runs over the text once.
+        head: drafts from every position with every `top_k` of the grid, to its greatest depth.
+        input_ids: `[s]` prompt and answer.
+        prompt_length: of which tokens were the prompt. The answer's first token comes from prefill, so steps begin
+            after it.
+        grid: the shapes to be asked for.
+        spare_room: tokens that the answer could have gained after its last one: 0 where it ran into `max_length`.
+
+    Raises:
+        ValueError: the answer has fewer than two tokens, or the grid never asks the head.
+    """
+    length = len(input_ids)
+    asking = [shape for shape in grid.shapes if shape.asks_head]
+    if not 1 <= prompt_length <= length - 2 or not asking:
+        raise ValueError(
+            f"Got a text of {length} tokens with a prompt of {prompt_length} and a grid with {len(asking)} shapes "
+            "that ask a head, but there is a step to replay only with a prompt, two tokens of answer and such a "
+            "shape. Leave this text out, or pass another grid."
+        )
+    text = input_ids[None].to(target.device)
+    bound = BoundHead(head, target)
+    with FeatureTap(target, head.config.feature_layers or []) as tap, tap.record() as caught:
+        target.get_decoder()(input_ids=text, use_cache=False)
+    features = caught.concatenated()[:, :-1]
+    pools = PrefixPools(bound, features, text[:, 1:])
+    top_ks = tuple(sorted({shape.top_k for shape in asking}))
+    depth = max(shape.depth for shape in asking)
+    prefixes = torch.arange(prompt_length, length - 1)  # the root's place; it is the last token of the text so far
+    upcoming = torch.nn.functional.pad(input_ids.cpu(), (0, depth), value=-1).unfold(0, depth, 1)[1:]  # [s, d]
+    ranks = [
+        torch.cat([path_ranks(pool, upcoming[part.cpu()]) for part, pool in pools.draft(prefixes, top_k, depth)])
+        for top_k in top_ks
+    ]
+    lookups = _followed_lookups(input_ids.tolist(), prompt_length)
+    newest = features[0, prefixes.to(features.device) - 1].cpu()
+    return ReplayText(newest, torch.stack(ranks, dim=1), lookups, top_ks, prompt_length + 1, spare_room)
+
+
+def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
+    """Where the realised path stands in pools cut to 1, 2, ... levels: `[r, D, D]`, see `ReplayText.ranks`.
+
+    Args:
+        pool: of r roots and D levels.
+        upcoming: `[r, D]` the tokens after each root, -1 beyond the text's end.
+    """
+    tokens, parents, scores, levels = (part.cpu() for part in (pool.tokens, pool.parents, pool.scores, pool.levels))
+    roots, depth = upcoming.shape
+    order = torch.arange(tokens.shape[1])
+    ranks = torch.full((roots, depth, depth), _NEVER, dtype=torch.int32)
+    parent, alive = torch.full((roots, 1), -1), torch.ones(roots, dtype=torch.bool)
+    for level in range(1, depth + 1):
+        hits = (tokens == upcoming[:, level - 1 : level]) & (parents == parent) & (levels == level)
+        alive = alive & hits.any(-1)
+        parent = hits.int().argmax(-1, keepdim=True)
+        score = scores.gather(1, parent)
+        before = (scores > score) | ((scores == score) & (order < parent))  # the stable sort of `DraftTree.from_pool`
+        for drafted in range(level, depth + 1):
+            rank = (before & (levels <= drafted)).sum(-1)
+            ranks[:, drafted - 1, level - 1] = torch.where(alive, rank, _NEVER).int()
+    return ranks
+
+
+def _followed_lookups(tokens: list[int], prompt_length: int) -> Tensor:
+    """At every position after the answer's first token, how many looked-up tokens the text then follows: `[t]`."""
+    lookup = BatchLookup([0])
+    followed = []
+    for place in range(prompt_length, len(tokens) - 1):
+        lookup.extend([tokens[lookup.length : place + 1]])
+        proposed = lookup.matches()[0].tokens
+        followed.append(_common_prefix(proposed, tokens[place + 1 :]))
+    return torch.tensor(followed)
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    return length
