@@ -26,12 +26,13 @@ from .results import circumstances, markdown_table, write_results
 
 
 def read_prompts(file: Path, limit: int, tokenizer: Any) -> list[Prompt]:
-    """The first user turn of `limit` rows spread evenly over the file, as chat prompts."""
+    """Up to the first user turn of `limit` rows spread evenly over the file, as chat prompts."""
     rows = list(read_conversations(file))
     chosen = [index * len(rows) // min(limit, len(rows)) for index in range(min(limit, len(rows)))]
     found = []
     for index in chosen:
-        ids = tokenizer.apply_chat_template(rows[index][:1], add_generation_prompt=True, return_dict=False)
+        opened = next(turn for turn, message in enumerate(rows[index], start=1) if message["role"] == "user")
+        ids = tokenizer.apply_chat_template(rows[index][:opened], add_generation_prompt=True, return_dict=False)
         found.append(Prompt(f"{file.stem}/{index}", torch.tensor(ids)))
     return found
 
