@@ -173,3 +173,31 @@ def test_the_cache_goes_on_from_whole_files_and_says_what_a_full_disk_needs(tmp_
 def test_settings_out_of_range_are_refused(tmp_path, field):
     with pytest.raises(ValueError, match=next(iter(field))):
         config(tmp_path, **field)
+
+
+def test_adapters_train_alone_and_are_merged_into_the_export(tmp_path):
+    from peft import LoraConfig
+
+    target, head = fresh()
+    before = bits(head)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trainer = DraftHeadTrainer(head, target, config(tmp_path, max_steps=3), ExampleDataset(texts()), peft_config=lora)
+    trainer.train()
+    assert all("lora" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    exported = DraftHead.from_pretrained(tmp_path / "head", target=target)
+    assert torch.equal(exported.fc.weight, before["fc.weight"].bfloat16().float())
+    moved = exported.layers[0].self_attn.q_proj.weight - before["layers.0.self_attn.q_proj.weight"]
+    assert moved.abs().max() > 1e-3
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path):
+    target, head = fresh()
+    with pytest.raises(ValueError, match="another model's tokenizer"):
+        DraftHeadTrainer(head, target, config(tmp_path), ExampleDataset(texts(vocabulary=99)))
+
+
+def test_a_head_of_another_target_is_refused(tmp_path):
+    _, head = fresh()
+    other = build_target(vocab_size=80)
+    with pytest.raises(ValueError, match="This head was made for"):
+        DraftHeadTrainer(head, other, config(tmp_path), ExampleDataset(texts()))

@@ -1,4 +1,4 @@
-"""Trainers of draft heads, in the manner of TRL."""
+"""Trainers of draft heads and policies, in the manner of TRL."""
 
 from .conversations import load_conversations, read_conversations
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary
@@ -6,6 +6,14 @@ from .examples import Example, make_example, make_examples
 from .feature_cache import CachedFeatures, ExampleDataset
 from .head_config import DraftHeadTrainingConfig
 from .head_trainer import DraftHeadTrainer, save_head
+from .live_rollouts import LiveRollouts
+from .oracle import Headroom, Oracle
+from .outcomes import OutcomeTable, TextOutcomes
+from .policy_config import PolicyTrainingConfig
+from .policy_identity import policy_identity
+from .policy_trainer import PolicyTrainer
+from .replay import ReplayText, StepSeconds, record_text
+from .rollouts import ReplayRollouts, Rollouts
 from .simulated_decoding import simulated_tau
 from .target_features import FrozenTarget
 
@@ -18,11 +26,24 @@ __all__ = [
     "Example",
     "ExampleDataset",
     "FrozenTarget",
+    "Headroom",
+    "LiveRollouts",
+    "Oracle",
+    "OutcomeTable",
+    "PolicyTrainer",
+    "PolicyTrainingConfig",
+    "ReplayRollouts",
+    "ReplayText",
+    "Rollouts",
+    "StepSeconds",
+    "TextOutcomes",
     "choose_draft_vocabulary",
     "load_conversations",
     "make_example",
     "make_examples",
+    "policy_identity",
     "read_conversations",
+    "record_text",
     "save_head",
     "simulated_tau",
 ]

@@ -49,7 +49,7 @@ class UnrolledAttention:
             .to(values.dtype)
         )
         total = true_keys.shape[2]
-        attended = (weights[..., :total].flatten(2, 3) @ true_values).unflatten(2, (heads // groups, length))
+        attended: Tensor = (weights[..., :total].flatten(2, 3) @ true_values).unflatten(2, (heads // groups, length))
         for index, own in enumerate(own_values):
             attended = attended + weights[..., total + index, None] * own[:, :, None]
         return attended.reshape(batch, heads, length, width)

@@ -1,0 +1,238 @@
+"""Train a policy for a target and its head, on prompts of your domain.
+
+    python training/train_policy.py --config training/recipes/policy_smollm2_135m_instruct.yaml --dataset my.jsonl
+
+Without `live`, the target answers the prompts once, every answer is recorded with what any tree would have emitted at
+each of its positions, and the costs are measured on this machine: training itself needs no clock. With `live`, the
+policy learns by decoding. A run that was killed goes on with the same command.
+
+Ends with `OUTPUT_DIR/policy`, a folder for `AutoPolicy.from_pretrained`, and its gain on held-out prompts.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
+
+from transformers_resps import DraftHead, TreeShape, attach
+from transformers_resps.calibration import CostTable, calibrate
+from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
+from transformers_resps.trainers import (
+    LiveRollouts,
+    OutcomeTable,
+    PolicyTrainer,
+    PolicyTrainingConfig,
+    ReplayRollouts,
+    ReplayText,
+    StepSeconds,
+    load_conversations,
+    policy_identity,
+    record_text,
+)
+
+
+@dataclass
+class PolicyScriptArguments:
+    """What is trained on what."""
+
+    target: str = field(metadata={"help": "Hub id or folder of the model that decodes."})
+    head: str = field(metadata={"help": "Hub id or folder of its draft head."})
+    dataset: str = field(metadata={"help": "JSON or JSONL file, or Hub id, of conversations: their prompts are used."})
+    target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
+    limit: int = field(default=200, metadata={"help": "Most prompts taken from the dataset; 0 for all."})
+    held_out: float = field(default=0.2, metadata={"help": "Share of the prompts kept for evaluation, at least one."})
+    max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Of the answers; 0 is greedy."})
+    live: bool = field(default=False, metadata={"help": "Learn by decoding, with the clock inside; ppo only."})
+    grid: str = field(
+        default="small", metadata={"help": "small: plain and up to 16 nodes. paper: the 177 shapes of Re-SpS."}
+    )
+    drop_hopeless: bool = field(
+        default=True, metadata={"help": "Leave out shapes that cost more than all their levels could bring here."}
+    )
+    preset: str = field(
+        default="repaired",
+        metadata={"help": "repaired: normalised features, likeliest action. paper: raw features, drawn at 1.5."},
+    )
+    persistence_in_use: int = field(default=30, metadata={"help": "Steps a decision is held in use; Re-SpS: 30."})
+    reward_includes_drafting: bool = field(
+        default=True, metadata={"help": "Count drafting as part of a step's time; the code of Re-SpS does not."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("grid", ("small", "paper")), ("preset", ("repaired", "paper"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but it must be {' or '.join(allowed)}. See --help."
+                )
+
+
+def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Training and held-out prompts `[s]`; those with the lowest hashes are held out, whatever their order."""
+    prompts: dict[str, Tensor] = {}
+    for conversation in load_conversations(script.dataset):
+        last = max((i for i, message in enumerate(conversation) if message["role"] == "user"), default=None)
+        if last is None:
+            continue
+        text = tokenizer.apply_chat_template(conversation[: last + 1], add_generation_prompt=True, tokenize=False)
+        tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        if len(tokens) <= script.max_prompt_tokens:
+            prompts[name_of(tokens)] = tokens
+        if len(prompts) == (script.limit or -1):
+            break
+    if len(prompts) < 2:
+        raise ValueError(
+            f"{script.dataset} has {len(prompts)} prompts of at most {script.max_prompt_tokens} tokens, but two are "
+            "needed: one to learn from and one to see whether it helped. Pass a larger dataset, or raise "
+            "--max_prompt_tokens."
+        )
+    ordered = [prompts[name] for name in sorted(prompts)]
+    count = min(max(1, round(script.held_out * len(ordered))), len(ordered) - 1)
+    return ordered[count:], ordered[:count]
+
+
+def name_of(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
+def generation_settings(script: PolicyScriptArguments) -> dict[str, Any]:
+    sampling = {"do_sample": True, "temperature": script.temperature} if script.temperature else {"do_sample": False}
+    return {"max_new_tokens": script.max_new_tokens, **sampling}
+
+
+@dataclass
+class Recorder:
+    """Answers prompts, records the answers, and keeps both in a folder."""
+
+    target: PreTrainedModel
+    head: DraftHead
+    script: PolicyScriptArguments
+    grid: ActionGrid
+    folder: Path
+
+    def record(self, prompts: list[Tensor]) -> list[ReplayText]:
+        """The recordings of all prompts with an answer of at least two tokens; those on disk are not made again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        texts = []
+        for number, prompt in enumerate(prompts, start=1):
+            file = self.folder / f"{self._key(prompt)}.safetensors"
+            if not file.is_file():
+                text = self._answer(prompt)
+                if text is None:
+                    continue
+                text.save(file.with_suffix(".tmp"))
+                file.with_suffix(".tmp").rename(file)
+            texts.append(ReplayText.load(file))
+            if number % 20 == 0:
+                print(f"recorded {number} of {len(prompts)} answers")
+        return texts
+
+    def _key(self, prompt: Tensor) -> str:
+        """Changes with everything that changes the recording."""
+        made_with = json.dumps([asdict(self.script), self.grid.to_list()], sort_keys=True)
+        return f"{name_of(prompt)}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
+
+    def _answer(self, prompt: Tensor) -> ReplayText | None:
+        torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on which were made before
+        model: Any = self.target
+        inputs = prompt[None].to(model.device)
+        settings = generation_settings(self.script)
+        text = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), assistant_model=self.head, policy="auto", **settings
+        )[0]
+        answered = len(text) - len(prompt)
+        if answered < 2:
+            return None
+        spare_room = self.script.max_new_tokens - answered
+        return record_text(self.target, self.head, text, len(prompt), grid=self.grid, spare_room=spare_room)
+
+
+def measure_costs(
+    target: PreTrainedModel, head: DraftHead, script: PolicyScriptArguments, folder: Path
+) -> StepSeconds:
+    """Seconds of a step on this machine; those of a run that is resumed are those it began with."""
+    file = folder / "costs.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        costs = asdict(calibrate(target, head)) | {"overhead": measure_overhead(target, head)}
+        file.write_text(json.dumps(costs, indent=2))
+    costs = json.loads(file.read_text())
+    overhead = float(costs["overhead"])
+    table = CostTable.load(file)
+
+    def seconds(shape: TreeShape, context: int) -> float:
+        verify = table.verify_seconds(shape.total_tokens + shape.lookup, context)
+        if not shape.asks_head or not script.reward_includes_drafting:
+            return verify + overhead
+        return verify + overhead + table.draft_seconds(shape.top_k, shape.depth)
+
+    return seconds
+
+
+def measure_overhead(target: PreTrainedModel, head: DraftHead) -> float:
+    """Seconds that a step takes beside its forwards, the median over a short text."""
+    model: Any = target
+    prompt = torch.ones(1, 16, dtype=torch.long, device=model.device)
+    report = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), assistant_model=head, max_new_tokens=32, min_new_tokens=32,
+        return_dict_in_generate=True,
+    ).speculation  # fmt: skip
+    return median(max(s.step_seconds - s.draft_seconds - s.verify_seconds, 0.0) for s in report.steps[1:])
+
+
+def make_policy(
+    script: PolicyScriptArguments, target: PreTrainedModel, head: DraftHead, grid: ActionGrid, seed: int
+) -> ReSpSPolicy:
+    width = head.config.features_width
+    config = ReSpSConfig.paper(width) if script.preset == "paper" else ReSpSConfig(width)
+    identity = policy_identity(target, head)
+    return ReSpSPolicy(replace(config, grid=grid, persistence=script.persistence_in_use, **identity), seed=seed)
+
+
+def main() -> None:
+    parser = TrlParser((PolicyScriptArguments, PolicyTrainingConfig))  # type: ignore[no-untyped-call]
+    script, args = parser.parse_args_and_config()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    tokenizer = AutoTokenizer.from_pretrained(script.target)
+    target = attach(AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)).to(args.device)
+    head = DraftHead.from_pretrained(script.head, target=target)
+    train, held_out = read_prompts(script, tokenizer)
+    seconds = measure_costs(target, head, script, Path(args.output_dir))
+    grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
+    if script.drop_hopeless:
+        grid = grid.affordable(lambda shape: seconds(shape, script.max_prompt_tokens // 2))
+    policy = make_policy(script, target, head, grid, args.seed)
+    recorder = Recorder(target, head, script, grid, Path(args.output_dir) / "replay")
+
+    def replayed(prompts: list[Tensor]) -> ReplayRollouts:
+        return ReplayRollouts(OutcomeTable([text.outcomes(grid, seconds) for text in recorder.record(prompts)]))
+
+    if script.live:
+        settings = generation_settings(script)
+        rollouts: Any = LiveRollouts(
+            target, head, train, includes_drafting=script.reward_includes_drafting, **settings
+        )
+    else:
+        rollouts = replayed(train)
+    trainer = PolicyTrainer(policy, args, rollouts, replayed(held_out))
+    newest = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=newest)
+    metrics = trainer.evaluate()
+    folder = Path(args.output_dir) / "policy"
+    policy.save_pretrained(folder)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    print(json.dumps(metrics, indent=2))
+
+
+if __name__ == "__main__":
+    main()
