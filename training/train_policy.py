@@ -139,7 +139,9 @@ class Recorder:
 
     def _key(self, prompt: Tensor) -> str:
         """Changes with everything that changes the recording."""
-        made_with = json.dumps([asdict(self.script), self.grid.to_list()], sort_keys=True)
+        script = self.script
+        answered = [script.target, script.target_dtype, script.head, script.max_new_tokens, script.temperature]
+        made_with = json.dumps([*answered, self.grid.to_list()])
         return f"{name_of(prompt)}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
 
     def _answer(self, prompt: Tensor) -> ReplayText | None:

@@ -3,7 +3,7 @@
 Knows tree shapes only.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -79,6 +79,16 @@ class ActionGrid:
         ]
         return cls(tuple(dict.fromkeys([TreeShape.plain(), *shapes] if plain else shapes)))
 
+    def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
+        """The shapes that could pay: at their best they emit `depth + 1` tokens faster than as many plain steps.
+
+        Args:
+            seconds: cost of a step on the machine at hand, for instance from its cost table.
+        """
+        plain = seconds(TreeShape.plain())
+        kept = [shape for shape in self.shapes if shape.is_plain or seconds(shape) < _most_emitted(shape) * plain]
+        return ActionGrid(tuple(dict.fromkeys([TreeShape.plain(), *kept])))
+
     def to_list(self) -> list[list[int]]:
         """JSON: total_tokens, depth, top_k and lookup of each shape."""
         return [[shape.total_tokens, shape.depth, shape.top_k, shape.lookup] for shape in self.shapes]
@@ -99,3 +109,8 @@ class ActionGrid:
                 "build a grid that has it with `ActionGrid.from_bins`."
             )
         return self.shapes.index(shape)
+
+
+def _most_emitted(shape: TreeShape) -> int:
+    """Tokens of a step in which everything is accepted."""
+    return max(shape.depth if shape.asks_head else 0, shape.lookup) + 1

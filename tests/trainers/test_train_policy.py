@@ -1,0 +1,112 @@
+"""The script from prompts to a policy, and its recipes."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import TrlParser
+
+from tests.targets import Architecture
+from tests.tokenizers import letter_tokenizer
+from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, TreeShape, attach
+from transformers_resps.policy import ActionGrid
+from transformers_resps.trainers import PolicyTrainingConfig, policy_identity
+
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = runpy.run_path(str(ROOT / "training" / "train_policy.py"), run_name="train_policy")
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny target, its head, and six prompts."""
+    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
+    target = Architecture("llama").build("sdpa").float()
+    torch.manual_seed(1)
+    target.save_pretrained(tmp_path / "target")
+    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "head")
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "target")
+    rows = [{"question": word, "answer": "b"} for word in ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    given = {
+        "target": folder / "target",
+        "head": folder / "head",
+        "dataset": folder / "prompts.jsonl",
+        "output_dir": folder / "run",
+        "max_new_tokens": 24,
+        "updates": 4,
+        "save_updates": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["train_policy.py", *arguments])
+    SCRIPT["main"]()
+
+
+def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder, monkeypatch, drop_hopeless=False)
+    recordings = {file: file.stat().st_mtime_ns for file in (folder / "run" / "replay").iterdir()}
+    assert len(recordings) == 6
+    metrics = json.loads((folder / "run" / "policy" / "metrics.json").read_text())
+    assert metrics["eval_tokens_per_second"] > 0 and metrics["eval_oracle_regret"] >= 0
+    run(folder, monkeypatch, drop_hopeless=False, updates=6)
+    assert recordings == {file: file.stat().st_mtime_ns for file in (folder / "run" / "replay").iterdir()}
+    state = json.loads((folder / "run" / "checkpoint-48" / "trainer_state.json").read_text())
+    assert state["global_step"] == 48
+
+    policy = AutoPolicy.from_pretrained(folder / "run" / "policy")
+    target = attach(Architecture("llama").build("sdpa").float())
+    head = DraftHead.from_pretrained(folder / "head", target=target)
+    assert isinstance(policy, ReSpSPolicy)
+    policy.check_identity(**policy_identity(target, head), grid=ActionGrid.small())
+    prompt = torch.tensor([[5, 6, 7, 3]])
+    plain = target.generate(prompt, max_new_tokens=20, do_sample=False)
+    assert torch.equal(
+        target.generate(prompt, assistant_model=head, policy=policy, max_new_tokens=20, do_sample=False), plain
+    )
+
+
+def test_a_policy_can_be_trained_live_on_the_papers_preset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder, monkeypatch, live=True, objective="max_entropy_ppo", reward="mean_rate", preset="paper", updates=2)
+    policy = AutoPolicy.from_pretrained(folder / "run" / "policy")
+    assert isinstance(policy, ReSpSPolicy) and policy.config.sample and not policy.config.normalize
+
+
+def test_a_dataset_with_one_prompt_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "prompts.jsonl").write_text('{"prompt": "fghi"}\n{"prompt": "fghi"}')
+    with pytest.raises(ValueError, match="has 1 prompts of at most 512 tokens, but two are needed.*larger dataset"):
+        run(folder, monkeypatch)
+
+
+def test_hopeless_shapes_are_left_out() -> None:
+    grid = ActionGrid.from_bins((4, 8, 16), (3,), (1, 2, 4)).affordable(lambda shape: 1 + 0.25 * shape.total_tokens)
+    assert grid.shapes == (TreeShape.plain(), TreeShape(4, 3, 1), TreeShape(4, 3, 2), TreeShape(4, 3, 4)) + (
+        TreeShape(8, 3, 2),
+        TreeShape(8, 3, 4),
+    )
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "training" / "recipes").glob("policy_*.yaml")), ids=lambda r: r.stem)
+def test_recipes_are_understood(recipe: Path) -> None:
+    parser = TrlParser((SCRIPT["PolicyScriptArguments"], PolicyTrainingConfig))
+    arguments = ["--config", str(recipe), "--use_cpu", "True"]
+    script, args = parser.parse_args_and_config(arguments)
+    if recipe.stem == "policy_resps_paper":
+        assert (args.persistence, script.persistence_in_use) == (10, 30)
+        assert (args.entropy_coefficient, args.learning_rate, args.clip) == (0.1, 3e-4, 0.2)
+        assert args.steps_per_update == 8 and script.grid == script.preset == "paper" and script.live
+    else:
+        assert args.objective == "full_information"
