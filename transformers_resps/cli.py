@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from .bench.options import add_options as add_bench_options
+from .demo.options import add_options as add_demo_options
 from .doctor import Answer, Cell, Diagnosis, diagnose, write_answers
 from .head import DraftHead
 from .trainers.conversations import Conversation, read_conversations
@@ -53,8 +55,38 @@ def make_parser() -> argparse.ArgumentParser:
     """The subcommands and their options."""
     parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
+    add_demo(commands)
     add_doctor(commands)
+    add_bench(commands)
     return parser
+
+
+def add_demo(commands: Any) -> None:
+    """`resps demo`."""
+    parser = commands.add_parser("demo", help="a real model answers five prompts, plain and with a draft head")
+    add_demo_options(parser)
+    parser.set_defaults(run=demo)
+
+
+def demo(args: argparse.Namespace) -> int:
+    """0 when rounding explains every difference between both texts, otherwise 1."""
+    from .demo.__main__ import run  # needs the extra `demo`
+
+    return run(args)
+
+
+def add_bench(commands: Any) -> None:
+    """`resps bench TARGET HEAD --dataset FILE`."""
+    parser = commands.add_parser("bench", help="draft trees, plain decoding and prompt lookup, in turn")
+    add_bench_options(parser)
+    parser.set_defaults(run=bench)
+
+
+def bench(args: argparse.Namespace) -> int:
+    """0 when rounding explains every difference from plain decoding, otherwise 1."""
+    from .bench.__main__ import run  # needs the extra `bench`
+
+    return run(args)
 
 
 def add_doctor(commands: Any) -> None:
