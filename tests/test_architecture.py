@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 BOTTOM = {"versions", "tree", "cache", "attention", "features", "telemetry"}
 PARTS = {"acceptance", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
-ENGINE = LOOP | {"probe", "refusals", "generation"}
+ENGINE = LOOP | {"calibration", "probe", "refusals", "generation"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "tree": set(),
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": {"tree", "telemetry"},
     "candidate_generator": BOTTOM | PARTS,
     "decoding": BOTTOM | PARTS | {"candidate_generator"},
+    "calibration": LOOP,
     "probe": BOTTOM,
     "refusals": BOTTOM,
     "generation": LOOP | {"probe", "refusals"},

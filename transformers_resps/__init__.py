@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .calibration import CostTable, calibrate
 from .generation import ReSpSGenerationMixin, SpeculativeOutput, attach, detach
 from .head import DraftHead, DraftHeadConfig
 from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
@@ -14,6 +15,7 @@ AutoModel.register(DraftHeadConfig, DraftHead, exist_ok=True)
 
 __all__ = [
     "AutoPolicy",
+    "CostTable",
     "DraftHead",
     "DraftHeadConfig",
     "DraftTree",
@@ -30,5 +32,6 @@ __all__ = [
     "ThroughputPolicy",
     "TreeShape",
     "attach",
+    "calibrate",
     "detach",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .bench.options import add_options as add_bench_options
+from .calibration import CostTable, calibrate
 from .demo.options import add_options as add_demo_options
 from .doctor import Answer, Cell, Diagnosis, diagnose, write_answers
 from .head import DraftHead
@@ -57,8 +58,53 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     add_demo(commands)
     add_doctor(commands)
+    add_calibrate(commands)
     add_bench(commands)
     return parser
+
+
+def add_calibrate(commands: Any) -> None:
+    """`resps calibrate TARGET [HEAD]`."""
+    parser = commands.add_parser("calibrate", help="what do steps cost on this machine, and can drafting pay at all?")
+    parser.set_defaults(run=calibrate_costs)
+    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--refresh", action="store_true", help="measure again although a table is kept")
+
+
+def calibrate_costs(args: argparse.Namespace) -> int:
+    """Print the cost table, measured now or before."""
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device)
+    head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
+    table = calibrate(target, head, refresh=args.refresh)
+    for key, value in table.identity.items():
+        print(f"{key:14}{value}")
+    contexts = sorted(table.verify)
+    print("\nMilliseconds of a forward of the target, by context:\n")
+    print("  nodes" + "".join(f"{context:>9}" for context in contexts))
+    for nodes in sorted(table.verify[contexts[0]]):
+        print(f"{nodes:7}" + "".join(f"{1e3 * table.verify[context][nodes]:9.1f}" for context in contexts))
+    if table.draft:
+        widths = ", ".join(f"{width}: {1e3 * seconds:.1f}" for width, seconds in sorted(table.draft.items()))
+        print(f"\nMilliseconds of one level of the head, by width: {widths}")
+    print(f"\n{what_must_be_accepted(table)}")
+    return 0
+
+
+def what_must_be_accepted(table: CostTable) -> str:
+    """One sentence: how right drafts must be before they pay."""
+    context = min(table.verify)
+    plain = table.verify_seconds(1, context)
+    costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in (2, 4, 8)}
+    listed = ", ".join(f"{nodes} nodes {cost:.1f}" for nodes, cost in costs.items())
+    least = min(costs.values())
+    verdict = "can pay" if least < 1.6 else "can hardly pay"
+    return (
+        f"In plain steps, verifying costs: {listed}. Drafting {verdict} here: a step must accept more than "
+        f"{least - 1:.1f} tokens on average, and what drafting them costs."
+    )
 
 
 def add_demo(commands: Any) -> None:
@@ -201,9 +247,9 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     """A table, best reading first, and the verdict."""
     depths = range(1, len(diagnosis.configured.agreement) + 1)
     columns = "".join(f"  depth {depth}" for depth in depths)
-    count = sum(positions for _, positions in diagnosis.configured.by_answer)
-    print(f"\nAgreement with the target, {count} positions of {len(diagnosis.configured.by_answer)} answers:\n")
-    print(f"  {'feature layers':24}{'RoPE base':>10}  {'norm before residual':20}{columns}  accepted")
+    configured = diagnosis.configured
+    print(f"\nAgreement with the target, {configured.positions} positions of {len(configured.tallies)} answers:\n")
+    print(f"  {'feature layers':24}{'RoPE base':>10}  {'norm before residual':20}{columns}  accepted  log likelihood")
     for cell in sorted(diagnosis.cells, key=lambda cell: -cell.accepted):
         print(row(cell, diagnosis))
     print(f"\n  > as configured   * best\n\n{diagnosis.verdict}")
@@ -216,4 +262,6 @@ def row(cell: Cell, diagnosis: Diagnosis) -> str:
     numbers = "".join(f"{share:9.3f}" for share in cell.agreement)
     layers = ", ".join(map(str, reading.feature_layers))
     before = "yes" if reading.norm_before_residual else "no"
-    return f"{marks}{layers:24}{reading.rope_theta:>10g}  {before:20}{numbers}{cell.accepted:10.2f}"
+    return (
+        f"{marks}{layers:24}{reading.rope_theta:>10g}  {before:20}{numbers}{cell.accepted:10.2f}{cell.log_prob:16.3f}"
+    )

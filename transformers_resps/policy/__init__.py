@@ -2,6 +2,7 @@
 
 from .action_grid import ActionGrid
 from .auto import AutoPolicy
+from .costs import RunningCosts
 from .fixed import FixedPolicy
 from .guard import Guard
 from .protocol import Level, Observation, Policy
@@ -20,6 +21,7 @@ __all__ = [
     "Policy",
     "ReSpSConfig",
     "ReSpSPolicy",
+    "RunningCosts",
     "SavedPolicy",
     "ThroughputPolicy",
     "default_policy",

@@ -16,6 +16,13 @@ class RunningCosts:
         self._draft: dict[int, float] = {}  # levels asked for -> seconds of drafting
         self._rest = 0.0  # seconds of everything else in a step
 
+    def expect(self, verify: dict[int, float], level_seconds: float) -> None:
+        """Start from a cost table: nodes -> seconds of the target's forward, and seconds of one head level."""
+        for nodes, seconds in verify.items():
+            self.add(nodes, 0, seconds, 0.0, seconds)
+        if level_seconds > 0:
+            self._draft[1] = level_seconds
+
     def add(self, nodes: int, levels: int, verify_seconds: float, draft_seconds: float, step_seconds: float) -> None:
         """Learn from one step. Times below zero, from a clock that was set back, are not believed."""
         rest = step_seconds - verify_seconds - draft_seconds

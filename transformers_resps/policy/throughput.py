@@ -25,12 +25,15 @@ class ThroughputPolicy(Policy):
         depth: most levels to draft.
         top_k: children per node.
         most_nodes: most nodes from the head.
+        costs: what is known of this machine, as from `CostTable.running`; learned from the first steps when `None`.
     """
 
     needs_head = False
 
-    def __init__(self, depth: int = 5, top_k: int = 4, most_nodes: int = 16) -> None:
-        self.costs = RunningCosts()
+    def __init__(
+        self, depth: int = 5, top_k: int = 4, most_nodes: int = 16, costs: RunningCosts | None = None
+    ) -> None:
+        self.costs = costs or RunningCosts()
         self._asked = TreeShape(most_nodes + 1, depth, top_k)
         self._emitted, self._seconds = 0.0, 0.0  # decayed sums; their ratio is lambda
         self._head_accepted, self._head_predicted = 1.0, 1.0  # decayed sums; their ratio corrects the head's scores
