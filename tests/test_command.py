@@ -1,0 +1,39 @@
+"""`resps` as a user types it."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from transformers_resps import cli
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "bench"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"resps {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_a_command_returns_the_status_of_what_it_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = __import__(f"transformers_resps.{command}.__main__", fromlist=["run"])
+    seen: list[SimpleNamespace] = []
+    monkeypatch.setattr(main, "run", lambda args: seen.append(args) or 1)
+    rest = ["target", "head", "--dataset", "x.jsonl"] if command == "bench" else ["--max-new-tokens", "5"]
+    assert cli.main([command, *rest]) == 1
+    assert len(seen) == 1
+
+
+def test_asking_for_help_needs_no_extra() -> None:
+    code = """
+import sys
+sys.modules.update(rich=None, gguf=None, trl=None, datasets=None)
+from transformers_resps.cli import main
+main(["--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout
