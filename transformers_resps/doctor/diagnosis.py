@@ -1,0 +1,156 @@
+"""What the doctor found: how well the head agrees with its target under each reading, and which is right.
+
+Knows numbers only: nothing of models.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+
+_SURE = 3.0  # standard errors; more than two because the best of some twenty cells is looked at
+_LEAST_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
+_STRANGER = 0.05  # agreement at depth 1 below which a head knows nothing of its target
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One way to read the head's file, as the overrides of `DraftHead.from_pretrained`."""
+
+    feature_layers: tuple[int, ...]
+    rope_theta: float
+    norm_before_residual: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """One answer under one reading.
+
+    Attributes:
+        positions: where a chain was drafted.
+        kept: tokens that the chains kept, together.
+        log_prob: nats that the head gave the target's own tokens, together over positions and depths.
+    """
+
+    positions: int
+    kept: int
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """How well the head agrees with its target under one reading.
+
+    Attributes:
+        reading: which.
+        agreement: of each depth from 1, the share of positions where the head's most likely token is the target's.
+        tallies: of each answer.
+    """
+
+    reading: Reading
+    agreement: tuple[float, ...]
+    tallies: tuple[Tally, ...]
+
+    @property
+    def positions(self) -> int:
+        return sum(tally.positions for tally in self.tallies)
+
+    @property
+    def accepted(self) -> float:
+        """Drafted tokens that a chain as long as `agreement` keeps, per position."""
+        return sum(tally.kept for tally in self.tallies) / self.positions
+
+    @property
+    def log_prob(self) -> float:
+        """Nats per token of the target."""
+        return sum(tally.log_prob for tally in self.tallies) / self.positions / len(self.agreement)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found.
+
+    A reading is better when its chains keep more tokens beyond noise; or, when they keep no fewer, when it gives the
+    target's tokens a higher likelihood beyond noise: that tells a wrong RoPE base long before it costs many tokens.
+
+    Attributes:
+        cells: all readings, the configured one first.
+    """
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def configured(self) -> Cell:
+        return self.cells[0]
+
+    @cached_property
+    def best(self) -> Cell:
+        """The best reading; of those that differ from it by noise only, the one nearest to the configured."""
+        best = self.configured
+        for cell in sorted(self.cells, key=lambda cell: (cell.accepted, cell.log_prob)):
+            if self._is_better(cell, best):
+                best = cell
+        equal = [cell for cell in self.cells if not self._is_better(best, cell)]
+        return min(equal, key=lambda cell: (self._changes(cell), -cell.log_prob))
+
+    def _is_better(self, cell: Cell, other: Cell) -> bool:
+        gain, error = self.gain(cell, other)
+        if abs(gain) > max(_SURE * error, _LEAST_GAIN):
+            return gain > 0
+        nats = [a.log_prob - b.log_prob for a, b in zip(cell.tallies, other.tallies, strict=True)]
+        likelier, doubt = self._mean(nats, cell)
+        return gain >= -error and likelier > _SURE * doubt and likelier > 0
+
+    def _changes(self, cell: Cell) -> int:
+        ours, theirs = self.configured.reading, cell.reading
+        return sum(getattr(ours, field.name) != getattr(theirs, field.name) for field in fields(Reading))
+
+    def gain(self, cell: Cell, over: Cell | None = None) -> tuple[float, float]:
+        """Accepted tokens per position above another cell (the configured one), and the standard error of that."""
+        other = over or self.configured
+        return self._mean([a.kept - b.kept for a, b in zip(cell.tallies, other.tallies, strict=True)], cell)
+
+    def _mean(self, differences: list[float] | list[int], cell: Cell) -> tuple[float, float]:
+        """Mean per position of differences that were summed per answer, and its standard error over answers."""
+        answers, mean = len(differences), sum(differences) / cell.positions
+        spread = sum((d - mean * t.positions) ** 2 for d, t in zip(differences, cell.tallies, strict=True))
+        return mean, math.sqrt(spread * answers / (answers - 1)) / cell.positions
+
+    @property
+    def is_healthy(self) -> bool:
+        """No other reading is better beyond noise."""
+        return self.best is self.configured
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What to pass to `DraftHead.from_pretrained`; empty when healthy."""
+        best, configured = self.best.reading, self.configured.reading
+        found: dict[str, Any] = {}
+        if best.feature_layers != configured.feature_layers:
+            found["feature_layers"] = list(best.feature_layers)
+        if best.rope_theta != configured.rope_theta:
+            found["rope_theta"] = best.rope_theta
+        if best.norm_before_residual != configured.norm_before_residual:
+            found["norm_before_residual"] = best.norm_before_residual
+        return found
+
+    @property
+    def verdict(self) -> str:
+        """One or two sentences for people."""
+        depths = len(self.configured.agreement)
+        configured = f"{self.configured.accepted:.2f} of {depths} drafted tokens accepted"
+        if not self.is_healthy:
+            passed = ", ".join(f"{key}={value!r}" for key, value in self.overrides.items())
+            gain, error = self.gain(self.best)
+            return (
+                f"The head is read wrongly: {configured} as configured, {self.best.accepted:.2f} with `{passed}` "
+                f"(gain {gain:.2f} +- {error:.2f}; {self.best.log_prob - self.configured.log_prob:+.3f} nats per "
+                f"token). Pass `DraftHead.from_pretrained(..., {passed})`."
+            )
+        if self.configured.agreement[0] < _STRANGER:
+            return (
+                f"No reading makes this head agree with this target ({configured}). It was trained for another "
+                "target, or hardly at all."
+            )
+        return f"The head is read as it was trained: {configured}, and no other reading is better."
