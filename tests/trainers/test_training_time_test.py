@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_resps import DraftHead, DraftHeadConfig
 from transformers_resps.trainers.soft_cross_entropy import Teacher, soft_cross_entropy
@@ -102,3 +103,21 @@ def test_loss_and_gradients_equal_the_textbook_formula(softcap):
     torch.testing.assert_close(losses, (rows * counted).sum(-1), check_dtype=False, atol=1e-4, rtol=1e-5)
     assert hits.tolist() == ((logits.argmax(-1) == probabilities.argmax(-1)) & counted).sum(-1).tolist()
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_no_tensor_of_all_positions_and_the_draft_vocabulary_is_ever_made():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    hidden = torch.randn(4, 300, 8, requires_grad=True)
+    weight = torch.randn(200, 8, requires_grad=True)
+    teacher = Teacher(torch.randn(300, 8), torch.randn(200, 8))
+    with Largest() as largest:
+        soft_cross_entropy(hidden, weight, teacher, torch.ones(4, 300), chunk_size=32)[0].backward()
+    assert largest.numel == max(32 * 200, hidden.numel())

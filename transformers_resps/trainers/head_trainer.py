@@ -19,6 +19,7 @@ from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
 from .level_meter import LevelMeter
 from .muon import Muon
+from .run_size import warn_if_small
 from .simulated_decoding import simulated_tau
 from .soft_cross_entropy import soft_cross_entropy
 from .target_features import FrozenTarget, TargetFeatures
@@ -207,6 +208,9 @@ class DraftHeadTrainer(Trainer):
 
     def _loader(self, dataset: Any, *, shuffle: bool) -> DataLoader[Any]:
         lengths = [len(example.input_ids) for example in dataset.examples]
+        if shuffle:
+            steps_hold = self.args.max_steps * self.args.tokens_per_batch * self.args.gradient_accumulation_steps
+            warn_if_small(steps_hold if self.args.max_steps > 0 else int(self.args.num_train_epochs * sum(lengths)))
         batches = TokenBudgetBatches(
             lengths, self.args.tokens_per_batch, seed=self.args.data_seed or self.args.seed, shuffle=shuffle
         )

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from transformers_resps.trainers import load_conversations, read_conversations
+from transformers_resps.trainers.run_size import USEFUL_TOKENS, warn_if_small
+
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"question": "q", "answer": "a"},
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a"},
+                {"from": "tool", "value": ""},
+            ]
+        },
+    ],
+)
+def test_every_known_layout_gives_the_same_messages(tmp_path, row):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n\n")
+    assert list(load_conversations(str(path))) == [[USER, ASSISTANT]]
+
+
+def test_a_list_that_is_cut_off_gives_its_whole_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"messages": [USER]}, {"messages": [ASSISTANT]}])[:-5])
+    assert list(read_conversations(path)) == [[USER]]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "line 1 is not JSON"),
+        ('{"text": "q"}', "fields \\['text'\\]"),
+        ('{"messages": [{"role": "user"}]}', "message with the fields \\['role'\\]"),
+    ],
+)
+def test_rows_that_are_no_conversations_are_named(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        list(read_conversations(path))
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub():
+    with pytest.raises(ValueError, match="There is no file"):
+        list(load_conversations("nowhere.jsonl"))
+
+
+def test_a_run_too_small_to_be_useful_is_announced(caplog):
+    assert not warn_if_small(USEFUL_TOKENS)
+    assert not caplog.records
+    assert warn_if_small(1000)
+    assert "1,000 positions" in caplog.text
+    assert "generate_dataset.py" in caplog.text
