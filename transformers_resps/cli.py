@@ -69,7 +69,7 @@ def add_calibrate(commands: Any) -> None:
     parser.set_defaults(run=calibrate_costs)
     parser.add_argument("target", help="folder or Hub id")
     parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--refresh", action="store_true", help="measure again although a table is kept")
 
@@ -147,10 +147,10 @@ def add_doctor(commands: Any) -> None:
     )
     parser.add_argument("--split", default="train", help="of a dataset from the Hub")
     parser.add_argument("--answers", type=int, default=50, help="how many answers to look at")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="per answer, when the target writes them")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of each answer that are looked at")
     parser.add_argument("--max-length", type=int, default=320, help="tokens per conversation; longer ones are cut")
     parser.add_argument("--revision", help="of the head")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--set",
@@ -164,12 +164,14 @@ def add_doctor(commands: Any) -> None:
 def doctor(args: argparse.Namespace) -> int:
     """Print how well the head agrees with its target under each reading; 1 when another reading is better."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
     conversations = read_dataset(args.dataset, args.split, args.answers) if args.dataset else []
-    answers = answered(conversations, tokenizer, args.max_length)
+    answers = answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
     if not answers:
-        questions = [row[:1] for row in conversations if row] or default_questions(args.answers)
+        questions = [asked for row in conversations if (asked := up_to(row, "user"))]
+        questions = questions or default_questions(args.answers)
         print(f"The target answers {len(questions)} questions ...")
         prompts = [prompt_ids(question, tokenizer)[-args.max_length :] for question in questions]
         answers = write_answers(target, prompts, args.max_new_tokens)
@@ -207,25 +209,39 @@ def read_dataset(name: str, split: str, most: int) -> list[Conversation]:
         return [row for row, _ in zip(read_conversations(name), range(most), strict=False)]
     if Path(name).suffix in (".json", ".jsonl"):
         raise ValueError(f"`--dataset {name}` does not exist. Pass a .json or .jsonl file, or a Hub id.")
-    from datasets import load_dataset  # an extra, for those who read datasets from the Hub
-
+    try:
+        from datasets import load_dataset  # an extra, for those who read datasets from the Hub
+    except ImportError as error:
+        raise ValueError(
+            f"`--dataset {name}` is no file here, and the Hub's datasets need the package `datasets`. Install "
+            "transformers-resps[train], or pass a .json or .jsonl file."
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         load_dataset(name, split=f"{split}[:{most}]").to_json(file)
         return list(read_conversations(file))
 
 
-def answered(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Answer]:
-    """Every conversation up to the end of its first assistant turn; those without one are left out."""
+def answered(
+    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
+) -> list[Answer]:
+    """Every conversation into its first assistant turn; those without one are left out."""
     found = []
     for conversation in conversations:
-        roles = [message["role"] for message in conversation]
-        if "assistant" not in roles[1:]:
+        turns = up_to(conversation, "assistant")
+        if len(turns) < 2:
             continue
-        example = make_example(conversation[: roles.index("assistant", 1) + 1], tokenizer, max_length)
+        example = make_example(turns, tokenizer, max_length)
         if example.loss_mask.any():
-            found.append(Answer(example.input_ids, int(example.loss_mask.int().argmax())))
+            prompt_length = int(example.loss_mask.int().argmax())
+            found.append(Answer(example.input_ids[: prompt_length + max_new_tokens], prompt_length))
     return found
+
+
+def up_to(conversation: Conversation, role: str) -> Conversation:
+    """The conversation to the end of its first turn of `role`; empty when it has none."""
+    roles = [message["role"] for message in conversation]
+    return conversation[: roles.index(role) + 1] if role in roles else []
 
 
 def default_questions(most: int) -> list[Conversation]:
@@ -237,7 +253,7 @@ def default_questions(most: int) -> list[Conversation]:
 def prompt_ids(question: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Token ids `[t]` of a question, through the chat template where there is one."""
     if tokenizer.chat_template is None:
-        ids: Any = tokenizer(question[0]["content"] + "\n")["input_ids"]
+        ids: Any = tokenizer(question[-1]["content"] + "\n")["input_ids"]
     else:
         ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     return torch.tensor(ids)
