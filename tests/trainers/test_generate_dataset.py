@@ -1,0 +1,64 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import build_target
+
+
+SCRIPTS = Path(__file__).parents[2] / "training"
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+generate_dataset = load_script("generate_dataset")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_batched_answers_equal_plain_generate(model_type):
+    """Rows that end early leave the batch; windowed caches fall back to the stock layers."""
+    extra = {"sliding_window": 8, "head_dim": 8} if model_type == "gemma2" else {}
+    model = build_target(model_type, initializer_range=0.4, attn_implementation="eager", **extra)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        generate_dataset.Prompt(str(i), [], torch.randint(3, 64, (7,), generator=generator).tolist())
+        for i in range(12)
+    ]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.token_ids])
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+        expected.append(out[0, 7:].tolist())
+    ends = {2} | {tokens[len(tokens) // 2] for tokens in expected[:2]}  # so that some rows end early
+    answers = generate_dataset.answer(model, prompts, 0.0, 20, ends, seed=0)
+    for answer, plain in zip(answers, expected, strict=True):
+        length = next((i for i, token in enumerate(plain) if token in ends), len(plain) - 1) + 1
+        assert answer == plain[:length]
+
+
+def test_a_line_cut_off_by_a_kill_is_written_anew(tmp_path):
+    output = tmp_path / "answers.jsonl"
+    whole = json.dumps({"prompt_id": "a"}) + "\n"
+    output.write_text(whole + '{"prompt_id": "b", "mess')
+    assert generate_dataset.finished_ids(output) == {"a"}
+    assert output.read_text() == whole
+
+
+def test_the_newest_whole_checkpoint_is_resumed(tmp_path):
+    train_head = load_script("train_head")
+    assert train_head.newest_checkpoint(tmp_path) is None
+    for step, is_whole in ((90, True), (100, True), (110, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if is_whole:
+            (folder / "trainer_state.json").write_text("{}")
+    assert train_head.newest_checkpoint(tmp_path).endswith("checkpoint-100")
