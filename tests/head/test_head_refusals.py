@@ -138,6 +138,10 @@ def test_a_file_that_is_no_usable_head_is_refused_by_name(
         ({"surprise": torch.zeros(2)}, "unexpected.*surprise"),
         ({"norm.weight": torch.ones(H + 2)}, "norm.weight .34. .needed: .32"),
         ({"d2t": torch.full((D,), V)}, "leaves the vocabulary"),
+        (
+            {"d2t": torch.zeros(D).long(), "lm_head.weight": torch.zeros(D - 1, H)},
+            "lm_head.weight .15, 32. .needed: .16",
+        ),
     ],
     ids=str,
 )
@@ -166,6 +170,14 @@ def test_the_head_of_another_target_is_refused(published: bool, target: PreTrain
     ):
         with pytest.raises(ValueError, match=message):
             DraftHead.from_pretrained(tmp_path, target=build_target(**{"num_hidden_layers": LAYERS, **size}))
+
+
+def test_feature_layers_that_the_target_lacks_are_refused(target: PreTrainedModel, tmp_path: Path) -> None:
+    BASE.write(tmp_path / "published", GOOD, BASE)
+    DraftHead.from_target(target, D).save_pretrained(tmp_path / "ours")
+    for folder in "published", "ours":
+        with pytest.raises(ValueError, match=r"\[2, 4, 9\], but this target has 0 to 8"):
+            DraftHead.from_pretrained(tmp_path / folder, target=target, feature_layers=[2, 4, 9])
 
 
 def test_unknown_keywords_are_refused(target: PreTrainedModel, tmp_path: Path) -> None:

@@ -71,6 +71,18 @@ def test_an_export_comes_back_with_the_same_logits(
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_imported_head_is_ours_from_then_on(case: Published, target: PreTrainedModel, tmp_path: Path) -> None:
+    case.write(tmp_path / "published", random_tensors(case), case)
+    head = DraftHead.from_pretrained(tmp_path / "published", target=target, torch_dtype="bfloat16")
+    head.save_pretrained(tmp_path / "ours")
+    back = DraftHead.from_pretrained(tmp_path / "ours")
+    assert back.dtype == torch.bfloat16
+    assert back.config.source == head.config.source and back.config.target == head.config.target
+    assert back.state_dict().keys() == head.state_dict().keys()
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in head.state_dict().items())
+
+
 def exported(head: DraftHead, folder: Path, layout: str) -> dict[str, Any]:
     head.save_pretrained(folder, format=layout)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())

@@ -175,6 +175,8 @@ class DraftHead(PreTrainedModel):
                 not fit `target`. Nothing is ever newly initialized.
         """
         hub, loading, overrides = split_keywords(keywords)
+        if "torch_dtype" in loading:
+            loading["dtype"] = loading.pop("torch_dtype")
         if pretrained_model_name_or_path is None or "state_dict" in loading:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **hub, **loading)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -68,6 +68,7 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
 
     Raises:
         ValueError: a file is missing, damaged, holds more than tensors, or points outside the checkpoint.
+        OSError: the Hub refuses.
     """
     fetch = _fetch_from(name, hub)
     path = fetch("config.json")
@@ -78,10 +79,9 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
         )
     config = _read_json(path)
     for single in _WEIGHTS:
-        whole, index = fetch(single), fetch(f"{single}.index.json")
-        if whole is not None:
+        if (whole := fetch(single)) is not None:
             return Checkpoint(str(name), config, _read_tensors(whole))
-        if index is not None:
+        if (index := fetch(f"{single}.index.json")) is not None:
             return Checkpoint(str(name), config, _read_shards(index, fetch))
     raise ValueError(
         f"There are no weights in {name}. A head needs one of {', '.join(_WEIGHTS)}, or shards of it with their "
@@ -108,6 +108,11 @@ def _fetch_from(name: str | os.PathLike[str], hub: dict[str, Any]) -> Fetch:
             return Path(hf_hub_download(str(name), file, subfolder=subfolder or None, **hub))
         except EntryNotFoundError:  # not in the repository; or offline and not in the cache
             return None
+        except HfHubHTTPError as error:
+            raise OSError(
+                f"The Hub does not give {file} of {name}: {error}. Check the name and `revision`; a private or gated "
+                "head needs `token=`."
+            ) from error
         except HFValidationError as error:
             raise ValueError(
                 f"{name} is neither a folder nor a Hub id. A Hub id reads `owner/name`. Check the path for a typing "

@@ -73,7 +73,7 @@ def feature_layers(
             "It was made for a target of another hidden size: load the head of this one. Or its ids are wrong: pass "
             f"`feature_layers=[...]` with {count} distinct ids, counted as in `output_hidden_states`."
         )
-    _refuse_range(layers, layer_count, source)
+    refuse_range(layers, layer_count, source)
     return layers
 
 
@@ -95,7 +95,12 @@ def _counted_from_the_embedding(
     return ids
 
 
-def _refuse_range(layers: list[int], layer_count: int | None, source: str) -> None:
+def refuse_range(layers: list[int], layer_count: int | None, source: str) -> None:
+    """Refuse hidden states `layers`, ascending, that a target of `layer_count` layers does not have.
+
+    Raises:
+        ValueError: names both.
+    """
     if layer_count is not None and layers[-1] > layer_count:
         raise ValueError(
             f"{source} reads the hidden states {layers}, but this target has 0 to {layer_count} (the embedding "

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from ..configuration import DraftHeadConfig
 from ..identity import target_identity
 from .checkpoint import Checkpoint
-from .conventions import feature_layers, norm_flags, published_layer_ids, rope_parameters
+from .conventions import feature_layers, norm_flags, published_layer_ids, refuse_range, rope_parameters
 from .families import refuse_other_drafters
 from .keywords import check_fields
 from .names import canonical_names, refuse_missing
@@ -40,7 +40,7 @@ def canonical_head(
         ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
     """
     if checkpoint.is_canonical:
-        return _own(checkpoint, overrides)
+        return _own(checkpoint, target, overrides)
     tensors = canonical_names(checkpoint.tensors, checkpoint.name)
     publisher = publisher_of(checkpoint.config, tensors)
     config = {**flat_config(checkpoint.config), **overrides}
@@ -52,7 +52,9 @@ def canonical_head(
     return DraftHeadConfig(**{**fields, **_free(overrides)}), tensors
 
 
-def _own(checkpoint: Checkpoint, overrides: dict[str, Any]) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
+def _own(
+    checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
+) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
     where = f"The config of {checkpoint.name}"
     fields = {**checkpoint.config, **_free(overrides)}
     check_fields(fields, where)
@@ -62,6 +64,8 @@ def _own(checkpoint: Checkpoint, overrides: dict[str, Any]) -> tuple[DraftHeadCo
     if fields.get("feature_layers") is not None:
         fields["feature_layers"] = sorted(fields["feature_layers"])
     config = DraftHeadConfig.from_dict(fields)
+    if target is not None and config.feature_layers is not None:
+        refuse_range(config.feature_layers, target.config.get_text_config().num_hidden_layers, checkpoint.name)
     if "d2t" in checkpoint.tensors:
         offsets = checkpoint.tensors["d2t"]
         refuse_ids(torch.arange(len(offsets)) + offsets, config.vocab_size, checkpoint.name)
