@@ -49,7 +49,12 @@ class PolicyScriptArguments:
     dataset: str = field(metadata={"help": "JSON or JSONL file, or Hub id, of conversations: their prompts are used."})
     target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
     limit: int = field(default=200, metadata={"help": "Most prompts taken from the dataset; 0 for all."})
-    held_out: float = field(default=0.2, metadata={"help": "Share of the prompts kept for evaluation, at least one."})
+    held_out: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of the prompts not learned from: half to watch training by, half for the final figure."
+        },
+    )
     max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "Of the answers; 0 is greedy."})
@@ -77,8 +82,8 @@ class PolicyScriptArguments:
                 )
 
 
-def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Training and held-out prompts `[s]`; those with the lowest hashes are held out, whatever their order."""
+def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Prompts `[s]` to learn from, to watch training by, and to test on, by their hashes, whatever their order."""
     prompts: dict[str, Tensor] = {}
     for conversation in load_conversations(script.dataset):
         last = max((i for i, message in enumerate(conversation) if message["role"] == "user"), default=None)
@@ -90,15 +95,15 @@ def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> tuple[list[Te
             prompts[name_of(tokens)] = tokens
         if len(prompts) == (script.limit or -1):
             break
-    if len(prompts) < 2:
+    if len(prompts) < 3:
         raise ValueError(
-            f"{script.dataset} has {len(prompts)} prompts of at most {script.max_prompt_tokens} tokens, but two are "
-            "needed: one to learn from and one to see whether it helped. Pass a larger dataset, or raise "
-            "--max_prompt_tokens."
+            f"{script.dataset} has {len(prompts)} prompts of at most {script.max_prompt_tokens} tokens, but three "
+            "are needed: to learn from, to watch training by, and to see whether it helped. Pass a larger dataset, or "
+            "raise --max_prompt_tokens."
         )
     ordered = [prompts[name] for name in sorted(prompts)]
-    count = min(max(1, round(script.held_out * len(ordered))), len(ordered) - 1)
-    return ordered[count:], ordered[:count]
+    half = min(max(1, round(script.held_out * len(ordered) / 2)), (len(ordered) - 1) // 2)
+    return ordered[2 * half :], ordered[half : 2 * half], ordered[:half]
 
 
 def name_of(tokens: Tensor) -> str:
@@ -208,7 +213,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     target = attach(AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)).to(args.device)
     head = DraftHead.from_pretrained(script.head, target=target)
-    train, held_out = read_prompts(script, tokenizer)
+    train, watched, tested = read_prompts(script, tokenizer)
     seconds = measure_costs(target, head, script, Path(args.output_dir))
     grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
     if script.drop_hopeless:
@@ -226,10 +231,11 @@ def main() -> None:
         )
     else:
         rollouts = replayed(train)
-    trainer = PolicyTrainer(policy, args, rollouts, replayed(held_out))
+    trainer = PolicyTrainer(policy, args, rollouts, replayed(watched))
     newest = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=newest)
-    metrics = trainer.evaluate()
+    trainer.eval_rollouts = replayed(tested)  # the best checkpoint may have been chosen by the watched ones
+    metrics = trainer.evaluate(metric_key_prefix="test")
     folder = Path(args.output_dir) / "policy"
     policy.save_pretrained(folder)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))

@@ -35,7 +35,7 @@ def task(texts: int, seed: int) -> ReplayRollouts:
     prototypes = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(99))
     made = []
     for _ in range(texts):
-        contexts = torch.randint(3, (4,), generator=generator).repeat_interleave(16)
+        contexts = torch.randint(3, (4,), generator=generator).repeat_interleave(12)
         left = len(contexts) - torch.arange(len(contexts))
         noise = 0.2 * torch.randn(len(contexts), FEATURES, generator=generator)
         emitted = LONGEST[contexts].minimum(left[:, None])
@@ -56,7 +56,7 @@ def known_best_seconds(rollouts: ReplayRollouts) -> float:
 
 
 def config(folder: Path, **changes: Any) -> PolicyTrainingConfig:
-    settings = {"updates": 40, "persistence": 1, "learning_rate": 5e-3, "texts_per_update": 4}
+    settings = {"updates": 30, "persistence": 1, "learning_rate": 5e-3, "texts_per_update": 4}
     return PolicyTrainingConfig(str(folder), **{"disable_tqdm": True, "use_cpu": True, **settings, **changes})
 
 

@@ -8,9 +8,10 @@ import torch
 from transformers_resps.trainers.ppo import (
     clipped_surrogate,
     entropy,
+    expected_gain,
     gae,
-    gain_regression_loss,
     gains,
+    relative_gains,
     standardized,
     value_loss,
 )
@@ -85,8 +86,19 @@ def test_gain_prefers_throughput_where_the_mean_of_rates_does_not() -> None:
     assert gains(emitted, seconds, 150.0, 10).tolist() == pytest.approx([0.15, 0.16])
 
 
-def test_gains_are_learned_up_to_a_constant_per_state() -> None:
-    wanted = torch.stack([tensor(1, 2, 6), tensor(-3, 0, 3)])
-    assert gain_regression_loss(wanted + tensor(5, -7)[:, None], wanted).item() == pytest.approx(0)
-    by_hand = ((0 + 2) ** 2 + (0 + 1) ** 2 + (0 - 3) ** 2 + 3**2 + 0 + 3**2) / 6
-    assert gain_regression_loss(torch.zeros(2, 3, dtype=torch.float64), wanted).item() == pytest.approx(by_hand)
+def test_relative_gains_are_blind_to_states_and_units() -> None:
+    values = torch.stack([tensor(1, 2, 6), tensor(-3, 0, 3)])
+    relative = relative_gains(values)
+    by_hand = torch.stack([tensor(-2, -1, 3), tensor(-3, 0, 3)]) / math.sqrt((4 + 1 + 9 + 9 + 9) / 6)
+    torch.testing.assert_close(relative, by_hand)
+    torch.testing.assert_close(relative_gains(7 * values + tensor(5, -7)[:, None]), relative)
+    assert relative_gains(torch.ones(2, 3)).abs().max() == 0
+
+
+def test_expected_gain_has_the_exact_policy_gradient() -> None:
+    logits = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    values = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected_gain(logits, values).backward()
+    probs = logits.detach().softmax(-1)
+    by_hand = probs * (values - (probs * values).sum(-1, keepdim=True)) / 5  # d E[v] / d logit
+    torch.testing.assert_close(logits.grad, by_hand)

@@ -57,13 +57,16 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
 
 
 def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(folder, monkeypatch, drop_hopeless=False)
+    best = {"eval_strategy": "steps", "eval_updates": 2, "load_best_model_at_end": True}
+    best |= {"metric_for_best_model": "tokens_per_second", "drop_hopeless": False}
+    run(folder, monkeypatch, **best)
     recordings = {file: file.stat().st_mtime_ns for file in (folder / "run" / "replay").iterdir()}
     assert len(recordings) == 6
     metrics = json.loads((folder / "run" / "policy" / "metrics.json").read_text())
-    assert metrics["eval_tokens_per_second"] > 0 and metrics["eval_oracle_regret"] >= 0
-    run(folder, monkeypatch, drop_hopeless=False, updates=6)
+    assert metrics["test_tokens_per_second"] > 0 and metrics["test_oracle_regret"] >= 0
+    run(folder, monkeypatch, updates=6, **best)
     assert recordings == {file: file.stat().st_mtime_ns for file in (folder / "run" / "replay").iterdir()}
+    assert len(metrics) == 5
     state = json.loads((folder / "run" / "checkpoint-48" / "trainer_state.json").read_text())
     assert state["global_step"] == 48
 
@@ -87,7 +90,7 @@ def test_a_policy_can_be_trained_live_on_the_papers_preset(folder: Path, monkeyp
 
 def test_a_dataset_with_one_prompt_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "prompts.jsonl").write_text('{"prompt": "fghi"}\n{"prompt": "fghi"}')
-    with pytest.raises(ValueError, match="has 1 prompts of at most 512 tokens, but two are needed.*larger dataset"):
+    with pytest.raises(ValueError, match="has 1 prompts of at most 512 tokens, but three are needed.*larger dataset"):
         run(folder, monkeypatch)
 
 

@@ -56,6 +56,12 @@ class Oracle:
         """The action that is fastest over all texts together."""
         return int(self.fixed_seconds.sum(0).argmin())
 
+    @cached_property
+    def best_fixed_rate(self) -> float:
+        """Tokens per second of all texts with that action."""
+        headroom = self.headroom()
+        return headroom.tokens / headroom.fixed_seconds
+
     def headroom(self, fixed: int | None = None) -> "Headroom":
         """Seconds of all texts under each kind of choice.
 

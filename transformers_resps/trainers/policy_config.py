@@ -26,8 +26,8 @@ class PolicyTrainingConfig(TrainingArguments):
     objective: str = field(
         default="full_information",
         metadata={
-            "help": "full_information: the outcome of every action is known (replayed texts), their expected "
-            "gains are learned. ppo: clipped policy gradient on the outcomes of the actions taken. "
+            "help": "full_information: the outcome of every action is known (replayed texts), the expected "
+            "gain is maximised. ppo: clipped policy gradient on the outcomes of the actions taken. "
             "max_entropy_ppo: the same with the entropy bonus of Re-SpS."
         },
     )
@@ -52,9 +52,7 @@ class PolicyTrainingConfig(TrainingArguments):
     clip: float = field(default=0.2, metadata={"help": "PPO: how far the probability ratio may leave 1."})
     entropy_coefficient: float | None = field(
         default=None,
-        metadata={
-            "help": "Weight of the entropy bonus; unset: 0.01, for max_entropy_ppo 0.1, for full_information 0."
-        },
+        metadata={"help": "Weight of the entropy bonus; unset: 0.1, and 0.01 for ppo."},
     )
     value_coefficient: float = field(default=0.5, metadata={"help": "PPO: weight of the critic's loss."})
     discount: float = field(
@@ -98,7 +96,7 @@ class PolicyTrainingConfig(TrainingArguments):
         self.logging_steps = self._steps(self.logging_updates)
         self.eval_steps = self._steps(self.eval_updates)
         if self.entropy_coefficient is None:
-            self.entropy_coefficient = {"max_entropy_ppo": 0.1, "ppo": 0.01}.get(self.objective, 0.0)
+            self.entropy_coefficient = 0.01 if self.objective == "ppo" else 0.1
 
     @property
     def steps_per_update(self) -> int:

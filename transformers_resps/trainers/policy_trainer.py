@@ -15,7 +15,7 @@ from transformers import Trainer
 from ..policy import ReSpSPolicy
 from .outcomes import HeldOutcomes
 from .policy_config import PolicyTrainingConfig
-from .ppo import clipped_surrogate, entropy, gae, gain_regression_loss, gains, standardized, value_loss
+from .ppo import clipped_surrogate, entropy, expected_gain, gae, gains, relative_gains, standardized, value_loss
 from .rollouts import ReplayRollouts, Rollouts
 
 
@@ -59,7 +59,12 @@ class PolicyTrainer(Trainer):
                 "outcome of the action taken only. Record the texts and pass `ReplayRollouts`, or set objective='ppo'."
             )
         super().__init__(
-            model=policy.network, args=args, train_dataset=_Steps(args.max_steps), data_collator=_collate, **kwargs
+            model=policy.network,
+            args=args,
+            train_dataset=_Steps(args.max_steps),
+            eval_dataset=None if eval_rollouts is None else _Steps(1),
+            data_collator=_collate,
+            **kwargs,
         )
         self.model_accepts_loss_kwargs = False
         self.policy, self.rollouts, self.eval_rollouts = policy, rollouts, eval_rollouts
@@ -74,7 +79,7 @@ class PolicyTrainer(Trainer):
         logits, values = model(self._decisions.features[index])
         log_probs = logits.log_softmax(-1)
         if self.args.objective == "full_information":
-            loss = gain_regression_loss(logits, self._all_rewards[index].to(logits))
+            loss = -expected_gain(logits, self._relative_gains[index].to(logits))
         else:
             actions = self._decisions.actions[index].to(logits.device)
             taken = log_probs.gather(1, actions[:, None]).squeeze(1)
@@ -112,12 +117,12 @@ class PolicyTrainer(Trainer):
         decisions, likeliest = self._decisions, logits.argmax(-1)
         if decisions.all_outcomes is not None:
             # The rate of the actions that would be taken in use, at the positions visited
-            all_rewards = self._rewards(decisions.all_outcomes, _rate(decisions.all_outcomes.of(likeliest)))
-            self._all_rewards = all_rewards
+            all_rewards = self._rewards(decisions.all_outcomes, self._rate(decisions.all_outcomes.of(likeliest)))
+            self._relative_gains = relative_gains(all_rewards)
             lost = all_rewards.max(-1).values - all_rewards.gather(1, likeliest[:, None]).squeeze(1)
             self._note(gain_regret=float(lost.mean()) if args.reward == "gain" else None)
         if args.objective != "full_information":
-            rewards = self._rewards(decisions.outcomes, _rate(decisions.outcomes))
+            rewards = self._rewards(decisions.outcomes, self._rate(decisions.outcomes))
             values = values.to(rewards)
             advantages = gae(rewards, values, decisions.ends, discount=args.discount, decay=args.gae_decay)
             self._targets = (decisions.log_probs, standardized(advantages), advantages + values)
@@ -128,6 +133,16 @@ class PolicyTrainer(Trainer):
             oracle_regret=decisions.oracle_regret,
             dropped=None if self.rollouts.knows_all_outcomes else decisions.dropped,
         )
+
+    def _rate(self, outcomes: HeldOutcomes) -> Tensor:
+        """Lambda: all tokens over all seconds, and on replayed texts no less than the best fixed shape attains.
+
+        The best policy is at least as fast, so a lower rate would only send the first updates the wrong way.
+        """
+        rate = outcomes.emitted.sum() / outcomes.seconds.sum()
+        if isinstance(self.rollouts, ReplayRollouts):
+            rate = rate.clamp(min=self.rollouts.oracle.best_fixed_rate)
+        return rate
 
     def _rewards(self, outcomes: HeldOutcomes, rate: Tensor) -> Tensor:
         if self.args.reward == "mean_rate":
@@ -180,7 +195,7 @@ class PolicyTrainer(Trainer):
             "distinct_actions": len(decisions.actions.unique()),
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        super().log(metrics)
+        super().log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -205,8 +220,3 @@ class _Steps(Dataset[int]):
 
 def _collate(steps: list[int]) -> dict[str, Tensor]:
     return {"step": torch.tensor(steps)}
-
-
-def _rate(outcomes: HeldOutcomes) -> Tensor:
-    """Lambda: all tokens over all seconds."""
-    return outcomes.emitted.sum() / outcomes.seconds.sum()

@@ -71,13 +71,20 @@ def gains(emitted: Tensor, seconds: Tensor, rate: Tensor | float, persistence: i
     return (emitted - rate * seconds) / persistence
 
 
-def gain_regression_loss(logits: Tensor, action_gains: Tensor) -> Tensor:
-    """How far the logits are from the gains of every action, a scalar, from twice `[n, a]`.
+def relative_gains(action_gains: Tensor) -> Tensor:
+    """Gains of every action `[n, a]` relative to the mean of their row, in units of their spread over all rows.
 
-    Cost-sensitive classification by regression (Beygelzimer et al. 2005, "Error limiting reductions between
-    classification tasks"): the likeliest action becomes the one with the highest expected gain. Only differences
-    between actions count, so the value of a state is not learned. The gradient of the expected gain itself would do
-    as well on paper, but it vanishes once the policy is sure of itself, and gains move with the rate.
+    As `standardized` does for advantages: the entropy bonus then weighs the same whatever a token is worth, and keeps
+    the policy from being so sure of itself that it cannot follow when the rate, and with it all gains, moves.
     """
-    wanted = action_gains - action_gains.mean(-1, keepdim=True)
-    return (logits - logits.mean(-1, keepdim=True) - wanted).square().mean()
+    relative = action_gains - action_gains.mean(-1, keepdim=True)
+    return relative / (relative.square().mean().sqrt() + 1e-8)
+
+
+def expected_gain(logits: Tensor, action_gains: Tensor) -> Tensor:
+    """Mean gain under the policy, a scalar to maximise, from logits and gains of every action, both `[n, a]`.
+
+    Cost-sensitive classification: with the outcome of all actions at hand the policy gradient is exact and needs
+    neither samples nor a critic.
+    """
+    return (logits.softmax(-1) * action_gains).sum(-1).mean()
