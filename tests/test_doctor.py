@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
 from transformers_resps.cli import main
-from transformers_resps.doctor import DEPTHS, Answer, diagnose, write_answers
+from transformers_resps.doctor import DEPTHS, Answer, Cell, Diagnosis, Reading, Tally, diagnose, write_answers
 from transformers_resps.features import FeatureTap
 from transformers_resps.head import BoundHead, DraftHead, HeadCache
 from transformers_resps.trainers.training_time_test import unroll
@@ -136,6 +136,27 @@ def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedMode
     cell = diagnose(target, head, answers[:3]).configured
     assert cell.agreement == pytest.approx((hits / positions).tolist()) and 0.3 < min(cell.agreement) < 0.99
     assert cell.accepted == pytest.approx(kept / positions)
+
+
+@pytest.mark.parametrize(
+    ("kept", "nats", "is_healthy"),
+    [
+        ([30, 33, 31, 36], [-90.0, -95.0, -92.0, -99.0], True),  # the same
+        ([39, 42, 41, 45], [-90.0, -95.0, -92.0, -99.0], False),  # keeps more in every answer
+        ([31, 33, 30, 36], [-80.0, -86.0, -81.0, -89.0], False),  # keeps as many, and is likelier in every answer
+        ([31, 33, 30, 36], [-80.0, -99.0, -70.0, -110.0], True),  # likelier here, unlikelier there
+        ([29, 32, 30, 36], [-89.9, -94.9, -91.9, -98.9], True),  # surely likelier, by nothing that matters
+        ([20, 23, 21, 26], [-80.0, -86.0, -81.0, -89.0], True),  # likelier, but keeps fewer
+    ],
+)
+def test_a_reading_is_better_only_beyond_noise(kept: list[int], nats: list[float], is_healthy: bool) -> None:
+    def cell(theta: float, kept: list[int], nats: list[float]) -> Cell:
+        tallies = (Tally(40, k, n) for k, n in zip(kept, nats, strict=True))
+        return Cell(Reading((2, 4, 5), theta, False), (0.5, 0.4), tuple(tallies))
+
+    configured = cell(1e6, [30, 33, 31, 36], [-90.0, -95.0, -92.0, -99.0])
+    found = Diagnosis((configured, cell(1e4, kept, nats)))
+    assert found.is_healthy is is_healthy and found.overrides == ({} if is_healthy else {"rope_theta": 1e4})
 
 
 def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, Path, list[Answer]]) -> None:

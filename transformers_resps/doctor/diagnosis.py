@@ -11,6 +11,7 @@ from typing import Any
 
 _SURE = 3.0  # standard errors; more than two because the best of some twenty cells is looked at
 _LEAST_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
+_LEAST_NATS = 0.02  # per chain, likewise
 _STRANGER = 0.05  # agreement at depth 1 below which a head knows nothing of its target
 
 
@@ -100,7 +101,7 @@ class Diagnosis:
             return gain > 0
         nats = [a.log_prob - b.log_prob for a, b in zip(cell.tallies, other.tallies, strict=True)]
         likelier, doubt = self._mean(nats, cell)
-        return gain >= -error and likelier > _SURE * doubt and likelier > 0
+        return gain >= -error and likelier > max(_SURE * doubt, _LEAST_NATS)
 
     def _changes(self, cell: Cell) -> int:
         ours, theirs = self.configured.reading, cell.reading
