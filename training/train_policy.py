@@ -34,6 +34,7 @@ from transformers_resps.trainers import (
     ReplayRollouts,
     ReplayText,
     StepSeconds,
+    head_fingerprint,
     load_conversations,
     policy_identity,
     record_text,
@@ -145,8 +146,8 @@ class Recorder:
     def _key(self, prompt: Tensor) -> str:
         """Changes with everything that changes the recording."""
         script = self.script
-        answered = [script.target, script.target_dtype, script.head, script.max_new_tokens, script.temperature]
-        made_with = json.dumps([*answered, self.grid.to_list()])
+        answered = [script.target, script.target_dtype, script.max_new_tokens, script.temperature]
+        made_with = json.dumps([*answered, head_fingerprint(self.head), self.grid.to_list()])
         return f"{name_of(prompt)}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
 
     def _answer(self, prompt: Tensor) -> ReplayText | None:

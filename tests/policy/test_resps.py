@@ -146,8 +146,31 @@ def test_the_door_returns_the_right_class_and_names_what_is_wrong(tmp_path: Path
     (tmp_path / "new" / "config.json").write_text('{"policy_type": "oracle"}')
     with pytest.raises(ValueError, match=r"'oracle', but this release knows \['fixed'.*Update"):
         AutoPolicy.from_pretrained(tmp_path / "new")
+    for missing in (str(tmp_path / "missing"), "nobody/nothing"):
+        with pytest.raises(ValueError, match="neither a folder here nor a repository.*Check the path"):
+            AutoPolicy.from_pretrained(missing)
     with pytest.raises(TypeError, match="AutoPolicy.from_pretrained"):
         AutoPolicy()
+
+
+@pytest.mark.parametrize("damage", ["no weights", "other weights", "broken weights", "unknown setting", "no grid"])
+def test_a_damaged_policy_is_refused(tmp_path: Path, damage: str) -> None:
+    ReSpSPolicy(ReSpSConfig(9)).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "other weights":
+        ReSpSPolicy(ReSpSConfig(8)).save_pretrained(tmp_path / "other")
+        (tmp_path / "other" / "model.safetensors").rename(weights)
+    elif damage == "broken weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "unknown setting":
+        config["mood"] = "good"
+    else:
+        del config["grid"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="type 'resps' that this release cannot read(?s:.*)save it again"):
+        AutoPolicy.from_pretrained(tmp_path)
 
 
 def test_push_and_pull_take_the_two_files_and_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

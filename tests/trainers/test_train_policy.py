@@ -75,6 +75,10 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypa
     head = DraftHead.from_pretrained(folder / "head", target=target)
     assert isinstance(policy, ReSpSPolicy)
     policy.check_identity(**policy_identity(target, head), grid=ActionGrid.small())
+    for dtype in (torch.float64, torch.bfloat16):
+        policy.check_identity(**policy_identity(target, DraftHead.from_pretrained(folder / "head", dtype=dtype)))
+    with pytest.raises(ValueError, match="trained with the head .*it needs fingerprint"):
+        policy.check_identity(**policy_identity(target, DraftHead.from_target(target, draft_vocab_size=12)))
     prompt = torch.tensor([[5, 6, 7, 3]])
     plain = target.generate(prompt, max_new_tokens=20, do_sample=False)
     assert torch.equal(

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,10 +73,15 @@ class SavedPolicy(Policy):
     def load_folder(cls, folder: Path, config: dict[str, Any]) -> Self:
         """The policy of a local folder whose `config.json` was read already."""
         weights = folder / WEIGHTS_FILE
-        return cls.from_saved(
-            {key: value for key, value in config.items() if key != "policy_type"},
-            load_file(weights) if weights.is_file() else {},
-        )
+        values = {key: value for key, value in config.items() if key != "policy_type"}
+        try:
+            return cls.from_saved(values, load_file(weights) if weights.is_file() else {})
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two: weights that do not fit
+            raise ValueError(
+                f"{folder} holds a policy of type {cls.policy_type!r} that this release cannot read ({error}). It "
+                f"needs the {CONFIG_FILE} and {WEIGHTS_FILE} that `save_pretrained` wrote together. Download or save it "
+                "again."
+            ) from error
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **hub: Any) -> str:
         """Publish the policy; returns the address of the commit.
@@ -100,7 +107,13 @@ def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) ->
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     allowed = [CONFIG_FILE, WEIGHTS_FILE]
-    return Path(str(snapshot_download(str(id_or_folder), revision=revision, allow_patterns=allowed, **hub)))
+    try:
+        return Path(str(snapshot_download(str(id_or_folder), revision=revision, allow_patterns=allowed, **hub)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"{id_or_folder} is neither a folder here nor a repository that could be read ({error}). A policy is "
+            "loaded from what `save_pretrained` wrote or `push_to_hub` published. Check the path, the id and the connection."
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

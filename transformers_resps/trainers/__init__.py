@@ -10,7 +10,7 @@ from .live_rollouts import LiveRollouts
 from .oracle import Headroom, Oracle
 from .outcomes import OutcomeTable, TextOutcomes
 from .policy_config import PolicyTrainingConfig
-from .policy_identity import policy_identity
+from .policy_identity import head_fingerprint, policy_identity
 from .policy_trainer import PolicyTrainer
 from .replay import ReplayText, StepSeconds, record_text
 from .rollouts import ReplayRollouts, Rollouts
@@ -38,6 +38,7 @@ __all__ = [
     "StepSeconds",
     "TextOutcomes",
     "choose_draft_vocabulary",
+    "head_fingerprint",
     "load_conversations",
     "make_example",
     "make_examples",
