@@ -79,8 +79,8 @@ class SavedPolicy(Policy):
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two: weights that do not fit
             raise ValueError(
                 f"{folder} holds a policy of type {cls.policy_type!r} that this release cannot read ({error}). It "
-                f"needs the {CONFIG_FILE} and {WEIGHTS_FILE} that `save_pretrained` wrote together. Download or save it "
-                "again."
+                f"needs the {CONFIG_FILE} and {WEIGHTS_FILE} that `save_pretrained` wrote together. Download or save "
+                "it again."
             ) from error
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **hub: Any) -> str:
@@ -112,7 +112,8 @@ def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) ->
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"{id_or_folder} is neither a folder here nor a repository that could be read ({error}). A policy is "
-            "loaded from what `save_pretrained` wrote or `push_to_hub` published. Check the path, the id and the connection."
+            "loaded from what `save_pretrained` wrote or `push_to_hub` published. Check the path, the id "
+            "and the connection."
         ) from error
 
 
