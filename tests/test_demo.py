@@ -66,7 +66,7 @@ def test_the_table_counts_all_tokens_over_all_seconds() -> None:
 def test_rounding_passes_and_anything_else_fails() -> None:
     explained, wrong = comparison(divergence=near_tie(0.125)), comparison(divergence=near_tie(5.0))
     assert explained.passed and not wrong.passed
-    assert "to 4: rounding" in printed(explained)
+    assert "to 4: near-tie" in printed(explained)
     assert "UNEXPLAINED" in printed(wrong)
     line = divergence_line(explained, lambda tokens: f"<{tokens[0]}>")
     assert (

@@ -15,7 +15,7 @@ from transformers_resps.verification import explain_divergence
 
 
 HEAD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-head"
-pytestmark = [pytest.mark.real, pytest.mark.skipif(not HEAD.exists(), reason="the head is not published yet")]
+pytestmark = pytest.mark.real
 PROMPTS = [
     json.loads(line)["messages"]
     for line in files("transformers_resps.demo").joinpath("prompts.jsonl").read_text(encoding="utf-8").splitlines()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from .answering import Answer, Comparison
@@ -63,11 +64,11 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
 
 def table(comparisons: Sequence[Comparison]) -> Table:
     """One row per prompt, and one for all in the first dtype."""
-    result = Table(title="Tokens per second, plain and with the draft tree, in turn")
+    result = Table(title="Tokens per second, plain and with the draft tree, in turn", box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("prompt", "dtype", "same text"):
         result.add_column(name, no_wrap=True)
     for name in ("plain/s", "tree/s", "ratio", "tau", "nodes"):
-        result.add_column(name, justify="right")
+        result.add_column(name, justify="right", no_wrap=True)
     for comparison in comparisons:
         result.add_row(*_cells(comparison.kind, _same_text(comparison), [comparison]))
     first = [c for c in comparisons if c.dtype == comparisons[0].dtype]
@@ -84,7 +85,7 @@ def _name(comparison: Comparison) -> str:
 def _same_text(comparison: Comparison) -> str:
     if comparison.divergence is None:
         return "yes"
-    reason = "rounding" if comparison.passed else "UNEXPLAINED"
+    reason = "near-tie" if comparison.passed else "UNEXPLAINED"
     return f"to {comparison.divergence.position}: {reason}"
 
 
