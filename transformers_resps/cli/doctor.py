@@ -1,8 +1,7 @@
-"""The command `resps`. Parses and prints; what is printed is worked out elsewhere."""
+"""`resps doctor`: is a head read as it was trained."""
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .bench.options import add_options as add_bench_options
-from .calibration import CostTable, calibrate
-from .demo.options import add_options as add_demo_options
-from .doctor import Answer, Cell, Diagnosis, diagnose, write_answers
-from .head import DraftHead
-from .trainers.conversations import Conversation, read_conversations
-from .trainers.examples import make_example
+from ..doctor import Answer, Cell, Diagnosis, diagnose, write_answers
+from ..head import DraftHead
+from ..trainers.conversations import Conversation, read_conversations
+from ..trainers.examples import make_example
 
 
 # Fifty questions that any chat model answers at some length: every task with every subject.
@@ -37,105 +33,7 @@ _TASKS = (
 _SUBJECTS = ("bicycles", "the ocean", "cooking", "public libraries", "numbers")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
-
-    Returns:
-        0; 1 when what was examined is not as it should be; 2 when it could not be examined.
-    """
-    args = make_parser().parse_args(arguments)
-    try:
-        status: int = args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"resps {args.command}: {error}", file=sys.stderr)
-        return 2
-    return status
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The subcommands and their options."""
-    parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_demo(commands)
-    add_doctor(commands)
-    add_calibrate(commands)
-    add_bench(commands)
-    return parser
-
-
-def add_calibrate(commands: Any) -> None:
-    """`resps calibrate TARGET [HEAD]`."""
-    parser = commands.add_parser("calibrate", help="what do steps cost on this machine, and can drafting pay at all?")
-    parser.set_defaults(run=calibrate_costs)
-    parser.add_argument("target", help="folder or Hub id")
-    parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
-    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--refresh", action="store_true", help="measure again although a table is kept")
-
-
-def calibrate_costs(args: argparse.Namespace) -> int:
-    """Print the cost table, measured now or before."""
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device)
-    head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
-    table = calibrate(target, head, refresh=args.refresh)
-    for key, value in table.identity.items():
-        print(f"{key:14}{value}")
-    contexts = sorted(table.verify)
-    print("\nMilliseconds of a forward of the target, by context:\n")
-    print("  nodes" + "".join(f"{context:>9}" for context in contexts))
-    for nodes in sorted(table.verify[contexts[0]]):
-        print(f"{nodes:7}" + "".join(f"{1e3 * table.verify[context][nodes]:9.1f}" for context in contexts))
-    if table.draft:
-        widths = ", ".join(f"{width}: {1e3 * seconds:.1f}" for width, seconds in sorted(table.draft.items()))
-        print(f"\nMilliseconds of one level of the head, by width: {widths}")
-    print(f"\n{what_must_be_accepted(table)}")
-    return 0
-
-
-def what_must_be_accepted(table: CostTable) -> str:
-    """One sentence: how right drafts must be before they pay."""
-    context = min(table.verify)
-    plain = table.verify_seconds(1, context)
-    costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in (2, 4, 8)}
-    listed = ", ".join(f"{nodes} nodes {cost:.1f}" for nodes, cost in costs.items())
-    least = min(costs.values())
-    verdict = "can pay" if least < 1.6 else "can hardly pay"
-    return (
-        f"In plain steps, verifying costs: {listed}. Drafting {verdict} here: a step must accept more than "
-        f"{least - 1:.1f} tokens on average, and what drafting them costs."
-    )
-
-
-def add_demo(commands: Any) -> None:
-    """`resps demo`."""
-    parser = commands.add_parser("demo", help="a real model answers five prompts, plain and with a draft head")
-    add_demo_options(parser)
-    parser.set_defaults(run=demo)
-
-
-def demo(args: argparse.Namespace) -> int:
-    """0 when rounding explains every difference between both texts, otherwise 1."""
-    from .demo.__main__ import run  # needs the extra `demo`
-
-    return run(args)
-
-
-def add_bench(commands: Any) -> None:
-    """`resps bench TARGET HEAD --dataset FILE`."""
-    parser = commands.add_parser("bench", help="draft trees, plain decoding and prompt lookup, in turn")
-    add_bench_options(parser)
-    parser.set_defaults(run=bench)
-
-
-def bench(args: argparse.Namespace) -> int:
-    """0 when rounding explains every difference from plain decoding, otherwise 1."""
-    from .bench.__main__ import run  # needs the extra `bench`
-
-    return run(args)
-
-
-def add_doctor(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """`resps doctor TARGET HEAD`."""
     parser = commands.add_parser("doctor", help="does a head read its target as it was trained to?")
     parser.set_defaults(run=doctor)

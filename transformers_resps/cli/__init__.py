@@ -1,0 +1,34 @@
+"""The command `resps`. Parses and prints; what is printed is worked out elsewhere. One file per subcommand."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import bench, calibrate, demo, doctor
+
+
+COMMANDS = (demo, doctor, calibrate, bench)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Returns:
+        0; 1 when what was examined is not as it should be; 2 when it could not be examined.
+    """
+    args = make_parser().parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"resps {args.command}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The subcommands and their options."""
+    parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command.add_command(commands)
+    return parser

@@ -1,0 +1,54 @@
+"""`resps calibrate`: what steps cost on this machine."""
+
+import argparse
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..calibration import CostTable, calibrate
+from ..head import DraftHead
+
+
+def add_command(commands: Any) -> None:
+    """`resps calibrate TARGET [HEAD]`."""
+    parser = commands.add_parser("calibrate", help="what do steps cost on this machine, and can drafting pay at all?")
+    parser.set_defaults(run=calibrate_costs)
+    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--refresh", action="store_true", help="measure again although a table is kept")
+
+
+def calibrate_costs(args: argparse.Namespace) -> int:
+    """Print the cost table, measured now or before."""
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device)
+    head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
+    table = calibrate(target, head, refresh=args.refresh)
+    for key, value in table.identity.items():
+        print(f"{key:14}{value}")
+    contexts = sorted(table.verify)
+    print("\nMilliseconds of a forward of the target, by context:\n")
+    print("  nodes" + "".join(f"{context:>9}" for context in contexts))
+    for nodes in sorted(table.verify[contexts[0]]):
+        print(f"{nodes:7}" + "".join(f"{1e3 * table.verify[context][nodes]:9.1f}" for context in contexts))
+    if table.draft:
+        widths = ", ".join(f"{width}: {1e3 * seconds:.1f}" for width, seconds in sorted(table.draft.items()))
+        print(f"\nMilliseconds of one level of the head, by width: {widths}")
+    print(f"\n{what_must_be_accepted(table)}")
+    return 0
+
+
+def what_must_be_accepted(table: CostTable) -> str:
+    """One sentence: how right drafts must be before they pay."""
+    context = min(table.verify)
+    plain = table.verify_seconds(1, context)
+    costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in (2, 4, 8)}
+    listed = ", ".join(f"{nodes} nodes {cost:.1f}" for nodes, cost in costs.items())
+    least = min(costs.values())
+    verdict = "can pay" if least < 1.6 else "can hardly pay"
+    return (
+        f"In plain steps, verifying costs: {listed}. Drafting {verdict} here: a step must accept more than "
+        f"{least - 1:.1f} tokens on average, and what drafting them costs."
+    )

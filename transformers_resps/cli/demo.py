@@ -1,0 +1,20 @@
+"""`resps demo`: a real model answers five prompts, plain and with a draft head."""
+
+import argparse
+from typing import Any
+
+from ..demo.options import add_options
+
+
+def add_command(commands: Any) -> None:
+    """`resps demo`."""
+    parser = commands.add_parser("demo", help="a real model answers five prompts, plain and with a draft head")
+    add_options(parser)
+    parser.set_defaults(run=demo)
+
+
+def demo(args: argparse.Namespace) -> int:
+    """0 when rounding explains every difference between both texts, otherwise 1."""
+    from ..demo.__main__ import run  # needs the extra `demo`
+
+    return run(args)
