@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel
 from .calibration import CostTable, calibrate
 from .generation import ReSpSGenerationMixin, SpeculativeOutput, attach, detach
 from .head import DraftHead, DraftHeadConfig
+from .packing import pack, unpack
 from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
 from .telemetry import SpeculationReport, StepRecord
 from .tree import DraftTree, TreeShape
@@ -34,4 +35,6 @@ __all__ = [
     "attach",
     "calibrate",
     "detach",
+    "pack",
+    "unpack",
 ]

@@ -2,17 +2,18 @@
 
 from typing import cast
 
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..packing import pack
 from .modeling import DraftHead
 
 
 class BoundHead:
     """The head, the target's embedding table and the output rows of the draft vocabulary.
 
-    Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target.
+    Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target. The
+    head's layers are packed: a level has few rows.
 
     Raises:
         ValueError: the head belongs to another target.
@@ -20,9 +21,10 @@ class BoundHead:
 
     def __init__(self, head: DraftHead, target: PreTrainedModel) -> None:
         head.check_target(target)
-        self.head = head
+        self.head = pack(head)
         self.embed_tokens = head.embed_tokens if head.config.owns_embedding else target.get_input_embeddings()
         output = head.lm_head if head.config.owns_output_head else target.get_output_embeddings()
+        self._output = cast(nn.Module, output)
         self.output_weight = cast(Tensor, output.weight)
         self.draft_token_ids = None if head.config.draft_vocab_size is None else head.draft_token_ids
 
@@ -33,7 +35,7 @@ class BoundHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """`[b, t, h]` before the final norm -> fp32 `[b, t, d]`."""
         normed = self.head.norm(hidden)
-        return F.linear(normed.to(self.output_weight.dtype), self.output_weight).float()
+        return cast(Tensor, self._output(normed.to(self.output_weight.dtype))).float()
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft vocabulary ids of any shape -> target ids."""
