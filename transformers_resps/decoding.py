@@ -19,7 +19,7 @@ from .candidate_generator import TreeCandidateGenerator
 from .features import Features, FeatureTap
 from .head import BoundHead
 from .lookup import BatchLookup, Match
-from .policy import Observation, Policy
+from .policy import Observation, Policy, Witness
 from .telemetry import SpeculationReport, StepRecord
 from .tree import DraftTree, TreeShape
 from .versions import CACHE_KEYWORD
@@ -107,6 +107,8 @@ class TreeDecoding:
         acceptance = walk(tree, outputs.logits, self.text)
         self._keep(tree, acceptance, features)
         record = self._record(shape, drafted_count, tree, acceptance, (started, drafted, verified))
+        if isinstance(self.policy, Witness):
+            self.policy.witness(tree, acceptance.path, acceptance.tokens)
         self.policy.observe(record)
 
     def _observe(self) -> Observation:

@@ -144,6 +144,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         )
         try:
             report = self._decode(request, text, generation_config, model_kwargs)
+            report.answers = text.input_ids[:, input_ids.shape[1] :].tolist()
         finally:
             if streamer is not None:
                 streamer.end()

@@ -45,10 +45,12 @@ class SpeculationReport:
     Attributes:
         steps: in order.
         batch_size: rows decoded together.
+        answers: token ids that each row gained, in the order of the steps; padded behind a row's end.
     """
 
     batch_size: int = 1
     steps: list[StepRecord] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
 
     @property
     def emitted(self) -> int:

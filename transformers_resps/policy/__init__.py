@@ -5,7 +5,7 @@ from .auto import AutoPolicy
 from .costs import RunningCosts
 from .fixed import FixedPolicy
 from .guard import Guard
-from .protocol import Level, Observation, Policy
+from .protocol import Level, Observation, Policy, Witness
 from .resps import ReSpSConfig, ReSpSPolicy
 from .saving import SavedPolicy
 from .throughput import ThroughputPolicy
@@ -24,6 +24,7 @@ __all__ = [
     "RunningCosts",
     "SavedPolicy",
     "ThroughputPolicy",
+    "Witness",
     "default_policy",
 ]
 

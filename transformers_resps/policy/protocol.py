@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from ..telemetry import StepRecord
-from ..tree import TreeShape
+from ..tree import DraftTree, TreeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +70,18 @@ class Policy(Protocol):
     def observe(self, record: StepRecord) -> None:
         """Learn what the step gave and cost."""
         return None
+
+
+@runtime_checkable
+class Witness(Protocol):
+    """A policy that is also shown the tree of every step and what the target made of it, for instance to draw it."""
+
+    def witness(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
+        """Called once a step, before `observe`; not timed.
+
+        Args:
+            tree: what the target verified.
+            path: `[b, m]` the accepted nodes, root first.
+            tokens: `[b, m]` the target's own token after each of them.
+        """
+        ...
