@@ -96,3 +96,21 @@ def test_plain_shapes_draft_nothing() -> None:
     assert TreeShape.plain().is_plain and TreeShape(9, 0, 3).is_plain and TreeShape(1, 4, 3).is_plain
     assert TreeShape(9, 4, 2).within(2) == TreeShape(9, 2, 2)
     assert TreeShape(9, 4, 2).within(-1).is_plain
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_pool_foresaw_is_the_longest_path_along_the_tokens(seed: int) -> None:
+    pool = random_pool(seed)
+    tokens = torch.randint(0, 9, (2, 4), generator=torch.Generator().manual_seed(seed))
+    longest = []
+    for row in range(2):
+        nodes, run = {-1}, 0
+        for token in tokens[row].tolist():
+            found = [
+                i for i, p in enumerate(pool.parents[row].tolist()) if p in nodes and pool.tokens[row, i] == token
+            ]
+            if not found:
+                break
+            nodes, run = {found[0]}, run + 1  # siblings with one token do not happen: the first stands for both
+        longest.append(run)
+    assert pool.foreseen(tokens) == min(longest)

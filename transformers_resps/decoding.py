@@ -21,7 +21,7 @@ from .head import BoundHead
 from .lookup import BatchLookup, Match
 from .policy import Observation, Policy, Witness
 from .telemetry import SpeculationReport, StepRecord
-from .tree import DraftTree, TreeShape
+from .tree import CandidatePool, DraftTree, TreeShape
 from .versions import CACHE_KEYWORD
 
 
@@ -66,6 +66,7 @@ class TreeDecoding:
         self._root_positions = position_ids[:, -1].expand(len(text.input_ids)) + 1  # [b]
         self._max_length = max_length
         self._last_position = _last_position(target, int(self._root_positions.max()))
+        self._pool: CandidatePool | None = None  # of this step, from the head
         self._clock = clock
 
     def prefill(self, chunk_size: int | None, logits_to_keep: dict[str, int]) -> None:
@@ -142,9 +143,9 @@ class TreeDecoding:
     def _draft(self, shape: TreeShape) -> tuple[DraftTree, int]:
         """The tree to verify, and how many candidates it was chosen from."""
         root = self.text.input_ids[:, -1]
-        tree, drafted = DraftTree.root_only(root), 0
+        tree, drafted, self._pool = DraftTree.root_only(root), 0, None
         if shape.asks_head and self._generator is not None:
-            pool = self._generator.draft(shape, self.policy)
+            self._pool = pool = self._generator.draft(shape, self.policy)
             drafted = pool.tokens.shape[1]
             total_tokens = min(shape.total_tokens, int(self.policy.size(pool.scores)))
             if total_tokens > 1:
@@ -210,6 +211,7 @@ class TreeDecoding:
             emitted=emitted[0] if alone else tuple(emitted),
             draft_seconds=drafting_ended - started,
             verify_seconds=verifying_ended - drafting_ended,
+            foreseen=0 if self._pool is None else self._pool.foreseen(acceptance.tokens),
             step_seconds=self._clock() - started,
         )
         self.report.steps.append(record)

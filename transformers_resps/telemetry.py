@@ -22,6 +22,8 @@ class StepRecord:
         draft_seconds: observing, choosing, drafting and sizing.
         verify_seconds: the target forward.
         step_seconds: the whole step, policy and bookkeeping included.
+        foreseen: how many of the step's tokens, from the first, the head's candidates hold as a path, whether or not
+            they were verified; the least of a batch.
     """
 
     shape: TreeShape
@@ -32,6 +34,7 @@ class StepRecord:
     draft_seconds: float
     verify_seconds: float
     step_seconds: float
+    foreseen: int = 0
 
     @property
     def emitted_total(self) -> int:

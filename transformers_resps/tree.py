@@ -89,6 +89,17 @@ class CandidatePool:
     scores: Tensor
     levels: Tensor
 
+    def foreseen(self, tokens: Tensor) -> int:
+        """How many of `tokens` `[b, m]`, from the first, lie on a path below the root; the least of all rows."""
+        tokens = tokens.to(self.tokens.device)
+        parent = torch.full_like(tokens[:, :1], -1)
+        for count in range(tokens.shape[1]):
+            hits = (self.tokens == tokens[:, count : count + 1]) & (self.parents == parent)
+            if not bool(hits.any(-1).all()):
+                return count
+            parent = hits.int().argmax(-1, keepdim=True)
+        return tokens.shape[1]
+
 
 @dataclass(frozen=True, slots=True)
 class DraftTree:
