@@ -96,9 +96,10 @@ class TreeCandidateGenerator:
             self._head.embed(tokens),
             self._positions(start, count),
             self._cache.attend_from(start, mask, is_causal=mask is None and count > 1),
+            newest_only=True,
         )
         self._cache.length = start + count
-        self._newest = output[:, -1:]
+        self._newest = output
 
     def _pair_mask(self, start: int, count: int) -> Tensor | None:
         """`[b or 1, 1, count, start + count]` causal, without padding; `None` where plain causal attention will do."""

@@ -41,18 +41,22 @@ class HeadCache:
             start: where the new entries go.
             mask: `[b or 1, 1, t, start + t]` bool, true where attended; `None` sees everything.
             is_causal: instead of a mask, for `start == 0`.
+
+        With fewer queries than keys the queries are the newest one alone.
         """
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             end = start + keys.shape[2]
             self._keys[layer, :, :, start:end] = keys
             self._values[layer, :, :, start:end] = values
+            asking = queries.shape[2]
+            everything = asking < keys.shape[2]  # which the newest query sees
             return F.scaled_dot_product_attention(
                 queries,
                 self._keys[layer, :, :, :end],
                 self._values[layer, :, :, :end],
-                attn_mask=mask,
-                is_causal=is_causal,
+                attn_mask=mask if mask is None else mask[:, :, -asking:],
+                is_causal=is_causal and not everything,
                 enable_gqa=self._grouped,
             )
 

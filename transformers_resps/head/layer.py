@@ -1,15 +1,17 @@
 """One decoder layer of a draft head. Knows nothing of caches or masks: attention is passed in."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaMLP, rotate_half
 
 from .configuration import DraftHeadConfig
 
 
-# (layer index, queries [b, heads, t, hd], keys [b, kv heads, t, hd], values) -> [b, heads, t, hd]
+# (layer index, queries [b, heads, a, hd], keys [b, kv heads, t, hd], values) -> [b, heads, a, hd]; the queries are
+# those of the last a <= t positions
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -34,15 +36,22 @@ class DraftAttention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """`[b, t, width]` -> `[b, t, h]`; `rope` is the cosine and sine of each position, `[b, t, head_dim]`."""
-        split = (*states.shape[:2], -1, self.head_dim)
-        queries = self.q_norm(self.q_proj(states).view(split)).transpose(1, 2)
-        keys = self.k_norm(self.k_proj(states).view(split)).transpose(1, 2)
-        values = self.v_proj(states).view(split).transpose(1, 2)
-        queries, keys = apply_rotary_pos_emb(queries, keys, *rope)
+    def forward(self, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: slice) -> Tensor:
+        """`[b, t, width]` -> `[b, a, h]` at the `wanted` positions; `rope` is cosine and sine, `[b, t, head_dim]`."""
+        heads = (-1, self.head_dim)
+        queries = self.q_norm(self.q_proj(states[:, wanted]).unflatten(-1, heads)).transpose(1, 2)
+        keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
+        values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
+        cosine, sine = (part[:, None] for part in rope)
+        queries = _rotated(queries, cosine[:, :, wanted], sine[:, :, wanted])
+        keys = _rotated(keys, cosine, sine)
         attended = attend(self.layer_index, queries, keys, values)
         return self.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module is untyped
+
+
+def _rotated(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """`[b, heads, t, hd]` turned by the angles of its positions, `[b, 1, t, hd]`."""
+    return states * cosine + cast(Tensor, rotate_half(states)) * sine
 
 
 class DraftLayer(nn.Module):
@@ -59,8 +68,10 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, hidden: Tensor, embeddings: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """`[b, t, h]` hidden states and token embeddings -> `[b, t, h]`."""
+    def forward(
+        self, hidden: Tensor, embeddings: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: slice
+    ) -> Tensor:
+        """`[b, t, h]` hidden states and token embeddings -> `[b, a, h]` at the `wanted` positions."""
         residual = hidden
         if self.reads_embedding:
             normed = self.hidden_norm(hidden)
@@ -69,5 +80,5 @@ class DraftLayer(nn.Module):
             states = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)  # embedding first, as published
         else:
             states = self.input_layernorm(hidden)
-        residual = residual + self.self_attn(states, rope, attend)
+        residual = residual[:, wanted] + self.self_attn(states, rope, attend, wanted)
         return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped

@@ -66,7 +66,9 @@ class DraftHead(PreTrainedModel):
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return cast(Tensor, self.fc(features))
 
-    def forward(self, hidden: Tensor, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, hidden: Tensor, embeddings: Tensor, positions: Tensor, attend: Attend, *, newest_only: bool = False
+    ) -> Tensor:
         """One pass over positions in parallel.
 
         Args:
@@ -74,13 +76,16 @@ class DraftHead(PreTrainedModel):
             embeddings: `[b, t, h]` of the token after each feature.
             positions: `[b, t]` RoPE positions.
             attend: attention over what the caller keeps (see `HeadCache`).
+            newest_only: compute the output of the last position alone. A prompt's other positions are read for their
+                keys and values, a third of the work.
 
         Returns:
-            `[b, t, h]`, before the final norm.
+            `[b, t or 1, h]`, before the final norm.
         """
         rope = self.rotary_emb(hidden, positions)
         for layer in self.layers:
-            hidden = layer(hidden, embeddings, rope, attend)
+            wanted = slice(-1, None) if newest_only and layer is self.layers[-1] else slice(None)
+            hidden = layer(hidden, embeddings, rope, attend, wanted)
         return hidden
 
     def feedback(self, hidden: Tensor) -> Tensor:
