@@ -11,18 +11,20 @@ PACKAGE = Path(__file__).parent.parent / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
-BOTTOM = {"versions", "packing", "tree", "cache", "attention", "features", "telemetry"}
+BOTTOM = {"versions", "packing", "pieces", "terminal", "tree", "cache", "attention", "features", "telemetry"}
 PARTS = {"acceptance", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "probe", "refusals", "generation"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "packing": set(),
+    "pieces": set(),
+    "terminal": set(),
     "tree": set(),
     "cache": {"versions"},
     "attention": {"tree", "cache"},
     "features": {"versions"},
-    "telemetry": {"tree"},
+    "telemetry": {"tree", "pieces", "terminal"},
     "acceptance": {"tree"},
     "head": {"tree", "packing"},
     "lookup": {"tree"},

@@ -1,11 +1,13 @@
 """What a call of `generate` did, step by step.
 
-Knows `TreeShape` only. Every rate the project publishes is computed here, from these records.
+Knows shapes and tokens only. Every rate the project publishes is computed here, from these records.
 """
 
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
+from .pieces import decoder, pieces_of
 from .tree import TreeShape
 
 
@@ -39,6 +41,15 @@ class StepRecord:
     @property
     def emitted_total(self) -> int:
         return self.emitted if isinstance(self.emitted, int) else sum(self.emitted)
+
+    @property
+    def rest_seconds(self) -> float:
+        """Of the step, neither drafting nor verifying: the walk, the caches, logits processors and streamers."""
+        return max(self.step_seconds - self.draft_seconds - self.verify_seconds, 0.0)
+
+    def emitted_by(self, row: int) -> int:
+        """Tokens that one row of the batch gained."""
+        return self.emitted if isinstance(self.emitted, int) else self.emitted[row]
 
 
 @dataclass(slots=True)
@@ -95,3 +106,52 @@ class SpeculationReport:
             "tokens_per_second": self.tokens_per_second,
             "steps": [asdict(step) for step in self.steps],
         }
+
+    def show(self, tokenizer: Any = None, *, row: int = 0, console: Any = None) -> None:
+        """Print the answer with accepted tokens in colour, then every step: shape, nodes, seconds, tokens.
+
+        Args:
+            tokenizer: writes the tokens as text; without one their ids are shown.
+            row: of the batch.
+            console: a `rich.console.Console` to print to, for instance `Console(file=...)`; the terminal by default.
+
+        Raises:
+            ImportError: the package `rich` is missing.
+        """
+        try:
+            from .terminal import StepLine, print_steps
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "`show` prints with the package `rich`, which is not installed. Install transformers-resps[inspect], "
+                "or read `steps` and `answers`."
+            ) from error
+        lines = [
+            StepLine(
+                shape="prefill" if number == 0 else str(step.shape),
+                verified=step.verified,
+                accepted=texts[:-1],
+                own="".join(texts[-1:]),
+                seconds=(step.draft_seconds, step.verify_seconds, step.rest_seconds),
+            )
+            for number, (step, texts) in enumerate(zip(self.steps, self._texts(tokenizer, row), strict=True))
+        ]
+        print_steps(lines, str(self), console)
+
+    def _texts(self, tokenizer: Any, row: int) -> list[list[str]]:
+        """Per step the text of each token that `row` gained."""
+        answer = self.answers[row]
+        written = [f"{token} " for token in answer] if tokenizer is None else pieces_of(answer, decoder(tokenizer))
+        ends = list(accumulate((step.emitted_by(row) for step in self.steps), initial=0))
+        return [written[start:end] for start, end in pairwise(ends)]
+
+    def __str__(self) -> str:
+        parts = {
+            "drafting": sum(step.draft_seconds for step in self.steps),
+            "verifying": sum(step.verify_seconds for step in self.steps),
+            "the rest": sum(step.rest_seconds for step in self.steps),
+        }
+        shares = ", ".join(f"{name} {seconds / self.seconds:.0%}" for name, seconds in parts.items() if self.seconds)
+        return (
+            f"{self.emitted} tokens in {self.target_forwards} forwards of the target: tau {self.tau:.2f}, "
+            f"{self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
+        )

@@ -57,6 +57,13 @@ class TreeShape:
         """No drafting: the target decodes one token."""
         return cls(1, 0, 1)
 
+    def __str__(self) -> str:
+        """`8/4/2` for total_tokens/depth/top_k, `8/4/2+6` with lookup nodes, `+6` for those alone, or `plain`."""
+        if self.is_plain:
+            return "plain"
+        head = f"{self.total_tokens}/{self.depth}/{self.top_k}" if self.asks_head else ""
+        return f"{head}+{self.lookup}" if self.lookup else head
+
     @property
     def asks_head(self) -> bool:
         return self.total_tokens > 1 and self.depth > 0
