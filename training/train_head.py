@@ -2,10 +2,10 @@
 
     python training/train_head.py --config training/recipes/smollm2_135m_instruct.yaml
 
-A run that was killed goes on with the same command: the newest checkpoint in `output_dir` is resumed.
+A run that was killed goes on with the same command: the newest checkpoint in `output_dir` is resumed, and
+Ctrl-C writes one.
 """
 
-import hashlib
 import json
 import logging
 import sys
@@ -31,6 +31,8 @@ from transformers_resps.trainers import (
     load_conversations,
     make_examples,
     save_head,
+    split_examples,
+    vocabulary_of,
 )
 
 
@@ -39,15 +41,30 @@ class HeadScriptArguments:
     """What is trained on what."""
 
     target: str = field(metadata={"help": "Hub id or folder of the model to draft for."})
-    datasets: list[str] = field(metadata={"help": "JSON or JSONL files, or Hub ids, of conversations."})
+    datasets: list[str] = field(
+        metadata={"help": "JSON or JSONL files, or Hub ids (`owner/name` or `owner/name:config`), of conversations."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of the datasets from the Hub."})
     target_name: str | None = field(default=None, metadata={"help": "Name of the target to write into the head."})
     limits: list[int] = field(
         default_factory=list, metadata={"help": "Most conversations taken from each dataset; 0 for all."}
     )
-    head: str | None = field(default=None, metadata={"help": "Head to start from; otherwise a fresh one."})
+    head: str | None = field(
+        default=None,
+        metadata={
+            "help": "Head to go on from, in any published format; it keeps its draft vocabulary, layers and norms. "
+            "Without it a fresh one. A checkpoint in `output_dir` wins over it."
+        },
+    )
     draft_vocab_size: int = field(default=8192, metadata={"help": "Tokens a fresh head can propose; 0 for all."})
     max_length: int = field(default=512, metadata={"help": "Longest text in tokens; longer ones are cut."})
-    eval_conversations: int = field(default=100, metadata={"help": "Conversations of the first dataset held out."})
+    eval_share: float = field(
+        default=0.03,
+        metadata={"help": "Share of all prompts never trained on: the same ones, whatever is added to `datasets`."},
+    )
+    eval_conversations: int = field(
+        default=100, metadata={"help": "Most held-out texts of the first dataset to evaluate; 0 trains on all."}
+    )
     feature_cache_dir: str | None = field(
         default=None, metadata={"help": "Keep the target's features there and read them in every epoch."}
     )
@@ -58,41 +75,57 @@ class HeadScriptArguments:
             "help": "Normalise each feature layer of a fresh head (EAGLE-3.1): deep layers are often 20 times larger."
         },
     )
-    default_tree: list[int] = field(
-        default_factory=lambda: [8, 4, 2],
-        metadata={"help": "total_tokens, depth and top_k of the head's default tree."},
+    default_tree: list[int] | None = field(
+        default=None,
+        metadata={"help": "total_tokens, depth and top_k of the head's default tree; else its own, 8 4 2 if fresh."},
     )
 
 
-def read_examples(script: HeadScriptArguments, tokenizer: Any) -> tuple[list[Example], list[Example], list[Example]]:
-    """All texts, those to train on and those held out: of the first dataset, the ones whose hashes are lowest."""
-    texts: list[list[Example]] = []
+def load_target(script: HeadScriptArguments) -> PreTrainedModel:
+    """The target, if it can read texts of `max_length` tokens."""
+    target = AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)
+    context = target.config.get_text_config().max_position_embeddings
+    if script.max_length > context:
+        raise ValueError(
+            f"`max_length` is {script.max_length}, but the target reads at most {context} tokens. Lower `max_length`."
+        )
+    return target
+
+
+def read_examples(script: HeadScriptArguments, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """The texts to train on, and those of the first dataset to evaluate."""
+    train: list[Example] = []
+    held_out: list[Example] = []
     for index, name in enumerate(script.datasets):
         limit = script.limits[index] if index < len(script.limits) else 0
-        conversations = islice(load_conversations(name), limit or None)
+        conversations = islice(load_conversations(name, script.dataset_split), limit or None)
         examples = make_examples(conversations, tokenizer, script.max_length)
-        print(f"{name}: {len(examples)} texts, {sum(int(e.predicted.sum()) for e in examples)} assistant tokens")
-        texts.append(examples)
-    by_hash = sorted(texts[0], key=lambda e: hashlib.sha256(e.input_ids[:64].numpy().tobytes()).hexdigest())
-    held_out = by_hash[: script.eval_conversations]
-    excluded = {id(example) for example in held_out}
-    everything = [example for part in texts for example in part]
-    return everything, [example for example in everything if id(example) not in excluded], held_out
+        kept, others = split_examples(examples, script.eval_share if script.eval_conversations else 0.0)
+        train += kept
+        held_out = held_out if index else others[: script.eval_conversations]
+        tokens = sum(int(example.predicted.sum()) for example in kept)
+        print(f"{name}: {len(kept)} texts with {tokens} assistant tokens to train on, {len(others)} held out")
+    return train, held_out
 
 
-def make_head(script: HeadScriptArguments, target: PreTrainedModel, tokenizer: Any, texts: list[Example]) -> DraftHead:
-    """The head to start from, in fp32: a given one or a fresh one with its vocabulary."""
-    if script.head is not None:
-        return DraftHead.from_pretrained(script.head, dtype=torch.float32)
-    token_ids = None
-    if script.draft_vocab_size:
+def make_head(
+    script: HeadScriptArguments, start: str | None, target: PreTrainedModel, tokenizer: Any, texts: list[Example]
+) -> DraftHead:
+    """The head in `start`, or a fresh one with a vocabulary counted from `texts`; in fp32."""
+    if start is not None:
+        head = DraftHead.from_pretrained(start, target=target, dtype=torch.float32)
+        vocabulary = vocabulary_of(head, texts)
+        print(f"going on from {start}")
+    else:
+        size = script.draft_vocab_size or target.vocab_size
         always = {i for i in [tokenizer.eos_token_id, *tokenizer.all_special_ids] if i is not None}
-        vocabulary = choose_draft_vocabulary(texts, target.vocab_size, script.draft_vocab_size, always)
-        print(f"draft vocabulary: {script.draft_vocab_size} tokens cover {vocabulary.coverage:.2%} of the answers")
-        token_ids = vocabulary.token_ids
-    head = DraftHead.from_target(
-        target, draft_token_ids=token_ids, default_tree=script.default_tree, fc_norm=script.fc_norm
-    ).float()
+        vocabulary = choose_draft_vocabulary(texts, target.vocab_size, size, always)
+        ids = vocabulary.token_ids if script.draft_vocab_size else None
+        head = DraftHead.from_target(
+            target, draft_token_ids=ids, default_tree=[8, 4, 2], fc_norm=script.fc_norm
+        ).float()
+    print(f"draft vocabulary: {len(vocabulary.token_ids)} tokens cover {vocabulary.coverage:.2%} of the answers")
+    head.config.default_tree = script.default_tree or head.config.default_tree
     if script.target_name is not None:
         head.config.target = {**(head.config.target or {}), "name_or_path": script.target_name}
     return head
@@ -109,32 +142,29 @@ def main() -> None:
     script, args = parser.parse_args_and_config()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
+    output = Path(args.output_dir)
+    checkpoint = newest_checkpoint(output)
     tokenizer = AutoTokenizer.from_pretrained(script.target)
-    target = AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)
-    context = target.config.get_text_config().max_position_embeddings
-    if script.max_length > context:
-        raise ValueError(
-            f"`max_length` is {script.max_length}, but the target reads at most {context} tokens. Lower `max_length`."
-        )
-    everything, train, held_out = read_examples(script, tokenizer)
-    head = make_head(script, target, tokenizer, train)
+    target = load_target(script)
+    train, held_out = read_examples(script, tokenizer)
+    head = make_head(script, checkpoint or script.head, target, tokenizer, train)
 
     train_set, held_out_set = ExampleDataset(train), ExampleDataset(held_out)
     if script.feature_cache_dir is not None:
         frozen = FrozenTarget(target, list(head.config.feature_layers or []))
-        cached = CachedFeatures(everything, script.feature_cache_dir, frozen)
-        train_set, held_out_set = cached.select(train), cached.select(held_out)
+        held_out_set = CachedFeatures(held_out, script.feature_cache_dir, frozen)
+        train_set = CachedFeatures(train, script.feature_cache_dir, frozen)
     trainer = DraftHeadTrainer(head, target, args, train_set, held_out_set if held_out else None)
     try:
-        trainer.train(resume_from_checkpoint=newest_checkpoint(Path(args.output_dir)))
+        trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {newest_checkpoint(Path(args.output_dir)) or 'the beginning'}")
+        print(f"stopped; the same command goes on from {newest_checkpoint(output) or 'the beginning'}")
         sys.exit(130)
     metrics = trainer.evaluate() if held_out else {}
-    save_head(trainer.model, Path(args.output_dir) / "head")
+    save_head(trainer.model, output / "head")
     if args.push_to_hub:
         trainer.push_to_hub()
-    (Path(args.output_dir) / "head" / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    (output / "head" / "metrics.json").write_text(json.dumps(metrics, indent=2))
     print(metrics)
 
 

@@ -35,10 +35,15 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 def load_conversations(source: str, split: str = "train") -> Iterator[Conversation]:
     """Yield the conversations of a file (see `read_conversations`) or of a dataset on the Hub.
 
+    Args:
+        source: a file; or a Hub id, `owner/name` or `owner/name:config`, or a folder laid out like one.
+        split: of a dataset on the Hub, also a slice such as `train[:1000]`.
+
     Raises:
-        ValueError: `source` looks like a file but does not exist, or a row is no conversation.
+        ValueError: `source` looks like a file but does not exist, a row is no conversation, or the package `datasets`
+            is missing.
     """
-    if Path(source).exists():
+    if Path(source).is_file():
         yield from read_conversations(source)
         return
     if Path(source).suffix in (".json", ".jsonl"):
@@ -46,9 +51,15 @@ def load_conversations(source: str, split: str = "train") -> Iterator[Conversati
             f"There is no file {source}, but its name ends like a file's. Give the path of a JSON or JSONL file, or "
             "the id of a dataset on the Hub."
         )
-    from datasets import load_dataset
-
-    for number, row in enumerate(load_dataset(source, split=split)):
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"{source} is no file, and datasets of the Hub need the package `datasets`. Install "
+            "transformers-resps[train], or give the path of a JSON or JSONL file."
+        ) from error
+    name, _, config = source.partition(":")
+    for number, row in enumerate(load_dataset(name, config or None, split=split)):
         yield _messages(row, f"{source}, row {number}")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..head import DraftHead
 from .examples import Example
 
 
@@ -36,10 +37,37 @@ def choose_draft_vocabulary(
             f"`draft_vocab_size` is {draft_vocab_size}, but it must be above the {len(forced)} forced tokens and at "
             f"most the target's {vocab_size}. Choose another size; 1/4 of the vocabulary covers most answers."
         )
-    counts = torch.zeros(vocab_size, dtype=torch.long)
-    for example in examples:
-        counts += torch.bincount(example.input_ids[example.loss_mask], minlength=vocab_size)
+    counts = _answer_counts(examples, vocab_size)
     ranked = counts.clone()
     ranked[forced] = torch.iinfo(torch.long).max
     token_ids = ranked.sort(descending=True, stable=True).indices[:draft_vocab_size].sort().values
-    return DraftVocabulary(token_ids, float(counts[token_ids].sum() / counts.sum().clamp(min=1)))
+    return DraftVocabulary(token_ids, _share(counts, token_ids))
+
+
+def vocabulary_of(head: DraftHead, examples: Iterable[Example]) -> DraftVocabulary:
+    """The draft vocabulary that `head` has, and what it covers of the assistant's tokens in `examples`.
+
+    Raises:
+        ValueError: nothing, so that no step could teach or accept anything.
+    """
+    token_ids = head.draft_token_ids.cpu()
+    coverage = _share(_answer_counts(examples, head.config.vocab_size), token_ids)
+    if coverage == 0:
+        raise ValueError(
+            f"The head can propose {len(token_ids)} tokens, and none of them occurs in the answers. A head learns and "
+            "drafts only tokens of its own vocabulary. Start from another head, or from a fresh one, whose vocabulary "
+            "is counted from your texts."
+        )
+    return DraftVocabulary(token_ids, coverage)
+
+
+def _answer_counts(examples: Iterable[Example], vocab_size: int) -> Tensor:
+    """How often the assistant wrote each token, `[v]`."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for example in examples:
+        counts += torch.bincount(example.input_ids[example.loss_mask], minlength=vocab_size)
+    return counts
+
+
+def _share(counts: Tensor, token_ids: Tensor) -> float:
+    return float(counts[token_ids].sum() / counts.sum().clamp(min=1))

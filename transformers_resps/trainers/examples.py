@@ -3,6 +3,7 @@
 Knows tokenizers and chat templates: nothing of models.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,12 @@ class Example:
 
     input_ids: Tensor
     loss_mask: Tensor
+
+    @property
+    def prompt_place(self) -> float:
+        """A number in [0, 1) that depends on the tokens before the first answer alone."""
+        prompt = self.input_ids[: int(self.loss_mask.int().argmax())]
+        return int.from_bytes(hashlib.sha256(prompt.numpy().tobytes()).digest()[:6]) / 2**48
 
     @property
     def predicted(self) -> Tensor:
@@ -89,6 +96,19 @@ def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         if len(ids) >= max_length:
             break
     return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]))
+
+
+def split_examples(examples: Iterable[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Texts to train on, and about `share` of them held out.
+
+    The prompt alone decides, so a text stays on its side whatever is added to the dataset later, and another answer to
+    the same prompt is on the same side.
+    """
+    training: list[Example] = []
+    held_out: list[Example] = []
+    for example in examples:
+        (held_out if example.prompt_place < share else training).append(example)
+    return training, sorted(held_out, key=lambda example: example.prompt_place)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, add_generation_prompt: bool) -> str:

@@ -1,10 +1,9 @@
 """The target's features on disk, computed once and read in every epoch.
 
-One safetensors file per block of texts, written under another name and then renamed: a killed or failed run leaves
-whole files only, and the next run goes on from them.
+One safetensors file per block of texts, named by what they say, written under another name and then renamed: a killed
+or failed run leaves whole files only, and the next run goes on from them. Texts added at the end cost only themselves.
 """
 
-import copy
 import hashlib
 import json
 import logging
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .batches import collate
+from .batches import TokenBudgetBatches, collate
 from .examples import Example
 from .target_features import FrozenTarget
 
@@ -67,7 +66,7 @@ class CachedFeatures(ExampleDataset):
         dtype: torch.dtype = torch.bfloat16,
         tokens_per_forward: int = 4096,
     ) -> None:
-        super().__init__(sorted(examples, key=lambda example: len(example.input_ids)))
+        super().__init__(examples)
         self._folder, self._target, self._dtype = Path(folder), target, dtype
         self._tokens_per_forward = tokens_per_forward
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -75,22 +74,11 @@ class CachedFeatures(ExampleDataset):
         self._identity = json.dumps(identity, sort_keys=True)
         blocks = [self.examples[start : start + _BLOCK] for start in range(0, len(examples), _BLOCK)]
         self._paths = [self._folder / f"{self._key(block)}.safetensors" for block in blocks]
-        self._places = list(range(len(examples)))
         self._open: OrderedDict[Path, Any] = OrderedDict()
         self._fill(blocks)
 
-    def select(self, examples: list[Example]) -> "CachedFeatures":
-        """The same files, restricted to some of their texts: training and held-out texts share one cache."""
-        wanted = {id(example) for example in examples}
-        chosen = [index for index, example in enumerate(self.examples) if id(example) in wanted]
-        view = copy.copy(self)
-        view.examples = [self.examples[index] for index in chosen]
-        view._places = [self._places[index] for index in chosen]
-        view._open = OrderedDict()
-        return view
-
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block, row = divmod(self._places[index], _BLOCK)
+        block, row = divmod(index, _BLOCK)
         path = self._paths[block]
         if path not in self._open:
             if len(self._open) >= _OPEN_FILES:
@@ -119,16 +107,18 @@ class CachedFeatures(ExampleDataset):
 
     def _write(self, path: Path, block: list[Example]) -> None:
         tensors: dict[str, Tensor] = {}
-        size = max(1, self._tokens_per_forward // len(block[-1].input_ids))
-        for start in range(0, len(block), size):
-            part = block[start : start + size]
+        lengths = [len(example.input_ids) for example in block]
+        for rows in TokenBudgetBatches(lengths, self._tokens_per_forward, shuffle=False):
+            part = [block[row] for row in rows]
             batch = collate([{"input_ids": e.input_ids, "loss_mask": e.predicted} for e in part])
             read = self._target.read(batch["input_ids"].to(self._target.model.device))
-            for row, example in enumerate(part):
-                length = len(example.input_ids)
-                tensors[f"{start + row}.features"] = read.features[row, :length].to("cpu", self._dtype).contiguous()
-                tensors[f"{start + row}.hidden"] = read.hidden[row, :length].to("cpu", self._dtype).contiguous()
-                tensors[f"{start + row}.picks"] = read.picks[row, :length].to("cpu", torch.int32).contiguous()
+            for place, row in enumerate(rows):
+                for name, found, dtype in (
+                    ("features", read.features, self._dtype),
+                    ("hidden", read.hidden, self._dtype),
+                    ("picks", read.picks, torch.int32),
+                ):
+                    tensors[f"{row}.{name}"] = found[place, : lengths[row]].to("cpu", dtype).contiguous()
         partial = path.with_suffix(".partial")
         try:
             save_file(tensors, partial)

@@ -146,7 +146,8 @@ class DraftHeadTrainer(Trainer):
         dataset = self.eval_dataset
         if not isinstance(dataset, ExampleDataset) or not len(dataset):
             return 1.0
-        chosen = range(0, len(dataset), max(1, len(dataset) // self.args.tau_texts))
+        by_length = sorted(range(len(dataset)), key=lambda index: len(dataset.examples[index].input_ids))
+        chosen = by_length[:: max(1, len(dataset) // self.args.tau_texts)]
         head = _head_of(self.accelerator.unwrap_model(self.model))
         is_training = head.training
         head.train(False)
