@@ -12,7 +12,9 @@ from .outcomes import OutcomeTable, TextOutcomes
 from .policy_config import PolicyTrainingConfig
 from .policy_identity import head_fingerprint, policy_identity
 from .policy_trainer import PolicyTrainer
-from .replay import ReplayText, StepSeconds, record_text
+from .recorded_text import RecordedText, record_pools
+from .replay import ReplayText, StepSeconds, record_text, replay
+from .replayed_decoding import StepCosts, replay_policy
 from .rollouts import ReplayRollouts, Rollouts
 from .simulated_decoding import simulated_tau
 from .target_features import FrozenTarget
@@ -32,9 +34,11 @@ __all__ = [
     "OutcomeTable",
     "PolicyTrainer",
     "PolicyTrainingConfig",
+    "RecordedText",
     "ReplayRollouts",
     "ReplayText",
     "Rollouts",
+    "StepCosts",
     "StepSeconds",
     "TextOutcomes",
     "choose_draft_vocabulary",
@@ -44,7 +48,10 @@ __all__ = [
     "make_examples",
     "policy_identity",
     "read_conversations",
+    "record_pools",
     "record_text",
+    "replay",
+    "replay_policy",
     "save_head",
     "simulated_tau",
     "split_examples",

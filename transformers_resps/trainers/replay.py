@@ -17,13 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..features import FeatureTap
-from ..head import BoundHead, DraftHead
+from ..head import DraftHead
 from ..lookup import BatchLookup
 from ..policy import ActionGrid
 from ..tree import CandidatePool, TreeShape
 from .outcomes import TextOutcomes
-from .prefix_pools import PrefixPools
+from .recorded_text import RecordedText, record_pools
 
 
 _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
@@ -116,7 +115,6 @@ class ReplayText:
             )
 
 
-@torch.no_grad()
 def record_text(
     target: PreTrainedModel,
     head: DraftHead,
@@ -126,7 +124,7 @@ def record_text(
     grid: ActionGrid,
     spare_room: int = 0,
 ) -> ReplayText:
-    """Record one text that `target` wrote, or that somebody else did.
+    """Record one text for the shapes of a grid; see `record_pools`.
 
     Args:
         target: runs over the text once.
@@ -140,31 +138,18 @@ def record_text(
     Raises:
         ValueError: the answer has fewer than two tokens, or the grid never asks the head.
     """
-    length = len(input_ids)
     asking = [shape for shape in grid.shapes if shape.asks_head]
-    if not 1 <= prompt_length <= length - 2 or not asking:
-        raise ValueError(
-            f"Got a text of {length} tokens with a prompt of {prompt_length} and a grid with {len(asking)} shapes "
-            "that ask a head, but there is a step to replay only with a prompt, two tokens of answer and such a "
-            "shape. Leave this text out, or pass another grid."
-        )
-    text = input_ids[None].to(target.device)
-    bound = BoundHead(head, target)
-    with FeatureTap(target, head.config.feature_layers or []) as tap, tap.record() as caught:
-        target.get_decoder()(input_ids=text, use_cache=False)
-    features = caught.concatenated()[:, :-1]
-    pools = PrefixPools(bound, features, text[:, 1:])
-    top_ks = tuple(sorted({shape.top_k for shape in asking}))
-    depth = max(shape.depth for shape in asking)
-    prefixes = torch.arange(prompt_length, length - 1)  # the root's place; it is the last token of the text so far
-    upcoming = torch.nn.functional.pad(input_ids.cpu(), (0, depth), value=-1).unfold(0, depth, 1)[1:]  # [s, d]
-    ranks = [
-        torch.cat([path_ranks(pool, upcoming[part.cpu()]) for part, pool in pools.draft(prefixes, top_k, depth)])
-        for top_k in top_ks
-    ]
-    lookups = _followed_lookups(input_ids.tolist(), prompt_length)
-    newest = features[0, prefixes.to(features.device) - 1].cpu()
-    return ReplayText(newest, torch.stack(ranks, dim=1), lookups, top_ks, prompt_length + 1, spare_room)
+    depth = max((shape.depth for shape in asking), default=0)
+    depths = {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
+    return replay(record_pools(target, head, input_ids, prompt_length, depths=depths, spare_room=spare_room))
+
+
+def replay(text: RecordedText) -> ReplayText:
+    """What is needed to know the outcome of every shape."""
+    upcoming = text.upcoming(text.depth)
+    ranks = torch.stack([path_ranks(pool, upcoming) for pool in text.pools.values()], dim=1)
+    lookups = _followed_lookups(text.input_ids.tolist(), text.prompt_length)
+    return ReplayText(text.features, ranks, lookups, tuple(text.pools), text.prompt_length + 1, text.spare_room)
 
 
 def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""Policies on recordings against the same policies in `generate`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.targets import Architecture
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.policy import Level, Observation, Policy
+from transformers_resps.telemetry import StepRecord
+from transformers_resps.trainers import RecordedText, StepCosts, record_pools, replay_policy
+
+
+PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
+COSTS = StepCosts(lambda nodes, context: 1.0 + 0.1 * nodes, lambda width, levels: 0.05 * levels, 0.01)
+
+
+class Restless(Policy):
+    """Uses all three decisions, differently at every step, from nothing but what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def choose(self, observation: Observation) -> TreeShape:
+        survival = observation.survival()
+        self.seen.append((observation.context_length, observation.room, [round(s, 9) for s in survival]))
+        here = observation.context_length
+        return (TreeShape.plain(), TreeShape(9, 4, 3), TreeShape(1, 0, 1, 5), TreeShape(6, 3, 3, 4))[here % 4]
+
+    def grow(self, level: Level) -> bool:
+        self.seen.append((level.depth, [round(score, 3) for score in level.scores[0].tolist()]))
+        return len(self.seen) % 5 > 0
+
+    def size(self, scores: torch.Tensor) -> int:
+        self.seen.append(scores.shape[1])
+        return 2 + len(self.seen) % 7
+
+    def observe(self, record: StepRecord) -> None:
+        self.seen.append((record.shape, record.verified, record.accepted, record.drafted, record.foreseen))
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return attach(Architecture("llama").build("sdpa"))
+
+
+@pytest.fixture(scope="module")
+def head(target: PreTrainedModel) -> DraftHead:
+    torch.manual_seed(1)
+    return DraftHead.from_target(target).double().eval()
+
+
+def recorded(target: PreTrainedModel, head: DraftHead, policy: Policy) -> RecordedText:
+    text = target.generate(
+        PROMPT[None], assistant_model=head, policy=policy, do_sample=True, max_new_tokens=60, eos_token_id=None
+    )[0]
+    return record_pools(target, head, text, len(PROMPT), depths={3: 4, 1: 4})
+
+
+def test_a_policy_sees_and_gets_the_same_on_a_recording_as_live(
+    target: PreTrainedModel, head: DraftHead, tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    live = Restless()
+    text = recorded(target, head, live)
+    text.save(tmp_path / "text.safetensors")
+    replayed = Restless()
+    report = replay_policy(RecordedText.load(tmp_path / "text.safetensors"), replayed, COSTS)
+    differing = [(a, b) for a, b in zip(live.seen, replayed.seen, strict=True) if not _alike(a, b)]
+    assert not differing
+    assert any(step.accepted for step in report.steps) and report.emitted == 59
+
+
+def _alike(live: object, replayed: object) -> bool:
+    """Lookups of a step add to what was drafted live; a recording counts the head's candidates alone."""
+    if isinstance(live, tuple) and isinstance(live[0], TreeShape) and isinstance(replayed, tuple):
+        return live[:3] + live[4:] == replayed[:3] + replayed[4:]
+    return live == replayed
+
+
+def test_seconds_come_from_the_costs(target: PreTrainedModel, head: DraftHead) -> None:
+    text = recorded(target, head, FixedPolicy(TreeShape(2, 1, 1)))
+    report = replay_policy(text, FixedPolicy(TreeShape(4, 3, 1)), COSTS)
+    assert report.steps[0].step_seconds == pytest.approx(1.4 + 0.15 + 0.01)
+    plain = replay_policy(text, FixedPolicy(TreeShape.plain()), COSTS)
+    assert plain.seconds == pytest.approx(59 * 1.11)
+    with pytest.raises(ValueError, match=r"recorded for top_k \[1, 3\].*Record it again"):
+        replay_policy(text, FixedPolicy(TreeShape(9, 2, 2)), COSTS)

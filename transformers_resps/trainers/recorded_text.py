@@ -1,0 +1,128 @@
+"""One realised text, with everything the drafters would have proposed before each of its tokens.
+
+The target runs over the text once and the head drafts from every position. A recording answers for every shape
+(`replay`) and lets any policy decide again (`ReplayedDecoding`), without a model and without a clock.
+
+Knows target, head and pools: nothing of policies' networks or losses. Shapes: t positions, p pool nodes, F features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..features import FeatureTap
+from ..head import BoundHead, DraftHead
+from ..tree import CandidatePool
+from .prefix_pools import PrefixPools
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedText:
+    """Prompt, answer and pools. Step positions begin after the answer's first token, which prefill gives.
+
+    Attributes:
+        input_ids: `[s]` prompt and answer.
+        prompt_length: of which tokens were the prompt.
+        features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
+        pools: for each `top_k`, the pools of all positions, `[t, p]`.
+        spare_room: tokens that the text could have gained after its last one.
+    """
+
+    input_ids: Tensor
+    prompt_length: int
+    features: Tensor
+    pools: dict[int, CandidatePool]
+    spare_room: int = 0
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def depth(self) -> int:
+        """Levels of the pools."""
+        return max(int(pool.levels[-1]) for pool in self.pools.values())
+
+    def upcoming(self, count: int) -> Tensor:
+        """The `count` tokens after each position's root, -1 beyond the text's end: `[t, count]`."""
+        padded = torch.nn.functional.pad(self.input_ids, (0, count), value=-1)
+        return padded.unfold(0, count, 1)[self.prompt_length + 1 :][: len(self)]
+
+    def save(self, file: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {"features": self.features, "input_ids": self.input_ids}
+        for top_k, pool in self.pools.items():
+            tensors |= {f"tokens.{top_k}": pool.tokens.int(), f"parents.{top_k}": pool.parents.short()}
+            tensors |= {f"scores.{top_k}": pool.scores, f"levels.{top_k}": pool.levels}
+        metadata = {"prompt_length": str(self.prompt_length), "spare_room": str(self.spare_room)}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+
+    @classmethod
+    def load(cls, file: str | Path) -> "RecordedText":
+        with safe_open(file, framework="pt") as opened:
+            read = opened.get_tensor
+            top_ks = sorted(int(name.split(".")[1]) for name in opened.keys() if name.startswith("tokens."))  # noqa: SIM118
+            pools = {
+                k: CandidatePool(
+                    read(f"tokens.{k}").long(), read(f"parents.{k}").long(), read(f"scores.{k}"), read(f"levels.{k}")
+                )
+                for k in top_ks
+            }
+            sizes = (int(opened.metadata()[name]) for name in ("prompt_length", "spare_room"))
+            return cls(read("input_ids"), next(sizes), read("features"), pools, next(sizes))
+
+
+@torch.no_grad()
+def record_pools(
+    target: PreTrainedModel,
+    head: DraftHead,
+    input_ids: Tensor,
+    prompt_length: int,
+    *,
+    depths: dict[int, int],
+    spare_room: int = 0,
+) -> RecordedText:
+    """Record one text that `target` wrote, or that somebody else did.
+
+    Args:
+        target: runs over the text once.
+        head: drafts from every position.
+        input_ids: `[s]` prompt and answer.
+        prompt_length: of which tokens were the prompt.
+        depths: for each `top_k` to be drafted, how many levels.
+        spare_room: tokens that the answer could have gained after its last one: 0 where it ran into `max_length`.
+
+    Raises:
+        ValueError: the answer has fewer than two tokens, or nothing is to be drafted.
+    """
+    length = len(input_ids)
+    if not 1 <= prompt_length <= length - 2 or not depths:
+        raise ValueError(
+            f"Got a text of {length} tokens with a prompt of {prompt_length} and {len(depths)} kinds of pools, but "
+            "there is a step to replay only with a prompt, two tokens of answer and a pool. Leave this text out, or "
+            "ask for another pool."
+        )
+    text = input_ids[None].to(target.device)
+    with FeatureTap(target, head.config.feature_layers or []) as tap, tap.record() as caught:
+        target.get_decoder()(input_ids=text, use_cache=False)
+    features = caught.concatenated()[:, :-1]
+    drafter = PrefixPools(BoundHead(head, target), features, text[:, 1:])
+    prefixes = torch.arange(prompt_length, length - 1)  # the root's place; it is the last token of the text so far
+    pools = {
+        top_k: _joined([pool for _, pool in drafter.draft(prefixes, top_k, depth)]) for top_k, depth in depths.items()
+    }
+    newest = features[0, prefixes.to(features.device) - 1].cpu()
+    return RecordedText(input_ids.cpu(), prompt_length, newest, pools, spare_room)
+
+
+def _joined(parts: Sequence[CandidatePool]) -> CandidatePool:
+    """The pools of some positions after those of others, on the CPU."""
+    tokens, parents, scores = (
+        torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("tokens", "parents", "scores")
+    )
+    return CandidatePool(tokens, parents, scores, parts[0].levels.cpu())

@@ -1,0 +1,126 @@
+"""Any policy on recorded texts: it decides as in `generate`, and a cost table stands in for the clock.
+
+Knows recordings, policies and costs: no model. What a policy's own arithmetic costs is not counted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..lookup import BatchLookup
+from ..policy import Level, Observation, Policy
+from ..telemetry import SpeculationReport, StepRecord
+from ..tree import CandidatePool, DraftTree, TreeShape
+from .recorded_text import RecordedText
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Where seconds come from.
+
+    Attributes:
+        verify: (nodes, positions of context) -> seconds of the target's forward.
+        draft: (width, levels) -> seconds of the head.
+        overhead: seconds of everything else in a step.
+    """
+
+    verify: Callable[[int, int], float]
+    draft: Callable[[int, int], float]
+    overhead: float = 0.0
+
+
+def replay_policy(text: RecordedText, policy: Policy, costs: StepCosts) -> SpeculationReport:
+    """What `policy` would have done while this text was written; prefill left out.
+
+    Raises:
+        ValueError: the policy asks for a `top_k` that was not recorded.
+    """
+    return _ReplayedDecoding(text, policy, costs).run()
+
+
+class _ReplayedDecoding:
+    def __init__(self, text: RecordedText, policy: Policy, costs: StepCosts) -> None:
+        self._text, self._policy, self._costs = text, policy, costs
+        self._tokens: list[int] = text.input_ids.tolist()
+        self._lookup = BatchLookup([0])
+        self._levels = 0  # that the head drafted in this step
+
+    def run(self) -> SpeculationReport:
+        report, place = SpeculationReport(), 0
+        while place < len(self._text):
+            record = self._step(place, len(report.steps))
+            self._policy.observe(record)
+            report.steps.append(record)
+            place += record.emitted_total
+        return report
+
+    def _step(self, place: int, step: int) -> StepRecord:
+        root = self._text.prompt_length + place  # of which everything up to itself is committed
+        self._lookup.extend([self._tokens[self._lookup.length : root + 1]])
+        left = len(self._text) - place
+        features = self._text.features[place : place + 1]
+        observation = Observation(features, root + 1, step, left + self._text.spare_room, self._survival)
+        shape = self._policy.choose(observation).within(left + self._text.spare_room - 1)
+        pool = self._drafted(shape, place) if shape.asks_head else None
+        tree = self._tree(shape, root, pool)
+        upcoming = self._text.input_ids[None, root + 1 :]
+        accepted = min(_accepted(tree, self._tokens[root + 1 :]), left - 1)
+        verify = self._costs.verify(tree.node_count, root)
+        draft = self._costs.draft(shape.top_k, self._levels) if pool is not None else 0.0
+        return StepRecord(
+            shape,
+            0 if pool is None else pool.tokens.shape[1],
+            tree.node_count,
+            accepted,
+            accepted + 1,
+            draft,
+            verify,
+            draft + verify + self._costs.overhead,
+            0 if pool is None else pool.foreseen(upcoming[:, : accepted + 1]),
+        )
+
+    def _survival(self) -> list[float]:
+        return self._lookup.matches()[0].survival
+
+    def _drafted(self, shape: TreeShape, place: int) -> CandidatePool:
+        """The pool of this position, as deep as the policy lets it grow."""
+        top_k = min(shape.top_k, shape.total_tokens - 1)
+        pool = self._text.pools.get(top_k)
+        if pool is None or shape.depth > int(pool.levels[-1]):
+            raise ValueError(
+                f"The policy asks for {shape}, but the text was recorded for top_k {sorted(self._text.pools)} and up "
+                f"to {self._text.depth} levels. Record it again with `record_pools(..., depths=...)`."
+            )
+        self._levels, ends = 1, int((pool.levels == 1).sum())
+        scores = frontier = pool.scores[place : place + 1, :ends]
+        while self._levels < shape.depth and self._policy.grow(Level(self._levels, frontier)):
+            self._levels += 1
+            ends = int((pool.levels <= self._levels).sum())
+            level = pool.scores[place : place + 1, scores.shape[1] : ends]
+            frontier = level.topk(min(top_k, level.shape[1])).values
+            scores = pool.scores[place : place + 1, :ends]
+        cut = slice(place, place + 1)
+        return CandidatePool(pool.tokens[cut, :ends], pool.parents[cut, :ends], scores, pool.levels[:ends])
+
+    def _tree(self, shape: TreeShape, root: int, pool: CandidatePool | None) -> DraftTree:
+        """As `TreeDecoding` builds it."""
+        newest = self._text.input_ids[root : root + 1]
+        tree = DraftTree.root_only(newest)
+        if pool is not None:
+            total_tokens = min(shape.total_tokens, self._policy.size(pool.scores))
+            if total_tokens > 1:
+                tree = DraftTree.from_pool(newest, pool, total_tokens)
+        if shape.lookup:
+            tree = tree.with_chains([self._lookup.matches()[0].tokens[: shape.lookup]])
+        return tree
+
+
+def _accepted(tree: DraftTree, upcoming: list[int]) -> int:
+    """How many of the tokens after the root the tree holds as one path."""
+    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
+    node = count = 0
+    for token in upcoming:
+        below = [child for child in range(1, len(tokens)) if parents[child] == node and tokens[child] == token]
+        if not below:
+            break
+        node, count = below[0], count + 1
+    return count
