@@ -89,8 +89,10 @@ class _Catch:
         if caught is not None:
             caught[self.index] = states
 
-    def entering(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._keep(arguments[0] if arguments else keywords["hidden_states"])
+    def entering(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> None:
+        """Without `keywords` where another thread just removes this hook of its own; the states are not ours then."""
+        if keywords is not None:
+            self._keep(arguments[0] if arguments else keywords["hidden_states"])
 
     def leaving(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         self._keep(output[0] if isinstance(output, tuple) else output)

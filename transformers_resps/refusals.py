@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from .cache import cached_length, check_cache
+from .cache import cached_length, check_cache, window_of
 from .versions import CACHE_KEYWORD
 
 
@@ -38,6 +38,8 @@ _WAYS_OUT = {
     "output_hidden_states": "The head reads the hidden states itself: ask a plain call for them.",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus", "inputs_embeds")
+# `torch.ao.quantization.quantize_dynamic`: one scale for the activations of a whole forward.
+_SCALES_ALL_ROWS = "torch.ao.nn.quantized.dynamic"
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
 
 
@@ -72,10 +74,10 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     implementation = setting("cache_implementation")
     if implementation not in (None, "dynamic"):
         raise _refusal(f"cache_implementation={implementation!r}", "Leave it out: trees use the dynamic cache.")
-    _check_user_cache(arguments)
+    _check_user_cache(model, arguments)
 
 
-def _check_user_cache(arguments: Mapping[str, Any]) -> None:
+def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     cache = arguments.get("cache", arguments.get("past_key_values"))
     if cache is None:
         return
@@ -84,6 +86,14 @@ def _check_user_cache(arguments: Mapping[str, Any]) -> None:
         raise _refusal(
             f"a cache of {cached_length(cache)} positions",
             "The head has no features for positions it did not see: pass the whole text without `cache`.",
+        )
+    made = DynamicCache(config=model.config.get_text_config(decoder=True))
+    needed = [window_of(made, index) for index in range(len(made.layers))]
+    found = [window_of(cache, index) if index < len(cache.layers) else None for index in range(len(needed))]
+    if found != needed:
+        raise _refusal(
+            f"a cache whose layers have the sliding windows {found} for a target with {needed}",
+            "A tree's mask follows the cache: pass `DynamicCache(config=model.config)`, or no `cache`.",
         )
 
 
@@ -127,12 +137,29 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without the head, "
             "or use `prompt_lookup_num_tokens` where this model supports it."
         )
+    _check_weights(model, name)
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(
             f"{name} runs with attn_implementation={attention!r}, but a tree needs a mask that only 'sdpa' and "
             "'eager' take. Call `model.set_attn_implementation('sdpa')` first."
         )
+
+
+def _check_weights(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights that are not there, and layers whose output for a node depends on the other nodes."""
+    for path, module in model.named_modules():
+        if any(weight.is_meta for weight in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{name} has no weights in `{path}`: they are on the meta device, and nothing brings them in. Load "
+                "the model with `from_pretrained`, whose `device_map` offloads with hooks, before `generate`."
+            )
+        if type(module).__module__.startswith(_SCALES_ALL_ROWS):
+            raise ValueError(
+                f"{name} has the layer `{path}` of {type(module).__module__}, which scales all rows of a forward "
+                "alike: a node's logits depend on the other nodes, and trees would change the text. Quantize only the "
+                "weights, for example with torchao's `Int8WeightOnlyConfig`, or call `generate` without the head."
+            )
 
 
 def _architecture_reason(model: PreTrainedModel) -> str | None:
