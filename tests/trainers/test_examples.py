@@ -33,6 +33,13 @@ def test_mask_marks_exactly_what_the_assistant_wrote():
     assert marked == "fgcec"
 
 
+def test_an_answer_before_any_question_is_left_out():
+    tokenizer = templated()
+    assistant_first = [{"role": "assistant", "content": "ff"}, *turns("de", "fg")]
+    (example,) = make_examples([assistant_first], tokenizer, max_length=99)
+    assert torch.equal(example.input_ids, make_example(turns("de", "fg"), tokenizer, 99).input_ids)
+
+
 def test_predicted_leaves_out_tokens_a_head_cannot_reach():
     example = Example(torch.arange(5), torch.tensor([True, True, True, False, True]))
     assert example.predicted.tolist() == [False, False, True, False, True]
@@ -49,7 +56,9 @@ def test_labels_hold_the_predicted_tokens_and_padding_has_none():
 
 
 @pytest.mark.parametrize(
-    "conversations", [[], [[]], [turns("de")], [turns("d" * 50, "e")]], ids=["none", "empty", "no answer", "too long"]
+    "conversations",
+    [[], [[]], [turns("de")], [turns("", "de")[1:]], [turns("d" * 50, "e")]],
+    ids=["none", "empty", "no answer", "no question", "too long"],
 )
 def test_texts_without_an_answer_are_refused_together(conversations):
     with pytest.raises(ValueError, match="has an assistant turn"):

@@ -44,7 +44,9 @@ class Example:
 def make_examples(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Example]:
-    """Tokenize every conversation that has an assistant turn within `max_length` tokens; longer ones are cut.
+    """Tokenize every conversation with a question that is answered within `max_length` tokens; longer ones are cut.
+
+    Assistant turns before the first question answer nothing and are left out.
 
     Raises:
         ValueError: no conversation has such a turn, or the chat template does not render turn after turn.
@@ -52,8 +54,9 @@ def make_examples(
     examples, seen = [], 0
     for conversation in conversations:
         seen += 1
-        if any(message["role"] == "assistant" for message in conversation):
-            example = make_example(conversation, tokenizer, max_length)
+        asked = _from_first_question(conversation)
+        if any(message["role"] == "assistant" for message in asked):
+            example = make_example(asked, tokenizer, max_length)
             if example.predicted.any():
                 examples.append(example)
     if not examples:
@@ -63,6 +66,12 @@ def make_examples(
             "training/generate_dataset.py, or raise `max_length`."
         )
     return examples
+
+
+def _from_first_question(conversation: Conversation) -> Conversation:
+    roles = [message["role"] for message in conversation]
+    first = roles.index("user") if "user" in roles else len(roles)
+    return [message for message in conversation[:first] if message["role"] != "assistant"] + conversation[first:]
 
 
 def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
