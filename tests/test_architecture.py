@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "probe": BOTTOM,
     "refusals": BOTTOM,
     "generation": LOOP | {"probe", "refusals"},
-    "__init__": ENGINE,
+    "__init__": ENGINE | {"verification"},
     "verification": ENGINE,
     "trainers": ENGINE,
     "doctor": ENGINE | {"trainers"},

@@ -9,6 +9,7 @@ from .packing import pack, unpack
 from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
 from .telemetry import SpeculationReport, StepRecord
 from .tree import DraftTree, TreeShape
+from .verification import LosslessReport, NotLosslessError, assert_lossless
 
 
 AutoConfig.register(DraftHeadConfig.model_type, DraftHeadConfig, exist_ok=True)
@@ -23,6 +24,8 @@ __all__ = [
     "FixedPolicy",
     "Guard",
     "Level",
+    "LosslessReport",
+    "NotLosslessError",
     "Observation",
     "Policy",
     "ReSpSGenerationMixin",
@@ -32,6 +35,7 @@ __all__ = [
     "StepRecord",
     "ThroughputPolicy",
     "TreeShape",
+    "assert_lossless",
     "attach",
     "calibrate",
     "detach",

@@ -1,4 +1,4 @@
-"""Where two greedy answers part, and whether rounding explains it.
+"""Where two answers part, and whether rounding explains it.
 
 Knows stock models and tokens only: nothing of heads, trees or policies, so that it can judge them.
 """
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 # the largest 6; where the best token flipped, the gap was 3 at most. In fp32, where the same gaps move by 3e-6 to
 # 1e-4, no token flipped and none is excused.
 MOST_SPACINGS = 8.0
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,10 @@ class Divergence:
         speculative_logit: of `speculative_token`, from the same forward.
         best_logit: the largest of that forward.
         dtype: of the model.
+        needed: for answers with logits processors or sampling, where bare logits say little: spacings by which the
+            logit of either token must rise before plain decoding, with the same random numbers, picks it there; the
+            larger of both, rounded up to a power of two, infinite beyond `MOST_SPACINGS`. `None` where bare logits
+            decide.
     """
 
     position: int
@@ -41,6 +46,7 @@ class Divergence:
     speculative_logit: float
     best_logit: float
     dtype: torch.dtype
+    needed: float | None = None
 
     @property
     def gap(self) -> float:
@@ -49,21 +55,33 @@ class Divergence:
 
     @property
     def spacing(self) -> float:
-        """The distance between neighbouring numbers of the model's dtype at the larger of both logits."""
-        return spacing_at(max(self.plain_logit, self.speculative_logit), self.dtype)
+        """The distance between neighbouring numbers of the model's dtype at the best logit.
+
+        Not at the logits of both tokens, which sampling may draw from far below: what moves a logit is the rounding
+        of the hidden states, alike for all tokens.
+        """
+        return spacing_at(self.best_logit, self.dtype)
+
+    @property
+    def spacings(self) -> float:
+        """What rounding must have moved, in spacings of the dtype."""
+        if math.isinf(self.gap):
+            return math.inf
+        return self.gap / self.spacing if self.needed is None else self.needed
 
     @property
     def explained(self) -> bool:
-        """Rounding explains the difference: in a half precision, both tokens are within `MOST_SPACINGS` of the best.
+        """Rounding explains the difference: in a half precision, both tokens are within `MOST_SPACINGS` of the pick.
 
         An answer that ends early is never explained: the end token is a token like any other, and would show here.
         """
-        return self.dtype in (torch.bfloat16, torch.float16) and self.gap <= MOST_SPACINGS * self.spacing
+        return self.dtype in HALF_PRECISIONS and self.spacings <= MOST_SPACINGS
 
     def __str__(self) -> str:
+        spacings = f"{self.spacings:.1f}" if self.needed is None else f"up to {self.spacings:g}"
         return (
             f"position {self.position}: plain wrote {self.plain_token}, speculative {self.speculative_token}; "
-            f"logit gap {self.gap:.4g}, {self.gap / self.spacing:.1f} spacings of the dtype"
+            f"logit gap {self.gap:.4g}, {spacings} spacings of the dtype"
         )
 
 

@@ -1,0 +1,86 @@
+"""`resps verify`: is the text with a head and a policy the model's own."""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..head import DraftHead
+from ..policy import AutoPolicy, FixedPolicy, Policy
+from ..tree import TreeShape
+from ..verification import NotLosslessError, assert_lossless
+from .doctor import default_questions, prompt_ids, read_dataset, up_to
+
+
+def add_command(commands: Any) -> None:
+    """`resps verify TARGET [HEAD] [POLICY]`."""
+    parser = commands.add_parser("verify", help="is the text with a draft head the model's own? a page to paste")
+    parser.set_defaults(run=verify)
+    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head; without one, drafts by lookup")
+    parser.add_argument(
+        "policy",
+        nargs="?",
+        help="folder or Hub id of a policy, 'auto', or a tree as total_tokens,depth,top_k; else the head's own tree",
+    )
+    parser.add_argument("--dataset", help=".json, .jsonl or Hub id; its first user turns are the prompts")
+    parser.add_argument("--split", default="train", help="of a dataset from the Hub")
+    parser.add_argument("--prompts", type=int, default=4, help="how many")
+    parser.add_argument("--seeds", type=int, default=4, help="sampled answers per way of sampling")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of each compared answer")
+    parser.add_argument("--revision", help="of the head")
+    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Print the report; 1 when the text is not the model's own."""
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
+    head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
+    policy = None if args.policy is None else read_policy(args.policy)
+    print("Comparing; on a processor this takes minutes ...\n")
+    try:
+        report = assert_lossless(
+            target, head, policy, read_prompts(args, tokenizer), seeds=args.seeds, max_new_tokens=args.max_new_tokens
+        )
+    except NotLosslessError as error:
+        print(error.report)
+        return 1
+    print(report)
+    return 0
+
+
+def read_policy(name: str) -> Policy | str:
+    """A fixed tree from its numbers, a saved policy, or "auto" as it is.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    sizes = name.split(",")
+    if name == "auto":
+        return name
+    if len(sizes) in (3, 4) and all(size.strip().isdigit() for size in sizes):
+        return FixedPolicy(TreeShape(*map(int, sizes)))
+    return AutoPolicy.from_pretrained(name)
+
+
+def read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
+    """`--prompts` questions, those of `--dataset` or our own, as token ids `[s]`.
+
+    Raises:
+        ValueError: the dataset has no user turns.
+    """
+    questions = default_questions(args.prompts)
+    if args.dataset:
+        rows = read_dataset(args.dataset, args.split, args.prompts)
+        questions = [asked for row in rows if (asked := up_to(row, "user"))]
+    if not questions:
+        raise ValueError(
+            f"`--dataset {args.dataset}` has no user turns, but the prompts are made of them. Pass conversations, as "
+            "training/train_head.py reads them."
+        )
+    return [prompt_ids(question, tokenizer) for question in questions]

@@ -1,0 +1,112 @@
+"""Does what is emitted follow the target's distribution? Tested on the first tokens of many sampled answers.
+
+The exact distribution comes from plain forwards over the texts that were written. Trees can bend a distribution only
+towards or away from what they draft, so the bins are the drafted tokens of each place, best first, and the rest of the
+vocabulary in three pools by likelihood.
+
+A test that finds nothing may be blind, so it is run once more on tokens of a rule that is known to be wrong: the
+speculative sampling of Leviathan et al. (arXiv 2211.17192), which keeps a drafted token with probability
+`min(1, p / q)`, is right for tokens drawn from q, and wrong for the k best of q. The control takes these tokens at the
+same places with the same drafts. If the test cannot tell them from the target's own, it had no power.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .drafts import DraftReader, Place
+from .goodness_of_fit import Fit, goodness_of_fit
+from .subject import Subject
+from .texts import SAMPLED
+
+
+DRAFTED = 4  # bins for drafted tokens, best first
+_LIKELY = 3  # undrafted tokens in the second pool; the first holds the likeliest one, the third the rest
+TOKENS = 8  # of each answer
+
+
+@dataclass(frozen=True, slots=True)
+class DistributionCheck:
+    """What the test gave.
+
+    Attributes:
+        answers: sampled.
+        accepted: drafted tokens that they contain.
+        fit: of the tokens that were emitted.
+        control: of the tokens of the rule that is wrong.
+    """
+
+    answers: int
+    accepted: int
+    fit: Fit
+    control: Fit
+
+    name = "distribution of sampled tokens"
+
+    @property
+    def passed(self) -> bool:
+        return self.fit.fits
+
+    @property
+    def has_power(self) -> bool:
+        """Drafts were accepted, and the rule that is wrong was found out."""
+        return self.accepted > 0 and not self.control.fits
+
+    @property
+    def verdict(self) -> str:
+        if not self.passed:
+            return "NOT the target's distribution"
+        if self.accepted == 0:
+            return "NO POWER, no drafted token was ever accepted"
+        return "the target's" if self.has_power else "NO POWER, the wrong rule was not found out"
+
+    def __str__(self) -> str:
+        found = "NOT found out" if self.control.fits else "found out"
+        return f"{self.fit}: {self.verdict}\n  control, a rule that is wrong: {self.control}: {found}"
+
+
+def check_distribution(subject: Subject, prompts: Sequence[Tensor], answers: int) -> DistributionCheck:
+    """Sample the first `TOKENS` tokens of `answers` answers, over `prompts` `[s]` in turn, each with its own seed.
+
+    Temperature 1, no processors and no end token, whatever the model's settings say.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, own, wrong, accepted = [], [], [], 0
+    with subject.without_settings():
+        reader = DraftReader(subject.target, subject.head)
+        for seed in range(answers):
+            prompt = prompts[seed % len(prompts)]
+            [answer], report = subject.speculative([prompt], seed, max_new_tokens=TOKENS, **SAMPLED)
+            accepted += len(answer) - report.target_forwards
+            for place in reader.read(prompt, answer, DRAFTED):
+                bins = bins_of(place)
+                rows.append(torch.zeros(DRAFTED + 3).index_add_(0, bins, place.probs))
+                own.append(bins[place.token])
+                wrong.append(bins[wrong_token(place, generator)])
+    probabilities = torch.stack(rows)
+    fits = [goodness_of_fit(probabilities, torch.stack(fallen)) for fallen in (own, wrong)]
+    return DistributionCheck(answers, accepted, *fits)
+
+
+def bins_of(place: Place) -> Tensor:
+    """The bin of every token, `[v]`."""
+    bins = torch.full_like(place.probs, DRAFTED + 2, dtype=torch.long)
+    likely = place.probs.topk(min(1 + _LIKELY + len(place.drafted), len(place.probs))).indices.tolist()
+    undrafted = [token for token in likely if token not in place.drafted][: 1 + _LIKELY]
+    bins[undrafted[:1]] = DRAFTED
+    bins[undrafted[1:]] = DRAFTED + 1
+    for rank, token in enumerate(place.drafted):
+        bins[token] = rank
+    return bins
+
+
+def wrong_token(place: Place, generator: torch.Generator) -> int:
+    """A token by `min(1, p / q)` on the best drafts, and where none is kept from what p has more than q."""
+    residual = place.probs.clone()
+    for token, draft_prob in zip(place.drafted, place.draft_probs, strict=True):
+        if float(torch.rand((), generator=generator)) * draft_prob < float(place.probs[token]):
+            return token
+        residual[token] = (residual[token] - draft_prob).clamp(min=0)
+    return int(torch.multinomial(residual if residual.any() else place.probs, 1, generator=generator))

@@ -1,0 +1,130 @@
+"""`assert_lossless`: is the text with a head and a policy the model's own? Knows what to ask, not how it is judged."""
+
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import identity_of
+from ..head import DraftHead
+from ..policy import Policy
+from .distribution import check_distribution
+from .report import LosslessReport, NotLosslessError
+from .subject import Subject
+from .texts import GREEDY, PROCESSED, SAMPLED, Call, compare_batch, compare_one_by_one
+
+
+_DISTRIBUTION_ANSWERS = 12  # per seed
+
+
+def assert_lossless(
+    model: Any,
+    head: DraftHead | None = None,
+    policy: Policy | str | None = None,
+    prompts: Sequence[Tensor | Sequence[int]] | None = None,
+    *,
+    seeds: int = 4,
+    max_new_tokens: int = 32,
+) -> LosslessReport:
+    """Hold `generate` with a head and a policy against plain `generate`, and raise if it is not lossless.
+
+    Greedy answers one by one and in a left-padded batch, sampled answers seed for seed, bare and with processors, must
+    be equal in fp32 and fp64. In bf16 and fp16 the first divergence of each answer must be a near-tie that the dtype
+    explains (see `Divergence`); what follows it cannot be compared. The distribution of sampled tokens is tested in
+    every dtype, and so is the test itself (see `check_distribution`).
+
+    Plain answers are those of the detached model. The model need not be attached; afterwards it is as it was found,
+    attached or not, and the global random generators too. Nobody else may use the model meanwhile. The model's own
+    generation settings hold for the comparison of texts, and are put aside for the distribution.
+
+    Args:
+        model: any model that `attach` takes, on its device, in its dtype.
+        head: its draft head; `None` to draft by lookup alone.
+        policy: as `generate` takes it; "auto" when there is neither head nor policy.
+        prompts: token ids, each `[s]` with s of at least 2; when `None` four built-in ones that serve any vocabulary.
+            Real prompts test more: drafts are accepted more often.
+        seeds: sampled answers per way of sampling, over the prompts in turn; the distribution is tested on the first
+            tokens of twelve times as many.
+        max_new_tokens: of each compared answer.
+
+    Returns:
+        What was found; printed, a page to paste into an issue.
+
+    Raises:
+        NotLosslessError: an `AssertionError` with the report, when a difference is not explained.
+        ValueError: a prompt or a number is unusable, or `generate` refuses the model, the head or the policy.
+    """
+    started = time.perf_counter()
+    subject = Subject(model, head, "auto" if head is None and policy is None else policy)
+    vocabulary = subject.target.config.get_text_config().vocab_size
+    ids = [_usable(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
+    if not ids or seeds < 1 or max_new_tokens < 2:
+        raise ValueError(
+            f"Got {len(ids)} prompts, seeds={seeds} and max_new_tokens={max_new_tokens}, but an examination needs at "
+            "least one prompt, one seed and two new tokens. Leave them out for defaults that take a minute or two."
+        )
+    limit = {"max_new_tokens": max_new_tokens}
+    with subject.undisturbed():
+        texts = (
+            compare_one_by_one(
+                subject, "greedy", [Call(index, prompt, 0, GREEDY | limit) for index, prompt in enumerate(ids)]
+            ),
+            compare_batch(subject, "greedy, in a padded batch", ids, GREEDY | limit),
+            compare_one_by_one(subject, "sampled, temperature 1", _calls(ids, seeds, SAMPLED | limit)),
+            compare_one_by_one(
+                subject, "sampled, top_p 0.9, repetition penalty 1.1", _calls(ids, seeds, PROCESSED | limit)
+            ),
+        )
+        distribution = check_distribution(subject, ids, _DISTRIBUTION_ANSWERS * seeds)
+    report = LosslessReport(_facts(subject), texts, distribution, time.perf_counter() - started)
+    if not report.is_lossless:
+        raise NotLosslessError(report)
+    return report
+
+
+def _calls(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[Call]:
+    """One per seed, the prompts in turn."""
+    return [Call(seed % len(prompts), prompts[seed % len(prompts)], seed, settings) for seed in range(seeds)]
+
+
+def built_in_prompts(vocabulary: int) -> list[Tensor]:
+    """Four prompts of token ids, of 2 to 24 tokens: short, odd, long, and one that repeats itself."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (44,), generator=generator)
+    return [ids[:2], ids[2:11], ids[11:35], ids[35:44].repeat(2)]
+
+
+def _usable(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
+    """A prompt as `[s]` token ids.
+
+    Raises:
+        ValueError: it is a text, has another form, or holds ids that the model does not know.
+    """
+    ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
+    if (
+        ids.dim() != 1
+        or len(ids) < 2
+        or ids.is_floating_point()
+        or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
+    ):
+        raise ValueError(
+            f"Got the prompt {prompt!r}, but a prompt is one row of at least two token ids below {vocabulary}. "
+            "Pass `tokenizer(text)['input_ids']`."
+        )
+    return ids
+
+
+def _facts(subject: Subject) -> dict[str, str]:
+    """What a reader of the report needs to repeat it."""
+    known = identity_of(subject.target, subject.head)
+    facts = {"transformers-resps": version("transformers-resps"), "python": platform.python_version()}
+    facts |= {name: str(known[name]) for name in ("transformers", "torch", "device", "threads", "dtype", "target")}
+    facts["head"] = "none, drafts by lookup"
+    if subject.head is not None:
+        facts["head"] = f"{subject.head.name_or_path or 'without a name'}, {known['head']}"
+    facts["policy"] = "the head's default tree" if subject.policy is None else str(subject.policy)
+    return facts

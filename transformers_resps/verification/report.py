@@ -1,0 +1,68 @@
+"""What an examination found: a page that can be pasted into an issue.
+
+Knows facts and the results of checks; nothing of models.
+"""
+
+from dataclasses import dataclass
+
+from .distribution import DistributionCheck
+from .texts import TextCheck
+
+
+@dataclass(frozen=True, slots=True)
+class LosslessReport:
+    """The outcome of `assert_lossless`; printed, it is a short page.
+
+    Attributes:
+        facts: versions, device, dtype, threads, target, head, policy.
+        texts: answers compared token for token, one entry per way of decoding.
+        distribution: of sampled tokens, with its control.
+        seconds: that the examination took.
+    """
+
+    facts: dict[str, str]
+    texts: tuple[TextCheck, ...]
+    distribution: DistributionCheck
+    seconds: float
+
+    @property
+    def is_lossless(self) -> bool:
+        """Every answer is the plain one or parts from it at a near-tie, and the sampled tokens fit."""
+        return self.distribution.passed and all(check.passed for check in self.texts)
+
+    @property
+    def verdict(self) -> str:
+        if not self.is_lossless:
+            failed = [check.name for check in self.texts if not check.passed]
+            failed += [] if self.distribution.passed else [self.distribution.name]
+            return f"NOT LOSSLESS: {', '.join(failed)}"
+        differing = sum(len(check.differences) for check in self.texts)
+        exact = (
+            "every answer is the plain one"
+            if not differing
+            else f"answers that part from it at a near-tie: {differing}"
+        )
+        blind = "" if self.distribution.has_power else "; the distribution test had no power"
+        return f"LOSSLESS: {exact}{blind}"
+
+    def __str__(self) -> str:
+        width = max(map(len, self.facts))
+        lines = [f"{name:{width}}  {value}" for name, value in self.facts.items()]
+        lines.append("")
+        for check in self.texts:
+            lines.append(f"{check.name}: {check}")
+            lines += [f"  {difference}" for difference in check.differences]
+        lines += [f"{self.distribution.name}: {self.distribution}", ""]
+        return "\n".join([*lines, f"{self.verdict} ({self.seconds:.0f} s)"])
+
+
+class NotLosslessError(AssertionError):
+    """Speculative text is not the model's own.
+
+    Attributes:
+        report: all that was found.
+    """
+
+    def __init__(self, report: LosslessReport) -> None:
+        super().__init__(str(report))
+        self.report = report

@@ -1,0 +1,122 @@
+"""The model under examination, decoding plainly and with what drafts for it.
+
+Knows how to call `generate`; nothing of trees or of what the answers are judged by.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..generation import ReSpSGenerationMixin, attach, detach
+from ..head import DraftHead
+from ..policy import Policy
+from ..telemetry import SpeculationReport
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model, and the head and policy whose text must be the model's own.
+
+    Attributes:
+        model: as the user holds it, perhaps with an adapter around it.
+        head: `None` to draft by lookup alone.
+        policy: as `generate` takes it.
+    """
+
+    model: Any
+    head: DraftHead | None
+    policy: Policy | str | None
+
+    @property
+    def target(self) -> PreTrainedModel:
+        """The model that `generate` runs on."""
+        wrapped = hasattr(self.model, "get_base_model")
+        return cast(PreTrainedModel, self.model.get_base_model() if wrapped else self.model)
+
+    @property
+    def end_ids(self) -> set[int]:
+        """The tokens that end an answer."""
+        ids = getattr(self.target.generation_config, "eos_token_id", None)
+        return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+    def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> list[Tensor]:
+        """Stock `generate` of the detached model: one answer per prompt `[s]`, as `answers` cuts them."""
+        detach(self.model)
+        torch.manual_seed(seed)
+        return self.answers(self._generate(prompts, **settings).sequences, prompts)
+
+    def speculative(
+        self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any
+    ) -> tuple[list[Tensor], SpeculationReport]:
+        """The same call with the head and the policy."""
+        attach(self.model)
+        torch.manual_seed(seed)
+        output = self._generate(prompts, assistant_model=self.head, policy=self.policy, **settings)
+        return self.answers(output.sequences, prompts), output.speculation
+
+    def pick(self, text: Tensor, **settings: Any) -> int:
+        """What plain decoding writes after `text` `[s]`, from the random generator's present state, which stays."""
+        detach(self.model)
+        with self._forked():
+            sequences = self._generate([text], **settings | {"max_new_tokens": 1}).sequences
+        return int(sequences[0, -1])
+
+    def answers(self, sequences: Tensor, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """The rows of `[b, longest prompt + t]` without prompt and padding: up to the first end token."""
+        width = max(len(prompt) for prompt in prompts)
+        found = []
+        for row in sequences[:, width:]:
+            ended = [place for place, token in enumerate(row.tolist(), start=1) if token in self.end_ids]
+            found.append(row[: ended[0]] if ended else row)
+        return found
+
+    def _generate(self, prompts: Sequence[Tensor], **settings: Any) -> Any:
+        """One call; prompts of unequal lengths are padded on the left."""
+        width = max(len(prompt) for prompt in prompts)
+        pads = [width - len(prompt) for prompt in prompts]
+        ids = torch.stack([torch.nn.functional.pad(p, (n, 0)) for p, n in zip(prompts, pads, strict=True)])
+        mask = torch.stack(
+            [torch.nn.functional.pad(torch.ones_like(p), (n, 0)) for p, n in zip(prompts, pads, strict=True)]
+        )
+        return self.model.generate(
+            input_ids=ids.to(self.target.device),
+            attention_mask=mask.to(self.target.device),
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **settings,
+        )
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Examine inside; afterwards the model is as it was found, and so is the global random generator."""
+        was_attached, was_training = isinstance(self.target, ReSpSGenerationMixin), self.model.training
+        self.model.eval()
+        try:
+            with self._forked():
+                yield
+        finally:
+            (attach if was_attached else detach)(self.model)
+            self.model.train(was_training)
+
+    @contextmanager
+    def without_settings(self) -> Iterator[None]:
+        """Inside, the model's own generation settings do not hold: no processor, no end token."""
+        holders = [self.target] if self.model is self.target else [self.target, self.model]  # PEFT hands its own on
+        kept = [holder.generation_config for holder in holders]
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            for holder, settings in zip(holders, kept, strict=True):
+                holder.generation_config = settings
+
+    def _forked(self) -> Any:
+        """Random numbers drawn inside are not missing outside."""
+        device = self.target.device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

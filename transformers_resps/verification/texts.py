@@ -1,0 +1,156 @@
+"""Token for token: the answers of `generate` with and without a head, compared and judged.
+
+In fp32 and fp64 they must be equal. In half precision rounding may turn a pick, and from there on the texts have
+nothing to do with each other; so the first divergence is judged, and nothing can be said of what follows it. With
+sampling the same seed gives both sides the same random numbers up to that place, so the question has an answer
+there too: would plain decoding have picked either token, had its logit been a few spacings higher?
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .divergence import HALF_PRECISIONS, MOST_SPACINGS, Divergence, explain_divergence
+from .subject import Subject
+
+
+GREEDY: dict[str, Any] = {"do_sample": False}
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+PROCESSED = SAMPLED | {"top_p": 0.9, "repetition_penalty": 1.1}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One answer that is not the plain one.
+
+    Attributes:
+        prompt: its index.
+        seed: 0 for greedy answers.
+        divergence: where both part.
+    """
+
+    prompt: int
+    seed: int
+    divergence: Divergence
+
+    def __str__(self) -> str:
+        verdict = "rounding explains it" if self.divergence.explained else "NOT explained by rounding"
+        return f"prompt {self.prompt}, seed {self.seed}, {self.divergence}: {verdict}"
+
+
+@dataclass(frozen=True, slots=True)
+class TextCheck:
+    """What comparing answers gave.
+
+    Attributes:
+        name: how the answers were decoded.
+        answers: compared.
+        tokens: written with the head.
+        target_forwards: that they took, per row.
+        differences: one for each answer that differs.
+    """
+
+    name: str
+    answers: int
+    tokens: int
+    target_forwards: int
+    differences: tuple[Difference, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(difference.divergence.explained for difference in self.differences)
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens per target forward."""
+        return self.tokens / max(self.target_forwards, 1)
+
+    @property
+    def verdict(self) -> str:
+        if not self.passed:
+            return "NOT lossless"
+        equal = "equal" if not self.differences else "equal but for near-ties"
+        return equal if self.tokens > self.target_forwards else f"{equal}, but no drafted token was ever accepted"
+
+    def __str__(self) -> str:
+        equal = self.answers - len(self.differences)
+        return f"{equal} of {self.answers} answers equal, {self.tokens} tokens, tau {self.tau:.2f}: {self.verdict}"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of `generate`.
+
+    Attributes:
+        index: of the prompt, for the report.
+        prompt: `[s]`.
+        seed: of the global random generator.
+        settings: for `generate`.
+    """
+
+    index: int
+    prompt: Tensor
+    seed: int
+    settings: dict[str, Any]
+
+
+def compare_one_by_one(subject: Subject, name: str, calls: Sequence[Call]) -> TextCheck:
+    """Each call alone in its batch."""
+    plain = [subject.plain([call.prompt], call.seed, **call.settings)[0] for call in calls]
+    differences, tokens, forwards = [], 0, 0
+    for call, expected in zip(calls, plain, strict=True):
+        [found], report = subject.speculative([call.prompt], call.seed, **call.settings)
+        tokens, forwards = tokens + len(found), forwards + report.target_forwards
+        differences += judge(subject, call, expected, found)
+    return TextCheck(name, len(calls), tokens, forwards, tuple(differences))
+
+
+def compare_batch(subject: Subject, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
+    """All prompts in one left-padded batch, greedily: sampled rows would need more than equal seeds to be equal."""
+    plain = subject.plain(prompts, **settings)
+    found, report = subject.speculative(prompts, **settings)
+    differences: list[Difference] = []
+    for index, prompt in enumerate(prompts):
+        differences += judge(subject, Call(index, prompt, 0, settings), plain[index], found[index])
+    tokens = sum(len(answer) for answer in found)
+    return TextCheck(name, len(prompts), tokens, report.target_forwards * len(prompts), tuple(differences))
+
+
+def judge(subject: Subject, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:
+    """The first divergence of two answers `[t]`, `[t']`, judged against the dtype; empty when they are equal."""
+    divergence = explain_divergence(subject.target, call.prompt, plain, found)
+    if divergence is None:
+        return []
+    if divergence.dtype in HALF_PRECISIONS:
+        pair = (divergence.plain_token, divergence.speculative_token)
+        needed = [_spacings_until_picked(token, subject, call, plain, divergence) for token in pair]
+        divergence = replace(divergence, needed=max(needed))
+    return [Difference(call.index, call.seed, divergence)]
+
+
+def _spacings_until_picked(
+    token: int | None, subject: Subject, call: Call, plain: Tensor, divergence: Divergence
+) -> float:
+    """How far the logit of `token` must rise, in spacings, before plain decoding picks it at the divergence.
+
+    Everything else stays: the text before it, the processors, the random numbers. For a greedy answer without
+    processors this is the gap to the best logit, rounded up to a power of two.
+    """
+    if token is None:
+        return math.inf
+    place = divergence.position
+    torch.manual_seed(call.seed)
+    if place:  # brings the random generator to where it was
+        subject.plain([call.prompt], call.seed, **call.settings | {"max_new_tokens": place})
+    prefix = torch.cat([call.prompt, plain[:place].to(call.prompt.device)])
+    spacings = 0.0
+    while spacings <= MOST_SPACINGS:
+        raised = {(token,): spacings * divergence.spacing}
+        if subject.pick(prefix, **call.settings | {"sequence_bias": raised}) == token:
+            return spacings
+        spacings = 2 * spacings or 1.0
+    return math.inf
