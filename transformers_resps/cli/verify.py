@@ -11,6 +11,7 @@ from ..head import DraftHead
 from ..policy import AutoPolicy, FixedPolicy, Policy
 from ..tree import TreeShape
 from ..verification import NotLosslessError, assert_lossless
+from ..verification.rounding import move_of_gaps
 from .doctor import default_questions, prompt_ids, read_dataset, up_to
 
 
@@ -30,6 +31,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--prompts", type=int, default=4, help="how many")
     parser.add_argument("--seeds", type=int, default=4, help="sampled answers per way of sampling")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of each compared answer")
+    parser.add_argument(
+        "--rounding", action="store_true", help="instead: how far a tree forward moves the target's logits"
+    )
     parser.add_argument("--revision", help="of the head")
     parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -42,15 +46,24 @@ def verify(args: argparse.Namespace) -> int:
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
     policy = None if args.policy is None else read_policy(args.policy)
+    prompts = read_prompts(args, tokenizer)
+    if args.rounding:
+        return print_rounding(target, prompts, args.max_new_tokens)
     print("Comparing; on a processor this takes minutes ...\n")
     try:
-        report = assert_lossless(
-            target, head, policy, read_prompts(args, tokenizer), seeds=args.seeds, max_new_tokens=args.max_new_tokens
-        )
+        report = assert_lossless(target, head, policy, prompts, seeds=args.seeds, max_new_tokens=args.max_new_tokens)
     except NotLosslessError as error:
         print(error.report)
         return 1
     print(report)
+    return 0
+
+
+def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int) -> int:
+    """One line per number of nodes; always 0, for nothing is judged."""
+    print(f"Tree forwards against one-token decoding, {target.dtype}, {torch.get_num_threads()} threads:\n")
+    for moved in move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0]):
+        print(f"{f'{moved.nodes} nodes' if moved.nodes else 'all at once'}: {moved}")
     return 0
 
 

@@ -1,0 +1,149 @@
+"""How far rounding moves logits: one-token decoding against tree forwards over the text that it wrote.
+
+    resps verify TARGET --rounding --dtype bfloat16 --dataset FILE
+
+Where the figures behind `MOST_SPACINGS` come from, for any target, dtype and machine; and how many logits of a tree
+forward equal those of one-token decoding bit for bit. Knows models and tokens: nothing of heads, policies or files.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ..attention import tree_attention_mask, tree_positions
+from ..tree import DraftTree
+from ..versions import CACHE_KEYWORD
+from .divergence import spacing_at
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What a forward over several tokens changes, at every position of some texts.
+
+    Attributes:
+        nodes: of each forward; 0 for one forward over everything.
+        moves: `[t]` by how much the gap between the two best tokens moved, in spacings of the dtype.
+        flipped: `[f]` the gaps, in spacings, where another token became the best.
+        equal_rows: positions whose logits are equal bit for bit, all of them.
+        equal_logits: share of all logits that are equal bit for bit.
+    """
+
+    nodes: int
+    moves: Tensor
+    flipped: Tensor
+    equal_rows: int
+    equal_logits: float
+
+    def __str__(self) -> str:
+        middle, high = (float(self.moves.quantile(share)) for share in (0.5, 0.99))
+        flips = f"{len(self.flipped)} flips"
+        if len(self.flipped):
+            flips += f" at gaps up to {float(self.flipped.max()):.2f}"
+        return (
+            f"{len(self.moves)} gaps moved by {middle:.2f} spacings in the median, 99% below {high:.2f}, at most "
+            f"{float(self.moves.max()):.2f}; {flips}; {self.equal_rows} rows and {self.equal_logits:.1%} of the "
+            "logits equal bit for bit"
+        )
+
+
+@torch.inference_mode()
+def move_of_gaps(
+    target: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int, node_counts: list[int]
+) -> list[Moves]:
+    """Let `target` answer prompts `[s]` greedily, a token at a time, and read the answers again in trees.
+
+    Args:
+        target: in the dtype and on the device in question.
+        prompts: token ids.
+        max_new_tokens: of each answer; end tokens do not stop it.
+        node_counts: nodes of the trees, chains as they are; 0 for one forward over prompt and answer, without cache.
+    """
+    rows: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in node_counts}
+    for prompt in prompts:
+        answer, plain = _decode(target, prompt.to(target.device), max_new_tokens)
+        for count in node_counts:
+            logits = _read(target, prompt.to(target.device), answer, count)
+            rows[count] += zip(plain, logits, strict=True)
+    return [_moves(count, pairs, target.dtype) for count, pairs in rows.items()]
+
+
+def _decode(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int) -> tuple[Tensor, list[Tensor]]:
+    """The greedy answer `[t]`, and the logits `[v]` before each of its tokens but the first.
+
+    The first is left out: both sides read the prompt in one forward.
+    """
+    cache = _prompt_cache(target, prompt)
+    token, answer, rows = _first_token(target, prompt), [], []
+    for place in range(len(prompt), len(prompt) + max_new_tokens):
+        answer.append(token)
+        position = torch.tensor([[place]], device=target.device)
+        options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
+        logits = target(input_ids=token[None, None], position_ids=position, **options).logits[0, -1]
+        rows.append(logits.cpu())
+        token = logits.argmax()
+    return torch.stack(answer), rows
+
+
+def _read(target: PreTrainedModel, prompt: Tensor, answer: Tensor, node_count: int) -> list[Tensor]:
+    """The logits `[v]` after each token of `answer`, from trees of `node_count` nodes that are chains."""
+    if node_count == 0:
+        text = torch.cat([prompt, answer])[None]
+        return list(target(input_ids=text, use_cache=False, logits_to_keep=len(answer)).logits[0].cpu())
+    cache = _prompt_cache(target, prompt)
+    return [
+        row for tree, start in _chains(answer, node_count) for row in _tree_rows(target, cache, tree, start, prompt)
+    ]
+
+
+def _chains(answer: Tensor, node_count: int) -> Iterator[tuple[DraftTree, int]]:
+    """The answer in trees, and where each starts."""
+    for start in range(0, len(answer), node_count):
+        tokens = answer[None, start : start + node_count]
+        order = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        yield DraftTree.from_parents(tokens, (order - 1).clamp(min=0)), start
+
+
+def _tree_rows(target: PreTrainedModel, cache: Any, tree: DraftTree, start: int, prompt: Tensor) -> list[Tensor]:
+    """One tree forward as decoding runs it; the cache keeps all nodes."""
+    root = torch.tensor([len(prompt) + start], device=target.device)
+    mask = None if tree.node_count == 1 else tree_attention_mask(target.config, cache, None, tree, target.dtype)
+    options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
+    logits = target(
+        input_ids=tree.tokens, attention_mask=mask, position_ids=tree_positions(tree, root), **options
+    ).logits[0]
+    cache.crop(0)
+    return list(logits.cpu())
+
+
+def _prompt_cache(target: PreTrainedModel, prompt: Tensor) -> Any:
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    cache.activate_past_recording()
+    options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
+    target(input_ids=prompt[None], logits_to_keep=1, **options)
+    cache.crop(0)
+    return cache
+
+
+def _first_token(target: PreTrainedModel, prompt: Tensor) -> Tensor:
+    token: Tensor = target(input_ids=prompt[None], use_cache=False, logits_to_keep=1).logits[0, -1].argmax()
+    return token
+
+
+def _moves(node_count: int, pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Moves:
+    """Compare logits `[v]` of both ways, position by position."""
+    moves, flipped, equal_rows, equal = [], [], 0, 0.0
+    for plain, tree in pairs:
+        best = plain.float().topk(2)
+        gap, spacing = float(best.values[0] - best.values[1]), spacing_at(float(best.values[0]), dtype)
+        other = tree.float()[best.indices]
+        moves.append(abs(float(other[0] - other[1]) - gap) / spacing)
+        if int(tree.argmax()) != int(plain.argmax()):
+            flipped.append(gap / spacing)
+        same = plain == tree
+        equal_rows += bool(same.all())
+        equal += float(same.float().mean())
+    return Moves(node_count, torch.tensor(moves), torch.tensor(flipped), equal_rows, equal / len(pairs))
