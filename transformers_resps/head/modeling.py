@@ -17,10 +17,11 @@ from .configuration import DraftHeadConfig
 from .formats import canonical_head, export_head, read_checkpoint, refuse_inexact, split_keywords
 from .identity import default_feature_layers, target_identity
 from .layer import Attend, DraftLayer
+from .publishing import PublishableHead
 from .rotary import RotaryEmbedding
 
 
-class DraftHead(PreTrainedModel):
+class DraftHead(PublishableHead):
     """An EAGLE-3 head in canonical layout.
 
     A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. What
@@ -187,6 +188,8 @@ class DraftHead(PreTrainedModel):
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)
         if (stated := loading.pop("config", None)) is not None:  # as `AutoModel` passes it
             checkpoint = replace(checkpoint, config=stated.to_dict())
+        if checkpoint.commit is not None:  # a branch that moves meanwhile must not mix two heads
+            hub |= {"revision": checkpoint.commit, "force_download": False}
         config, tensors = canonical_head(checkpoint, target, overrides)
         with torch.device("meta"):
             wanted = cls(config)

@@ -27,7 +27,7 @@ class AutoPolicy:
         Args:
             id_or_folder: what `save_pretrained` wrote, or `push_to_hub` published.
             revision: branch, tag or commit of the repository.
-            hub: passed to `huggingface_hub.snapshot_download`.
+            hub: passed to `huggingface_hub.hf_hub_download`.
 
         Raises:
             ValueError: there is no policy, or one of a type this release does not know.

@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..hub import Destination, RepositoryFiles, plain_card, push_saved
 from .protocol import Policy
 
 
@@ -55,7 +54,7 @@ class SavedPolicy(Policy):
         Args:
             id_or_folder: a folder, or a repository of the Hub.
             revision: branch, tag or commit of the repository.
-            hub: passed to `huggingface_hub.snapshot_download`, for example `token` or `cache_dir`.
+            hub: passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
 
         Raises:
             ValueError: there is no policy, or one of another class.
@@ -83,38 +82,49 @@ class SavedPolicy(Policy):
                 "it again."
             ) from error
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **hub: Any) -> str:
-        """Publish the policy; returns the address of the commit.
+    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **where: Any) -> str:
+        """Publish the policy in one commit, with a plain card where there is none; returns the commit's address.
 
         Args:
             repo_id: made if missing.
-            private: of a repository that is made.
-            token: otherwise the one of `hf auth login`.
-            hub: passed to `HfApi.upload_folder`, for example `revision` or `commit_message`.
-        """
-        from tempfile import TemporaryDirectory
+            commit_message: subject of the commit.
+            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
 
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            hub.setdefault("commit_message", f"Upload {type(self).__name__}")
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **hub))
+        Raises:
+            OSError: the Hub refused, or the connection broke; nothing was committed.
+        """
+        target = (self.to_config().get("target") or {}).get("name_or_path")
+        use = f'policy = AutoPolicy.from_pretrained("{repo_id}")'
+        card = plain_card("policy", "draft-policy", target, use)
+        message = commit_message or f"Upload {type(self).__name__}"
+        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
 
 
 def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) -> Path:
-    """The local folder of a policy, downloaded if need be: its two files and nothing else."""
+    """The local folder of a policy, downloaded if need be: its two files, of one commit, and nothing else.
+
+    Raises:
+        ValueError: there is no policy, or a file was damaged on the way.
+    """
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
-    allowed = [CONFIG_FILE, WEIGHTS_FILE]
+    repository = RepositoryFiles(str(id_or_folder), revision=revision, **hub)
     try:
-        return Path(str(snapshot_download(str(id_or_folder), revision=revision, allow_patterns=allowed, **hub)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"{id_or_folder} is neither a folder here nor a repository that could be read ({error}). A policy is "
-            "loaded from what `save_pretrained` wrote or `push_to_hub` published. Check the path, the id "
-            "and the connection."
-        ) from error
+        config = repository.fetch(CONFIG_FILE)
+        repository.fetch(WEIGHTS_FILE)
+    except OSError as error:
+        raise ValueError(_nowhere(id_or_folder, str(error))) from error
+    if config is None:
+        raise ValueError(_nowhere(id_or_folder, f"it has no {CONFIG_FILE}, or the cache has none and this is offline"))
+    return config.parent
+
+
+def _nowhere(id_or_folder: str | Path, reason: str) -> str:
+    return (
+        f"{id_or_folder} is neither a folder here nor a repository that could be read ({reason}). A policy is "
+        "loaded from what `save_pretrained` wrote or `push_to_hub` published. Check the path, the id "
+        "and the connection."
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

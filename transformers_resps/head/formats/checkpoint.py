@@ -7,17 +7,16 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...hub import RepositoryFiles
 from ..configuration import DraftHeadConfig
 
 
@@ -46,11 +45,13 @@ class Checkpoint:
         name: Hub id or folder, for messages.
         config: `config.json`.
         tensors: by their published names, on the CPU, as stored.
+        commit: of the repository, whatever its branches do meanwhile; `None` for a folder.
     """
 
     name: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    commit: str | None = None
 
     @property
     def is_canonical(self) -> bool:
@@ -70,7 +71,18 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
         ValueError: a file is missing, damaged, holds more than tensors, or points outside the checkpoint.
         OSError: the Hub refuses.
     """
-    fetch = _fetch_from(name, hub)
+    if Path(name).is_file():
+        raise ValueError(
+            f"{name} is a file. `from_pretrained` needs the folder that holds config.json and the weights. "
+            f"Pass {Path(name).parent} instead."
+        )
+    repository = None if Path(name).is_dir() else RepositoryFiles(str(name), **hub)
+    fetch = _in_folder(Path(name), hub) if repository is None else repository.fetch
+    checkpoint = _read(name, fetch)
+    return checkpoint if repository is None else replace(checkpoint, commit=repository.commit)
+
+
+def _read(name: str | os.PathLike[str], fetch: Fetch) -> Checkpoint:
     path = fetch("config.json")
     if path is None:
         raise ValueError(
@@ -89,37 +101,12 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
     )
 
 
-def _fetch_from(name: str | os.PathLike[str], hub: dict[str, Any]) -> Fetch:
-    hub = dict(hub)
-    subfolder = hub.pop("subfolder", None) or ""
-    folder = Path(name)
-    if folder.is_file():
-        raise ValueError(
-            f"{name} is a file. `from_pretrained` needs the folder that holds config.json and the weights. "
-            f"Pass {folder.parent} instead."
-        )
-
+def _in_folder(folder: Path, hub: dict[str, Any]) -> Fetch:
     def local(file: str) -> Path | None:
-        path = folder / subfolder / file
+        path = folder / (hub.get("subfolder") or "") / file
         return path if path.is_file() else None
 
-    def remote(file: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(str(name), file, subfolder=subfolder or None, **hub))
-        except EntryNotFoundError:  # not in the repository; or offline and not in the cache
-            return None
-        except HfHubHTTPError as error:
-            raise OSError(
-                f"The Hub does not give {file} of {name}: {error}. Check the name and `revision`; a private or gated "
-                "head needs `token=`."
-            ) from error
-        except HFValidationError as error:
-            raise ValueError(
-                f"{name} is neither a folder nor a Hub id. A Hub id reads `owner/name`. Check the path for a typing "
-                "mistake."
-            ) from error
-
-    return local if folder.is_dir() else remote
+    return local
 
 
 def _read_json(path: Path) -> dict[str, Any]:

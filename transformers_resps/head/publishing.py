@@ -1,0 +1,31 @@
+"""How a head gets to the Hub. Knows its config: nothing of its layers."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..hub import Destination, plain_card, push_saved
+from .configuration import DraftHeadConfig
+
+
+class PublishableHead(PreTrainedModel):
+    """Pushes with the metadata by which the Hub shows a head on its target's page."""
+
+    config: DraftHeadConfig
+
+    def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
+        self, repo_id: str, *, commit_message: str = "Upload DraftHead", **where: Any
+    ) -> str:
+        """Publish the head in one commit, with a plain card where there is none; returns the commit's address.
+
+        Args:
+            repo_id: made if missing.
+            commit_message: subject of the commit.
+            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
+
+        Raises:
+            OSError: the Hub refused, or the connection broke; nothing was committed.
+        """
+        use = f'head = DraftHead.from_pretrained("{repo_id}", target=model)'
+        card = plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
+        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), commit_message)

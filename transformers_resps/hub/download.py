@@ -1,0 +1,124 @@
+"""Files of a repository, all of one commit and whole.
+
+Over plain HTTP `huggingface_hub` compares the size of what it fetched, not the content (2.4, `http_get`). A cached
+file is named after its ETag, which is its hash, so the content can be compared here.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+
+from .transport import TransportError
+
+
+_BLOCK = 1 << 20  # bytes read at once
+
+
+class RepositoryFiles:
+    """The files of one commit of a repository: the first one fetched decides which commit that is.
+
+    Args:
+        repo_id: Hub id.
+        hub: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`, `subfolder`, as in
+            `huggingface_hub.hf_hub_download`.
+    """
+
+    def __init__(self, repo_id: str, **hub: Any) -> None:
+        self.repo_id = repo_id
+        self.commit: str | None = None
+        self._hub = hub
+
+    def fetch(self, name: str) -> Path | None:
+        """The path of a file on this machine, or `None` when the commit has no such file.
+
+        A file that was damaged on the way, or belongs to another commit because a branch moved between two calls of
+        `huggingface_hub`, is fetched once more.
+
+        Raises:
+            ValueError: the id is none, or what was downloaded is still not what the Hub has.
+            OSError: the Hub refuses.
+            ConnectionError: it cannot be reached, or the connection broke.
+        """
+        path = self._download(name, **self._hub)
+        if path is None:
+            return None
+        if self.commit is None and "snapshots" in path.parts:
+            self.commit = path.parts[path.parts.index("snapshots") + 1]
+            self._hub["revision"] = self.commit
+        if is_whole(path):
+            return path
+        is_offline = constants.HF_HUB_OFFLINE or self._hub.get("local_files_only")
+        again = None if is_offline else self._download(name, **{**self._hub, "force_download": True})
+        if again is None or not is_whole(again):
+            raise ValueError(
+                f"The downloaded {name} of {self.repo_id} is not the file that the Hub has: its hash differs. It was "
+                f"damaged on the way or since. Try again online, or delete {path.resolve()}."
+            )
+        return again
+
+    def _download(self, name: str, **hub: Any) -> Path | None:
+        try:
+            return Path(hf_hub_download(self.repo_id, name, **hub))
+        except LocalEntryNotFoundError as error:
+            if error.__cause__ is None or isinstance(error.__cause__, OfflineModeIsEnabled):
+                return None  # offline, and not in the cache
+            raise self._unreachable(name, error.__cause__) from error
+        except EntryNotFoundError:
+            return None
+        except HfHubHTTPError as error:
+            raise OSError(
+                f"The Hub does not give {name} of {self.repo_id}: {error}. Check the name and `revision`; a private "
+                "or gated repository needs `token=`."
+            ) from error
+        except HFValidationError as error:
+            raise ValueError(
+                f"{self.repo_id} is neither a folder nor a Hub id. A Hub id reads `owner/name`. Check the path for a "
+                "typing mistake."
+            ) from error
+        except TransportError as error:
+            raise self._unreachable(name, error) from error
+
+    def _unreachable(self, name: str, error: BaseException) -> ConnectionError:
+        return ConnectionError(
+            f"{name} of {self.repo_id} could not be fetched: {error} A Hub that answers is needed, or the file in the "
+            "cache. Try again; nothing that is only half there is kept."
+        )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the content of a cached file is the one that the Hub named; true where the name does not tell."""
+    if not path.is_symlink():  # a folder of the user's, or a cache without links
+        return True
+    blob = Path(os.readlink(path))  # one step: a blob shared between repositories is itself a link
+    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]+", blob.name):
+        return True
+    hashed = {64: _sha256, 40: _git_sha1}.get(len(blob.name))
+    return hashed is None or hashed(path) == blob.name
+
+
+def _sha256(path: Path) -> str:
+    return _hashed(path, hashlib.sha256())
+
+
+def _git_sha1(path: Path) -> str:
+    return _hashed(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
+
+
+def _hashed(path: Path, hasher: Any) -> str:
+    with path.open("rb") as file:
+        read: Callable[[], bytes] = lambda: file.read(_BLOCK)  # noqa: E731  # iter wants a callable
+        for block in iter(read, b""):
+            hasher.update(block)
+    return str(hasher.hexdigest())

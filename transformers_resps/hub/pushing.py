@@ -1,0 +1,45 @@
+"""Push what an object saves, with a card of the little that it knows of itself."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .metadata import GENERAL_TAGS, as_hub_id, front_matter
+from .upload import Destination, upload
+
+
+CARD = "README.md"
+
+
+def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:
+    """Upload what `save` writes into a folder, and `card` where the repository has none.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        OSError, ConnectionError, ValueError: as `upload`.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        save(folder)
+        files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
+        return upload({CARD: card.encode(), **files}, destination, message, keep=(CARD,))
+
+
+def plain_card(kind: str, tag: str, target: str | None, use: str) -> str:
+    """A card without results: metadata for the target's page, what it is, and a line to load it.
+
+    Args:
+        kind: in words, as "draft head".
+        tag: the same as a tag.
+        target: the target's name.
+        use: the line of Python.
+    """
+    hub_id = as_hub_id(target)
+    of = f" for {hub_id}" if hub_id else ""
+    return (
+        f"{front_matter(hub_id, ['eagle3', tag, *GENERAL_TAGS])}\n# A {kind}{of}\n\n"
+        f"```python\n{use}\n```\n\nNothing was measured for this card.\n"
+    )
