@@ -39,11 +39,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": ENGINE | {"verification"},
     "verification": ENGINE,
     "trainers": ENGINE | {"hub"},
+    "inspection": ENGINE | {"verification"},
     "doctor": ENGINE | {"trainers"},
     "bench": ENGINE | {"verification", "trainers"},
     "publishing": {"__init__", "hub", "head", "policy", "bench"},
-    "demo": ENGINE | {"verification", "bench"},
-    "cli": ENGINE | {"verification", "trainers", "doctor", "bench", "demo"},
+    "demo": ENGINE | {"verification", "bench", "inspection"},
+    "cli": ENGINE | {"verification", "trainers", "doctor", "bench", "demo", "inspection"},
 }
 
 MOST_FILE_LINES = 300

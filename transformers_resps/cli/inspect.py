@@ -1,0 +1,115 @@
+"""`resps inspect`: one answer as a page to look at, step by step."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..bench.options import shape
+from ..generation import attach
+from ..head import DraftHead
+from ..inspection import Examination, examine, facts_of, page, story_of
+from ..pieces import decoder
+from ..policy import AutoPolicy, FixedPolicy, Policy, default_policy
+
+
+def add_command(commands: Any) -> None:
+    """`resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
+    parser = commands.add_parser("inspect", help="an answer as a page to look at: trees, decisions, seconds")
+    parser.set_defaults(run=inspect)
+    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("--prompt", required=True, help="what the target answers")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the page to write")
+    parser.add_argument(
+        "--policy",
+        help="auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; the head's own tree by default",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="of both answers, when tokens are sampled")
+    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Write the page; 1 when both texts differ and rounding cannot be the reason."""
+    if not args.prompt.strip():
+        raise ValueError("`--prompt` is empty, but the target needs something to answer. Pass a question in quotes.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    target = attach(AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device))
+    head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
+    policy = policy_of(args.policy, head)
+    prompt_ids = prompt_ids_of(args.prompt, tokenizer)
+    warm_up(target, head, prompt_ids)
+    found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
+    decoding = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature > 0 else "greedy"
+    facts = facts_of(target, head, policy, decoding)
+    args.output.write_text(page(story_of(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
+    print(f"{found.report}\nSame text as plain decoding: {same_text(found)}.\nThe page: {args.output}")
+    return 0 if is_explained(found, target.dtype) else 1
+
+
+def policy_of(text: str | None, head: DraftHead | None) -> Policy:
+    """What `--policy` names; the head's own tree by default, and without a head "auto".
+
+    Raises:
+        ValueError: it names nothing.
+    """
+    if text == "auto" or (text is None and head is None):
+        return default_policy()
+    if text is None:
+        assert head is not None
+        return FixedPolicy(head.default_shape)
+    if text[0].isdigit() and not Path(text).exists():
+        try:
+            return FixedPolicy(shape(text))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"`--policy`: {error}") from error
+    return AutoPolicy.from_pretrained(text)
+
+
+def prompt_ids_of(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids `[s]`, through the chat template where there is one."""
+    if tokenizer.chat_template is None:
+        ids: Any = tokenizer(prompt)["input_ids"]
+    else:
+        turns = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    return torch.tensor(ids)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `generate` for both answers."""
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    return {"max_new_tokens": args.max_new_tokens, **sampling}
+
+
+def warm_up(target: PreTrainedModel, head: DraftHead | None, prompt_ids: Tensor) -> None:
+    """What is allocated and compiled once is not this answer's cost; the policy stays as it is."""
+    for assistant in (None, head) if head is not None else (None,):
+        call: Any = target
+        ids = prompt_ids[None].to(target.device)
+        call.generate(
+            ids, attention_mask=torch.ones_like(ids), assistant_model=assistant, max_new_tokens=4, do_sample=False
+        )
+
+
+def same_text(found: Examination) -> str:
+    """Yes, or where they part."""
+    if found.parts_at is None:
+        return "yes"
+    why = f" ({found.divergence})" if found.divergence is not None else ""
+    return f"no, they part at token {found.parts_at + 1}{why}"
+
+
+def is_explained(found: Examination, dtype: torch.dtype) -> bool:
+    """The texts are equal, or a half precision may round them apart; of sampled texts no more can be said."""
+    if found.parts_at is None:
+        return True
+    return found.divergence.explained if found.divergence is not None else dtype in (torch.bfloat16, torch.float16)

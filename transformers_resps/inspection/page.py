@@ -1,0 +1,43 @@
+"""One HTML file that needs nothing else: no network, no fonts, no scripts of others.
+
+The values travel as JSON that cannot end its own element, and the script writes them as text only. A content policy
+names the page's style and script by hash, so that nothing else would run even if it got in.
+"""
+
+import base64
+import hashlib
+import json
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+
+def page(story: dict[str, Any]) -> str:
+    """The page about one `story_of` an examination."""
+    style, script = _asset("page.css"), _asset("page.js")
+    return Template(_asset("page.html")).substitute(
+        title=escape(f"{story['facts']['target']}, step by step"),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        style=style,
+        script=script,
+        story=_json(story),
+        prompt=escape(story["prompt"]),
+        answer=escape("".join(token["text"] for step in story["steps"] for token in step["tokens"])),
+    )
+
+
+def _asset(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    """JSON that is safe inside a script element: ASCII, without a character that HTML knows."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _hash(text: str) -> str:
+    """As a content policy writes it: of the exact text between the tags."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

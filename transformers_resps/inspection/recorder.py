@@ -1,0 +1,93 @@
+"""Keep what a policy sees and decides, and the tree that comes of it. Knows nothing of texts or pages."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..policy import Level, Observation, Policy
+from ..telemetry import StepRecord
+from ..tree import DraftTree, TreeShape
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    """One step of one row, prefill left out.
+
+    Attributes:
+        context_length: positions of the text before it.
+        step: 0 for the first decision.
+        room: tokens that the text may still gain.
+        survival: for i = 1, 2, ... the probability that the first i looked-up tokens are accepted.
+        chosen: what the policy answered, before clipping.
+        levels: drafted by the head.
+        head_nodes: of the tree, from the head, root included; later nodes are looked up.
+        tree: what was verified.
+        path: accepted nodes, root first.
+        record: shape after clipping, counts and seconds.
+    """
+
+    context_length: int
+    step: int
+    room: int
+    survival: list[float]
+    chosen: TreeShape
+    levels: int = 0
+    head_nodes: int = 1
+    tree: DraftTree = field(init=False)
+    path: list[int] = field(init=False)
+    record: StepRecord = field(init=False)
+
+    @property
+    def lookup_nodes(self) -> list[int]:
+        return list(range(self.head_nodes, self.tree.node_count))
+
+    @property
+    def shared_nodes(self) -> list[int]:
+        """Nodes of the head that the looked-up chain runs through: both sources proposed them."""
+        if not self.lookup_nodes:
+            return []
+        ancestors = self.tree.ancestors[0, self.head_nodes].nonzero().flatten().tolist()
+        return [node for node in ancestors if 0 < node < self.head_nodes]
+
+
+class Recorder(Policy):
+    """Decides as `policy` does and keeps every step: for one call of `generate` with one prompt.
+
+    Costs a lookup of the text's end per step, microseconds, and the memory of the trees.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.steps: list[RecordedStep] = []
+
+    def __repr__(self) -> str:
+        return repr(self.policy)
+
+    @property
+    def needs_head(self) -> bool:
+        return bool(getattr(self.policy, "needs_head", True))
+
+    def choose(self, observation: Observation) -> TreeShape:
+        seen = (observation.context_length, observation.step, observation.room, list(observation.survival()))
+        chosen = self.policy.choose(observation)
+        self.steps.append(RecordedStep(*seen, chosen))
+        return chosen
+
+    def grow(self, level: Level) -> bool:
+        grows = self.policy.grow(level)
+        self.steps[-1].levels = level.depth + bool(grows)
+        return grows
+
+    def size(self, scores: Tensor) -> int:
+        nodes = self.policy.size(scores)
+        step = self.steps[-1]
+        step.levels = max(step.levels, 1)
+        step.head_nodes = max(1, min(int(nodes), scores.shape[-1] + 1, step.chosen.total_tokens))
+        return nodes
+
+    def witness(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
+        self.steps[-1].tree, self.steps[-1].path = tree, path[0].tolist()
+
+    def observe(self, record: StepRecord) -> None:
+        self.steps[-1].record = record
+        self.policy.observe(record)
