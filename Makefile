@@ -16,20 +16,28 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check fix bench
+.PHONY: demo test check fix bench browser
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(PYTHON) -m transformers_resps.demo --head $(HEAD) $(DEMO_OPTIONS)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	$(PYTHON) -m pytest $(TEST_OPTIONS)
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev browser
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 	$(PYTHON) -m pytest $(TEST_OPTIONS)
+
+# The page of `resps inspect` is tested in a real browser. Root gets Debian's; elsewhere those tests say why they skip.
+browser:
+	@command -v chromedriver >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		echo "Installing chromium and chromium-driver, for the tests of the page." && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		timeout 600 apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || \
+		echo "No browser can be installed here: the tests that need one are skipped."
 
 fix: $(VENV)/.dev
 	$(VENV)/bin/ruff format

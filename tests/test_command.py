@@ -9,7 +9,7 @@ import pytest
 from transformers_resps import cli
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["demo", "doctor", "inspect", "bench"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
