@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check fix bench browser
+.PHONY: demo test check fix bench mutants browser
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -42,6 +42,10 @@ browser:
 fix: $(VENV)/.dev
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
+
+# Minutes: plants bugs in copies of the package, one at a time.
+mutants: $(VENV)/.dev
+	$(PYTHON) -m tests.mutations
 
 bench: $(VENV)/.dev
 	$(PYTHON) -m transformers_resps.bench "$$($(PYTHON) -m transformers_resps.demo.target)" $(HEAD) \
