@@ -1,21 +1,41 @@
 """What was measured, and the rates that follow from it. Pure functions; knows nothing of models."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import quantiles
+from typing import Protocol
+
+
+PLAIN = "plain"
+_LEAST_TOKENS = 8  # of an answer that tells how steady the machine is
+
+
+class Timed(Protocol):
+    """Anything with a number of tokens and the seconds that they took."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One prompt decoded once.
+    """One turn of one prompt answered once.
 
     Attributes:
         method: its name in the table.
         prompt: `dataset/row`.
-        repeat: from 0.
+        repeat: from 0; under sampling also the seed.
         tokens: written, the end token included, nothing after it.
         target_forwards: prefill included.
         seconds: of the whole call.
+        turn: of the conversation, from 1.
+        temperature: 0 is greedy.
+        prefill_seconds: from the call to the target's second forward.
     """
 
     method: str
@@ -24,6 +44,22 @@ class Measurement:
     tokens: int
     target_forwards: int
     seconds: float
+    turn: int = 1
+    temperature: float = 0.0
+    prefill_seconds: float = 0.0
+
+    @property
+    def dataset(self) -> str:
+        return self.prompt.rpartition("/")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A ratio of two rates, and the middle 95% of it over prompts drawn with replacement."""
+
+    ratio: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +73,7 @@ class Summary:
         high: upper end.
         tau: tokens per target forward.
         spread: slowest over fastest repeat, minus one: how quiet the machine was.
+        temperature: 0 is greedy; `None` over several.
     """
 
     method: str
@@ -46,6 +83,7 @@ class Summary:
     high: float
     tau: float
     spread: float
+    temperature: float | None = 0.0
 
 
 def token_count(token_ids: Sequence[int], end_ids: set[int], most: int) -> int:
@@ -54,31 +92,50 @@ def token_count(token_ids: Sequence[int], end_ids: set[int], most: int) -> int:
     return min(ended, most)
 
 
-def rate(measurements: Sequence[Measurement]) -> float:
+def rate(timed: Iterable[Timed]) -> float:
     """Total tokens over total seconds."""
-    return sum(m.tokens for m in measurements) / sum(m.seconds for m in measurements)
+    kept = list(timed)
+    return sum(one.tokens for one in kept) / sum(one.seconds for one in kept)
 
 
-def summarise(measurements: Sequence[Measurement], method: str, plain: str = "plain", *, draws: int = 2000) -> Summary:
+def summarise(measurements: Sequence[Measurement], method: str, base: str = PLAIN) -> Summary:
     """One method against plain decoding, over all prompts and repeats."""
     own = [m for m in measurements if m.method == method]
-    base = [m for m in measurements if m.method == plain]
-    low, high = bootstrap_interval(_by_prompt(own), _by_prompt(base), draws=draws)
-    repeats = [rate([m for m in own if m.repeat == repeat]) for repeat in sorted({m.repeat for m in own})]
+    interval = compare(measurements, method, base)
+    repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
+    temperatures = {m.temperature for m in own}
     return Summary(
         method=method,
         tokens_per_second=rate(own),
-        ratio=rate(own) / rate(base),
-        low=low,
-        high=high,
+        ratio=interval.ratio,
+        low=interval.low,
+        high=interval.high,
         tau=sum(m.tokens for m in own) / sum(m.target_forwards for m in own),
         spread=max(repeats) / min(repeats) - 1,
+        temperature=temperatures.pop() if len(temperatures) == 1 else None,
     )
 
 
+def compare(measurements: Sequence[Measurement], method: str, base: str, *, draws: int = 2000) -> Interval:
+    """The rate of one method over that of another, on the prompts that both have answered as often."""
+    per_prompt = {name: dict[str, list[Measurement]]() for name in (method, base)}
+    keys = [{_place(m) for m in measurements if m.method == name} for name in (method, base)]
+    for m in measurements:
+        if m.method in per_prompt and _place(m) in keys[0] & keys[1]:
+            per_prompt[m.method].setdefault(m.prompt, []).append(m)
+    prompts = sorted(per_prompt[base])
+    own, other = ([per_prompt[name][prompt] for prompt in prompts] for name in (method, base))
+    low, high = bootstrap_interval(own, other, draws=draws)
+    return Interval(rate(m for part in own for m in part) / rate(m for part in other for m in part), low, high)
+
+
+def _place(m: Measurement) -> tuple[Hashable, ...]:
+    return m.prompt, m.turn, m.temperature, m.repeat
+
+
 def bootstrap_interval(
-    own: Sequence[Sequence[Measurement]],
-    base: Sequence[Sequence[Measurement]],
+    own: Sequence[Sequence[Timed]],
+    base: Sequence[Sequence[Timed]],
     *,
     draws: int = 2000,
     choose: Callable[[int], list[int]] | None = None,
@@ -86,7 +143,7 @@ def bootstrap_interval(
     """The middle 95% of the ratio `rate(own) / rate(base)` over prompts drawn with replacement.
 
     Args:
-        own: measurements of each prompt.
+        own: measurements of each prompt, all its turns and repeats together.
         base: of the same prompts in the same order, so that a draw is paired.
         draws: samples of prompts.
         choose: indices of one sample, given the number of prompts; seeded random ones when `None`.
@@ -97,15 +154,40 @@ def bootstrap_interval(
         def choose(count: int) -> list[int]:
             return generator.choices(range(count), k=count)
 
+    totals = [
+        [(sum(m.tokens for m in part), sum(m.seconds for m in part)) for part in prompts] for prompts in (own, base)
+    ]
     ratios = []
     for _ in range(draws):
         drawn = choose(len(own))
-        numerator = rate([m for index in drawn for m in own[index]])
-        ratios.append(numerator / rate([m for index in drawn for m in base[index]]))
+        (tokens, seconds), (base_tokens, base_seconds) = (
+            (sum(prompts[i][0] for i in drawn), sum(prompts[i][1] for i in drawn)) for prompts in totals
+        )
+        ratios.append(tokens / seconds / (base_tokens / base_seconds))
     ratios.sort()
     return ratios[int(0.025 * draws)], ratios[min(int(0.975 * draws), draws - 1)]
 
 
-def _by_prompt(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
-    prompts = sorted({m.prompt for m in measurements})
-    return [[m for m in measurements if m.prompt == prompt] for prompt in prompts]
+def plain_spread(measurements: Iterable[Measurement]) -> float | None:
+    """How unsteady the machine was: interquartile range over median of plain decoding's rates; `None` below four.
+
+    Prefill is left out, and each rate is divided by the mean of its own text's repeats where there are several, so
+    that long prompts do not look like noise. Answers of fewer than eight tokens say nothing.
+    """
+    told = [m for m in measurements if m.method == PLAIN and m.tokens >= _LEAST_TOKENS]
+    rates = []
+    for part in grouped(told, lambda m: (m.prompt, m.turn, m.temperature)):
+        own = [(m.tokens - 1) / (m.seconds - m.prefill_seconds) for m in part]
+        rates += [value / (sum(own) / len(own)) for value in own] if len(own) > 1 else own
+    if len(rates) < 4:
+        return None
+    low, middle, high = quantiles(rates, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def grouped(measurements: Iterable[Measurement], key: Callable[[Measurement], Hashable]) -> list[list[Measurement]]:
+    """Measurements with the same key, in the order in which the keys come first."""
+    found: dict[Hashable, list[Measurement]] = defaultdict(list)
+    for m in measurements:
+        found[key(m)].append(m)
+    return list(found.values())

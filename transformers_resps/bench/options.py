@@ -4,25 +4,57 @@ import argparse
 from pathlib import Path
 
 from ..tree import TreeShape
+from .methods import CHOICES
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them to `parser`."""
     parser.add_argument("target", help="folder or Hub id")
     parser.add_argument("head", help="folder or Hub id of a draft head for the target")
-    parser.add_argument("--dataset", nargs="+", type=Path, required=True, help=".jsonl with turns, messages or prompt")
-    parser.add_argument("--limit", type=int, default=10, help="prompts per dataset, spread evenly over the file")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument(
-        "--shapes", nargs="+", type=shape, help="total_tokens,depth,top_k[,lookup]; the head's by default"
+    what = parser.add_argument_group("what is compared (plain decoding always is)")
+    what.add_argument(
+        "--policy", nargs="+", default=["auto"], metavar="POLICY", help="'auto', folders or Hub ids; default: auto"
     )
-    parser.add_argument("--prompt-lookup", action="store_true", help="also Transformers' own prompt lookup")
-    parser.add_argument("--auto", action="store_true", help="also policy='auto', with the head and without")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="of the processor; as many as torch chooses by default")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("results/bench"), help="folder for results.json")
+    what.add_argument(
+        "--methods",
+        nargs="*",
+        choices=CHOICES,
+        help="beside the policies: Transformers' prompt lookup, the trees that EAGLE-3 publishes, the fixed tree that "
+        "is fastest on other prompts, the ceiling of all policies; default: all four",
+    )
+    what.add_argument(
+        "--shapes", nargs="+", type=shape, default=[], help="also these fixed trees: total_tokens,depth,top_k[,lookup]"
+    )
+    what.add_argument("--draft-model", metavar="ID", help="also Transformers' assisted generation with this model")
+    on = parser.add_argument_group("on which prompts")
+    on.add_argument(
+        "--dataset",
+        nargs="+",
+        required=True,
+        metavar="FILE_OR_ID",
+        help=".jsonl or .json with turns, messages or prompt, or a Hub id; all user turns are played",
+    )
+    on.add_argument("--limit", type=positive, default=10, help="prompts per dataset, spread evenly over it")
+    on.add_argument(
+        "--search-dataset",
+        metavar="FILE_OR_ID",
+        help="where the best fixed tree is found; by default on prompts of the datasets that are not evaluated",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--temperature", nargs="+", type=float, default=[0.0], metavar="T", help="0 (the default) is greedy"
+    )
+    how.add_argument("--max-new-tokens", type=positive, default=128)
+    how.add_argument("--repeats", type=positive, default=3)
+    how.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
+    how.add_argument("--device", default="cpu")
+    how.add_argument("--threads", type=positive, help="of the processor; as many as torch chooses by default")
+    how.add_argument(
+        "--accept-noise", action="store_true", help="measure on a busy machine all the same; the results say so"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/bench"), help="folder for results, table and plots"
+    )
     parser.add_argument("--profile", action="store_true", help="instead: where time and memory of the first tree go")
 
 
@@ -34,3 +66,10 @@ def shape(text: str) -> TreeShape:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no shape. Write total_tokens,depth,top_k as in 8,4,2."
         ) from error
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero.")
+    return int(text)

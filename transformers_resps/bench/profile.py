@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from ..head import BoundHead, DraftHead
-from .protocol import Bench, Method, Prompt
+from .methods import Method
+from .prompts import Prompt
+from .protocol import Bench
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,11 @@ def profile(bench: Bench, head: DraftHead, tree: Method, prompts: Sequence[Promp
     """Decode `prompts` plain and with `tree`, in turn."""
     plain = Method("plain")
     for method in (plain, tree):
-        bench.decode(prompts[0], method, 0)
+        bench.decode(prompts[0], method)
     plain_watch = Stopwatch()
     with plain_watch.around(bench.model, "forward", "target"):
         for prompt in prompts:
-            bench.decode(prompt, plain, 0)
+            bench.decode(prompt, plain)
     peak_plain = _peak_bytes()
     watch = Stopwatch()
     total, prefill = 0.0, 0.0
@@ -89,7 +91,7 @@ def profile(bench: Bench, head: DraftHead, tree: Method, prompts: Sequence[Promp
         stack.enter_context(watch.around(BoundHead, "logits", "logits"))
         for prompt in prompts:
             first = len(watch.seconds["target"])
-            total += bench.decode(prompt, tree, 0).measurement.seconds
+            total += bench.decode(prompt, tree).measurement.seconds
             prefill += watch.seconds["target"][first]
     forwards = sum(map(sum, watch.seconds.values()))
     return Profile(
@@ -106,7 +108,7 @@ def _prefill_ratio(bench: Bench, tree: Method, prompts: Sequence[Prompt], repeat
     """Median over prompts and repeats of calls that write one token."""
     one = Bench(bench.model, 1)
     pairs = [
-        [one.decode(prompt, method, 0).measurement.seconds for method in (Method("plain"), tree)]
+        [one.decode(prompt, method).measurement.seconds for method in (Method("plain"), tree)]
         for _ in range(repeats)
         for prompt in prompts
     ]

@@ -1,104 +1,198 @@
-"""Decode every prompt with every method, in turn. Knows models and clocks; nothing of files or tables."""
+"""Answer every conversation with every method, in turn. Knows models and clocks; nothing of files or tables."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..head import DraftHead
-from ..policy import FixedPolicy
-from ..tree import TreeShape
-from .measurement import Measurement, token_count
+from .measurement import PLAIN, Measurement, token_count
+from .methods import Method
+from .prompts import Dialogue, Prompt, to_tokens
+from .steps import Step, steps_of
 
 
-PLAIN = "plain"
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A name and what it adds to the keywords of `generate`."""
-
-    name: str
-    keywords: dict[str, Any] = field(default_factory=dict)
+_WARM_UP_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """`name` is `dataset/row`; `input_ids` is `[s]`."""
+class Run:
+    """A measurement, the text `[t]` it wrote, and the steps it took where they are told."""
 
-    name: str
-    input_ids: Tensor
-
-
-def methods(
-    head: DraftHead, shapes: Sequence[TreeShape], *, prompt_lookup: bool = False, auto: bool = False
-) -> list[Method]:
-    """Plain decoding first, then prompt lookup of Transformers, every fixed shape, and `policy="auto"`."""
-    found = [Method(PLAIN)]
-    if prompt_lookup:
-        found.append(Method("prompt lookup", {"prompt_lookup_num_tokens": 10}))
-    for shape in shapes:
-        found.append(Method(shape_name(shape), {"assistant_model": head, "policy": FixedPolicy(shape)}))
-    if auto:
-        found.append(Method("auto, no head", {"policy": "auto"}))
-        found.append(Method("auto", {"assistant_model": head, "policy": "auto"}))
-    return found
+    measurement: Measurement
+    token_ids: Tensor
+    steps: list[Step] = field(default_factory=list)
 
 
-def shape_name(shape: TreeShape) -> str:
-    """`tree 8/4/2`, and `+6` for nodes that lookup may add."""
-    name = f"tree {shape.total_tokens}/{shape.depth}/{shape.top_k}"
-    return f"{name}+{shape.lookup}" if shape.lookup else name
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What is measured at one place: all methods, on one turn of one conversation."""
+
+    dialogue: Dialogue
+    turn: int
+    temperature: float
+    repeat: int
+
+
+class Memory(Protocol):
+    """Keeps runs, so that none is made twice."""
+
+    def find(self, cell: Cell, method: str) -> Run | None:
+        """The run of `method` there, if it was made before."""
+        ...
+
+    def keep(self, run: Run) -> None:
+        """Before anything else is done."""
+        ...
 
 
 class Bench:
-    """One target that decodes greedily, up to `max_new_tokens`, timed by `clock`."""
+    """One target that answers with up to `max_new_tokens`, timed by `clock`."""
 
     def __init__(self, model: Any, max_new_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.model, self.max_new_tokens, self._clock = model, max_new_tokens, clock
         ends = model.generation_config.eos_token_id
         self._end_ids = set(ends) if isinstance(ends, list) else {ends}
-        self._forwards = 0
-        model.register_forward_pre_hook(self._count_forward)
+        self._forwards: list[float] = []  # when each began
+        model.register_forward_pre_hook(self._note_forward)
 
-    def run(self, prompts: Sequence[Prompt], chosen: Sequence[Method], repeats: int) -> Iterator["Run"]:
-        """Warm up, then measure: of each prompt all methods, each repeat and prompt beginning with the next one."""
-        for method in chosen:
-            self.decode(prompts[0], method, 0)
-        for repeat in range(repeats):
-            for number, prompt in enumerate(prompts):
-                first = (number + repeat) % len(chosen)
-                for method in [*chosen[first:], *chosen[:first]]:
-                    yield self.decode(prompt, method, repeat)
+    def warm_up(self, prompt: Prompt, methods: Sequence[Method]) -> None:
+        """A few tokens with every method."""
+        few = min(_WARM_UP_TOKENS, self.max_new_tokens)
+        for method in methods:
+            self.decode(prompt, method, max_new_tokens=few)
 
-    def decode(self, prompt: Prompt, method: Method, repeat: int) -> "Run":
-        """One call of `generate`."""
+    def decode(
+        self,
+        prompt: Prompt,
+        method: Method,
+        repeat: int = 0,
+        temperature: float = 0.0,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Run:
+        """One call of `generate`, with the repeat as its seed."""
+        most = max_new_tokens or self.max_new_tokens
         input_ids = prompt.input_ids[None].to(self.model.device)
-        self._forwards = 0
+        keywords = {**method.keywords, **sampling(temperature)}
+        if "policy" in keywords:
+            keywords["policy"] = copy.deepcopy(keywords["policy"])  # each answer meets it as it was loaded
+        torch.manual_seed(repeat)
+        self._forwards = []
         started = self._clock()
-        sequences = self.model.generate(
+        output = self.model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            **method.keywords,
+            max_new_tokens=most,
+            return_dict_in_generate=True,
+            **keywords,
         )
-        answer = sequences[0, input_ids.shape[1] :].tolist()  # reading it waits for the device
+        answer = output.sequences[0, input_ids.shape[1] :].tolist()  # reading it waits for the device
         seconds = self._clock() - started
-        count = token_count(answer, self._end_ids, self.max_new_tokens)
-        measured = Measurement(method.name, prompt.name, repeat, count, self._forwards, seconds)
-        return Run(measured, torch.tensor(answer[:count]))
+        count = token_count(answer, self._end_ids, most)
+        prefill = self._forwards[1] - started if len(self._forwards) > 1 else seconds
+        measured = Measurement(
+            method.name, prompt.name, repeat, count, len(self._forwards), seconds, prompt.turn, temperature, prefill
+        )
+        report = getattr(output, "speculation", None)
+        return Run(measured, torch.tensor(answer[:count]), [] if report is None else steps_of(report))
 
-    def _count_forward(self, *_: Any) -> None:
-        self._forwards += 1
+    def _note_forward(self, *_: Any) -> None:
+        self._forwards.append(self._clock())
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A measurement and the text `[t]` it wrote."""
+def sampling(temperature: float) -> dict[str, Any]:
+    """Keywords of `generate`: greedy at 0, otherwise the target's whole distribution at that temperature."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
-    measurement: Measurement
-    token_ids: Tensor
+
+class Schedule:
+    """Who answers what, in which order.
+
+    Every turn of a conversation follows the target's own answers to the turns before it, as EAGLE's evaluation plays
+    MT-Bench: those of plain decoding at the same temperature and seed, so that all methods answer the same prompt. A
+    conversation ends early where the next turn would not fit into the target's context.
+
+    Args:
+        dialogues: to be answered.
+        methods: plain decoding among them.
+        temperatures: at which each is answered.
+        repeats: of everything.
+        tokenizer: of the target.
+    """
+
+    def __init__(
+        self,
+        dialogues: Sequence[Dialogue],
+        methods: Sequence[Method],
+        temperatures: Sequence[float],
+        repeats: int,
+        tokenizer: Any,
+    ) -> None:
+        self.dialogues, self.methods, self.tokenizer = list(dialogues), list(methods), tokenizer
+        self.temperatures, self.repeats = list(temperatures), repeats
+        self.cut: set[str] = set()
+        self._planned = sum(len(dialogue.turns) for dialogue in dialogues) * len(temperatures) * repeats
+
+    @property
+    def total(self) -> int:
+        """Runs, as far as is known."""
+        return self._planned * len(self.methods)
+
+    def first_prompt(self, dialogue: Dialogue) -> Prompt:
+        """Of the first turn."""
+        return Prompt(dialogue.name, to_tokens(dialogue.asked([]), self.tokenizer))
+
+    def check_room(self, bench: Bench) -> None:
+        """Refuse before any work what cannot be answered at all.
+
+        Raises:
+            ValueError: a first turn is longer than the target's context allows.
+        """
+        for dialogue in self.dialogues:
+            length = len(self.first_prompt(dialogue).input_ids)
+            if length + bench.max_new_tokens > self._most_positions(bench):
+                raise ValueError(
+                    f"{dialogue.name} has {length} tokens and its answer up to {bench.max_new_tokens}, but the target "
+                    f"holds {self._most_positions(bench)}. Lower --max-new-tokens, or leave that prompt out."
+                )
+
+    def run(self, bench: Bench, memory: Memory) -> Iterator[tuple[Prompt, list[Run]]]:
+        """Yield each prompt and its runs, in the order of `methods`; what `memory` has is not made again.
+
+        Each repeat and conversation begins with the next method, so that none always comes first.
+        """
+        for repeat in range(self.repeats):
+            for number, dialogue in enumerate(self.dialogues):
+                first = (number + repeat) % len(self.methods)
+                for temperature in self.temperatures:
+                    yield from self._converse(bench, memory, Cell(dialogue, 1, temperature, repeat), first)
+
+    def _converse(self, bench: Bench, memory: Memory, opening: Cell, first: int) -> Iterator[tuple[Prompt, list[Run]]]:
+        answers: list[str] = []
+        dialogue, temperature, repeat = opening.dialogue, opening.temperature, opening.repeat
+        for turn in range(1, len(dialogue.turns) + 1):
+            prompt = Prompt(dialogue.name, to_tokens(dialogue.asked(answers), self.tokenizer), turn)
+            if len(prompt.input_ids) + bench.max_new_tokens > self._most_positions(bench):
+                self.cut.add(dialogue.name)
+                self._planned -= len(dialogue.turns) - turn + 1
+                return
+            cell = Cell(dialogue, turn, temperature, repeat)
+            runs: dict[str, Run] = {}
+            for method in [*self.methods[first:], *self.methods[:first]]:
+                run = memory.find(cell, method.name)
+                if run is None:
+                    run = bench.decode(prompt, method, repeat, temperature)
+                    memory.keep(run)
+                runs[method.name] = run
+            answers.append(self.tokenizer.decode(runs[PLAIN].token_ids, skip_special_tokens=True))
+            yield prompt, [runs[method.name] for method in self.methods]
+
+    @staticmethod
+    def _most_positions(bench: Bench) -> int:
+        return int(bench.model.config.get_text_config().max_position_embeddings)

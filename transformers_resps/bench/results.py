@@ -1,89 +1,120 @@
-"""`results.json` and the table: what was measured, on what, with which command."""
+"""`results.json`: what was measured, on what, with which command. The schema is in docs/bench-results-schema.md.
+
+Knows measurements and JSON: nothing of models.
+"""
 
 import json
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from .measurement import Measurement, Summary
-
-
-SCHEMA = 1
+from .advice import Standing, advise
+from .measurement import PLAIN, Measurement, compare, grouped, plain_spread, rate, summarise
+from .methods import Method
+from .protocol import Run
+from .steps import summarise_steps
 
 
-def circumstances(model: Any) -> dict[str, Any]:
-    """Everything a reader needs to repeat the measurement."""
-    device = model.device.type
+SCHEMA_VERSION = 2
+RESULTS = "results.json"
+ALL = "all"
+
+
+def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequence[Measurement]) -> dict[str, Any]:
+    """Everything in the results that follows from the runs.
+
+    Args:
+        methods: in the order of the table.
+        runs: of whole cells: every method answered.
+        ceilings: what the oracle would have done in some of them; nobody measured it.
+    """
+    measurements = [run.measurement for run in runs]
+    names = [method.name for method in methods]
     return {
-        "schema": SCHEMA,
-        "command": [Path(sys.executable).name, "-m", "transformers_resps.bench", *sys.argv[1:]],
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name(model.device) if device == "cuda" else _processor(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def write_results(
-    folder: Path, facts: dict[str, Any], summaries: dict[str, list[Summary]], measurements: Sequence[Measurement]
-) -> Path:
-    """Write `results.json` into `folder`: `facts`, one summary list per dataset, every single measurement."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "results.json"
-    results = {
-        **facts,
-        "summaries": {dataset: [asdict(summary) for summary in rows] for dataset, rows in summaries.items()},
+        "plain_spread": plain_spread(measurements),
+        "summaries": summaries_of(measurements, names, ceilings),
+        "pooled": _rows([*measurements, *ceilings], names),
+        "steps": {name: asdict(found) for name in names if (found := _steps_of(runs, name)) is not None},
         "measurements": [asdict(measurement) for measurement in measurements],
+        "ceilings": [asdict(ceiling) for ceiling in ceilings],
     }
-    file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def summaries_of(
+    measurements: Sequence[Measurement], names: Sequence[str], ceilings: Sequence[Measurement]
+) -> dict[str, list[dict[str, Any]]]:
+    """Dataset, and `all`, -> rows by temperature and method, each a `Summary` and whether it was `measured`."""
+    datasets = list(dict.fromkeys(m.dataset for m in measurements))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for dataset in [*datasets, ALL]:
+        rows = found.setdefault(dataset, [])
+        own = [m for m in [*measurements, *ceilings] if dataset in (ALL, m.dataset)]
+        for part in grouped(own, lambda m: m.temperature):
+            rows += _rows(part, names)
+    return found
+
+
+def _rows(measurements: Sequence[Measurement], names: Sequence[str]) -> list[dict[str, Any]]:
+    """One for each method, those that nobody measured at the end."""
+    present = dict.fromkeys(m.method for m in measurements)
+    ordered = [name for name in names if name in present] + [name for name in present if name not in names]
+    return [{**asdict(summarise(measurements, name)), "measured": name in names} for name in ordered]
+
+
+def advice_of(methods: Sequence[Method], measurements: Sequence[Measurement], verify_cost: float | None) -> str:
+    """One sentence over all datasets and temperatures together."""
+    others = [method for method in methods if method.name != PLAIN]
+    if not measurements:
+        return advise([], verify_cost, 0)
+    rates = {method.name: rate(m for m in measurements if m.method == method.name) for method in others}
+    fastest = max(rates, key=lambda name: rates[name], default=PLAIN)
+    standings = [
+        Standing(
+            method.name,
+            method.effort,
+            compare(measurements, method.name, PLAIN),
+            compare(measurements, method.name, fastest),
+        )
+        for method in others
+    ]
+    return advise(standings, verify_cost, len({m.prompt for m in measurements}))
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> Path:
+    """Write `results.json` in one go: a kill leaves the old file or the new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / RESULTS
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    unfinished.replace(file)
     return file
 
 
-def markdown_table(summaries: dict[str, list[Summary]], same_text: dict[str, str]) -> str:
-    """One row per dataset and method. `same_text` says for each method how many answers equal plain ones."""
-    lines = [
-        "| dataset | method | tokens/s | ratio to plain | 95% interval | tau | repeats within | same text |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for dataset, rows in summaries.items():
-        for row in rows:
-            numbers = (
-                f"{row.tokens_per_second:.1f} | {row.ratio:.2f} | {row.low:.2f} to {row.high:.2f} | {row.tau:.2f}"
-            )
-            same = same_text.get(row.method, "") if dataset == "all" else ""
-            lines.append(f"| {dataset} | {row.method} | {numbers} | {row.spread:.0%} | {same} |")
-    return "\n".join(lines)
+def read_results(file: Path) -> dict[str, Any]:
+    """What `write_results` wrote.
+
+    Raises:
+        ValueError: it is of another schema, or no such file at all.
+    """
+    try:
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = results.get("schema_version", results.get("schema"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}), but it should be what `resps bench` wrote. Measure again."
+        ) from error
+    if found != SCHEMA_VERSION:
+        raise ValueError(
+            f"{file} has schema {found!r}, but this release reads {SCHEMA_VERSION} (docs/bench-results-schema.md says "
+            "how they differ). Measure again with this release, or read the file with the one that wrote it."
+        )
+    return results
 
 
-def _commit() -> str | None:
-    """Of the checkout this package runs from; marked when files differ from it; `None` outside a checkout."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None
-
-
-def _processor() -> str:
-    """The model name of the processor, as Linux tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _steps_of(runs: Sequence[Run], name: str) -> Any:
+    told = [run for run in runs if run.measurement.method == name and run.steps]
+    if not told:
+        return None
+    tokens, seconds = (sum(getattr(run.measurement, part) for run in told) for part in ("tokens", "seconds"))
+    return summarise_steps([run.steps for run in told], int(tokens), seconds)

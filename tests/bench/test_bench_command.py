@@ -1,0 +1,157 @@
+"""`resps bench` from its options to its files, on a tiny target."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.bench.conversations import save_rows, save_subjects
+from transformers_resps import DraftHead
+from transformers_resps.bench import __main__ as command
+from transformers_resps.bench.protocol import Bench
+from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
+from transformers_resps.trainers.policy_identity import policy_identity
+from transformers_resps.trainers.training_prompts import write_training_prompts
+
+
+ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]
+PLOTS = {"ratios.png", "tau.png", "sizes.png", "time.png", "costs.png"}
+BenchCommand = Callable[..., int]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead) -> BenchCommand:
+    """`bench(*options)`: the exit status, with a dataset of five rows of which two are evaluated."""
+    target, head = save_subjects(tmp_path, tiny_target, tiny_head)
+    file = save_rows(tmp_path / "mine.jsonl", ROWS)
+
+    def run(*options: str) -> int:
+        output = ["--output", str(tmp_path / "out"), "--accept-noise", "--limit", "2", "--max-new-tokens", "8"]
+        return command.main([target, head, "--dataset", file, "--repeats", "1", *output, *options])
+
+    return run
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
+    return found
+
+
+def test_a_benchmark_writes_everything(
+    bench: BenchCommand, tmp_path: Path, tiny_target: PreTrainedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = DraftHead.from_pretrained(tmp_path / "head", target=tiny_target)
+    identity = policy_identity(tiny_target, head)
+    ReSpSPolicy(ReSpSConfig(head.config.features_width, **identity)).save_pretrained(tmp_path / "mine")
+    assert bench("--policy", "auto", str(tmp_path / "mine"), "--temperature", "0", "1") == 0
+    found = results(tmp_path)
+    methods = [row["method"] for row in found["pooled"]]
+    assert methods[:4] == ["plain", "prompt lookup", "EAGLE-3 60/5/10", "EAGLE-3 60/7/10"]
+    assert methods[4].startswith("best fixed ") and methods[5:] == ["auto", "Re-SpS mine", "oracle (ceiling)"]
+    assert len(found["measurements"]) == 3 * 2 * 7 and not found["partial"] and not found["unexplained"]
+    assert found["same_text"]["Re-SpS mine"] == 6  # sampled or not, seed for seed
+    assert set(found["weights_sha256"]) == {"head", "Re-SpS mine"} and all(found["weights_sha256"].values())
+    assert {"command", "commit", "dirty", "device", "dtype", "threads", "versions", "advice", "costs"} <= found.keys()
+    assert found["noise"]["accepted"] and found["best_fixed"]["prompts"]
+    assert PLOTS | {"table.md", "journal.jsonl"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    printed = capsys.readouterr().out
+    assert "| all | 1 | auto |" in printed and found["advice"] in printed
+
+
+def test_after_ctrl_c_the_same_command_goes_on(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = Bench.decode, []
+
+    def counted(self: Bench, *args: Any, **kwargs: Any) -> Any:
+        if "max_new_tokens" not in kwargs:  # no warm-up
+            calls.append(args)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(Bench, "decode", counted)
+    options = ("--methods", "prompt-lookup")  # three methods, three turns
+    assert bench(*options) == 130
+    stopped = results(tmp_path)
+    assert stopped["partial"] and len(stopped["measurements"]) == 3
+    assert bench(*options) == 0
+    assert len(calls) == 5 + 5  # four were kept
+    whole = results(tmp_path)
+    assert not whole["partial"] and len(whole["measurements"]) == 9
+    assert whole["measurements"][:3] == stopped["measurements"]
+    assert bench(*options) == 0 and len(calls) == 10
+    assert bench(*options, "--max-new-tokens", "6") == 2  # other settings
+
+
+def test_other_weights_are_not_mixed_in(
+    bench: BenchCommand, tmp_path: Path, tiny_head: DraftHead, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--methods") == 0
+    with torch.no_grad():
+        tiny_head.fc.weight[0, 0] += 1
+    tiny_head.save_pretrained(tmp_path / "head")
+    assert bench("--methods") == 2
+    assert "weights_sha256" in capsys.readouterr().err
+
+
+def test_training_prompts_are_not_evaluated(
+    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_training_prompts(tmp_path / "head", ["mnop"])
+    assert bench("--methods") == 2
+    assert "among the training prompts of head, the first being mine/2" in capsys.readouterr().err
+    write_training_prompts(tmp_path / "head", ["another"])
+    assert bench("--methods") == 0
+    assert results(tmp_path)["training_prompts"] == {"head": 1}
+
+
+def test_the_best_fixed_tree_is_not_searched_on_what_is_evaluated(
+    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--methods", "best-fixed", "--search-dataset", str(tmp_path / "mine.jsonl")) == 2
+    assert "--search-dataset" in capsys.readouterr().err
+    assert bench("--methods", "best-fixed", "--limit", "5") == 2
+    assert "Lower --limit" in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_refused(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "other_load", lambda: 1.5)
+    target, head, file = str(tmp_path / "target"), str(tmp_path / "head"), str(tmp_path / "mine.jsonl")
+    assert command.main([target, head, "--dataset", file, "--output", str(tmp_path / "busy")]) == 2
+    assert "keep 1.5 processors busy" in capsys.readouterr().err and not (tmp_path / "busy").exists()
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_a_missing_package_is_named_before_any_work(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert command.main(["nowhere", "nothing", "--dataset", "x.jsonl"]) == 2
+    assert f"{package} cannot be found" in (error := capsys.readouterr().err) and "[bench]" in error
+
+
+def test_without_a_terminal_nothing_but_the_findings_is_printed(
+    bench: BenchCommand, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--methods") == 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("option", [["--shapes", "8,4"], ["--limit", "0"], ["--methods", "magic"]])
+def test_a_malformed_option_ends_with_a_usage_message(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["target", "head", "--dataset", "x.jsonl", *option])
+    assert option[0] in capsys.readouterr().err
+
+
+def test_a_profile_is_printed(bench: BenchCommand, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--profile") == 0
+    assert "overhead_share" in capsys.readouterr().out

@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench.conversations import dialogue, save_rows
+from transformers_resps.bench.prompts import Dialogue, check_apart, read_dialogues, spread
+from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts, write_training_prompts
+
+
+def test_every_user_turn_follows_the_answers_that_are_given() -> None:
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "an answer of the dataset"},
+        {"role": "user", "content": "two"},
+    ]
+    found = Dialogue.of("d/0", messages)
+    assert found.asked([]) == messages[:2]
+    assert found.asked(["mine"]) == [
+        *messages[:2],
+        {"role": "assistant", "content": "mine"},
+        {"role": "user", "content": "two"},
+    ]
+
+
+def test_prompts_are_spread_evenly_over_the_file() -> None:
+    rows = [dialogue(f"d/{number}", "x") for number in range(10)]
+    assert [one.name for one in spread(rows, 3)] == ["d/0", "d/3", "d/6"]
+    assert len(spread(rows, 99)) == 10
+
+
+@pytest.mark.parametrize(
+    "row", [{"turns": ["a", "b"]}, {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}]
+)
+def test_each_layout_of_a_dataset_is_read(tmp_path: Path, row: dict[str, object]) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(row))
+    (found,) = read_dialogues(str(file))
+    assert found.name == "mine/0" and found.turns[0] == "a"
+
+
+def test_a_dataset_without_questions_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
+    with pytest.raises(ValueError, match="mine/0 has no user turn"):
+        read_dialogues(str(file))
+    with pytest.raises(ValueError, match="has no rows"):
+        read_dialogues(save_rows(tmp_path / "empty.jsonl", []))
+
+
+def test_prompts_that_were_learned_from_are_refused() -> None:
+    rows = [dialogue("d/0", "new"), dialogue("d/1", "Known  question\n")]
+    with pytest.raises(ValueError, match="1 of 2 prompts .* among the training prompts of head, the first being d/1"):
+        check_apart(rows, {fingerprint("Known question")}, "the training prompts of head")
+    check_apart(rows[:1], {fingerprint("Known question")}, "the training prompts of head")
+
+
+def test_training_prompts_are_kept_as_hashes_in_a_folder(tmp_path: Path) -> None:
+    assert read_training_prompts(tmp_path) is None
+    write_training_prompts(tmp_path, ["a  b", "c", "c"])
+    assert read_training_prompts(tmp_path) == {fingerprint("a b"), fingerprint("c")}
+    assert "a b" not in (tmp_path / "training_prompts.json").read_text()
+    (tmp_path / "training_prompts.json").write_text("[]")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_training_prompts(tmp_path)

@@ -1,0 +1,138 @@
+"""Results, table and plots of measurements made up by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transformers_resps.bench.headroom import ceiling_of
+from transformers_resps.bench.measurement import Measurement
+from transformers_resps.bench.methods import Method
+from transformers_resps.bench.plots import draw_plots
+from transformers_resps.bench.protocol import Run
+from transformers_resps.bench.results import advice_of, measured_part, read_results, write_results
+from transformers_resps.bench.steps import BUCKETS, Step, bucket_of, summarise_steps
+from transformers_resps.bench.table import markdown_table
+
+
+METHODS = [
+    Method("plain"),
+    Method("prompt lookup", effort=1),
+    Method("tree 8/3/2", effort=3),
+    Method("auto", effort=4),
+]
+
+
+def made_up(temperatures: tuple[float, ...] = (0.0,)) -> list[Run]:
+    """Two datasets of three prompts: the tree twice as fast as plain decoding, auto three times."""
+    runs = []
+    for temperature in temperatures:
+        for prompt in ("a/0", "a/1", "a/2", "b/0", "b/1", "b/2"):
+            for method, forwards, seconds in zip(METHODS, (12, 10, 6, 5), (12.0, 11.0, 6.0, 4.0), strict=True):
+                m = Measurement(method.name, prompt, 0, 12, forwards, seconds, 1, temperature, 1.0)
+                runs.append(Run(m, torch.arange(12), steps_for(method.name)))
+    return runs
+
+
+def steps_for(name: str) -> list[Step]:
+    prefill = Step((1, 0, 1, 0), 1, 1, 0.0, 0.8, 1.0)
+    if name == "tree 8/3/2":
+        return [prefill] + [Step((8, 3, 2, 0), 8, 2, 0.2, 0.6, 0.9)] * 5
+    if name == "auto":
+        return [prefill, Step((1, 0, 1, 0), 1, 1, 0.0, 0.5, 0.6)] + [Step((17, 5, 4, 2), 12, 4, 0.2, 0.4, 0.7)] * 3
+    return []
+
+
+def results_of(runs: list[Run], **changes: Any) -> dict[str, Any]:
+    ceilings = [ceiling_of(run.measurement, 0.2) for run in runs if run.measurement.method == "plain"]
+    names = [method.name for method in METHODS]
+    return {
+        "schema_version": 2,
+        "settings": {"temperatures": sorted({run.measurement.temperature for run in runs})},
+        "same_text": dict.fromkeys(names, 6),
+        "costs": {"verify": {"128": {"1": 0.01, "8": 0.02}, "768": {"1": 0.02, "8": 0.03}}, "draft": {"1": 0.001}},
+        **measured_part(METHODS, runs, ceilings),
+        **changes,
+    }
+
+
+def test_summaries_stand_by_dataset_and_over_all() -> None:
+    found = results_of(made_up())
+    assert list(found["summaries"]) == ["a", "b", "all"]
+    rows = {row["method"]: row for row in found["summaries"]["a"]}
+    assert rows["tree 8/3/2"]["ratio"] == 2.0 and rows["tree 8/3/2"]["tau"] == 2.0
+    assert rows["oracle (ceiling)"]["ratio"] == pytest.approx(12 / 3.2) and not rows["oracle (ceiling)"]["measured"]
+    assert len(found["measurements"]) == 24 and len(found["ceilings"]) == 6
+
+
+def test_temperatures_have_rows_of_their_own() -> None:
+    found = results_of(made_up((0.0, 1.0)))
+    assert [row["temperature"] for row in found["summaries"]["all"]] == [0.0] * 5 + [1.0] * 5
+    assert [row["temperature"] for row in found["pooled"]] == [None] * 5
+
+
+def test_steps_say_where_the_time_goes() -> None:
+    steps = results_of(made_up())["steps"]
+    assert list(steps) == ["tree 8/3/2", "auto"]
+    tree = steps["tree 8/3/2"]  # twelve tokens, six seconds
+    assert tree["mean_nodes"] == 8
+    parts = [tree[f"{part}_seconds"] * 12 for part in ("prefill", "draft", "verify", "rest")]
+    assert parts == pytest.approx([1.0, 1.0, 3.0, 1.0])
+    assert tree["shapes"] == {"8/3/2": 30}
+    assert steps["auto"]["sizes"] == [[6, 0, 0, 18, 0, 0]]
+
+
+def test_sizes_are_counted_by_eight_steps() -> None:
+    steps = [Step((1, 0, 1, 0), nodes, 1, 0, 0, 1) for nodes in [1, *[8] * 9]]
+    assert summarise_steps([steps], 10, 10.0).sizes == [[0, 0, 8, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "bucket"),
+    [(1, "plain"), (2, "2 to 4"), (4, "2 to 4"), (5, "5 to 8"), (16, "9 to 16"), (33, "above 32")],
+)
+def test_nodes_fall_into_buckets(nodes: int, bucket: str) -> None:
+    assert BUCKETS[bucket_of(nodes)] == bucket
+
+
+def test_the_table_has_a_row_for_everything_and_marks_what_nobody_measured() -> None:
+    lines = markdown_table(results_of(made_up())).splitlines()
+    assert len(lines) == 2 + 3 * 5
+    assert lines[2] == "| a | plain | 1.0 | 1.00 |  | 1.00 |  |  |"
+    assert "| all | auto | 3.0 | 3.00 | 3.00 to 3.00 | 2.40 | 9.2 | 6 of 6 |" in lines
+    assert lines[-1].startswith("| all | *oracle (ceiling)* | 3.8 |")
+    assert "| dataset | temperature | method |" in markdown_table(results_of(made_up((0.0, 1.0))))
+
+
+def test_the_advice_is_over_everything_that_was_measured() -> None:
+    measurements = [run.measurement for run in made_up((0.0, 1.0))]
+    assert advice_of(METHODS, measurements, 1.5) == "Use auto: 3.00 times plain decoding (3.00 to 3.00)."
+    equal = [replace(m, seconds=4.0) if m.method == "tree 8/3/2" else m for m in measurements]
+    assert advice_of(METHODS, equal, 1.5).startswith("Use tree 8/3/2")
+    assert "One prompt" in advice_of(METHODS, [], None)
+
+
+def test_results_are_read_back_and_an_old_schema_is_refused(tmp_path: Path) -> None:
+    file = write_results(tmp_path, {"schema_version": 2, "x": 1})
+    assert read_results(file) == {"schema_version": 2, "x": 1}
+    for text, found in (('{"schema": 1}', "schema 1"), ("{}", "schema None"), ("[", "cannot be read")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=found):
+            read_results(file)
+
+
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 1.0)])
+def test_every_plot_is_drawn(tmp_path: Path, temperatures: tuple[float, ...]) -> None:
+    results = json.loads(json.dumps(results_of(made_up(temperatures))))
+    files = draw_plots(results, tmp_path)
+    assert [file.name for file in files] == ["ratios.png", "tau.png", "sizes.png", "time.png", "costs.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_a_plot_without_data_is_left_out(tmp_path: Path) -> None:
+    runs = [run for run in made_up() if run.measurement.method == "plain"]
+    names = [file.name for file in draw_plots(results_of(runs), tmp_path)]
+    assert "tau.png" not in names and "sizes.png" not in names and "costs.png" in names

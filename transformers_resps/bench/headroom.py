@@ -1,0 +1,174 @@
+"""What could be won: the best fixed shape, found on other prompts, and the fastest sequence of shapes as a ceiling.
+
+Both come from replaying texts that the target wrote, with the cost table of this machine: nothing here is timed twice.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import CostTable
+from ..head import DraftHead
+from ..policy import ActionGrid
+from ..trainers.oracle import Oracle
+from ..trainers.outcomes import OutcomeTable
+from ..trainers.replay import ReplayText, StepSeconds, record_text
+from ..tree import TreeShape
+from .measurement import Measurement
+from .methods import ORACLE
+from .protocol import sampling
+
+
+_LOOKUPS = (0, 4, 8)
+_OVERHEAD_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class BestFixed:
+    """The shape that is fastest over other prompts.
+
+    Attributes:
+        shape: never a plain step: plain decoding is measured anyway.
+        prompts: on which it was found.
+        expected_ratio: to plain decoding there, by the cost table, prefill left out.
+        considered: how many shapes.
+    """
+
+    shape: TreeShape
+    prompts: list[str]
+    expected_ratio: float
+    considered: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": ActionGrid((self.shape,)).to_list()[0]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BestFixed":
+        return cls(**{**values, "shape": TreeShape(*values["shape"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Headroom:
+    """Replays texts of one target and head.
+
+    Args:
+        target: attached.
+        head: drafts from every position of a text.
+        grid: the shapes that are considered.
+        seconds: of a step.
+        max_new_tokens: of an answer.
+    """
+
+    target: Any
+    head: DraftHead
+    grid: ActionGrid
+    seconds: StepSeconds
+    max_new_tokens: int
+
+    def replay(self, prompt: Tensor, answer: Tensor) -> OutcomeTable | None:
+        """What every shape would have done at every position; `None` for an answer of fewer than two tokens."""
+        if len(answer) < 2:
+            return None
+        text = torch.cat([prompt.cpu(), answer.cpu()])
+        spare = self.max_new_tokens - len(answer)
+        recorded: ReplayText = record_text(self.target, self.head, text, len(prompt), grid=self.grid, spare_room=spare)
+        return OutcomeTable([recorded.outcomes(self.grid, self.seconds)])
+
+    def answer(self, prompt: Tensor, temperature: float) -> Tensor:
+        """The target's own answer, with trees: the text is that of plain decoding."""
+        inputs = prompt[None].to(self.target.device)
+        torch.manual_seed(0)
+        sequences = self.target.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            assistant_model=self.head,
+            policy="auto",
+            max_new_tokens=self.max_new_tokens,
+            **sampling(temperature),
+        )
+        return sequences[0, len(prompt) :].cpu()  # type: ignore[no-any-return]
+
+    def find_best_fixed(self, prompts: Iterable[tuple[str, Tensor]], temperature: float) -> BestFixed:
+        """The fastest shape over these prompts together; one prompt at a time is in memory.
+
+        Raises:
+            ValueError: no prompt was answered with two tokens or more.
+        """
+        totals, names = torch.zeros(len(self.grid), dtype=torch.float64), []
+        for name, prompt in prompts:
+            table = self.replay(prompt, self.answer(prompt, temperature))
+            if table is not None:
+                totals += Oracle(table).fixed_seconds.sum(0)
+                names.append(name)
+        if not names:
+            raise ValueError(
+                "No prompt to search on was answered with two tokens or more, but the best fixed tree is found on "
+                "answers. Pass another --search-dataset, or leave best-fixed out of --methods."
+            )
+        return choose_best_fixed(totals, self.grid, names)
+
+    def ceiling(self, prompt: Tensor, answer: Tensor) -> float:
+        """Seconds of the fastest sequence of shapes over those of plain steps, for an answer, prefill left out."""
+        table = self.replay(prompt, answer)
+        if table is None:
+            return 1.0
+        oracle = Oracle(table)
+        return float(oracle.best_seconds[0] / oracle.fixed_seconds[0, self.grid.index_of(TreeShape.plain())])
+
+
+def choose_best_fixed(totals: Tensor, grid: ActionGrid, prompts: Sequence[str]) -> BestFixed:
+    """The drafting shape with the least seconds `[a]`, next to the plain step."""
+    plain = grid.index_of(TreeShape.plain())
+    best = min((action for action in range(len(grid)) if action != plain), key=lambda action: float(totals[action]))
+    return BestFixed(grid[best], list(prompts), float(totals[plain] / totals[best]), len(grid))
+
+
+def ceiling_of(plain: Measurement, share: float) -> Measurement:
+    """A measurement as the oracle would have given: prefill as measured, and a share of plain decoding's other time.
+
+    Its forwards are not known: they count as plain decoding's.
+    """
+    seconds = plain.prefill_seconds + share * (plain.seconds - plain.prefill_seconds)
+    return Measurement(
+        ORACLE, plain.prompt, plain.repeat, plain.tokens, plain.target_forwards, seconds, plain.turn,
+        plain.temperature, plain.prefill_seconds,
+    )  # fmt: skip
+
+
+def shapes_for(device_type: str) -> ActionGrid:
+    """A plain step, lookups, trees, and both together: small ones on a processor, up to 60 nodes elsewhere."""
+    trees = ActionGrid.small()
+    if device_type != "cpu":
+        trees = ActionGrid.from_bins((4, 8, 16, 32, 60), (2, 4, 6, 8), (1, 2, 4, 10))
+    return ActionGrid(
+        tuple(
+            TreeShape(shape.total_tokens, shape.depth, shape.top_k, lookup)
+            for shape, lookup in product(trees.shapes, _LOOKUPS)
+        )
+    )
+
+
+def step_seconds(table: CostTable, overhead: float) -> StepSeconds:
+    """Seconds of a step: drafting, the target's forward over all nodes, and what surrounds both."""
+
+    def seconds(shape: TreeShape, context: int) -> float:
+        draft = table.draft_seconds(shape.top_k, shape.depth) if shape.asks_head else 0.0
+        return overhead + draft + table.verify_seconds(shape.total_tokens + shape.lookup, context)
+
+    return seconds
+
+
+def measure_overhead(target: Any, head: DraftHead) -> float:
+    """Seconds that a step takes beside drafting and its forward, the median over a short text."""
+    prompt = torch.ones(1, 16, dtype=torch.long, device=target.device)
+    generate: Callable[..., Any] = target.generate
+    report = generate(
+        prompt, attention_mask=torch.ones_like(prompt), assistant_model=head, do_sample=False,
+        max_new_tokens=_OVERHEAD_TOKENS, min_new_tokens=_OVERHEAD_TOKENS, return_dict_in_generate=True,
+    ).speculation  # fmt: skip
+    return float(median(max(s.step_seconds - s.draft_seconds - s.verify_seconds, 0.0) for s in report.steps[1:]))

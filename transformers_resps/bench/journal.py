@@ -1,0 +1,118 @@
+"""Everything measured so far, in a file that a stop cannot spoil: the same command goes on from it.
+
+Knows JSON lines and runs; nothing of models.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from .measurement import Measurement
+from .protocol import Cell, Run
+from .steps import Step
+
+
+JOURNAL = "journal.jsonl"
+_Key = tuple[str, int, float, int, str]  # prompt, turn, temperature, repeat, method
+
+
+class Journal:
+    """The runs and notes of one output folder.
+
+    Args:
+        file: its first line says for which settings it holds.
+        settings: JSON values.
+
+    Raises:
+        ValueError: the file was written with other settings; names each that differs.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self.file = file
+        self.notes: dict[str, Any] = {}
+        self._runs: dict[_Key, Run] = {}
+        lines = self._whole_lines()
+        if lines:
+            _check_settings(file, lines[0]["settings"], json.loads(json.dumps(settings)))
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+        for line in lines[1:]:
+            if "note" in line:
+                self.notes[line["note"]] = line["value"]
+            else:
+                self._remember(_run_of(line))
+
+    @classmethod
+    def open(cls, folder: Path, settings: dict[str, Any]) -> Self:
+        """The journal of an output folder, begun if there is none."""
+        return cls(folder / JOURNAL, settings)
+
+    @property
+    def runs(self) -> list[Run]:
+        """In the order in which they were made."""
+        return list(self._runs.values())
+
+    def find(self, cell: Cell, method: str) -> Run | None:
+        """The run of `method` in `cell`, if it was made."""
+        return self._runs.get((cell.dialogue.name, cell.turn, cell.temperature, cell.repeat, method))
+
+    def keep(self, run: Run) -> None:
+        """Write a run down."""
+        self._append({**asdict(run.measurement), "token_ids": run.token_ids.tolist(), "steps": run.steps})
+        self._remember(run)
+
+    def note(self, name: str, value: Any) -> None:
+        """Write down a finding in JSON values."""
+        self._append({"note": name, "value": value})
+        self.notes[name] = value
+
+    def _remember(self, run: Run) -> None:
+        m = run.measurement
+        self._runs[m.prompt, m.turn, m.temperature, m.repeat, m.method] = run
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        """All lines; one that was cut off at the end by a kill is taken away.
+
+        Raises:
+            ValueError: another line is damaged.
+        """
+        if not self.file.is_file():
+            return []
+        text = self.file.read_text(encoding="utf-8")
+        whole, newline, rest = text.rpartition("\n")
+        if rest:
+            self.file.write_text(whole + newline, encoding="utf-8")
+        try:
+            return [json.loads(line) for line in whole.split("\n") if line]
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self.file} is damaged ({error}), but each of its lines must be what this command wrote. Delete it "
+                "to measure again, or pass another --output."
+            ) from error
+
+
+def _run_of(line: dict[str, Any]) -> Run:
+    measured = {name: value for name, value in line.items() if name not in ("token_ids", "steps")}
+    steps = [Step(tuple(shape), *rest) for shape, *rest in line["steps"]]  # type: ignore[arg-type]
+    return Run(Measurement(**measured), torch.tensor(line["token_ids"], dtype=torch.long), steps)
+
+
+def _check_settings(file: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    odd = [
+        f"{name} {there.get(name)!r} (now {here.get(name)!r})"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    ]
+    if odd:
+        raise ValueError(
+            f"{file} was begun with {'; '.join(odd)}. Figures of both cannot stand in one table: repeat the command "
+            "as it was, pass another --output, or delete that file."
+        )

@@ -1,0 +1,98 @@
+"""The methods that are compared, and what each adds to the keywords of `generate`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..head import DraftHead
+from ..policy import FixedPolicy, Policy, ReSpSPolicy
+from ..tree import TreeShape
+from .measurement import PLAIN
+
+
+PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING = "prompt-lookup", "eagle", "best-fixed", "oracle"
+CHOICES = (PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING)  # what `--methods` takes; plain decoding is always measured
+ORACLE = "oracle (ceiling)"
+EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGLE counts them
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A name and what it adds to the keywords of `generate`.
+
+    Attributes:
+        name: in the table.
+        keywords: of `generate`.
+        effort: what a user must have for it; of methods that are equally fast the one with the least is advised.
+        seed_exact: whether sampled texts must be those of plain decoding with the same seed. Transformers' own
+            assistants draw other random numbers, so theirs are right in law only.
+    """
+
+    name: str
+    keywords: dict[str, Any] = field(default_factory=dict)
+    effort: int = 0
+    seed_exact: bool = True
+
+
+def plain() -> Method:
+    """What all others are compared with."""
+    return Method(PLAIN)
+
+
+def prompt_lookup() -> Method:
+    """Transformers' own prompt lookup, with the ten tokens of its documentation."""
+    return Method("prompt lookup", {"prompt_lookup_num_tokens": 10}, effort=1, seed_exact=False)
+
+
+def draft_model(model: PreTrainedModel) -> Method:
+    """Transformers' own assisted generation with a small model."""
+    return Method("draft model", {"assistant_model": model}, effort=2, seed_exact=False)
+
+
+def fixed_tree(head: DraftHead, shape: TreeShape, name: str | None = None) -> Method:
+    """One shape at every step; one of lookups alone needs no head."""
+    assistant = {"assistant_model": head} if shape.asks_head else {}
+    return Method(name or shape_name(shape), {**assistant, "policy": FixedPolicy(shape)}, effort=3)
+
+
+def eagle_trees(head: DraftHead) -> list[Method]:
+    """The trees that EAGLE-3 publishes."""
+    return [
+        fixed_tree(head, TreeShape.from_eagle(*numbers), f"EAGLE-3 {'/'.join(map(str, numbers))}")
+        for numbers in EAGLE_TREES
+    ]
+
+
+def policies(head: DraftHead, loaded: Mapping[str, Policy | str]) -> list[Method]:
+    """One method for each policy, by its name."""
+    return [
+        Method(name, {"assistant_model": head, "policy": policy}, effort=4 if policy == "auto" else 5)
+        for name, policy in loaded.items()
+    ]
+
+
+def policy_name(source: str, policy: Policy | str) -> str:
+    """`auto`; `Re-SpS NAME` for a learned policy of a folder or repository `NAME`; otherwise `policy NAME`."""
+    if isinstance(policy, str):
+        return policy
+    last = source.rstrip("/").rpartition("/")[2]
+    return f"Re-SpS {last}" if isinstance(policy, ReSpSPolicy) else f"policy {last}"
+
+
+def shape_name(shape: TreeShape) -> str:
+    """`tree 8/4/2`, and `+6` for nodes that lookup may add."""
+    name = f"tree {shape.total_tokens}/{shape.depth}/{shape.top_k}"
+    return f"{name}+{shape.lookup}" if shape.lookup else name
+
+
+def check_distinct(methods: Sequence[Method]) -> None:
+    """Raises ValueError when two methods have one name."""
+    names = [method.name for method in methods]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"{', '.join(twice)} would be measured twice under one name. Name each policy and shape once, and give "
+            "folders of policies different names."
+        )

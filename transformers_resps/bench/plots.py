@@ -1,0 +1,186 @@
+"""Five pictures of a `results.json`. Knows its schema and matplotlib: nothing of how it was measured."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .measurement import PLAIN
+from .results import ALL
+from .steps import BUCKETS
+
+
+# Okabe and Ito's colours, told apart by everyone; the ceiling and plain decoding are grey.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#8C510A")
+_GREY = "#777777"
+_MARKS = "os^Dv<>p"
+_DOTS = 150  # per inch
+_STEPS_PER_BIN = 8
+
+
+def draw_plots(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the PNG files into `folder` and return them; one without data is left out."""
+    drawings: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "ratios.png": ratios,
+        "tau.png": tau_and_nodes,
+        "sizes.png": sizes_over_time,
+        "time.png": time_parts,
+        "costs.png": costs,
+    }
+    written = []
+    for name, draw in drawings.items():
+        figure = draw(results)
+        if figure is not None:
+            figure.savefig(folder / name, dpi=_DOTS)
+            written.append(folder / name)
+    return written
+
+
+def ratios(results: dict[str, Any]) -> Any:
+    """Speed over plain decoding with 95% intervals: a block of methods for each benchmark, a panel per temperature."""
+    summaries = results["summaries"]
+    temperatures = sorted({row["temperature"] for row in summaries[ALL]})
+    methods = [row["method"] for row in summaries[ALL] if row["temperature"] == temperatures[0]]
+    methods = [method for method in methods if method != PLAIN]
+    if not methods:
+        return None
+    block = len(methods) + 1.5
+    figure = _figure(8.5 * max(1, 0.7 * len(temperatures)), 1.6 + 0.17 * block * len(summaries))
+    panels = figure.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
+    for axes, temperature in zip(panels, temperatures, strict=True):
+        for place, rows in enumerate(summaries.values()):
+            found = {row["method"]: row for row in rows if row["temperature"] == temperature}
+            for number, method in enumerate(methods):
+                if method in found:
+                    _interval(axes, found[method], place * block + number, _style(methods, method))
+        axes.axvline(1, color="black", linewidth=0.8)
+        middles = [place * block + (len(methods) - 1) / 2 for place in range(len(summaries))]
+        axes.set_yticks(middles, ["all prompts" if name == ALL else name for name in summaries])
+        axes.set_ylim(len(summaries) * block - 0.75, -1)
+        axes.set_xlabel("tokens per second, over plain decoding")
+        axes.set_title(f"temperature {temperature:g}" if temperature else "greedy", fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+    handles = [panels[0].plot([], [], **_style(methods, m), label=m, linestyle="")[0] for m in methods]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def tau_and_nodes(results: dict[str, Any]) -> Any:
+    """Tokens per target forward against the nodes that a forward verifies."""
+    taus = _taus(results)
+    told = {name: steps for name, steps in results["steps"].items() if name in taus}
+    if not told:
+        return None
+    figure = _figure(7, 4.6)
+    axes = figure.subplots()
+    for name, steps in told.items():
+        axes.plot(steps["mean_nodes"], taus[name], **_style(list(told), name), markersize=8, linestyle="", label=name)
+    axes.plot(1, 1, "*", color=_GREY, markersize=10, linestyle="", label="plain")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlim(0.8, max(2.0, *(steps["mean_nodes"] for steps in told.values())) * 1.5)
+    axes.set_ylim(bottom=min(0.9, *taus.values()))
+    axes.set_xlabel("nodes verified in a target forward (mean)")
+    axes.set_ylabel("tau: tokens per target forward")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def sizes_over_time(results: dict[str, Any]) -> Any:
+    """How many nodes the steps verified, from an answer's first step to its last: one panel for each chooser."""
+    told = {name: steps["sizes"] for name, steps in results["steps"].items() if len(steps["shapes"]) > 1}
+    told = {name: sizes for name, sizes in told.items() if any(map(sum, sizes))}
+    if not told:
+        return None
+    figure = _figure(7.5, 1.2 + 2.2 * len(told))
+    panels = figure.subplots(len(told), 1, squeeze=False)[:, 0]
+    shades = ("#BBBBBB", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00")
+    for axes, (name, sizes) in zip(panels, told.items(), strict=True):
+        starts = [number * _STEPS_PER_BIN for number in range(len(sizes))]
+        base = [0.0] * len(sizes)
+        for bucket, (label, shade) in enumerate(zip(BUCKETS, shades, strict=True)):
+            shares = [100 * part[bucket] / max(sum(part), 1) for part in sizes]
+            axes.bar(starts, shares, _STEPS_PER_BIN * 0.92, base, align="edge", color=shade, label=label)
+            base = [low + share for low, share in zip(base, shares, strict=True)]
+        axes.set_title(name, fontsize=10)
+        axes.set_ylabel("% of steps")
+        axes.set_ylim(0, 100)
+    panels[-1].set_xlabel("step of the answer")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, title="nodes verified", loc="outside lower center", ncols=6, fontsize=8, frameon=False
+    )
+    return figure
+
+
+def time_parts(results: dict[str, Any]) -> Any:
+    """Milliseconds per token, and what they are spent on where the method tells."""
+    rows = [row for row in results["pooled"] if row["measured"]]
+    parts = ("prefill", "verify", "draft", "rest")
+    figure = _figure(8, 1.6 + 0.4 * len(rows))
+    axes = figure.subplots()
+    colours = dict(zip(parts, ("#BBBBBB", "#0072B2", "#E69F00", "#009E73"), strict=True))
+    shown: set[str] = set()
+    for place, row in enumerate(rows):
+        steps = results["steps"].get(row["method"])
+        values = {"not told": 1e3 / row["tokens_per_second"]}
+        if steps:
+            values = {part: 1e3 * steps[f"{part}_seconds"] for part in parts}
+        left = 0.0
+        for part, value in values.items():
+            label = None if part in shown else part
+            axes.barh(place, value, left=left, color=colours.get(part, "#E5E5E5"), edgecolor="white", label=label)
+            shown.add(part)
+            left += max(value, 0.0)
+    axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds per token")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
+def costs(results: dict[str, Any]) -> Any:
+    """What a target forward costs by the nodes that it verifies, and a level of the head by its width."""
+    verify, draft = results["costs"]["verify"], results["costs"]["draft"]
+    figure = _figure(7, 4.6)
+    axes = figure.subplots()
+    series = [(f"target forward, context {context}", row) for context, row in verify.items()]
+    series += [("one level of the head", draft)] if draft else []
+    for number, (label, row) in enumerate(series):
+        points = sorted((int(nodes), 1e3 * seconds) for nodes, seconds in row.items())
+        axes.plot(*zip(*points, strict=True), marker=_MARKS[number], color=_COLOURS[number], label=label)
+    first = next(iter(verify.values()))
+    plain = 1e3 * next(seconds for nodes, seconds in first.items() if int(nodes) == 1)
+    axes.axhline(plain, color="black", linewidth=0.8, linestyle=":", label="a plain step")
+    steps = axes.secondary_yaxis("right", functions=(lambda value: value / plain, lambda value: value * plain))
+    steps.set_ylabel("plain steps")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("nodes")
+    axes.set_ylabel("milliseconds")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def _figure(width: float, height: float) -> Any:
+    """One that belongs to no window and no global state."""
+    from matplotlib.figure import Figure  # the extra `bench`
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _interval(axes: Any, row: dict[str, Any], place: float, style: dict[str, Any]) -> None:
+    axes.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=1.5)
+    axes.plot(row["ratio"], place, **style)
+
+
+def _style(methods: list[str], method: str) -> dict[str, Any]:
+    number = methods.index(method)
+    if method.startswith("oracle"):
+        return {"color": _GREY, "marker": "*"}
+    return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKS[number % len(_MARKS)]}
+
+
+def _taus(results: dict[str, Any]) -> dict[str, float]:
+    return {row["method"]: row["tau"] for row in results["pooled"] if row["measured"]}

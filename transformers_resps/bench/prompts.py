@@ -1,0 +1,104 @@
+"""Conversations to answer, and where they come from. Knows files and chat templates: nothing of models or clocks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..trainers.conversations import Conversation, load_conversations
+from ..trainers.training_prompts import fingerprint
+
+
+_MOST_ROWS = 20_000  # read of one dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """The user's turns of one conversation; the target answers them one after another.
+
+    Attributes:
+        name: `dataset/row`.
+        opening: what stands before the first user turn, such as a system message.
+        turns: what the user says. Answers of the dataset are not used: every turn follows the target's own ones.
+    """
+
+    name: str
+    opening: Conversation
+    turns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, messages: Conversation) -> "Dialogue":
+        """Raises ValueError when nobody asks anything."""
+        users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        if not users:
+            raise ValueError(
+                f"{name} has no user turn, but a prompt is needed. Remove that row, or give it `turns`, `messages` or "
+                "`prompt`."
+            )
+        return cls(name, messages[: users[0]], tuple(messages[place]["content"] for place in users))
+
+    def asked(self, answers: Sequence[str]) -> Conversation:
+        """The conversation up to the turn after `answers`, one for each turn before it."""
+        messages = [*self.opening]
+        for turn, answer in zip(self.turns, answers, strict=False):
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the first turn, by which a prompt is recognised."""
+        return fingerprint(self.turns[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A turn that is ready to be answered: `name` is `dataset/row`, `input_ids` is `[s]`."""
+
+    name: str
+    input_ids: Tensor
+    turn: int = 1
+
+
+def read_dialogues(source: str) -> list[Dialogue]:
+    """All conversations of a file or a dataset of the Hub, in order.
+
+    Raises:
+        ValueError: it is not there, it is empty, or a row is no conversation.
+    """
+    name = Path(source).stem
+    rows = islice(load_conversations(source), _MOST_ROWS)
+    found = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
+    if not found:
+        raise ValueError(f"{source} has no rows, but prompts are needed. Pass a dataset with at least one.")
+    return found
+
+
+def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
+    """Up to `limit` of them, evenly over the file."""
+    count = min(limit, len(dialogues))
+    return [dialogues[index * len(dialogues) // count] for index in range(count)]
+
+
+def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
+    """Token ids `[s]`, through the chat template where there is one."""
+    if tokenizer.chat_template is None:
+        return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
+    return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> None:
+    """Refuse to evaluate on prompts that were learned from or searched on.
+
+    Raises:
+        ValueError: names the first of them and how many there are.
+    """
+    shared = [dialogue.name for dialogue in evaluated if dialogue.fingerprint in others]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of {len(evaluated)} prompts to evaluate are among {what}, the first being {shared[0]}. "
+            "A gain on them says nothing about other prompts: pass a dataset that was kept apart."
+        )

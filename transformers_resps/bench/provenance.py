@@ -1,0 +1,129 @@
+"""What was measured, with what, on what: everything a reader needs to repeat it, and a journal to refuse mixing.
+
+Knows files, processes and versions; nothing of methods.
+"""
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import nn
+
+
+PACKAGE = Path(__file__).parent.parent
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "config.json")
+_SAMPLED = 64  # numbers of each parameter that go into a fingerprint
+
+
+def command_line() -> list[str]:
+    """As it was typed, with `resps` for however it was started."""
+    return ["resps", *sys.argv[1:]] if Path(sys.argv[0]).name == "resps" else [
+        "python", "-m", "transformers_resps.bench", *sys.argv[1:]
+    ]  # fmt: skip
+
+
+def machine(model: Any) -> dict[str, Any]:
+    """Device, dtype, threads and versions."""
+    on_gpu = model.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else _processor(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "transformers-resps": version("transformers-resps"),
+        },
+    }
+
+
+def code() -> dict[str, Any]:
+    """The commit of the checkout that this package runs from, whether files differ from it, and a hash of them all.
+
+    Outside a checkout `commit` is `None` and `dirty` is false.
+    """
+    commit = _git("rev-parse", "HEAD")
+    files = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        files.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
+    changed = commit and _git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    return {"commit": commit, "dirty": bool(changed), "code_sha256": files.hexdigest()}
+
+
+def folder_of(id_or_folder: str | Path) -> Path | None:
+    """Where the files of a head, policy or target lie: a folder, or what the Hub's cache holds of a repository."""
+    if Path(id_or_folder).is_dir():
+        return Path(id_or_folder)
+    try:
+        return Path(str(snapshot_download(str(id_or_folder), local_files_only=True)))
+    except (OSError, ValueError):  # neither a folder nor whole in the cache: loading it says what is wrong
+        return None
+
+
+def weights_sha256(id_or_folder: str | Path) -> str | None:
+    """Hash of the weights' file; of `config.json` where there are no weights; `None` where there is neither."""
+    folder = folder_of(id_or_folder)
+    if folder is None:
+        return None
+    for name in _WEIGHTS:
+        file = folder / name
+        if file.is_file():
+            with file.open("rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+    return None
+
+
+def parameter_fingerprint(model: nn.Module) -> str:
+    """A hash of a few numbers of every parameter: quick for any size, and different after any training."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)]
+        digest.update(name.encode() + numbers.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def other_load(seconds: float = 1.0) -> float | None:
+    """Processors that others keep busy while this process waits for `seconds`; `None` where the system does not tell.
+
+    The load average would count this command's own last run against it.
+    """
+    counters = Path("/proc/stat")
+    if not counters.exists():
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+    def idle_and_all() -> tuple[int, int]:
+        numbers = [int(part) for part in counters.read_text().split("\n", 1)[0].split()[1:9]]
+        return numbers[3] + numbers[4], sum(numbers)  # idle and waiting for a disk; all
+
+    idle, total = idle_and_all()
+    time.sleep(seconds)
+    idle, total = (after - before for after, before in zip(idle_and_all(), (idle, total), strict=True))
+    return (1 - idle / total) * (os.cpu_count() or 1) if total else None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        found = subprocess.run(["git", "-C", PACKAGE, *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def _processor() -> str:
+    """The model name of the processor, as Linux tells it."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

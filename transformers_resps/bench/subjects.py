@@ -1,0 +1,117 @@
+"""What is measured: a target, its head, the policies, perhaps a draft model. Loaded and checked against each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..generation import attach
+from ..head import DraftHead
+from ..policy import AutoPolicy, Policy, ReSpSPolicy
+from ..trainers.policy_identity import policy_identity
+from ..trainers.training_prompts import read_training_prompts
+from .methods import policy_name
+from .provenance import folder_of, parameter_fingerprint, weights_sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """Attributes:
+    target: attached.
+    tokenizer: of the target.
+    head: in the target's dtype, on its device.
+    policies: name in the table -> policy, or "auto".
+    draft_model: for Transformers' assisted generation.
+    identity: JSON values: ids, parameters and hashes.
+    trained_on: fingerprints of prompts that head or policies learned from; `None` where nobody kept them.
+    """
+
+    target: Any
+    tokenizer: Any
+    head: DraftHead
+    policies: dict[str, Policy | str]
+    draft_model: PreTrainedModel | None
+    identity: dict[str, Any]
+    trained_on: dict[str, set[str] | None]
+
+
+def load_target(name: str, dtype: str | None, device: str) -> Any:
+    """The target as it will decode; whatever is to be done to its weights is done here."""
+    chosen = dtype or ("float32" if device == "cpu" else "auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
+    return attach(model.to(device))
+
+
+def load(
+    target_name: str,
+    head_name: str,
+    policy_names: Sequence[str],
+    *,
+    draft_model: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+) -> Subjects:
+    """Load everything.
+
+    Raises:
+        ValueError: something is not there, or does not fit the target.
+    """
+    target = load_target(target_name, dtype, device)
+    tokenizer = AutoTokenizer.from_pretrained(target_name)
+    head = DraftHead.from_pretrained(head_name, target=target)
+    policies = load_policies(policy_names, target, head)
+    small = None if draft_model is None else load_draft_model(draft_model, target)
+    sources = {"head": head_name} | {
+        name: source for name, source in zip(policies, policy_names, strict=True) if source != "auto"
+    }
+    identity = {
+        "target": target_name,
+        "target_parameters": target.num_parameters(),
+        "target_fingerprint": parameter_fingerprint(target),
+        "head": head_name,
+        "policies": dict(zip(policies, policy_names, strict=True)),
+        "draft_model": draft_model,
+        "weights_sha256": {name: weights_sha256(source) for name, source in sources.items()},
+    }
+    folders = {name: folder_of(source) for name, source in sources.items()}
+    trained_on = {name: None if folder is None else read_training_prompts(folder) for name, folder in folders.items()}
+    return Subjects(target, tokenizer, head, policies, small, identity, trained_on)
+
+
+def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[str, Policy | str]:
+    """Name in the table -> policy.
+
+    Raises:
+        ValueError: there is no such policy, two have one name, or one was trained for another target or head.
+    """
+    found: dict[str, Policy | str] = {}
+    for source in names:
+        policy: Policy | str = source if source == "auto" else AutoPolicy.from_pretrained(source)
+        if isinstance(policy, ReSpSPolicy):
+            identity = policy_identity(target, head)
+            policy.check_identity(target=identity["target"], head=identity["head"])
+        name = policy_name(source, policy)
+        if name in found:
+            raise ValueError(
+                f"Two policies would be called {name!r} in the table. Name each once, and give their folders "
+                "different names."
+            )
+        found[name] = policy
+    return found
+
+
+def load_draft_model(name: str, target: Any) -> PreTrainedModel:
+    """A small model for Transformers' assisted generation.
+
+    Raises:
+        ValueError: it has another vocabulary than the target.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
+    own, other = (m.config.get_text_config().vocab_size for m in (model, target))
+    if own != other:
+        raise ValueError(
+            f"The draft model {name} has {own} tokens, the target {other}, but both must have the same. Pass a small "
+            "model of the target's own family."
+        )
+    return cast(PreTrainedModel, model.to(target.device))

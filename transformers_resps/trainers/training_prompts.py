@@ -1,0 +1,41 @@
+"""Which prompts something was trained on, kept as hashes beside its weights, so that nobody measures on them.
+
+Knows texts and one file: nothing of tokenizers or models.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+
+TRAINING_PROMPTS = "training_prompts.json"
+
+
+def fingerprint(text: str) -> str:
+    """Of a user's first turn; the same whatever spaces and line ends it has."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+
+
+def write_training_prompts(folder: str | Path, texts: Iterable[str]) -> None:
+    """Write `training_prompts.json` into the folder of a head or policy: hashes of the first user turns `texts`."""
+    hashes = sorted({fingerprint(text) for text in texts})
+    (Path(folder) / TRAINING_PROMPTS).write_text(json.dumps({"sha256_16": hashes}), encoding="utf-8")
+
+
+def read_training_prompts(folder: str | Path) -> set[str] | None:
+    """The fingerprints of a folder; `None` where nobody kept them.
+
+    Raises:
+        ValueError: the file is not what `write_training_prompts` wrote.
+    """
+    file = Path(folder) / TRAINING_PROMPTS
+    if not file.is_file():
+        return None
+    try:
+        return {str(one) for one in json.loads(file.read_text(encoding="utf-8"))["sha256_16"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error!r}), but it should hold the hashes that `write_training_prompts` wrote. "
+            "Write it again, or delete it."
+        ) from error
