@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
-BOTTOM = {"versions", "packing", "pieces", "terminal", "tree", "cache", "attention", "features", "telemetry"}
-PARTS = {"acceptance", "head", "lookup", "policy"}
+BOTTOM = {"versions", "packing", "pieces", "terminal", "tree", "prefix", "cache", "attention"}
+BOTTOM |= {"features", "telemetry"}
+PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
-ENGINE = LOOP | {"calibration", "probe", "refusals", "generation"}
+ENGINE = LOOP | {"calibration", "probe", "refusals", "request", "lockstep", "generation"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "packing": set(),
@@ -22,11 +23,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": set(),
     "hub": set(),
     "tree": set(),
+    "prefix": set(),
     "cache": {"versions"},
     "attention": {"tree", "cache"},
     "features": {"versions"},
     "telemetry": {"tree", "pieces", "terminal"},
     "acceptance": {"tree"},
+    "batch": {"tree", "acceptance"},
     "head": {"tree", "packing", "hub"},
     "lookup": {"tree"},
     "policy": {"tree", "telemetry", "hub"},
@@ -35,7 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": LOOP,
     "probe": BOTTOM,
     "refusals": BOTTOM,
-    "generation": LOOP | {"probe", "refusals"},
+    "request": BOTTOM | {"head", "policy", "probe", "refusals"},
+    "lockstep": set(),
+    "generation": LOOP | {"refusals", "request", "lockstep"},
     "__init__": ENGINE | {"verification"},
     "verification": ENGINE,
     "trainers": ENGINE | {"hub"},

@@ -71,7 +71,7 @@ def test_survival_falls_along_the_draft() -> None:
 def test_rows_start_after_their_padding() -> None:
     rows = BatchLookup([0, 2])
     rows.extend([[7, 8, 7], [0, 0, 9]])
-    assert rows.length == 3
+    assert rows.lengths == [3, 3]
     rows.extend([[8], [9]])
     assert [match.tokens[:1] for match in rows.matches()] == [[7], [9]]
 

@@ -19,21 +19,24 @@ from .tree import DraftTree
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What a step added.
+    """What a step added to the rows that it decoded.
 
     Attributes:
-        path: `[b, m]` nodes whose logits were used, root first; meaningless in rows that had finished.
+        path: `[b, m]` nodes whose logits were used, root first; meaningless in rows that had finished. A row that
+            kept fewer repeats its last.
         tokens: `[b, m]` the picks after them; the last one is the next root.
-        emitted: `[b]` tokens that count: those before a row had finished.
+        counts: of the nodes, those that each row kept.
+        emitted: tokens that count, those before a row had finished, for every row of the call, decoded or not.
     """
 
     path: Tensor
     tokens: Tensor
-    emitted: Tensor
+    counts: list[int]
+    emitted: list[int]
 
 
 class Text:
-    """The text being written, one committed position at a time.
+    """The text being written, one committed position at a time. All its rows advance together.
 
     Args:
         input_ids: `[b, s]` the prompt.
@@ -61,14 +64,15 @@ class Text:
         self.input_ids = input_ids
         self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         self.finished = False
+        self.pad_token = pad_token
         self.scores: tuple[Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
         self._logits_processor = logits_processor
         self._stopping_criteria = stopping_criteria
         self._do_sample = do_sample
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        self._pad_token = pad_token
         self._streamer = streamer
+        self._decoded: Tensor | None = None  # rows that are still decoded; None for all
 
     @property
     def length(self) -> int:
@@ -76,12 +80,49 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """`[b]` rows that still get the target's own tokens; without an end token, finished rows go on too."""
-        return self.unfinished.bool() if self._pads else torch.ones_like(self.unfinished, dtype=torch.bool)
+        """Of the decoded rows, those that still get the target's own tokens, `[b]` bool; without an end token,
+        finished rows go on too.
+        """
+        rows = self._of_decoded(self.unfinished)
+        return rows.bool() if self._pads else torch.ones_like(rows, dtype=torch.bool)
+
+    @property
+    def newest(self) -> Tensor:
+        """`[b]` the last token of each decoded row."""
+        return self._of_decoded(self.input_ids[:, -1])
+
+    @property
+    def decoded_ids(self) -> Tensor:
+        """`[b, s]` the decoded rows."""
+        return self._of_decoded(self.input_ids)
+
+    def _of_decoded(self, values: Tensor) -> Tensor:
+        return values if self._decoded is None else values[self._decoded]
+
+    def drop_finished(self) -> list[int] | None:
+        """Finished rows are decoded no more: only padding is to come.
+
+        Returns:
+            Of the rows decoded so far, those that go on; `None` when all do.
+        """
+        going_on = self.live.tolist()
+        if all(going_on):
+            return None
+        kept = [place for place, goes_on in enumerate(going_on) if goes_on]
+        rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
+        self._decoded = self._of_decoded(rows)[kept]
+        return kept
 
     def commit(self, logits: Tensor) -> Tensor:
-        """Pick and append one token per row from the target's logits `[b, v]`; returns them, `[b]`."""
+        """Pick and append one token per row from the target's logits `[b, v]` of the decoded rows.
+
+        Returns:
+            `[b]` the tokens of the decoded rows.
+        """
         logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        if self._decoded is not None:  # a draw takes as many random numbers as in plain decoding
+            every_row = logits.new_zeros(len(self.input_ids), logits.shape[-1])
+            logits = every_row.index_copy_(0, self._decoded, logits)
         scores: Tensor = self._logits_processor(cast(torch.LongTensor, self.input_ids), cast(Any, logits))
         if self.scores is not None:
             self.scores += (scores,)
@@ -92,8 +133,8 @@ class Text:
         else:
             tokens = scores.argmax(dim=-1)
         if self._pads:
-            assert self._pad_token is not None
-            tokens = tokens * self.unfinished + self._pad_token * (1 - self.unfinished)
+            assert self.pad_token is not None
+            tokens = tokens * self.unfinished + self.pad_token * (1 - self.unfinished)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
         self.unfinished = self.unfinished & ~self._stopping_criteria(
             cast(torch.LongTensor, self.input_ids), cast(Any, self.scores)
@@ -101,25 +142,25 @@ class Text:
         if self._streamer is not None:
             self._streamer.put(tokens.cpu())
         self.finished = bool(self.unfinished.max() == 0)
-        return tokens
+        return self._of_decoded(tokens)
 
 
 def walk(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
     """Commit picks along the tree until one is not drafted, or the text is finished.
 
-    Rows advance in lockstep: all commit as many tokens as the live row with the shortest run.
+    The rows of a text advance in lockstep: all commit as many tokens as the live row with the shortest run.
 
     Args:
-        tree: what was verified.
+        tree: what was verified, for the decoded rows.
         logits: `[b, n, v]` the target's, one row per node.
         text: gains the picks.
     """
     rows = torch.arange(len(logits), device=logits.device)
     nodes = torch.zeros_like(rows)
-    path, picks, emitted = [], [], torch.zeros_like(rows)
+    path, picks, emitted = [], [], torch.zeros_like(text.unfinished)
     while True:
         path.append(nodes)
-        emitted = emitted + text.unfinished.to(rows.device)
+        emitted = emitted + text.unfinished
         tokens = text.commit(logits[rows, nodes]).to(rows.device)
         picks.append(tokens)
         if text.finished or tree.node_count == 1:
@@ -128,4 +169,5 @@ def walk(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
         if bool(((children < 0) & text.live.to(rows.device)).any()):
             break
         nodes = children.clamp(min=0)
-    return Acceptance(torch.stack(path, dim=1), torch.stack(picks, dim=1), emitted)
+    counts = [len(path)] * len(rows)
+    return Acceptance(torch.stack(path, dim=1), torch.stack(picks, dim=1), counts, emitted.tolist())

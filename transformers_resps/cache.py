@@ -78,6 +78,37 @@ def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
     cache.crop(kept - node_count)
 
 
+def place_nodes(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
+    """Keep the accepted path of every row at slots of its own; for rows that keep different numbers of nodes.
+
+    Args:
+        cache: right after the tree's forward; all its layers see every position.
+        path: `[b, m]` node indices, the root first.
+        node_count: nodes of the tree.
+        slots: `[b, m]` where each of them goes, none above where it stands.
+        length: positions to keep: those of the longest row.
+    """
+    past = cached_length(cache) - node_count
+    for layer in cache.layers:
+        for states in _states(layer) or ():
+            kept = states.gather(2, _along_positions(path + past, states))
+            states.scatter_(2, _along_positions(slots, states), kept)
+    cache.crop(length - past - node_count)
+
+
+def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
+    """Forget all rows but `rows`, and all positions from `length` on."""
+    cache.batch_select_indices(torch.tensor(rows))
+    surplus = cached_length(cache) - length
+    if surplus:
+        cache.crop(-surplus)
+
+
+def _along_positions(positions: Tensor, states: Tensor) -> Tensor:
+    """Positions `[b, m]` as an index into `[b, heads, s, hd]`."""
+    return positions.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+
+
 def _move_forward(states: Tensor, path: Tensor, node_count: int) -> None:
     """Gather the path's entries of `[b, heads, s, hd]` to the front of the last `node_count`."""
     start = states.shape[-2] - node_count
@@ -85,6 +116,5 @@ def _move_forward(states: Tensor, path: Tensor, node_count: int) -> None:
     if len(path) == 1:
         kept = states.index_select(2, path[0] + start)
     else:
-        index = (path + start)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
-        kept = states.gather(2, index)
+        kept = states.gather(2, _along_positions(path + start, states))
     states[:, :, start : start + path.shape[1]] = kept

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .head import BoundHead, HeadCache
+from .head import Attend, BoundHead, HeadCache
 from .policy import Level, Policy
+from .prefix import Prefix
 from .tree import CandidatePool, TreeShape
 
 
@@ -22,6 +23,20 @@ class _Frontier:
     scores: Tensor  # [b, w]
     hidden: Tensor  # [b, w, h] what stands in for a feature: the parent's output
     visible: Tensor  # [b, w, e] which drafted entries are ancestors
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Committed positions that the head has not read: features `[b, t, A * target hidden]`, tokens `[b, t]`."""
+
+    features: Tensor
+    tokens: Tensor
+    counts: list[int]
+
+    def of_rows(self, rows: list[int]) -> "_Pairs":
+        counts = [self.counts[row] for row in rows]
+        most = max(counts)
+        return _Pairs(self.features[rows, :most], self.tokens[rows, :most], counts)
 
 
 class TreeCandidateGenerator:
@@ -38,22 +53,31 @@ class TreeCandidateGenerator:
         module = head.head
         self._device, self._dtype = module.device, module.dtype
         self._cache = HeadCache(module.config, batch_size, self._dtype, self._device)
-        self._mask = None if prompt_mask is None else prompt_mask.bool().to(self._device)
-        self._unread: list[tuple[Tensor, Tensor]] = []
+        self._prefix = Prefix(None if prompt_mask is None else prompt_mask.to(self._device))
+        self._unread: list[_Pairs] = []
         self._newest = torch.empty(0)  # [b, 1, h] output at the last true pair, before the final norm
         self.newest_features = torch.empty(0)  # [b, A * target hidden]
 
-    def observe(self, features: Tensor, tokens: Tensor) -> None:
+    def observe(self, features: Tensor, tokens: Tensor, counts: list[int] | None = None) -> None:
         """Take in newly committed positions.
 
         Args:
             features: `[b, t, A * target hidden]` of the positions.
             tokens: `[b, t]` the token after each of them.
+            counts: how many of them are each row's, the rest repeating its last; `None` for all.
 
         They are read only when a draft needs them: plain steps cost the head nothing.
         """
-        self._unread.append((features, tokens))
+        self._unread.append(_Pairs(features, tokens, counts or [tokens.shape[1]] * len(tokens)))
         self.newest_features = features[:, -1]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Draft for these rows only, from now on."""
+        self._unread = [pairs.of_rows(rows) for pairs in self._unread]
+        self.newest_features = self.newest_features[rows]
+        self._newest = self._newest[rows]
+        self._prefix.keep_rows(rows)
+        self._cache.keep_rows(rows)
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
         """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node.
@@ -85,44 +109,48 @@ class TreeCandidateGenerator:
         """Extend the head's cache by the pairs committed since it was last read, in one pass."""
         if not self._unread:
             return
-        features = torch.cat([part.to(self._device, self._dtype) for part, _ in self._unread], dim=1)
-        tokens = torch.cat([part.to(self._device) for _, part in self._unread], dim=1)
+        features = torch.cat([pairs.features.to(self._device, self._dtype) for pairs in self._unread], dim=1)
+        tokens = torch.cat([pairs.tokens.to(self._device) for pairs in self._unread], dim=1)
+        positions, attend = self._place([pairs.counts for pairs in self._unread], tokens.shape[1])
         self._unread.clear()
-        start, count = self._cache.length, tokens.shape[1]
-        self._cache.reserve(start + count)
-        mask = self._pair_mask(start, count)
-        output = self._head.head(
-            self._head.head.fuse(features),
-            self._head.embed(tokens),
-            self._positions(start, count),
-            self._cache.attend_from(start, mask, is_causal=mask is None and count > 1),
-            newest_only=True,
+        self._newest = self._head.head(
+            self._head.head.fuse(features), self._head.embed(tokens), positions, attend, newest_only=True
         )
-        self._cache.length = start + count
-        self._newest = output
+
+    def _place(self, counts: list[list[int]], width: int) -> tuple[Tensor, Attend]:
+        """Where `width` unread pairs go, block by block: their positions `[b or 1, width]`, and the attention.
+
+        Rotary attention is relative, so slots serve as positions, padding included.
+        """
+        start = self._prefix.length
+        if self._prefix.is_even and all(min(block) == max(block) for block in counts):
+            self._prefix.extend([width] * len(counts[0]))
+            self._cache.reserve(start + width)
+            mask = self._pair_mask(start, width)
+            attend = self._cache.attend_from(start, mask, is_causal=mask is None and width > 1)
+            return torch.arange(start, start + width, device=self._device)[None], attend
+        blocks = []
+        for block in counts:
+            blocks.append(self._prefix.slots(block, self._device))
+            self._prefix.extend(block)
+        slots, end = torch.cat(blocks, dim=1), self._prefix.length
+        self._cache.reserve(end)
+        causal = torch.arange(end, device=self._device) <= slots[..., None]
+        seen = self._prefix.visible(end, self._device)
+        mask = causal if seen is None else causal & seen[:, None]
+        return slots, self._cache.attend_at(slots, end, mask[:, None])
 
     def _pair_mask(self, start: int, count: int) -> Tensor | None:
         """`[b or 1, 1, count, start + count]` causal, without padding; `None` where plain causal attention will do."""
-        if self._mask is None and (start == 0 or count == 1):
-            return None
         length = start + count
+        seen = self._prefix.visible(length, self._device)
+        if seen is None and (start == 0 or count == 1):
+            return None
         causal = torch.ones(count, length, dtype=torch.bool, device=self._device).tril(start)[None, None]
-        if self._mask is None:
+        if seen is None:
             return causal
         own = torch.eye(length, dtype=torch.bool, device=self._device)[start:]  # a padded row sees itself: never NaN
-        return causal & self._padded(length)[:, None, None] | own
-
-    def _padded(self, length: int) -> Tensor:
-        """The prompt's mask `[b, length]`, with every later pair visible."""
-        assert self._mask is not None
-        missing = length - self._mask.shape[1]
-        if missing <= 0:
-            return self._mask[:, :length]
-        return torch.cat([self._mask, self._mask.new_ones(len(self._mask), missing)], dim=1)
-
-    def _positions(self, start: int, count: int) -> Tensor:
-        """Rotary attention is relative, so slots serve as positions, padding included."""
-        return torch.arange(start, start + count, device=self._device)[None]
+        return causal & seen[:, None, None] | own
 
     def _children(self, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, w, k]`."""
@@ -157,14 +185,14 @@ class TreeCandidateGenerator:
         batch_size, width, entries = frontier.visible.shape
         own = torch.eye(width, dtype=torch.bool, device=self._device).expand(batch_size, -1, -1)
         frontier.visible = torch.cat([frontier.visible, own], dim=-1)
-        length = self._cache.length
+        length = self._prefix.length
         self._cache.reserve(length + entries + width)
-        mask = None
-        if width > 1 or self._mask is not None:
-            prefix = own.new_ones(1, length) if self._mask is None else self._padded(length)
+        seen, mask = self._prefix.visible(length, self._device), None
+        if width > 1 or seen is not None:
+            prefix = own.new_ones(1, length) if seen is None else seen
             prefix = prefix[:, None].expand(batch_size, width, -1)
             mask = torch.cat([prefix, frontier.visible], dim=-1)[:, None]
-        positions = self._positions(length + depth - 1, 1).expand(1, width)
+        positions = (self._prefix.ends(self._device) + depth - 1).expand(-1, width)
         attend = self._cache.attend_from(length + entries, mask)
         output: Tensor = self._head.head(frontier.hidden, self._head.embed(frontier.tokens), positions, attend)
         return output

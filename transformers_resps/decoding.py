@@ -6,20 +6,23 @@ One `TreeDecoding` lives for one call of `generate`. Knows nothing of how it was
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from .acceptance import Acceptance, Text, walk
+from .acceptance import Acceptance
 from .attention import tree_attention_mask, tree_positions
-from .cache import check_cache, keep_nodes
+from .batch import Batch
+from .cache import check_cache, keep_nodes, keep_rows, place_nodes
 from .candidate_generator import TreeCandidateGenerator
 from .features import Features, FeatureTap
 from .head import BoundHead
 from .lookup import BatchLookup, Match
 from .policy import Observation, Policy, Witness
+from .prefix import Prefix
 from .telemetry import SpeculationReport, StepRecord
 from .tree import CandidatePool, DraftTree, TreeShape
 from .versions import CACHE_KEYWORD
@@ -32,12 +35,12 @@ class TreeDecoding:
         target: verifies.
         head: drafts; `None` to draft by lookup alone.
         policy: decides.
-        text: starts as the prompt and gains the answer.
+        batch: starts as the prompts and gains the answers.
         cache: the target's, empty.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
         position_ids: `[b or 1, s]` of the prompt.
         tap: open, catches the features that the head reads; `None` without a head.
-        max_length: positions the text may reach.
+        max_length: positions a text may reach.
         clock: seconds; tests pass a fake one.
     """
 
@@ -46,7 +49,7 @@ class TreeDecoding:
         target: PreTrainedModel,
         head: BoundHead | None,
         policy: Policy,
-        text: Text,
+        batch: Batch,
         *,
         cache: Cache,
         attention_mask: Tensor | None,
@@ -55,15 +58,15 @@ class TreeDecoding:
         max_length: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.target, self.policy, self.text, self.cache = target, policy, text, cache
-        self.report = SpeculationReport(batch_size=len(text.input_ids))
+        self.target, self.policy, self.batch, self.cache = target, policy, batch, cache
+        batch_size = len(batch)
+        self.report = SpeculationReport(batch_size=batch_size)
         self._tap = tap
-        batch_size = len(text.input_ids)
         self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, attention_mask)
         self._lookup = BatchLookup([0] * batch_size if attention_mask is None else _pads(attention_mask))
-        self._mask = attention_mask
+        self._prefix = Prefix(attention_mask)
         self._positions = position_ids
-        self._root_positions = position_ids[:, -1].expand(len(text.input_ids)) + 1  # [b]
+        self._root_positions = position_ids[:, -1].expand(batch_size) + 1  # [b]
         self._max_length = max_length
         self._last_position = _last_position(target, int(self._root_positions.max()))
         self._pool: CandidatePool | None = None  # of this step, from the head
@@ -72,7 +75,7 @@ class TreeDecoding:
     def prefill(self, chunk_size: int | None, logits_to_keep: dict[str, int]) -> None:
         """Run the prompt through the target, in chunks if asked, and commit the first token: step 0 of the report."""
         started = self._clock()
-        prompt = self.text.input_ids
+        prompt = self.batch.input_ids
         length = prompt.shape[1]
         features = []
         self.cache.activate_past_recording()
@@ -80,7 +83,7 @@ class TreeDecoding:
             end = min(start + (chunk_size or length), length)
             outputs, caught = self._forward(
                 prompt[:, start:end],
-                None if self._mask is None else self._mask[:, :end],
+                self._mask(end),
                 self._positions[:, start:end],
                 **logits_to_keep,
             )
@@ -88,12 +91,14 @@ class TreeDecoding:
             features.append(caught)
         check_cache(self.cache)
         verified = self._clock()
+        self._prefix.extend([length] * len(prompt))
         tree = DraftTree.root_only(prompt[:, -1])
-        acceptance = walk(tree, outputs.logits[:, -1:], self.text)
+        acceptance = self.batch.walk(tree, outputs.logits[:, -1:])
         if self._generator is not None:
             prompt_features = torch.cat([caught.concatenated() for caught in features], dim=1)
-            self._generator.observe(prompt_features, self.text.input_ids[:, 1:])
+            self._generator.observe(prompt_features, self.batch.input_ids[:, 1:])
             self._generator.read()
+        self._drop_finished()
         self._record(TreeShape.plain(), 0, tree, acceptance, (started, started, verified))
 
     def step(self) -> None:
@@ -105,8 +110,9 @@ class TreeDecoding:
         drafted = self._clock()
         outputs, features = self._verify(tree)
         verified = self._clock()
-        acceptance = walk(tree, outputs.logits, self.text)
+        acceptance = self.batch.walk(tree, outputs.logits)
         self._keep(tree, acceptance, features)
+        self._drop_finished()
         record = self._record(shape, drafted_count, tree, acceptance, (started, drafted, verified))
         if isinstance(self.policy, Witness):
             self.policy.witness(tree, acceptance.path, acceptance.tokens)
@@ -114,21 +120,24 @@ class TreeDecoding:
 
     def _observe(self) -> Observation:
         features = None if self._generator is None else self._generator.newest_features
-        return Observation(features, self.text.length, len(self.report.steps) - 1, self._room() + 1, self._survival)
+        return Observation(features, self.batch.length, len(self.report.steps) - 1, self._room() + 1, self._survival)
 
     def _room(self) -> int:
-        """Levels below the root that the text's limit and the target's positions allow."""
-        room = self._max_length - self.text.length - 1
+        """Levels below the root that the limit of the shortest text and the target's positions allow."""
+        room = self._max_length - self.batch.shortest - 1
         if self._last_position is not None:
             room = min(room, self._last_position - int(self._root_positions.max()))
         return room
 
     def _matches(self) -> list[Match]:
-        self._lookup.extend(self.text.input_ids[:, self._lookup.length :].tolist())
+        self._lookup.extend(self.batch.since(self._lookup.lengths))
         return self._lookup.matches()
 
     def _survival(self) -> list[float]:
-        return min((match.survival for match in self._matches()), key=lambda survival: survival[:1])
+        found = [match.survival for match in self._matches()]
+        if self.batch.in_lockstep:
+            return min(found, key=lambda survival: survival[:1])
+        return [sum(chances) / len(found) for chances in zip_longest(*found, fillvalue=0.0)]
 
     def _clip(self, shape: TreeShape) -> TreeShape:
         """What can be drafted: no deeper than there is room, and no head where there is none."""
@@ -142,7 +151,7 @@ class TreeDecoding:
 
     def _draft(self, shape: TreeShape) -> tuple[DraftTree, int]:
         """The tree to verify, and how many candidates it was chosen from."""
-        root = self.text.input_ids[:, -1]
+        root = self.batch.newest
         tree, drafted, self._pool = DraftTree.root_only(root), 0, None
         if shape.asks_head and self._generator is not None:
             self._pool = pool = self._generator.draft(shape, self.policy)
@@ -158,14 +167,17 @@ class TreeDecoding:
 
     def _verify(self, tree: DraftTree) -> tuple[Any, Features]:
         """The target's forward over all nodes; a lone root runs exactly as in plain decoding."""
-        if self._mask is not None:
-            missing = self.text.length - self._mask.shape[1]
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), missing)], dim=1)
         if tree.node_count == 1:
-            mask: Any = self._mask
+            mask: Any = self._mask(self._prefix.length + 1)
         else:
-            mask = tree_attention_mask(self.target.config, self.cache, self._mask, tree, self.target.dtype)
+            prefix_mask = self._mask(self._prefix.length)
+            mask = tree_attention_mask(self.target.config, self.cache, prefix_mask, tree, self.target.dtype)
         return self._forward(tree.tokens, mask, tree_positions(tree, self._root_positions))
+
+    def _mask(self, length: int) -> Tensor | None:
+        """The two-dimensional mask of the first `length` positions, as `generate` makes it; `None` when all count."""
+        visible = self._prefix.visible(length, self._root_positions.device)
+        return None if visible is None else visible.long()
 
     def _forward(self, tokens: Tensor, mask: Any, positions: Tensor, **kwargs: int) -> tuple[Any, Features]:
         with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
@@ -182,14 +194,33 @@ class TreeDecoding:
 
     def _keep(self, tree: DraftTree, acceptance: Acceptance, features: Features) -> None:
         """The target's cache keeps the accepted path; the features of that path go to the head."""
-        path = acceptance.path
-        keep_nodes(self.cache, path, tree.node_count)
-        self._root_positions = self._root_positions + path.shape[1]
+        path, counts = acceptance.path, acceptance.counts
+        if self._prefix.is_even and min(counts) == max(counts):
+            keep_nodes(self.cache, path, tree.node_count)
+            self._prefix.extend(counts)
+            self._root_positions = self._root_positions + counts[0]
+        else:
+            slots = self._prefix.slots(counts, path.device)
+            self._prefix.extend(counts)
+            place_nodes(self.cache, path, tree.node_count, slots, self._prefix.length)
+            self._root_positions = self._root_positions + torch.tensor(counts, device=path.device)
         if self._generator is None:
             return
         states = features.concatenated()
         index = path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-        self._generator.observe(states.gather(1, index), acceptance.tokens)
+        self._generator.observe(states.gather(1, index), acceptance.tokens, counts)
+
+    def _drop_finished(self) -> None:
+        """Rows that have ended cost nothing from now on."""
+        rows = self.batch.drop_finished()
+        if rows is None:
+            return
+        self._prefix.keep_rows(rows)
+        keep_rows(self.cache, rows, self._prefix.length)
+        self._root_positions = self._root_positions[rows]
+        self._lookup.keep_rows(rows)
+        if self._generator is not None:
+            self._generator.keep_rows(rows)
 
     def _record(
         self,
@@ -200,7 +231,7 @@ class TreeDecoding:
         clock: tuple[float, float, float],
     ) -> StepRecord:
         started, drafting_ended, verifying_ended = clock
-        emitted = acceptance.emitted.tolist()
+        emitted = acceptance.emitted
         accepted = [max(count - 1, 0) for count in emitted]
         alone = len(emitted) == 1
         record = StepRecord(
@@ -211,7 +242,7 @@ class TreeDecoding:
             emitted=emitted[0] if alone else tuple(emitted),
             draft_seconds=drafting_ended - started,
             verify_seconds=verifying_ended - drafting_ended,
-            foreseen=0 if self._pool is None else self._pool.foreseen(acceptance.tokens),
+            foreseen=0 if self._pool is None else min(self._pool.foreseen(acceptance.tokens), min(acceptance.counts)),
             step_seconds=self._clock() - started,
         )
         self.report.steps.append(record)

@@ -17,12 +17,13 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .acceptance import Text
+from .batch import Batch
 from .decoding import TreeDecoding
 from .features import FeatureTap
-from .head import BoundHead, DraftHead
-from .policy import FixedPolicy, Policy, default_policy
-from .probe import check_tree_attention
-from .refusals import check_forward_arguments, check_model, check_settings
+from .lockstep import advance_together, coupling, unevenness
+from .policy import Policy
+from .refusals import check_forward_arguments
+from .request import Request, draft_head, read_request
 from .telemetry import SpeculationReport
 from .versions import CACHE_KEYWORD
 
@@ -36,20 +37,14 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         speculation: every step's shape, tokens and seconds.
+
+    It carries no cache of a batch whose finished rows were dropped.
     """
 
     speculation: SpeculationReport | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What one call of `generate` asked for; it cannot travel through Transformers' own preparation."""
-
-    head: BoundHead | None
-    policy: Policy
-
-
-_request: ContextVar[_Request | None] = ContextVar("resps_request", default=None)
+_request: ContextVar[Request | None] = ContextVar("resps_request", default=None)
 
 
 class ReSpSGenerationMixin(GenerationMixin):
@@ -66,6 +61,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         assistant_model: PreTrainedModel | None = None,
         *args: Any,
         policy: Policy | str | None = None,
+        lockstep: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As `GenerationMixin.generate`, whose parameters all hold, and with a draft head or a policy faster.
@@ -74,6 +70,11 @@ class ReSpSGenerationMixin(GenerationMixin):
         assisted decoding. `policy` shapes the trees: the head's default tree when `None`, our best default when
         "auto", which without a head drafts by lookup alone.
 
+        `lockstep` says whether the rows of a batch advance together, as far as the one that accepts least. By default
+        rows that are sampled do, so that the same seed gives the same tokens, and greedy rows do not. With
+        `lockstep=False` sampled rows advance each on its own, too: faster, and every row has the distribution of plain
+        decoding, but other draws.
+
         Returns:
             The tokens that the same call without `assistant_model` and `policy` returns with the same seed; with
             `return_dict_in_generate=True` a `SpeculativeOutput`.
@@ -81,12 +82,9 @@ class ReSpSGenerationMixin(GenerationMixin):
         Raises:
             ValueError: the head is another target's, or the call asks for what a tree cannot do.
         """
-        head = _draft_head(assistant_model)
-        request = None
-        if head is not None or policy is not None:
-            _check_assistant(head, assistant_model, policy)
-            arguments = {**kwargs, "synced_gpus": synced_gpus, **dict(zip(_AFTER_ASSISTANT, args, strict=False))}
-            request = _make_request(cast(PreTrainedModel, self), head, policy, generation_config, arguments)
+        arguments = {**kwargs, "synced_gpus": synced_gpus, **dict(zip(_AFTER_ASSISTANT, args, strict=False))}
+        target = cast(PreTrainedModel, self)
+        request = read_request(target, assistant_model, policy, lockstep, generation_config, arguments)
         token = _request.set(request)
         try:
             return super().generate(
@@ -96,7 +94,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 stopping_criteria,
                 prefix_allowed_tokens_fn,
                 synced_gpus,
-                head or assistant_model,
+                draft_head(assistant_model) or assistant_model,
                 *args,
                 **kwargs,
             )
@@ -121,7 +119,7 @@ class ReSpSGenerationMixin(GenerationMixin):
 
     def _speculate(
         self,
-        request: _Request,
+        request: Request,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -132,31 +130,55 @@ class ReSpSGenerationMixin(GenerationMixin):
         for name in _NOT_OURS:
             model_kwargs.pop(name, None)
         check_forward_arguments(model_kwargs)
-        text = Text(
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            do_sample=generation_config.do_sample,
-            pad_token=generation_config._pad_token_tensor,
-            streamer=streamer,
-            keep_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
-            keep_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
-        )
+        keeps = generation_config.return_dict_in_generate
+        rules: dict[str, Any] = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "do_sample": generation_config.do_sample,
+            "streamer": streamer,
+            "keep_scores": keeps and generation_config.output_scores,
+            "keep_logits": keeps and generation_config.output_logits,
+        }
+        make_text = functools.partial(Text, pad_token=generation_config._pad_token_tensor, **rules)
+        batch = self._make_batch(request.lockstep, input_ids, make_text, rules, model_kwargs[CACHE_KEYWORD])
         try:
-            report = self._decode(request, text, generation_config, model_kwargs)
-            report.answers = text.input_ids[:, input_ids.shape[1] :].tolist()
+            report = self._decode(request, batch, generation_config, model_kwargs)
+            report.answers = batch.input_ids[:, input_ids.shape[1] :].tolist()
         finally:
             if streamer is not None:
                 streamer.end()
         if not generation_config.return_dict_in_generate:
-            return text.input_ids
-        kept: dict[str, Any] = {"sequences": text.input_ids, "scores": text.scores, "logits": text.logits}
-        return SpeculativeOutput(**kept, speculation=report, **{CACHE_KEYWORD: model_kwargs[CACHE_KEYWORD]})
+            return batch.input_ids
+        kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
+        kept[CACHE_KEYWORD] = None if batch.drops_finished else model_kwargs[CACHE_KEYWORD]
+        return SpeculativeOutput(**kept, speculation=report)
+
+    def _make_batch(
+        self,
+        lockstep: bool | None,
+        input_ids: Tensor,
+        make_text: Callable[[Tensor], Text],
+        rules: dict[str, Any],
+        cache: Any,
+    ) -> Batch:
+        """The texts of the call: one for each row if nothing can tell, else one of all rows."""
+        if len(input_ids) == 1:
+            return Batch([make_text(input_ids)], drops_finished=False)
+        asked = {
+            "`output_scores`": rules["keep_scores"],
+            "`output_logits`": rules["keep_logits"],
+            "a streamer": rules["streamer"] is not None,
+            "a cache of your own": getattr(cache, "_is_user_defined", False),
+        }
+        coupled = coupling(cast(PreTrainedModel, self), rules["logits_processor"], rules["stopping_criteria"], asked)
+        if advance_together(lockstep, rules["do_sample"], coupled or unevenness(cache)):
+            return Batch([make_text(input_ids)], drops_finished=coupled is None)
+        return Batch([make_text(row) for row in input_ids.split(1)], drops_finished=True)
 
     def _decode(
-        self, request: _Request, text: Text, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+        self, request: Request, batch: Batch, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> SpeculationReport:
-        """Prefill, then one step after another until the text is finished."""
+        """Prefill, then one step after another until all texts are finished."""
         target = cast(PreTrainedModel, self)
         with ExitStack() as stack:
             tap = None
@@ -166,7 +188,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 target,
                 request.head,
                 request.policy,
-                text,
+                batch,
                 cache=model_kwargs[CACHE_KEYWORD],
                 attention_mask=model_kwargs["attention_mask"],
                 position_ids=model_kwargs["position_ids"],
@@ -178,7 +200,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs},
             )
             with cast(Any, target)._optimize_model_for_decode():
-                while not text.finished:
+                while not batch.finished:
                     decoding.step()
         return decoding.report
 
@@ -195,55 +217,6 @@ class ReSpSGenerationMixin(GenerationMixin):
 _NOT_OURS = ("synced_gpus", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
 # The parameters of stock `generate` behind `assistant_model`, in order.
 _AFTER_ASSISTANT = ("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
-
-
-def _draft_head(assistant_model: Any) -> DraftHead | None:
-    """The head itself, also from inside a PEFT wrapper; `None` for any other assistant."""
-    inner = assistant_model.get_base_model() if hasattr(assistant_model, "get_base_model") else assistant_model
-    return inner if isinstance(inner, DraftHead) else None
-
-
-def _check_assistant(head: DraftHead | None, assistant_model: Any, policy: Any) -> None:
-    """A policy rules draft trees: refuse to combine it with an assistant of Transformers' own."""
-    if head is None and assistant_model is not None:
-        raise ValueError(
-            f"Got policy={policy!r} with assistant_model={type(assistant_model).__name__}, but a policy shapes the "
-            "trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave out `policy`."
-        )
-
-
-def _make_request(
-    target: PreTrainedModel,
-    head: DraftHead | None,
-    policy: Any,
-    config: GenerationConfig | None,
-    arguments: dict[str, Any],
-) -> _Request:
-    """Everything that can be refused is refused here, before any work."""
-    policy = _resolve_policy(policy, head)
-    check_model(target)
-    check_settings(target, config, arguments)
-    bound = None if head is None else BoundHead(head, target)
-    check_tree_attention(target)
-    return _Request(bound, policy)
-
-
-def _resolve_policy(policy: Any, head: DraftHead | None) -> Policy:
-    if policy is None and head is not None:
-        return FixedPolicy(head.default_shape)
-    if policy == "auto":
-        return default_policy()
-    if not isinstance(policy, Policy):
-        raise ValueError(
-            f"Got policy={policy!r}, but a policy is 'auto' or has the methods `choose`, `grow`, `size` and "
-            "`observe`. Subclass `transformers_resps.Policy`, which has a default for all but the first."
-        )
-    if head is None and getattr(policy, "needs_head", True):
-        raise ValueError(
-            f"Got policy={policy!r} without a draft head, but it shapes the trees of one. Pass "
-            "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
-        )
-    return policy
 
 
 @functools.cache

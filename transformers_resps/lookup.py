@@ -133,15 +133,19 @@ class BatchLookup:
         self._pads = pads
 
     @property
-    def length(self) -> int:
-        """Positions of the text that were read, padding included."""
-        return self._rows[0].length + self._pads[0] if self._rows[0].length else 0
+    def lengths(self) -> list[int]:
+        """Positions of each row's text that were read, padding included."""
+        return [row.length + pads if row.length else 0 for row, pads in zip(self._rows, self._pads, strict=True)]
 
     def extend(self, rows: list[list[int]]) -> None:
-        """Append to each row what was committed since `length`; at first the whole prompt, padding included."""
-        fresh = self.length == 0
+        """Append to each row what was committed since its length; at first the whole prompt, padding included."""
         for row, pads, tokens in zip(self._rows, self._pads, rows, strict=True):
-            row.extend(tokens[pads:] if fresh else tokens)
+            row.extend(tokens if row.length else tokens[pads:])
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Forget all rows but these."""
+        self._rows = [self._rows[row] for row in rows]
+        self._pads = [self._pads[row] for row in rows]
 
     def matches(self, most_tokens: int = LONGEST_DRAFT) -> list[Match]:
         """The match of every row."""

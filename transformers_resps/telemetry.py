@@ -47,6 +47,16 @@ class StepRecord:
         """Of the step, neither drafting nor verifying: the walk, the caches, logits processors and streamers."""
         return max(self.step_seconds - self.draft_seconds - self.verify_seconds, 0.0)
 
+    @property
+    def decoded_rows(self) -> int:
+        """Rows that gained tokens: those that had not finished."""
+        return 1 if isinstance(self.emitted, int) else sum(count > 0 for count in self.emitted)
+
+    @property
+    def mean_emitted(self) -> float:
+        """Tokens that a row gained, finished rows left out."""
+        return self.emitted_total / max(self.decoded_rows, 1)
+
     def emitted_by(self, row: int) -> int:
         """Tokens that one row of the batch gained."""
         return self.emitted if isinstance(self.emitted, int) else self.emitted[row]
@@ -77,8 +87,8 @@ class SpeculationReport:
 
     @property
     def tau(self) -> float:
-        """Mean tokens that a row gained per target forward, plain steps and prefill included."""
-        return self.emitted / (self.target_forwards * self.batch_size) if self.steps else 0.0
+        """Mean tokens that a row gained per target forward until it finished, plain steps and prefill included."""
+        return self.emitted / sum(step.decoded_rows for step in self.steps) if self.steps else 0.0
 
     @property
     def seconds(self) -> float:

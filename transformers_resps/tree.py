@@ -210,6 +210,11 @@ class DraftTree:
         levels = max(int(self.depths.max()), max(len(chain) for chain in chains))
         return self._derive(all_tokens, all_parents, scores, levels)
 
+    def row(self, index: int) -> "DraftTree":
+        """The tree of one row, as a batch of one."""
+        own = slice(index, index + 1)
+        return DraftTree(self.tokens[own], self.parents[own], self.depths[own], self.ancestors[own], self.scores[own])
+
     def children_of(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """The child of each of `nodes` `[b]` that carries `tokens` `[b]`, or -1: `[b]`."""
         order = torch.arange(self.node_count, device=tokens.device)

@@ -3,7 +3,8 @@
 from .bound import BoundHead
 from .cache import HeadCache
 from .configuration import DraftHeadConfig
+from .layer import Attend
 from .modeling import DraftHead
 
 
-__all__ = ["BoundHead", "DraftHead", "DraftHeadConfig", "HeadCache"]
+__all__ = ["Attend", "BoundHead", "DraftHead", "DraftHeadConfig", "HeadCache"]

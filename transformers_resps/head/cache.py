@@ -12,18 +12,17 @@ _GROWTH = 256  # positions added when the buffer is full
 
 
 class HeadCache:
-    """Preallocated keys and values of every head layer.
+    """Preallocated keys and values of every head layer; which slots hold what is the caller's to know.
 
-    Only entries `[0, length)` come from the target's features. Tree entries are written behind them and simply
-    overwritten later (reference/eagle3: stable KV), so dropping a tree costs nothing.
+    Entries of a tree are written behind those that come from the target's features, and simply overwritten later
+    (reference/eagle3: stable KV), so dropping a tree costs nothing. Never empty memory: a hidden slot may be read.
     """
 
     def __init__(self, config: DraftHeadConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         assert config.head_dim is not None
-        self.length = 0
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, _GROWTH, config.head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
         self._grouped = config.num_key_value_heads != config.num_attention_heads
 
     def reserve(self, length: int) -> None:
@@ -31,8 +30,8 @@ class HeadCache:
         missing = length - self._keys.shape[3]
         if missing > 0:
             extra = (*self._keys.shape[:3], missing + _GROWTH, self._keys.shape[4])
-            self._keys = torch.cat([self._keys, self._keys.new_empty(extra)], dim=3)
-            self._values = torch.cat([self._values, self._values.new_empty(extra)], dim=3)
+            self._keys = torch.cat([self._keys, self._keys.new_zeros(extra)], dim=3)
+            self._values = torch.cat([self._values, self._values.new_zeros(extra)], dim=3)
 
     def attend_from(self, start: int, mask: Tensor | None, *, is_causal: bool = False) -> Attend:
         """Attention that writes its keys at `[start, start + t)` and sees all entries before their end.
@@ -49,15 +48,33 @@ class HeadCache:
             end = start + keys.shape[2]
             self._keys[layer, :, :, start:end] = keys
             self._values[layer, :, :, start:end] = values
-            asking = queries.shape[2]
-            everything = asking < keys.shape[2]  # which the newest query sees
-            return F.scaled_dot_product_attention(
-                queries,
-                self._keys[layer, :, :, :end],
-                self._values[layer, :, :, :end],
-                attn_mask=mask if mask is None else mask[:, :, -asking:],
-                is_causal=is_causal and not everything,
-                enable_gqa=self._grouped,
-            )
+            newest_only = queries.shape[2] < keys.shape[2]  # the last query sees everything
+            return self._attended(layer, queries, end, mask, is_causal=is_causal and not newest_only)
 
         return attend
+
+    def attend_at(self, slots: Tensor, end: int, mask: Tensor) -> Attend:
+        """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and those before `end` seen."""
+
+        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            for kept, states in ((self._keys[layer], keys), (self._values[layer], values)):
+                kept.scatter_(2, slots[:, None, :, None].expand_as(states), states)
+            return self._attended(layer, queries, end, mask)
+
+        return attend
+
+    def _attended(
+        self, layer: int, queries: Tensor, end: int, mask: Tensor | None, *, is_causal: bool = False
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            queries,
+            self._keys[layer, :, :, :end],
+            self._values[layer, :, :, :end],
+            attn_mask=mask if mask is None else mask[:, :, -queries.shape[2] :],
+            is_causal=is_causal,
+            enable_gqa=self._grouped,
+        )
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Forget all rows but these."""
+        self._keys, self._values = self._keys[:, rows], self._values[:, rows]

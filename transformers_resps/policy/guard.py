@@ -53,8 +53,7 @@ class Guard(Policy):
             self._time_plain(seconds)
             self._since_plain = 0
         elif self._plain_seconds is not None:
-            emitted = record.emitted if isinstance(record.emitted, int) else max(record.emitted)
-            self._account += emitted * self._plain_seconds - seconds
+            self._account += record.mean_emitted * self._plain_seconds - seconds
             self._since_plain += 1
         if self._plain_seconds is not None:
             self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)

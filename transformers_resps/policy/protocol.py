@@ -25,7 +25,8 @@ class Observation:
         room: tokens that the text may still gain; a deeper tree is cut.
         survival: called, looks the text's end up in the text so far, and answers for i = 1, 2, ... with the
             probability that the first i tokens of that continuation are accepted: empty when it never occurred
-            before, and the least hopeful row's in a batch. Microseconds.
+            before. In a batch the mean of rows that advance apart, and the least hopeful row's of rows in lockstep.
+            Microseconds.
     """
 
     features: Tensor | None
@@ -80,8 +81,8 @@ class Witness(Protocol):
         """Called once a step, before `observe`; not timed.
 
         Args:
-            tree: what the target verified.
-            path: `[b, m]` the accepted nodes, root first.
+            tree: what the target verified, for the rows that had not finished.
+            path: `[b, m]` the accepted nodes, root first; a row that accepted fewer repeats its last.
             tokens: `[b, m]` the target's own token after each of them.
         """
         ...

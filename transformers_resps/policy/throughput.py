@@ -82,10 +82,9 @@ class ThroughputPolicy(Policy):
         self._emitted = self._emitted * _MEMORY + emitted
         self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
         if record.shape.asks_head and not record.shape.lookup:
-            accepted = record.accepted if isinstance(record.accepted, int) else min(record.accepted)
-            self._learn_head(accepted)
+            self._learn_head(record.mean_emitted - 1.0)
 
-    def _learn_head(self, accepted: int) -> None:
+    def _learn_head(self, accepted: float) -> None:
         self._head_gain = 0.9 * self._head_gain + 0.1 * accepted
         self._head_accepted = self._head_accepted * _MEMORY + accepted
         self._head_predicted = self._head_predicted * _MEMORY + self._predicted

@@ -181,7 +181,7 @@ def _followed_lookups(tokens: list[int], prompt_length: int) -> Tensor:
     lookup = BatchLookup([0])
     followed = []
     for place in range(prompt_length, len(tokens) - 1):
-        lookup.extend([tokens[lookup.length : place + 1]])
+        lookup.extend([tokens[lookup.lengths[0] : place + 1]])
         proposed = lookup.matches()[0].tokens
         followed.append(_common_prefix(proposed, tokens[place + 1 :]))
     return torch.tensor(followed)

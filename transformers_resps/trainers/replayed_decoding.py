@@ -55,7 +55,7 @@ class _ReplayedDecoding:
 
     def _step(self, place: int, step: int) -> StepRecord:
         root = self._text.prompt_length + place  # of which everything up to itself is committed
-        self._lookup.extend([self._tokens[self._lookup.length : root + 1]])
+        self._lookup.extend([self._tokens[self._lookup.lengths[0] : root + 1]])
         left = len(self._text) - place
         features = self._text.features[place : place + 1]
         observation = Observation(features, root + 1, step, left + self._text.spare_room, self._survival)

@@ -1,0 +1,125 @@
+"""The texts of one call, and which rows are still decoded.
+
+Rows in lockstep share one `Text`, as plain decoding has it. Rows on their own have one each: every row is walked,
+picked for and stopped like a single prompt, so a row that accepts much does not wait for the others.
+"""
+
+import torch
+from torch import Tensor
+
+from .acceptance import Acceptance, Text, walk
+from .tree import DraftTree
+
+
+class Batch:
+    """All rows of a call.
+
+    Args:
+        texts: one of all rows in lockstep, or one for each row on its own.
+        drops_finished: leave finished rows out of all further work.
+    """
+
+    def __init__(self, texts: list[Text], *, drops_finished: bool) -> None:
+        self._texts = texts
+        self._decoded = list(range(len(texts)))  # texts with rows that are still decoded
+        self.drops_finished = drops_finished
+
+    def __len__(self) -> int:
+        """Rows of the call."""
+        return sum(len(text.input_ids) for text in self._texts)
+
+    @property
+    def in_lockstep(self) -> bool:
+        return len(self._texts) == 1
+
+    @property
+    def finished(self) -> bool:
+        return all(self._texts[index].finished for index in self._decoded)
+
+    @property
+    def newest(self) -> Tensor:
+        """`[b]` the last token of every decoded row."""
+        if self.in_lockstep:
+            return self._texts[0].newest
+        return torch.cat([self._texts[index].newest for index in self._decoded])
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest decoded row."""
+        return max(self._texts[index].length for index in self._decoded)
+
+    @property
+    def shortest(self) -> int:
+        """Positions of the shortest decoded row."""
+        return min(self._texts[index].length for index in self._decoded)
+
+    def since(self, starts: list[int]) -> list[list[int]]:
+        """What each decoded row holds from its position in `starts` on."""
+        if self.in_lockstep:
+            found: list[list[int]] = self._texts[0].decoded_ids[:, starts[0] :].tolist()
+            return found
+        texts = (self._texts[index] for index in self._decoded)
+        return [text.input_ids[0, start:].tolist() for text, start in zip(texts, starts, strict=True)]
+
+    def walk(self, tree: DraftTree, logits: Tensor) -> Acceptance:
+        """Walk the tree of every decoded row, each as far as its text goes; `logits` is `[b, n, v]`."""
+        if self.in_lockstep:
+            return walk(tree, logits, self._texts[0])
+        parts = [
+            walk(tree.row(place), logits[place : place + 1], self._texts[index])
+            for place, index in enumerate(self._decoded)
+        ]
+        emitted = [0] * len(self._texts)
+        for index, part in zip(self._decoded, parts, strict=True):
+            emitted[index] = part.emitted[0]
+        counts = [part.counts[0] for part in parts]
+        most = max(counts)
+        path = torch.cat([_lengthened(part.path, most) for part in parts])
+        return Acceptance(path, torch.cat([_lengthened(part.tokens, most) for part in parts]), counts, emitted)
+
+    def drop_finished(self) -> list[int] | None:
+        """Decode finished rows no more.
+
+        Returns:
+            Of the rows decoded so far, those that go on; `None` when all do.
+        """
+        if not self.drops_finished or self.finished:
+            return None
+        if self.in_lockstep:
+            return self._texts[0].drop_finished()
+        kept = [place for place, index in enumerate(self._decoded) if not self._texts[index].finished]
+        if len(kept) == len(self._decoded):
+            return None
+        self._decoded = [self._decoded[place] for place in kept]
+        return kept
+
+    @property
+    def input_ids(self) -> Tensor:
+        """`[b, s]` prompts and answers, padded behind their ends."""
+        if self.in_lockstep:
+            return self._texts[0].input_ids
+        longest = max(text.length for text in self._texts)
+        return torch.cat([self._padded(text, longest) for text in self._texts])
+
+    @property
+    def scores(self) -> tuple[Tensor, ...] | None:
+        """The processed scores `[b, v]` of each position, where they were kept; rows in lockstep only."""
+        return self._texts[0].scores
+
+    @property
+    def logits(self) -> tuple[Tensor, ...] | None:
+        """The raw logits `[b, v]` of each position, where they were kept; rows in lockstep only."""
+        return self._texts[0].logits
+
+    @staticmethod
+    def _padded(text: Text, length: int) -> Tensor:
+        missing = length - text.length
+        if not missing:
+            return text.input_ids
+        assert text.pad_token is not None
+        return torch.cat([text.input_ids, text.pad_token.expand(1, missing)], dim=1)
+
+
+def _lengthened(row: Tensor, length: int) -> Tensor:
+    """`[1, m]` -> `[1, length]`, repeating its last value."""
+    return torch.cat([row, row[:, -1:].expand(1, length - row.shape[1])], dim=1)

@@ -1,0 +1,79 @@
+"""What each row of a batch has in a cache, and where its next entries go.
+
+Knows slots only: nothing of keys, layers or models. Serves the target's cache and the head's alike.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Prefix:
+    """Rows of entries in the order of their texts, from slot 0 on, the prompt's padding first.
+
+    A row that has fewer entries than the longest ends earlier. What stands behind its end is hidden from it, and its
+    next entries overwrite that: so no row ever has a gap, and the cache is as long as its longest row.
+
+    Args:
+        padding: `[b, s]`, 0 where a slot of the prompt holds padding; `None` when none does.
+    """
+
+    def __init__(self, padding: Tensor | None) -> None:
+        self.length = 0  # of the longest row
+        self._padding = None if padding is None else padding.bool()
+        self._ends: list[int] | None = None  # of each row, where they differ
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all rows end at the same slot."""
+        return self._ends is None
+
+    def extend(self, counts: Sequence[int]) -> None:
+        """Give each row `counts` further entries, one number per row."""
+        if self._ends is None and min(counts) == max(counts):
+            self.length += counts[0]
+            return
+        starts = self._ends or [self.length] * len(counts)
+        self._end_at([start + count for start, count in zip(starts, counts, strict=True)])
+
+    def _end_at(self, ends: list[int]) -> None:
+        self.length = max(ends)
+        self._ends = None if min(ends) == self.length else ends
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        if self._padding is not None:
+            self._padding = self._padding[list(rows)]
+        if self._ends is not None:
+            self._end_at([self._ends[row] for row in rows])
+
+    def ends(self, device: torch.device) -> Tensor:
+        """The slot behind each row's last entry: `[b, 1]`, or `[1, 1]` where it is the same for all."""
+        return torch.tensor(self._ends or [self.length], device=device)[:, None]
+
+    def slots(self, counts: Sequence[int], device: torch.device) -> Tensor:
+        """Where the next entries go: `[b, max(counts)]`; a row that gets fewer repeats the slot of its last."""
+        order = torch.arange(max(counts), device=device)
+        last = torch.tensor(counts, device=device)[:, None] - 1
+        return self.ends(device) + torch.minimum(order, last)
+
+    def visible(self, length: int, device: torch.device) -> Tensor | None:
+        """`[b, length]` bool, true where a slot holds an entry that the row may attend to; `None` if all do.
+
+        Slots from the longest row's end on count as visible: whoever asks is about to fill them for every row.
+        """
+        if self._padding is None and self._ends is None:
+            return None
+        seen = None if self._padding is None else _stretched(self._padding.to(device), length)
+        if self._ends is not None:
+            order = torch.arange(length, device=device)
+            own = (order < self.ends(device)) | (order >= self.length)
+            seen = own if seen is None else seen & own
+        return seen
+
+
+def _stretched(mask: Tensor, length: int) -> Tensor:
+    """The first `length` columns of a bool mask, true where it has none."""
+    missing = length - mask.shape[1]
+    return mask[:, :length] if missing <= 0 else torch.cat([mask, mask.new_ones(len(mask), missing)], dim=1)

@@ -1,0 +1,96 @@
+"""What one call of `generate` asks of us, read and refused before any work.
+
+Knows nothing of how it is decoded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from .head import BoundHead, DraftHead
+from .policy import FixedPolicy, Policy, default_policy
+from .probe import check_tree_attention
+from .refusals import check_model, check_settings
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one call of `generate` asked for; it cannot travel through Transformers' own preparation.
+
+    Attributes:
+        head: drafts; `None` to draft by lookup alone.
+        policy: decides.
+        lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
+    """
+
+    head: BoundHead | None
+    policy: Policy
+    lockstep: bool | None
+
+
+def draft_head(assistant_model: Any) -> DraftHead | None:
+    """The head itself, also from inside a PEFT wrapper; `None` for any other assistant."""
+    inner = assistant_model.get_base_model() if hasattr(assistant_model, "get_base_model") else assistant_model
+    return inner if isinstance(inner, DraftHead) else None
+
+
+def read_request(
+    target: PreTrainedModel,
+    assistant_model: Any,
+    policy: Any,
+    lockstep: bool | None,
+    config: GenerationConfig | None,
+    arguments: Mapping[str, Any],
+) -> Request | None:
+    """What a call asks for; `None` when it is a stock one.
+
+    Args:
+        target: the model.
+        assistant_model: of the call.
+        policy: of the call.
+        lockstep: of the call.
+        config: the `generation_config` of the call.
+        arguments: all its other keyword arguments.
+
+    Raises:
+        ValueError: it asks for what a tree cannot do.
+    """
+    head = draft_head(assistant_model)
+    if head is None and policy is None:
+        if lockstep is not None:
+            raise ValueError(
+                f"Got lockstep={lockstep!r} without a draft head or a policy, but only draft trees let the rows of a "
+                "batch advance apart. Leave out `lockstep`."
+            )
+        return None
+    if head is None and assistant_model is not None:
+        raise ValueError(
+            f"Got policy={policy!r} with assistant_model={type(assistant_model).__name__}, but a policy shapes the "
+            "trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave out `policy`."
+        )
+    policy = _resolve_policy(policy, head)
+    check_model(target)
+    check_settings(target, config, arguments)
+    bound = None if head is None else BoundHead(head, target)
+    check_tree_attention(target)
+    return Request(bound, policy, lockstep)
+
+
+def _resolve_policy(policy: Any, head: DraftHead | None) -> Policy:
+    if policy is None and head is not None:
+        return FixedPolicy(head.default_shape)
+    if policy == "auto":
+        return default_policy()
+    if not isinstance(policy, Policy):
+        raise ValueError(
+            f"Got policy={policy!r}, but a policy is 'auto' or has the methods `choose`, `grow`, `size` and "
+            "`observe`. Subclass `transformers_resps.Policy`, which has a default for all but the first."
+        )
+    if head is None and getattr(policy, "needs_head", True):
+        raise ValueError(
+            f"Got policy={policy!r} without a draft head, but it shapes the trees of one. Pass "
+            "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
+        )
+    return policy
