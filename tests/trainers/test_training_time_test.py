@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_resps import DraftHead, DraftHeadConfig
+from transformers_resps.trainers.muon import orthogonalise
 from transformers_resps.trainers.soft_cross_entropy import Teacher, soft_cross_entropy
 from transformers_resps.trainers.training_time_test import unroll
 
@@ -121,3 +122,14 @@ def test_no_tensor_of_all_positions_and_the_draft_vocabulary_is_ever_made():
     with Largest() as largest:
         soft_cross_entropy(hidden, weight, teacher, torch.ones(4, 300), chunk_size=32)[0].backward()
     assert largest.numel == max(32 * 200, hidden.numel())
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 30), (24, 72), (96, 32)])
+def test_muon_makes_singular_values_what_the_quintic_makes_of_them(shape):
+    """Each singular value goes through the polynomial by itself: that is all the iteration does."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) * torch.logspace(0, -3, shape[1])
+    left, values, right = torch.linalg.svd(matrix.double() / matrix.double().norm(), full_matrices=False)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(orthogonalise(matrix), (left * values @ right).float(), atol=1e-3, rtol=0)

@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ..head import BoundHead, DraftHead
+from .artefact_trainer import ArtefactTrainer
 from .batches import IGNORED, TokenBudgetBatches, collate
 from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
@@ -26,7 +27,7 @@ from .target_features import FrozenTarget, TargetFeatures
 from .training_time_test import unroll
 
 
-class DraftHeadTrainer(Trainer):
+class DraftHeadTrainer(ArtefactTrainer):
     """Trainer of a `DraftHead`: training-time test, soft cross-entropy over the draft vocabulary.
 
     The trained model is the head alone, so checkpoints hold the head alone, loadable by `DraftHead.from_pretrained`;
@@ -48,6 +49,7 @@ class DraftHeadTrainer(Trainer):
     """
 
     args: DraftHeadTrainingConfig
+    artefact_name = "head"
 
     def __init__(
         self,
@@ -111,18 +113,17 @@ class DraftHeadTrainer(Trainer):
             start,
             first_pass=model,
         )
-        slots = places - 2 - torch.arange(self.args.steps, device=places.device)[:, None]  # [k, n]
         levels = torch.arange(self.args.steps, device=places.device)[:, None]
-        picked = hidden[levels, rows, slots.clamp(min=start) - start]  # [k, n, h]
+        slots = places - 2 - levels  # [k, n]
         exists = slots >= 0
         token_ids = bound.head.draft_token_ids
-        in_vocabulary = torch.isin(read.picks[rows, places - 1], token_ids)
-        weights = self.args.step_decay**levels * (exists & in_vocabulary)
+        learnt = torch.isin(read.picks[rows, places - 1], token_ids)  # other picks have no loss at any level
+        rows, places, slots = rows[learnt], places[learnt], slots[:, learnt]
         loss, losses, hits = soft_cross_entropy(
-            picked,
+            hidden[levels, rows, slots.clamp(min=start) - start],  # [k, m, h]
             bound.output_weight,
             self.target.teacher(read.hidden[rows, places - 1], token_ids),
-            weights.float(),
+            (self.args.step_decay**levels * exists[:, learnt]).float(),
             self.args.loss_chunk_size,
         )
         return loss, losses, hits, exists.sum(-1)
@@ -245,10 +246,9 @@ class DraftHeadTrainer(Trainer):
             )
         return self.optimizer
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            save_head(self.accelerator.unwrap_model(self.model), Path(str(self.args.output_dir)) / "head")
+    def save_artefact(self) -> None:
+        """Write the head in bf16 into `OUTPUT_DIR/head`."""
+        save_head(self.accelerator.unwrap_model(self.model), self.artefact_folder)
 
 
 def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -20,11 +20,37 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     wide = wide / wide.norm().clamp(min=1e-7)
-    a, b, c = _COEFFICIENTS
-    for _ in range(iterations):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    is_oblong = 2 * wide.shape[1] >= 3 * wide.shape[0]  # from there on the squares are less work
+    wide = _through_gram(wide, iterations) if is_oblong and not matrix.is_cuda else _iterated(wide, iterations)
     return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).to(matrix.dtype)
+
+
+def _iterated(wide: Tensor, iterations: int) -> Tensor:
+    for _ in range(iterations):
+        wide = _step(wide @ wide.T) @ wide
+    return wide
+
+
+def _through_gram(wide: Tensor, iterations: int) -> Tensor:
+    """The same iteration on `[m, m]` squares: every step multiplies from the left by a polynomial of the Gram matrix.
+
+    A quarter less work for matrices twice as wide as high. It squares the condition, which bf16 does not bear.
+    """
+    gram = wide @ wide.T
+    total = step = _step(gram)
+    for _ in range(iterations - 1):
+        gram = step @ (gram @ step)
+        step = _step(gram)
+        total = step @ total
+    return total @ wide
+
+
+def _step(gram: Tensor) -> Tensor:
+    """`a I + b G + c G G`."""
+    a, b, c = _COEFFICIENTS
+    step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    step.diagonal().add_(a)
+    return step
 
 
 class Muon(Optimizer):
