@@ -1,4 +1,5 @@
 import math
+import signal
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers_resps.trainers import (
     FrozenTarget,
     save_head,
 )
+from transformers_resps.trainers.interruption import Interruption
 
 
 def texts(count=12, vocabulary=64):
@@ -60,6 +62,17 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+class PressCtrlC(TrainerCallback):
+    """In the middle of a step, as a user would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
 def bits(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -90,6 +103,30 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
     assert resumed.state.global_step == whole.state.global_step == 7
     expected = bits(head)
     assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())
+
+
+def test_ctrl_c_writes_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(tmp_path):
+    target, head = fresh()
+    DraftHeadTrainer(head, target, config(tmp_path / "whole", max_steps=5), ExampleDataset(texts())).train()
+
+    target, stopped_head = fresh()
+    args = config(tmp_path / "stopped", max_steps=5, save_strategy="no")
+    stopped = DraftHeadTrainer(stopped_head, target, args, ExampleDataset(texts()), callbacks=[PressCtrlC(1)])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert stopped.state.global_step == 2 and signal.getsignal(signal.SIGINT) is before
+    target, resumed_head = fresh()
+    DraftHeadTrainer(resumed_head, target, args, ExampleDataset(texts())).train(resume_from_checkpoint=True)
+    expected = bits(head)
+    assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.is_requested
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_cached_features_train_the_same_head_as_the_target_itself(tmp_path):

@@ -18,6 +18,7 @@ from .artefact_trainer import ArtefactTrainer
 from .batches import IGNORED, TokenBudgetBatches, collate
 from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
+from .interruption import Interruption
 from .level_meter import LevelMeter
 from .muon import Muon
 from .run_size import warn_if_small
@@ -84,6 +85,22 @@ class DraftHeadTrainer(ArtefactTrainer):
         self.target = FrozenTarget(target, list(bound.head.config.feature_layers or []))
         self._meters = {"train": LevelMeter(args.steps), "eval": LevelMeter(args.steps)}
         self._clock = (time.monotonic(), 0)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; but Ctrl-C in a run of one process first finishes the step and writes a checkpoint.
+
+        Raises:
+            KeyboardInterrupt: after that.
+        """
+        if self.accelerator.num_processes > 1:  # each would stop at a step of its own, and wait for the others
+            return super().train(*args, **kwargs)
+        with Interruption() as interruption:
+            self.add_callback(interruption)
+            output = super().train(*args, **kwargs)
+            self.remove_callback(interruption)
+        if interruption.is_requested:
+            raise KeyboardInterrupt
+        return output
 
     def compute_loss(
         self,
