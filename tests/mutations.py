@@ -17,9 +17,16 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-TREES = "tests/properties/test_trees.py"
 CALLS = "tests/properties/test_generate.py"
-CACHES = "tests/test_cache.py"
+FRESH_PREFILL = "tests/test_cache.py"
+_TREES = "tests/properties/test_trees.py::test_"
+POOL = _TREES + "a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
+CHILD = _TREES + "a_child_is_the_first_that_carries_the_token"
+SIGHT = _TREES + "a_node_sees_the_prefix_and_its_own_path"
+CHAIN = _TREES + "a_merged_chain_adds_its_texts_and_nothing_else"
+WALK = _TREES + "the_walk_is_the_brute_force_walk"
+ROWS = _TREES + "rows_commit_what_the_shortest_run_allows"
+KEPT = _TREES + "the_cache_keeps_the_accepted_path_and_forgets_the_rest"
 MOST_SECONDS = 600  # a bug may also make a loop endless
 
 
@@ -50,65 +57,67 @@ class Mutation:
 
 
 MUTATIONS = (
-    Mutation("kept nodes stand in order of score", "tree.py", "[:, :kept].sort(dim=-1).values", "[:, :kept]", TREES),
-    Mutation("a child of any node will do", "tree.py", "(self.parents == nodes[:, None]) & ", "", TREES),
-    Mutation("the root is its own child", "tree.py", " & (order > 0)", "", TREES),
-    Mutation("the deepest nodes lack an ancestor", "tree.py", "range(most_levels):", "range(most_levels - 1):", TREES),
-    Mutation("a node is no ancestor of itself", "tree.py", "own | ancestors.gather", "ancestors.gather", TREES),
-    Mutation("a merged chain becomes a star", "tree.py", "parents.append(node)", "parents.append(0)", TREES),
-    Mutation("a merged chain is shared with cousins", "tree.py", "parents[child] == node and ", "", TREES),
+    Mutation("kept nodes stand in order of score", "tree.py", "[:, :kept].sort(dim=-1).values", "[:, :kept]", POOL),
+    Mutation("a child of any node will do", "tree.py", "(self.parents == nodes[:, None]) & ", "", CHILD),
+    Mutation("the root is its own child", "tree.py", " & (order > 0)", "", CHILD),
+    Mutation("the deepest nodes lack an ancestor", "tree.py", "range(most_levels):", "range(most_levels - 1):", POOL),
+    Mutation("a node is no ancestor of itself", "tree.py", "own | ancestors.gather", "ancestors.gather", SIGHT),
+    Mutation("a merged chain becomes a star", "tree.py", "parents.append(node)", "parents.append(0)", CHAIN),
+    Mutation("a merged chain is shared with cousins", "tree.py", "parents[child] == node and ", "", CHAIN),
     Mutation(
         "the walk descends from the root again",
         "acceptance.py",
         "tree.children_of(nodes, tokens)",
         "tree.children_of(torch.zeros_like(nodes), tokens)",
-        TREES,
+        WALK,
     ),
     Mutation(
         "every pick is the root's",
         "acceptance.py",
         "text.commit(logits[rows, nodes])",
         "text.commit(logits[rows, torch.zeros_like(nodes)])",
-        TREES,
+        WALK,
     ),
-    Mutation("the walk goes on after the end", "acceptance.py", "if text.finished or ", "if ", TREES),
+    Mutation("the walk goes on after the end", "acceptance.py", "if text.finished or ", "if ", WALK),
     Mutation(
         "one row with the draft is enough",
         "acceptance.py",
         "(children < 0) & text.live.to(rows.device)).any()",
         "(children < 0) & text.live.to(rows.device)).all()",
-        TREES,
+        ROWS,
     ),
     Mutation(
         "sampling forgets the processors", "acceptance.py", "scores.softmax(dim=-1)", "logits.softmax(dim=-1)", CALLS
     ),
-    Mutation("only the first row's path is moved", "cache.py", "(path == in_place)", "(path[0] == in_place)", TREES),
+    Mutation("only the first row's path is moved", "cache.py", "(path == in_place)", "(path[0] == in_place)", KEPT),
     Mutation(
         "the path is looked up in the prefix",
         "cache.py",
         "index_select(2, path[0] + start)",
         "index_select(2, path[0])",
-        TREES,
-    ),
-    Mutation("a window shows one position more", "cache.py", "min(kept, window - 1)", "min(kept, window)", CACHES),
-    Mutation(
-        "nodes see their children", "attention.py", "~tree.ancestors[:, None]", "~tree.ancestors.mT[:, None]", TREES
+        KEPT,
     ),
     Mutation(
-        "padding is seen", "attention.py", "prefix_mask[:, None, None, past - visible : past] == 0", "None", TREES
+        "a window shows one position more", "cache.py", "min(kept, window - 1)", "min(kept, window)", FRESH_PREFILL
+    ),
+    Mutation(
+        "nodes see their children", "attention.py", "~tree.ancestors[:, None]", "~tree.ancestors.mT[:, None]", SIGHT
+    ),
+    Mutation(
+        "padding is seen, and the text is not", "attention.py", ".masked_fill_(hidden", ".masked_fill_(~hidden", SIGHT
     ),
     Mutation(
         "positions count nodes",
         "attention.py",
         "root_positions[:, None] + tree.depths",
         "root_positions[:, None] + torch.arange(tree.node_count)",
-        TREES,
+        SIGHT,
     ),
     Mutation(
         "a window is one too wide",
         "attention.py",
-        "key_slots <= node_slots - window",
-        "key_slots < node_slots - window",
+        "key_slots <= node_slots",
+        "key_slots < node_slots",
         CALLS,
     ),
     Mutation(

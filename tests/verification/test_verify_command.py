@@ -1,0 +1,66 @@
+"""`resps verify` as a user types it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import build_target
+from tests.targets import VOCABULARY
+from tests.tokenizers import letter_tokenizer
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.acceptance import Text
+from transformers_resps.cli import main
+
+
+QUICK = ["--seeds", "1", "--prompts", "1", "--max-new-tokens", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A target with its tokenizer, and a head."""
+    folder: Path = tmp_path_factory.mktemp("verify")
+    target = build_target(vocab_size=VOCABULARY, initializer_range=0.6, num_hidden_layers=2)
+    target.save_pretrained(folder / "target")
+    letter_tokenizer().save_pretrained(folder / "target")
+    torch.manual_seed(1)
+    DraftHead.from_target(target).save_pretrained(folder / "head")
+    return str(folder / "target"), str(folder / "head")
+
+
+def test_a_lossless_head_is_told_so_with_status_0(folders: tuple[str, str], capsys: Any, tmp_path: Path) -> None:
+    FixedPolicy(TreeShape(10, 2, 9)).save_pretrained(tmp_path)
+    assert main(["verify", *folders, str(tmp_path), *QUICK]) == 0
+    page = capsys.readouterr().out
+    assert "LOSSLESS: every answer is the plain one" in page and "FixedPolicy" in page
+    assert "torch.float32" in page and folders[1] in page
+
+
+def test_a_lossy_engine_is_told_so_with_status_1(
+    folders: tuple[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = Text.commit
+
+    def second_best(text: Text, logits: torch.Tensor) -> torch.Tensor:
+        return commit(text, logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf))
+
+    monkeypatch.setattr(Text, "commit", second_best)
+    assert main(["verify", *folders, "10,2,9", *QUICK]) == 1
+    page = capsys.readouterr().out
+    assert "NOT LOSSLESS: greedy" in page and "position 0: plain wrote" in page
+
+
+def test_what_cannot_be_examined_has_status_2(folders: tuple[str, str], capsys: Any, tmp_path: Path) -> None:
+    assert main(["verify", *folders, str(tmp_path / "nowhere"), *QUICK]) == 2
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    assert main(["verify", *folders, *QUICK, "--dataset", str(tmp_path / "empty.jsonl")]) == 2
+    assert "has no user turns" in capsys.readouterr().err
+
+
+def test_rounding_is_one_line_per_number_of_nodes(folders: tuple[str, str], capsys: Any) -> None:
+    assert main(["verify", folders[0], "--rounding", "--dtype", "bfloat16", *QUICK]) == 0
+    page = capsys.readouterr().out
+    assert all(
+        name in page for name in ("bfloat16", "\n2 nodes: 3 gaps", "\n16 nodes: 3 gaps", "\nall at once: 3 gaps")
+    )
