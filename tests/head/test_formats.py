@@ -121,3 +121,20 @@ def test_vllm_and_sglang_spellings_of_the_draft_vocabulary(target: PreTrainedMod
         save(tmp_path / folder, spelled())
         head = DraftHead.from_pretrained(tmp_path / folder, target=target)
         assert torch.equal(head.draft_token_ids, ids), folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sliding_window": 256},  # as long as the target's longest text
+        {"sliding_window": 128, "use_sliding_window": False},
+        {"sliding_window": 128, "layer_types": ["full_attention"]},
+    ],
+    ids=str,
+)
+def test_a_window_that_hides_nothing_is_no_obstacle(
+    fields: dict[str, Any], target: PreTrainedModel, tmp_path: Path
+) -> None:
+    write_config(tmp_path, CASES[2].config | fields)
+    save(tmp_path, random_tensors(CASES[2]))
+    assert DraftHead.from_pretrained(tmp_path, target=target).config.hidden_size == CASES[2].config["hidden_size"]

@@ -1,6 +1,5 @@
 """One published checkpoint -> the config and tensors of our canonical head."""
 
-import logging
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from .publishers import Publisher, flat_config, publisher_of, target_name
 from .sizes import feature_count, read_sizes
 from .vocabulary import draft_offsets, refuse_ids
 
-
-logger = logging.getLogger(__name__)
 
 _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -101,8 +98,7 @@ def _fields(
             f"{source} has the activation {config['hidden_act']!r}, which Transformers does not know. Pass "
             "`hidden_act=` with the right one."
         )
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
-        logger.warning("%s has a window of %s; the head sees everything.", source, config["sliding_window"])
+    _refuse_window(config, target, source)
     return {
         **{key: default if config.get(key) is None else config[key] for key, default in _COPIED.items()},
         **{key: config.get(key) for key in _TOKEN_IDS},
@@ -113,6 +109,23 @@ def _fields(
         "target": identity,
         "source": {"format": str(publisher), "layer_ids": ids},
     }
+
+
+def _refuse_window(config: dict[str, Any], target: PreTrainedModel | None, source: str) -> None:
+    """Our heads see their whole prefix, so a window must be as long as any text of the target."""
+    window = config.get("sliding_window")
+    if not window or not config.get("use_sliding_window", True):
+        return
+    layers = config.get("layer_types")
+    if layers is not None and "sliding_attention" not in layers:
+        return
+    longest = getattr(target.config.get_text_config(), "max_position_embeddings", None) if target else None
+    if longest is None or longest > window:
+        raise ValueError(
+            f"The layers of {source} see the last {window} tokens only (`sliding_window`), which draft trees do not "
+            f"imitate; the target's texts may have {longest or 'more'} tokens. Use a head without a window. If your "
+            'texts are all shorter, set `"sliding_window": null` in its config.json: the drafts are then the same.'
+        )
 
 
 def _identity(config: dict[str, Any], target: PreTrainedModel | None) -> dict[str, Any]:
