@@ -75,6 +75,9 @@ class HeadScriptArguments:
             "help": "Normalise each feature layer of a fresh head (EAGLE-3.1): deep layers are often 20 times larger."
         },
     )
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "Width of a fresh head's MLP; the target's own when left out."}
+    )
     default_tree: list[int] | None = field(
         default=None,
         metadata={"help": "total_tokens, depth and top_k of the head's default tree; else its own, 8 4 2 if fresh."},
@@ -121,8 +124,9 @@ def make_head(
         always = {i for i in [tokenizer.eos_token_id, *tokenizer.all_special_ids] if i is not None}
         vocabulary = choose_draft_vocabulary(texts, target.vocab_size, size, always)
         ids = vocabulary.token_ids if script.draft_vocab_size else None
+        width = {"intermediate_size": script.intermediate_size} if script.intermediate_size else {}
         head = DraftHead.from_target(
-            target, draft_token_ids=ids, default_tree=[8, 4, 2], fc_norm=script.fc_norm
+            target, draft_token_ids=ids, default_tree=[8, 4, 2], fc_norm=script.fc_norm, **width
         ).float()
     print(f"draft vocabulary: {len(vocabulary.token_ids)} tokens cover {vocabulary.coverage:.2%} of the answers")
     head.config.default_tree = script.default_tree or head.config.default_tree
