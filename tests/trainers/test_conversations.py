@@ -1,5 +1,7 @@
 import json
+import sys
 
+import datasets
 import pytest
 
 from transformers_resps.trainers import load_conversations, read_conversations
@@ -50,6 +52,30 @@ def test_rows_that_are_no_conversations_are_named(tmp_path, line, message):
     path.write_text(line)
     with pytest.raises(ValueError, match=message):
         list(read_conversations(path))
+
+
+def test_a_dataset_of_the_hub_is_read_by_id_config_and_split(tmp_path, monkeypatch):
+    """A folder laid out like a repository of the Hub goes through the same `load_dataset`."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    for name, answer in (("train", "a"), ("test", "b")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "q", "completion": answer}) + "\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: train.jsonl}\n"
+        "  - {split: test, path: test.jsonl}\n---\n"
+    )
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: real(*given, **named, **cache))
+    assert list(load_conversations(f"{tmp_path}:main", "test")) == [[USER, {"role": "assistant", "content": "b"}]]
+    assert list(load_conversations(str(tmp_path), "train[:1]")) == [[USER, ASSISTANT]]
+    with pytest.raises(ValueError, match="BuilderConfig 'other' not found"):
+        list(load_conversations(f"{tmp_path}:other"))
+
+
+def test_datasets_of_the_hub_need_their_package_and_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"Install transformers-resps\[train\]"):
+        list(load_conversations("owner/name"))
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub():
