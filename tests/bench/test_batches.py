@@ -1,0 +1,38 @@
+"""The measurement of batches: what is counted, and that every way writes the same text."""
+
+import itertools
+
+import torch
+
+from tests.targets import Architecture
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.bench.batches.measuring import WAYS, BatchBench, Measurement, table
+
+
+def test_every_way_writes_the_same_tokens_and_is_timed() -> None:
+    target = attach(Architecture("llama", {"eos_token_id": 2}).build("sdpa"))
+    head = DraftHead.from_target(target)
+    clock = itertools.count()
+    bench = BatchBench(target, head, lambda: FixedPolicy(TreeShape(6, 2, 3)), 8, lambda: float(next(clock)))
+    prompts = [torch.arange(3, 3 + length) for length in (4, 7, 5, 4)]
+    runs = list(bench.run(prompts, [1, 2], repeats=1))
+    assert [m.way for m in runs].count("plain") == 4 + 2
+    assert {m.way for m in runs if m.batch_size == 2} == set(WAYS)
+    assert all(m.same == m.batch_size and m.seconds == 1.0 for m in runs)
+    for group in range(2):
+        assert len({m.tokens for m in runs if m.batch_size == 2 and m.group == group}) == 1
+
+
+def test_rates_are_total_tokens_over_total_seconds() -> None:
+    runs = [
+        Measurement("plain", 2, 0, 0, 20, 2.0, 2),
+        Measurement("plain", 2, 1, 0, 10, 4.0, 2),
+        Measurement("rows apart", 2, 0, 0, 20, 1.0, 2),
+        Measurement("rows apart", 2, 1, 0, 10, 2.0, 1),
+        Measurement("tree, one by one", 2, 0, 0, 30, 4.0, 2),
+    ]
+    rows = {row["way"]: row for row in table(runs)}
+    assert rows["plain"]["tokens_per_second"] == 5.0
+    assert rows["rows apart"]["to_plain_batch"] == 2.0
+    assert rows["rows apart"]["to_one_by_one"] == 10.0 / 7.5
+    assert rows["rows apart"]["same_text"] == 0.75
