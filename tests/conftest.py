@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps.head import DraftHead
+
+
+transformers.logging.enable_propagation()  # so that pytest's `caplog` sees what our loggers, below theirs, say
 
 
 class FakeClock:

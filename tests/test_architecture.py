@@ -133,7 +133,7 @@ def test_only_what_faces_a_terminal_prints(file: Path) -> None:
         return
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
-        assert not is_print, f"{named(file)}, line {node.lineno}: use `logging.getLogger(__name__)`"
+        assert not is_print, f"{named(file)}, line {node.lineno}: log instead"
 
 
 @pytest.mark.parametrize("file", FILES, ids=named)

@@ -23,7 +23,7 @@ from .examples import Example
 from .target_features import FrozenTarget
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"transformers.{__name__}")
 
 _BLOCK = 64  # texts per file
 _OPEN_FILES = 256

@@ -3,7 +3,7 @@
 import logging
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"transformers.{__name__}")
 
 USEFUL_TOKENS = 1_000_000
 

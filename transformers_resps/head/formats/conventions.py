@@ -8,7 +8,7 @@ from .keywords import check_layers
 from .publishers import Publisher
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"transformers.{__name__}")
 
 _ID_FIELDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
 # Ids that count the boundary before a layer, as Transformers' `hidden_states` do; all others count the layer itself.
