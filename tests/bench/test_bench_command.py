@@ -120,6 +120,12 @@ def test_the_best_fixed_tree_is_not_searched_on_what_is_evaluated(
     assert "Lower --limit" in capsys.readouterr().err
 
 
+def test_without_other_prompts_the_default_does_without_a_best_fixed_tree(bench: BenchCommand, tmp_path: Path) -> None:
+    assert bench("--limit", "5", "--max-new-tokens", "2") == 0
+    found = results(tmp_path)
+    assert found["best_fixed"] is None and found["settings"]["methods"] == ["prompt-lookup", "eagle", "oracle"]
+
+
 def test_a_busy_machine_is_refused(
     bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,7 @@ def ratios(results: dict[str, Any]) -> Any:
             found = {row["method"]: row for row in rows if row["temperature"] == temperature}
             for number, method in enumerate(methods):
                 if method in found:
-                    _interval(axes, found[method], place * block + number, _style(methods, method))
+                    _interval(axes, found[method], place * block + number, _style(results, method))
         axes.axvline(1, color="black", linewidth=0.8)
         middles = [place * block + (len(methods) - 1) / 2 for place in range(len(summaries))]
         axes.set_yticks(middles, ["all prompts" if name == ALL else name for name in summaries])
@@ -59,7 +59,7 @@ def ratios(results: dict[str, Any]) -> Any:
         axes.set_xlabel("tokens per second, over plain decoding")
         axes.set_title(f"temperature {temperature:g}" if temperature else "greedy", fontsize=10)
         axes.grid(axis="x", alpha=0.3)
-    handles = [panels[0].plot([], [], **_style(methods, m), label=m, linestyle="")[0] for m in methods]
+    handles = [panels[0].plot([], [], **_style(results, m), label=m, linestyle="")[0] for m in methods]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
@@ -73,7 +73,7 @@ def tau_and_nodes(results: dict[str, Any]) -> Any:
     figure = _figure(7, 4.6)
     axes = figure.subplots()
     for name, steps in told.items():
-        axes.plot(steps["mean_nodes"], taus[name], **_style(list(told), name), markersize=8, linestyle="", label=name)
+        axes.plot(steps["mean_nodes"], taus[name], **_style(results, name), markersize=8, linestyle="", label=name)
     axes.plot(1, 1, "*", color=_GREY, markersize=10, linestyle="", label="plain")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -93,7 +93,7 @@ def sizes_over_time(results: dict[str, Any]) -> Any:
     if not told:
         return None
     figure = _figure(7.5, 1.2 + 2.2 * len(told))
-    panels = figure.subplots(len(told), 1, squeeze=False)[:, 0]
+    panels = figure.subplots(len(told), 1, sharex=True, squeeze=False)[:, 0]
     shades = ("#BBBBBB", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00")
     for axes, (name, sizes) in zip(panels, told.items(), strict=True):
         starts = [number * _STEPS_PER_BIN for number in range(len(sizes))]
@@ -123,7 +123,7 @@ def time_parts(results: dict[str, Any]) -> Any:
     shown: set[str] = set()
     for place, row in enumerate(rows):
         steps = results["steps"].get(row["method"])
-        values = {"not told": 1e3 / row["tokens_per_second"]}
+        values = {"whole call, parts not told": 1e3 / row["tokens_per_second"]}
         if steps:
             values = {part: 1e3 * steps[f"{part}_seconds"] for part in parts}
         left = 0.0
@@ -175,10 +175,11 @@ def _interval(axes: Any, row: dict[str, Any], place: float, style: dict[str, Any
     axes.plot(row["ratio"], place, **style)
 
 
-def _style(methods: list[str], method: str) -> dict[str, Any]:
-    number = methods.index(method)
+def _style(results: dict[str, Any], method: str) -> dict[str, Any]:
+    """The same colour and mark for a method in every plot."""
     if method.startswith("oracle"):
         return {"color": _GREY, "marker": "*"}
+    number = [row["method"] for row in results["pooled"] if row["method"] != PLAIN].index(method)
     return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKS[number % len(_MARKS)]}
 
 

@@ -59,6 +59,8 @@ class Session:
         sources = {source: read_dialogues(source) for source in args.dataset}
         self.dialogues = [dialogue for rows in sources.values() for dialogue in spread(rows, args.limit)]
         self.searched = self._search_dialogues(list(sources.values())) if BEST_FIXED in self.selected else []
+        if not self.searched:  # only where nobody asked for it by name
+            self.selected = tuple(name for name in self.selected if name != BEST_FIXED)
         self._check_prompts()
         self.settings = self._settings()
         self.journal = Journal.open(args.output, self.settings)
@@ -70,14 +72,17 @@ class Session:
         self._whole: list[Run] = []
 
     def _search_dialogues(self, sources: list[list[Dialogue]]) -> list[Dialogue]:
-        """Prompts that are not evaluated: of `--search-dataset`, or what the limit leaves of the datasets."""
+        """Prompts that are not evaluated: of `--search-dataset`, or what the limit leaves of the datasets.
+
+        Where it leaves none, the best fixed tree is left out, unless it was asked for by name.
+        """
         if self.args.search_dataset:
             return spread(read_dialogues(self.args.search_dataset), _MOST_SEARCHED)
         evaluated = {dialogue.fingerprint for dialogue in self.dialogues}
         rest = [[dialogue for dialogue in rows if dialogue.fingerprint not in evaluated] for rows in sources]
         each = max(1, _MOST_SEARCHED // len(sources))
         found = [dialogue for rows in rest if rows for dialogue in spread(rows, each)]
-        if not found:
+        if not found and self.args.methods is not None:
             raise ValueError(
                 "All prompts of the datasets are evaluated, but the best fixed tree must be found on others. Lower "
                 "--limit, pass --search-dataset, or choose --methods without best-fixed."

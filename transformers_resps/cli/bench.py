@@ -8,13 +8,13 @@ from ..bench.options import add_options
 
 def add_command(commands: Any) -> None:
     """`resps bench TARGET HEAD --dataset FILE`."""
-    parser = commands.add_parser("bench", help="draft trees, plain decoding and prompt lookup, in turn")
+    parser = commands.add_parser("bench", help="policies, trees and plain decoding in turn, and which of them to use")
     add_options(parser)
     parser.set_defaults(run=bench)
 
 
 def bench(args: argparse.Namespace) -> int:
-    """0 when rounding explains every difference from plain decoding, otherwise 1."""
+    """0; 1 when rounding does not explain a difference from plain decoding; 130 after Ctrl-C."""
     from ..bench.__main__ import run  # needs the extra `bench`
 
     return run(args)
