@@ -21,7 +21,7 @@ from .batch import Batch
 from .decoding import TreeDecoding
 from .features import FeatureTap
 from .lockstep import advance_together, coupling, unevenness
-from .policy import Policy
+from .policy import KeptPolicies, Policy
 from .refusals import check_forward_arguments
 from .request import Request, draft_head, read_request
 from .telemetry import SpeculationReport
@@ -68,7 +68,7 @@ class ReSpSGenerationMixin(GenerationMixin):
 
         With a `DraftHead` as `assistant_model` draft trees are decoded; anything else there is Transformers' own
         assisted decoding. `policy` shapes the trees: the head's default tree when `None`, our best default when
-        "auto", which without a head drafts by lookup alone.
+        "auto", which without a head drafts by lookup alone and keeps what it learned as long as model and head live.
 
         `lockstep` says whether the rows of a batch advance together, as far as the one that accepts least. By default
         rows that are sampled do, so that the same seed gives the same tokens, and greedy rows do not. With
@@ -100,6 +100,8 @@ class ReSpSGenerationMixin(GenerationMixin):
             )
         finally:
             _request.reset(token)
+            if request is not None and policy == "auto":
+                KeptPolicies.of(self).give_back(draft_head(assistant_model), request.policy)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         """Where stock `generate` goes when it is given an assistant."""
@@ -262,4 +264,5 @@ def detach(model: Model) -> Model:
     inner = _inner(model)
     if isinstance(inner, ReSpSGenerationMixin):
         inner.__class__ = type(inner).__mro__[2]
+        KeptPolicies.forget(inner)
     return model

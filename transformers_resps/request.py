@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from .head import BoundHead, DraftHead
-from .policy import FixedPolicy, Policy, default_policy
+from .head import BoundHead, DraftHead, policy_identity
+from .policy import FixedPolicy, KeptPolicies, Policy
 from .probe import check_tree_attention
 from .refusals import check_model, check_settings
 
@@ -70,7 +70,9 @@ def read_request(
             f"Got policy={policy!r} with assistant_model={type(assistant_model).__name__}, but a policy shapes the "
             "trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave out `policy`."
         )
-    policy = _resolve_policy(policy, head)
+    policy = _resolve_policy(policy, head, target)
+    if hasattr(policy, "check_identity"):
+        policy.check_identity(**policy_identity(target, head))
     check_model(target)
     check_settings(target, config, arguments)
     bound = None if head is None else BoundHead(head, target)
@@ -78,11 +80,11 @@ def read_request(
     return Request(bound, policy, lockstep)
 
 
-def _resolve_policy(policy: Any, head: DraftHead | None) -> Policy:
+def _resolve_policy(policy: Any, head: DraftHead | None, target: PreTrainedModel) -> Policy:
     if policy is None and head is not None:
         return FixedPolicy(head.default_shape)
     if policy == "auto":
-        return default_policy()
+        return KeptPolicies.of(target).take(head)
     if not isinstance(policy, Policy):
         raise ValueError(
             f"Got policy={policy!r}, but a policy is 'auto' or has the methods `choose`, `grow`, `size` and "

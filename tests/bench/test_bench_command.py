@@ -14,8 +14,8 @@ from tests.bench.conversations import save_rows, save_subjects
 from transformers_resps import DraftHead
 from transformers_resps.bench import __main__ as command
 from transformers_resps.bench.protocol import Bench
+from transformers_resps.head import policy_identity
 from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
-from transformers_resps.trainers.policy_identity import policy_identity
 from transformers_resps.trainers.training_prompts import write_training_prompts
 
 

@@ -146,7 +146,7 @@ def test_the_door_returns_the_right_class_and_names_what_is_wrong(tmp_path: Path
     with pytest.raises(ValueError, match=r"'oracle', but this release knows \['fixed'.*Update"):
         AutoPolicy.from_pretrained(tmp_path / "new")
     for missing in (str(tmp_path / "missing"), "nobody/nothing"):
-        with pytest.raises(ValueError, match="neither a folder nor a Hub id.*Check the path"):
+        with pytest.raises(ValueError, match="neither a folder.*Check the path"):
             AutoPolicy.from_pretrained(missing)
     with pytest.raises(TypeError, match="AutoPolicy.from_pretrained"):
         AutoPolicy()
@@ -180,9 +180,7 @@ def test_another_target_head_or_grid_is_refused_by_name() -> None:
         policy.check_identity(target={**target, "name_or_path": "org/large", "hidden_size": 64})
     with pytest.raises(ValueError, match=r"head org/head.*without a name: it needs feature_layers"):
         policy.check_identity(head={"feature_layers": [0, 2]})
-    with pytest.raises(
-        ValueError, match=r"another grid of 177.*first being TreeShape\(total_tokens=1.*train a policy"
-    ):
+    with pytest.raises(ValueError, match=r"another grid of 177.*first being plain.*train a policy"):
         policy.check_identity(grid=ActionGrid.paper())
     with pytest.raises(ValueError, match=r"features of width 12, but the head keeps 96.*org/small"):
         policy.choose(observe(torch.zeros(1, 96)))

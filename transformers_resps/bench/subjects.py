@@ -7,9 +7,8 @@ from typing import Any, cast
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..generation import attach
-from ..head import DraftHead
+from ..head import DraftHead, policy_identity
 from ..policy import AutoPolicy, Policy, ReSpSPolicy
-from ..trainers.policy_identity import policy_identity
 from ..trainers.training_prompts import read_training_prompts
 from .methods import policy_name
 from .provenance import folder_of, parameter_fingerprint, weights_sha256

@@ -5,6 +5,8 @@ from .auto import AutoPolicy
 from .costs import RunningCosts
 from .fixed import FixedPolicy
 from .guard import Guard
+from .kept import KeptPolicies, default_policy
+from .node_odds import LogisticMap, NodeOdds
 from .protocol import Level, Observation, Policy, Witness
 from .resps import ReSpSConfig, ReSpSPolicy
 from .saving import SavedPolicy
@@ -16,7 +18,10 @@ __all__ = [
     "AutoPolicy",
     "FixedPolicy",
     "Guard",
+    "KeptPolicies",
     "Level",
+    "LogisticMap",
+    "NodeOdds",
     "Observation",
     "Policy",
     "ReSpSConfig",
@@ -27,8 +32,3 @@ __all__ = [
     "Witness",
     "default_policy",
 ]
-
-
-def default_policy() -> Policy:
-    """What `policy="auto"` means: the best we know for somebody who trained nothing."""
-    return Guard(ThroughputPolicy())

@@ -3,12 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .fixed import FixedPolicy
-from .resps import ReSpSPolicy
-from .saving import SavedPolicy, policy_folder, read_config
-
-
-_CLASSES: dict[str, type[SavedPolicy]] = {cls.policy_type: cls for cls in (FixedPolicy, ReSpSPolicy)}
+from .saving import SavedPolicy, class_of, policy_folder, read_config
 
 
 class AutoPolicy:
@@ -34,10 +29,4 @@ class AutoPolicy:
         """
         folder = policy_folder(id_or_folder, revision, **hub)
         config = read_config(folder)
-        policy_class = _CLASSES.get(config["policy_type"])
-        if policy_class is None:
-            raise ValueError(
-                f"{id_or_folder} holds a policy of type {config['policy_type']!r}, but this release knows "
-                f"{sorted(_CLASSES)}. Update transformers-resps, or check the repository."
-            )
-        return policy_class.load_folder(folder, config)
+        return class_of(config["policy_type"]).load_folder(folder, config)

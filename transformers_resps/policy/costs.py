@@ -3,8 +3,9 @@
 import bisect
 
 
-_NEWEST = 0.2  # weight of the newest measurement
+_HIGHER, _LOWER = 0.15, 0.5  # weight of a newest measurement above or below the mean: first times and hiccups are high
 _GUESSED_SLOPE = 0.04  # of a plain step, per further node, before anything was measured: most machines are near it
+_ROUNDING = 1e-9  # seconds
 
 
 class RunningCosts:
@@ -26,8 +27,9 @@ class RunningCosts:
     def add(self, nodes: int, levels: int, verify_seconds: float, draft_seconds: float, step_seconds: float) -> None:
         """Learn from one step. Times below zero, from a clock that was set back, are not believed."""
         rest = step_seconds - verify_seconds - draft_seconds
-        if min(verify_seconds, draft_seconds, rest) < 0.0:
+        if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
             return
+        rest = max(rest, 0.0)
         if nodes not in self._verify:
             bisect.insort(self._counts, nodes)
         self._verify[nodes] = _mean(self._verify.get(nodes), verify_seconds)
@@ -38,6 +40,14 @@ class RunningCosts:
     @property
     def knows_plain(self) -> bool:
         return 1 in self._verify
+
+    @property
+    def knows_trees(self) -> bool:
+        return len(self._verify) > 1
+
+    @property
+    def knows_head(self) -> bool:
+        return bool(self._draft)
 
     def verify(self, nodes: int) -> float:
         """Seconds of a forward over `nodes`, never less than over fewer."""
@@ -73,4 +83,7 @@ class RunningCosts:
 
 
 def _mean(old: float | None, new: float) -> float:
-    return new if old is None else (1 - _NEWEST) * old + _NEWEST * new
+    if old is None:
+        return new
+    weight = _LOWER if new < old else _HIGHER
+    return old + weight * (new - old)

@@ -1,31 +1,53 @@
 """Never slower than plain: drafting may lose only a small share of the time, and must earn the rest back."""
 
+from typing import Any, Self
+
 from torch import Tensor
 
 from ..telemetry import StepRecord
 from ..tree import TreeShape
+from .costs import RunningCosts
 from .protocol import Level, Observation, Policy
+from .saving import SavedPolicy, class_of
 
 
-_SHARE = 0.015  # of all seconds that drafting may lose for good
-_FIRST_LOAN, _MOST_SAVED = 1.5, 4.0  # plain steps
+_SHARE = 0.008  # of all seconds that drafting may lose for good
+_LOAN = 0.2  # plain steps that a call may lose before it has lasted
+_EVIDENCE_LOAN = 1.2  # plain steps more, once the odds rest on outcomes
+_TRIAL_LOAN = 0.5  # plain steps more for finding out at all
+_EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # the same for short texts: plain steps per token that is left
+_MOST_SAVED, _MOST_CARRIED = 4.0, 1.0  # plain steps that drafting won: within a call, and into the next one
 _REMEASURE = 64  # drafted steps after which a plain one is timed again
-_NEWEST = 0.2  # weight of the newest plain step
+_UNKNOWN_TREE, _UNKNOWN_LEVEL = 0.5, 0.1  # plain steps that the first tree and the first level may cost beyond a guess
 
 
-class Guard(Policy):
-    """Lets `policy` draft while the account of seconds won and lost is positive; otherwise steps are plain.
+class Guard(SavedPolicy):
+    """Lets `policy` draft while the seconds it may lose are there; otherwise steps are cut down, in the end to plain.
 
-    A drafted step pays in the seconds that its tokens would have taken plainly, and pays out what it took. A small
-    share of all time is added, so drafting is probed again, ever more rarely the more it loses.
+    An account in seconds: a drafted step pays in what its tokens would have taken plainly and pays out what it took,
+    and a small share of all time is added. A step may not cost more than the account would bear if nothing of it were
+    accepted, so the first steps with a new head are glances at one level, then small trees. A call of `n` tokens loses
+    at most `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints after good
+    evidence (less where little text is left), and what earlier calls won with it, up to 1.
+
+    Args:
+        policy: any; what it learned, and the guard's own measurements, stay between calls of `generate`.
     """
+
+    policy_type = "guard"
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._plain_seconds: float | None = None
+        self._costs: RunningCosts | None = getattr(policy, "costs", None)
+        self._learns_costs = self._costs is None
+        self._known = self._costs or RunningCosts()
+        self._plain_seconds = self._known.step(1, 0) if self._known.knows_plain else 0.0
         self._account = 0.0  # seconds
         self._since_plain = 0
-        self._drafting = False
+        # Seconds that this step may lose: all in all, with a tree of the head's, with a looked-up chain
+        self._budget = self._tree_budget = self._lookup_budget = 0.0
+        self._levels = 0
+        self._nodes = 1  # most of this step's
 
     def __repr__(self) -> str:
         return f"Guard({self.policy!r})"
@@ -35,33 +57,125 @@ class Guard(Policy):
         return bool(getattr(self.policy, "needs_head", True))
 
     def choose(self, observation: Observation) -> TreeShape:
-        shape = TreeShape.plain()
-        if self._plain_seconds is not None and self._since_plain < _REMEASURE and self._account > 0:
-            shape = self.policy.choose(observation)
-        self._drafting = not shape.is_plain
-        return shape
+        if observation.step == 0:
+            self._begin()
+        self._levels = 0
+        if not self._known.knows_plain or self._since_plain >= _REMEASURE:
+            return TreeShape.plain()
+        shape = self.policy.choose(observation)
+        if shape.is_plain:
+            return shape
+        room = observation.room
+        trial = min(_TRIAL_LOAN, _TRIAL_PER_TOKEN * room) * self._plain_seconds
+        evidence = min(_EVIDENCE_LOAN, _EVIDENCE_PER_TOKEN * room) * self._plain_seconds
+        self._lookup_budget = self._account + evidence  # a lookup's record is kept while steps are plain
+        self._tree_budget = self._account + (evidence if getattr(self.policy, "is_confident", False) else 0.0)
+        self._budget = self._tree_budget + trial
+        if not self._glances:
+            self._tree_budget = self._budget
+        return self._affordable(shape)
+
+    @property
+    def _glances(self) -> bool:
+        """Whether the policy learns from levels that are not verified: its trials need no tree."""
+        return bool(getattr(self.policy, "glances", False))
 
     def grow(self, level: Level) -> bool:
+        if self._nodes == 1 or self._drafting(level.depth + 1) > self._budget:  # a glance is one level
+            return False
+        self._levels = level.depth + 1
         return self.policy.grow(level)
 
     def size(self, scores: Tensor) -> int:
-        return self.policy.size(scores)
+        return min(self.policy.size(scores), self._nodes)
 
     def observe(self, record: StepRecord) -> None:
         seconds = max(record.step_seconds, 0.0)
-        if not self._drafting:
-            self._time_plain(seconds)
+        if record.verified == 1:
+            self._time_plain(seconds - max(record.draft_seconds if record.shape.asks_head else 0.0, 0.0))
+        if record.shape.is_plain:
             self._since_plain = 0
-        elif self._plain_seconds is not None:
+        elif self._plain_seconds > 0:
             self._account += record.mean_emitted * self._plain_seconds - seconds
-            self._since_plain += 1
-        if self._plain_seconds is not None:
-            self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)
+            self._since_plain = 0 if record.verified == 1 else self._since_plain + 1
+        self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)
+        if self._learns_costs:
+            levels = max(self._levels, 1) if record.shape.asks_head else 0
+            self._known.add(record.verified, levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
         self.policy.observe(record)
 
+    def _begin(self) -> None:
+        """A new text: debts are forgiven, savings are cut."""
+        least, most = _LOAN * self._plain_seconds, _MOST_CARRIED * self._plain_seconds
+        self._account = min(max(self._account, least), most)
+
     def _time_plain(self, seconds: float) -> None:
-        if self._plain_seconds is None:
-            self._plain_seconds = seconds
-            self._account = _FIRST_LOAN * seconds
+        if self._plain_seconds <= 0:
+            self._plain_seconds = max(seconds, 0.0)
+            self._account += _LOAN * self._plain_seconds
         else:
-            self._plain_seconds += _NEWEST * (seconds - self._plain_seconds)
+            self._plain_seconds += 0.2 * (seconds - self._plain_seconds)
+
+    def _affordable(self, shape: TreeShape) -> TreeShape:
+        """The largest part of `shape` whose cost the budget bears if none of it is accepted."""
+        lookup = shape.lookup
+        while lookup and self._verifying(1 + lookup) > self._lookup_budget:
+            lookup -= 1
+        drafted = TreeShape(1, 0, 1, lookup)
+        if not shape.asks_head:
+            return drafted
+        glances = self._glances
+        depth = shape.depth if not glances else 1  # who looks at each level can stop; others pay for all at once
+        while depth and self._drafting(depth) > self._budget:
+            depth -= 1
+        nodes = shape.total_tokens if depth else 1
+        drafting = self._drafting(depth)
+        while nodes > 1 and self._verifying(nodes + lookup) + drafting > self._tree_budget:
+            nodes -= 1
+        if depth == 0 or (nodes == 1 and not glances):
+            return drafted
+        self._levels, self._nodes = 1, nodes
+        return TreeShape(
+            shape.total_tokens if glances else nodes, shape.depth if glances else depth, shape.top_k, lookup
+        )
+
+    def _verifying(self, nodes: int) -> float:
+        """Seconds that verifying `nodes` takes beyond a plain step; a guess on the safe side before any tree was."""
+        if nodes <= 1:
+            return 0.0
+        unknown = 0.0 if self._known.knows_trees else _UNKNOWN_TREE * self._plain_seconds
+        return self._known.verify(nodes) - self._known.verify(1) + unknown
+
+    def _drafting(self, levels: int) -> float:
+        return self._known.draft(levels) if self._known.knows_head else levels * _UNKNOWN_LEVEL * self._plain_seconds
+
+    def to_config(self) -> dict[str, Any]:
+        """The guarded policy's, with its type.
+
+        Raises:
+            ValueError: it cannot be saved.
+        """
+        if not isinstance(self.policy, SavedPolicy):
+            raise ValueError(
+                f"Got a guarded {type(self.policy).__name__}, but only policies with `save_pretrained` can be saved. "
+                "Subclass `SavedPolicy` instead of `Policy`."
+            )
+        return {"policy": {"policy_type": self.policy.policy_type, **self.policy.to_config()}}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.policy.state_tensors() if isinstance(self.policy, SavedPolicy) else {}
+
+    def check_identity(self, **given: Any) -> None:
+        """As the guarded policy's, if it has an identity.
+
+        Raises:
+            ValueError: it was made for another target or head.
+        """
+        check = getattr(self.policy, "check_identity", None)
+        if check is not None:
+            check(**given)
+
+    @classmethod
+    def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        values = dict(config["policy"])
+        return cls(class_of(values.pop("policy_type")).from_saved(values, tensors))

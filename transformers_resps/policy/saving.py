@@ -100,6 +100,21 @@ class SavedPolicy(Policy):
         return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
 
 
+def class_of(policy_type: str) -> type[SavedPolicy]:
+    """The class of a `policy_type`.
+
+    Raises:
+        ValueError: this release has none, and nobody defined one.
+    """
+    known = {cls.policy_type: cls for cls in SavedPolicy.__subclasses__()}
+    if policy_type not in known:
+        raise ValueError(
+            f"A policy is of type {policy_type!r}, but this release knows {sorted(known)}. Update transformers-resps, "
+            "check the repository, or import the package that defines it."
+        )
+    return known[policy_type]
+
+
 def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) -> Path:
     """The local folder of a policy, downloaded if need be: its two files, of one commit, and nothing else.
 

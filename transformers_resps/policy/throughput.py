@@ -1,120 +1,180 @@
 """Total tokens over total seconds: draft a node only while its expected gain is above its cost.
 
 A node is worth its probability of acceptance, in tokens; a second costs lambda tokens, the rate of the text so far
-(Dinkelbach's method for a ratio of sums; DESIGN.md section 5, decision 8). Everything is learned while decoding.
+(Dinkelbach's method for a ratio of sums; DESIGN.md section 5, decision 8). What steps cost and how far the head's
+scores can be trusted is learned while decoding, from a start that may be fitted or measured beforehand.
 """
 
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any, Self
+
+from torch import Tensor, tensor
 
 from ..telemetry import StepRecord
 from ..tree import TreeShape
 from .costs import RunningCosts
-from .protocol import Level, Observation, Policy
+from .node_odds import LogisticMap, NodeOdds
+from .protocol import Level, Observation
+from .saving import SavedPolicy
 
 
 _MEMORY = 0.95  # how much of the past an outcome leaves standing
-_NEXT_LEVEL = 0.6  # share of a level's probability that its children inherit
-_HOPED_GAIN = 1.0  # tokens per step from a head that was never asked
-_FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between attempts with a head that does not pay
+_HOPE = 0.5  # tokens per step that asking a head gains before it was asked
+_NEWEST = 0.15  # weight of the newest step in what asking gains
+_FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between glances at a head that does not pay
+_ENOUGH = 4.0  # drafts after which the odds are evidence
 
 
-class ThroughputPolicy(Policy):
+class ThroughputPolicy(SavedPolicy):
     """Decides sources, depth and nodes of every step from running estimates.
+
+    It keeps what it learned between calls of `generate`; one call at a time.
 
     Args:
         depth: most levels to draft.
         top_k: children per node.
         most_nodes: most nodes from the head.
         costs: what is known of this machine, as from `CostTable.running`; learned from the first steps when `None`.
+        odds: how far scores are to be trusted, as from `fitted`.
     """
 
+    policy_type = "throughput"
     needs_head = False
+    glances = True  # learns from one drafted level, whether or not any of it is verified
 
     def __init__(
-        self, depth: int = 5, top_k: int = 4, most_nodes: int = 16, costs: RunningCosts | None = None
+        self,
+        depth: int = 5,
+        top_k: int = 4,
+        most_nodes: int = 16,
+        costs: RunningCosts | None = None,
+        odds: NodeOdds | None = None,
     ) -> None:
         self.costs = costs or RunningCosts()
+        self.odds = odds or NodeOdds()
         self._asked = TreeShape(most_nodes + 1, depth, top_k)
         self._emitted, self._seconds = 0.0, 0.0  # decayed sums; their ratio is lambda
-        self._head_accepted, self._head_predicted = 1.0, 1.0  # decayed sums; their ratio corrects the head's scores
-        self._head_gain = _HOPED_GAIN  # mean accepted tokens of a step that asked the head alone
+        self._gains = [_HOPE, _HOPE]  # mean gain of asking the head, after a step it foresaw nothing of, or something
+        self._foresaw = True
         self._probe_in, self._probe_every = 0, _FIRST_PROBE
-        self._lookup = 0  # nodes of this step that come from the lookup
-        self._levels = 0
-        self._predicted = 0.0
+        self._lookup, self._lookup_hit = 0, 0.0  # nodes of this step that come from the lookup; is the first right?
+        self._masses: list[float] = []  # of the levels drafted in this step
+        self._width = 0  # nodes of the first level
 
     def __repr__(self) -> str:
         return f"ThroughputPolicy(depth={self._asked.depth}, top_k={self._asked.top_k})"
 
     @property
     def rate(self) -> float:
-        """Lambda: tokens per second so far."""
-        return self._emitted / self._seconds if self._seconds > 0 else 0.0
+        """Lambda: tokens per second so far, and no less than plain steps give."""
+        plain = self.costs.step(1, 0)
+        rate = self._emitted / self._seconds if self._seconds > 0 else 0.0
+        return max(rate, 1.0 / plain) if plain > 0 else rate
+
+    @property
+    def is_confident(self) -> bool:
+        """Whether its odds rest on outcomes."""
+        return self.odds.evidence >= _ENOUGH
 
     def choose(self, observation: Observation) -> TreeShape:
-        self._lookup = self._levels = 0
+        self._lookup, self._lookup_hit, self._masses = 0, 0.0, []
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
         survival = observation.survival()[: observation.room - 1]
-        self._lookup = self._best_prefix(survival, 1)
-        asks_head = observation.features is not None and self._head_pays(survival[0] if self._lookup else 0.0)
-        if not asks_head:
+        self._lookup, _ = self._best_prefix(survival, 1)
+        if self._lookup:
+            self._lookup_hit = survival[0]
+        if observation.features is None or not self._asks_head():
             return TreeShape(1, 0, 1, self._lookup)
-        self._levels = 1
         return TreeShape(self._asked.total_tokens, self._asked.depth, self._asked.top_k, self._lookup)
 
     def grow(self, level: Level) -> bool:
-        gain = float(level.scores.exp().sum(-1).mean()) * self._correction * _NEXT_LEVEL
-        pays = gain > self.rate * self.costs.draft(1)
-        self._levels += pays
-        return pays
+        """Go on while the next level pays, and while the whole tree can still pay for being verified."""
+        mass = sum(self._odds_of(level.scores, level.depth)) * (1.0 - self._lookup_hit)
+        if level.depth == 1:
+            self._width = level.scores.shape[-1]
+        gained = sum(self._masses) + mass
+        self._masses.append(mass)
+        coming, reached = 0.0, mass
+        for deeper in range(level.depth + 1, self._asked.depth + 1):
+            reached *= self.odds.hit_rate(deeper)
+            coming += reached
+        rate, level_seconds, before = self.rate, self.costs.draft(1), 1 + self._lookup
+        verifying = self.costs.verify(before + 2 * level.depth) - self.costs.verify(before)
+        if gained + coming <= rate * (verifying + level_seconds):
+            return False
+        return mass * self.odds.hit_rate(level.depth + 1) > rate * level_seconds
 
     def size(self, scores: Tensor) -> int:
-        likely = scores.exp().topk(min(self._asked.total_tokens - 1, scores.shape[-1]), dim=-1).values.mean(0)
-        worth = [value * self._correction for value in likely.tolist()]
-        nodes = self._best_prefix(worth, 1 + self._lookup)
-        self._predicted = sum(likely.tolist()[:nodes])
-        return nodes + 1
+        width = min(self._width or scores.shape[-1], scores.shape[-1])
+        rows = scores.tolist()
+        bounds = [0, width, *range(width + width * width, scores.shape[-1] + 1, width * width)]
+        ranked: list[list[float]] = []
+        self._masses = [0.0] * (len(bounds) - 1)
+        for row in rows:
+            nodes: list[tuple[float, float]] = []
+            for level, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=1):
+                worth = self.odds.of(row[start:stop], level)
+                self._masses[level - 1] += min(sum(worth), 1.0) / len(rows)
+                nodes += zip(row[start:stop], worth, strict=True)
+            nodes.sort(key=lambda node: -node[0])
+            ranked.append([worth for _, worth in nodes[: self._asked.total_tokens - 1]])
+        left = (1.0 - self._lookup_hit) / len(rows)
+        count, gain = self._best_prefix([left * sum(column) for column in zip(*ranked, strict=True)], 1 + self._lookup)
+        self._note_gain(gain - self.rate * self.costs.draft(len(self._masses)))
+        return count + 1
 
     def observe(self, record: StepRecord) -> None:
-        emitted = record.emitted_total
-        self.costs.add(record.verified, self._levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
-        self._emitted = self._emitted * _MEMORY + emitted
+        levels = len(self._masses) if record.shape.asks_head else 0
+        self.costs.add(record.verified, levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
+        self._emitted = self._emitted * _MEMORY + record.mean_emitted
         self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
-        if record.shape.asks_head and not record.shape.lookup:
-            self._learn_head(record.mean_emitted - 1.0)
+        if levels:
+            least = record.emitted if isinstance(record.emitted, int) else min(filter(None, record.emitted), default=0)
+            self.odds.learn(self._masses, record.foreseen, least)
+            self._foresaw = record.foreseen > 0
 
-    def _learn_head(self, accepted: float) -> None:
-        self._head_gain = 0.9 * self._head_gain + 0.1 * accepted
-        self._head_accepted = self._head_accepted * _MEMORY + accepted
-        self._head_predicted = self._head_predicted * _MEMORY + self._predicted
+    def _odds_of(self, scores: Tensor, level: int) -> list[float]:
+        """Mean over the rows of the odds of `[b, k]` nodes."""
+        rows = [self.odds.of(row, level) for row in scores.tolist()]
+        return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
-    @property
-    def _correction(self) -> float:
-        """Accepted over predicted: heads are too sure of themselves."""
-        return (self._head_accepted + 1.0) / (self._head_predicted + 1.0)
-
-    def _best_prefix(self, worth: list[float], nodes_before: int) -> int:
-        """How many of the nodes, worth `worth` tokens each, to add to `nodes_before` others."""
-        base, gain, best_gain, best = self.costs.verify(nodes_before), 0.0, 0.0, 0
+    def _best_prefix(self, worth: Sequence[float], nodes_before: int) -> tuple[int, float]:
+        """How many of the nodes, worth `worth` tokens each, to add to `nodes_before` others; their net gain."""
+        rate, base = self.rate, self.costs.verify(nodes_before)
+        gain, best_gain, best = 0.0, 0.0, 0
         for count, value in enumerate(worth, start=1):
             gain += value
-            net = gain - self.rate * (self.costs.verify(nodes_before + count) - base)
+            net = gain - rate * (self.costs.verify(nodes_before + count) - base)
             if net > best_gain:
                 best_gain, best = net, count
-        return best
+        return best, best_gain
 
-    def _head_pays(self, lookup_hit: float) -> bool:
-        """Whether the head is worth its time when the lookup's first token is right with probability `lookup_hit`."""
-        nodes = 1 + self._lookup
-        levels = max(1, min(self._asked.depth, round(self._head_gain) + 2))
-        seconds = self.costs.draft(levels) + self.costs.verify(nodes + 2 * levels) - self.costs.verify(nodes)
-        if self._head_gain * (1.0 - lookup_hit) > self.rate * seconds:
-            self._probe_every, self._probe_in = _FIRST_PROBE, _FIRST_PROBE
+    def _note_gain(self, gain: float) -> None:
+        """What asking gained, in tokens, by the odds: less noisy than the outcome, and corrected by it."""
+        self._gains[self._foresaw] += _NEWEST * (gain - self._gains[self._foresaw])
+
+    def _asks_head(self) -> bool:
+        """Whether asking pays after a step like the last one, or is due for another look."""
+        if self._gains[self._foresaw] * (1.0 - self._lookup_hit) > 0:
+            self._probe_every = self._probe_in = _FIRST_PROBE
             return True
         self._probe_in -= 1
-        if self._probe_in <= 0 and not self._lookup:
-            self._probe_every = min(2 * self._probe_every, _LAST_PROBE)
-            self._probe_in = self._probe_every
-            return True
-        return False
+        if self._probe_in > 0 or self._lookup:
+            return False
+        self._probe_every = min(2 * self._probe_every, _LAST_PROBE)
+        self._probe_in = self._probe_every
+        return True
+
+    def to_config(self) -> dict[str, Any]:
+        shape = self._asked
+        return {"depth": shape.depth, "top_k": shape.top_k, "most_nodes": shape.total_tokens - 1}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The fit; what was learned since belongs to a machine and a text, and stays there."""
+        return {"odds": tensor([[one.intercept, one.slope] for one in self.odds.maps])}
+
+    @classmethod
+    def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        maps = [LogisticMap(intercept, slope) for intercept, slope in tensors["odds"].tolist()]
+        return cls(**config, odds=NodeOdds(maps))

@@ -1,5 +1,6 @@
 """Trainers of draft heads and policies, in the manner of TRL."""
 
+from ..head import head_fingerprint, policy_identity
 from .conversations import load_conversations, read_conversations
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
 from .examples import Example, make_example, make_examples, split_examples
@@ -10,7 +11,6 @@ from .live_rollouts import LiveRollouts
 from .oracle import Headroom, Oracle
 from .outcomes import OutcomeTable, TextOutcomes
 from .policy_config import PolicyTrainingConfig
-from .policy_identity import head_fingerprint, policy_identity
 from .policy_trainer import PolicyTrainer
 from .recorded_text import RecordedText, record_pools
 from .replay import ReplayText, StepSeconds, record_text, replay

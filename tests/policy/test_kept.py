@@ -1,0 +1,87 @@
+"""What `policy="auto"` learned stays with model and head; policies with an identity are checked before any work."""
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from transformers_resps import DraftHead, ReSpSPolicy, attach, detach
+from transformers_resps.head import head_fingerprint, policy_identity
+from transformers_resps.policy import Guard, KeptPolicies, ReSpSConfig
+
+
+def test_auto_goes_on_with_what_it_learned_with_the_same_head(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor]
+) -> None:
+    target: Any = attach(tiny_target)
+    plain = target.generate(**prompt, max_new_tokens=20, do_sample=False)
+    for _ in range(2):
+        assert torch.equal(
+            target.generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=20, do_sample=False),
+            plain,
+        )
+    kept = KeptPolicies.of(target)
+    policy = kept.take(tiny_head)
+    assert policy.policy.costs.knows_plain, "it learned"
+    assert kept.take(tiny_head) is not policy, "a call at the same time gets another"
+    kept.give_back(tiny_head, policy)
+    assert kept.take(None) is not policy
+    assert KeptPolicies.of(target.double()).take(tiny_head) is not policy, "costs hold for a dtype"
+    KeptPolicies.of(target.float())
+    assert kept.take(tiny_head) is policy
+    kept.give_back(tiny_head, policy)
+    assert pickle.loads(pickle.dumps(kept)).take(tiny_head) is not policy
+    assert "_resps_kept_policies" in copy.deepcopy(target).__dict__
+    detach(target)
+    assert "_resps_kept_policies" not in target.__dict__
+
+
+def test_a_head_that_is_gone_takes_what_was_learned_with_it() -> None:
+    class Head:
+        pass
+
+    kept, head = KeptPolicies(), Head()
+    kept.give_back(head, kept.take(head))
+    assert len(kept._policies) == 1
+    del head
+    gc.collect()
+    assert len(kept._policies) == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda policy: policy, Guard], ids=["bare", "guarded"])
+def test_generate_refuses_a_policy_of_another_head_or_target(
+    tiny_target: PreTrainedModel,
+    tiny_head: DraftHead,
+    prompt: dict[str, torch.Tensor],
+    make_target: Callable[..., PreTrainedModel],
+    wrap: Callable[[ReSpSPolicy], Any],
+) -> None:
+    target: Any = attach(tiny_target)
+    torch.manual_seed(9)
+    other = DraftHead.from_target(target, draft_vocab_size=40).eval()
+    config = ReSpSConfig(tiny_head.config.features_width, **policy_identity(target, tiny_head))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    target.generate(**prompt, assistant_model=tiny_head, policy=wrap(ReSpSPolicy(config)), **options)
+    with pytest.raises(ValueError, match="trained with the head .*needs draft_vocab_size 48 .here 40"):
+        target.generate(**prompt, assistant_model=other, policy=wrap(ReSpSPolicy(config)), **options)
+    deeper: Any = attach(make_target(num_hidden_layers=6))
+    with pytest.raises(ValueError, match="trained with the target .*needs num_hidden_layers 4 .here 6"):
+        deeper.generate(
+            **prompt,
+            assistant_model=DraftHead.from_target(deeper, draft_vocab_size=48),
+            policy=wrap(ReSpSPolicy(config)),
+            **options,
+        )
+
+
+def test_the_fingerprint_follows_the_weights(tiny_head: DraftHead) -> None:
+    before = head_fingerprint(tiny_head)
+    assert head_fingerprint(tiny_head) == before
+    with torch.no_grad():
+        tiny_head.fc.weight.add_(0.5)
+    assert head_fingerprint(tiny_head) != before

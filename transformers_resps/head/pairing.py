@@ -1,0 +1,37 @@
+"""A target and its head, as a policy remembers whom it was trained for.
+
+Knows models and heads: nothing of policies.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .identity import target_identity
+from .modeling import DraftHead
+
+
+def policy_identity(target: PreTrainedModel, head: DraftHead | None) -> dict[str, dict[str, Any]]:
+    """`target` and `head` as `ReSpSConfig` keeps them and `ReSpSPolicy.check_identity` compares them."""
+    identity = {"target": target_identity(target)}
+    if head is not None:
+        sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
+        identity["head"] = {
+            "name_or_path": head.config.name_or_path,
+            **{size: getattr(head.config, size) for size in sizes},
+            "fingerprint": head_fingerprint(head),
+        }
+    return identity
+
+
+def head_fingerprint(head: DraftHead) -> str:
+    """Changes when a head is trained further; the same in every dtype that a head is saved or loaded in."""
+    weight = head.fc.weight.detach()
+    version = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+    kept: tuple[Any, str] | None = head.__dict__.get("_fingerprint")
+    if kept is None or kept[0] != version or version[1] is None:
+        raw = weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+        kept = head.__dict__["_fingerprint"] = (version, hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16])
+    return kept[1]

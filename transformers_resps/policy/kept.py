@@ -1,0 +1,64 @@
+"""What `policy="auto"` means, and where it keeps what it learned between calls of `generate`.
+
+Knows policies only; heads are keys.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from .guard import Guard
+from .protocol import Policy
+from .throughput import ThroughputPolicy
+
+
+_ATTRIBUTE = "_resps_kept_policies"
+
+
+def default_policy() -> Policy:
+    """The best we know for somebody who trained nothing."""
+    return Guard(ThroughputPolicy())
+
+
+class _NoHead:
+    """Stands for lookups alone."""
+
+
+class KeptPolicies:
+    """The default policies of one target, one for each head and place, as long as both live in this process.
+
+    What they learned costs speed at worst: a text never depends on it. A policy that is out is not given to a second
+    call at the same time, which starts with a fresh one.
+    """
+
+    def __init__(self) -> None:
+        self._place: Hashable = None
+        self._no_head = _NoHead()
+        self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, target: Any) -> "KeptPolicies":
+        """Those of a model, which keeps them."""
+        kept: KeptPolicies = target.__dict__.setdefault(_ATTRIBUTE, cls())
+        kept._place = (target.device, target.dtype, torch.get_num_threads())
+        return kept
+
+    @staticmethod
+    def forget(target: Any) -> None:
+        target.__dict__.pop(_ATTRIBUTE, None)
+
+    def take(self, head: object | None) -> Policy:
+        """The policy that learned with `head` on this device, in this dtype, with as many threads; or a fresh one."""
+        return self._policies.get(self._key(head), {}).pop(self._place, None) or default_policy()
+
+    def give_back(self, head: object | None, policy: Policy) -> None:
+        self._policies.setdefault(self._key(head), {})[self._place] = policy
+
+    def _key(self, head: object | None) -> object:
+        return self._no_head if head is None else head
+
+    def __reduce__(self) -> tuple[type["KeptPolicies"], tuple[()]]:
+        """A copied or pickled target starts anew."""
+        return KeptPolicies, ()
