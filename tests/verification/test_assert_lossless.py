@@ -21,6 +21,7 @@ from transformers_resps import (
 )
 from transformers_resps.acceptance import Acceptance, Text, walk
 from transformers_resps.tree import DraftTree
+from transformers_resps.verification import MOST_SPACINGS, spacing_at
 from transformers_resps.verification.distribution import check_distribution
 from transformers_resps.verification.kit import built_in_prompts
 from transformers_resps.verification.subject import Subject
@@ -160,6 +161,26 @@ def test_a_lossy_walk_is_found_and_its_first_wrong_token_named(
     difference = next(difference for check in report.texts for difference in check.differences)
     assert str(difference) in page and "NOT explained by rounding" in page
     assert difference.divergence.position >= 1, "the first token is picked before anything is drafted"
+
+
+def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
+    target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target.bfloat16()
+    head.bfloat16()
+    generator = torch.Generator().manual_seed(0)
+
+    def rounds_otherwise(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
+        """Moves every logit by up to half of what is excused, so that a gap moves by no more than that."""
+        spacing = spacing_at(float(logits.abs().max()), torch.bfloat16) / 2  # the best logit may be the smaller one
+        noise = MOST_SPACINGS / 2 * (2 * torch.rand(logits.shape, generator=generator) - 1)
+        return walk(tree, logits.float() + noise * spacing, text)
+
+    plant(rounds_otherwise, monkeypatch)
+    report = assert_lossless(target, head, WIDE, seeds=4, max_new_tokens=24)
+    sampled = [difference for check in report.texts[2:] for difference in check.differences]
+    assert sampled and all(0 < difference.divergence.spacings <= MOST_SPACINGS for difference in sampled)
+    assert "rounding explains it" in str(report)
 
 
 @pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_nobody_picked])
