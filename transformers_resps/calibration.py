@@ -5,6 +5,7 @@ A table and not a line, because costs are not even monotone: here in fp32 two no
 
 import hashlib
 import json
+import math
 import statistics
 import time
 from bisect import bisect_left
@@ -104,10 +105,10 @@ class CostTable:
                 f"{path} is no cost table ({error!r}). Delete it and run `calibrate(model, head)`."
             ) from error
         costs = [seconds for row in table.verify.values() for seconds in row.values()] + list(table.draft.values())
-        if not table.verify or not all(table.verify.values()) or not all(seconds > 0 for seconds in costs):
+        if not table.verify or not all(table.verify.values()) or not all(0 < seconds < math.inf for seconds in costs):
             raise ValueError(
-                f"{path} holds costs of zero seconds or none at all, but every measured forward takes time. Delete it "
-                "and run `calibrate(model, head)`."
+                f"{path} holds costs of zero or endless seconds or none at all, but a measured forward takes "
+                "time. Delete it and run `calibrate(model, head)`."
             )
         return table
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .head import Attend, BoundHead, HeadCache
-from .policy import Level, Policy
+from .policy import Level, Policy, wants_level
 from .prefix import Prefix
 from .tree import CandidatePool, TreeShape
 
@@ -91,7 +91,7 @@ class TreeCandidateGenerator:
         pool = [(tokens[:, 0], torch.full_like(tokens[:, 0], -1), scores[:, 0])]
         frontier = self._first_frontier(*pool[0])
         for depth in range(1, shape.depth):
-            if not policy.grow(Level(depth, frontier.scores)):
+            if not wants_level(policy, Level(depth, frontier.scores)):
                 break
             output = self._run(frontier, depth)
             tokens, scores = self._children(output, top_k)  # [b, w, k]

@@ -21,7 +21,7 @@ from .candidate_generator import TreeCandidateGenerator
 from .features import Features, FeatureTap
 from .head import BoundHead
 from .lookup import BatchLookup, Match
-from .policy import Observation, Policy, Witness
+from .policy import Observation, Policy, Witness, choose_shape, count_nodes
 from .prefix import Prefix
 from .telemetry import SpeculationReport, StepRecord
 from .tree import CandidatePool, DraftTree, TreeShape
@@ -62,6 +62,7 @@ class TreeDecoding:
         batch_size = len(batch)
         self.report = SpeculationReport(batch_size=batch_size)
         self._tap = tap
+        self._draft_rows = 0 if head is None else head.head.config.draft_rows
         self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, attention_mask)
         self._lookup = BatchLookup([0] * batch_size if attention_mask is None else _pads(attention_mask))
         self._prefix = Prefix(attention_mask)
@@ -105,7 +106,7 @@ class TreeDecoding:
         """One target forward and all that surrounds it (DESIGN.md, section 3)."""
         started = self._clock()
         observation = self._observe()
-        shape = self._clip(self.policy.choose(observation))
+        shape = choose_shape(self.policy, observation, self._draft_rows)
         tree, drafted_count = self._draft(shape)
         drafted = self._clock()
         outputs, features = self._verify(tree)
@@ -139,16 +140,6 @@ class TreeDecoding:
             return min(found, key=lambda survival: survival[:1])
         return [sum(chances) / len(found) for chances in zip_longest(*found, fillvalue=0.0)]
 
-    def _clip(self, shape: TreeShape) -> TreeShape:
-        """What can be drafted: no deeper than there is room, and no head where there is none."""
-        if not isinstance(shape, TreeShape):
-            raise ValueError(
-                f"{self.policy!r} chose {shape!r}, but a step needs a TreeShape. Return one from `choose`; "
-                "`TreeShape.plain()` drafts nothing."
-            )
-        shape = shape.within(self._room())
-        return shape if self._generator is not None else TreeShape(1, 0, 1, shape.lookup)
-
     def _draft(self, shape: TreeShape) -> tuple[DraftTree, int]:
         """The tree to verify, and how many candidates it was chosen from."""
         root = self.batch.newest
@@ -156,7 +147,7 @@ class TreeDecoding:
         if shape.asks_head and self._generator is not None:
             self._pool = pool = self._generator.draft(shape, self.policy)
             drafted = pool.tokens.shape[1]
-            total_tokens = min(shape.total_tokens, int(self.policy.size(pool.scores)))
+            total_tokens = min(shape.total_tokens, count_nodes(self.policy, pool.scores))
             if total_tokens > 1:
                 tree = DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens)
         if shape.lookup:

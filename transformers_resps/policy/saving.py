@@ -149,7 +149,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: there is none, or it is not a policy's.
     """
     file = folder / CONFIG_FILE
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(
+            f"{file} is not JSON ({error}). A policy needs the {CONFIG_FILE} that `save_pretrained` wrote. Download "
+            "or save it again."
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("policy_type"), str):
         raise ValueError(
             f"{folder} holds no policy: "

@@ -1,0 +1,77 @@
+"""Ask a policy, and refuse an answer that no step could follow.
+
+Knows policies and shapes: nothing of what becomes of a decision.
+"""
+
+from torch import Tensor
+
+from ..tree import TreeShape
+from .protocol import Level, Observation, Policy
+
+
+# What a step may cost in memory. Published trees verify 60 nodes of 710 candidates.
+MOST_NODES = 4096
+MOST_CANDIDATES = 2**20
+
+
+def choose_shape(policy: Policy, observation: Observation, draft_rows: int) -> TreeShape:
+    """The shape that `policy` chooses, no deeper than there is room.
+
+    Args:
+        policy: chooses.
+        observation: what it sees.
+        draft_rows: tokens that the head can propose; 0 without a head, which then is not asked.
+
+    Raises:
+        ValueError: it is no shape, or one larger than `MOST_NODES` and `MOST_CANDIDATES` allow.
+    """
+    shape = policy.choose(observation)
+    if not isinstance(shape, TreeShape):
+        raise ValueError(
+            f"{policy!r} chose {shape!r}, but a step needs a TreeShape. Return one from `choose`; "
+            "`TreeShape.plain()` drafts nothing."
+        )
+    shape = shape.within(observation.room - 1)
+    if draft_rows == 0:
+        return TreeShape(1, 0, 1, shape.lookup)
+    width = min(shape.top_k, shape.total_tokens - 1, draft_rows)
+    candidates = width + (shape.depth - 1) * width**2 if shape.asks_head else 0
+    if candidates > MOST_CANDIDATES or min(shape.total_tokens, candidates + 1) > MOST_NODES:
+        raise ValueError(
+            f"{policy!r} chose {shape}, which drafts up to {candidates} candidates, but a step has memory for "
+            f"{MOST_CANDIDATES}, and for {MOST_NODES} nodes of them. Return a smaller shape from `choose`; published "
+            "trees have 60 nodes."
+        )
+    return shape
+
+
+def wants_level(policy: Policy, level: Level) -> bool:
+    """Whether `policy` has another level drafted.
+
+    Raises:
+        ValueError: its answer is neither true nor false.
+    """
+    answer = policy.grow(level)
+    try:
+        return bool(answer)
+    except (TypeError, ValueError, RuntimeError) as error:  # an array or a tensor of several values
+        raise ValueError(
+            f"{policy!r} answered {answer!r} when asked for another level, but a level is drafted or not. Return True "
+            "or False from `grow`."
+        ) from error
+
+
+def count_nodes(policy: Policy, scores: Tensor) -> int:
+    """How many nodes `policy` verifies, given the pool's scores `[b, p]`; below 1 counts as the root alone.
+
+    Raises:
+        ValueError: its answer is no number.
+    """
+    answer = policy.size(scores)
+    try:
+        return int(answer)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(
+            f"{policy!r} answered {answer!r} when asked for the number of nodes, but a step needs an integer. Return "
+            "one from `size`; 1 verifies the root alone."
+        ) from error
