@@ -203,11 +203,28 @@ def write_provenance(args: argparse.Namespace, prompts: list[Prompt]) -> None:
     args.output.with_suffix(".provenance.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
+def check_context(model: Any, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuse texts that may grow longer than what the target can read."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_prompt_tokens + max_new_tokens > context:
+        raise ValueError(
+            f"`--max-prompt-tokens {max_prompt_tokens}` and `--max-new-tokens {max_new_tokens}` make texts of up to "
+            f"{max_prompt_tokens + max_new_tokens} tokens, but the target reads at most {context}. Lower one of them."
+        )
+
+
 def main() -> None:
     args = make_parser().parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).eval()
+    check_context(model, args.max_prompt_tokens, args.max_new_tokens)
     prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed)
+    if not prompts:
+        raise ValueError(
+            f"None of the conversations in {', '.join(map(str, args.prompts))} begins with a user turn of at most "
+            f"{args.max_prompt_tokens} tokens, and only such can be answered. Pass other prompts, or raise "
+            "`--max-prompt-tokens`."
+        )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_provenance(args, prompts)
     done = finished_ids(args.output)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import build_target
+from tests.tokenizers import letter_tokenizer
 
 
 SCRIPTS = Path(__file__).parents[2] / "training"
@@ -62,3 +63,16 @@ def test_the_newest_whole_checkpoint_is_resumed(tmp_path):
         if is_whole:
             (folder / "trainer_state.json").write_text("{}")
     assert train_head.newest_checkpoint(tmp_path).endswith("checkpoint-100")
+
+
+def test_texts_beyond_the_context_and_files_without_questions_are_refused(tmp_path, monkeypatch):
+    build_target().save_pretrained(tmp_path / "target")
+    letter_tokenizer().save_pretrained(tmp_path / "target")
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n{"messages": [{"role": "assistant", "content": "d"}]}\n')
+    given = ["--target", tmp_path / "target", "--prompts", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl"]
+    for new_tokens, message in ((200, "make texts of up to 264 tokens"), (192, "begins with a user turn")):
+        options = ["--max-prompt-tokens", 64, "--max-new-tokens", new_tokens]
+        monkeypatch.setattr(sys, "argv", ["generate_dataset.py", *map(str, given + options)])
+        with pytest.raises(ValueError, match=message):
+            generate_dataset.main()
+    assert not (tmp_path / "out.jsonl").exists()
