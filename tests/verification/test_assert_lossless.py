@@ -71,11 +71,13 @@ def test_a_policy_that_never_drafts_has_no_power_and_is_told_so(target: Any, hea
 @pytest.mark.parametrize(("attached", "training"), [(False, True), (True, False)])
 def test_the_model_is_left_as_it_was_found(target: Any, head: DraftHead, attached: bool, training: bool) -> None:
     (attach(target) if attached else target).train(training)
+    target.lm_head.eval()  # frozen by itself, as trainers do
     before, settings = type(target), target.generation_config
     torch.manual_seed(5)
     state = torch.get_rng_state()
     assert_lossless(target, head, WIDE, seeds=1, max_new_tokens=2)
-    assert type(target) is before and target.training == training and target.generation_config is settings
+    assert type(target) is before and target.generation_config is settings
+    assert target.training == target.model.training == training and not target.lm_head.training
     assert torch.equal(torch.get_rng_state(), state)
 
 

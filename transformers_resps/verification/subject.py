@@ -94,14 +94,16 @@ class Subject:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Examine inside; afterwards the model is as it was found, and so is the global random generator."""
-        was_attached, was_training = isinstance(self.target, ReSpSGenerationMixin), self.model.training
+        was_attached = isinstance(self.target, ReSpSGenerationMixin)
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
             with self._forked():
                 yield
         finally:
             (attach if was_attached else detach)(self.model)
-            self.model.train(was_training)
+            for module in training:
+                module.training = True
 
     @contextmanager
     def without_settings(self) -> Iterator[None]:
