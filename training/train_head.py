@@ -6,10 +6,10 @@ A run that was killed goes on with the same command: the newest checkpoint in `o
 Ctrl-C writes one.
 """
 
-import json
 import logging
 import sys
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
 from transformers_resps import DraftHead
+from transformers_resps.bench.provenance import machine
+from transformers_resps.publishing import head_metrics, write_run
 from transformers_resps.trainers import (
     CachedFeatures,
     DraftHeadTrainer,
@@ -30,7 +32,6 @@ from transformers_resps.trainers import (
     choose_draft_vocabulary,
     load_conversations,
     make_examples,
-    save_head,
     split_examples,
     vocabulary_of,
 )
@@ -81,6 +82,10 @@ class HeadScriptArguments:
     default_tree: list[int] | None = field(
         default=None,
         metadata={"help": "total_tokens, depth and top_k of the head's default tree; else its own, 8 4 2 if fresh."},
+    )
+    card: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "What a card must tell and no run can know: see docs/publish.md."},
     )
 
 
@@ -135,6 +140,15 @@ def make_head(
     return head
 
 
+def training_facts(trainer: DraftHeadTrainer, texts: int, seconds: float | None) -> dict[str, Any]:
+    """What the run took; a resumed one does not know its minutes."""
+    facts = {"steps": trainer.state.global_step, "texts": texts, "epochs": round(trainer.state.epoch or 0.0, 3)}
+    if seconds is not None:
+        facts["minutes"] = round(seconds / 60, 1)
+    where = machine(trainer.target.model)
+    return {**facts, "dtype": "bfloat16" if trainer.args.bf16 else "float32", "device": where["device"]}
+
+
 def newest_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint: `trainer_state.json` is written last."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
@@ -159,17 +173,24 @@ def main() -> None:
         held_out_set = CachedFeatures(held_out, script.feature_cache_dir, frozen)
         train_set = CachedFeatures(train, script.feature_cache_dir, frozen)
     trainer = DraftHeadTrainer(head, target, args, train_set, held_out_set if held_out else None)
+    started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {newest_checkpoint(output) or 'the beginning'}")
         sys.exit(130)
-    metrics = trainer.evaluate() if held_out else {}
-    save_head(trainer.model, output / "head")
+    evaluation = trainer.evaluate() if held_out else {}
+    trainer.save_artefact()
+    metrics = {
+        **head_metrics(evaluation, "/".join(map(str, head.config.default_tree or ())), len(held_out), args.tau_texts),
+        "draft_vocab_size": head.config.draft_rows,
+        "coverage": vocabulary_of(head, train).coverage,
+        "training": training_facts(trainer, len(train), None if checkpoint else time.monotonic() - started),
+    }
+    write_run(trainer.artefact_folder, metrics, sys.argv, asdict(script))
     if args.push_to_hub:
-        trainer.push_to_hub()
-    (output / "head" / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    print(metrics)
+        print(f"pushed: {trainer.push_to_hub()}")
+    print(evaluation)
 
 
 if __name__ == "__main__":

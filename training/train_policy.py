@@ -12,6 +12,7 @@ Ends with `OUTPUT_DIR/policy`, a folder for `AutoPolicy.from_pretrained`, and it
 import hashlib
 import json
 import logging
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -24,8 +25,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from transformers_resps import DraftHead, TreeShape, attach
+from transformers_resps.bench.provenance import machine
 from transformers_resps.calibration import CostTable, calibrate
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
+from transformers_resps.publishing import write_run
 from transformers_resps.trainers import (
     LiveRollouts,
     OutcomeTable,
@@ -73,6 +76,10 @@ class PolicyScriptArguments:
     persistence_in_use: int = field(default=30, metadata={"help": "Steps a decision is held in use; Re-SpS: 30."})
     reward_includes_drafting: bool = field(
         default=True, metadata={"help": "Count drafting as part of a step's time; the code of Re-SpS does not."}
+    )
+    card: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "What a card must tell and no run can know: see docs/publish.md."},
     )
 
     def __post_init__(self) -> None:
@@ -239,7 +246,11 @@ def main() -> None:
     metrics = trainer.evaluate(metric_key_prefix="test")
     folder = Path(args.output_dir) / "policy"
     policy.save_pretrained(folder)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    facts = {"steps": trainer.state.global_step, "texts": len(train), "device": machine(target)["device"]}
+    told = {name.removeprefix("test_"): value for name, value in metrics.items()}
+    write_run(folder, {"held_out_texts": len(tested), **told, "training": facts}, sys.argv, asdict(script))
+    if args.push_to_hub:
+        print(f"pushed: {trainer.push_to_hub()}")
     print(json.dumps(metrics, indent=2))
 
 

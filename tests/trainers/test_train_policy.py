@@ -63,10 +63,10 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypa
     recordings = {file: file.stat().st_mtime_ns for file in (folder / "run" / "replay").iterdir()}
     assert len(recordings) == 6
     metrics = json.loads((folder / "run" / "policy" / "metrics.json").read_text())
-    assert metrics["test_tokens_per_second"] > 0 and metrics["test_oracle_regret"] >= 0
+    assert metrics["tokens_per_second"] > 0 and metrics["oracle_regret"] >= 0
     run(folder, monkeypatch, updates=6, **best)
     assert recordings == {file: file.stat().st_mtime_ns for file in (folder / "run" / "replay").iterdir()}
-    assert len(metrics) == 5
+    assert len(metrics) == 7 and metrics["training"]["texts"] == 2
     state = json.loads((folder / "run" / "checkpoint-48" / "trainer_state.json").read_text())
     assert state["global_step"] == 48
 

@@ -3,7 +3,7 @@
 from .download import RepositoryFiles
 from .metadata import GENERAL_TAGS, as_hub_id, front_matter
 from .pushing import plain_card, push_saved
-from .upload import Destination, upload
+from .upload import Destination, make_repository, upload
 
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "RepositoryFiles",
     "as_hub_id",
     "front_matter",
+    "make_repository",
     "plain_card",
     "push_saved",
     "upload",

@@ -1,7 +1,8 @@
 """Put files into a repository, in one commit: all of them or none."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -61,19 +62,40 @@ def upload(
         ConnectionError: the connection broke. Either all was committed or nothing.
         ValueError: `repo_id` is no id.
     """
-    try:
+    with _explained(destination.repo_id):
         return _commit(files, destination, message, keep, sleep)
+
+
+def make_repository(destination: Destination, sleep: Callable[[float], None] = time.sleep) -> str:
+    """Make the repository if it is missing; returns its full id. Refused where an upload would be.
+
+    Raises:
+        OSError, ConnectionError, ValueError: as `upload`.
+    """
+    api = HfApi(token=destination.token)
+    with _explained(destination.repo_id):
+        made = _patiently(
+            lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep
+        )
+    return made.repo_id
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Errors of `huggingface_hub` as ours, which say what became of the files."""
+    try:
+        yield
     except HFValidationError as error:
         raise ValueError(
-            f"{destination.repo_id!r} is no Hub id. It must read `owner/name`, of letters, digits, `-`, `_` and `.`. "
+            f"{repo_id!r} is no Hub id. It must read `owner/name`, of letters, digits, `-`, `_` and `.`. "
             "Check the name."
         ) from error
     except HfHubHTTPError as error:
-        raise OSError(_refusal(destination.repo_id, error)) from error
+        raise OSError(_refusal(repo_id, error)) from error
     except (TransportError, RuntimeError) as error:  # huggingface_hub wraps a broken upload of a large file
         raise ConnectionError(
-            f"The connection broke while uploading to {destination.repo_id}: {error.__cause__ or error}. Files are "
-            "committed together or not at all, and the local ones are as they were. Run the same again."
+            f"The connection broke while uploading to {repo_id}: {error.__cause__ or error}. Files are committed "
+            "together or not at all, and the local ones are as they were. Run the same again."
         ) from error
 
 
@@ -84,15 +106,15 @@ def _commit(
     keep: tuple[str, ...],
     sleep: Callable[[float], None],
 ) -> str:
+    repo_id = make_repository(destination, sleep)
     api, revision = HfApi(token=destination.token), destination.revision
-    made = _patiently(lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep)
     if revision is not None and not revision.startswith("refs/pr"):
-        _patiently(lambda: api.create_branch(made.repo_id, branch=revision, exist_ok=True), sleep)
-    before = _patiently(lambda: api.model_info(made.repo_id, revision=revision), sleep)
+        _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), sleep)
+    before = _patiently(lambda: api.model_info(repo_id, revision=revision), sleep)
     kept = {file.rfilename for file in before.siblings or ()} & set(keep)
     commit = _patiently(
         lambda: api.create_commit(
-            made.repo_id,
+            repo_id,
             [CommitOperationAdd(name, file) for name, file in files.items() if name not in kept],
             commit_message=message,
             revision=revision,

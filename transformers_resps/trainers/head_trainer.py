@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ..head import BoundHead, DraftHead
+from .artefact_trainer import ArtefactTrainer
 from .batches import IGNORED, TokenBudgetBatches, collate
 from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
@@ -27,7 +28,7 @@ from .target_features import FrozenTarget, TargetFeatures
 from .training_time_test import unroll
 
 
-class DraftHeadTrainer(Trainer):
+class DraftHeadTrainer(ArtefactTrainer):
     """Trainer of a `DraftHead`: training-time test, soft cross-entropy over the draft vocabulary.
 
     The trained model is the head alone, so checkpoints hold the head alone, loadable by `DraftHead.from_pretrained`;
@@ -49,6 +50,7 @@ class DraftHeadTrainer(Trainer):
     """
 
     args: DraftHeadTrainingConfig
+    artefact_name = "head"
 
     def __init__(
         self,
@@ -261,10 +263,9 @@ class DraftHeadTrainer(Trainer):
             )
         return self.optimizer
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            save_head(self.accelerator.unwrap_model(self.model), Path(str(self.args.output_dir)) / "head")
+    def save_artefact(self) -> None:
+        """Write the head in bf16 into `OUTPUT_DIR/head`."""
+        save_head(self.accelerator.unwrap_model(self.model), self.artefact_folder)
 
 
 def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -4,22 +4,21 @@ Knows Transformers' Trainer; the maths is in `ppo`, the texts in `rollouts` and 
 """
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer
 
 from ..policy import ReSpSPolicy
+from .artefact_trainer import ArtefactTrainer
 from .outcomes import HeldOutcomes
 from .policy_config import PolicyTrainingConfig
 from .ppo import clipped_surrogate, entropy, expected_gain, gae, gains, relative_gains, standardized, value_loss
 from .rollouts import ReplayRollouts, Rollouts
 
 
-class PolicyTrainer(Trainer):
+class PolicyTrainer(ArtefactTrainer):
     """Trainer of a `ReSpSPolicy`.
 
     The trained model is the policy's network, so checkpoints hold it alone; `OUTPUT_DIR/policy` is always the newest
@@ -44,6 +43,7 @@ class PolicyTrainer(Trainer):
     """
 
     args: PolicyTrainingConfig
+    artefact_name = "policy"
 
     def __init__(
         self,
@@ -199,10 +199,9 @@ class PolicyTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            self.policy.save_pretrained(Path(cast(str, self.args.output_dir)) / "policy")
+    def save_artefact(self) -> None:
+        """Write the policy into `OUTPUT_DIR/policy`."""
+        self.policy.save_pretrained(self.artefact_folder)
 
 
 class _Steps(Dataset[int]):

@@ -1,0 +1,132 @@
+"""`push_to_hub` in a training config: the folder of the artefact, nothing else, and a refusal that loses nothing."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.publishing.artefacts import snapshot
+from tests.targets import Architecture
+from tests.tokenizers import letter_tokenizer
+from tests.trainers.test_head_trainer import config, fresh, texts
+from transformers_resps import AutoPolicy, DraftHead
+from transformers_resps.publishing import find_faults
+from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
+
+
+TRAINING = Path(__file__).parents[2] / "training"
+REPO = "tester/mine"
+TEMPLATE = (
+    "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"
+    "{% if add_generation_prompt %}i{% endif %}"
+)
+
+
+def trainer(folder, **overrides) -> DraftHeadTrainer:
+    target, head = fresh()
+    args = config(folder, push_to_hub=True, hub_model_id=REPO, **overrides)
+    return DraftHeadTrainer(head, target, args, ExampleDataset(texts()))
+
+
+def test_a_checkpoint_pushes_the_head_and_no_pickle(hub, tmp_path):
+    one = trainer(tmp_path, max_steps=3)
+    one.train()
+    pushed = hub.repositories[REPO].files
+    assert set(pushed) == {".gitattributes", "config.json", "model.safetensors"}
+    assert pushed["model.safetensors"] == (tmp_path / "head" / "model.safetensors").read_bytes()
+    assert DraftHead.from_pretrained(REPO).fc.weight.dtype == torch.bfloat16
+
+
+def test_at_the_end_alone_if_asked(hub, tmp_path):
+    one = trainer(tmp_path, max_steps=3, hub_strategy="end")
+    one.train()
+    assert set(hub.repositories[REPO].files) == {".gitattributes"}
+    assert one.push_to_hub().startswith(hub.endpoint)
+    assert "model.safetensors" in hub.repositories[REPO].files
+
+
+def test_a_hub_that_fails_in_the_middle_does_not_stop_the_training_but_the_end_is_told(hub, tmp_path, caplog):
+    hub.fault("/commit/", 403, times=99)
+    one = trainer(tmp_path, max_steps=6)
+    one.train()
+    assert one.state.global_step == 6 and "Step 3 was not pushed" in caplog.text
+    with pytest.raises(OSError, match="may not write there"):
+        one.push_to_hub()
+    assert DraftHead.from_pretrained(tmp_path / "head") is not None
+
+
+def test_a_wrong_token_is_told_before_the_training(hub, tmp_path):
+    with pytest.raises(OSError, match="hf auth login"):
+        trainer(tmp_path, hub_token="hf_wrong")
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """A tiny target with a head, prompts and answers, in the working directory."""
+    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
+    target = Architecture("llama").build("sdpa").float()
+    target.save_pretrained(tmp_path / "target")
+    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "given")
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "target")
+    words = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")
+    rows = [{"prompt_id": word, "prompt": word, "completion": 3 * word} for word in words]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+CARD = """
+card:
+  target: maker/tiny
+  head: maker/tiny-head
+  license: mit
+  target_license: mit
+  languages: [en]
+  data: [{name: Words, license: mit, what: made up}]
+push_to_hub: true
+hub_model_id: tester/mine
+hub_strategy: end
+use_cpu: true
+disable_tqdm: true
+report_to: none
+output_dir: run
+"""
+
+
+def train(script: str, settings: str, monkeypatch) -> None:
+    Path("config.yaml").write_text(settings + CARD)
+    monkeypatch.setattr(sys, "argv", [f"training/{script}", "--config", "config.yaml"])
+    runpy.run_path(str(TRAINING / script), run_name="__main__")
+
+
+def test_the_head_script_ends_with_a_folder_that_lacks_the_benchmark_alone(hub, desk, monkeypatch):
+    settings = (
+        "target: target\ndatasets: [answers.jsonl]\ndraft_vocab_size: 12\nmax_length: 128\neval_share: 0.5\n"
+        "target_dtype: float32\n"
+        "steps: 2\nmax_steps: 2\ntokens_per_batch: 64\nsave_steps: 2\ntau_texts: 1\n"
+    )
+    train("train_head.py", settings, monkeypatch)
+    folder = desk / "run" / "head"
+    pushed = {name: content for name, content in hub.repositories[REPO].files.items() if name != ".gitattributes"}
+    assert pushed == snapshot(folder)
+    card = pushed["README.md"].decode()
+    assert "base_model: maker/tiny\n" in card and "Not measured yet" in card and "2 steps" in card
+    assert [fault.split()[0] for fault in find_faults(folder, "head")] == ["results.json"]
+
+
+def test_the_policy_script_likewise(hub, desk, monkeypatch):
+    settings = (
+        "target: target\nhead: given\ndataset: answers.jsonl\ntarget_dtype: float32\nmax_new_tokens: 12\nupdates: 1\n"
+        "drop_hopeless: false\n"
+    )
+    train("train_policy.py", settings, monkeypatch)
+    folder = desk / "run" / "policy"
+    pushed = {name: content for name, content in hub.repositories[REPO].files.items() if name != ".gitattributes"}
+    assert pushed == snapshot(folder)
+    assert AutoPolicy.from_pretrained(REPO).to_config() == AutoPolicy.from_pretrained(folder).to_config()
+    assert [fault.split()[0] for fault in find_faults(folder, "policy")] == ["results.json"]

@@ -1,0 +1,58 @@
+"""Check the folder of a head or a policy, and publish it.
+
+    python training/publish.py DIR --render                write its card from its files
+    python training/publish.py DIR REPO_ID --dry-run       check it, and say what would be uploaded
+    python training/publish.py DIR REPO_ID --private
+
+Nothing is uploaded unless everything is there, measured with exactly these weights, and told by the card. All files go
+into one commit. Exit status: 0; 1 when something is wrong with the folder; 2 when the Hub refused.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from transformers_resps.hub import Destination
+from transformers_resps.publishing import check, files_of, publish, write_card, write_custom_generate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a head or a policy")
+    parser.add_argument("repo_id", nargs="?", metavar="REPO_ID", help="owner/name on the Hub")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="check, and list what would be uploaded")
+    parser.add_argument(
+        "--render", action="store_true", help="write README.md and custom_generate/ into DIR, and stop"
+    )
+    args = parser.parse_args(arguments)
+    if not args.render and args.repo_id is None:
+        parser.error("REPO_ID is missing: publishing needs to know where. To write the card alone, pass --render.")
+    try:
+        return run(args)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.render:
+        write_custom_generate(args.folder)
+        print(f"written: {write_card(args.folder)}")
+    elif args.dry_run:
+        check(args.folder, args.repo_id)
+        for name, file in files_of(args.folder, args.repo_id).items():
+            size = len(file) if isinstance(file, bytes) else file.stat().st_size
+            print(f"{size:12,}  {name}")
+        print(f"would be uploaded to {args.repo_id} in one commit")
+    else:
+        destination = Destination(args.repo_id, private=True if args.private else None)
+        print(f"published: {publish(args.folder, destination)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Cards, checks and publication of heads and policies, from the files that training and measuring left behind."""
+
+from .artefact import Artefact, UnreadableArtefactError, read_artefact
+from .card import render_card
+from .checks import find_faults
+from .release import check, files_of, publish, write_card, write_custom_generate
+from .training_run import head_metrics, write_run
+
+
+__all__ = [
+    "Artefact",
+    "UnreadableArtefactError",
+    "check",
+    "files_of",
+    "find_faults",
+    "head_metrics",
+    "publish",
+    "read_artefact",
+    "render_card",
+    "write_card",
+    "write_custom_generate",
+    "write_run",
+]

@@ -1,0 +1,85 @@
+"""`results.json` as the tables of a card, shorter than the benchmark's own. Knows its schema alone."""
+
+from typing import Any
+
+from ..bench.measurement import PLAIN
+from ..bench.results import ALL
+
+
+def overall_table(results: dict[str, Any]) -> str:
+    """One row per method over all prompts, with its interval; ceilings, which nobody measured, are in italics."""
+    several = len(results["settings"]["temperatures"]) > 1
+    columns = ["method", "tokens/s", "ratio to plain", "95% interval", "tau", "same text as plain"]
+    lines = [_row([*_temperature("temperature", several), *columns]), _rule(len(columns) + several, several + 1)]
+    for row in results["summaries"][ALL]:
+        cells = [
+            _name(row),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['ratio']:.2f}",
+            "" if row["method"] == PLAIN else f"{row['low']:.2f} to {row['high']:.2f}",
+            f"{row['tau']:.2f}" if row["measured"] else "",
+            f"{results['same_text'][row['method']]} of {results['same_text'][PLAIN]}" if row["measured"] else "",
+        ]
+        lines.append(_row([*_temperature(f"{row['temperature']:g}", several), *cells]))
+    return "\n".join(lines)
+
+
+def dataset_table(results: dict[str, Any]) -> str:
+    """Ratio to plain of every method on every dataset, tau in brackets; nothing when there is only one."""
+    datasets = [name for name in results["summaries"] if name != ALL]
+    if len(datasets) < 2:
+        return ""
+    several = len(results["settings"]["temperatures"]) > 1
+    methods = list(dict.fromkeys(_name(row) for row in results["summaries"][ALL] if row["method"] != PLAIN))
+    lines = [
+        _row(["dataset", *_temperature("temperature", several), *methods]),
+        _rule(1 + several + len(methods), 1 + several),
+    ]
+    for dataset in datasets:
+        for temperature in results["settings"]["temperatures"]:
+            rows = [row for row in results["summaries"][dataset] if row["temperature"] == temperature]
+            found = {_name(row): _ratio(row) for row in rows}
+            cells = [found.get(method, "") for method in methods]
+            lines.append(_row([dataset, *_temperature(f"{temperature:g}", several), *cells]))
+    return "\n".join(lines)
+
+
+def circumstances(results: dict[str, Any]) -> str:
+    """Under which the figures hold."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    threads = f"{results['threads']} thread{'s' if results['threads'] != 1 else ''}"
+    prompts = len({measurement["prompt"] for measurement in results["measurements"]})
+    return (
+        f"{prompts} prompts, {sampling(results)}, at most {results['settings']['max_new_tokens']} new tokens, "
+        f"{results['settings']['repeats']} time{'s' if results['settings']['repeats'] != 1 else ''}; "
+        f"{results['dtype']}, {results['device']}, {threads}; {versions}; commit `{str(results['commit'])[:12]}`"
+        f"{' with changes' if results['dirty'] else ''}."
+    )
+
+
+def sampling(results: dict[str, Any]) -> str:
+    """How the tokens were picked."""
+    temperatures = results["settings"]["temperatures"]
+    return " and ".join("greedy" if value == 0 else f"temperature {value:g}" for value in temperatures)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return str(row["method"]) if row["measured"] else f"*{row['method']}*"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.2f} ({row['tau']:.2f})" if row["measured"] else f"{row['ratio']:.2f}"
+
+
+def _temperature(text: str, several: bool) -> list[str]:
+    """A column that is there when there is more than one."""
+    return [text] if several else []
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(columns: int, words: int) -> str:
+    """The line below the heading; columns of numbers stand right."""
+    return f"|{'---|' * words}{'---:|' * (columns - words)}"

@@ -1,0 +1,54 @@
+"""Turn what a run has left into a folder to publish: metrics, recipe, card, code. Knows what training scripts know."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .artefact import METRICS, RECIPE
+from .release import write_card, write_custom_generate
+
+
+def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, tau_texts: int) -> dict[str, Any]:
+    """`metrics.json` of a head from what its trainer's `evaluate` returned.
+
+    Args:
+        evaluation: with `eval_top1_1`, `eval_top1_2`, ... and perhaps `eval_tau`.
+        tree: total_tokens/depth/top_k of the tree that tau was simulated with.
+        held_out_texts: texts evaluated.
+        tau_texts: of these, how many tau was simulated on.
+    """
+    prefix = "eval_top1_"
+    agreement = {name.removeprefix(prefix): value for name, value in evaluation.items() if name.startswith(prefix)}
+    metrics: dict[str, Any] = {}
+    if agreement:
+        metrics |= {"held_out_texts": held_out_texts, "agreement": agreement}
+    if "eval_tau" in evaluation:
+        metrics |= {"tau_texts": min(tau_texts, held_out_texts), "simulated_tau": {tree: evaluation["eval_tau"]}}
+    return metrics
+
+
+def write_run(folder: Path, metrics: dict[str, Any], command: list[str], settings: dict[str, Any]) -> None:
+    """Write `metrics.json`, `recipe.yaml`, the card and `custom_generate/` beside the weights in `folder`.
+
+    Args:
+        folder: of the head or policy.
+        metrics: see `head_metrics`; with `training`, what the run took.
+        command: as typed. The file behind its `--config` is the recipe, with the command above it.
+        settings: the recipe of a run without such a file.
+    """
+    (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(_recipe(command, settings), encoding="utf-8")
+    write_custom_generate(folder)
+    write_card(folder)
+
+
+def _recipe(command: list[str], settings: dict[str, Any]) -> str:
+    if "--config" in command[:-1]:
+        told = Path(command[command.index("--config") + 1]).read_text(encoding="utf-8")
+    else:
+        told = yaml.safe_dump(settings, sort_keys=False)
+    typed = ["python", f"training/{Path(command[0]).name}", *command[1:]]  # wherever the checkout lies
+    return f"# {shlex.join(typed)}\n{told}"

@@ -1,0 +1,88 @@
+"""Trainers whose product is a folder beside the checkpoints, which is also what they push.
+
+Knows Transformers' Trainer and the Hub: nothing of what is trained.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from ..hub import Destination, make_repository, upload
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
+
+
+class ArtefactTrainer(Trainer):
+    """Keeps `OUTPUT_DIR/artefact_name` the newest head or policy, and pushes that folder with `push_to_hub`.
+
+    Transformers' own trainer would push the output folder: weights in training precision, and `training_args.bin`,
+    which is a pickle. With `hub_strategy="end"` there is one push, at the end; otherwise one at each checkpoint, too.
+    """
+
+    artefact_name: ClassVar[str]
+
+    @property
+    def artefact_folder(self) -> Path:
+        return Path(cast(str, self.args.output_dir)) / self.artefact_name
+
+    def save_artefact(self) -> None:
+        """Write the head or policy as it is now into `artefact_folder`."""
+        raise NotImplementedError
+
+    def push_to_hub(  # type: ignore[override]  # the parameters of Trainer's that mean something for a folder
+        self, commit_message: str | None = "End of training", **where: Any
+    ) -> Any:
+        """Put the artefact's folder into `args.hub_model_id`, in one commit; returns the commit's address.
+
+        Args:
+            commit_message: subject of the commit.
+            where: `token`, `revision` and `private`, if other than those of `args`.
+
+        Raises:
+            OSError: the Hub refused, or the connection broke; nothing was committed, and the folder is as it was.
+        """
+        if not self.is_world_process_zero():
+            return None
+        self.save_artefact()
+        folder = self.artefact_folder
+        files: dict[str, Path | bytes] = {
+            file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
+        }
+        return upload(files, self._destination(**where), commit_message or "End of training")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository before the training, so that a refusal comes before the work.
+
+        Raises:
+            OSError: the Hub refused.
+        """
+        if self.is_world_process_zero():
+            repo_id: Any = make_repository(self._destination())  # Transformers infers the attribute to be None
+            self.hub_model_id = repo_id
+
+    def _destination(self, **where: Any) -> Destination:
+        args = self.args
+        return Destination(
+            args.hub_model_id or Path(cast(str, args.output_dir)).absolute().name,
+            private=where.get("private", args.hub_private_repo),
+            token=where.get("token", args.hub_token),
+            revision=where.get("revision", args.hub_revision),
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self.save_artefact()
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            try:
+                self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+            except OSError as error:  # the next checkpoint is pushed again; hours of training must not end here
+                logger.warning("Step %d was not pushed: %s", self.state.global_step, error)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What Transformers would push at a checkpoint is not ours to give: see `_save_checkpoint`."""
