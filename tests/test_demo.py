@@ -96,6 +96,8 @@ def test_both_answers_are_watched_token_by_token(
     assert found.divergence is None and found.passed
     assert found.speculative.speculation is not None and found.plain.speculation is None
     assert seen["plain"] == seen["with the head"] == found.plain.token_ids.tolist()
+    assert found.examination is not None and found.examination.parts_at is None
+    assert [step.record for step in found.examination.steps] == found.speculative.speculation.steps[1:]
 
 
 def test_the_prompts_are_of_five_kinds() -> None:
@@ -127,7 +129,10 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch: pytest.MonkeyP
 def test_the_demo_runs_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target, _ = demo_target.load_target(torch.bfloat16)
     DraftHead.from_target(target, draft_vocab_size=4096, default_tree=[4, 2, 2]).save_pretrained(tmp_path / "head")
-    assert main(["--head", str(tmp_path / "head"), "--max-new-tokens", "6"]) == 0
+    page = tmp_path / "results" / "demo.html"
+    assert main(["--head", str(tmp_path / "head"), "--max-new-tokens", "6", "--page", str(page)]) == 0
     output = capsys.readouterr().out
     assert "translation" in output and "float32" in output
     assert "On this machine in bfloat16, verifying" in output
+    assert output.splitlines()[-1] == f"Every step of that last answer, to look at in a browser: {page}"
+    assert '"sameText":{"same":true}' in page.read_text(encoding="utf-8")

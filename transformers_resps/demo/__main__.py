@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from ..generation import attach
 from ..head import DraftHead
+from ..inspection import facts_of, page, story_of
+from ..pieces import decoder
+from ..policy import FixedPolicy
 from .answering import Comparison, compare
 from .options import add_options
 from .report import divergence_line, table, verdict
@@ -58,6 +62,14 @@ class Demo:
         self.console.print()
         return result
 
+    def write_page(self, result: Comparison, prompt: str, file: Path) -> None:
+        """Every step of an answer, to look at in a browser; nothing is decoded again."""
+        assert result.examination is not None
+        facts = facts_of(self.model, self.head, FixedPolicy(self.head.default_shape), "greedy")
+        story = story_of(result.examination, decoder(self.tokenizer), prompt, facts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(page(story), encoding="utf-8")
+
     def _compare(self, kind: str, prompt_ids: Tensor, max_new_tokens: int, show: Any) -> Comparison:
         return compare(kind, self.model, self.head, prompt_ids, max_new_tokens, show)
 
@@ -85,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     again = (parted or rows)[0]
     results.append(exact.run(again, f"{again['kind']} again, in float32, where the text must be equal"))
     report(console, results, demo)
+    exact.write_page(results[-1], again["messages"][-1]["content"], args.page)
+    console.print(f"Every step of that last answer, to look at in a browser: {args.page}", soft_wrap=True)
     return 0 if all(result.passed for result in results) else 1
 
 

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..head import DraftHead
+from ..inspection import Examination, Recorder
+from ..policy import FixedPolicy
 from ..telemetry import SpeculationReport
 from ..verification import Divergence, explain_divergence
 
@@ -45,13 +47,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Both answers to one prompt; `divergence` says where they part."""
+    """Both answers to one prompt; `divergence` says where they part, `examination` holds every step."""
 
     kind: str
     dtype: torch.dtype
     plain: Answer
     speculative: Answer
     divergence: Divergence | None
+    examination: Examination | None = None
 
     @property
     def passed(self) -> bool:
@@ -84,26 +87,38 @@ def compare(
     kind: str, model: PreTrainedModel, head: DraftHead, prompt_ids: Tensor, max_new_tokens: int, show: Show
 ) -> Comparison:
     """Answer `prompt_ids` `[s]` plain, then with the head's default tree, and judge the difference."""
-    plain = _answer("plain", model, None, prompt_ids, max_new_tokens, show)
-    speculative = _answer("with the head", model, head, prompt_ids, max_new_tokens, show)
+    recorder = Recorder(FixedPolicy(head.default_shape))
+    plain = _answer("plain", model, {}, prompt_ids, max_new_tokens, show)
+    drafting = {"assistant_model": head, "policy": recorder}
+    speculative = _answer("with the head", model, drafting, prompt_ids, max_new_tokens, show)
     divergence = explain_divergence(model, prompt_ids, plain.token_ids, speculative.token_ids)
-    return Comparison(kind, model.dtype, plain, speculative, divergence)
+    assert speculative.speculation is not None
+    examination = Examination(
+        prompt_ids=prompt_ids,
+        plain_ids=plain.token_ids,
+        plain_seconds=plain.seconds,
+        report=speculative.speculation,
+        seconds=speculative.seconds,
+        steps=recorder.steps,
+        divergence=divergence,
+    )
+    return Comparison(kind, model.dtype, plain, speculative, divergence, examination)
 
 
 def _answer(
-    method: str, model: PreTrainedModel, head: DraftHead | None, prompt_ids: Tensor, max_new_tokens: int, show: Show
+    method: str, model: PreTrainedModel, drafting: dict[str, Any], prompt_ids: Tensor, max_new_tokens: int, show: Show
 ) -> Answer:
     watch = _Watch(method, show)
     output: Any = cast(Any, model).generate(
         prompt_ids[None],
         attention_mask=torch.ones_like(prompt_ids)[None],
-        assistant_model=head,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=watch,
         return_dict_in_generate=True,
+        **drafting,
     )
     seconds = time.perf_counter() - watch.started
     gaps = [after - before for before, after in zip(watch.arrivals, watch.arrivals[1:], strict=False)]
-    speculation = None if head is None else output.speculation
+    speculation = output.speculation if drafting else None
     return Answer(output.sequences[0, len(prompt_ids) :], seconds, median(gaps) if gaps else seconds, speculation)

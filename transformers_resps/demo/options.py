@@ -11,3 +11,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them to `parser`."""
     parser.add_argument("--head", default=str(HEAD), help="folder or Hub id of a head for SmolLM2-135M-Instruct")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="of each answer")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        default=Path("results/demo.html"),
+        help="where the last answer is written down, step by step",
+    )
