@@ -14,6 +14,7 @@ from tests.bench.conversations import save_rows, save_subjects
 from transformers_resps import DraftHead
 from transformers_resps.bench import __main__ as command
 from transformers_resps.bench.protocol import Bench
+from transformers_resps.bench.session import Session
 from transformers_resps.head import policy_identity
 from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
 from transformers_resps.trainers.training_prompts import write_training_prompts
@@ -87,6 +88,14 @@ def test_after_ctrl_c_the_same_command_goes_on(
     assert whole["measurements"][:3] == stopped["measurements"]
     assert bench(*options) == 0 and len(calls) == 10
     assert bench(*options, "--max-new-tokens", "6") == 2  # other settings
+
+
+def test_ctrl_c_while_preparing_is_no_traceback(bench: BenchCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: Session) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "prepare", stopped)
+    assert bench() == 130
 
 
 def test_other_weights_are_not_mixed_in(

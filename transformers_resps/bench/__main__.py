@@ -83,7 +83,11 @@ def measure(args: argparse.Namespace, subjects: Subjects, load_before: float | N
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Loading", total=None)
         session = Session(args, subjects, lambda doing: progress.update(task, description=doing))
-        schedule = session.prepare()
+        try:
+            schedule = session.prepare()
+        except KeyboardInterrupt:
+            console.print("Stopped before anything was measured. The same command goes on from here.")
+            return 130
         partial = True
         try:
             progress.update(task, description="Decoding", total=schedule.total)
