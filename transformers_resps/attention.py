@@ -17,16 +17,22 @@ def tree_positions(tree: DraftTree, root_positions: Tensor) -> Tensor:
 
 
 def tree_attention_mask(
-    config: PretrainedConfig, cache: Cache, prefix_mask: Tensor | None, tree: DraftTree, dtype: torch.dtype
+    config: PretrainedConfig,
+    cache: Cache,
+    prefix_mask: Tensor | None,
+    tree: DraftTree,
+    dtype: torch.dtype,
+    ends: Tensor | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """The additive 4-D mask of a tree's forward.
 
     Args:
         config: the target's.
         cache: before the forward.
-        prefix_mask: `[b, s]`, 0 where a cached position is padding; `None` when there is no padding.
+        prefix_mask: `[b, s]`, 0 where a row has no entry in a slot, or padding; `None` when there is no such slot.
         tree: the nodes to verify.
         dtype: the target's.
+        ends: `[b, 1]` the slot behind each row's last entry; `None` when all rows end with the cache.
 
     Returns:
         `[b, 1, n, visible past + n]` of zeros and the dtype's minimum, or a dict of them by layer type where the
@@ -34,28 +40,39 @@ def tree_attention_mask(
     """
     layer_types = getattr(config.get_text_config(), "layer_types", None)
     if layer_types is None:
-        return _mask(cache, 0, prefix_mask, tree, dtype)
+        return _mask(cache, 0, prefix_mask, tree, dtype, ends)
     first = {kind: layer_types.index(kind) for kind in dict.fromkeys(layer_types)}
-    return {kind: _mask(cache, index, prefix_mask, tree, dtype) for kind, index in first.items()}
+    return {kind: _mask(cache, index, prefix_mask, tree, dtype, ends) for kind, index in first.items()}
 
 
-def _mask(cache: Cache, layer_index: int, prefix_mask: Tensor | None, tree: DraftTree, dtype: torch.dtype) -> Tensor:
+def _mask(
+    cache: Cache,
+    layer_index: int,
+    prefix_mask: Tensor | None,
+    tree: DraftTree,
+    dtype: torch.dtype,
+    ends: Tensor | None,
+) -> Tensor:
     """The mask of one layer. Sliding windows count in slots, as Transformers' own masks do: a node's slot is where it
     would stand if its path were the text.
     """
-    past, visible = cached_length(cache), visible_length(cache, layer_index)
+    past, visible, window = cached_length(cache), visible_length(cache, layer_index), window_of(cache, layer_index)
     batch_size, node_count = tree.tokens.shape
     minimum = torch.finfo(dtype).min
     device = tree.tokens.device
     mask = torch.zeros(batch_size, 1, node_count, visible + node_count, dtype=dtype, device=device)
-    if prefix_mask is not None:
-        hidden = prefix_mask[:, None, None, past - visible : past] == 0
-        mask[..., :visible].masked_fill_(hidden, minimum)
     mask[..., visible:].masked_fill_(~tree.ancestors[:, None], minimum)
-    window = window_of(cache, layer_index)
-    if window is not None and past + node_count > window - 1:
-        node_slots = (past + tree.depths)[:, None, :, None]  # [b, 1, n, 1]
-        past_slots = torch.arange(past - visible, past, device=device).expand(batch_size, -1)
-        key_slots = torch.cat([past_slots, past + tree.depths], dim=1)[:, None, None, :]
-        mask.masked_fill_(key_slots <= node_slots - window, minimum)
+    slides = window is not None and past + node_count > window - 1
+    if prefix_mask is None and not slides:
+        return mask
+    past_slots = torch.arange(past - visible, past, device=device).expand(batch_size, -1)
+    if ends is not None and window is not None:  # rows end where the layer ends, see `place_nodes`
+        past_slots = past_slots + ends - past
+    if prefix_mask is not None:
+        hidden = (prefix_mask.gather(1, past_slots.clamp(min=0)) == 0) | (past_slots < 0)
+        mask[..., :visible].masked_fill_(hidden[:, None, None], minimum)
+    if window is not None and slides:
+        node_slots = tree.depths + (past if ends is None else ends)  # [b, n]
+        key_slots = torch.cat([past_slots, node_slots], dim=1)[:, None, None, :]
+        mask.masked_fill_(key_slots <= node_slots[:, None, :, None] - window, minimum)
     return mask

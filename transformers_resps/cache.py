@@ -53,6 +53,11 @@ def window_of(cache: Cache, layer_index: int) -> int | None:
     return int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
 
 
+def has_windows(cache: Cache) -> bool:
+    """Whether a layer slides."""
+    return any(window_of(cache, index) is not None for index in range(len(cache.layers)))
+
+
 def _states(layer: Any) -> tuple[Tensor, Tensor] | None:
     """Keys and values `[b, heads, s, hd]`, or `None` for a layer that holds none (yet, or because it shares)."""
     keys = getattr(layer, "keys", None)
@@ -79,29 +84,62 @@ def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
 
 
 def place_nodes(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
-    """Keep the accepted path of every row at slots of its own; for rows that keep different numbers of nodes.
+    """Keep the accepted path of every row at slots of its own; for rows that end at different slots.
+
+    A layer with full attention holds the entry of slot i at i. A sliding one holds the last of every row, whatever
+    their slots: all rows end where the layer ends, as they do while their lengths are equal.
 
     Args:
-        cache: right after the tree's forward; all its layers see every position.
-        path: `[b, m]` node indices, the root first.
+        cache: right after the tree's forward.
+        path: `[b, m]` node indices, the root first; a row that keeps fewer repeats its last.
         node_count: nodes of the tree.
         slots: `[b, m]` where each of them goes, none above where it stands.
         length: positions to keep: those of the longest row.
     """
-    past = cached_length(cache) - node_count
-    for layer in cache.layers:
-        for states in _states(layer) or ():
-            kept = states.gather(2, _along_positions(path + past, states))
-            states.scatter_(2, _along_positions(slots, states), kept)
-    cache.crop(length - past - node_count)
+    surplus = cached_length(cache) - length
+    counts = slots[:, -1] + 1 - slots[:, 0]
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        states, window = _states(layer), window_of(cache, index)
+        if states is None:
+            continue
+        if window is None:
+            for part in states:
+                start = part.shape[-2] - node_count
+                part.scatter_(2, _along_positions(slots, part), part.gather(2, _along_positions(path + start, part)))
+            layer.crop(-surplus)
+        else:
+            most = min(length, window - 1)
+            newest = [_newest(part, path, node_count, counts, most) for part in states]
+            _replace(layer, newest, length)
 
 
 def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
-    """Forget all rows but `rows`, and all positions from `length` on."""
+    """Forget all rows but `rows`, of which the longest has `length` positions."""
     cache.batch_select_indices(torch.tensor(rows))
     surplus = cached_length(cache) - length
-    if surplus:
-        cache.crop(-surplus)
+    layers: list[Any] = cache.layers if surplus else []
+    for index, layer in enumerate(layers):
+        states, window = _states(layer), window_of(cache, index)
+        if states is not None and window is not None:
+            most = min(length, window - 1)
+            _replace(layer, [part[:, :, part.shape[-2] - most :] for part in states], length)
+        elif states is not None:
+            layer.crop(-surplus)
+
+
+def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:
+    """The last `most` entries of every row: what was there before the tree, then `counts` nodes of its path."""
+    past = states.shape[-2] - node_count
+    order = torch.arange(most, device=path.device) + (past - most + counts)[:, None]  # [b, most]; past on: the path
+    nodes = path.gather(1, (order - past).clamp(0, path.shape[1] - 1))
+    return states.gather(2, _along_positions(torch.where(order < past, order.clamp(min=0), past + nodes), states))
+
+
+def _replace(layer: Any, states: list[Tensor], length: int) -> None:
+    """Give a sliding layer other entries, the last ones of `length` positions."""
+    layer.keys, layer.values = states
+    layer.cumulative_length = length
 
 
 def _along_positions(positions: Tensor, states: Tensor) -> Tensor:

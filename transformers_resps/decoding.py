@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from .acceptance import Acceptance
 from .attention import tree_attention_mask, tree_positions
 from .batch import Batch
-from .cache import check_cache, keep_nodes, keep_rows, place_nodes
+from .cache import check_cache, has_windows, keep_nodes, keep_rows, place_nodes
 from .candidate_generator import TreeCandidateGenerator
 from .features import Features, FeatureTap
 from .head import BoundHead
@@ -158,11 +158,12 @@ class TreeDecoding:
 
     def _verify(self, tree: DraftTree) -> tuple[Any, Features]:
         """The target's forward over all nodes; a lone root runs exactly as in plain decoding."""
-        if tree.node_count == 1:
+        ends = None if self._prefix.is_even else self._prefix.ends(tree.tokens.device)
+        if tree.node_count == 1 and (ends is None or not has_windows(self.cache)):
             mask: Any = self._mask(self._prefix.length + 1)
         else:
             prefix_mask = self._mask(self._prefix.length)
-            mask = tree_attention_mask(self.target.config, self.cache, prefix_mask, tree, self.target.dtype)
+            mask = tree_attention_mask(self.target.config, self.cache, prefix_mask, tree, self.target.dtype, ends)
         return self._forward(tree.tokens, mask, tree_positions(tree, self._root_positions))
 
     def _mask(self, length: int) -> Tensor | None:

@@ -20,7 +20,7 @@ from .acceptance import Text
 from .batch import Batch
 from .decoding import TreeDecoding
 from .features import FeatureTap
-from .lockstep import advance_together, coupling, unevenness
+from .lockstep import advance_together, coupling
 from .policy import KeptPolicies, Policy
 from .refusals import check_forward_arguments
 from .request import Request, draft_head, read_request
@@ -173,7 +173,7 @@ class ReSpSGenerationMixin(GenerationMixin):
             "a cache of your own": getattr(cache, "_is_user_defined", False),
         }
         coupled = coupling(cast(PreTrainedModel, self), rules["logits_processor"], rules["stopping_criteria"], asked)
-        if advance_together(lockstep, rules["do_sample"], coupled or unevenness(cache)):
+        if advance_together(lockstep, rules["do_sample"], coupled):
             return Batch([make_text(input_ids)], drops_finished=coupled is None)
         return Batch([make_text(row) for row in input_ids.split(1)], drops_finished=True)
 

@@ -4,7 +4,7 @@ A row may go its own way only if nothing that the call runs can tell: plain deco
 criterion all rows at once, at the same length. What is not known to treat each row by itself keeps them together.
 """
 
-from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 
 # By exact type, of Transformers' own module: a score depends on the row's own scores and its own text, and no call
@@ -54,13 +54,6 @@ def coupling(
     rope = getattr(target.config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return "a target of rope_type 'longrope', whose frequencies depend on the longest row"
-    return None
-
-
-def unevenness(cache: Cache) -> str | None:
-    """Why the target's cache, before the prompt, cannot hold rows of different lengths; `None` when it can."""
-    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-        return "layers with a sliding window"
     return None
 
 

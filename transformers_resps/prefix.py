@@ -50,7 +50,9 @@ class Prefix:
 
     def ends(self, device: torch.device) -> Tensor:
         """The slot behind each row's last entry: `[b, 1]`, or `[1, 1]` where it is the same for all."""
-        return torch.tensor(self._ends or [self.length], device=device)[:, None]
+        if self._ends is None:
+            return torch.full((1, 1), self.length, device=device)
+        return torch.tensor(self._ends, device=device)[:, None]
 
     def slots(self, counts: Sequence[int], device: torch.device) -> Tensor:
         """Where the next entries go: `[b, max(counts)]`; a row that gets fewer repeats the slot of its last."""
