@@ -59,6 +59,8 @@ class DraftHeadTrainingConfig(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]  # untyped upstream
         self.remove_unused_columns = False
         self.label_names = ["labels"]
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # levels run outside the wrapper, which would count them as unused
         for name, least in (("steps", 1), ("tokens_per_batch", 2), ("loss_chunk_size", 1)):
             _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
         _check("step_decay", self.step_decay, 0 < self.step_decay <= 1, "above 0 and at most 1")

@@ -1,0 +1,20 @@
+"""Run by two processes at once: two steps of training, the head saved by the main process. Not a test by itself."""
+
+import sys
+from pathlib import Path
+
+from tests.trainers.test_head_trainer import config, fresh, texts
+from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
+
+
+def train(folder: Path, accumulation: int) -> None:
+    target, head = fresh()
+    args = config(folder, max_steps=2, gradient_accumulation_steps=accumulation, save_strategy="no")
+    trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts(16)))
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        head.save_pretrained(folder / f"of-{trainer.accelerator.num_processes}")
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), accumulation=1)
