@@ -12,11 +12,17 @@ HEAD ?= model_cards/smollm2-135m-instruct-head
 DATASET ?= transformers_resps/demo/prompts.jsonl
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 
+# The releases of Transformers that we support: lowest, middle, and the newest that the index has.
+TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
+LOWEST_TORCH := 2.9.0
+CONTRACT := tests/test_seams.py tests/test_refusals.py tests/test_cache.py tests/test_generation.py \
+	tests/test_architectures.py tests/robustness
+
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check fix bench mutants browser
+.PHONY: demo test check fix docs bench test-matrix test-lowest-torch test-endurance mutants browser
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -39,6 +45,30 @@ browser:
 		timeout 600 apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || \
 		echo "No browser can be installed here: the tests that need one are skipped."
 
+# The contract on every release, each laid in front of the installed one. One that fails stops the matrix.
+test-matrix: $(VENV)/.dev $(TRANSFORMERS_RELEASES:%=.matrix/transformers-%)
+	@for release in $(TRANSFORMERS_RELEASES); do \
+		echo "transformers $$release"; \
+		PYTHONPATH=.matrix/transformers-$$release $(PYTHON) -m pytest $(CONTRACT) $(TEST_OPTIONS) || exit 1; done
+
+# The index has no torch of that age for processors alone: this one brings 7 GB of CUDA along.
+test-lowest-torch: $(VENV)/.dev .matrix/torch-$(LOWEST_TORCH)
+	PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(PYTHON) -m pytest $(CONTRACT) $(TEST_OPTIONS)
+
+test-endurance: $(VENV)/.dev
+	RESPS_GENERATIONS=1000 $(PYTHON) -m pytest tests/robustness/test_memory.py $(TEST_OPTIONS)
+
+.PHONY: .matrix/transformers-newest
+.matrix/transformers-newest:
+	rm -rf $@
+	$(PYTHON) -m pip install --quiet --no-deps --target $@ transformers
+
+.matrix/transformers-%:
+	$(PYTHON) -m pip install --quiet --no-deps --target $@ transformers==$*
+
+.matrix/torch-%:
+	PIP_CONSTRAINT= $(PYTHON) -m pip install --quiet --target $@ torch==$*
+
 fix: $(VENV)/.dev
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
@@ -46,6 +76,10 @@ fix: $(VENV)/.dev
 # Minutes: plants bugs in copies of the package, one at a time.
 mutants: $(VENV)/.dev
 	$(PYTHON) -m tests.mutations
+
+# The API reference, from the docstrings.
+docs: $(VENV)/.dev
+	$(PYTHON) docs/make_api.py
 
 bench: $(VENV)/.dev
 	$(PYTHON) -m transformers_resps.bench "$$($(PYTHON) -m transformers_resps.demo.target)" $(HEAD) \

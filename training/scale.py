@@ -1,0 +1,179 @@
+"""How a step's cost grows: measured here on random Llamas, and counted for an H100.
+
+    python training/scale.py --output docs/scale.json        # about five minutes on two quiet cores
+    python training/scale.py --output docs/scale.json --show # prints the tables of docs/scale.md from the file
+
+Measured: seconds of one forward over n nodes behind a context, for three sizes of model; one size at a time is varied
+in context, batch and vocabulary. Counted: bytes that must be read and operations that must be done, with the memory
+bandwidth and peak arithmetic of an H100 SXM (NVIDIA's data sheet: 3.35 TB/s; 989 TFLOP/s dense bf16).
+"""
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from transformers_resps import pack
+
+
+NODES = (1, 2, 4, 8, 16, 32, 64)
+H100_BYTES_PER_SECOND, H100_OPERATIONS_PER_SECOND = 3.35e12, 989e12
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama by its numbers."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocabulary: int
+    tied: bool = False
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            intermediate_size=self.mlp,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=8192,
+            tie_word_embeddings=self.tied,
+        )
+
+    @property
+    def matrix_weights(self) -> int:
+        """Weights that every token is multiplied with: all but the embedding table."""
+        kv_width = self.hidden // self.heads * self.kv_heads
+        layer = 2 * self.hidden**2 + 2 * self.hidden * kv_width + 3 * self.hidden * self.mlp
+        return self.layers * layer + self.hidden * self.vocabulary
+
+    def bytes_read(self, context: int, batch: int, width: int) -> int:
+        """Of one forward, at `width` bytes a number: weights once, keys and values of every row."""
+        kv_width = self.hidden // self.heads * self.kv_heads
+        return width * (self.matrix_weights + 2 * batch * self.layers * kv_width * context)
+
+    def operations(self, nodes: int, context: int, batch: int) -> int:
+        """Of one forward: two for each weight and row, four for each query number and visible position."""
+        attention = 4 * self.layers * self.hidden * (context + nodes)
+        return batch * nodes * (2 * self.matrix_weights + attention)
+
+    def h100_seconds(self, nodes: int, context: int, batch: int) -> float:
+        """The longer of reading and computing, bf16, neither perfect overlap nor launches counted."""
+        reading = self.bytes_read(context, batch, 2) / H100_BYTES_PER_SECOND
+        return max(reading, self.operations(nodes, context, batch) / H100_OPERATIONS_PER_SECOND)
+
+
+MEASURED = (
+    Size("0.1B", 576, 30, 9, 3, 1536, 49152, tied=True),
+    Size("0.4B", 960, 32, 15, 5, 2560, 49152, tied=True),
+    Size("1B", 2048, 16, 32, 8, 8192, 32000),
+)
+COUNTED = (
+    Size("8B", 4096, 32, 32, 8, 14336, 128256),
+    Size("70B", 8192, 80, 64, 8, 28672, 128256),
+)
+
+
+@torch.inference_mode()
+def forward_seconds(model: Any, nodes: int, context: int, batch: int, repeats: int) -> float:
+    """Median seconds of a forward over `nodes` tokens behind `context` cached positions."""
+    cache = DynamicCache(config=model.config)
+    shape = (batch, model.config.num_key_value_heads, context, model.config.head_dim)
+    for index in range(model.config.num_hidden_layers):
+        cache.update(torch.randn(shape), torch.randn(shape), index)
+    tokens = torch.randint(model.config.vocab_size, (batch, nodes))
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        model(input_ids=tokens, cache=cache, use_cache=True)
+        seconds.append(time.perf_counter() - started)
+        cache.crop(-nodes)
+    return median(seconds[1:])
+
+
+def measure(size: Size, repeats: int, packed: bool) -> list[dict[str, Any]]:
+    """Rows of `nodes`, `context`, `batch` and `seconds`; one of the three is varied at a time."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(size.config(), dtype=torch.float32).eval()
+    if packed:
+        pack(model)
+    places = [(nodes, 256, 1) for nodes in NODES]
+    if size is MEASURED[0]:
+        places += [(nodes, context, 1) for context in (1024, 4096) for nodes in (1, 8)]
+        places += [(nodes, 256, batch) for batch in (2, 4, 8) for nodes in (1, 8)]
+    return [
+        {
+            "size": size.name,
+            "packed": packed,
+            "nodes": nodes,
+            "context": context,
+            "batch": batch,
+            "seconds": forward_seconds(model, nodes, context, batch, repeats),
+        }
+        for nodes, context, batch in places
+    ]
+
+
+def facts() -> dict[str, Any]:
+    """What a figure needs to be believed."""
+    model_names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "processor": model_names[0].split(":")[1].strip() if model_names else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """The tables of docs/scale.md."""
+    rows = {(r["size"], r["packed"], r["nodes"], r["context"], r["batch"]): r["seconds"] for r in found["rows"]}
+    print("| size | layers | " + " | ".join(f"{nodes}" for nodes in NODES) + " |")
+    print("|---|---|" + "---:|" * len(NODES))
+    for size in MEASURED:
+        for packed in (False, True):
+            ms = [1e3 * rows[size.name, packed, nodes, 256, 1] for nodes in NODES]
+            print(f"| {size.name} | {'packed' if packed else 'stock'} | " + " | ".join(f"{m:.0f}" for m in ms) + " |")
+    print("\n| context, batch | 1 node | 8 nodes | ratio |\n|---|---:|---:|---:|")
+    for context, batch in ((256, 1), (1024, 1), (4096, 1), (256, 2), (256, 4), (256, 8)):
+        one, eight = (1e3 * rows["0.1B", True, nodes, context, batch] for nodes in (1, 8))
+        print(f"| {context}, {batch} | {one:.0f} | {eight:.0f} | {eight / one:.2f} |")
+    print("\n| counted for an H100, ms | 1 node | 8 | 64 | 256 | nodes that cost a tenth more |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for size in COUNTED:
+        for context, batch in ((1024, 1), (16384, 1), (1024, 32)):
+            ms = [1e3 * size.h100_seconds(nodes, context, batch) for nodes in (1, 8, 64, 256)]
+            dearer = next(n for n in range(1, 4096) if size.h100_seconds(n, context, batch) > 1.1e-3 * ms[0])
+            cells = " | ".join(f"{m:.1f}" for m in ms)
+            print(f"| {size.name}, context {context}, batch {batch} | {cells} | {dearer} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--show", action="store_true", help="print the tables of a file that is there")
+    args = parser.parse_args()
+    if not args.show:
+        rows = [row for size in MEASURED for packed in (False, True) for row in measure(size, args.repeats, packed)]
+        args.output.write_text(json.dumps({**facts(), "sizes": [asdict(s) for s in MEASURED], "rows": rows}, indent=1))
+    show(json.loads(args.output.read_text()))
+
+
+if __name__ == "__main__":
+    main()
