@@ -1,13 +1,18 @@
 """The private seams of Transformers that the engine stands on. A release that moves one fails here, by name."""
 
 import inspect
+from typing import Any
 
 import pytest
-from transformers import GenerationMixin
+import torch
+from accelerate import cpu_offload
+from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM, MambaForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transformers_resps.generation import _AFTER_ASSISTANT, _NOT_OURS, ReSpSGenerationMixin
+from transformers_resps.versions import CACHE_KEYWORD
 
 
 def test_the_decoding_methods_are_looked_up_on_the_class_by_these_names() -> None:
@@ -38,3 +43,45 @@ def test_cache_layers_have_what_we_touch() -> None:
 
 def test_decoding_may_be_wrapped_for_experts() -> None:
     assert hasattr(GenerationMixin, "_optimize_model_for_decode")
+
+
+def test_the_dropped_mask_and_the_pad_token_arrive_as_we_read_them() -> None:
+    """`_sample` gets the mask as `None` when nothing is padded, every position, a cache, and `_pad_token_tensor`."""
+    seen: dict[str, Any] = {}
+
+    class Watching(LlamaForCausalLM):
+        def _sample(self, input_ids: Any, generation_config: Any, **kwargs: Any) -> Any:
+            seen.update(kwargs, pad=generation_config._pad_token_tensor)
+            return input_ids
+
+    config = LlamaConfig(vocab_size=19, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    Watching(config).generate(torch.tensor([[3, 4, 5]]), max_new_tokens=1, pad_token_id=0)
+    assert seen["attention_mask"] is None
+    assert seen["position_ids"].tolist() == [[0, 1, 2]]
+    assert type(seen[CACHE_KEYWORD]) is DynamicCache
+    assert seen["pad"].item() == 0
+
+
+def test_models_tell_their_attention_and_their_recurrence_by_these_names() -> None:
+    assert LlamaConfig(attn_implementation="sdpa")._attn_implementation == "sdpa"
+    assert LlamaForCausalLM._is_stateful is False and MambaForCausalLM._is_stateful is True
+
+
+def test_an_offloading_hook_is_found_by_this_name() -> None:
+    """Of accelerate: `refusals` tells by it whether weights on the meta device will be there in time."""
+    model = cpu_offload(torch.nn.Sequential(torch.nn.Linear(2, 2)), execution_device="cpu")
+    assert model[0].weight.is_meta and hasattr(model[0], "_hf_hook")
+
+
+def test_the_rotary_embedding_of_a_head_is_llamas() -> None:
+    config = LlamaConfig(head_dim=8)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1, 3, 8), torch.arange(3)[None])
+    assert cos.shape == sin.shape == (1, 3, 8)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_torch_packs_linear_weights_by_these_names() -> None:
+    weight, states = torch.randn(4, 3), torch.randn(2, 3)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+    found = torch.ops.mkldnn._linear_pointwise(states, packed, None, "none", [], "")
+    torch.testing.assert_close(found, states @ weight.T)
