@@ -23,6 +23,7 @@ _TREES = "tests/properties/test_trees.py::test_"
 POOL = _TREES + "a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
 CHILD = _TREES + "a_child_is_the_first_that_carries_the_token"
 SIGHT = _TREES + "a_node_sees_the_prefix_and_its_own_path"
+WINDOW = _TREES + "a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 CHAIN = _TREES + "a_merged_chain_adds_its_texts_and_nothing_else"
 WALK = _TREES + "the_walk_is_the_brute_force_walk"
 ROWS = _TREES + "rows_commit_what_the_shortest_run_allows"
@@ -118,14 +119,14 @@ MUTATIONS = (
         "attention.py",
         "key_slots <= node_slots",
         "key_slots < node_slots",
-        CALLS,
+        WINDOW,
     ),
     Mutation(
         "a window is noticed too late",
         "attention.py",
         "past + node_count > window - 1",
         "past > window - 1",
-        CALLS,
+        WINDOW,
     ),
 )
 

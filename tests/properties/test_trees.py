@@ -4,7 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LlamaConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MistralConfig,
+    PretrainedConfig,
+    StoppingCriteriaList,
+)
 
 from transformers_resps.acceptance import Text, walk
 from transformers_resps.attention import tree_attention_mask, tree_positions
@@ -129,6 +137,23 @@ def test_a_node_sees_the_prefix_and_its_own_path(tree: DraftTree, past: int, pad
 
 
 @settings(max_examples=300)
+@given(trees(), st.integers(1, 9), st.integers(2, 8))
+def test_a_sliding_layer_shows_the_end_of_a_nodes_own_text(tree: DraftTree, past: int, window: int) -> None:
+    config = MistralConfig(num_hidden_layers=1, sliding_window=window)
+    cache = filled_cache(past, config=config)
+    cache.crop(0)
+    mask = tree_attention_mask(config, cache, None, tree, torch.float32)
+    assert isinstance(mask, torch.Tensor)
+    visible = mask.shape[-1] - tree.node_count
+    slots = [*range(past - visible, past), *(past + depth for depth in tree.depths[0].tolist())]
+    for node in range(tree.node_count):
+        own = {*range(visible), *(visible + other for other in path_of(tree.parents[0].tolist(), node))}
+        seen = [key for key in sorted(own) if slots[key] > slots[visible + node] - window]
+        assert (mask[0, 0, node] == 0).nonzero().flatten().tolist() == seen
+        assert len(seen) == min(window, slots[visible + node] + 1)
+
+
+@settings(max_examples=300)
 @given(st.lists(parents(), min_size=1, max_size=3), st.integers(0, 6), st.data())
 def test_the_cache_keeps_the_accepted_path_and_forgets_the_rest(
     rows: list[list[int]], past: int, data: st.DataObject
@@ -147,9 +172,9 @@ def test_the_cache_keeps_the_accepted_path_and_forgets_the_rest(
         assert torch.equal(cache.layers[0].values[row], -before[row, :, slots])
 
 
-def filled_cache(length: int, rows: int = 1) -> DynamicCache:
+def filled_cache(length: int, rows: int = 1, config: PretrainedConfig | None = None) -> DynamicCache:
     """Every entry is its own: row, head, slot."""
-    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=1))
+    cache = DynamicCache(config=config or LlamaConfig(num_hidden_layers=1))
     cache.activate_past_recording()
     if length:
         keys = torch.arange(rows * 2 * length * 3, dtype=torch.float32).reshape(rows, 2, length, 3) + 1
