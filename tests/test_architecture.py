@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": {"tree", "telemetry", "hub"},
     "candidate_generator": BOTTOM | PARTS,
     "decoding": BOTTOM | PARTS | {"candidate_generator"},
-    "calibration": LOOP,
+    "calibration": ENGINE - {"calibration"},
     "probe": BOTTOM,
     "refusals": BOTTOM,
     "request": BOTTOM | {"head", "policy", "probe", "refusals"},

@@ -41,7 +41,9 @@ def test_planted_costs_are_found(target: Any, head: DraftHead, tmp_path: Path) -
         assert row == {nodes: 1.0 if nodes == 1 else 3.0 + nodes for nodes in NODES}
     assert table.verify_seconds(5, 400) == pytest.approx(8.0)
     assert table.verify_seconds(40, 400) == pytest.approx(43.0)
+    assert 0 < table.overhead < 1
     costs = table.running(400)
+    assert costs.step(1, 0) == pytest.approx(1.0 + table.overhead)
     assert costs.knows_plain and costs.verify(1) == 1.0 and costs.verify(8) == 11.0
 
 
@@ -52,7 +54,7 @@ def test_the_command_prints_the_table_and_what_it_means(
     monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path))
     assert main(["calibrate", str(tmp_path / "target")]) == 0
     printed = capsys.readouterr().out
-    assert "  nodes" in printed and "a step must accept more than" in printed
+    assert "  nodes" in printed and "beside its forwards" in printed and "a step must accept more than" in printed
 
 
 def test_a_table_is_measured_once_and_kept(target: Any, head: DraftHead, tmp_path: Path) -> None:
@@ -79,6 +81,13 @@ def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=r"Delete it and run|and run `calibrate"):
         CostTable.load(path)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_costs_that_are_no_times_are_refused(seconds: float) -> None:
+    for verify, draft in (({9: {1: seconds}}, {}), ({9: {1: 1.0}}, {1: seconds})):
+        with pytest.raises(ValueError, match="every measured forward takes time. Measure with `calibrate"):
+            CostTable(verify, draft, {})
 
 
 def test_costs_that_are_not_monotone_stay_so() -> None:

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .attention import tree_attention_mask, tree_positions
 from .cache import check_cache
 from .candidate_generator import TreeCandidateGenerator
+from .generation import ReSpSGenerationMixin, attach, detach
 from .head import BoundHead, DraftHead
 from .policy import FixedPolicy, RunningCosts
 from .tree import DraftTree, TreeShape
@@ -43,11 +44,25 @@ class CostTable:
         verify: context positions -> nodes -> seconds of a target forward; one node is a plain step.
         draft: level width -> seconds of one head level; empty without a head.
         identity: device, dtype, threads, versions, target and head. A table is used nowhere else.
+        overhead: seconds of a step beside its forwards: the walk, the caches, the policy.
+
+    Raises:
+        ValueError: there is no forward, or a cost is not a time.
     """
 
     verify: dict[int, dict[int, float]]
     draft: dict[int, float]
     identity: dict[str, Any]
+    overhead: float = 0.0
+
+    def __post_init__(self) -> None:
+        costs = [seconds for row in self.verify.values() for seconds in row.values()] + list(self.draft.values())
+        measured = bool(self.verify) and all(self.verify.values())
+        if not measured or not all(math.isfinite(cost) and cost > 0 for cost in costs) or not self.overhead >= 0:
+            raise ValueError(
+                "A cost table holds costs of zero seconds, impossible ones or none at all, but every measured forward "
+                "takes time. Measure with `calibrate(model, head, refresh=True)`."
+            )
 
     def verify_seconds(self, nodes: int, context: int) -> float:
         """Seconds of a target forward over `nodes`, interpolated in nodes and context."""
@@ -61,7 +76,8 @@ class CostTable:
         """What a `ThroughputPolicy` should expect at `context` positions, to be corrected while it decodes."""
         costs = RunningCosts()
         nodes = min(self.verify.values(), key=len)
-        costs.expect({count: self.verify_seconds(count, context) for count in nodes}, self.draft_seconds(4, 1))
+        verify = {count: self.verify_seconds(count, context) for count in nodes}
+        costs.expect(verify, self.draft_seconds(4, 1), self.overhead)
         return costs
 
     def check_here(self, target: PreTrainedModel, head: DraftHead | None) -> None:
@@ -99,17 +115,12 @@ class CostTable:
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
             verify = {int(c): {int(n): float(s) for n, s in row.items()} for c, row in read["verify"].items()}
-            table = cls(verify, {int(w): float(s) for w, s in read["draft"].items()}, dict(read["identity"]))
+            draft = {int(w): float(s) for w, s in read["draft"].items()}
+            table = cls(verify, draft, dict(read["identity"]), float(read.get("overhead", 0.0)))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no cost table ({error!r}). Delete it and run `calibrate(model, head)`."
             ) from error
-        costs = [seconds for row in table.verify.values() for seconds in row.values()] + list(table.draft.values())
-        if not table.verify or not all(table.verify.values()) or not all(0 < seconds < math.inf for seconds in costs):
-            raise ValueError(
-                f"{path} holds costs of zero or endless seconds or none at all, but a measured forward takes "
-                "time. Delete it and run `calibrate(model, head)`."
-            )
         return table
 
 
@@ -156,7 +167,7 @@ def calibrate(
     contexts = sorted({min(context, longest) for context in CONTEXTS})
     verify = {context: _verify_row(target, context, clock) for context in contexts}
     draft = {} if head is None else _draft_row(target, head, clock)
-    table = CostTable(verify, draft, identity)
+    table = CostTable(verify, draft, identity, _overhead(target, head))
     table.save(path)
     return table
 
@@ -202,6 +213,30 @@ def _draft_row(target: PreTrainedModel, head: DraftHead, clock: Callable[[], flo
         return max(several - one, 1e-9) / 2
 
     return {width: level(width) for width in WIDTHS}
+
+
+def _overhead(target: PreTrainedModel, head: DraftHead | None) -> float:
+    """Median seconds of a step beside its forwards, over a short answer."""
+    was_attached = isinstance(target, ReSpSGenerationMixin)
+    model: Any = attach(target)
+    prompt = torch.ones(1, 16, dtype=torch.long, device=target.device)
+    shape = TreeShape(1, 0, 1, 3) if head is None else TreeShape(4, 2, 2, 3)
+    try:
+        report = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            assistant_model=head,
+            policy=FixedPolicy(shape),
+            do_sample=False,
+            max_new_tokens=24,
+            min_new_tokens=24,
+            return_dict_in_generate=True,
+        ).speculation
+    finally:
+        if not was_attached:
+            detach(target)
+    rests = [step.step_seconds - step.draft_seconds - step.verify_seconds for step in report.steps[1:]]
+    return float(max(statistics.median(rests), 0.0))
 
 
 def _median(run: Callable[[], None], clock: Callable[[], float]) -> float:

@@ -36,6 +36,7 @@ def calibrate_costs(args: argparse.Namespace) -> int:
     if table.draft:
         widths = ", ".join(f"{width}: {1e3 * seconds:.1f}" for width, seconds in sorted(table.draft.items()))
         print(f"\nMilliseconds of one level of the head, by width: {widths}")
+    print(f"\nMilliseconds of a step beside its forwards: {1e3 * table.overhead:.2f}")
     print(f"\n{what_must_be_accepted(table)}")
     return 0
 

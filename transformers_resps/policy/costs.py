@@ -15,14 +15,16 @@ class RunningCosts:
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
         self._counts: list[int] = []  # the keys, ascending
         self._draft: dict[int, float] = {}  # levels asked for -> seconds of drafting
+        self._asked: dict[int, float] = {}  # what `verify` answered since the last measurement
         self._rest = 0.0  # seconds of everything else in a step
 
-    def expect(self, verify: dict[int, float], level_seconds: float) -> None:
-        """Start from a cost table: nodes -> seconds of the target's forward, and seconds of one head level."""
+    def expect(self, verify: dict[int, float], level_seconds: float, rest: float = 0.0) -> None:
+        """Start from a cost table: nodes -> seconds of the target's forward; seconds of a head level, and the rest."""
         for nodes, seconds in verify.items():
             self.add(nodes, 0, seconds, 0.0, seconds)
         if level_seconds > 0:
             self._draft[1] = level_seconds
+        self._rest = rest
 
     def add(self, nodes: int, levels: int, verify_seconds: float, draft_seconds: float, step_seconds: float) -> None:
         """Learn from one step. Times below zero, from a clock that was set back, are not believed."""
@@ -32,6 +34,7 @@ class RunningCosts:
         rest = max(rest, 0.0)
         if nodes not in self._verify:
             bisect.insort(self._counts, nodes)
+        self._asked.clear()
         self._verify[nodes] = _mean(self._verify.get(nodes), verify_seconds)
         if levels:
             self._draft[levels] = _mean(self._draft.get(levels), draft_seconds)
@@ -51,6 +54,12 @@ class RunningCosts:
 
     def verify(self, nodes: int) -> float:
         """Seconds of a forward over `nodes`, never less than over fewer."""
+        known = self._asked.get(nodes)
+        if known is None:
+            known = self._asked[nodes] = self._interpolated(nodes)
+        return known
+
+    def _interpolated(self, nodes: int) -> float:
         if nodes in self._verify:
             return max(self._verify[count] for count in self._counts if count <= nodes)
         place = bisect.bisect_left(self._counts, nodes)

@@ -15,7 +15,7 @@ LEVELS = 4  # deeper levels share the last one's numbers
 _MEMORY = 0.97  # how much of the past an outcome leaves standing
 _PRIOR_WEIGHT = 2.0  # outcomes that the fit is worth
 _PRIOR_HITS = 0.6  # share of levels that are hit below a hit, before any was seen
-_LEAST_SCORE = -12.0
+_LEAST_SCORE = -10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class LogisticMap:
 
     def __call__(self, score: float) -> float:
         """Log probability of a path -> probability of its acceptance."""
-        score = min(max(score, _LEAST_SCORE), -1e-4)
+        score = min(score, -1e-4)
         logit = score - math.log1p(-math.exp(score))
         return 1.0 / (1.0 + math.exp(-self.intercept - self.slope * logit))
 
@@ -53,7 +53,8 @@ class NodeOdds:
         calibrated, factor = self.maps[index], 1.0
         for place in range(index + 1):
             factor *= self._right[place] / self._expected[place]
-        return [min(factor * calibrated(score), 1.0) if score == score else 0.0 for score in scores]
+        # A node of less than one in 20,000 is worth no arithmetic
+        return [min(factor * calibrated(score), 1.0) if score > _LEAST_SCORE else 0.0 for score in scores]
 
     def hit_rate(self, level: int) -> float:
         """Probability that the right token is among the children of a right path, at `level`."""
