@@ -18,7 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CALLS = "tests/properties/test_generate.py"
-FRESH_PREFILL = "tests/test_cache.py"
 _TREES = "tests/properties/test_trees.py::test_"
 POOL = _TREES + "a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
 CHILD = _TREES + "a_child_is_the_first_that_carries_the_token"
@@ -98,9 +97,7 @@ MUTATIONS = (
         "index_select(2, path[0])",
         KEPT,
     ),
-    Mutation(
-        "a window shows one position more", "cache.py", "min(kept, window - 1)", "min(kept, window)", FRESH_PREFILL
-    ),
+    Mutation("only the root is kept", "cache.py", "cache.crop(kept - node_count)", "cache.crop(1 - node_count)", KEPT),
     Mutation(
         "nodes see their children", "attention.py", "~tree.ancestors[:, None]", "~tree.ancestors.mT[:, None]", SIGHT
     ),
