@@ -24,6 +24,7 @@ from .cache import check_cache
 from .candidate_generator import TreeCandidateGenerator
 from .generation import ReSpSGenerationMixin, attach, detach
 from .head import BoundHead, DraftHead
+from .packing import is_packed
 from .policy import FixedPolicy, RunningCosts
 from .tree import DraftTree, TreeShape
 from .versions import CACHE_KEYWORD
@@ -135,6 +136,7 @@ def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, An
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "target": f"{config.name_or_path or type(target).__name__}, {target.num_parameters()} parameters",
+        "packed": is_packed(target),
         "head": None if head is None else f"{head.num_parameters()} parameters, {head.dtype}",
     }
 

@@ -52,7 +52,13 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     subjects = load(
-        args.target, args.head, args.policy, draft_model=args.draft_model, dtype=args.dtype, device=args.device
+        args.target,
+        args.head,
+        args.policy,
+        draft_model=args.draft_model,
+        dtype=args.dtype,
+        device=args.device,
+        packed=args.pack,
     )
     if args.profile:
         return print_profile(args, subjects)

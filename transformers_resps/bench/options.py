@@ -48,6 +48,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--repeats", type=positive, default=3)
     how.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
     how.add_argument("--device", default="cpu")
+    how.add_argument(
+        "--pack", action="store_true", help="pack the target's weights, for every method, plain decoding too"
+    )
     how.add_argument("--threads", type=positive, help="of the processor; as many as torch chooses by default")
     how.add_argument(
         "--accept-noise", action="store_true", help="measure on a busy machine all the same; the results say so"

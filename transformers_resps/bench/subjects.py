@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..generation import attach
 from ..head import DraftHead, policy_identity
+from ..packing import is_packed, pack
 from ..policy import AutoPolicy, Policy, ReSpSPolicy
 from ..trainers.training_prompts import read_training_prompts
 from .methods import policy_name
@@ -35,11 +36,11 @@ class Subjects:
     trained_on: dict[str, set[str] | None]
 
 
-def load_target(name: str, dtype: str | None, device: str) -> Any:
-    """The target as it will decode; whatever is to be done to its weights is done here."""
+def load_target(name: str, dtype: str | None, device: str, *, packed: bool) -> Any:
+    """The target as it will decode, for every method."""
     chosen = dtype or ("float32" if device == "cpu" else "auto")
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
-    return attach(model.to(device))
+    return attach(pack(model.to(device)) if packed else model.to(device))
 
 
 def load(
@@ -50,13 +51,14 @@ def load(
     draft_model: str | None = None,
     dtype: str | None = None,
     device: str = "cpu",
+    packed: bool = False,
 ) -> Subjects:
     """Load everything.
 
     Raises:
         ValueError: something is not there, or does not fit the target.
     """
-    target = load_target(target_name, dtype, device)
+    target = load_target(target_name, dtype, device, packed=packed)
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     head = DraftHead.from_pretrained(head_name, target=target)
     policies = load_policies(policy_names, target, head)
@@ -66,6 +68,7 @@ def load(
     }
     identity = {
         "target": target_name,
+        "packed": is_packed(target),
         "target_parameters": target.num_parameters(),
         "target_fingerprint": parameter_fingerprint(target),
         "head": head_name,
