@@ -11,6 +11,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them to `parser`."""
     parser.add_argument("target", help="folder or Hub id")
     parser.add_argument("head", help="folder or Hub id of a draft head for the target")
+    add_methods(parser)
+    add_prompts(parser)
+    add_conditions(parser)
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/bench"), help="folder for results, table and plots"
+    )
+    parser.add_argument("--profile", action="store_true", help="instead: where time and memory of the first tree go")
+
+
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """What is compared."""
     what = parser.add_argument_group("what is compared (plain decoding always is)")
     what.add_argument(
         "--policy", nargs="+", default=["auto"], metavar="POLICY", help="'auto', folders or Hub ids; default: auto"
@@ -26,6 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", type=shape, default=[], help="also these fixed trees: total_tokens,depth,top_k[,lookup]"
     )
     what.add_argument("--draft-model", metavar="ID", help="also Transformers' assisted generation with this model")
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """On which prompts."""
     on = parser.add_argument_group("on which prompts")
     on.add_argument(
         "--dataset",
@@ -40,6 +55,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE_OR_ID",
         help="where the best fixed tree is found; by default on prompts of the datasets that are not evaluated",
     )
+
+
+def add_conditions(parser: argparse.ArgumentParser) -> None:
+    """How it is measured."""
     how = parser.add_argument_group("how")
     how.add_argument(
         "--temperature", nargs="+", type=float, default=[0.0], metavar="T", help="0 (the default) is greedy"
@@ -55,10 +74,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--accept-noise", action="store_true", help="measure on a busy machine all the same; the results say so"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("results/bench"), help="folder for results, table and plots"
-    )
-    parser.add_argument("--profile", action="store_true", help="instead: where time and memory of the first tree go")
 
 
 def shape(text: str) -> TreeShape:

@@ -1,7 +1,7 @@
 """How likely a drafted node is to be accepted: the head's own scores, calibrated.
 
 A head is too sure of itself, and more so on another domain. Two corrections: a logistic map per level, fitted offline
-on recorded texts (`ThroughputPolicy.fitted`), and a factor per level that follows the outcomes while decoding.
+on recorded texts, and a factor per level that follows the outcomes while decoding.
 
 Knows numbers only. Plain floats: the trees are so small that a tensor operation costs more than the sum.
 """
