@@ -4,7 +4,8 @@ r"""Let the target answer prompts: the text a draft head should be trained on.
         --output work/answers.jsonl --limit 4000 --temperatures 0 0 0.8
 
 Writes one conversation per line (`messages`, `temperature`, `finished`, `prompt_id`) and `OUTPUT.provenance.json`.
-Killed at any moment, the same command continues where it stopped.
+Killed at any moment, the same command continues where it stopped; so does one with more prompts, but none that would
+answer them otherwise.
 
 Prompts of exactly the same length are decoded together: no padding means no mask, so every row keeps the fast
 attention path, and rows that end early are dropped from the batch.
@@ -28,6 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from transformers_resps.trainers.conversations import Conversation, read_conversations
+from transformers_resps.versions import CACHE_KEYWORD
+
+
+DECIDES_ANSWERS = ("target", "temperatures", "max_new_tokens", "dtype", "seed")
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -128,7 +133,8 @@ def answer(
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))  # row of the batch -> index of the prompt
     for _ in range(max_new_tokens):
-        logits = model(input_ids=input_ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits = model(input_ids=input_ids, **{CACHE_KEYWORD: cache}, use_cache=True, logits_to_keep=1).logits
+        logits = logits[:, -1].float()
         if temperature == 0:
             tokens = logits.argmax(-1)
         else:
@@ -193,6 +199,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_provenance(args: argparse.Namespace) -> None:
+    """Refuse to continue a file whose answers were made otherwise."""
+    file = provenance_of(args.output)
+    if not (args.output.exists() and file.exists()):
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))["arguments"]
+    names = [name for name in DECIDES_ANSWERS if before[name] != str(getattr(args, name))]
+    if names:
+        made, asked = (", ".join(f"{name} {of[name]}" for name in names) for of in (before, vars(args)))
+        raise ValueError(
+            f"{args.output} was begun with {made}, and now {asked} is asked for, but all answers of a file must be "
+            "made alike. Pass what it was begun with, or another `--output`."
+        )
+
+
+def provenance_of(output: Path) -> Path:
+    return output.with_suffix(".provenance.json")
+
+
 def write_provenance(args: argparse.Namespace, prompts: list[Prompt]) -> None:
     facts = {
         "command": sys.argv,
@@ -200,7 +225,7 @@ def write_provenance(args: argparse.Namespace, prompts: list[Prompt]) -> None:
         "prompts_selected": len(prompts),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    args.output.with_suffix(".provenance.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    provenance_of(args.output).write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
 def check_context(model: Any, max_prompt_tokens: int, max_new_tokens: int) -> None:
@@ -215,6 +240,7 @@ def check_context(model: Any, max_prompt_tokens: int, max_new_tokens: int) -> No
 
 def main() -> None:
     args = make_parser().parse_args()
+    check_provenance(args)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).eval()
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)

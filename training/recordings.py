@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_resps import DraftHead, attach
+from transformers_resps.bench.protocol import sampling
 from transformers_resps.trainers import RecordedText, head_fingerprint, load_conversations, record_pools
 
 
@@ -46,7 +47,7 @@ def read_prompts(source: str, tokenizer: Any, limit: int, most_tokens: int) -> l
 
 def name_of(prompt: Tensor, temperature: float, made_with: str) -> str:
     """Changes with all that changes a recording."""
-    return hashlib.sha256(f"{prompt.tolist()} {temperature} {made_with}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{prompt.tolist()} {sampling(temperature)} {made_with}".encode()).hexdigest()[:16]
 
 
 def answers(target: Any, prompts: list[Tensor], temperature: float, max_new_tokens: int) -> Iterator[Tensor]:
@@ -57,9 +58,8 @@ def answers(target: Any, prompts: list[Tensor], temperature: float, max_new_toke
         longest = max(map(len, batch))
         padded = torch.stack([torch.nn.functional.pad(p, (longest - len(p), 0)) for p in batch])
         mask = torch.stack([torch.arange(longest) >= longest - len(p) for p in batch]).long()
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         torch.manual_seed(0)
-        written = target.generate(padded, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling)
+        written = target.generate(padded, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling(temperature))
         for prompt, row in zip(batch, written[:, longest:].tolist(), strict=True):
             kept = list(itertools.takewhile(lambda token: token not in ends, row))
             yield torch.cat([prompt, torch.tensor(kept, dtype=torch.long)])
@@ -77,7 +77,7 @@ def record(
     folder.mkdir(parents=True, exist_ok=True)
     made_with = json.dumps([head_fingerprint(head), max_new_tokens, list(DEPTHS.items()), str(target.dtype)])
     files = {name_of(prompt, temperature, made_with): prompt for prompt in prompts}
-    known = {path.stem for path in folder.iterdir()}
+    known = {path.stem for path in folder.glob("*.safetensors")}
     missing = {name: prompt for name, prompt in files.items() if name not in known}
     texts = answers(target, list(missing.values()), temperature, max_new_tokens)
     for (name, prompt), text in zip(missing.items(), texts, strict=True):

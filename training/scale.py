@@ -22,6 +22,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from transformers_resps import pack
+from transformers_resps.versions import CACHE_KEYWORD
 
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -98,7 +99,7 @@ def forward_seconds(model: Any, nodes: int, context: int, batch: int, repeats: i
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        model(input_ids=tokens, cache=cache, use_cache=True)
+        model(input_ids=tokens, **{CACHE_KEYWORD: cache}, use_cache=True)
         seconds.append(time.perf_counter() - started)
         cache.crop(-nodes)
     return median(seconds[1:])

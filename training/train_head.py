@@ -9,6 +9,7 @@ Ctrl-C writes one.
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,8 @@ from transformers_resps.trainers import (
     split_examples,
     vocabulary_of,
 )
+from transformers_resps.trainers.checkpoints import newest_checkpoint
+from transformers_resps.trainers.training_prompts import write_training_prompts
 
 
 @dataclass
@@ -116,6 +119,14 @@ def read_examples(script: HeadScriptArguments, tokenizer: Any) -> tuple[list[Exa
     return train, held_out
 
 
+def first_questions(script: HeadScriptArguments) -> Iterator[str]:
+    """What the conversations ask first, held-out ones too."""
+    for index, name in enumerate(script.datasets):
+        limit = script.limits[index] if index < len(script.limits) else 0
+        for conversation in islice(load_conversations(name, script.dataset_split), limit or None):
+            yield from [message["content"] for message in conversation if message["role"] == "user"][:1]
+
+
 def make_head(
     script: HeadScriptArguments, start: str | None, target: PreTrainedModel, tokenizer: Any, texts: list[Example]
 ) -> DraftHead:
@@ -149,12 +160,6 @@ def training_facts(trainer: DraftHeadTrainer, texts: int, seconds: float | None)
     return {**facts, "dtype": "bfloat16" if trainer.args.bf16 else "float32", "device": where["device"]}
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint: `trainer_state.json` is written last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
-
-
 def main() -> None:
     parser = TrlParser((HeadScriptArguments, DraftHeadTrainingConfig))  # type: ignore[no-untyped-call]
     script, args = parser.parse_args_and_config()
@@ -180,14 +185,18 @@ def main() -> None:
         print(f"stopped; the same command goes on from {newest_checkpoint(output) or 'the beginning'}")
         sys.exit(130)
     evaluation = trainer.evaluate() if held_out else {}
+    if not trainer.is_world_process_zero():
+        return
     trainer.save_artefact()
+    write_training_prompts(trainer.artefact_folder, first_questions(script))
     metrics = {
         **head_metrics(evaluation, "/".join(map(str, head.config.default_tree or ())), len(held_out), args.tau_texts),
         "draft_vocab_size": head.config.draft_rows,
         "coverage": vocabulary_of(head, train).coverage,
         "training": training_facts(trainer, len(train), None if checkpoint else time.monotonic() - started),
     }
-    write_run(trainer.artefact_folder, metrics, sys.argv, asdict(script))
+    name = args.hub_model_id if args.push_to_hub else None
+    write_run(trainer.artefact_folder, metrics, sys.argv, asdict(script), name=name)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
     print(evaluation)

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from transformers_resps import DraftHead, TreeShape, attach
+from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
 from transformers_resps.calibration import CostTable, calibrate
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
@@ -42,6 +42,8 @@ from transformers_resps.trainers import (
     policy_identity,
     record_text,
 )
+from transformers_resps.trainers.checkpoints import newest_checkpoint
+from transformers_resps.trainers.training_prompts import write_training_prompts
 
 
 @dataclass
@@ -90,17 +92,36 @@ class PolicyScriptArguments:
                 )
 
 
-def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Prompts `[s]` to learn from, to watch training by, and to test on, by their hashes, whatever their order."""
+@dataclass(frozen=True)
+class Prompts:
+    """Split by their hashes, whatever their order.
+
+    Attributes:
+        train: `[s]` each, to learn from.
+        watched: to watch training by.
+        tested: for the final figure.
+        first_questions: what the conversations of all three ask first.
+    """
+
+    train: list[Tensor]
+    watched: list[Tensor]
+    tested: list[Tensor]
+    first_questions: set[str]
+
+
+def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> Prompts:
+    """The first `limit` prompts that are short enough: all turns up to the last question."""
+    first_questions: set[str] = set()
     prompts: dict[str, Tensor] = {}
     for conversation in load_conversations(script.dataset):
-        last = max((i for i, message in enumerate(conversation) if message["role"] == "user"), default=None)
-        if last is None:
+        asked = [i for i, message in enumerate(conversation) if message["role"] == "user"]
+        if not asked:
             continue
-        text = tokenizer.apply_chat_template(conversation[: last + 1], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(conversation[: asked[-1] + 1], add_generation_prompt=True, tokenize=False)
         tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if len(tokens) <= script.max_prompt_tokens:
             prompts[name_of(tokens)] = tokens
+            first_questions.add(conversation[asked[0]]["content"])
         if len(prompts) == (script.limit or -1):
             break
     if len(prompts) < 3:
@@ -111,7 +132,7 @@ def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> tuple[list[Te
         )
     ordered = [prompts[name] for name in sorted(prompts)]
     half = min(max(1, round(script.held_out * len(ordered) / 2)), (len(ordered) - 1) // 2)
-    return ordered[2 * half :], ordered[half : 2 * half], ordered[:half]
+    return Prompts(ordered[2 * half :], ordered[half : 2 * half], ordered[:half], first_questions)
 
 
 def name_of(tokens: Tensor) -> str:
@@ -119,8 +140,7 @@ def name_of(tokens: Tensor) -> str:
 
 
 def generation_settings(script: PolicyScriptArguments) -> dict[str, Any]:
-    sampling = {"do_sample": True, "temperature": script.temperature} if script.temperature else {"do_sample": False}
-    return {"max_new_tokens": script.max_new_tokens, **sampling}
+    return {"max_new_tokens": script.max_new_tokens, **sampling(script.temperature)}
 
 
 @dataclass
@@ -153,7 +173,7 @@ class Recorder:
     def _key(self, prompt: Tensor) -> str:
         """Changes with everything that changes the recording."""
         script = self.script
-        answered = [script.target, script.target_dtype, script.max_new_tokens, script.temperature]
+        answered = [script.target, script.target_dtype, generation_settings(script)]
         made_with = json.dumps([*answered, head_fingerprint(self.head), self.grid.to_list()])
         return f"{name_of(prompt)}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
 
@@ -221,7 +241,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     target = attach(AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)).to(args.device)
     head = DraftHead.from_pretrained(script.head, target=target)
-    train, watched, tested = read_prompts(script, tokenizer)
+    prompts = read_prompts(script, tokenizer)
     seconds = measure_costs(target, head, script, Path(args.output_dir))
     grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
     if script.drop_hopeless:
@@ -229,26 +249,28 @@ def main() -> None:
     policy = make_policy(script, target, head, grid, args.seed)
     recorder = Recorder(target, head, script, grid, Path(args.output_dir) / "replay")
 
-    def replayed(prompts: list[Tensor]) -> ReplayRollouts:
-        return ReplayRollouts(OutcomeTable([text.outcomes(grid, seconds) for text in recorder.record(prompts)]))
+    def replayed(some: list[Tensor]) -> ReplayRollouts:
+        return ReplayRollouts(OutcomeTable([text.outcomes(grid, seconds) for text in recorder.record(some)]))
 
     if script.live:
         settings = generation_settings(script)
         rollouts: Any = LiveRollouts(
-            target, head, train, includes_drafting=script.reward_includes_drafting, **settings
+            target, head, prompts.train, includes_drafting=script.reward_includes_drafting, **settings
         )
     else:
-        rollouts = replayed(train)
-    trainer = PolicyTrainer(policy, args, rollouts, replayed(watched))
-    newest = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=newest)
-    trainer.eval_rollouts = replayed(tested)  # the best checkpoint may have been chosen by the watched ones
+        rollouts = replayed(prompts.train)
+    trainer = PolicyTrainer(policy, args, rollouts, replayed(prompts.watched))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
+    trainer.eval_rollouts = replayed(prompts.tested)  # the best checkpoint may have been chosen by the watched ones
     metrics = trainer.evaluate(metric_key_prefix="test")
     folder = Path(args.output_dir) / "policy"
     policy.save_pretrained(folder)
-    facts = {"steps": trainer.state.global_step, "texts": len(train), "device": machine(target)["device"]}
+    write_training_prompts(folder, prompts.first_questions)
+    facts = {"steps": trainer.state.global_step, "texts": len(prompts.train), "device": machine(target)["device"]}
     told = {name.removeprefix("test_"): value for name, value in metrics.items()}
-    write_run(folder, {"held_out_texts": len(tested), **told, "training": facts}, sys.argv, asdict(script))
+    name = args.hub_model_id if args.push_to_hub else None
+    found = {"held_out_texts": len(prompts.tested), **told, "training": facts}
+    write_run(folder, found, sys.argv, asdict(script), name=name)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
     print(json.dumps(metrics, indent=2))

@@ -87,6 +87,17 @@ def test_the_policy_decides_as_if_nobody_looked(
     assert repr(Recorder(policy)) == repr(policy)
 
 
+def test_a_policy_of_another_head_is_refused_as_if_nobody_looked(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor]
+) -> None:
+    class Foreign(FixedPolicy):
+        def check_identity(self, **given: Any) -> None:
+            raise ValueError(f"made for another {' and '.join(given)}")
+
+    with pytest.raises(ValueError, match="made for another target and head"):
+        examined(tiny_target, tiny_head, Foreign(SHAPE), prompt)
+
+
 def test_lookup_alone_needs_no_head(tiny_target: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
     policy = Guard(ThroughputPolicy())
     assert not Recorder(policy).needs_head

@@ -42,6 +42,10 @@ def test_the_auto_classes_of_transformers_find_a_head(head):
     assert same(AutoModel.from_pretrained(HEAD), head)
 
 
+def test_the_cache_may_lie_in_a_folder_named_snapshots(head, tmp_path):
+    assert same(DraftHead.from_pretrained(HEAD, cache_dir=tmp_path / "snapshots" / "hf"), head)
+
+
 def test_an_old_commit_and_a_branch_can_be_asked_for(head, hub):
     old = hub.repositories[HEAD].branches["main"]
     before = {name: value.clone() for name, value in head.state_dict().items()}

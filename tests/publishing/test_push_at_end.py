@@ -15,10 +15,12 @@ from tests.trainers.test_head_trainer import config, fresh, texts
 from transformers_resps import AutoPolicy, DraftHead
 from transformers_resps.publishing import find_faults
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
+from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts
 
 
 TRAINING = Path(__file__).parents[2] / "training"
 REPO = "tester/mine"
+WORDS = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")
 TEMPLATE = (
     "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"
     "{% if add_generation_prompt %}i{% endif %}"
@@ -73,8 +75,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     tokenizer = letter_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path / "target")
-    words = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")
-    rows = [{"prompt_id": word, "prompt": word, "completion": 3 * word} for word in words]
+    rows = [{"prompt_id": word, "prompt": word, "completion": 3 * word} for word in WORDS]
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -115,8 +116,10 @@ def test_the_head_script_ends_with_a_folder_that_lacks_the_benchmark_alone(hub, 
     pushed = {name: content for name, content in hub.repositories[REPO].files.items() if name != ".gitattributes"}
     assert pushed == snapshot(folder)
     card = pushed["README.md"].decode()
+    assert f'DraftHead.from_pretrained("{REPO}"' in card
     assert "base_model: maker/tiny\n" in card and "Not measured yet" in card and "2 steps" in card
-    assert [fault.split()[0] for fault in find_faults(folder, "head")] == ["results.json"]
+    assert [fault.split()[0] for fault in find_faults(folder, REPO)] == ["results.json"]
+    assert read_training_prompts(folder) == set(map(fingerprint, WORDS))
 
 
 def test_the_policy_script_likewise(hub, desk, monkeypatch):
@@ -129,4 +132,5 @@ def test_the_policy_script_likewise(hub, desk, monkeypatch):
     pushed = {name: content for name, content in hub.repositories[REPO].files.items() if name != ".gitattributes"}
     assert pushed == snapshot(folder)
     assert AutoPolicy.from_pretrained(REPO).to_config() == AutoPolicy.from_pretrained(folder).to_config()
-    assert [fault.split()[0] for fault in find_faults(folder, "policy")] == ["results.json"]
+    assert [fault.split()[0] for fault in find_faults(folder, REPO)] == ["results.json"]
+    assert read_training_prompts(folder) == set(map(fingerprint, WORDS))

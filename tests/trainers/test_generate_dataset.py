@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
+from transformers_resps.trainers.checkpoints import newest_checkpoint
 
 
 SCRIPTS = Path(__file__).parents[2] / "training"
@@ -54,15 +55,30 @@ def test_a_line_cut_off_by_a_kill_is_written_anew(tmp_path):
     assert output.read_text() == whole
 
 
+def test_answers_made_otherwise_are_not_added_to_a_file(tmp_path):
+    output = tmp_path / "answers.jsonl"
+
+    def asked(*options):
+        given = ["--target", "t", "--prompts", "p.jsonl", "--output", str(output), *options]
+        return generate_dataset.make_parser().parse_args(given)
+
+    generate_dataset.write_provenance(asked("--seed", "1"), [])
+    generate_dataset.check_provenance(asked())  # no answer was written
+    output.touch()
+    generate_dataset.check_provenance(asked("--seed", "1", "--limit", "9"))
+    message = r"begun with dtype auto, seed 1, and now dtype float32, seed 0 is asked for.*another `--output`"
+    with pytest.raises(ValueError, match=message):
+        generate_dataset.check_provenance(asked("--dtype", "float32"))
+
+
 def test_the_newest_whole_checkpoint_is_resumed(tmp_path):
-    train_head = load_script("train_head")
-    assert train_head.newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     for step, is_whole in ((90, True), (100, True), (110, False)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if is_whole:
             (folder / "trainer_state.json").write_text("{}")
-    assert train_head.newest_checkpoint(tmp_path).endswith("checkpoint-100")
+    assert newest_checkpoint(tmp_path).endswith("checkpoint-100")
 
 
 def test_texts_beyond_the_context_and_files_without_questions_are_refused(tmp_path, monkeypatch):

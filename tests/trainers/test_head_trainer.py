@@ -206,6 +206,33 @@ def test_the_cache_goes_on_from_whole_files_and_says_what_a_full_disk_needs(tmp_
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_processes_that_fill_one_cache_write_different_files(tmp_path, monkeypatch):
+    from transformers_resps.trainers import feature_cache
+
+    target, head = fresh()
+    frozen, save, names = FrozenTarget(target, head.config.feature_layers), feature_cache.save_file, set()
+
+    def note(tensors, path):
+        names.add(path.name)
+        save(tensors, path)
+
+    monkeypatch.setattr(feature_cache, "save_file", note)
+    for process in (7, 8):
+        monkeypatch.setattr(feature_cache.os, "getpid", lambda process=process: process)
+        CachedFeatures(texts(2), tmp_path / str(process), frozen)
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize(("held_out", "asked", "measured"), [(100, 8, 8), (15, 8, 8), (5, 8, 5), (5, 0, 0)])
+def test_tau_is_measured_on_as_many_texts_as_asked(tmp_path, monkeypatch, held_out, asked, measured):
+    monkeypatch.setattr(
+        "transformers_resps.trainers.head_trainer.simulated_tau", lambda bound, rows, shape: len(list(rows))
+    )
+    target, head = fresh()
+    sets = ExampleDataset(texts()), ExampleDataset(texts(held_out))
+    assert DraftHeadTrainer(head, target, config(tmp_path, tau_texts=asked), *sets).measure_tau() == measured
+
+
 @pytest.mark.parametrize("field", [{"steps": 0}, {"step_decay": 0.0}, {"optimizer": "sgd"}, {"tokens_per_batch": 1}])
 def test_settings_out_of_range_are_refused(tmp_path, field):
     with pytest.raises(ValueError, match=next(iter(field))):

@@ -124,6 +124,20 @@ def test_the_evaluated_texts_stay_the_same_when_a_file_is_added(folder: Path, mo
     assert len(both[0]) > len(alone[0]) and all(example.prompt_place >= 0.2 for example in both[0])
 
 
+def test_the_first_questions_are_those_of_all_texts_that_are_read(folder: Path) -> None:
+    files = [str(folder / f"{name}.jsonl") for name in ("first", "second")]
+    arguments = SCRIPT["HeadScriptArguments"]
+    assert list(SCRIPT["first_questions"](arguments("", files, limits=[2]))) == ["ddef", "edef"] + [
+        json.loads(line)["prompt"] for line in Path(files[1]).read_text().splitlines()
+    ]
+
+
+def test_one_process_of_several_writes_the_artefact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SCRIPT["DraftHeadTrainer"], "is_world_process_zero", lambda trainer: False)
+    run(folder, monkeypatch)
+    assert (folder / "run" / "checkpoint-2").is_dir() and not (folder / "run" / "head" / "metrics.json").exists()
+
+
 def test_coverage_is_counted_by_hand_and_none_at_all_refused() -> None:
     target = Architecture("llama").build("sdpa").float()
     head = DraftHead.from_target(target, draft_token_ids=torch.tensor([4, 5]))

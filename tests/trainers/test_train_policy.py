@@ -64,6 +64,7 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypa
     assert len(recordings) == 6
     metrics = json.loads((folder / "run" / "policy" / "metrics.json").read_text())
     assert metrics["tokens_per_second"] > 0 and metrics["oracle_regret"] >= 0
+    (folder / "run" / "checkpoint-90").mkdir()  # what a kill leaves of one
     run(folder, monkeypatch, updates=6, **best)
     assert recordings == {file: file.stat().st_mtime_ns for file in (folder / "run" / "replay").iterdir()}
     assert len(metrics) == 7 and metrics["training"]["texts"] == 2

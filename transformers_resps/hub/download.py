@@ -55,7 +55,7 @@ class RepositoryFiles:
         if path is None:
             return None
         if self.commit is None and "snapshots" in path.parts:
-            self.commit = path.parts[path.parts.index("snapshots") + 1]
+            self.commit = path.parts[len(path.parts) - path.parts[::-1].index("snapshots")]  # the cache may lie in one
             self._hub["revision"] = self.commit
         if is_whole(path):
             return path

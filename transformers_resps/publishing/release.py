@@ -16,14 +16,14 @@ def local_name(folder: Path) -> str:
     return f"model_cards/{folder.name}" if folder.parent.name == "model_cards" else folder.name
 
 
-def write_card(folder: Path) -> Path:
-    """Render the card of `folder` into it.
+def write_card(folder: Path, name: str | None = None) -> Path:
+    """Render the card of `folder` into it, with `name` in its example: the folder's own when left out.
 
     Raises:
         ValueError: a file that it is rendered from is missing or damaged.
     """
     file = folder / CARD
-    file.write_text(render_card(read_artefact(folder), local_name(folder)), encoding="utf-8")
+    file.write_text(render_card(read_artefact(folder), name or local_name(folder)), encoding="utf-8")
     return file
 
 

@@ -30,7 +30,9 @@ def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, t
     return metrics
 
 
-def write_run(folder: Path, metrics: dict[str, Any], command: list[str], settings: dict[str, Any]) -> None:
+def write_run(
+    folder: Path, metrics: dict[str, Any], command: list[str], settings: dict[str, Any], *, name: str | None = None
+) -> None:
     """Write `metrics.json`, `recipe.yaml`, the card and `custom_generate/` beside the weights in `folder`.
 
     Args:
@@ -38,11 +40,12 @@ def write_run(folder: Path, metrics: dict[str, Any], command: list[str], setting
         metrics: see `head_metrics`; with `training`, what the run took.
         command: as typed. The file behind its `--config` is the recipe, with the command above it.
         settings: the recipe of a run without such a file.
+        name: what the card calls the artefact: the repository it is pushed to, or else its folder.
     """
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(_recipe(command, settings), encoding="utf-8")
     write_custom_generate(folder)
-    write_card(folder)
+    write_card(folder, name)
 
 
 def _recipe(command: list[str], settings: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ or failed run leaves whole files only, and the next run goes on from them. Texts
 import hashlib
 import json
 import logging
+import os
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -119,7 +120,7 @@ class CachedFeatures(ExampleDataset):
                     ("picks", read.picks, torch.int32),
                 ):
                     tensors[f"{row}.{name}"] = found[place, : lengths[row]].to("cpu", dtype).contiguous()
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # processes that train together fill the same folder
         try:
             save_file(tensors, partial)
             partial.replace(path)

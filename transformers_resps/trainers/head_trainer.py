@@ -162,10 +162,11 @@ class DraftHeadTrainer(ArtefactTrainer):
     def measure_tau(self) -> float:
         """Simulated tau of the default tree on `tau_texts` held-out texts, evenly spread over their lengths."""
         dataset = self.eval_dataset
-        if not isinstance(dataset, ExampleDataset) or not len(dataset):
+        if not isinstance(dataset, ExampleDataset):
             return 1.0
         by_length = sorted(range(len(dataset)), key=lambda index: len(dataset.examples[index].input_ids))
-        chosen = by_length[:: max(1, len(dataset) // self.args.tau_texts)]
+        count = min(self.args.tau_texts, len(dataset))
+        chosen = [by_length[index * len(dataset) // count] for index in range(count)]
         head = _head_of(self.accelerator.unwrap_model(self.model))
         is_training = head.training
         head.train(False)

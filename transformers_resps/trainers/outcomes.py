@@ -106,7 +106,7 @@ class Decisions:
 
     @property
     def oracle_regret(self) -> float | None:
-        """Time lost to the fastest sequence of shapes, as a share of its time."""
+        """Time lost to the fastest sequence of shapes, as a share of the fastest time."""
         if self.oracle_seconds is None:
             return None
         return float(self.outcomes.seconds.sum()) / self.oracle_seconds - 1

@@ -38,7 +38,8 @@ class PolicyTrainer(ArtefactTrainer):
     Logged of each update: `tokens_per_second`; `reward` with `mean_rate` (a `gain` is 0 on average: it is measured
     against the policy's own rate); `entropy` in nats; `distinct_actions`, the likeliest ones over all decisions; on
     replayed texts `gain_regret`, the tokens per step that the likeliest actions lose to the best ones, and
-    `oracle_regret`, the time lost to the fastest sequence of shapes as a share of its time; live `dropped` decisions.
+    `oracle_regret`, the time lost to the fastest sequence of shapes as a share of the fastest time; live `dropped`
+    decisions.
     Evaluated as in use, against the best fixed shape of the training texts: see `evaluate`.
     """
 
