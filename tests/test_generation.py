@@ -285,13 +285,17 @@ def test_learned_positions_may_run_out_in_the_middle_of_a_tree() -> None:
     assert tree.sequences.tolist() == plain.sequences.tolist()
 
 
-def test_a_tree_never_crosses_the_boundary_at_which_longrope_changes_its_frequencies() -> None:
+def test_longrope_is_exact_up_to_its_boundary_and_behind_it_and_refused_across() -> None:
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 1e4}
-    rope["original_max_position_embeddings"] = 16
-    target = attach(Architecture("phi3", {"rope_parameters": rope, "max_position_embeddings": 64}).build("sdpa"))
-    plain, tree = both(target, DraftHead.from_target(target), torch.arange(3, 10)[None], max_new_tokens=20)
-    assert tree.sequences.tolist() == plain.sequences.tolist()
-    assert tree.speculation.tau > 1
+    sizes = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    target = attach(Architecture("phi3", {"rope_parameters": rope, **sizes}).build("sdpa"))
+    head = DraftHead.from_target(target)
+    for prompt_length, room in ((7, 10), (20, 12)):
+        plain, tree = both(target, head, torch.arange(prompt_length)[None] % 16 + 1, max_new_tokens=room)
+        assert tree.sequences.tolist() == plain.sequences.tolist()
+        assert tree.speculation.tau > 1
+    with pytest.raises(ValueError, match="past 16.*max_length"):
+        target.generate(torch.arange(3, 10)[None], assistant_model=head, max_new_tokens=11)
 
 
 # --- attach ---------------------------------------------------------------------------------------------------------

@@ -52,6 +52,15 @@ def test_a_changed_weight_is_packed_again(layer: nn.Linear) -> None:
         torch.testing.assert_close(layer(x), layer.bias.expand(3, -1))
 
 
+def test_packing_again_notices_a_write_that_tells_no_version(layer: nn.Linear) -> None:
+    """As PEFT's merge writes, through `.data`."""
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        before = pack(layer)(x) - layer.bias
+        layer.weight.data += layer.weight.data
+        torch.testing.assert_close(pack(layer)(x) - layer.bias, 2 * before)
+
+
 def test_gradients_flow_as_through_any_linear_layer(layer: nn.Linear) -> None:
     x = torch.randn(3, 96)
     layer(x).square().sum().backward()

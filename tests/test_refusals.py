@@ -8,6 +8,8 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     PreTrainedModel,
     QuantizedCache,
@@ -149,6 +151,31 @@ def test_an_architecture_that_cannot_branch_is_refused(model_type: str) -> None:
     head.config.target = None
     with pytest.raises(ValueError, match=message):
         target.generate(PROMPT, assistant_model=head, max_new_tokens=4)
+
+
+def test_windows_counted_in_cache_slots_are_refused() -> None:
+    """GPT-Neo's local layers, which a short probe would not find out."""
+    config = GPTNeoConfig(
+        vocab_size=19, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    with pytest.raises(ValueError, match="local layers in cache slots"):
+        attach(GPTNeoForCausalLM(config)).generate(PROMPT, policy="auto", max_new_tokens=2)
+
+
+def test_ranks_that_must_step_together_are_refused(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock `generate` sets `synced_gpus` by itself under ZeRO-3 and FSDP."""
+    stock = type(target)._speculate
+    monkeypatch.setattr(
+        type(target), "_speculate", lambda self, *args, **kwargs: stock(self, *args, **{**kwargs, "synced_gpus": True})
+    )
+    with pytest.raises(ValueError, match="several ranks"):
+        target.generate(PROMPT, policy="auto", max_new_tokens=2)
+
+
+def test_a_head_on_another_device_says_where_it_is(target: PreTrainedModel) -> None:
+    head = DraftHead.from_target(target).to("meta")
+    with pytest.raises(ValueError, match="The head is on meta, but .* on cpu"):
+        target.generate(PROMPT, assistant_model=head, max_new_tokens=2)
 
 
 def test_an_encoder_decoder_is_refused(head: DraftHead) -> None:

@@ -34,6 +34,13 @@ def check_cache(cache: Cache) -> None:
         )
 
 
+def stop_recording(cache: Cache) -> None:
+    """Let sliding layers forget again what has left their window: the caller may go on with the cache."""
+    for layer in cache.layers:
+        if hasattr(layer, "record_past"):
+            layer.record_past = False
+
+
 def cached_length(cache: Cache) -> int:
     """Positions the cache has seen."""
     return int(cache.get_seq_length())

@@ -60,6 +60,10 @@ class TreeDecoding:
     ) -> None:
         self.target, self.policy, self.batch, self.cache = target, policy, batch, cache
         batch_size = len(batch)
+        # Plain decoding leaves the text where the caller put it, and so do we; the target reads on its own device.
+        device = position_ids.device if target.device.type == "meta" else target.device
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
+        position_ids = position_ids.to(device)
         self.report = SpeculationReport(batch_size=batch_size)
         self._tap = tap
         self._draft_rows = 0 if head is None else head.head.config.draft_rows
@@ -76,7 +80,7 @@ class TreeDecoding:
     def prefill(self, chunk_size: int | None, logits_to_keep: dict[str, int]) -> None:
         """Run the prompt through the target, in chunks if asked, and commit the first token: step 0 of the report."""
         started = self._clock()
-        prompt = self.batch.input_ids
+        prompt = self.batch.input_ids.to(self._positions.device)
         length = prompt.shape[1]
         features = []
         self.cache.activate_past_recording()
@@ -103,7 +107,7 @@ class TreeDecoding:
         self._record(TreeShape.plain(), 0, tree, acceptance, (started, started, verified))
 
     def step(self) -> None:
-        """One target forward and all that surrounds it (DESIGN.md, section 3)."""
+        """One target forward and all that surrounds it."""
         started = self._clock()
         observation = self._observe()
         shape = choose_shape(self.policy, observation, self._draft_rows)
@@ -142,7 +146,7 @@ class TreeDecoding:
 
     def _draft(self, shape: TreeShape) -> tuple[DraftTree, int]:
         """The tree to verify, and how many candidates it was chosen from."""
-        root = self.batch.newest
+        root = self.batch.newest.to(self._root_positions.device)
         tree, drafted, self._pool = DraftTree.root_only(root), 0, None
         if shape.asks_head and self._generator is not None:
             self._pool = pool = self._generator.draft(shape, self.policy)

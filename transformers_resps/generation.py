@@ -18,11 +18,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .acceptance import Text
 from .batch import Batch
+from .cache import stop_recording
 from .decoding import TreeDecoding
 from .features import FeatureTap
 from .lockstep import advance_together, coupling
 from .policy import KeptPolicies, Policy
-from .refusals import check_forward_arguments
+from .refusals import check_forward_arguments, check_length, check_synced
 from .request import Request, draft_head, read_request
 from .telemetry import SpeculationReport
 from .versions import CACHE_KEYWORD
@@ -129,9 +130,11 @@ class ReSpSGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
+        check_synced(model_kwargs.get("synced_gpus"))
         for name in _NOT_OURS:
             model_kwargs.pop(name, None)
         check_forward_arguments(model_kwargs)
+        check_length(cast(PreTrainedModel, self), input_ids.shape[1], generation_config.max_length)
         keeps = generation_config.return_dict_in_generate
         rules: dict[str, Any] = {
             "logits_processor": logits_processor,
@@ -147,6 +150,7 @@ class ReSpSGenerationMixin(GenerationMixin):
             report = self._decode(request, batch, generation_config, model_kwargs)
             report.answers = batch.input_ids[:, input_ids.shape[1] :].tolist()
         finally:
+            stop_recording(model_kwargs[CACHE_KEYWORD])
             if streamer is not None:
                 streamer.end()
         if not generation_config.return_dict_in_generate:

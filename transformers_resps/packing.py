@@ -50,7 +50,8 @@ def pack(module: Module) -> Module:
     """Let the linear layers of `module` multiply few rows quickly. Same object, same parameters.
 
     Plain decoding and trees both gain, in float32 on a processor; elsewhere the layers work as before. It takes the
-    size of their weights in memory once more. Results differ from unpacked layers by rounding.
+    size of their weights in memory once more. Results differ from unpacked layers by rounding. Call it again after
+    weights were written through `.data`, as PEFT's merge does: nothing else tells that they have changed.
 
     Args:
         module: a model, a head, or any other module. Layers that are not exactly `nn.Linear` are left alone.
@@ -61,6 +62,8 @@ def pack(module: Module) -> Module:
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = PackedLinear
+        elif type(layer) is PackedLinear:
+            layer.__dict__.pop("_kept", None)
     return module
 
 

@@ -72,7 +72,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     if setting("use_cache") is False:
         raise _refusal("use_cache=False", "A tree is verified against cached keys: set `use_cache=True`.")
     implementation = setting("cache_implementation")
-    if implementation not in (None, "dynamic"):
+    if implementation not in (None, "dynamic", "hybrid"):  # stock unsets "hybrid", an old default of the Hub
         raise _refusal(f"cache_implementation={implementation!r}", "Leave it out: trees use the dynamic cache.")
     _check_user_cache(model, arguments)
 
@@ -111,6 +111,35 @@ def check_forward_arguments(model_kwargs: Mapping[str, Any]) -> None:
         raise _refusal(f"`position_ids` of {positions.dim()} dimensions", "Trees need one position per token")
 
 
+def check_synced(synced_gpus: bool | None) -> None:
+    """Refuse ranks that must take equally many forwards; stock `generate` finds out by itself that they must.
+
+    Raises:
+        ValueError: says so.
+    """
+    if synced_gpus:
+        raise _refusal("ZeRO-3 or FSDP over several ranks", "Each rank would take another number of steps")
+
+
+def check_length(model: PreTrainedModel, prompt_length: int, max_length: int) -> None:
+    """Refuse a text that grows past the length at which its target reads it anew.
+
+    Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache there, for the other frequencies of
+    'longrope'.
+
+    Raises:
+        ValueError: names the length.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    boundary = getattr(config, "original_max_position_embeddings", None)
+    if boundary and rope.get("rope_type") == "longrope" and prompt_length <= boundary < max_length - 1:
+        raise _refusal(
+            f"a text that may grow from {prompt_length} to {max_length} positions, past {boundary},",
+            f"There this target reads the whole text anew: set `max_length` to {boundary + 1} at most",
+        )
+
+
 def _refusal(came: str, way_out: str) -> ValueError:
     return ValueError(
         f"Got {came} together with a draft head, but draft trees cannot honour that. {way_out.rstrip('.')}; "
@@ -130,6 +159,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} is an encoder-decoder, but draft trees are verified by decoder-only models. "
             "Call `generate` without the head."
+        )
+    wrapper = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+        raise _refusal(
+            "virtual tokens of a PEFT adapter", "A tree's forward reads the text alone: disable the adapter"
         )
     reason = _architecture_reason(model)
     if reason is not None:
@@ -168,6 +202,8 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
         return "keeps a recurrent state"
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return "encodes positions by cache slot (alibi)"
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return "counts the window of its local layers in cache slots"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "takes no `position_ids`"
     layer_types = set(getattr(config, "layer_types", None) or ())

@@ -70,13 +70,13 @@ def read_request(
             f"Got policy={policy!r} with assistant_model={type(assistant_model).__name__}, but a policy shapes the "
             "trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave out `policy`."
         )
-    policy = _resolve_policy(policy, head, target)
-    if hasattr(policy, "check_identity"):
-        policy.check_identity(**policy_identity(target, head))
     check_model(target)
     check_settings(target, config, arguments)
     bound = None if head is None else BoundHead(head, target)
     check_tree_attention(target)
+    policy = _resolve_policy(policy, head, target)  # last: a refused call must not lose what "auto" has learned
+    if hasattr(policy, "check_identity"):
+        policy.check_identity(**policy_identity(target, head))
     return Request(bound, policy, lockstep)
 
 

@@ -99,12 +99,6 @@ class SpeculationReport:
         """Emitted tokens of all rows over all seconds, prefill included; 0 when the clock stood still."""
         return self.emitted / self.seconds if self.seconds > 0 else 0.0
 
-    @property
-    def mean_verified(self) -> float:
-        """Mean nodes of a target forward, prefill left out."""
-        decoding = self.steps[1:]
-        return sum(step.verified for step in decoding) / len(decoding) if decoding else 0.0
-
     def to_dict(self) -> dict[str, Any]:
         """JSON values only: the summary and every step."""
         return {

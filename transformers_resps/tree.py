@@ -98,14 +98,18 @@ class CandidatePool:
 
     def foreseen(self, tokens: Tensor) -> int:
         """How many of `tokens` `[b, m]`, from the first, lie on a path below the root; the least of all rows."""
-        tokens = tokens.to(self.tokens.device)
-        parent = torch.full_like(tokens[:, :1], -1)
-        for count in range(tokens.shape[1]):
-            hits = (self.tokens == tokens[:, count : count + 1]) & (self.parents == parent)
-            if not bool(hits.any(-1).all()):
-                return count
-            parent = hits.int().argmax(-1, keepdim=True)
-        return tokens.shape[1]
+        rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens.tolist(), strict=True)
+        return min(_foreseen(*row) for row in rows)
+
+
+def _foreseen(pool: list[int], parents: list[int], tokens: list[int]) -> int:
+    parent = -1
+    for count, token in enumerate(tokens):
+        child = next((i for i, known in enumerate(pool) if known == token and parents[i] == parent), None)
+        if child is None:
+            return count
+        parent = child
+    return len(tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,19 @@ def test_auto_goes_on_with_what_it_learned_with_the_same_head(
     assert "_resps_kept_policies" not in target.__dict__
 
 
+def test_a_refused_call_loses_nothing_that_was_learned(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor]
+) -> None:
+    target: Any = attach(tiny_target)
+    target.generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=8)
+    kept = KeptPolicies.of(target)
+    policy = kept.take(tiny_head)
+    kept.give_back(tiny_head, policy)
+    with pytest.raises(ValueError, match="num_beams"):
+        target.generate(**prompt, assistant_model=tiny_head, policy="auto", num_beams=2)
+    assert KeptPolicies.of(target).take(tiny_head) is policy
+
+
 def test_a_head_that_is_gone_takes_what_was_learned_with_it() -> None:
     class Head:
         pass

@@ -49,9 +49,9 @@ def head_folder(folder: Path) -> Path:
 
 def policy_folder(folder: Path) -> Path:
     """A complete folder of a policy with weights."""
-    target = {"name_or_path": TARGET, "hidden_size": 32}
+    target = {"name_or_path": TARGET, "hidden_size": 12}
     config = ReSpSConfig(
-        12, ActionGrid((TreeShape.plain(), TreeShape(4, 2, 2))), target=target, head={"hidden_size": 32}
+        12, ActionGrid((TreeShape.plain(), TreeShape(4, 2, 2))), target=target, head={"hidden_size": 12}
     )
     ReSpSPolicy(config, seed=3).save_pretrained(folder)
     metrics = {

@@ -1,6 +1,7 @@
 """Broken heads, hostile policies, damaged files, clocks that lie: the plain text, or an error in three parts."""
 
 import copy
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_a_clock_that_lies_changes_nothing(
 def test_a_cost_that_no_forward_takes_is_refused(seconds: Any, column: str, tmp_path: Path) -> None:
     verify, draft = {128: {1: 0.1, 8: 0.3}}, {1: 0.05}
     (verify[128] if column == "verify" else draft)[1] = seconds
-    CostTable(verify, draft, {}).save(tmp_path / "costs.json")
+    (tmp_path / "costs.json").write_text(json.dumps({"verify": verify, "draft": draft, "identity": {}}))
     with pytest.raises(ValueError, match="Delete it and run `calibrate") as caught:
         CostTable.load(tmp_path / "costs.json")
     check_three_parts(caught.value)

@@ -77,6 +77,17 @@ def read_dialogues(source: str) -> list[Dialogue]:
     return found
 
 
+def check_stems(sources: Sequence[str]) -> None:
+    """Raises ValueError when two datasets would have one name in the table."""
+    stems = [Path(source).stem for source in sources]
+    odd = sorted({stem for stem in stems if stems.count(stem) > 1 or stem == "all"})
+    if odd:
+        raise ValueError(
+            f"{', '.join(odd)} would not be one dataset of its own in the table, where `all` stands for all of them "
+            "together. Give the files other names."
+        )
+
+
 def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
     """Up to `limit` of them, evenly over the file."""
     count = min(limit, len(dialogues))

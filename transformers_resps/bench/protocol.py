@@ -79,7 +79,9 @@ class Bench:
         input_ids = prompt.input_ids[None].to(self.model.device)
         keywords = {**method.keywords, **sampling(temperature)}
         if "policy" in keywords:
-            keywords["policy"] = copy.deepcopy(keywords["policy"])  # each answer meets it as it was loaded
+            keywords["policy"] = copy.deepcopy(
+                keywords["policy"]
+            )  # each answer meets it as it was loaded; "auto" learns on
         torch.manual_seed(repeat)
         self._forwards = []
         started = self._clock()
@@ -107,8 +109,8 @@ class Bench:
 def sampling(temperature: float) -> dict[str, Any]:
     """Keywords of `generate`: greedy at 0, otherwise the target's whole distribution at that temperature."""
     if temperature == 0:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return {"do_sample": False, "repetition_penalty": 1.0}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 class Schedule:

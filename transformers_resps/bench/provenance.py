@@ -1,4 +1,4 @@
-"""What was measured, with what, on what: everything a reader needs to repeat it, and a journal to refuse mixing.
+"""What was measured, with what, on what: everything a reader needs to repeat it.
 
 Knows files, processes and versions; nothing of methods.
 """
@@ -52,7 +52,7 @@ def code() -> dict[str, Any]:
 
     Outside a checkout `commit` is `None` and `dirty` is false.
     """
-    commit = _git("rev-parse", "HEAD")
+    commit = _git("ls-files", "--error-unmatch", "__init__.py") and _git("rev-parse", "HEAD")
     files = hashlib.sha256()
     for file in sorted(PACKAGE.rglob("*.py")):
         files.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())

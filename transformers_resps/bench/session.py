@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..calibration import CostTable, calibrate
+from ..policy.kept import KeptPolicies
 from ..tree import TreeShape
 from .headroom import BestFixed, Headroom, ceiling_of, measure_overhead, shapes_for, step_seconds
 from .journal import JOURNAL, Journal
@@ -29,7 +30,7 @@ from .methods import (
     shape_name,
 )
 from .noise import check_spread
-from .prompts import Dialogue, Prompt, check_apart, read_dialogues, spread, to_tokens
+from .prompts import Dialogue, Prompt, check_apart, check_stems, read_dialogues, spread, to_tokens
 from .protocol import Bench, Run, Schedule
 from .provenance import code, machine
 from .results import SCHEMA_VERSION, advice_of, measured_part
@@ -56,6 +57,7 @@ class Session:
     def __init__(self, args: argparse.Namespace, subjects: Subjects, say: Callable[[str], None]) -> None:
         self.args, self.subjects, self._say = args, subjects, say
         self.selected = CHOICES if args.methods is None else tuple(args.methods)
+        check_stems(args.dataset)
         sources = {source: read_dialogues(source) for source in args.dataset}
         self.dialogues = [dialogue for rows in sources.values() for dialogue in spread(rows, args.limit)]
         self.searched = self._search_dialogues(list(sources.values())) if BEST_FIXED in self.selected else []
@@ -64,6 +66,8 @@ class Session:
         self._check_prompts()
         self.settings = self._settings()
         self.journal = Journal.open(args.output, self.settings)
+        if args.accept_noise:  # what was measured so stays so when the run is resumed
+            self.journal.note("accepted_noise", True)
         self.bench = Bench(subjects.target, args.max_new_tokens)
         self.costs: CostTable | None = None
         self.headroom: Headroom | None = None
@@ -129,6 +133,7 @@ class Session:
         schedule.check_room(self.bench)
         self._say("Warming up")
         self.bench.warm_up(schedule.first_prompt(self.dialogues[0]), self.methods)
+        KeptPolicies.forget(target)  # "auto" keeps what it learns from answer to answer, and starts knowing nothing
         self.judge = Judge(target, self.methods)
         return schedule
 
@@ -197,7 +202,7 @@ class Session:
             "training_prompts": {
                 name: None if hashes is None else len(hashes) for name, hashes in self.subjects.trained_on.items()
             },
-            "noise": {"accepted": self.args.accept_noise, "load_before": load},
+            "noise": {"accepted": "accepted_noise" in self.journal.notes, "load_before": load},
             "costs": self._costs(),
             "best_fixed": self.journal.notes.get("best_fixed"),
             "cut_short": sorted(cut),

@@ -25,7 +25,8 @@ def _cells(dataset: str, row: dict[str, Any], results: dict[str, Any]) -> list[s
     method, measured = row["method"], row["measured"]
     steps = results["steps"].get(method)
     total = results["same_text"].get(PLAIN, 0)
-    same = f"{results['same_text'][method]} of {total}" if dataset == "all" and measured else ""
+    several = len(results["settings"]["temperatures"]) > 1  # the counts are of all temperatures together
+    same = f"{results['same_text'][method]} of {total}" if dataset == "all" and measured and not several else ""
     return [
         dataset,
         method if measured else f"*{method}*",

@@ -23,7 +23,8 @@ def add_command(commands: Any) -> None:
 
 def calibrate_costs(args: argparse.Namespace) -> int:
     """Print the cost table, measured now or before."""
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
     table = calibrate(target, head, refresh=args.refresh)
     for key, value in table.identity.items():

@@ -5,7 +5,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..packing import pack
+from ..packing import is_packed, pack
 from .modeling import DraftHead
 
 
@@ -16,13 +16,19 @@ class BoundHead:
     head's layers are packed: a level has few rows.
 
     Raises:
-        ValueError: the head belongs to another target.
+        ValueError: the head belongs to another target, or is on another device.
     """
 
     def __init__(self, head: DraftHead, target: PreTrainedModel) -> None:
         head.check_target(target)
-        self.head = pack(head)
-        self.embed_tokens = head.embed_tokens if head.config.owns_embedding else target.get_input_embeddings()
+        table = target.get_input_embeddings()
+        if table.weight.device != head.device and not hasattr(table, "_hf_hook"):
+            raise ValueError(
+                f"The head is on {head.device}, but the target's embedding is on {table.weight.device}. Both must be "
+                f"on one device: call `head.to('{table.weight.device}')`, or load the head with `target=model`."
+            )
+        self.head = head if is_packed(head) else pack(head)
+        self.embed_tokens = head.embed_tokens if head.config.owns_embedding else table
         output = head.lm_head if head.config.owns_output_head else target.get_output_embeddings()
         self._output = cast(nn.Module, output)
         self.output_weight = cast(Tensor, output.weight)

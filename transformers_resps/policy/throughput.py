@@ -1,7 +1,7 @@
 """Total tokens over total seconds: draft a node only while its expected gain is above its cost.
 
 A node is worth its probability of acceptance, in tokens; a second costs lambda tokens, the rate of the text so far
-(Dinkelbach's method for a ratio of sums; DESIGN.md section 5, decision 8). What steps cost and how far the head's
+(Dinkelbach's method for a ratio of sums). What steps cost and how far the head's
 scores can be trusted is learned while decoding, from a start that may be fitted or measured beforehand.
 """
 

@@ -95,7 +95,7 @@ def _held_out(metrics: dict[str, Any]) -> str:
             f"On {metrics['held_out_texts']} recorded answers that were not trained on, at the costs measured on the "
             f"training machine: {metrics['tokens_per_second']:.1f} tokens/s, {gain:.3f} times the best fixed tree "
             f"({metrics['best_fixed_tokens_per_second']:.1f}). The fastest possible sequence of shapes would save "
-            f"{metrics['oracle_regret']:.1%} of its time."
+            f"{metrics['oracle_regret'] / (1 + metrics['oracle_regret']):.1%} of its time."
         )
     return "\n\n".join([f"## On held-out texts (`{METRICS}`)", *parts]) if parts else ""
 

@@ -18,7 +18,7 @@ def overall_table(results: dict[str, Any]) -> str:
             f"{row['ratio']:.2f}",
             "" if row["method"] == PLAIN else f"{row['low']:.2f} to {row['high']:.2f}",
             f"{row['tau']:.2f}" if row["measured"] else "",
-            f"{results['same_text'][row['method']]} of {results['same_text'][PLAIN]}" if row["measured"] else "",
+            _same_text(row, results) if row["measured"] and not several else "",
         ]
         lines.append(_row([*_temperature(f"{row['temperature']:g}", several), *cells]))
     return "\n".join(lines)
@@ -52,7 +52,8 @@ def circumstances(results: dict[str, Any]) -> str:
     return (
         f"{prompts} prompts, {sampling(results)}, at most {results['settings']['max_new_tokens']} new tokens, "
         f"{results['settings']['repeats']} time{'s' if results['settings']['repeats'] != 1 else ''}; "
-        f"{results['dtype']}, {results['device']}, {threads}; {versions}; commit `{str(results['commit'])[:12]}`"
+        f"{results['dtype']}{', packed weights' if results.get('packed') else ''}, {results['device']}, {threads}; "
+        f"{versions}; commit `{str(results['commit'])[:12]}`"
         f"{' with changes' if results['dirty'] else ''}."
     )
 
@@ -61,6 +62,11 @@ def sampling(results: dict[str, Any]) -> str:
     """How the tokens were picked."""
     temperatures = results["settings"]["temperatures"]
     return " and ".join("greedy" if value == 0 else f"temperature {value:g}" for value in temperatures)
+
+
+def _same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
+    """How many answers are those of plain decoding; counted over all temperatures together."""
+    return f"{results['same_text'][row['method']]} of {results['same_text'][PLAIN]}"
 
 
 def _name(row: dict[str, Any]) -> str:

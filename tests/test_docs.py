@@ -1,0 +1,141 @@
+"""Every block of README and docs runs, with a tiny target and head in the place of the real ones."""
+
+import json
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, cli
+
+from .targets import Architecture
+from .tokenizers import letter_tokenizer
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TEMPLATE = (
+    "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"
+    "{% if add_generation_prompt %}i{% endif %}"
+)
+
+# Shortens what a command of the docs would do for hours. What it is told in the docs must still be understood.
+QUICKLY = {
+    "resps doctor": "--answers 3 --max-new-tokens 6",
+    "resps bench": "--limit 1 --max-new-tokens 6 --repeats 1 --dtype float32 --accept-noise",
+    "resps calibrate": "--dtype float32",
+    "resps verify": "--dtype float32 --seeds 2 --max-new-tokens 6",
+    "resps inspect": "--dtype float32 --max-new-tokens 6",
+    "generate_dataset.py": "--max-new-tokens 6 --limit 4",
+    "train_head.py": "--max_steps 2 --steps 2 --tokens_per_batch 64 --draft_vocab_size 12 --eval_conversations 1 "
+    "--eval_strategy no --save_steps 2 --target_dtype float32 --feature_cache_dir features --warmup_steps 0 "
+    "--lr_scheduler_type linear --lr_scheduler_kwargs {}",
+    "train_policy.py": "--updates 2 --max_new_tokens 12 --limit 6 --eval_updates 2 --save_updates 2 "
+    "--target_dtype float32 --drop_hopeless False",
+}
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the pages' paths and names exist, all tiny; the working directory of the test."""
+    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
+    target = Architecture("llama", {"max_position_embeddings": 512}).build("sdpa").float()
+    target.save_pretrained(tmp_path / "target")
+    torch.manual_seed(1)
+    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "head")
+    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "given")
+    FixedPolicy(TreeShape(4, 2, 2)).save_pretrained(tmp_path / "policy-run" / "policy")
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "target")
+    words = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr", "defg", "mnbd")
+    rows = [{"prompt_id": word, "prompt": word, "completion": 3 * word} for word in words]
+    for name in ("prompts.jsonl", "answers.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    copytree(ROOT / "model_cards" / "smollm2-135m-instruct-head", tmp_path / "artefact")
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tiny(text: str) -> str:
+    """The names of the docs, as they are called on the desk."""
+    text = re.sub(r"HuggingFaceTB/SmolLM2-135M-Instruct|\bTARGET\b", "target", text)
+    text = re.sub(r"\bFOLDER\b", "artefact", text)
+    return re.sub(r"model_cards/smollm2-135m-instruct-head|\bHEAD\b", "given", text)
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    unknown = {language for language, _ in found} - {"python", "bash", "bibtex", "text"}
+    assert not unknown, f"{page.name} has blocks in {unknown}, which nothing runs"
+    return [text for language, text in found if language in languages]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, desk: Path) -> None:
+    namespace = {"target_id": "target", "head_id": "given", "policy_id": "policy-run/policy"}
+    for number, block in enumerate(blocks(page, "python"), start=1):
+        exec(compile(tiny(block), f"{page.name}, block {number}", "exec"), namespace)
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{page.name}: {line[:60]}")
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(tiny(line), comments=True)
+    quickly = next((shlex.split(more) for name, more in QUICKLY.items() if name in " ".join(words[:2])), [])
+    match words:
+        case ["resps", *arguments]:
+            assert cli.main([*arguments, *quickly]) in (0, 1)  # 1: looked, and did not like the random head
+        case ["python", "-m", "transformers_resps.bench", *arguments]:
+            assert cli.main(["bench", *arguments, *shlex.split(QUICKLY["resps bench"])]) in (0, 1)
+        case ["python", script, "--help"]:
+            monkeypatch.setattr(sys, "argv", [script, "--help"])
+            with pytest.raises(SystemExit, match="0"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        case ["python", "training/publish.py" as script, *arguments]:  # offline: it looks, and says what is missing
+            dry = [] if "--render" in arguments else ["--dry-run"]
+            monkeypatch.setattr(sys, "argv", [script, *arguments, *dry])
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as ended:
+                assert ended.code in (0, 1)
+        case ["python", script, *arguments]:
+            monkeypatch.setattr(sys, "argv", [script, *arguments, *quickly])
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        case ["make", goal, *_]:
+            assert re.search(rf"^{goal}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["pip", "install", wanted]:
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            name, _, extras = wanted.strip("]").partition("[")
+            assert name == project["name"]
+            assert set(filter(None, extras.split(","))) <= set(project["optional-dependencies"])
+        case _:
+            pytest.fail(f"nothing checks the command `{line}`; add a case")
+
+
+def test_every_link_between_pages_leads_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    written = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    rendered = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["render"]()
+    assert rendered == written, "docstrings have changed: run `make docs` and look at the difference"
