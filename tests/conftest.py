@@ -16,7 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers_resps.head import DraftHead
 
 
-transformers.logging.enable_propagation()  # so that pytest's `caplog` sees what our loggers, below theirs, say
+@pytest.fixture(autouse=True)
+def heard_logging() -> None:
+    """`caplog` sees what our loggers, below Transformers', say; whatever an earlier test set."""
+    transformers.logging.enable_propagation()
+    transformers.logging.set_verbosity_warning()
 
 
 class FakeClock:

@@ -67,7 +67,7 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypa
     (folder / "run" / "checkpoint-90").mkdir()  # what a kill leaves of one
     run(folder, monkeypatch, updates=6, **best)
     assert recordings == {file: file.stat().st_mtime_ns for file in (folder / "run" / "replay").iterdir()}
-    assert len(metrics) == 7 and metrics["training"]["texts"] == 2
+    assert len(metrics) == 7 and metrics["training"]["texts"] == 4
     state = json.loads((folder / "run" / "checkpoint-48" / "trainer_state.json").read_text())
     assert state["global_step"] == 48
 
