@@ -23,7 +23,7 @@ class DraftHeadConfig(PreTrainedConfig):
         fc_norm: one RMSNorm per feature layer, before `fc` (EAGLE-3.1). Excludes `norm_before_fc`.
         feedback_post_norm: the next level is fed the output after `norm`, not before it (EAGLE-3.1).
         qk_norm: RMSNorm on queries and keys, as in Qwen3.
-        default_tree: total_tokens, depth and top_k of the tree used when no policy is given.
+        default_tree: total_tokens, depth, top_k and perhaps lookup of the tree used when no policy is given.
         target: name and sizes of the model the head was made for.
         source: of an imported head, its publisher's format and layer ids as published.
 
