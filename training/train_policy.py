@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -234,6 +235,21 @@ def make_policy(
     return ReSpSPolicy(replace(config, grid=grid, persistence=script.persistence_in_use, **identity), seed=seed)
 
 
+def affordable(grid: ActionGrid, seconds: Callable[[TreeShape], float]) -> ActionGrid:
+    """The shapes of `grid` that could pay here.
+
+    Raises:
+        ValueError: none could, so there is nothing to learn.
+    """
+    kept = grid.affordable(seconds)
+    if len(kept.shapes) == 1:
+        raise ValueError(
+            f"None of the {len(grid.shapes)} shapes could pay on this machine with all drafts accepted, but "
+            "a policy needs two to choose from. Decode with `policy='auto'`, or pass `drop_hopeless: false`."
+        )
+    return kept
+
+
 def main() -> None:
     parser = TrlParser((PolicyScriptArguments, PolicyTrainingConfig))  # type: ignore[no-untyped-call]
     script, args = parser.parse_args_and_config()
@@ -245,7 +261,7 @@ def main() -> None:
     seconds = measure_costs(target, head, script, Path(args.output_dir))
     grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
     if script.drop_hopeless:
-        grid = grid.affordable(lambda shape: seconds(shape, script.max_prompt_tokens // 2))
+        grid = affordable(grid, lambda shape: seconds(shape, script.max_prompt_tokens // 2))
     policy = make_policy(script, target, head, grid, args.seed)
     recorder = Recorder(target, head, script, grid, Path(args.output_dir) / "replay")
 

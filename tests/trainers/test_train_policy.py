@@ -49,6 +49,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         "save_updates": 2,
         "use_cpu": True,
         "disable_tqdm": True,
+        "drop_hopeless": False,  # the tiny target's clock decides nothing here
         **options,
     }
     arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
@@ -91,6 +92,15 @@ def test_a_policy_can_be_trained_live_on_the_papers_preset(folder: Path, monkeyp
     run(folder, monkeypatch, live=True, objective="max_entropy_ppo", reward="mean_rate", preset="paper", updates=2)
     policy = AutoPolicy.from_pretrained(folder / "run" / "policy")
     assert isinstance(policy, ReSpSPolicy) and policy.config.sample and not policy.config.normalize
+
+
+def test_a_machine_on_which_nothing_can_pay_is_told_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ruinous(*_: Any) -> Any:
+        return lambda shape, context: 1.0 if shape.is_plain else 100.0
+
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "measure_costs", ruinous)
+    with pytest.raises(ValueError, match="None of the .* could pay on this machine.*policy='auto'"):
+        run(folder, monkeypatch, drop_hopeless=True)
 
 
 def test_a_dataset_with_one_prompt_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
