@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -199,31 +198,16 @@ def measure_costs(
     """Seconds of a step on this machine; those of a run that is resumed are those it began with."""
     file = folder / "costs.json"
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        costs = asdict(calibrate(target, head)) | {"overhead": measure_overhead(target, head)}
-        file.write_text(json.dumps(costs, indent=2))
-    costs = json.loads(file.read_text())
-    overhead = float(costs["overhead"])
+        calibrate(target, head).save(file)
     table = CostTable.load(file)
 
     def seconds(shape: TreeShape, context: int) -> float:
         verify = table.verify_seconds(shape.total_tokens + shape.lookup, context)
         if not shape.asks_head or not script.reward_includes_drafting:
-            return verify + overhead
-        return verify + overhead + table.draft_seconds(shape.top_k, shape.depth)
+            return verify + table.overhead
+        return verify + table.overhead + table.draft_seconds(shape.top_k, shape.depth)
 
     return seconds
-
-
-def measure_overhead(target: PreTrainedModel, head: DraftHead) -> float:
-    """Seconds that a step takes beside its forwards, the median over a short text."""
-    model: Any = target
-    prompt = torch.ones(1, 16, dtype=torch.long, device=model.device)
-    report = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), assistant_model=head, max_new_tokens=32, min_new_tokens=32,
-        return_dict_in_generate=True,
-    ).speculation  # fmt: skip
-    return median(max(s.step_seconds - s.draft_seconds - s.verify_seconds, 0.0) for s in report.steps[1:])
 
 
 def make_policy(
