@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import sys
 import time
 from collections import defaultdict
@@ -74,8 +75,10 @@ class Prompt:
     token_ids: list[int]
 
 
-def read_prompts(paths: list[Path], tokenizer: Any, max_prompt_tokens: int, limit: int, seed: int) -> list[Prompt]:
-    """The opening turns of every conversation, up to its first answer; shuffled, then cut to `limit`."""
+def read_prompts(
+    paths: list[Path], tokenizer: Any, max_prompt_tokens: int, limit: int, seed: int, matching: str = ""
+) -> list[Prompt]:
+    """The opening turns of every conversation, up to its first answer, whose last one matches; shuffled, then cut."""
     prompts: dict[str, Prompt] = {}
     opened: list[Conversation] = []
     for path in paths:
@@ -85,6 +88,8 @@ def read_prompts(paths: list[Path], tokenizer: Any, max_prompt_tokens: int, limi
         ends = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
         messages = conversation[: ends[0]] if ends else conversation
         if not messages or messages[-1]["role"] != "user" or len(messages[-1]["content"]) > 8 * max_prompt_tokens:
+            continue
+        if not re.search(matching, messages[-1]["content"], re.IGNORECASE):
             continue
         token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         prompt_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
@@ -189,6 +194,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="a .jsonl file; continued when it exists")
     parser.add_argument("--limit", type=int, default=4000, help="most prompts to answer")
     parser.add_argument(
+        "--matching", default="", metavar="REGEX", help="answer only prompts in which this is found, in any case"
+    )
+    parser.add_argument(
         "--temperatures", type=float, nargs="+", default=[0.0, 0.0, 0.8], help="taken in turn by batch"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -244,12 +252,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).eval()
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
-    prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed)
+    prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed, args.matching)
     if not prompts:
         raise ValueError(
             f"None of the conversations in {', '.join(map(str, args.prompts))} begins with a user turn of at most "
-            f"{args.max_prompt_tokens} tokens, and only such can be answered. Pass other prompts, or raise "
-            "`--max-prompt-tokens`."
+            f"{args.max_prompt_tokens} tokens that matches {args.matching!r}, and only such can be answered. Pass "
+            "other prompts, raise `--max-prompt-tokens`, or change `--matching`."
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_provenance(args, prompts)

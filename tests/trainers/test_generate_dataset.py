@@ -92,3 +92,16 @@ def test_texts_beyond_the_context_and_files_without_questions_are_refused(tmp_pa
         with pytest.raises(ValueError, match=message):
             generate_dataset.main()
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_only_prompts_in_which_the_pattern_is_found_are_answered(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "d ef"}\n{"prompt": "def"}\n{"prompt": "EF"}\n')
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+
+    def chosen(pattern):
+        prompts = generate_dataset.read_prompts([tmp_path / "rows.jsonl"], tokenizer, 9, 9, 0, pattern)
+        return {prompt.messages[-1]["content"] for prompt in prompts}
+
+    assert chosen(r"\bef\b") == {"d ef", "EF"}
+    assert chosen("") == {"d ef", "def", "EF"}
