@@ -166,7 +166,7 @@ def finished_ids(output: Path) -> set[str]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         output.write_text(whole, encoding="utf-8")
-    return {json.loads(line)["prompt_id"] for line in whole.splitlines()}
+    return {json.loads(line)["prompt_id"] for line in whole.split("\n") if line}  # texts hold other line separators
 
 
 def rows_of(
@@ -203,6 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-prompt-tokens", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64, help="most prompts of one length decoded together")
     parser.add_argument("--dtype", default="auto", help="a torch dtype name, or auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -250,7 +251,7 @@ def main() -> None:
     args = make_parser().parse_args()
     check_provenance(args)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device).eval()
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
     prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed, args.matching)
     if not prompts:

@@ -18,6 +18,8 @@ USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "conte
         {"prompt": "q", "completion": "a"},
         {"prompt": [USER], "completion": [ASSISTANT]},
         {"question": "q", "answer": "a"},
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
+        {"conversations": [USER, ASSISTANT]},
         {
             "conversations": [
                 {"from": "human", "value": "q"},
@@ -39,10 +41,21 @@ def test_a_list_that_is_cut_off_gives_its_whole_rows(tmp_path):
     assert list(read_conversations(path)) == [[USER]]
 
 
+def test_a_broken_row_before_the_end_of_a_list_is_refused_and_no_row_after_it_lost(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = [json.dumps({"messages": [USER]})] * 4
+    path.write_text("[" + ", ".join([rows[0], '{"messages": x}', *rows]) + "]")
+    with pytest.raises(ValueError, match="Expecting value at 'x}.*Mend that row"):
+        list(read_conversations(path))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{not json", "line 1 is not JSON"),
+        ("5", "row 0 is 5, but"),
+        ('{"messages": [{"role": "user", "content": null}]}', "has the content None"),
+        ('{"conversations": [{"from": "human"}]}', "lack `from` or `value`"),
         ('{"text": "q"}', "fields \\['text'\\]"),
         ('{"messages": [{"role": "user"}]}', "message with the fields \\['role'\\]"),
     ],

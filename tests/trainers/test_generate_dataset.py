@@ -49,10 +49,11 @@ def test_batched_answers_equal_plain_generate(model_type):
 
 def test_a_line_cut_off_by_a_kill_is_written_anew(tmp_path):
     output = tmp_path / "answers.jsonl"
-    whole = json.dumps({"prompt_id": "a"}) + "\n"
-    output.write_text(whole + '{"prompt_id": "b", "mess')
+    text = "a\u2028b\x85c"  # ends a line for `splitlines`, but none of a JSONL file
+    whole = json.dumps({"prompt_id": "a", "text": text}, ensure_ascii=False) + "\n"
+    output.write_text(whole + '{"prompt_id": "b", "mess', encoding="utf-8")
     assert generate_dataset.finished_ids(output) == {"a"}
-    assert output.read_text() == whole
+    assert output.read_text(encoding="utf-8") == whole
 
 
 def test_answers_made_otherwise_are_not_added_to_a_file(tmp_path):

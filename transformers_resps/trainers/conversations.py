@@ -95,22 +95,41 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
                 row, position = decoder.raw_decode(text, position)
                 yield row
                 continue
-            except json.JSONDecodeError:
-                block = file.read(_BLOCK_CHARACTERS)
-            if not block:
+            except json.JSONDecodeError as error:
+                block, fault = file.read(_BLOCK_CHARACTERS), error
+            if block:
+                text, position = text[position:] + block, 0
+            elif text[position : position + 1] == "]" or _is_at_the_end(fault):
                 return
-            text, position = text[position:] + block, 0
+            else:
+                raise ValueError(
+                    f"{path} is no JSON list of whole rows: {fault.msg} at {fault.doc[fault.pos : fault.pos + 20]!r}, "
+                    "before the end of the file. Rows after a broken one can't be told apart. Mend that row."
+                )
+
+
+def _is_at_the_end(error: json.JSONDecodeError) -> bool:
+    """Whether the text just stops: in a string, in an escape of up to six characters, or where more should come."""
+    return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()) - 6
 
 
 def _messages(row: Any, where: str) -> Conversation:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {row!r}, but a conversation is a JSON object. Mend or remove that row.")
     if "messages" in row:
         return _as_messages(row["messages"], "user", where)
     if "conversations" in row:
         turns = row["conversations"]
+        if all("role" in turn for turn in turns):
+            return _as_messages(turns, "user", where)
+        if not all({"from", "value"} <= set(turn) for turn in turns):
+            raise ValueError(
+                f"{where} has `conversations` whose turns lack `from` or `value`, which ShareGPT's have. Mend that row."
+            )
         return [
-            {"role": _SHAREGPT_ROLES[t["from"]], "content": str(t["value"])}
-            for t in turns
-            if t["from"] in _SHAREGPT_ROLES
+            {"role": _SHAREGPT_ROLES[turn["from"]], "content": _text(turn["value"], where)}
+            for turn in turns
+            if turn["from"] in _SHAREGPT_ROLES
         ]
     if "turns" in row:
         return [{"role": "user", "content": str(turn)} for turn in row["turns"]]
@@ -133,4 +152,16 @@ def _as_messages(value: Any, role: str, where: str) -> Conversation:
                 f"{where} has a message with the fields {sorted(message)}. Each needs `role` and `content`. "
                 "Mend or remove that row."
             )
-    return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+    return [{"role": str(m["role"]), "content": _text(m["content"], where)} for m in value]
+
+
+def _text(content: Any, where: str) -> str:
+    """A string as it is, or the text parts of a list of parts; a number, as some answers are, in digits."""
+    if isinstance(content, (str, int, float)):
+        return str(content)
+    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        return "".join(part["text"] for part in content)
+    raise ValueError(
+        f"{where} has the content {str(content)[:60]}, but a message is text. Mend or remove that row; calls of tools "
+        "and images can't be trained on."
+    )
