@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from transformers_resps import DraftHead, SpeculationReport, StepRecord, TreeShape, attach
+from transformers_resps import DraftHead, SpeculationReport, StepRecord, TreeShape, attach, cli
 from transformers_resps.demo import target as demo_target
 from transformers_resps.demo.__main__ import main
 from transformers_resps.demo.answering import Answer, Comparison, compare
@@ -136,3 +137,13 @@ def test_the_demo_runs_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureF
     assert "On this machine in bfloat16, verifying" in output
     assert output.splitlines()[-1] == f"Every step of that last answer, to look at in a browser: {page}"
     assert '"sameText":{"same":true}' in page.read_text(encoding="utf-8")
+
+
+def test_the_command_without_its_extra_names_the_package_and_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "transformers_resps.demo.__main__", raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert cli.main(["demo"]) == 2
+    assert "Install transformers-resps[demo]" in capsys.readouterr().err

@@ -14,7 +14,15 @@ def add_command(commands: Any) -> None:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """0 when rounding explains every difference between both texts, otherwise 1."""
-    from ..demo.__main__ import run  # needs the extra `demo`
+    """0 when rounding explains every difference between both texts, otherwise 1.
 
+    Raises:
+        ValueError: a package of the extra `demo` is missing.
+    """
+    try:
+        from ..demo.__main__ import run
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} cannot be found. The demo needs it: install transformers-resps[demo]."
+        ) from error
     return run(args)
