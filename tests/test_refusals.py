@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import (
     CompileConfig,
-    DynamicCache,
     GenerationConfig,
     GPTNeoConfig,
     GPTNeoForCausalLM,
@@ -35,12 +34,6 @@ def head(target: PreTrainedModel) -> DraftHead:
 PROMPT = torch.tensor([[3, 4, 5]])
 
 
-def filled_cache() -> DynamicCache:
-    cache = DynamicCache()
-    cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
-    return cache
-
-
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "beams": ({"num_beams": 3}, r"num_beams=3.*set `num_beams=1`"),
     "beams in a config": ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2"),
@@ -56,7 +49,6 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "quantized cache": ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
     "paged cache": ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
     "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
-    "a cache with a past": ({"cache": filled_cache}, "a cache of 3 positions"),
     "a static cache": ({"cache": lambda: StaticCache(config=LlamaConfig(), max_cache_len=9)}, "StaticLayer"),
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "ask a plain call for them"),

@@ -47,6 +47,8 @@ class Text:
         streamer: gets each token as it is committed.
         keep_scores: keep the processed scores of each position.
         keep_logits: keep the raw logits of each position.
+        keep_padding: finished rows hold the others up, so that the cache has their padding as in plain decoding: for
+            callers who go on with it.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Text:
         streamer: Any = None,
         keep_scores: bool = False,
         keep_logits: bool = False,
+        keep_padding: bool = False,
     ) -> None:
         self.input_ids = input_ids
         self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
@@ -72,6 +75,7 @@ class Text:
         self._do_sample = do_sample
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._streamer = streamer
+        self._keep_padding = keep_padding
         self._decoded: Tensor | None = None  # rows that are still decoded; None for all
 
     @property
@@ -80,11 +84,11 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Of the decoded rows, those that still get the target's own tokens, `[b]` bool; without an end token,
-        finished rows go on too.
+        """Of the decoded rows, those whose tokens have to be drafted, `[b]` bool: finished rows only where they go on
+        for want of an end token, or where their padding is kept.
         """
         rows = self._of_decoded(self.unfinished)
-        return rows.bool() if self._pads else torch.ones_like(rows, dtype=torch.bool)
+        return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
 
     @property
     def newest(self) -> Tensor:

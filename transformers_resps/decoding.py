@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from .acceptance import Acceptance
 from .attention import tree_attention_mask, tree_positions
 from .batch import Batch
-from .cache import check_cache, has_windows, keep_nodes, keep_rows, place_nodes
+from .cache import cached_length, check_cache, has_windows, keep_nodes, keep_rows, place_nodes
 from .candidate_generator import TreeCandidateGenerator
 from .features import Features, FeatureTap
 from .head import BoundHead
@@ -36,9 +36,9 @@ class TreeDecoding:
         head: drafts; `None` to draft by lookup alone.
         policy: decides.
         batch: starts as the prompts and gains the answers.
-        cache: the target's, empty.
+        cache: the target's, empty or with the first positions of the prompt.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
-        position_ids: `[b or 1, s]` of the prompt.
+        position_ids: `[b or 1, s]` of the prompt; s counts what the cache holds, also if the batch starts behind it.
         tap: open, catches the features that the head reads; `None` without a head.
         max_length: positions a text may reach.
         clock: seconds; tests pass a fake one.
@@ -65,10 +65,14 @@ class TreeDecoding:
         attention_mask = None if attention_mask is None else attention_mask.to(device)
         position_ids = position_ids.to(device)
         self.report = SpeculationReport(batch_size=batch_size)
+        self._past = cached_length(cache)
         self._tap = tap
         self._draft_rows = 0 if head is None else head.head.config.draft_rows
-        self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, attention_mask)
-        self._lookup = BatchLookup([0] * batch_size if attention_mask is None else _pads(attention_mask))
+        # The features of cached positions are gone: the head's own text starts behind them.
+        unread = None if attention_mask is None else attention_mask[:, self._past :]
+        self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, unread)
+        known = None if attention_mask is None else attention_mask[:, -batch.length :]
+        self._lookup = BatchLookup([0] * batch_size if known is None else _pads(known))
         self._prefix = Prefix(attention_mask)
         self._positions = position_ids
         self._root_positions = position_ids[:, -1].expand(batch_size) + 1  # [b]
@@ -78,16 +82,19 @@ class TreeDecoding:
         self._clock = clock
 
     def prefill(self, chunk_size: int | None, logits_to_keep: dict[str, int]) -> None:
-        """Run the prompt through the target, in chunks if asked, and commit the first token: step 0 of the report."""
+        """Run what the cache lacks of the prompt through the target, in chunks if asked, and commit the first token:
+        step 0 of the report.
+        """
         started = self._clock()
         prompt = self.batch.input_ids.to(self._positions.device)
-        length = prompt.shape[1]
+        past, length = self._past, self._positions.shape[1]
+        offset = length - prompt.shape[1]
         features = []
         self.cache.activate_past_recording()
-        for start in range(0, length, chunk_size or length):
+        for start in range(past, length, chunk_size or length):
             end = min(start + (chunk_size or length), length)
             outputs, caught = self._forward(
-                prompt[:, start:end],
+                prompt[:, start - offset : end - offset],
                 self._mask(end),
                 self._positions[:, start:end],
                 **logits_to_keep,
@@ -101,7 +108,7 @@ class TreeDecoding:
         acceptance = self.batch.walk(tree, outputs.logits[:, -1:])
         if self._generator is not None:
             prompt_features = torch.cat([caught.concatenated() for caught in features], dim=1)
-            self._generator.observe(prompt_features, self.batch.input_ids[:, 1:])
+            self._generator.observe(prompt_features, self.batch.input_ids[:, past - length :])
             self._generator.read()
         self._drop_finished()
         self._record(TreeShape.plain(), 0, tree, acceptance, (started, started, verified))
@@ -125,7 +132,9 @@ class TreeDecoding:
 
     def _observe(self) -> Observation:
         features = None if self._generator is None else self._generator.newest_features
-        return Observation(features, self.batch.length, len(self.report.steps) - 1, self._room() + 1, self._survival)
+        return Observation(
+            features, self._prefix.length + 1, len(self.report.steps) - 1, self._room() + 1, self._survival
+        )
 
     def _room(self) -> int:
         """Levels below the root that the limit of the shortest text and the target's positions allow."""

@@ -23,7 +23,7 @@ from .decoding import TreeDecoding
 from .features import FeatureTap
 from .lockstep import advance_together, coupling
 from .policy import KeptPolicies, Policy
-from .refusals import check_forward_arguments, check_length, check_synced
+from .refusals import check_forward_arguments, check_lengths, check_synced
 from .request import Request, draft_head, read_request
 from .telemetry import SpeculationReport
 from .versions import CACHE_KEYWORD
@@ -39,7 +39,8 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     Attributes:
         speculation: every step's shape, tokens and seconds.
 
-    It carries no cache of a batch whose finished rows were dropped.
+    It carries the cache of a single text, from which a later call can go on. Of a batch only a cache that the caller
+    passed: finished rows of any other have lost their entries.
     """
 
     speculation: SpeculationReport | None = None
@@ -131,10 +132,10 @@ class ReSpSGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         check_synced(model_kwargs.get("synced_gpus"))
-        for name in _NOT_OURS:
-            model_kwargs.pop(name, None)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
         check_forward_arguments(model_kwargs)
-        check_length(cast(PreTrainedModel, self), input_ids.shape[1], generation_config.max_length)
+        cache, lengths = model_kwargs[CACHE_KEYWORD], (input_ids.shape[1], model_kwargs["position_ids"].shape[1])
+        check_lengths(cast(PreTrainedModel, self), cache, *lengths, generation_config.max_length)
         keeps = generation_config.return_dict_in_generate
         rules: dict[str, Any] = {
             "logits_processor": logits_processor,
@@ -143,20 +144,21 @@ class ReSpSGenerationMixin(GenerationMixin):
             "streamer": streamer,
             "keep_scores": keeps and generation_config.output_scores,
             "keep_logits": keeps and generation_config.output_logits,
+            "keep_padding": getattr(cache, "_is_user_defined", False),
         }
         make_text = functools.partial(Text, pad_token=generation_config._pad_token_tensor, **rules)
-        batch = self._make_batch(request.lockstep, input_ids, make_text, rules, model_kwargs[CACHE_KEYWORD])
+        batch = self._make_batch(request.lockstep, input_ids, make_text, rules)
         try:
             report = self._decode(request, batch, generation_config, model_kwargs)
             report.answers = batch.input_ids[:, input_ids.shape[1] :].tolist()
         finally:
-            stop_recording(model_kwargs[CACHE_KEYWORD])
+            stop_recording(cache)
             if streamer is not None:
                 streamer.end()
         if not generation_config.return_dict_in_generate:
             return batch.input_ids
         kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
-        kept[CACHE_KEYWORD] = None if batch.drops_finished else model_kwargs[CACHE_KEYWORD]
+        kept[CACHE_KEYWORD] = cache if len(batch) == 1 or rules["keep_padding"] else None
         return SpeculativeOutput(**kept, speculation=report)
 
     def _make_batch(
@@ -165,7 +167,6 @@ class ReSpSGenerationMixin(GenerationMixin):
         input_ids: Tensor,
         make_text: Callable[[Tensor], Text],
         rules: dict[str, Any],
-        cache: Any,
     ) -> Batch:
         """The texts of the call: one for each row if nothing can tell, else one of all rows."""
         if len(input_ids) == 1:
@@ -174,7 +175,7 @@ class ReSpSGenerationMixin(GenerationMixin):
             "`output_scores`": rules["keep_scores"],
             "`output_logits`": rules["keep_logits"],
             "a streamer": rules["streamer"] is not None,
-            "a cache of your own": getattr(cache, "_is_user_defined", False),
+            "a cache of your own": rules["keep_padding"],
         }
         coupled = coupling(cast(PreTrainedModel, self), rules["logits_processor"], rules["stopping_criteria"], asked)
         if advance_together(lockstep, rules["do_sample"], coupled):

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache import cached_length, check_cache, window_of
 from .versions import CACHE_KEYWORD
@@ -82,11 +82,6 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
     if cache is None:
         return
     check_cache(cache)
-    if cached_length(cache) > 0:
-        raise _refusal(
-            f"a cache of {cached_length(cache)} positions",
-            "The head has no features for positions it did not see: pass the whole text without `cache`.",
-        )
     made = DynamicCache(config=model.config.get_text_config(decoder=True))
     needed = [window_of(made, index) for index in range(len(made.layers))]
     found = [window_of(cache, index) if index < len(cache.layers) else None for index in range(len(needed))]
@@ -121,21 +116,39 @@ def check_synced(synced_gpus: bool | None) -> None:
         raise _refusal("ZeRO-3 or FSDP over several ranks", "Each rank would take another number of steps")
 
 
-def check_length(model: PreTrainedModel, prompt_length: int, max_length: int) -> None:
-    """Refuse a text that grows past the length at which its target reads it anew.
+def check_lengths(
+    model: PreTrainedModel, cache: Cache, text_length: int, position_count: int, max_length: int
+) -> None:
+    """Refuse a cache that does not fit its text, and a text that grows past the length at which it is read anew.
 
-    Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache there, for the other frequencies of
-    'longrope'.
+    As in plain `generate`, the text is the whole conversation, or what follows the cache with a mask of the whole.
+    Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache at a length, for the other frequencies
+    of 'longrope'.
+
+    Args:
+        model: the target.
+        cache: the call's.
+        text_length: tokens of the text.
+        position_count: positions of the conversation, as mask or `position_ids` count them.
+        max_length: tokens that the text may reach.
 
     Raises:
-        ValueError: names the length.
+        ValueError: names the lengths.
     """
+    past = cached_length(cache)
+    if past and not (past < text_length == position_count or past + text_length == position_count):
+        raise ValueError(
+            f"Got a cache of {past} positions for a text of {text_length} tokens and a mask of {position_count}, but "
+            "the text has to go on behind the cache. Pass the whole conversation as `input_ids`, or its new tokens "
+            "with the `attention_mask` of the whole."
+        )
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     boundary = getattr(config, "original_max_position_embeddings", None)
-    if boundary and rope.get("rope_type") == "longrope" and prompt_length <= boundary < max_length - 1:
+    start, end = past or text_length, max_length + position_count - text_length
+    if boundary and rope.get("rope_type") == "longrope" and start <= boundary < end - 1:
         raise _refusal(
-            f"a text that may grow from {prompt_length} to {max_length} positions, past {boundary},",
+            f"a text that may grow from {start} to {end} positions, past {boundary},",
             f"There this target reads the whole text anew: set `max_length` to {boundary + 1} at most",
         )
 

@@ -1,0 +1,209 @@
+"""Going on from the cache of an earlier call: the text and the cache of plain decoding, whoever wrote the cache."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel, set_seed
+
+from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.versions import CACHE_KEYWORD
+
+
+WIDE = FixedPolicy(TreeShape(40, 3, VOCABULARY))  # so wide that most picks are drafted
+BOTH = FixedPolicy(TreeShape(24, 3, VOCABULARY, lookup=6))
+SAMPLED = {"do_sample": True, "temperature": 0.9}
+
+
+def tokens(count: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def answer(target: Any, head: DraftHead | None, text: torch.Tensor, cache: Any = None, **options: Any) -> Any:
+    """One turn; `head` is `None` for plain decoding. A cache that is passed is left as it was."""
+    if head is not None:
+        options = {"assistant_model": head, "policy": WIDE, **options}
+    else:
+        options.pop("policy", None)
+    if cache is not None:
+        options[CACHE_KEYWORD] = copy.deepcopy(cache)
+    set_seed(5)
+    return target.generate(text, return_dict_in_generate=True, **{"max_new_tokens": 9, **options})
+
+
+def check_equal_caches(found: Any, wanted: Any) -> None:
+    assert found.get_seq_length() == wanted.get_seq_length()
+    for ours, theirs in zip(found.layers, wanted.layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        if theirs.is_initialized:
+            most = 1e-9 if theirs.keys.dtype is torch.float64 else 1e-3
+            torch.testing.assert_close(ours.keys, theirs.keys, rtol=most, atol=most)
+            torch.testing.assert_close(ours.values, theirs.values, rtol=most, atol=most)
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return attach(Architecture("llama").build("sdpa"))
+
+
+@pytest.fixture(scope="module")
+def head(target: PreTrainedModel) -> DraftHead:
+    torch.manual_seed(1)
+    return DraftHead.from_target(target)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_three_turns_each_from_the_cache_of_the_last(architecture: Architecture) -> None:
+    """Turns cross the windows; every second one is plain, so that each goes on from the other's cache."""
+    target = attach(architecture.build(architecture.attention[0]))
+    head = DraftHead.from_target(target)
+    turns: list[tuple[Any, Any]] = [(None, None)] * 2
+    accepted = 0
+    for turn in range(3):
+        outs = []
+        for way, (sequences, cache) in enumerate(turns):
+            text = tokens(5) if sequences is None else torch.cat([sequences, tokens(4, turn)], dim=1)
+            outs.append(answer(target, head if way and turn != 1 else None, text, cache, policy=BOTH))
+        assert outs[1].sequences.tolist() == outs[0].sequences.tolist()
+        assert outs[0][CACHE_KEYWORD].get_seq_length() == outs[0].sequences.shape[1] - 1
+        check_equal_caches(outs[1][CACHE_KEYWORD], outs[0][CACHE_KEYWORD])
+        turns = [(out.sequences, out[CACHE_KEYWORD]) for out in outs]
+        if turn != 1:
+            accepted += outs[1].speculation.emitted - outs[1].speculation.target_forwards
+    assert accepted > 0, "no drafted token was ever accepted: the comparison proved nothing"
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED, {"prefill_chunk_size": 2}], ids=["greedy", "sampled", "chunked"])
+@pytest.mark.parametrize("policy", [WIDE, BOTH, "auto"], ids=["wide", "with lookup", "auto"])
+def test_a_second_turn_is_that_of_plain_decoding(
+    target: PreTrainedModel, head: DraftHead, options: dict[str, Any], policy: Any
+) -> None:
+    first = answer(target, None, tokens(6))
+    text = torch.cat([first.sequences, tokens(7, 1)], dim=1)
+    plain = answer(target, None, text, first[CACHE_KEYWORD], **options)
+    found = answer(target, head, text, first[CACHE_KEYWORD], policy=policy, **options)
+    assert found.sequences.tolist() == plain.sequences.tolist()
+    check_equal_caches(found[CACHE_KEYWORD], plain[CACHE_KEYWORD])
+
+
+def test_lookup_alone_goes_on_and_finds_what_the_cached_turns_said(target: PreTrainedModel) -> None:
+    period = tokens(5)
+    first = target.generate(period.repeat(1, 3), policy="auto", max_new_tokens=4, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, period], dim=1)
+    plain = answer(target, None, text, first[CACHE_KEYWORD])
+    options = {CACHE_KEYWORD: first[CACHE_KEYWORD], "max_new_tokens": 9, "return_dict_in_generate": True}
+    found = target.generate(text, policy=FixedPolicy(TreeShape(1, 0, 1, lookup=4)), **options)
+    assert found.sequences.tolist() == plain.sequences.tolist()
+    assert found.speculation.steps[1].verified > 1
+    check_equal_caches(found[CACHE_KEYWORD], plain[CACHE_KEYWORD])
+
+
+def test_new_tokens_alone_go_on_with_the_mask_of_the_whole(target: PreTrainedModel, head: DraftHead) -> None:
+    first = answer(target, head, tokens(6))
+    whole = torch.cat([first.sequences, tokens(7, 1)], dim=1)
+    new = whole[:, first[CACHE_KEYWORD].get_seq_length() :]
+    options = {"attention_mask": torch.ones_like(whole)}
+    plain = answer(target, None, new, first[CACHE_KEYWORD], **options)
+    found = answer(target, head, new, first[CACHE_KEYWORD], policy=BOTH, **options)
+    assert found.sequences.tolist() == plain.sequences.tolist()
+    assert found.sequences.tolist() == answer(target, None, whole).sequences[:, -plain.sequences.shape[1] :].tolist()
+    check_equal_caches(found[CACHE_KEYWORD], plain[CACHE_KEYWORD])
+
+
+def test_a_prompt_read_once_begins_many_answers(target: PreTrainedModel, head: DraftHead) -> None:
+    """Each answer gets a copy of the cache; so does a text that leaves the cached one behind a cropped cache."""
+    prefix = tokens(12)
+    cache = DynamicCache(config=target.config)
+    with torch.no_grad():
+        target(prefix, use_cache=True, **{CACHE_KEYWORD: cache})
+    for seed in range(3):
+        text = torch.cat([prefix, tokens(3 + seed, seed)], dim=1)
+        assert answer(target, head, text, cache).sequences.tolist() == answer(target, None, text).sequences.tolist()
+    cache.crop(-4)
+    text = torch.cat([prefix[:, :8], tokens(5, 9)], dim=1)
+    assert answer(target, head, text, cache).sequences.tolist() == answer(target, None, text).sequences.tolist()
+
+
+@pytest.mark.parametrize("architecture", [each for each in ARCHITECTURES if str(each) in ("llama", "gemma3_text")])
+def test_a_batch_goes_on_from_its_own_cache(architecture: Architecture) -> None:
+    """Rows padded on the left, one of them ended early: its padding stands in the cache as in plain decoding."""
+    target = attach(architecture.build("sdpa"))
+    head = DraftHead.from_target(target)
+    text = tokens(8, rows=3)
+    mask = torch.ones_like(text)
+    mask[1, :3] = 0
+    ends = answer(target, None, text, attention_mask=mask).sequences[0, 10].item()
+    options = {"eos_token_id": ends, "pad_token_id": 0, "max_new_tokens": 12}
+    outs = []
+    for drafter in (None, head):
+        own = DynamicCache(config=target.config)
+        first = answer(target, drafter, text, own, attention_mask=mask, **options)
+        assert (first.sequences == 0).any(), "no row ended early: the test shows nothing"
+        whole = torch.cat([first.sequences, tokens(4, 1, rows=3)], dim=1)
+        # All ones behind the prompt: the padding of the row that ended is read, too.
+        longer = torch.cat([mask, mask.new_ones(3, whole.shape[1] - mask.shape[1])], dim=1)
+        later = {"attention_mask": longer, "max_new_tokens": 6, "policy": BOTH}
+        second = answer(target, drafter, whole, first[CACHE_KEYWORD], **later)
+        new = whole[:, first[CACHE_KEYWORD].get_seq_length() :]
+        outs.append((first, second, answer(target, drafter, new, first[CACHE_KEYWORD], **later)))
+    for ours, theirs in zip(outs[1], outs[0], strict=True):
+        assert ours.sequences.tolist() == theirs.sequences.tolist()
+        check_equal_caches(ours[CACHE_KEYWORD], theirs[CACHE_KEYWORD])
+        assert ours.speculation.target_forwards < ours.sequences.shape[1]
+
+
+def test_a_batch_whose_cache_was_not_asked_for_hands_none_back(target: PreTrainedModel, head: DraftHead) -> None:
+    for lockstep in (None, True):
+        assert getattr(answer(target, head, tokens(5, rows=2), lockstep=lockstep), CACHE_KEYWORD) is None
+
+
+def test_the_limits_count_from_the_conversations_beginning(target: PreTrainedModel, head: DraftHead) -> None:
+    first = answer(target, head, tokens(6))
+    text = torch.cat([first.sequences, tokens(3, 1)], dim=1)
+    for most in range(1, 7):
+        limit = {"max_new_tokens": None, "max_length": text.shape[1] + most}
+        found = answer(target, head, text, first[CACHE_KEYWORD], **limit)
+        assert found.sequences.tolist() == answer(target, None, text, **limit).sequences.tolist()
+        assert found.speculation.emitted == most
+
+
+def test_learned_positions_end_where_they_end() -> None:
+    """A tree in a second turn goes no deeper than GPT-2's table of positions."""
+    target = attach(Architecture("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 24}).build("sdpa"))
+    head = DraftHead.from_target(target)
+    first = answer(target, head, tokens(6))
+    text = torch.cat([first.sequences, tokens(3, 1)], dim=1)
+    options = {"max_new_tokens": 24 - text.shape[1], "policy": FixedPolicy(TreeShape(30, 12, 4))}
+    plain = answer(target, None, text, first[CACHE_KEYWORD], **options)
+    found = answer(target, head, text, first[CACHE_KEYWORD], **options)
+    assert found.sequences.tolist() == plain.sequences.tolist()
+
+
+@pytest.mark.parametrize(
+    ("length", "mask_length"), [(14, 14), (10, 10), (3, 3), (3, 16), (20, 34 + 1)], ids=lambda value: str(value)
+)
+def test_a_cache_that_does_not_fit_the_text_is_refused(
+    target: PreTrainedModel, head: DraftHead, length: int, mask_length: int
+) -> None:
+    first = answer(target, head, tokens(6))
+    assert first[CACHE_KEYWORD].get_seq_length() == 14
+    options = {"attention_mask": torch.ones(1, mask_length, dtype=torch.long)}
+    with pytest.raises(ValueError, match="Got a cache of 14 positions for a text.*Pass the whole conversation"):
+        answer(target, head, tokens(length), first[CACHE_KEYWORD], **options)
+
+
+def test_a_cache_in_front_of_a_boundary_is_refused_where_phi3_reads_anew() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = {"rope_parameters": rope, "original_max_position_embeddings": 20}
+    target = attach(Architecture("phi3", config).build("sdpa"))
+    head = DraftHead.from_target(target)
+    first = answer(target, head, tokens(6))
+    text = torch.cat([first.sequences, tokens(9, 1)], dim=1)
+    with pytest.raises(ValueError, match="may grow from 14 to 33 positions, past 20"):
+        answer(target, head, text, first[CACHE_KEYWORD])
+    within = {"max_new_tokens": 2}
+    text = text[:, :18]
+    plain = answer(target, None, text, first[CACHE_KEYWORD], **within)
+    assert answer(target, head, text, first[CACHE_KEYWORD], **within).sequences.tolist() == plain.sequences.tolist()
