@@ -46,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainers": ENGINE | {"hub"},
     "inspection": ENGINE | {"verification"},
     "doctor": ENGINE | {"trainers"},
-    "bench": ENGINE | {"verification", "trainers"},
-    "publishing": {"__init__", "hub", "head", "policy", "bench"},
+    "bench": ENGINE | {"hub", "verification", "trainers"},
+    "publishing": {"__init__", "hub", "head", "policy", "trainers", "bench"},
     "demo": ENGINE | {"verification", "bench", "inspection"},
     "cli": ENGINE | {"verification", "trainers", "doctor", "bench", "demo", "inspection"},
 }

@@ -154,8 +154,9 @@ def test_a_missing_package_is_named_before_any_work(
 
 
 def test_without_a_terminal_nothing_but_the_findings_is_printed(
-    bench: BenchCommand, capfd: pytest.CaptureFixture[str]
+    bench: BenchCommand, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    write_training_prompts(tmp_path / "head", [])
     assert bench("--methods") == 0
     assert capfd.readouterr().err == ""
 

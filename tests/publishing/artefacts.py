@@ -13,6 +13,7 @@ from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.provenance import weights_sha256
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.publishing import write_card
+from transformers_resps.trainers.training_prompts import write_training_prompts
 
 
 DATA = [
@@ -68,6 +69,7 @@ def policy_folder(folder: Path) -> Path:
 
 def complete(folder: Path, metrics: dict[str, Any], recipe: dict[str, Any], method: str, datasets: list[str]) -> Path:
     (folder / "metrics.json").write_text(json.dumps(metrics))
+    write_training_prompts(folder, ["What is it?"])
     (folder / "recipe.yaml").write_text("# As it was run.\n" + yaml.safe_dump(recipe))
     hashes = {method: weights_sha256(folder)}
     (folder / "results.json").write_text(json.dumps(results(datasets, hashes)))

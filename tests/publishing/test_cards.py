@@ -10,6 +10,7 @@ from tests.publishing.artefacts import changed, head_folder, policy_folder
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
 from transformers_resps.publishing import UnreadableArtefactError, find_faults, read_artefact, render_card
 from transformers_resps.publishing.release import local_name
+from transformers_resps.trainers.training_prompts import read_training_prompts
 
 
 CARDS = Path(__file__).parent / "cards"
@@ -68,6 +69,7 @@ def test_every_folder_of_model_cards_loads_and_its_card_is_what_its_files_render
     assert loaded is not None
     assert (folder / "README.md").read_text() == render_card(artefact, local_name(folder))
     assert {"license", "target_license", "languages", "data"} <= set(artefact.said)
+    assert read_training_prompts(folder)
 
 
 def test_there_is_something_to_load():

@@ -57,6 +57,14 @@ def test_a_missing_file_is_named_with_where_it_comes_from(folder, name):
     assert [fault for fault in faults(folder) if fault.startswith(f"{name} is missing")]
 
 
+def test_weights_whose_training_prompts_nobody_kept_are_refused(folder):
+    prompts = folder / "training_prompts.json"
+    prompts.write_text("[]")
+    only(folder, "training_prompts.json cannot be read")
+    prompts.unlink()
+    only(folder, "training_prompts.json is missing", "measure it on them", "training script")
+
+
 def test_results_of_other_weights_are_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"fc.weight": tensors["fc.weight"] + 1}, folder / "model.safetensors")

@@ -7,7 +7,10 @@ from transformers import AutoConfig, AutoModel
 
 from tests.publishing.tiny import TARGET, tiny_target
 from transformers_resps import AutoPolicy, DraftHead, DraftHeadConfig, FixedPolicy, TreeShape
+from transformers_resps.bench.subjects import training_prompts_of
+from transformers_resps.hub import Destination, upload
 from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
+from transformers_resps.trainers.training_prompts import fingerprint, write_training_prompts
 
 
 HEAD, POLICY = "tester/head", "tester/policy"
@@ -181,3 +184,20 @@ def test_a_cache_that_lacks_the_weights_is_not_taken_for_whole(head, hub, monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="no weights.*whether you are offline"):
         DraftHead.from_pretrained(HEAD)
+
+
+def test_the_training_prompts_of_the_loaded_commit_are_fetched_for_the_benchmark(head, hub, tmp_path, monkeypatch):
+    for words in (["first"], ["second"]):
+        write_training_prompts(tmp_path, words)
+        upload({"training_prompts.json": tmp_path / "training_prompts.json"}, Destination(HEAD), "Publish")
+        if words == ["first"]:
+            DraftHead.from_pretrained(HEAD)
+    assert training_prompts_of(HEAD) == {fingerprint("first")}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert training_prompts_of(HEAD) == {fingerprint("first")}
+
+
+def test_nobody_is_left_to_believe_that_unknown_training_prompts_were_compared(head, caplog):
+    DraftHead.from_pretrained(HEAD)
+    assert training_prompts_of(HEAD) is None
+    assert f"{HEAD} has no training_prompts.json" in caplog.text

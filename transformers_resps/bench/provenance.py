@@ -18,6 +18,8 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from ..hub import RepositoryFiles
+
 
 PACKAGE = Path(__file__).parent.parent
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "config.json")
@@ -68,6 +70,20 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
         return Path(str(snapshot_download(str(id_or_folder), local_files_only=True)))
     except (OSError, ValueError):  # neither a folder nor whole in the cache: loading it says what is wrong
         return None
+
+
+def file_of(id_or_folder: str | Path, name: str) -> Path | None:
+    """A file of a head or policy that loading it did not fetch: of its folder, or of the commit that was loaded.
+
+    Raises:
+        OSError, ConnectionError, ValueError: as `RepositoryFiles.fetch`.
+    """
+    folder = folder_of(id_or_folder)
+    if folder is None:
+        return None
+    if Path(id_or_folder).is_dir():
+        return folder / name if (folder / name).is_file() else None
+    return RepositoryFiles(str(id_or_folder), revision=folder.name).fetch(name)  # a snapshot is named after its commit
 
 
 def weights_sha256(id_or_folder: str | Path) -> str | None:

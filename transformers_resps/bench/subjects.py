@@ -1,5 +1,6 @@
 """What is measured: a target, its head, the policies, perhaps a draft model. Loaded and checked against each other."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,9 +11,12 @@ from ..generation import attach
 from ..head import DraftHead, policy_identity
 from ..packing import is_packed, pack
 from ..policy import AutoPolicy, Policy, ReSpSPolicy
-from ..trainers.training_prompts import read_training_prompts
+from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from .methods import policy_name
-from .provenance import folder_of, parameter_fingerprint, weights_sha256
+from .provenance import file_of, parameter_fingerprint, weights_sha256
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +80,25 @@ def load(
         "draft_model": draft_model,
         "weights_sha256": {name: weights_sha256(source) for name, source in sources.items()},
     }
-    folders = {name: folder_of(source) for name, source in sources.items()}
-    trained_on = {name: None if folder is None else read_training_prompts(folder) for name, folder in folders.items()}
+    trained_on = {name: training_prompts_of(source) for name, source in sources.items()}
     return Subjects(target, tokenizer, head, policies, small, identity, trained_on)
+
+
+def training_prompts_of(source: str) -> set[str] | None:
+    """Fingerprints of the prompts that a head or policy learned from; `None`, and a warning, where nobody kept them.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = file_of(source, TRAINING_PROMPTS)
+    if file is None:
+        logger.warning(
+            "%s has no %s, so nobody can tell whether it was trained on the prompts that it is measured on.",
+            source,
+            TRAINING_PROMPTS,
+        )
+        return None
+    return read_training_prompts(file.parent)
 
 
 def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[str, Policy | str]:

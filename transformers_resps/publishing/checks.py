@@ -15,6 +15,7 @@ from ..bench.provenance import weights_sha256
 from ..bench.results import read_results
 from ..head import DraftHead
 from ..policy import AutoPolicy
+from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from .artefact import CARD, CONFIG, METRICS, RECIPE, RESULTS, WEIGHTS, Artefact, read_artefact
 from .card import render_card
 from .custom_code import CUSTOM_GENERATE, is_ours
@@ -149,6 +150,20 @@ def _result_faults(folder: Path) -> Iterator[str]:
         yield f"{RESULTS} {doubt}. Whole, quiet and lossless measurements are needed. Run `resps bench` again."
 
 
+def _training_prompt_faults(folder: Path) -> Iterator[str]:
+    """Without the prompts that it learned from, whoever measures it may measure on them."""
+    try:
+        is_kept = read_training_prompts(folder) is not None
+    except ValueError as error:
+        yield str(error)
+        return
+    if not is_kept:
+        yield (
+            f"{TRAINING_PROMPTS} is missing. Hashes of the prompts that it was trained on are needed, or others may "
+            "measure it on them. Copy the file that the training script wrote, or call `write_training_prompts`."
+        )
+
+
 def _content_faults(artefact: Artefact, names: tuple[str, ...]) -> Iterator[str]:
     """Faults of the facts, once all files could be read."""
     folder = artefact.folder
@@ -163,6 +178,8 @@ def _content_faults(artefact: Artefact, names: tuple[str, ...]) -> Iterator[str]
         yield f"The `card` of {RECIPE} says nothing of {', '.join(unsaid)}, which a card must tell. Add them."
     if (folder / METRICS).is_file() and not artefact.metrics.get("training"):
         yield f"{METRICS} has no `training`: what the run took. Copy the file that the training script wrote."
+    if (folder / WEIGHTS).is_file():  # a policy without weights has learned nothing
+        yield from _training_prompt_faults(folder)
     if (folder / RESULTS).is_file():
         yield from _result_faults(folder)
     if (folder / CARD).is_file():
