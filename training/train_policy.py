@@ -12,6 +12,7 @@ Ends with `OUTPUT_DIR/policy`, a folder for `AutoPolicy.from_pretrained`, and it
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -151,24 +152,33 @@ class Recorder:
     head: DraftHead
     script: PolicyScriptArguments
     grid: ActionGrid
-    folder: Path
+    args: PolicyTrainingConfig
 
     def record(self, prompts: list[Tensor]) -> list[ReplayText]:
-        """The recordings of all prompts with an answer of at least two tokens; those on disk are not made again."""
+        """The recordings of all prompts with an answer of at least two tokens; those on disk are not made again.
+
+        Each of several processes records its share, and then reads what all have recorded.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        texts = []
-        for number, prompt in enumerate(prompts, start=1):
-            file = self.folder / f"{self._key(prompt)}.safetensors"
-            if not file.is_file():
-                text = self._answer(prompt)
-                if text is None:
-                    continue
-                text.save(file.with_suffix(".tmp"))
-                file.with_suffix(".tmp").rename(file)
-            texts.append(ReplayText.load(file))
+        share = prompts[self.args.process_index :: self.args.world_size]
+        for number, prompt in enumerate(share, start=1):
+            file = self._file(prompt)
+            text = None if file.is_file() else self._answer(prompt)
+            if text is not None:
+                unfinished = file.with_suffix(f".{os.getpid()}")
+                text.save(unfinished)
+                unfinished.replace(file)
             if number % 20 == 0:
-                print(f"recorded {number} of {len(prompts)} answers")
-        return texts
+                print(f"recorded {number} of {len(share)} answers")
+        self.args.distributed_state.wait_for_everyone()
+        return [ReplayText.load(file) for file in map(self._file, prompts) if file.is_file()]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir) / "replay"
+
+    def _file(self, prompt: Tensor) -> Path:
+        return self.folder / f"{self._key(prompt)}.safetensors"
 
     def _key(self, prompt: Tensor) -> str:
         """Changes with everything that changes the recording."""
@@ -193,21 +203,20 @@ class Recorder:
 
 
 def measure_costs(
-    target: PreTrainedModel, head: DraftHead, script: PolicyScriptArguments, folder: Path
+    target: PreTrainedModel, head: DraftHead, script: PolicyScriptArguments, args: PolicyTrainingConfig
 ) -> StepSeconds:
-    """Seconds of a step on this machine; those of a run that is resumed are those it began with."""
-    file = folder / "costs.json"
-    if not file.is_file():
-        calibrate(target, head).save(file)
+    """Seconds of a step on this machine; those of a run that is resumed are those it began with.
+
+    Of several processes one measures, while the others wait: two would slow each other, and learn different costs.
+    """
+    file = Path(args.output_dir) / "costs.json"
+    with args.main_process_first(desc="measuring what steps cost"):
+        if not file.is_file():
+            calibrate(target, head).save(file)
     table = CostTable.load(file)
-
-    def seconds(shape: TreeShape, context: int) -> float:
-        verify = table.verify_seconds(shape.total_tokens + shape.lookup, context)
-        if not shape.asks_head or not script.reward_includes_drafting:
-            return verify + table.overhead
-        return verify + table.overhead + table.draft_seconds(shape.top_k, shape.depth)
-
-    return seconds
+    if script.reward_includes_drafting:
+        return table.step_seconds
+    return lambda shape, context: table.step_seconds(shape, context) - table.draft_seconds(shape.top_k, shape.depth)
 
 
 def make_policy(
@@ -242,12 +251,12 @@ def main() -> None:
     target = attach(AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)).to(args.device)
     head = DraftHead.from_pretrained(script.head, target=target)
     prompts = read_prompts(script, tokenizer)
-    seconds = measure_costs(target, head, script, Path(args.output_dir))
+    seconds = measure_costs(target, head, script, args)
     grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
     if script.drop_hopeless:
         grid = affordable(grid, lambda shape: seconds(shape, script.max_prompt_tokens // 2))
     policy = make_policy(script, target, head, grid, args.seed)
-    recorder = Recorder(target, head, script, grid, Path(args.output_dir) / "replay")
+    recorder = Recorder(target, head, script, grid, args)
 
     def replayed(some: list[Tensor]) -> ReplayRollouts:
         return ReplayRollouts(OutcomeTable([text.outcomes(grid, seconds) for text in recorder.record(some)]))
@@ -263,7 +272,9 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
     trainer.eval_rollouts = replayed(prompts.tested)  # the best checkpoint may have been chosen by the watched ones
     metrics = trainer.evaluate(metric_key_prefix="test")
-    folder = Path(args.output_dir) / "policy"
+    if not trainer.is_world_process_zero():
+        return
+    folder = trainer.artefact_folder
     policy.save_pretrained(folder)
     write_training_prompts(folder, prompts.first_questions)
     facts = {"steps": trainer.state.global_step, "texts": len(prompts.train), "device": machine(target)["device"]}

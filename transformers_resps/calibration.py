@@ -73,6 +73,11 @@ class CostTable:
         """Seconds of drafting `levels` levels of `width` nodes."""
         return levels * _interpolate(self.draft, width) if self.draft else 0.0
 
+    def step_seconds(self, shape: TreeShape, context: int) -> float:
+        """Seconds of a whole step: drafting, the target's forward over all nodes, and what surrounds both."""
+        verify = self.verify_seconds(shape.total_tokens + shape.lookup, context)
+        return self.draft_seconds(shape.top_k, shape.depth) + verify + self.overhead
+
     def running(self, context: int) -> RunningCosts:
         """What a `ThroughputPolicy` should expect at `context` positions, to be corrected while it decodes."""
         costs = RunningCosts()

@@ -31,7 +31,7 @@ class FeatureTap:
     """
 
     def __init__(self, target: PreTrainedModel, layers: list[int]) -> None:
-        self._decoder_layers = _decoder_layers(target)
+        self._decoder_layers = decoder_layers(target)
         self._layers = layers
         self._hooks = ExitStack()
         if not layers or min(layers) < 0 or max(layers) > len(self._decoder_layers):
@@ -98,7 +98,7 @@ class _Catch:
         self._keep(output[0] if isinstance(output, tuple) else output)
 
 
-def _decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     """The outermost list with as many modules as the target has layers."""
     count = target.config.get_text_config().num_hidden_layers
     for module in target.modules():

@@ -10,7 +10,6 @@ from transformers_resps.bench.headroom import (
     ceiling_of,
     choose_best_fixed,
     shapes_for,
-    step_seconds,
 )
 from transformers_resps.bench.measurement import Measurement
 from transformers_resps.calibration import CostTable
@@ -33,8 +32,7 @@ def test_a_ceiling_keeps_prefill_and_shortens_the_rest() -> None:
 
 
 def test_a_step_costs_its_drafting_its_nodes_and_what_surrounds_them() -> None:
-    table = CostTable({100: {1: 1.0, 9: 9.0}}, {2: 0.25}, {})
-    seconds = step_seconds(table, 0.5)
+    seconds = CostTable({100: {1: 1.0, 9: 9.0}}, {2: 0.25}, {}, 0.5).step_seconds
     assert seconds(PLAIN, 100) == 1.5
     assert seconds(SMALL, 100) == 0.5 + 2 * 0.25 + 4.0
     assert seconds(TreeShape(4, 2, 2, lookup=3), 100) == 0.5 + 2 * 0.25 + 7.0

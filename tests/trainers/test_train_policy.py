@@ -4,10 +4,12 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from trl import TrlParser
 
 from tests.targets import Architecture
@@ -86,6 +88,40 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypa
     assert torch.equal(
         target.generate(prompt, assistant_model=head, policy=policy, max_new_tokens=20, do_sample=False), plain
     )
+
+
+def test_processes_share_the_recording_and_read_what_all_have_recorded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[int] = []
+    waited: list[int] = []
+
+    class Scripted(SCRIPT["Recorder"]):  # type: ignore[misc,name-defined]  # a script's classes have no types here
+        def _answer(self, prompt: torch.Tensor) -> Any:
+            answered.append(int(prompt))
+            return None if prompt == 4 else SimpleNamespace(save=lambda file: save_file({"prompt": prompt}, file))
+
+        def _key(self, prompt: torch.Tensor) -> str:
+            return f"prompt-{int(prompt)}"
+
+    def process(index: int) -> Any:
+        state = SimpleNamespace(wait_for_everyone=lambda: waited.append(index))
+        args = SimpleNamespace(process_index=index, world_size=2, output_dir=folder, distributed_state=state)
+        return Scripted(None, None, None, None, args)
+
+    monkeypatch.setattr(SCRIPT["ReplayText"], "load", load_file)
+    prompts = [torch.tensor([number]) for number in range(5)]
+    process(1).record(prompts)
+    recorded = process(0).record(prompts)
+    assert answered == [1, 3, 0, 2, 4] and waited == [1, 0]
+    assert [int(text["prompt"]) for text in recorded] == [0, 1, 2, 3]  # the last answer was too short
+    assert {file.suffix for file in (folder / "replay").iterdir()} == {".safetensors"}
+
+
+def test_one_process_of_several_writes_the_policy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SCRIPT["PolicyTrainer"], "is_world_process_zero", lambda trainer: False)
+    run(folder, monkeypatch, updates=1)
+    assert (folder / "run" / "replay").is_dir() and not (folder / "run" / "policy" / "metrics.json").exists()
 
 
 def test_a_policy_can_be_trained_live_on_the_papers_preset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from .methods import fixed_tree
 from .noise import check_load
 from .options import add_options
+from .peers import check_installed
 from .profile import profile
 from .prompts import Prompt, read_dialogues, spread, to_tokens
 from .protocol import Bench
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     check_extra()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+    check_installed(args.peers)
     load_before = other_load()
     if not args.accept_noise:
         check_load(load_before)

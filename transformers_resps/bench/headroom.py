@@ -3,16 +3,14 @@
 Both come from replaying texts that the target wrote, with the cost table of this machine: nothing here is timed twice.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibration import CostTable
 from ..head import DraftHead
 from ..policy import ActionGrid
 from ..trainers.oracle import Oracle
@@ -25,7 +23,6 @@ from .protocol import sampling
 
 
 _LOOKUPS = (0, 4, 8)
-_OVERHEAD_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,24 +148,3 @@ def shapes_for(device_type: str) -> ActionGrid:
             for shape, lookup in product(trees.shapes, _LOOKUPS)
         )
     )
-
-
-def step_seconds(table: CostTable, overhead: float) -> StepSeconds:
-    """Seconds of a step: drafting, the target's forward over all nodes, and what surrounds both."""
-
-    def seconds(shape: TreeShape, context: int) -> float:
-        draft = table.draft_seconds(shape.top_k, shape.depth) if shape.asks_head else 0.0
-        return overhead + draft + table.verify_seconds(shape.total_tokens + shape.lookup, context)
-
-    return seconds
-
-
-def measure_overhead(target: Any, head: DraftHead) -> float:
-    """Seconds that a step takes beside drafting and its forward, the median over a short text."""
-    prompt = torch.ones(1, 16, dtype=torch.long, device=target.device)
-    generate: Callable[..., Any] = target.generate
-    report = generate(
-        prompt, attention_mask=torch.ones_like(prompt), assistant_model=head, do_sample=False,
-        max_new_tokens=_OVERHEAD_TOKENS, min_new_tokens=_OVERHEAD_TOKENS, return_dict_in_generate=True,
-    ).speculation  # fmt: skip
-    return float(median(max(s.step_seconds - s.draft_seconds - s.verify_seconds, 0.0) for s in report.steps[1:]))

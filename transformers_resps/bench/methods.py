@@ -1,9 +1,10 @@
 """The methods that are compared, and what each adds to the keywords of `generate`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..head import DraftHead
@@ -16,6 +17,8 @@ PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING = "prompt-lookup", "eagle", "best-fixe
 CHOICES = (PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING)  # what `--methods` takes; plain decoding is always measured
 ORACLE = "oracle (ceiling)"
 EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGLE counts them
+# Of a library with a loop of its own: prompt `[1, s]`, most new tokens, temperature, end tokens -> answer `[t]`.
+Answer = Callable[[Tensor, int, float, Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,14 @@ class Method:
         effort: what a user must have for it; of methods that are equally fast the one with the least is advised.
         seed_exact: whether sampled texts must be those of plain decoding with the same seed. Transformers' own
             assistants draw other random numbers, so theirs are right in law only.
+        answer: instead of `generate`.
     """
 
     name: str
     keywords: dict[str, Any] = field(default_factory=dict)
     effort: int = 0
     seed_exact: bool = True
+    answer: Answer | None = None
 
 
 def plain() -> Method:
@@ -49,6 +54,11 @@ def prompt_lookup() -> Method:
 def draft_model(model: PreTrainedModel) -> Method:
     """Transformers' own assisted generation with a small model."""
     return Method("draft model", {"assistant_model": model}, effort=2, seed_exact=False)
+
+
+def peers(answers: Mapping[str, Answer]) -> list[Method]:
+    """One method for each other library; to use it a user must leave `generate`."""
+    return [Method(name, effort=6, seed_exact=False, answer=answer) for name, answer in answers.items()]
 
 
 def fixed_tree(head: DraftHead, shape: TreeShape, name: str | None = None) -> Method:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..tree import TreeShape
 from .methods import CHOICES
+from .peers import PEERS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,13 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", type=shape, default=[], help="also these fixed trees: total_tokens,depth,top_k[,lookup]"
     )
     what.add_argument("--draft-model", metavar="ID", help="also Transformers' assisted generation with this model")
+    what.add_argument(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        default=[],
+        help="also these libraries, where they are installed; they draft with --draft-model, or else by lookup",
+    )
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

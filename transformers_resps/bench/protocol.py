@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..features import decoder_layers
 from .measurement import PLAIN, Measurement, token_count
 from .methods import Method
 from .prompts import Dialogue, Prompt, to_tokens
@@ -57,7 +58,8 @@ class Bench:
         ends = model.generation_config.eos_token_id
         self._end_ids = set(ends) if isinstance(ends, list) else {ends}
         self._forwards: list[float] = []  # when each began
-        model.register_forward_pre_hook(self._note_forward)
+        # Not of the model: another library may run its layers without it.
+        decoder_layers(model)[0].register_forward_pre_hook(self._note_forward)
 
     def warm_up(self, prompt: Prompt, methods: Sequence[Method]) -> None:
         """A few tokens with every method."""
@@ -74,33 +76,44 @@ class Bench:
         *,
         max_new_tokens: int | None = None,
     ) -> Run:
-        """One call of `generate`, with the repeat as its seed."""
+        """One answer, with the repeat as its seed."""
         most = max_new_tokens or self.max_new_tokens
         input_ids = prompt.input_ids[None].to(self.model.device)
-        keywords = {**method.keywords, **sampling(temperature)}
-        if "policy" in keywords:
-            keywords["policy"] = copy.deepcopy(
-                keywords["policy"]
-            )  # each answer meets it as it was loaded; "auto" learns on
+        write = self._prepared(method, input_ids, most, temperature)
         torch.manual_seed(repeat)
         self._forwards = []
         started = self._clock()
-        output = self.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=most,
-            return_dict_in_generate=True,
-            **keywords,
-        )
-        answer = output.sequences[0, input_ids.shape[1] :].tolist()  # reading it waits for the device
+        answer, report = write()
         seconds = self._clock() - started
         count = token_count(answer, self._end_ids, most)
         prefill = self._forwards[1] - started if len(self._forwards) > 1 else seconds
         measured = Measurement(
             method.name, prompt.name, repeat, count, len(self._forwards), seconds, prompt.turn, temperature, prefill
         )
-        report = getattr(output, "speculation", None)
         return Run(measured, torch.tensor(answer[:count]), [] if report is None else steps_of(report))
+
+    def _prepared(
+        self, method: Method, input_ids: Tensor, most: int, temperature: float
+    ) -> Callable[[], tuple[list[int], Any]]:
+        """All that is timed: the answer, read from the device, and its report where there is one."""
+        if method.answer is not None:
+            answer, ends = method.answer, sorted(self._end_ids - {None})
+            return lambda: (answer(input_ids, most, temperature, ends).tolist(), None)
+        keywords = {**method.keywords, **sampling(temperature)}
+        if "policy" in keywords:  # each answer meets it as it was loaded; "auto" learns on
+            keywords["policy"] = copy.deepcopy(keywords["policy"])
+
+        def generated() -> tuple[list[int], Any]:
+            output = self.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=most,
+                return_dict_in_generate=True,
+                **keywords,
+            )
+            return output.sequences[0, input_ids.shape[1] :].tolist(), getattr(output, "speculation", None)
+
+        return generated
 
     def _note_forward(self, *_: Any) -> None:
         self._forwards.append(self._clock())

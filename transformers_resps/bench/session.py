@@ -9,7 +9,7 @@ import torch
 from ..calibration import CostTable, calibrate
 from ..policy.kept import KeptPolicies
 from ..tree import TreeShape
-from .headroom import BestFixed, Headroom, ceiling_of, measure_overhead, shapes_for, step_seconds
+from .headroom import BestFixed, Headroom, ceiling_of, shapes_for
 from .journal import JOURNAL, Journal
 from .judging import Judge
 from .measurement import PLAIN, Measurement
@@ -24,12 +24,14 @@ from .methods import (
     draft_model,
     eagle_trees,
     fixed_tree,
+    peers,
     plain,
     policies,
     prompt_lookup,
     shape_name,
 )
 from .noise import check_spread
+from .peers import load_peers, peer_versions
 from .prompts import Dialogue, Prompt, check_apart, check_stems, read_dialogues, spread, to_tokens
 from .protocol import Bench, Run, Schedule
 from .provenance import code, machine
@@ -64,6 +66,7 @@ class Session:
         if not self.searched:  # only where nobody asked for it by name
             self.selected = tuple(name for name in self.selected if name != BEST_FIXED)
         self._check_prompts()
+        self.peers = load_peers(args.peers, subjects.target, subjects.draft_model)
         self.settings = self._settings()
         self.journal = Journal.open(args.output, self.settings)
         if args.accept_noise:  # what was measured so stays so when the run is resumed
@@ -105,6 +108,7 @@ class Session:
             **self.subjects.identity,
             **machine(self.subjects.target),
             **code(),
+            "peers": peer_versions(args.peers),
             "methods": list(self.selected),
             "shapes": [shape_name(shape) for shape in args.shapes],
             "datasets": list(args.dataset),
@@ -121,11 +125,8 @@ class Session:
         self._say("Measuring what steps cost here")
         self.costs = calibrate(target, head, folder=self.args.output / "costs")
         if not {BEST_FIXED, CEILING}.isdisjoint(self.selected):
-            if "overhead" not in self.journal.notes:
-                self.journal.note("overhead", measure_overhead(target, head))
-            seconds = step_seconds(self.costs, self.journal.notes["overhead"])
             grid = shapes_for(target.device.type)
-            self.headroom = Headroom(target, head, grid, seconds, self.args.max_new_tokens)
+            self.headroom = Headroom(target, head, grid, self.costs.step_seconds, self.args.max_new_tokens)
         self.methods = self._choose_methods()
         schedule = Schedule(
             self.dialogues, self.methods, self.args.temperature, self.args.repeats, self.subjects.tokenizer
@@ -144,6 +145,7 @@ class Session:
             found.append(prompt_lookup())
         if self.subjects.draft_model is not None:
             found.append(draft_model(self.subjects.draft_model))
+        found += peers(self.peers)
         if EAGLE in self.selected:
             found += eagle_trees(head)
         found += [fixed_tree(head, shape) for shape in self.args.shapes]
@@ -214,7 +216,7 @@ class Session:
 
     def _costs(self) -> dict[str, Any]:
         assert self.costs is not None
-        return {"verify": self.costs.verify, "draft": self.costs.draft, "overhead": self.journal.notes.get("overhead")}
+        return {"verify": self.costs.verify, "draft": self.costs.draft, "overhead": self.costs.overhead}
 
     def verify_cost(self) -> float | None:
         """Of a forward over eight nodes, in plain steps."""

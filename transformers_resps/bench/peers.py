@@ -1,0 +1,117 @@
+"""Other libraries that decode the same target with loops of their own. Each is imported when it is asked for.
+
+They draft with the draft model where there is one, and otherwise with what followed earlier in the text. Neither takes
+processors or streamers, and neither reads every head: `economize` refuses heads that norm their features.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .methods import Answer
+
+
+PEERS = ("flashspec", "economize")  # what `--peers` takes
+_CYCLE = 4  # tokens of a step, the default of both libraries
+
+
+def load_peers(names: Sequence[str], target: Any, draft_model: PreTrainedModel | None) -> dict[str, Answer]:
+    """Name in the table -> how it answers.
+
+    Args:
+        names: of `PEERS`.
+        target: which all of them share.
+        draft_model: that they draft with; without one they look up.
+
+    Raises:
+        ImportError: one is not installed; see `check_installed`.
+        ValueError: one cannot decode this target.
+    """
+    how = "lookup" if draft_model is None else "draft model"
+    return {f"{name} ({how})": _LOADERS[name](target, draft_model) for name in names}
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raises ValueError naming those of `names` that cannot be imported."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} cannot be found, but --peers must decode with it. Install it (pip install "
+            f"{' '.join(missing)}), or leave it out of --peers."
+        )
+
+
+def peer_versions(names: Sequence[str]) -> dict[str, str]:
+    """Of the libraries that are compared."""
+    return {name: version(name) for name in names}
+
+
+def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> Answer:
+    """Chains of drafts from a model, or from the last match (flashspec's `composite-g6-f2` with both)."""
+    from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
+    from flashspec.engine.hf_drafter import HuggingFaceDrafter
+    from flashspec.engine.ngram import NgramDrafter
+    from flashspec.engine.verifier import TargetModel
+
+    verifier = TargetModel(str(target.name_or_path), target.device, target.dtype, target)
+
+    @cache  # an engine on a GPU captures graphs at its first answer
+    def engine(temperature: float) -> Any:
+        drafter: Any = NgramDrafter()
+        if draft_model is not None:
+            name = str(draft_model.name_or_path)
+            drafter = HuggingFaceDrafter(name, target.device, target.dtype, temperature, draft_model)
+        config = FlashSpecConfig(
+            device=str(target.device),
+            dtype=str(target.dtype).removeprefix("torch."),
+            sampling=SamplingConfig(gamma=_CYCLE, temperature=temperature),
+        )
+        return SpeculativeEngine(config, [drafter], verifier)
+
+    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Tensor:
+        found: Tensor = engine(temperature).generate(input_ids, max_new_tokens, list(end_ids)).output_ids[0]
+        return found
+
+    return answer
+
+
+def _economize(target: Any, draft_model: PreTrainedModel | None) -> Answer:
+    """Its `decode`: its `generate` fails since Transformers 5.24 renamed `past_key_values`.
+
+    Raises:
+        ValueError: it cannot decode this target.
+    """
+    from economize import DecodeConfig, EconomizeError, TopPSampler, apply
+    from economize.techniques.draft_model import DraftModelConfig
+    from economize.techniques.lookup import LookupConfig
+
+    technique: Any = LookupConfig() if draft_model is None else DraftModelConfig(model=str(draft_model.name_or_path))
+    try:
+        model = apply(target, technique)
+    except EconomizeError as error:
+        raise ValueError(
+            f"economize cannot decode {type(target).__name__} ({error}), but --peers must. Leave it out of --peers."
+        ) from error
+
+    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Tensor:
+        seed = int(torch.randint(2**31, ()))  # of the seed that the bench has set
+        selector = TopPSampler(temperature, seed=seed) if temperature else None
+        decoding = DecodeConfig(_CYCLE, verifier="rejection" if temperature else None)
+        found: Tensor = model.decode(
+            input_ids, max_new_tokens, decoding=decoding, selector=selector, stop=list(end_ids)
+        ).tokens
+        return found
+
+    return answer
+
+
+_LOADERS: Mapping[str, Callable[[Any, PreTrainedModel | None], Answer]] = {
+    "flashspec": _flashspec,
+    "economize": _economize,
+}
