@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..doctor import Answer, Cell, Diagnosis, diagnose, write_answers
 from ..head import DraftHead
-from ..trainers.conversations import Conversation, read_conversations
+from ..trainers.conversations import Conversation, load_conversations
 from ..trainers.examples import make_example
 
 
@@ -65,7 +64,7 @@ def doctor(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
-    conversations = read_dataset(args.dataset, args.split, args.answers) if args.dataset else []
+    conversations = list(islice(load_conversations(args.dataset, args.split), args.answers)) if args.dataset else []
     answers = answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
     if not answers:
         questions = [asked for row in conversations if (asked := up_to(row, "user"))]
@@ -95,29 +94,6 @@ def corrections(settings: Sequence[str]) -> dict[str, Any]:
                 "rope_theta=1e4, norm_before_residual=true or feature_layers=[2,16,29]."
             ) from error
     return found
-
-
-def read_dataset(name: str, split: str, most: int) -> list[Conversation]:
-    """The first `most` conversations of a file or Hub dataset.
-
-    Raises:
-        ValueError: neither is there, or a row is no conversation.
-    """
-    if Path(name).exists():
-        return [row for row, _ in zip(read_conversations(name), range(most), strict=False)]
-    if Path(name).suffix in (".json", ".jsonl"):
-        raise ValueError(f"`--dataset {name}` does not exist. Pass a .json or .jsonl file, or a Hub id.")
-    try:
-        from datasets import load_dataset  # an extra, for those who read datasets from the Hub
-    except ImportError as error:
-        raise ValueError(
-            f"`--dataset {name}` is no file here, and the Hub's datasets need the package `datasets`. Install "
-            "transformers-resps[train], or pass a .json or .jsonl file."
-        ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        load_dataset(name, split=f"{split}[:{most}]").to_json(file)
-        return list(read_conversations(file))
 
 
 def answered(

@@ -1,6 +1,7 @@
 """`resps verify`: is the text with a head and a policy the model's own."""
 
 import argparse
+from itertools import islice
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..head import DraftHead
 from ..policy import AutoPolicy, FixedPolicy, Policy
+from ..trainers.conversations import load_conversations
 from ..tree import TreeShape
 from ..verification import NotLosslessError, assert_lossless
 from ..verification.rounding import move_of_gaps
-from .doctor import default_questions, prompt_ids, read_dataset, up_to
+from .doctor import default_questions, prompt_ids, up_to
 
 
 def add_command(commands: Any) -> None:
@@ -89,7 +91,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
     """
     questions = default_questions(args.prompts)
     if args.dataset:
-        rows = read_dataset(args.dataset, args.split, args.prompts)
+        rows = islice(load_conversations(args.dataset, args.split), args.prompts)
         questions = [asked for row in rows if (asked := up_to(row, "user"))]
     if not questions:
         raise ValueError(
