@@ -92,6 +92,35 @@ class HeadScriptArguments:
     )
 
 
+@dataclass
+class AdapterArguments:
+    """Adapters instead of the whole head, under the names that TRL's scripts use."""
+
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters on `head`; they are merged into what is written."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their scale is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of their inputs that is left out in training."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["fc", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "Layers of the head that get one."},
+    )
+
+    def config(self) -> Any:
+        """For `DraftHeadTrainer`; `None` trains the whole head."""
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+        )
+
+
 def load_target(script: HeadScriptArguments) -> PreTrainedModel:
     """The target, if it can read texts of `max_length` tokens."""
     target = AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)
@@ -161,8 +190,12 @@ def training_facts(trainer: DraftHeadTrainer, texts: int, seconds: float | None)
 
 
 def main() -> None:
-    parser = TrlParser((HeadScriptArguments, DraftHeadTrainingConfig))  # type: ignore[no-untyped-call]
-    script, args = parser.parse_args_and_config()
+    parser = TrlParser((HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig))  # type: ignore[no-untyped-call]
+    script, adapters, args = parser.parse_args_and_config()
+    if adapters.use_peft and script.head is None:
+        raise ValueError(
+            "`use_peft` is set, but adapters need a head that drafts already. Pass `head`, or train whole."
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
     output = Path(args.output_dir)
@@ -170,14 +203,17 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     target = load_target(script)
     train, held_out = read_examples(script, tokenizer)
-    head = make_head(script, checkpoint or script.head, target, tokenizer, train)
+    # A checkpoint of adapters holds nothing else.
+    start = script.head if adapters.use_peft else checkpoint or script.head
+    head = make_head(script, start, target, tokenizer, train)
 
     train_set, held_out_set = ExampleDataset(train), ExampleDataset(held_out)
     if script.feature_cache_dir is not None:
         frozen = FrozenTarget(target, list(head.config.feature_layers or []))
         held_out_set = CachedFeatures(held_out, script.feature_cache_dir, frozen)
         train_set = CachedFeatures(train, script.feature_cache_dir, frozen)
-    trainer = DraftHeadTrainer(head, target, args, train_set, held_out_set if held_out else None)
+    held_out_texts = held_out_set if held_out else None
+    trainer = DraftHeadTrainer(head, target, args, train_set, held_out_texts, peft_config=adapters.config())
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,5 +1,6 @@
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,30 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
     assert resumed.state.global_step == whole.state.global_step == 7
     expected = bits(head)
     assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())
+
+
+class Minute(TrainerCallback):
+    """A clock on which every step takes one."""
+
+    seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += 60.0
+
+
+def test_a_resumed_run_tells_the_time_left_by_its_own_steps(tmp_path, monkeypatch):
+    for callbacks, resume, first in (([Stop(3)], None, 4.0), ([], True, 1.0)):
+        clock = Minute()
+        monkeypatch.setattr(
+            "transformers_resps.trainers.head_trainer.time",
+            SimpleNamespace(monotonic=lambda clock=clock: clock.seconds),
+        )
+        target, head = fresh()
+        args = config(tmp_path, max_steps=5)
+        trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts()), callbacks=[clock, *callbacks])
+        trainer.train(resume_from_checkpoint=resume)
+        told = [entry["minutes_left"] for entry in trainer.state.log_history if "minutes_left" in entry]
+        assert told[-2 if resume else 0] == first
 
 
 def test_ctrl_c_writes_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(tmp_path):

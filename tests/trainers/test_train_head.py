@@ -85,6 +85,26 @@ def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
     assert state["global_step"] == 4
 
 
+def test_adapters_for_a_domain_are_resumed_and_merged_into_the_head_that_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = SCRIPT["AutoModelForCausalLM"].from_pretrained(folder / "target")
+    given = DraftHead.from_target(target, draft_token_ids=torch.tensor([2, 3, 4, 5, 9, 11]))
+    given.save_pretrained(folder / "given")
+    options = {"use_peft": True, "lora_r": 2, "lora_target_modules": "q_proj down_proj", "learning_rate": 0.1}
+    with pytest.raises(ValueError, match="`use_peft` is set, but adapters need a head.*Pass `head`"):
+        run(folder, monkeypatch, **options)
+    run(folder, monkeypatch, head=folder / "given", **options)
+    run(folder, monkeypatch, head=folder / "given", **options, max_steps=4)
+    checkpoint = folder / "run" / "checkpoint-4"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 4
+    assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
+    ours = DraftHead.from_pretrained(folder / "run" / "head", target=target)
+    assert torch.equal(ours.fc.weight, given.fc.weight.bfloat16().to(ours.fc.weight))
+    moved = (ours.layers[0].mlp.down_proj.weight - given.layers[0].mlp.down_proj.weight).abs().max()
+    assert moved > 1e-2
+
+
 def test_a_head_of_another_target_is_refused_before_any_text_is_read_by_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         target.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
         self.target = FrozenTarget(target, list(bound.head.config.feature_layers or []))
         self._meters = {"train": LevelMeter(args.steps), "eval": LevelMeter(args.steps)}
-        self._clock = (time.monotonic(), 0)
+        self._clock: tuple[float, int] | None = None  # when the metrics began that are due next, and at which step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; but Ctrl-C in a run of one process first finishes the step and writes a checkpoint.
@@ -92,6 +92,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         Raises:
             KeyboardInterrupt: after that.
         """
+        self._clock = None
         if self.accelerator.num_processes > 1:  # each would stop at a step of its own, and wait for the others
             return super().train(*args, **kwargs)
         with Interruption() as interruption:
@@ -110,6 +111,8 @@ class DraftHeadTrainer(ArtefactTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted loss of all levels, per predicted token of the optimiser step."""
+        if model.training and self._clock is None:  # only here a resumed run knows its step
+            self._clock = (time.monotonic(), self.state.global_step)
         loss, losses, hits, predicted = self._levels(model, inputs)
         self._meters["train" if model.training else "eval"].add(losses, hits, predicted, inputs["input_ids"].numel())
         count = predicted[0] if num_items_in_batch is None else num_items_in_batch
@@ -203,7 +206,8 @@ class DraftHeadTrainer(ArtefactTrainer):
         super().log(logs, start_time)
 
     def _pace(self, tokens: int) -> dict[str, float]:
-        (before, step), now = self._clock, time.monotonic()
+        now = time.monotonic()
+        before, step = self._clock or (now, self.state.global_step)
         self._clock = (now, self.state.global_step)
         done = self.state.global_step - step
         if done <= 0:
