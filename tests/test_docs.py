@@ -120,10 +120,10 @@ def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.Mo
             runpy.run_path(str(ROOT / script), run_name="__main__")
         case ["make", goal, *_]:
             assert re.search(rf"^{goal}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        case ["pip", "install", wanted]:
+        case ["pip", "install", *options, wanted]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             name, _, extras = wanted.strip("]").partition("[")
-            assert name == project["name"]
+            assert name == ("." if options == ["-e"] else project["name"])
             assert set(filter(None, extras.split(","))) <= set(project["optional-dependencies"])
         case _:
             pytest.fail(f"nothing checks the command `{line}`; add a case")
