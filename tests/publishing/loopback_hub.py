@@ -272,6 +272,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 files[value["path"]] = self.hub.large[value["oid"]]
+            elif key == "deletedFile":
+                del files[value["path"]]
         oid = repository.commit(files, rev)
         self._json({"commitUrl": f"{self.hub.endpoint}/{id}/commit/{oid}", "commitOid": oid})
 

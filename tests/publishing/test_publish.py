@@ -40,6 +40,27 @@ def test_a_head_is_published_whole_in_one_commit_with_the_card_naming_the_reposi
     assert DraftHead.from_pretrained(REPO).config.draft_vocab_size == 48
 
 
+def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(hub, folder):
+    assert publish(folder, REPO) == 0
+    (folder / "speed_ratio.png").unlink()
+    assert publish(folder, "--render") == 0
+    repository = hub.repositories[REPO]
+    by_hand = {"LICENSE": b"mit", "images/drawn.png": b"\x89"}
+    repository.commit(repository.files | by_hand | {"custom_generate/old.py": b""})
+    assert publish(folder, REPO) == 0
+    assert set(repository.files) == {".gitattributes", *snapshot(folder), *by_hand}
+
+
+def test_a_measured_repository_takes_no_weights_without_measurements(hub, folder):
+    assert publish(folder, REPO) == 0
+    before = dict(hub.repositories[REPO].files)
+    head = DraftHead.from_pretrained(REPO)
+    with pytest.raises(FileExistsError, match=r"holds metrics.json and results.json of other weights"):
+        head.push_to_hub(REPO)
+    assert hub.repositories[REPO].files == before
+    head.push_to_hub("tester/other")
+
+
 def test_a_policy_is_published_likewise(hub, tmp_path):
     assert publish(policy_folder(tmp_path / "policy"), "tester/policy") == 0
     assert AutoPolicy.from_pretrained("tester/policy").config.grid is not None

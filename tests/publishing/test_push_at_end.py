@@ -13,6 +13,7 @@ from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from tests.trainers.test_head_trainer import config, fresh, texts
 from transformers_resps import AutoPolicy, DraftHead
+from transformers_resps.hub import Destination, upload
 from transformers_resps.publishing import find_faults
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
 from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts
@@ -63,6 +64,12 @@ def test_a_hub_that_fails_in_the_middle_does_not_stop_the_training_but_the_end_i
 def test_a_wrong_token_is_told_before_the_training(hub, tmp_path):
     with pytest.raises(OSError, match="hf auth login"):
         trainer(tmp_path, hub_token="hf_wrong")
+
+
+def test_a_repository_with_measurements_is_refused_before_the_training(hub, tmp_path):
+    upload({"results.json": b"{}"}, Destination(REPO), "Publish")
+    with pytest.raises(FileExistsError, match=r"results.json of other weights"):
+        trainer(tmp_path)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.publishing.loopback_hub import LoopbackHub
-from transformers_resps.hub import Destination, upload
+from transformers_resps.hub import Destination, Existing, upload
 
 
 REPO = "tester/head"
@@ -47,10 +47,25 @@ def test_a_branch_is_made_and_the_main_one_left_alone(hub):
 
 
 def test_a_file_to_keep_is_kept_where_it_is_and_written_where_it_is_not(hub):
-    upload(FILES, Destination(REPO), "Publish", keep=("README.md",))
+    keep = Existing(keep=("README.md",))
+    upload(FILES, Destination(REPO), "Publish", existing=keep)
     assert received(hub)["README.md"] == FILES["README.md"]
-    upload({"README.md": b"other", "config.json": b"[]"}, Destination(REPO), "Again", keep=("README.md",))
+    upload({"README.md": b"other", "config.json": b"[]"}, Destination(REPO), "Again", existing=keep)
     assert received(hub)["README.md"] == FILES["README.md"] and received(hub)["config.json"] == b"[]"
+
+
+def test_a_file_that_tells_of_other_weights_is_refused_and_nothing_committed(hub):
+    refuse = Existing(refuse=("results.json",))
+    upload(FILES | {"results.json": b"{}"}, Destination(REPO), "Publish", existing=refuse)
+    with pytest.raises(FileExistsError, match=r"holds results.json of other weights.*Run training/publish.py"):
+        upload(FILES | {"config.json": b"[]"}, Destination(REPO), "Again", existing=refuse)
+    assert received(hub) == FILES | {"results.json": b"{}"}
+
+
+def test_leftovers_go_in_the_same_commit_and_what_is_not_asked_about_stays(hub):
+    upload(FILES | {"old.png": b"", "LICENSE": b""}, Destination(REPO), "Publish")
+    upload(FILES, Destination(REPO), "Again", existing=Existing(remove=lambda name: name.endswith((".png", ".md"))))
+    assert received(hub) == FILES | {"LICENSE": b""} and len(hub.repositories[REPO].commits) == 3
 
 
 @pytest.mark.parametrize("call", ["repos/create", "/commit/"])

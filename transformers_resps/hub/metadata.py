@@ -1,8 +1,9 @@
 """The YAML at the top of a card, by which the Hub shows a head or a policy on the page of its target."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -15,6 +16,15 @@ def as_hub_id(name: str | None) -> str | None:
     """`name` if it reads as an id of the Hub and is no folder here."""
     is_id = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     return name if is_id else None
+
+
+def shareable(identity: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a target or head is remembered by, for others' eyes: of a folder here the last part of its path alone."""
+    if identity is None:
+        return None
+    name = identity.get("name_or_path")
+    is_folder = bool(name) and Path(name).is_dir()
+    return {**identity, "name_or_path": Path(name).resolve().name} if is_folder else dict(identity)
 
 
 def front_matter(

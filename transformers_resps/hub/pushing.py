@@ -6,14 +6,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .metadata import GENERAL_TAGS, as_hub_id, front_matter
-from .upload import Destination, upload
+from .upload import Destination, Existing, upload
 
 
 CARD = "README.md"
+MEASURED = ("results.json",)  # what publishing puts beside the weights that it tells of
+_TOLD = (*MEASURED, "metrics.json")
 
 
 def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:
     """Upload what `save` writes into a folder, and `card` where the repository has none.
+
+    A repository that tells figures of other weights is refused, not cleared: they may be somebody's only copy.
 
     Returns:
         The address of the commit.
@@ -25,7 +29,7 @@ def push_saved(save: Callable[[Path], Any], card: str, destination: Destination,
         folder = Path(name)
         save(folder)
         files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
-        return upload({CARD: card.encode(), **files}, destination, message, keep=(CARD,))
+        return upload({CARD: card.encode(), **files}, destination, message, existing=Existing((CARD,), _TOLD))
 
 
 def plain_card(kind: str, tag: str, target: str | None, use: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from .transport import TransportError
@@ -38,12 +38,27 @@ class Destination:
     create_pr: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """What becomes of files that the repository has already.
+
+    Attributes:
+        keep: of an upload, those that are left as they are.
+        refuse: where there is one of these, nothing is uploaded: it tells of other weights.
+        remove: says of a file that an upload does not have whether it is deleted.
+    """
+
+    keep: tuple[str, ...] = ()
+    refuse: tuple[str, ...] = ()
+    remove: Callable[[str], bool] = lambda name: False
+
+
 def upload(
     files: Mapping[str, Path | bytes],
     destination: Destination,
     message: str,
     *,
-    keep: tuple[str, ...] = (),
+    existing: Existing = Existing(),
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
     """Commit `files` on top of what the repository holds now; returns the address of the commit.
@@ -54,30 +69,29 @@ def upload(
         files: path in the repository -> a local file, or its content.
         destination: see there.
         message: subject of the commit.
-        keep: of `files`, those that are left as they are where the repository has them.
+        existing: what becomes of the files that are there.
         sleep: waits that many seconds.
 
     Raises:
-        OSError: the Hub refused, or somebody else committed meanwhile. Nothing was committed.
+        OSError: the Hub refused, somebody else committed meanwhile, or there is a file that `existing` refuses (then
+            a `FileExistsError`). Nothing was committed.
         ConnectionError: the connection broke. Either all was committed or nothing.
         ValueError: `repo_id` is no id.
     """
     with _explained(destination.repo_id):
-        return _commit(files, destination, message, keep, sleep)
+        return _commit(files, destination, message, existing, sleep)
 
 
-def make_repository(destination: Destination, sleep: Callable[[float], None] = time.sleep) -> str:
-    """Make the repository if it is missing; returns its full id. Refused where an upload would be.
+def make_repository(
+    destination: Destination, existing: Existing = Existing(), sleep: Callable[[float], None] = time.sleep
+) -> str:
+    """Make the repository and the branch if they are missing; returns the full id. Refused where an upload would be.
 
     Raises:
         OSError, ConnectionError, ValueError: as `upload`.
     """
-    api = HfApi(token=destination.token)
     with _explained(destination.repo_id):
-        made = _patiently(
-            lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep
-        )
-    return made.repo_id
+        return _prepared(destination, existing, sleep).id
 
 
 @contextmanager
@@ -99,25 +113,44 @@ def _explained(repo_id: str) -> Iterator[None]:
         ) from error
 
 
+def _prepared(destination: Destination, existing: Existing, sleep: Callable[[float], None]) -> ModelInfo:
+    """The repository as it is before a commit."""
+    api, revision = HfApi(token=destination.token), destination.revision
+    made = _patiently(lambda: api.create_repo(destination.repo_id, private=destination.private, exist_ok=True), sleep)
+    if revision is not None and not revision.startswith("refs/pr"):
+        _patiently(lambda: api.create_branch(made.repo_id, branch=revision, exist_ok=True), sleep)
+    before = _patiently(lambda: api.model_info(made.repo_id, revision=revision), sleep)
+    if refused := sorted(_names(before).intersection(existing.refuse)):
+        named = " and ".join(refused)
+        raise FileExistsError(
+            f"{made.repo_id} holds {named} of other weights: beside those, new ones would pass for what was measured. "
+            "They must be published with measurements of their own, or stand alone. Run training/publish.py, push to "
+            f"another repository, or first delete {named} there, and what its card says of them."
+        )
+    return before
+
+
+def _names(repository: ModelInfo) -> set[str]:
+    return {file.rfilename for file in repository.siblings or ()}
+
+
 def _commit(
     files: Mapping[str, Path | bytes],
     destination: Destination,
     message: str,
-    keep: tuple[str, ...],
+    existing: Existing,
     sleep: Callable[[float], None],
 ) -> str:
-    repo_id = make_repository(destination, sleep)
-    api, revision = HfApi(token=destination.token), destination.revision
-    if revision is not None and not revision.startswith("refs/pr"):
-        _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), sleep)
-    before = _patiently(lambda: api.model_info(repo_id, revision=revision), sleep)
-    kept = {file.rfilename for file in before.siblings or ()} & set(keep)
+    before = _prepared(destination, existing, sleep)
+    held = _names(before)
+    added = [CommitOperationAdd(name, file) for name, file in files.items() if name not in held & set(existing.keep)]
+    removed = [CommitOperationDelete(name) for name in sorted(held - files.keys()) if existing.remove(name)]
     commit = _patiently(
-        lambda: api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, file) for name, file in files.items() if name not in kept],
+        lambda: HfApi(token=destination.token).create_commit(
+            before.id,
+            [*added, *removed],
             commit_message=message,
-            revision=revision,
+            revision=destination.revision,
             create_pr=destination.create_pr,
             parent_commit=None if destination.create_pr else before.sha,
         ),

@@ -23,7 +23,7 @@ from .custom_code import CUSTOM_GENERATE, is_ours
 
 _MOST_BYTES = {".safetensors": 5 << 30}  # the Hub's for one upload over HTTP
 _MOST_OTHER_BYTES = 10 << 20  # the Hub's for files that are not stored apart
-_KINDS = {".json", ".yaml", ".md", ".png", ".safetensors"}
+KINDS = {".json", ".yaml", ".md", ".png", ".safetensors"}
 _TEXTS = {".json", ".yaml"}
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~|/[\w.@-]+)/[\w.@/-]+|\b[A-Za-z]:\\[\w\\.-]+|\bfile:/+\S+")
 _UNTELLING_USERS = {"root"}
@@ -73,9 +73,9 @@ def _file_faults(folder: Path, file: Path) -> Iterator[str]:
         if not is_ours(folder, file):
             yield f"{name} is code that this release did not write. Delete it; it is written anew when publishing."
         return
-    if "/" in name or file.suffix not in _KINDS:
+    if "/" in name or file.suffix not in KINDS:
         yield (
-            f"{name} does not belong to a head or policy: only {', '.join(sorted(_KINDS))} files are published, no "
+            f"{name} does not belong to a head or policy: only {', '.join(sorted(KINDS))} files are published, no "
             "code and no pickle. Move it away."
         )
         return

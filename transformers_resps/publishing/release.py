@@ -1,13 +1,13 @@
 """Publish a folder: look for faults, then put all of it on the Hub in one commit."""
 
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from ..hub import Destination, upload
+from ..hub import Destination, Existing, upload
 from .artefact import CARD, read_artefact
 from .card import render_card
-from .checks import find_faults
-from .custom_code import custom_generate_files
+from .checks import KINDS, find_faults
+from .custom_code import CUSTOM_GENERATE, custom_generate_files
 
 
 def local_name(folder: Path) -> str:
@@ -46,18 +46,26 @@ def publish(
     folder: Path,
     destination: Destination,
     *,
-    upload: Callable[[dict[str, Path | bytes], Destination, str], str] = upload,
+    upload: Callable[..., str] = upload,
 ) -> str:
     """Publish `folder` if nothing is wrong with it; returns the address of the commit. The folder is only read.
 
-    The published card names the repository in its example; the local one names the folder.
+    The published card names the repository in its example; the local one names the folder. Files that earlier
+    publications left and this one lacks, such as plots, are deleted: they would tell of other weights.
 
     Raises:
         ValueError: lists everything that is wrong.
         OSError: the Hub refused, or the connection broke; see `transformers_resps.hub.upload`.
     """
     check(folder, destination.repo_id)
-    return upload(files_of(folder, destination.repo_id), destination, f"Publish {folder.resolve().name}")
+    message = f"Publish {folder.resolve().name}"
+    return upload(files_of(folder, destination.repo_id), destination, message, existing=Existing(remove=is_published))
+
+
+def is_published(name: str) -> bool:
+    """Whether a file of a repository is one that publishing puts there, by its place and kind; others are let be."""
+    path = PurePosixPath(name)
+    return path.parts[0] == CUSTOM_GENERATE or (len(path.parts) == 1 and path.suffix in KINDS)
 
 
 def check(folder: Path, repo_id: str) -> None:

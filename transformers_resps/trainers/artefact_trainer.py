@@ -11,10 +11,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
-from ..hub import Destination, make_repository, upload
+from ..hub import MEASURED, Destination, Existing, make_repository, upload
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
+
+_UNMEASURED = Existing(refuse=MEASURED)
 
 
 class ArtefactTrainer(Trainer):
@@ -44,7 +46,8 @@ class ArtefactTrainer(Trainer):
             where: `token`, `revision` and `private`, if other than those of `args`.
 
         Raises:
-            OSError: the Hub refused, or the connection broke; nothing was committed, and the folder is as it was.
+            OSError: the Hub refused, the connection broke, or the repository was published with measurements;
+                nothing was committed, and the folder is as it was.
         """
         if not self.is_world_process_zero():
             return None
@@ -53,16 +56,19 @@ class ArtefactTrainer(Trainer):
         files: dict[str, Path | bytes] = {
             file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
         }
-        return upload(files, self._destination(**where), commit_message or "End of training")
+        message = commit_message or "End of training"
+        return upload(files, self._destination(**where), message, existing=_UNMEASURED)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository before the training, so that a refusal comes before the work.
 
         Raises:
-            OSError: the Hub refused.
+            OSError: the Hub refused, or the repository was published with measurements.
         """
         if self.is_world_process_zero():
-            repo_id: Any = make_repository(self._destination())  # Transformers infers the attribute to be None
+            repo_id: Any = make_repository(
+                self._destination(), _UNMEASURED
+            )  # Transformers infers the attribute to be None
             self.hub_model_id = repo_id
 
     def _destination(self, **where: Any) -> Destination:
