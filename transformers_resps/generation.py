@@ -105,12 +105,15 @@ class ReSpSGenerationMixin(GenerationMixin):
             if request is not None and policy == "auto":
                 KeptPolicies.of(self).give_back(draft_head(assistant_model), request.policy)
 
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        """Where stock `generate` goes when it is given an assistant."""
+    def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
+        """Where stock `generate` goes when it is given an assistant.
+
+        `inputs_tensor`, which the assistant of an encoder-decoder encodes, comes only to a method that names it.
+        """
         request = _request.get()
         stock: Any = super()
         if request is None or request.head is None or kwargs.get("assistant_model") is not request.head.head:
-            return stock._assisted_decoding(*args, **kwargs)
+            return stock._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
         return self._speculate(request, *args, **kwargs)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, set_seed
+from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration, set_seed
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import attach, detach
@@ -74,6 +74,20 @@ def test_the_attached_model_may_be_an_assistant_itself(
     expected = stock.generate(PROMPT, max_new_tokens=10)
     for draft in (attach(copy.deepcopy(assistant)), attached):
         assert attached.generate(PROMPT, max_new_tokens=10, assistant_model=draft).tolist() == expected.tolist()
+
+
+def test_an_encoder_decoder_keeps_its_assistant() -> None:
+    """Stock `generate` hands the encoder's input only to a decoding method that names it."""
+
+    def build(seed: int) -> PreTrainedModel:
+        set_seed(seed)
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        special = {"decoder_start_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+        return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes, **special)).eval()
+
+    stock, assistant = build(0), build(1)
+    expected = stock.generate(PROMPT, max_new_tokens=8, assistant_model=assistant)
+    assert attach(stock).generate(PROMPT, max_new_tokens=8, assistant_model=assistant).tolist() == expected.tolist()
 
 
 def test_detached_it_is_the_stock_model_again(
