@@ -5,6 +5,7 @@ from .conversations import load_conversations, read_conversations
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
 from .examples import Example, make_example, make_examples, split_examples
 from .feature_cache import CachedFeatures, ExampleDataset
+from .fitted_policy import fitted_policy
 from .head_config import DraftHeadTrainingConfig
 from .head_trainer import DraftHeadTrainer, save_head
 from .live_rollouts import LiveRollouts
@@ -42,6 +43,7 @@ __all__ = [
     "StepSeconds",
     "TextOutcomes",
     "choose_draft_vocabulary",
+    "fitted_policy",
     "head_fingerprint",
     "load_conversations",
     "make_example",

@@ -1,0 +1,77 @@
+"""Fit a `ThroughputPolicy` to recorded texts: how far a head's scores can be trusted, level by level.
+
+Knows recordings and odds: nothing of costs, which belong to a machine. Shapes: t positions, p pool nodes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..policy import ThroughputPolicy
+from ..policy.node_odds import LEVELS, LogisticMap, NodeOdds
+from .recorded_text import RecordedText
+
+
+_PRIOR = 1.0  # nodes that the head's own word is worth
+_STEPS = 30  # of Newton's method; a handful suffice
+_LEAST_SLOPE = 0.1  # a more probable path is never less likely to be accepted
+
+
+def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4) -> ThroughputPolicy:
+    """A policy that starts from what these texts tell of the head, and goes on learning from there.
+
+    Args:
+        texts: recorded with pools of `top_k`.
+        top_k: children per node, as the policy will ask for.
+
+    Raises:
+        ValueError: a text has no such pools.
+    """
+    nodes = [_outcomes(text, top_k) for text in texts]
+    levels, scores, accepted = (torch.cat([part[place] for part in nodes]) for place in range(3))
+    maps = []
+    for level in range(1, LEVELS + 1):
+        here = levels >= level if level == LEVELS else levels == level
+        maps.append(fit_map(scores[here], accepted[here]))
+    return ThroughputPolicy(top_k=top_k, odds=NodeOdds(maps))
+
+
+def fit_map(scores: Tensor, accepted: Tensor) -> LogisticMap:
+    """The map under which the outcomes are likeliest, by Newton's method; the head's own word without outcomes.
+
+    Args:
+        scores: `[n]` log probability of each node's path under the head.
+        accepted: `[n]` whether the target followed it.
+    """
+    scores = scores.double().clamp(max=-1e-4)  # as `LogisticMap` reads them
+    inputs = torch.stack([torch.ones_like(scores), scores - torch.log1p(-scores.exp())], dim=1)
+    prior = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    found = prior.clone()
+    for _ in range(_STEPS):
+        odds = (inputs @ found).sigmoid()
+        slope = inputs.T @ (odds - accepted.double()) + _PRIOR * (found - prior)
+        curvature = (inputs * (odds * (1 - odds))[:, None]).T @ inputs + _PRIOR * torch.eye(2, dtype=torch.float64)
+        found = found - torch.linalg.solve(curvature, slope).clamp(-1.0, 1.0)
+    return LogisticMap(float(found[0]), max(float(found[1]), _LEAST_SLOPE))
+
+
+def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Level, score and acceptance of every node whose outcome the text shows, `[n]` each."""
+    if top_k not in text.pools:
+        raise ValueError(
+            f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "
+            "again with `record_pools(..., depths=...)`."
+        )
+    pool = text.pools[top_k]
+    depth = int(pool.levels[-1])
+    upcoming = text.upcoming(depth)
+    parent = torch.full((len(text), 1), -1)  # of the level that comes: the root
+    right = torch.zeros_like(pool.tokens, dtype=torch.bool)
+    for level in range(1, depth + 1):
+        hits = (pool.tokens == upcoming[:, level - 1 : level]) & (pool.parents == parent) & (pool.levels == level)
+        right |= hits
+        parent = torch.where(hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True), -2)  # -2: nobody's
+    is_told = upcoming[:, pool.levels - 1] >= 0
+    levels = pool.levels.expand_as(pool.tokens)
+    return levels[is_told], pool.scores[is_told].double(), right[is_told]
