@@ -75,8 +75,9 @@ def read_request(
     bound = None if head is None else BoundHead(head, target)
     check_tree_attention(target)
     policy = _resolve_policy(policy, head, target)  # last: a refused call must not lose what "auto" has learned
-    if hasattr(policy, "check_identity"):
-        policy.check_identity(**policy_identity(target, head))
+    check_identity = getattr(policy, "check_identity", None)
+    if check_identity is not None:
+        check_identity(**policy_identity(target, head))
     return Request(bound, policy, lockstep)
 
 

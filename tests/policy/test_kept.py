@@ -92,6 +92,13 @@ def test_generate_refuses_a_policy_of_another_head_or_target(
         )
 
 
+def test_a_head_is_not_hashed_for_a_policy_that_belongs_to_nobody(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor]
+) -> None:
+    attach(tiny_target).generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=2)
+    assert "_fingerprint" not in tiny_head.__dict__
+
+
 def test_the_fingerprint_follows_the_weights(tiny_head: DraftHead) -> None:
     before = head_fingerprint(tiny_head)
     assert head_fingerprint(tiny_head) == before

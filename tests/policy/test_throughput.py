@@ -264,6 +264,15 @@ def test_costs_are_interpolated_and_never_fall_with_more_nodes() -> None:
     assert costs.verify(24) > costs.verify(16)
 
 
+def test_a_forward_that_took_far_less_than_a_smaller_one_did_makes_the_smaller_one_cheaper() -> None:
+    costs = RunningCosts()
+    for nodes, seconds in ((1, 3.0), (8, 4.0), (8, 1.5)):
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    assert costs.verify(1) == costs.verify(8) == 1.5
+    costs.add(8, 0, 1.3, 0.0, 1.3)  # chance
+    assert costs.verify(1) == 1.5
+
+
 def test_a_clock_that_jumps_or_stands_still_is_survived() -> None:
     for policy in (ThroughputPolicy(), Guard(ThroughputPolicy())):
         observation = Observation(torch.full((1, 4), torch.nan), 9, 0, 20, lambda: [0.9, 0.8])
@@ -271,3 +280,35 @@ def test_a_clock_that_jumps_or_stands_still_is_survived() -> None:
             shape = policy.choose(observation)
             policy.observe(StepRecord(shape, 0, 1 + shape.lookup, 0, 1, 0.0, seconds, seconds))
         assert isinstance(policy.choose(observation), TreeShape)
+
+
+def slowed(factor: float) -> Callable[[int], float]:
+    return lambda nodes: factor * (1.0 + 0.1 * (nodes - 1))
+
+
+@pytest.mark.parametrize(
+    "before", [slowed(2.0), slowed(3.3), lambda nodes: 3.3 + 0.02 * (nodes - 1)], ids=["twice", "batch of 8", "flat"]
+)
+def test_the_guard_notices_that_plain_steps_have_become_cheaper(before: Callable[[int], float]) -> None:
+    """A batch of eight, then one row; or a machine that was busy."""
+    machine, policy = Machine(before, level_seconds=0.05, hit=0.8), Guard(ThroughputPolicy())
+    machine.write(policy, 300)
+    machine.verify, machine.hit = slowed(1.0), 0.01
+    assert machine.write(policy, 96) > 0.95
+
+
+def test_first_steps_that_are_slow_do_not_make_trees_look_free() -> None:
+    machine, policy = Machine(slowed(5.0), level_seconds=0.05, hit=0.01, claimed=0.8), Guard(ThroughputPolicy())
+    machine.write(policy, 2)
+    machine.verify = slowed(1.0)
+    assert machine.write(policy, 96) > 0.95
+
+
+def test_a_guarded_policy_that_chooses_no_shape_is_named() -> None:
+    class Odd(Policy):
+        def choose(self, observation: Observation) -> TreeShape:
+            return (8, 4, 2)  # type: ignore[return-value]
+
+    guard, machine = Guard(Odd()), Machine(0.1, 0.1, 0.5)
+    with pytest.raises(ValueError, match=r"Odd.* chose \(8, 4, 2\), but a step needs a TreeShape"):
+        machine.run(guard, 2)

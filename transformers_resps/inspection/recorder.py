@@ -1,6 +1,7 @@
 """Keep what a policy sees and decides, and the tree that comes of it. Knows nothing of texts or pages."""
 
 from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -93,12 +94,7 @@ class Recorder(Policy):
         self.steps[-1].record = record
         self.policy.observe(record)
 
-    def check_identity(self, **given: Any) -> None:
-        """As the recorded policy's, if it has an identity.
-
-        Raises:
-            ValueError: it was made for another target or head.
-        """
-        check = getattr(self.policy, "check_identity", None)
-        if check is not None:
-            check(**given)
+    @property
+    def check_identity(self) -> Callable[..., None] | None:
+        """The recorded policy's own, if it has an identity."""
+        return getattr(self.policy, "check_identity", None)

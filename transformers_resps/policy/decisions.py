@@ -25,13 +25,7 @@ def choose_shape(policy: Policy, observation: Observation, draft_rows: int) -> T
     Raises:
         ValueError: it is no shape, or one larger than `MOST_NODES` and `MOST_CANDIDATES` allow.
     """
-    shape = policy.choose(observation)
-    if not isinstance(shape, TreeShape):
-        raise ValueError(
-            f"{policy!r} chose {shape!r}, but a step needs a TreeShape. Return one from `choose`; "
-            "`TreeShape.plain()` drafts nothing."
-        )
-    shape = shape.within(observation.room - 1)
+    shape = ask_shape(policy, observation).within(observation.room - 1)
     if draft_rows == 0:
         return TreeShape(1, 0, 1, shape.lookup)
     width = min(shape.top_k, shape.total_tokens - 1, draft_rows)
@@ -41,6 +35,21 @@ def choose_shape(policy: Policy, observation: Observation, draft_rows: int) -> T
             f"{policy!r} chose {shape}, which drafts up to {candidates} candidates, but a step has memory for "
             f"{MOST_CANDIDATES}, and for {MOST_NODES} nodes of them. Return a smaller shape from `choose`; published "
             "trees have 60 nodes."
+        )
+    return shape
+
+
+def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
+    """The shape that `policy` chooses, as it is.
+
+    Raises:
+        ValueError: it is no shape.
+    """
+    shape = policy.choose(observation)
+    if not isinstance(shape, TreeShape):
+        raise ValueError(
+            f"{policy!r} chose {shape!r}, but a step needs a TreeShape. Return one from `choose`; "
+            "`TreeShape.plain()` drafts nothing."
         )
     return shape
 

@@ -1,5 +1,6 @@
 """Never slower than plain: drafting may lose only a small share of the time, and must earn the rest back."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from torch import Tensor
 from ..telemetry import StepRecord
 from ..tree import TreeShape
 from .costs import RunningCosts
+from .decisions import ask_shape, count_nodes, wants_level
 from .protocol import Level, Observation, Policy
 from .saving import SavedPolicy, class_of
 
@@ -18,6 +20,7 @@ _TRIAL_LOAN = 0.5  # plain steps more for finding out at all
 _EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # the same for short texts: plain steps per token that is left
 _MOST_SAVED, _MOST_CARRIED = 4.0, 1.0  # plain steps that drafting won: within a call, and into the next one
 _REMEASURE = 64  # drafted steps after which a plain one is timed again
+_OUTDATED = 0.9  # of a plain step: whatever takes less without its drafting shows that plain steps have become cheaper
 _UNKNOWN_TREE, _UNKNOWN_LEVEL = 0.5, 0.1  # plain steps that the first tree and the first level may cost beyond a guess
 
 
@@ -38,9 +41,9 @@ class Guard(SavedPolicy):
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._costs: RunningCosts | None = getattr(policy, "costs", None)
-        self._learns_costs = self._costs is None
-        self._known = self._costs or RunningCosts()
+        costs: RunningCosts | None = getattr(policy, "costs", None)
+        self._learns_costs = costs is None
+        self._known = costs or RunningCosts()
         self._plain_seconds = self._known.step(1, 0) if self._known.knows_plain else 0.0
         self._account = 0.0  # seconds
         self._since_plain = 0
@@ -62,7 +65,7 @@ class Guard(SavedPolicy):
         self._levels = 0
         if not self._known.knows_plain or self._since_plain >= _REMEASURE:
             return TreeShape.plain()
-        shape = self.policy.choose(observation)
+        shape = ask_shape(self.policy, observation)
         if shape.is_plain:
             return shape
         room = observation.room
@@ -84,15 +87,18 @@ class Guard(SavedPolicy):
         if self._nodes == 1 or self._drafting(level.depth + 1) > self._budget:  # a glance is one level
             return False
         self._levels = level.depth + 1
-        return self.policy.grow(level)
+        return wants_level(self.policy, level)
 
     def size(self, scores: Tensor) -> int:
-        return min(self.policy.size(scores), self._nodes)
+        return min(count_nodes(self.policy, scores), self._nodes)
 
     def observe(self, record: StepRecord) -> None:
         seconds = max(record.step_seconds, 0.0)
+        undrafted = seconds - max(record.draft_seconds, 0.0)
         if record.verified == 1:
-            self._time_plain(seconds - max(record.draft_seconds if record.shape.asks_head else 0.0, 0.0))
+            self._time_plain(undrafted)
+        elif 0.0 < undrafted < _OUTDATED * self._plain_seconds:
+            self._plain_got_cheaper(undrafted)
         if record.shape.is_plain:
             self._since_plain = 0
         elif self._plain_seconds > 0:
@@ -113,8 +119,16 @@ class Guard(SavedPolicy):
         if self._plain_seconds <= 0:
             self._plain_seconds = max(seconds, 0.0)
             self._account += _LOAN * self._plain_seconds
+        elif 0.0 < seconds < _OUTDATED * self._plain_seconds:
+            self._plain_got_cheaper(seconds)
         else:
             self._plain_seconds += 0.2 * (seconds - self._plain_seconds)
+
+    def _plain_got_cheaper(self, most_seconds: float) -> None:
+        """A smaller batch, a shorter text, a machine that has become free: savings in the old currency are void."""
+        self._plain_seconds = most_seconds
+        self._account = min(self._account, _LOAN * most_seconds)
+        self._since_plain = _REMEASURE
 
     def _affordable(self, shape: TreeShape) -> TreeShape:
         """The largest part of `shape` whose cost the budget bears if none of it is accepted."""
@@ -165,15 +179,10 @@ class Guard(SavedPolicy):
     def state_tensors(self) -> dict[str, Tensor]:
         return self.policy.state_tensors() if isinstance(self.policy, SavedPolicy) else {}
 
-    def check_identity(self, **given: Any) -> None:
-        """As the guarded policy's, if it has an identity.
-
-        Raises:
-            ValueError: it was made for another target or head.
-        """
-        check = getattr(self.policy, "check_identity", None)
-        if check is not None:
-            check(**given)
+    @property
+    def check_identity(self) -> Callable[..., None] | None:
+        """The guarded policy's own, if it has an identity."""
+        return getattr(self.policy, "check_identity", None)
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
