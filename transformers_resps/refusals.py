@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.nn import Module
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache import cached_length, check_cache, window_of
@@ -38,8 +39,14 @@ _WAYS_OUT = {
     "output_hidden_states": "The head reads the hidden states itself: ask a plain call for them.",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus", "inputs_embeds")
-# `torch.ao.quantization.quantize_dynamic`: one scale for the activations of a whole forward.
-_SCALES_ALL_ROWS = "torch.ao.nn.quantized.dynamic"
+# Layers that round what they read: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
+_ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
+_ROUNDING_LAYERS = frozenset(
+    ("Linear8bitLt", "FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear", "NVFP4Linear")
+    + ("BitLinear", "AutoBitLinear")
+)
+# Of torchao's weights: they say how the layer rounds its input, and are `None` where it does not.
+_ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
 
 
@@ -201,12 +208,27 @@ def _check_weights(model: PreTrainedModel, name: str) -> None:
                 f"{name} has no weights in `{path}`: they are on the meta device, and nothing brings them in. Load "
                 "the model with `from_pretrained`, whose `device_map` offloads with hooks, before `generate`."
             )
-        if type(module).__module__.startswith(_SCALES_ALL_ROWS):
+        if _rounds_activations(module):
             raise ValueError(
-                f"{name} has the layer `{path}` of {type(module).__module__}, which scales all rows of a forward "
-                "alike: a node's logits depend on the other nodes, and trees would change the text. Quantize only the "
-                "weights, for example with torchao's `Int8WeightOnlyConfig`, or call `generate` without the head."
+                f"{name} has the layer `{path}` of {type(module).__module__}, which rounds activations to few bits: "
+                "the last bit of a sum, or another node, moves them by a whole step, and trees would change the text. "
+                "Quantize only the weights, for example with torchao's `Int8WeightOnlyConfig`, or call `generate` "
+                "without the head."
             )
+
+
+def _rounds_activations(module: Module) -> bool:
+    """Whether a quantized layer quantizes what it reads, too.
+
+    Even with a scale of its own a row of a tree then ends a step away from the same row alone (torchao's `PerRow`: one
+    text of eight parted in float32). Told by names, so that no library has to be imported: torch 2.13, torchao 0.18,
+    bitsandbytes 0.50 and the layers of Transformers 5.24.
+    """
+    kind = type(module)
+    if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
+        return True
+    marks = (getattr(weight, mark, None) for weight in module.parameters(recurse=False) for mark in _ROUNDING_MARKS)
+    return any(mark is not None for mark in marks)
 
 
 def _architecture_reason(model: PreTrainedModel) -> str | None:

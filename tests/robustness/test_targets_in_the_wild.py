@@ -53,9 +53,7 @@ def test_one_scale_for_all_rows_of_a_forward_is_refused() -> None:
     head = DraftHead.from_target(target, 16)
     quantized = attach(torch.ao.quantization.quantize_dynamic(target, {torch.nn.Linear}, dtype=torch.qint8))
     for extra in ({"assistant_model": head, "policy": WIDE}, {"policy": LOOKUPS}):
-        with pytest.raises(
-            ValueError, match=r"q_proj.* scales all rows of a forward alike.*Quantize only the weights"
-        ):
+        with pytest.raises(ValueError, match=r"q_proj.*rounds activations.*Quantize only the weights"):
             quantized.generate(next(prompts()), max_new_tokens=4, **extra)
     assert quantized.generate(next(prompts()), max_new_tokens=4).shape == (1, 13)
 
@@ -82,12 +80,52 @@ def test_weights_of_eight_bits_change_nothing() -> None:
     check_plain_texts(attach(target), head)
 
 
-def test_torchao_weights_change_nothing() -> None:
+MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_activations_rounded_to_few_bits_are_refused(mark: str) -> None:
+    """By a scale for each row, too: a last bit becomes a step of 255, and texts part in float32."""
+    target = float32()
+    head = DraftHead.from_target(target, 16)
+    weight = target.model.layers[1].mlp.up_proj.weight
+    for name in MARKS:
+        setattr(weight, name, None)
+    check_plain_texts(attach(target), head)  # as torchao marks a weight whose activations stay as they are
+    setattr(weight, mark, object())
+    for extra in ({"assistant_model": head, "policy": WIDE}, {"policy": LOOKUPS}):
+        with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.*rounds activations.*Quantize only the weights"):
+            target.generate(next(prompts()), max_new_tokens=4, **extra)
+
+
+def test_layers_that_round_activations_are_refused_by_name() -> None:
+    """bitsandbytes' LLM.int8() even looks at all rows for the columns that it leaves out."""
+    for name in ("Linear8bitLt", "FP8Linear", "BitLinear"):
+        target = float32()
+        target.model.layers[0].mlp.gate_proj.__class__ = type(name, (torch.nn.Linear,), {})
+        with pytest.raises(ValueError, match="gate_proj.*rounds activations"):
+            attach(target).generate(next(prompts()), policy=LOOKUPS, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("Int8WeightOnlyConfig", False),
+        ("Int8DynamicActivationInt8WeightConfig", True),
+        ("Int8DynamicActivationIntxWeightConfig", True),
+    ],
+)
+def test_torchao_gives_the_plain_texts_or_is_refused(name: str, refused: bool) -> None:
     """Needs torchao; not in our extras, because its wheel looks for CUDA libraries at every import."""
     quantization = pytest.importorskip("torchao.quantization")
-    target = float32()
-    quantization.quantize_(target, quantization.Int8WeightOnlyConfig())
-    check_plain_texts(attach(target), DraftHead.from_target(target))
+    target = Architecture("llama", {"intermediate_size": 64}).build("sdpa").float()
+    head = DraftHead.from_target(target)
+    quantization.quantize_(target, getattr(quantization, name)())
+    if not refused:
+        check_plain_texts(attach(target), head)
+        return
+    with pytest.raises(ValueError, match="rounds activations"):
+        attach(target).generate(next(prompts()), assistant_model=head, max_new_tokens=4)
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
