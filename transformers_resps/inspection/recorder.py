@@ -1,8 +1,7 @@
 """Keep what a policy sees and decides, and the tree that comes of it. Knows nothing of texts or pages."""
 
-from dataclasses import dataclass, field
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
