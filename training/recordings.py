@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_resps import DraftHead, attach
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.trainers import RecordedText, head_fingerprint, load_conversations, record_pools
+from transformers_resps.trainers.weights import parameter_fingerprint
 
 
 DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for
@@ -76,6 +77,7 @@ def record(
     """One file per prompt with an answer of at least four tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     made_with = json.dumps([head_fingerprint(head), max_new_tokens, list(DEPTHS.items()), str(target.dtype)])
+    check_folder(folder, parameter_fingerprint(target), made_with)
     files = {name_of(prompt, temperature, made_with): prompt for prompt in prompts}
     known = {path.stem for path in folder.glob("*.safetensors")}
     missing = {name: prompt for name, prompt in files.items() if name not in known}
@@ -88,6 +90,22 @@ def record(
         recorded = record_pools(target, head, text, len(prompt), depths=DEPTHS, spare_room=room)
         recorded.save(folder / f"{name}.tmp")
         (folder / f"{name}.tmp").rename(folder / f"{name}.safetensors")
+
+
+def check_folder(folder: Path, target: str, made_with: str) -> None:
+    """Refuse to put recordings beside others: a folder is read as a whole, whatever its files are called.
+
+    Raises:
+        ValueError: those in it are of another target or head, or were made otherwise.
+    """
+    file = folder / "made_with.json"
+    facts = json.dumps({"target": target, "made_with": made_with})
+    if file.is_file() and file.read_text(encoding="utf-8") != facts:
+        raise ValueError(
+            f"{folder} holds recordings of another target or head, or of other lengths ({file}), but a study reads "
+            "all of a folder. Pass another --output, or delete that folder."
+        )
+    file.write_text(facts, encoding="utf-8")
 
 
 def load(folder: Path, limit: int | None = None) -> list[RecordedText]:

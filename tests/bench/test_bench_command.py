@@ -56,7 +56,8 @@ def test_a_benchmark_writes_everything(
     assert methods[4].startswith("best fixed ") and methods[5:] == ["auto", "Re-SpS mine", "oracle (ceiling)"]
     assert len(found["measurements"]) == 3 * 2 * 7 and not found["partial"] and not found["unexplained"]
     assert found["same_text"]["Re-SpS mine"] == 6  # sampled or not, seed for seed
-    assert set(found["weights_sha256"]) == {"head", "Re-SpS mine"} and all(found["weights_sha256"].values())
+    for hashes in found["weights_sha256"], found["config_sha256"]:
+        assert set(hashes) == {"head", "Re-SpS mine"} and all(hashes.values())
     assert {"command", "commit", "dirty", "device", "dtype", "threads", "versions", "advice", "costs"} <= found.keys()
     assert found["noise"]["accepted"] and found["best_fixed"]["prompts"]
     assert PLOTS | {"table.md", "journal.jsonl"} <= {file.name for file in (tmp_path / "out").iterdir()}

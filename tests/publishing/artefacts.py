@@ -10,7 +10,7 @@ import yaml
 
 from tests.publishing.tiny import TARGET, tiny_target
 from transformers_resps import DraftHead, TreeShape
-from transformers_resps.bench.provenance import weights_sha256
+from transformers_resps.bench.provenance import config_sha256, weights_sha256
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.publishing import write_card
 from transformers_resps.trainers.training_prompts import write_training_prompts
@@ -71,14 +71,14 @@ def complete(folder: Path, metrics: dict[str, Any], recipe: dict[str, Any], meth
     (folder / "metrics.json").write_text(json.dumps(metrics))
     write_training_prompts(folder, ["What is it?"])
     (folder / "recipe.yaml").write_text("# As it was run.\n" + yaml.safe_dump(recipe))
-    hashes = {method: weights_sha256(folder)}
-    (folder / "results.json").write_text(json.dumps(results(datasets, hashes)))
+    hashes = {"weights_sha256": {method: weights_sha256(folder)}, "config_sha256": {method: config_sha256(folder)}}
+    (folder / "results.json").write_text(json.dumps(results(datasets) | hashes))
     (folder / "speed_ratio.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
     write_card(folder)
     return folder
 
 
-def results(datasets: list[str], hashes: dict[str, str | None]) -> dict[str, Any]:
+def results(datasets: list[str]) -> dict[str, Any]:
     """What `resps bench` would have written, as far as publishing reads it."""
 
     def row(method: str, ratio: float, tau: float, measured: bool = True) -> dict[str, Any]:
@@ -96,7 +96,6 @@ def results(datasets: list[str], hashes: dict[str, str | None]) -> dict[str, Any
         "dtype": "float32",
         "threads": 2,
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
-        "weights_sha256": hashes,
         "settings": {"temperatures": [0.0], "max_new_tokens": 128, "repeats": 3},
         "noise": {"accepted": False},
         "unexplained": [],

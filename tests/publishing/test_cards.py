@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from tests.publishing.artefacts import changed, head_folder, policy_folder
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
 from transformers_resps.publishing import UnreadableArtefactError, find_faults, read_artefact, render_card
+from transformers_resps.bench.provenance import config_sha256
 from transformers_resps.publishing.release import local_name
 from transformers_resps.trainers.training_prompts import read_training_prompts
 
@@ -74,3 +75,5 @@ def test_every_folder_of_model_cards_loads_and_its_card_is_what_its_files_render
 
 def test_there_is_something_to_load():
     assert MODEL_CARDS
+    if artefact.results:
+        assert config_sha256(folder) in artefact.results["config_sha256"].values()

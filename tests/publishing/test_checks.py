@@ -48,7 +48,7 @@ def test_a_policy_without_weights_is_told_by_its_config(tmp_path):
     assert faults(folder) == []
     changed(folder, config={"shape": [5, 2, 2, 0]})
     write_card(folder)
-    only(folder, "other weights")
+    assert ["other weights" in faults(folder)[0], "other config" in faults(folder)[1]] == [True, True]
 
 
 @pytest.mark.parametrize("name", ["README.md", "results.json", "metrics.json", "recipe.yaml", "model.safetensors"])
@@ -69,6 +69,36 @@ def test_results_of_other_weights_are_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"fc.weight": tensors["fc.weight"] + 1}, folder / "model.safetensors")
     only(folder, "results.json", "other weights", "resps bench")
+
+
+def test_weights_measured_under_another_config_are_refused(folder):
+    first, *others = json.loads((folder / "config.json").read_text())["feature_layers"]
+    changed(folder, config={"feature_layers": [first - 1, *others]})
+    only(folder, "results.json", "other config", "resps bench")
+    changed(folder, config={"feature_layers": [first, *others]})
+    assert faults(folder) == []
+    changed(folder, config={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    only(folder, "results.json", "other config", "resps bench")
+
+
+def test_a_policy_measured_with_another_grid_is_refused(tmp_path):
+    folder = policy_folder(tmp_path / "policy")
+    plain, _ = json.loads((folder / "config.json").read_text())["grid"]
+    changed(folder, config={"grid": [plain, [5, 2, 2, 0]]})
+    only(folder, "other config")
+
+
+def test_results_from_before_configs_were_hashed_are_refused(folder):
+    results = json.loads((folder / "results.json").read_text())
+    del results["config_sha256"]
+    (folder / "results.json").write_text(json.dumps(results))
+    only(folder, "other config")
+
+
+def test_the_best_measured_tree_may_become_the_default(folder):
+    changed(folder, config={"default_tree": [4, 2, 2]})
+    write_card(folder)
+    assert faults(folder) == []
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,20 @@ def test_cached_features_train_the_same_head_as_the_target_itself(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_a_fine_tune_with_the_same_output_head_does_not_meet_the_features_of_its_base(tmp_path):
+    """As a merged LoRA; nor does the same target in another dtype, which rounds otherwise."""
+    target, head = fresh()
+    frozen = FrozenTarget(target, head.config.feature_layers)
+    base = CachedFeatures(texts(2), tmp_path, frozen)[0]["features"]
+    with torch.no_grad():
+        target.model.layers[0].mlp.down_proj.weight += 0.1
+    tuned = CachedFeatures(texts(2), tmp_path, frozen)[0]["features"]
+    assert not torch.equal(base, tuned) and len(list(tmp_path.iterdir())) == 2
+    target.bfloat16()
+    CachedFeatures(texts(2), tmp_path, frozen)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_accumulated_small_batches_give_the_gradient_of_one_large_batch(tmp_path):
     same = [Example(torch.arange(3, 19), torch.arange(16) >= 4) for _ in range(4)]
     heads = []

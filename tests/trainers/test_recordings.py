@@ -25,11 +25,22 @@ def test_a_recording_cut_off_by_a_kill_is_made_anew(
     monkeypatch.setattr(recordings, "answers", answers)
     given = (attach(tiny_target), tiny_head, [PROMPT], 0.0, tmp_path, 16)
     recordings.record(*given)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.safetensors")
     file.rename(file.with_suffix(".tmp"))
     recordings.record(*given)
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, "made_with.json"}
     assert len(recordings.load(tmp_path)) == 1
+
+
+def test_recordings_of_two_targets_do_not_share_a_folder(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, tmp_path: Path
+) -> None:
+    recordings.record(tiny_target, tiny_head, [], 0.0, tmp_path, 16)
+    recordings.record(tiny_target, tiny_head, [], 1.0, tmp_path, 16)
+    with torch.no_grad():
+        tiny_target.get_decoder().layers[0].mlp.down_proj.weight += 0.1
+    with pytest.raises(ValueError, match="holds recordings of another target.*Pass another --output"):
+        recordings.record(tiny_target, tiny_head, [], 0.0, tmp_path, 16)
 
 
 def test_answers_are_drawn_from_the_whole_distribution() -> None:

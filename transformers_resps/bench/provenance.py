@@ -4,6 +4,7 @@ Knows files, processes and versions; nothing of methods.
 """
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -16,14 +17,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from torch import nn
 
 from ..hub import RepositoryFiles
 
 
 PACKAGE = Path(__file__).parent.parent
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "config.json")
-_SAMPLED = 64  # numbers of each parameter that go into a fingerprint
+_CONFIG = "config.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", _CONFIG)
+_UNTOLD = {"default_tree", "transformers_version", "name_or_path"}  # says nothing of how weights are used
 
 
 def command_line() -> list[str]:
@@ -99,13 +100,20 @@ def weights_sha256(id_or_folder: str | Path) -> str | None:
     return None
 
 
-def parameter_fingerprint(model: nn.Module) -> str:
-    """A hash of a few numbers of every parameter: quick for any size, and different after any training."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)]
-        digest.update(name.encode() + numbers.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def config_sha256(id_or_folder: str | Path) -> str | None:
+    """Hash of what `config.json` says of how weights are used, whatever its layout; `None` where there is none.
+
+    Without `default_tree`: the benchmark passes every tree, and the best of them becomes the default afterwards; and
+    without names of targets and heads, which differ from machine to machine.
+    """
+    folder = folder_of(id_or_folder)
+    if folder is None or not (folder / _CONFIG).is_file():
+        return None
+    told = json.loads(
+        (folder / _CONFIG).read_text(encoding="utf-8"),
+        object_hook=lambda values: {name: value for name, value in values.items() if name not in _UNTOLD},
+    )
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def other_load(seconds: float = 1.0) -> float | None:

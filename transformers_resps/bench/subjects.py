@@ -12,8 +12,9 @@ from ..head import DraftHead, policy_identity
 from ..packing import is_packed, pack
 from ..policy import AutoPolicy, Policy, ReSpSPolicy
 from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
+from ..trainers.weights import parameter_fingerprint
 from .methods import policy_name
-from .provenance import file_of, parameter_fingerprint, weights_sha256
+from .provenance import config_sha256, file_of, weights_sha256
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -79,6 +80,7 @@ def load(
         "policies": dict(zip(policies, policy_names, strict=True)),
         "draft_model": draft_model,
         "weights_sha256": {name: weights_sha256(source) for name, source in sources.items()},
+        "config_sha256": {name: config_sha256(source) for name, source in sources.items()},
     }
     trained_on = {name: training_prompts_of(source) for name, source in sources.items()}
     return Subjects(target, tokenizer, head, policies, small, identity, trained_on)
@@ -93,7 +95,7 @@ def training_prompts_of(source: str) -> set[str] | None:
     file = file_of(source, TRAINING_PROMPTS)
     if file is None:
         logger.warning(
-            "%s has no %s, so nobody can tell whether it was trained on the prompts that it is measured on.",
+            "%s has no %s, so nobody can tell whether it was trained on prompts that it will be measured on.",
             source,
             TRAINING_PROMPTS,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..bench.provenance import weights_sha256
+from ..bench.provenance import config_sha256, weights_sha256
 from ..bench.results import read_results
 from ..head import DraftHead
 from ..policy import AutoPolicy
@@ -136,11 +136,12 @@ def _result_faults(folder: Path) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    if (own := weights_sha256(folder)) not in results["weights_sha256"].values():
-        yield (
-            f"{RESULTS} was measured with other weights: these have the SHA-256 {str(own)[:16]}..., which it does not "
-            "name. Run `resps bench` with this folder."
-        )
+    for kind, own in (("weights", weights_sha256(folder)), ("config", config_sha256(folder))):
+        if own not in results.get(f"{kind}_sha256", {}).values():
+            yield (
+                f"{RESULTS} was measured with other {kind}: here the SHA-256 is {str(own)[:16]}..., which it does not "
+                "name. Run `resps bench` with this folder."
+            )
     doubts = {
         "is partial: the benchmark was stopped": results["partial"],
         "was measured on a machine that was allowed to be busy": results["noise"]["accepted"],

@@ -18,10 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from .batches import TokenBudgetBatches, collate
 from .examples import Example
 from .target_features import FrozenTarget
+from .weights import parameter_fingerprint
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -71,7 +73,7 @@ class CachedFeatures(ExampleDataset):
         self._folder, self._target, self._dtype = Path(folder), target, dtype
         self._tokens_per_forward = tokens_per_forward
         self._folder.mkdir(parents=True, exist_ok=True)
-        identity = {"layers": target.feature_layers, "dtype": str(dtype), "target": _fingerprint(target)}
+        identity = {"layers": target.feature_layers, "dtype": str(dtype), "target": _fingerprint(target.model)}
         self._identity = json.dumps(identity, sort_keys=True)
         blocks = [self.examples[start : start + _BLOCK] for start in range(0, len(examples), _BLOCK)]
         self._paths = [self._folder / f"{self._key(block)}.safetensors" for block in blocks]
@@ -140,9 +142,6 @@ def _bytes_per_token(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values()) // max(tokens, 1)
 
 
-def _fingerprint(target: FrozenTarget) -> str:
-    """Name, sizes, dtype and a few weights: another target must not meet these files."""
-    weight = target.output_weight
-    sample = weight[:: max(1, len(weight) // 64)].float().sum(-1).cpu().numpy().tobytes()
-    facts = f"{type(target.model).__name__} {tuple(weight.shape)} {weight.dtype}".encode()
-    return hashlib.sha256(facts + sample).hexdigest()[:16]
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Kind, dtype and weights: another target, or one that rounds otherwise, must not meet these files."""
+    return f"{type(model).__name__} {model.dtype} {parameter_fingerprint(model)}"
