@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ from transformers_resps.trainers import (
     policy_identity,
     record_text,
 )
-from transformers_resps.trainers.checkpoints import newest_checkpoint
+from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
 from transformers_resps.trainers.training_prompts import write_training_prompts
+from transformers_resps.trainers.weights import parameter_fingerprint
 
 
 @dataclass
@@ -140,6 +142,11 @@ def name_of(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
+def digest(value: Any) -> str:
+    """Of JSON values."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def generation_settings(script: PolicyScriptArguments) -> dict[str, Any]:
     return {"max_new_tokens": script.max_new_tokens, **sampling(script.temperature)}
 
@@ -181,11 +188,13 @@ class Recorder:
         return self.folder / f"{self._key(prompt)}.safetensors"
 
     def _key(self, prompt: Tensor) -> str:
-        """Changes with everything that changes the recording."""
-        script = self.script
-        answered = [script.target, script.target_dtype, generation_settings(script)]
-        made_with = json.dumps([*answered, head_fingerprint(self.head), self.grid.to_list()])
-        return f"{name_of(prompt)}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}"
+        return f"{name_of(prompt)}-{self._made_with}"
+
+    @cached_property
+    def _made_with(self) -> str:
+        """Changes with everything that changes a recording; not with the target's path, behind which it may change."""
+        answered = [parameter_fingerprint(self.target), str(self.target.dtype), generation_settings(self.script)]
+        return digest([*answered, head_fingerprint(self.head), self.grid.to_list()])[:8]
 
     def _answer(self, prompt: Tensor) -> ReplayText | None:
         torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on which were made before
@@ -243,6 +252,18 @@ def affordable(grid: ActionGrid, seconds: Callable[[TreeShape], float]) -> Actio
     return kept
 
 
+def facts_of(prompts: Prompts, recorder: Recorder, seconds: StepSeconds) -> dict[str, str]:
+    """What a run learns from -> a hash: checkpoints of other shapes do not fit, or fit by chance."""
+    shapes, longest = recorder.grid, recorder.script.max_prompt_tokens
+    return {
+        "target": parameter_fingerprint(recorder.target),
+        "head": head_fingerprint(recorder.head),
+        "prompts": digest([list(map(name_of, part)) for part in (prompts.train, prompts.watched, prompts.tested)]),
+        "shapes": digest(shapes.to_list()),
+        "costs": digest([[seconds(shape, context) for shape in shapes.shapes] for context in (0, longest)]),
+    }
+
+
 def main() -> None:
     parser = TrlParser((PolicyScriptArguments, PolicyTrainingConfig))  # type: ignore[no-untyped-call]
     script, args = parser.parse_args_and_config()
@@ -258,6 +279,8 @@ def main() -> None:
     policy = make_policy(script, target, head, grid, args.seed)
     recorder = Recorder(target, head, script, grid, args)
 
+    with args.main_process_first(desc="comparing with the run that is resumed"):
+        check_resumable(args.output_dir, facts_of(prompts, recorder, seconds))
     def replayed(some: list[Tensor]) -> ReplayRollouts:
         return ReplayRollouts(OutcomeTable([text.outcomes(grid, seconds) for text in recorder.record(some)]))
 

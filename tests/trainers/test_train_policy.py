@@ -73,6 +73,12 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypa
     assert len(metrics) == 7 and metrics["training"]["texts"] == 4
     state = json.loads((folder / "run" / "checkpoint-48" / "trainer_state.json").read_text())
     assert state["global_step"] == 48
+    costs = folder / "run" / "costs.json"
+    dearer = json.loads(costs.read_text())
+    dearer["overhead"] += 1.0
+    costs.write_text(json.dumps(dearer))
+    with pytest.raises(ValueError, match="checkpoint-48 was trained with other costs than now"):
+        run(folder, monkeypatch, updates=8, **best)
 
     policy = AutoPolicy.from_pretrained(folder / "run" / "policy")
     target = attach(Architecture("llama").build("sdpa").float())
@@ -116,6 +122,22 @@ def test_processes_share_the_recording_and_read_what_all_have_recorded(
     assert answered == [1, 3, 0, 2, 4] and waited == [1, 0]
     assert [int(text["prompt"]) for text in recorded] == [0, 1, 2, 3]  # the last answer was too short
     assert {file.suffix for file in (folder / "replay").iterdir()} == {".safetensors"}
+
+
+def test_a_recording_belongs_to_the_targets_weights_and_not_to_its_path(folder: Path) -> None:
+    target: Any = Architecture("llama").build("sdpa").float()
+    head = DraftHead.from_target(target, draft_vocab_size=12)
+
+    def key(path: str) -> str:
+        script = SCRIPT["PolicyScriptArguments"](path, "head", "prompts.jsonl")
+        found: str = SCRIPT["Recorder"](target, head, script, ActionGrid.small(), None)._key(torch.tensor([3]))
+        return found
+
+    before = key("here")
+    assert key("there") == before
+    with torch.no_grad():
+        target.get_decoder().layers[0].mlp.down_proj.weight += 0.1
+    assert key("here") != before
 
 
 def test_one_process_of_several_writes_the_policy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
