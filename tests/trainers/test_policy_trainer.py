@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,30 @@ def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, o
     with pytest.raises(KilledError):
         PolicyTrainer(broken, settings, task(9, 0), callbacks=[Kill(after=21)]).train()
     torch.manual_seed(123)  # whatever else the new process did
+    PolicyTrainer(resumed, settings, task(9, 0)).train(resume_from_checkpoint=True)
+    for name, weight in whole.network.state_dict().items():
+        assert torch.equal(weight, resumed.network.state_dict()[name]), name
+
+
+class PressCtrlC(TrainerCallback):
+    """In the middle of an update, as a user would."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 9:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_finishes_the_update_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
+    changes = {"objective": "ppo", "updates": 4, "persistence": 2, "save_strategy": "no"}
+    whole, stopped, resumed = policy(), policy(), ReSpSPolicy(ReSpSConfig(FEATURES, GRID, persistence=1), seed=3)
+    PolicyTrainer(whole, config(tmp_path / "whole", **changes), task(9, 0)).train()
+    settings = config(tmp_path / "stopped", **changes)
+    assert 9 % settings.steps_per_update
+    trainer = PolicyTrainer(stopped, settings, task(9, 0), callbacks=[PressCtrlC()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert 9 < trainer.state.global_step < settings.max_steps
+    assert trainer.state.global_step % settings.steps_per_update == 0
     PolicyTrainer(resumed, settings, task(9, 0)).train(resume_from_checkpoint=True)
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, resumed.network.state_dict()[name]), name

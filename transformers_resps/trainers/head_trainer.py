@@ -18,7 +18,7 @@ from .artefact_trainer import ArtefactTrainer
 from .batches import IGNORED, TokenBudgetBatches, collate
 from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
-from .interruption import Interruption
+from .interruption import until_interrupted
 from .level_meter import LevelMeter
 from .muon import Muon
 from .run_size import warn_if_small
@@ -87,21 +87,9 @@ class DraftHeadTrainer(ArtefactTrainer):
         self._clock: tuple[float, int] | None = None  # when the metrics began that are due next, and at which step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; but Ctrl-C in a run of one process first finishes the step and writes a checkpoint.
-
-        Raises:
-            KeyboardInterrupt: after that.
-        """
-        self._clock = None
-        if self.accelerator.num_processes > 1:  # each would stop at a step of its own, and wait for the others
-            return super().train(*args, **kwargs)
-        with Interruption() as interruption:
-            self.add_callback(interruption)
-            output = super().train(*args, **kwargs)
-            self.remove_callback(interruption)
-        if interruption.is_requested:
-            raise KeyboardInterrupt
-        return output
+        """As in Transformers, until Ctrl-C: see `until_interrupted`."""
+        self._clock, train = None, super().train
+        return until_interrupted(self, lambda: train(*args, **kwargs))
 
     def compute_loss(
         self,

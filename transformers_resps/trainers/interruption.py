@@ -1,4 +1,4 @@
-"""Ctrl-C ends a training run after the step it is in, with a checkpoint. Knows Transformers' callbacks and signals."""
+"""Ctrl-C ends a training run after the step it is in, with a checkpoint. Knows Transformers' Trainer and signals."""
 
 import signal
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -17,12 +17,16 @@ class Interruption(TrainerCallback):
 
     Python hands signals to its main thread only, so elsewhere nothing changes.
 
+    Args:
+        steps: that belong together; the end comes after the last of them.
+
     Attributes:
         is_requested: Ctrl-C was pressed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int = 1) -> None:
         self.is_requested = False
+        self._steps = steps
         self._before: Handler = None
 
     def __enter__(self) -> "Interruption":
@@ -48,6 +52,28 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Stop here, if asked to."""
-        if self.is_requested:
+        if self.is_requested and state.global_step % self._steps == 0:
             control.should_save = control.should_training_stop = True
         return control
+
+
+def until_interrupted(trainer: Trainer, train: Callable[[], Any], steps: int = 1) -> Any:
+    """What `train` returns; but Ctrl-C in a run of one process first finishes its steps and writes a checkpoint.
+
+    Args:
+        trainer: whose training it is.
+        train: trains.
+        steps: that belong together.
+
+    Raises:
+        KeyboardInterrupt: after that.
+    """
+    if trainer.accelerator.num_processes > 1:  # each would stop at a step of its own, and wait for the others
+        return train()
+    with Interruption(steps) as interruption:
+        trainer.add_callback(interruption)
+        output = train()
+        trainer.remove_callback(interruption)
+    if interruption.is_requested:
+        raise KeyboardInterrupt
+    return output

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..policy import ReSpSPolicy
 from .artefact_trainer import ArtefactTrainer
+from .interruption import until_interrupted
 from .outcomes import HeldOutcomes
 from .policy_config import PolicyTrainingConfig
 from .ppo import clipped_surrogate, entropy, expected_gain, gae, gains, relative_gains, standardized, value_loss
@@ -71,6 +72,11 @@ class PolicyTrainer(ArtefactTrainer):
         self.policy, self.rollouts, self.eval_rollouts = policy, rollouts, eval_rollouts
         self._update = -1
         self._sums: dict[str, list[float]] = defaultdict(list)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, until Ctrl-C: an update is finished, as one that is cut cannot be resumed exactly."""
+        train = super().train
+        return until_interrupted(self, lambda: train(*args, **kwargs), self.args.steps_per_update)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
