@@ -6,6 +6,7 @@ scores can be trusted is learned while decoding, from a start that may be fitted
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Self
 
 from torch import Tensor, tensor
@@ -23,6 +24,8 @@ _HOPE = 0.5  # tokens per step that asking a head gains before it was asked
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between glances at a head that does not pay
 _ENOUGH = 4.0  # drafts after which the odds are evidence
+_MOST_LOOKED_UP = 16  # nodes
+_PRICED = 8  # steps that a list of prices is used for: reading the costs at every step is a third of a decision
 
 
 class ThroughputPolicy(SavedPolicy):
@@ -59,7 +62,11 @@ class ThroughputPolicy(SavedPolicy):
         self._probe_in, self._probe_every = 0, _FIRST_PROBE
         self._lookup, self._lookup_hit = 0, 0.0  # nodes of this step that come from the lookup; is the first right?
         self._masses: list[float] = []  # of the levels drafted in this step
+        self._nodes: list[float] = []  # odds of the nodes that got children, best first
         self._width = 0  # nodes of the first level
+        self._verifying: list[float] = []  # seconds of verifying 1, 2, ... nodes
+        self._priced_for = 0  # steps more
+        self._rate = 0.0  # lambda in this step
 
     def __repr__(self) -> str:
         return f"ThroughputPolicy(depth={self._asked.depth}, top_k={self._asked.top_k})"
@@ -77,9 +84,11 @@ class ThroughputPolicy(SavedPolicy):
         return self.odds.evidence >= _ENOUGH
 
     def choose(self, observation: Observation) -> TreeShape:
-        self._lookup, self._lookup_hit, self._masses = 0, 0.0, []
+        self._lookup, self._lookup_hit, self._masses, self._nodes = 0, 0.0, [], []
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
+        self._rate = self.rate
+        self._read_prices()
         survival = observation.survival()[: observation.room - 1]
         self._lookup, _ = self._best_prefix(survival, 1)
         if self._lookup:
@@ -89,21 +98,18 @@ class ThroughputPolicy(SavedPolicy):
         return TreeShape(self._asked.total_tokens, self._asked.depth, self._asked.top_k, self._lookup)
 
     def grow(self, level: Level) -> bool:
-        """Go on while the next level pays, and while the whole tree can still pay for being verified."""
-        mass = sum(self._odds_of(level.scores, level.depth)) * (1.0 - self._lookup_hit)
+        """Go on if the best tree with the children that are to be expected beats the best without, and their cost."""
         if level.depth == 1:
             self._width = level.scores.shape[-1]
-        gained = sum(self._masses) + mass
-        self._masses.append(mass)
-        coming, reached = 0.0, mass
-        for deeper in range(level.depth + 1, self._asked.depth + 1):
-            reached *= self.odds.hit_rate(deeper)
-            coming += reached
-        rate, level_seconds, before = self.rate, self.costs.draft(1), 1 + self._lookup
-        verifying = self.costs.verify(before + 2 * level.depth) - self.costs.verify(before)
-        if gained + coming <= rate * (verifying + level_seconds):
-            return False
-        return mass * self.odds.hit_rate(level.depth + 1) > rate * level_seconds
+        left = 1.0 - self._lookup_hit
+        odds = self._odds_of(level.scores, level.depth)
+        self._masses.append(sum(odds))
+        children = self.odds.children_of(odds, level.depth)
+        self._nodes = sorted(self._nodes + [left * node for node in odds], reverse=True)
+        coming = sorted(self._nodes + [left * node for node in children], reverse=True)
+        before = 1 + self._lookup
+        gain = self._best_prefix(coming, before)[1] - self._best_prefix(self._nodes, before)[1]
+        return gain > self._rate * self.costs.draft(1)
 
     def size(self, scores: Tensor) -> int:
         width = min(self._width or scores.shape[-1], scores.shape[-1])
@@ -116,12 +122,13 @@ class ThroughputPolicy(SavedPolicy):
             for level, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=1):
                 worth = self.odds.of(row[start:stop], level)
                 self._masses[level - 1] += min(sum(worth), 1.0) / len(rows)
-                nodes += zip(row[start:stop], worth, strict=True)
-            nodes.sort(key=lambda node: -node[0])
+                nodes += [node for node in zip(row[start:stop], worth, strict=True) if node[1]]
+            nodes.sort(reverse=True)
             ranked.append([worth for _, worth in nodes[: self._asked.total_tokens - 1]])
         left = (1.0 - self._lookup_hit) / len(rows)
-        count, gain = self._best_prefix([left * sum(column) for column in zip(*ranked, strict=True)], 1 + self._lookup)
-        self._note_gain(gain - self.rate * self.costs.draft(len(self._masses)))
+        worth = [left * node for node in ranked[0]] if len(rows) == 1 else _sums(ranked, left)
+        count, gain = self._best_prefix(worth, 1 + self._lookup)
+        self._note_gain(gain - self._rate * self.costs.draft(len(self._masses)))
         return count + 1
 
     def observe(self, record: StepRecord) -> None:
@@ -139,15 +146,21 @@ class ThroughputPolicy(SavedPolicy):
         rows = [self.odds.of(row, level) for row in scores.tolist()]
         return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
+    def _read_prices(self) -> None:
+        self._priced_for -= 1
+        if self._priced_for <= 0:
+            most = self._asked.total_tokens + _MOST_LOOKED_UP
+            self._verifying = [self.costs.verify(nodes) for nodes in range(1, most + 1)]
+            self._priced_for = _PRICED
+
     def _best_prefix(self, worth: Sequence[float], nodes_before: int) -> tuple[int, float]:
         """How many of the nodes, worth `worth` tokens each, to add to `nodes_before` others; their net gain."""
-        rate, base = self.rate, self.costs.verify(nodes_before)
-        gain, best_gain, best = 0.0, 0.0, 0
-        for count, value in enumerate(worth, start=1):
+        rate, seconds = self._rate, self._verifying[nodes_before - 1 :]
+        gain, best_gain, best = rate * seconds[0], 0.0, 0
+        for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
             gain += value
-            net = gain - rate * (self.costs.verify(nodes_before + count) - base)
-            if net > best_gain:
-                best_gain, best = net, count
+            if gain - rate * total > best_gain:
+                best_gain, best = gain - rate * total, count
         return best, best_gain
 
     def _note_gain(self, gain: float) -> None:
@@ -178,3 +191,8 @@ class ThroughputPolicy(SavedPolicy):
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         maps = [LogisticMap(intercept, slope) for intercept, slope in tensors["odds"].tolist()]
         return cls(**config, odds=NodeOdds(maps))
+
+
+def _sums(ranked: list[list[float]], share: float) -> list[float]:
+    """Of the rows' first nodes, second nodes and so on; `share` of them."""
+    return [share * sum(column) for column in zip_longest(*ranked, fillvalue=0.0)]
