@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transformers_resps import DraftHead
+from transformers_resps.bench.subjects import training_prompts_of
 from transformers_resps.trainers import load_conversations
+from transformers_resps.trainers.training_prompts import write_training_prompts
 
 
 _TEXTS_AT_ONCE = 256
@@ -80,6 +82,8 @@ def main() -> None:
             f"{file}: {args.size} tokens cover {float(share[head.draft_token_ids].sum()):.2%} of what is written there"
         )
     head.save_pretrained(args.output)
+    if earlier := training_prompts_of(args.head):
+        write_training_prompts(args.output, (), earlier=earlier)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Ctrl-C writes one.
 
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -22,7 +21,8 @@ from trl import TrlParser
 
 from transformers_resps import DraftHead
 from transformers_resps.bench.provenance import machine
-from transformers_resps.publishing import head_metrics, write_run
+from transformers_resps.bench.subjects import training_prompts_of
+from transformers_resps.publishing import head_metrics, recipe_of, write_run
 from transformers_resps.trainers import (
     CachedFeatures,
     DraftHeadTrainer,
@@ -37,6 +37,7 @@ from transformers_resps.trainers import (
     vocabulary_of,
 )
 from transformers_resps.trainers.checkpoints import newest_checkpoint
+from transformers_resps.trainers.stopwatch import Stopwatch
 from transformers_resps.trainers.training_prompts import write_training_prompts
 
 
@@ -181,7 +182,7 @@ def make_head(
 
 
 def training_facts(trainer: DraftHeadTrainer, texts: int, seconds: float | None) -> dict[str, Any]:
-    """What the run took; a resumed one does not know its minutes."""
+    """What the run took, over all the times it was resumed."""
     facts = {"steps": trainer.state.global_step, "texts": texts, "epochs": round(trainer.state.epoch or 0.0, 3)}
     if seconds is not None:
         facts["minutes"] = round(seconds / 60, 1)
@@ -192,6 +193,7 @@ def training_facts(trainer: DraftHeadTrainer, texts: int, seconds: float | None)
 def main() -> None:
     parser = TrlParser((HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig))  # type: ignore[no-untyped-call]
     script, adapters, args = parser.parse_args_and_config()
+    recipe = recipe_of(sys.argv, {**asdict(script), **asdict(adapters)}, is_pushed=args.push_to_hub)
     if adapters.use_peft and script.head is None:
         raise ValueError(
             "`use_peft` is set, but adapters need a head that drafts already. Pass `head`, or train whole."
@@ -206,6 +208,7 @@ def main() -> None:
     # A checkpoint of adapters holds nothing else.
     start = script.head if adapters.use_peft else checkpoint or script.head
     head = make_head(script, start, target, tokenizer, train)
+    earlier = script.head and training_prompts_of(script.head)
 
     train_set, held_out_set = ExampleDataset(train), ExampleDataset(held_out)
     if script.feature_cache_dir is not None:
@@ -214,7 +217,8 @@ def main() -> None:
         train_set = CachedFeatures(train, script.feature_cache_dir, frozen)
     held_out_texts = held_out_set if held_out else None
     trainer = DraftHeadTrainer(head, target, args, train_set, held_out_texts, peft_config=adapters.config())
-    started = time.monotonic()
+    stopwatch = Stopwatch(checkpoint)
+    trainer.add_callback(stopwatch)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -224,15 +228,15 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     trainer.save_artefact()
-    write_training_prompts(trainer.artefact_folder, first_questions(script))
+    write_training_prompts(trainer.artefact_folder, first_questions(script), earlier=earlier or ())
     metrics = {
         **head_metrics(evaluation, "/".join(map(str, head.config.default_tree or ())), len(held_out), args.tau_texts),
         "draft_vocab_size": head.config.draft_rows,
         "coverage": vocabulary_of(head, train).coverage,
-        "training": training_facts(trainer, len(train), None if checkpoint else time.monotonic() - started),
+        "training": training_facts(trainer, len(train), stopwatch.seconds),
     }
     name = args.hub_model_id if args.push_to_hub else None
-    write_run(trainer.artefact_folder, metrics, sys.argv, asdict(script), name=name)
+    write_run(trainer.artefact_folder, metrics, recipe, name=name)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
     print(evaluation)

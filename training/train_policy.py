@@ -30,7 +30,7 @@ from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
 from transformers_resps.calibration import CostTable, calibrate
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
-from transformers_resps.publishing import write_run
+from transformers_resps.publishing import recipe_of, write_run
 from transformers_resps.trainers import (
     LiveRollouts,
     OutcomeTable,
@@ -267,6 +267,7 @@ def facts_of(prompts: Prompts, recorder: Recorder, seconds: StepSeconds) -> dict
 def main() -> None:
     parser = TrlParser((PolicyScriptArguments, PolicyTrainingConfig))  # type: ignore[no-untyped-call]
     script, args = parser.parse_args_and_config()
+    recipe = recipe_of(sys.argv, asdict(script), is_pushed=args.push_to_hub)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     target = attach(AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)).to(args.device)
@@ -278,9 +279,9 @@ def main() -> None:
         grid = affordable(grid, lambda shape: seconds(shape, script.max_prompt_tokens // 2))
     policy = make_policy(script, target, head, grid, args.seed)
     recorder = Recorder(target, head, script, grid, args)
-
     with args.main_process_first(desc="comparing with the run that is resumed"):
         check_resumable(args.output_dir, facts_of(prompts, recorder, seconds))
+
     def replayed(some: list[Tensor]) -> ReplayRollouts:
         return ReplayRollouts(OutcomeTable([text.outcomes(grid, seconds) for text in recorder.record(some)]))
 
@@ -304,7 +305,7 @@ def main() -> None:
     told = {name.removeprefix("test_"): value for name, value in metrics.items()}
     name = args.hub_model_id if args.push_to_hub else None
     found = {"held_out_texts": len(prompts.tested), **told, "training": facts}
-    write_run(folder, found, sys.argv, asdict(script), name=name)
+    write_run(folder, found, recipe, name=name)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
     print(json.dumps(metrics, indent=2))

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from tests.publishing.artefacts import changed, head_folder, policy_folder
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
-from transformers_resps.publishing import UnreadableArtefactError, find_faults, read_artefact, render_card
 from transformers_resps.bench.provenance import config_sha256
+from transformers_resps.publishing import UnreadableArtefactError, find_faults, read_artefact, render_card
 from transformers_resps.publishing.release import local_name
 from transformers_resps.trainers.training_prompts import read_training_prompts
 
@@ -63,6 +64,35 @@ def test_a_folder_of_something_else_is_refused(tmp_path, text):
         read_artefact(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ({"data": [{"name": "Sums", "what": "questions"}]}, "`data` is .*`license`"),
+        ({"data": ["Sums"]}, "`data` is .*each item"),
+        ({"data": {"name": "Sums"}}, "`data` is "),
+        ({"languages": "en"}, "`languages` is 'en', but must be a list of texts"),
+        ({"languages": [False]}, "quote what YAML would take for something else, such as 'no'"),
+        ({"limits": "abc"}, "`limits` is 'abc'"),
+        ({"limits": [""]}, "`limits` is "),
+        ({"license": ["mit"]}, r"`license` is \['mit'\], but must be a text"),
+        ({"licence": "mit", "limits": "abc"}, "`licence` is no field of a card; `limits` is"),
+        (["mit"], "must be names and values"),
+    ],
+    ids=str,
+)
+def test_what_cannot_become_a_card_is_refused_when_it_is_read(tmp_path, card, words):
+    FixedPolicy(TreeShape(4, 2, 2)).save_pretrained(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"card": card}))
+    with pytest.raises(UnreadableArtefactError, match=f"The `card` of .*recipe.yaml .*{words}"):
+        read_artefact(tmp_path)
+
+
+def test_a_field_of_a_card_that_is_left_empty_is_left_out(tmp_path):
+    FixedPolicy(TreeShape(4, 2, 2)).save_pretrained(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("card:\n  license: mit\n  languages:\n  limits:\n  data:\n")
+    assert "license: mit\n" in render_card(read_artefact(tmp_path), "me/mine")
+
+
 @pytest.mark.parametrize("folder", MODEL_CARDS, ids=lambda folder: folder.name)
 def test_every_folder_of_model_cards_loads_and_its_card_is_what_its_files_render_to(folder):
     artefact = read_artefact(folder)
@@ -71,9 +101,9 @@ def test_every_folder_of_model_cards_loads_and_its_card_is_what_its_files_render
     assert (folder / "README.md").read_text() == render_card(artefact, local_name(folder))
     assert {"license", "target_license", "languages", "data"} <= set(artefact.said)
     assert read_training_prompts(folder)
+    if artefact.results:
+        assert config_sha256(folder) in artefact.results["config_sha256"].values()
 
 
 def test_there_is_something_to_load():
     assert MODEL_CARDS
-    if artefact.results:
-        assert config_sha256(folder) in artefact.results["config_sha256"].values()

@@ -14,6 +14,7 @@ from tests.tokenizers import letter_tokenizer
 from tests.trainers.test_head_trainer import config, fresh, texts
 from transformers_resps import AutoPolicy, DraftHead
 from transformers_resps.hub import Destination, upload
+from transformers_resps.policy import Guard, ReSpSConfig, ReSpSPolicy
 from transformers_resps.publishing import find_faults
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
 from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts
@@ -34,8 +35,10 @@ def trainer(folder, **overrides) -> DraftHeadTrainer:
     return DraftHeadTrainer(head, target, args, ExampleDataset(texts()))
 
 
-def test_a_checkpoint_pushes_the_head_and_no_pickle(hub, tmp_path):
+def test_a_checkpoint_pushes_the_head_and_no_pickle_nor_what_an_earlier_run_left(hub, tmp_path):
     one = trainer(tmp_path, max_steps=3)
+    one.artefact_folder.mkdir(parents=True)
+    (one.artefact_folder / "recipe.yaml").write_text("# python training/train_head.py /home/alice/data\n")
     one.train()
     pushed = hub.repositories[REPO].files
     assert set(pushed) == {".gitattributes", "config.json", "model.safetensors"}
@@ -106,8 +109,8 @@ output_dir: run
 """
 
 
-def train(script: str, settings: str, monkeypatch) -> None:
-    Path("config.yaml").write_text(settings + CARD)
+def train(script: str, settings: str, monkeypatch, card: str = CARD) -> None:
+    Path("config.yaml").write_text(settings + card)
     monkeypatch.setattr(sys, "argv", [f"training/{script}", "--config", "config.yaml"])
     runpy.run_path(str(TRAINING / script), run_name="__main__")
 
@@ -118,10 +121,18 @@ def test_the_head_script_ends_with_a_folder_that_lacks_the_benchmark_alone(hub, 
         "target_dtype: float32\n"
         "steps: 2\nmax_steps: 2\ntokens_per_batch: 64\nsave_steps: 2\ntau_texts: 1\n"
     )
+    trains = DraftHeadTrainer.train
+
+    def trains_while_somebody_edits(self, **how):
+        Path("config.yaml").write_text("edited: true\n")
+        return trains(self, **how)
+
+    monkeypatch.setattr(DraftHeadTrainer, "train", trains_while_somebody_edits)
     train("train_head.py", settings, monkeypatch)
     folder = desk / "run" / "head"
     pushed = {name: content for name, content in hub.repositories[REPO].files.items() if name != ".gitattributes"}
     assert pushed == snapshot(folder)
+    assert pushed["recipe.yaml"].decode().endswith(settings + CARD)  # as it was begun
     card = pushed["README.md"].decode()
     assert f'DraftHead.from_pretrained("{REPO}"' in card
     assert "base_model: maker/tiny\n" in card and "Not measured yet" in card and "2 steps" in card
@@ -141,3 +152,36 @@ def test_the_policy_script_likewise(hub, desk, monkeypatch):
     assert AutoPolicy.from_pretrained(REPO).to_config() == AutoPolicy.from_pretrained(folder).to_config()
     assert [fault.split()[0] for fault in find_faults(folder, REPO)] == ["results.json"]
     assert read_training_prompts(folder) == set(map(fingerprint, WORDS))
+
+
+@pytest.mark.parametrize(
+    ("script", "settings"),
+    [("train_head.py", "datasets: [nothing]\n"), ("train_policy.py", "head: nobody\ndataset: nothing\n")],
+)
+def test_what_cannot_be_published_is_told_before_anything_is_loaded(tmp_path, monkeypatch, script, settings):
+    monkeypatch.chdir(tmp_path)
+    private = f"target: /home/alice/target\n{settings}"
+    with pytest.raises(ValueError, match=r"publish what is private. .*/home/alice/target.*without `push_to_hub`"):
+        train(script, private, monkeypatch)
+    with pytest.raises(ValueError, match=r"The `card` of the recipe .*`languages` is 'en'"):
+        train(script, f"target: nowhere\n{settings}", monkeypatch, CARD.replace("[en]", "en"))
+    here = CARD.replace("push_to_hub: true", "push_to_hub: false")
+    with pytest.raises(OSError, match="/home/alice/target"):  # and only what is published must be presentable
+        train(script, private, monkeypatch, here)
+
+
+def test_no_path_of_this_machine_is_saved_with_a_head_or_a_policy(tmp_path, monkeypatch):
+    target, head = fresh()
+    for place in (tmp_path / "target", tmp_path / "given"):
+        place.mkdir()
+    head.config.target |= {"name_or_path": str(tmp_path / "target")}
+    head.save_pretrained(tmp_path / "head")
+    given = {"name_or_path": str(tmp_path / "given")}
+    policy = ReSpSPolicy(ReSpSConfig(9, target=head.config.target, head=given))
+    policy.save_pretrained(tmp_path / "policy")
+    Guard(policy).save_pretrained(tmp_path / "guarded")
+    told = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("head", "policy", "guarded")]
+    assert [config["target"]["name_or_path"] for config in (*told[:2], told[2]["policy"])] == ["target"] * 3
+    assert told[1]["head"]["name_or_path"] == "given"
+    assert str(tmp_path) not in json.dumps(told)
+    assert head.config.target["name_or_path"] == policy.config.target["name_or_path"] == str(tmp_path / "target")

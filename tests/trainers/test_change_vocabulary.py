@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
 from transformers_resps.head import BoundHead
+from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "training" / "change_vocabulary.py"), run_name="script")
@@ -42,6 +43,7 @@ def test_every_file_weighs_the_same_and_special_tokens_are_forced_in(
     tiny_target.save_pretrained(tmp_path / "target")
     letter_tokenizer().save_pretrained(tmp_path / "target")
     DraftHead.from_target(tiny_target, draft_vocab_size=4).to(torch.bfloat16).save_pretrained(tmp_path / "head")
+    write_training_prompts(tmp_path / "head", ["known"])
     for name, text in (("long", 50 * "ddeeh"), ("short", "ffgi")):
         row = {"prompt": "d", "completion": text}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
@@ -51,4 +53,5 @@ def test_every_file_weighs_the_same_and_special_tokens_are_forced_in(
     monkeypatch.setattr(sys, "argv", ["change_vocabulary.py", *words, "--size", "5", "--texts", *texts])
     SCRIPT["main"]()
     ids = DraftHead.from_pretrained(tmp_path / "new").draft_token_ids.tolist()
+    assert read_training_prompts(tmp_path / "new") == {fingerprint("known")}
     assert "".join(letter_tokenizer().convert_ids_to_tokens(ids)) == "acdef"

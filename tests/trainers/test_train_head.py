@@ -13,6 +13,7 @@ from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
 from transformers_resps.trainers import Example, split_examples, vocabulary_of
+from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,6 +70,7 @@ def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
     torch.manual_seed(7)
     given = DraftHead.from_target(target, draft_token_ids=ids, feature_layers=[1, 3], fc_norm=True)
     given.save_pretrained(folder / "given", format=layout)
+    write_training_prompts(folder / "given", ["before"])
     options = {"head": folder / "given", "learning_rate": 1e-4, "target_name": "us/ours"}
     run(folder, monkeypatch, **options)
     printed = capsys.readouterr().out
@@ -83,6 +85,10 @@ def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
     assert f"going on from {folder / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
     state = json.loads((folder / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
+    both = [json.loads(line)["prompt"] for name in ("first", "second") for line in (folder / f"{name}.jsonl").open()]
+    assert read_training_prompts(folder / "run" / "head") == set(map(fingerprint, ["before", *both]))
+    training = json.loads((folder / "run" / "head" / "metrics.json").read_text())["training"]
+    assert training["steps"] == 4 and training["minutes"] >= 0  # a resumed run tells it too
 
 
 def test_adapters_for_a_domain_are_resumed_and_merged_into_the_head_that_is_written(

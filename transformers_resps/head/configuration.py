@@ -1,8 +1,12 @@
 """The configuration of a draft head: one canonical description for every published EAGLE-3 layout."""
 
+import os
+from copy import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from ..hub import shareable
 
 
 class DraftHeadConfig(PreTrainedConfig):
@@ -78,6 +82,14 @@ class DraftHeadConfig(PreTrainedConfig):
         if self.default_tree is None:
             self.default_tree = [60, 8, 10]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As in Transformers; of a target that lies in a folder here the last part of its path is written alone."""
+        told = copy(self)
+        told.target = shareable(self.target)
+        super(DraftHeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def draft_rows(self) -> int:

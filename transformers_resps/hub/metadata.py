@@ -18,13 +18,13 @@ def as_hub_id(name: str | None) -> str | None:
     return name if is_id else None
 
 
-def shareable(identity: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What a target or head is remembered by, for others' eyes: of a folder here the last part of its path alone."""
-    if identity is None:
-        return None
-    name = identity.get("name_or_path")
-    is_folder = bool(name) and Path(name).is_dir()
-    return {**identity, "name_or_path": Path(name).resolve().name} if is_folder else dict(identity)
+def shareable(config: Any) -> Any:
+    """JSON values for others' eyes: a `name_or_path` of a folder here, at any depth, is the last part of its path."""
+    if not isinstance(config, Mapping):
+        return config
+    told = {key: shareable(value) for key, value in config.items()}
+    name = str(told.get("name_or_path") or "")
+    return {**told, "name_or_path": Path(name).resolve().name} if name and Path(name).is_dir() else told
 
 
 def front_matter(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..hub import Destination, RepositoryFiles, plain_card, push_saved
+from ..hub import Destination, RepositoryFiles, plain_card, push_saved, shareable
 from .protocol import Policy
 
 
@@ -38,10 +38,13 @@ class SavedPolicy(Policy):
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `config.json` and, where there are weights, `model.safetensors` into a folder, made if missing."""
+        """Write `config.json` and, where there are weights, `model.safetensors` into a folder, made if missing.
+
+        Of a target or head that lies in a folder here the last part of its path is written alone.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"policy_type": self.policy_type, **self.to_config()}
+        config = shareable({"policy_type": self.policy_type, **self.to_config()})
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_tensors().items()}
         if tensors:

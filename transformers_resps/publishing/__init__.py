@@ -4,7 +4,7 @@ from .artefact import Artefact, UnreadableArtefactError, read_artefact
 from .card import render_card
 from .checks import find_faults
 from .release import check, files_of, publish, write_card, write_custom_generate
-from .training_run import head_metrics, write_run
+from .training_run import head_metrics, recipe_of, write_run
 
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "head_metrics",
     "publish",
     "read_artefact",
+    "recipe_of",
     "render_card",
     "write_card",
     "write_custom_generate",

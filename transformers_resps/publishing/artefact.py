@@ -1,6 +1,7 @@
 """What lies in the folder of a head or a policy. Knows files: nothing of cards, models or the Hub's calls."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ CONFIG, WEIGHTS, RESULTS, METRICS, RECIPE, CARD = (
     "recipe.yaml",
     "README.md",
 )
+
+
+_TEXTS, _LISTS = {"target", "head", "license", "target_license", "method"}, {"languages", "limits"}
+_OF_DATA, _DATA_NEEDS = {"name", "license", "what", "hub_id"}, {"name", "license", "what"}
 
 
 class UnreadableArtefactError(ValueError):
@@ -84,15 +89,58 @@ def read_artefact(folder: Path) -> Artefact:
             + ("is of neither a head nor a policy" if config else "is missing")
             + ". A folder to publish is what `save_pretrained` of a `DraftHead` or a policy wrote. Check the path."
         )
-    results = _mapping(folder / RESULTS)
+    results, recipe = _mapping(folder / RESULTS), _mapping(folder / RECIPE)
+    check_card(recipe.get("card"), folder / RECIPE)
     return Artefact(
         folder,
         config,
-        recipe=_mapping(folder / RECIPE),
+        recipe=recipe,
         metrics=_mapping(folder / METRICS),
         results=results if results.get("schema_version") == SCHEMA_VERSION else {},
         plots=tuple(sorted(file.name for file in folder.glob("*.png"))),
     )
+
+
+def check_card(card: Any, source: str | Path) -> None:
+    """Refuse the `card` of a recipe that no card can be rendered from; one that is left out is none.
+
+    Args:
+        card: as read from YAML.
+        source: of the recipe, for the message.
+
+    Raises:
+        UnreadableArtefactError: lists all that is wrong.
+    """
+    if faults := list(_card_faults(card)):
+        raise UnreadableArtefactError(
+            f"The `card` of {source} cannot become a card: {'; '.join(faults)}. Its fields are shown in "
+            "docs/publish.md. Mend them, and quote what YAML would take for something else, such as 'no'."
+        )
+
+
+def _card_faults(card: Any) -> Iterator[str]:
+    if not isinstance(card, dict | None):
+        yield f"it is {card!r}, but must be names and values"
+        return
+    for name, value in (card or {}).items():
+        if value is None:
+            continue
+        if name in _TEXTS and not _is_text(value):
+            yield f"`{name}` is {value!r}, but must be a text"
+        elif name in _LISTS and not (isinstance(value, list) and all(map(_is_text, value))):
+            yield f"`{name}` is {value!r}, but must be a list of texts"
+        elif name == "data" and not (isinstance(value, list) and all(map(_is_data, value))):
+            yield f"`data` is {value!r}, but each item must have the texts `name`, `license`, `what`, perhaps `hub_id`"
+        elif name not in _TEXTS | _LISTS | {"data"}:
+            yield f"`{name}` is no field of a card"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_data(item: Any) -> bool:
+    return isinstance(item, dict) and _DATA_NEEDS <= item.keys() <= _OF_DATA and all(map(_is_text, item.values()))
 
 
 def _mapping(file: Path) -> dict[str, Any]:

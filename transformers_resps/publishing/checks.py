@@ -3,8 +3,6 @@
 Knows files; loads the artefact to see that it loads.
 """
 
-import getpass
-import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,14 +17,13 @@ from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from .artefact import CARD, CONFIG, METRICS, RECIPE, RESULTS, WEIGHTS, Artefact, read_artefact
 from .card import render_card
 from .custom_code import CUSTOM_GENERATE, is_ours
+from .private_facts import private_facts
 
 
 _MOST_BYTES = {".safetensors": 5 << 30}  # the Hub's for one upload over HTTP
 _MOST_OTHER_BYTES = 10 << 20  # the Hub's for files that are not stored apart
 KINDS = {".json", ".yaml", ".md", ".png", ".safetensors"}
 _TEXTS = {".json", ".yaml"}
-_PATH = re.compile(r"(?<![\w.:/~-])(?:~|/[\w.@-]+)/[\w.@/-]+|\b[A-Za-z]:\\[\w\\.-]+|\bfile:/+\S+")
-_UNTELLING_USERS = {"root"}
 _CARD_NEEDS = ("license", "target_license", "languages", "data")
 
 
@@ -86,7 +83,7 @@ def _file_faults(folder: Path, file: Path) -> Iterator[str]:
         yield f"{name} has {file.stat().st_size:,} bytes, but the Hub takes at most {most:,}. Make it smaller."
     yield from _SNIFFERS.get(file.suffix, _no_faults)(file)
     if file.suffix in _TEXTS:
-        yield from _private_facts(file)
+        yield from private_facts(file.name, file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _no_faults(file: Path) -> Iterator[str]:
@@ -108,25 +105,6 @@ def _not_png(file: Path) -> Iterator[str]:
 
 
 _SNIFFERS: dict[str, Callable[[Path], Iterator[str]]] = {".safetensors": _not_safetensors, ".png": _not_png}
-
-
-def _private_facts(file: Path) -> Iterator[str]:
-    """Paths and names of the machine it was made on."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if paths := sorted(set(_PATH.findall(text))):
-        shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        yield f"{file.name} names {shown}: paths of your machine. Names relative to it are needed. Mend the file."
-    user = _user()
-    if user is not None and re.search(rf"(?<![\w-]){re.escape(user)}(?![\w/-])", text):
-        yield f"{file.name} holds your login name {user!r}. Nothing private may be published. Mend the file."
-
-
-def _user() -> str | None:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, as in containers
-        return None
-    return None if user in _UNTELLING_USERS else user
 
 
 def _result_faults(folder: Path) -> Iterator[str]:

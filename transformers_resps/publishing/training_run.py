@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from .artefact import METRICS, RECIPE
+from .artefact import METRICS, RECIPE, check_card
+from .private_facts import private_facts
 from .release import write_card, write_custom_generate
 
 
@@ -30,20 +31,38 @@ def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, t
     return metrics
 
 
-def write_run(
-    folder: Path, metrics: dict[str, Any], command: list[str], settings: dict[str, Any], *, name: str | None = None
-) -> None:
+def recipe_of(command: list[str], settings: dict[str, Any], *, is_pushed: bool) -> str:
+    """`recipe.yaml` of a run that begins; what is edited while it runs was not what it did.
+
+    Args:
+        command: as typed. The file behind its `--config` is the recipe, with the command above it.
+        settings: the recipe of a run without such a file.
+        is_pushed: the run ends on the Hub, so the recipe must be fit to be seen.
+
+    Raises:
+        ValueError: no card can be rendered from it, or it is to be pushed and names paths or people.
+    """
+    recipe = _recipe(command, settings)
+    check_card((yaml.safe_load(recipe) or {}).get("card"), "the recipe")
+    if is_pushed and (private := list(private_facts("The command or its config", recipe))):
+        raise ValueError(
+            f"`push_to_hub` would publish what is private. {' '.join(private)} Or train without `push_to_hub`, and "
+            "publish the folder afterwards with training/publish.py."
+        )
+    return recipe
+
+
+def write_run(folder: Path, metrics: dict[str, Any], recipe: str, *, name: str | None = None) -> None:
     """Write `metrics.json`, `recipe.yaml`, the card and `custom_generate/` beside the weights in `folder`.
 
     Args:
         folder: of the head or policy.
         metrics: see `head_metrics`; with `training`, what the run took.
-        command: as typed. The file behind its `--config` is the recipe, with the command above it.
-        settings: the recipe of a run without such a file.
+        recipe: as `recipe_of` read it before the run.
         name: what the card calls the artefact: the repository it is pushed to, or else its folder.
     """
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (folder / RECIPE).write_text(_recipe(command, settings), encoding="utf-8")
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
     write_custom_generate(folder)
     write_card(folder, name)
 

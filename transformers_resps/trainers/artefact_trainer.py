@@ -4,6 +4,7 @@ Knows Transformers' Trainer and the Hub: nothing of what is trained.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,6 +18,11 @@ from ..hub import MEASURED, Destination, Existing, make_repository, upload
 logger = logging.getLogger(f"transformers.{__name__}")
 
 _UNMEASURED = Existing(refuse=MEASURED)
+
+
+def _is_saved_with_weights(file: Path) -> bool:
+    """Not a recipe, card or metrics that an earlier run left in the folder."""
+    return file.name == "config.json" or file.suffix == ".safetensors"
 
 
 class ArtefactTrainer(Trainer):
@@ -49,14 +55,19 @@ class ArtefactTrainer(Trainer):
             OSError: the Hub refused, the connection broke, or the repository was published with measurements;
                 nothing was committed, and the folder is as it was.
         """
+        return self._push(commit_message or "End of training", lambda file: True, **where)
+
+    def _push(self, message: str, belongs: Callable[[Path], bool], **where: Any) -> str | None:
+        """Upload the files of the folder that belong to the commit; one of several processes does."""
         if not self.is_world_process_zero():
             return None
         self.save_artefact()
         folder = self.artefact_folder
         files: dict[str, Path | bytes] = {
-            file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
+            file.relative_to(folder).as_posix(): file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and belongs(file)
         }
-        message = commit_message or "End of training"
         return upload(files, self._destination(**where), message, existing=_UNMEASURED)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -66,10 +77,8 @@ class ArtefactTrainer(Trainer):
             OSError: the Hub refused, or the repository was published with measurements.
         """
         if self.is_world_process_zero():
-            repo_id: Any = make_repository(
-                self._destination(), _UNMEASURED
-            )  # Transformers infers the attribute to be None
-            self.hub_model_id = repo_id
+            made: Any = make_repository(self._destination(), _UNMEASURED)
+            self.hub_model_id = made  # Transformers infers that it is None
 
     def _destination(self, **where: Any) -> Destination:
         args = self.args
@@ -86,7 +95,7 @@ class ArtefactTrainer(Trainer):
             self.save_artefact()
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
             try:
-                self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+                self._push(f"Training in progress, step {self.state.global_step}", _is_saved_with_weights)
             except OSError as error:  # the next checkpoint is pushed again; hours of training must not end here
                 logger.warning("Step %d was not pushed: %s", self.state.global_step, error)
 

@@ -17,9 +17,15 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
-def write_training_prompts(folder: str | Path, texts: Iterable[str]) -> None:
-    """Write `training_prompts.json` into the folder of a head or policy: hashes of the first user turns `texts`."""
-    hashes = sorted({fingerprint(text) for text in texts})
+def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
+    """Write `training_prompts.json` into the folder of a head or policy.
+
+    Args:
+        folder: made already.
+        texts: the first user turns that it learned from.
+        earlier: fingerprints of those that the head learned from which it went on from.
+    """
+    hashes = sorted({fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(json.dumps({"sha256_16": hashes}), encoding="utf-8")
 
 
