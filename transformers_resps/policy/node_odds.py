@@ -74,7 +74,7 @@ class NodeOdds:
         """
         all_children, root = self.hit_rate(level + 1), 1.0 / level
         second, third = (all_children * share for share in _LATER_CHILDREN)
-        children = []
+        children: list[float] = []
         for node in odds:
             first = all_children * (_FIRST_CHILD + _FIRST_CHILD_SLOPE * node**root)
             children += (node * first, node * second, node * third)
