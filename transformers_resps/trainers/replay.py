@@ -8,7 +8,7 @@ Knows target, head and trees: nothing of policies' networks or losses. Shapes: t
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from .recorded_text import RecordedText, record_pools
 
 _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
 _CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
+_TENSORS = ("features", "ranks", "lookups", "proposed")
 
 # Seconds of a step: (shape, positions of the text before it) -> seconds.
 StepSeconds = Callable[[TreeShape, int], float]
@@ -41,6 +42,7 @@ class ReplayText:
         ranks: `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the place of the realised path's node of level l in a
             pool of d levels with the k-th `top_k`, best first: a tree of n nodes holds the places below n - 1.
         lookups: `[t]` tokens of the looked-up continuation that the text follows.
+        proposed: `[t]` tokens of that continuation: nodes to verify, wherever the text goes.
         top_ks: the K values of `top_k` that were drafted.
         context_length: positions of the text before the first step.
         spare_room: tokens that the text could have gained after its last one.
@@ -49,6 +51,7 @@ class ReplayText:
     features: Tensor
     ranks: Tensor
     lookups: Tensor
+    proposed: Tensor
     top_ks: tuple[int, ...]
     context_length: int
     spare_room: int
@@ -83,17 +86,25 @@ class ReplayText:
 
         Args:
             grid: no shape deeper or with another `top_k` than was recorded.
-            seconds: cost of a step; asked once for every 16 positions of context.
+            seconds: cost of a step; asked once for every 16 positions of context. A shape pays for the nodes that the
+                lookup found; one that the head proposed, too, is paid for twice.
         """
+        emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
+        return TextOutcomes(
+            self.features, emitted, torch.stack([self._seconds(shape, seconds) for shape in grid.shapes], dim=1)
+        )
+
+    def _seconds(self, shape: TreeShape, seconds: StepSeconds) -> Tensor:
+        """`[t]` fp64."""
         buckets = (self.context_length + torch.arange(len(self))) // _CONTEXT_BUCKET
         contexts, bucket_of = buckets.unique(return_inverse=True)
-        costs = [[seconds(shape, int(c) * _CONTEXT_BUCKET) for shape in grid.shapes] for c in contexts]
-        emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
-        return TextOutcomes(self.features, emitted, torch.tensor(costs, dtype=torch.float64)[bucket_of])
+        found = [replace(shape, lookup=count) for count in range(shape.lookup + 1)]
+        costs = [[seconds(one, int(context) * _CONTEXT_BUCKET) for one in found] for context in contexts]
+        return torch.tensor(costs, dtype=torch.float64)[bucket_of, self.proposed.clamp(max=shape.lookup)]
 
     def save(self, file: str | Path) -> None:
         """Write one safetensors file."""
-        tensors = {"features": self.features, "ranks": self.ranks, "lookups": self.lookups}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
         metadata = {
             "top_ks": ",".join(map(str, self.top_ks)),
             "context_length": str(self.context_length),
@@ -106,12 +117,10 @@ class ReplayText:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
             return cls(
-                opened.get_tensor("features"),
-                opened.get_tensor("ranks"),
-                opened.get_tensor("lookups"),
-                tuple(map(int, metadata["top_ks"].split(","))),
-                int(metadata["context_length"]),
-                int(metadata["spare_room"]),
+                **{name: opened.get_tensor(name) for name in _TENSORS},
+                top_ks=tuple(map(int, metadata["top_ks"].split(","))),
+                context_length=int(metadata["context_length"]),
+                spare_room=int(metadata["spare_room"]),
             )
 
 
@@ -148,8 +157,9 @@ def replay(text: RecordedText) -> ReplayText:
     """What is needed to know the outcome of every shape."""
     upcoming = text.upcoming(text.depth)
     ranks = torch.stack([path_ranks(pool, upcoming) for pool in text.pools.values()], dim=1)
-    lookups = _followed_lookups(text.input_ids.tolist(), text.prompt_length)
-    return ReplayText(text.features, ranks, lookups, tuple(text.pools), text.prompt_length + 1, text.spare_room)
+    followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length)
+    start = text.prompt_length + 1
+    return ReplayText(text.features, ranks, followed, proposed, tuple(text.pools), start, text.spare_room)
 
 
 def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
@@ -176,15 +186,16 @@ def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
     return ranks
 
 
-def _followed_lookups(tokens: list[int], prompt_length: int) -> Tensor:
-    """At every position after the answer's first token, how many looked-up tokens the text then follows: `[t]`."""
+def _lookups(tokens: list[int], prompt_length: int) -> tuple[Tensor, Tensor]:
+    """At every position after the answer's first token: looked-up tokens that the text follows, and all of them."""
     lookup = BatchLookup([0])
-    followed = []
+    followed, found = [], []
     for place in range(prompt_length, len(tokens) - 1):
         lookup.extend([tokens[lookup.lengths[0] : place + 1]])
         proposed = lookup.matches()[0].tokens
         followed.append(_common_prefix(proposed, tokens[place + 1 :]))
-    return torch.tensor(followed)
+        found.append(len(proposed))
+    return torch.tensor(followed), torch.tensor(found)
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
