@@ -23,6 +23,6 @@ def demo(args: argparse.Namespace) -> int:
         from ..demo.__main__ import run
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{error.name} cannot be found. The demo needs it: install transformers-resps[demo]."
+            f"{error.name} cannot be found, but the demo needs it. Install transformers-resps[demo]."
         ) from error
     return run(args)

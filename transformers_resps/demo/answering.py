@@ -41,8 +41,9 @@ class Answer:
     speculation: SpeculationReport | None
 
     @property
-    def tokens_per_second(self) -> float:
-        return len(self.token_ids) / self.seconds
+    def tokens(self) -> int:
+        """How many."""
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)

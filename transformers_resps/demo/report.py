@@ -8,7 +8,8 @@ from statistics import median
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .answering import Answer, Comparison
+from ..bench.measurement import rate
+from .answering import Comparison
 
 
 Decode = Callable[[list[int]], str]
@@ -90,18 +91,13 @@ def _same_text(comparison: Comparison) -> str:
 
 
 def _cells(kind: str, same: str, comparisons: Sequence[Comparison]) -> list[str]:
-    plain, tree = _rate([c.plain for c in comparisons]), _rate([c.speculative for c in comparisons])
+    plain, tree = rate(c.plain for c in comparisons), rate(c.speculative for c in comparisons)
     reports = [c.speculative.speculation for c in comparisons if c.speculative.speculation]
     tau = sum(report.emitted for report in reports) / sum(report.target_forwards for report in reports)
     decoding = [step.verified for report in reports for step in report.steps[1:]]
     nodes = sum(decoding) / len(decoding) if decoding else 1.0
     numbers = [f"{plain:.1f}", f"{tree:.1f}", f"{tree / plain:.2f}x", f"{tau:.2f}", f"{nodes:.1f}"]
     return [kind, _name(comparisons[0]), same, *numbers]
-
-
-def _rate(answers: Sequence[Answer]) -> float:
-    """Total tokens over total seconds."""
-    return sum(len(answer.token_ids) for answer in answers) / sum(answer.seconds for answer in answers)
 
 
 def divergence_line(comparison: Comparison, decode: Decode) -> str:
