@@ -1,38 +1,49 @@
-r"""What can a policy win? Best fixed shapes, the oracle, what is predictable, and what the online policy keeps of it.
+r"""What can a policy win? Fixed shapes, a fitted model of acceptance, the online policy and the oracle, on recordings.
 
     python training/headroom.py --recordings work/recordings --results training/headroom/results.json
 
-Reads what `training/recordings.py` recorded. Shapes are searched, and models fitted, on `fit/` alone; all figures are
-of `evaluate/`. Writes the results and prints the tables of `training/HEADROOM.md`.
+Reads what `training/recordings.py` recorded and the cost tables of a quiet machine: nothing is timed. Shapes are
+searched, and models fitted, on `fit/` alone; all figures are of `evaluate/`. Prints the tables of
+`training/HEADROOM.md`.
 """
 
 import argparse
 import json
-from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from acceptance_model import AcceptanceModel
+from positions import LEVELS, SIGNALS, Positions, levels_of, read_positions
+from predictable import Decider
+from step_costs import outcome_table, read_tables, step_costs
+from torch import Tensor
 
 from transformers_resps import TreeShape
-from transformers_resps.lookup import BatchLookup
+from transformers_resps.calibration import CostTable
 from transformers_resps.policy import ActionGrid, Guard, Observation, Policy, ThroughputPolicy
-from transformers_resps.trainers import (
-    Oracle,
-    OutcomeTable,
-    RecordedText,
-    StepCosts,
-    replay,
-    replay_policy,
-)
-from transformers_resps.trainers.ppo import expected_gain
+from transformers_resps.trainers import Oracle, RecordedText, fitted_policy, replay_policy
 
 
 SOURCES = ("head", "lookup", "both")
-COST_TABLES = Path(__file__).parent / "headroom" / "cost_tables.json"
+COSTS = ["model_cards/smollm2-135m-instruct-head/results.json", "training/headroom/cost_tables.json"]
+COLUMNS = (
+    "best_fixed",
+    "best_fixed_here",
+    "per_prompt",
+    "auto_first_call",
+    "auto",
+    "auto_fitted",
+    "predictable",
+    "oracle",
+)
+LADDER = {  # what each signal adds to the fitted model, for head and lookup together
+    "scores and match": ("scores", "lookup"),
+    "agreement of head and lookup": ("scores", "lookup", "agreement"),
+    "recent hits": ("scores", "lookup", "agreement", "recent"),
+    "fused features": SIGNALS,
+}
 
 
 def load_folder(folder: Path) -> list[RecordedText]:
@@ -50,99 +61,43 @@ def grid_of(sources: str) -> ActionGrid:
     return ActionGrid((*trees, *chains, *merged))
 
 
-def costs_of(table: dict[str, Any]) -> StepCosts:
-    row = {int(nodes): float(seconds) for nodes, seconds in table["verify"].items()}
-    known = sorted(row)
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Recordings of one temperature, read once.
 
-    def verify(nodes: int, context: int) -> float:
-        if nodes in row:
-            return row[nodes]
-        place = min(bisect_left(known, nodes), len(known) - 1)
-        low, high = known[place - 1], known[place]
-        return row[low] + (nodes - low) / (high - low) * (row[high] - row[low])
-
-    return StepCosts(verify, lambda width, levels: levels * float(table["level"]))
-
-
-def outcomes(texts: list[RecordedText], grid: ActionGrid, costs: StepCosts) -> OutcomeTable:
-    """Every action at every position. A looked-up node that the head drafted too is paid for twice here."""
-
-    def seconds(shape: TreeShape, context: int) -> float:
-        draft = costs.draft(shape.top_k, shape.depth) if shape.asks_head else 0.0
-        return costs.verify(shape.total_tokens + shape.lookup, context) + draft
-
-    return OutcomeTable([replay(text).outcomes(grid, seconds) for text in texts])
-
-
-def signals(texts: list[RecordedText], sources: str) -> Tensor:
-    """What may be known before a decision, generously: the scores of the whole pool as well. `[p, n]`."""
-    rows = []
-    for text in texts:
-        pool, tokens = text.pools[4], text.input_ids.tolist()
-        best = torch.stack([pool.scores[:, pool.levels == level].amax(1) for level in range(1, 7)], dim=1)
-        masses = torch.stack(
-            [pool.scores[:, pool.levels == level].exp().sum(1).clamp(max=1) for level in range(1, 7)], dim=1
-        )
-        heads = torch.cat([pool.scores[:, :4], best, masses], dim=1)
-        lookup, found, recent = BatchLookup([0]), [], []
-        for place in range(len(text)):
-            root = text.prompt_length + place
-            lookup.extend([tokens[lookup.lengths[0] : root + 1]])
-            match = lookup.matches()[0]
-            found.append([float(match.length), *(match.survival + [0.0] * 6)[:6]])
-            upcoming = text.input_ids[None, root : root + 1]  # would the step before have foreseen the newest token?
-            before = pool.tokens[place - 1 : place, :4] == upcoming if place else torch.zeros(1, 4)
-            recent.append(float(before.any()))
-        hits = torch.tensor(recent)
-        padded = [nn.functional.pad(hits, (width - 1, 0)).unfold(0, width, 1).mean(1) for width in (1, 4, 16)]
-        window = torch.stack(padded, dim=1)
-        parts = {"head": [heads, window], "lookup": [torch.tensor(found)]}
-        rows.append(torch.cat(parts["head"] + parts["lookup"] if sources == "both" else parts[sources], dim=1))
-    return torch.cat(rows)
-
-
-def fitted_choices(fit: OutcomeTable, known: Tensor, scored: Tensor, epochs: int = 150) -> Tensor:
-    """Actions `[p]` at all positions to score, by a network trained to maximise the expected gain on `fit`.
-
-    Stopped where it is best on the last fifth of the fitting texts.
+    Attributes:
+        fit: to search and to fit on.
+        texts: to score.
+        benchmarks: of each of `texts`.
+        fit_positions: of `fit`.
+        positions: of `texts`.
+        models: of acceptance, by what they may see; they know nothing of costs.
     """
-    torch.manual_seed(0)
-    mean, spread = known.mean(0), known.std(0) + 1e-3
-    inputs, rate = (known - mean) / spread, Oracle(fit).best_fixed_rate
-    gains = (fit.emitted - rate * fit.seconds).float()
-    edge = int(fit.starts[int(0.8 * len(fit))])
-    model = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, gains.shape[1]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
-    best, kept = -1e9, {name: value.clone() for name, value in model.state_dict().items()}
-    for _ in range(epochs):
-        for index in torch.randperm(edge).split(256):
-            loss = -expected_gain(model(inputs[index]), gains[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            model.eval()
-            picks = model(inputs[edge:]).argmax(-1)
-            gain = float(gains[edge:].gather(1, picks[:, None]).mean())
-            model.train()
-        if gain > best:
-            best, kept = gain, {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(kept)
-    with torch.no_grad():
-        return model.eval()((scored - mean) / spread).argmax(-1)
 
+    fit: list[RecordedText]
+    texts: list[RecordedText]
+    benchmarks: list[str]
+    fit_positions: Positions
+    positions: Positions
+    models: dict[tuple[str, ...], AcceptanceModel] = field(default_factory=dict)
 
-def seconds_of(table: OutcomeTable, actions: Tensor) -> Tensor:
-    """Seconds of each text when `actions` `[p]` are taken."""
-    taken = []
-    for start, stop in zip(table.starts.tolist(), table.stops.tolist(), strict=True):
-        place, seconds = start, 0.0
-        while place < stop:
-            action = int(actions[place])
-            seconds += float(table.seconds[place, action])
-            place += int(table.emitted[place, action])
-        taken.append(seconds)
-    return torch.tensor(taken, dtype=torch.float64)
+    @classmethod
+    def load(cls, recordings: Path, temperature: str) -> "Corpus":
+        fit = load_folder(recordings / "fit" / temperature)
+        folders = sorted((recordings / "evaluate" / temperature).iterdir())
+        scored = [(text, folder.name) for folder in folders for text in load_folder(folder)]
+        texts, names = [text for text, _ in scored], [name for _, name in scored]
+        return cls(fit, texts, names, read_positions(fit), read_positions(texts))
+
+    def predictable(self, sources: str, costs: CostTable, signals: tuple[str, ...] = SIGNALS) -> Tensor:
+        """Seconds of each text when a model of acceptance decides, fitted with `signals`."""
+        if sources == "head":
+            signals = tuple(signal for signal in signals if signal not in ("lookup", "agreement"))
+        if signals not in self.models:
+            self.models[signals] = AcceptanceModel(self.fit_positions, levels_of(self.fit[0]), signals)
+        model = self.models[signals]
+        decider = Decider(model, self.fit_positions, costs, 0 if sources == "lookup" else LEVELS)
+        return decider.seconds(self.positions)
 
 
 class Only(Policy):
@@ -166,81 +121,99 @@ class Only(Policy):
         return self.policy.choose(observation)
 
 
-def online(texts: list[RecordedText], warm: list[RecordedText], sources: str, costs: StepCosts) -> Tensor:
+def online(
+    texts: list[RecordedText], warm: list[RecordedText], policy: ThroughputPolicy, sources: str, table: CostTable
+) -> Tensor:
     """Seconds of each text under the guarded online policy, after it has decoded `warm`."""
-    policy = Guard(Only(ThroughputPolicy(), sources))
+    guarded, costs = Guard(Only(policy, sources)), step_costs(table)
     for text in warm:
-        replay_policy(text, policy, costs)
-    return torch.tensor([replay_policy(text, policy, costs).seconds for text in texts], dtype=torch.float64)
+        replay_policy(text, guarded, costs)
+    return torch.tensor([replay_policy(text, guarded, costs).seconds for text in texts], dtype=torch.float64)
 
 
-def study(
-    fit: list[RecordedText], evaluate: dict[str, list[RecordedText]], sources: str, costs: StepCosts
-) -> list[dict[str, Any]]:
+def study(corpus: Corpus, sources: str, table: CostTable) -> list[dict[str, Any]]:
     """One row per benchmark and one for all: speeds in those of plain decoding."""
-    grid = grid_of(sources)
-    texts = [text for benchmark in evaluate.values() for text in benchmark]
-    names = [name for name, benchmark in evaluate.items() for _ in benchmark]
-    fitting, scoring = outcomes(fit, grid, costs), outcomes(texts, grid, costs)
-    oracle, found = Oracle(scoring), Oracle(fitting).best_fixed
+    grid, texts = grid_of(sources), corpus.texts
+    found = Oracle(outcome_table(corpus.fit, grid, table)).best_fixed
+    oracle = Oracle(outcome_table(texts, grid, table))
     by_text = oracle.fixed_seconds
-    plain = by_text[:, grid.index_of(TreeShape.plain())]
-    picks = fitted_choices(fitting, signals(fit, sources), signals(texts, sources))
+    warm = corpus.fit[::7]
     columns = {
         "best_fixed": by_text[:, found],
-        "best_per_prompt": by_text.min(-1).values,
+        "per_prompt": by_text.min(-1).values,
+        "auto": online(texts, warm, ThroughputPolicy(), sources, table),
+        "auto_fitted": online(texts, warm, fitted_policy(corpus.fit), sources, table),
+        "predictable": corpus.predictable(sources, table),
         "oracle": oracle.best_seconds,
-        "predictable": seconds_of(scoring, picks),
-        "online_first_call": torch.cat([online([text], [], sources, costs) for text in texts]),
-        "online": online(texts, fit[::4], sources, costs),
     }
-    rows = []
-    for name in [*evaluate, "all"]:
-        here = torch.tensor([name in (one, "all") for one in names])
+    if sources == "both":
+        first = [online([text], [], ThroughputPolicy(), sources, table) for text in texts]
+        columns["auto_first_call"] = torch.cat(first)
+    plain, rows = by_text[:, grid.index_of(TreeShape.plain())], []
+    for name in [*dict.fromkeys(corpus.benchmarks), "all"]:
+        here = torch.tensor([name in (one, "all") for one in corpus.benchmarks])
         speeds = {column: float(plain[here].sum() / seconds[here].sum()) for column, seconds in columns.items()}
         speeds["best_fixed_here"] = float(plain[here].sum() / by_text[here].sum(0).min())
         rows.append({"benchmark": name, "texts": int(here.sum()), "fixed": str(grid[found]), **speeds})
     return rows
 
 
-HEADINGS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "benchmark": lambda row: row["benchmark"],
-    "best fixed": lambda row: f"{row['best_fixed']:.2f}",
-    "best fixed here": lambda row: f"{row['best_fixed_here']:.2f}",
-    "per prompt": lambda row: f"{row['best_per_prompt']:.2f}",
-    "oracle": lambda row: f"{row['oracle']:.2f}",
-    "predictable": lambda row: f"{row['predictable']:.2f}",
-    "online": lambda row: f"{row['online']:.2f}",
-    "online, first call": lambda row: f"{row['online_first_call']:.2f}",
-}
+def ladder(corpus: Corpus, table: CostTable) -> dict[str, float]:
+    """Speed with more and more signals, over all texts, in those of plain decoding."""
+    only_plain = ActionGrid((TreeShape.plain(),))
+    plain = Oracle(outcome_table(corpus.texts, only_plain, table)).fixed_seconds.sum()
+    return {name: float(plain / corpus.predictable("both", table, signals).sum()) for name, signals in LADDER.items()}
+
+
+def kept(row: dict[str, Any], of: str, policy: str = "auto_fitted", above: str = "best_fixed") -> str:
+    """Share of a gain that a policy keeps; nothing where there is hardly any gain."""
+    whole = row[of] - row[above]
+    return f"{(row[policy] - row[of] + whole) / whole:.0%}" if whole > 0.03 else ""
 
 
 def print_tables(results: list[dict[str, Any]]) -> None:
+    titles = [column.replace("_", " ") for column in COLUMNS]
+    shares = ["of predictable", "of oracle"]
     for result in results:
         fixed = result["rows"][-1]["fixed"]
         print(f"\n### {result['costs']}, temperature {result['temperature']}, {result['sources']}; fixed: `{fixed}`\n")
-        print("| " + " | ".join(HEADINGS) + " |\n|---" + "|---:" * (len(HEADINGS) - 1) + "|")
+        print("| " + " | ".join(["benchmark", *titles, *shares]) + " |\n|---" + "|---:" * (len(titles) + 2) + "|")
         for row in result["rows"]:
-            print("| " + " | ".join(cell(row) for cell in HEADINGS.values()) + " |")
+            cells = [f"{row[column]:.2f}" if column in row else "" for column in COLUMNS]
+            print("| " + " | ".join([row["benchmark"], *cells, kept(row, "predictable"), kept(row, "oracle")]) + " |")
+        if "ladder" in result:
+            print("\n" + ", ".join(f"{name} {speed:.3f}" for name, speed in result["ladder"].items()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recordings", type=Path, default=Path("work/recordings"))
-    parser.add_argument("--results", type=Path, default=Path("training/headroom/results.json"))
+    parser.add_argument("--costs", type=Path, nargs="+", default=[Path(file) for file in COSTS])
+    parser.add_argument("--temperatures", nargs="+", default=["0", "1"], choices=["0", "1"])
+    parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
+    parser.add_argument("--results", type=Path, default=Path("training/headroom/results.json"), help="added to")
     parser.add_argument("--print-only", action="store_true", help="print the tables of results that are there")
     args = parser.parse_args()
-    results: list[dict[str, Any]] = []
-    tables = json.loads(COST_TABLES.read_text(encoding="utf-8"))
-    for folder in [] if args.print_only else sorted((args.recordings / "evaluate").iterdir()):
-        load = {path.name: load_folder(path) for path in sorted(folder.iterdir())}
-        fitting = load_folder(args.recordings / "fit" / folder.name)
+    tables = {} if args.print_only else read_tables(args.costs)
+    for temperature in args.temperatures if tables else []:
+        corpus = Corpus.load(args.recordings, temperature)
         for name, table in tables.items():
-            for sources in SOURCES:
-                rows = study(fitting, load, sources, costs_of(table))
-                results.append({"costs": name, "temperature": folder.name, "sources": sources, "rows": rows})
-                args.results.write_text(json.dumps({"cost_tables": tables, "results": results}, indent=1))
-    print_tables(results or json.loads(args.results.read_text(encoding="utf-8"))["results"])
+            for sources in args.sources:
+                result = {"costs": name, "temperature": temperature, "sources": sources}
+                result["fitted_to"], result["rows"] = len(corpus.fit), study(corpus, sources, table)
+                if sources == "both":
+                    result["ladder"] = ladder(corpus, table)
+                add_result(result, args.results)
+    print_tables(json.loads(args.results.read_text(encoding="utf-8"))["results"])
+
+
+def add_result(result: dict[str, Any], file: Path) -> None:
+    """Write it in place of the one of the same costs, temperature and sources."""
+    known = json.loads(file.read_text(encoding="utf-8"))["results"] if file.is_file() else []
+    kind = ("costs", "temperature", "sources")
+    others = [one for one in known if [one[key] for key in kind] != [result[key] for key in kind]]
+    results = sorted([*others, result], key=lambda one: [one[key] for key in kind])
+    file.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

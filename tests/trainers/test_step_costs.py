@@ -1,0 +1,37 @@
+"""The prices of the offline studies, against decoding again with the same prices."""
+
+import sys
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.trainers.test_generate_dataset import SCRIPTS, load_script
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.calibration import CostTable
+from transformers_resps.policy import ActionGrid
+from transformers_resps.trainers import Oracle, record_pools, replay_policy
+
+
+PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
+TABLE = CostTable({64: {1: 1.0, 4: 1.3, 16: 2.0, 40: 5.0}}, {1: 0.04, 4: 0.07}, {}, 0.01)
+SHAPES = (TreeShape.plain(), TreeShape(1, 0, 1, 5), TreeShape(6, 3, 4), TreeShape(6, 3, 4, 4), TreeShape(3, 2, 1, 6))
+
+
+def test_a_fixed_shape_takes_as_long_on_the_table_as_when_it_decodes_the_text_again(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    step_costs = load_script("step_costs")
+    attach(tiny_target)
+    tokens = tiny_target.generate(PROMPT[None], do_sample=True, max_new_tokens=60, eos_token_id=None)[0]
+    looping = torch.cat([tokens, tokens[20:60], tokens[20:40]])  # so that looked-up nodes are found, and followed
+    text = record_pools(tiny_target, tiny_head, looping, len(PROMPT), depths={1: 6, 4: 6}, spare_room=50)
+    table = step_costs.outcome_table([text], ActionGrid(SHAPES), TABLE)
+    costs = step_costs.step_costs(TABLE)
+    for shape, seconds in zip(SHAPES, Oracle(table).fixed_seconds[0].tolist(), strict=True):
+        report = replay_policy(text, FixedPolicy(shape), costs)
+        assert seconds == pytest.approx(report.seconds), str(shape)
+    merged = [step.verified for step in replay_policy(text, FixedPolicy(SHAPES[3]), costs).steps]
+    assert len(set(merged)) > 2, "nodes that both propose are shared at some steps and not at others"
+    sys.modules.pop("positions", None)

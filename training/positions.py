@@ -1,0 +1,160 @@
+"""What is known at every position of recorded texts before a decision, and what the text went on with.
+
+Used by the offline studies of `training/`. Knows recordings and lookups. Shapes: t positions, p pool nodes,
+c looked-up tokens, f inputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transformers_resps.lookup import BatchLookup
+from transformers_resps.trainers import RecordedText
+
+
+TOP_K = 4  # of the pool that is looked at
+LEVELS = 6
+CHAIN = 12  # looked-up tokens that are considered
+SIGNALS = ("scores", "lookup", "agreement", "recent", "features")  # agreement: of the head with the lookup
+_CONTEXT_SCALE = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """What may be known at all positions of some texts, and what the text went on with.
+
+    Attributes:
+        known: before drafting, by signal: `[t, f]` each of `SIGNALS`.
+        log_probs: `[t, p]` of each pool node given its parent.
+        parents: `[t, p]` places in the pool, -1 for the root.
+        right: `[t, p]` bool, on the text's own path.
+        on_chain: `[t, p]` bool, the looked-up continuation passes through it.
+        hazards: `[t, c]` the track record's word on each looked-up token, given those before it; 0 without one.
+        chain_places: `[t, c]` its place in the pool, -1 where the head did not draft it.
+        followed: `[t]` how many looked-up tokens the text follows.
+        lefts: `[t]` tokens that the text still gains.
+        contexts: `[t]` positions of the text before the step.
+        text_of: `[t]` index of the text.
+    """
+
+    known: dict[str, Tensor]
+    log_probs: Tensor
+    parents: Tensor
+    right: Tensor
+    on_chain: Tensor
+    hazards: Tensor
+    chain_places: Tensor
+    followed: Tensor
+    lefts: Tensor
+    contexts: Tensor
+    text_of: Tensor
+
+    def __len__(self) -> int:
+        return len(self.followed)
+
+    def shared(self, levels: Tensor, drafted: int) -> Tensor:
+        """Which looked-up tokens the head has proposed, too, when it drafted so many levels: `[t, c]` bool."""
+        return (self.chain_places >= 0) & (levels[self.chain_places.clamp(min=0)] <= drafted)
+
+
+def read_positions(texts: Sequence[RecordedText]) -> Positions:
+    """All positions of `texts`, one text behind the other."""
+    parts = [_read_text(text, index) for index, text in enumerate(texts)]
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    known = {signal: columns.pop(signal) for signal in SIGNALS}
+    return Positions(known=known, **columns)
+
+
+def levels_of(text: RecordedText) -> Tensor:
+    """Level of each pool node `[p]`."""
+    levels = text.pools[TOP_K].levels
+    return levels[levels <= LEVELS]
+
+
+def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
+    levels = levels_of(text)
+    full = text.pools[TOP_K]
+    tokens, parents, scores = (part[:, : len(levels)] for part in (full.tokens, full.parents, full.scores))
+    parent_scores = scores.gather(1, parents.clamp(min=0)).masked_fill(parents < 0, 0.0)
+    right, foreseen = _right_nodes(tokens, parents, levels, text.upcoming(LEVELS))
+    chains, hazards, lengths = chains_of(text)
+    places = _places(tokens, parents, chains)
+    on_chain = torch.zeros_like(right).scatter(1, places.clamp(min=0), places >= 0)
+    on_chain[:, 0] = (places == 0).any(-1)  # the scatter of absent places lands on the first node
+    upcoming = text.upcoming(CHAIN)
+    followed = (chains == upcoming).int().cumprod(-1).sum(-1)
+    count = len(text)
+    outcomes = [
+        (foreseen > 0, 1),
+        (right[:, 0], 1),
+        (followed > 0, 1),
+        (foreseen, LEVELS),
+        (followed.clamp(max=6), LEVELS),
+    ]
+    earlier = [_window(hits.float(), width, delay) for hits, delay in outcomes for width in (1, 4, 16)]
+    place = torch.arange(count)
+    contexts = text.prompt_length + 1 + place
+    return {
+        "scores": torch.stack([contexts / _CONTEXT_SCALE, place / 100.0], dim=1),
+        "recent": torch.stack(earlier, dim=1),
+        "lookup": torch.cat([lengths[:, None] / 16.0, (lengths[:, None] > 0).float(), hazards[:, :4]], dim=1),
+        "agreement": torch.zeros(count, 0),  # it is about nodes: nothing of it is known before drafting
+        "features": F.layer_norm(text.features.float().unflatten(1, (3, -1)), (text.features.shape[1] // 3,)).flatten(
+            1
+        ),
+        "log_probs": (scores - parent_scores).clamp(min=-12.0, max=-1e-4),
+        "parents": parents,
+        "right": right,
+        "on_chain": on_chain,
+        "hazards": hazards,
+        "chain_places": places,
+        "followed": followed,
+        "lefts": count - place,
+        "contexts": contexts,
+        "text_of": torch.full((count,), index),
+    }
+
+
+def _right_nodes(tokens: Tensor, parents: Tensor, levels: Tensor, upcoming: Tensor) -> tuple[Tensor, Tensor]:
+    """Which nodes lie on the text's path `[t, p]`, and how many levels hold it `[t]`."""
+    right = torch.zeros_like(tokens, dtype=torch.bool)
+    parent, alive = torch.full((len(tokens), 1), -1), torch.ones(len(tokens), 1, dtype=torch.bool)
+    for level in range(1, LEVELS + 1):
+        hits = (tokens == upcoming[:, level - 1 : level]) & (parents == parent) & (levels == level) & alive
+        right |= hits
+        alive, parent = hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True)
+    return right, right.sum(-1)
+
+
+def chains_of(text: RecordedText) -> tuple[Tensor, Tensor, Tensor]:
+    """Looked-up tokens `[t, c]` (-2 for none), their hazards `[t, c]`, lengths of the matches `[t]`."""
+    tokens, lookup = text.input_ids.tolist(), BatchLookup([0])
+    chains, hazards, lengths = [], [], []
+    for root in range(text.prompt_length, text.prompt_length + len(text)):
+        lookup.extend([tokens[lookup.lengths[0] : root + 1]])
+        match = lookup.matches(CHAIN)[0]
+        alive = [1.0, *match.survival]
+        chains.append([*match.tokens, *[-2] * (CHAIN - len(match.tokens))])
+        hazard = [after / before for before, after in zip(alive, alive[1:], strict=False)]
+        hazards.append([*hazard, *[0.0] * (CHAIN - len(hazard))])
+        lengths.append(float(match.length))
+    return torch.tensor(chains), torch.tensor(hazards), torch.tensor(lengths)
+
+
+def _places(tokens: Tensor, parents: Tensor, chains: Tensor) -> Tensor:
+    """Where each looked-up token stands in the pool, -1 where it does not: `[t, c]`."""
+    parent, alive, places = torch.full((len(tokens), 1), -1), torch.ones(len(tokens), 1, dtype=torch.bool), []
+    for level in range(CHAIN):
+        hits = (tokens == chains[:, level : level + 1]) & (parents == parent) & alive
+        alive, parent = hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True)
+        places.append(torch.where(alive, parent, -1))
+    return torch.cat(places, dim=1)
+
+
+def _window(hits: Tensor, width: int, delay: int) -> Tensor:
+    """Mean of `width` outcomes `[t]` before each position, the last being `delay` before: later ones are not known."""
+    before = F.pad(hits, (width + delay - 1, 0))[: len(hits) + width - 1]
+    return before.unfold(0, width, 1).mean(1)
