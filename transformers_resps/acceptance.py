@@ -34,6 +34,12 @@ class Acceptance:
     counts: list[int]
     emitted: list[int]
 
+    @property
+    def gained(self) -> list[bool]:
+        """Of the decoded rows, which gained tokens. Where finished rows are decoded no more, all that are do."""
+        every_row = len(self.emitted) == len(self.counts)
+        return [count > 0 for count in self.emitted] if every_row else [True] * len(self.counts)
+
 
 class Text:
     """The text being written, one committed position at a time. All its rows advance together.

@@ -247,11 +247,18 @@ class TreeDecoding:
             emitted=emitted[0] if alone else tuple(emitted),
             draft_seconds=drafting_ended - started,
             verify_seconds=verifying_ended - drafting_ended,
-            foreseen=0 if self._pool is None else min(self._pool.foreseen(acceptance.tokens), min(acceptance.counts)),
+            foreseen=self._foreseen(acceptance),
             step_seconds=self._clock() - started,
         )
         self.report.steps.append(record)
         return record
+
+    def _foreseen(self, acceptance: Acceptance) -> int:
+        """Tokens of the step that the pool holds as a path. A finished row, which writes padding, is no evidence."""
+        if self._pool is None:
+            return 0
+        rows = zip(self._pool.foreseen(acceptance.tokens), acceptance.counts, acceptance.gained, strict=True)
+        return min(min(found, count) for found, count, gained in rows if gained)
 
 
 def _pads(attention_mask: Tensor) -> list[int]:

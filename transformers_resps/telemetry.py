@@ -25,7 +25,7 @@ class StepRecord:
         verify_seconds: the target forward.
         step_seconds: the whole step, policy and bookkeeping included.
         foreseen: how many of the step's tokens, from the first, the head's candidates hold as a path, whether or not
-            they were verified; the least of a batch.
+            they were verified; the least of the rows that gained tokens.
     """
 
     shape: TreeShape

@@ -96,10 +96,10 @@ class CandidatePool:
     scores: Tensor
     levels: Tensor
 
-    def foreseen(self, tokens: Tensor) -> int:
-        """How many of `tokens` `[b, m]`, from the first, lie on a path below the root; the least of all rows."""
+    def foreseen(self, tokens: Tensor) -> list[int]:
+        """How many of each row's `tokens` `[b, m]`, from the first, lie on a path below the root."""
         rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens.tolist(), strict=True)
-        return min(_foreseen(*row) for row in rows)
+        return [_foreseen(*row) for row in rows]
 
 
 def _foreseen(pool: list[int], parents: list[int], tokens: list[int]) -> int:

@@ -75,7 +75,7 @@ class _ReplayedDecoding:
             draft,
             verify,
             draft + verify + self._costs.overhead,
-            0 if pool is None else pool.foreseen(upcoming[:, : accepted + 1]),
+            0 if pool is None else pool.foreseen(upcoming[:, : accepted + 1])[0],
         )
 
     def _survival(self) -> list[float]:
