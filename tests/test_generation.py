@@ -21,9 +21,12 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from tests.conftest import FakeClock
 from tests.targets import VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
-from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach, detach
+from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
+from transformers_resps.candidate_generator import TreeCandidateGenerator
+from transformers_resps.decoding import TreeDecoding
 
 
 WIDE = TreeShape(40, 3, VOCABULARY)  # so wide that most picks are drafted
@@ -371,6 +374,31 @@ def test_the_report_adds_up(target: PreTrainedModel, head: DraftHead, prompt: to
         assert step.verified <= step.shape.total_tokens
         assert step.accepted <= step.shape.depth
         assert step.draft_seconds + step.verify_seconds <= step.step_seconds
+
+
+def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_told_its_seconds(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, told = FakeClock(), []
+    read = TreeCandidateGenerator.read
+
+    def slow_read(self: TreeCandidateGenerator, *args: Any) -> None:
+        clock.advance(3.0)
+        read(self, *args)
+
+    class Told(FixedPolicy):
+        def choose(self, observation: Observation) -> TreeShape:
+            told.append(observation.prompt_seconds)
+            return super().choose(observation)
+
+    monkeypatch.setattr(TreeCandidateGenerator, "read", slow_read)
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    options = {"assistant_model": head, "policy": Told(TreeShape.plain()), "return_dict_in_generate": True}
+    target.generate(prompt, max_new_tokens=1, **options)
+    assert clock.now == 0.0 and not told, "nothing will be drafted"
+    prefill = target.generate(prompt, max_new_tokens=3, **options).speculation.steps[0]
+    assert told == [3.0] * 2
+    assert (prefill.draft_seconds, prefill.verify_seconds, prefill.step_seconds) == (3.0, 0.0, 3.0)
 
 
 def test_the_default_tree_of_the_head_is_used_without_a_policy(target: PreTrainedModel, prompt: torch.Tensor) -> None:

@@ -79,6 +79,7 @@ class TreeDecoding:
         self._max_length = max_length
         self._last_position = _last_position(target, int(self._root_positions.max()))
         self._pool: CandidatePool | None = None  # of this step, from the head
+        self._prompt_seconds = 0.0
         self._clock = clock
 
     def prefill(self, chunk_size: int | None, logits_to_keep: dict[str, int]) -> None:
@@ -106,12 +107,20 @@ class TreeDecoding:
         self._prefix.extend([length] * len(prompt))
         tree = DraftTree.root_only(prompt[:, -1])
         acceptance = self.batch.walk(tree, outputs.logits[:, -1:])
-        if self._generator is not None:
-            prompt_features = torch.cat([caught.concatenated() for caught in features], dim=1)
-            self._generator.observe(prompt_features, self.batch.input_ids[:, past - length :])
-            self._generator.read()
+        if not self.batch.finished:
+            self._read_prompt(features)
         self._drop_finished()
-        self._record(TreeShape.plain(), 0, tree, acceptance, (started, started, verified))
+        self._record(TreeShape.plain(), 0, tree, acceptance, started, (self._prompt_seconds, verified - started))
+
+    def _read_prompt(self, features: list[Features]) -> None:
+        """The head reads the prompt, before any step: what that takes is the price of drafting at all."""
+        if self._generator is None:
+            return
+        started = self._clock()
+        states = torch.cat([caught.concatenated() for caught in features], dim=1)
+        self._generator.observe(states, self.batch.input_ids[:, -states.shape[1] :])
+        self._generator.read()
+        self._prompt_seconds = self._clock() - started
 
     def step(self) -> None:
         """One target forward and all that surrounds it."""
@@ -125,7 +134,8 @@ class TreeDecoding:
         acceptance = self.batch.walk(tree, outputs.logits)
         self._keep(tree, acceptance, features)
         self._drop_finished()
-        record = self._record(shape, drafted_count, tree, acceptance, (started, drafted, verified))
+        seconds = (drafted - started, verified - drafted)
+        record = self._record(shape, drafted_count, tree, acceptance, started, seconds)
         if isinstance(self.policy, Witness):
             self.policy.witness(tree, acceptance.path, acceptance.tokens)
         self.policy.observe(record)
@@ -133,7 +143,12 @@ class TreeDecoding:
     def _observe(self) -> Observation:
         features = None if self._generator is None else self._generator.newest_features
         return Observation(
-            features, self._prefix.length + 1, len(self.report.steps) - 1, self._room() + 1, self._survival
+            features,
+            context_length=self._prefix.length + 1,
+            step=len(self.report.steps) - 1,
+            room=self._room() + 1,
+            survival=self._survival,
+            prompt_seconds=self._prompt_seconds,
         )
 
     def _room(self) -> int:
@@ -233,9 +248,10 @@ class TreeDecoding:
         drafted: int,
         tree: DraftTree,
         acceptance: Acceptance,
-        clock: tuple[float, float, float],
+        started: float,
+        seconds: tuple[float, float],
     ) -> StepRecord:
-        started, drafting_ended, verifying_ended = clock
+        """Note a step that began at `started`; `seconds` are those of drafting and verifying."""
         emitted = acceptance.emitted
         accepted = [max(count - 1, 0) for count in emitted]
         alone = len(emitted) == 1
@@ -245,8 +261,8 @@ class TreeDecoding:
             verified=tree.node_count,
             accepted=accepted[0] if alone else tuple(accepted),
             emitted=emitted[0] if alone else tuple(emitted),
-            draft_seconds=drafting_ended - started,
-            verify_seconds=verifying_ended - drafting_ended,
+            draft_seconds=seconds[0],
+            verify_seconds=seconds[1],
             foreseen=self._foreseen(acceptance),
             step_seconds=self._clock() - started,
         )

@@ -27,6 +27,8 @@ class Observation:
             probability that the first i tokens of that continuation are accepted: empty when it never occurred
             before. In a batch the mean of rows that advance apart, and the least hopeful row's of rows in lockstep.
             Microseconds.
+        prompt_seconds: what drafting cost this call before its first step: the head read the prompt. No record tells
+            of it; the same at every step.
     """
 
     features: Tensor | None
@@ -34,6 +36,7 @@ class Observation:
     step: int
     room: int
     survival: Callable[[], list[float]]
+    prompt_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
