@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.conftest import FakeClock
 from tests.targets import VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
-from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
+from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, decoding, detach
 from transformers_resps.candidate_generator import TreeCandidateGenerator
 from transformers_resps.decoding import TreeDecoding
 
@@ -399,6 +400,25 @@ def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_to
     prefill = target.generate(prompt, max_new_tokens=3, **options).speculation.steps[0]
     assert told == [3.0] * 2
     assert (prefill.draft_seconds, prefill.verify_seconds, prefill.step_seconds) == (3.0, 0.0, 3.0)
+
+
+def test_the_clock_is_read_after_the_device_has_finished(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that has launched a forward at once, and takes a second to finish it."""
+    clock = FakeClock()
+    monkeypatch.setattr(decoding, "_wait_for", lambda states: clock.advance(1.0))
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    for step in both(target, head, prompt)[1].speculation.steps[1:]:
+        assert (step.draft_seconds, step.verify_seconds, step.rest_seconds) == (0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", 0), ("cuda", 1), ("mps", 1)])
+def test_only_an_accelerator_is_waited_for(device: str, waits: int) -> None:
+    states = MagicMock()
+    states.device.type = device
+    decoding._wait_for(states)
+    assert states.__getitem__.return_value.item.call_count == waits
 
 
 def test_the_default_tree_of_the_head_is_used_without_a_policy(target: PreTrainedModel, prompt: torch.Tensor) -> None:

@@ -16,6 +16,20 @@ def tree_positions(tree: DraftTree, root_positions: Tensor) -> Tensor:
     return root_positions[:, None] + tree.depths
 
 
+def last_position(config: PretrainedConfig, root_position: int) -> int | None:
+    """The deepest position a node may take, or `None` for no limit, given the target's config and the first root's.
+
+    A table of learned positions ends there; 'longrope' switches its frequencies for a whole forward as soon as one
+    position passes the original context, which plain decoding would do one token at a time.
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        boundary = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        return int(boundary) - 1 if root_position < boundary else None
+    return None if rope else int(config.max_position_embeddings) - 1
+
+
 def tree_attention_mask(
     config: PretrainedConfig,
     cache: Cache,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from .acceptance import Acceptance
-from .attention import tree_attention_mask, tree_positions
+from .attention import last_position, tree_attention_mask, tree_positions
 from .batch import Batch
 from .cache import cached_length, check_cache, has_windows, keep_nodes, keep_rows, place_nodes
 from .candidate_generator import TreeCandidateGenerator
@@ -77,7 +77,7 @@ class TreeDecoding:
         self._positions = position_ids
         self._root_positions = position_ids[:, -1].expand(batch_size) + 1  # [b]
         self._max_length = max_length
-        self._last_position = _last_position(target, int(self._root_positions.max()))
+        self._last_position = last_position(target.config, int(self._root_positions.max()))
         self._pool: CandidatePool | None = None  # of this step, from the head
         self._prompt_seconds = 0.0
         self._clock = clock
@@ -103,6 +103,7 @@ class TreeDecoding:
             self.cache.crop(0)
             features.append(caught)
         check_cache(self.cache)
+        _wait_for(outputs.logits)
         verified = self._clock()
         self._prefix.extend([length] * len(prompt))
         tree = DraftTree.root_only(prompt[:, -1])
@@ -120,6 +121,7 @@ class TreeDecoding:
         states = torch.cat([caught.concatenated() for caught in features], dim=1)
         self._generator.observe(states, self.batch.input_ids[:, -states.shape[1] :])
         self._generator.read()
+        _wait_for(states)
         self._prompt_seconds = self._clock() - started
 
     def step(self) -> None:
@@ -130,6 +132,7 @@ class TreeDecoding:
         tree, drafted_count = self._draft(shape)
         drafted = self._clock()
         outputs, features = self._verify(tree)
+        _wait_for(outputs.logits)
         verified = self._clock()
         acceptance = self.batch.walk(tree, outputs.logits)
         self._keep(tree, acceptance, features)
@@ -283,15 +286,11 @@ def _pads(attention_mask: Tensor) -> list[int]:
     return leading
 
 
-def _last_position(target: PreTrainedModel, root_position: int) -> int | None:
-    """The deepest position a node may take, or `None` for no limit.
+def _wait_for(states: Tensor) -> None:
+    """Let an accelerator finish what makes `states` `[b, t, any]`: else the clock tells how long a launch takes.
 
-    A table of learned positions ends there; 'longrope' switches its frequencies for a whole forward as soon as one
-    position passes the original context, which plain decoding would do one token at a time.
+    After the target's forward the walk would wait all the same. Drafting is not waited for, so that the forward is
+    launched meanwhile: what is left of it counts as verifying.
     """
-    config = target.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        boundary = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        return int(boundary) - 1 if root_position < boundary else None
-    return None if rope else int(config.max_position_embeddings) - 1
+    if states.device.type != "cpu":
+        states[0, -1, 0].item()
