@@ -28,6 +28,7 @@ from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, decoding, detach
 from transformers_resps.candidate_generator import TreeCandidateGenerator
 from transformers_resps.decoding import TreeDecoding
+from transformers_resps.lookup import SuffixIndex
 
 
 WIDE = TreeShape(40, 3, VOCABULARY)  # so wide that most picks are drafted
@@ -400,6 +401,26 @@ def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_to
     prefill = target.generate(prompt, max_new_tokens=3, **options).speculation.steps[0]
     assert told == [3.0] * 2
     assert (prefill.draft_seconds, prefill.verify_seconds, prefill.step_seconds) == (3.0, 0.0, 3.0)
+
+
+@pytest.mark.parametrize(("lookup", "indexed"), [(4, 8.0), (0, 0.0)])
+def test_the_prompt_is_indexed_before_the_first_step_where_a_policy_looks_up(
+    lookup: int, indexed: float, target: PreTrainedModel, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, extend = FakeClock(), SuffixIndex.extend
+
+    def slow_extend(self: SuffixIndex, tokens: list[int]) -> None:
+        clock.advance(float(len(tokens)))
+        extend(self, tokens)
+
+    monkeypatch.setattr(SuffixIndex, "extend", slow_extend)
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    options = {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup)), "return_dict_in_generate": True}
+    if not lookup:
+        options["assistant_model"] = DraftHead.from_target(target)
+    prefill, *steps = target.generate(prompt, max_new_tokens=4, **options).speculation.steps
+    assert prefill.draft_seconds == indexed
+    assert steps[0].draft_seconds == 0.0
 
 
 def test_the_clock_is_read_after_the_device_has_finished(

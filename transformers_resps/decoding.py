@@ -22,7 +22,7 @@ from .features import Features, FeatureTap
 from .head import BoundHead
 from .lookup import BatchLookup, Match
 from .policy import Observation, Policy, Witness, choose_shape, count_nodes
-from .prefix import Prefix
+from .prefix import Prefix, leading_pads
 from .telemetry import SpeculationReport, StepRecord
 from .tree import CandidatePool, DraftTree, TreeShape
 from .versions import CACHE_KEYWORD
@@ -72,7 +72,7 @@ class TreeDecoding:
         unread = None if attention_mask is None else attention_mask[:, self._past :]
         self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, unread)
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
-        self._lookup = BatchLookup([0] * batch_size if known is None else _pads(known))
+        self._lookup = BatchLookup([0] * batch_size if known is None else leading_pads(known))
         self._prefix = Prefix(attention_mask)
         self._positions = position_ids
         self._root_positions = position_ids[:, -1].expand(batch_size) + 1  # [b]
@@ -114,14 +114,15 @@ class TreeDecoding:
         self._record(TreeShape.plain(), 0, tree, acceptance, started, (self._prompt_seconds, verified - started))
 
     def _read_prompt(self, features: list[Features]) -> None:
-        """The head reads the prompt, before any step: what that takes is the price of drafting at all."""
-        if self._generator is None:
-            return
+        """Whatever drafts reads the prompt, before any step: what that takes is the price of drafting at all."""
         started = self._clock()
-        states = torch.cat([caught.concatenated() for caught in features], dim=1)
-        self._generator.observe(states, self.batch.input_ids[:, -states.shape[1] :])
-        self._generator.read()
-        _wait_for(states)
+        if getattr(self.policy, "looks_up", True):
+            self._matches()
+        if self._generator is not None:
+            states = torch.cat([caught.concatenated() for caught in features], dim=1)
+            self._generator.observe(states, self.batch.input_ids[:, -states.shape[1] :])
+            self._generator.read()
+            _wait_for(states)
         self._prompt_seconds = self._clock() - started
 
     def step(self) -> None:
@@ -145,14 +146,8 @@ class TreeDecoding:
 
     def _observe(self) -> Observation:
         features = None if self._generator is None else self._generator.newest_features
-        return Observation(
-            features,
-            context_length=self._prefix.length + 1,
-            step=len(self.report.steps) - 1,
-            room=self._room() + 1,
-            survival=self._survival,
-            prompt_seconds=self._prompt_seconds,
-        )
+        length, step, room = self._prefix.length + 1, len(self.report.steps) - 1, self._room() + 1
+        return Observation(features, length, step, room, self._survival, self._prompt_seconds)
 
     def _room(self) -> int:
         """Levels below the root that the limit of the shortest text and the target's positions allow."""
@@ -278,12 +273,6 @@ class TreeDecoding:
             return 0
         rows = zip(self._pool.foreseen(acceptance.tokens), acceptance.counts, acceptance.gained, strict=True)
         return min(min(found, count) for found, count, gained in rows if gained)
-
-
-def _pads(attention_mask: Tensor) -> list[int]:
-    """Leading padding of each row."""
-    leading: list[int] = attention_mask.int().argmax(dim=-1).tolist()
-    return leading
 
 
 def _wait_for(states: Tensor) -> None:

@@ -75,6 +75,12 @@ class Prefix:
         return seen
 
 
+def leading_pads(padding: Tensor) -> list[int]:
+    """Padding before each row's prompt, from `[b, s]` with 0 where a slot holds padding."""
+    leading: list[int] = padding.int().argmax(dim=-1).tolist()
+    return leading
+
+
 def _stretched(mask: Tensor, length: int) -> Tensor:
     """The first `length` columns of a bool mask, true where it has none."""
     missing = length - mask.shape[1]

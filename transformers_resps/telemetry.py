@@ -21,7 +21,7 @@ class StepRecord:
         verified: nodes of the target forward, root included.
         accepted: drafted tokens kept; for a batch one number per row.
         emitted: tokens added to the text, `accepted + 1`; for a batch one number per row, 0 for finished rows.
-        draft_seconds: observing, choosing, drafting and sizing; of the prefill, the head's reading of the prompt.
+        draft_seconds: observing, choosing, drafting and sizing; of the prefill, head and lookup reading the prompt.
         verify_seconds: the target forward; on an accelerator with what is still running of the drafting.
         step_seconds: the whole step, policy and bookkeeping included.
         foreseen: how many of the step's tokens, from the first, the head's candidates hold as a path, whether or not

@@ -26,6 +26,10 @@ class FixedPolicy(SavedPolicy):
         """A shape of lookups alone serves a target without a head."""
         return self.shape.asks_head or self.shape.is_plain
 
+    @property
+    def looks_up(self) -> bool:
+        return self.shape.lookup > 0
+
     def __repr__(self) -> str:
         return f"FixedPolicy({self.shape})"
 

@@ -27,8 +27,8 @@ class Observation:
             probability that the first i tokens of that continuation are accepted: empty when it never occurred
             before. In a batch the mean of rows that advance apart, and the least hopeful row's of rows in lockstep.
             Microseconds.
-        prompt_seconds: what drafting cost this call before its first step: the head read the prompt. No record tells
-            of it; the same at every step.
+        prompt_seconds: what drafting cost this call before its first step: head and lookup read the prompt. No record
+            tells of it; the same at every step.
     """
 
     features: Tensor | None
@@ -57,6 +57,10 @@ class Policy(Protocol):
     """Up to three decisions a step; subclass it and override what you decide.
 
     A policy is never trusted with correctness: whatever it answers, the text stays the target's own.
+
+    It may say what it can do without, by attributes that count as true where they are missing: `needs_head`; and
+    `looks_up`, false when it never asks for lookup nodes nor calls `Observation.survival`, so that the prompt need not
+    be indexed.
     """
 
     def choose(self, observation: Observation) -> TreeShape:

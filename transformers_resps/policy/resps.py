@@ -111,6 +111,10 @@ class ReSpSPolicy(SavedPolicy):
         self._steps_left = 0
         self._last_step = 0
 
+    @property
+    def looks_up(self) -> bool:
+        return any(shape.lookup for shape in self.config.grid.shapes)
+
     def __repr__(self) -> str:
         config = self.config
         return f"ReSpSPolicy({len(config.grid)} shapes, persistence={config.persistence}, sample={config.sample})"
