@@ -83,7 +83,7 @@ def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
     """
     kept = path.shape[1]
     in_place = torch.arange(kept, device=path.device)
-    if kept < node_count and not bool((path == in_place).all()):
+    if 1 < kept < node_count and not bool((path == in_place).all()):  # asking waits for the device
         for layer in cache.layers:
             for states in _states(layer) or ():
                 _move_forward(states, path, node_count)

@@ -225,8 +225,9 @@ class TreeDecoding:
         if self._generator is None:
             return
         states = features.concatenated()
-        index = path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-        self._generator.observe(states.gather(1, index), acceptance.tokens, counts)
+        if tree.node_count > 1:
+            states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
+        self._generator.observe(states, acceptance.tokens, counts)
 
     def _drop_finished(self) -> None:
         """Rows that have ended cost nothing from now on."""
@@ -269,7 +270,7 @@ class TreeDecoding:
 
     def _foreseen(self, acceptance: Acceptance) -> int:
         """Tokens of the step that the pool holds as a path. A finished row, which writes padding, is no evidence."""
-        if self._pool is None:
+        if self._pool is None or not getattr(self.policy, "reads_foreseen", True):
             return 0
         rows = zip(self._pool.foreseen(acceptance.tokens), acceptance.counts, acceptance.gained, strict=True)
         return min(min(found, count) for found, count, gained in rows if gained)

@@ -25,7 +25,7 @@ class StepRecord:
         verify_seconds: the target forward; on an accelerator with what is still running of the drafting.
         step_seconds: the whole step, policy and bookkeeping included.
         foreseen: how many of the step's tokens, from the first, the head's candidates hold as a path, whether or not
-            they were verified; the least of the rows that gained tokens.
+            they were verified; the least of the rows that gained tokens. 0 where the policy does not read it.
     """
 
     shape: TreeShape

@@ -17,6 +17,7 @@ class FixedPolicy(SavedPolicy):
     """
 
     policy_type = "fixed"
+    reads_foreseen = False
 
     def __init__(self, shape: TreeShape) -> None:
         self.shape = shape

@@ -58,9 +58,9 @@ class Policy(Protocol):
 
     A policy is never trusted with correctness: whatever it answers, the text stays the target's own.
 
-    It may say what it can do without, by attributes that count as true where they are missing: `needs_head`; and
+    It may say what it can do without, by attributes that count as true where they are missing: `needs_head`;
     `looks_up`, false when it never asks for lookup nodes nor calls `Observation.survival`, so that the prompt need not
-    be indexed.
+    be indexed; and `reads_foreseen`, false when it ignores `StepRecord.foreseen`, which then stays 0.
     """
 
     def choose(self, observation: Observation) -> TreeShape:

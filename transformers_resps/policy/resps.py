@@ -95,6 +95,7 @@ class ReSpSPolicy(SavedPolicy):
 
     policy_type = "resps"
     needs_head = True
+    reads_foreseen = False
 
     def __init__(self, config: ReSpSConfig, network: ActorCritic | None = None, *, seed: int = 0) -> None:
         self.config = config
