@@ -384,9 +384,9 @@ def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_to
     clock, told = FakeClock(), []
     read = TreeCandidateGenerator.read
 
-    def slow_read(self: TreeCandidateGenerator, *args: Any) -> None:
+    def slow_read(self: TreeCandidateGenerator, at_least: int = 1) -> None:
         clock.advance(3.0)
-        read(self, *args)
+        read(self, at_least)
 
     class Told(FixedPolicy):
         def choose(self, observation: Observation) -> TreeShape:

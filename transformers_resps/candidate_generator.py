@@ -14,6 +14,9 @@ from .prefix import Prefix
 from .tree import CandidatePool, TreeShape
 
 
+MOST_UNREAD = 64  # pairs: their features weigh more than the head's keys, and one draft would have to read them all
+
+
 @dataclass(slots=True)
 class _Frontier:
     """The nodes that get children next. w nodes, e entries drafted before them."""
@@ -66,7 +69,7 @@ class TreeCandidateGenerator:
             tokens: `[b, t]` the token after each of them.
             counts: how many of them are each row's, the rest repeating its last; `None` for all.
 
-        They are read only when a draft needs them: plain steps cost the head nothing.
+        They are read when a draft needs them or enough of them wait: plain steps cost the head next to nothing.
         """
         self._unread.append(_Pairs(features, tokens, counts or [tokens.shape[1]] * len(tokens)))
         self.newest_features = features[:, -1]
@@ -105,9 +108,9 @@ class TreeCandidateGenerator:
         joined = [torch.cat(parts, dim=1) for parts in zip(*pool, strict=True)]
         return CandidatePool(joined[0], joined[1], joined[2], torch.cat(levels))
 
-    def read(self) -> None:
-        """Extend the head's cache by the pairs committed since it was last read, in one pass."""
-        if not self._unread:
+    def read(self, at_least: int = 1) -> None:
+        """Extend the head's cache by the pairs committed since it was last read, in one pass, if `at_least` wait."""
+        if sum(pairs.tokens.shape[1] for pairs in self._unread) < at_least:
             return
         features = torch.cat([pairs.features.to(self._device, self._dtype) for pairs in self._unread], dim=1)
         tokens = torch.cat([pairs.tokens.to(self._device) for pairs in self._unread], dim=1)

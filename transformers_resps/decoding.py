@@ -17,7 +17,7 @@ from .acceptance import Acceptance
 from .attention import last_position, tree_attention_mask, tree_positions
 from .batch import Batch
 from .cache import cached_length, check_cache, has_windows, keep_nodes, keep_rows, place_nodes
-from .candidate_generator import TreeCandidateGenerator
+from .candidate_generator import MOST_UNREAD, TreeCandidateGenerator
 from .features import Features, FeatureTap
 from .head import BoundHead
 from .lookup import BatchLookup, Match
@@ -176,6 +176,8 @@ class TreeDecoding:
             total_tokens = min(shape.total_tokens, count_nodes(self.policy, pool.scores))
             if total_tokens > 1:
                 tree = DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens)
+        elif self._generator is not None:
+            self._generator.read(at_least=MOST_UNREAD)
         if shape.lookup:
             chains = [match.tokens[: shape.lookup] for match in self._matches()]
             tree = tree.with_chains(chains)

@@ -1,0 +1,70 @@
+"""When the head reads what was committed, and with how much attention: a draft depends on neither."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.targets import VOCABULARY, Architecture
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.candidate_generator import MOST_UNREAD, TreeCandidateGenerator
+from transformers_resps.head import BoundHead
+from transformers_resps.tree import CandidatePool
+
+
+SHAPE = TreeShape(9, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return attach(Architecture("llama").build("sdpa"))
+
+
+def head_of(target: PreTrainedModel, layers: int = 1) -> DraftHead:
+    torch.manual_seed(1)
+    return DraftHead.from_target(target, num_hidden_layers=layers)
+
+
+def pairs(head: DraftHead, rows: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random features and tokens of committed positions."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(rows, count, head.config.features_width, generator=generator, dtype=head.dtype)
+    return features, torch.randint(0, VOCABULARY, (rows, count), generator=generator)
+
+
+def draft(generator: TreeCandidateGenerator) -> CandidatePool:
+    with torch.no_grad():
+        return generator.draft(SHAPE, FixedPolicy(SHAPE))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_draft_is_the_same_however_the_text_was_read(target: PreTrainedModel, layers: int) -> None:
+    head = head_of(target, layers)
+    features, tokens = pairs(head, rows=1, count=40)
+    pools = []
+    for at_least in (1, 7, 1000):
+        generator = TreeCandidateGenerator(BoundHead(head, target), 1, None)
+        for place in range(40):
+            generator.observe(features[:, place : place + 1], tokens[:, place : place + 1])
+            with torch.no_grad():
+                generator.read(at_least)
+        pools.append(draft(generator))
+    for pool in pools[1:]:
+        assert pool.tokens.tolist() == pools[0].tokens.tolist()
+        torch.testing.assert_close(pool.scores, pools[0].scores)
+
+
+def test_few_pairs_wait_for_a_policy_that_asks_no_head(
+    target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, observe = [], TreeCandidateGenerator.observe
+
+    def watched(self: TreeCandidateGenerator, *pairs: Any) -> None:
+        observe(self, *pairs)
+        waiting.append(sum(block.tokens.shape[1] for block in self._unread))
+
+    monkeypatch.setattr(TreeCandidateGenerator, "observe", watched)
+    options = {"assistant_model": head_of(target), "policy": FixedPolicy(TreeShape.plain())}
+    target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=MOST_UNREAD + 6, **options)
+    assert max(waiting) == MOST_UNREAD and waiting[-1] < 6
