@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.candidate_generator import MOST_UNREAD, TreeCandidateGenerator
-from transformers_resps.head import BoundHead
+from transformers_resps.head import BoundHead, HeadCache
 from transformers_resps.tree import CandidatePool
 
 
@@ -53,6 +53,34 @@ def test_a_draft_is_the_same_however_the_text_was_read(target: PreTrainedModel, 
     for pool in pools[1:]:
         assert pool.tokens.tolist() == pools[0].tokens.tolist()
         torch.testing.assert_close(pool.scores, pools[0].scores)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_padding_changes_no_draft_and_one_query_needs_one_row_of_a_mask(
+    target: PreTrainedModel, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, attend_from = [], HeadCache.attend_from
+
+    def watched(self: HeadCache, start: int, mask: torch.Tensor | None, **options: Any) -> Any:
+        rows.append(None if mask is None else mask.shape[2])
+        return attend_from(self, start, mask, **options)
+
+    monkeypatch.setattr(HeadCache, "attend_from", watched)
+    head = head_of(target, layers)
+    features, tokens = pairs(head, rows=2, count=9)
+    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
+    together = TreeCandidateGenerator(BoundHead(head, target), 2, mask)
+    alone = TreeCandidateGenerator(BoundHead(head, target), 1, None)
+    for cut in (slice(0, 6), slice(6, 9)):
+        together.observe(features[:, cut], tokens[:, cut])
+        alone.observe(features[1:, max(cut.start, 3) : cut.stop], tokens[1:, max(cut.start, 3) : cut.stop])
+        with torch.no_grad():
+            together.read()
+            alone.read()
+    assert rows == ([1, None, 1, None] if layers == 1 else [6, None, 3, 3])
+    found, expected = draft(together), draft(alone)
+    assert found.tokens[1].tolist() == expected.tokens[0].tolist()
+    torch.testing.assert_close(found.scores[1], expected.scores[0])
 
 
 def test_few_pairs_wait_for_a_policy_that_asks_no_head(

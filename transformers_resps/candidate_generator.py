@@ -138,22 +138,29 @@ class TreeCandidateGenerator:
             self._prefix.extend(block)
         slots, end = torch.cat(blocks, dim=1), self._prefix.length
         self._cache.reserve(end)
-        causal = torch.arange(end, device=self._device) <= slots[..., None]
+        looking = slots[:, -self._queries(width) :, None]
+        causal = torch.arange(end, device=self._device) <= looking
         seen = self._prefix.visible(end, self._device)
         mask = causal if seen is None else causal & seen[:, None]
         return slots, self._cache.attend_at(slots, end, mask[:, None])
 
     def _pair_mask(self, start: int, count: int) -> Tensor | None:
-        """`[b or 1, 1, count, start + count]` causal, without padding; `None` where plain causal attention will do."""
-        length = start + count
+        """`[b or 1, 1, q, start + count]` causal, without padding, of the last q pairs that look; `None` where plain
+        causal attention will do.
+        """
+        length, queries = start + count, self._queries(count)
         seen = self._prefix.visible(length, self._device)
-        if seen is None and (start == 0 or count == 1):
+        if seen is None and (start == 0 or queries == 1):
             return None
-        causal = torch.ones(count, length, dtype=torch.bool, device=self._device).tril(start)[None, None]
+        causal = torch.ones(queries, length, dtype=torch.bool, device=self._device).tril(length - queries)[None, None]
         if seen is None:
             return causal
-        own = torch.eye(length, dtype=torch.bool, device=self._device)[start:]  # a padded row sees itself: never NaN
-        return causal & seen[:, None, None] | own
+        own = torch.eye(queries, dtype=torch.bool, device=self._device)  # a padded row sees itself: never NaN
+        return causal & seen[:, None, None] | torch.nn.functional.pad(own, (length - queries, 0))
+
+    def _queries(self, count: int) -> int:
+        """Of `count` pairs read at once, those that look at others: the output of the newest is all we want."""
+        return 1 if self._head.head.config.num_hidden_layers == 1 else count
 
     def _children(self, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, w, k]`."""
