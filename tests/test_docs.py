@@ -39,6 +39,7 @@ QUICKLY = {
     "--lr_scheduler_type linear --lr_scheduler_kwargs {}",
     "train_policy.py": "--updates 2 --max_new_tokens 12 --limit 6 --eval_updates 2 --save_updates 2 "
     "--target_dtype float32 --drop_hopeless False",
+    "fit_policy.py": "--max_new_tokens 12 --limit 6 --target_dtype float32",
 }
 
 
@@ -116,6 +117,7 @@ def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.Mo
             except SystemExit as ended:
                 assert ended.code in (0, 1)
         case ["python", script, *arguments]:
+            monkeypatch.syspath_prepend(ROOT / Path(script).parent)  # scripts use their neighbours
             monkeypatch.setattr(sys, "argv", [script, *arguments, *quickly])
             runpy.run_path(str(ROOT / script), run_name="__main__")
         case ["make", goal, *_]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import TrlParser
 
-from transformers_resps import DraftHead, TreeShape, attach
+from transformers_resps import DraftHead, TreeShape, attach, pack
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
 from transformers_resps.calibration import CostTable, calibrate
@@ -57,6 +57,8 @@ class PolicyScriptArguments:
     head: str = field(metadata={"help": "Hub id or folder of its draft head."})
     dataset: str = field(metadata={"help": "JSON or JSONL file, or Hub id, of conversations: their prompts are used."})
     target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
+    pack: bool = field(default=False, metadata={"help": "With packed weights, as `resps bench --pack` will measure."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
     limit: int = field(default=200, metadata={"help": "Most prompts taken from the dataset; 0 for all."})
     held_out: float = field(
         default=0.3,
@@ -116,7 +118,7 @@ def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> Prompts:
     """The first `limit` prompts that are short enough: all turns up to the last question."""
     first_questions: set[str] = set()
     prompts: dict[str, Tensor] = {}
-    for conversation in load_conversations(script.dataset):
+    for conversation in load_conversations(script.dataset, script.dataset_split):
         asked = [i for i, message in enumerate(conversation) if message["role"] == "user"]
         if not asked:
             continue
@@ -136,6 +138,17 @@ def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> Prompts:
     ordered = [prompts[name] for name in sorted(prompts)]
     half = min(max(1, round(script.held_out * len(ordered) / 2)), (len(ordered) - 1) // 2)
     return Prompts(ordered[2 * half :], ordered[half : 2 * half], ordered[:half], first_questions)
+
+
+def check_room(prompts: Prompts, target: PreTrainedModel, script: PolicyScriptArguments) -> None:
+    """Refuse before any work prompts that leave no room for their answers."""
+    longest = max(len(prompt) for part in (prompts.train, prompts.watched, prompts.tested) for prompt in part)
+    context = target.config.get_text_config().max_position_embeddings
+    if longest + script.max_new_tokens > context:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens and its answer up to {script.max_new_tokens}, but the target "
+            f"reads at most {context}. Lower --max_prompt_tokens or --max_new_tokens."
+        )
 
 
 def name_of(tokens: Tensor) -> str:
@@ -265,14 +278,25 @@ def facts_of(prompts: Prompts, recorder: Recorder, seconds: StepSeconds) -> dict
 
 
 def main() -> None:
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here")
+        sys.exit(130)
+
+
+def run() -> None:
     parser = TrlParser((PolicyScriptArguments, PolicyTrainingConfig))  # type: ignore[no-untyped-call]
     script, args = parser.parse_args_and_config()
     recipe = recipe_of(sys.argv, asdict(script), is_pushed=args.push_to_hub)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     target = attach(AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)).to(args.device)
+    if script.pack:
+        pack(target)
     head = DraftHead.from_pretrained(script.head, target=target)
     prompts = read_prompts(script, tokenizer)
+    check_room(prompts, target, script)
     seconds = measure_costs(target, head, script, args)
     grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
     if script.drop_hopeless:

@@ -31,12 +31,12 @@ def test_without_outcomes_the_heads_own_word_stands_and_a_few_do_not_overrule_it
 def test_a_node_is_accepted_when_the_text_follows_its_whole_path() -> None:
     """By hand: after the root come 5 and 6; a pool of two levels and two children holds 5 -> 6, and 9 -> 6."""
     tokens, parents = torch.tensor([[5, 9, 6, 7, 6, 8]]), torch.tensor([[-1, -1, 0, 0, 1, 1]])
-    scores = torch.tensor([[0.6, 0.3, 0.5, 0.1, 0.2, 0.1]]).log()
+    scores = torch.tensor([[0.6, 0.3, 0.5, 0.1, 0.2, 1e-4]]).log()  # the last one is never verified
     pool = CandidatePool(tokens, parents, scores, torch.tensor([1, 1, 2, 2, 2, 2]))
     text = RecordedText(torch.tensor([1, 2, 5, 6]), 1, torch.zeros(1, 3), {2: pool})
     policy = fitted_policy([text], top_k=2)
     first = fit_map(scores[0, :2], torch.tensor([True, False]))
-    second = fit_map(scores[0, 2:], torch.tensor([True, False, False, False]))
+    second = fit_map(scores[0, 2:5], torch.tensor([True, False, False]))
     assert policy.odds.maps[:2] == (first, second) and policy.odds.maps[3] == fit_map(torch.empty(0), torch.empty(0))
     short = RecordedText(torch.tensor([1, 2, 5]), 1, torch.zeros(1, 3), {2: pool})  # of level 2 it tells nothing
     assert fitted_policy([short], top_k=2).odds.maps[1] == policy.odds.maps[3]

@@ -161,6 +161,20 @@ def test_a_machine_on_which_nothing_can_pay_is_told_so(folder: Path, monkeypatch
         run(folder, monkeypatch, drop_hopeless=True)
 
 
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="The longest prompt has 6 tokens and its answer up to 9999, but.*Lower"):
+        run(folder, monkeypatch, max_new_tokens=9999)
+
+
+def test_ctrl_c_ends_without_a_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "measure_costs", stopped)
+    with pytest.raises(SystemExit, match="130"):
+        run(folder, monkeypatch)
+
+
 def test_a_dataset_with_one_prompt_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "prompts.jsonl").write_text('{"prompt": "fghi"}\n{"prompt": "fghi"}')
     with pytest.raises(ValueError, match="has 1 prompts of at most 512 tokens, but three are needed.*larger dataset"):

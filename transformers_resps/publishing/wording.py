@@ -29,8 +29,10 @@ def joined(items: Sequence[Any]) -> str:
 def about_policy(artefact: Artefact) -> str:
     """What a policy does, and whose text it leaves as it is."""
     config = artefact.config
+    guarded = " A guard decodes plainly while drafting does not pay." if config["policy_type"] == "guard" else ""
+    config = config["policy"] if guarded else config
     steps = config.get("persistence", 1)
-    kind = _POLICIES.get(config["policy_type"], f"A policy of type `{config['policy_type']}`.")
+    kind = _POLICIES.get(config["policy_type"], f"A policy of type `{config['policy_type']}`.") + guarded
     what = kind.format(shapes=len(config.get("grid") or ()), persistence=steps, s="" if steps == 1 else "s")
     made = f" It was made for {short_name(artefact.target)} with the head {artefact.head}." if artefact.head else ""
     return f"It decides how large a draft tree each step verifies. {what}{made} It never changes the text."

@@ -1,0 +1,128 @@
+r"""Fit a throughput policy to a head and the prompts of your domain: how far the head's scores can be trusted there.
+
+    python training/fit_policy.py --config training/recipes/throughput_policy.yaml --target TARGET --head HEAD \
+        --dataset my.jsonl --output_dir my-policy
+
+The target answers the prompts once, and every answer is recorded with all that the head would have proposed. The
+policy is fitted to most of them and replayed on the others, at the costs measured on this machine. Costs are no part
+of it: it learns them while it decodes. A run that was killed goes on with the same command.
+
+Ends with `OUTPUT_DIR/policy`, a guarded policy for `AutoPolicy.from_pretrained`, and its gain on held-out prompts.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from recordings import load, record
+from torch import Tensor
+from train_policy import check_room, name_of, read_prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from transformers_resps import DraftHead, Guard, attach, pack
+from transformers_resps.bench.headroom import shapes_for
+from transformers_resps.bench.provenance import machine
+from transformers_resps.calibration import CostTable, calibrate
+from transformers_resps.publishing import recipe_of, write_run
+from transformers_resps.trainers import (
+    Oracle,
+    OutcomeTable,
+    RecordedText,
+    StepCosts,
+    fitted_policy,
+    replay,
+    replay_policy,
+)
+from transformers_resps.trainers.training_prompts import write_training_prompts
+
+
+@dataclass
+class FitArguments:
+    """What is fitted to what."""
+
+    target: str = field(metadata={"help": "Hub id or folder of the model that decodes."})
+    head: str = field(metadata={"help": "Hub id or folder of its draft head."})
+    dataset: str = field(metadata={"help": "JSON or JSONL file, or Hub id, of conversations: their prompts are used."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
+    output_dir: str = field(default="policy-fit", metadata={"help": "For recordings, costs and the policy."})
+    target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
+    pack: bool = field(default=False, metadata={"help": "Measure costs with packed weights, as you will decode."})
+    limit: int = field(default=60, metadata={"help": "Most prompts taken from the dataset; 0 for all."})
+    held_out: float = field(default=0.3, metadata={"help": "Half of this share of the prompts is not fitted to."})
+    max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
+    max_new_tokens: int = field(default=96, metadata={"help": "Longest answer in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Of the answers; 0 is greedy."})
+    card: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "What a card must tell and no run can know: see docs/publish.md."},
+    )
+
+
+def recorded(
+    target: Any, head: DraftHead, prompts: list[Tensor], script: FitArguments, kind: str
+) -> list[RecordedText]:
+    """The recordings of these prompts and no others, made where they are missing."""
+    names = "".join(sorted(map(name_of, prompts)))
+    folder = Path(script.output_dir) / f"{kind}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    record(target, head, prompts, script.temperature, folder, script.max_new_tokens)
+    texts = load(folder)
+    if not texts:
+        raise ValueError(
+            f"None of {len(prompts)} prompts was answered with four tokens or more, but only such answers tell "
+            "anything. Pass other prompts, or raise --max_new_tokens."
+        )
+    return texts
+
+
+def compare(fitted_to: list[RecordedText], held_out: list[RecordedText], costs: CostTable) -> dict[str, float]:
+    """The fitted policy, the fixed shape that is fastest on the texts it was fitted to, and the oracle."""
+    grid = shapes_for("cpu")
+    searched, tested = (
+        Oracle(OutcomeTable([replay(text).outcomes(grid, costs.step_seconds) for text in texts]))
+        for texts in (fitted_to, held_out)
+    )
+    headroom = tested.headroom(searched.best_fixed)
+    policy, seconds = Guard(fitted_policy(fitted_to)), 0.0  # learns on from answer to answer, as in use
+    for text in held_out:
+        seconds += replay_policy(
+            text, policy, StepCosts(costs.verify_seconds, costs.draft_seconds, costs.overhead)
+        ).seconds
+    return {
+        "tokens_per_second": headroom.tokens / seconds,
+        "best_fixed_tokens_per_second": headroom.tokens / headroom.fixed_seconds,
+        "gain_over_best_fixed": headroom.fixed_seconds / seconds,
+        "oracle_regret": seconds / headroom.oracle_seconds - 1.0,
+    }
+
+
+def main() -> None:
+    (script,) = TrlParser((FitArguments,)).parse_args_and_config()  # type: ignore[no-untyped-call]
+    recipe = recipe_of(sys.argv, asdict(script), is_pushed=False)
+    tokenizer = AutoTokenizer.from_pretrained(script.target)
+    target: Any = attach(AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype))
+    target.to("cuda" if torch.cuda.is_available() else "cpu")
+    if script.pack:
+        pack(target)
+    head = DraftHead.from_pretrained(script.head, target=target)
+    prompts = read_prompts(script, tokenizer)
+    check_room(prompts, target, script)
+    costs = calibrate(target, head, folder=Path(script.output_dir) / "costs")
+    fitted_to = recorded(target, head, [*prompts.train, *prompts.watched], script, "fit")
+    held_out = recorded(target, head, prompts.tested, script, "test")
+    found = compare(fitted_to, held_out, costs)
+    folder = Path(script.output_dir) / "policy"
+    Guard(fitted_policy(fitted_to)).save_pretrained(folder)
+    write_training_prompts(folder, prompts.first_questions)
+    where = machine(target)
+    facts = {"texts": len(fitted_to), "dtype": where["dtype"], "device": where["device"]}
+    write_run(folder, {"held_out_texts": len(held_out), **found, "training": facts}, recipe)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
