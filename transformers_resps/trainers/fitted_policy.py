@@ -15,6 +15,7 @@ from .recorded_text import RecordedText
 
 _PRIOR = 1.0  # nodes that the head's own word is worth
 _STEPS = 30  # of Newton's method; a handful suffice
+_LEAST_SCORE = -7.0  # as in use: less likely nodes are never verified
 _LEAST_SLOPE = 0.1  # a more probable path is never less likely to be accepted
 
 
@@ -57,7 +58,7 @@ def fit_map(scores: Tensor, accepted: Tensor) -> LogisticMap:
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Level, score and acceptance of every node whose outcome the text shows, `[n]` each."""
+    """Level, score and acceptance of every node that may be verified and whose outcome the text shows: `[n]` each."""
     if top_k not in text.pools:
         raise ValueError(
             f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "
@@ -72,6 +73,6 @@ def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         hits = (pool.tokens == upcoming[:, level - 1 : level]) & (pool.parents == parent) & (pool.levels == level)
         right |= hits
         parent = torch.where(hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True), -2)  # -2: nobody's
-    is_told = upcoming[:, pool.levels - 1] >= 0
+    is_told = (upcoming[:, pool.levels - 1] >= 0) & (pool.scores > _LEAST_SCORE)
     levels = pool.levels.expand_as(pool.tokens)
     return levels[is_told], pool.scores[is_told].double(), right[is_told]
