@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         args.policy,
         draft_model=args.draft_model,
         dtype=args.dtype,
-        device=args.device,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         packed=args.pack,
     )
     if args.profile:
@@ -131,7 +131,7 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> None:
 
 def print_profile(args: argparse.Namespace, subjects: Subjects) -> int:
     """One line per finding."""
-    dialogues = [one for source in args.dataset for one in spread(read_dialogues(source), args.limit)]
+    dialogues = [one for source in args.dataset for one in spread(read_dialogues(source, args.split), args.limit)]
     prompts = [Prompt(one.name, to_tokens(one.asked([]), subjects.tokenizer)) for one in dialogues]
     tree = fixed_tree(subjects.head, first_shape(args, subjects))
     found = profile(Bench(subjects.target, args.max_new_tokens), subjects.head, tree, prompts)

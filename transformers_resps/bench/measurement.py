@@ -72,7 +72,7 @@ class Summary:
         low: lower end of the ratio's 95% interval over prompts.
         high: upper end.
         tau: tokens per target forward.
-        spread: slowest over fastest repeat, minus one: how quiet the machine was.
+        spread: fastest over slowest repeat, minus one: how quiet the machine was.
         temperature: 0 is greedy; `None` over several.
     """
 

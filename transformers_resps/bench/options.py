@@ -57,6 +57,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
         metavar="FILE_OR_ID",
         help=".jsonl or .json with turns, messages or prompt, or a Hub id; all user turns are played",
     )
+    on.add_argument("--split", default="test", help="of datasets from the Hub; default: test")
     on.add_argument("--limit", type=positive, default=10, help="prompts per dataset, spread evenly over it")
     on.add_argument(
         "--search-dataset",
@@ -74,7 +75,7 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--max-new-tokens", type=positive, default=128)
     how.add_argument("--repeats", type=positive, default=3)
     how.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    how.add_argument("--device", default="cpu")
+    how.add_argument("--device", help="cuda where there is one, otherwise cpu")
     how.add_argument(
         "--pack", action="store_true", help="pack the target's weights, for every method, plain decoding too"
     )

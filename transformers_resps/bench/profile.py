@@ -41,7 +41,7 @@ class Profile:
 
 
 class Stopwatch:
-    """Seconds of every call, by name; the outermost call counts."""
+    """Seconds of every call, by name."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)

@@ -63,14 +63,14 @@ class Prompt:
     turn: int = 1
 
 
-def read_dialogues(source: str) -> list[Dialogue]:
-    """All conversations of a file or a dataset of the Hub, in order.
+def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
+    """All conversations of a file, or of a split of a dataset of the Hub, in order.
 
     Raises:
         ValueError: it is not there, it is empty, or a row is no conversation.
     """
     name = Path(source).stem
-    rows = islice(load_conversations(source), _MOST_ROWS)
+    rows = islice(load_conversations(source, split), _MOST_ROWS)
     found = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
     if not found:
         raise ValueError(f"{source} has no rows, but prompts are needed. Pass a dataset with at least one.")

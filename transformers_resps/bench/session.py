@@ -60,7 +60,7 @@ class Session:
         self.args, self.subjects, self._say = args, subjects, say
         self.selected = CHOICES if args.methods is None else tuple(args.methods)
         check_stems(args.dataset)
-        sources = {source: read_dialogues(source) for source in args.dataset}
+        sources = {source: read_dialogues(source, args.split) for source in args.dataset}
         self.dialogues = [dialogue for rows in sources.values() for dialogue in spread(rows, args.limit)]
         self.searched = self._search_dialogues(list(sources.values())) if BEST_FIXED in self.selected else []
         if not self.searched:  # only where nobody asked for it by name
@@ -84,7 +84,7 @@ class Session:
         Where it leaves none, the best fixed tree is left out, unless it was asked for by name.
         """
         if self.args.search_dataset:
-            return spread(read_dialogues(self.args.search_dataset), _MOST_SEARCHED)
+            return spread(read_dialogues(self.args.search_dataset, self.args.split), _MOST_SEARCHED)
         evaluated = {dialogue.fingerprint for dialogue in self.dialogues}
         rest = [[dialogue for dialogue in rows if dialogue.fingerprint not in evaluated] for rows in sources]
         each = max(1, _MOST_SEARCHED // len(sources))
@@ -112,6 +112,7 @@ class Session:
             "methods": list(self.selected),
             "shapes": [shape_name(shape) for shape in args.shapes],
             "datasets": list(args.dataset),
+            "split": args.split,
             "prompts": {dialogue.name: dialogue.fingerprint for dialogue in self.dialogues},
             "searched": {dialogue.name: dialogue.fingerprint for dialogue in self.searched},
             "temperatures": list(args.temperature),
@@ -227,7 +228,7 @@ class Session:
 
 
 _ONLY_SETTINGS = (
-    "methods", "shapes", "datasets", "prompts", "searched", "temperatures", "max_new_tokens", "repeats",
+    "methods", "shapes", "datasets", "split", "prompts", "searched", "temperatures", "max_new_tokens", "repeats",
 )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def _messages(row: Any, where: str) -> Conversation:
             return _as_messages(turns, "user", where)
         if not all({"from", "value"} <= set(turn) for turn in turns):
             raise ValueError(
-                f"{where} has `conversations` whose turns lack `from` or `value`, which ShareGPT's have. Mend that row."
+                f"{where} has `conversations` with turns that lack `from` or `value`, which ShareGPT's have. Mend it."
             )
         return [
             {"role": _SHAREGPT_ROLES[turn["from"]], "content": _text(turn["value"], where)}

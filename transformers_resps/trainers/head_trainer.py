@@ -222,10 +222,10 @@ class DraftHeadTrainer(ArtefactTrainer):
         lengths = [len(example.input_ids) for example in dataset.examples]
         if shuffle:
             steps_hold = self.args.max_steps * self.args.tokens_per_batch * self.args.gradient_accumulation_steps
+            steps_hold *= self.args.world_size
             warn_if_small(steps_hold if self.args.max_steps > 0 else int(self.args.num_train_epochs * sum(lengths)))
-        batches = TokenBudgetBatches(
-            lengths, self.args.tokens_per_batch, seed=self.args.data_seed or self.args.seed, shuffle=shuffle
-        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batches = TokenBudgetBatches(lengths, self.args.tokens_per_batch, seed=seed, shuffle=shuffle)
         loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ...generation import attach
 from ...head import DraftHead
-from ...policy import FixedPolicy, Policy
+from ...policy import FixedPolicy, Policy, default_policy
 from ...trainers.conversations import read_conversations
 from ...tree import TreeShape
 from ..options import shape
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--shape", type=shape, help="total_tokens,depth,top_k[,lookup]; policy='auto' by default")
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("results/batches"), help="folder for results.json")
     return run(parser.parse_args(arguments))
@@ -78,9 +78,9 @@ def read_prompts(file: Path, limit: int, tokenizer: Any) -> list[torch.Tensor]:
     return prompts
 
 
-def policy_of(chosen: TreeShape | None) -> Policy | str:
-    """One shape for every step, or our default."""
-    return "auto" if chosen is None else FixedPolicy(chosen)
+def policy_of(chosen: TreeShape | None) -> Policy:
+    """One shape for every step, or our default, which has learned nothing yet: ways must not teach each other."""
+    return default_policy() if chosen is None else FixedPolicy(chosen)
 
 
 if __name__ == "__main__":

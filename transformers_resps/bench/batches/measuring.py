@@ -61,7 +61,7 @@ class BatchBench:
         self,
         target: Any,
         head: DraftHead,
-        make_policy: Callable[[], Policy | str],
+        make_policy: Callable[[], Policy],
         max_new_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
