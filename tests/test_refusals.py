@@ -10,6 +10,8 @@ from transformers import (
     GPTNeoConfig,
     GPTNeoForCausalLM,
     LlamaConfig,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     PreTrainedModel,
     QuantizedCache,
     StaticCache,
@@ -189,6 +191,14 @@ def test_an_unknown_architecture_that_mixes_siblings_fails_the_probe(monkeypatch
     monkeypatch.setattr(type(target.model.rotary_emb), "forward", _positions_by_slot)
     with pytest.raises(ValueError, match="so trees would change its answers"):
         target.generate(PROMPT, assistant_model=head)
+
+
+def test_an_architecture_whose_forward_fails_on_a_tree_is_refused_in_our_words() -> None:
+    target = attach(OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=19, n_embd=16, n_layer=1, n_head=2)))
+    with pytest.raises(
+        ValueError, match="OpenAIGPTLMHeadModel .*fails on .* of a tree.*but .*Call `generate` without"
+    ):
+        target.generate(PROMPT, policy="auto", max_new_tokens=2)
 
 
 def _positions_by_slot(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:

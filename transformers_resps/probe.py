@@ -30,11 +30,18 @@ def check_tree_attention(target: PreTrainedModel) -> None:
     model_type = target.config.get_text_config().model_type
     if model_type in _COMPARED or getattr(target, "_resps_probed", False):
         return
-    error, scale = _tree_error(target)
+    try:
+        error, scale = _tree_error(target)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as failure:
+        raise ValueError(
+            f"{type(target).__name__} ({model_type}) fails on the cache, positions and mask of a tree "
+            f"({type(failure).__name__}: {failure}), but a tree is verified in one forward with them. Call `generate` "
+            "without the head or the policy."
+        ) from failure
     if not error <= _TOLERANCE.get(target.dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
         raise ValueError(
             f"{type(target).__name__} ({model_type}) gave logits that differ by {error:.3g} between a tree and the "
-            "same text alone, so trees would change its answers. Call `generate` without the head."
+            "same text alone, so trees would change its answers. Call `generate` without the head or the policy."
         )
     target._resps_probed = True  # type: ignore[assignment]  # nn.Module promises tensors and modules only
 
