@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
@@ -167,6 +167,22 @@ def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, 
     with torch.no_grad():
         head.lm_head.weight.zero_()
     assert "No reading makes this head agree" in diagnose(target, head, answers).verdict
+
+
+def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_the_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Phi's output head has a bias; here one that outvotes all hidden states."""
+    config = PhiConfig(vocab_size=V, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    target = PhiForCausalLM(config).train()
+    target.lm_head.bias.data[5] = 1e4
+    answers = [Answer(torch.arange(3, 15), 4)] * 2
+    found = diagnose(target, DraftHead.from_target(target), answers)
+    assert found.configured.agreement == (1.0,) * DEPTHS and target.training
+    monkeypatch.setattr(target, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        diagnose(target, DraftHead.from_target(target), answers)
+    assert target.training
 
 
 def test_answers_are_what_generate_writes_one_by_one(pair: tuple[PreTrainedModel, Path, list[Answer]]) -> None:

@@ -49,22 +49,32 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Answer]
             f"{len(long_enough)} of {len(answers)} answers have at least {DEPTHS} tokens of the target, but at least "
             "2 are needed to tell a difference from noise. Pass some 50 answers."
         )
-    was_training = target.training
-    target.train(False)
     readings = list(_readings(head.config, target))
     drafters = [BoundHead(_read_as(head, reading), target) for reading in readings]
+    was_training = target.training
+    target.train(False)
+    try:
+        scores = _scores(target, readings, drafters, long_enough)
+    finally:
+        target.train(was_training)
+    return Diagnosis(tuple(_cell(reading, found) for reading, found in zip(readings, scores, strict=True)))
+
+
+def _scores(
+    target: PreTrainedModel, readings: list[Reading], drafters: list[BoundHead], answers: list[Answer]
+) -> list[list["_Scores"]]:
+    """Of each reading, with the head read so, those of all answers."""
     layers = sorted({layer for reading in readings for layer in reading.feature_layers})
     scores: list[list[_Scores]] = [[] for _ in readings]
     with FeatureTap(target, layers) as tap:
-        for batch in _batches(long_enough):
+        for batch in _batches(answers):
             tokens = batch.tokens.to(target.device)
             with tap.record() as features:
                 picks = target(input_ids=tokens, use_cache=False).logits.argmax(-1)
             for drafter, reading, found in zip(drafters, readings, scores, strict=True):
                 read = torch.cat([features.caught[layer] for layer in reading.feature_layers], dim=-1)
                 found += _score(drafter, read.to(drafter.head.dtype), batch, picks)
-    target.train(was_training)
-    return Diagnosis(tuple(_cell(reading, found) for reading, found in zip(readings, scores, strict=True)))
+    return scores
 
 
 def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Reading]:
@@ -149,10 +159,10 @@ def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -
     scored = batch.scored[:, start:].to(features.device)
     embeddings = drafter.embed(batch.tokens.to(features.device))
     hidden = unroll(drafter.head, features, embeddings, DEPTHS, start)  # normed [depths, b, slots, h]
-    weight, draft_ids = drafter.output_weight, drafter.head.draft_token_ids
+    draft_ids = drafter.head.draft_token_ids
     hits, log_probs = [], []
     for depth in range(DEPTHS):
-        logits = (hidden[depth][scored].to(weight.dtype) @ weight.T).float()
+        logits = drafter.normed_logits(hidden[depth][scored])
         wanted = F.pad(picks[:, start + 1 + depth :], (0, 1 + depth))[scored]  # the token after t + 1 + depth
         rows = torch.searchsorted(draft_ids, wanted).clamp(max=len(draft_ids) - 1)
         likely = logits.gather(1, rows[:, None])[:, 0] - logits.logsumexp(-1)

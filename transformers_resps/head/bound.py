@@ -40,7 +40,10 @@ class BoundHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[b, t, h]` before the final norm -> fp32 `[b, t, d]`."""
-        normed = self.head.norm(hidden)
+        return self.normed_logits(cast(Tensor, self.head.norm(hidden)))
+
+    def normed_logits(self, normed: Tensor) -> Tensor:
+        """`[..., h]` behind the final norm -> fp32 `[..., d]`."""
         return cast(Tensor, self._output(normed.to(self.output_weight.dtype))).float()
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
