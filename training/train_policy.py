@@ -250,7 +250,7 @@ def make_policy(
     return ReSpSPolicy(replace(config, grid=grid, persistence=script.persistence_in_use, **identity), seed=seed)
 
 
-def affordable(grid: ActionGrid, seconds: Callable[[TreeShape], float]) -> ActionGrid:
+def paying_shapes(grid: ActionGrid, seconds: Callable[[TreeShape], float]) -> ActionGrid:
     """The shapes of `grid` that could pay here.
 
     Raises:
@@ -300,7 +300,7 @@ def run() -> None:
     seconds = measure_costs(target, head, script, args)
     grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
     if script.drop_hopeless:
-        grid = affordable(grid, lambda shape: seconds(shape, script.max_prompt_tokens // 2))
+        grid = paying_shapes(grid, lambda shape: seconds(shape, script.max_prompt_tokens // 2))
     policy = make_policy(script, target, head, grid, args.seed)
     recorder = Recorder(target, head, script, grid, args)
     with args.main_process_first(desc="comparing with the run that is resumed"):

@@ -147,9 +147,9 @@ class BatchLookup:
         self._rows = [self._rows[row] for row in rows]
         self._pads = [self._pads[row] for row in rows]
 
-    def matches(self, most_tokens: int = LONGEST_DRAFT) -> list[Match]:
+    def matches(self) -> list[Match]:
         """The match of every row."""
-        return [row.match(most_tokens) for row in self._rows]
+        return [row.match() for row in self._rows]
 
 
 def _class_of(length: int) -> int:
