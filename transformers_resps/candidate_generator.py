@@ -30,7 +30,7 @@ class _Frontier:
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """Committed positions that the head has not read: features `[b, t, A * target hidden]`, tokens `[b, t]`."""
+    """Committed positions that the head has not read: features `[b, t, F]`, tokens `[b, t]`."""
 
     features: Tensor
     tokens: Tensor
@@ -59,13 +59,13 @@ class TreeCandidateGenerator:
         self._prefix = Prefix(None if prompt_mask is None else prompt_mask.to(self._device))
         self._unread: list[_Pairs] = []
         self._newest = torch.empty(0)  # [b, 1, h] output at the last true pair, before the final norm
-        self.newest_features = torch.empty(0)  # [b, A * target hidden]
+        self.newest_features = torch.empty(0)  # [b, F]
 
     def observe(self, features: Tensor, tokens: Tensor, counts: list[int] | None = None) -> None:
         """Take in newly committed positions.
 
         Args:
-            features: `[b, t, A * target hidden]` of the positions.
+            features: `[b, t, F]` of the positions.
             tokens: `[b, t]` the token after each of them.
             counts: how many of them are each row's, the rest repeating its last; `None` for all.
 

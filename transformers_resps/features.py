@@ -73,7 +73,7 @@ class Features:
         self.caught: dict[int, Tensor] = {}
 
     def concatenated(self) -> Tensor:
-        """`[b, t, A * h]`, shallow to deep."""
+        """`[b, t, F]`, shallow to deep."""
         first = self.caught[self.layers[0]]
         return torch.cat([self.caught[layer].to(first.device) for layer in self.layers], dim=-1)
 

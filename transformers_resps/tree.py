@@ -2,8 +2,10 @@
 
 Knows torch only: nothing of models, caches or policies.
 
-Shape legend, used in the whole package: b batch rows, n tree nodes, p pool nodes, s cached positions, v vocabulary,
-d draft vocabulary, h hidden size, k `top_k`.
+Shape legend, used in the whole package: b batch rows, n tree nodes, m nodes of the accepted path, p pool nodes, w
+nodes of one drafted level, e entries drafted before it, k `top_k`; s cached positions, t positions of one pass, q
+those of them that look at others; v vocabulary, d draft vocabulary, h hidden size, hd width of an attention head, F
+width of the features (layers that the head reads times the target's hidden size); a actions of a policy.
 """
 
 from dataclasses import dataclass

@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, rotate_half
 from .configuration import DraftHeadConfig
 
 
-# (layer index, queries [b, heads, a, hd], keys [b, kv heads, t, hd], values) -> [b, heads, a, hd]; the queries are
-# those of the last a <= t positions
+# (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
+# those of the last q <= t positions
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -37,7 +37,7 @@ class DraftAttention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: slice) -> Tensor:
-        """`[b, t, width]` -> `[b, a, h]` at the `wanted` positions; `rope` is cosine and sine, `[b, t, head_dim]`."""
+        """`[b, t, width]` -> `[b, q, h]` at the `wanted` positions; `rope` is cosine and sine, `[b, t, head_dim]`."""
         heads = (-1, self.head_dim)
         queries = self.q_norm(self.q_proj(states[:, wanted]).unflatten(-1, heads)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
@@ -71,7 +71,7 @@ class DraftLayer(nn.Module):
     def forward(
         self, hidden: Tensor, embeddings: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: slice
     ) -> Tensor:
-        """`[b, t, h]` hidden states and token embeddings -> `[b, a, h]` at the `wanted` positions."""
+        """`[b, t, h]` hidden states and token embeddings -> `[b, q, h]` at the `wanted` positions."""
         residual = hidden
         if self.reads_embedding:
             normed = self.hidden_norm(hidden)

@@ -59,7 +59,7 @@ class DraftHead(PublishableHead):
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's features `[b, t, A * target hidden]` -> fused `[b, t, h]`."""
+        """The target's features `[b, t, F]` -> fused `[b, t, h]`."""
         if self.config.norm_before_fc:
             features = self.input_norm(features)
         if self.config.fc_norm:

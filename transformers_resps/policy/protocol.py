@@ -18,7 +18,7 @@ class Observation:
     """What is known before drafting.
 
     Attributes:
-        features: `[b, A * h]` the target's kept hidden states at the newest position it has processed, in its dtype;
+        features: `[b, F]` the target's kept hidden states at the newest position it has processed, in its dtype;
             `None` without a head.
         context_length: positions of the text so far, padding included.
         step: 0 for the first decision of a call of `generate`.

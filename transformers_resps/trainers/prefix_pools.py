@@ -35,7 +35,7 @@ class PrefixPools:
 
     Args:
         head: with its target's embedding and output rows.
-        features: `[1, s, A * target hidden]` of the text's first s positions.
+        features: `[1, s, F]` of the text's first s positions.
         tokens: `[1, s]` the token after each of them.
     """
 

@@ -19,7 +19,7 @@ def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: T
 
     Args:
         bound: the head with what it borrows from its target.
-        texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, A * target hidden]`; the last run of
+        texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, F]`; the last run of
             true `loss_mask` is the answer, and its first token comes from the prompt's own forward.
         shape: nodes, depth and width of every tree.
 

@@ -20,7 +20,7 @@ _PICK_CHUNK = 512  # positions whose full logits are alive at once
 @dataclass(frozen=True, slots=True)
 class TargetFeatures:
     """Attributes:
-    features: `[b, t, A * target hidden]`.
+    features: `[b, t, F]`.
     hidden: `[b, t, target hidden]` after the target's final norm: the input of its output head.
     picks: `[b, t]` the target's most likely token after each position.
     """

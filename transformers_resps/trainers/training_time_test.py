@@ -76,7 +76,7 @@ def unroll(
 
     Args:
         head: the head in training.
-        features: `[b, t, A * target hidden]` of the target.
+        features: `[b, t, F]` of the target.
         embeddings: `[b, t, h]` of the text's tokens.
         steps: levels, at least 1.
         start: the first slot any level's prediction is wanted for.
