@@ -3,6 +3,7 @@
 Knows shapes and tokens only. Every rate the project publishes is computed here, from these records.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -88,7 +89,7 @@ class SpeculationReport:
     @property
     def tau(self) -> float:
         """Mean tokens that a row gained per target forward until it finished, plain steps and prefill included."""
-        return self.emitted / sum(step.decoded_rows for step in self.steps) if self.steps else 0.0
+        return tau_of([self])
 
     @property
     def seconds(self) -> float:
@@ -159,3 +160,15 @@ class SpeculationReport:
             f"{self.emitted} tokens in {self.target_forwards} forwards of the target: tau {self.tau:.2f}, "
             f"{self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
         )
+
+
+def tau_of(reports: Sequence[SpeculationReport]) -> float:
+    """Mean tokens that a row gained per target forward until it finished, over all calls; 0 without any."""
+    forwards = sum(step.decoded_rows for report in reports for step in report.steps)
+    return sum(report.emitted for report in reports) / forwards if forwards else 0.0
+
+
+def nodes_of(reports: Sequence[SpeculationReport]) -> float:
+    """Mean nodes that a target forward behind the prefill verified, root included, over all calls; 1 without any."""
+    verified = [step.verified for report in reports for step in report.steps[1:]]
+    return sum(verified) / len(verified) if verified else 1.0

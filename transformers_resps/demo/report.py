@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..bench.measurement import rate
+from ..telemetry import SpeculationReport, nodes_of, tau_of
 from .answering import Comparison
 
 
@@ -46,7 +47,7 @@ def price_of(comparisons: Sequence[Comparison]) -> Price | None:
         nodes=nodes,
         verify_cost=median(step.verify_seconds for step in usual) / plain,
         step_cost=median(step.step_seconds for step in usual) / plain,
-        gain=sum(step.emitted_total for step in usual) / len(usual),
+        gain=SpeculationReport(steps=usual).tau,
     )
 
 
@@ -93,10 +94,8 @@ def _same_text(comparison: Comparison) -> str:
 def _cells(kind: str, same: str, comparisons: Sequence[Comparison]) -> list[str]:
     plain, tree = rate(c.plain for c in comparisons), rate(c.speculative for c in comparisons)
     reports = [c.speculative.speculation for c in comparisons if c.speculative.speculation]
-    tau = sum(report.emitted for report in reports) / sum(report.target_forwards for report in reports)
-    decoding = [step.verified for report in reports for step in report.steps[1:]]
-    nodes = sum(decoding) / len(decoding) if decoding else 1.0
-    numbers = [f"{plain:.1f}", f"{tree:.1f}", f"{tree / plain:.2f}x", f"{tau:.2f}", f"{nodes:.1f}"]
+    rates = [f"{plain:.1f}", f"{tree:.1f}", f"{tree / plain:.2f}x"]
+    numbers = [*rates, f"{tau_of(reports):.2f}", f"{nodes_of(reports):.1f}"]
     return [kind, _name(comparisons[0]), same, *numbers]
 
 
