@@ -17,6 +17,7 @@ from transformers_resps.demo import target as demo_target
 from transformers_resps.demo.__main__ import main
 from transformers_resps.demo.answering import Answer, Comparison, compare
 from transformers_resps.demo.report import divergence_line, price_of, table, verdict
+from transformers_resps.telemetry import nodes_of, tau_of
 from transformers_resps.verification import Divergence
 
 
@@ -62,6 +63,15 @@ def test_the_table_counts_all_tokens_over_all_seconds() -> None:
     assert "1.45x" in text  # 16 tokens in 11 s against 16 in 16 s
     assert "2.67" in text  # tau: 16 tokens in 6 forwards
     assert "8.0" in text
+
+
+def test_a_row_for_all_prompts_weighs_every_forward_alike() -> None:
+    several = [comparison(emitted=3), comparison(emitted=1)]
+    reports = [found.speculative.speculation for found in several]
+    reports[1].steps = reports[1].steps[:3]
+    assert tau_of(reports) == (16 + 3) / (6 + 3) != (16 / 6 + 3 / 3) / 2
+    assert nodes_of([SpeculationReport(1, [step(1, 1, 1.0), step(4, 1, 1.0)]), *reports]) == (4 + 7 * 8) / 8
+    assert (tau_of([]), nodes_of([])) == (0.0, 1.0)
 
 
 def test_rounding_passes_and_anything_else_fails() -> None:
