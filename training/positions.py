@@ -135,9 +135,9 @@ def chains_of(text: RecordedText) -> tuple[Tensor, Tensor, Tensor]:
     chains, hazards, lengths = [], [], []
     for root in range(text.prompt_length, text.prompt_length + len(text)):
         lookup.extend([tokens[lookup.lengths[0] : root + 1]])
-        match = lookup.matches(CHAIN)[0]
-        alive = [1.0, *match.survival]
-        chains.append([*match.tokens, *[-2] * (CHAIN - len(match.tokens))])
+        match = lookup.matches()[0]
+        tokens_ahead, alive = match.tokens[:CHAIN], [1.0, *match.survival[:CHAIN]]
+        chains.append([*tokens_ahead, *[-2] * (CHAIN - len(tokens_ahead))])
         hazard = [after / before for before, after in zip(alive, alive[1:], strict=False)]
         hazards.append([*hazard, *[0.0] * (CHAIN - len(hazard))])
         lengths.append(float(match.length))
