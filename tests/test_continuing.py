@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, set_seed
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, set_seed
 
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
@@ -22,7 +22,10 @@ def tokens(count: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
 
 
 def answer(target: Any, head: DraftHead | None, text: torch.Tensor, cache: Any = None, **options: Any) -> Any:
-    """One turn; `head` is `None` for plain decoding. A cache that is passed is left as it was."""
+    """One turn; `head` is `None` for plain decoding. A cache that is passed is left as it was, and a token that serves
+    as padding is a token as any other.
+    """
+    options.setdefault("attention_mask", torch.ones_like(text))
     if head is not None:
         options = {"assistant_model": head, "policy": WIDE, **options}
     else:
@@ -82,7 +85,8 @@ def test_a_second_turn_is_that_of_plain_decoding(
 ) -> None:
     first = answer(target, None, tokens(6))
     text = torch.cat([first.sequences, tokens(7, 1)], dim=1)
-    plain = answer(target, None, text, first[CACHE_KEYWORD], **options)
+    at_once = options | {"prefill_chunk_size": None}  # 5.20 reads cached tokens again in chunks, without a head
+    plain = answer(target, None, text, first[CACHE_KEYWORD], **at_once)
     found = answer(target, head, text, first[CACHE_KEYWORD], policy=policy, **options)
     assert found.sequences.tolist() == plain.sequences.tolist()
     check_equal_caches(found[CACHE_KEYWORD], plain[CACHE_KEYWORD])
@@ -157,6 +161,54 @@ def test_a_batch_goes_on_from_its_own_cache(architecture: Architecture) -> None:
 def test_a_batch_whose_cache_was_not_asked_for_hands_none_back(target: PreTrainedModel, head: DraftHead) -> None:
     for lockstep in (None, True):
         assert getattr(answer(target, head, tokens(5, rows=2), lockstep=lockstep), CACHE_KEYWORD) is None
+
+
+class Interrupts(LogitsProcessor):
+    """Ctrl-C at the n-th token."""
+
+    def __init__(self, uses: int) -> None:
+        self.uses = uses
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.uses -= 1
+        if not self.uses:
+            raise KeyboardInterrupt
+        return scores
+
+
+@pytest.mark.parametrize("architecture", [each for each in ARCHITECTURES if str(each) in ("llama", "gemma3_text")])
+@pytest.mark.parametrize("uses", [1, 4, 7, 8])
+def test_a_call_that_was_interrupted_leaves_a_cache_to_go_on_from(architecture: Architecture, uses: int) -> None:
+    """In the middle of a walk, too, where the cache still has every node of the tree."""
+    target = attach(architecture.build("sdpa"))
+    head = DraftHead.from_target(target)
+    first = answer(target, None, tokens(6))
+    text = torch.cat([first.sequences, tokens(7, 1)], dim=1)
+    whole, cache = answer(target, None, text, max_new_tokens=16).sequences, first[CACHE_KEYWORD]
+    options = {CACHE_KEYWORD: cache, "logits_processor": LogitsProcessorList([Interrupts(uses)])}
+    with pytest.raises(KeyboardInterrupt):
+        target.generate(text, assistant_model=head, policy=WIDE, max_new_tokens=16, **options)
+    kept = cache.get_seq_length()
+    assert text.shape[1] <= kept < text.shape[1] + uses
+    found = answer(target, None, whole[:, : kept + 1], cache, max_new_tokens=6)
+    assert found.sequences.tolist() == whole[:, : kept + 7].tolist()
+    check_equal_caches(
+        found[CACHE_KEYWORD], answer(target, None, whole[:, : kept + 1], max_new_tokens=6)[CACHE_KEYWORD]
+    )
+
+
+def test_a_forward_cut_in_the_middle_of_the_layers_leaves_none_of_it(target: PreTrainedModel, head: DraftHead) -> None:
+    cache = answer(target, None, tokens(6))[CACHE_KEYWORD]
+    before = copy.deepcopy(cache)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = target.model.layers[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        target.generate(tokens(20), assistant_model=head, **{CACHE_KEYWORD: cache})
+    handle.remove()
+    check_equal_caches(cache, before)
 
 
 def test_the_limits_count_from_the_conversations_beginning(target: PreTrainedModel, head: DraftHead) -> None:

@@ -1,6 +1,7 @@
 """The contract on a real model: SmolLM2-135M-Instruct and the head that is published for it."""
 
 import json
+import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.demo.target import load_target
 from transformers_resps.verification import explain_divergence
+from transformers_resps.versions import CACHE_KEYWORD
 
 
 HEAD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-head"
@@ -52,6 +54,32 @@ def answers(dtype: torch.dtype, messages: Any, **keywords: Any) -> tuple[torch.T
 def test_in_float32_the_text_is_that_of_plain_generate(messages: Any, keywords: dict[str, Any]) -> None:
     prompt, plain, out = answers(torch.float32, messages, **keywords)
     assert out.sequences[0, len(prompt) :].tolist() == plain.tolist()
+
+
+# The model reads 8,192 positions: RESPS_PROMPT_LENGTHS="8000" adds minutes.
+LENGTHS = [1, *map(int, os.environ.get("RESPS_PROMPT_LENGTHS", "").split())]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_prompt_may_have_any_length(length: int) -> None:
+    target, tokenizer, head = loaded(torch.float32)
+    prose = Path(__file__).parent.parent.joinpath("docs", "lossless.md").read_text(encoding="utf-8")
+    prompt = tokenizer(prose * (1 + length // 1000), return_tensors="pt").input_ids[:, :length]
+    assert prompt.shape[1] == length
+    policy = FixedPolicy(TreeShape(8, 4, 2, lookup=4))
+    plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
+    found = target.generate(prompt, max_new_tokens=12, do_sample=False, assistant_model=head, policy=policy)
+    assert found.tolist() == plain.tolist()
+
+
+def test_a_second_turn_goes_on_from_the_cache_of_the_first() -> None:
+    target, tokenizer, head = loaded(torch.float32)
+    call = {"assistant_model": head, "max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    first = target.generate(tokenizer("The three largest", return_tensors="pt").input_ids, **call)
+    text = torch.cat([first.sequences, tokenizer(" And then", return_tensors="pt").input_ids], dim=1)
+    plain = target.generate(text, max_new_tokens=12, do_sample=False)
+    found = target.generate(text, **call, **{CACHE_KEYWORD: getattr(first, CACHE_KEYWORD)})
+    assert found.sequences.tolist() == plain.tolist()
 
 
 def test_in_bfloat16_every_difference_is_a_near_tie() -> None:

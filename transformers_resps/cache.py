@@ -41,6 +41,15 @@ def stop_recording(cache: Cache) -> None:
             layer.record_past = False
 
 
+def drop_surplus(cache: Cache, length: int) -> None:
+    """Forget, in each layer, what stands behind the first `length` positions; a forward may have been cut short."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        surplus = layer.get_seq_length() - length if _states(layer) else 0
+        if surplus > 0:
+            layer.crop(-surplus)
+
+
 def cached_length(cache: Cache) -> int:
     """Positions the cache has seen."""
     return int(cache.get_seq_length())

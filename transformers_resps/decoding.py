@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from .acceptance import Acceptance
 from .attention import last_position, tree_attention_mask, tree_positions
 from .batch import Batch
-from .cache import cached_length, check_cache, has_windows, keep_nodes, keep_rows, place_nodes
+from .cache import cached_length, check_cache, drop_surplus, has_windows, keep_nodes, keep_rows, place_nodes
 from .candidate_generator import MOST_UNREAD, TreeCandidateGenerator
 from .features import Features, FeatureTap
 from .head import BoundHead
@@ -65,15 +65,16 @@ class TreeDecoding:
         attention_mask = None if attention_mask is None else attention_mask.to(device)
         position_ids = position_ids.to(device)
         self.report = SpeculationReport(batch_size=batch_size)
-        self._past = cached_length(cache)
+        self._past = past = cached_length(cache)
         self._tap = tap
         self._draft_rows = 0 if head is None else head.head.config.draft_rows
         # The features of cached positions are gone: the head's own text starts behind them.
-        unread = None if attention_mask is None else attention_mask[:, self._past :]
+        unread = None if attention_mask is None else attention_mask[:, past:]
         self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, unread)
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
         self._lookup = BatchLookup([0] * batch_size if known is None else leading_pads(known))
         self._prefix = Prefix(attention_mask)
+        self._prefix.extend([past] * batch_size)
         self._positions = position_ids
         self._root_positions = position_ids[:, -1].expand(batch_size) + 1  # [b]
         self._max_length = max_length
@@ -101,11 +102,11 @@ class TreeDecoding:
                 **logits_to_keep,
             )
             self.cache.crop(0)
+            self._prefix.extend([end - start] * len(prompt))
             features.append(caught)
         check_cache(self.cache)
         _wait_for(outputs.logits)
         verified = self._clock()
-        self._prefix.extend([length] * len(prompt))
         tree = DraftTree.root_only(prompt[:, -1])
         acceptance = self.batch.walk(tree, outputs.logits[:, -1:])
         if not self.batch.finished:
@@ -143,6 +144,10 @@ class TreeDecoding:
         if isinstance(self.policy, Witness):
             self.policy.witness(tree, acceptance.path, acceptance.tokens)
         self.policy.observe(record)
+
+    def close(self) -> None:
+        """Leave in the cache what was kept and nothing else, also where a step was cut short: the caller may go on."""
+        drop_surplus(self.cache, self._prefix.length)
 
     def _observe(self) -> Observation:
         features = None if self._generator is None else self._generator.newest_features

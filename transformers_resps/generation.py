@@ -205,6 +205,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 tap=tap,
                 max_length=generation_config.max_length,
             )
+            stack.callback(decoding.close)
             decoding.prefill(
                 generation_config.prefill_chunk_size,
                 {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs},

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.versions import CACHE_KEYWORD
 
 
 WIDE = FixedPolicy(TreeShape(40, 3, VOCABULARY))  # so wide that most picks are drafted
@@ -203,9 +204,8 @@ def test_a_cache_without_the_targets_windows_is_refused(architecture: Architectu
     target = attach(architecture.build("sdpa"))
     head, prompt = DraftHead.from_target(target), next(prompts())
     with pytest.raises(ValueError, match=r"sliding windows \[None.*DynamicCache\(config=model.config\)"):
-        target.generate(prompt, assistant_model=head, cache=DynamicCache())
+        target.generate(prompt, assistant_model=head, **{CACHE_KEYWORD: DynamicCache()})
     plain = target.generate(prompt, max_new_tokens=20)
-    out = target.generate(
-        prompt, max_new_tokens=20, assistant_model=head, policy=WIDE, cache=DynamicCache(config=target.config)
-    )
+    own = {CACHE_KEYWORD: DynamicCache(config=target.config)}
+    out = target.generate(prompt, max_new_tokens=20, assistant_model=head, policy=WIDE, **own)
     assert out.tolist() == plain.tolist()
