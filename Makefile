@@ -18,13 +18,13 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
 LOWEST_TORCH := 2.9.0
 CONTRACT := tests/test_seams.py tests/test_refusals.py tests/test_cache.py tests/test_generation.py \
-	tests/test_architectures.py tests/robustness
+	tests/test_architectures.py tests/test_continuing.py tests/robustness
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check fix docs bench test-matrix test-lowest-torch test-endurance mutants browser
+.PHONY: demo test check coverage fix docs bench test-matrix test-lowest-torch test-endurance mutants browser
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -38,6 +38,11 @@ check: $(VENV)/.dev browser
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
+
+# All tests, and the lines of the package that none of them runs.
+coverage: $(VENV)/.dev browser
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --cov=transformers_resps \
+		--cov-report=term-missing:skip-covered --cov-fail-under=92 $(TEST_OPTIONS)
 
 # The page of `resps inspect` is tested in a real browser. Root gets Debian's; elsewhere those tests say why they skip.
 browser:
