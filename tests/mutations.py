@@ -97,7 +97,7 @@ MUTATIONS = (
         "index_select(2, path[0])",
         KEPT,
     ),
-    Mutation("only the root is kept", "cache.py", "cache.crop(kept - node_count)", "cache.crop(1 - node_count)", KEPT),
+    Mutation("only the root is kept", "cache.py", "(cache, node_count - kept)", "(cache, node_count - 1)", KEPT),
     Mutation(
         "nodes see their children", "attention.py", "~tree.ancestors[:, None]", "~tree.ancestors.mT[:, None]", SIGHT
     ),

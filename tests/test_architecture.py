@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
 BOTTOM = {"versions", "packing", "pieces", "terminal", "tree", "prefix", "cache", "attention"}
-BOTTOM |= {"features", "telemetry"}
+BOTTOM |= {"buckets", "static_cache", "features", "forward", "telemetry"}
 PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "probe", "refusals", "request", "lockstep", "generation"}
@@ -26,7 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prefix": set(),
     "cache": {"versions"},
     "attention": {"tree", "cache"},
+    "buckets": {"tree"},
+    "static_cache": {"cache"},
     "features": {"versions"},
+    "forward": {"tree", "buckets", "cache", "features", "versions"},
     "telemetry": {"tree", "pieces", "terminal"},
     "acceptance": {"tree"},
     "batch": {"tree", "acceptance"},

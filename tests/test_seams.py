@@ -6,13 +6,22 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM, MambaForCausalLM
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import CompileConfig, DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM, MambaForCausalLM
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transformers_resps.generation import _AFTER_ASSISTANT, _NOT_OURS, ReSpSGenerationMixin
 from transformers_resps.versions import CACHE_KEYWORD
+
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 19,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def test_the_decoding_methods_are_looked_up_on_the_class_by_these_names() -> None:
@@ -41,6 +50,25 @@ def test_cache_layers_have_what_we_touch() -> None:
     assert callable(sliding.activate_past_recording) and callable(sliding.crop)
 
 
+def test_static_layers_have_what_we_touch() -> None:
+    layer = StaticLayer(max_cache_len=8)
+    assert layer.max_cache_len == 8 and layer.cumulative_length.tolist() == 0 and not layer.is_initialized
+    layer.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+    assert layer.keys.shape == layer.values.shape == (1, 1, 8, 2)
+    assert layer.cumulative_length.tolist() == layer.get_seq_length() == 3
+
+
+def test_compilation_is_decided_and_done_by_these_names() -> None:
+    assert list(inspect.signature(GenerationMixin._valid_auto_compile_criteria).parameters)[1:] == [
+        "model_kwargs",
+        "generation_config",
+    ]
+    assert list(inspect.signature(LlamaForCausalLM.get_compiled_call).parameters) == ["self", "compile_config"]
+    assert CompileConfig._compile_all_devices is None
+    assert LlamaForCausalLM(LlamaConfig(**_TINY))._compiled_call_impl is None
+    assert hasattr(torch.compile(abs, backend="eager"), "_torchdynamo_orig_callable")
+
+
 def test_decoding_may_be_wrapped_for_experts() -> None:
     assert hasattr(GenerationMixin, "_optimize_model_for_decode")
 
@@ -54,8 +82,7 @@ def test_the_dropped_mask_and_the_pad_token_arrive_as_we_read_them() -> None:
             seen.update(kwargs, pad=generation_config._pad_token_tensor)
             return input_ids
 
-    config = LlamaConfig(vocab_size=19, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    Watching(config).generate(torch.tensor([[3, 4, 5]]), max_new_tokens=1, pad_token_id=0)
+    Watching(LlamaConfig(**_TINY)).generate(torch.tensor([[3, 4, 5]]), max_new_tokens=1, pad_token_id=0)
     assert seen["attention_mask"] is None
     assert seen["position_ids"].tolist() == [[0, 1, 2]]
     assert type(seen[CACHE_KEYWORD]) is DynamicCache

@@ -5,9 +5,10 @@ Knows the target's layer types; nothing of drafting or acceptance.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, PretrainedConfig
 
-from .cache import cached_length, visible_length, window_of
+from .cache import buffer_length, cached_length, visible_length, window_of
 from .tree import DraftTree
 
 
@@ -49,14 +50,23 @@ def tree_attention_mask(
         ends: `[b, 1]` the slot behind each row's last entry; `None` when all rows end with the cache.
 
     Returns:
-        `[b, 1, n, visible past + n]` of zeros and the dtype's minimum, or a dict of them by layer type where the
-        target has several. A float mask on purpose: eager attention would add a bool one to the scores.
+        `[b, 1, n, visible past + n]`, or `[b, 1, n, slots]` for a static cache, of zeros and the dtype's minimum, or a
+        dict of them by layer type where the target has several. A float mask on purpose: eager attention would add a
+        bool one to the scores.
     """
     layer_types = getattr(config.get_text_config(), "layer_types", None)
     if layer_types is None:
-        return _mask(cache, 0, prefix_mask, tree, dtype, ends)
+        return _widened(_mask(cache, 0, prefix_mask, tree, dtype, ends), cache)
     first = {kind: layer_types.index(kind) for kind in dict.fromkeys(layer_types)}
-    return {kind: _mask(cache, index, prefix_mask, tree, dtype, ends) for kind, index in first.items()}
+    masks = {kind: _mask(cache, index, prefix_mask, tree, dtype, ends) for kind, index in first.items()}
+    return {kind: _widened(mask, cache) for kind, mask in masks.items()}
+
+
+def _widened(mask: Tensor, cache: Cache) -> Tensor:
+    """A mask over all slots of a static cache: what stands behind the tree is nobody's."""
+    slots = buffer_length(cache)
+    missing = 0 if slots is None else slots - mask.shape[-1]
+    return pad(mask, (0, missing), value=torch.finfo(mask.dtype).min) if missing else mask
 
 
 def _mask(

@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 
 # By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
-_TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+_TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticWindowLayer", "DummyLayer")
+_HOMES = ("transformers.", f"{__package__}.")
 
 
 def check_cache(cache: Cache) -> None:
     """Refuse a cache whose layers cannot hold a tree.
 
     Raises:
-        ValueError: a layer is of another type than the dynamic full or sliding one, or is offloaded.
+        ValueError: a layer is of another type than the dynamic ones and our static ones, or is offloaded.
     """
     for layer in cache.layers:
         name = type(layer).__name__
-        if name not in _TREE_LAYERS or not type(layer).__module__.startswith("transformers."):
+        if name not in _TREE_LAYERS or not type(layer).__module__.startswith(_HOMES):
             raise ValueError(
                 f"The cache has a `{name}`, but only {', '.join(_TREE_LAYERS[:2])} can keep the accepted nodes of a "
                 "tree. Call `generate` without `cache` and `cache_implementation`, or without a draft head."
@@ -45,9 +47,9 @@ def drop_surplus(cache: Cache, length: int) -> None:
     """Forget, in each layer, what stands behind the first `length` positions; a forward may have been cut short."""
     layers: list[Any] = cache.layers
     for layer in layers:
-        surplus = layer.get_seq_length() - length if _states(layer) else 0
+        surplus = int(layer.get_seq_length()) - length if _states(layer) else 0
         if surplus > 0:
-            layer.crop(-surplus)
+            _shorten(layer, surplus)
 
 
 def cached_length(cache: Cache) -> int:
@@ -55,8 +57,32 @@ def cached_length(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
+def buffer_length(cache: Cache) -> int | None:
+    """Slots of a static cache; `None` for a cache that grows."""
+    return next((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), None)
+
+
+def forget_newest(cache: Cache, count: int) -> None:
+    """Forget the newest `count` positions, and with 0 what sliding layers remember for that alone."""
+    if buffer_length(cache) is None:
+        cache.crop(-count)
+        return
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer) and layer.is_initialized:
+            _shorten(layer, count)
+
+
+def _shorten(layer: Any, count: int) -> None:
+    if isinstance(layer, StaticLayer):  # what stands behind the end is overwritten; its `crop` is new in 5.24
+        layer.cumulative_length.sub_(count)
+    else:
+        layer.crop(-count)
+
+
 def visible_length(cache: Cache, layer_index: int) -> int:
     """Past positions that layer `layer_index` still shows to a new token."""
+    if isinstance(cache.layers[layer_index], StaticLayer):
+        return cached_length(cache)
     states = _states(cache.layers[layer_index])
     window = window_of(cache, layer_index)
     kept = states[0].shape[-2] if states else 0
@@ -86,17 +112,18 @@ def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
     Args:
         cache: right after the tree's forward.
         path: `[b, m]` ascending node indices, the root first.
-        node_count: nodes of the tree.
+        node_count: nodes of the tree, padding included.
 
     Rotary positions were applied by depth, so a moved entry needs no rotation.
     """
     kept = path.shape[1]
     in_place = torch.arange(kept, device=path.device)
     if 1 < kept < node_count and not bool((path == in_place).all()):  # asking waits for the device
+        end = None if buffer_length(cache) is None else cached_length(cache)
         for layer in cache.layers:
             for states in _states(layer) or ():
-                _move_forward(states, path, node_count)
-    cache.crop(kept - node_count)
+                _move_forward(states, path, (states.shape[-2] if end is None else end) - node_count)
+    forget_newest(cache, node_count - kept)
 
 
 def place_nodes(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
@@ -163,9 +190,8 @@ def _along_positions(positions: Tensor, states: Tensor) -> Tensor:
     return positions.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
 
 
-def _move_forward(states: Tensor, path: Tensor, node_count: int) -> None:
-    """Gather the path's entries of `[b, heads, s, hd]` to the front of the last `node_count`."""
-    start = states.shape[-2] - node_count
+def _move_forward(states: Tensor, path: Tensor, start: int) -> None:
+    """Gather the path's entries of `[b, heads, s, hd]` to the front of the tree, which begins at slot `start`."""
     path = path.to(states.device)
     if len(path) == 1:
         kept = states.index_select(2, path[0] + start)

@@ -5,7 +5,6 @@ One `TreeDecoding` lives for one call of `generate`. Knows nothing of how it was
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -18,14 +17,14 @@ from .attention import last_position, tree_attention_mask, tree_positions
 from .batch import Batch
 from .cache import cached_length, check_cache, drop_surplus, has_windows, keep_nodes, keep_rows, place_nodes
 from .candidate_generator import MOST_UNREAD, TreeCandidateGenerator
-from .features import Features, FeatureTap
+from .features import Features
+from .forward import TargetForward
 from .head import BoundHead
 from .lookup import BatchLookup, Match
 from .policy import Observation, Policy, Witness, choose_shape, count_nodes
 from .prefix import Prefix, leading_pads
 from .telemetry import SpeculationReport, StepRecord
 from .tree import CandidatePool, DraftTree, TreeShape
-from .versions import CACHE_KEYWORD
 
 
 class TreeDecoding:
@@ -39,7 +38,7 @@ class TreeDecoding:
         cache: the target's, empty or with the first positions of the prompt.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
         position_ids: `[b or 1, s]` of the prompt; s counts what the cache holds, also if the batch starts behind it.
-        tap: open, catches the features that the head reads; `None` without a head.
+        forward: the target's, with the features that the head reads; open.
         max_length: positions a text may reach.
         clock: seconds; tests pass a fake one.
     """
@@ -54,7 +53,7 @@ class TreeDecoding:
         cache: Cache,
         attention_mask: Tensor | None,
         position_ids: Tensor,
-        tap: FeatureTap | None,
+        forward: TargetForward,
         max_length: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -66,7 +65,7 @@ class TreeDecoding:
         position_ids = position_ids.to(device)
         self.report = SpeculationReport(batch_size=batch_size)
         self._past = past = cached_length(cache)
-        self._tap = tap
+        self._forward, self._buckets = forward, forward.buckets
         self._draft_rows = 0 if head is None else head.head.config.draft_rows
         # The features of cached positions are gone: the head's own text starts behind them.
         unread = None if attention_mask is None else attention_mask[:, past:]
@@ -95,13 +94,12 @@ class TreeDecoding:
         self.cache.activate_past_recording()
         for start in range(past, length, chunk_size or length):
             end = min(start + (chunk_size or length), length)
-            outputs, caught = self._forward(
+            outputs, caught = self._forward.read(
                 prompt[:, start - offset : end - offset],
                 self._mask(end),
                 self._positions[:, start:end],
                 **logits_to_keep,
             )
-            self.cache.crop(0)
             self._prefix.extend([end - start] * len(prompt))
             features.append(caught)
         check_cache(self.cache)
@@ -132,6 +130,7 @@ class TreeDecoding:
         observation = self._observe()
         shape = choose_shape(self.policy, observation, self._draft_rows)
         tree, drafted_count = self._draft(shape)
+        started += self._compile(tree)
         drafted = self._clock()
         outputs, features = self._verify(tree)
         _wait_for(outputs.logits)
@@ -187,41 +186,39 @@ class TreeDecoding:
             chains = [match.tokens[: shape.lookup] for match in self._matches()]
             tree = tree.with_chains(chains)
             drafted += max(map(len, chains))
-        return tree, drafted
+        return self._buckets.fitted(tree, self._prefix.length), drafted
+
+    def _compile(self, tree: DraftTree) -> float:
+        """Seconds that a forward of this size takes once. They are no step's: a policy would never try it again."""
+        if not self._forward.is_first(tree):
+            return 0.0
+        started = self._clock()
+        outputs, _ = self._verify(tree)
+        _wait_for(outputs.logits)
+        self._forward.undo(tree)
+        return self._clock() - started
 
     def _verify(self, tree: DraftTree) -> tuple[Any, Features]:
-        """The target's forward over all nodes; a lone root runs exactly as in plain decoding."""
+        """The target's forward over all nodes; a lone root runs exactly as in plain decoding, but in static caches."""
+        tree = self._buckets.padded(tree)
         ends = None if self._prefix.is_even else self._prefix.ends(tree.tokens.device)
-        if tree.node_count == 1 and (ends is None or not has_windows(self.cache)):
+        if self._buckets.slots is None and tree.node_count == 1 and (ends is None or not has_windows(self.cache)):
             mask: Any = self._mask(self._prefix.length + 1)
         else:
             prefix_mask = self._mask(self._prefix.length)
             mask = tree_attention_mask(self.target.config, self.cache, prefix_mask, tree, self.target.dtype, ends)
-        return self._forward(tree.tokens, mask, tree_positions(tree, self._root_positions))
+        return self._forward.verify(tree.tokens, mask, tree_positions(tree, self._root_positions))
 
     def _mask(self, length: int) -> Tensor | None:
         """The two-dimensional mask of the first `length` positions, as `generate` makes it; `None` when all count."""
         visible = self._prefix.visible(length, self._root_positions.device)
         return None if visible is None else visible.long()
 
-    def _forward(self, tokens: Tensor, mask: Any, positions: Tensor, **kwargs: int) -> tuple[Any, Features]:
-        with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
-            outputs = self.target(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                return_dict=True,
-                **{CACHE_KEYWORD: self.cache},
-                **kwargs,
-            )
-        return outputs, features
-
     def _keep(self, tree: DraftTree, acceptance: Acceptance, features: Features) -> None:
         """The target's cache keeps the accepted path; the features of that path go to the head."""
         path, counts = acceptance.path, acceptance.counts
         if self._prefix.is_even and min(counts) == max(counts):
-            keep_nodes(self.cache, path, tree.node_count)
+            keep_nodes(self.cache, path, self._buckets.rows(tree))
             self._prefix.extend(counts)
             self._root_positions = self._root_positions + counts[0]
         else:

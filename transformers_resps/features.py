@@ -73,7 +73,17 @@ class Features:
         self.caught: dict[int, Tensor] = {}
 
     def concatenated(self) -> Tensor:
-        """`[b, t, F]`, shallow to deep."""
+        """`[b, t, F]`, shallow to deep.
+
+        Raises:
+            ValueError: a layer left none.
+        """
+        missing = [layer for layer in self.layers if layer not in self.caught]
+        if missing:
+            raise ValueError(
+                f"The head reads the hidden states {self.layers}, but the forward left none of {missing}: a layer "
+                "that was compiled alone does not notice who listens. Compile the whole target, with `compile_config`."
+            )
         first = self.caught[self.layers[0]]
         return torch.cat([self.caught[layer].to(first.device) for layer in self.layers], dim=-1)
 

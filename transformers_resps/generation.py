@@ -4,6 +4,7 @@
 the decoding loop stays Transformers' own, and so does every call without a head.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,13 +19,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .acceptance import Text
 from .batch import Batch
-from .cache import stop_recording
+from .cache import buffer_length, stop_recording
 from .decoding import TreeDecoding
-from .features import FeatureTap
+from .forward import CompiledForward, TargetForward, is_compiled
 from .lockstep import advance_together, coupling
 from .policy import KeptPolicies, Policy
 from .refusals import check_forward_arguments, check_lengths, check_synced
 from .request import Request, draft_head, read_request
+from .static_cache import static_cache
 from .telemetry import SpeculationReport
 from .versions import CACHE_KEYWORD
 
@@ -137,8 +139,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         check_synced(model_kwargs.get("synced_gpus"))
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
         check_forward_arguments(model_kwargs)
-        cache, lengths = model_kwargs[CACHE_KEYWORD], (input_ids.shape[1], model_kwargs["position_ids"].shape[1])
-        check_lengths(cast(PreTrainedModel, self), cache, *lengths, generation_config.max_length)
+        cache = self._cache_of(generation_config, input_ids.shape[1], model_kwargs)
         keeps = generation_config.return_dict_in_generate
         rules: dict[str, Any] = {
             "logits_processor": logits_processor,
@@ -150,7 +151,7 @@ class ReSpSGenerationMixin(GenerationMixin):
             "keep_padding": getattr(cache, "_is_user_defined", False),
         }
         make_text = functools.partial(Text, pad_token=generation_config._pad_token_tensor, **rules)
-        batch = self._make_batch(request.lockstep, input_ids, make_text, rules)
+        batch = self._make_batch(request.lockstep, input_ids, make_text, rules, buffer_length(cache) is not None)
         try:
             report = self._decode(request, batch, generation_config, model_kwargs)
             report.answers = batch.input_ids[:, input_ids.shape[1] :].tolist()
@@ -164,12 +165,22 @@ class ReSpSGenerationMixin(GenerationMixin):
         kept[CACHE_KEYWORD] = cache if len(batch) == 1 or rules["keep_padding"] else None
         return SpeculativeOutput(**kept, speculation=report)
 
+    def _cache_of(self, config: Any, text_length: int, model_kwargs: dict[str, Any]) -> Any:
+        """The call's, which fits its text; instead of a static one of `generate` one in which trees have room."""
+        target = cast(PreTrainedModel, self)
+        if config.cache_implementation == "static":
+            model_kwargs[CACHE_KEYWORD] = static_cache(target.config, model_kwargs[CACHE_KEYWORD], config.max_length)
+        cache, position_count = model_kwargs[CACHE_KEYWORD], model_kwargs["position_ids"].shape[1]
+        check_lengths(target, cache, text_length, position_count, config.max_length)
+        return cache
+
     def _make_batch(
         self,
         lockstep: bool | None,
         input_ids: Tensor,
         make_text: Callable[[Tensor], Text],
         rules: dict[str, Any],
+        is_static: bool,
     ) -> Batch:
         """The texts of the call: one for each row if nothing can tell, else one of all rows."""
         if len(input_ids) == 1:
@@ -179,6 +190,7 @@ class ReSpSGenerationMixin(GenerationMixin):
             "`output_logits`": rules["keep_logits"],
             "a streamer": rules["streamer"] is not None,
             "a cache of your own": rules["keep_padding"],
+            "a static cache": is_static,
         }
         coupled = coupling(cast(PreTrainedModel, self), rules["logits_processor"], rules["stopping_criteria"], asked)
         if advance_together(lockstep, rules["do_sample"], coupled):
@@ -190,10 +202,7 @@ class ReSpSGenerationMixin(GenerationMixin):
     ) -> SpeculationReport:
         """Prefill, then one step after another until all texts are finished."""
         target = cast(PreTrainedModel, self)
-        with ExitStack() as stack:
-            tap = None
-            if request.head is not None:
-                tap = stack.enter_context(FeatureTap(target, request.head.head.config.feature_layers or []))
+        with self._forward_of(request, generation_config, model_kwargs) as forward, ExitStack() as stack:
             decoding = TreeDecoding(
                 target,
                 request.head,
@@ -202,7 +211,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 cache=model_kwargs[CACHE_KEYWORD],
                 attention_mask=model_kwargs["attention_mask"],
                 position_ids=model_kwargs["position_ids"],
-                tap=tap,
+                forward=forward,
                 max_length=generation_config.max_length,
             )
             stack.callback(decoding.close)
@@ -214,6 +223,18 @@ class ReSpSGenerationMixin(GenerationMixin):
                 while not batch.finished:
                     decoding.step()
         return decoding.report
+
+    def _forward_of(self, request: Request, config: GenerationConfig, model_kwargs: dict[str, Any]) -> TargetForward:
+        """Compiled where plain `generate` would compile, and wherever the caller says how."""
+        target: Any = self
+        layers = None if request.head is None else request.head.head.config.feature_layers or []
+        if config.compile_config is not None:  # plain `generate` heeds it on a GPU only, unless this is set
+            config.compile_config = copy.copy(config.compile_config)
+            config.compile_config._compile_all_devices = True
+        given = (target, layers, model_kwargs[CACHE_KEYWORD])
+        if target._valid_auto_compile_criteria(model_kwargs, config):
+            return CompiledForward(*given, target.get_compiled_call(config.compile_config))
+        return CompiledForward(*given, target) if is_compiled(target) else TargetForward(*given)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the model's own class: the subclass exists in memory only."""

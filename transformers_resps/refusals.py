@@ -10,7 +10,8 @@ from typing import Any
 from torch.nn import Module
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
-from .cache import cached_length, check_cache, window_of
+from .cache import buffer_length, cached_length, check_cache, window_of
+from .forward import is_compiled
 from .versions import CACHE_KEYWORD
 
 
@@ -31,7 +32,6 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "assistant_ensemble_weight": bool,
     "output_attentions": bool,
     "output_hidden_states": bool,
-    "compile_config": bool,
 }
 _WAYS_OUT = {
     "num_beams": "Trees serve greedy search and multinomial sampling: set `num_beams=1`.",
@@ -76,12 +76,19 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     for name in _ARGUMENTS:
         if arguments.get(name) is not None and arguments[name] is not False:
             raise _refusal(f"`{name}`", f"Leave out `{name}`")
+    _check_cache_settings(setting, is_compiled(model))
+    _check_user_cache(model, arguments)
+
+
+def _check_cache_settings(setting: Callable[[str], Any], is_compiled: bool) -> None:
     if setting("use_cache") is False:
         raise _refusal("use_cache=False", "A tree is verified against cached keys: set `use_cache=True`.")
     implementation = setting("cache_implementation")
-    if implementation not in (None, "dynamic", "hybrid"):  # stock unsets "hybrid", an old default of the Hub
-        raise _refusal(f"cache_implementation={implementation!r}", "Leave it out: trees use the dynamic cache.")
-    _check_user_cache(model, arguments)
+    if implementation not in (None, "dynamic", "static", "hybrid"):  # stock unsets "hybrid", an old default of the Hub
+        raise _refusal(f"cache_implementation={implementation!r}", "Leave it out, or set it to 'static'")
+    if (is_compiled or setting("compile_config") is not None) and implementation != "static":
+        asked = "a compiled target" if is_compiled else "`compile_config`"
+        raise _refusal(f"{asked} with a cache that grows", "Set `cache_implementation='static'`")
 
 
 def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
@@ -89,6 +96,11 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
     if cache is None:
         return
     check_cache(cache)
+    if buffer_length(cache) is not None:
+        raise _refusal(
+            "a cache with a `StaticLayer` of your own",
+            "The last trees need slots behind the text: pass `cache_implementation='static'` instead of the cache.",
+        )
     made = DynamicCache(config=model.config.get_text_config(decoder=True))
     needed = [window_of(made, index) for index in range(len(made.layers))]
     found = [window_of(cache, index) if index < len(cache.layers) else None for index in range(len(needed))]

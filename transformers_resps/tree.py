@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,9 +213,27 @@ class DraftTree:
             return self
         all_tokens = torch.tensor([row for row, _ in rows], device=self.tokens.device)
         all_parents = torch.tensor([row for _, row in rows], device=self.tokens.device)
-        scores = torch.nn.functional.pad(self.scores, (0, node_count - self.node_count))
+        scores = pad(self.scores, (0, node_count - self.node_count))
         levels = max(int(self.depths.max()), max(len(chain) for chain in chains))
         return self._derive(all_tokens, all_parents, scores, levels)
+
+    def first(self, count: int) -> "DraftTree":
+        """The first `count` nodes: parents come before their children, so it is a tree."""
+        tokens, parents, depths = (part[:, :count] for part in (self.tokens, self.parents, self.depths))
+        return DraftTree(tokens, parents, depths, self.ancestors[:, :count, :count], self.scores[:, :count])
+
+    def padded(self, node_count: int) -> "DraftTree":
+        """Filled up to `node_count` nodes for the target's forward; the walk must not see the result.
+
+        A padding node stands at the root's position and sees itself alone in the tree. No node sees it.
+        """
+        missing = node_count - self.node_count
+        if missing == 0:
+            return self
+        tokens, parents, depths = (pad(part, (0, missing)) for part in (self.tokens, self.parents, self.depths))
+        ancestors = torch.eye(node_count, dtype=torch.bool, device=self.tokens.device).repeat(len(self.tokens), 1, 1)
+        ancestors[:, : self.node_count, : self.node_count] = self.ancestors
+        return DraftTree(tokens, parents, depths, ancestors, pad(self.scores, (0, missing)))
 
     def row(self, index: int) -> "DraftTree":
         """The tree of one row, as a batch of one."""

@@ -1,0 +1,131 @@
+"""The target's forwards of one call, over prompts and over trees, with the features that a head reads.
+
+Knows nothing of what the tokens are.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from .buckets import Buckets
+from .cache import buffer_length, forget_newest
+from .features import Features, FeatureTap
+from .tree import DraftTree
+from .versions import CACHE_KEYWORD
+
+
+def is_compiled(target: PreTrainedModel) -> bool:
+    """Whether the caller compiled it: `model.compile()`, or `model.forward = torch.compile(model.forward)`."""
+    return target._compiled_call_impl is not None or hasattr(target.forward, "_torchdynamo_orig_callable")
+
+
+class TargetForward:
+    """Runs the target as it is. Inside `with`.
+
+    Args:
+        target: any decoder of Transformers.
+        layers: the head's feature layers; `None` without a head.
+        cache: of the call.
+    """
+
+    def __init__(self, target: PreTrainedModel, layers: list[int] | None, cache: Cache) -> None:
+        self.buckets = Buckets(buffer_length(cache))
+        self._target, self._cache = target, cache
+        self._tap = None if layers is None else FeatureTap(target, layers)
+
+    def __enter__(self) -> "TargetForward":
+        if self._tap is not None:
+            self._tap.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._tap is not None:
+            self._tap.__exit__(*exception)
+
+    def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
+        """The outputs over a prompt, or a part of one, and the features there; all `[b, t]`, the mask as needed."""
+        outputs, features = self._run(self._target, self._inputs(tokens, mask, positions) | options)
+        forget_newest(self._cache, 0)
+        return outputs, features
+
+    def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
+        """The outputs and the features over the nodes of a tree, padding included."""
+        return self._run(self._target, self._inputs(tokens, mask, positions))
+
+    def is_first(self, tree: DraftTree) -> bool:
+        """Whether the coming forward, the first over a tree of this size, takes longer than all that follow."""
+        return False
+
+    def undo(self, tree: DraftTree) -> None:
+        """Forget the forward over `tree`, the newest one."""
+        forget_newest(self._cache, self.buckets.rows(tree))
+
+    def _inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        return inputs | {CACHE_KEYWORD: self._cache, "use_cache": True, "return_dict": True}
+
+    def _run(self, call: Any, inputs: dict[str, Any]) -> tuple[Any, Features]:
+        with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
+            outputs = call(**inputs)
+        return outputs, features
+
+
+class CompiledForward(TargetForward):
+    """Verifies with a compiled forward: one compilation for each size, none for a step.
+
+    The features are outputs of the forward (`output_hidden_states` of Transformers): PyTorch does not notice that
+    hooks are added to a compiled module or removed from it, and cannot trace the context variable of ours. Prompts are
+    not compiled, as in plain `generate`: each has another length.
+
+    Args:
+        target: any decoder of Transformers.
+        layers: the head's feature layers; `None` without a head.
+        cache: of the call, static.
+        call: the target's forward, compiled; the target itself where the caller compiled it, prompts and all.
+
+    Raises:
+        ValueError: the head reads what leaves the last layer, which is no output.
+    """
+
+    def __init__(self, target: PreTrainedModel, layers: list[int] | None, cache: Cache, call: Any) -> None:
+        super().__init__(target, None, cache)
+        self._call, self._layers = call, layers or []
+        last = target.config.get_text_config().num_hidden_layers
+        if last in self._layers:
+            raise ValueError(
+                f"The head reads hidden state {last}, which leaves the last layer, but a compiled forward gives it "
+                "only after the final norm. Leave out `compile_config`, or set `disable_compile=True`."
+            )
+        # Kept where the compiled code is: the next call of `generate` finds both.
+        self._known: set[tuple[int | None, ...]] = vars(call).setdefault("_resps_known_sizes", set())
+
+    def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
+        inputs = self._inputs(_settled(tokens), _settled(mask), _settled(positions))
+        return self._run(self._call, inputs)
+
+    def is_first(self, tree: DraftTree) -> bool:
+        """True once for each size."""
+        known = len(self._known)
+        self._known.add((*self._layers, self.buckets.rows(tree), len(tree.tokens), self.buckets.slots))
+        return len(self._known) > known
+
+    def _run(self, call: Any, inputs: dict[str, Any]) -> tuple[Any, Features]:
+        asked = {"output_hidden_states": self._layers} if self._layers else {}
+        outputs, features = call(**inputs, **asked), Features(self._layers)
+        features.caught = {layer: outputs.hidden_states[layer] for layer in self._layers}
+        return outputs, features
+
+
+def _settled(part: Any) -> Any:
+    """A tensor, or a dict of some, that differs from others of its size in its values alone, strides included.
+
+    Marked static: after a second size `torch.compile` would try one forward for all sizes, which is slower.
+    """
+    if isinstance(part, dict):
+        return {name: _settled(value) for name, value in part.items()}
+    part = part.clone(memory_format=torch.contiguous_format)
+    torch._dynamo.mark_static(part)
+    return part

@@ -1,0 +1,61 @@
+"""Static caches: buffers of one size, in which the nodes of a tree stand behind the committed positions.
+
+Knows Transformers' cache layers; nothing of trees.
+"""
+
+from typing import Any
+
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+from .cache import check_cache, window_of
+
+
+# Slots behind the longest text: its last trees need them. A larger tree is cut there, which costs speed only.
+_ROOM = 64
+
+
+class StaticWindowLayer(StaticLayer):
+    """The buffer of a layer with a sliding window: it holds every position, and the mask hides what left the window.
+
+    Transformers' own `StaticSlidingWindowLayer` holds the window alone, and what a rejected node pushed out of it
+    would be lost. This one takes the memory of a layer with full attention.
+
+    Args:
+        max_cache_len: slots.
+        sliding_window: how many positions a token sees, itself included.
+    """
+
+    is_sliding = True
+
+    def __init__(self, max_cache_len: int, sliding_window: int) -> None:
+        super().__init__(max_cache_len=max_cache_len)
+        self.sliding_window = sliding_window
+
+
+def static_cache(config: PretrainedConfig, given: Cache, max_length: int) -> Cache:
+    """An empty static cache in which a text and its trees have room.
+
+    Args:
+        config: the target's.
+        given: what `generate` made. Its size counts: it never shrinks from call to call, so that a compiled forward
+            sees one shape.
+        max_length: positions that the text may reach.
+
+    Raises:
+        ValueError: the target has a layer that cannot hold a tree.
+    """
+    dynamic = DynamicCache(config=config.get_text_config(decoder=True))
+    check_cache(dynamic)
+    lengths = [layer.max_cache_len for layer in given.layers if isinstance(layer, StaticLayer)]
+    size = max(max_length - 1, *lengths) + _ROOM  # the newest token is in no cache
+    return Cache(
+        layers=[_buffer(layer, window_of(dynamic, index), size) for index, layer in enumerate(dynamic.layers)]
+    )
+
+
+def _buffer(layer: Any, window: int | None, size: int) -> Any:
+    """What stands for a dynamic layer. A layer that shares another one's keys has none of its own."""
+    if window is not None:
+        return StaticWindowLayer(size, window)
+    return StaticLayer(size) if isinstance(layer, CacheLayerMixin) else layer
