@@ -4,7 +4,7 @@
 
 Every fault is written into the config of a copy, as a careless publisher would, and the command is run on the copy,
 over answers that the target writes once. Exit status: 0 when the good head passes, and the doctor ends with another
-status than 0 on every other copy and names what mends it. One thread takes a minute for each, with 135M parameters.
+status than 0 on every other copy and names what mends it. One thread takes two minutes each, with 135M parameters.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
     parser.add_argument("--head", required=True, type=Path, help="folder of a head in our own format")
-    parser.add_argument("--answers", type=int, default=16)
+    parser.add_argument("--answers", type=int, default=50, help="16 miss layer ids that are one too small")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     args = parser.parse_args(arguments)
     config = json.loads((args.head / "config.json").read_text(encoding="utf-8"))
