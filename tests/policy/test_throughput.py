@@ -210,17 +210,6 @@ def test_what_was_learned_stays_between_calls_and_comes_near_the_best_fixed_chai
         assert sum(rates) / len(rates) >= share * fixed * verify(1)
 
 
-def test_nodes_of_both_sources_pay_together_for_a_price_that_neither_pays_alone() -> None:
-    """Four nodes cost what one does; the fifth costs half a token, and the next seven nothing more."""
-    costs = RunningCosts()
-    costs.expect({1: 1.0, 4: 1.0, 5: 1.5, 12: 1.5}, 0.001)
-    policy = ThroughputPolicy(costs=costs)
-    observation = Observation(torch.zeros(1, 4), 9, 1, 50, lambda: [0.5, 0.25, 0.12, 0.1, 0.09, 0.08, 0.07])
-    assert policy.choose(observation).lookup == 3, "the other four are worth 0.34"
-    policy.size(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log())
-    assert policy.choose(observation).lookup == 7, "with the head's nodes they are: 1.7, and 0.95 in four"
-
-
 def test_a_glance_costs_one_level_and_no_tree() -> None:
     machine = Machine(JUMPING, 0.005, hit=0.2, claimed=0.2)
     machine.write(default_policy(), 96)

@@ -24,7 +24,7 @@ _HOPE = 0.5  # tokens per step that asking a head gains before it was asked
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between glances at a head that does not pay
 _ENOUGH = 4.0  # drafts after which the odds are evidence
-_MOST_LOOKED_UP, _USUAL_NODES = 16, 12  # nodes
+_MOST_LOOKED_UP = 16  # nodes
 _PRICED = 8  # steps that a list of prices is used for: reading the costs at every step is a third of a decision
 
 
@@ -63,7 +63,6 @@ class ThroughputPolicy(SavedPolicy):
         self._lookup, self._lookup_hit = 0, 0.0  # nodes of this step that come from the lookup; is the first right?
         self._masses: list[float] = []  # of the levels drafted in this step
         self._nodes: list[float] = []  # odds of the nodes that got children, best first
-        self._usual: list[float] = []  # odds of the head's best nodes in a step, on average
         self._width = 0  # nodes of the first level
         self._verifying: list[float] = []  # seconds of verifying 1, 2, ... nodes
         self._priced_for = 0  # steps more
@@ -96,9 +95,6 @@ class ThroughputPolicy(SavedPolicy):
             self._lookup_hit = survival[0]
         if observation.features is None or not self._asks_head():
             return TreeShape(1, 0, 1, self._lookup)
-        if survival:
-            self._lookup = self._lookup_beside_head(survival)
-            self._lookup_hit = survival[0] if self._lookup else 0.0
         return TreeShape(self._asked.total_tokens, self._asked.depth, self._asked.top_k, self._lookup)
 
     def grow(self, level: Level) -> bool:
@@ -130,7 +126,6 @@ class ThroughputPolicy(SavedPolicy):
             nodes.sort(reverse=True)
             ranked.append([worth for _, worth in nodes[: self._asked.total_tokens - 1]])
         mean = ranked[0] if len(rows) == 1 else _means(ranked)
-        self._note_usual(mean)
         left = 1.0 - self._lookup_hit
         count, gain = self._best_prefix([left * node for node in mean], 1 + self._lookup)
         self._note_gain(gain - self._rate * self.costs.draft(len(self._masses)))
@@ -167,23 +162,6 @@ class ThroughputPolicy(SavedPolicy):
             if gain - rate * total > best_gain:
                 best_gain, best = gain - rate * total, count
         return best, best_gain
-
-    def _lookup_beside_head(self, survival: list[float]) -> int:
-        """How many looked-up nodes are in the best tree with what the head usually brings.
-
-        Prices are no line: where the fifth node costs as much as the next eight together, nodes of both sources pay
-        for it that alone would not.
-        """
-        left = 1.0 - survival[0]
-        together = sorted([*survival, *(left * node for node in self._usual)], reverse=True)
-        count, _ = self._best_prefix(together, 1)
-        return sum(value >= together[count - 1] for value in survival) if count else 0
-
-    def _note_usual(self, worth: list[float]) -> None:
-        """Mean odds of the head's best node, second best and so on."""
-        newest = worth[:_USUAL_NODES] + [0.0] * (_USUAL_NODES - len(worth))
-        before = self._usual or newest
-        self._usual = [old + _NEWEST * (new - old) for old, new in zip(before, newest, strict=True)]
 
     def _note_gain(self, gain: float) -> None:
         """What asking gained, in tokens, by the odds: less noisy than the outcome, and corrected by it."""
