@@ -31,7 +31,8 @@ class Guard(SavedPolicy):
     and a small share of all time is added. A step may not cost more than the account would bear if nothing of it were
     accepted, so the first steps with a new head are glances at one level, then small trees. A call of `n` tokens loses
     at most `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints after good
-    evidence (less where little text is left), and what earlier calls won with it, up to 1.
+    evidence (less where little text is left), and what earlier calls won with it, up to 1. What was spent on the prompt
+    before the first decision (`Observation.prompt_seconds`) is gone either way and not in the account.
 
     Args:
         policy: any; what it learned, and the guard's own measurements, stay between calls of `generate`.
@@ -58,6 +59,14 @@ class Guard(SavedPolicy):
     @property
     def needs_head(self) -> bool:
         return bool(getattr(self.policy, "needs_head", True))
+
+    @property
+    def looks_up(self) -> bool:
+        return bool(getattr(self.policy, "looks_up", True))
+
+    @property
+    def reads_foreseen(self) -> bool:
+        return bool(getattr(self.policy, "reads_foreseen", True))
 
     def choose(self, observation: Observation) -> TreeShape:
         if observation.step == 0:
