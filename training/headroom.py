@@ -182,7 +182,10 @@ def print_tables(results: list[dict[str, Any]]) -> None:
             cells = [f"{row[column]:.2f}" if column in row else "" for column in COLUMNS]
             print("| " + " | ".join([row["benchmark"], *cells, kept(row, "predictable"), kept(row, "oracle")]) + " |")
         if "ladder" in result:
-            print("\n" + ", ".join(f"{name} {speed:.3f}" for name, speed in result["ladder"].items()))
+            print(
+                "\nThe fitted model with one signal more each time: "
+                + ", ".join(f"{name} {speed:.3f}" for name, speed in result["ladder"].items())
+            )
 
 
 def main() -> None:
