@@ -31,8 +31,8 @@ class Guard(SavedPolicy):
     and a small share of all time is added. A step may not cost more than the account would bear if nothing of it were
     accepted, so the first steps with a new head are glances at one level, then small trees. A call of `n` tokens loses
     at most `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints after good
-    evidence (less where little text is left), and what earlier calls won with it, up to 1. What was spent on the prompt
-    before the first decision (`Observation.prompt_seconds`) is gone either way and not in the account.
+    evidence (less where little text is left), and what earlier calls won with it, up to 1. What was spent on the
+    prompt before the first decision (`Observation.prompt_seconds`) is gone either way and not in the account.
 
     Args:
         policy: any; what it learned, and the guard's own measurements, stay between calls of `generate`.
