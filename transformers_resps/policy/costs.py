@@ -4,7 +4,7 @@ import bisect
 
 
 _HIGHER, _LOWER = 0.15, 0.5  # weight of a newest measurement above or below the mean: first times and hiccups are high
-_OUTDATED = 0.8  # of the mean: nothing takes so much less by chance, so what was known before no longer holds
+_OUTDATED = 0.8  # of what fewer nodes took: so much less shows that their measurements no longer hold
 _GUESSED_SLOPE = 0.04  # of a plain step, per further node, before anything was measured: most machines are near it
 _ROUNDING = 1e-9  # seconds
 
@@ -37,9 +37,9 @@ class RunningCosts:
             bisect.insort(self._counts, nodes)
         self._asked.clear()
         self._verify[nodes] = _mean(self._verify.get(nodes), verify_seconds)
-        if verify_seconds < _OUTDATED * self.verify(nodes):  # fewer nodes can't take longer than these just did
+        if self._verify[nodes] < _OUTDATED * self.verify(nodes):
             for fewer in self._counts[: self._counts.index(nodes)]:
-                self._verify[fewer] = min(self._verify[fewer], verify_seconds)
+                self._verify[fewer] = min(self._verify[fewer], self._verify[nodes])
             self._asked.clear()
         if levels:
             self._draft[levels] = _mean(self._draft.get(levels), draft_seconds)
@@ -97,7 +97,7 @@ class RunningCosts:
 
 
 def _mean(old: float | None, new: float) -> float:
-    if old is None or new < _OUTDATED * old:
+    if old is None:
         return new
     weight = _LOWER if new < old else _HIGHER
     return old + weight * (new - old)

@@ -20,7 +20,7 @@ _TRIAL_LOAN = 0.5  # plain steps more for finding out at all
 _EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # the same for short texts: plain steps per token that is left
 _MOST_SAVED, _MOST_CARRIED = 4.0, 1.0  # plain steps that drafting won: within a call, and into the next one
 _REMEASURE = 64  # drafted steps after which a plain one is timed again
-_OUTDATED = 0.9  # of a plain step: whatever takes less without its drafting shows that plain steps have become cheaper
+_OUTDATED = 0.7  # of what a forward was expected to take: less shows that the machine or the batch is another one
 _UNKNOWN_TREE, _UNKNOWN_LEVEL = 0.5, 0.1  # plain steps that the first tree and the first level may cost beyond a guess
 
 
@@ -103,16 +103,16 @@ class Guard(SavedPolicy):
 
     def observe(self, record: StepRecord) -> None:
         seconds = max(record.step_seconds, 0.0)
-        undrafted = seconds - max(record.draft_seconds, 0.0)
         if record.verified == 1:
-            self._time_plain(undrafted)
-        elif 0.0 < undrafted < _OUTDATED * self._plain_seconds:
-            self._plain_got_cheaper(undrafted)
+            self._time_plain(seconds - max(record.draft_seconds, 0.0))
+        outdated = record.verified > 1 and record.verify_seconds < _OUTDATED * self._known.verify(record.verified)
         if record.shape.is_plain:
             self._since_plain = 0
         elif self._plain_seconds > 0:
             self._account += record.mean_emitted * self._plain_seconds - seconds
             self._since_plain = 0 if record.verified == 1 else self._since_plain + 1
+        if outdated:
+            self._since_plain = _REMEASURE
         self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)
         if self._learns_costs:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
@@ -129,15 +129,10 @@ class Guard(SavedPolicy):
             self._plain_seconds = max(seconds, 0.0)
             self._account += _LOAN * self._plain_seconds
         elif 0.0 < seconds < _OUTDATED * self._plain_seconds:
-            self._plain_got_cheaper(seconds)
+            self._plain_seconds = seconds
+            self._account = min(self._account, _MOST_CARRIED * seconds)  # most was saved in another currency
         else:
             self._plain_seconds += 0.2 * (seconds - self._plain_seconds)
-
-    def _plain_got_cheaper(self, most_seconds: float) -> None:
-        """A smaller batch, a shorter text, a machine that has become free: savings in the old currency are void."""
-        self._plain_seconds = most_seconds
-        self._account = min(self._account, _LOAN * most_seconds)
-        self._since_plain = _REMEASURE
 
     def _affordable(self, shape: TreeShape) -> TreeShape:
         """The largest part of `shape` whose cost the budget bears if none of it is accepted."""
