@@ -1,0 +1,65 @@
+"""What the smaller benchmarks share: one target, its head, some prompts, and a file that says where it was."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..head import DraftHead
+from .options import positive, shape
+from .prompts import read_dialogues, spread, to_tokens
+from .provenance import code, machine
+from .subjects import load
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """Attributes:
+    target: attached.
+    head: drafts.
+    prompts: `[s]` each, the first user turn of rows spread evenly over the file.
+    """
+
+    target: Any
+    head: DraftHead
+    prompts: list[Tensor]
+
+    @classmethod
+    def load(cls, args: argparse.Namespace) -> "Experiment":
+        """What the options of `add_options` name.
+
+        Raises:
+            ValueError: something is not there, or the head does not fit the target.
+        """
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        subjects = load(args.target, args.head, [], dtype=args.dtype, device=device, packed=args.pack)
+        dialogues = spread(read_dialogues(str(args.dataset)), args.limit)
+        return cls(subjects.target, subjects.head, [to_tokens(one.asked([]), subjects.tokenizer) for one in dialogues])
+
+    def write(self, args: argparse.Namespace, rows: list[dict[str, Any]], runs: Sequence[Any]) -> Path:
+        """`results.json`: machine, code, options, the table's rows and every run."""
+        facts = {**machine(self.target), **code(), "arguments": vars(args), "rows": rows}
+        args.output.mkdir(parents=True, exist_ok=True)
+        file: Path = args.output / "results.json"
+        file.write_text(json.dumps(facts | {"runs": [asdict(run) for run in runs]}, indent=1, default=str), "utf-8")
+        return file
+
+
+def add_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """Those of every experiment; `output` is the default folder of its results."""
+    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("head", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("--dataset", type=Path, required=True, help=".jsonl with turns, messages or prompt")
+    parser.add_argument("--limit", type=positive, default=8, help="prompts, spread evenly over the file")
+    parser.add_argument("--max-new-tokens", type=positive, default=96)
+    parser.add_argument("--shape", type=shape, help="total_tokens,depth,top_k[,lookup] of every tree")
+    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
+    parser.add_argument("--device", help="cuda where there is one, otherwise cpu")
+    parser.add_argument("--pack", action="store_true", help="pack the target's weights, for every way")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder for results.json")
