@@ -117,7 +117,6 @@ def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.Mo
             except SystemExit as ended:
                 assert ended.code in (0, 1)
         case ["python", script, *arguments]:
-            monkeypatch.syspath_prepend(ROOT / Path(script).parent)  # scripts use their neighbours
             monkeypatch.setattr(sys, "argv", [script, *arguments, *quickly])
             runpy.run_path(str(ROOT / script), run_name="__main__")
         case ["make", goal, *_]:

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from policy_prompts import Prompts, name_of
 from recordings import load, record
 from torch import Tensor
-from train_policy import check_room, name_of, read_prompts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import TrlParser
 
-from transformers_resps import DraftHead, Guard, attach, pack
+from transformers_resps import DraftHead, Guard
 from transformers_resps.bench.headroom import shapes_for
 from transformers_resps.bench.provenance import machine
+from transformers_resps.bench.subjects import load_target
 from transformers_resps.calibration import CostTable, calibrate
 from transformers_resps.publishing import recipe_of, write_run
 from transformers_resps.trainers import (
@@ -103,14 +104,18 @@ def compare(fitted_to: list[RecordedText], held_out: list[RecordedText], costs: 
 def main() -> None:
     (script,) = TrlParser((FitArguments,)).parse_args_and_config()  # type: ignore[no-untyped-call]
     recipe = recipe_of(sys.argv, asdict(script), is_pushed=False)
-    tokenizer = AutoTokenizer.from_pretrained(script.target)
-    target: Any = attach(AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype))
-    target.to("cuda" if torch.cuda.is_available() else "cpu")
-    if script.pack:
-        pack(target)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = load_target(script.target, script.target_dtype, device, packed=script.pack)
     head = DraftHead.from_pretrained(script.head, target=target)
-    prompts = read_prompts(script, tokenizer)
-    check_room(prompts, target, script)
+    prompts = Prompts.read(
+        script.dataset,
+        AutoTokenizer.from_pretrained(script.target),
+        split=script.dataset_split,
+        limit=script.limit,
+        held_out=script.held_out,
+        max_prompt_tokens=script.max_prompt_tokens,
+    )
+    prompts.check_room(target, script.max_new_tokens)
     costs = calibrate(target, head, folder=Path(script.output_dir) / "costs")
     fitted_to = recorded(target, head, [*prompts.train, *prompts.watched], script, "fit")
     held_out = recorded(target, head, prompts.tested, script, "test")

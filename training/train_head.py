@@ -190,6 +190,33 @@ def training_facts(trainer: DraftHeadTrainer, texts: int, seconds: float | None)
     return {**facts, "dtype": "bfloat16" if trainer.args.bf16 else "float32", "device": where["device"]}
 
 
+def metrics_of(
+    head: DraftHead, evaluation: dict[str, Any], tau_texts: int, train: list[Example], held_out: int
+) -> dict[str, Any]:
+    """What `metrics.json` holds of a head: how good it is."""
+    tree = "/".join(map(str, head.config.default_tree or ()))
+    return {
+        **head_metrics(evaluation, tree, held_out, tau_texts),
+        "draft_vocab_size": head.config.draft_rows,
+        "coverage": vocabulary_of(head, train).coverage,
+    }
+
+
+def datasets_of(
+    script: HeadScriptArguments,
+    head: DraftHead,
+    target: PreTrainedModel,
+    train: list[Example],
+    held_out: list[Example],
+) -> tuple[Any, Any]:
+    """To train on and to evaluate; `None` for the latter where nothing is held out."""
+    if script.feature_cache_dir is None:
+        return ExampleDataset(train), ExampleDataset(held_out) if held_out else None
+    frozen = FrozenTarget(target, list(head.config.feature_layers or []))
+    evaluated = CachedFeatures(held_out, script.feature_cache_dir, frozen) if held_out else None
+    return CachedFeatures(train, script.feature_cache_dir, frozen), evaluated
+
+
 def main() -> None:
     parser = TrlParser((HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig))  # type: ignore[no-untyped-call]
     script, adapters, args = parser.parse_args_and_config()
@@ -200,8 +227,7 @@ def main() -> None:
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
-    output = Path(args.output_dir)
-    checkpoint = newest_checkpoint(output)
+    checkpoint = newest_checkpoint(Path(args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     target = load_target(script)
     train, held_out = read_examples(script, tokenizer)
@@ -209,34 +235,23 @@ def main() -> None:
     start = script.head if adapters.use_peft else checkpoint or script.head
     head = make_head(script, start, target, tokenizer, train)
     earlier = script.head and training_prompts_of(script.head)
-
-    train_set, held_out_set = ExampleDataset(train), ExampleDataset(held_out)
-    if script.feature_cache_dir is not None:
-        frozen = FrozenTarget(target, list(head.config.feature_layers or []))
-        held_out_set = CachedFeatures(held_out, script.feature_cache_dir, frozen)
-        train_set = CachedFeatures(train, script.feature_cache_dir, frozen)
-    held_out_texts = held_out_set if held_out else None
-    trainer = DraftHeadTrainer(head, target, args, train_set, held_out_texts, peft_config=adapters.config())
+    to_train, to_evaluate = datasets_of(script, head, target, train, held_out)
+    trainer = DraftHeadTrainer(head, target, args, to_train, to_evaluate, peft_config=adapters.config())
     stopwatch = Stopwatch(checkpoint)
     trainer.add_callback(stopwatch)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {newest_checkpoint(output) or 'the beginning'}")
+        print(f"stopped; the same command goes on from {newest_checkpoint(Path(args.output_dir)) or 'the beginning'}")
         sys.exit(130)
     evaluation = trainer.evaluate() if held_out else {}
     if not trainer.is_world_process_zero():
         return
     trainer.save_artefact()
     write_training_prompts(trainer.artefact_folder, first_questions(script), earlier=earlier or ())
-    metrics = {
-        **head_metrics(evaluation, "/".join(map(str, head.config.default_tree or ())), len(held_out), args.tau_texts),
-        "draft_vocab_size": head.config.draft_rows,
-        "coverage": vocabulary_of(head, train).coverage,
-        "training": training_facts(trainer, len(train), stopwatch.seconds),
-    }
-    name = args.hub_model_id if args.push_to_hub else None
-    write_run(trainer.artefact_folder, metrics, recipe, name=name)
+    metrics = metrics_of(head, evaluation, args.tau_texts, train, len(held_out))
+    metrics["training"] = training_facts(trainer, len(train), stopwatch.seconds)
+    write_run(trainer.artefact_folder, metrics, recipe, name=args.hub_model_id if args.push_to_hub else None)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
     print(evaluation)

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from policy_prompts import Prompts, name_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from trl import TrlParser
 
-from transformers_resps import DraftHead, TreeShape, attach, pack
+from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
+from transformers_resps.bench.subjects import load_target
 from transformers_resps.calibration import CostTable, calibrate
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.publishing import recipe_of, write_run
@@ -40,7 +42,6 @@ from transformers_resps.trainers import (
     ReplayText,
     StepSeconds,
     head_fingerprint,
-    load_conversations,
     policy_identity,
     record_text,
 )
@@ -96,63 +97,15 @@ class PolicyScriptArguments:
                     f"`{name}` is {getattr(self, name)!r}, but it must be {' or '.join(allowed)}. See --help."
                 )
 
-
-@dataclass(frozen=True)
-class Prompts:
-    """Split by their hashes, whatever their order.
-
-    Attributes:
-        train: `[s]` each, to learn from.
-        watched: to watch training by.
-        tested: for the final figure.
-        first_questions: what the conversations of all three ask first.
-    """
-
-    train: list[Tensor]
-    watched: list[Tensor]
-    tested: list[Tensor]
-    first_questions: set[str]
-
-
-def read_prompts(script: PolicyScriptArguments, tokenizer: Any) -> Prompts:
-    """The first `limit` prompts that are short enough: all turns up to the last question."""
-    first_questions: set[str] = set()
-    prompts: dict[str, Tensor] = {}
-    for conversation in load_conversations(script.dataset, script.dataset_split):
-        asked = [i for i, message in enumerate(conversation) if message["role"] == "user"]
-        if not asked:
-            continue
-        text = tokenizer.apply_chat_template(conversation[: asked[-1] + 1], add_generation_prompt=True, tokenize=False)
-        tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-        if len(tokens) <= script.max_prompt_tokens:
-            prompts[name_of(tokens)] = tokens
-            first_questions.add(conversation[asked[0]]["content"])
-        if len(prompts) == (script.limit or -1):
-            break
-    if len(prompts) < 3:
-        raise ValueError(
-            f"{script.dataset} has {len(prompts)} prompts of at most {script.max_prompt_tokens} tokens, but three "
-            "are needed: to learn from, to watch training by, and to see whether it helped. Pass a larger dataset, or "
-            "raise --max_prompt_tokens."
+    def read_prompts(self) -> Prompts:
+        return Prompts.read(
+            self.dataset,
+            AutoTokenizer.from_pretrained(self.target),
+            split=self.dataset_split,
+            limit=self.limit,
+            held_out=self.held_out,
+            max_prompt_tokens=self.max_prompt_tokens,
         )
-    ordered = [prompts[name] for name in sorted(prompts)]
-    half = min(max(1, round(script.held_out * len(ordered) / 2)), (len(ordered) - 1) // 2)
-    return Prompts(ordered[2 * half :], ordered[half : 2 * half], ordered[:half], first_questions)
-
-
-def check_room(prompts: Prompts, target: PreTrainedModel, script: PolicyScriptArguments) -> None:
-    """Refuse before any work prompts that leave no room for their answers."""
-    longest = max(len(prompt) for part in (prompts.train, prompts.watched, prompts.tested) for prompt in part)
-    context = target.config.get_text_config().max_position_embeddings
-    if longest + script.max_new_tokens > context:
-        raise ValueError(
-            f"The longest prompt has {longest} tokens and its answer up to {script.max_new_tokens}, but the target "
-            f"reads at most {context}. Lower --max_prompt_tokens or --max_new_tokens."
-        )
-
-
-def name_of(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 def digest(value: Any) -> str:
@@ -290,13 +243,10 @@ def run() -> None:
     script, args = parser.parse_args_and_config()
     recipe = recipe_of(sys.argv, asdict(script), is_pushed=args.push_to_hub)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    tokenizer = AutoTokenizer.from_pretrained(script.target)
-    target = attach(AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)).to(args.device)
-    if script.pack:
-        pack(target)
+    target = load_target(script.target, script.target_dtype, str(args.device), packed=script.pack)
     head = DraftHead.from_pretrained(script.head, target=target)
-    prompts = read_prompts(script, tokenizer)
-    check_room(prompts, target, script)
+    prompts = script.read_prompts()
+    prompts.check_room(target, script.max_new_tokens)
     seconds = measure_costs(target, head, script, args)
     grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
     if script.drop_hopeless:
@@ -305,34 +255,41 @@ def run() -> None:
     recorder = Recorder(target, head, script, grid, args)
     with args.main_process_first(desc="comparing with the run that is resumed"):
         check_resumable(args.output_dir, facts_of(prompts, recorder, seconds))
+    trainer, metrics = train(policy, recorder, prompts, seconds)
+    if not trainer.is_world_process_zero():
+        return
+    policy.save_pretrained(trainer.artefact_folder)
+    write_training_prompts(trainer.artefact_folder, prompts.first_questions)
+    facts = {"steps": trainer.state.global_step, "texts": len(prompts.train), "device": machine(target)["device"]}
+    told = {name.removeprefix("test_"): value for name, value in metrics.items()}
+    found = {"held_out_texts": len(prompts.tested), **told, "training": facts}
+    write_run(trainer.artefact_folder, found, recipe, name=args.hub_model_id if args.push_to_hub else None)
+    if args.push_to_hub:
+        print(f"pushed: {trainer.push_to_hub()}")
+    print(json.dumps(metrics, indent=2))
+
+
+def train(
+    policy: ReSpSPolicy, recorder: Recorder, prompts: Prompts, seconds: StepSeconds
+) -> tuple[PolicyTrainer, dict[str, float]]:
+    """The trainer when it is done, and how the policy does on prompts that chose nothing."""
+    script, args, grid = recorder.script, recorder.args, recorder.grid
 
     def replayed(some: list[Tensor]) -> ReplayRollouts:
         return ReplayRollouts(OutcomeTable([text.outcomes(grid, seconds) for text in recorder.record(some)]))
 
     if script.live:
         settings = generation_settings(script)
+        includes_drafting = script.reward_includes_drafting
         rollouts: Any = LiveRollouts(
-            target, head, prompts.train, includes_drafting=script.reward_includes_drafting, **settings
+            recorder.target, recorder.head, prompts.train, includes_drafting=includes_drafting, **settings
         )
     else:
         rollouts = replayed(prompts.train)
     trainer = PolicyTrainer(policy, args, rollouts, replayed(prompts.watched))
     trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
     trainer.eval_rollouts = replayed(prompts.tested)  # the best checkpoint may have been chosen by the watched ones
-    metrics = trainer.evaluate(metric_key_prefix="test")
-    if not trainer.is_world_process_zero():
-        return
-    folder = trainer.artefact_folder
-    policy.save_pretrained(folder)
-    write_training_prompts(folder, prompts.first_questions)
-    facts = {"steps": trainer.state.global_step, "texts": len(prompts.train), "device": machine(target)["device"]}
-    told = {name.removeprefix("test_"): value for name, value in metrics.items()}
-    name = args.hub_model_id if args.push_to_hub else None
-    found = {"held_out_texts": len(prompts.tested), **told, "training": facts}
-    write_run(folder, found, recipe, name=name)
-    if args.push_to_hub:
-        print(f"pushed: {trainer.push_to_hub()}")
-    print(json.dumps(metrics, indent=2))
+    return trainer, trainer.evaluate(metric_key_prefix="test")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""The prompts that a policy is made with: read, split by their hashes, and checked against the target's context."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from transformers_resps.trainers import load_conversations
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Split by their hashes, whatever their order.
+
+    Attributes:
+        train: `[s]` each, to learn from.
+        watched: to watch training by.
+        tested: for the final figure.
+        first_questions: what the conversations of all three ask first.
+    """
+
+    train: list[Tensor]
+    watched: list[Tensor]
+    tested: list[Tensor]
+    first_questions: set[str]
+
+    @classmethod
+    def read(
+        cls, dataset: str, tokenizer: Any, *, split: str, limit: int, held_out: float, max_prompt_tokens: int
+    ) -> "Prompts":
+        """The first `limit` prompts that are short enough: all turns up to the last question.
+
+        Args:
+            dataset: JSON or JSONL file, or Hub id, of conversations.
+            tokenizer: of the target, with a chat template.
+            split: of a dataset on the Hub.
+            limit: 0 for all.
+            held_out: share of the prompts, half of it watched and half tested.
+            max_prompt_tokens: longer ones are left out.
+
+        Raises:
+            ValueError: fewer than three are left.
+        """
+        first_questions: set[str] = set()
+        found: dict[str, Tensor] = {}
+        for conversation in load_conversations(dataset, split):
+            asked = [i for i, message in enumerate(conversation) if message["role"] == "user"]
+            if not asked:
+                continue
+            turns = conversation[: asked[-1] + 1]
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+            if len(tokens) <= max_prompt_tokens:
+                found[name_of(tokens)] = tokens
+                first_questions.add(conversation[asked[0]]["content"])
+            if len(found) == (limit or -1):
+                break
+        if len(found) < 3:
+            raise ValueError(
+                f"{dataset} has {len(found)} prompts of at most {max_prompt_tokens} tokens, but three are needed: to "
+                "learn from, to watch training by, and to see whether it helped. Pass a larger dataset, or raise "
+                "--max_prompt_tokens."
+            )
+        ordered = [found[name] for name in sorted(found)]
+        half = min(max(1, round(held_out * len(ordered) / 2)), (len(ordered) - 1) // 2)
+        return cls(ordered[2 * half :], ordered[half : 2 * half], ordered[:half], first_questions)
+
+    def check_room(self, target: PreTrainedModel, max_new_tokens: int) -> None:
+        """Refuse before any work prompts that leave no room for their answers.
+
+        Raises:
+            ValueError: the longest does not.
+        """
+        longest = max(len(prompt) for part in (self.train, self.watched, self.tested) for prompt in part)
+        context = target.config.get_text_config().max_position_embeddings
+        if longest + max_new_tokens > context:
+            raise ValueError(
+                f"The longest prompt has {longest} tokens and its answer up to {max_new_tokens}, but the target reads "
+                f"at most {context}. Lower --max_prompt_tokens or --max_new_tokens."
+            )
+
+
+def name_of(tokens: Tensor) -> str:
+    """A hash of token ids `[s]`."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
