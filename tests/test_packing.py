@@ -22,6 +22,10 @@ def layer() -> nn.Linear:
     return nn.Linear(96, 160)
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 60, 300])
 def test_a_packed_layer_computes_what_it_computed_before(layer: nn.Linear, rows: int) -> None:
     x = torch.randn(2, rows, 96)
@@ -31,8 +35,21 @@ def test_a_packed_layer_computes_what_it_computed_before(layer: nn.Linear, rows:
         assert torch.equal(unpack(layer)(x), before)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(layer: nn.Linear) -> None:
-    x = torch.randn(64, 96)
+@pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this processor has no units for bfloat16")
+@pytest.mark.parametrize("rows", [1, 2, 8, 60])
+def test_packed_layers_in_bfloat16_round_the_exact_product(layer: nn.Linear, rows: int) -> None:
+    x = torch.randn(2, rows, 96).bfloat16()
+    with torch.no_grad():
+        exact = layer.bfloat16().double()(x.double())
+        packed = pack(layer.bfloat16())(x)
+    assert is_packed(layer) and packed.dtype is torch.bfloat16
+    torch.testing.assert_close(packed.double(), exact, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_does_not_depend_on_the_rows_beside_it(layer: nn.Linear, dtype: torch.dtype) -> None:
+    x = torch.randn(64, 96, dtype=dtype)
+    layer.to(dtype)
     with torch.no_grad():
         together = pack(layer)(x)
         for rows in (1, 2, 3, 5, 8, 13, 33):

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_prompts import Prompts, name_of
+from policy_prompts import PromptArguments, name_of
 from recordings import load, record
 from torch import Tensor
-from transformers import AutoTokenizer
 from trl import TrlParser
 
 from transformers_resps import DraftHead, Guard
@@ -43,25 +42,12 @@ from transformers_resps.trainers.training_prompts import write_training_prompts
 
 
 @dataclass
-class FitArguments:
+class FitArguments(PromptArguments):
     """What is fitted to what."""
 
-    target: str = field(metadata={"help": "Hub id or folder of the model that decodes."})
-    head: str = field(metadata={"help": "Hub id or folder of its draft head."})
-    dataset: str = field(metadata={"help": "JSON or JSONL file, or Hub id, of conversations: their prompts are used."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
-    output_dir: str = field(default="policy-fit", metadata={"help": "For recordings, costs and the policy."})
-    target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
-    pack: bool = field(default=False, metadata={"help": "Measure costs with packed weights, as you will decode."})
     limit: int = field(default=60, metadata={"help": "Most prompts taken from the dataset; 0 for all."})
-    held_out: float = field(default=0.3, metadata={"help": "Half of this share of the prompts is not fitted to."})
-    max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
     max_new_tokens: int = field(default=96, metadata={"help": "Longest answer in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "Of the answers; 0 is greedy."})
-    card: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "What a card must tell and no run can know: see docs/publish.md."},
-    )
+    output_dir: str = field(default="policy-fit", metadata={"help": "For recordings, costs and the policy."})
 
 
 def recorded(
@@ -107,14 +93,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = load_target(script.target, script.target_dtype, device, packed=script.pack)
     head = DraftHead.from_pretrained(script.head, target=target)
-    prompts = Prompts.read(
-        script.dataset,
-        AutoTokenizer.from_pretrained(script.target),
-        split=script.dataset_split,
-        limit=script.limit,
-        held_out=script.held_out,
-        max_prompt_tokens=script.max_prompt_tokens,
-    )
+    prompts = script.read_prompts()
     prompts.check_room(target, script.max_new_tokens)
     costs = calibrate(target, head, folder=Path(script.output_dir) / "costs")
     fitted_to = recorded(target, head, [*prompts.train, *prompts.watched], script, "fit")

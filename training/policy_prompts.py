@@ -1,11 +1,11 @@
-"""The prompts that a policy is made with: read, split by their hashes, and checked against the target's context."""
+"""The prompts that a policy is made with: asked for, read, split by their hashes, checked against the context."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from transformers_resps.trainers import load_conversations
 
@@ -85,3 +85,40 @@ class Prompts:
 def name_of(tokens: Tensor) -> str:
     """A hash of token ids `[s]`."""
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
+@dataclass
+class PromptArguments:
+    """Which target answers which prompts, and who drafts."""
+
+    target: str = field(metadata={"help": "Hub id or folder of the model that decodes."})
+    head: str = field(metadata={"help": "Hub id or folder of its draft head."})
+    dataset: str = field(metadata={"help": "JSON or JSONL file, or Hub id, of conversations: their prompts are used."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
+    target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
+    pack: bool = field(default=False, metadata={"help": "With packed weights, as `resps bench --pack` will measure."})
+    limit: int = field(default=200, metadata={"help": "Most prompts taken from the dataset; 0 for all."})
+    held_out: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of the prompts not learned from: half to watch training by, half for the final figure."
+        },
+    )
+    max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Of the answers; 0 is greedy."})
+    card: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "What a card must tell and no run can know: see docs/publish.md."},
+    )
+
+    def read_prompts(self) -> Prompts:
+        """As asked for; see `Prompts.read`."""
+        return Prompts.read(
+            self.dataset,
+            AutoTokenizer.from_pretrained(self.target),
+            split=self.dataset_split,
+            limit=self.limit,
+            held_out=self.held_out,
+            max_prompt_tokens=self.max_prompt_tokens,
+        )

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_prompts import Prompts, name_of
+from policy_prompts import PromptArguments, Prompts, name_of
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import TrlParser
 
 from transformers_resps import DraftHead, TreeShape
@@ -51,25 +51,9 @@ from transformers_resps.trainers.weights import parameter_fingerprint
 
 
 @dataclass
-class PolicyScriptArguments:
+class PolicyScriptArguments(PromptArguments):
     """What is trained on what."""
 
-    target: str = field(metadata={"help": "Hub id or folder of the model that decodes."})
-    head: str = field(metadata={"help": "Hub id or folder of its draft head."})
-    dataset: str = field(metadata={"help": "JSON or JSONL file, or Hub id, of conversations: their prompts are used."})
-    target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
-    pack: bool = field(default=False, metadata={"help": "With packed weights, as `resps bench --pack` will measure."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
-    limit: int = field(default=200, metadata={"help": "Most prompts taken from the dataset; 0 for all."})
-    held_out: float = field(
-        default=0.3,
-        metadata={
-            "help": "Share of the prompts not learned from: half to watch training by, half for the final figure."
-        },
-    )
-    max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "Of the answers; 0 is greedy."})
     live: bool = field(default=False, metadata={"help": "Learn by decoding, with the clock inside; ppo only."})
     grid: str = field(
         default="small", metadata={"help": "small: plain and up to 16 nodes. paper: the 177 shapes of Re-SpS."}
@@ -85,10 +69,6 @@ class PolicyScriptArguments:
     reward_includes_drafting: bool = field(
         default=True, metadata={"help": "Count drafting as part of a step's time; the code of Re-SpS does not."}
     )
-    card: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "What a card must tell and no run can know: see docs/publish.md."},
-    )
 
     def __post_init__(self) -> None:
         for name, allowed in (("grid", ("small", "paper")), ("preset", ("repaired", "paper"))):
@@ -96,16 +76,6 @@ class PolicyScriptArguments:
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}, but it must be {' or '.join(allowed)}. See --help."
                 )
-
-    def read_prompts(self) -> Prompts:
-        return Prompts.read(
-            self.dataset,
-            AutoTokenizer.from_pretrained(self.target),
-            split=self.dataset_split,
-            limit=self.limit,
-            held_out=self.held_out,
-            max_prompt_tokens=self.max_prompt_tokens,
-        )
 
 
 def digest(value: Any) -> str:

@@ -1,13 +1,16 @@
 """Linear layers laid out for few rows: what a tree's forward and a head's level multiply by.
 
-In float32 on a processor `torch.nn.Linear` calls a library that is made for one row or for hundreds. For the 2 to 64
-rows of a tree it repacks the weights at every call, and costs two to four times one row (measured on AVX2: SmolLM2's
+On a processor `torch.nn.Linear` lays its weights out anew at every call. In float32, where its library is made for
+one row or for hundreds, the 2 to 64 rows of a tree then cost two to four times one row (measured on AVX2: SmolLM2's
 forward over 8 tokens 99 ms against 57 for one; packed 66 against 45). oneDNN keeps weights in its own blocked layout
-instead. Each row's result is then bit for bit the same, however many rows are multiplied with it.
+instead. Each row's result is then bit for bit the same, however many rows are multiplied with it. In bfloat16, on
+processors that multiply it (AVX-512 and later), packed layers are quicker for any number of rows and equal `nn.Linear`
+bit for bit (measured on Zen 4: the layers of SmolLM2 at one row 20 ms against 13.6, at eight 21 against 13).
 
 Knows `nn.Linear` only: nothing of heads, targets or trees.
 """
 
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,7 +31,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, up to rounding."""
-        if not _can_pack(self.weight) or input.dtype is not torch.float32 or torch.is_grad_enabled():
+        if not _can_pack(self.weight) or input.dtype is not self.weight.dtype or torch.is_grad_enabled():
             return super().forward(input)
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, self._packed(), self.bias, "none", [], ""))
 
@@ -49,9 +52,10 @@ class PackedLinear(nn.Linear):
 def pack(module: Module) -> Module:
     """Let the linear layers of `module` multiply few rows quickly. Same object, same parameters.
 
-    Plain decoding and trees both gain, in float32 on a processor; elsewhere the layers work as before. It takes the
-    size of their weights in memory once more. Results differ from unpacked layers by rounding. Call it again after
-    weights were written through `.data`, as PEFT's merge does: nothing else tells that they have changed.
+    Plain decoding and trees both gain, on a processor in float32, or in bfloat16 where it has units for that;
+    elsewhere the layers work as before. It takes the size of their weights in memory once more. Results differ from
+    unpacked layers by rounding, if at all. Call it again after weights were written through `.data`, as PEFT's merge
+    does: nothing else tells that they have changed.
 
     Args:
         module: a model, a head, or any other module. Layers that are not exactly `nn.Linear` are left alone.
@@ -81,10 +85,16 @@ def is_packed(module: nn.Module) -> bool:
     return any(type(layer) is PackedLinear and _can_pack(layer.weight) for layer in module.modules())
 
 
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Without such units oneDNN would compute by a slow reference path."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _can_pack(weight: Tensor) -> bool:
     """An inference tensor does not tell when it changes, so its packed copy could grow stale."""
     return (
-        weight.dtype is torch.float32
+        (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16()))
         and weight.device.type == "cpu"
         and not weight.is_inference()
         and torch.backends.mkldnn.is_available()
