@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from .batches import TokenBudgetBatches, collate
+from .batches import IGNORED, TokenBudgetBatches, collate
 from .examples import Example
 from .target_features import FrozenTarget
 from .weights import parameter_fingerprint
@@ -114,7 +114,8 @@ class CachedFeatures(ExampleDataset):
         for rows in TokenBudgetBatches(lengths, self._tokens_per_forward, shuffle=False):
             part = [block[row] for row in rows]
             batch = collate([{"input_ids": e.input_ids, "loss_mask": e.predicted} for e in part])
-            read = self._target.read(batch["input_ids"].to(self._target.model.device))
+            device = self._target.model.device
+            read = self._target.read(batch["input_ids"].to(device), (batch["labels"] != IGNORED).to(device))
             for place, row in enumerate(rows):
                 for name, found, dtype in (
                     ("features", read.features, self._dtype),

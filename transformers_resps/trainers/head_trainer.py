@@ -139,7 +139,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def _read(self, inputs: dict[str, Tensor]) -> TargetFeatures:
         if "features" in inputs:
             return TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
-        return self.target.read(inputs["input_ids"])
+        return self.target.read(inputs["input_ids"], inputs["labels"] != IGNORED)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and agreement of the held-out texts, and `eval_tau` of the head's default tree on the first of them."""

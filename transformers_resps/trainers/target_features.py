@@ -22,7 +22,7 @@ class TargetFeatures:
     """Attributes:
     features: `[b, t, F]`.
     hidden: `[b, t, target hidden]` after the target's final norm: the input of its output head.
-    picks: `[b, t]` the target's most likely token after each position.
+    picks: `[b, t]` the target's most likely token after each position; 0 where nobody asked for it.
     """
 
     features: Tensor
@@ -63,17 +63,28 @@ class FrozenTarget:
         return weight
 
     @torch.no_grad()
-    def read(self, input_ids: Tensor) -> TargetFeatures:
-        """Run right-padded texts `[b, t]`; causal attention keeps the padding out of the texts without a mask."""
+    def read(self, input_ids: Tensor, predicted: Tensor | None = None) -> TargetFeatures:
+        """Run right-padded texts `[b, t]`; causal attention keeps the padding out of the texts without a mask.
+
+        Args:
+            input_ids: the texts.
+            predicted: `[b, t]` bool, the tokens whose picks are wanted: the output head is a fifth of a small target,
+                and prompts are longer than answers. All when `None`.
+        """
         with FeatureTap(self.model, self.feature_layers) as tap, tap.record() as features:
             hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return TargetFeatures(features.concatenated(), hidden, self._picks(hidden))
+        return TargetFeatures(features.concatenated(), hidden, self._picks(hidden, predicted))
 
-    def _picks(self, hidden: Tensor) -> Tensor:
+    def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
         """Argmax over the whole vocabulary, in chunks; scale and soft cap are monotone, so they don't matter."""
-        rows = hidden.flatten(0, 1).to(self.output_weight.dtype)
-        picks = [F.linear(part, self.output_weight).argmax(-1) for part in rows.split(_PICK_CHUNK)]
-        return torch.cat(picks).view(hidden.shape[:2])
+        wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        if predicted is not None:
+            wanted = F.pad(predicted[:, 1:], (0, 1))  # a position's pick is the token after it
+        rows = hidden[wanted].to(self.output_weight.dtype)
+        found = [F.linear(part, self.output_weight).argmax(-1) for part in rows.split(_PICK_CHUNK)]
+        picks = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
+        picks[wanted] = torch.cat(found)
+        return picks
 
     def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
         """The distribution over `token_ids` `[d]` at hidden states `[n, target hidden]`."""
