@@ -25,11 +25,14 @@ def load_script(name):
 generate_dataset = load_script("generate_dataset")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_batched_answers_equal_plain_generate(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [("llama", "eager"), ("gemma2", "eager"), ("llama", "sdpa"), ("mistral", "sdpa"), ("gemma3_text", "sdpa")],
+)
+def test_batched_answers_equal_plain_generate(model_type, attention):
     """Rows that end early leave the batch; windowed caches fall back to the stock layers."""
-    extra = {"sliding_window": 8, "head_dim": 8} if model_type == "gemma2" else {}
-    model = build_target(model_type, initializer_range=0.4, attn_implementation="eager", **extra)
+    extra = {} if model_type == "llama" else {"sliding_window": 8, "head_dim": 8}
+    model = build_target(model_type, initializer_range=0.4, attn_implementation=attention, **extra)
     generator = torch.Generator().manual_seed(0)
     prompts = [
         generate_dataset.Prompt(str(i), [], torch.randint(3, 64, (7,), generator=generator).tolist())
@@ -45,6 +48,7 @@ def test_batched_answers_equal_plain_generate(model_type):
     for answer, plain in zip(answers, expected, strict=True):
         length = next((i for i, token in enumerate(plain) if token in ends), len(plain) - 1) + 1
         assert answer == plain[:length]
+    assert model.config._attn_implementation == attention
 
 
 def test_a_line_cut_off_by_a_kill_is_written_anew(tmp_path):
