@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, pack, unpack
@@ -76,6 +77,14 @@ def test_packing_again_notices_a_write_that_tells_no_version(layer: nn.Linear) -
         before = pack(layer)(x) - layer.bias
         layer.weight.data += layer.weight.data
         torch.testing.assert_close(pack(layer)(x) - layer.bias, 2 * before)
+
+
+def test_a_parametrised_weight_is_not_packed(layer: nn.Linear) -> None:
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        wanted = layer(x)
+        parametrize.register_parametrization(pack(layer), "weight", nn.Identity())
+        assert torch.equal(layer(x), wanted)
 
 
 def test_gradients_flow_as_through_any_linear_layer(layer: nn.Linear) -> None:

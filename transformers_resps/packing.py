@@ -31,16 +31,20 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, up to rounding."""
-        if not _can_pack(self.weight) or input.dtype is not self.weight.dtype or torch.is_grad_enabled():
+        weight = self._parameters.get(
+            "weight"
+        )  # `self.weight` takes ten times as long; a parametrised one is not here
+        if weight is None or torch.is_grad_enabled() or input.dtype is not weight.dtype or not _can_pack(weight):
             return super().forward(input)
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, self._packed(), self.bias, "none", [], ""))
+        packed, bias = self._packed(weight), self._parameters["bias"]
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], ""))
 
-    def _packed(self) -> Tensor:
+    def _packed(self, weight: Tensor) -> Tensor:
         """The packed weight, made anew when the weight has changed since."""
-        version = (self.weight.data_ptr(), self.weight._version)
+        version = (weight.data_ptr(), weight._version)
         kept: tuple[tuple[int, int], Tensor] | None = self.__dict__.get("_kept")
         if kept is None or kept[0] != version:
-            kept = (version, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _ROWS))
+            kept = (version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS))
             self.__dict__["_kept"] = kept
         return kept[1]
 
