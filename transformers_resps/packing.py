@@ -33,7 +33,7 @@ class PackedLinear(nn.Linear):
         """As `nn.Linear`, up to rounding."""
         weight = self._parameters.get(
             "weight"
-        )  # `self.weight` takes ten times as long; a parametrised one is not here
+        )  # ten times as fast as `self.weight`; none if parametrised
         if weight is None or torch.is_grad_enabled() or input.dtype is not weight.dtype or not _can_pack(weight):
             return super().forward(input)
         packed, bias = self._packed(weight), self._parameters["bias"]
