@@ -31,9 +31,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, up to rounding."""
-        weight = self._parameters.get(
-            "weight"
-        )  # ten times as fast as `self.weight`; none if parametrised
+        weight = self._parameters.get("weight")  # ten times as fast as `self.weight`; none if parametrised
         if weight is None or torch.is_grad_enabled() or input.dtype is not weight.dtype or not _can_pack(weight):
             return super().forward(input)
         packed, bias = self._packed(weight), self._parameters["bias"]
