@@ -106,8 +106,7 @@ def main() -> None:
         for inputs, outputs in ((HIDDEN, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN), (HIDDEN, VOCABULARY)):
             layer = nn.Linear(inputs, outputs, bias=False).to(dtype)
             report(f"{name}, linear {inputs} to {outputs}", linear_cases(layer, dtype))
-            if dtype is torch.float32:
-                report(f"{name}, linear {inputs} to {outputs}, packed", linear_cases(pack(layer), dtype))
+            report(f"{name}, linear {inputs} to {outputs}, packed", linear_cases(pack(layer), dtype))
         for attention in (sdpa_attention_forward, eager_attention_forward):
             for variant in ("a mask of zeros", "masked keys behind", "a tree"):
                 kind = attention.__name__.split("_")[0]

@@ -3,9 +3,9 @@
 On a processor `torch.nn.Linear` lays its weights out anew at every call. In float32, where its library is made for
 one row or for hundreds, the 2 to 64 rows of a tree then cost two to four times one row (measured on AVX2: SmolLM2's
 forward over 8 tokens 99 ms against 57 for one; packed 66 against 45). oneDNN keeps weights in its own blocked layout
-instead. Each row's result is then bit for bit the same, however many rows are multiplied with it. In bfloat16, on
-processors that multiply it (AVX-512 and later), packed layers are quicker for any number of rows and equal `nn.Linear`
-bit for bit (measured on Zen 4: the layers of SmolLM2 at one row 20 ms against 13.6, at eight 21 against 13).
+instead, and a row's result hardly depends on how many are multiplied with it: on AVX2 never, on AVX-512 in some sizes
+(docs/lossless.md). In bfloat16, on processors that multiply it (AVX-512 and later), packed layers are quicker for any
+number of rows (SmolLM2's forward on Zen 4: over one token 34 ms against 41, over eight 35 against 51).
 
 Knows `nn.Linear` only: nothing of heads, targets or trees.
 """

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from ..generation import attach
 from ..head import DraftHead
 from ..inspection import facts_of, page, story_of
+from ..packing import pack
 from ..pieces import decoder
 from ..policy import FixedPolicy
 from .answering import Comparison, compare
@@ -34,7 +35,7 @@ class Demo:
     def __init__(self, console: Console, head_path: str, dtype: torch.dtype, max_new_tokens: int) -> None:
         model, tokenizer = load_target(dtype)
         self.console, self.max_new_tokens = console, max_new_tokens
-        self.model, self.tokenizer = attach(model), tokenizer
+        self.model, self.tokenizer = attach(pack(model)), tokenizer  # both decode with packed weights
         self.head = DraftHead.from_pretrained(head_path, target=model)
         self._compare("warm-up", self.prompt_ids([{"role": "user", "content": "Hello"}]), 8, lambda *_: None)
 
