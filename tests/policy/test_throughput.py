@@ -47,6 +47,7 @@ class Machine:
         self.level_seconds, self.hit, self.lookup_hit = level_seconds, hit, lookup_hit
         self.claimed = hit if claimed is None else claimed
         self.generator = random.Random(seed)
+        self.context = 100
         self.tokens, self.seconds = 0, 0.0
         self.shapes: list[TreeShape] = []
         self.verified: list[int] = []
@@ -68,9 +69,9 @@ class Machine:
 
     def _step(self, policy: Policy, step: int, room: int) -> StepRecord:
         survival = [self.lookup_hit ** (i + 1) for i in range(8)] if self.lookup_hit else []
-        shape = policy.choose(Observation(torch.zeros(1, 4), 100 + step, step, room, lambda: survival)).within(
-            room - 1
-        )
+        shape = policy.choose(
+            Observation(torch.zeros(1, 4), self.context + step, step, room, lambda: survival)
+        ).within(room - 1)
         nodes, levels = 1, 0
         if shape.asks_head:
             levels, claim = 1, math.log(self.claimed)
@@ -149,6 +150,18 @@ def test_the_guard_costs_a_good_drafter_little() -> None:
     alone = Machine(0.02, 0.02, hit=0.8).run(FixedPolicy(TreeShape(6, 5, 1)), 500)
     guarded = Machine(0.02, 0.02, hit=0.8).run(Guard(FixedPolicy(TreeShape(6, 5, 1))), 500)
     assert guarded > 0.9 * alone
+
+
+@pytest.mark.parametrize("hit", [0.4, 0.7])
+@pytest.mark.parametrize("longer", [1.6, 2.5, 4.0])
+def test_a_longer_text_is_not_measured_by_the_plain_steps_of_shorter_ones(hit: float, longer: float) -> None:
+    ratios = []
+    for seed in range(6):
+        machine, policy = Machine(0.05, 0.05, hit=hit, seed=seed), default_policy()
+        short = [machine.write(policy, 128) for _ in range(4)][-1]
+        machine.context, machine.verify = 2000, lambda nodes: longer * (1.0 + 0.05 * (nodes - 1))
+        ratios.append(machine.write(policy, 96) / short)
+    assert sum(ratios) / len(ratios) > 0.95
 
 
 def test_the_guard_notices_when_a_head_stops_being_right() -> None:

@@ -21,6 +21,7 @@ _EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # the same for short texts
 _MOST_SAVED, _MOST_CARRIED = 4.0, 1.0  # plain steps that drafting won: within a call, and into the next one
 _REMEASURE = 64  # drafted steps after which a plain one is timed again
 _OUTDATED = 0.7  # of what a forward was expected to take: less shows that the machine or the batch is another one
+_FAR = 256  # positions of context between two texts after which forwards are timed anew: attention is part of them
 _UNKNOWN_TREE, _UNKNOWN_LEVEL = 0.5, 0.1  # plain steps that the first tree and the first level may cost beyond a guess
 
 
@@ -48,6 +49,8 @@ class Guard(SavedPolicy):
         self._plain_seconds = self._known.step(1, 0) if self._known.knows_plain else 0.0
         self._account = 0.0  # seconds
         self._since_plain = 0
+        self._context = self._timed_at = 0  # positions: of this step, and where a plain step was timed last
+        self._moved = False  # from there to another context, since this text began
         # Seconds that this step may lose: all in all, with a tree of the head's, with a looked-up chain
         self._budget = self._tree_budget = self._lookup_budget = 0.0
         self._levels = 0
@@ -69,10 +72,11 @@ class Guard(SavedPolicy):
         return bool(getattr(self.policy, "reads_foreseen", True))
 
     def choose(self, observation: Observation) -> TreeShape:
+        self._context = observation.context_length
         if observation.step == 0:
             self._begin()
         self._levels = 0
-        if not self._known.knows_plain or self._since_plain >= _REMEASURE:
+        if not self._known.knows_plain or self._since_plain >= _REMEASURE or self._moved:
             return TreeShape.plain()
         shape = ask_shape(self.policy, observation)
         if shape.is_plain:
@@ -81,7 +85,8 @@ class Guard(SavedPolicy):
         trial = min(_TRIAL_LOAN, _TRIAL_PER_TOKEN * room) * self._plain_seconds
         evidence = min(_EVIDENCE_LOAN, _EVIDENCE_PER_TOKEN * room) * self._plain_seconds
         self._lookup_budget = self._account + evidence  # a lookup's record is kept while steps are plain
-        self._tree_budget = self._account + (evidence if getattr(self.policy, "is_confident", False) else 0.0)
+        confident = evidence if getattr(self.policy, "is_confident", False) else 0.0
+        self._tree_budget = self._account + confident
         self._budget = self._tree_budget + trial
         if not self._glances:
             self._tree_budget = self._budget
@@ -109,8 +114,7 @@ class Guard(SavedPolicy):
         if record.shape.is_plain:
             self._since_plain = 0
         elif self._plain_seconds > 0:
-            self._account += record.mean_emitted * self._plain_seconds - seconds
-            self._since_plain = 0 if record.verified == 1 else self._since_plain + 1
+            self._settle(record, seconds)
         if outdated:
             self._since_plain = _REMEASURE
         self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)
@@ -120,12 +124,27 @@ class Guard(SavedPolicy):
         self.policy.observe(record)
 
     def _begin(self) -> None:
-        """A new text: debts are forgiven, savings are cut."""
+        """A new text: debts are forgiven, savings are cut, and costs of a far shorter or longer one don't hold."""
+        self._moved = self._timed_at > 0 and abs(self._context - self._timed_at) > _FAR
         least, most = _LOAN * self._plain_seconds, _MOST_CARRIED * self._plain_seconds
         self._account = min(max(self._account, least), most)
 
+    def _settle(self, record: StepRecord, seconds: float) -> None:
+        """Book a step that drafted."""
+        if record.verified == 1:  # a glance costs its draft: how fast the machine just then was is not its doing
+            self._since_plain = 0
+            self._account -= max(record.draft_seconds, 0.0)
+        else:
+            self._since_plain += 1
+            self._account += record.mean_emitted * self._plain_seconds - seconds
+
     def _time_plain(self, seconds: float) -> None:
-        if self._plain_seconds <= 0:
+        self._timed_at = self._context
+        if self._moved and min(seconds, self._plain_seconds) > 0.0:
+            self._known.rescale(seconds / self._plain_seconds)
+            self._account *= seconds / self._plain_seconds
+            self._plain_seconds, self._moved = seconds, False
+        elif self._plain_seconds <= 0:
             self._plain_seconds = max(seconds, 0.0)
             self._account += _LOAN * self._plain_seconds
         elif 0.0 < seconds < _OUTDATED * self._plain_seconds:
