@@ -27,7 +27,7 @@ from transformers_resps.trainers import Oracle, RecordedText, fitted_policy, rep
 
 
 SOURCES = ("head", "lookup", "both")
-COSTS = ["training/headroom/smollm2-135m-instruct-head/costs.json", "training/headroom/cost_tables.json"]
+COSTS = ["training/headroom/smollm2-135m-instruct-head/costs.json"]
 COLUMNS = (
     "best_fixed",
     "best_fixed_here",
