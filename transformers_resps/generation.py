@@ -88,7 +88,8 @@ class ReSpSGenerationMixin(GenerationMixin):
         """
         arguments = {**kwargs, "synced_gpus": synced_gpus, **dict(zip(_AFTER_ASSISTANT, args, strict=False))}
         target = cast(PreTrainedModel, self)
-        request = read_request(target, assistant_model, policy, lockstep, generation_config, arguments)
+        prompts = kwargs.get("input_ids") if inputs is None else inputs
+        request = read_request(target, assistant_model, policy, lockstep, generation_config, arguments, prompts)
         token = _request.set(request)
         try:
             return super().generate(
@@ -105,7 +106,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         finally:
             _request.reset(token)
             if request is not None and policy == "auto":
-                KeptPolicies.of(self).give_back(draft_head(assistant_model), request.policy)
+                KeptPolicies.of(self).give_back(draft_head(assistant_model), request.place, request.policy)
 
     def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
         """Where stock `generate` goes when it is given an assistant.

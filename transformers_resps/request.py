@@ -3,7 +3,7 @@
 Knows nothing of how it is decoded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,13 @@ class Request:
         head: drafts; `None` to draft by lookup alone.
         policy: decides.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
+        place: where `policy` was kept, and goes back to.
     """
 
     head: BoundHead | None
     policy: Policy
     lockstep: bool | None
+    place: Hashable
 
 
 def draft_head(assistant_model: Any) -> DraftHead | None:
@@ -43,6 +45,7 @@ def read_request(
     lockstep: bool | None,
     config: GenerationConfig | None,
     arguments: Mapping[str, Any],
+    prompts: Sized | None,
 ) -> Request | None:
     """What a call asks for; `None` when it is a stock one.
 
@@ -53,6 +56,7 @@ def read_request(
         lockstep: of the call.
         config: the `generation_config` of the call.
         arguments: all its other keyword arguments.
+        prompts: of the call.
 
     Raises:
         ValueError: it asks for what a tree cannot do.
@@ -74,18 +78,19 @@ def read_request(
     check_settings(target, config, arguments)
     bound = None if head is None else BoundHead(head, target)
     check_tree_attention(target)
-    policy = _resolve_policy(policy, head, target)  # last: a refused call must not lose what "auto" has learned
+    place = KeptPolicies.place(target, 1 if prompts is None else len(prompts))
+    policy = _resolve_policy(policy, head, target, place)  # last: a refused call must not lose what "auto" has learned
     check_identity = getattr(policy, "check_identity", None)
     if check_identity is not None:
         check_identity(**policy_identity(target, head))
-    return Request(bound, policy, lockstep)
+    return Request(bound, policy, lockstep, place)
 
 
-def _resolve_policy(policy: Any, head: DraftHead | None, target: PreTrainedModel) -> Policy:
+def _resolve_policy(policy: Any, head: DraftHead | None, target: PreTrainedModel, place: Hashable) -> Policy:
     if policy is None and head is not None:
         return FixedPolicy(head.default_shape)
     if policy == "auto":
-        return KeptPolicies.of(target).take(head)
+        return KeptPolicies.of(target).take(head, place)
     if not isinstance(policy, Policy):
         raise ValueError(
             f"Got policy={policy!r}, but a policy is 'auto' or has the methods `choose`, `grow`, `size` and "

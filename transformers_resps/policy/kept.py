@@ -29,12 +29,12 @@ class _NoHead:
 class KeptPolicies:
     """The default policies of one target, one for each head and place, as long as both live in this process.
 
-    What they learned costs speed at worst: a text never depends on it. A policy that is out is not given to a second
-    call at the same time, which starts with a fresh one.
+    A place is what a step's cost depends on: device, dtype, threads and the rows of the batch. What they learned costs
+    speed at worst: a text never depends on it. A policy that is out is not given to a second call at the same time,
+    which starts with a fresh one.
     """
 
     def __init__(self) -> None:
-        self._place: Hashable = None
         self._no_head = _NoHead()
         self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
 
@@ -42,19 +42,23 @@ class KeptPolicies:
     def of(cls, target: Any) -> "KeptPolicies":
         """Those of a model, which keeps them."""
         kept: KeptPolicies = target.__dict__.setdefault(_ATTRIBUTE, cls())
-        kept._place = (target.device, target.dtype, torch.get_num_threads())
         return kept
+
+    @staticmethod
+    def place(target: Any, rows: int) -> Hashable:
+        """Where a batch of `rows` is decoded now."""
+        return target.device, target.dtype, torch.get_num_threads(), rows
 
     @staticmethod
     def forget(target: Any) -> None:
         target.__dict__.pop(_ATTRIBUTE, None)
 
-    def take(self, head: object | None) -> Policy:
-        """The policy that learned with `head` on this device, in this dtype, with as many threads; or a fresh one."""
-        return self._policies.get(self._key(head), {}).pop(self._place, None) or default_policy()
+    def take(self, head: object | None, place: Hashable) -> Policy:
+        """The policy that learned with `head` at this place, or a fresh one."""
+        return self._policies.get(self._key(head), {}).pop(place, None) or default_policy()
 
-    def give_back(self, head: object | None, policy: Policy) -> None:
-        self._policies.setdefault(self._key(head), {})[self._place] = policy
+    def give_back(self, head: object | None, place: Hashable, policy: Policy) -> None:
+        self._policies.setdefault(self._key(head), {})[place] = policy
 
     def _key(self, head: object | None) -> object:
         return self._no_head if head is None else head

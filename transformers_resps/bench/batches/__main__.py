@@ -1,7 +1,7 @@
 """Batches of prompts, decoded greedily: plain, rows that advance apart, lockstep, and every row alone.
 
 Writes `results.json` and prints one row per batch size and way. Run it on a quiet machine. Without `--shape` every
-call decodes with a `policy="auto"` that has learned nothing yet.
+way and batch size has a `policy="auto"` of its own, which learns from group to group as in one process of a user.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def policy_of(chosen: TreeShape | None) -> Policy:
-    """One shape for every step, or our default, which has learned nothing yet: ways must not teach each other."""
+    """One shape for every step, or our default, which has learned nothing yet."""
     return default_policy() if chosen is None else FixedPolicy(chosen)
 
 

@@ -52,7 +52,7 @@ class BatchBench:
     Args:
         target: attached.
         head: drafts.
-        make_policy: a fresh policy for each call.
+        make_policy: a policy for each way and batch size, which learns on from group to group.
         max_new_tokens: of a row.
         clock: seconds.
     """
@@ -67,6 +67,7 @@ class BatchBench:
     ) -> None:
         self._target, self._head, self._make_policy, self._clock = target, head, make_policy, clock
         self._max_new_tokens = max_new_tokens
+        self._policies: dict[tuple[str, int], Policy] = {}
         ends = target.generation_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list) else {ends}
 
@@ -94,10 +95,15 @@ class BatchBench:
         answers = []
         started = self._clock()
         for batch in batches:
-            answers += self._generate(WAYS[way], batch)
+            answers += self._generate(way, batch)
         return answers, self._clock() - started
 
-    def _generate(self, extra: dict[str, Any] | None, batch: Sequence[Tensor]) -> list[list[int]]:
+    def _policy(self, way: str, batch_size: int) -> Policy:
+        if (way, batch_size) not in self._policies:
+            self._policies[way, batch_size] = self._make_policy()
+        return self._policies[way, batch_size]
+
+    def _generate(self, way: str, batch: Sequence[Tensor]) -> list[list[int]]:
         longest = max(len(prompt) for prompt in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -105,8 +111,8 @@ class BatchBench:
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         options: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "do_sample": False}
-        if extra is not None:
-            options |= {"assistant_model": self._head, "policy": self._make_policy(), **extra}
+        if (extra := WAYS[way]) is not None:
+            options |= {"assistant_model": self._head, "policy": self._policy(way, len(batch)), **extra}
         device = self._target.device
         sequences = self._target.generate(ids.to(device), attention_mask=mask.to(device), **options)
         return [self._up_to_end(row) for row in sequences[:, longest:].tolist()]
