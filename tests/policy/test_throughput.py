@@ -164,6 +164,19 @@ def test_a_longer_text_is_not_measured_by_the_plain_steps_of_shorter_ones(hit: f
     assert sum(ratios) / len(ratios) > 0.95
 
 
+@pytest.mark.parametrize("hit", [0.5, 0.6])
+def test_after_copied_text_the_head_is_asked_as_before(hit: float) -> None:
+    after = before = 0.0
+    for seed in range(6):
+        machine, policy = Machine(0.03, 0.06, hit=hit, seed=seed), default_policy()
+        before += [machine.write(policy, 128) for _ in range(4)][-1]
+        machine.lookup_hit = 0.97
+        assert machine.write(policy, 256) > 4
+        machine.lookup_hit = 0.0
+        after += machine.write(policy, 128)
+    assert after > 0.97 * before
+
+
 def test_the_guard_notices_when_a_head_stops_being_right() -> None:
     machine = Machine(0.1, 0.1, hit=0.8)
     policy = Guard(FixedPolicy(TreeShape(6, 5, 1)))

@@ -1,7 +1,8 @@
 """Total tokens over total seconds: draft a node only while its expected gain is above its cost.
 
 A node is worth its probability of acceptance, in tokens; a second costs lambda tokens, the rate of the text so far
-(Dinkelbach's method for a ratio of sums). What steps cost and how far the head's
+(Dinkelbach's method for a ratio of sums), but no more than twice that of plain steps: copied text runs at ten times
+it, and at that price the head would not be asked for long after. What steps cost and how far the head's
 scores can be trusted is learned while decoding, from a start that may be fitted or measured beforehand.
 """
 
@@ -20,6 +21,7 @@ from .saving import SavedPolicy
 
 
 _MEMORY = 0.95  # how much of the past an outcome leaves standing
+_MOST_RATE = 2.0  # lambda, in plain steps' rates: replayed, as good as no limit, and 1 to 8% better after copied text
 _HOPE = 0.5  # tokens per step that asking a head gains before it was asked
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between glances at a head that does not pay
@@ -73,10 +75,10 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def rate(self) -> float:
-        """Lambda: tokens per second so far, and no less than plain steps give."""
+        """Lambda: tokens per second so far, no less than plain steps give and no more than `_MOST_RATE` of that."""
         plain = self.costs.step(1, 0)
         rate = self._emitted / self._seconds if self._seconds > 0 else 0.0
-        return max(rate, 1.0 / plain) if plain > 0 else rate
+        return min(max(rate, 1.0 / plain), _MOST_RATE / plain) if plain > 0 else rate
 
     @property
     def is_confident(self) -> bool:
