@@ -216,6 +216,28 @@ def test_no_answer_of_a_bad_head_is_slower_than_097_of_plain(
         assert Machine(verify, level, hit, claimed=claimed, seed=seed).write(default_policy(), tokens) >= 0.97
 
 
+def fitted() -> Guard:
+    """As loaded: it knows a head, and no machine."""
+    return Guard(ThroughputPolicy(odds=NodeOdds([LogisticMap(0.1, 0.9)] * 4)))
+
+
+def test_a_fitted_policy_need_not_find_out_whether_the_head_is_any_good() -> None:
+    first_trees = []
+    for make in (fitted, default_policy):
+        machine = Machine(*MACHINES["sloping"], hit=0.6)
+        machine.write(make(), 128)
+        first_trees.append(next(step for step, nodes in enumerate(machine.verified) if nodes > 1))
+    assert first_trees[0] < first_trees[1]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("tokens", [96, 256])
+def test_a_fitted_policy_with_a_head_that_has_nothing_to_say_here_loses_little(machine: str, tokens: int) -> None:
+    verify, level = MACHINES[machine]
+    for seed in range(4):
+        assert Machine(verify, level, 0.01, claimed=0.6, seed=seed).write(fitted(), tokens) >= 0.97
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_bad_lookup_is_no_loss_either(machine: str) -> None:
     verify, level = MACHINES[machine]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 LEVELS = 4  # deeper levels share the last one's numbers
 _MEMORY, _HIT_MEMORY = 0.99, 0.97  # how much of the past an outcome leaves standing
 _PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # outcomes that the fit is worth
+_ENOUGH = 4.0  # drafts after which the odds are evidence
 _PRIOR_HITS = 0.6  # share of levels that are hit below a hit, before any was seen
 _LEAST_SCORE = -7.0  # a node of less than one in a thousand is worth no arithmetic
 _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # see `children_of`
@@ -51,7 +52,13 @@ class NodeOdds:
         self._expected = _PRIOR_WEIGHT
         self._hits = [_PRIOR_HITS * _HIT_PRIOR_WEIGHT] * LEVELS
         self._seen = [_HIT_PRIOR_WEIGHT] * LEVELS
-        self.evidence = 0.0  # decayed number of drafts whose outcome was seen
+        is_fitted = not all(one.is_identity for one in self.maps)
+        self._drafts = _ENOUGH if is_fitted else 0.0  # decayed number of drafts whose outcome was seen
+
+    @property
+    def rest_on_outcomes(self) -> bool:
+        """Whether enough drafts were seen, here or by whoever fitted the maps."""
+        return self._drafts >= _ENOUGH
 
     def of(self, scores: Sequence[float], level: int) -> list[float]:
         """Probability that each path of `level` nodes is accepted, from its log probability under the head."""
@@ -88,7 +95,7 @@ class NodeOdds:
             foreseen: levels that held it.
             emitted: tokens of the step; what follows them was not seen.
         """
-        self.evidence = self.evidence * _HIT_MEMORY + 1.0
+        self._drafts = self._drafts * _HIT_MEMORY + 1.0
         above = 1.0
         for level, mass in enumerate(masses, start=1):
             if level > emitted or foreseen < level - 1:

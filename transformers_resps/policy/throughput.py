@@ -25,7 +25,6 @@ _MOST_RATE = 2.0  # lambda, in plain steps' rates: replayed, as good as no limit
 _HOPE = 0.5  # tokens per step that asking a head gains before it was asked
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between glances at a head that does not pay
-_ENOUGH = 4.0  # drafts after which the odds are evidence
 _MOST_LOOKED_UP = 16  # nodes
 _PRICED = 8  # steps that a list of prices is used for: reading the costs at every step is a third of a decision
 
@@ -83,7 +82,7 @@ class ThroughputPolicy(SavedPolicy):
     @property
     def is_confident(self) -> bool:
         """Whether its odds rest on outcomes."""
-        return self.odds.evidence >= _ENOUGH
+        return self.odds.rest_on_outcomes
 
     def choose(self, observation: Observation) -> TreeShape:
         self._lookup, self._lookup_hit, self._masses, self._nodes = 0, 0.0, [], []
