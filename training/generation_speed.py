@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generate_dataset import Prompt, answer, batches, read_prompts
+from batched_answers import answer
+from generate_dataset import Prompt, batches, read_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -31,7 +32,7 @@ def batched(model: Any, prompts: list[Prompt], max_new_tokens: int) -> int:
     """Answer all at once; how many tokens that made."""
     eos = model.generation_config.eos_token_id
     eos_ids = set(eos) if isinstance(eos, list) else {eos}
-    return sum(map(len, answer(model, prompts, 0.0, max_new_tokens, eos_ids, seed=0)))
+    return sum(map(len, answer(model, [prompt.token_ids for prompt in prompts], 0.0, max_new_tokens, eos_ids, seed=0)))
 
 
 def make_parser() -> argparse.ArgumentParser:

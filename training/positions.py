@@ -75,8 +75,7 @@ def levels_of(text: RecordedText) -> Tensor:
 
 
 def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
-    levels = levels_of(text)
-    full = text.pools[TOP_K]
+    levels, full = levels_of(text), text.pools[TOP_K]
     tokens, parents, scores = (part[:, : len(levels)] for part in (full.tokens, full.parents, full.scores))
     parent_scores = scores.gather(1, parents.clamp(min=0)).masked_fill(parents < 0, 0.0)
     right, foreseen = _right_nodes(tokens, parents, levels, text.upcoming(LEVELS))
@@ -97,14 +96,13 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
     earlier = [_window(hits.float(), width, delay) for hits, delay in outcomes for width in (1, 4, 16)]
     place = torch.arange(count)
     contexts = text.prompt_length + 1 + place
+    features = text.features.float().unflatten(1, (3, -1))
     return {
         "scores": torch.stack([contexts / _CONTEXT_SCALE, place / 100.0], dim=1),
         "recent": torch.stack(earlier, dim=1),
         "lookup": torch.cat([lengths[:, None] / 16.0, (lengths[:, None] > 0).float(), hazards[:, :4]], dim=1),
         "agreement": torch.zeros(count, 0),  # it is about nodes: nothing of it is known before drafting
-        "features": F.layer_norm(text.features.float().unflatten(1, (3, -1)), (text.features.shape[1] // 3,)).flatten(
-            1
-        ),
+        "features": F.layer_norm(features, features.shape[2:]).flatten(1),
         "log_probs": (scores - parent_scores).clamp(min=-12.0, max=-1e-4),
         "parents": parents,
         "right": right,
