@@ -1,0 +1,134 @@
+"""The guard must never lose, whatever the machine, the head and the policy."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.policy.machine import JUMPING, MACHINES, Machine
+from transformers_resps.policy import (
+    FixedPolicy,
+    Guard,
+    LogisticMap,
+    NodeOdds,
+    Observation,
+    Policy,
+    ThroughputPolicy,
+    default_policy,
+)
+from transformers_resps.tree import TreeShape
+
+
+@pytest.mark.parametrize("shape", [TreeShape(60, 8, 10), TreeShape(8, 3, 2), TreeShape(1, 0, 1, lookup=16)])
+def test_the_guard_keeps_a_hopeless_drafter_above_097_of_plain(shape: TreeShape) -> None:
+    machine = Machine(0.15, level_seconds=0.1, hit=0.01)
+    policy = Guard(FixedPolicy(shape))
+    assert machine.run(policy, 300) > 0.97
+    assert any(not shape.is_plain for shape in machine.shapes[100:]), "it must probe again"
+
+
+def test_the_guard_costs_a_good_drafter_little() -> None:
+    alone = Machine(0.02, 0.02, hit=0.8).run(FixedPolicy(TreeShape(6, 5, 1)), 500)
+    guarded = Machine(0.02, 0.02, hit=0.8).run(Guard(FixedPolicy(TreeShape(6, 5, 1))), 500)
+    assert guarded > 0.9 * alone
+
+
+@pytest.mark.parametrize("hit", [0.4, 0.7])
+@pytest.mark.parametrize("longer", [1.6, 2.5, 4.0])
+def test_a_longer_text_is_not_measured_by_the_plain_steps_of_shorter_ones(hit: float, longer: float) -> None:
+    ratios = []
+    for seed in range(6):
+        machine, policy = Machine(0.05, 0.05, hit=hit, seed=seed), default_policy()
+        short = [machine.write(policy, 128) for _ in range(4)][-1]
+        machine.context, machine.verify = 2000, lambda nodes: longer * (1.0 + 0.05 * (nodes - 1))
+        ratios.append(machine.write(policy, 96) / short)
+    assert sum(ratios) / len(ratios) > 0.95
+
+
+def test_the_guard_notices_when_a_head_stops_being_right() -> None:
+    machine = Machine(0.1, 0.1, hit=0.8)
+    policy = Guard(FixedPolicy(TreeShape(6, 5, 1)))
+    machine.run(policy, 100)
+    machine.hit = 0.0
+    machine.tokens, machine.seconds = 0, 0.0
+    assert machine.run(policy, 300) > 0.94
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("hit", "claimed"), [(0.001, 0.02), (0.001, 0.6), (0.12, 0.5), (0.3, 0.4)])
+@pytest.mark.parametrize("tokens", [16, 48, 96, 256])
+def test_no_answer_of_a_bad_head_is_slower_than_097_of_plain(
+    machine: str, hit: float, claimed: float, tokens: int
+) -> None:
+    """A random head, one that is sure of itself, one of another domain, a weak one; each call the first ever."""
+    verify, level = MACHINES[machine]
+    for seed in range(2):
+        assert Machine(verify, level, hit, claimed=claimed, seed=seed).write(default_policy(), tokens) >= 0.97
+
+
+def fitted() -> Guard:
+    """As loaded: it knows a head, and no machine."""
+    return Guard(ThroughputPolicy(odds=NodeOdds([LogisticMap(0.1, 0.9)] * 4)))
+
+
+def test_a_fitted_policy_need_not_find_out_whether_the_head_is_any_good() -> None:
+    first_trees = []
+    for make in (fitted, default_policy):
+        machine = Machine(*MACHINES["sloping"], hit=0.6)
+        machine.write(make(), 128)
+        first_trees.append(next(step for step, nodes in enumerate(machine.verified) if nodes > 1))
+    assert first_trees[0] < first_trees[1]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("tokens", [96, 256])
+def test_a_fitted_policy_with_a_head_that_has_nothing_to_say_here_loses_little(machine: str, tokens: int) -> None:
+    verify, level = MACHINES[machine]
+    for seed in range(4):
+        assert Machine(verify, level, 0.01, claimed=0.6, seed=seed).write(fitted(), tokens) >= 0.97
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_bad_lookup_is_no_loss_either(machine: str) -> None:
+    verify, level = MACHINES[machine]
+    for tokens in (16, 48, 96, 512):
+        assert Machine(verify, level, 0.01, lookup_hit=0.2, claimed=0.1).write(default_policy(), tokens) >= 0.97
+
+
+def test_a_glance_costs_one_level_and_no_tree() -> None:
+    machine = Machine(JUMPING, 0.005, hit=0.2, claimed=0.2)
+    machine.write(default_policy(), 96)
+    glances = [nodes for shape, nodes in zip(machine.shapes, machine.verified, strict=True) if shape.asks_head]
+    assert glances[:4] == [1] * 4, "first it looks"
+    assert sum(nodes > 1 for nodes in glances) <= 2, "one tree tells what trees cost here; the odds say the rest"
+
+
+def slowed(factor: float) -> Callable[[int], float]:
+    return lambda nodes: factor * (1.0 + 0.1 * (nodes - 1))
+
+
+@pytest.mark.parametrize(
+    "before", [slowed(2.0), slowed(3.3), lambda nodes: 3.3 + 0.02 * (nodes - 1)], ids=["twice", "batch of 8", "flat"]
+)
+def test_the_guard_notices_that_plain_steps_have_become_cheaper(before: Callable[[int], float]) -> None:
+    """A batch of eight, then one row; or a machine that was busy."""
+    machine, policy = Machine(before, level_seconds=0.05, hit=0.8), Guard(ThroughputPolicy())
+    machine.write(policy, 300)
+    machine.verify, machine.hit = slowed(1.0), 0.01
+    assert machine.write(policy, 96) > 0.95
+
+
+def test_first_steps_that_are_slow_do_not_make_trees_look_free() -> None:
+    machine, policy = Machine(slowed(5.0), level_seconds=0.05, hit=0.01, claimed=0.8), Guard(ThroughputPolicy())
+    machine.write(policy, 2)
+    machine.verify = slowed(1.0)
+    assert machine.write(policy, 96) > 0.95
+
+
+def test_a_guarded_policy_that_chooses_no_shape_is_named() -> None:
+    class Odd(Policy):
+        def choose(self, observation: Observation) -> TreeShape:
+            return (8, 4, 2)  # type: ignore[return-value]
+
+    guard, machine = Guard(Odd()), Machine(0.1, 0.1, 0.5)
+    with pytest.raises(ValueError, match=r"Odd.* chose \(8, 4, 2\), but a step needs a TreeShape"):
+        machine.run(guard, 2)
