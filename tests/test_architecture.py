@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
-BOTTOM = {"versions", "packing", "pieces", "terminal", "tree", "prefix", "cache", "attention"}
+BOTTOM = {"versions", "packing", "pieces", "terminal", "tree", "prefix", "cache", "attention", "grouped_attention"}
 BOTTOM |= {"buckets", "static_cache", "features", "forward", "telemetry"}
 PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
@@ -26,10 +26,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prefix": set(),
     "cache": {"versions"},
     "attention": {"tree", "cache"},
+    "grouped_attention": set(),
     "buckets": {"tree"},
     "static_cache": {"cache"},
     "features": {"versions"},
-    "forward": {"tree", "buckets", "cache", "features", "versions"},
+    "forward": {"tree", "buckets", "cache", "features", "grouped_attention", "versions"},
     "telemetry": {"tree", "pieces", "terminal"},
     "acceptance": {"tree"},
     "batch": {"tree", "acceptance"},

@@ -9,9 +9,11 @@ from accelerate import cpu_offload
 from transformers import CompileConfig, DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM, MambaForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transformers_resps.generation import _AFTER_ASSISTANT, _NOT_OURS, ReSpSGenerationMixin
+from transformers_resps.grouped_attention import _OF_SDPA_ALONE, grouped_attention
 from transformers_resps.versions import CACHE_KEYWORD
 
 
@@ -41,6 +43,12 @@ def test_generate_has_the_parameters_we_name() -> None:
     theirs = list(inspect.signature(GenerationMixin.generate).parameters)[1:-1]
     ours = list(inspect.signature(ReSpSGenerationMixin.generate).parameters)[1:8]
     assert theirs == [*ours, *_AFTER_ASSISTANT]
+
+
+def test_attention_by_sdpa_has_no_option_that_we_would_not_pass_on() -> None:
+    theirs = set(inspect.signature(sdpa_attention_forward).parameters)
+    ours = set(inspect.signature(grouped_attention).parameters) - {"options"}
+    assert theirs - ours <= {"is_causal", "kwargs", *_OF_SDPA_ALONE}
 
 
 def test_cache_layers_have_what_we_touch() -> None:

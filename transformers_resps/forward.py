@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from .buckets import Buckets
 from .cache import buffer_length, forget_newest
 from .features import Features, FeatureTap
+from .grouped_attention import without_key_copies
 from .tree import DraftTree
 from .versions import CACHE_KEYWORD
 
@@ -53,7 +54,8 @@ class TargetForward:
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
         """The outputs and the features over the nodes of a tree, padding included."""
-        return self._run(self._target, self._inputs(tokens, mask, positions))
+        with without_key_copies(self._target):
+            return self._run(self._target, self._inputs(tokens, mask, positions))
 
     def is_first(self, tree: DraftTree) -> bool:
         """Whether the coming forward, the first over a tree of this size, takes longer than all that follow."""

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache import buffer_length, cached_length, check_cache, window_of
 from .forward import is_compiled
+from .grouped_attention import GROUPED, STOCK
 from .versions import CACHE_KEYWORD
 
 
@@ -205,7 +206,7 @@ def check_model(model: PreTrainedModel) -> None:
         )
     _check_weights(model, name)
     attention = config._attn_implementation
-    if attention not in ("sdpa", "eager"):
+    if attention not in (STOCK, GROUPED, "eager"):
         raise ValueError(
             f"{name} runs with attn_implementation={attention!r}, but a tree needs a mask that only 'sdpa' and "
             "'eager' take. Call `model.set_attn_implementation('sdpa')` first."

@@ -1,0 +1,94 @@
+"""Heads that share keys attend without copies of them, and nothing else changes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.integrations import sdpa_attention
+
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.attention import tree_attention_mask, tree_positions
+from transformers_resps.grouped_attention import GROUPED, grouped_attention, without_key_copies
+from transformers_resps.tree import DraftTree
+from transformers_resps.versions import CACHE_KEYWORD
+
+
+def tree_logits(target: PreTrainedModel, batch_size: int) -> Tensor:
+    """Of a tree of five nodes behind seventy positions: more than one block of PyTorch's kernel."""
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.randint(3, 64, (batch_size, 70), generator=generator)
+    parents = torch.tensor([[0, 0, 0, 1, 2]]).expand(batch_size, -1)
+    tree = DraftTree.from_parents(torch.randint(3, 64, (batch_size, 5), generator=generator), parents)
+    cache: Any = DynamicCache(config=target.config)
+    target(input_ids=prompt, use_cache=True, **{CACHE_KEYWORD: cache})
+    mask = tree_attention_mask(target.config, cache, None, tree, target.dtype)
+    positions = tree_positions(tree, torch.full((batch_size,), 70))
+    return target(  # type: ignore[no-any-return]
+        input_ids=tree.tokens, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE_KEYWORD: cache}
+    ).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
+def test_the_logits_of_a_tree_are_the_same_to_the_last_bit(
+    make_target: Callable[..., PreTrainedModel], model_type: str, dtype: torch.dtype, batch_size: int
+) -> None:
+    target = make_target(model_type).to(dtype)
+    stock = tree_logits(target, batch_size)
+    with without_key_copies(target):
+        assert torch.equal(tree_logits(target, batch_size), stock)
+
+
+def test_a_tree_is_verified_without_a_copy_of_the_keys(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(*_: object) -> None:
+        raise AssertionError("keys were copied")
+
+    target: Any = attach(tiny_target)
+    policy = FixedPolicy(TreeShape(6, 2, 3))
+    expected = target.generate(**prompt, max_new_tokens=12, do_sample=False)
+    one_row = {name: value[:1] for name, value in prompt.items()}
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", copy)
+    found = target.generate(**one_row, assistant_model=tiny_head, policy=policy, max_new_tokens=12, do_sample=False)
+    assert torch.equal(found, expected[:1])
+
+
+def test_the_target_keeps_its_own_attention(tiny_target: PreTrainedModel) -> None:
+    with pytest.raises(ZeroDivisionError), without_key_copies(tiny_target):
+        assert tiny_target.config._attn_implementation == GROUPED
+        raise ZeroDivisionError
+    assert tiny_target.config._attn_implementation == "sdpa"
+    tiny_target.set_attn_implementation("eager")
+    with without_key_copies(tiny_target):
+        assert tiny_target.config._attn_implementation == "eager"
+
+
+def test_a_call_may_begin_while_another_one_attends_so(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, Tensor]
+) -> None:
+    target: Any = attach(tiny_target)
+    plain = target.generate(**prompt, max_new_tokens=8, do_sample=False)
+    with without_key_copies(target):
+        assert torch.equal(target.generate(**prompt, max_new_tokens=8, do_sample=False), plain)
+        found = target.generate(**prompt, assistant_model=tiny_head, max_new_tokens=8, do_sample=False)
+    assert torch.equal(found, plain)
+    assert target.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("option", ["softcap", "position_bias"])
+def test_what_only_stock_attention_understands_is_left_to_it(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "transformers_resps.grouped_attention.sdpa_attention_forward", lambda *_, **options: asked.append(options)
+    )
+    states = torch.zeros(1, 4, 3, 8)
+    grouped_attention(
+        torch.nn.Identity(), states, states[:, :2], states[:, :2], torch.zeros(1, 1, 3, 3), **{option: 1}
+    )
+    assert asked[0][option] == 1
