@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
-BOTTOM = {"versions", "packing", "pieces", "terminal", "tree", "prefix", "cache", "attention", "grouped_attention"}
-BOTTOM |= {"buckets", "static_cache", "features", "forward", "telemetry"}
+BOTTOM = {"versions", "packing", "pieces", "terminal", "tree", "prefix", "cache", "attention"}
+BOTTOM |= {"grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward", "telemetry"}
 PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "probe", "refusals", "request", "lockstep", "generation"}
@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"versions"},
     "attention": {"tree", "cache"},
     "grouped_attention": set(),
+    "roomy_cache": set(),
     "buckets": {"tree"},
     "static_cache": {"cache"},
     "features": {"versions"},

@@ -22,12 +22,13 @@ from transformers import DynamicCache, PreTrainedModel
 from .attention import tree_attention_mask, tree_positions
 from .cache import check_cache
 from .candidate_generator import TreeCandidateGenerator
+from .forward import TargetForward
 from .generation import ReSpSGenerationMixin, attach, detach
 from .head import BoundHead, DraftHead
 from .packing import is_packed
 from .policy import FixedPolicy, RunningCosts
+from .roomy_cache import make_room
 from .tree import DraftTree, TreeShape
-from .versions import CACHE_KEYWORD
 
 
 CONTEXTS = (128, 768)
@@ -185,21 +186,21 @@ def _verify_row(target: PreTrainedModel, context: int, clock: Callable[[], float
     vocabulary = target.config.get_text_config().vocab_size
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     cache.activate_past_recording()
-    options: dict[str, Any] = {"use_cache": True, CACHE_KEYWORD: cache}
-    tokens = torch.arange(context + max(NODES), device=target.device).remainder(vocabulary)[None]
-    target(input_ids=tokens[:, :context], **options)
-    check_cache(cache)
-    cache.crop(0)
-    root = torch.full((1,), context, device=target.device)
+    places = torch.arange(context + max(NODES), device=target.device)[None]
+    tokens, root = places.remainder(vocabulary), places[0, context : context + 1]
 
-    def forward(nodes: int) -> None:
-        tree = DraftTree.from_parents(tokens[:, :nodes], torch.zeros(1, nodes, dtype=torch.long, device=target.device))
+    def verify(forward: TargetForward, nodes: int) -> None:
+        tree = DraftTree.from_parents(tokens[:, :nodes], torch.zeros_like(tokens[:, :nodes]))
         mask = None if nodes == 1 else tree_attention_mask(target.config, cache, None, tree, target.dtype)
-        output = target(input_ids=tree.tokens, attention_mask=mask, position_ids=tree_positions(tree, root), **options)
-        output.logits[0, -1, 0].item()  # wait for the device
-        cache.crop(-nodes)
+        outputs, _ = forward.verify(tree.tokens, mask, tree_positions(tree, root))
+        outputs.logits[0, -1, 0].item()  # wait for the device
+        forward.undo(tree)
 
-    return {nodes: _median(lambda nodes=nodes: forward(nodes), clock) for nodes in NODES}  # type: ignore[misc]
+    with TargetForward(target, None, cache) as forward:
+        forward.read(tokens[:, :context], None, places[:, :context])
+        check_cache(cache)
+        make_room(cache)
+        return {nodes: _median(lambda nodes=nodes: verify(forward, nodes), clock) for nodes in NODES}  # type: ignore[misc]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from .head import BoundHead
 from .lookup import BatchLookup, Match
 from .policy import Observation, Policy, Witness, choose_shape, count_nodes
 from .prefix import Prefix, leading_pads
+from .roomy_cache import make_room, settle
 from .telemetry import SpeculationReport, StepRecord
 from .tree import CandidatePool, DraftTree, TreeShape
 
@@ -103,6 +104,7 @@ class TreeDecoding:
             self._prefix.extend([end - start] * len(prompt))
             features.append(caught)
         check_cache(self.cache)
+        make_room(self.cache)
         _wait_for(outputs.logits)
         verified = self._clock()
         tree = DraftTree.root_only(prompt[:, -1])
@@ -147,6 +149,7 @@ class TreeDecoding:
     def close(self) -> None:
         """Leave in the cache what was kept and nothing else, also where a step was cut short: the caller may go on."""
         drop_surplus(self.cache, self._prefix.length)
+        settle(self.cache)
 
     def _observe(self) -> Observation:
         features = None if self._generator is None else self._generator.newest_features

@@ -1,0 +1,89 @@
+"""A layer that grows in place holds what a stock one holds, whatever is done to both."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.roomy_cache import RoomyLayer, make_room, settle
+from transformers_resps.versions import CACHE_KEYWORD
+
+
+def filled(count: int = 5) -> DynamicCache:
+    cache = DynamicCache()
+    generator = torch.Generator().manual_seed(0)
+    cache.update(*torch.randn(2, 3, 2, count, 4, generator=generator), 0)
+    return cache
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_it_holds_what_a_stock_layer_holds(seed: int) -> None:
+    chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    stock, roomy = filled(), filled()
+    make_room(roomy)
+    for _ in range(60):
+        layer: Any = stock.layers[0]
+        rows, length = layer.keys.shape[0], layer.get_seq_length()
+        what = chance.choice(["update", "update", "crop", "select", "write"])
+        if what == "update":
+            states = torch.randn(2, rows, 2, chance.choice([1, 7, 200]), 4, generator=generator)
+            for found, expected in zip(roomy.update(*states, 0), stock.update(*states, 0), strict=True):
+                assert torch.equal(found, expected)
+        for cache in (stock, roomy):
+            if what == "crop" and length > 3:
+                cache.crop(-2)
+            if what == "select" and rows > 1:
+                cache.batch_select_indices(torch.arange(rows - 1, 0, -1))
+            if what == "write":
+                cache.layers[0].keys[:, :, -1:] = 1.5
+        assert torch.equal(roomy.layers[0].keys, stock.layers[0].keys)
+        assert torch.equal(roomy.layers[0].values, stock.layers[0].values)
+        assert roomy.get_seq_length() == stock.get_seq_length()
+
+
+def test_the_past_is_copied_once_in_256_positions() -> None:
+    cache = filled()
+    make_room(cache)
+    places = set()
+    for _ in range(500):
+        cache.update(*torch.zeros(2, 3, 2, 2, 4), 0)
+        places.add(cache.layers[0].keys.data_ptr())
+        cache.crop(-1)
+    assert len(places) <= 3
+
+
+def test_only_filled_layers_with_full_attention_change_and_all_become_stock_again() -> None:
+    cache = filled()
+    cache.layers += [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)]
+    kinds = [type(layer) for layer in cache.layers]
+    make_room(cache)
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer, *kinds[1:]]
+    cache.update(*torch.zeros(2, 3, 2, 2, 4), 0)
+    settle(cache)
+    assert [type(layer) for layer in cache.layers] == kinds
+    assert set(vars(cache.layers[0])) == set(vars(filled().layers[0]))
+
+
+def test_a_call_hands_back_stock_layers_also_when_it_fails(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, Tensor]
+) -> None:
+    class Failing(FixedPolicy):
+        def observe(self, record: object) -> None:
+            raise ZeroDivisionError
+
+    target: Any = attach(tiny_target)
+    one_row = {name: value[:1] for name, value in prompt.items()}
+    for policy, error in ((FixedPolicy(TreeShape(5, 2, 2)), None), (Failing(TreeShape(5, 2, 2)), ZeroDivisionError)):
+        cache: Any = DynamicCache(config=target.config)
+        options: Any = {"assistant_model": tiny_head, "policy": policy, CACHE_KEYWORD: cache, "max_new_tokens": 9}
+        if error is None:
+            target.generate(**one_row, **options)
+        else:
+            with pytest.raises(error):
+                target.generate(**one_row, **options)
+        assert {type(layer) for layer in cache.layers} == {DynamicLayer}
