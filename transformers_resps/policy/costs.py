@@ -4,17 +4,23 @@ import bisect
 
 
 _HIGHER, _LOWER = 0.15, 0.5  # weight of a newest measurement above or below the mean: first times and hiccups are high
-_OUTDATED = 0.8  # of what fewer nodes took: so much less shows that their measurements no longer hold
+# Of what a smaller tree, or a plain step, took: so much less shows that those measurements no longer hold.
+_OUTDATED, _OUTDATED_PLAIN = 0.8, 0.6
 _GUESSED_SLOPE = 0.04  # of a plain step, per further node, before anything was measured: most machines are near it
 _ROUNDING = 1e-9  # seconds
 
 
 class RunningCosts:
-    """Exponential means of measured seconds, interpolated between the node counts that were seen."""
+    """Exponential means of measured seconds, interpolated between the node counts that were seen.
+
+    A larger tree is never cheaper than a smaller one, but a plain step may be dearer than a small tree: without a mask
+    attention takes another way, which is the slower one on processors when the text is long (SmolLM2 behind 768
+    positions: 47 ms, and 39 over four nodes).
+    """
 
     def __init__(self) -> None:
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
-        self._counts: list[int] = []  # the keys, ascending
+        self._trees: list[int] = []  # the keys above 1, ascending
         self._draft: dict[int, float] = {}  # levels asked for -> seconds of drafting
         self._asked: dict[int, float] = {}  # what `verify` answered since the last measurement
         self._rest = 0.0  # seconds of everything else in a step
@@ -33,13 +39,15 @@ class RunningCosts:
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
             return
         rest = max(rest, 0.0)
-        if nodes not in self._verify:
-            bisect.insort(self._counts, nodes)
+        if nodes not in self._verify and nodes > 1:
+            bisect.insort(self._trees, nodes)
         self._asked.clear()
-        self._verify[nodes] = _mean(self._verify.get(nodes), verify_seconds)
-        if self._verify[nodes] < _OUTDATED * self.verify(nodes):
-            for fewer in self._counts[: self._counts.index(nodes)]:
-                self._verify[fewer] = min(self._verify[fewer], self._verify[nodes])
+        self._verify[nodes] = seconds = _mean(self._verify.get(nodes), verify_seconds)
+        if nodes > 1 and seconds < _OUTDATED_PLAIN * self._verify.get(1, 0.0):
+            self._verify[1] = seconds
+        if seconds < _OUTDATED * self.verify(nodes):
+            for fewer in self._trees[: self._trees.index(nodes)]:
+                self._verify[fewer] = min(self._verify[fewer], seconds)
             self._asked.clear()
         if levels:
             self._draft[levels] = _mean(self._draft.get(levels), draft_seconds)
@@ -63,28 +71,33 @@ class RunningCosts:
         return bool(self._draft)
 
     def verify(self, nodes: int) -> float:
-        """Seconds of a forward over `nodes`, never less than over fewer."""
+        """Seconds of a forward over `nodes`; of trees never less than over fewer nodes."""
         known = self._asked.get(nodes)
         if known is None:
             known = self._asked[nodes] = self._interpolated(nodes)
         return known
 
     def _interpolated(self, nodes: int) -> float:
+        plain = self._verify.get(1)
+        if nodes == 1 and plain is not None:
+            return plain
         if nodes in self._verify:
-            return max(self._verify[count] for count in self._counts if count <= nodes)
-        place = bisect.bisect_left(self._counts, nodes)
-        if place == 0:
-            return self._verify[self._counts[0]] if self._counts else 0.0
-        low = self._counts[place - 1]
-        if place == len(self._counts):
-            return self.verify(low) + (nodes - low) * self._slope()
-        high = self._counts[place]
-        share = (nodes - low) / (high - low)
-        return self.verify(low) + share * max(self.verify(high) - self.verify(low), 0.0)
+            return max(self._verify[count] for count in self._trees if count <= nodes)
+        place = bisect.bisect_left(self._trees, nodes)
+        low = self._trees[place - 1] if place else 1
+        if place == len(self._trees):
+            return (self.verify(low) if self._verify else 0.0) + (nodes - low) * self._slope()
+        high = self._trees[place]
+        more = self.verify(high)
+        less = self.verify(low) if place else min(more if plain is None else plain, more)
+        return less + (nodes - low) / (high - low) * (more - less)
 
     def _slope(self) -> float:
         """Seconds per node beyond the largest tree that was measured."""
-        low, high = self._counts[0], self._counts[-1]
+        known = self._trees if len(self._trees) > 1 else sorted(self._verify)
+        if not known:
+            return 0.0
+        low, high = known[0], known[-1]
         if high - low < 4:
             return _GUESSED_SLOPE * self._verify[low]
         return max(self._verify[high] - self._verify[low], 0.0) / (high - low)
