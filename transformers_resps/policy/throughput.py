@@ -74,7 +74,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def rate(self) -> float:
-        """Lambda: tokens per second so far, no less than plain steps give and no more than `_MOST_RATE` of that."""
+        """Lambda: tokens per second so far, no less than plain steps give and no more than twice that."""
         plain = self.costs.step(1, 0)
         rate = self._emitted / self._seconds if self._seconds > 0 else 0.0
         return min(max(rate, 1.0 / plain), _MOST_RATE / plain) if plain > 0 else rate
