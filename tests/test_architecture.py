@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": set(),
     "tree": set(),
     "prefix": set(),
-    "cache": {"versions"},
+    "cache": {"versions", "roomy_cache"},
     "attention": {"tree", "cache"},
     "grouped_attention": set(),
     "roomy_cache": set(),

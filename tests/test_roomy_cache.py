@@ -10,39 +10,51 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.roomy_cache import RoomyLayer, make_room, settle
+from transformers_resps.cache import keep_nodes
+from transformers_resps.roomy_cache import RoomyLayer, entries_of, make_room, settle
 from transformers_resps.versions import CACHE_KEYWORD
 
 
-def filled(count: int = 5) -> DynamicCache:
+def filled(count: int = 5, layers: int = 1) -> DynamicCache:
     cache = DynamicCache()
     generator = torch.Generator().manual_seed(0)
-    cache.update(*torch.randn(2, 3, 2, count, 4, generator=generator), 0)
+    for index in range(layers):
+        cache.update(*torch.randn(2, 3, 2, count, 4, generator=generator), index)
     return cache
+
+
+def change(cache: DynamicCache, what: str, path: Tensor) -> None:
+    if what == "crop":
+        cache.crop(-2)
+    if what == "select" and len(path) > 1:
+        cache.batch_select_indices(torch.arange(len(path) - 1, 0, -1))
+    if what == "write":
+        cache.layers[0].keys[:, :, -1:] = 1.5
+    if what == "keep":
+        keep_nodes(cache, path, 5)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_it_holds_what_a_stock_layer_holds(seed: int) -> None:
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    stock, roomy = filled(), filled()
+    stock, roomy = filled(layers=11), filled(layers=11)
     make_room(roomy)
     for _ in range(60):
         layer: Any = stock.layers[0]
         rows, length = layer.keys.shape[0], layer.get_seq_length()
-        what = chance.choice(["update", "update", "crop", "select", "write"])
+        what = chance.choice(["update", "update", "crop", "select", "write", "keep"])
         if what == "update":
-            states = torch.randn(2, rows, 2, chance.choice([1, 7, 200]), 4, generator=generator)
-            for found, expected in zip(roomy.update(*states, 0), stock.update(*states, 0), strict=True):
-                assert torch.equal(found, expected)
+            count = chance.choice([1, 7, 200, 700])
+            for index in range(11):
+                states = torch.randn(2, rows, 2, count, 4, generator=generator)
+                for found, expected in zip(roomy.update(*states, index), stock.update(*states, index), strict=True):
+                    assert torch.equal(found, expected)
+        path = torch.tensor([[0, *sorted(chance.sample(range(1, 5), 2))] for _ in range(rows)])
         for cache in (stock, roomy):
-            if what == "crop" and length > 3:
-                cache.crop(-2)
-            if what == "select" and rows > 1:
-                cache.batch_select_indices(torch.arange(rows - 1, 0, -1))
-            if what == "write":
-                cache.layers[0].keys[:, :, -1:] = 1.5
-        assert torch.equal(roomy.layers[0].keys, stock.layers[0].keys)
-        assert torch.equal(roomy.layers[0].values, stock.layers[0].values)
+            if what != "update" and length > 5:
+                change(cache, what, path)
+        for found, expected in zip(roomy.layers, stock.layers, strict=True):
+            assert torch.equal(found.keys, expected.keys) and torch.equal(found.values, expected.values)
         assert roomy.get_seq_length() == stock.get_seq_length()
 
 
@@ -55,6 +67,18 @@ def test_the_past_is_copied_once_in_256_positions() -> None:
         places.add(cache.layers[0].keys.data_ptr())
         cache.crop(-1)
     assert len(places) <= 3
+
+
+def test_few_tensors_hold_the_entries_of_all_layers_also_after_they_moved() -> None:
+    cache = filled(layers=11)
+    cache.layers[3].values = cache.layers[3].values[..., :2]  # as where values have fewer numbers than keys
+    make_room(cache)
+    assert [len(part) for part in entries_of(cache)] == [8, 8, 1, 1, 2, 2]
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    assert [part.shape[:2] for part in entries_of(cache)] == [(1, 2)] * 22
+    for index in range(11):
+        cache.update(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 2 if index == 3 else 4), index)
+    assert [len(part) for part in entries_of(cache)] == [8, 8, 1, 1, 2, 2]
 
 
 def test_only_filled_layers_with_full_attention_change_and_all_become_stock_again() -> None:

@@ -166,12 +166,12 @@ def walk(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
         text: gains the picks.
     """
     rows = torch.arange(len(logits), device=logits.device)
-    nodes = torch.zeros_like(rows)
+    nodes, flat, starts = torch.zeros_like(rows), logits.flatten(0, 1), rows * logits.shape[1]
     path, picks, emitted = [], [], torch.zeros_like(text.unfinished)
     while True:
         path.append(nodes)
         emitted = emitted + text.unfinished
-        tokens = text.commit(logits[rows, nodes]).to(rows.device)
+        tokens = text.commit(flat.index_select(0, starts + nodes)).to(rows.device)
         picks.append(tokens)
         if text.finished or tree.node_count == 1:
             break

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
+from .roomy_cache import entries_of
+
 
 # By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
 _TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticWindowLayer", "DummyLayer")
@@ -120,9 +122,8 @@ def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
     in_place = torch.arange(kept, device=path.device)
     if 1 < kept < node_count and not bool((path == in_place).all()):  # asking waits for the device
         end = None if buffer_length(cache) is None else cached_length(cache)
-        for layer in cache.layers:
-            for states in _states(layer) or ():
-                _move_forward(states, path, (states.shape[-2] if end is None else end) - node_count)
+        for states in entries_of(cache):
+            _move_forward(states, path, (states.shape[-2] if end is None else end) - node_count)
     forget_newest(cache, node_count - kept)
 
 
@@ -191,10 +192,10 @@ def _along_positions(positions: Tensor, states: Tensor) -> Tensor:
 
 
 def _move_forward(states: Tensor, path: Tensor, start: int) -> None:
-    """Gather the path's entries of `[b, heads, s, hd]` to the front of the tree, which begins at slot `start`."""
-    path = path.to(states.device)
+    """Gather the path's entries of `[layers, b, heads, s, hd]` to the front of the tree, from slot `start` on."""
+    slots = path.to(states.device) + start
     if len(path) == 1:
-        kept = states.index_select(2, path[0] + start)
+        kept = states.index_select(3, slots[0])
     else:
-        kept = states.gather(2, _along_positions(path + start, states))
-    states[:, :, start : start + path.shape[1]] = kept
+        kept = states.gather(3, _along_positions(slots, states[0]).expand_as(states[..., : path.shape[1], :]))
+    states[..., start : start + path.shape[1], :] = kept

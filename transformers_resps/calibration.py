@@ -27,7 +27,7 @@ from .generation import ReSpSGenerationMixin, attach, detach
 from .head import BoundHead, DraftHead
 from .packing import is_packed
 from .policy import FixedPolicy, RunningCosts
-from .roomy_cache import make_room
+from .roomy_cache import make_room, settle
 from .tree import DraftTree, TreeShape
 
 
@@ -200,7 +200,9 @@ def _verify_row(target: PreTrainedModel, context: int, clock: Callable[[], float
         forward.read(tokens[:, :context], None, places[:, :context])
         check_cache(cache)
         make_room(cache)
-        return {nodes: _median(lambda nodes=nodes: verify(forward, nodes), clock) for nodes in NODES}  # type: ignore[misc]
+        row = {nodes: _median(lambda nodes=nodes: verify(forward, nodes), clock) for nodes in NODES}  # type: ignore[misc]
+        settle(cache)
+        return row
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
 """Full-attention layers of a cache with room behind their entries: a forward writes there, and copies no past.
 
 Transformers' `DynamicLayer` makes new tensors of all its entries at every forward, for nodes that are mostly forgotten
-again. Knows Transformers' cache layers; nothing of trees.
+again. Several layers share a tensor, so that the nodes to keep move in all of them at once. Knows Transformers' cache
+layers; nothing of trees.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 _ROOM = 256  # positions added when there is none left
+_SHARING = 8  # layers of one tensor: more would move faster, but while they grow, all their past is there twice
 
 
 class RoomyLayer(DynamicLayer):
@@ -19,53 +23,127 @@ class RoomyLayer(DynamicLayer):
     tensors, need not know.
     """
 
-    _buffers: tuple[Tensor, Tensor] | None = None
+    _room: "Room"
+    _place: int  # in the room
+    _front: Tensor | None  # the keys as they were last seen in the room
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `[b, kv heads, t, hd]` entries; returns all keys and all values."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        keys, values = self._with_room(end)
+        if not self.is_in_room or self._room.size < end:
+            self._room.move_out(end)
+        keys, values = self._room.keys[self._place], self._room.values[self._place]
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        self.show(end)
+        assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
-    def _with_room(self, length: int) -> tuple[Tensor, Tensor]:
-        """Tensors that begin with the present entries and have room for `length`."""
-        assert self.keys is not None and self.values is not None  # see `make_room`
-        kept = self._buffers
-        if kept is None or kept[0].shape[-2] < length or not _begin(kept, (self.keys, self.values)):
-            kept = self._buffers = _widened(self.keys, length + _ROOM), _widened(self.values, length + _ROOM)
-        return kept
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` positions."""
+        in_room = self.is_in_room
+        super().crop(tokens_to_remove)
+        if in_room:
+            self._front = self.keys
+
+    @property
+    def is_in_room(self) -> bool:
+        """Whether the entries still are those in the room, not others that somebody put in their place."""
+        return self.keys is self._front
+
+    def show(self, length: int) -> None:
+        """Hold the first `length` entries of the room."""
+        self.keys = self._front = self._room.keys[self._place, :, :, :length]
+        self.values = self._room.values[self._place, :, :, :length]
+
+
+class Room:
+    """Entries of several layers with space behind them.
+
+    Args:
+        layers: filled, with entries of the same sizes, lengths apart; they move in.
+        size: positions.
+
+    Attributes:
+        keys: `[layers, b, kv heads, s, hd]`.
+        values: like `keys`; `hd` may differ.
+    """
+
+    def __init__(self, layers: list[Any], size: int) -> None:
+        self._layers = layers
+        self.size = size
+        self.keys = _wide([layer.keys for layer in layers], size)
+        self.values = _wide([layer.values for layer in layers], size)
+        for place, layer in enumerate(layers):
+            layer.__class__ = RoomyLayer
+            layer._room, layer._place = self, place
+            layer.show(layer.get_seq_length())
+
+    def move_out(self, length: int) -> None:
+        """All layers go on to rooms for `length` positions and more, together where they still can."""
+        _furnish(self._layers, length)
+
+    def entries(self) -> list[Tensor] | None:
+        """All entries, `[layers, b, kv heads, s, hd]`; `None` where some are elsewhere, or longer than others."""
+        lengths = {layer.get_seq_length() if layer.is_in_room else None for layer in self._layers}
+        if len(lengths) > 1 or None in lengths:
+            return None
+        (length,) = lengths
+        return [self.keys[..., :length, :], self.values[..., :length, :]]
 
 
 def make_room(cache: Cache) -> None:
     """Let the layers of a filled cache that attend to everything grow in place."""
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer and layer.get_seq_length():
-            layer.__class__ = RoomyLayer
+    _furnish([layer for layer in cache.layers if type(layer) is DynamicLayer and layer.get_seq_length()], 0)
 
 
 def settle(cache: Cache) -> None:
     """Make stock layers of them again: the caller may go on with the cache."""
     for layer in cache.layers:
         if type(layer) is RoomyLayer:
-            vars(layer).pop("_buffers", None)
+            for name in ("_room", "_place", "_front"):
+                delattr(layer, name)
             layer.__class__ = DynamicLayer  # type: ignore[assignment]  # its own class
 
 
-def _begin(buffers: tuple[Tensor, Tensor], states: tuple[Tensor, Tensor]) -> bool:
-    """Whether `states` are the fronts of `buffers`, not copies that somebody made of them."""
-    return all(
-        whole.data_ptr() == front.data_ptr()
-        and whole.shape[:2] == front.shape[:2]
-        and whole.stride() == front.stride()
-        for whole, front in zip(buffers, states, strict=True)
-    )
+def entries_of(cache: Cache) -> Iterator[Tensor]:
+    """Every entry of a filled cache once, as few tensors `[layers, b, kv heads, s, hd]` as hold them. Writing to them
+    changes the cache.
+    """
+    rooms: dict[int, list[Tensor] | None] = {}
+    for layer in cache.layers:
+        room = layer._room if isinstance(layer, RoomyLayer) else None
+        if room is not None and id(room) not in rooms:
+            rooms[id(room)] = room.entries()
+            yield from rooms[id(room)] or ()
+        if room is None or rooms[id(room)] is None:
+            yield from _own_entries(layer)
 
 
-def _widened(states: Tensor, length: int) -> Tensor:
-    buffer = states.new_empty(*states.shape[:2], length, states.shape[-1])
-    buffer[:, :, : states.shape[-2]] = states
+def _own_entries(layer: Any) -> Iterator[Tensor]:
+    """Keys and values `[1, b, kv heads, s, hd]`; a layer may hold none."""
+    for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+        if part is not None and part.numel():
+            yield part[None]
+
+
+def _furnish(layers: list[Any], length: int) -> None:
+    """Give layers rooms for `length` positions and more, in their order; in one room all entries are of one kind."""
+    alike = defaultdict(list)
+    for layer in layers:
+        kinds = [(part.shape[:2], part.shape[-1], part.dtype, part.device) for part in (layer.keys, layer.values)]
+        alike[tuple(kinds)].append(layer)
+    for found in alike.values():
+        for start in range(0, len(found), _SHARING):
+            sharing = found[start : start + _SHARING]
+            Room(sharing, max(length, *(layer.get_seq_length() for layer in sharing)) + _ROOM)
+
+
+def _wide(states: list[Tensor], length: int) -> Tensor:
+    """Copies of `states`, each `[b, kv heads, s, hd]`, at the front of `[layers, b, kv heads, length, hd]`."""
+    first = states[0]
+    buffer = first.new_empty(len(states), *first.shape[:2], length, first.shape[-1])
+    for row, part in zip(buffer, states, strict=True):
+        row[:, :, : part.shape[-2]] = part
     return buffer
