@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": {"tree", "pieces", "terminal"},
     "acceptance": {"tree"},
     "batch": {"tree", "acceptance"},
-    "head": {"tree", "packing", "hub"},
+    "head": {"tree", "packing", "hub", "grouped_attention"},
     "lookup": {"tree"},
     "policy": {"tree", "telemetry", "hub"},
     "candidate_generator": BOTTOM | PARTS,

@@ -73,12 +73,12 @@ def test_few_tensors_hold_the_entries_of_all_layers_also_after_they_moved() -> N
     cache = filled(layers=11)
     cache.layers[3].values = cache.layers[3].values[..., :2]  # as where values have fewer numbers than keys
     make_room(cache)
-    assert [len(part) for part in entries_of(cache)] == [8, 8, 1, 1, 2, 2]
+    assert [len(part) for part in entries_of(cache.layers)] == [8, 8, 1, 1, 2, 2]
     cache.batch_select_indices(torch.tensor([0, 2]))
-    assert [part.shape[:2] for part in entries_of(cache)] == [(1, 2)] * 22
+    assert [part.shape[:2] for part in entries_of(cache.layers)] == [(1, 2)] * 22
     for index in range(11):
         cache.update(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 2 if index == 3 else 4), index)
-    assert [len(part) for part in entries_of(cache)] == [8, 8, 1, 1, 2, 2]
+    assert [len(part) for part in entries_of(cache.layers)] == [8, 8, 1, 1, 2, 2]
 
 
 def test_only_filled_layers_with_full_attention_change_and_all_become_stock_again() -> None:

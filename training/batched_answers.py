@@ -7,11 +7,11 @@ leave the batch. Knows models and tokens; nothing of texts or files.
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from transformers_resps.grouped_attention import attend
 from transformers_resps.versions import CACHE_KEYWORD
 
 
@@ -106,22 +106,8 @@ def grouped_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA for one query per row: heads that share keys become the queries of one head, so no key is copied.
-
-    Args:
-        module: the layer; not read.
-        query: `[b, heads, 1, hd]`.
-        key: `[b, kv heads, t, hd]`.
-        value: like `key`.
-        attention_mask: `[b or 1, 1, 1, t]`, or `None`.
-        scaling: of the scores.
-
-    Returns:
-        `[b, 1, heads, hd]`, and nothing for the weights.
-    """
-    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-    attended = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return attended.reshape(len(query), 1, -1, value.shape[-1]), None
+    """`attend` under the name and with the arguments that Transformers' models ask for: `[b, 1, heads, hd]`."""
+    return attend(query, key, value, attention_mask, scaling=scaling).transpose(1, 2), None
 
 
 def decoding_attention(model: Any) -> str:

@@ -122,7 +122,7 @@ def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
     in_place = torch.arange(kept, device=path.device)
     if 1 < kept < node_count and not bool((path == in_place).all()):  # asking waits for the device
         end = None if buffer_length(cache) is None else cached_length(cache)
-        for states in entries_of(cache):
+        for states in entries_of(cache.layers):
             _move_forward(states, path, (states.shape[-2] if end is None else end) - node_count)
     forget_newest(cache, node_count - kept)
 
@@ -144,18 +144,16 @@ def place_nodes(cache: Cache, path: Tensor, node_count: int, slots: Tensor, leng
     counts = slots[:, -1] + 1 - slots[:, 0]
     rows = torch.arange(len(path), device=path.device)[:, None]
     layers: list[Any] = cache.layers
+    full = [layer for index, layer in enumerate(layers) if window_of(cache, index) is None]
+    for part in entries_of(full):  # whole entries, a sixth of what `gather` and `scatter_` take for single numbers
+        part[:, rows, :, slots] = part[:, rows, :, path + (part.shape[-2] - node_count)]
     for index, layer in enumerate(layers):
         states, window = _states(layer), window_of(cache, index)
-        if states is None:
-            continue
-        if window is None:
-            for part in states:  # whole entries, a sixth of what `gather` and `scatter_` take for single numbers
-                part[rows, :, slots] = part[rows, :, path + (part.shape[-2] - node_count)]
-            layer.crop(-surplus)
-        else:
+        if states is not None and window is not None:
             most = min(length, window - 1)
-            newest = [_newest(part, path, node_count, counts, most) for part in states]
-            _replace(layer, newest, length)
+            _replace(layer, [_newest(part, path, node_count, counts, most) for part in states], length)
+        elif states is not None:
+            layer.crop(-surplus)
 
 
 def keep_rows(cache: Cache, rows: list[int], length: int) -> None:

@@ -6,7 +6,7 @@ layers; nothing of trees.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -107,12 +107,12 @@ def settle(cache: Cache) -> None:
             layer.__class__ = DynamicLayer  # type: ignore[assignment]  # its own class
 
 
-def entries_of(cache: Cache) -> Iterator[Tensor]:
-    """Every entry of a filled cache once, as few tensors `[layers, b, kv heads, s, hd]` as hold them. Writing to them
-    changes the cache.
+def entries_of(layers: Iterable[Any]) -> Iterator[Tensor]:
+    """Every entry of filled layers once, as few tensors `[layers, b, kv heads, s, hd]` as hold them. Writing to them
+    changes the layers.
     """
     rooms: dict[int, list[Tensor] | None] = {}
-    for layer in cache.layers:
+    for layer in layers:
         room = layer._room if isinstance(layer, RoomyLayer) else None
         if room is not None and id(room) not in rooms:
             rooms[id(room)] = room.entries()

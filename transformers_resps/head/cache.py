@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..grouped_attention import attend
 from .configuration import DraftHeadConfig
 from .layer import Attend
 
@@ -23,7 +24,6 @@ class HeadCache:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, _GROWTH, config.head_dim)
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
-        self._grouped = config.num_key_value_heads != config.num_attention_heads
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions, keeping what is there."""
@@ -66,14 +66,11 @@ class HeadCache:
     def _attended(
         self, layer: int, queries: Tensor, end: int, mask: Tensor | None, *, is_causal: bool = False
     ) -> Tensor:
-        return F.scaled_dot_product_attention(
-            queries,
-            self._keys[layer, :, :, :end],
-            self._values[layer, :, :, :end],
-            attn_mask=mask if mask is None else mask[:, :, -queries.shape[2] :],
-            is_causal=is_causal,
-            enable_gqa=self._grouped,
-        )
+        keys, values = self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
+        if is_causal:
+            grouped = keys.shape[1] != queries.shape[1]
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+        return attend(queries, keys, values, mask if mask is None else mask[:, :, -queries.shape[2] :])
 
     def keep_rows(self, rows: list[int]) -> None:
         """Forget all rows but these."""
