@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).parent.parent / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
-BOTTOM = {"versions", "packing", "pieces", "terminal", "tree", "prefix", "cache", "attention"}
+BOTTOM = {"versions", "machine", "packing", "pieces", "terminal", "tree", "prefix", "cache", "attention"}
 BOTTOM |= {"grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward", "telemetry"}
 PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "probe", "refusals", "request", "lockstep", "generation"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
+    "machine": set(),
     "packing": set(),
     "pieces": set(),
     "terminal": set(),

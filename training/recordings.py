@@ -1,6 +1,6 @@
 r"""Answer prompts with a target and record what its drafters would have proposed, once for all studies.
 
-    python training/recordings.py --target work/smollm2 --head model_cards/smollm2-135m-instruct-head \\
+    python training/recordings.py --target work/smollm2 --head model_cards/smollm2-135m-instruct-head \
         --evaluate eval/mt_bench.jsonl eval/gsm8k.jsonl --fit sharegpt.json gsm8k_train.jsonl --output work/recordings
 
 Resumable: a recording that is there is not made again. Records of evaluation prompts lie in `evaluate/`, of those that

@@ -10,7 +10,6 @@ bandwidth and peak arithmetic of an H100 SXM (NVIDIA's data sheet: 3.35 TB/s; 98
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,11 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from transformers_resps import pack
-from transformers_resps.versions import CACHE_KEYWORD
+from transformers_resps.attention import tree_attention_mask, tree_positions
+from transformers_resps.forward import TargetForward
+from transformers_resps.machine import device_name
+from transformers_resps.roomy_cache import make_room
+from transformers_resps.tree import DraftTree
 
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -90,25 +93,30 @@ COUNTED = (
 
 @torch.inference_mode()
 def forward_seconds(model: Any, nodes: int, context: int, batch: int, repeats: int) -> float:
-    """Median seconds of a forward over `nodes` tokens behind `context` cached positions."""
+    """Median seconds of a forward over a root with `nodes - 1` children behind `context` cached positions."""
     cache = DynamicCache(config=model.config)
     shape = (batch, model.config.num_key_value_heads, context, model.config.head_dim)
     for index in range(model.config.num_hidden_layers):
-        cache.update(torch.randn(shape), torch.randn(shape), index)
+        cache.update(torch.randn(shape, dtype=model.dtype), torch.randn(shape, dtype=model.dtype), index)
+    make_room(cache)
     tokens = torch.randint(model.config.vocab_size, (batch, nodes))
+    tree = DraftTree.from_parents(tokens, torch.zeros_like(tokens))
+    mask = None if nodes == 1 else tree_attention_mask(model.config, cache, None, tree, model.dtype)
+    positions = tree_positions(tree, torch.full((batch,), context))
     seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        model(input_ids=tokens, **{CACHE_KEYWORD: cache}, use_cache=True)
-        seconds.append(time.perf_counter() - started)
-        cache.crop(-nodes)
+    with TargetForward(model, None, cache) as forward:
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            forward.verify(tokens, mask, positions)
+            seconds.append(time.perf_counter() - started)
+            forward.undo(tree)
     return median(seconds[1:])
 
 
-def measure(size: Size, repeats: int, packed: bool) -> list[dict[str, Any]]:
+def measure(size: Size, repeats: int, packed: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Rows of `nodes`, `context`, `batch` and `seconds`; one of the three is varied at a time."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(size.config(), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(size.config(), dtype=dtype).eval()
     if packed:
         pack(model)
     places = [(nodes, 256, 1) for nodes in NODES]
@@ -128,14 +136,12 @@ def measure(size: Size, repeats: int, packed: bool) -> list[dict[str, Any]]:
     ]
 
 
-def facts() -> dict[str, Any]:
+def facts(dtype: str) -> dict[str, Any]:
     """What a figure needs to be believed."""
-    model_names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "processor": model_names[0].split(":")[1].strip() if model_names else platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
-        "dtype": "float32",
+        "dtype": dtype,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -168,11 +174,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", default="bfloat16", help="a torch dtype name")
     parser.add_argument("--show", action="store_true", help="print the tables of a file that is there")
     args = parser.parse_args()
     if not args.show:
-        rows = [row for size in MEASURED for packed in (False, True) for row in measure(size, args.repeats, packed)]
-        args.output.write_text(json.dumps({**facts(), "sizes": [asdict(s) for s in MEASURED], "rows": rows}, indent=1))
+        ways = [(size, packed) for size in MEASURED for packed in (False, True)]
+        dtype = getattr(torch, args.dtype)
+        rows = [row for size, packed in ways for row in measure(size, args.repeats, packed, dtype)]
+        args.output.write_text(
+            json.dumps({**facts(args.dtype), "sizes": [asdict(s) for s in MEASURED], "rows": rows}, indent=1)
+        )
     show(json.loads(args.output.read_text()))
 
 

@@ -9,7 +9,7 @@ Ctrl-C writes one.
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -166,9 +166,10 @@ def make_head(
         vocabulary = vocabulary_of(head, texts)
         print(f"going on from {start}")
     else:
-        size = script.draft_vocab_size or target.vocab_size
+        everything = target.config.get_text_config().vocab_size
+        size = script.draft_vocab_size or everything
         always = {i for i in [tokenizer.eos_token_id, *tokenizer.all_special_ids] if i is not None}
-        vocabulary = choose_draft_vocabulary(texts, target.vocab_size, size, always)
+        vocabulary = choose_draft_vocabulary(texts, everything, size, always)
         ids = vocabulary.token_ids if script.draft_vocab_size else None
         width = {"intermediate_size": script.intermediate_size} if script.intermediate_size else {}
         head = DraftHead.from_target(
@@ -194,7 +195,7 @@ def metrics_of(
     head: DraftHead, evaluation: dict[str, Any], tau_texts: int, train: list[Example], held_out: int
 ) -> dict[str, Any]:
     """What `metrics.json` holds of a head: how good it is."""
-    tree = "/".join(map(str, head.config.default_tree or ()))
+    tree = str(replace(head.default_shape, lookup=0))  # what `simulated_tau` drafts
     return {
         **head_metrics(evaluation, tree, held_out, tau_texts),
         "draft_vocab_size": head.config.draft_rows,

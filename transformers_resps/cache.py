@@ -1,6 +1,6 @@
 """The target's cache: which kinds can hold a tree, and how to keep the accepted nodes.
 
-The only file that touches the inside of Transformers' caches.
+With `roomy_cache` and `static_cache` the only files that touch the inside of Transformers' caches.
 """
 
 from typing import Any
@@ -29,12 +29,12 @@ def check_cache(cache: Cache) -> None:
         if name not in _TREE_LAYERS or not type(layer).__module__.startswith(_HOMES):
             raise ValueError(
                 f"The cache has a `{name}`, but only {', '.join(_TREE_LAYERS[:2])} can keep the accepted nodes of a "
-                "tree. Call `generate` without `cache` and `cache_implementation`, or without a draft head."
+                "tree. Call `generate` without a cache and `cache_implementation`, or without a head or a policy."
             )
     if getattr(cache, "offloading", False):
         raise ValueError(
             "The cache is offloaded, but accepted nodes are moved on the model's device. Call `generate` without "
-            "`cache_implementation='offloaded'`, or without a draft head."
+            "`cache_implementation='offloaded'`, or without a head or a policy."
         )
 
 

@@ -25,6 +25,7 @@ from .candidate_generator import TreeCandidateGenerator
 from .forward import TargetForward
 from .generation import ReSpSGenerationMixin, attach, detach
 from .head import BoundHead, DraftHead
+from .machine import device_name
 from .packing import is_packed
 from .policy import FixedPolicy, RunningCosts
 from .roomy_cache import make_room, settle
@@ -133,10 +134,9 @@ class CostTable:
 
 def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, Any]:
     """Where a measurement holds."""
-    device = target.device
     config = target.config
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(target.device),
         "dtype": str(target.dtype),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -109,7 +109,7 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
     if found != needed:
         raise _refusal(
             f"a cache whose layers have the sliding windows {found} for a target with {needed}",
-            "A tree's mask follows the cache: pass `DynamicCache(config=model.config)`, or no `cache`.",
+            "A tree's mask follows the cache: pass `DynamicCache(config=model.config)`, or no cache.",
         )
 
 
@@ -124,7 +124,10 @@ def check_forward_arguments(model_kwargs: Mapping[str, Any]) -> None:
         raise _refusal(f"the arguments {unknown}", "A tree's forward takes text only: leave them out")
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
-        raise _refusal(f"`position_ids` of {positions.dim()} dimensions", "Trees need one position per token")
+        raise _refusal(
+            f"`position_ids` of {positions.dim()} dimensions",
+            "Trees need one position per token: pass `[b, s]`, or leave it out",
+        )
 
 
 def check_synced(synced_gpus: bool | None) -> None:
@@ -134,7 +137,9 @@ def check_synced(synced_gpus: bool | None) -> None:
         ValueError: says so.
     """
     if synced_gpus:
-        raise _refusal("ZeRO-3 or FSDP over several ranks", "Each rank would take another number of steps")
+        raise _refusal(
+            "ZeRO-3 or FSDP over several ranks", "Each rank would take another number of steps: decode on one rank"
+        )
 
 
 def check_lengths(
@@ -176,8 +181,8 @@ def check_lengths(
 
 def _refusal(came: str, way_out: str) -> ValueError:
     return ValueError(
-        f"Got {came} together with a draft head, but draft trees cannot honour that. {way_out.rstrip('.')}; "
-        "or call `generate` without the head."
+        f"Got {came} together with a draft head or a policy, but draft trees cannot honour that. "
+        f"{way_out.rstrip('.')}; or call `generate` without either."
     )
 
 
@@ -192,7 +197,7 @@ def check_model(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{name} is an encoder-decoder, but draft trees are verified by decoder-only models. "
-            "Call `generate` without the head."
+            "Call `generate` without the head or the policy."
         )
     wrapper = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
     if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
@@ -202,8 +207,8 @@ def check_model(model: PreTrainedModel) -> None:
     reason = _architecture_reason(model)
     if reason is not None:
         raise ValueError(
-            f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without the head, "
-            "or use `prompt_lookup_num_tokens` where this model supports it."
+            f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without the head or "
+            "the policy, or use `prompt_lookup_num_tokens` where this model supports it."
         )
     _check_weights(model, name)
     attention = config._attn_implementation
@@ -229,7 +234,7 @@ def _check_weights(model: PreTrainedModel, name: str) -> None:
                 f"{name} has the layer `{_path(model, module)}` of {type(module).__module__}, which rounds "
                 "activations to few bits: the last bit of a sum, or another node, moves them by a whole step, and "
                 "trees would change the text. Quantize only the weights, for example with torchao's "
-                "`Int8WeightOnlyConfig`, or call `generate` without the head."
+                "`Int8WeightOnlyConfig`, or call `generate` without the head or the policy."
             )
 
 

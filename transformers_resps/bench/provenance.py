@@ -19,6 +19,7 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from ..hub import RepositoryFiles
+from ..machine import device_name
 
 
 PACKAGE = Path(__file__).parent.parent
@@ -36,9 +37,8 @@ def command_line() -> list[str]:
 
 def machine(model: Any) -> dict[str, Any]:
     """Device, dtype, threads and versions."""
-    on_gpu = model.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(model.device) if on_gpu else _processor(),
+        "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -141,13 +141,3 @@ def _git(*arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return found.stdout.strip() if found.returncode == 0 else None
-
-
-def _processor() -> str:
-    """The model name of the processor, as Linux tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

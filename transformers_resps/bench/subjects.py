@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..generation import attach
 from ..head import DraftHead, policy_identity
 from ..packing import is_packed, pack
-from ..policy import AutoPolicy, Policy, ReSpSPolicy
+from ..policy import AutoPolicy, Policy
 from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from ..trainers.weights import parameter_fingerprint
 from .methods import policy_name
@@ -112,9 +112,9 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
     found: dict[str, Policy | str] = {}
     for source in names:
         policy: Policy | str = source if source == "auto" else AutoPolicy.from_pretrained(source)
-        if isinstance(policy, ReSpSPolicy):
-            identity = policy_identity(target, head)
-            policy.check_identity(target=identity["target"], head=identity["head"])
+        check_identity = getattr(policy, "check_identity", None)
+        if check_identity is not None:
+            check_identity(**policy_identity(target, head))
         name = policy_name(source, policy)
         if name in found:
             raise ValueError(

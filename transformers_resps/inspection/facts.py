@@ -1,6 +1,5 @@
 """What a page says about models and machine. Names only, never where files lie: pages are shared."""
 
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..head import DraftHead
+from ..machine import device_name
 from ..policy import Policy
 
 
@@ -22,14 +22,14 @@ def facts_of(model: PreTrainedModel, head: DraftHead | None, policy: Policy, dec
         policy: of the call.
         decoding: how tokens were picked, in words.
     """
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _processor()
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
     return {
         "target": _name(model),
         **({} if head is None else {"head": _name(head)}),
         "policy": str(policy),
         "decoding": decoding,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device,
+        "device": device_name(model.device) + threads,
         "versions": f"transformers-resps {version('transformers-resps')}, transformers {transformers.__version__}, "
         f"torch {torch.__version__}",
     }
@@ -39,7 +39,3 @@ def _name(model: Any) -> str:
     """The Hub id, or the last part of a local path."""
     name = str(model.config.name_or_path or type(model).__name__)
     return Path(name).resolve().name if Path(name).exists() else name
-
-
-def _processor() -> str:
-    return f"{platform.machine()} processor, {torch.get_num_threads()} threads"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -127,15 +127,14 @@ class CachedFeatures(ExampleDataset):
         try:
             save_file(tensors, partial)
             partial.replace(path)
-        except Exception as error:
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"Writing the target's features to {path} failed: {error}. They need about "
+                f"{_bytes_per_token(tensors)} bytes per token. Free some disk, set another `feature_cache_dir`, "
+                "or leave it out to run the target on each batch; the files written so far stay usable."
+            ) from error
+        finally:
             partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) or "space" in str(error).lower():
-                raise OSError(
-                    f"Writing the target's features to {path} failed: {error}. They need about "
-                    f"{_bytes_per_token(tensors)} bytes per token. Free some disk, set another `feature_cache_dir`, "
-                    "or leave it out to run the target on each batch; the files written so far stay usable."
-                ) from error
-            raise
 
 
 def _bytes_per_token(tensors: dict[str, Tensor]) -> int:

@@ -27,7 +27,7 @@ from .recorded_text import RecordedText, record_pools
 
 _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
 _CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
-_TENSORS = ("features", "ranks", "lookups", "proposed")
+_TENSORS = ("features", "ranks", "chain_ranks", "lookups", "proposed")
 
 # Seconds of a step: (shape, positions of the text before it) -> seconds.
 StepSeconds = Callable[[TreeShape, int], float]
@@ -41,6 +41,7 @@ class ReplayText:
         features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
         ranks: `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the place of the realised path's node of level l in a
             pool of d levels with the k-th `top_k`, best first: a tree of n nodes holds the places below n - 1.
+        chain_ranks: the same of the looked-up continuation's nodes.
         lookups: `[t]` tokens of the looked-up continuation that the text follows.
         proposed: `[t]` tokens of that continuation: nodes to verify, wherever the text goes.
         top_ks: the K values of `top_k` that were drafted.
@@ -50,6 +51,7 @@ class ReplayText:
 
     features: Tensor
     ranks: Tensor
+    chain_ranks: Tensor
     lookups: Tensor
     proposed: Tensor
     top_ks: tuple[int, ...]
@@ -71,15 +73,21 @@ class ReplayText:
                 f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and up to {most_levels} "
                 "levels. Record it again with `record_text(..., grid=...)` of a grid that has this shape."
             )
-        left = len(self) - torch.arange(len(self))
-        room = left - 1 + self.spare_room
         accepted = self.lookups.clamp(max=shape.lookup)
         if shape.asks_head:
-            depth = room.clamp(max=shape.depth)  # [t]
-            rows = self.ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
-            kept = (rows < shape.total_tokens - 1) & (torch.arange(1, most_levels + 1) <= depth[:, None])
-            accepted = torch.maximum(accepted, kept.int().cumprod(-1).sum(-1))
-        return (accepted + 1).minimum(left)
+            accepted = torch.maximum(accepted, self._kept(self.ranks, shape))
+        return (accepted + 1).minimum(self._left)
+
+    @property
+    def _left(self) -> Tensor:
+        return len(self) - torch.arange(len(self))
+
+    def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
+        """`[t]` nodes of a path, from the root on, that the head's tree of `shape` holds."""
+        depth = (self._left - 1 + self.spare_room).clamp(max=shape.depth)  # [t]
+        rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
+        kept = (rows < shape.total_tokens - 1) & (torch.arange(1, rows.shape[-1] + 1) <= depth[:, None])
+        return kept.int().cumprod(-1).sum(-1)
 
     def outcomes(self, grid: ActionGrid, seconds: StepSeconds) -> TextOutcomes:
         """Every action of `grid` at every position.
@@ -87,7 +95,7 @@ class ReplayText:
         Args:
             grid: no shape deeper or with another `top_k` than was recorded.
             seconds: cost of a step; asked once for every 16 positions of context. A shape pays for the nodes that the
-                lookup found; one that the head proposed, too, is paid for twice.
+                lookup found and the head's tree does not hold already.
         """
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         return TextOutcomes(
@@ -100,7 +108,10 @@ class ReplayText:
         contexts, bucket_of = buckets.unique(return_inverse=True)
         found = [replace(shape, lookup=count) for count in range(shape.lookup + 1)]
         costs = [[seconds(one, int(context) * _CONTEXT_BUCKET) for one in found] for context in contexts]
-        return torch.tensor(costs, dtype=torch.float64)[bucket_of, self.proposed.clamp(max=shape.lookup)]
+        added = self.proposed.clamp(max=shape.lookup)
+        if shape.asks_head:
+            added = (added - self._kept(self.chain_ranks, shape)).clamp(min=0)
+        return torch.tensor(costs, dtype=torch.float64)[bucket_of, added]
 
     def save(self, file: str | Path) -> None:
         """Write one safetensors file."""
@@ -156,18 +167,20 @@ def record_text(
 def replay(text: RecordedText) -> ReplayText:
     """What is needed to know the outcome of every shape."""
     upcoming = text.upcoming(text.depth)
-    ranks = torch.stack([path_ranks(pool, upcoming) for pool in text.pools.values()], dim=1)
-    followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length)
-    start = text.prompt_length + 1
-    return ReplayText(text.features, ranks, followed, proposed, tuple(text.pools), start, text.spare_room)
+    chains, followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length, text.depth)
+    ranks, chain_ranks = (
+        torch.stack([path_ranks(pool, path) for pool in text.pools.values()], dim=1) for path in (upcoming, chains)
+    )
+    top_ks, start = tuple(text.pools), text.prompt_length + 1
+    return ReplayText(text.features, ranks, chain_ranks, followed, proposed, top_ks, start, text.spare_room)
 
 
 def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
-    """Where the realised path stands in pools cut to 1, 2, ... levels: `[r, D, D]`, see `ReplayText.ranks`.
+    """Where a path stands in pools cut to 1, 2, ... levels: `[r, D, D]`, see `ReplayText.ranks`.
 
     Args:
         pool: of r roots and D levels.
-        upcoming: `[r, D]` the tokens after each root, -1 beyond the text's end.
+        upcoming: `[r, D]` the path's tokens after each root, -1 where it has ended.
     """
     tokens, parents, scores, levels = (part.cpu() for part in (pool.tokens, pool.parents, pool.scores, pool.levels))
     roots, depth = upcoming.shape
@@ -186,16 +199,19 @@ def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
     return ranks
 
 
-def _lookups(tokens: list[int], prompt_length: int) -> tuple[Tensor, Tensor]:
-    """At every position after the answer's first token: looked-up tokens that the text follows, and all of them."""
+def _lookups(tokens: list[int], prompt_length: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At every position after the answer's first token: the first looked-up tokens `[t, depth]`, -1 behind their end,
+    how many the text follows `[t]`, and how many there are `[t]`.
+    """
     lookup = BatchLookup([0])
-    followed, found = [], []
+    chains, followed, found = [], [], []
     for place in range(prompt_length, len(tokens) - 1):
         lookup.extend([tokens[lookup.lengths[0] : place + 1]])
         proposed = lookup.matches()[0].tokens
+        chains.append([*proposed[:depth], *[-1] * (depth - len(proposed))])
         followed.append(_common_prefix(proposed, tokens[place + 1 :]))
         found.append(len(proposed))
-    return torch.tensor(followed), torch.tensor(found)
+    return torch.tensor(chains), torch.tensor(followed), torch.tensor(found)
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: T
         bound: the head with what it borrows from its target.
         texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, F]`; the last run of
             true `loss_mask` is the answer, and its first token comes from the prompt's own forward.
-        shape: nodes, depth and width of every tree.
+        shape: nodes, depth and width of every tree; its `lookup` is not simulated.
 
     Returns:
         At least 1; 1 without texts.
