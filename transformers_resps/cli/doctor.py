@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..bench.options import positive
 from ..doctor import Answer, Cell, Diagnosis, diagnose, write_answers
 from ..head import DraftHead
 from ..trainers.conversations import Conversation, load_conversations
 from ..trainers.examples import make_example
+from .target import add_target_options, load_target
 
 
 # Fifty questions that any chat model answers at some length: every task with every subject.
@@ -36,19 +38,19 @@ def add_command(commands: Any) -> None:
     """`resps doctor TARGET HEAD`."""
     parser = commands.add_parser("doctor", help="does a head read its target as it was trained to?")
     parser.set_defaults(run=doctor)
-    parser.add_argument("target", help="folder or Hub id")
+    add_target_options(parser)
     parser.add_argument("head", help="folder or Hub id of a draft head for the target, in any published format")
     parser.add_argument(
         "--dataset",
         help=".json, .jsonl or Hub id; the target answers where it has no assistant turns",
     )
     parser.add_argument("--split", default="train", help="of a dataset from the Hub")
-    parser.add_argument("--answers", type=int, default=50, help="how many answers to look at")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of each answer that are looked at")
-    parser.add_argument("--max-length", type=int, default=320, help="tokens per conversation; longer ones are cut")
+    parser.add_argument("--answers", type=positive, default=50, help="how many answers to look at")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of each answer that are looked at")
+    parser.add_argument(
+        "--max-length", type=positive, default=320, help="tokens per conversation; longer ones are cut"
+    )
     parser.add_argument("--revision", help="of the head")
-    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -61,8 +63,7 @@ def add_command(commands: Any) -> None:
 def doctor(args: argparse.Namespace) -> int:
     """Print how well the head agrees with its target under each reading; 1 when another reading is better."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
+    target = load_target(args)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
     conversations = list(islice(load_conversations(args.dataset, args.split), args.answers)) if args.dataset else []
     answers = answered(conversations, tokenizer, args.max_length, args.max_new_tokens)

@@ -6,21 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..bench.options import shape
+from ..bench.options import positive, shape
 from ..generation import attach
 from ..head import DraftHead
 from ..inspection import Examination, examine, facts_of, page, story_of
 from ..pieces import decoder
 from ..policy import AutoPolicy, FixedPolicy, Policy, default_policy
+from .target import add_target_options, load_target
 
 
 def add_command(commands: Any) -> None:
     """`resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
     parser = commands.add_parser("inspect", help="an answer as a page to look at: trees, decisions, seconds")
     parser.set_defaults(run=inspect)
-    parser.add_argument("target", help="folder or Hub id")
+    add_target_options(parser)
     parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
     parser.add_argument("--prompt", required=True, help="what the target answers")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the page to write")
@@ -28,11 +29,9 @@ def add_command(commands: Any) -> None:
         "--policy",
         help="auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; the head's own tree by default",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--seed", type=int, default=0, help="of both answers, when tokens are sampled")
-    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -41,8 +40,7 @@ def inspect(args: argparse.Namespace) -> int:
         raise ValueError("`--prompt` is empty, but the target needs something to answer. Pass a question in quotes.")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    target = attach(AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device))
+    target = attach(load_target(args))
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
     policy = policy_of(args.policy, head)
     prompt_ids = prompt_ids_of(args.prompt, tokenizer)
