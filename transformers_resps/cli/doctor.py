@@ -6,32 +6,16 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..bench.options import positive
+from ..bench.prompts import to_tokens
 from ..doctor import Answer, Cell, Diagnosis, diagnose, write_answers
 from ..head import DraftHead
 from ..trainers.conversations import Conversation, load_conversations
 from ..trainers.examples import make_example
+from .questions import default_questions, up_to
 from .target import add_target_options, load_target
-
-
-# Fifty questions that any chat model answers at some length: every task with every subject.
-_TASKS = (
-    "Explain {} to a child.",
-    "Write a short story about {}.",
-    "List five facts about {}.",
-    "What is the history of {}?",
-    "Compare {} fifty years ago and today.",
-    "Write a Python function that prints a report about {}.",
-    "Give step-by-step advice to someone new to {}.",
-    "Summarise the main arguments for and against {}.",
-    "Write a polite e-mail asking an expert about {}.",
-    "Make a quiz of three questions about {}, with answers.",
-)
-_SUBJECTS = ("bicycles", "the ocean", "cooking", "public libraries", "numbers")
 
 
 def add_command(commands: Any) -> None:
@@ -71,7 +55,7 @@ def doctor(args: argparse.Namespace) -> int:
         questions = [asked for row in conversations if (asked := up_to(row, "user"))]
         questions = questions or default_questions(args.answers)
         print(f"The target answers {len(questions)} questions ...")
-        prompts = [prompt_ids(question, tokenizer)[-args.max_length :] for question in questions]
+        prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
         answers = write_answers(target, prompts, args.max_new_tokens)
     diagnosis = diagnose(target, head, answers)
     print_diagnosis(diagnosis)
@@ -111,27 +95,6 @@ def answered(
             prompt_length = int(example.loss_mask.int().argmax())
             found.append(Answer(example.input_ids[: prompt_length + max_new_tokens], prompt_length))
     return found
-
-
-def up_to(conversation: Conversation, role: str) -> Conversation:
-    """The conversation to the end of its first turn of `role`; empty when it has none."""
-    roles = [message["role"] for message in conversation]
-    return conversation[: roles.index(role) + 1] if role in roles else []
-
-
-def default_questions(most: int) -> list[Conversation]:
-    """Up to fifty one-turn conversations."""
-    texts = [task.format(subject) for subject in _SUBJECTS for task in _TASKS]
-    return [[{"role": "user", "content": text}] for text in texts[:most]]
-
-
-def prompt_ids(question: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids `[t]` of a question, through the chat template where there is one."""
-    if tokenizer.chat_template is None:
-        ids: Any = tokenizer(question[-1]["content"] + "\n")["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    return torch.tensor(ids)
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..bench.options import positive, shape
+from ..bench.prompts import to_tokens
 from ..generation import attach
 from ..head import DraftHead
 from ..inspection import Examination, examine, facts_of, page, story_of
@@ -43,7 +44,7 @@ def inspect(args: argparse.Namespace) -> int:
     target = attach(load_target(args))
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
     policy = policy_of(args.policy, head)
-    prompt_ids = prompt_ids_of(args.prompt, tokenizer)
+    prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
     warm_up(target, head, prompt_ids)
     found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
     decoding = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature > 0 else "greedy"
@@ -70,16 +71,6 @@ def policy_of(text: str | None, head: DraftHead | None) -> Policy:
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"`--policy`: {error}") from error
     return AutoPolicy.from_pretrained(text)
-
-
-def prompt_ids_of(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids `[s]`, through the chat template where there is one."""
-    if tokenizer.chat_template is None:
-        ids: Any = tokenizer(prompt)["input_ids"]
-    else:
-        turns = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    return torch.tensor(ids)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..bench.options import positive
+from ..bench.prompts import to_tokens
 from ..head import DraftHead
 from ..policy import AutoPolicy, FixedPolicy, Policy
 from ..trainers.conversations import load_conversations
 from ..tree import TreeShape
 from ..verification import NotLosslessError, assert_lossless
 from ..verification.rounding import move_of_gaps
-from .doctor import default_questions, prompt_ids, up_to
+from .questions import default_questions, up_to
 from .target import add_target_options, load_target
 
 
@@ -97,4 +98,4 @@ def read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
             f"`--dataset {args.dataset}` has no user turns, but the prompts are made of them. Pass conversations, as "
             "training/train_head.py reads them."
         )
-    return [prompt_ids(question, tokenizer) for question in questions]
+    return [to_tokens(question, tokenizer) for question in questions]
