@@ -4,6 +4,7 @@ No padding means no mask, keys are written in place, heads that share keys are n
 leave the batch. Knows models and tokens; nothing of texts or files.
 """
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def keep_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def answer(
-    model: Any, prompts: list[list[int]], temperature: float, max_new_tokens: int, eos_ids: set[int], seed: int
+    model: Any, prompts: list[list[int]], temperature: float, max_new_tokens: int, eos_ids: Container[int], seed: int
 ) -> list[list[int]]:
     """Decode all `prompts` (of one length) at once; each answer is cut after its first end token."""
     input_ids = torch.tensor(prompts, device=model.device)

@@ -2,10 +2,12 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 from typing import Protocol
+
+from ..answers import up_to_end
 
 
 PLAIN = "plain"
@@ -86,10 +88,9 @@ class Summary:
     temperature: float | None = 0.0
 
 
-def token_count(token_ids: Sequence[int], end_ids: set[int], most: int) -> int:
+def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int:
     """Tokens of an answer, counted alike for every method: up to the first end token, and never above `most`."""
-    ended = next((number for number, token in enumerate(token_ids, start=1) if token in end_ids), len(token_ids))
-    return min(ended, most)
+    return min(len(up_to_end(token_ids, end_ids)), most)
 
 
 def rate(timed: Iterable[Timed]) -> float:
