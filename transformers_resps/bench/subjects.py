@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..generation import attach
 from ..head import DraftHead, policy_identity
 from ..packing import is_packed, pack
-from ..policy import AutoPolicy, Policy, ReSpSPolicy
+from ..policy import Policy, ReSpSPolicy
 from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from ..trainers.weights import parameter_fingerprint
 from .methods import policy_name
+from .policies import named_tree, read_policy
 from .provenance import config_sha256, file_of, weights_sha256
 
 
@@ -111,7 +112,12 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
     """
     found: dict[str, Policy | str] = {}
     for source in names:
-        policy: Policy | str = source if source == "auto" else AutoPolicy.from_pretrained(source)
+        if named_tree(source) is not None:
+            raise ValueError(
+                f"`--policy {source}` is a tree, but the benchmark's policies are 'auto', folders or Hub ids. Pass "
+                f"`--shapes {source}`."
+            )
+        policy = read_policy(source, head)
         if isinstance(policy, ReSpSPolicy):
             identity = policy_identity(target, head)
             policy.check_identity(target=identity["target"], head=identity["head"])

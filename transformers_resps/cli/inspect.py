@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..bench.options import positive, shape
+from ..bench.options import positive
+from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
 from ..generation import attach
 from ..head import DraftHead
 from ..inspection import Examination, examine, facts_of, page, story_of
 from ..pieces import decoder
-from ..policy import AutoPolicy, FixedPolicy, Policy, default_policy
+from ..policy import default_policy
 from .target import add_target_options, load_target
 
 
@@ -43,7 +44,8 @@ def inspect(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = attach(load_target(args))
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
-    policy = policy_of(args.policy, head)
+    named = read_policy(args.policy, head)
+    policy = default_policy() if isinstance(named, str) else named
     prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
     warm_up(target, head, prompt_ids)
     found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
@@ -52,25 +54,6 @@ def inspect(args: argparse.Namespace) -> int:
     args.output.write_text(page(story_of(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
     print(f"{found.report}\nSame text as plain decoding: {same_text(found)}.\nThe page: {args.output}")
     return 0 if is_explained(found, target.dtype) else 1
-
-
-def policy_of(text: str | None, head: DraftHead | None) -> Policy:
-    """What `--policy` names; the head's own tree by default, and without a head "auto".
-
-    Raises:
-        ValueError: it names nothing.
-    """
-    if text == "auto" or (text is None and head is None):
-        return default_policy()
-    if text is None:
-        assert head is not None
-        return FixedPolicy(head.default_shape)
-    if text[0].isdigit() and not Path(text).exists():
-        try:
-            return FixedPolicy(shape(text))
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"`--policy`: {error}") from error
-    return AutoPolicy.from_pretrained(text)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..bench.options import positive
+from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
 from ..head import DraftHead
-from ..policy import AutoPolicy, FixedPolicy, Policy
 from ..trainers.conversations import load_conversations
-from ..tree import TreeShape
 from ..verification import NotLosslessError, assert_lossless
 from ..verification.rounding import move_of_gaps
 from .questions import default_questions, up_to
@@ -29,7 +28,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "policy",
         nargs="?",
-        help="folder or Hub id of a policy, 'auto', or a tree as total_tokens,depth,top_k; else the head's own tree",
+        help="folder or Hub id of a policy, 'auto', or total_tokens,depth,top_k[,lookup]; else the head's own tree",
     )
     parser.add_argument("--dataset", help=".json, .jsonl or Hub id; its first user turns are the prompts")
     parser.add_argument("--split", default="train", help="of a dataset from the Hub")
@@ -47,7 +46,7 @@ def verify(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
-    policy = None if args.policy is None else read_policy(args.policy)
+    policy = None if args.policy is None else read_policy(args.policy, head)
     prompts = read_prompts(args, tokenizer)
     if args.rounding:
         return print_rounding(target, prompts, args.max_new_tokens)
@@ -67,20 +66,6 @@ def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int) -> i
     for moved in move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0]):
         print(f"{f'{moved.nodes} nodes' if moved.nodes else 'all at once'}: {moved}")
     return 0
-
-
-def read_policy(name: str) -> Policy | str:
-    """A fixed tree from its numbers, a saved policy, or "auto" as it is.
-
-    Raises:
-        ValueError: there is no such policy.
-    """
-    sizes = name.split(",")
-    if name == "auto":
-        return name
-    if len(sizes) in (3, 4) and all(size.strip().isdigit() for size in sizes):
-        return FixedPolicy(TreeShape(*map(int, sizes)))
-    return AutoPolicy.from_pretrained(name)
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
