@@ -8,7 +8,7 @@ from typing import Any, cast
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..generation import attach
-from ..head import DraftHead, policy_identity
+from ..head import DraftHead, pair_identity
 from ..packing import is_packed, pack
 from ..policy import Policy, ReSpSPolicy
 from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
@@ -119,7 +119,7 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
             )
         policy = read_policy(source, head)
         if isinstance(policy, ReSpSPolicy):
-            identity = policy_identity(target, head)
+            identity = pair_identity(target, head)
             policy.check_identity(target=identity["target"], head=identity["head"])
         name = policy_name(source, policy)
         if name in found:
