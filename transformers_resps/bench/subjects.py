@@ -23,14 +23,16 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 @dataclass(frozen=True, slots=True)
 class Subjects:
-    """Attributes:
-    target: attached.
-    tokenizer: of the target.
-    head: in the target's dtype, on its device.
-    policies: name in the table -> policy, or "auto".
-    draft_model: for Transformers' assisted generation.
-    identity: JSON values: ids, parameters and hashes.
-    trained_on: fingerprints of prompts that head or policies learned from; `None` where nobody kept them.
+    """All that is measured, loaded, and known to fit together.
+
+    Attributes:
+        target: attached.
+        tokenizer: of the target.
+        head: in the target's dtype, on its device.
+        policies: name in the table -> policy, or "auto".
+        draft_model: for Transformers' assisted generation.
+        identity: JSON values: ids, parameters and hashes.
+        trained_on: fingerprints of prompts that head or policies learned from; `None` where nobody kept them.
     """
 
     target: Any

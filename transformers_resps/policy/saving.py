@@ -73,7 +73,11 @@ class SavedPolicy(Policy):
 
     @classmethod
     def load_folder(cls, folder: Path, config: dict[str, Any]) -> Self:
-        """The policy of a local folder whose `config.json` was read already."""
+        """The policy of a local folder whose `config.json` was read already.
+
+        Raises:
+            ValueError: config and weights do not make a policy of this class in this release.
+        """
         weights = folder / WEIGHTS_FILE
         values = {key: value for key, value in config.items() if key != "policy_type"}
         try:

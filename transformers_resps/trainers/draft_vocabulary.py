@@ -12,9 +12,11 @@ from .examples import Example
 
 @dataclass(frozen=True, slots=True)
 class DraftVocabulary:
-    """Attributes:
-    token_ids: `[d]` target ids, ascending.
-    coverage: share of the assistant's tokens that are among them; no acceptance can be above it.
+    """The tokens that a head can propose, and how much of the answers they are.
+
+    Attributes:
+        token_ids: `[d]` target ids, ascending.
+        coverage: share of the assistant's tokens that are among them; no acceptance can be above it.
     """
 
     token_ids: Tensor

@@ -79,11 +79,13 @@ class Oracle:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """Attributes:
-    tokens: of all texts, the first of each left out: prefill gives it.
-    fixed_seconds: with one action throughout.
-    per_text_seconds: with the best fixed action of each text.
-    oracle_seconds: with the best action at every step.
+    """Seconds that all texts together take under each kind of choice.
+
+    Attributes:
+        tokens: of all texts, the first of each left out: prefill gives it.
+        fixed_seconds: with one action throughout.
+        per_text_seconds: with the best fixed action of each text.
+        oracle_seconds: with the best action at every step.
     """
 
     tokens: int
