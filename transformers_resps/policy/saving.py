@@ -20,7 +20,10 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class SavedPolicy(Policy):
-    """A policy that can be saved. A subclass sets `policy_type` and answers the three methods below."""
+    """A policy that can be saved.
+
+    A subclass sets `policy_type`, implements `to_config` and `from_saved`, and `state_tensors` where it has weights.
+    """
 
     policy_type: ClassVar[str]
 

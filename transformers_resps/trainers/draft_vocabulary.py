@@ -50,7 +50,7 @@ def vocabulary_of(head: DraftHead, examples: Iterable[Example]) -> DraftVocabula
     """The draft vocabulary that `head` has, and what it covers of the assistant's tokens in `examples`.
 
     Raises:
-        ValueError: nothing, so that no step could teach or accept anything.
+        ValueError: it covers none of the assistant's tokens, so no step could teach or accept anything.
     """
     token_ids = head.draft_token_ids.cpu()
     coverage = _share(_answer_counts(examples, head.config.vocab_size), token_ids)
