@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
-BOTTOM = {"versions", "machine", "packing", "pieces", "terminal", "tree", "prefix", "cache", "attention"}
+BOTTOM = {"versions", "machine", "packing", "pieces", "terminal", "answers", "tree", "prefix", "cache", "attention"}
 BOTTOM |= {"grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward", "telemetry"}
 PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": set(),
     "pieces": set(),
     "terminal": set(),
+    "answers": set(),
     "hub": set(),
     "tree": set(),
     "prefix": set(),

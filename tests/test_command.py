@@ -27,6 +27,25 @@ def test_a_command_returns_the_status_of_what_it_runs(command: str, monkeypatch:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "doctor target head --answers 0",
+        "doctor target head --max-length -3",
+        "verify target --prompts 0",
+        "verify target --seeds 0",
+        "inspect target --prompt x --output x.html --max-new-tokens 0",
+    ],
+)
+def test_a_count_below_one_is_refused_before_anything_is_loaded(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words.split())
+    assert ended.value.code == 2
+    assert "is no whole number above zero" in capsys.readouterr().err
+
+
 def test_asking_for_help_needs_no_extra() -> None:
     code = """
 import sys

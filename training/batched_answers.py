@@ -4,6 +4,7 @@ No padding means no mask, keys are written in place, heads that share keys are n
 leave the batch. Knows models and tokens; nothing of texts or files.
 """
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def keep_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def answer(
-    model: Any, prompts: list[list[int]], temperature: float, max_new_tokens: int, eos_ids: set[int], seed: int
+    model: Any, prompts: list[list[int]], temperature: float, max_new_tokens: int, eos_ids: Container[int], seed: int
 ) -> list[list[int]]:
     """Decode all `prompts` (of one length) at once; each answer is cut after its first end token."""
     input_ids = torch.tensor(prompts, device=model.device)
@@ -97,7 +98,7 @@ def answer(
     return answers
 
 
-def grouped_attention(
+def decoding_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -114,6 +115,6 @@ def decoding_attention(model: Any) -> str:
     """Faster than SDPA itself on a processor, four times at 96 rows with 250 tokens and nine at 14 heads on 2."""
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return str(model.config._attn_implementation)
-    AttentionInterface.register("grouped", grouped_attention)
+    AttentionInterface.register("grouped", decoding_attention_forward)
     AttentionMaskInterface.register("grouped", sdpa_mask)
     return "grouped"

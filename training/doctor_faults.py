@@ -22,7 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_resps import cli
-from transformers_resps.cli.doctor import default_questions, prompt_ids
+from transformers_resps.bench.prompts import to_tokens
+from transformers_resps.cli.questions import default_questions
 from transformers_resps.doctor import write_answers
 
 
@@ -47,7 +48,7 @@ def answer(target_name: str, count: int, max_new_tokens: int, file: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     target = AutoModelForCausalLM.from_pretrained(target_name, dtype=torch.float32)
     questions = default_questions(50)[:: 50 // count][:count]
-    prompts = [prompt_ids(question, tokenizer) for question in questions]
+    prompts = [to_tokens(question, tokenizer) for question in questions]
     with file.open("w", encoding="utf-8") as lines:
         for question, found in zip(questions, write_answers(target, prompts, max_new_tokens), strict=True):
             text = tokenizer.decode(found.tokens[found.prompt_length :], skip_special_tokens=True)

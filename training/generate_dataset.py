@@ -29,6 +29,7 @@ import transformers
 from batched_answers import answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transformers_resps.answers import end_ids
 from transformers_resps.packing import pack
 from transformers_resps.trainers.conversations import Conversation, read_conversations
 
@@ -94,8 +95,7 @@ def finished_ids(output: Path) -> set[str]:
 def rows_of(
     model: Any, tokenizer: Any, group: list[Prompt], temperature: float, max_new_tokens: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    eos = model.generation_config.eos_token_id
-    eos_ids = set(eos) if isinstance(eos, list) else {eos}
+    eos_ids = end_ids(model)
     answers = answer(model, [prompt.token_ids for prompt in group], temperature, max_new_tokens, eos_ids, seed)
     for prompt, token_ids in zip(group, answers, strict=True):
         text = tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -16,6 +16,8 @@ from batched_answers import answer
 from generate_dataset import Prompt, batches, read_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transformers_resps.answers import end_ids
+
 
 def plain(model: Any, prompts: list[Prompt], max_new_tokens: int) -> int:
     """Answer one by one; how many tokens that made."""
@@ -30,9 +32,8 @@ def plain(model: Any, prompts: list[Prompt], max_new_tokens: int) -> int:
 
 def batched(model: Any, prompts: list[Prompt], max_new_tokens: int) -> int:
     """Answer all at once; how many tokens that made."""
-    eos = model.generation_config.eos_token_id
-    eos_ids = set(eos) if isinstance(eos, list) else {eos}
-    return sum(map(len, answer(model, [prompt.token_ids for prompt in prompts], 0.0, max_new_tokens, eos_ids, seed=0)))
+    token_ids = [prompt.token_ids for prompt in prompts]
+    return sum(map(len, answer(model, token_ids, 0.0, max_new_tokens, end_ids(model), seed=0)))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_resps import DraftHead, attach
+from transformers_resps.answers import end_ids, left_padded
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.trainers import RecordedText, head_fingerprint, load_conversations, record_pools
 from transformers_resps.trainers.weights import parameter_fingerprint
@@ -53,15 +54,12 @@ def name_of(prompt: Tensor, temperature: float, made_with: str) -> str:
 
 def answers(target: Any, prompts: list[Tensor], temperature: float, max_new_tokens: int) -> Iterator[Tensor]:
     """Prompt and answer `[s]` of each prompt, the end token left out; written in batches, as plain `generate` does."""
-    end = target.generation_config.eos_token_id
-    ends = set(end if isinstance(end, list) else [end])
+    ends = end_ids(target)
     for batch in _batched(prompts):
-        longest = max(map(len, batch))
-        padded = torch.stack([torch.nn.functional.pad(p, (longest - len(p), 0)) for p in batch])
-        mask = torch.stack([torch.arange(longest) >= longest - len(p) for p in batch]).long()
+        padded, mask = left_padded(batch)
         torch.manual_seed(0)
         written = target.generate(padded, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling(temperature))
-        for prompt, row in zip(batch, written[:, longest:].tolist(), strict=True):
+        for prompt, row in zip(batch, written[:, padded.shape[1] :].tolist(), strict=True):
             kept = list(itertools.takewhile(lambda token: token not in ends, row))
             yield torch.cat([prompt, torch.tensor(kept, dtype=torch.long)])
 

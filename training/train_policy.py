@@ -42,7 +42,7 @@ from transformers_resps.trainers import (
     ReplayText,
     StepSeconds,
     head_fingerprint,
-    policy_identity,
+    pair_identity,
     record_text,
 )
 from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
@@ -169,7 +169,7 @@ def make_policy(
 ) -> ReSpSPolicy:
     width = head.config.features_width
     config = ReSpSConfig.paper(width) if script.preset == "paper" else ReSpSConfig(width)
-    identity = policy_identity(target, head)
+    identity = pair_identity(target, head)
     return ReSpSPolicy(replace(config, grid=grid, persistence=script.persistence_in_use, **identity), seed=seed)
 
 

@@ -25,7 +25,7 @@ class Buckets:
         return tree.padded(self.rows(tree))
 
     def fitted(self, tree: DraftTree, filled: int) -> DraftTree:
-        """As many nodes, from the first, as fit with their padding behind `filled` slots, of which one is free."""
+        """The first nodes, as many as fit with their padding behind `filled` slots; at least one slot must be left."""
         if self.slots is None or self.rows(tree) <= self.slots - filled:
             return tree
         return tree.first(1 << (self.slots - filled).bit_length() - 1)

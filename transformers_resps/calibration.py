@@ -163,6 +163,13 @@ def calibrate(
         refresh: measure again.
         folder: where tables are kept; the Hugging Face cache when `None`.
         clock: seconds; tests pass a fake one.
+
+    Returns:
+        The table, kept in `folder` until device, dtype, threads, versions, target or head are others.
+
+    Raises:
+        ValueError: the kept table is damaged or was measured elsewhere, the head is another target's, or the target or
+            its cache is of a kind that holds no tree.
     """
     identity = identity_of(target, head)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -109,7 +109,11 @@ class _Catch:
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """The outermost list with as many modules as the target has layers."""
+    """The outermost list with as many modules as the target has layers.
+
+    Raises:
+        ValueError: there is no such list.
+    """
     count = target.config.get_text_config().num_hidden_layers
     for module in target.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

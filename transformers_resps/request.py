@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from .head import BoundHead, DraftHead, policy_identity
+from .head import BoundHead, DraftHead, pair_identity
 from .policy import FixedPolicy, KeptPolicies, Policy
 from .probe import check_tree_attention
 from .refusals import check_model, check_settings
@@ -82,7 +82,7 @@ def read_request(
     policy = _resolve_policy(policy, head, target, place)  # last: a refused call must not lose what "auto" has learned
     check_identity = getattr(policy, "check_identity", None)
     if check_identity is not None:
-        check_identity(**policy_identity(target, head))
+        check_identity(**pair_identity(target, head))
     return Request(bound, policy, lockstep, place)
 
 

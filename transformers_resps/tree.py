@@ -124,7 +124,7 @@ class DraftTree:
         parents: `[b, n]` index of the parent, smaller than the node's own; the root is its own parent.
         depths: `[b, n]` distance to the root.
         ancestors: `[b, n, n]` bool; `[i, j]` says that j lies on the path from the root to i, i included.
-        scores: `[b, n]` fp32 cumulative draft log probability; 0 for the root.
+        scores: `[b, n]` fp32 cumulative draft log probability; 0 for the root, for looked-up and for padding nodes.
     """
 
     tokens: Tensor
@@ -168,6 +168,8 @@ class DraftTree:
 
         The sort is stable and a parent comes before its children and never scores less, so the kept nodes are closed
         under parents even when scores tie.
+
+        Source: EAGLE-2 (arXiv 2406.16858) section 4.2, reranking.
         """
         kept = min(total_tokens - 1, pool.tokens.shape[1])
         best = pool.scores.sort(dim=-1, descending=True, stable=True).indices[:, :kept].sort(dim=-1).values  # [b, n-1]

@@ -15,7 +15,7 @@ from transformers_resps import DraftHead
 from transformers_resps.bench import __main__ as command
 from transformers_resps.bench.protocol import Bench
 from transformers_resps.bench.session import Session
-from transformers_resps.head import policy_identity
+from transformers_resps.head import pair_identity
 from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
 from transformers_resps.trainers.training_prompts import write_training_prompts
 
@@ -47,7 +47,7 @@ def test_a_benchmark_writes_everything(
     bench: BenchCommand, tmp_path: Path, tiny_target: PreTrainedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     head = DraftHead.from_pretrained(tmp_path / "head", target=tiny_target)
-    identity = policy_identity(tiny_target, head)
+    identity = pair_identity(tiny_target, head)
     ReSpSPolicy(ReSpSConfig(head.config.features_width, **identity)).save_pretrained(tmp_path / "mine")
     assert bench("--policy", "auto", str(tmp_path / "mine"), "--temperature", "0", "1") == 0
     found = results(tmp_path)

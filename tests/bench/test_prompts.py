@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.conversations import dialogue, save_rows
-from transformers_resps.bench.prompts import Dialogue, check_apart, read_dialogues, spread
+from transformers_resps.bench.prompts import Dialogue, check_apart, read_dialogues, spread, to_tokens
 from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 
 
@@ -22,6 +22,19 @@ def test_every_user_turn_follows_the_answers_that_are_given() -> None:
         {"role": "assistant", "content": "mine"},
         {"role": "user", "content": "two"},
     ]
+
+
+def letters(text: str) -> dict[str, list[int]]:
+    """A tokenizer without a chat template."""
+    return {"input_ids": [ord(letter) for letter in text]}
+
+
+letters.chat_template = None  # type: ignore[attr-defined]
+
+
+def test_without_a_chat_template_every_message_is_a_line() -> None:
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}]
+    assert to_tokens(messages, letters).tolist() == [ord(letter) for letter in "be brief\none\n"]
 
 
 def test_prompts_are_spread_evenly_over_the_file() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel
 from tests.targets import ARCHITECTURES
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.bench.prompts import Dialogue, to_tokens
 from transformers_resps.cli import main
+from transformers_resps.inspection import Examination, examine
 
 from .test_page import parsed
 
@@ -63,6 +66,21 @@ def test_a_saved_policy_is_loaded(folders: tuple[str, str], tmp_path: Path) -> N
     FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(tmp_path / "policy")
     story = inspected(tmp_path / "p.html", *folders, "--prompt", "de", "--policy", str(tmp_path / "policy"))
     assert story["facts"]["policy"] == "FixedPolicy(5/2/2)"  # type: ignore[index]
+
+
+def test_the_target_reads_the_prompt_that_the_benchmark_gives_it(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def spy(*given: Any, **settings: Any) -> Examination:
+        seen.append(given[3].tolist())
+        return examine(*given, **settings)
+
+    monkeypatch.setattr("transformers_resps.cli.inspect.examine", spy)
+    inspected(tmp_path / "page.html", *folders, "--prompt", "dedede")
+    asked = Dialogue.of("d/0", [{"role": "user", "content": "dedede"}]).asked([])
+    assert seen == [to_tokens(asked, letter_tokenizer()).tolist()]
 
 
 def test_without_a_head_it_shows_lookup_drafts(folders: tuple[str, str], tmp_path: Path) -> None:

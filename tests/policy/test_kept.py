@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead, ReSpSPolicy, attach, detach
-from transformers_resps.head import head_fingerprint, policy_identity
+from transformers_resps.head import head_fingerprint, pair_identity
 from transformers_resps.policy import Guard, KeptPolicies, ReSpSConfig
 
 
@@ -79,7 +79,7 @@ def test_generate_refuses_a_policy_of_another_head_or_target(
     target: Any = attach(tiny_target)
     torch.manual_seed(9)
     other = DraftHead.from_target(target, draft_vocab_size=40).eval()
-    config = ReSpSConfig(tiny_head.config.features_width, **policy_identity(target, tiny_head))
+    config = ReSpSConfig(tiny_head.config.features_width, **pair_identity(target, tiny_head))
     options = {"max_new_tokens": 4, "do_sample": False}
     target.generate(**prompt, assistant_model=tiny_head, policy=wrap(ReSpSPolicy(config)), **options)
     with pytest.raises(ValueError, match="trained with the head .*needs draft_vocab_size 48 .here 40"):

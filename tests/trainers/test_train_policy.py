@@ -16,7 +16,7 @@ from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, TreeShape, attach
 from transformers_resps.policy import ActionGrid
-from transformers_resps.trainers import PolicyTrainingConfig, policy_identity
+from transformers_resps.trainers import PolicyTrainingConfig, pair_identity
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,11 +84,11 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypa
     target = attach(Architecture("llama").build("sdpa").float())
     head = DraftHead.from_pretrained(folder / "head", target=target)
     assert isinstance(policy, ReSpSPolicy)
-    policy.check_identity(**policy_identity(target, head), grid=ActionGrid.small())
+    policy.check_identity(**pair_identity(target, head), grid=ActionGrid.small())
     for dtype in (torch.float64, torch.bfloat16):
-        policy.check_identity(**policy_identity(target, DraftHead.from_pretrained(folder / "head", dtype=dtype)))
+        policy.check_identity(**pair_identity(target, DraftHead.from_pretrained(folder / "head", dtype=dtype)))
     with pytest.raises(ValueError, match="trained with the head .*it needs fingerprint"):
-        policy.check_identity(**policy_identity(target, DraftHead.from_target(target, draft_vocab_size=12)))
+        policy.check_identity(**pair_identity(target, DraftHead.from_target(target, draft_vocab_size=12)))
     prompt = torch.tensor([[5, 6, 7, 3]])
     plain = target.generate(prompt, max_new_tokens=20, do_sample=False)
     assert torch.equal(

@@ -19,10 +19,12 @@ from .subjects import load
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """Attributes:
-    target: attached.
-    head: drafts.
-    prompts: `[s]` each, the first user turn of rows spread evenly over the file.
+    """What is decoded.
+
+    Attributes:
+        target: attached.
+        head: drafts.
+        prompts: `[s]` each, the first user turn of rows spread evenly over the file.
     """
 
     target: Any

@@ -50,7 +50,7 @@ class BestFixed:
 
 
 @dataclass(frozen=True, slots=True)
-class Headroom:
+class Replayer:
     """Replays texts of one target and head.
 
     Args:

@@ -2,10 +2,12 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 from typing import Protocol
+
+from ..answers import up_to_end
 
 
 PLAIN = "plain"
@@ -86,10 +88,9 @@ class Summary:
     temperature: float | None = 0.0
 
 
-def token_count(token_ids: Sequence[int], end_ids: set[int], most: int) -> int:
+def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int:
     """Tokens of an answer, counted alike for every method: up to the first end token, and never above `most`."""
-    ended = next((number for number, token in enumerate(token_ids, start=1) if token in end_ids), len(token_ids))
-    return min(ended, most)
+    return min(len(up_to_end(token_ids, end_ids)), most)
 
 
 def rate(timed: Iterable[Timed]) -> float:
@@ -98,10 +99,10 @@ def rate(timed: Iterable[Timed]) -> float:
     return sum(one.tokens for one in kept) / sum(one.seconds for one in kept)
 
 
-def summarise(measurements: Sequence[Measurement], method: str, base: str = PLAIN) -> Summary:
+def summarise(measurements: Sequence[Measurement], method: str) -> Summary:
     """One method against plain decoding, over all prompts and repeats."""
     own = [m for m in measurements if m.method == method]
-    interval = compare(measurements, method, base)
+    interval = compare(measurements, method, PLAIN)
     repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
     temperatures = {m.temperature for m in own}
     return Summary(
@@ -116,7 +117,7 @@ def summarise(measurements: Sequence[Measurement], method: str, base: str = PLAI
     )
 
 
-def compare(measurements: Sequence[Measurement], method: str, base: str, *, draws: int = 2000) -> Interval:
+def compare(measurements: Sequence[Measurement], method: str, base: str) -> Interval:
     """The rate of one method over that of another, on the prompts that both have answered as often."""
     per_prompt = {name: dict[str, list[Measurement]]() for name in (method, base)}
     keys = [{_place(m) for m in measurements if m.method == name} for name in (method, base)]
@@ -125,7 +126,7 @@ def compare(measurements: Sequence[Measurement], method: str, base: str, *, draw
             per_prompt[m.method].setdefault(m.prompt, []).append(m)
     prompts = sorted(per_prompt[base])
     own, other = ([per_prompt[name][prompt] for prompt in prompts] for name in (method, base))
-    low, high = bootstrap_interval(own, other, draws=draws)
+    low, high = bootstrap_interval(own, other)
     return Interval(rate(m for part in own for m in part) / rate(m for part in other for m in part), low, high)
 
 

@@ -1,7 +1,7 @@
 """Other libraries that decode the same target with loops of their own. Each is imported when it is asked for.
 
 They draft with the draft model where there is one, and otherwise with what followed earlier in the text. Neither takes
-processors or streamers, and neither reads every head: `economize` refuses heads that norm their features.
+processors or streamers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from .methods import Answer
 
 
 PEERS = ("flashspec", "economize")  # what `--peers` takes
-_CYCLE = 4  # tokens of a step, the default of both libraries
+_DRAFTED_TOKENS = 4  # of a step, the default of both libraries
 
 
 def load_peers(names: Sequence[str], target: Any, draft_model: PreTrainedModel | None) -> dict[str, Answer]:
@@ -70,7 +70,7 @@ def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> Answer:
         config = FlashSpecConfig(
             device=str(target.device),
             dtype=str(target.dtype).removeprefix("torch."),
-            sampling=SamplingConfig(gamma=_CYCLE, temperature=temperature),
+            sampling=SamplingConfig(gamma=_DRAFTED_TOKENS, temperature=temperature),
         )
         return SpeculativeEngine(config, [drafter], verifier)
 
@@ -102,7 +102,7 @@ def _economize(target: Any, draft_model: PreTrainedModel | None) -> Answer:
     def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Tensor:
         seed = int(torch.randint(2**31, ()))  # of the seed that the bench has set
         selector = TopPSampler(temperature, seed=seed) if temperature else None
-        decoding = DecodeConfig(_CYCLE, verifier="rejection" if temperature else None)
+        decoding = DecodeConfig(_DRAFTED_TOKENS, verifier="rejection" if temperature else None)
         found: Tensor = model.decode(
             input_ids, max_new_tokens, decoding=decoding, selector=selector, stop=list(end_ids)
         ).tokens

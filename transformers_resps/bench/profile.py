@@ -21,6 +21,9 @@ from .prompts import Prompt
 from .protocol import Bench
 
 
+_PREFILL_REPEATS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """Ratios to plain decoding, and shares.
@@ -104,12 +107,12 @@ def profile(bench: Bench, head: DraftHead, tree: Method, prompts: Sequence[Promp
     )
 
 
-def _prefill_ratio(bench: Bench, tree: Method, prompts: Sequence[Prompt], repeats: int = 3) -> float:
+def _prefill_ratio(bench: Bench, tree: Method, prompts: Sequence[Prompt]) -> float:
     """Median over prompts and repeats of calls that write one token."""
     one = Bench(bench.model, 1)
     pairs = [
         [one.decode(prompt, method).measurement.seconds for method in (Method("plain"), tree)]
-        for _ in range(repeats)
+        for _ in range(_PREFILL_REPEATS)
         for prompt in prompts
     ]
     return median(with_tree / plain for plain, with_tree in pairs)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..answers import end_ids
 from ..features import decoder_layers
 from .measurement import PLAIN, Measurement, token_count
 from .methods import Method
@@ -55,8 +56,7 @@ class Bench:
 
     def __init__(self, model: Any, max_new_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.model, self.max_new_tokens, self._clock = model, max_new_tokens, clock
-        ends = model.generation_config.eos_token_id
-        self._end_ids = set(ends) if isinstance(ends, list) else {ends}
+        self._end_ids = end_ids(model)
         self._forwards: list[float] = []  # when each began
         # Not of the model: another library may run its layers without it.
         decoder_layers(model)[0].register_forward_pre_hook(self._note_forward)
@@ -97,7 +97,7 @@ class Bench:
     ) -> Callable[[], tuple[list[int], Any]]:
         """All that is timed: the answer, read from the device, and its report where there is one."""
         if method.answer is not None:
-            answer, ends = method.answer, sorted(self._end_ids - {None})
+            answer, ends = method.answer, sorted(self._end_ids)
             return lambda: (answer(input_ids, most, temperature, ends).tolist(), None)
         keywords = {**method.keywords, **sampling(temperature)}
         if "policy" in keywords:  # each answer meets it as it was loaded; "auto" learns on

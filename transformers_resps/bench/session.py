@@ -9,7 +9,7 @@ import torch
 from ..calibration import CostTable, calibrate
 from ..policy.kept import KeptPolicies
 from ..tree import TreeShape
-from .headroom import BestFixed, Headroom, ceiling_of, shapes_for
+from .headroom import BestFixed, Replayer, ceiling_of, shapes_for
 from .journal import JOURNAL, Journal
 from .judging import Judge
 from .measurement import PLAIN, Measurement
@@ -73,7 +73,7 @@ class Session:
             self.journal.note("accepted_noise", True)
         self.bench = Bench(subjects.target, args.max_new_tokens)
         self.costs: CostTable | None = None
-        self.headroom: Headroom | None = None
+        self.replayer: Replayer | None = None
         self.methods: list[Method] = []
         self.ceilings: list[Measurement] = []
         self._whole: list[Run] = []
@@ -127,7 +127,7 @@ class Session:
         self.costs = calibrate(target, head, folder=self.args.output / "costs")
         if not {BEST_FIXED, CEILING}.isdisjoint(self.selected):
             grid = shapes_for(target.device.type)
-            self.headroom = Headroom(target, head, grid, self.costs.step_seconds, self.args.max_new_tokens)
+            self.replayer = Replayer(target, head, grid, self.costs.step_seconds, self.args.max_new_tokens)
         self.methods = self._choose_methods()
         schedule = Schedule(
             self.dialogues, self.methods, self.args.temperature, self.args.repeats, self.subjects.tokenizer
@@ -159,7 +159,7 @@ class Session:
 
     def best_fixed(self) -> BestFixed | None:
         """Found once, then read from the journal."""
-        if BEST_FIXED not in self.selected or self.headroom is None:
+        if BEST_FIXED not in self.selected or self.replayer is None:
             return None
         if "best_fixed" not in self.journal.notes:
             tokenizer = self.subjects.tokenizer
@@ -169,7 +169,7 @@ class Session:
                     self._say(f"Looking for the best fixed tree, prompt {number} of {len(self.searched)}")
                     yield dialogue.name, to_tokens(dialogue.asked([]), tokenizer)
 
-            best = self.headroom.find_best_fixed(prompts(), min(self.args.temperature))
+            best = self.replayer.find_best_fixed(prompts(), min(self.args.temperature))
             self.journal.note("best_fixed", best.to_dict())
         return BestFixed.from_dict(self.journal.notes["best_fixed"])
 
@@ -182,12 +182,12 @@ class Session:
         self._whole += runs
         self.judge.add(prompt, runs)
         answer = next(run for run in runs if run.measurement.method == PLAIN)
-        if CEILING in self.selected and self.headroom is not None:
+        if CEILING in self.selected and self.replayer is not None:
             m = answer.measurement
             seed = m.repeat if m.temperature else 0  # greedy repeats write one text
             key = f"ceiling {m.prompt} turn {m.turn} temperature {m.temperature:g} seed {seed}"
             if key not in self.journal.notes:
-                self.journal.note(key, self.headroom.ceiling(prompt.input_ids, answer.token_ids))
+                self.journal.note(key, self.replayer.ceiling(prompt.input_ids, answer.token_ids))
             self.ceilings.append(ceiling_of(m, self.journal.notes[key]))
         if not self.args.accept_noise:
             check_spread([run.measurement for run in self._whole], str(self.args.output / JOURNAL))

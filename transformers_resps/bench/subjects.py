@@ -8,12 +8,13 @@ from typing import Any, cast
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..generation import attach
-from ..head import DraftHead, policy_identity
+from ..head import DraftHead, pair_identity
 from ..packing import is_packed, pack
-from ..policy import AutoPolicy, Policy
+from ..policy import Policy
 from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from ..trainers.weights import parameter_fingerprint
 from .methods import policy_name
+from .policies import named_tree, read_policy
 from .provenance import config_sha256, file_of, weights_sha256
 
 
@@ -22,14 +23,16 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 @dataclass(frozen=True, slots=True)
 class Subjects:
-    """Attributes:
-    target: attached.
-    tokenizer: of the target.
-    head: in the target's dtype, on its device.
-    policies: name in the table -> policy, or "auto".
-    draft_model: for Transformers' assisted generation.
-    identity: JSON values: ids, parameters and hashes.
-    trained_on: fingerprints of prompts that head or policies learned from; `None` where nobody kept them.
+    """All that is measured, loaded, and known to fit together.
+
+    Attributes:
+        target: attached.
+        tokenizer: of the target.
+        head: in the target's dtype, on its device.
+        policies: name in the table -> policy, or "auto".
+        draft_model: for Transformers' assisted generation.
+        identity: JSON values: ids, parameters and hashes.
+        trained_on: fingerprints of prompts that head or policies learned from; `None` where nobody kept them.
     """
 
     target: Any
@@ -111,10 +114,15 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
     """
     found: dict[str, Policy | str] = {}
     for source in names:
-        policy: Policy | str = source if source == "auto" else AutoPolicy.from_pretrained(source)
+        if named_tree(source) is not None:
+            raise ValueError(
+                f"`--policy {source}` is a tree, but the benchmark's policies are 'auto', folders or Hub ids. Pass "
+                f"`--shapes {source}`."
+            )
+        policy = read_policy(source, head)
         check_identity = getattr(policy, "check_identity", None)
         if check_identity is not None:
-            check_identity(**policy_identity(target, head))
+            check_identity(**pair_identity(target, head))
         name = policy_name(source, policy)
         if name in found:
             raise ValueError(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .measurement import PLAIN
+from .results import ALL
 
 
 _COLUMNS = ("dataset", "method", "tokens/s", "ratio to plain", "95% interval", "tau", "nodes", "same text")
@@ -13,31 +14,43 @@ def markdown_table(results: dict[str, Any]) -> str:
     several = len(results["settings"]["temperatures"]) > 1
     columns = [*_COLUMNS[:1], "temperature", *_COLUMNS[1:]] if several else list(_COLUMNS)
     left = columns.index("method") + 1
-    lines = [_row(columns), _row(["---"] * left + ["---:"] * (len(columns) - left))]
+    lines = [table_row(columns), table_row(["---"] * left + ["---:"] * (len(columns) - left))]
     for dataset, rows in results["summaries"].items():
         for row in rows:
             cells = _cells(dataset, row, results)
-            lines.append(_row([*cells[:1], f"{row['temperature']:g}", *cells[1:]] if several else cells))
+            lines.append(table_row([*cells[:1], f"{row['temperature']:g}", *cells[1:]] if several else cells))
     return "\n".join(lines)
 
 
 def _cells(dataset: str, row: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    method, measured = row["method"], row["measured"]
-    steps = results["steps"].get(method)
-    total = results["same_text"].get(PLAIN, 0)
-    several = len(results["settings"]["temperatures"]) > 1  # the counts are of all temperatures together
-    same = f"{results['same_text'][method]} of {total}" if dataset == "all" and measured and not several else ""
+    steps = results["steps"].get(row["method"])
+    nodes = f"{steps['mean_nodes']:.1f}" if steps and row["measured"] else ""
+    return [dataset, *summary_cells(row), nodes, same_text(row, results) if dataset == ALL else ""]
+
+
+def summary_cells(row: dict[str, Any]) -> list[str]:
+    """Method, tokens per second, ratio to plain, its interval and tau of one row of `summaries`."""
     return [
-        dataset,
-        method if measured else f"*{method}*",
+        method_cell(row),
         f"{row['tokens_per_second']:.1f}",
         f"{row['ratio']:.2f}",
-        "" if method == PLAIN else f"{row['low']:.2f} to {row['high']:.2f}",
-        f"{row['tau']:.2f}" if measured else "",
-        f"{steps['mean_nodes']:.1f}" if steps and measured else "",
-        same,
+        "" if row["method"] == PLAIN else f"{row['low']:.2f} to {row['high']:.2f}",
+        f"{row['tau']:.2f}" if row["measured"] else "",
     ]
 
 
-def _row(cells: list[str]) -> str:
+def method_cell(row: dict[str, Any]) -> str:
+    """The method; in italics what nobody measured."""
+    return str(row["method"]) if row["measured"] else f"*{row['method']}*"
+
+
+def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
+    """How many answers are those of plain decoding; nothing over several temperatures, which are counted together."""
+    if not row["measured"] or len(results["settings"]["temperatures"]) > 1:
+        return ""
+    return f"{results['same_text'][row['method']]} of {results['same_text'].get(PLAIN, 0)}"
+
+
+def table_row(cells: list[str]) -> str:
+    """One line of Markdown."""
     return f"| {' | '.join(cells)} |"

@@ -14,7 +14,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        0; 1 when what was examined is not as it should be; 2 when it could not be examined.
+        0; 1 when what was examined is not as it should be; 2 when it could not be examined; 130 when `resps bench` was
+        stopped with Ctrl-C.
     """
     args = make_parser().parse_args(arguments)
     try:

@@ -3,28 +3,23 @@
 import argparse
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from ..calibration import CostTable, calibrate
 from ..head import DraftHead
+from .target import add_target_options, load_target
 
 
 def add_command(commands: Any) -> None:
     """`resps calibrate TARGET [HEAD]`."""
     parser = commands.add_parser("calibrate", help="what do steps cost on this machine, and can drafting pay at all?")
     parser.set_defaults(run=calibrate_costs)
-    parser.add_argument("target", help="folder or Hub id")
+    add_target_options(parser)
     parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
-    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--refresh", action="store_true", help="measure again although a table is kept")
 
 
 def calibrate_costs(args: argparse.Namespace) -> int:
     """Print the cost table, measured now or before."""
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
+    target = load_target(args)
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
     table = calibrate(target, head, refresh=args.refresh)
     for key, value in table.identity.items():

@@ -6,49 +6,35 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..bench.options import positive
+from ..bench.prompts import to_tokens
 from ..doctor import Answer, Cell, Diagnosis, diagnose, write_answers
 from ..head import DraftHead
 from ..trainers.conversations import Conversation, load_conversations
 from ..trainers.examples import make_example
-
-
-# Fifty questions that any chat model answers at some length: every task with every subject.
-_TASKS = (
-    "Explain {} to a child.",
-    "Write a short story about {}.",
-    "List five facts about {}.",
-    "What is the history of {}?",
-    "Compare {} fifty years ago and today.",
-    "Write a Python function that prints a report about {}.",
-    "Give step-by-step advice to someone new to {}.",
-    "Summarise the main arguments for and against {}.",
-    "Write a polite e-mail asking an expert about {}.",
-    "Make a quiz of three questions about {}, with answers.",
-)
-_SUBJECTS = ("bicycles", "the ocean", "cooking", "public libraries", "numbers")
+from .questions import default_questions, up_to
+from .target import add_target_options, load_target
 
 
 def add_command(commands: Any) -> None:
     """`resps doctor TARGET HEAD`."""
     parser = commands.add_parser("doctor", help="does a head read its target as it was trained to?")
     parser.set_defaults(run=doctor)
-    parser.add_argument("target", help="folder or Hub id")
+    add_target_options(parser)
     parser.add_argument("head", help="folder or Hub id of a draft head for the target, in any published format")
     parser.add_argument(
         "--dataset",
         help=".json, .jsonl or Hub id; the target answers where it has no assistant turns",
     )
     parser.add_argument("--split", default="train", help="of a dataset from the Hub")
-    parser.add_argument("--answers", type=int, default=50, help="how many answers to look at")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of each answer that are looked at")
-    parser.add_argument("--max-length", type=int, default=320, help="tokens per conversation; longer ones are cut")
+    parser.add_argument("--answers", type=positive, default=50, help="how many answers to look at")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of each answer that are looked at")
+    parser.add_argument(
+        "--max-length", type=positive, default=320, help="tokens per conversation; longer ones are cut"
+    )
     parser.add_argument("--revision", help="of the head")
-    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -61,8 +47,7 @@ def add_command(commands: Any) -> None:
 def doctor(args: argparse.Namespace) -> int:
     """Print how well the head agrees with its target under each reading; 1 when another reading is better."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
+    target = load_target(args)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
     conversations = list(islice(load_conversations(args.dataset, args.split), args.answers)) if args.dataset else []
     answers = answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
@@ -70,7 +55,7 @@ def doctor(args: argparse.Namespace) -> int:
         questions = [asked for row in conversations if (asked := up_to(row, "user"))]
         questions = questions or default_questions(args.answers)
         print(f"The target answers {len(questions)} questions ...")
-        prompts = [prompt_ids(question, tokenizer)[-args.max_length :] for question in questions]
+        prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
         answers = write_answers(target, prompts, args.max_new_tokens)
     diagnosis = diagnose(target, head, answers)
     print_diagnosis(diagnosis)
@@ -110,27 +95,6 @@ def answered(
             prompt_length = int(example.loss_mask.int().argmax())
             found.append(Answer(example.input_ids[: prompt_length + max_new_tokens], prompt_length))
     return found
-
-
-def up_to(conversation: Conversation, role: str) -> Conversation:
-    """The conversation to the end of its first turn of `role`; empty when it has none."""
-    roles = [message["role"] for message in conversation]
-    return conversation[: roles.index(role) + 1] if role in roles else []
-
-
-def default_questions(most: int) -> list[Conversation]:
-    """Up to fifty one-turn conversations."""
-    texts = [task.format(subject) for subject in _SUBJECTS for task in _TASKS]
-    return [[{"role": "user", "content": text}] for text in texts[:most]]
-
-
-def prompt_ids(question: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids `[t]` of a question, through the chat template where there is one."""
-    if tokenizer.chat_template is None:
-        ids: Any = tokenizer(question[-1]["content"] + "\n")["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    return torch.tensor(ids)
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:

@@ -6,21 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
-from ..bench.options import shape
+from ..bench.options import positive
+from ..bench.policies import read_policy
+from ..bench.prompts import to_tokens
 from ..generation import attach
 from ..head import DraftHead
 from ..inspection import Examination, examine, facts_of, page, story_of
 from ..pieces import decoder
-from ..policy import AutoPolicy, FixedPolicy, Policy, default_policy
+from ..policy import default_policy
+from .target import add_target_options, load_target
 
 
 def add_command(commands: Any) -> None:
     """`resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
     parser = commands.add_parser("inspect", help="an answer as a page to look at: trees, decisions, seconds")
     parser.set_defaults(run=inspect)
-    parser.add_argument("target", help="folder or Hub id")
+    add_target_options(parser)
     parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
     parser.add_argument("--prompt", required=True, help="what the target answers")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the page to write")
@@ -28,11 +31,9 @@ def add_command(commands: Any) -> None:
         "--policy",
         help="auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; the head's own tree by default",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--seed", type=int, default=0, help="of both answers, when tokens are sampled")
-    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -41,11 +42,11 @@ def inspect(args: argparse.Namespace) -> int:
         raise ValueError("`--prompt` is empty, but the target needs something to answer. Pass a question in quotes.")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    target = attach(AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device))
+    target = attach(load_target(args))
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
-    policy = policy_of(args.policy, head)
-    prompt_ids = prompt_ids_of(args.prompt, tokenizer)
+    named = read_policy(args.policy, head)
+    policy = default_policy() if isinstance(named, str) else named
+    prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
     warm_up(target, head, prompt_ids)
     found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
     decoding = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature > 0 else "greedy"
@@ -53,35 +54,6 @@ def inspect(args: argparse.Namespace) -> int:
     args.output.write_text(page(story_of(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
     print(f"{found.report}\nSame text as plain decoding: {same_text(found)}.\nThe page: {args.output}")
     return 0 if is_explained(found, target.dtype) else 1
-
-
-def policy_of(text: str | None, head: DraftHead | None) -> Policy:
-    """What `--policy` names; the head's own tree by default, and without a head "auto".
-
-    Raises:
-        ValueError: it names nothing.
-    """
-    if text == "auto" or (text is None and head is None):
-        return default_policy()
-    if text is None:
-        assert head is not None
-        return FixedPolicy(head.default_shape)
-    if text[0].isdigit() and not Path(text).exists():
-        try:
-            return FixedPolicy(shape(text))
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"`--policy`: {error}") from error
-    return AutoPolicy.from_pretrained(text)
-
-
-def prompt_ids_of(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids `[s]`, through the chat template where there is one."""
-    if tokenizer.chat_template is None:
-        ids: Any = tokenizer(prompt)["input_ids"]
-    else:
-        turns = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    return torch.tensor(ids)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,48 +6,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from ..bench.options import positive
+from ..bench.policies import read_policy
+from ..bench.prompts import to_tokens
 from ..head import DraftHead
-from ..policy import AutoPolicy, FixedPolicy, Policy
 from ..trainers.conversations import load_conversations
-from ..tree import TreeShape
 from ..verification import NotLosslessError, assert_lossless
 from ..verification.rounding import move_of_gaps
-from .doctor import default_questions, prompt_ids, up_to
+from .questions import default_questions, up_to
+from .target import add_target_options, load_target
 
 
 def add_command(commands: Any) -> None:
     """`resps verify TARGET [HEAD] [POLICY]`."""
     parser = commands.add_parser("verify", help="is the text with a draft head the model's own? a page to paste")
     parser.set_defaults(run=verify)
-    parser.add_argument("target", help="folder or Hub id")
+    add_target_options(parser)
     parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head; without one, drafts by lookup")
     parser.add_argument(
         "policy",
         nargs="?",
-        help="folder or Hub id of a policy, 'auto', or a tree as total_tokens,depth,top_k; else the head's own tree",
+        help="folder or Hub id of a policy, 'auto', or total_tokens,depth,top_k[,lookup]; else the head's own tree",
     )
     parser.add_argument("--dataset", help=".json, .jsonl or Hub id; its first user turns are the prompts")
     parser.add_argument("--split", default="train", help="of a dataset from the Hub")
-    parser.add_argument("--prompts", type=int, default=4, help="how many")
-    parser.add_argument("--seeds", type=int, default=4, help="sampled answers per way of sampling")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="of each compared answer")
+    parser.add_argument("--prompts", type=positive, default=4, help="how many")
+    parser.add_argument("--seeds", type=positive, default=4, help="sampled answers per way of sampling")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, help="of each compared answer")
     parser.add_argument(
         "--rounding", action="store_true", help="instead: how far a tree forward moves the target's logits"
     )
     parser.add_argument("--revision", help="of the head")
-    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def verify(args: argparse.Namespace) -> int:
     """Print the report; 1 when the text is not the model's own."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
+    target = load_target(args)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
-    policy = None if args.policy is None else read_policy(args.policy)
+    policy = None if args.policy is None else read_policy(args.policy, head)
     prompts = read_prompts(args, tokenizer)
     if args.rounding:
         return print_rounding(target, prompts, args.max_new_tokens)
@@ -69,20 +68,6 @@ def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int) -> i
     return 0
 
 
-def read_policy(name: str) -> Policy | str:
-    """A fixed tree from its numbers, a saved policy, or "auto" as it is.
-
-    Raises:
-        ValueError: there is no such policy.
-    """
-    sizes = name.split(",")
-    if name == "auto":
-        return name
-    if len(sizes) in (3, 4) and all(size.strip().isdigit() for size in sizes):
-        return FixedPolicy(TreeShape(*map(int, sizes)))
-    return AutoPolicy.from_pretrained(name)
-
-
 def read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
     """`--prompts` questions, those of `--dataset` or our own, as token ids `[s]`.
 
@@ -98,4 +83,4 @@ def read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
             f"`--dataset {args.dataset}` has no user turns, but the prompts are made of them. Pass conversations, as "
             "training/train_head.py reads them."
         )
-    return [prompt_ids(question, tokenizer) for question in questions]
+    return [to_tokens(question, tokenizer) for question in questions]

@@ -29,6 +29,9 @@ from .report import divergence_line, table, verdict
 from .target import load_target
 
 
+_MOST_SHOWN = 160  # characters of a question
+
+
 class Demo:
     """A target in one dtype, its head, and the terminal they answer in."""
 
@@ -113,8 +116,8 @@ def report(console: Console, results: list[Comparison], demo: Demo) -> None:
     console.print(verdict(results[-1:]), highlight=False)
 
 
-def _shortened(text: str, most: int = 160) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 if __name__ == "__main__":

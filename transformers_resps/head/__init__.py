@@ -5,7 +5,7 @@ from .cache import HeadCache
 from .configuration import DraftHeadConfig
 from .layer import Attend
 from .modeling import DraftHead
-from .pairing import head_fingerprint, policy_identity
+from .pairing import head_fingerprint, pair_identity
 
 
-__all__ = ["Attend", "BoundHead", "DraftHead", "DraftHeadConfig", "HeadCache", "head_fingerprint", "policy_identity"]
+__all__ = ["Attend", "BoundHead", "DraftHead", "DraftHeadConfig", "HeadCache", "head_fingerprint", "pair_identity"]

@@ -12,12 +12,27 @@ from ..hub import shareable
 class DraftHeadConfig(PreTrainedConfig):
     """Sizes, conventions and identity of a `DraftHead`.
 
-    Args:
+    Attributes:
         hidden_size: width h of the head.
+        intermediate_size: width inside the MLP of a layer.
+        num_hidden_layers: decoder layers of the head; published ones have one.
+        num_attention_heads: of queries.
+        num_key_value_heads: of keys and values, which the query heads share evenly.
+        head_dim: width hd of an attention head; `None` means h divided by `num_attention_heads`.
+        hidden_act: activation of the MLP, by its name in Transformers.
+        rms_norm_eps: of every RMSNorm.
+        max_position_embeddings: for RoPE kinds that depend on it; the head itself reads texts of any length.
+        rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
+        initializer_range: standard deviation of fresh weights.
+        attention_bias: of the projections to queries, keys and values.
+        attention_output_bias: of the projection behind the attention.
+        mlp_bias: of the MLP's projections.
+        fc_bias: of `fc`, which fuses the features.
         target_hidden_size: width of the target's hidden states; `None` means h.
         feature_layers: the target's hidden states the head reads, in the `output_hidden_states` convention of
             Transformers (0 is the embedding output, j the output of decoder layer j - 1), ascending; that of the last
-            layer is read before the target's final norm.
+            layer is read before the target's final norm. `None` means 2, 15 and 27, EAGLE-3's of a target with 30
+            layers.
         vocab_size: the target's vocabulary size v.
         draft_vocab_size: the head's own vocabulary size d; `None` means v, without `d2t`.
         owns_embedding: the file holds an embedding table, because its width differs from the target's.
@@ -27,9 +42,14 @@ class DraftHeadConfig(PreTrainedConfig):
         fc_norm: one RMSNorm per feature layer, before `fc` (EAGLE-3.1). Excludes `norm_before_fc`.
         feedback_post_norm: the next level is fed the output after `norm`, not before it (EAGLE-3.1).
         qk_norm: RMSNorm on queries and keys, as in Qwen3.
-        default_tree: total_tokens, depth, top_k and perhaps lookup of the tree used when no policy is given.
-        target: name and sizes of the model the head was made for.
+        default_tree: total_tokens, depth, top_k and perhaps lookup of the tree used when no policy is given; `None`
+            means 60, 8 and 10, which EAGLE calls 60/7/10.
+        target: name and sizes of the model the head was made for; `None` where nobody knows.
         source: of an imported head, its publisher's format and layer ids as published.
+        bos_token_id: the target's.
+        eos_token_id: the target's, one or several.
+        pad_token_id: the target's.
+        tie_word_embeddings: always false: what a head shares with its target it borrows.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3; the flags are those of published checkpoints.
     """
@@ -98,6 +118,6 @@ class DraftHeadConfig(PreTrainedConfig):
 
     @property
     def features_width(self) -> int:
-        """Width `A * target_hidden_size` of the concatenated features."""
+        """Width F of the concatenated features: `target_hidden_size` for each feature layer."""
         assert self.feature_layers is not None and self.target_hidden_size is not None
         return len(self.feature_layers) * self.target_hidden_size

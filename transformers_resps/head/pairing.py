@@ -1,6 +1,6 @@
-"""A target and its head, as a policy remembers whom it was trained for.
+"""A target and its head as JSON values, by which whoever was trained for the two knows them again.
 
-Knows models and heads: nothing of policies.
+Knows models and heads: nothing of who keeps these values.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from .identity import target_identity
 from .modeling import DraftHead
 
 
-def policy_identity(target: PreTrainedModel, head: DraftHead | None) -> dict[str, dict[str, Any]]:
-    """`target` and `head` as `ReSpSConfig` keeps them and `ReSpSPolicy.check_identity` compares them."""
+def pair_identity(target: PreTrainedModel, head: DraftHead | None) -> dict[str, dict[str, Any]]:
+    """`target`: its name and sizes; and where there is one, `head`: its name, sizes and fingerprint."""
     identity = {"target": target_identity(target)}
     if head is not None:
         sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")

@@ -7,7 +7,6 @@ file is named after its ETag, which is its hash, so the content can be compared 
 import hashlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,6 @@ from huggingface_hub.errors import (
 )
 
 from .transport import TransportError
-
-
-_BLOCK = 1 << 20  # bytes read at once
 
 
 class RepositoryFiles:
@@ -118,7 +114,4 @@ def _git_sha1(path: Path) -> str:
 
 def _hashed(path: Path, hasher: Any) -> str:
     with path.open("rb") as file:
-        read: Callable[[], bytes] = lambda: file.read(_BLOCK)  # noqa: E731  # iter wants a callable
-        for block in iter(read, b""):
-            hasher.update(block)
-    return str(hasher.hexdigest())
+        return hashlib.file_digest(file, lambda: hasher).hexdigest()

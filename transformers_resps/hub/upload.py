@@ -82,16 +82,14 @@ def upload(
         return _commit(files, destination, message, existing, sleep)
 
 
-def make_repository(
-    destination: Destination, existing: Existing = Existing(), sleep: Callable[[float], None] = time.sleep
-) -> str:
+def make_repository(destination: Destination, existing: Existing = Existing()) -> str:
     """Make the repository and the branch if they are missing; returns the full id. Refused where an upload would be.
 
     Raises:
         OSError, ConnectionError, ValueError: as `upload`.
     """
     with _explained(destination.repo_id):
-        return _prepared(destination, existing, sleep).id
+        return _prepared(destination, existing, time.sleep).id
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """One prompt answered plainly and with draft trees, everything recorded. Knows models; nothing of texts or pages."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +55,6 @@ def examine(
     *,
     settings: dict[str, Any],
     seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> Examination:
     """Answer one prompt plainly, then with draft trees.
 
@@ -67,21 +65,20 @@ def examine(
         prompt_ids: `[s]`.
         settings: keywords of `generate`, for both; greedy unless they say otherwise.
         seed: of both; the global generator is left as it was.
-        clock: seconds.
     """
     settings = {"do_sample": False} | settings
 
     def answer(**keywords: Any) -> tuple[Any, Tensor, float]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            started = clock()
+            started = time.perf_counter()
             ids = prompt_ids[None].to(model.device)
             call: Any = model
             output = call.generate(
                 ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **settings, **keywords
             )
             tokens = output.sequences[0, len(prompt_ids) :].cpu()  # reading them waits for the device
-            return output, tokens, clock() - started
+            return output, tokens, time.perf_counter() - started
 
     recorder = Recorder(policy)
     _, plain_ids, plain_seconds = answer()

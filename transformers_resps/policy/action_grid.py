@@ -58,26 +58,23 @@ class ActionGrid:
         return cls.from_bins((4, 6, 8, 12, 16), (2, 3, 4, 6), (1, 2, 4))
 
     @classmethod
-    def from_bins(
-        cls, total_tokens: Sequence[int], depths: Sequence[int], top_ks: Sequence[int], *, plain: bool = True
-    ) -> "ActionGrid":
+    def from_bins(cls, total_tokens: Sequence[int], depths: Sequence[int], top_ks: Sequence[int]) -> "ActionGrid":
         """All combinations that a head can fill and that could not be had with fewer levels, in order.
 
         Args:
             total_tokens: nodes verified, root included.
             depths: drafted levels, counted as `TreeShape` does.
             top_ks: children per node.
-            plain: put a plain step first.
 
-        A shape stays out when its pool of `top_k + (depth - 1) * top_k ** 2` nodes is smaller than its tree, and when
-        the tree has fewer drafted nodes than levels.
+        A plain step comes first. A shape stays out when its pool of `top_k + (depth - 1) * top_k ** 2` nodes is
+        smaller than its tree, and when the tree has fewer drafted nodes than levels.
         """
         shapes = [
             TreeShape(total, depth, top_k)
             for total, depth, top_k in product(total_tokens, depths, top_ks)
             if depth <= total - 1 <= top_k + (depth - 1) * top_k**2
         ]
-        return cls(tuple(dict.fromkeys([TreeShape.plain(), *shapes] if plain else shapes)))
+        return cls(tuple(dict.fromkeys([TreeShape.plain(), *shapes])))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
         """The shapes that could pay: at their best they emit `depth + 1` tokens faster than as many plain steps.

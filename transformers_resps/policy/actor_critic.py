@@ -39,7 +39,7 @@ class ActorCritic(nn.Module):
         return logits.nan_to_num()
 
     def prepare(self, features: Tensor) -> Tensor:
-        """Features as the networks read them: fp32, on their device, NaN and infinities as 0, normalised."""
+        """Features `[n, F]` as the networks read them: fp32, on their device, NaN and infinities as 0, normalised."""
         weight = self.actor[0].weight
         assert isinstance(weight, Tensor)
         states = features.detach().to(weight.device, weight.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -20,7 +20,10 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class SavedPolicy(Policy):
-    """A policy that can be saved. A subclass sets `policy_type` and answers the three methods below."""
+    """A policy that can be saved.
+
+    A subclass sets `policy_type`, implements `to_config` and `from_saved`, and `state_tensors` where it has weights.
+    """
 
     policy_type: ClassVar[str]
 
@@ -73,7 +76,11 @@ class SavedPolicy(Policy):
 
     @classmethod
     def load_folder(cls, folder: Path, config: dict[str, Any]) -> Self:
-        """The policy of a local folder whose `config.json` was read already."""
+        """The policy of a local folder whose `config.json` was read already.
+
+        Raises:
+            ValueError: config and weights do not make a policy of this class in this release.
+        """
         weights = folder / WEIGHTS_FILE
         values = {key: value for key, value in config.items() if key != "policy_type"}
         try:

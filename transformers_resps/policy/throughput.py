@@ -1,9 +1,10 @@
 """Total tokens over total seconds: draft a node only while its expected gain is above its cost.
 
 A node is worth its probability of acceptance, in tokens; a second costs lambda tokens, the rate of the text so far
-(Dinkelbach's method for a ratio of sums), but no more than twice that of plain steps: copied text runs at ten times
-it, and at that price the head would not be asked for long after. What steps cost and how far the head's
-scores can be trusted is learned while decoding, from a start that may be fitted or measured beforehand.
+(the method for a ratio of sums of Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967), but
+no more than twice that of plain steps: copied text runs at ten times it, and at that price the head would not be asked
+for long after. What steps cost and how far the head's scores can be trusted is learned while decoding, from a start
+that may be fitted or measured beforehand.
 """
 
 from collections.abc import Sequence

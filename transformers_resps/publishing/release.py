@@ -1,6 +1,5 @@
 """Publish a folder: look for faults, then put all of it on the Hub in one commit."""
 
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from ..hub import Destination, Existing, upload
@@ -42,12 +41,7 @@ def files_of(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     return {CARD: card, **plain, **custom_generate_files()}
 
 
-def publish(
-    folder: Path,
-    destination: Destination,
-    *,
-    upload: Callable[..., str] = upload,
-) -> str:
+def publish(folder: Path, destination: Destination) -> str:
     """Publish `folder` if nothing is wrong with it; returns the address of the commit. The folder is only read.
 
     The published card names the repository in its example; the local one names the folder. Files that earlier

@@ -4,23 +4,17 @@ from typing import Any
 
 from ..bench.measurement import PLAIN
 from ..bench.results import ALL
+from ..bench.table import method_cell, same_text, summary_cells, table_row
 
 
 def overall_table(results: dict[str, Any]) -> str:
     """One row per method over all prompts, with its interval; ceilings, which nobody measured, are in italics."""
     several = len(results["settings"]["temperatures"]) > 1
     columns = ["method", "tokens/s", "ratio to plain", "95% interval", "tau", "same text as plain"]
-    lines = [_row([*_temperature("temperature", several), *columns]), _rule(len(columns) + several, several + 1)]
+    lines = [table_row([*_temperature("temperature", several), *columns]), _rule(len(columns) + several, several + 1)]
     for row in results["summaries"][ALL]:
-        cells = [
-            _name(row),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['ratio']:.2f}",
-            "" if row["method"] == PLAIN else f"{row['low']:.2f} to {row['high']:.2f}",
-            f"{row['tau']:.2f}" if row["measured"] else "",
-            _same_text(row, results) if row["measured"] and not several else "",
-        ]
-        lines.append(_row([*_temperature(f"{row['temperature']:g}", several), *cells]))
+        cells = [*summary_cells(row), same_text(row, results)]
+        lines.append(table_row([*_temperature(f"{row['temperature']:g}", several), *cells]))
     return "\n".join(lines)
 
 
@@ -30,17 +24,17 @@ def dataset_table(results: dict[str, Any]) -> str:
     if len(datasets) < 2:
         return ""
     several = len(results["settings"]["temperatures"]) > 1
-    methods = list(dict.fromkeys(_name(row) for row in results["summaries"][ALL] if row["method"] != PLAIN))
+    methods = list(dict.fromkeys(method_cell(row) for row in results["summaries"][ALL] if row["method"] != PLAIN))
     lines = [
-        _row(["dataset", *_temperature("temperature", several), *methods]),
+        table_row(["dataset", *_temperature("temperature", several), *methods]),
         _rule(1 + several + len(methods), 1 + several),
     ]
     for dataset in datasets:
         for temperature in results["settings"]["temperatures"]:
             rows = [row for row in results["summaries"][dataset] if row["temperature"] == temperature]
-            found = {_name(row): _ratio(row) for row in rows}
+            found = {method_cell(row): _ratio(row) for row in rows}
             cells = [found.get(method, "") for method in methods]
-            lines.append(_row([dataset, *_temperature(f"{temperature:g}", several), *cells]))
+            lines.append(table_row([dataset, *_temperature(f"{temperature:g}", several), *cells]))
     return "\n".join(lines)
 
 
@@ -64,15 +58,6 @@ def sampling(results: dict[str, Any]) -> str:
     return " and ".join("greedy" if value == 0 else f"temperature {value:g}" for value in temperatures)
 
 
-def _same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
-    """How many answers are those of plain decoding; counted over all temperatures together."""
-    return f"{results['same_text'][row['method']]} of {results['same_text'][PLAIN]}"
-
-
-def _name(row: dict[str, Any]) -> str:
-    return str(row["method"]) if row["measured"] else f"*{row['method']}*"
-
-
 def _ratio(row: dict[str, Any]) -> str:
     return f"{row['ratio']:.2f} ({row['tau']:.2f})" if row["measured"] else f"{row['ratio']:.2f}"
 
@@ -80,10 +65,6 @@ def _ratio(row: dict[str, Any]) -> str:
 def _temperature(text: str, several: bool) -> list[str]:
     """A column that is there when there is more than one."""
     return [text] if several else []
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _rule(columns: int, words: int) -> str:

@@ -1,6 +1,6 @@
 """Trainers of draft heads and policies, in the manner of TRL."""
 
-from ..head import head_fingerprint, policy_identity
+from ..head import head_fingerprint, pair_identity
 from .conversations import load_conversations, read_conversations
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
 from .examples import Example, make_example, make_examples, split_examples
@@ -48,7 +48,7 @@ __all__ = [
     "load_conversations",
     "make_example",
     "make_examples",
-    "policy_identity",
+    "pair_identity",
     "read_conversations",
     "record_pools",
     "record_text",

@@ -12,9 +12,11 @@ from .examples import Example
 
 @dataclass(frozen=True, slots=True)
 class DraftVocabulary:
-    """Attributes:
-    token_ids: `[d]` target ids, ascending.
-    coverage: share of the assistant's tokens that are among them; no acceptance can be above it.
+    """The tokens that a head can propose, and how much of the answers they are.
+
+    Attributes:
+        token_ids: `[d]` target ids, ascending.
+        coverage: share of the assistant's tokens that are among them; no acceptance can be above it.
     """
 
     token_ids: Tensor
@@ -48,7 +50,7 @@ def vocabulary_of(head: DraftHead, examples: Iterable[Example]) -> DraftVocabula
     """The draft vocabulary that `head` has, and what it covers of the assistant's tokens in `examples`.
 
     Raises:
-        ValueError: nothing, so that no step could teach or accept anything.
+        ValueError: it covers none of the assistant's tokens, so no step could teach or accept anything.
     """
     token_ids = head.draft_token_ids.cpu()
     coverage = _share(_answer_counts(examples, head.config.vocab_size), token_ids)

@@ -13,32 +13,34 @@ from torch.optim import Optimizer
 
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Keller Jordan, "Muon" (2024)
+_ITERATIONS = 5
+_MOMENTUM = 0.95  # decay rate of Nesterov's
 
 
-def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalise(matrix: Tensor) -> Tensor:
     """The nearest matrix `[m, n]` with singular values near 1, by Newton-Schulz iteration in fp32 (GPU: bf16)."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     wide = wide / wide.norm().clamp(min=1e-7)
     is_oblong = 2 * wide.shape[1] >= 3 * wide.shape[0]  # from there on the squares are less work
-    wide = _through_gram(wide, iterations) if is_oblong and not matrix.is_cuda else _iterated(wide, iterations)
+    wide = _through_gram(wide) if is_oblong and not matrix.is_cuda else _iterated(wide)
     return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).to(matrix.dtype)
 
 
-def _iterated(wide: Tensor, iterations: int) -> Tensor:
-    for _ in range(iterations):
+def _iterated(wide: Tensor) -> Tensor:
+    for _ in range(_ITERATIONS):
         wide = _step(wide @ wide.T) @ wide
     return wide
 
 
-def _through_gram(wide: Tensor, iterations: int) -> Tensor:
+def _through_gram(wide: Tensor) -> Tensor:
     """The same iteration on `[m, m]` squares: every step multiplies from the left by a polynomial of the Gram matrix.
 
     A quarter less work for matrices twice as wide as high. It squares the condition, which bf16 does not bear.
     """
     gram = wide @ wide.T
     total = step = _step(gram)
-    for _ in range(iterations - 1):
+    for _ in range(_ITERATIONS - 1):
         gram = step @ (gram @ step)
         step = _step(gram)
         total = step @ total
@@ -59,9 +61,8 @@ class Muon(Optimizer):
     Args:
         groups: parameter groups; each has `matrices`.
         lr: step size; Muon's update has a root mean square of 0.2, so that one rate fits both kinds.
-        betas: AdamW's decay rates; Muon's momentum is `momentum`.
-        momentum: decay rate of Muon's Nesterov momentum.
-        weight_decay: decoupled, for the matrices only.
+        betas: AdamW's decay rates.
+        weight_decay: decoupled, for parameters of two and more dimensions, whoever updates them.
         eps: AdamW's denominator floor.
 
     Source: Jordan et al., Muon (2024); update scale 0.2 sqrt(max(m, n)) of Moonlight (arXiv 2502.16982) section 2.2.
@@ -73,11 +74,10 @@ class Muon(Optimizer):
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
-        momentum: float = 0.95,
         weight_decay: float = 0.0,
         eps: float = 1e-8,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps}
         super().__init__(groups, defaults)
 
     @overload
@@ -103,8 +103,8 @@ class Muon(Optimizer):
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        direction = orthogonalise(gradient.lerp(state["momentum"], group["momentum"]))
+        state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
+        direction = orthogonalise(gradient.lerp(state["momentum"], _MOMENTUM))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(direction, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
 

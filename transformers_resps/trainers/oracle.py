@@ -71,7 +71,6 @@ class Oracle:
         fixed = self.best_fixed if fixed is None else fixed
         return Headroom(
             tokens=int((self.table.stops - self.table.starts).sum()),
-            fixed_action=fixed,
             fixed_seconds=float(self.fixed_seconds[:, fixed].sum()),
             per_text_seconds=float(self.fixed_seconds.min(-1).values.sum()),
             oracle_seconds=float(self.best_seconds.sum()),
@@ -80,16 +79,16 @@ class Oracle:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """Attributes:
-    tokens: of all texts, the first of each left out: prefill gives it.
-    fixed_action: the action used throughout.
-    fixed_seconds: with it.
-    per_text_seconds: with the best fixed action of each text.
-    oracle_seconds: with the best action at every step.
+    """Seconds that all texts together take under each kind of choice.
+
+    Attributes:
+        tokens: of all texts, the first of each left out: prefill gives it.
+        fixed_seconds: with one action throughout.
+        per_text_seconds: with the best fixed action of each text.
+        oracle_seconds: with the best action at every step.
     """
 
     tokens: int
-    fixed_action: int
     fixed_seconds: float
     per_text_seconds: float
     oracle_seconds: float

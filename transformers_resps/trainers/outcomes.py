@@ -53,6 +53,8 @@ class TextOutcomes:
 class HeldOutcomes:
     """Outcomes of holding an action for some steps, or until the text ends.
 
+    All three are `[n]` of the actions taken, or `[n, a]` of every action; `[p, a]` at every position of all texts.
+
     Attributes:
         emitted: tokens, all steps together.
         seconds: likewise.

@@ -19,10 +19,12 @@ _PICK_CHUNK = 512  # positions whose full logits are alive at once
 
 @dataclass(frozen=True, slots=True)
 class TargetFeatures:
-    """Attributes:
-    features: `[b, t, F]`.
-    hidden: `[b, t, target hidden]` after the target's final norm: the input of its output head.
-    picks: `[b, t]` the target's most likely token after each position; 0 where nobody asked for it.
+    """What the target makes of texts.
+
+    Attributes:
+        features: `[b, t, F]`.
+        hidden: `[b, t, target hidden]` after the target's final norm: the input of its output head.
+        picks: `[b, t]` the target's most likely token after each position; 0 where nobody asked for it.
     """
 
     features: Tensor

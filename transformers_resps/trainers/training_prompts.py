@@ -23,7 +23,7 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
     Args:
         folder: made already.
         texts: the first user turns that it learned from.
-        earlier: fingerprints of those that the head learned from which it went on from.
+        earlier: fingerprints of the prompts of the head that training started from.
     """
     hashes = sorted({fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(json.dumps({"sha256_16": hashes}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""By which a model's weights are recognised. Knows parameters: nothing of names, paths or files."""
+"""A fingerprint by which a model's weights are recognised. Knows parameters: nothing of names, paths or files."""
 
 import hashlib
 

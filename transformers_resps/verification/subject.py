@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..answers import end_ids, left_padded, up_to_end
 from ..generation import ReSpSGenerationMixin, attach, detach
 from ..head import DraftHead
 from ..policy import Policy
@@ -38,12 +39,6 @@ class Subject:
         wrapped = hasattr(self.model, "get_base_model")
         return cast(PreTrainedModel, self.model.get_base_model() if wrapped else self.model)
 
-    @property
-    def end_ids(self) -> set[int]:
-        """The tokens that end an answer."""
-        ids = getattr(self.target.generation_config, "eos_token_id", None)
-        return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> list[Tensor]:
         """Stock `generate` of the detached model: one answer per prompt `[s]`, as `answers` cuts them."""
         detach(self.model)
@@ -69,20 +64,12 @@ class Subject:
     def answers(self, sequences: Tensor, prompts: Sequence[Tensor]) -> list[Tensor]:
         """The rows of `[b, longest prompt + t]` without prompt and padding: up to the first end token."""
         width = max(len(prompt) for prompt in prompts)
-        found = []
-        for row in sequences[:, width:]:
-            ended = [place for place, token in enumerate(row.tolist(), start=1) if token in self.end_ids]
-            found.append(row[: ended[0]] if ended else row)
-        return found
+        ends = end_ids(self.target)
+        return [up_to_end(row, ends) for row in sequences[:, width:]]
 
     def _generate(self, prompts: Sequence[Tensor], **settings: Any) -> Any:
         """One call; prompts of unequal lengths are padded on the left."""
-        width = max(len(prompt) for prompt in prompts)
-        pads = [width - len(prompt) for prompt in prompts]
-        ids = torch.stack([torch.nn.functional.pad(p, (n, 0)) for p, n in zip(prompts, pads, strict=True)])
-        mask = torch.stack(
-            [torch.nn.functional.pad(torch.ones_like(p), (n, 0)) for p, n in zip(prompts, pads, strict=True)]
-        )
+        ids, mask = left_padded(prompts)
         return self.model.generate(
             input_ids=ids.to(self.target.device),
             attention_mask=mask.to(self.target.device),

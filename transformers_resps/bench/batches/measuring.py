@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ...answers import end_ids, left_padded, up_to_end
 from ...head import DraftHead
 from ...policy import Policy
 
@@ -68,8 +68,7 @@ class BatchBench:
         self._target, self._head, self._make_policy, self._clock = target, head, make_policy, clock
         self._max_new_tokens = max_new_tokens
         self._policies: dict[tuple[str, int], Policy] = {}
-        ends = target.generation_config.eos_token_id
-        self._ends = set(ends) if isinstance(ends, list) else {ends}
+        self._ends = end_ids(target)
 
     def run(self, prompts: Sequence[Tensor], sizes: Sequence[int], repeats: int) -> Iterator[Measurement]:
         """Warm up, then every way on every group of each size, beginning with another way each time."""
@@ -104,22 +103,13 @@ class BatchBench:
         return self._policies[way, batch_size]
 
     def _generate(self, way: str, batch: Sequence[Tensor]) -> list[list[int]]:
-        longest = max(len(prompt) for prompt in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(batch):
-            ids[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
+        ids, mask = left_padded(batch)
         options: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "do_sample": False}
         if (extra := WAYS[way]) is not None:
             options |= {"assistant_model": self._head, "policy": self._policy(way, len(batch)), **extra}
         device = self._target.device
         sequences = self._target.generate(ids.to(device), attention_mask=mask.to(device), **options)
-        return [self._up_to_end(row) for row in sequences[:, longest:].tolist()]
-
-    def _up_to_end(self, answer: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(answer, start=1) if token in self._ends), len(answer))
-        return answer[:end]
+        return [up_to_end(row, self._ends) for row in sequences[:, ids.shape[1] :].tolist()]
 
 
 def table(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:

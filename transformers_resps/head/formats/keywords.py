@@ -74,7 +74,10 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value <= 0):
             raise ValueError(f"{where} has `{key}={value!r}`, but it must be a positive number. Correct it.")
     if not isinstance(fields.get("rope_parameters"), dict | None):
-        raise ValueError(f"{where} has `rope_parameters={fields['rope_parameters']!r}`, but it must be a dict.")
+        raise ValueError(
+            f"{where} has `rope_parameters={fields['rope_parameters']!r}`, but it must be a dict. Write it like "
+            '`{"rope_type": "default", "rope_theta": 10000.0}`.'
+        )
     check_layers(fields.get("feature_layers"), where)
 
 
@@ -88,7 +91,10 @@ def check_layers(layers: Any, where: str) -> None:
         return
     is_list = isinstance(layers, list | tuple) and len(layers) > 0
     if not is_list or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-        raise ValueError(f"{where} has the feature layers {layers!r}, but they must be a list of integers.")
+        raise ValueError(
+            f"{where} has the feature layers {layers!r}, but they must be a list of integers. Pass "
+            "`feature_layers=[...]`, counted as in `output_hidden_states`."
+        )
     if min(layers) < 0 or len(set(layers)) < len(layers):
         raise ValueError(
             f"{where} has the feature layers {list(layers)}, but they must be distinct and at least 0. Pass "

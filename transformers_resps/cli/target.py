@@ -1,0 +1,20 @@
+"""The target of a command: the options that name it, and the model they name. Knows nothing of heads."""
+
+import argparse
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def add_target_options(parser: argparse.ArgumentParser) -> None:
+    """TARGET, `--dtype` and `--device`."""
+    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_target(args: argparse.Namespace) -> Any:
+    """The model that the options of `add_target_options` name, on its device."""
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    return AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device)
