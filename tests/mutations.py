@@ -74,8 +74,8 @@ MUTATIONS = (
     Mutation(
         "every pick is the root's",
         "acceptance.py",
-        "text.commit(logits[rows, nodes])",
-        "text.commit(logits[rows, torch.zeros_like(nodes)])",
+        "flat.index_select(0, starts + nodes)",
+        "flat.index_select(0, starts)",
         WALK,
     ),
     Mutation("the walk goes on after the end", "acceptance.py", "if text.finished or ", "if ", WALK),
@@ -93,8 +93,8 @@ MUTATIONS = (
     Mutation(
         "the path is looked up in the prefix",
         "cache.py",
-        "index_select(2, path[0] + start)",
-        "index_select(2, path[0])",
+        "index_select(3, slots[0])",
+        "index_select(3, path[0])",
         KEPT,
     ),
     Mutation("only the root is kept", "cache.py", "(cache, node_count - kept)", "(cache, node_count - 1)", KEPT),

@@ -15,7 +15,7 @@ BOTTOM = {"versions", "machine", "packing", "pieces", "terminal", "answers", "tr
 BOTTOM |= {"grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward", "telemetry"}
 PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
-ENGINE = LOOP | {"calibration", "probe", "refusals", "request", "lockstep", "generation"}
+ENGINE = LOOP | {"calibration", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "machine": set(),
@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "refusals": BOTTOM,
     "request": BOTTOM | {"head", "policy", "probe", "refusals"},
     "lockstep": set(),
+    "attaching": {"generation", "policy"},
     "generation": LOOP | {"refusals", "request", "lockstep"},
     "__init__": ENGINE | {"verification"},
     "verification": ENGINE,

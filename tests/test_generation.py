@@ -28,6 +28,7 @@ from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, decoding, detach
 from transformers_resps.candidate_generator import TreeCandidateGenerator
 from transformers_resps.decoding import TreeDecoding
+from transformers_resps.generation import ReSpSGenerationMixin
 from transformers_resps.lookup import SuffixIndex
 
 
@@ -242,6 +243,26 @@ def test_a_text_iterator_streamer_in_a_thread_gets_the_whole_text(
     thread.join()
     expected = target.generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :]
     assert text == tokenizer.decode(expected)
+
+
+def test_a_streamer_ends_also_when_the_call_is_refused(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    streamer = Recorder()
+    with pytest.raises(ValueError, match="labels"):
+        target.generate(prompt, streamer=streamer, assistant_model=head, max_new_tokens=5, labels=prompt)
+    assert streamer.ended == 1, "a reader in another thread would wait for ever"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, detach])
+def test_a_subclass_of_somebodys_own_stays_what_it_is(duplicate: Any) -> None:
+    model: Any = Architecture("llama").build("sdpa")
+
+    class Own(ReSpSGenerationMixin, type(model)):  # type: ignore[misc]  # of whichever class that is
+        pass
+
+    model.__class__ = Own
+    assert type(duplicate(attach(model))) is Own
 
 
 @pytest.mark.parametrize("fails_at", [1, 4])

@@ -89,6 +89,10 @@ def test_a_policy_with_a_stock_assistant_is_refused(target: PreTrainedModel) -> 
 def test_an_object_that_is_no_policy_is_refused(target: PreTrainedModel, head: DraftHead) -> None:
     with pytest.raises(ValueError, match="has the methods `choose`"):
         target.generate(PROMPT, assistant_model=head, policy=object())
+    with pytest.raises(ValueError, match="Pass an object, not its class"):
+        target.generate(PROMPT, assistant_model=head, policy=FixedPolicy)
+    with pytest.raises(ValueError, match=r"Got the shape \(8, 3, 2\), but a fixed policy repeats a `TreeShape`. Pass"):
+        FixedPolicy((8, 3, 2))
     assert not isinstance(object(), Policy)
 
 

@@ -2,8 +2,9 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .attaching import attach, detach
 from .calibration import CostTable, calibrate
-from .generation import ReSpSGenerationMixin, SpeculativeOutput, attach, detach
+from .generation import ReSpSGenerationMixin, SpeculativeOutput
 from .head import DraftHead, DraftHeadConfig
 from .packing import pack, unpack
 from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy

@@ -19,11 +19,12 @@ import transformers
 from huggingface_hub.constants import HF_HOME
 from transformers import DynamicCache, PreTrainedModel
 
+from .attaching import attach, detach
 from .attention import tree_attention_mask, tree_positions
 from .cache import check_cache
 from .candidate_generator import TreeCandidateGenerator
 from .forward import TargetForward
-from .generation import ReSpSGenerationMixin, attach, detach
+from .generation import ReSpSGenerationMixin
 from .head import BoundHead, DraftHead
 from .machine import device_name
 from .packing import is_packed

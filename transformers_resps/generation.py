@@ -1,7 +1,7 @@
 """`generate(..., assistant_model=head, policy=policy)` on any loaded model.
 
-`attach` gives a model object a subclass of its own class in which `generate` knows draft heads. Everything before
-the decoding loop stays Transformers' own, and so does every call without a head.
+The mixin that `attach` puts in front of a model's class. Everything before the decoding loop stays Transformers' own,
+and so does every call without a head.
 """
 
 import copy
@@ -10,9 +10,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -29,9 +28,6 @@ from .request import Request, draft_head, read_request
 from .static_cache import static_cache
 from .telemetry import SpeculationReport
 from .versions import CACHE_KEYWORD
-
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass
@@ -137,10 +133,29 @@ class ReSpSGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        check_synced(model_kwargs.get("synced_gpus"))
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
-        check_forward_arguments(model_kwargs)
-        cache = self._cache_of(generation_config, input_ids.shape[1], model_kwargs)
+        with ExitStack() as stack:
+            if streamer is not None:
+                stack.callback(streamer.end)  # whatever happens: somebody may be waiting for it
+            check_synced(model_kwargs.get("synced_gpus"))
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
+            check_forward_arguments(model_kwargs)
+            cache = self._cache_of(generation_config, input_ids.shape[1], model_kwargs)
+            stack.callback(stop_recording, cache)
+            return self._answer(
+                request, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+            )
+
+    def _answer(
+        self,
+        request: Request,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        cache = model_kwargs[CACHE_KEYWORD]
         keeps = generation_config.return_dict_in_generate
         rules: dict[str, Any] = {
             "logits_processor": logits_processor,
@@ -153,13 +168,8 @@ class ReSpSGenerationMixin(GenerationMixin):
         }
         make_text = functools.partial(Text, pad_token=generation_config._pad_token_tensor, **rules)
         batch = self._make_batch(request.lockstep, input_ids, make_text, rules, buffer_length(cache) is not None)
-        try:
-            report = self._decode(request, batch, generation_config, model_kwargs)
-            report.answers = batch.input_ids[:, input_ids.shape[1] :].tolist()
-        finally:
-            stop_recording(cache)
-            if streamer is not None:
-                streamer.end()
+        report = self._decode(request, batch, generation_config, model_kwargs)
+        report.answers = batch.input_ids[:, input_ids.shape[1] :].tolist()
         if not generation_config.return_dict_in_generate:
             return batch.input_ids
         kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
@@ -237,63 +247,8 @@ class ReSpSGenerationMixin(GenerationMixin):
             return CompiledForward(*given, target.get_compiled_call(config.compile_config))
         return CompiledForward(*given, target) if is_compiled(target) else TargetForward(*given)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the model's own class: the subclass exists in memory only."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        function, arguments, *state = reduced
-        if arguments and arguments[0] is type(self):
-            return (_new_attached, (type(self).__mro__[2], *arguments[1:]), *state)
-        return (function, arguments, *state)
-
 
 # What stock decoding methods are told and a tree has no use for.
 _NOT_OURS = ("synced_gpus", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
 # The parameters of stock `generate` behind `assistant_model`, in order.
 _AFTER_ASSISTANT = ("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
-
-
-@functools.cache
-def _attached_class(base: type) -> type:
-    """`base` with the mixin in front; name and module stay, so that saving and output capturing see no difference."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (ReSpSGenerationMixin, base), names)
-
-
-def _new_attached(base: type, *arguments: Any) -> Any:
-    cls = _attached_class(base)
-    return cls.__new__(cls, *arguments)
-
-
-def _inner(model: Any) -> Any:
-    """The model that `generate` runs on: a PEFT wrapper forwards to the one it wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def attach(model: Model) -> Model:
-    """Let `model.generate` take draft heads and policies. Same object, same weights.
-
-    Args:
-        model: any decoder-only model of Transformers, or a PEFT model around one.
-
-    Raises:
-        ValueError: the model cannot generate.
-    """
-    inner = _inner(model)
-    if not isinstance(inner, GenerationMixin):
-        raise ValueError(
-            f"Got a {type(inner).__name__}, but only models with `generate` can be attached. Load it with "
-            "`AutoModelForCausalLM.from_pretrained(...)`."
-        )
-    if not isinstance(inner, ReSpSGenerationMixin):
-        base: Any = type(inner)
-        inner.__class__ = _attached_class(base)
-    return model
-
-
-def detach(model: Model) -> Model:
-    """Undo `attach`: the same object, of its own class again."""
-    inner = _inner(model)
-    if isinstance(inner, ReSpSGenerationMixin):
-        inner.__class__ = type(inner).__mro__[2]
-        KeptPolicies.forget(inner)
-    return model

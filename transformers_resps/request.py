@@ -91,10 +91,11 @@ def _resolve_policy(policy: Any, head: DraftHead | None, target: PreTrainedModel
         return FixedPolicy(head.default_shape)
     if policy == "auto":
         return KeptPolicies.of(target).take(head, place)
-    if not isinstance(policy, Policy):
+    if isinstance(policy, type) or not isinstance(policy, Policy):
         raise ValueError(
             f"Got policy={policy!r}, but a policy is 'auto' or has the methods `choose`, `grow`, `size` and "
-            "`observe`. Subclass `transformers_resps.Policy`, which has a default for all but the first."
+            "`observe`. Pass an object, not its class; subclass `transformers_resps.Policy`, which has a default for "
+            "all but the first."
         )
     if head is None and getattr(policy, "needs_head", True):
         raise ValueError(

@@ -58,6 +58,12 @@ def test_a_broken_row_before_the_end_of_a_list_is_refused_and_no_row_after_it_lo
         ('{"conversations": [{"from": "human"}]}', "lack `from` or `value`"),
         ('{"text": "q"}', "fields \\['text'\\]"),
         ('{"messages": [{"role": "user"}]}', "message with the fields \\['role'\\]"),
+        ('{"messages": null}', "messages that are None, but they are a list of JSON objects. Mend"),
+        ('{"messages": [null]}', "messages that are \\[None\\]"),
+        ('{"conversations": [3]}', "`conversations` that are \\[3\\]"),
+        ('{"turns": "abc"}', "`turns` that are 'abc'"),
+        ('{"turns": [null]}', "has the content None"),
+        ('{"prompt": 3}', "messages that are 3"),
     ],
 )
 def test_rows_that_are_no_conversations_are_named(tmp_path, line, message):
@@ -65,6 +71,19 @@ def test_rows_that_are_no_conversations_are_named(tmp_path, line, message):
     path.write_text(line)
     with pytest.raises(ValueError, match=message):
         list(read_conversations(path))
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "q"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON .*utf-8.* Mend or remove that line"):
+        list(read_conversations(path))
+
+
+def test_a_question_without_an_answer_may_say_so(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "completion": null}')
+    assert list(read_conversations(path)) == [[USER]]
 
 
 def test_a_dataset_of_the_hub_is_read_by_id_config_and_split(tmp_path, monkeypatch):

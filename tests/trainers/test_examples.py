@@ -70,6 +70,23 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
         make_example(turns("d", "e", "f", "g"), templated(REWRITING), max_length=20)
 
 
+def test_where_a_template_rewrites_earlier_turns_the_first_answer_is_used_and_counted(caplog):
+    drops_thoughts = "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}{% endfor %}"
+    tokenizer = templated(drops_thoughts)
+    long, short = turns("d", "ef", "g", "hi"), turns("d", "ef")
+    first, second = make_examples([long, short], tokenizer, max_length=20)
+    assert torch.equal(first.input_ids, second.input_ids)
+    assert "in 1 of 2 conversations: only their first answers" in caplog.text
+    with pytest.raises(ValueError, match="turn by turn"):
+        make_examples([turns("dd", "e")], tokenizer, max_length=20)
+
+
+def test_a_vocabulary_is_not_counted_from_tokens_of_another_tokenizer():
+    example = Example(torch.tensor([3, 9, 12]), torch.tensor([False, True, True]))
+    with pytest.raises(ValueError, match="token id 12, but the target's vocabulary has 12 tokens. They were"):
+        choose_draft_vocabulary([example], vocab_size=12, draft_vocab_size=4)
+
+
 def test_vocabulary_is_the_most_frequent_tokens_with_the_forced_ones():
     mask = torch.tensor([False, *[True] * 9])
     example = Example(torch.tensor([3, 9, 9, 9, 5, 5, 7, 7, 1, 4]), mask)

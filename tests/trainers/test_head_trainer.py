@@ -1,12 +1,14 @@
+import dataclasses
 import math
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import PhiConfig, PhiForCausalLM, TrainerCallback
 
 from tests.conftest import build_target
+from tests.trainers.test_generate_dataset import load_script
 from transformers_resps import DraftHead
 from transformers_resps.trainers import (
     CachedFeatures,
@@ -18,6 +20,9 @@ from transformers_resps.trainers import (
     save_head,
 )
 from transformers_resps.trainers.interruption import Interruption
+
+
+script = load_script("train_head")
 
 
 def texts(count=12, vocabulary=64):
@@ -306,6 +311,38 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     target, head = fresh()
     with pytest.raises(ValueError, match="another model's tokenizer"):
         DraftHeadTrainer(head, target, config(tmp_path), ExampleDataset(texts(vocabulary=99)))
+
+
+def test_features_are_not_cached_of_texts_of_another_tokenizer(tmp_path):
+    target, head = fresh()
+    with pytest.raises(ValueError, match="another model's tokenizer"):
+        CachedFeatures(texts(vocabulary=99), tmp_path, FrozenTarget(target, head.config.feature_layers))
+
+
+def test_a_borrowed_output_head_is_not_trained_and_asking_for_it_is_refused(tmp_path):
+    target, head = fresh(draft_vocab_size=None)
+    with pytest.raises(ValueError, match="borrows its output head from the target, which is never trained. Leave"):
+        DraftHeadTrainer(head, target, config(tmp_path, freeze_output_head=False), ExampleDataset(texts()))
+
+
+def test_the_bias_of_a_targets_output_head_is_part_of_what_a_head_learns():
+    """Phi's output head has a bias; here one that decides every pick."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4}
+    target = PhiForCausalLM(PhiConfig(**sizes, num_attention_heads=2))
+    target.lm_head.bias.data.normal_(std=9.0)
+    tokens = torch.arange(3, 40)[None]
+    frozen = FrozenTarget(target, [1, 2, 3])
+    read, logits = frozen.read(tokens), target(tokens).logits
+    assert torch.equal(read.picks, logits.argmax(-1))
+    ids = torch.arange(5, 30)
+    expected = logits[0, :, ids].softmax(-1)
+    torch.testing.assert_close(frozen.teacher(read.hidden[0], ids).probabilities(slice(0, 99)), expected)
+
+
+@pytest.mark.parametrize("kind", [DraftHeadTrainingConfig, script.HeadScriptArguments, script.AdapterArguments])
+def test_every_setting_has_a_help(kind):
+    for one in dataclasses.fields(kind):
+        assert one.metadata.get("help"), one.name
 
 
 def test_a_head_of_another_target_is_refused(tmp_path):

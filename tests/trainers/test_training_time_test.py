@@ -81,23 +81,27 @@ def test_gradients_equal_those_of_a_dense_mask():
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_loss_and_gradients_equal_the_textbook_formula(softcap):
+def test_loss_and_gradients_equal_the_textbook_formula(softcap, biased):
     torch.manual_seed(0)
     hidden = torch.randn(3, 9, 8, dtype=torch.double, requires_grad=True)
     weight = torch.randn(13, 8, dtype=torch.double, requires_grad=True)
-    teacher = Teacher(torch.randn(9, 8), torch.randn(13, 8), scale=1.5, softcap=softcap)
+    biases = torch.randn(2, 13) if biased else (None, None)
+    teacher = Teacher(torch.randn(9, 8), torch.randn(13, 8), scale=1.5, softcap=softcap, bias=biases[0])
     factors = torch.rand(3, 9) * (torch.rand(3, 9) > 0.3)
-    target_logits = teacher.hidden @ teacher.weight.T * 1.5
+    target_logits = (teacher.hidden @ teacher.weight.T + (biases[0] if biased else 0)) * 1.5
     if softcap is not None:
         target_logits = softcap * torch.tanh(target_logits / softcap)
     probabilities = target_logits.softmax(-1)
-    logits = hidden @ weight.T
+    logits = hidden @ weight.T + (biases[1].double() if biased else 0)
     rows = -(probabilities * logits.log_softmax(-1)).sum(-1)
     expected = (rows * factors).sum()
     wanted = torch.autograd.grad(expected, [hidden, weight])
 
-    total, losses, hits = soft_cross_entropy(hidden, weight, teacher, factors, chunk_size=4)
+    total, losses, hits = soft_cross_entropy(
+        hidden, weight, teacher, factors, chunk_size=4, bias=biases[1].double() if biased else None
+    )
     got = torch.autograd.grad(total * 1.0, [hidden, weight])
     counted = factors != 0
     torch.testing.assert_close(total, expected, check_dtype=False, atol=1e-4, rtol=1e-5)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..generation import attach
+from ..attaching import attach
 from ..head import DraftHead, pair_identity
 from ..packing import is_packed, pack
 from ..policy import Policy

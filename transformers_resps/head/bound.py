@@ -32,6 +32,7 @@ class BoundHead:
         output = head.lm_head if head.config.owns_output_head else target.get_output_embeddings()
         self._output = cast(nn.Module, output)
         self.output_weight = cast(Tensor, output.weight)
+        self.output_bias = cast(Tensor | None, getattr(output, "bias", None))  # some targets' heads have one
         self.draft_token_ids = None if head.config.draft_vocab_size is None else head.draft_token_ids
 
     def embed(self, tokens: Tensor) -> Tensor:

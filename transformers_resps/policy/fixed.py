@@ -14,12 +14,20 @@ class FixedPolicy(SavedPolicy):
 
     Args:
         shape: for example `TreeShape(8, 3, 2)`, or a published one through `TreeShape.from_eagle(60, 7, 10)`.
+
+    Raises:
+        ValueError: it is no `TreeShape`.
     """
 
     policy_type = "fixed"
     reads_foreseen = False
 
     def __init__(self, shape: TreeShape) -> None:
+        if not isinstance(shape, TreeShape):
+            raise ValueError(
+                f"Got the shape {shape!r}, but a fixed policy repeats a `TreeShape`. Pass "
+                "`TreeShape(total_tokens, depth, top_k)`, for example `TreeShape(8, 3, 2)`."
+            )
         self.shape = shape
 
     @property

@@ -24,7 +24,8 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
     end yields all its whole rows.
 
     Raises:
-        ValueError: a row has none of these fields, or a JSONL line is not JSON.
+        ValueError: a row has none of these fields or other things than text in them, or a JSONL line is not JSON in
+            UTF-8.
     """
     path = Path(path)
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _json_list_rows(path)
@@ -64,16 +65,17 @@ def load_conversations(source: str, split: str = "train") -> Iterator[Conversati
 
 
 def _jsonl_rows(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                why = getattr(error, "msg", None) or str(error)
                 raise ValueError(
-                    f"{path}, line {number} is not JSON ({error.msg}). Each line of a .jsonl file must be one JSON "
-                    "object. Mend or remove that line."
+                    f"{path}, line {number} is not JSON ({why}). Each line of a .jsonl file must be one JSON object "
+                    "in UTF-8. Mend or remove that line."
                 ) from error
 
 
@@ -119,7 +121,7 @@ def _messages(row: Any, where: str) -> Conversation:
     if "messages" in row:
         return _as_messages(row["messages"], "user", where)
     if "conversations" in row:
-        turns = row["conversations"]
+        turns = _objects(row["conversations"], "`conversations`", where)
         if all("role" in turn for turn in turns):
             return _as_messages(turns, "user", where)
         if not all({"from", "value"} <= set(turn) for turn in turns):
@@ -127,16 +129,19 @@ def _messages(row: Any, where: str) -> Conversation:
                 f"{where} has `conversations` with turns that lack `from` or `value`, which ShareGPT's have. Mend it."
             )
         return [
-            {"role": _SHAREGPT_ROLES[turn["from"]], "content": _text(turn["value"], where)}
+            {"role": _SHAREGPT_ROLES[str(turn["from"])], "content": _text(turn["value"], where)}
             for turn in turns
-            if turn["from"] in _SHAREGPT_ROLES
+            if str(turn["from"]) in _SHAREGPT_ROLES
         ]
     if "turns" in row:
-        return [{"role": "user", "content": str(turn)} for turn in row["turns"]]
+        if not isinstance(row["turns"], list):
+            raise ValueError(f"{where} has `turns` that are {row['turns']!r}, but they are a list of texts. Mend it.")
+        return [{"role": "user", "content": _text(turn, where)} for turn in row["turns"]]
     for question, answer in (("prompt", "completion"), ("question", "answer")):
         if question in row:
             asked = _as_messages(row[question], "user", where)
-            return asked + (_as_messages(row[answer], "assistant", where) if answer in row else [])
+            answered = row.get(answer)
+            return asked + ([] if answered is None else _as_messages(answered, "assistant", where))
     raise ValueError(
         f"{where} has the fields {sorted(row)}. A conversation needs `messages`, `prompt` (and `completion`), "
         "`turns`, `question` (and `answer`), or ShareGPT's `conversations`. Rename your fields to one of these."
@@ -146,13 +151,22 @@ def _messages(row: Any, where: str) -> Conversation:
 def _as_messages(value: Any, role: str, where: str) -> Conversation:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    for message in value:
+    for message in _objects(value, "messages", where):
         if not {"role", "content"} <= set(message):
             raise ValueError(
                 f"{where} has a message with the fields {sorted(message)}. Each needs `role` and `content`. "
                 "Mend or remove that row."
             )
     return [{"role": str(m["role"]), "content": _text(m["content"], where)} for m in value]
+
+
+def _objects(value: Any, name: str, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise ValueError(
+            f"{where} has {name} that are {str(value)[:60]}, but they are a list of JSON objects. Mend or remove that "
+            "row."
+        )
+    return value
 
 
 def _text(content: Any, where: str) -> str:

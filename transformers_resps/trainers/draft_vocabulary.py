@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..head import DraftHead
-from .examples import Example
+from .examples import Example, check_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ def choose_draft_vocabulary(
     Ties go to the lower id: ids are roughly in order of frequency in byte-pair vocabularies.
 
     Raises:
-        ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the forced tokens.
+        ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the forced tokens; or the texts are
+            another tokenizer's.
     """
     forced = torch.tensor(sorted(set(always)), dtype=torch.long)
     if not len(forced) < draft_vocab_size <= vocab_size:
@@ -65,7 +66,8 @@ def vocabulary_of(head: DraftHead, examples: Iterable[Example]) -> DraftVocabula
 
 def _answer_counts(examples: Iterable[Example], vocab_size: int) -> Tensor:
     """How often the assistant wrote each token, `[v]`."""
-    counts = torch.zeros(vocab_size, dtype=torch.long)
+    counts, examples = torch.zeros(vocab_size, dtype=torch.long), list(examples)
+    check_token_ids(examples, vocab_size)
     for example in examples:
         counts += torch.bincount(example.input_ids[example.loss_mask], minlength=vocab_size)
     return counts

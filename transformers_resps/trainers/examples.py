@@ -4,6 +4,7 @@ Knows tokenizers and chat templates: nothing of models.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .conversations import Conversation
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +50,33 @@ def make_examples(
 ) -> list[Example]:
     """Tokenize every conversation with a question that is answered within `max_length` tokens; longer ones are cut.
 
-    Assistant turns before the first question answer nothing and are left out.
+    Assistant turns before the first question answer nothing and are left out. Of a conversation whose earlier turns
+    the chat template rewrites, as templates do that drop old thoughts, only the first answer is used; a warning counts
+    them.
 
     Raises:
-        ValueError: no conversation has such a turn, or the chat template does not render turn after turn.
+        ValueError: no conversation has such a turn, or the chat template renders no answer behind its question.
     """
-    examples, seen = [], 0
+    examples, seen, rewritten = [], 0, 0
     for conversation in conversations:
         seen += 1
         asked = _from_first_question(conversation)
         if any(message["role"] == "assistant" for message in asked):
-            example = make_example(asked, tokenizer, max_length)
+            first = asked[: next(i for i, m in enumerate(asked) if m["role"] == "assistant") + 1]
+            try:
+                example = make_example(asked, tokenizer, max_length)
+            except ValueError:
+                if len(first) == len(asked):
+                    raise
+                example, rewritten = make_example(first, tokenizer, max_length), rewritten + 1
             if example.predicted.any():
                 examples.append(example)
+    if rewritten:
+        logger.warning(
+            "The chat template rewrites earlier turns in %d of %d conversations: only their first answers are used.",
+            rewritten,
+            seen,
+        )
     if not examples:
         raise ValueError(
             f"None of the {seen} conversations has an assistant turn that begins within `max_length={max_length}` "
@@ -105,6 +123,20 @@ def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         if len(ids) >= max_length:
             break
     return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]))
+
+
+def check_token_ids(examples: Iterable[Example], vocab_size: int) -> None:
+    """Refuse texts of another tokenizer before the target's embedding does, without a word of explanation.
+
+    Raises:
+        ValueError: names the highest id and `vocab_size`.
+    """
+    highest = max((int(example.input_ids.max()) for example in examples), default=0)
+    if highest >= vocab_size:
+        raise ValueError(
+            f"The texts hold token id {highest}, but the target's vocabulary has {vocab_size} tokens. They were made "
+            "with another model's tokenizer: tokenize them with the target's own."
+        )
 
 
 def split_examples(examples: Iterable[Example], share: float) -> tuple[list[Example], list[Example]]:

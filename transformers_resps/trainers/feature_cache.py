@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from .batches import IGNORED, TokenBudgetBatches, collate
-from .examples import Example
+from .examples import Example, check_token_ids
 from .target_features import FrozenTarget
 from .weights import parameter_fingerprint
 
@@ -57,6 +57,7 @@ class CachedFeatures(ExampleDataset):
         tokens_per_forward: size of the target's batches, padding included.
 
     Raises:
+        ValueError: the texts are another tokenizer's.
         OSError: the disk is full; what was written stays usable.
     """
 
@@ -70,6 +71,7 @@ class CachedFeatures(ExampleDataset):
         tokens_per_forward: int = 4096,
     ) -> None:
         super().__init__(examples)
+        check_token_ids(examples, target.model.config.get_text_config().vocab_size)
         self._folder, self._target, self._dtype = Path(folder), target, dtype
         self._tokens_per_forward = tokens_per_forward
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..head import BoundHead, DraftHead
 from .artefact_trainer import ArtefactTrainer
 from .batches import IGNORED, TokenBudgetBatches, collate
+from .examples import check_token_ids
 from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
 from .interruption import until_interrupted
@@ -70,8 +71,13 @@ class DraftHeadTrainer(ArtefactTrainer):
         bound = BoundHead(_head_of(model), target)
         if bound.head.config.owns_output_head and args.freeze_output_head:
             bound.head.lm_head.requires_grad_(False)
+        if not (bound.head.config.owns_output_head or args.freeze_output_head):
+            raise ValueError(
+                "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
+                "trained. Leave it true, or start from a head with a draft vocabulary of its own."
+            )
         for dataset in (train_dataset, eval_dataset):
-            _check_ids(dataset, bound.head.config.vocab_size)
+            check_token_ids(dataset.examples if dataset else (), bound.head.config.vocab_size)
         super().__init__(
             model=model,
             args=args,
@@ -133,6 +139,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             self.target.teacher(read.hidden[rows, places - 1], token_ids),
             (self.args.step_decay**levels * exists[:, learnt]).float(),
             self.args.loss_chunk_size,
+            bound.output_bias,
         )
         return loss, losses, hits, exists.sum(-1)
 
@@ -267,16 +274,6 @@ def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
     if hasattr(head, "merge_and_unload"):
         head = head.merge_and_unload()
     head.to(dtype).save_pretrained(folder)
-
-
-def _check_ids(dataset: ExampleDataset | None, vocab_size: int) -> None:
-    """Refuse texts of another tokenizer before the target's embedding does, without a word of explanation."""
-    highest = max((int(example.input_ids.max()) for example in dataset.examples), default=0) if dataset else 0
-    if highest >= vocab_size:
-        raise ValueError(
-            f"The texts hold token id {highest}, but the target's vocabulary has {vocab_size} tokens. They were made "
-            "with another model's tokenizer: tokenize them with the target's own."
-        )
 
 
 def _head_of(model: Any) -> DraftHead:

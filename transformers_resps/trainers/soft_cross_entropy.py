@@ -20,16 +20,18 @@ class Teacher:
         weight: `[d, h]` the target's output rows of the draft vocabulary.
         scale: what the target multiplies its logits by.
         softcap: the target's final soft cap, or `None`.
+        bias: `[d]` of the target's output head, or `None`.
     """
 
     hidden: Tensor
     weight: Tensor
     scale: float = 1.0
     softcap: float | None = None
+    bias: Tensor | None = None
 
     def probabilities(self, rows: slice) -> Tensor:
         """fp32 `[c, d]` of the positions `rows`, renormalised over the draft vocabulary."""
-        logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight).float()
+        logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -39,7 +41,12 @@ class Teacher:
 
 
 def soft_cross_entropy(
-    hidden: Tensor, weight: Tensor, teacher: Teacher, row_weights: Tensor, chunk_size: int = 1024
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Teacher,
+    row_weights: Tensor,
+    chunk_size: int = 1024,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of every level's logits against the target's probabilities.
 
@@ -49,6 +56,7 @@ def soft_cross_entropy(
         teacher: the target's distribution at those n tokens.
         row_weights: fp32 `[k, n]` factor of each loss; 0 leaves a row out.
         chunk_size: positions whose logits are alive at once: 2 fp32 buffers `[chunk_size, d]`.
+        bias: `[d]` of the head's output rows, where it borrows some that have one; not trained.
 
     Returns:
         The weighted sum of the losses; per level its unweighted sum `[k]` and the count of rows whose best token is
@@ -56,13 +64,19 @@ def soft_cross_entropy(
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2; gradients are formed with the logits, as in fused linear losses.
     """
-    return _SoftCrossEntropy.apply(hidden, weight, teacher, row_weights, chunk_size)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
+    return _SoftCrossEntropy.apply(hidden, weight, teacher, row_weights, chunk_size, bias)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teacher: Teacher, row_weights: Tensor, chunk_size: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher: Teacher,
+        row_weights: Tensor,
+        chunk_size: int,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
@@ -76,7 +90,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
             for level in range(len(hidden)):
                 states, factors = hidden[level, rows], row_weights[level, rows]
                 counted = (factors != 0).float()
-                logits = F.linear(states.to(weight.dtype), weight).float()  # [c, d]
+                logits = F.linear(states.to(weight.dtype), weight, bias).float()  # [c, d]
                 hits[level] += ((logits.argmax(-1) == best) * counted).sum()
                 normaliser = logits.logsumexp(-1, keepdim=True)
                 loss = normaliser.squeeze(-1) - torch.linalg.vecdot(probabilities, logits)
@@ -98,4 +112,4 @@ class _SoftCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_grad = None if hidden_grad is None else hidden_grad * slope.to(hidden_grad.dtype)
         weight_grad = None if weight_grad is None else weight_grad * slope.to(weight_grad.dtype)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None

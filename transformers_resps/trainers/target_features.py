@@ -64,6 +64,13 @@ class FrozenTarget:
         assert isinstance(weight, Tensor)
         return weight
 
+    @property
+    def output_bias(self) -> Tensor | None:
+        """`[v]`, where the output head has one."""
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
     @torch.no_grad()
     def read(self, input_ids: Tensor, predicted: Tensor | None = None) -> TargetFeatures:
         """Run right-padded texts `[b, t]`; causal attention keeps the padding out of the texts without a mask.
@@ -83,11 +90,12 @@ class FrozenTarget:
         if predicted is not None:
             wanted = F.pad(predicted[:, 1:], (0, 1))  # a position's pick is the token after it
         rows = hidden[wanted].to(self.output_weight.dtype)
-        found = [F.linear(part, self.output_weight).argmax(-1) for part in rows.split(_PICK_CHUNK)]
+        found = [F.linear(part, self.output_weight, self.output_bias).argmax(-1) for part in rows.split(_PICK_CHUNK)]
         picks = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
         picks[wanted] = torch.cat(found)
         return picks
 
     def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
         """The distribution over `token_ids` `[d]` at hidden states `[n, target hidden]`."""
-        return Teacher(hidden, self.output_weight[token_ids], self.scale, self.softcap)
+        bias = None if self.output_bias is None else self.output_bias[token_ids]
+        return Teacher(hidden, self.output_weight[token_ids], self.scale, self.softcap, bias)

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..answers import end_ids, left_padded, up_to_end
-from ..generation import ReSpSGenerationMixin, attach, detach
+from ..attaching import attach, detach
+from ..generation import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import Policy
 from ..telemetry import SpeculationReport
