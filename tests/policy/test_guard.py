@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from tests.policy.machine import JUMPING, MACHINES, Machine
 from transformers_resps.policy import (
@@ -15,6 +16,7 @@ from transformers_resps.policy import (
     ThroughputPolicy,
     default_policy,
 )
+from transformers_resps.telemetry import StepRecord
 from transformers_resps.tree import TreeShape
 
 
@@ -122,6 +124,37 @@ def test_first_steps_that_are_slow_do_not_make_trees_look_free() -> None:
     machine.write(policy, 2)
     machine.verify = slowed(1.0)
     assert machine.write(policy, 96) > 0.95
+
+
+@pytest.mark.parametrize(("slope", "least"), [(1.0, 0.965), (3.0, 0.9), (10.0, 0.75)])
+@pytest.mark.parametrize("lookup_hit", [0.0, 0.7])
+def test_where_nodes_are_ruinous_one_tree_of_two_tells(slope: float, least: float, lookup_hit: float) -> None:
+    for tokens in (32, 96):
+        machine = Machine(slope, 0.05, hit=0.7, lookup_hit=lookup_hit)
+        assert machine.write(default_policy(), tokens) >= least
+        assert max(machine.verified) <= 2 or slope < 1.2
+
+
+def test_trees_grow_by_doubling_at_most_until_their_costs_are_known() -> None:
+    machine = Machine(0.02, 0.02, hit=0.8)
+    machine.write(Guard(FixedPolicy(TreeShape(6, 5, 1))), 200)
+    trees = [nodes for nodes in machine.verified if nodes > 1]
+    assert trees[0] == 2 and max(trees) == 6
+    assert all(nodes <= 2 * max(trees[:place]) for place, nodes in enumerate(trees) if place)
+
+
+def test_a_row_that_runs_ahead_does_not_pay_for_one_that_drafts_do_not_help() -> None:
+    """The call ends with the slower row. A tree costs half a plain step more; a third row has ended long ago."""
+    guard, seconds, written, step = Guard(FixedPolicy(TreeShape(4, 3, 1))), 0.0, 0, 0
+    while written < 96:
+        shape = guard.choose(Observation(torch.zeros(3, 4), 100 + step, step, 96 - written, list))
+        nodes = 1 if shape.is_plain else min(guard.size(torch.zeros(3, 3)), shape.total_tokens)
+        cost = 1.0 + 0.5 * (nodes > 1)
+        emitted = (min(nodes, 4), 1, 0)
+        accepted = tuple(max(count - 1, 0) for count in emitted)
+        guard.observe(StepRecord(shape, nodes - 1, nodes, accepted, emitted, 0, cost, cost))
+        seconds, written, step = seconds + cost, written + 1, step + 1
+    assert 96 / seconds >= 0.97
 
 
 def test_a_guarded_policy_that_chooses_no_shape_is_named() -> None:

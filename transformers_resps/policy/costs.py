@@ -7,6 +7,7 @@ _HIGHER, _LOWER = 0.15, 0.5  # weight of a newest measurement above or below the
 # Of what a smaller tree, or a plain step, took: so much less shows that those measurements no longer hold.
 _OUTDATED, _OUTDATED_PLAIN = 0.8, 0.6
 _GUESSED_SLOPE = 0.04  # of a plain step, per further node, before anything was measured: most machines are near it
+_RUINOUS_SLOPE = 1.2  # of a plain step, per further node: no machine that we know is near it
 _ROUNDING = 1e-9  # seconds
 
 
@@ -67,6 +68,11 @@ class RunningCosts:
         return len(self._verify) > 1
 
     @property
+    def largest_tree(self) -> int:
+        """Nodes of the largest tree that was measured; 1 before any was."""
+        return self._trees[-1] if self._trees else 1
+
+    @property
     def knows_head(self) -> bool:
         return bool(self._draft)
 
@@ -98,9 +104,10 @@ class RunningCosts:
         if not known:
             return 0.0
         low, high = known[0], known[-1]
-        if high - low < 4:
+        measured = max(self._verify[high] - self._verify[low], 0.0) / max(high - low, 1)
+        if high - low < 4 and measured < _RUINOUS_SLOPE * self._verify[low]:  # a mask alone may cost as much
             return _GUESSED_SLOPE * self._verify[low]
-        return max(self._verify[high] - self._verify[low], 0.0) / (high - low)
+        return measured
 
     def draft(self, levels: int) -> float:
         """Seconds of drafting `levels`; proportional to the nearest depth that was measured, 0 before any was."""

@@ -29,11 +29,13 @@ class Guard(SavedPolicy):
     """Lets `policy` draft while the seconds it may lose are there; otherwise steps are cut down, in the end to plain.
 
     An account in seconds: a drafted step pays in what its tokens would have taken plainly and pays out what it took,
-    and a small share of all time is added. A step may not cost more than the account would bear if nothing of it were
-    accepted, so the first steps with a new head are glances at one level, then small trees. A call of `n` tokens loses
-    at most `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints after good
-    evidence (less where little text is left), and what earlier calls won with it, up to 1. What was spent on the
-    prompt before the first decision (`Observation.prompt_seconds`) is gone either way and not in the account.
+    and a small share of all time is added. Of a batch those of the row that lags behind count: the call ends with it.
+    A step may not cost more than the account would bear if nothing of it were accepted, so the first steps with a new
+    head are glances at one level, then small trees, none of more than twice the nodes of any before. A call of `n`
+    tokens loses at most `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints
+    after good evidence (less where little text is left), what earlier calls won with it, up to 1, and once, should
+    nodes be ruinous, what the first tree of two cost. What was spent on the prompt before the first decision
+    (`Observation.prompt_seconds`) is gone either way and not in the account.
 
     Args:
         policy: any; what it learned, and the guard's own measurements, stay between calls of `generate`.
@@ -55,6 +57,7 @@ class Guard(SavedPolicy):
         self._budget = self._tree_budget = self._lookup_budget = 0.0
         self._levels = 0
         self._nodes = 1  # most of this step's
+        self._written: list[int] = []  # tokens of each row since this text began
 
     def __repr__(self) -> str:
         return f"Guard({self.policy!r})"
@@ -107,14 +110,14 @@ class Guard(SavedPolicy):
         return min(count_nodes(self.policy, scores), self._nodes)
 
     def observe(self, record: StepRecord) -> None:
-        seconds = max(record.step_seconds, 0.0)
+        seconds, gained = max(record.step_seconds, 0.0), self._gained(record)
         if record.verified == 1:
             self._time_plain(seconds - max(record.draft_seconds, 0.0))
         outdated = record.verified > 1 and record.verify_seconds < _OUTDATED * self._known.verify(record.verified)
         if record.shape.is_plain:
             self._since_plain = 0
         elif self._plain_seconds > 0:
-            self._settle(record, seconds)
+            self._settle(record, seconds, gained)
         if outdated:
             self._since_plain = _REMEASURE
         self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)
@@ -125,18 +128,30 @@ class Guard(SavedPolicy):
 
     def _begin(self) -> None:
         """A new text: debts are forgiven, savings are cut, and costs of a far shorter or longer one don't hold."""
+        self._written = []
         self._moved = self._timed_at > 0 and abs(self._context - self._timed_at) > _FAR
         least, most = _LOAN * self._plain_seconds, _MOST_CARRIED * self._plain_seconds
         self._account = min(max(self._account, least), most)
 
-    def _settle(self, record: StepRecord, seconds: float) -> None:
+    def _gained(self, record: StepRecord) -> int:
+        """Tokens by which the row that lags behind came forward, of those that still write."""
+        emitted = (record.emitted,) if isinstance(record.emitted, int) else record.emitted
+        if len(self._written) != len(emitted):
+            self._written = [0] * len(emitted)
+        writing = [row for row, count in enumerate(emitted) if count]
+        before = min((self._written[row] for row in writing), default=0)
+        for row in writing:
+            self._written[row] += emitted[row]
+        return min((self._written[row] for row in writing), default=0) - before
+
+    def _settle(self, record: StepRecord, seconds: float, gained: int) -> None:
         """Book a step that drafted."""
         if record.verified == 1:  # a glance costs its draft: how fast the machine just then was is not its doing
             self._since_plain = 0
             self._account -= max(record.draft_seconds, 0.0)
         else:
             self._since_plain += 1
-            self._account += record.mean_emitted * self._plain_seconds - seconds
+            self._account += gained * self._plain_seconds - seconds
 
     def _time_plain(self, seconds: float) -> None:
         self._timed_at = self._context
@@ -155,7 +170,8 @@ class Guard(SavedPolicy):
 
     def _affordable(self, shape: TreeShape) -> TreeShape:
         """The largest part of `shape` whose cost the budget bears if none of it is accepted."""
-        lookup = shape.lookup
+        most = 2 * self._known.largest_tree  # what a tree twice as large costs can be told, more is a leap
+        lookup = min(shape.lookup, most - 1)
         while lookup and self._verifying(1 + lookup) > self._lookup_budget:
             lookup -= 1
         drafted = TreeShape(1, 0, 1, lookup)
@@ -165,7 +181,7 @@ class Guard(SavedPolicy):
         depth = shape.depth if not glances else 1  # who looks at each level can stop; others pay for all at once
         while depth and self._drafting(depth) > self._budget:
             depth -= 1
-        nodes = shape.total_tokens if depth else 1
+        nodes = min(shape.total_tokens, most - lookup) if depth else 1
         drafting = self._drafting(depth)
         while nodes > 1 and self._verifying(nodes + lookup) + drafting > self._tree_budget:
             nodes -= 1
