@@ -17,7 +17,7 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 # The releases of Transformers that we support: lowest, middle, and the newest that the index has.
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
 LOWEST_TORCH := 2.9.0
-CONTRACT := tests/test_seams.py tests/test_refusals.py tests/test_cache.py tests/test_generation.py \
+CONTRACT := tests/test_seams.py tests/test_refusals.py tests/test_cache.py tests/generation \
 	tests/test_architectures.py tests/test_continuing.py tests/robustness
 
 export HF_HUB_OFFLINE := 1
