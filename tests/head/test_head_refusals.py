@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tests.conftest import build_target
 from transformers_resps.head import DraftHead
+from transformers_resps.head.identity import target_identity
 
 from .cases import CASES, FLAT, eagle_config, nested, specforge
 from .published import LAYERS, D, H, V, random_tensors, rename, save, write_config
@@ -171,6 +172,24 @@ def test_the_head_of_another_target_is_refused(published: bool, target: PreTrain
     ):
         with pytest.raises(ValueError, match=message):
             DraftHead.from_pretrained(tmp_path, target=build_target(**{"num_hidden_layers": LAYERS, **size}))
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_target_is_the_second_argument_and_held_to_the_same(
+    published: bool, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    if published:
+        BASE.write(tmp_path, GOOD, BASE)
+    else:
+        DraftHead.from_target(target, D).save_pretrained(tmp_path)
+    assert DraftHead.from_pretrained(tmp_path, target).config.target == target_identity(target)
+    with pytest.raises(ValueError, match="80"):
+        DraftHead.from_pretrained(tmp_path, build_target(num_hidden_layers=LAYERS, vocab_size=80))
+    for thing in ("meta-llama/Toy", target.config):
+        with pytest.raises(ValueError, match=f"is a {type(thing).__name__}, but must be the loaded model"):
+            DraftHead.from_pretrained(tmp_path, thing)
+    with pytest.raises(TypeError, match="positional arguments"):
+        DraftHead.from_pretrained(tmp_path, target, "main")
 
 
 def test_feature_layers_that_the_target_lacks_are_refused(target: PreTrainedModel, tmp_path: Path) -> None:

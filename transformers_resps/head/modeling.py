@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..tree import TreeShape
 from .configuration import DraftHeadConfig
 from .formats import canonical_head, export_head, read_checkpoint, refuse_inexact, split_keywords
-from .identity import default_feature_layers, target_identity
+from .identity import default_feature_layers, refuse_no_model, target_identity
 from .layer import Attend, DraftLayer
 from .publishing import PublishableHead
 from .rotary import RotaryEmbedding
@@ -162,7 +162,6 @@ class DraftHead(PublishableHead):
     def from_pretrained(  # type: ignore[override]  # the target is ours
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
-        *model_args: Any,
         target: PreTrainedModel | None = None,
         **keywords: Any,
     ) -> "DraftHead":
@@ -170,7 +169,6 @@ class DraftHead(PublishableHead):
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
-            model_args: as in Transformers.
             target: the model it will draft for: gives what the config leaves out (layers, sizes), is checked, and
                 decides dtype and device unless they are passed.
             keywords: `revision` and the other loading arguments of Transformers; and any field of `DraftHeadConfig`,
@@ -181,10 +179,11 @@ class DraftHead(PublishableHead):
                 not fit `target`. Nothing is ever newly initialized.
         """
         hub, loading, overrides = split_keywords(keywords)
+        refuse_no_model(target)
         if "torch_dtype" in loading:
             loading["dtype"] = loading.pop("torch_dtype")
         if pretrained_model_name_or_path is None or "state_dict" in loading:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **hub, **loading)
+            return super().from_pretrained(pretrained_model_name_or_path, **hub, **loading)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)
         if (stated := loading.pop("config", None)) is not None:  # as `AutoModel` passes it
             checkpoint = replace(checkpoint, config=stated.to_dict())
