@@ -56,6 +56,7 @@ def offsets(position: int, value: int) -> Tensors:
     return changed(d2t=d2t)
 
 
+NORMS = {"input_norm__weight": torch.ones(3 * H)} | {f"fc_norm__{layer}__weight": torch.ones(H) for layer in range(3)}
 REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] = [
     ("EAGLE-1", FLAT, eagle1, "EAGLE-1 or EAGLE-2 head"),
     ("MLA", {}, mla, "MLA attention"),
@@ -82,6 +83,9 @@ REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] 
     ("odd heads", {"num_attention_heads": 5}, GOOD, "32 query.*5 attention heads"),
     ("draft vocabulary", {"draft_vocab_size": 20}, GOOD, "states draft_vocab_size 20"),
     ("not a number", {"hidden_size": "32"}, GOOD, "positive integer"),
+    ("no tree", {"default_tree": [8, 3]}, GOOD, "must be a list of total_tokens"),
+    ("two norms", {"norm_before_fc": True, "fc_norm": True}, GOOD, "both `norm_before_fc` and `fc_norm`"),
+    ("tensors of two norms", {}, changed(**NORMS), "both `norm_before_fc` and `fc_norm`"),
     ("negative", {"num_attention_heads": -4}, GOOD, "positive integer"),
     (
         "vocabulary",

@@ -12,7 +12,7 @@ from ..identity import target_identity
 from .checkpoint import Checkpoint
 from .conventions import feature_layers, norm_flags, published_layer_ids, refuse_range, rope_parameters
 from .families import refuse_other_drafters
-from .keywords import check_fields
+from .keywords import check_fields, refuse_two_norms
 from .names import canonical_names, refuse_missing
 from .publishers import Publisher, flat_config, publisher_of, target_name
 from .sizes import feature_count, read_sizes
@@ -87,6 +87,7 @@ def _fields(
     source: str,
 ) -> dict[str, Any]:
     sizes = read_sizes(config, tensors, target, source)
+    refuse_two_norms(sizes, source)
     identity = _identity(config, target)
     ids = published_layer_ids(config)
     if target is None and config.get("target_hidden_size") is None and ids is not None:

@@ -33,7 +33,19 @@ _SIZES = (
     "target_hidden_size",
     "vocab_size",
 )
-_FLAGS = ("fc_norm", "feedback_post_norm", "norm_before_fc", "norm_before_residual", "qk_norm")
+_FLAGS = (
+    "attention_bias",
+    "attention_output_bias",
+    "fc_bias",
+    "fc_norm",
+    "feedback_post_norm",
+    "mlp_bias",
+    "norm_before_fc",
+    "norm_before_residual",
+    "owns_embedding",
+    "owns_output_head",
+    "qk_norm",
+)
 
 
 def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -52,8 +64,20 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             f"DraftHead.from_pretrained got {unknown}, which it does not know. It takes the loading arguments "
             f"{sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}. Check the spelling."
         )
-    check_fields(overrides, "DraftHead.from_pretrained")
+    check_overrides(overrides, "DraftHead.from_pretrained")
     return hub, loading, overrides
+
+
+def check_overrides(overrides: dict[str, Any], where: str) -> None:
+    """Refuse values that no head can have, and `None` for a field that must have one.
+
+    Raises:
+        ValueError: names the field, its value and what it must be.
+    """
+    for key, value in overrides.items():
+        if value is None and getattr(DraftHeadConfig, key, None) is not None:
+            raise ValueError(f"{where} got `{key}=None`, but a head needs a value there. Pass one, or leave it out.")
+    check_fields(overrides, where)
 
 
 def check_fields(fields: dict[str, Any], where: str) -> None:
@@ -79,6 +103,37 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
             '`{"rope_type": "default", "rope_theta": 10000.0}`.'
         )
     check_layers(fields.get("feature_layers"), where)
+    _check_tree(fields.get("default_tree"), where)
+    refuse_two_norms(fields, where)
+
+
+def refuse_two_norms(fields: dict[str, Any], where: str) -> None:
+    """Refuse a norm over the concatenated features together with one over each.
+
+    Raises:
+        ValueError: both are there.
+    """
+    if fields.get("norm_before_fc") and fields.get("fc_norm"):
+        raise ValueError(
+            f"{where} has both `norm_before_fc` and `fc_norm`, but features are normed once: all together, or each "
+            "layer's alone. Keep the one that the head was trained with."
+        )
+
+
+def _check_tree(tree: Any, where: str) -> None:
+    """Refuse a default tree that is no `TreeShape`."""
+    if tree is None:
+        return
+    least = (1, 0, 1, 0)
+    is_list = isinstance(tree, list | tuple) and len(tree) in (3, 4)
+    if not is_list or not all(
+        isinstance(size, int) and not isinstance(size, bool) and size >= low
+        for size, low in zip(tree, least, strict=False)
+    ):
+        raise ValueError(
+            f"{where} has `default_tree={tree!r}`, but it must be a list of total_tokens (at least 1), depth, top_k "
+            "(at least 1) and perhaps lookup. Write it like [60, 8, 10]."
+        )
 
 
 def check_layers(layers: Any, where: str) -> None:
