@@ -120,3 +120,12 @@ def test_exports_write_ids_and_rope_in_each_formats_own_words(target: PreTrained
         assert tensors["t2d"].nonzero().squeeze(-1).equal(torch.arange(16) + tensors["d2t"])
     with pytest.raises(ValueError, match="must be one of"):
         head.save_pretrained(tmp_path / "other", format="gguf")
+
+
+def test_an_export_refuses_options_it_would_drop(target: PreTrainedModel, tmp_path: Path) -> None:
+    head = DraftHead.from_target(target, 16)
+    with pytest.raises(ValueError, match=r"got \['push_to_hub', 'repo_id'\].*upload_folder"):
+        head.save_pretrained(tmp_path / "flat", format="specforge", push_to_hub=True, repo_id="me/head")
+    with pytest.raises(ValueError, match=r"got \[False\]"):
+        head.save_pretrained(tmp_path / "nested", False, format="speculators")
+    assert not list(tmp_path.iterdir())

@@ -198,12 +198,18 @@ class DraftHead(PublishableHead):
             keywords: as in Transformers; own format only.
 
         Raises:
-            ValueError: the format is unknown or cannot say what this head does.
+            ValueError: the format is unknown, cannot say what this head does, or is another's and gets options.
         """
         if format == "resps":
             super().save_pretrained(save_directory, *args, **keywords)
-        else:
-            export_head(self, self.config, Path(save_directory), format)
+            return
+        if args or keywords:
+            raise ValueError(
+                f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
+                "engines is one folder on this machine, without options. Leave them out; to publish the folder, use "
+                "`huggingface_hub.upload_folder`."
+            )
+        export_head(self, self.config, Path(save_directory), format)
 
     def check_target(self, target: PreTrainedModel) -> None:
         """Refuse a target the head was not made for.
