@@ -113,6 +113,13 @@ REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] 
     ("too few ids", {"eagle_config": eagle_config([1, 3])}, GOOD, "reads 3 layers.*its layers are .2, 4"),
     ("two RoPE bases", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, GOOD, "two RoPE bases"),
     ("unknown RoPE", {"rope_scaling": {"rope_type": "spiral"}}, GOOD, "kind 'spiral'"),
+    ("RoPE of letters", {"rope_scaling": "x"}, GOOD, "`rope_scaling='x'`, but it must be a dict"),
+    ("short table", {}, changed(embed_tokens__weight=torch.zeros(3, H)), r"shape \[3, 32\].*need \[64, 32\]"),
+    ("wide table", {}, changed(embed_tokens__weight=torch.zeros(V, H + 2)), r"shape \[64, 34\].*need \[64, 32\]"),
+    ("flat table", {}, changed(embed_tokens__weight=torch.zeros(V)), r"shape \[64\].*need \[64, 32\]"),
+    ("attention bias", {"attention_bias": True}, GOOD, "`attention_bias: true`, but.*pass `attention_bias=False`"),
+    ("MLP bias", {"mlp_bias": True}, GOOD, "`mlp_bias: true`"),
+    ("fc bias", {"bias": True}, GOOD, "`bias: true`, but.*pass `fc_bias=False`"),
     ("half a RoPE", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, GOOD, "needs .*high_freq_factor"),
     ("partial RoPE", {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, GOOD, "rotates 0.5"),
     ("activation", {"hidden_act": "grin"}, GOOD, "activation 'grin'"),
@@ -228,3 +235,10 @@ def test_a_config_that_lies_can_be_corrected(target: PreTrainedModel, tmp_path: 
     save(tmp_path, GOOD)
     head = DraftHead.from_pretrained(tmp_path, target=target, hidden_size=H, num_hidden_layers=1)
     assert head.config.hidden_size == H and len(head.layers) == 1
+
+
+def test_a_config_that_promises_biases_can_be_corrected(target: PreTrainedModel, tmp_path: Path) -> None:
+    write_config(tmp_path, BASE.config | {"bias": True, "attention_bias": True})
+    save(tmp_path, GOOD)
+    head = DraftHead.from_pretrained(tmp_path, target, fc_bias=False, attention_bias=False)
+    assert not head.config.fc_bias and not head.config.attention_bias

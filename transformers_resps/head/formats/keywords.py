@@ -97,11 +97,12 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
         value = fields.get(key)
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value <= 0):
             raise ValueError(f"{where} has `{key}={value!r}`, but it must be a positive number. Correct it.")
-    if not isinstance(fields.get("rope_parameters"), dict | None):
-        raise ValueError(
-            f"{where} has `rope_parameters={fields['rope_parameters']!r}`, but it must be a dict. Write it like "
-            '`{"rope_type": "default", "rope_theta": 10000.0}`.'
-        )
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(fields.get(key), dict | None):
+            raise ValueError(
+                f"{where} has `{key}={fields[key]!r}`, but it must be a dict. Write it like "
+                '`{"rope_type": "default", "rope_theta": 10000.0}`, or leave it out.'
+            )
     check_layers(fields.get("feature_layers"), where)
     _check_tree(fields.get("default_tree"), where)
     refuse_two_norms(fields, where)
