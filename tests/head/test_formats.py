@@ -140,6 +140,24 @@ def test_a_window_that_hides_nothing_is_no_obstacle(
     assert DraftHead.from_pretrained(tmp_path, target=target).config.hidden_size == CASES[2].config["hidden_size"]
 
 
+def test_a_head_can_be_read_without_its_window(target: PreTrainedModel, tmp_path: Path) -> None:
+    """As speculators writes it, nested; what was given up is not kept in our own config, nor asked for there."""
+    case = CASES[2]
+    windowed = {"sliding_window": 128, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
+    write_config(tmp_path, nested(windowed, norm_before_residual=False))
+    save(tmp_path, random_tensors(case))
+    with pytest.raises(ValueError, match="pass `sliding_window=None`"):
+        DraftHead.from_pretrained(tmp_path, target)
+    with pytest.raises(ValueError, match="got `sliding_window=128`, but draft trees imitate no window"):
+        DraftHead.from_pretrained(tmp_path, target, sliding_window=128)
+    head = DraftHead.from_pretrained(tmp_path, target, sliding_window=None)
+    assert "sliding_window" not in head.config.to_dict()
+    head.save_pretrained(tmp_path / "ours")
+    for options in {}, {"sliding_window": None}:
+        back = DraftHead.from_pretrained(tmp_path / "ours", target, **options)
+        assert "sliding_window" not in back.config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("config", "wanted", "warned"),
     [

@@ -152,7 +152,8 @@ class DraftHead(PublishableHead):
             target: the model it will draft for: gives what the config leaves out (layers, sizes), is checked, and
                 decides dtype and device unless they are passed.
             keywords: `revision` and the other loading arguments of Transformers; and any field of `DraftHeadConfig`,
-                or `rope_theta`, to correct what the config says, as `resps doctor` suggests.
+                or `rope_theta`, to correct what the config says, as `resps doctor` suggests; `sliding_window=None`
+                reads a head without the window of its layers.
 
         Raises:
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do

@@ -21,6 +21,8 @@ _LOADING = {
     "trust_remote_code",
     "use_safetensors",
 }
+# Corrections of what publishers write and our own config says otherwise, or not at all.
+PUBLISHED_ONLY = {"rope_theta", "sliding_window"}
 _SIZES = (
     "draft_vocab_size",
     "head_dim",
@@ -54,7 +56,7 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     Raises:
         ValueError: a name is none of these, or a correction has the wrong type.
     """
-    fields = set(DraftHeadConfig.__annotations__) | {"rope_theta"}
+    fields = set(DraftHeadConfig.__annotations__) | PUBLISHED_ONLY
     hub = {key: value for key, value in keywords.items() if key in _HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
     overrides = {key: value for key, value in keywords.items() if key in fields}
@@ -63,6 +65,11 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(
             f"DraftHead.from_pretrained got {unknown}, which it does not know. It takes the loading arguments "
             f"{sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}. Check the spelling."
+        )
+    if overrides.get("sliding_window") is not None:
+        raise ValueError(
+            f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees imitate "
+            "no window. Pass `sliding_window=None` to read a head without its own."
         )
     check_overrides(overrides, "DraftHead.from_pretrained")
     return hub, loading, overrides
