@@ -72,6 +72,16 @@ def test_a_target_is_a_loaded_model() -> None:
         DraftHead.from_target("meta-llama/Toy")  # type: ignore[arg-type]
 
 
+def test_stock_generate_says_that_the_model_must_be_attached() -> None:
+    alone = build_target()
+    head = DraftHead.from_target(alone, 16)
+    assert not hasattr(head, "generation_config") and not hasattr(head, "no_such_thing")
+    with pytest.raises(AttributeError, match=r"no `generation_config`.*Call `transformers_resps.attach\(model\)`"):
+        alone.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, assistant_model=head)
+    with pytest.raises(AttributeError, match="'DraftHead' object has no attribute 'no_such_thing'"):
+        head.no_such_thing  # noqa: B018
+
+
 @pytest.mark.parametrize("ids", [[9, 3, 30], (30, 9, 3), torch.tensor([3, 9, 30]), torch.tensor([9, 30, 3]).int()])
 def test_draft_ids_come_as_a_list_or_a_tensor_in_any_order(ids: Any, target: PreTrainedModel) -> None:
     head = DraftHead.from_target(target, draft_token_ids=ids)

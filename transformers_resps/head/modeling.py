@@ -60,6 +60,16 @@ class DraftHead(PublishableHead):
         self.rotary_emb = RotaryEmbedding(config)
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Transformers' own assisted generation asks for `generation_config` first: who forgot `attach` is told."""
+        if name == "generation_config":
+            raise AttributeError(
+                "A DraftHead has no `generation_config`: it is no whole model, as the assistants of Transformers are. "
+                "Its trees need a model that is attached. Call `transformers_resps.attach(model)` before "
+                "`model.generate(..., assistant_model=head)`."
+            )
+        return super().__getattr__(name)
+
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features `[b, t, F]` -> fused `[b, t, h]`."""
         if self.config.norm_before_fc:
