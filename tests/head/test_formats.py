@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tests.conftest import build_target
 from transformers_resps.head import BoundHead, DraftHead, HeadCache
 
-from .cases import CASES
+from .cases import CASES, FLAT, MODELOPT_FLAGS, eagle_config, nested, specforge
 from .published import LAYERS, Published, random_tensors, reference_logits, rename, save, write_config
 
 
@@ -138,3 +138,56 @@ def test_a_window_that_hides_nothing_is_no_obstacle(
     write_config(tmp_path, CASES[2].config | fields)
     save(tmp_path, random_tensors(CASES[2]))
     assert DraftHead.from_pretrained(tmp_path, target=target).config.hidden_size == CASES[2].config["hidden_size"]
+
+
+def test_a_head_can_be_read_without_its_window(target: PreTrainedModel, tmp_path: Path) -> None:
+    """As speculators writes it, nested; what was given up is not kept in our own config, nor asked for there."""
+    case = CASES[2]
+    windowed = {"sliding_window": 128, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
+    write_config(tmp_path, nested(windowed, norm_before_residual=False))
+    save(tmp_path, random_tensors(case))
+    with pytest.raises(ValueError, match="pass `sliding_window=None`"):
+        DraftHead.from_pretrained(tmp_path, target)
+    with pytest.raises(ValueError, match="got `sliding_window=128`, but draft trees imitate no window"):
+        DraftHead.from_pretrained(tmp_path, target, sliding_window=128)
+    head = DraftHead.from_pretrained(tmp_path, target, sliding_window=None)
+    assert "sliding_window" not in head.config.to_dict()
+    head.save_pretrained(tmp_path / "ours")
+    for options in {}, {"sliding_window": None}:
+        back = DraftHead.from_pretrained(tmp_path / "ours", target, **options)
+        assert "sliding_window" not in back.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted", "warned"),
+    [
+        (specforge(eagle_config=eagle_config([5, 2, 4], **MODELOPT_FLAGS)), [2, 4, 5], "read as boundaries"),
+        (specforge(eagle_config=eagle_config([2, 3, 6])), [2, 3, 6], "read as boundaries"),
+        (specforge(eagle_config=eagle_config([4, 6, 8], **MODELOPT_FLAGS)), [4, 6, 8], "read as boundaries"),
+        (specforge(eagle_config=eagle_config([3, 4, 7], **MODELOPT_FLAGS)), [4, 5, 8], ""),
+        (specforge(eagle_config=eagle_config([0, 2, 4], **MODELOPT_FLAGS)), [1, 3, 5], ""),
+        (
+            nested({}, norm_before_residual=False, eagle_aux_hidden_state_layer_ids=[1, 2, 6]),
+            [2, 3, 7],
+            "of those layers",
+        ),
+        (nested({}, norm_before_residual=False, eagle_aux_hidden_state_layer_ids=[1, 2, 8]), [1, 2, 8], ""),
+        (nested({}, norm_before_residual=False, eagle_aux_hidden_state_layer_ids=[2, 4, 5]), [2, 4, 5], ""),
+        (nested({}, norm_before_residual=False, eagle_aux_hidden_state_layer_ids=[0, 3, 6]), [0, 3, 6], ""),
+        ({**FLAT, "target_layer_ids": [2, 4, 5]}, [3, 5, 6], ""),
+        (specforge(target_layer_ids=[2, 4, 5]), [3, 5, 6], ""),
+    ],
+    ids=lambda value: str(value) if isinstance(value, list) else "",
+)
+def test_the_smallest_id_tells_what_ids_count(
+    config: dict[str, Any],
+    wanted: list[int],
+    warned: str,
+    target: PreTrainedModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_config(tmp_path, config)
+    save(tmp_path, random_tensors(CASES[2]))
+    assert DraftHead.from_pretrained(tmp_path, target).config.feature_layers == wanted
+    assert ("Try `resps doctor`" in caplog.text) == bool(warned) and warned in caplog.text

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tests.conftest import build_target
 from transformers_resps.head import DraftHead
+from transformers_resps.head.identity import target_identity
 
 from .cases import CASES, FLAT, eagle_config, nested, specforge
 from .published import LAYERS, D, H, V, random_tensors, rename, save, write_config
@@ -55,6 +56,7 @@ def offsets(position: int, value: int) -> Tensors:
     return changed(d2t=d2t)
 
 
+NORMS = {"input_norm__weight": torch.ones(3 * H)} | {f"fc_norm__{layer}__weight": torch.ones(H) for layer in range(3)}
 REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] = [
     ("EAGLE-1", FLAT, eagle1, "EAGLE-1 or EAGLE-2 head"),
     ("MLA", {}, mla, "MLA attention"),
@@ -81,6 +83,9 @@ REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] 
     ("odd heads", {"num_attention_heads": 5}, GOOD, "32 query.*5 attention heads"),
     ("draft vocabulary", {"draft_vocab_size": 20}, GOOD, "states draft_vocab_size 20"),
     ("not a number", {"hidden_size": "32"}, GOOD, "positive integer"),
+    ("no tree", {"default_tree": [8, 3]}, GOOD, "must be a list of total_tokens"),
+    ("two norms", {"norm_before_fc": True, "fc_norm": True}, GOOD, "both `norm_before_fc` and `fc_norm`"),
+    ("tensors of two norms", {}, changed(**NORMS), "both `norm_before_fc` and `fc_norm`"),
     ("negative", {"num_attention_heads": -4}, GOOD, "positive integer"),
     (
         "vocabulary",
@@ -108,6 +113,13 @@ REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] 
     ("too few ids", {"eagle_config": eagle_config([1, 3])}, GOOD, "reads 3 layers.*its layers are .2, 4"),
     ("two RoPE bases", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, GOOD, "two RoPE bases"),
     ("unknown RoPE", {"rope_scaling": {"rope_type": "spiral"}}, GOOD, "kind 'spiral'"),
+    ("RoPE of letters", {"rope_scaling": "x"}, GOOD, "`rope_scaling='x'`, but it must be a dict"),
+    ("short table", {}, changed(embed_tokens__weight=torch.zeros(3, H)), r"shape \[3, 32\].*need \[64, 32\]"),
+    ("wide table", {}, changed(embed_tokens__weight=torch.zeros(V, H + 2)), r"shape \[64, 34\].*need \[64, 32\]"),
+    ("flat table", {}, changed(embed_tokens__weight=torch.zeros(V)), r"shape \[64\].*need \[64, 32\]"),
+    ("attention bias", {"attention_bias": True}, GOOD, "`attention_bias: true`, but.*pass `attention_bias=False`"),
+    ("MLP bias", {"mlp_bias": True}, GOOD, "`mlp_bias: true`"),
+    ("fc bias", {"bias": True}, GOOD, "`bias: true`, but.*pass `fc_bias=False`"),
     ("half a RoPE", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, GOOD, "needs .*high_freq_factor"),
     ("partial RoPE", {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, GOOD, "rotates 0.5"),
     ("activation", {"hidden_act": "grin"}, GOOD, "activation 'grin'"),
@@ -173,6 +185,24 @@ def test_the_head_of_another_target_is_refused(published: bool, target: PreTrain
             DraftHead.from_pretrained(tmp_path, target=build_target(**{"num_hidden_layers": LAYERS, **size}))
 
 
+@pytest.mark.parametrize("published", [True, False])
+def test_a_target_is_the_second_argument_and_held_to_the_same(
+    published: bool, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    if published:
+        BASE.write(tmp_path, GOOD, BASE)
+    else:
+        DraftHead.from_target(target, D).save_pretrained(tmp_path)
+    assert DraftHead.from_pretrained(tmp_path, target).config.target == target_identity(target)
+    with pytest.raises(ValueError, match="80"):
+        DraftHead.from_pretrained(tmp_path, build_target(num_hidden_layers=LAYERS, vocab_size=80))
+    for thing in ("meta-llama/Toy", target.config):
+        with pytest.raises(ValueError, match=f"is a {type(thing).__name__}, but must be the loaded model"):
+            DraftHead.from_pretrained(tmp_path, thing)
+    with pytest.raises(TypeError, match="positional arguments"):
+        DraftHead.from_pretrained(tmp_path, target, "main")
+
+
 def test_feature_layers_that_the_target_lacks_are_refused(target: PreTrainedModel, tmp_path: Path) -> None:
     BASE.write(tmp_path / "published", GOOD, BASE)
     DraftHead.from_target(target, D).save_pretrained(tmp_path / "ours")
@@ -205,3 +235,10 @@ def test_a_config_that_lies_can_be_corrected(target: PreTrainedModel, tmp_path: 
     save(tmp_path, GOOD)
     head = DraftHead.from_pretrained(tmp_path, target=target, hidden_size=H, num_hidden_layers=1)
     assert head.config.hidden_size == H and len(head.layers) == 1
+
+
+def test_a_config_that_promises_biases_can_be_corrected(target: PreTrainedModel, tmp_path: Path) -> None:
+    write_config(tmp_path, BASE.config | {"bias": True, "attention_bias": True})
+    save(tmp_path, GOOD)
+    head = DraftHead.from_pretrained(tmp_path, target, fc_bias=False, attention_bias=False)
+    assert not head.config.fc_bias and not head.config.attention_bias

@@ -71,6 +71,17 @@ def test_an_export_comes_back_with_the_same_logits(
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["specforge", "speculators"])
+@pytest.mark.parametrize("layers", [[1, 3, 4], [2, 4, 5], [3, 5, 8], [1, 2, 3, 6]], ids=str)
+def test_an_export_reads_the_layers_it_read_whatever_their_ids_look_like(
+    layers: list[int], layout: str, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    head = DraftHead.from_target(target, 16, feature_layers=layers)
+    head.save_pretrained(tmp_path, format=layout)
+    for known in target, None:
+        assert DraftHead.from_pretrained(tmp_path, known).config.feature_layers == layers
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_imported_head_is_ours_from_then_on(case: Published, target: PreTrainedModel, tmp_path: Path) -> None:
     case.write(tmp_path / "published", random_tensors(case), case)
@@ -109,3 +120,12 @@ def test_exports_write_ids_and_rope_in_each_formats_own_words(target: PreTrained
         assert tensors["t2d"].nonzero().squeeze(-1).equal(torch.arange(16) + tensors["d2t"])
     with pytest.raises(ValueError, match="must be one of"):
         head.save_pretrained(tmp_path / "other", format="gguf")
+
+
+def test_an_export_refuses_options_it_would_drop(target: PreTrainedModel, tmp_path: Path) -> None:
+    head = DraftHead.from_target(target, 16)
+    with pytest.raises(ValueError, match=r"got \['push_to_hub', 'repo_id'\].*upload_folder"):
+        head.save_pretrained(tmp_path / "flat", format="specforge", push_to_hub=True, repo_id="me/head")
+    with pytest.raises(ValueError, match=r"got \[False\]"):
+        head.save_pretrained(tmp_path / "nested", False, format="speculators")
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def target_identity(target: PreTrainedModel) -> dict[str, Any]:
@@ -15,6 +15,19 @@ def target_identity(target: PreTrainedModel) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
     }
+
+
+def refuse_no_model(target: Any) -> None:
+    """Refuse what is passed as a target and is no model; `None` is fine.
+
+    Raises:
+        ValueError: names its type.
+    """
+    if target is not None and not isinstance(getattr(target, "config", None), PreTrainedConfig):
+        raise ValueError(
+            f"`target` is a {type(target).__name__}, but must be the loaded model that the head drafts for. Pass what "
+            "`AutoModelForCausalLM.from_pretrained` returns."
+        )
 
 
 def default_feature_layers(layer_count: int) -> list[int]:

@@ -4,6 +4,7 @@ Knows nothing of trees, policies or how it is decoded.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 from ..tree import TreeShape
 from .configuration import DraftHeadConfig
 from .formats import canonical_head, export_head, read_checkpoint, refuse_inexact, split_keywords
-from .identity import default_feature_layers, target_identity
+from .fresh import draft_vocabulary, fresh_config, start_from
+from .identity import refuse_no_model, target_identity
 from .layer import Attend, DraftLayer
 from .publishing import PublishableHead
 from .rotary import RotaryEmbedding
@@ -57,6 +59,16 @@ class DraftHead(PublishableHead):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.rotary_emb = RotaryEmbedding(config)
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Transformers' own assisted generation asks for `generation_config` first: who forgot `attach` is told."""
+        if name == "generation_config":
+            raise AttributeError(
+                "A DraftHead has no `generation_config`: it is no whole model, as the assistants of Transformers are. "
+                "Its trees need a model that is attached. Call `transformers_resps.attach(model)` before "
+                "`model.generate(..., assistant_model=head)`."
+            )
+        return super().__getattr__(name)
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features `[b, t, F]` -> fused `[b, t, h]`."""
@@ -113,7 +125,7 @@ class DraftHead(PublishableHead):
         target: PreTrainedModel,
         draft_vocab_size: int | None = None,
         *,
-        draft_token_ids: Tensor | None = None,
+        draft_token_ids: Tensor | Sequence[int] | None = None,
         feature_layers: list[int] | None = None,
         **overrides: Any,
     ) -> "DraftHead":
@@ -122,47 +134,24 @@ class DraftHead(PublishableHead):
         Args:
             target: the model whose features the head will read.
             draft_vocab_size: tokens the head can propose; `None` for all, with the target's own output head.
-            draft_token_ids: which target ids those are, `[d]`; the lowest ids when `None`.
+            draft_token_ids: which target ids those are, `[d]`, in any order; the lowest ids when `None`.
             feature_layers: as in `DraftHeadConfig`; EAGLE-3's low, middle and high layer when `None`.
             overrides: any other field of `DraftHeadConfig`.
 
         Raises:
-            ValueError: the draft vocabulary is larger than the target's, or the ids do not match its size.
+            ValueError: the draft vocabulary is no part of the target's, or no head of this target can have such a
+                config.
         """
-        config = target.config.get_text_config()
-        if draft_token_ids is not None:
-            draft_token_ids = draft_token_ids.sort().values
-            draft_vocab_size = len(draft_token_ids) if draft_vocab_size is None else draft_vocab_size
-            if len(draft_token_ids) != draft_vocab_size or len(set(draft_token_ids.tolist())) != draft_vocab_size:
-                raise ValueError(
-                    f"`draft_token_ids` has {len(draft_token_ids)} ids, {len(set(draft_token_ids.tolist()))} of them "
-                    f"distinct, but `draft_vocab_size` is {draft_vocab_size}. Pass as many distinct ids as that."
-                )
-        if draft_vocab_size is not None and not 1 <= draft_vocab_size <= config.vocab_size:
-            raise ValueError(
-                f"`draft_vocab_size` is {draft_vocab_size}, but the target has {config.vocab_size} tokens. "
-                "Choose a number from 1 to that, or None for all of them."
-            )
-        layers = feature_layers or default_feature_layers(config.num_hidden_layers)
-        head_config = DraftHeadConfig(
-            **{
-                **_target_sizes(target),
-                "feature_layers": sorted(layers),
-                "draft_vocab_size": draft_vocab_size,
-                "owns_output_head": draft_vocab_size is not None,
-                **overrides,
-            }
-        )
-        head = cls(head_config)
+        rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
+        head = cls(fresh_config(target, None if rows is None else len(rows), feature_layers, overrides))
         head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
-        head._start_from(target, draft_token_ids)
+        start_from(head, target, rows)
         return head
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the target is ours
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
-        *model_args: Any,
         target: PreTrainedModel | None = None,
         **keywords: Any,
     ) -> "DraftHead":
@@ -170,21 +159,22 @@ class DraftHead(PublishableHead):
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
-            model_args: as in Transformers.
             target: the model it will draft for: gives what the config leaves out (layers, sizes), is checked, and
                 decides dtype and device unless they are passed.
             keywords: `revision` and the other loading arguments of Transformers; and any field of `DraftHeadConfig`,
-                or `rope_theta`, to correct what the config says, as `resps doctor` suggests.
+                or `rope_theta`, to correct what the config says, as `resps doctor` suggests; `sliding_window=None`
+                reads a head without the window of its layers.
 
         Raises:
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
                 not fit `target`. Nothing is ever newly initialized.
         """
         hub, loading, overrides = split_keywords(keywords)
+        refuse_no_model(target)
         if "torch_dtype" in loading:
             loading["dtype"] = loading.pop("torch_dtype")
         if pretrained_model_name_or_path is None or "state_dict" in loading:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **hub, **loading)
+            return super().from_pretrained(pretrained_model_name_or_path, **hub, **loading)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)
         if (stated := loading.pop("config", None)) is not None:  # as `AutoModel` passes it
             checkpoint = replace(checkpoint, config=stated.to_dict())
@@ -219,28 +209,18 @@ class DraftHead(PublishableHead):
             keywords: as in Transformers; own format only.
 
         Raises:
-            ValueError: the format is unknown or cannot say what this head does.
+            ValueError: the format is unknown, cannot say what this head does, or is another's and gets options.
         """
         if format == "resps":
             super().save_pretrained(save_directory, *args, **keywords)
-        else:
-            export_head(self, self.config, Path(save_directory), format)
-
-    @torch.no_grad()
-    def _start_from(self, target: PreTrainedModel, draft_token_ids: Tensor | None) -> None:
-        """Read the deepest feature unchanged and predict with the target's own rows: measurably quicker to train."""
-        width, hidden_size = self.config.target_hidden_size, self.config.hidden_size
-        if width == hidden_size:
-            self.fc.weight[:, -hidden_size:] += torch.eye(hidden_size, dtype=self.fc.weight.dtype, device=self.device)
-        if self.config.draft_vocab_size is not None:
-            rows = torch.arange(self.config.draft_vocab_size) if draft_token_ids is None else draft_token_ids.cpu()
-            cast(Tensor, self.d2t).copy_(rows - torch.arange(len(rows)))
-            output = target.get_output_embeddings()
-            if output is not None and output.weight.shape[-1] == hidden_size:
-                self.lm_head.weight.copy_(output.weight[rows.to(output.weight.device)])
-                norm: Any = getattr(target.get_decoder(), "norm", None)
-                if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # theirs adds 1
-                    self.norm.weight.copy_(norm.weight)
+            return
+        if args or keywords:
+            raise ValueError(
+                f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
+                "engines is one folder on this machine, without options. Leave them out; to publish the folder, use "
+                "`huggingface_hub.upload_folder`."
+            )
+        export_head(self, self.config, Path(save_directory), format)
 
     def check_target(self, target: PreTrainedModel) -> None:
         """Refuse a target the head was not made for.
@@ -262,25 +242,3 @@ class DraftHead(PublishableHead):
                 f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
                 "belongs to this target, or train one with training/train_head.py."
             )
-
-
-def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
-    """The head's layer repeats the target's own proportions."""
-    config = target.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {
-        "hidden_size": config.hidden_size,
-        "target_hidden_size": config.hidden_size,
-        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": head_dim if head_dim % 2 == 0 else head_dim + 1,
-        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
-        "max_position_embeddings": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
-        "target": target_identity(target),
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    }

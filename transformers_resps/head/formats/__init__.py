@@ -3,8 +3,17 @@
 from .checkpoint import Checkpoint, read_checkpoint
 from .exporting import export_head
 from .importing import canonical_head
-from .keywords import split_keywords
+from .keywords import check_fields, check_overrides, split_keywords
 from .names import refuse_inexact
 
 
-__all__ = ["Checkpoint", "canonical_head", "export_head", "read_checkpoint", "refuse_inexact", "split_keywords"]
+__all__ = [
+    "Checkpoint",
+    "canonical_head",
+    "check_fields",
+    "check_overrides",
+    "export_head",
+    "read_checkpoint",
+    "refuse_inexact",
+    "split_keywords",
+]

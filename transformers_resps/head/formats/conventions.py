@@ -11,7 +11,7 @@ from .publishers import Publisher
 logger = logging.getLogger(f"transformers.{__name__}")
 
 _ID_FIELDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
-# Ids that count the boundary before a layer, as Transformers' `hidden_states` do; all others count the layer itself.
+# Files whose ids count the boundary before a layer, as `hidden_states` of Transformers do; all others count the layer.
 _BOUNDARY = {Publisher.EAGLE, Publisher.SPECULATORS}
 _ROPE_NEEDS: dict[str, set[str]] = {
     "default": set(),
@@ -29,13 +29,18 @@ def published_layer_ids(config: dict[str, Any]) -> list[int] | None:
 
     Their order says nothing: NVIDIA ModelOpt wrote them through a set, while features are in depth order.
     """
+    return _published(config)[1]
+
+
+def _published(config: dict[str, Any]) -> tuple[str, list[int] | None]:
+    """The field that has the ids, and the ids."""
     eagle = config.get("eagle_config")
     for place in (eagle if isinstance(eagle, dict) else {}, config):
         for field in _ID_FIELDS:
             if place.get(field):
                 check_layers(place[field], f"`{field}`")
-                return sorted(place[field])
-    return None
+                return field, sorted(place[field])
+    return "", None
 
 
 def feature_layers(
@@ -55,11 +60,15 @@ def feature_layers(
     Raises:
         ValueError: there are not `count` of them, one is out of range, or their meaning is uncertain.
     """
-    given, published = config.get("feature_layers"), published_layer_ids(config)
+    given, (field, published) = config.get("feature_layers"), _published(config)
     if given is not None:
         layers = sorted(given)
     elif published is not None:
-        layers = _counted_from_the_embedding(published, publisher, layer_count, source)
+        counts_boundaries = publisher in _BOUNDARY and field != "target_layer_ids"  # DeepSpec's, whatever the layer
+        if counts_boundaries:
+            layers = _of_boundaries(published, layer_count, source)
+        else:
+            layers = _of_layers(published, layer_count, source, is_certain=field == "target_layer_ids")
     elif layer_count is None:
         raise ValueError(
             f"{source} does not say which layers of its target it reads, so they follow from the target's depth. Pass "
@@ -77,21 +86,33 @@ def feature_layers(
     return layers
 
 
-def _counted_from_the_embedding(
-    ids: list[int], publisher: Publisher, layer_count: int | None, source: str
-) -> list[int]:
-    """Published ids -> HF `hidden_states` indices."""
-    if publisher not in _BOUNDARY:
-        return [layer + 1 for layer in ids]
-    if ids[0] == 1 and layer_count is None:
+# Converters lift ids unchanged from one format to another, so a file's format alone does not tell what they count. The
+# smallest does, as in sgl-project/sglang #25454: EAGLE-3's own lowest features are the output of layer 1, which is
+# boundary 2. Whoever chose other layers is taken at the word of the format.
+
+
+def _of_boundaries(ids: list[int], layer_count: int | None, source: str) -> list[int]:
+    """Ids of a format that counts boundaries -> HF `hidden_states` indices."""
+    if ids[0] != 1:
+        return ids
+    if layer_count is None:
         raise ValueError(
             f"The layer ids {ids} of {source} may count layers or the boundaries before them: converters copied both "
             "into this format. Pass `target=`, or `feature_layers=[...]`, counted as in `output_hidden_states`."
         )
-    if layer_count is not None and ids == [1, layer_count // 2 - 1, layer_count - 4]:
-        # SpecForge's default, lifted unchanged into a speculators file (sgl-project/sglang #25454).
-        logger.warning("%s: ids %s are SpecForge's, read as outputs of those layers. Try `resps doctor`.", source, ids)
+    if ids[-1] >= layer_count:  # no layer has that number
+        return ids
+    logger.warning("%s: the ids %s are read as outputs of those layers. Try `resps doctor`.", source, ids)
+    return [layer + 1 for layer in ids]
+
+
+def _of_layers(ids: list[int], layer_count: int | None, source: str, is_certain: bool) -> list[int]:
+    """Ids of a format that counts layers -> HF `hidden_states` indices."""
+    # NVIDIA's gpt-oss v3 has 24, 30 and 36 of 36 layers (sglang #32226).
+    beyond = layer_count is not None and ids[-1] == layer_count and ids[0] != 1
+    if is_certain or not (ids[0] == 2 or beyond):
         return [layer + 1 for layer in ids]
+    logger.warning("%s: the ids %s are read as boundaries, not as layers. Try `resps doctor`.", source, ids)
     return ids
 
 

@@ -83,7 +83,9 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
+    """`feature_layers` is ours: without it ids that look like another convention's would come back moved."""
     return {
+        "feature_layers": config.feature_layers,
         "draft_vocab_size": config.draft_rows,
         "target_hidden_size": config.target_hidden_size,
         "norm_before_residual": config.norm_before_residual,

@@ -12,7 +12,7 @@ from ..identity import target_identity
 from .checkpoint import Checkpoint
 from .conventions import feature_layers, norm_flags, published_layer_ids, refuse_range, rope_parameters
 from .families import refuse_other_drafters
-from .keywords import check_fields
+from .keywords import PUBLISHED_ONLY, check_fields, refuse_two_norms
 from .names import canonical_names, refuse_missing
 from .publishers import Publisher, flat_config, publisher_of, target_name
 from .sizes import feature_count, read_sizes
@@ -31,7 +31,7 @@ def canonical_head(
     Args:
         checkpoint: what was read.
         target: the model the head is for; gives what the config leaves out.
-        overrides: corrections, by field of `DraftHeadConfig`, and `rope_theta`.
+        overrides: corrections, by field of `DraftHeadConfig`, `rope_theta`, and `sliding_window` as `None`.
 
     Raises:
         ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
@@ -74,7 +74,7 @@ def _free(overrides: dict[str, Any]) -> dict[str, Any]:
     return {
         key: sorted(value) if key == "feature_layers" and value is not None else value
         for key, value in overrides.items()
-        if key != "rope_theta"
+        if key not in PUBLISHED_ONLY
     }
 
 
@@ -87,6 +87,7 @@ def _fields(
     source: str,
 ) -> dict[str, Any]:
     sizes = read_sizes(config, tensors, target, source)
+    refuse_two_norms(sizes, source)
     identity = _identity(config, target)
     ids = published_layer_ids(config)
     if target is None and config.get("target_hidden_size") is None and ids is not None:
@@ -112,7 +113,7 @@ def _fields(
 
 
 def _refuse_window(config: dict[str, Any], target: PreTrainedModel | None, source: str) -> None:
-    """Our heads see their whole prefix, so a window must be as long as any text of the target."""
+    """Our heads see their whole prefix, so a window must be as long as any text of the target, or given up."""
     window = config.get("sliding_window")
     if not window or not config.get("use_sliding_window", True):
         return
@@ -123,8 +124,9 @@ def _refuse_window(config: dict[str, Any], target: PreTrainedModel | None, sourc
     if longest is None or longest > window:
         raise ValueError(
             f"The layers of {source} see the last {window} tokens only (`sliding_window`), which draft trees do not "
-            f"imitate; the target's texts may have {longest or 'more'} tokens. Use a head without a window. If your "
-            'texts are all shorter, set `"sliding_window": null` in its config.json: the drafts are then the same.'
+            f"imitate; the target's texts may have {longest or 'more'} tokens. Use a head without a window, or pass "
+            "`sliding_window=None` to read it without one: texts that fit into the window are drafted as before, "
+            "longer ones as the head was not trained to. The tokens are the target's in both."
         )
 
 

@@ -21,6 +21,8 @@ _LOADING = {
     "trust_remote_code",
     "use_safetensors",
 }
+# Corrections of what publishers write and our own config says otherwise, or not at all.
+PUBLISHED_ONLY = {"rope_theta", "sliding_window"}
 _SIZES = (
     "draft_vocab_size",
     "head_dim",
@@ -33,7 +35,19 @@ _SIZES = (
     "target_hidden_size",
     "vocab_size",
 )
-_FLAGS = ("fc_norm", "feedback_post_norm", "norm_before_fc", "norm_before_residual", "qk_norm")
+_FLAGS = (
+    "attention_bias",
+    "attention_output_bias",
+    "fc_bias",
+    "fc_norm",
+    "feedback_post_norm",
+    "mlp_bias",
+    "norm_before_fc",
+    "norm_before_residual",
+    "owns_embedding",
+    "owns_output_head",
+    "qk_norm",
+)
 
 
 def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -42,7 +56,7 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     Raises:
         ValueError: a name is none of these, or a correction has the wrong type.
     """
-    fields = set(DraftHeadConfig.__annotations__) | {"rope_theta"}
+    fields = set(DraftHeadConfig.__annotations__) | PUBLISHED_ONLY
     hub = {key: value for key, value in keywords.items() if key in _HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
     overrides = {key: value for key, value in keywords.items() if key in fields}
@@ -52,8 +66,25 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             f"DraftHead.from_pretrained got {unknown}, which it does not know. It takes the loading arguments "
             f"{sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}. Check the spelling."
         )
-    check_fields(overrides, "DraftHead.from_pretrained")
+    if overrides.get("sliding_window") is not None:
+        raise ValueError(
+            f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees imitate "
+            "no window. Pass `sliding_window=None` to read a head without its own."
+        )
+    check_overrides(overrides, "DraftHead.from_pretrained")
     return hub, loading, overrides
+
+
+def check_overrides(overrides: dict[str, Any], where: str) -> None:
+    """Refuse values that no head can have, and `None` for a field that must have one.
+
+    Raises:
+        ValueError: names the field, its value and what it must be.
+    """
+    for key, value in overrides.items():
+        if value is None and getattr(DraftHeadConfig, key, None) is not None:
+            raise ValueError(f"{where} got `{key}=None`, but a head needs a value there. Pass one, or leave it out.")
+    check_fields(overrides, where)
 
 
 def check_fields(fields: dict[str, Any], where: str) -> None:
@@ -73,12 +104,44 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
         value = fields.get(key)
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value <= 0):
             raise ValueError(f"{where} has `{key}={value!r}`, but it must be a positive number. Correct it.")
-    if not isinstance(fields.get("rope_parameters"), dict | None):
-        raise ValueError(
-            f"{where} has `rope_parameters={fields['rope_parameters']!r}`, but it must be a dict. Write it like "
-            '`{"rope_type": "default", "rope_theta": 10000.0}`.'
-        )
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(fields.get(key), dict | None):
+            raise ValueError(
+                f"{where} has `{key}={fields[key]!r}`, but it must be a dict. Write it like "
+                '`{"rope_type": "default", "rope_theta": 10000.0}`, or leave it out.'
+            )
     check_layers(fields.get("feature_layers"), where)
+    _check_tree(fields.get("default_tree"), where)
+    refuse_two_norms(fields, where)
+
+
+def refuse_two_norms(fields: dict[str, Any], where: str) -> None:
+    """Refuse a norm over the concatenated features together with one over each.
+
+    Raises:
+        ValueError: both are there.
+    """
+    if fields.get("norm_before_fc") and fields.get("fc_norm"):
+        raise ValueError(
+            f"{where} has both `norm_before_fc` and `fc_norm`, but features are normed once: all together, or each "
+            "layer's alone. Keep the one that the head was trained with."
+        )
+
+
+def _check_tree(tree: Any, where: str) -> None:
+    """Refuse a default tree that is no `TreeShape`."""
+    if tree is None:
+        return
+    least = (1, 0, 1, 0)
+    is_list = isinstance(tree, list | tuple) and len(tree) in (3, 4)
+    if not is_list or not all(
+        isinstance(size, int) and not isinstance(size, bool) and size >= low
+        for size, low in zip(tree, least, strict=False)
+    ):
+        raise ValueError(
+            f"{where} has `default_tree={tree!r}`, but it must be a list of total_tokens (at least 1), depth, top_k "
+            "(at least 1) and perhaps lookup. Write it like [60, 8, 10]."
+        )
 
 
 def check_layers(layers: Any, where: str) -> None:

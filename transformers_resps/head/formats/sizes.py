@@ -36,7 +36,10 @@ def read_sizes(
     }
     _refuse_lies(config, sizes, source)
     sizes["target_hidden_size"] = _target_width(config, tensors, target, source)
-    return sizes | structure_flags(config, tensors)
+    _refuse_table(tensors, [sizes["vocab_size"], hidden_size], source)
+    flags = structure_flags(config, tensors)
+    _refuse_absent_biases(config, flags, source)
+    return sizes | flags
 
 
 def structure_flags(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, bool]:
@@ -140,6 +143,26 @@ def _refuse_lies(config: dict[str, Any], sizes: dict[str, Any], source: str) -> 
             f"The config of {source} states {', '.join(lies)}. Config and tensors must describe the same head. "
             f"Download it again; or, if the tensors are right, pass `{corrections}`."
         )
+
+
+def _refuse_table(tensors: dict[str, Tensor], needed: list[int], source: str) -> None:
+    """Refuse an embedding table that is no copy of the target's, even where the target's will be borrowed."""
+    table = tensors.get("embed_tokens.weight")
+    if table is not None and list(table.shape) != needed:
+        raise ValueError(
+            f"{source} stores embed_tokens.weight with shape {list(table.shape)}, but the rest of it and its target "
+            f"need {needed}. They are not of one head. Download it again, or use another head."
+        )
+
+
+def _refuse_absent_biases(config: dict[str, Any], flags: dict[str, bool], source: str) -> None:
+    """Refuse biases that the config states and the file does not hold."""
+    for stated, ours in (("attention_bias", "attention_bias"), ("mlp_bias", "mlp_bias"), ("bias", "fc_bias")):
+        if config.get(ours, config.get(stated)) is True and not flags[ours]:
+            raise ValueError(
+                f"The config of {source} states `{stated}: true`, but the file holds no such bias. Config and tensors "
+                f"must describe the same head. Download it again; or, if the tensors are right, pass `{ours}=False`."
+            )
 
 
 def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, source: str) -> tuple[int, ...]:

@@ -1,0 +1,198 @@
+"""What a fresh head of a target is: its config, held against what can be run, and the weights it starts from.
+
+Knows the target and configs only: nothing of the head's layers or of files.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from .configuration import DraftHeadConfig
+from .formats import check_fields, check_overrides
+from .identity import default_feature_layers, refuse_no_model, target_identity
+
+
+_WHERE = "DraftHead.from_target"
+
+
+def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
+    """Target ids of the draft vocabulary `[d]`, ascending; `None` for all tokens.
+
+    Args:
+        target: whose vocabulary they are of.
+        size: how many; the lowest ids where `ids` is `None`.
+        ids: which.
+
+    Raises:
+        ValueError: there are no such ids, one occurs twice, or they are not as many as `size`.
+    """
+    refuse_no_model(target)
+    vocab_size = target.config.get_text_config().vocab_size
+    check_fields({"draft_vocab_size": size}, _WHERE)
+    if size is not None and size > vocab_size:
+        raise ValueError(
+            f"`draft_vocab_size` is {size}, but the target has {vocab_size} tokens. "
+            "Choose a number from 1 to that, or None for all of them."
+        )
+    if ids is None:
+        return None if size is None else torch.arange(size)
+    ordered = _integers(ids).sort().values
+    distinct = len(ordered.unique())
+    if distinct != len(ordered) or size not in (None, len(ordered)):
+        raise ValueError(
+            f"`draft_token_ids` has {len(ordered)} ids, {distinct} of them distinct, but `draft_vocab_size` is "
+            f"{size}. Pass as many distinct ids as that, or leave out `draft_vocab_size`."
+        )
+    if ordered[0] < 0 or ordered[-1] >= vocab_size:
+        raise ValueError(
+            f"`draft_token_ids` go from {int(ordered[0])} to {int(ordered[-1])}, but the target's ids from 0 to "
+            f"{vocab_size - 1}. Pass ids of the target's own tokenizer."
+        )
+    return ordered
+
+
+def _integers(ids: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(ids).cpu()
+    except (TypeError, ValueError, RuntimeError):  # what torch raises for things that are no numbers
+        tensor = torch.zeros(0)
+    is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if not is_integer or tensor.dim() != 1 or not len(tensor):
+        got = f"a {tensor.dtype} of shape {list(tensor.shape)}" if isinstance(ids, Tensor) else repr(ids)[:80]
+        raise ValueError(
+            f"`draft_token_ids` is {got}, but must be a list or tensor `[d]` of integers, at least one. Pass target "
+            "ids, or None for the lowest `draft_vocab_size`."
+        )
+    return tensor.long()
+
+
+def fresh_config(
+    target: PreTrainedModel, draft_vocab_size: int | None, feature_layers: list[int] | None, overrides: dict[str, Any]
+) -> DraftHeadConfig:
+    """The config of a head for `target`, with the user's `overrides`.
+
+    Raises:
+        ValueError: a field is unknown, or no head of this target can have its value.
+    """
+    unknown = sorted(set(overrides) - set(DraftHeadConfig.__annotations__))
+    if unknown:
+        raise ValueError(
+            f"{_WHERE} got {unknown}, which it does not know. It takes the fields of `DraftHeadConfig`, "
+            f"{sorted(DraftHeadConfig.__annotations__)}. Check the spelling."
+        )
+    check_overrides({**overrides, "feature_layers": feature_layers}, _WHERE)
+    layer_count = target.config.get_text_config().num_hidden_layers
+    layers = sorted(default_feature_layers(layer_count) if feature_layers is None else feature_layers)
+    if layers[-1] > layer_count:
+        raise ValueError(
+            f"{_WHERE} got the feature layers {layers}, but this target has the hidden states 0 to {layer_count}. "
+            "Pass `feature_layers=[...]`, counted as in `output_hidden_states`, or None for EAGLE-3's."
+        )
+    config = DraftHeadConfig(
+        **{
+            **_target_sizes(target),
+            "feature_layers": layers,
+            "draft_vocab_size": draft_vocab_size,
+            "owns_output_head": draft_vocab_size is not None,
+            **overrides,
+        }
+    )
+    _refuse_unusable(config, target)
+    return config
+
+
+def _refuse_unusable(config: DraftHeadConfig, target: PreTrainedModel) -> None:
+    """Refuse fields that are right alone and cannot be run together, or beside this target."""
+    for came, mend in (*_misfits(config, _target_sizes(target)), *_impossible_layers(config)):
+        raise ValueError(f"{_WHERE} got {came}. {mend}.")
+
+
+def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the head cannot read from its target or borrow from it: what came and is needed, and what to do."""
+    width = theirs["hidden_size"]
+    if config.target_hidden_size != width:
+        yield f"`target_hidden_size={config.target_hidden_size}`, but the target's is {width}", "Leave it out"
+    if config.vocab_size != theirs["vocab_size"]:
+        yield (
+            f"`vocab_size={config.vocab_size}`, but the target's is {theirs['vocab_size']}",
+            "Leave it out; `draft_vocab_size` is what the head can propose",
+        )
+    if config.hidden_size != width and not (config.owns_embedding and config.owns_output_head):
+        yield (
+            f"`hidden_size={config.hidden_size}`, but what it borrows from the target is {width} wide",
+            "Leave it out, or pass `owns_embedding=True` and `owns_output_head=True`",
+        )
+    if config.draft_vocab_size is not None and not config.owns_output_head:
+        yield (
+            "`owns_output_head=False`, but a draft vocabulary needs an output head of its own",
+            "Leave out one of them",
+        )
+
+
+def _impossible_layers(config: DraftHeadConfig) -> Iterator[tuple[str, str]]:
+    """Sizes that no attention has, and an activation that does not exist; likewise."""
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    if heads % shared:
+        yield (
+            f"`num_attention_heads={heads}` and `num_key_value_heads={shared}`, but queries share keys evenly",
+            "Make the first a multiple of the second",
+        )
+    if not config.head_dim or config.head_dim % 2:
+        yield f"`head_dim={config.head_dim}`, but RoPE rotates pairs", "Pass an even `head_dim`"
+    if config.hidden_act not in ACT2FN:
+        yield (
+            f"`hidden_act={config.hidden_act!r}`, but it must be an activation of Transformers",
+            'Pass one, like "silu"',
+        )
+
+
+def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
+    """The head's layer repeats the target's own proportions."""
+    config = target.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "hidden_size": config.hidden_size,
+        "target_hidden_size": config.hidden_size,
+        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim if head_dim % 2 == 0 else head_dim + 1,
+        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "target": target_identity(target),
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+@torch.no_grad()
+def start_from(head: PreTrainedModel, target: PreTrainedModel, rows: Tensor | None) -> None:
+    """Read the deepest feature unchanged and predict with the target's own rows: measurably quicker to train.
+
+    Args:
+        head: a fresh `DraftHead`.
+        target: the model it is for.
+        rows: the draft vocabulary `[d]`, ascending; `None` for all tokens.
+    """
+    parts: Any = head
+    config = cast(DraftHeadConfig, head.config)
+    if config.target_hidden_size == config.hidden_size:
+        weight = parts.fc.weight
+        weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, dtype=weight.dtype, device=weight.device)
+    if rows is None:
+        return
+    parts.d2t.copy_(rows - torch.arange(len(rows)))
+    output = cast(nn.Module | None, target.get_output_embeddings())
+    if output is not None and cast(Tensor, output.weight).shape[-1] == config.hidden_size:
+        theirs = cast(Tensor, output.weight)
+        parts.lm_head.weight.copy_(theirs[rows.to(theirs.device)])
+        norm: Any = getattr(target.get_decoder(), "norm", None)
+        if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # theirs adds 1
+            parts.norm.weight.copy_(norm.weight)
