@@ -16,7 +16,7 @@ from torch import Tensor, tensor
 from ..telemetry import StepRecord
 from ..tree import TreeShape
 from .costs import RunningCosts
-from .node_odds import LogisticMap, NodeOdds
+from .node_odds import LEVELS, LogisticMap, NodeOdds
 from .protocol import Level, Observation
 from .saving import SavedPolicy
 
@@ -27,6 +27,7 @@ _HOPE = 0.5  # tokens per step that asking a head gains before it was asked
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between glances at a head that does not pay
 _MOST_LOOKED_UP = 16  # nodes
+_MOST_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
 _PRICED = 8  # steps that a list of prices is used for: reading the costs at every step is a third of a decision
 
 
@@ -191,8 +192,25 @@ class ThroughputPolicy(SavedPolicy):
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        maps = [LogisticMap(intercept, slope) for intercept, slope in tensors["odds"].tolist()]
-        return cls(**config, odds=NodeOdds(maps))
+        return cls(**config, odds=_read_odds(tensors.get("odds")))
+
+
+def _read_odds(saved: Tensor | None) -> NodeOdds:
+    """From an intercept and a slope for each level.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    has_shape = saved is not None and tuple(saved.shape) == (LEVELS, 2)
+    rows = saved.tolist() if saved is not None and has_shape else []
+    is_bounded = all(isinstance(value, float) and abs(value) <= _MOST_FITTED for row in rows for value in row)
+    if not has_shape or not is_bounded:
+        came = "no tensor `odds`" if saved is None else f"`odds` {rows or f'of shape {list(saved.shape)}'}"
+        raise ValueError(
+            f"The weights of a throughput policy hold {came}, but it needs an intercept and a slope for each of "
+            f"{LEVELS} levels, none beyond {_MOST_FITTED:g}. Download or save the policy again."
+        )
+    return NodeOdds([LogisticMap(intercept, slope) for intercept, slope in rows])
 
 
 def _means(ranked: list[list[float]]) -> list[float]:
