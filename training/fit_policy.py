@@ -35,6 +35,7 @@ from transformers_resps.trainers import (
     RecordedText,
     StepCosts,
     fitted_policy,
+    pair_identity,
     replay,
     replay_policy,
 )
@@ -100,7 +101,7 @@ def main() -> None:
     held_out = recorded(target, head, prompts.tested, script, "test")
     found = compare(fitted_to, held_out, costs)
     folder = Path(script.output_dir) / "policy"
-    Guard(fitted_policy(fitted_to)).save_pretrained(folder)
+    Guard(fitted_policy(fitted_to, **pair_identity(target, head))).save_pretrained(folder)
     write_training_prompts(folder, prompts.first_questions)
     where = machine(target)
     facts = {"texts": len(fitted_to), "dtype": where["dtype"], "device": where["device"]}

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..tree import TreeShape
 from .action_grid import ActionGrid
 from .actor_critic import ActorCritic, seeded_actor_critic
-from .identity import Identity, check_same
+from .identity import Identity, check_identity_values, check_same
 from .protocol import Observation
 from .saving import SavedPolicy
 
@@ -39,7 +39,7 @@ class ReSpSConfig:
         head: likewise of the head.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or an identity is none.
     """
 
     feature_size: int
@@ -60,6 +60,8 @@ class ReSpSConfig:
                     f"ReSpSConfig got `{name}={value!r}`, but it must be above 0. To decide at every step, pass "
                     "`persistence=1`."
                 )
+        check_identity_values("target", self.target)
+        check_identity_values("head", self.head)
 
     @classmethod
     def paper(cls, feature_size: int, **changes: Any) -> "ReSpSConfig":

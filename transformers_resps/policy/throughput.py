@@ -7,7 +7,7 @@ for long after. What steps cost and how far the head's scores can be trusted is 
 that may be fitted or measured beforehand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from torch import Tensor, tensor
 from ..telemetry import StepRecord
 from ..tree import TreeShape
 from .costs import RunningCosts
+from .identity import Identity, check_identity_values, check_same
 from .node_odds import LEVELS, LogisticMap, NodeOdds
 from .protocol import Level, Observation
 from .saving import SavedPolicy
@@ -42,6 +43,11 @@ class ThroughputPolicy(SavedPolicy):
         most_nodes: most nodes from the head.
         costs: what is known of this machine, as from `CostTable.running`; learned from the first steps when `None`.
         odds: how far scores are to be trusted, as from `trainers.fitted_policy`.
+        target: identity of the target it was fitted with, or `None`: then it serves any.
+        head: likewise of the head.
+
+    Raises:
+        ValueError: an argument is of another kind or out of its range.
     """
 
     policy_type = "throughput"
@@ -55,7 +61,13 @@ class ThroughputPolicy(SavedPolicy):
         most_nodes: int = 16,
         costs: RunningCosts | None = None,
         odds: NodeOdds | None = None,
+        *,
+        target: Identity | None = None,
+        head: Identity | None = None,
     ) -> None:
+        check_identity_values("target", target)
+        check_identity_values("head", head)
+        self.target, self.head = target, head
         self.costs = costs or RunningCosts()
         self.odds = odds or NodeOdds()
         self._asked = TreeShape(most_nodes + 1, depth, top_k)
@@ -85,6 +97,15 @@ class ThroughputPolicy(SavedPolicy):
     def is_confident(self) -> bool:
         """Whether its odds rest on outcomes."""
         return self.odds.rest_on_outcomes
+
+    @property
+    def check_identity(self) -> Callable[..., None] | None:
+        """Refuses another target or head than the fit's; `None` when neither is known, so that none is looked at."""
+        return None if self.target is None and self.head is None else self._check_identity
+
+    def _check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
+        check_same("target", self.target, target)
+        check_same("head", self.head, head)
 
     def choose(self, observation: Observation) -> TreeShape:
         self._lookup, self._lookup_hit, self._masses, self._nodes = 0, 0.0, [], []
@@ -184,7 +205,9 @@ class ThroughputPolicy(SavedPolicy):
 
     def to_config(self) -> dict[str, Any]:
         shape = self._asked
-        return {"depth": shape.depth, "top_k": shape.top_k, "most_nodes": shape.total_tokens - 1}
+        sizes = {"depth": shape.depth, "top_k": shape.top_k, "most_nodes": shape.total_tokens - 1}
+        identity = {"target": self.target, "head": self.head}
+        return sizes | {name: dict(known) for name, known in identity.items() if known is not None}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The fit; what was learned since belongs to a machine and a text, and stays there."""
