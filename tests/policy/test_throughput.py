@@ -145,6 +145,12 @@ def test_a_steep_map_is_still_a_probability(numbers: tuple[float, float]) -> Non
         assert 0.0 <= LogisticMap(*numbers)(score) <= 1.0
 
 
+@pytest.mark.parametrize("most_nodes", [10**6, 4096, -1, "a", True, 2.0, None])
+def test_more_nodes_than_can_be_priced_are_refused(most_nodes: int) -> None:
+    with pytest.raises(ValueError, match="got `most_nodes=.*must be an integer from 0 to 4095.*Leave it out"):
+        ThroughputPolicy(most_nodes=most_nodes)
+
+
 class Unsaved(Policy):
     def choose(self, observation: Observation) -> TreeShape:
         return TreeShape.plain()

@@ -16,6 +16,7 @@ from torch import Tensor, tensor
 from ..telemetry import StepRecord
 from ..tree import TreeShape
 from .costs import RunningCosts
+from .decisions import MOST_NODES
 from .identity import Identity, check_identity_values, check_same
 from .node_odds import LEVELS, LogisticMap, NodeOdds
 from .protocol import Level, Observation
@@ -40,7 +41,7 @@ class ThroughputPolicy(SavedPolicy):
     Args:
         depth: most levels to draft.
         top_k: children per node.
-        most_nodes: most nodes from the head.
+        most_nodes: most nodes from the head, below 4096.
         costs: what is known of this machine, as from `CostTable.running`; learned from the first steps when `None`.
         odds: how far scores are to be trusted, as from `trainers.fitted_policy`.
         target: identity of the target it was fitted with, or `None`: then it serves any.
@@ -65,6 +66,11 @@ class ThroughputPolicy(SavedPolicy):
         target: Identity | None = None,
         head: Identity | None = None,
     ) -> None:
+        if not isinstance(most_nodes, int) or isinstance(most_nodes, bool) or not 0 <= most_nodes < MOST_NODES:
+            raise ValueError(
+                f"ThroughputPolicy got `most_nodes={most_nodes!r}`, but it must be an integer from 0 to "
+                f"{MOST_NODES - 1}: each of them is priced. Leave it out for 16."
+            )
         check_identity_values("target", target)
         check_identity_values("head", head)
         self.target, self.head = target, head
