@@ -15,7 +15,7 @@ BOTTOM = {"versions", "machine", "packing", "pieces", "terminal", "answers", "tr
 BOTTOM |= {"grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward", "telemetry"}
 PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
-ENGINE = LOOP | {"calibration", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
+ENGINE = LOOP | {"calibration", "cost_table", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "machine": set(),
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": {"tree", "telemetry", "hub"},
     "candidate_generator": BOTTOM | PARTS,
     "decoding": BOTTOM | PARTS | {"candidate_generator"},
+    "cost_table": BOTTOM | {"head", "policy"},
     "calibration": ENGINE - {"calibration"},
     "probe": BOTTOM,
     "refusals": BOTTOM,

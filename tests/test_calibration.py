@@ -1,17 +1,21 @@
 """Cost tables: planted costs are found, kept, and believed only where they were measured."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tests.conftest import FakeClock
 from tests.targets import Architecture
-from transformers_resps import DraftHead
-from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, CostTable, calibrate
+from transformers_resps import DraftHead, TreeShape
+from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate
+from transformers_resps.candidate_generator import TreeCandidateGenerator
 from transformers_resps.cli import main
+from transformers_resps.cost_table import CostTable
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +35,27 @@ def plant(target: Any, clock: FakeClock, seconds: Any) -> Any:
     )
 
 
-def test_planted_costs_are_found(target: Any, head: DraftHead, tmp_path: Path) -> None:
+def test_planted_costs_are_found(
+    target: Any, head: DraftHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = FakeClock()
     hook = plant(target, clock, lambda tokens: 1.0 if tokens == 1 else 3.0 + tokens)
+    draft = TreeCandidateGenerator.draft
+
+    def slow(self: Any, shape: TreeShape, policy: Any) -> Any:
+        clock.advance(0.1 + 0.25 * shape.depth)
+        return draft(self, shape, policy)
+
+    monkeypatch.setattr(TreeCandidateGenerator, "draft", slow)
     table = calibrate(target, head, folder=tmp_path, clock=clock)
     hook.remove()
+    assert table.draft == pytest.approx(dict.fromkeys(WIDTHS, 0.25))
     assert set(table.verify) == set(CONTEXTS) and set(table.draft) == set(WIDTHS)
     for row in table.verify.values():
         assert row == {nodes: 1.0 if nodes == 1 else 3.0 + nodes for nodes in NODES}
     assert table.verify_seconds(5, 400) == pytest.approx(8.0)
     assert table.verify_seconds(40, 400) == pytest.approx(43.0)
+    assert table.identity["attention"] == "sdpa"
     assert 0 < table.overhead < 1
     costs = table.running(400)
     assert costs.step(1, 0) == pytest.approx(1.0 + table.overhead)
@@ -74,13 +89,86 @@ def test_a_table_from_elsewhere_is_refused(target: Any, head: DraftHead, tmp_pat
 
 @pytest.mark.parametrize(
     "text",
-    ["{}", "[]", "not json", json.dumps({"verify": {"9": {"1": 0.0}}, "draft": {}, "identity": {}})],
+    [
+        "{}",
+        "[]",
+        "not json",
+        "[" * 10**5,
+        '{"verify": {"9": {"1": 1e999}}, "draft": {}, "identity": {}}',
+        json.dumps({"verify": {"9": {"1": 0.0}}, "draft": {}, "identity": {}}),
+    ],
 )
 def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"Delete it and run|and run `calibrate"):
         CostTable.load(path)
+
+
+def test_a_table_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(ValueError, match=r"cannot be read .*a file that `CostTable.save` wrote. Check the path"):
+            CostTable.load(path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ({"a": {1: 0.1}}, {}, {}),
+        ({128: None}, {}, {}),
+        ({128: {0: 0.1}}, {}, {}),
+        ({0: {1: 0.1}}, {}, {}),
+        ({-5: {1: 0.1}}, {}, {}),
+        ({128: {1: True}}, {}, {}),
+        ({128: {True: 0.1}}, {}, {}),
+        ({128: {1: "a"}}, {}, {}),
+        ({128: {1: 0.1}}, {0: 0.1}, {}),
+        ({128: {1: 0.1}}, None, {}),
+        (None, {}, {}),
+        ({128: {1: 0.1}}, {}, None),
+        ({128: {1: 0.1}}, {}, {}, float("inf")),
+        ({128: {1: 0.1}}, {}, {}, "a"),
+        ({128: {1: 0.1}}, {}, {}, -0.1),
+    ],
+    ids=str,
+)
+def test_a_table_of_other_things_than_sizes_and_seconds_is_refused(values: Any) -> None:
+    with pytest.raises(ValueError, match="sizes below 1, but every measured forward takes time. Measure with"):
+        CostTable(*values)
+
+
+def test_costs_that_fall_at_the_end_are_not_carried_on_below_the_last_one() -> None:
+    falling = {1: 0.02, 24: 0.052, 32: 0.05}
+    table = CostTable({128: falling, 768: falling | {32: 0.0499}}, {1: 0.003, 8: 0.002}, {})
+    assert table.verify_seconds(200, 128) == table.verify_seconds(32, 128) == 0.05
+    assert table.verify_seconds(32, 10**6) == 0.0499
+    assert table.draft_seconds(40, 5) == pytest.approx(5 * 0.002)
+
+
+@pytest.mark.parametrize("clock", [lambda: 7.0, lambda: -time.perf_counter()], ids=["still", "back"])
+def test_a_clock_that_does_not_go_forward_is_refused(target: Any, tmp_path: Path, clock: Any) -> None:
+    with pytest.raises(ValueError, match="clock says .*goes forward. Pass `time.perf_counter`"):
+        calibrate(target, folder=tmp_path, clock=clock)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("positions", [4, 20, 33, 34, 48])
+def test_a_target_of_few_positions_is_measured_where_it_has_some(positions: int, tmp_path: Path) -> None:
+    short = Architecture("gpt2", {"n_positions": positions, "max_position_embeddings": positions}).build("sdpa")
+    table = calibrate(short, folder=tmp_path)
+    (context,) = table.verify
+    assert context >= 1 and context + max(table.verify[context]) <= positions
+
+
+def test_targets_that_hold_no_tree_are_refused_before_they_are_measured(tmp_path: Path) -> None:
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=19, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=19, hidden_size=8, num_hidden_layers=1, state_size=4))
+    for model, message in ((t5, "encoder-decoder.*Call `generate`"), (mamba, "cannot verify sibling nodes")):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, folder=tmp_path)
+    for pair in ((None,), ("gpt2",), (t5, "head")):
+        with pytest.raises(ValueError, match="Got the target .*forwards of a loaded model.*Load both"):
+            calibrate(*pair, folder=tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])

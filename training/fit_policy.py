@@ -27,7 +27,8 @@ from transformers_resps import DraftHead, Guard
 from transformers_resps.bench.headroom import shapes_for
 from transformers_resps.bench.provenance import machine
 from transformers_resps.bench.subjects import load_target
-from transformers_resps.calibration import CostTable, calibrate
+from transformers_resps.calibration import calibrate
+from transformers_resps.cost_table import CostTable
 from transformers_resps.publishing import recipe_of, write_run
 from transformers_resps.trainers import (
     Oracle,
@@ -35,6 +36,7 @@ from transformers_resps.trainers import (
     RecordedText,
     StepCosts,
     fitted_policy,
+    pair_identity,
     replay,
     replay_policy,
 )
@@ -100,7 +102,7 @@ def main() -> None:
     held_out = recorded(target, head, prompts.tested, script, "test")
     found = compare(fitted_to, held_out, costs)
     folder = Path(script.output_dir) / "policy"
-    Guard(fitted_policy(fitted_to)).save_pretrained(folder)
+    Guard(fitted_policy(fitted_to, **pair_identity(target, head))).save_pretrained(folder)
     write_training_prompts(folder, prompts.first_questions)
     where = machine(target)
     facts = {"texts": len(fitted_to), "dtype": where["dtype"], "device": where["device"]}

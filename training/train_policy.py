@@ -30,7 +30,8 @@ from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
 from transformers_resps.bench.subjects import load_target
-from transformers_resps.calibration import CostTable, calibrate
+from transformers_resps.calibration import calibrate
+from transformers_resps.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.publishing import recipe_of, write_run
 from transformers_resps.trainers import (
@@ -153,12 +154,16 @@ def measure_costs(
     """Seconds of a step on this machine; those of a run that is resumed are those it began with.
 
     Of several processes one measures, while the others wait: two would slow each other, and learn different costs.
+
+    Raises:
+        ValueError: the run began on another machine, or with another target or head.
     """
     file = Path(args.output_dir) / "costs.json"
     with args.main_process_first(desc="measuring what steps cost"):
         if not file.is_file():
             calibrate(target, head).save(file)
     table = CostTable.load(file)
+    table.check_here(target, head)
     if script.reward_includes_drafting:
         return table.step_seconds
     return lambda shape, context: table.step_seconds(shape, context) - table.draft_seconds(shape.top_k, shape.depth)

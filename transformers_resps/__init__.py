@@ -3,7 +3,8 @@
 from transformers import AutoConfig, AutoModel
 
 from .attaching import attach, detach
-from .calibration import CostTable, calibrate
+from .calibration import calibrate
+from .cost_table import CostTable
 from .generation import ReSpSGenerationMixin, SpeculativeOutput
 from .head import DraftHead, DraftHeadConfig
 from .packing import pack, unpack

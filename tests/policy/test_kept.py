@@ -4,15 +4,16 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from transformers_resps import DraftHead, ReSpSPolicy, attach, detach
+from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, attach, detach
 from transformers_resps.head import head_fingerprint, pair_identity
-from transformers_resps.policy import Guard, KeptPolicies, ReSpSConfig
+from transformers_resps.policy import Guard, KeptPolicies, ReSpSConfig, ThroughputPolicy
 
 
 def test_auto_goes_on_with_what_it_learned_with_the_same_head(
@@ -107,3 +108,19 @@ def test_the_fingerprint_follows_the_weights(tiny_head: DraftHead) -> None:
     with torch.no_grad():
         tiny_head.fc.weight.add_(0.5)
     assert head_fingerprint(tiny_head) != before
+
+
+def test_a_fitted_policy_serves_its_own_target_and_head_alone(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    target: Any = attach(tiny_target)
+    Guard(ThroughputPolicy(**pair_identity(target, tiny_head))).save_pretrained(tmp_path)
+    options = {"policy": AutoPolicy.from_pretrained(tmp_path), "max_new_tokens": 4, "do_sample": False}
+    target.generate(**prompt, assistant_model=tiny_head, **options)
+    target.generate(**prompt, **options)
+    torch.manual_seed(9)
+    other = DraftHead.from_target(target, draft_vocab_size=48).eval()
+    with pytest.raises(ValueError, match="trained with the head .*needs fingerprint .*Load the policy"):
+        target.generate(**prompt, assistant_model=other, **options)
+    with pytest.raises(ValueError, match="Got the target 'mine' .* known by a mapping.*pair_identity"):
+        ThroughputPolicy(target="mine")  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.policy import ActionGrid, AutoPolicy, FixedPolicy, Observation, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policy.actor_critic import saved_shapes
 
 
 def observe(features: torch.Tensor | None, step: int = 0) -> Observation:
@@ -168,7 +169,23 @@ def test_a_damaged_policy_is_refused(tmp_path: Path, damage: str) -> None:
     else:
         del config["grid"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="type 'resps' that this release cannot read(?s:.*)save it again"):
+    with pytest.raises(ValueError, match="(cannot read|its config needs)(?s:.*)save it again"):
+        AutoPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [{"hidden_size": 10**5}, {"feature_size": 10**9}, {"hidden_size": 10**9}], ids=str)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_a_network_is_made(
+    tmp_path: Path, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = ReSpSPolicy(ReSpSConfig(9))
+    assert {name: tuple(weight.shape) for name, weight in policy.network.state_dict().items()} == saved_shapes(
+        9, len(policy.config.grid), 128
+    )
+    policy.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | size))
+    monkeypatch.setattr("transformers_resps.policy.resps.seeded_actor_critic", None)
+    with pytest.raises(ValueError, match="hold 'actor.0.*but its config needs.*tensors differ. Download or save"):
         AutoPolicy.from_pretrained(tmp_path)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.policy.machine import FLAT, JUMPING, SLOPING, Machine
 from transformers_resps.policy import (
@@ -115,6 +116,39 @@ def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Pa
         assert loaded.policy.odds.of(scores, level) == pytest.approx(policy.policy.odds.of(scores, level))
     with pytest.raises(ValueError, match="guarded Unsaved, but only policies with `save_pretrained`.*Subclass"):
         Guard(Unsaved()).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "odds",
+    [
+        [[0.0, 1e30]] * 4,
+        [[-1e30, 1.0]] * 4,
+        [[math.nan, 1.0]] * 4,
+        [[0.1, 0.9]] * 3,
+        [[0.1, 0.9, 1.0]] * 4,
+        [0.1],
+        None,
+    ],
+    ids=["slope", "intercept", "nan", "three levels", "three columns", "one number", "missing"],
+)
+def test_weights_that_no_fit_gives_are_refused(odds: list[list[float]] | None, tmp_path: Path) -> None:
+    Guard(ThroughputPolicy()).save_pretrained(tmp_path)
+    saved = {"other": torch.zeros(1)} if odds is None else {"odds": torch.tensor(odds)}
+    save_file(saved, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="weights of a throughput policy hold .*needs an intercept.*Download or save"):
+        AutoPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [(0.0, 200.0), (-1e30, 1.0), (1e30, 1.0), (0.0, 1e30), (0.0, -1e30)])
+def test_a_steep_map_is_still_a_probability(numbers: tuple[float, float]) -> None:
+    for score in (0.0, -0.1, -1.0, -7.0):
+        assert 0.0 <= LogisticMap(*numbers)(score) <= 1.0
+
+
+@pytest.mark.parametrize("most_nodes", [10**6, 4096, -1, "a", True, 2.0, None])
+def test_more_nodes_than_can_be_priced_are_refused(most_nodes: int) -> None:
+    with pytest.raises(ValueError, match="got `most_nodes=.*must be an integer from 0 to 4095.*Leave it out"):
+        ThroughputPolicy(most_nodes=most_nodes)
 
 
 class Unsaved(Policy):

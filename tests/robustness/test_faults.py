@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import AutoPolicy, CostTable, DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.decoding import TreeDecoding
-from transformers_resps.policy import ThroughputPolicy
+from transformers_resps.policy import Guard, LogisticMap, NodeOdds, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
 
 
 WIDE = TreeShape(40, 3, VOCABULARY)
@@ -221,6 +221,9 @@ def saved(target: PreTrainedModel, head: DraftHead, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("saved")
     head.save_pretrained(folder / "head")
     FixedPolicy(TreeShape(8, 3, 2)).save_pretrained(folder / "policy")
+    odds = NodeOdds([LogisticMap(0.1, 0.9)] * 4)
+    Guard(ThroughputPolicy(odds=odds)).save_pretrained(folder / "policy-throughput")
+    ReSpSPolicy(ReSpSConfig(head.config.features_width)).save_pretrained(folder / "policy-resps")
     CostTable({128: {1: 0.1, 8: 0.3}}, {1: 0.05}, {"device": "cpu"}).save(folder / "costs.json")
     return folder
 
@@ -228,7 +231,9 @@ def saved(target: PreTrainedModel, head: DraftHead, tmp_path_factory: pytest.Tem
 @pytest.mark.parametrize(
     ("file", "most_bytes", "tries"),
     [("head/config.json", None, 24), ("head/model.safetensors", 800, 24), ("head/model.safetensors", None, 12)]
-    + [("policy/config.json", None, 40), ("costs.json", None, 40)],
+    + [("policy/config.json", None, 40), ("costs.json", None, 40)]
+    + [("policy-throughput/config.json", None, 40), ("policy-throughput/model.safetensors", None, 60)]
+    + [("policy-resps/config.json", None, 40), ("policy-resps/model.safetensors", 800, 24)],
 )
 def test_a_damaged_file_is_refused_or_harmless(
     file: str, most_bytes: int | None, tries: int, saved: Path, target: PreTrainedModel, head: DraftHead, plain: Any
@@ -243,7 +248,7 @@ def test_a_damaged_file_is_refused_or_harmless(
             if file.startswith("head"):
                 text = generate(target, DraftHead.from_pretrained(saved / "head", target=target), FixedPolicy(WIDE))
             elif file.startswith("policy"):
-                text = generate(target, head, AutoPolicy.from_pretrained(saved / "policy"))
+                text = generate(target, head, AutoPolicy.from_pretrained(path.parent))
             else:
                 costs = CostTable.load(path).running(100)
                 text = generate(target, head, ThroughputPolicy(costs=costs))

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.trainers import RecordedText, fitted_policy, record_pools
+from transformers_resps.trainers import RecordedText, fitted_policy, pair_identity, record_pools
 from transformers_resps.trainers.fitted_policy import fit_map
 from transformers_resps.tree import CandidatePool
 
@@ -44,6 +44,8 @@ def test_a_node_is_accepted_when_the_text_follows_its_whole_path() -> None:
 
 def test_a_recording_without_such_pools_is_refused(tiny_target: PreTrainedModel, tiny_head: DraftHead) -> None:
     text = record_pools(tiny_target, tiny_head, torch.arange(3, 15), 4, depths={2: 3})
-    assert fitted_policy([text], top_k=2).odds.maps[0].slope > 0
+    identity = pair_identity(tiny_target, tiny_head)
+    fitted = fitted_policy([text], top_k=2, **identity)
+    assert fitted.odds.maps[0].slope > 0 and fitted.to_config().items() >= identity.items()
     with pytest.raises(ValueError, match=r"pools of top_k \[2\], but 4 is to be fitted.*record_pools"):
         fitted_policy([text])

@@ -79,6 +79,9 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypa
     costs.write_text(json.dumps(dearer))
     with pytest.raises(ValueError, match="checkpoint-48 was trained with other costs than now"):
         run(folder, monkeypatch, updates=8, **best)
+    costs.write_text(json.dumps(dearer | {"identity": dearer["identity"] | {"device": "a laptop"}}))
+    with pytest.raises(ValueError, match=r"table was measured with device 'a laptop' \(here: .*run `calibrate"):
+        run(folder, monkeypatch, updates=8, **best)
 
     policy = AutoPolicy.from_pretrained(folder / "run" / "policy")
     target = attach(Architecture("llama").build("sdpa").float())

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..calibration import CostTable, calibrate
+from ..calibration import calibrate
+from ..cost_table import CostTable
 from ..policy.kept import KeptPolicies
 from ..tree import TreeShape
 from .headroom import BestFixed, Replayer, ceiling_of, shapes_for

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from ..calibration import CostTable, calibrate
+from ..calibration import calibrate
+from ..cost_table import CostTable
 from ..head import DraftHead
 from .target import add_target_options, load_target
 

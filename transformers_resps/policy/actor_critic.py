@@ -1,6 +1,7 @@
 """The networks of Re-SpS: an actor over the actions and a critic. Knows tensors only."""
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,18 @@ class ActorCritic(nn.Module):
         assert isinstance(weight, Tensor)
         states = features.detach().to(weight.device, weight.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return F.layer_norm(states, states.shape[-1:]).nan_to_num() if self.normalize else states
+
+
+def saved_shapes(feature_size: int, action_count: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of an `ActorCritic`, known without making one."""
+    widths = {
+        name: (feature_size, hidden_size, hidden_size, last) for name, last in (("actor", action_count), ("critic", 1))
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, sizes in widths.items():
+        for layer, (before, after) in zip((0, 2, 4), pairwise(sizes), strict=True):  # tanh lies between
+            shapes |= {f"{name}.{layer}.weight": (after, before), f"{name}.{layer}.bias": (after,)}
+    return shapes
 
 
 def _mlp(feature_size: int, hidden_size: int, output_size: int, *, gain: float) -> nn.Sequential:

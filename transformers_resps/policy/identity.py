@@ -9,6 +9,19 @@ Identity = Mapping[str, Any]
 _LABELS = {"name_or_path"}  # where a model lies differs from machine to machine and says nothing of what it is
 
 
+def check_identity_values(what: str, value: Any) -> None:
+    """Refuse what cannot be an identity; `None` is an unknown one.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(
+            f"Got the {what} {value!r} as the one that a policy was trained with, but it is known by a mapping of "
+            "names to values. Pass what `trainers.pair_identity(target, head)` gives, or leave it out."
+        )
+
+
 def check_same(what: str, trained: Identity | None, given: Identity | None) -> None:
     """Refuse an identity that contradicts the one a policy was trained with; what either side leaves out is free.
 

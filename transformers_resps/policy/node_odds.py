@@ -17,6 +17,7 @@ _MEMORY, _HIT_MEMORY = 0.99, 0.97  # how much of the past an outcome leaves stan
 _PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # outcomes that the fit is worth
 _ENOUGH = 4.0  # drafts after which the odds are evidence
 _PRIOR_HITS = 0.6  # share of levels that are hit below a hit, before any was seen
+_MOST_EXPONENT = 700.0  # `math.exp` overflows just above
 _LEAST_SCORE = -7.0  # a node of less than one in a thousand is worth no arithmetic
 _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # see `children_of`
 
@@ -36,7 +37,8 @@ class LogisticMap:
         """Log probability of a path -> probability of its acceptance."""
         score = min(score, -1e-4)
         logit = score - math.log1p(-math.exp(score))
-        return 1.0 / (1.0 + math.exp(-self.intercept - self.slope * logit))
+        exponent = -self.intercept - self.slope * logit
+        return 1.0 / (1.0 + math.exp(min(exponent, _MOST_EXPONENT)))
 
 
 class NodeOdds:

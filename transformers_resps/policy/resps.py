@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..tree import TreeShape
 from .action_grid import ActionGrid
-from .actor_critic import ActorCritic, seeded_actor_critic
-from .identity import Identity, check_same
+from .actor_critic import ActorCritic, saved_shapes, seeded_actor_critic
+from .identity import Identity, check_identity_values, check_same
 from .protocol import Observation
 from .saving import SavedPolicy
 
@@ -39,7 +39,7 @@ class ReSpSConfig:
         head: likewise of the head.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or an identity is none.
     """
 
     feature_size: int
@@ -60,6 +60,8 @@ class ReSpSConfig:
                     f"ReSpSConfig got `{name}={value!r}`, but it must be above 0. To decide at every step, pass "
                     "`persistence=1`."
                 )
+        check_identity_values("target", self.target)
+        check_identity_values("head", self.head)
 
     @classmethod
     def paper(cls, feature_size: int, **changes: Any) -> "ReSpSConfig":
@@ -182,6 +184,15 @@ class ReSpSPolicy(SavedPolicy):
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        policy = cls(ReSpSConfig.from_dict(config))
+        read = ReSpSConfig.from_dict(config)
+        needed = saved_shapes(read.feature_size, len(read.grid), read.hidden_size)
+        held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        odd = sorted(name for name in needed.keys() | held.keys() if needed.get(name) != held.get(name))
+        if odd:  # before a network of any size is made
+            raise ValueError(
+                f"The weights of a Re-SpS policy hold {odd[0]!r} of shape {held.get(odd[0])}, but its config needs "
+                f"{needed.get(odd[0])}; {len(odd)} of {len(needed)} tensors differ. Download or save it again."
+            )
+        policy = cls(read)
         policy.network.load_state_dict(tensors)
         return policy

@@ -7,7 +7,7 @@ for long after. What steps cost and how far the head's scores can be trusted is 
 that may be fitted or measured beforehand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any, Self
 
@@ -16,7 +16,9 @@ from torch import Tensor, tensor
 from ..telemetry import StepRecord
 from ..tree import TreeShape
 from .costs import RunningCosts
-from .node_odds import LogisticMap, NodeOdds
+from .decisions import MOST_NODES
+from .identity import Identity, check_identity_values, check_same
+from .node_odds import LEVELS, LogisticMap, NodeOdds
 from .protocol import Level, Observation
 from .saving import SavedPolicy
 
@@ -27,6 +29,7 @@ _HOPE = 0.5  # tokens per step that asking a head gains before it was asked
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between glances at a head that does not pay
 _MOST_LOOKED_UP = 16  # nodes
+_MOST_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
 _PRICED = 8  # steps that a list of prices is used for: reading the costs at every step is a third of a decision
 
 
@@ -38,9 +41,14 @@ class ThroughputPolicy(SavedPolicy):
     Args:
         depth: most levels to draft.
         top_k: children per node.
-        most_nodes: most nodes from the head.
+        most_nodes: most nodes from the head, below 4096.
         costs: what is known of this machine, as from `CostTable.running`; learned from the first steps when `None`.
         odds: how far scores are to be trusted, as from `trainers.fitted_policy`.
+        target: identity of the target it was fitted with, or `None`: then it serves any.
+        head: likewise of the head.
+
+    Raises:
+        ValueError: an argument is of another kind or out of its range.
     """
 
     policy_type = "throughput"
@@ -54,7 +62,18 @@ class ThroughputPolicy(SavedPolicy):
         most_nodes: int = 16,
         costs: RunningCosts | None = None,
         odds: NodeOdds | None = None,
+        *,
+        target: Identity | None = None,
+        head: Identity | None = None,
     ) -> None:
+        if not isinstance(most_nodes, int) or isinstance(most_nodes, bool) or not 0 <= most_nodes < MOST_NODES:
+            raise ValueError(
+                f"ThroughputPolicy got `most_nodes={most_nodes!r}`, but it must be an integer from 0 to "
+                f"{MOST_NODES - 1}: each of them is priced. Leave it out for 16."
+            )
+        check_identity_values("target", target)
+        check_identity_values("head", head)
+        self.target, self.head = target, head
         self.costs = costs or RunningCosts()
         self.odds = odds or NodeOdds()
         self._asked = TreeShape(most_nodes + 1, depth, top_k)
@@ -84,6 +103,15 @@ class ThroughputPolicy(SavedPolicy):
     def is_confident(self) -> bool:
         """Whether its odds rest on outcomes."""
         return self.odds.rest_on_outcomes
+
+    @property
+    def check_identity(self) -> Callable[..., None] | None:
+        """Refuses another target or head than the fit's; `None` when neither is known, so that none is looked at."""
+        return None if self.target is None and self.head is None else self._check_identity
+
+    def _check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
+        check_same("target", self.target, target)
+        check_same("head", self.head, head)
 
     def choose(self, observation: Observation) -> TreeShape:
         self._lookup, self._lookup_hit, self._masses, self._nodes = 0, 0.0, [], []
@@ -183,7 +211,9 @@ class ThroughputPolicy(SavedPolicy):
 
     def to_config(self) -> dict[str, Any]:
         shape = self._asked
-        return {"depth": shape.depth, "top_k": shape.top_k, "most_nodes": shape.total_tokens - 1}
+        sizes = {"depth": shape.depth, "top_k": shape.top_k, "most_nodes": shape.total_tokens - 1}
+        identity = {"target": self.target, "head": self.head}
+        return sizes | {name: dict(known) for name, known in identity.items() if known is not None}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The fit; what was learned since belongs to a machine and a text, and stays there."""
@@ -191,8 +221,25 @@ class ThroughputPolicy(SavedPolicy):
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        maps = [LogisticMap(intercept, slope) for intercept, slope in tensors["odds"].tolist()]
-        return cls(**config, odds=NodeOdds(maps))
+        return cls(**config, odds=_read_odds(tensors.get("odds")))
+
+
+def _read_odds(saved: Tensor | None) -> NodeOdds:
+    """From an intercept and a slope for each level.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    has_shape = saved is not None and tuple(saved.shape) == (LEVELS, 2)
+    rows = saved.tolist() if saved is not None and has_shape else []
+    is_bounded = all(isinstance(value, float) and abs(value) <= _MOST_FITTED for row in rows for value in row)
+    if not has_shape or not is_bounded:
+        came = "no tensor `odds`" if saved is None else f"`odds` {rows or f'of shape {list(saved.shape)}'}"
+        raise ValueError(
+            f"The weights of a throughput policy hold {came}, but it needs an intercept and a slope for each of "
+            f"{LEVELS} levels, none beyond {_MOST_FITTED:g}. Download or save the policy again."
+        )
+    return NodeOdds([LogisticMap(intercept, slope) for intercept, slope in rows])
 
 
 def _means(ranked: list[list[float]]) -> list[float]:

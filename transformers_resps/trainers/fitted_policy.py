@@ -4,6 +4,7 @@ Knows recordings and odds: nothing of costs, which belong to a machine. Shapes: 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,13 @@ _LEAST_SCORE = -7.0  # as in use: less likely nodes are never verified
 _LEAST_SLOPE = 0.1  # a more probable path is never less likely to be accepted
 
 
-def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4) -> ThroughputPolicy:
+def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any) -> ThroughputPolicy:
     """A policy that starts from what these texts tell of the head, and goes on learning from there.
 
     Args:
         texts: recorded with pools of `top_k`.
         top_k: children per node, as the policy will ask for.
+        identity: `target` and `head` that made the texts, as from `pair_identity`; the policy then serves no others.
 
     Raises:
         ValueError: a text has no such pools.
@@ -35,7 +37,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4) -> ThroughputPo
     for level in range(1, LEVELS + 1):
         here = levels >= level if level == LEVELS else levels == level
         maps.append(fit_map(scores[here], accepted[here]))
-    return ThroughputPolicy(top_k=top_k, odds=NodeOdds(maps))
+    return ThroughputPolicy(top_k=top_k, odds=NodeOdds(maps), **identity)
 
 
 def fit_map(scores: Tensor, accepted: Tensor) -> LogisticMap:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import identity_of
+from ..cost_table import identity_of
 from ..head import DraftHead
 from ..policy import Policy
 from .distribution import check_distribution

@@ -1,0 +1,167 @@
+"""What steps cost on one machine, as a table that is believed only where it was measured.
+
+A table and not a line, because costs are not even monotone: here in fp32 two nodes cost more than eight. Knows nothing
+of how it is measured.
+"""
+
+import json
+import math
+from bisect import bisect_left
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .head import DraftHead
+from .machine import device_name
+from .packing import is_packed
+from .policy import RunningCosts
+from .tree import TreeShape
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Medians in seconds, and where they hold.
+
+    Attributes:
+        verify: context positions -> nodes -> seconds of a target forward; one node is a plain step.
+        draft: level width -> seconds of one head level; empty without a head.
+        identity: device, dtype, threads, versions, target, attention and head. A table is used nowhere else.
+        overhead: seconds of a step beside its forwards: the walk, the caches, the policy.
+
+    Raises:
+        ValueError: there is no forward, a size is below 1, or a cost is not a time.
+    """
+
+    verify: dict[int, dict[int, float]]
+    draft: dict[int, float]
+    identity: dict[str, Any]
+    overhead: float = 0.0
+
+    def __post_init__(self) -> None:
+        rows = self.verify.values() if isinstance(self.verify, dict) else [None]
+        is_measured = bool(rows) and all(row and _is_row(row) for row in rows) and all(map(_is_size, self.verify))
+        has_overhead = _is_time(self.overhead) or self.overhead == 0
+        if not is_measured or not _is_row(self.draft) or not has_overhead or not isinstance(self.identity, dict):
+            raise ValueError(
+                "A cost table holds costs of zero seconds, impossible ones or none at all, or sizes below 1, but "
+                "every measured forward takes time. Measure with `calibrate(model, head, refresh=True)`."
+            )
+
+    def verify_seconds(self, nodes: int, context: int) -> float:
+        """Seconds of a target forward over `nodes`, interpolated in nodes and context."""
+        return _interpolate({length: _interpolate(row, nodes) for length, row in self.verify.items()}, context)
+
+    def draft_seconds(self, width: int, levels: int) -> float:
+        """Seconds of drafting `levels` levels of `width` nodes."""
+        return levels * _interpolate(self.draft, width) if self.draft else 0.0
+
+    def step_seconds(self, shape: TreeShape, context: int) -> float:
+        """Seconds of a whole step: drafting, the target's forward over all nodes, and what surrounds both."""
+        verify = self.verify_seconds(shape.total_tokens + shape.lookup, context)
+        return self.draft_seconds(shape.top_k, shape.depth) + verify + self.overhead
+
+    def running(self, context: int) -> RunningCosts:
+        """What a `ThroughputPolicy` should expect at `context` positions, to be corrected while it decodes."""
+        costs = RunningCosts()
+        nodes = min(self.verify.values(), key=len)
+        verify = {count: self.verify_seconds(count, context) for count in nodes}
+        costs.expect(verify, self.draft_seconds(4, 1), self.overhead)
+        return costs
+
+    def check_here(self, target: PreTrainedModel, head: DraftHead | None) -> None:
+        """Refuse to speak for another machine, dtype, target or head.
+
+        Raises:
+            ValueError: names every fact that differs, there and here.
+        """
+        here = identity_of(target, head)
+        odd = [
+            f"{key} {self.identity.get(key)!r} (here: {here[key]!r})"
+            for key in here
+            if self.identity.get(key) != here[key]
+        ]
+        if odd:
+            raise ValueError(
+                f"This cost table was measured with {', '.join(odd)}. Costs hold only where they were measured: "
+                "run `calibrate(model, head)` here, it takes less than a minute."
+            )
+
+    def save(self, path: Path) -> None:
+        """Write as JSON; a table that is there is replaced in one go."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_suffix(".tmp")
+        written.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        written.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "CostTable":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: there is no file, it is no cost table, or it holds a cost that is not above zero.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}), but a cost table is a file that `CostTable.save` wrote. Check the "
+                "path, or run `calibrate(model, head)`."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(_no_table(path, error)) from error
+        try:
+            read = json.loads(text)
+            verify = {int(c): {int(n): float(s) for n, s in row.items()} for c, row in read["verify"].items()}
+            draft = {int(w): float(s) for w, s in read["draft"].items()}
+            table = cls(verify, draft, dict(read["identity"]), float(read.get("overhead", 0.0)))
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(_no_table(path, error)) from error
+        return table
+
+
+def _no_table(path: Path, error: Exception) -> str:
+    return f"{path} is no cost table ({error!r}). Delete it and run `calibrate(model, head)`."
+
+
+def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, Any]:
+    """Where a measurement holds."""
+    config = target.config
+    return {
+        "device": device_name(target.device),
+        "dtype": str(target.dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "target": f"{config.name_or_path or type(target).__name__}, {target.num_parameters()} parameters",
+        "attention": config.get_text_config()._attn_implementation,
+        "packed": is_packed(target),
+        "head": None if head is None else f"{head.num_parameters()} parameters, {head.dtype}",
+    }
+
+
+def _interpolate(row: dict[int, float], at: int) -> float:
+    """Linear between the known points; beyond the last one along the line through the last two, if that rises."""
+    known = sorted(row)
+    if at <= known[0] or len(known) == 1:
+        return row[known[0]]
+    place = min(bisect_left(known, at), len(known) - 1)
+    low, high = known[place - 1], known[place]
+    slope = (row[high] - row[low]) / (high - low)
+    return row[high] + (at - high) * max(slope, 0.0) if at > high else row[low] + (at - low) * slope
+
+
+def _is_row(row: Any) -> bool:
+    """Whether these are sizes from 1 with seconds."""
+    return isinstance(row, dict) and all(_is_size(size) and _is_time(seconds) for size, seconds in row.items())
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
