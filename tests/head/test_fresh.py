@@ -53,7 +53,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_key_value_heads": 3}, "Make the first a multiple of the second"),
     ({"num_hidden_layers": 0}, "positive integer"),
     ({"head_dim": 7}, "RoPE rotates pairs"),
-    ({"hidden_act": "grin"}, "`hidden_act='grin'`"),
+    ({"hidden_act": "grin"}, "the activation 'grin'"),
     ({"owns_embedding": "no"}, "must be true or false"),
     ({"fc_norm": True, "norm_before_fc": True}, "both `norm_before_fc` and `fc_norm`.*Keep the one"),
 ]

@@ -1,5 +1,6 @@
 """What is no usable head is refused by name, before a weight of it is used."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,40 @@ def test_our_own_format_is_held_to_the_same(
     tensors = load_file(tmp_path / "model.safetensors") | change
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"(?s){message}"):
+        DraftHead.from_pretrained(tmp_path, target=target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "grin"}, "activation 'grin'"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "kind 'spiral'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "x", "rope_theta": 1e4}}, "factor='x'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta=0"),
+        ({"num_hidden_layers": 10**6}, "1000000 layers, but the file holds 1. Download"),
+        ({"target": 5}, "target=5"),
+        ({"dtype": "float17"}, "dtype='float17'"),
+        ({"default_tree": [8, 3]}, "default_tree"),
+    ],
+    ids=str,
+)
+def test_a_config_of_ours_that_lies_is_refused_before_anything_is_built(
+    change: dict[str, Any], message: str, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    DraftHead.from_target(target, D).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        DraftHead.from_pretrained(tmp_path, target=target)
+
+
+def test_offsets_that_are_no_integers_are_refused(target: PreTrainedModel, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    DraftHead.from_target(target, D).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"d2t": tensors["d2t"].float()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="must be a list of integers. Download the head again"):
         DraftHead.from_pretrained(tmp_path, target=target)
 
 

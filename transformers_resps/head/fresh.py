@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from .configuration import DraftHeadConfig
 from .formats import check_fields, check_overrides
@@ -134,7 +133,7 @@ def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[
 
 
 def _impossible_layers(config: DraftHeadConfig) -> Iterator[tuple[str, str]]:
-    """Sizes that no attention has, and an activation that does not exist; likewise."""
+    """Sizes that no attention has; likewise."""
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared:
         yield (
@@ -143,11 +142,6 @@ def _impossible_layers(config: DraftHeadConfig) -> Iterator[tuple[str, str]]:
         )
     if not config.head_dim or config.head_dim % 2:
         yield f"`head_dim={config.head_dim}`, but RoPE rotates pairs", "Pass an even `head_dim`"
-    if config.hidden_act not in ACT2FN:
-        yield (
-            f"`hidden_act={config.hidden_act!r}`, but it must be an activation of Transformers",
-            'Pass one, like "silu"',
-        )
 
 
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:

@@ -158,11 +158,16 @@ def rope_parameters(config: dict[str, Any], publisher: Publisher, overrides: dic
             logger.warning("AngelSlim trains with RoPE base 10000; the config's %s is ignored.", theta)
         theta = _ANGELSLIM_BASE
     rope = {**rope, "rope_type": kind, "rope_theta": float(theta)}
-    _refuse_rope(rope)
+    refuse_rope(rope)
     return rope
 
 
-def _refuse_rope(rope: dict[str, Any]) -> None:
+def refuse_rope(rope: dict[str, Any]) -> None:
+    """Refuse RoPE in the form of Transformers 5 that Transformers does not have, or with numbers that are none.
+
+    Raises:
+        ValueError: names them.
+    """
     kind = rope["rope_type"]
     if kind not in _ROPE_NEEDS:
         raise ValueError(
@@ -173,6 +178,10 @@ def _refuse_rope(rope: dict[str, Any]) -> None:
         raise ValueError(
             f"RoPE of the kind {kind!r} needs {missing}, which the config lacks. Add them to config.json."
         )
+    for key in ("rope_theta", "factor", "original_max_position_embeddings"):
+        value = rope.get(key)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value <= 0):
+            raise ValueError(f"RoPE has `{key}={value!r}`, but it must be a positive number. Correct config.json.")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"The config rotates {rope['partial_rotary_factor']} of each attention head, but EAGLE-3 heads are run "

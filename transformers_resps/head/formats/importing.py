@@ -5,18 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from ..configuration import DraftHeadConfig
 from ..identity import target_identity
 from .checkpoint import Checkpoint
-from .conventions import feature_layers, norm_flags, published_layer_ids, refuse_range, rope_parameters
+from .conventions import feature_layers, norm_flags, published_layer_ids, refuse_range, refuse_rope, rope_parameters
 from .families import refuse_other_drafters
 from .keywords import PUBLISHED_ONLY, check_fields, refuse_two_norms
 from .names import canonical_names, refuse_missing
 from .publishers import Publisher, flat_config, publisher_of, target_name
 from .sizes import feature_count, read_sizes
-from .vocabulary import draft_offsets, refuse_ids
+from .vocabulary import draft_offsets, refuse_ids, whole_numbers
 
 
 _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
@@ -58,13 +57,21 @@ def _own(
     if "rope_theta" in overrides:
         rope = fields.get("rope_parameters") or {"rope_type": "default"}
         fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}
+    if fields.get("rope_parameters") is not None:
+        refuse_rope({"rope_type": "default", **fields["rope_parameters"]})
+    layers = {name.split(".")[1] for name in checkpoint.tensors if name.startswith("layers.")}
+    if fields.get("num_hidden_layers", 1) != len(layers):
+        raise ValueError(
+            f"{where} says that the head has {fields['num_hidden_layers']} layers, but the file holds {len(layers)}. "
+            "Download the head again."
+        )
     if fields.get("feature_layers") is not None:
         fields["feature_layers"] = sorted(fields["feature_layers"])
     config = DraftHeadConfig.from_dict(fields)
     if target is not None and config.feature_layers is not None:
         refuse_range(config.feature_layers, target.config.get_text_config().num_hidden_layers, checkpoint.name)
     if "d2t" in checkpoint.tensors:
-        offsets = checkpoint.tensors["d2t"]
+        offsets = whole_numbers(checkpoint.tensors["d2t"], checkpoint.name)
         refuse_ids(torch.arange(len(offsets)) + offsets, config.vocab_size, checkpoint.name)
     return config, checkpoint.tensors
 
@@ -94,11 +101,6 @@ def _fields(
         width = tensors["fc.weight"].shape[1]
         sizes["target_hidden_size"] = width // len(ids) if width % len(ids) == 0 else sizes["target_hidden_size"]
     count = feature_count(tensors, sizes["target_hidden_size"], source)
-    if config.get("hidden_act", "silu") not in ACT2FN:
-        raise ValueError(
-            f"{source} has the activation {config['hidden_act']!r}, which Transformers does not know. Pass "
-            "`hidden_act=` with the right one."
-        )
     _refuse_window(config, target, source)
     return {
         **{key: default if config.get(key) is None else config[key] for key, default in _COPIED.items()},

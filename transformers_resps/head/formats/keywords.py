@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+from transformers.activations import ACT2FN
+
 from ..configuration import DraftHeadConfig
 
 
@@ -110,9 +113,23 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
                 f"{where} has `{key}={fields[key]!r}`, but it must be a dict. Write it like "
                 '`{"rope_type": "default", "rope_theta": 10000.0}`, or leave it out.'
             )
+    _check_names(fields, where)
     check_layers(fields.get("feature_layers"), where)
     _check_tree(fields.get("default_tree"), where)
     refuse_two_norms(fields, where)
+
+
+def _check_names(fields: dict[str, Any], where: str) -> None:
+    """The activation, the dtype and the target's facts."""
+    if fields.get("hidden_act") is not None and fields["hidden_act"] not in ACT2FN:
+        raise ValueError(
+            f"{where} has the activation {fields['hidden_act']!r}, which Transformers does not know. Pass "
+            "`hidden_act=` with the right one."
+        )
+    if not isinstance(fields.get("target"), dict | None):
+        raise ValueError(f"{where} has `target={fields['target']!r}`, but it must be a dict of facts. Correct it.")
+    if not isinstance(getattr(torch, str(fields.get("dtype") or "float32").removeprefix("torch."), None), torch.dtype):
+        raise ValueError(f"{where} has `dtype={fields['dtype']!r}`, but it must name one of torch's. Correct it.")
 
 
 def refuse_two_norms(fields: dict[str, Any], where: str) -> None:

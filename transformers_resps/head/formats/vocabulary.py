@@ -22,9 +22,9 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
     order = torch.arange(rows)
     allowed = _allowed(tensors, rows, vocab_size, source)
     if "hot_token_id" in tensors:
-        ids = _integers(tensors["hot_token_id"], source)
+        ids = whole_numbers(tensors["hot_token_id"], source)
     elif "d2t" in tensors:
-        d2t = _integers(tensors["d2t"], source)
+        d2t = whole_numbers(tensors["d2t"], source)
         is_absolute = allowed is not None and torch.equal(d2t, allowed)
         ids = d2t if is_absolute else order + d2t
     elif allowed is not None:
@@ -79,7 +79,12 @@ def _allowed(tensors: dict[str, Tensor], rows: int, vocab_size: int, source: str
     return ids
 
 
-def _integers(ids: Tensor, source: str) -> Tensor:
+def whole_numbers(ids: Tensor, source: str) -> Tensor:
+    """`[d]` as int64.
+
+    Raises:
+        ValueError: they are no list of integers.
+    """
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
             f"{source} stores draft vocabulary ids as {ids.dtype} of shape {list(ids.shape)}, but they must be a "
