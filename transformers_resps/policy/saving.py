@@ -4,6 +4,7 @@ Knows files and the Hub: nothing of what a policy decides.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -110,6 +111,21 @@ class SavedPolicy(Policy):
         return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
 
 
+def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:
+    """Refuse values of a saved config that nobody here reads: they would be lost, or land where others belong.
+
+    Raises:
+        ValueError: names them.
+    """
+    unknown = sorted(config.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"The config of a policy of type {policy_type!r} holds {', '.join(map(repr, unknown))}, which this "
+            f"release cannot read: it knows {', '.join(known)}. Update transformers-resps, or download or save it "
+            "again."
+        )
+
+
 def class_of(policy_type: str) -> type[SavedPolicy]:
     """The class of a `policy_type`.
 
@@ -161,7 +177,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise ValueError(
             f"{file} is not JSON ({error}). A policy needs the {CONFIG_FILE} that `save_pretrained` wrote. Download "
             "or save it again."
