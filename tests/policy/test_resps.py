@@ -220,6 +220,20 @@ def test_settings_of_another_kind_are_refused(values: dict[str, Any]) -> None:
         ReSpSPolicy(12)  # type: ignore[arg-type]
 
 
+class Shallow(FixedPolicy):
+    """A class between, of no type of its own."""
+
+
+class Own(Shallow):
+    policy_type = "own"
+
+
+def test_the_door_knows_subclasses_of_subclasses(tmp_path: Path) -> None:
+    for policy in (Own(TreeShape(8, 3, 2)), FixedPolicy(TreeShape(8, 3, 2))):
+        policy.save_pretrained(tmp_path)
+        assert type(AutoPolicy.from_pretrained(tmp_path)) is type(policy)
+
+
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"policy_type": "fixed", "shape": [8, 3, 2], "zz": 1, "a": 2}, "holds 'a', 'zz', which .*it knows shape. Update"),
     ({"policy_type": "throughput", "costs": {"a": 1}}, "holds 'costs', which .*it knows depth.*Update"),

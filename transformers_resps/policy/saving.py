@@ -4,7 +4,7 @@ Knows files and the Hub: nothing of what a policy decides.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -132,13 +132,19 @@ def class_of(policy_type: str) -> type[SavedPolicy]:
     Raises:
         ValueError: this release has none, and nobody defined one.
     """
-    known = {cls.policy_type: cls for cls in SavedPolicy.__subclasses__()}
+    known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
     if policy_type not in known:
         raise ValueError(
             f"A policy is of type {policy_type!r}, but this release knows {sorted(known)}. Update transformers-resps, "
             "check the repository, or import the package that defines it."
         )
     return known[policy_type]
+
+
+def _descendants(cls: type[Any]) -> Iterator[type[SavedPolicy]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _descendants(child)
 
 
 def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) -> Path:
