@@ -47,6 +47,7 @@ from transformers_resps.trainers import (
     record_text,
 )
 from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
+from transformers_resps.trainers.replay import FORMAT
 from transformers_resps.trainers.training_prompts import write_training_prompts
 from transformers_resps.trainers.weights import parameter_fingerprint
 
@@ -131,7 +132,7 @@ class Recorder:
     def _made_with(self) -> str:
         """Changes with everything that changes a recording; not with the target's path, behind which it may change."""
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), generation_settings(self.script)]
-        return digest([*answered, head_fingerprint(self.head), self.grid.to_list()])[:8]
+        return digest([FORMAT, *answered, head_fingerprint(self.head), self.grid.to_list()])[:8]
 
     def _answer(self, prompt: Tensor) -> ReplayText | None:
         torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on which were made before

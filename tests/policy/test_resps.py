@@ -4,6 +4,7 @@ import json
 from itertools import product
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,6 +210,50 @@ def test_another_target_head_or_grid_is_refused_by_name() -> None:
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}=0`"):
         ReSpSConfig(**{"feature_size": 4, name: 0})
+
+
+@pytest.mark.parametrize("values", [{"feature_size": "a"}, {"persistence": 1.5}, {"temperature": "x"}, {"grid": []}])
+def test_settings_of_another_kind_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"ReSpSConfig got `{next(iter(values))}=.*but.*[Pp]ass `"):
+        ReSpSConfig(**{"feature_size": 4, **values})
+    with pytest.raises(ValueError, match=r"Got ReSpSPolicy\(12\), but.*Pass `ReSpSConfig"):
+        ReSpSPolicy(12)  # type: ignore[arg-type]
+
+
+class Shallow(FixedPolicy):
+    """A class between, of no type of its own."""
+
+
+class Own(Shallow):
+    policy_type = "own"
+
+
+def test_the_door_knows_subclasses_of_subclasses(tmp_path: Path) -> None:
+    for policy in (Own(TreeShape(8, 3, 2)), FixedPolicy(TreeShape(8, 3, 2))):
+        policy.save_pretrained(tmp_path)
+        assert type(AutoPolicy.from_pretrained(tmp_path)) is type(policy)
+
+
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"policy_type": "fixed", "shape": [8, 3, 2], "zz": 1, "a": 2}, "holds 'a', 'zz', which .*it knows shape. Update"),
+    ({"policy_type": "throughput", "costs": {"a": 1}}, "holds 'costs', which .*it knows depth.*Update"),
+    ({"policy_type": "guard", "policy": {"policy_type": "throughput", "odds": 3}}, "holds 'odds', which .*Update"),
+    ({"policy_type": "guard", "policy": "abc"}, "guard holds the policy 'abc', but.*Download or save"),
+    ({"policy_type": "guard", "policy": {"policy_type": ["x"]}}, "guard holds the policy .*but.*Download or save"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), CONFIGS, ids=[str(config) for config, _ in CONFIGS])
+def test_values_that_nobody_reads_are_refused_by_name(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AutoPolicy.from_pretrained(tmp_path)
+
+
+def test_a_config_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match="is not JSON .*Download or save it again"):
+        AutoPolicy.from_pretrained(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.policy.machine import FLAT, JUMPING, SLOPING, Machine
+from transformers_resps.cost_table import CostTable
 from transformers_resps.policy import (
     AutoPolicy,
     FixedPolicy,
@@ -149,6 +151,26 @@ def test_a_steep_map_is_still_a_probability(numbers: tuple[float, float]) -> Non
 def test_more_nodes_than_can_be_priced_are_refused(most_nodes: int) -> None:
     with pytest.raises(ValueError, match="got `most_nodes=.*must be an integer from 0 to 4095.*Leave it out"):
         ThroughputPolicy(most_nodes=most_nodes)
+
+
+@pytest.mark.parametrize("values", [{"costs": CostTable({128: {1: 0.1}}, {}, {})}, {"costs": {1: 2.0}}, {"odds": 3}])
+def test_costs_and_odds_of_another_kind_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="ThroughputPolicy got .*but it goes on learning.*Pass `table.running"):
+        ThroughputPolicy(**values)
+
+
+@pytest.mark.parametrize("policy", [None, "auto", FixedPolicy])
+def test_a_guard_of_no_policy_is_refused(policy: Any) -> None:
+    with pytest.raises(ValueError, match=r"Got Guard\(.*watches a policy.*Pass one"):
+        Guard(policy)
+
+
+def test_a_guard_learns_costs_itself_where_its_policy_keeps_others() -> None:
+    policy = Unsaved()
+    policy.costs = CostTable({128: {1: 0.1, 8: 0.2}}, {}, {})  # type: ignore[attr-defined]
+    guard = Guard(policy)
+    guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, 1.0, 1.0))
+    assert isinstance(guard.choose(Observation(None, 9, 1, 20, list)), TreeShape)
 
 
 class Unsaved(Policy):

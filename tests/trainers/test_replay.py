@@ -2,9 +2,12 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from tests.targets import Architecture
@@ -16,7 +19,8 @@ from transformers_resps.policy import ActionGrid, Observation, Policy
 from transformers_resps.trainers.oracle import Oracle
 from transformers_resps.trainers.outcomes import OutcomeTable, TextOutcomes
 from transformers_resps.trainers.prefix_pools import PrefixPools
-from transformers_resps.trainers.replay import ReplayText, path_ranks, record_text
+from transformers_resps.trainers.recorded_text import RecordedText, record_pools
+from transformers_resps.trainers.replay import ReplayText, path_ranks, record_text, replay
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
@@ -118,6 +122,33 @@ def test_ranks_say_what_the_longest_path_of_the_selected_tree_says(target: PreTr
             depth = depth + alive.int()
             node = node.clamp(min=0)
         assert torch.equal((ranks[:, 2] < total - 1).int().cumprod(-1).sum(-1), depth)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no metadata", "other tensors", "older", "missing"])
+@pytest.mark.parametrize("kind", [ReplayText, RecordedText])
+def test_files_that_are_no_recordings_are_refused(
+    kind: Any, damage: str, target: PreTrainedModel, head: DraftHead, tmp_path: Path
+) -> None:
+    pools = record_pools(target, head, torch.arange(3, 17), 8, depths={2: 2})
+    file = tmp_path / "text.safetensors"
+    (pools if kind is RecordedText else replay(pools)).save(file)
+    assert len(kind.load(file)) == 5
+    with safe_open(file, "pt") as opened:
+        tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:500])
+    elif damage == "no metadata":
+        save_file(tensors, file)
+    elif damage == "other tensors":
+        save_file({"weight": torch.ones(2)}, file, metadata)
+    elif damage == "older":
+        save_file(
+            {name: held for name, held in tensors.items() if name not in ("chain_ranks", "scores.2")}, file, metadata
+        )
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match="is no recording that this release can read .*Delete it and record"):
+        kind.load(file)
 
 
 def test_a_saved_recording_comes_back(target: PreTrainedModel, head: DraftHead, tmp_path: Path) -> None:

@@ -203,3 +203,13 @@ def test_recipes_are_understood(recipe: Path) -> None:
         assert args.steps_per_update == 8 and script.grid == script.preset == "paper" and script.live
     else:
         assert args.objective == "full_information"
+
+
+def test_recordings_of_another_format_are_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder, monkeypatch, updates=2)
+    older = set((folder / "run" / "replay").iterdir())
+    for file in older:
+        file.write_bytes(b"as another release wrote them")
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "FORMAT", 3)
+    run(folder, monkeypatch, updates=3)
+    assert len(set((folder / "run" / "replay").iterdir()) - older) == len(older) == 6

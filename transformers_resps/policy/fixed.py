@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..tree import TreeShape
 from .protocol import Observation
-from .saving import SavedPolicy
+from .saving import SavedPolicy, check_known
 
 
 class FixedPolicy(SavedPolicy):
@@ -51,4 +51,5 @@ class FixedPolicy(SavedPolicy):
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        check_known(cls.policy_type, config, ("shape",))
         return cls(TreeShape(*config["shape"]))

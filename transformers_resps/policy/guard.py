@@ -10,7 +10,7 @@ from ..tree import TreeShape
 from .costs import RunningCosts
 from .decisions import ask_shape, count_nodes, wants_level
 from .protocol import Level, Observation, Policy
-from .saving import SavedPolicy, class_of
+from .saving import SavedPolicy, check_known, class_of
 
 
 _SHARE = 0.008  # of all seconds that drafting may lose for good
@@ -39,13 +39,22 @@ class Guard(SavedPolicy):
 
     Args:
         policy: any; what it learned, and the guard's own measurements, stay between calls of `generate`.
+
+    Raises:
+        ValueError: it is no policy.
     """
 
     policy_type = "guard"
 
     def __init__(self, policy: Policy) -> None:
+        if isinstance(policy, type) or not isinstance(policy, Policy):
+            raise ValueError(
+                f"Got Guard({policy!r}), but a guard watches a policy: an object with the methods `choose`, `grow`, "
+                "`size` and `observe`. Pass one, for example `Guard(ThroughputPolicy())`, which is what 'auto' means."
+            )
         self.policy = policy
-        costs: RunningCosts | None = getattr(policy, "costs", None)
+        costs = getattr(policy, "costs", None)
+        costs = costs if isinstance(costs, RunningCosts) else None
         self._learns_costs = costs is None
         self._known = costs or RunningCosts()
         self._plain_seconds = self._known.step(1, 0) if self._known.knows_plain else 0.0
@@ -225,5 +234,11 @@ class Guard(SavedPolicy):
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        check_known(cls.policy_type, config, ("policy",))
+        if not isinstance(config["policy"], dict) or not isinstance(config["policy"].get("policy_type"), str):
+            raise ValueError(
+                f"The config of a guard holds the policy {config['policy']!r}, but it needs the one that is guarded, "
+                "with its `policy_type`. Download or save it again."
+            )
         values = dict(config["policy"])
         return cls(class_of(values.pop("policy_type")).from_saved(values, tensors))

@@ -9,7 +9,7 @@ Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persis
 - Sampling uses its own random numbers, so the text stays that of plain decoding with the same seed.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -20,7 +20,7 @@ from .action_grid import ActionGrid
 from .actor_critic import ActorCritic, saved_shapes, seeded_actor_critic
 from .identity import Identity, check_identity_values, check_same
 from .protocol import Observation
-from .saving import SavedPolicy
+from .saving import SavedPolicy, check_known
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class ReSpSConfig:
         head: likewise of the head.
 
     Raises:
-        ValueError: a number is out of its range, or an identity is none.
+        ValueError: a number is out of its range, or a value is of another kind.
     """
 
     feature_size: int
@@ -54,12 +54,17 @@ class ReSpSConfig:
 
     def __post_init__(self) -> None:
         for name in ("feature_size", "hidden_size", "persistence", "temperature"):
-            value = getattr(self, name)
-            if not value > 0:
+            value, kind = getattr(self, name), float | int if name == "temperature" else int
+            if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
                 raise ValueError(
-                    f"ReSpSConfig got `{name}={value!r}`, but it must be above 0. To decide at every step, pass "
-                    "`persistence=1`."
+                    f"ReSpSConfig got `{name}={value!r}`, but it must be a number above 0, and a whole one but for "
+                    "the temperature. To decide at every step, pass `persistence=1`."
                 )
+        if not isinstance(self.grid, ActionGrid):
+            raise ValueError(
+                f"ReSpSConfig got `grid={self.grid!r}`, but the shapes to pick from are an `ActionGrid`. Pass "
+                "`ActionGrid(shapes)`, or leave it out for `ActionGrid.small()`."
+            )
         check_identity_values("target", self.target)
         check_identity_values("head", self.head)
 
@@ -75,6 +80,7 @@ class ReSpSConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ReSpSConfig":
+        check_known("resps", values, tuple(field.name for field in fields(cls)))
         return cls(**{**values, "grid": ActionGrid.from_list(values["grid"])})
 
 
@@ -88,6 +94,9 @@ class ReSpSPolicy(SavedPolicy):
         network: trained; a fresh one when `None`.
         seed: of a fresh network and of drawn actions; the global random numbers are not touched.
 
+    Raises:
+        ValueError: it got no `ReSpSConfig`.
+
     Example:
         >>> import torch
         >>> policy = ReSpSPolicy(ReSpSConfig(feature_size=12, persistence=2))
@@ -100,6 +109,11 @@ class ReSpSPolicy(SavedPolicy):
     reads_foreseen = False
 
     def __init__(self, config: ReSpSConfig, network: ActorCritic | None = None, *, seed: int = 0) -> None:
+        if not isinstance(config, ReSpSConfig):
+            raise ValueError(
+                f"Got ReSpSPolicy({config!r}), but it is made from a `ReSpSConfig`. Pass "
+                "`ReSpSConfig(head.config.features_width)`, or load a trained one with `AutoPolicy.from_pretrained`."
+            )
         self.config = config
         self.network = network or seeded_actor_critic(
             config.feature_size,

@@ -4,6 +4,7 @@ Knows files and the Hub: nothing of what a policy decides.
 """
 
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -110,19 +111,40 @@ class SavedPolicy(Policy):
         return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
 
 
+def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:
+    """Refuse values of a saved config that nobody here reads: they would be lost, or land where others belong.
+
+    Raises:
+        ValueError: names them.
+    """
+    unknown = sorted(config.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"The config of a policy of type {policy_type!r} holds {', '.join(map(repr, unknown))}, which this "
+            f"release cannot read: it knows {', '.join(known)}. Update transformers-resps, or download or save it "
+            "again."
+        )
+
+
 def class_of(policy_type: str) -> type[SavedPolicy]:
     """The class of a `policy_type`.
 
     Raises:
         ValueError: this release has none, and nobody defined one.
     """
-    known = {cls.policy_type: cls for cls in SavedPolicy.__subclasses__()}
+    known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
     if policy_type not in known:
         raise ValueError(
             f"A policy is of type {policy_type!r}, but this release knows {sorted(known)}. Update transformers-resps, "
             "check the repository, or import the package that defines it."
         )
     return known[policy_type]
+
+
+def _descendants(cls: type[Any]) -> Iterator[type[SavedPolicy]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _descendants(child)
 
 
 def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) -> Path:
@@ -161,7 +183,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise ValueError(
             f"{file} is not JSON ({error}). A policy needs the {CONFIG_FILE} that `save_pretrained` wrote. Download "
             "or save it again."

@@ -20,7 +20,7 @@ from .decisions import MOST_NODES
 from .identity import Identity, check_identity_values, check_same
 from .node_odds import LEVELS, LogisticMap, NodeOdds
 from .protocol import Level, Observation
-from .saving import SavedPolicy
+from .saving import SavedPolicy, check_known
 
 
 _MEMORY = 0.95  # how much of the past an outcome leaves standing
@@ -70,6 +70,11 @@ class ThroughputPolicy(SavedPolicy):
             raise ValueError(
                 f"ThroughputPolicy got `most_nodes={most_nodes!r}`, but it must be an integer from 0 to "
                 f"{MOST_NODES - 1}: each of them is priced. Leave it out for 16."
+            )
+        if not isinstance(costs, RunningCosts | None) or not isinstance(odds, NodeOdds | None):
+            raise ValueError(
+                f"ThroughputPolicy got costs={costs!r} and odds={odds!r}, but it goes on learning from `RunningCosts` "
+                "and `NodeOdds`. Pass `table.running(context)` of a `CostTable`, or leave them out."
             )
         check_identity_values("target", target)
         check_identity_values("head", head)
@@ -221,6 +226,7 @@ class ThroughputPolicy(SavedPolicy):
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        check_known(cls.policy_type, config, ("depth", "top_k", "most_nodes", "target", "head"))
         return cls(**config, odds=_read_odds(tensors.get("odds")))
 
 

@@ -6,12 +6,14 @@ The target runs over the text once and the head drafts from every position. A re
 Knows target, head and pools: nothing of policies' networks or losses. Shapes: t positions, p pool nodes, F features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -64,7 +66,12 @@ class RecordedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RecordedText":
-        with safe_open(file, framework="pt") as opened:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, or holds something else.
+        """
+        with open_recording(file, "tokens.") as (opened, metadata):
             read = opened.get_tensor
             top_ks = sorted(int(name.split(".")[1]) for name in opened.keys() if name.startswith("tokens."))  # noqa: SIM118
             pools = {
@@ -73,8 +80,31 @@ class RecordedText:
                 )
                 for k in top_ks
             }
-            sizes = (int(opened.metadata()[name]) for name in ("prompt_length", "spare_room"))
+            sizes = (int(metadata[name]) for name in ("prompt_length", "spare_room"))
             return cls(read("input_ids"), next(sizes), read("features"), pools, next(sizes))
+
+
+@contextmanager
+def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The open file and its metadata; what goes wrong inside is said of the file.
+
+    Args:
+        file: written by `save`.
+        needed: the beginning of a tensor's name that such a file has.
+
+    Raises:
+        ValueError: the file is damaged, of another release, or holds something else.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            if not any(name.startswith(needed) for name in opened.keys()):  # noqa: SIM118
+                raise KeyError(needed)
+            yield opened, opened.metadata() or {}
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{file} is no recording that this release can read ({error!r}), but a text is replayed from what `save` "
+            "wrote. Delete it and record the text again."
+        ) from error
 
 
 @torch.no_grad()

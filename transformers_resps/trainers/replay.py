@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,9 +21,10 @@ from ..lookup import BatchLookup
 from ..policy import ActionGrid
 from ..tree import CandidatePool, TreeShape
 from .outcomes import TextOutcomes
-from .recorded_text import RecordedText, record_pools
+from .recorded_text import RecordedText, open_recording, record_pools
 
 
+FORMAT = 2  # of files; it is part of a recording's name, so that files of another release are not read
 _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
 _CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
 _TENSORS = ("features", "ranks", "chain_ranks", "lookups", "proposed")
@@ -125,8 +125,12 @@ class ReplayText:
 
     @classmethod
     def load(cls, file: str | Path) -> "ReplayText":
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata()
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, of another release, or holds something else.
+        """
+        with open_recording(file, "ranks") as (opened, metadata):
             return cls(
                 **{name: opened.get_tensor(name) for name in _TENSORS},
                 top_ks=tuple(map(int, metadata["top_ks"].split(","))),
