@@ -35,9 +35,12 @@ def test_a_command_returns_the_status_of_what_it_runs(command: str, monkeypatch:
         "verify target --prompts 0",
         "verify target --seeds 0",
         "inspect target --prompt x --output x.html --max-new-tokens 0",
+        "doctor target head --dtype float17",
+        "verify target --device gpu",
+        "bench target head --dataset x.jsonl --dtype float17",
     ],
 )
-def test_a_count_below_one_is_refused_before_anything_is_loaded(
+def test_a_value_that_cannot_be_is_refused_before_anything_is_loaded(
     words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

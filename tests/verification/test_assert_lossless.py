@@ -20,6 +20,7 @@ from transformers_resps import (
     attach,
 )
 from transformers_resps.acceptance import Acceptance, Text, walk
+from transformers_resps.policy import KeptPolicies
 from transformers_resps.tree import DraftTree
 from transformers_resps.verification import MOST_SPACINGS, spacing_at
 from transformers_resps.verification.distribution import check_distribution
@@ -101,10 +102,40 @@ def test_a_target_with_an_adapter_is_examined(target: Any, head: DraftHead) -> N
     assert assert_lossless(wrapped, head, WIDE, **SHORT).is_lossless
 
 
-@pytest.mark.parametrize("prompts", [[], ["a text"], [[3]], [[3, 19]], [[3, -1]], [[[3, 4]]], [[0.5, 1.0]]])
+@pytest.mark.parametrize(
+    "prompts", [[], ["a text"], [[3]], [[3, 19]], [[3, -1]], [[[3, 4]]], [[0.5, 1.0]], [None], [{}], [[True, False]]]
+)
 def test_an_unusable_prompt_is_refused(target: Any, head: DraftHead, prompts: Any) -> None:
     with pytest.raises(ValueError, match="prompt"):
         assert_lossless(target, head, WIDE, prompts)
+
+
+def test_what_auto_has_learned_with_a_model_survives_its_examination(target: Any, head: DraftHead) -> None:
+    attach(target)
+    target.generate(torch.tensor([[3, 4, 5]]), assistant_model=head, policy="auto", max_new_tokens=12)
+    place = KeptPolicies.place(target, 1)
+    policy = KeptPolicies.of(target).take(head, place)
+    KeptPolicies.of(target).give_back(head, place, policy)
+    assert_lossless(target, head, "auto", **SHORT)
+    assert KeptPolicies.of(target).take(head, place) is policy
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": None}, "the model None, but"),
+        ({"model": "gpt2"}, "the model 'gpt2', but"),
+        ({"head": "head"}, "the head 'head', but"),
+        ({"prompts": 5}, "the prompts 5, but"),
+        ({"seeds": "a"}, "both are whole numbers"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_refused(
+    target: Any, head: DraftHead, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        assert_lossless(**{"model": target, "head": head} | given)
 
 
 @pytest.mark.parametrize("numbers", [{"seeds": 0}, {"max_new_tokens": 1}])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..head import DraftHead
-from .options import positive, shape
+from .options import device, dtype, positive, shape
 from .prompts import read_dialogues, spread, to_tokens
 from .provenance import code, machine
 from .subjects import load
@@ -60,8 +60,8 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--limit", type=positive, default=8, help="prompts, spread evenly over the file")
     parser.add_argument("--max-new-tokens", type=positive, default=96)
     parser.add_argument("--shape", type=shape, help="total_tokens,depth,top_k[,lookup] of every tree")
-    parser.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    parser.add_argument("--device", help="cuda where there is one, otherwise cpu")
+    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a processor), bfloat16 or float16")
+    parser.add_argument("--device", type=device, help="cuda where there is one, otherwise cpu")
     parser.add_argument("--pack", action="store_true", help="pack the target's weights, for every way")
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--output", type=Path, default=Path(output), help="folder for results.json")

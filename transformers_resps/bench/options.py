@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from ..tree import TreeShape
 from .methods import CHOICES
 from .peers import PEERS
@@ -74,8 +76,8 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--max-new-tokens", type=positive, default=128)
     how.add_argument("--repeats", type=positive, default=3)
-    how.add_argument("--dtype", help="auto, float32 (the default on a processor), bfloat16 or float16")
-    how.add_argument("--device", help="cuda where there is one, otherwise cpu")
+    how.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a processor), bfloat16 or float16")
+    how.add_argument("--device", type=device, help="cuda where there is one, otherwise cpu")
     how.add_argument(
         "--pack", action="store_true", help="pack the target's weights, for every method, plain decoding too"
     )
@@ -93,6 +95,24 @@ def shape(text: str) -> TreeShape:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no shape. Write total_tokens,depth,top_k as in 8,4,2."
         ) from error
+
+
+def dtype(text: str) -> str:
+    """The name of a torch dtype, or auto."""
+    if text != "auto" and not isinstance(getattr(torch, text, None), torch.dtype):
+        raise argparse.ArgumentTypeError(f"{text!r} is no dtype. Write auto, float32, bfloat16 or float16.")
+    return text
+
+
+def device(text: str) -> str:
+    """A device that is there."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device here ({error}). Write cpu, or leave it out."
+        ) from error
+    return text
 
 
 def positive(text: str) -> int:

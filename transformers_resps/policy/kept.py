@@ -3,7 +3,8 @@
 Knows policies only; heads are keys.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,6 +49,17 @@ class KeptPolicies:
     def place(target: Any, rows: int) -> Hashable:
         """Where a batch of `rows` is decoded now."""
         return target.device, target.dtype, torch.get_num_threads(), rows
+
+    @staticmethod
+    @contextmanager
+    def set_aside(target: Any) -> Iterator[None]:
+        """Inside, `target` keeps none; afterwards those that it had."""
+        kept = target.__dict__.pop(_ATTRIBUTE, None)
+        try:
+            yield
+        finally:
+            if kept is not None:
+                target.__dict__[_ATTRIBUTE] = kept
 
     @staticmethod
     def forget(target: Any) -> None:

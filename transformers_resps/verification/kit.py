@@ -56,9 +56,10 @@ def assert_lossless(
 
     Raises:
         NotLosslessError: an `AssertionError` with the report, when a difference is not explained.
-        ValueError: a prompt or a number is unusable, or `generate` refuses the model, the head or the policy.
+        ValueError: a prompt, a number, the model or the head is unusable, or `generate` refuses it or the policy.
     """
     started = time.perf_counter()
+    _check_kinds(model, head, prompts, seeds, max_new_tokens)
     subject = Subject(model, head, "auto" if head is None and policy is None else policy)
     vocabulary = subject.target.config.get_text_config().vocab_size
     ids = [_usable(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
@@ -98,17 +99,39 @@ def built_in_prompts(vocabulary: int) -> list[Tensor]:
     return [ids[:2], ids[2:11], ids[11:35], ids[35:44].repeat(2)]
 
 
+def _check_kinds(model: Any, head: Any, prompts: Any, *numbers: Any) -> None:
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
+        raise ValueError(
+            f"Got the model {model!r}, but an examination decodes with a loaded one. Pass "
+            "`AutoModelForCausalLM.from_pretrained(...)`."
+        )
+    if not isinstance(head, DraftHead | None):
+        raise ValueError(
+            f"Got the head {head!r}, but a draft head is a loaded `DraftHead`, or none. Pass "
+            "`DraftHead.from_pretrained(..., target=model)`."
+        )
+    if not isinstance(prompts, list | tuple | Tensor | None):
+        raise ValueError(
+            f"Got the prompts {prompts!r}, but they are a list of token ids each. Pass `[ids, ids, ...]`."
+        )
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"Got seeds and max_new_tokens {numbers}, but both are whole numbers. Pass such.")
+
+
 def _usable(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
     """A prompt as `[s]` token ids.
 
     Raises:
         ValueError: it is a text, has another form, or holds ids that the model does not know.
     """
-    ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
+    try:
+        ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
     if (
         ids.dim() != 1
         or len(ids) < 2
-        or ids.is_floating_point()
+        or ids.dtype not in (torch.int32, torch.int64)
         or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
     ):
         raise ValueError(

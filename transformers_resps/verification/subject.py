@@ -16,7 +16,7 @@ from ..answers import end_ids, left_padded, up_to_end
 from ..attaching import attach, detach
 from ..generation import ReSpSGenerationMixin
 from ..head import DraftHead
-from ..policy import Policy
+from ..policy import KeptPolicies, Policy
 from ..telemetry import SpeculationReport
 
 
@@ -42,7 +42,7 @@ class Subject:
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> list[Tensor]:
         """Stock `generate` of the detached model: one answer per prompt `[s]`, as `answers` cuts them."""
-        detach(self.model)
+        self._detach()
         torch.manual_seed(seed)
         return self.answers(self._generate(prompts, **settings).sequences, prompts)
 
@@ -57,7 +57,7 @@ class Subject:
 
     def pick(self, text: Tensor, **settings: Any) -> int:
         """What plain decoding writes after `text` `[s]`, from the random generator's present state, which stays."""
-        detach(self.model)
+        self._detach()
         with self._forked():
             sequences = self._generate([text], **settings | {"max_new_tokens": 1}).sequences
         return int(sequences[0, -1])
@@ -78,6 +78,11 @@ class Subject:
             return_dict_in_generate=True,
             **settings,
         )
+
+    def _detach(self) -> None:
+        """What "auto" has learned with the model stays there."""
+        with KeptPolicies.set_aside(self.target):
+            detach(self.model)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
