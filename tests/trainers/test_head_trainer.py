@@ -1,4 +1,3 @@
-import dataclasses
 import math
 import signal
 from types import SimpleNamespace
@@ -8,7 +7,6 @@ import torch
 from transformers import PhiConfig, PhiForCausalLM, TrainerCallback
 
 from tests.conftest import build_target
-from tests.trainers.test_generate_dataset import load_script
 from transformers_resps import DraftHead
 from transformers_resps.trainers import (
     CachedFeatures,
@@ -20,9 +18,6 @@ from transformers_resps.trainers import (
     save_head,
 )
 from transformers_resps.trainers.interruption import Interruption
-
-
-script = load_script("train_head")
 
 
 def texts(count=12, vocabulary=64):
@@ -337,12 +332,6 @@ def test_the_bias_of_a_targets_output_head_is_part_of_what_a_head_learns():
     ids = torch.arange(5, 30)
     expected = logits[0, :, ids].softmax(-1)
     torch.testing.assert_close(frozen.teacher(read.hidden[0], ids).probabilities(slice(0, 99)), expected)
-
-
-@pytest.mark.parametrize("kind", [DraftHeadTrainingConfig, script.HeadScriptArguments, script.AdapterArguments])
-def test_every_setting_has_a_help(kind):
-    for one in dataclasses.fields(kind):
-        assert one.metadata.get("help"), one.name
 
 
 def test_a_head_of_another_target_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The script that trains heads, on tiny targets and letters."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -12,7 +13,7 @@ import torch
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
-from transformers_resps.trainers import Example, split_examples, vocabulary_of
+from transformers_resps.trainers import DraftHeadTrainingConfig, Example, split_examples, vocabulary_of
 from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 
 
@@ -170,3 +171,11 @@ def test_coverage_is_counted_by_hand_and_none_at_all_refused() -> None:
     assert vocabulary_of(head, [text([4], [4, 5, 6, 7]), text([1], [7])]).coverage == pytest.approx(2 / 5)
     with pytest.raises(ValueError, match="none of them occurs"):
         vocabulary_of(head, [text([4, 5], [6, 7])])
+
+
+@pytest.mark.parametrize(
+    "kind", [DraftHeadTrainingConfig, SCRIPT["HeadScriptArguments"], SCRIPT["AdapterArguments"]], ids=str
+)
+def test_every_setting_has_a_help(kind: Any) -> None:
+    for one in dataclasses.fields(kind):
+        assert one.metadata.get("help"), one.name
