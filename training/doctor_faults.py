@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", required=True)
     parser.add_argument("--head", required=True, type=Path, help="folder of a head in our own format")
     parser.add_argument("--answers", type=int, default=50, help="16 miss layer ids that are one too small")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="48 miss a RoPE base that is too large")
     args = parser.parse_args(arguments)
     config = json.loads((args.head / "config.json").read_text(encoding="utf-8"))
     missed = 0

@@ -30,7 +30,12 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--split", default="train", help="of a dataset from the Hub")
     parser.add_argument("--answers", type=positive, default=50, help="how many answers to look at")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of each answer that are looked at")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=256,
+        help="of each answer that are looked at; a RoPE base that is wrong shows on long answers only (default: 256)",
+    )
     parser.add_argument(
         "--max-length", type=positive, default=320, help="tokens per conversation; longer ones are cut"
     )
