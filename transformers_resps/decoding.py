@@ -275,12 +275,16 @@ class TreeDecoding:
         self.report.steps.append(record)
         return record
 
-    def _foreseen(self, acceptance: Acceptance) -> int:
-        """Tokens of the step that the pool holds as a path. A finished row, which writes padding, is no evidence."""
+    def _foreseen(self, acceptance: Acceptance) -> int | tuple[int, ...]:
+        """Tokens of the step that the pool holds as a path: of each row that advances on its own, of rows in lockstep
+        the least. A finished row, which writes padding, is no evidence.
+        """
         if self._pool is None or not getattr(self.policy, "reads_foreseen", True):
             return 0
-        rows = zip(self._pool.foreseen(acceptance.tokens), acceptance.counts, acceptance.gained, strict=True)
-        return min(min(found, count) for found, count, gained in rows if gained)
+        found = map(min, self._pool.foreseen(acceptance.tokens), acceptance.counts)
+        if self.batch.in_lockstep:
+            return min(count for count, gained in zip(found, acceptance.gained, strict=True) if gained)
+        return tuple(next(found) if count else 0 for count in acceptance.emitted)
 
 
 def _wait_for(states: Tensor) -> None:

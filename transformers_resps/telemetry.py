@@ -26,7 +26,8 @@ class StepRecord:
         verify_seconds: the target forward; on an accelerator with what is still running of the drafting.
         step_seconds: the whole step, policy and bookkeeping included.
         foreseen: how many of the step's tokens, from the first, the head's candidates hold as a path, whether or not
-            they were verified; the least of the rows that gained tokens. 0 where the policy does not read it.
+            they were verified; one number per row for rows that advance apart, 0 for finished ones, and the least of
+            those that gained tokens for rows in lockstep. 0 where the policy does not read it.
     """
 
     shape: TreeShape
@@ -37,7 +38,7 @@ class StepRecord:
     draft_seconds: float
     verify_seconds: float
     step_seconds: float
-    foreseen: int = 0
+    foreseen: int | tuple[int, ...] = 0
 
     @property
     def emitted_total(self) -> int:

@@ -1,6 +1,7 @@
 """What a step costs, learned while decoding: seconds of the target's forward by nodes, of the head by levels."""
 
 import bisect
+import copy
 
 
 _HIGHER, _LOWER = 0.15, 0.5  # weight of a newest measurement above or below the mean: first times and hiccups are high
@@ -59,6 +60,15 @@ class RunningCosts:
         self._verify = {nodes: seconds * factor for nodes, seconds in self._verify.items()}
         self._asked.clear()
 
+    def go_back_to(self, earlier: "RunningCosts") -> None:
+        """Forget what was learned since `earlier`, a copy of these costs."""
+        self.__dict__.update(copy.deepcopy(earlier.__dict__))
+
+    @property
+    def sizes(self) -> int:
+        """Numbers of nodes that were measured."""
+        return len(self._verify)
+
     @property
     def knows_plain(self) -> bool:
         return 1 in self._verify
@@ -105,8 +115,9 @@ class RunningCosts:
             return 0.0
         low, high = known[0], known[-1]
         measured = max(self._verify[high] - self._verify[low], 0.0) / max(high - low, 1)
-        if high - low < 4 and measured < _RUINOUS_SLOPE * self._verify[low]:  # a mask alone may cost as much
-            return _GUESSED_SLOPE * self._verify[low]
+        if high - low < 4 and measured < _RUINOUS_SLOPE * self._verify[low]:
+            guessed = _GUESSED_SLOPE * self._verify[low]
+            return guessed if low == 1 else max(guessed, measured)  # after a plain step a mask alone may cost as much
         return measured
 
     def draft(self, levels: int) -> float:

@@ -1,5 +1,6 @@
 """Never slower than plain: drafting may lose only a small share of the time, and must earn the rest back."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ _EVIDENCE_LOAN = 1.2  # plain steps more, once the odds rest on outcomes
 _TRIAL_LOAN = 0.5  # plain steps more for finding out at all
 _EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # the same for short texts: plain steps per token that is left
 _MOST_SAVED, _MOST_CARRIED = 4.0, 1.0  # plain steps that drafting won: within a call, and into the next one
+_LUCK = 2.0  # tokens by which a row of a batch may lag behind the mean without being thought slower
 _REMEASURE = 64  # drafted steps after which a plain one is timed again
 _OUTDATED = 0.7  # of what a forward was expected to take: less shows that the machine or the batch is another one
 _FAR = 256  # positions of context between two texts after which forwards are timed anew: attention is part of them
@@ -29,10 +31,11 @@ class Guard(SavedPolicy):
     """Lets `policy` draft while the seconds it may lose are there; otherwise steps are cut down, in the end to plain.
 
     An account in seconds: a drafted step pays in what its tokens would have taken plainly and pays out what it took,
-    and a small share of all time is added. Of a batch those of the row that lags behind count: the call ends with it.
-    A step may not cost more than the account would bear if nothing of it were accepted, so the first steps with a new
-    head are glances at one level, then small trees, none of more than twice the nodes of any before. A call of `n`
-    tokens loses at most `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints
+    and a small share of all time is added. Of a batch those of the row that lags behind count, with which the call
+    ends; a lag of two tokens behind the mean is taken for bad luck, and may be lost for good. A step may not cost more
+    than the account would bear if nothing of it were accepted, so the first steps with a new head are glances at one
+    level, then small trees, none of more than twice the nodes of any before. A call of `n` tokens loses at most
+    `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints
     after good evidence (less where little text is left), what earlier calls won with it, up to 1, and once, should
     nodes be ruinous, what the first tree of two cost. What was spent on the prompt before the first decision
     (`Observation.prompt_seconds`) is gone either way and not in the account.
@@ -67,6 +70,8 @@ class Guard(SavedPolicy):
         self._levels = 0
         self._nodes = 1  # most of this step's
         self._written: list[int] = []  # tokens of each row since this text began
+        # Costs and a plain step's seconds before the first row of this batch ended: the next one's begin with them
+        self._of_all_rows: tuple[RunningCosts, float] | None = None
 
     def __repr__(self) -> str:
         return f"Guard({self.policy!r})"
@@ -120,6 +125,8 @@ class Guard(SavedPolicy):
 
     def observe(self, record: StepRecord) -> None:
         seconds, gained = max(record.step_seconds, 0.0), self._gained(record)
+        if self._of_all_rows is None and record.decoded_rows < len(self._written):
+            self._of_all_rows = copy.deepcopy(self._known), self._plain_seconds
         if record.verified == 1:
             self._time_plain(seconds - max(record.draft_seconds, 0.0))
         outdated = record.verified > 1 and record.verify_seconds < _OUTDATED * self._known.verify(record.verified)
@@ -138,22 +145,31 @@ class Guard(SavedPolicy):
     def _begin(self) -> None:
         """A new text: debts are forgiven, savings are cut, and costs of a far shorter or longer one don't hold."""
         self._written = []
+        if self._of_all_rows is not None:
+            costs, self._plain_seconds = self._of_all_rows
+            self._known.go_back_to(costs)
+            self._of_all_rows = None
         self._moved = self._timed_at > 0 and abs(self._context - self._timed_at) > _FAR
         least, most = _LOAN * self._plain_seconds, _MOST_CARRIED * self._plain_seconds
         self._account = min(max(self._account, least), most)
 
-    def _gained(self, record: StepRecord) -> int:
-        """Tokens by which the row that lags behind came forward, of those that still write."""
+    def _gained(self, record: StepRecord) -> float:
+        """Tokens by which the rows came forward that still write."""
         emitted = (record.emitted,) if isinstance(record.emitted, int) else record.emitted
         if len(self._written) != len(emitted):
             self._written = [0] * len(emitted)
         writing = [row for row, count in enumerate(emitted) if count]
-        before = min((self._written[row] for row in writing), default=0)
+        before = self._progress(writing)
         for row in writing:
             self._written[row] += emitted[row]
-        return min((self._written[row] for row in writing), default=0) - before
+        return self._progress(writing) - before
 
-    def _settle(self, record: StepRecord, seconds: float, gained: int) -> None:
+    def _progress(self, rows: list[int]) -> float:
+        """Tokens that the row behind the others has written, or the mean, while it may only have had less luck."""
+        written = [self._written[row] for row in rows]
+        return min(min(written) + _LUCK, sum(written) / len(written)) if written else 0.0
+
+    def _settle(self, record: StepRecord, seconds: float, gained: float) -> None:
         """Book a step that drafted."""
         if record.verified == 1:  # a glance costs its draft: how fast the machine just then was is not its doing
             self._since_plain = 0

@@ -74,8 +74,9 @@ class NodeOdds:
         index = min(level, LEVELS) - 1
         return self._hits[index] / self._seen[index]
 
-    def children_of(self, odds: Sequence[float], level: int) -> list[float]:
-        """What nodes of `odds` at `level` would bring if they got children: the children's probabilities.
+    def children_of(self, odds: Sequence[float], level: int, width: int) -> list[float]:
+        """What nodes of `odds` at `level` would bring if each got `width` children: the children's probabilities, of
+        three at most.
 
         The head goes on about as sure as it was. On the recordings of `training/HEADROOM.md` the first child holds
         half to nine tenths of what all children hit, rising with the mean probability of a node on the way to it; the
@@ -86,7 +87,7 @@ class NodeOdds:
         children: list[float] = []
         for node in odds:
             first = all_children * (_FIRST_CHILD + _FIRST_CHILD_SLOPE * node**root)
-            children += (node * first, node * second, node * third)
+            children += (node * first, node * second, node * third)[:width]
         return children
 
     def learn(self, masses: Sequence[float], foreseen: int, emitted: int) -> None:

@@ -87,11 +87,11 @@ class ThroughputPolicy(SavedPolicy):
         self._foresaw = True
         self._probe_in, self._probe_every = 0, _FIRST_PROBE
         self._lookup, self._lookup_hit = 0, 0.0  # nodes of this step that come from the lookup; is the first right?
-        self._masses: list[float] = []  # of the levels drafted in this step
+        self._masses: list[list[float]] = []  # of each row: those of the levels drafted in this step
         self._nodes: list[float] = []  # odds of the nodes that got children, best first
         self._width = 0  # nodes of the first level
         self._verifying: list[float] = []  # seconds of verifying 1, 2, ... nodes
-        self._priced_for = 0  # steps more
+        self._priced_for = self._priced_sizes = 0  # steps more; how many sizes of tree had been measured
         self._rate = 0.0  # lambda in this step
 
     def __repr__(self) -> str:
@@ -130,7 +130,9 @@ class ThroughputPolicy(SavedPolicy):
             self._lookup_hit = survival[0]
         if observation.features is None or not self._asks_head():
             return TreeShape(1, 0, 1, self._lookup)
-        return TreeShape(self._asked.total_tokens, self._asked.depth, self._asked.top_k, self._lookup)
+        # Rows of a batch are dear nodes: with four, chains are the fastest trees of ours
+        self._width = max(self._asked.top_k // len(observation.features), 1)
+        return TreeShape(self._asked.total_tokens, self._asked.depth, self._width, self._lookup)
 
     def grow(self, level: Level) -> bool:
         """Go on if the best tree with the children that are to be expected beats the best without, and their cost."""
@@ -138,8 +140,7 @@ class ThroughputPolicy(SavedPolicy):
             self._width = level.scores.shape[-1]
         left = 1.0 - self._lookup_hit
         odds = self._odds_of(level.scores, level.depth)
-        self._masses.append(sum(odds))
-        children = self.odds.children_of(odds, level.depth)
+        children = self.odds.children_of(odds, level.depth, self._width)
         self._nodes = sorted(self._nodes + [left * node for node in odds], reverse=True)
         coming = sorted(self._nodes + [left * node for node in children], reverse=True)
         before = 1 + self._lookup
@@ -151,30 +152,43 @@ class ThroughputPolicy(SavedPolicy):
         rows = scores.tolist()
         bounds = [0, width, *range(width + width * width, scores.shape[-1] + 1, width * width)]
         ranked: list[list[float]] = []
-        self._masses = [0.0] * (len(bounds) - 1)
+        self._masses = []
         for row in rows:
             nodes: list[tuple[float, float]] = []
+            masses = []
             for level, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=1):
                 worth = self.odds.of(row[start:stop], level)
-                self._masses[level - 1] += min(sum(worth), 1.0) / len(rows)
+                masses.append(min(sum(worth), 1.0))
                 nodes += [node for node in zip(row[start:stop], worth, strict=True) if node[1]]
             nodes.sort(reverse=True)
             ranked.append([worth for _, worth in nodes[: self._asked.total_tokens - 1]])
+            self._masses.append(masses)
         mean = ranked[0] if len(rows) == 1 else _means(ranked)
         left = 1.0 - self._lookup_hit
         count, gain = self._best_prefix([left * node for node in mean], 1 + self._lookup)
-        self._note_gain(gain - self._rate * self.costs.draft(len(self._masses)))
+        self._note_gain(gain - self._rate * self.costs.draft(len(bounds) - 1))
         return count + 1
 
     def observe(self, record: StepRecord) -> None:
-        levels = len(self._masses) if record.shape.asks_head else 0
+        levels = len(self._masses[0]) if record.shape.asks_head and self._masses else 0
         self.costs.add(record.verified, levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
         self._emitted = self._emitted * _MEMORY + record.mean_emitted
         self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
         if levels:
-            least = record.emitted if isinstance(record.emitted, int) else min(filter(None, record.emitted), default=0)
-            self.odds.learn(self._masses, record.foreseen, least)
-            self._foresaw = record.foreseen > 0
+            self._learn(record)
+
+    def _learn(self, record: StepRecord) -> None:
+        """From the outcome of every row that advances on its own; of rows in lockstep there is one for all."""
+        emitted = (record.emitted,) if isinstance(record.emitted, int) else record.emitted
+        if isinstance(record.foreseen, int):
+            outcomes = [(record.foreseen, min(filter(None, emitted), default=0))]
+            masses = [_means(self._masses)]
+        else:
+            outcomes = [(found, count) for found, count in zip(record.foreseen, emitted, strict=True) if count]
+            masses = self._masses
+        for expected, outcome in zip(masses, outcomes, strict=True):
+            self.odds.learn(expected, *outcome)
+        self._foresaw = 2 * sum(found > 0 for found, _ in outcomes) > len(outcomes)
 
     def _odds_of(self, scores: Tensor, level: int) -> list[float]:
         """Mean over the rows of the odds of `[b, k]` nodes."""
@@ -183,10 +197,10 @@ class ThroughputPolicy(SavedPolicy):
 
     def _read_prices(self) -> None:
         self._priced_for -= 1
-        if self._priced_for <= 0:
+        if self._priced_for <= 0 or self.costs.sizes != self._priced_sizes:
             most = self._asked.total_tokens + _MOST_LOOKED_UP
             self._verifying = [self.costs.verify(nodes) for nodes in range(1, most + 1)]
-            self._priced_for = _PRICED
+            self._priced_for, self._priced_sizes = _PRICED, self.costs.sizes
 
     def _best_prefix(self, worth: Sequence[float], nodes_before: int) -> tuple[int, float]:
         """How many of the nodes, worth `worth` tokens each, to add to `nodes_before` others; their net gain."""

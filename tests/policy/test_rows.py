@@ -1,0 +1,128 @@
+"""What the default policy and the guard make of a batch, whose rows have outcomes and prices of their own."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.targets import VOCABULARY, Architecture
+from tests.test_batches import prompts, speculate
+from transformers_resps import DraftHead, attach
+from transformers_resps.policy import FixedPolicy, Guard, Observation, RunningCosts, ThroughputPolicy
+from transformers_resps.telemetry import StepRecord
+from transformers_resps.tree import TreeShape
+
+
+CHAIN = TreeShape(4, 3, 1)
+
+
+def observation(rows: int, step: int = 1) -> Observation:
+    return Observation(torch.zeros(rows, 4), 100 + step, step, 96, list)
+
+
+def record(nodes: int, emitted: tuple[int, ...], seconds: float, **more: Any) -> StepRecord:
+    shape = TreeShape.plain() if nodes == 1 else TreeShape(nodes, nodes - 1, 1)
+    accepted = tuple(max(count - 1, 0) for count in emitted)
+    return StepRecord(shape, nodes - 1, nodes, accepted, emitted, 0.0, seconds, seconds, **more)
+
+
+def test_every_row_that_advances_on_its_own_tells_what_the_head_foresaw() -> None:
+    """A head that proposes all tokens but one: a row foresees nothing where it writes that one."""
+    target = attach(Architecture("llama", {"eos_token_id": 2}).build("sdpa"))
+    drafter = DraftHead.from_target(target, draft_token_ids=torch.arange(1, VOCABULARY))
+    policy = FixedPolicy(TreeShape(VOCABULARY, 1, VOCABULARY))
+    policy.reads_foreseen = True
+    report = speculate(target, prompts(1), assistant_model=drafter, policy=policy, eos_token_id=[2, 6]).speculation
+    written = [1] * 4  # the prefill's
+    for step in report.steps[1:]:
+        assert isinstance(step.foreseen, tuple) and isinstance(step.emitted, tuple)
+        firsts = [
+            answer[place] if place < len(answer) else 0 for answer, place in zip(report.answers, written, strict=True)
+        ]
+        assert step.foreseen == tuple(
+            int(first != 0 and count > 0) for first, count in zip(firsts, step.emitted, strict=True)
+        )
+        written = [place + count for place, count in zip(written, step.emitted, strict=True)]
+    assert any(0 in step.emitted for step in report.steps if isinstance(step.emitted, tuple)), "no row ended early"
+
+
+def test_odds_follow_the_mean_row_where_rows_advance_apart() -> None:
+    """Each of eight rows is right half the time, as the head says. That all of them are is another matter."""
+    policy = ThroughputPolicy()
+    policy.observe(record(1, (1,) * 8, 1.0))
+    scores = torch.full((8, 1), math.log(0.5))
+    before = policy.odds.of([math.log(0.5)], 1)[0]
+    for step in range(40):
+        policy.choose(observation(8, step))
+        policy.size(scores)
+        right = tuple((row + step) % 2 for row in range(8))
+        policy.observe(record(2, tuple(1 + one for one in right), 1.2, foreseen=right))
+    assert policy.odds.of([math.log(0.5)], 1)[0] == pytest.approx(before, rel=0.1)
+
+
+def test_rows_in_lockstep_have_one_outcome() -> None:
+    policy = ThroughputPolicy()
+    policy.observe(record(1, (1,) * 8, 1.0))
+    scores = torch.full((8, 1), math.log(0.5))
+    before = policy.odds.of([math.log(0.5)], 1)[0]
+    for step in range(40):
+        policy.choose(observation(8, step))
+        policy.size(scores)
+        policy.observe(record(2, (1,) * 8, 1.2, foreseen=0))
+    assert policy.odds.of([math.log(0.5)], 1)[0] < before / 2
+
+
+def test_the_more_rows_the_fewer_children() -> None:
+    policy = ThroughputPolicy(top_k=4)
+    policy.observe(record(1, (1,), 1.0))
+    assert [policy.choose(observation(rows)).top_k for rows in (1, 2, 3, 4, 8)] == [4, 2, 1, 1, 1]
+
+
+def test_a_row_may_lag_behind_by_luck_before_it_counts_as_slower() -> None:
+    """Rows that take turns in being right gain one and a half tokens a step of one and a fifth of a plain step."""
+    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+    drafted = []
+    for step in range(120):
+        shape = guard.choose(observation(4, step))
+        nodes = 1 if shape.is_plain else 2
+        drafted.append(nodes == 2)
+        lucky = step // 5 % 2  # five steps in a row
+        emitted = tuple(1 + (nodes == 2 and row % 2 == lucky) for row in range(4))
+        guard.observe(record(nodes, emitted, 1.0 if nodes == 1 else 1.2))
+    assert sum(drafted) > 110
+
+
+def test_the_next_batch_begins_with_what_steps_cost_before_rows_had_ended() -> None:
+    guard = Guard(FixedPolicy(CHAIN))
+    guard.choose(observation(4, 0))
+    guard.observe(record(1, (1,) * 4, 1.0))
+    guard.choose(observation(4, 1))
+    guard.observe(record(2, (2,) * 4, 1.5))
+    for step in range(2, 12):
+        guard.choose(observation(1, step))
+        guard.observe(record(2, (2, 0, 0, 0), 0.3))
+    assert guard._known.verify(2) < 0.5
+    guard.choose(observation(4, 0))
+    assert guard._known.verify(2) == 1.5 and guard._plain_seconds == 1.0
+
+
+def test_two_trees_tell_what_further_nodes_cost() -> None:
+    """Before that a guess does: between a plain step and a tree lies the cost of a mask, too."""
+    costs = RunningCosts()
+    for nodes, seconds in ((1, 1.0), (2, 1.1), (4, 1.5)):
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    assert costs.verify(8) == pytest.approx(1.5 + 4 * 0.2)
+
+
+def test_prices_are_read_anew_as_soon_as_a_tree_of_another_size_was_timed() -> None:
+    """Guessed, eight nodes are cheap; the first tree of four shows what they are."""
+    policy = ThroughputPolicy()
+    policy.observe(record(1, (1,), 1.0))
+    policy.choose(observation(1))
+    scores = torch.log(torch.tensor([[0.9, 0.3, 0.3, 0.3]]))
+    cheap = policy.size(scores)
+    policy.costs.add(2, 0, 1.3, 0.0, 1.3)
+    policy.costs.add(4, 0, 2.5, 0.0, 2.5)
+    policy.choose(observation(1))
+    assert policy.size(scores) < cheap
