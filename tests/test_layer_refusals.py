@@ -1,4 +1,4 @@
-"""Layers that draw random numbers: with a tree there are other forwards, and so another text. Others are in the wild."""
+"""Layers that draw random numbers: with a tree there are other forwards, and so another text."""
 
 from typing import Any
 

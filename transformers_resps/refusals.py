@@ -127,8 +127,8 @@ def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) 
         )
     if not input_ids.numel():
         raise ValueError(
-            f"Got a prompt of the shape {list(input_ids.shape)}, but a text grows from at least one token in each row. "
-            "Pass one, for example the tokenizer's `bos_token_id`."
+            f"Got a prompt of the shape {list(input_ids.shape)}, but a text grows from at least one token in each "
+            "row. Pass one, for example the tokenizer's `bos_token_id`."
         )
     rows, mask = len(input_ids), model_kwargs.get("attention_mask")
     if positions is None:
