@@ -16,6 +16,7 @@ BOTTOM |= {"grouped_attention", "roomy_cache", "buckets", "static_cache", "featu
 PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "cost_table", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
+ENGINE |= {"layer_refusals"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "machine": set(),
@@ -45,8 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cost_table": BOTTOM | {"head", "policy"},
     "calibration": ENGINE - {"calibration"},
     "probe": BOTTOM,
-    "refusals": BOTTOM,
-    "request": BOTTOM | {"head", "policy", "probe", "refusals"},
+    "layer_refusals": set(),
+    "refusals": BOTTOM | {"layer_refusals"},
+    "request": BOTTOM | {"head", "policy", "probe", "refusals", "layer_refusals"},
     "lockstep": set(),
     "attaching": {"generation", "policy"},
     "generation": LOOP | {"refusals", "request", "lockstep"},

@@ -160,13 +160,19 @@ def test_a_target_of_few_positions_is_measured_where_it_has_some(positions: int,
     assert context >= 1 and context + max(table.verify[context]) <= positions
 
 
+def test_a_folder_or_file_may_be_a_string(target: Any, tmp_path: Path) -> None:
+    kept = calibrate(target, folder=str(tmp_path))
+    kept.save(str(tmp_path / "new" / "table.json"))
+    assert CostTable.load(str(tmp_path / "new" / "table.json")) == kept == calibrate(target, folder=tmp_path)
+
+
 def test_targets_that_hold_no_tree_are_refused_before_they_are_measured(tmp_path: Path) -> None:
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=19, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     mamba = MambaForCausalLM(MambaConfig(vocab_size=19, hidden_size=8, num_hidden_layers=1, state_size=4))
     for model, message in ((t5, "encoder-decoder.*Call `generate`"), (mamba, "cannot verify sibling nodes")):
         with pytest.raises(ValueError, match=message):
             calibrate(model, folder=tmp_path)
-    for pair in ((None,), ("gpt2",), (t5, "head")):
+    for pair in ((None,), ("gpt2",), (t5, "head"), (torch.nn.Linear(2, 2),), (type(t5),)):
         with pytest.raises(ValueError, match="Got the target .*forwards of a loaded model.*Load both"):
             calibrate(*pair, folder=tmp_path)  # type: ignore[arg-type]
 

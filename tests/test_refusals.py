@@ -47,6 +47,10 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "several sequences": ({"num_return_sequences": 2, "do_sample": True}, "Repeat the prompt"),
     "token healing": ({"token_healing": True}, "token_healing"),
     "no cache": ({"use_cache": False}, "use_cache=False"),
+    "a cache that is filled and never heeded": ({"use_cache": None}, "use_cache=None.*set `use_cache=True`"),
+    "the same by a number": ({"use_cache": 0}, "use_cache=0"),
+    "a legacy cache": ({"cache": lambda: ()}, "The cache is a `tuple`.*Pass `DynamicCache"),
+    "chunks of less than nothing": ({"prefill_chunk_size": -1}, "prefill_chunk_size=-1.*Leave out"),
     "quantized cache": ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
     "paged cache": ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
     "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
@@ -74,6 +78,26 @@ def test_a_setting_is_refused_by_name(row: str, target: PreTrainedModel, head: D
     made = {name: value() if name == "cache" else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         target.generate(PROMPT, assistant_model=head, max_new_tokens=4, **made)
+
+
+MISFITS: dict[str, tuple[torch.Tensor, dict[str, Any], str]] = {
+    "no token": (PROMPT[:, :0], {}, r"a prompt of the shape \[1, 0\].*`bos_token_id`"),
+    "no row": (PROMPT[:0], {}, r"a prompt of the shape \[0, 3\]"),
+    "a longer mask": (PROMPT, {"attention_mask": torch.ones(1, 4).long()}, "a text of 3 tokens and a mask of 4"),
+    "a shorter mask": (PROMPT, {"attention_mask": torch.ones(1, 2).long()}, "a text of 3 tokens and a mask of 2"),
+    "a mask of another batch": (PROMPT, {"attention_mask": torch.ones(2, 3).long()}, r"\[2, 3\] for 1 rows of 3"),
+    "fewer positions": (PROMPT, {"position_ids": torch.arange(2)[None]}, "a text of 3 tokens and a mask of 2"),
+}
+
+
+@pytest.mark.parametrize("row", MISFITS)
+def test_a_prompt_and_a_mask_that_do_not_belong_together_are_refused(
+    row: str, target: PreTrainedModel, head: DraftHead
+) -> None:
+    """Of a mask too short a part of the prompt was read, and a text came out."""
+    prompt, options, message = MISFITS[row]
+    with pytest.raises(ValueError, match=message):
+        target.generate(prompt, assistant_model=head, max_new_tokens=4, **options)
 
 
 def test_a_policy_without_a_head_says_what_is_missing(target: PreTrainedModel) -> None:
@@ -197,7 +221,7 @@ def test_an_unknown_architecture_that_mixes_siblings_fails_the_probe(monkeypatch
 
 
 def test_an_architecture_whose_forward_fails_on_a_tree_is_refused_in_our_words() -> None:
-    target = attach(OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=19, n_embd=16, n_layer=1, n_head=2)))
+    target = attach(OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=19, n_embd=16, n_layer=1, n_head=2)).eval())
     with pytest.raises(
         ValueError, match="OpenAIGPTLMHeadModel .*fails on .* of a tree.*but .*Call `generate` without"
     ):

@@ -37,6 +37,12 @@ def test_every_step_is_a_line_with_its_shape_nodes_milliseconds_and_tokens() -> 
     assert ["1", "8/4/2+6", "14", "250.0", "500.0", "250.0", "e·l", "o"] in lines
 
 
+def test_a_row_that_the_batch_does_not_have_is_refused() -> None:
+    for row in (1, -2):
+        with pytest.raises(ValueError, match=f"Got row={row}, but the call decoded 1 rows.*Pass one"):
+            printed(two_steps(), row=row)
+
+
 def test_tau_and_the_share_of_each_part_are_told() -> None:
     assert "4 tokens in 2 forwards of the target: tau 2.00, 2.0 tokens/s." in printed(two_steps())
     assert "drafting 12%, verifying 75%, the rest 12%" in printed(two_steps())

@@ -22,8 +22,13 @@ def check_cache(cache: Cache) -> None:
     """Refuse a cache whose layers cannot hold a tree.
 
     Raises:
-        ValueError: a layer is of another type than the dynamic ones and our static ones, or is offloaded.
+        ValueError: it has no layers, one of another type than the dynamic ones and our static ones, or is offloaded.
     """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise ValueError(
+            f"The cache is a `{type(cache).__name__}`, but the accepted nodes of a tree are kept in a `Cache` of a "
+            "decoder. Pass `DynamicCache(config=model.config)`, or no cache."
+        )
     for layer in cache.layers:
         name = type(layer).__name__
         if name not in _TREE_LAYERS or not type(layer).__module__.startswith(_HOMES):

@@ -39,7 +39,7 @@ def calibrate(
     head: DraftHead | None = None,
     *,
     refresh: bool = False,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CostTable:
     """Measure what steps cost here, or read what was measured here before.
@@ -61,7 +61,7 @@ def calibrate(
     _check_pair(target, head)
     identity = identity_of(target, head)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    path = (folder or Path(HF_HOME) / "transformers-resps" / "costs") / f"{name}.json"
+    path = Path(folder or Path(HF_HOME) / "transformers-resps" / "costs") / f"{name}.json"
     if path.exists() and not refresh:
         table = CostTable.load(path)
         table.check_here(target, head)
@@ -76,10 +76,11 @@ def calibrate(
 
 
 def _check_pair(target: Any, head: Any) -> None:
-    if not isinstance(target, torch.nn.Module) or not isinstance(head, DraftHead | None):
+    if not hasattr(target, "generate") or isinstance(target, type) or not isinstance(head, DraftHead | None):
         raise ValueError(
             f"Got the target {type(target).__name__} and the head {type(head).__name__}, but the forwards of a loaded "
-            "model are timed, and of a `DraftHead` or none. Load both with their `from_pretrained` first."
+            "model with `generate` are timed, and of a `DraftHead` or none. Load both with their `from_pretrained` "
+            "first, the target's being that of `AutoModelForCausalLM`."
         )
     check_model(target)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
 

@@ -90,15 +90,16 @@ class CostTable:
                 "run `calibrate(model, head)` here, it takes less than a minute."
             )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write as JSON; a table that is there is replaced in one go."""
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(".tmp")
         written.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
         written.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> "CostTable":
+    def load(cls, path: str | Path) -> "CostTable":
         """Read what `save` wrote.
 
         Raises:
@@ -123,7 +124,7 @@ class CostTable:
         return table
 
 
-def _no_table(path: Path, error: Exception) -> str:
+def _no_table(path: str | Path, error: Exception) -> str:
     return f"{path} is no cost table ({error!r}). Delete it and run `calibrate(model, head)`."
 
 

@@ -6,6 +6,7 @@ and so does every call without a head.
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -138,7 +139,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 stack.callback(streamer.end)  # whatever happens: somebody may be waiting for it
             check_synced(model_kwargs.get("synced_gpus"))
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
-            check_forward_arguments(model_kwargs)
+            check_forward_arguments(input_ids, model_kwargs)
             cache = self._cache_of(generation_config, input_ids.shape[1], model_kwargs)
             stack.callback(stop_recording, cache)
             return self._answer(
@@ -223,7 +224,7 @@ class ReSpSGenerationMixin(GenerationMixin):
                 attention_mask=model_kwargs["attention_mask"],
                 position_ids=model_kwargs["position_ids"],
                 forward=forward,
-                max_length=generation_config.max_length,
+                max_length=math.ceil(generation_config.max_length),  # half a token more is one
             )
             stack.callback(decoding.close)
             decoding.prefill(

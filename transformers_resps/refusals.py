@@ -4,16 +4,16 @@ Stock `generate` would ignore or misroute most of these when it is given an assi
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache import buffer_length, cached_length, check_cache, window_of
 from .forward import is_compiled
 from .grouped_attention import GROUPED, STOCK
+from .layer_refusals import check_draws, check_layers
 from .versions import CACHE_KEYWORD
 
 
@@ -34,6 +34,7 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "assistant_ensemble_weight": bool,
     "output_attentions": bool,
     "output_hidden_states": bool,
+    "prefill_chunk_size": lambda value: value < 0,
 }
 _WAYS_OUT = {
     "num_beams": "Trees serve greedy search and multinomial sampling: set `num_beams=1`.",
@@ -41,14 +42,6 @@ _WAYS_OUT = {
     "output_hidden_states": "The head reads the hidden states itself: ask a plain call for them.",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus", "inputs_embeds")
-# Layers that round what they read: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
-_ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
-_ROUNDING_LAYERS = frozenset(
-    ("Linear8bitLt", "FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear", "NVFP4Linear")
-    + ("BitLinear", "AutoBitLinear")
-)
-# Of torchao's weights: they say how the layer rounds its input, and are `None` where it does not.
-_ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
 
 
@@ -78,13 +71,16 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     for name in _ARGUMENTS:
         if arguments.get(name) is not None and arguments[name] is not False:
             raise _refusal(f"`{name}`", f"Leave out `{name}`")
+    if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
+        raise _refusal(
+            f"use_cache={arguments.get('use_cache', False)!r}",
+            "A tree is verified against cached keys: set `use_cache=True`.",
+        )
     _check_cache_settings(setting, is_compiled(model))
     _check_user_cache(model, arguments)
 
 
 def _check_cache_settings(setting: Callable[[str], Any], is_compiled: bool) -> None:
-    if setting("use_cache") is False:
-        raise _refusal("use_cache=False", "A tree is verified against cached keys: set `use_cache=True`.")
     implementation = setting("cache_implementation")
     if implementation not in (None, "dynamic", "static", "hybrid"):  # stock unsets "hybrid", an old default of the Hub
         raise _refusal(f"cache_implementation={implementation!r}", "Leave it out, or set it to 'static'")
@@ -113,8 +109,9 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
         )
 
 
-def check_forward_arguments(model_kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments of the target's forward that a tree's forward does not carry on, such as `pixel_values`.
+def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments of the target's forward that a tree's forward does not carry on, such as `pixel_values`, and
+    those that do not belong to the text.
 
     Raises:
         ValueError: names them.
@@ -127,6 +124,20 @@ def check_forward_arguments(model_kwargs: Mapping[str, Any]) -> None:
         raise _refusal(
             f"`position_ids` of {positions.dim()} dimensions",
             "Trees need one position per token: pass `[b, s]`, or leave it out",
+        )
+    if not input_ids.numel():
+        raise ValueError(
+            f"Got a prompt of the shape {list(input_ids.shape)}, but a text grows from at least one token in each "
+            "row. Pass one, for example the tokenizer's `bos_token_id`."
+        )
+    rows, mask = len(input_ids), model_kwargs.get("attention_mask")
+    if positions is None:
+        return
+    if len(positions) not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[1])):
+        raise ValueError(
+            f"Got a mask of the shape {list((positions if mask is None else mask).shape)} for {rows} rows of "
+            f"{positions.shape[1]} positions, but it says of each whether it counts. Pass the `attention_mask` that "
+            "the tokenizer returned with the text, and `position_ids` of its shape or none."
         )
 
 
@@ -147,7 +158,7 @@ def check_lengths(
 ) -> None:
     """Refuse a cache that does not fit its text, and a text that grows past the length at which it is read anew.
 
-    As in plain `generate`, the text is the whole conversation, or what follows the cache with a mask of the whole.
+    The text is the whole conversation, or what follows the cache with a mask of the whole, as in plain `generate`.
     Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache at a length, for the other frequencies
     of 'longrope'.
 
@@ -162,11 +173,11 @@ def check_lengths(
         ValueError: names the lengths.
     """
     past = cached_length(cache)
-    if past and not (past < text_length == position_count or past + text_length == position_count):
+    if not past < text_length == position_count and not past + text_length == position_count:
         raise ValueError(
             f"Got a cache of {past} positions for a text of {text_length} tokens and a mask of {position_count}, but "
-            "the text has to go on behind the cache. Pass the whole conversation as `input_ids`, or its new tokens "
-            "with the `attention_mask` of the whole."
+            "the text has to go on behind the cache, and the mask to count all of both. Pass the whole conversation "
+            "as `input_ids`, or its new tokens with the `attention_mask` of the whole."
         )
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
@@ -210,50 +221,14 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without the head or "
             "the policy, or use `prompt_lookup_num_tokens` where this model supports it."
         )
-    _check_weights(model, name)
+    check_layers(model, name)
+    check_draws(model)
     attention = config._attn_implementation
     if attention not in (STOCK, GROUPED, "eager"):
         raise ValueError(
             f"{name} runs with attn_implementation={attention!r}, but a tree needs a mask that only 'sdpa' and "
             "'eager' take. Call `model.set_attn_implementation('sdpa')` first."
         )
-
-
-def _check_weights(model: PreTrainedModel, name: str) -> None:
-    """Refuse weights that are not there, and layers whose output for a node depends on the other nodes."""
-    for module in model.modules():  # without their names, which take three times as long
-        weights = [weight for weight in module._parameters.values() if weight is not None]
-        if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
-            raise ValueError(
-                f"{name} has no weights in `{_path(model, module)}`: they are on the meta device, and nothing brings "
-                "them in. Load the model with `from_pretrained`, whose `device_map` offloads with hooks, before "
-                "`generate`."
-            )
-        if _rounds_activations(module, weights):
-            raise ValueError(
-                f"{name} has the layer `{_path(model, module)}` of {type(module).__module__}, which rounds "
-                "activations to few bits: the last bit of a sum, or another node, moves them by a whole step, and "
-                "trees would change the text. Quantize only the weights, for example with torchao's "
-                "`Int8WeightOnlyConfig`, or call `generate` without the head or the policy."
-            )
-
-
-def _path(model: PreTrainedModel, module: Module) -> str:
-    path: str = next(path for path, found in model.named_modules() if found is module)
-    return path
-
-
-def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
-    """Whether a quantized layer quantizes what it reads, too.
-
-    Even with a scale of its own a row of a tree then ends a step away from the same row alone (torchao's `PerRow`: one
-    text of eight parted in float32). Told by names, so that no library has to be imported: torch 2.13, torchao 0.18,
-    bitsandbytes 0.50 and the layers of Transformers 5.24.
-    """
-    kind = type(module)
-    if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
-        return True
-    return any(getattr(weight, mark, None) is not None for weight in weights for mark in _ROUNDING_MARKS)
 
 
 def _architecture_reason(model: PreTrainedModel) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from .head import BoundHead, DraftHead, pair_identity
+from .layer_refusals import check_draws
 from .policy import FixedPolicy, KeptPolicies, Policy
 from .probe import check_tree_attention
 from .refusals import check_model, check_settings
@@ -77,6 +78,8 @@ def read_request(
     check_model(target)
     check_settings(target, config, arguments)
     bound = None if head is None else BoundHead(head, target)
+    if head is not None:
+        check_draws(head)
     check_tree_attention(target)
     place = KeptPolicies.place(target, 1 if prompts is None else len(prompts))
     policy = _resolve_policy(policy, head, target, place)  # last: a refused call must not lose what "auto" has learned

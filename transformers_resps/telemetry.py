@@ -123,6 +123,7 @@ class SpeculationReport:
 
         Raises:
             ImportError: the package `rich` is missing.
+            ValueError: the batch has no such row.
         """
         try:
             from .terminal import StepLine, print_steps
@@ -145,6 +146,10 @@ class SpeculationReport:
 
     def _texts(self, tokenizer: Any, row: int) -> list[list[str]]:
         """Per step the text of each token that `row` gained."""
+        if not -len(self.answers) <= row < len(self.answers):
+            raise ValueError(
+                f"Got row={row}, but the call decoded {len(self.answers)} rows, counted from 0. Pass one of them."
+            )
         answer = self.answers[row]
         written = [f"{token} " for token in answer] if tokenizer is None else pieces_of(answer, decoder(tokenizer))
         ends = list(accumulate((step.emitted_by(row) for step in self.steps), initial=0))

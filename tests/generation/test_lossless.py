@@ -47,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "several end tokens": SAMPLING | {"eos_token_id": [2, 6, 12]},
     "one new token": {"max_new_tokens": 1},
     "two new tokens": {"max_new_tokens": 2},
+    "half a new token": {"max_new_tokens": 12.5},
     "max_length in the middle of a tree": {"max_new_tokens": None, "max_length": 15},
     "prefill in chunks": {"prefill_chunk_size": 3},
     "dynamic cache by name": {"cache_implementation": "dynamic"},

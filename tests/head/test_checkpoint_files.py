@@ -134,3 +134,44 @@ def test_a_head_comes_from_the_hubs_cache_when_offline(target: PreTrainedModel, 
         DraftHead.from_pretrained("./not/there/at/all", target=target)
     with pytest.raises(ValueError, match="is a file"):
         DraftHead.from_pretrained(repository / "refs" / "v1", target=target)
+
+
+def test_a_state_dict_in_place_of_files_is_held_to_the_same(target: PreTrainedModel) -> None:
+    """It passed for any target, and what it lacked was newly initialized."""
+    head = DraftHead.from_target(target, 16)
+    given = {"config": head.config, "state_dict": head.state_dict()}
+    read = DraftHead.from_pretrained(None, target=target, **given)
+    assert all(torch.equal(read.state_dict()[name], tensor) for name, tensor in head.state_dict().items())
+    assert DraftHead.from_pretrained(None, norm_before_residual=True, **given).config.norm_before_residual
+    stranger = build_target(num_hidden_layers=LAYERS, vocab_size=65)
+    with pytest.raises(ValueError, match="it needs vocab_size 64 .this target: 65"):
+        DraftHead.from_pretrained(None, target=stranger, **given)
+    given["state_dict"] = {name: tensor for name, tensor in head.state_dict().items() if name != "norm.weight"}
+    with pytest.raises(ValueError, match="the given state dict lacks .'norm.weight'"):
+        DraftHead.from_pretrained(None, target=target, **given)
+
+
+def test_a_state_dict_needs_a_config_and_no_files(target: PreTrainedModel, tmp_path: Path) -> None:
+    head = DraftHead.from_target(target, 16)
+    for name, given in (
+        (None, {}),
+        (None, {"config": head.config}),
+        (None, {"state_dict": head.state_dict()}),
+        (tmp_path, {"config": head.config, "state_dict": head.state_dict()}),
+    ):
+        with pytest.raises(ValueError, match="Got the name .*Pass a name alone, or None with `config="):
+            DraftHead.from_pretrained(name, target=target, **given)
+
+
+def test_a_config_of_ours_without_a_number_or_nested_too_deep_is_refused(
+    target: PreTrainedModel, tmp_path: Path
+) -> None:
+    DraftHead.from_target(target, 16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("hidden_size", "num_key_value_heads", "vocab_size", "hidden_act"):
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: None}))
+        with pytest.raises(ValueError, match=f"`{name}=None`, but a head needs a value there"):
+            DraftHead.from_pretrained(tmp_path, target=target)
+    (tmp_path / "config.json").write_text('{"source":' + "[" * 100_000)
+    with pytest.raises(ValueError, match="is not JSON.*Download it again"):
+        DraftHead.from_pretrained(tmp_path, target=target)

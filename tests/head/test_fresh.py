@@ -55,6 +55,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 7}, "RoPE rotates pairs"),
     ({"hidden_act": "grin"}, "the activation 'grin'"),
     ({"owns_embedding": "no"}, "must be true or false"),
+    ({"rope_parameters": {"rope_type": "grin"}}, "RoPE of the kind 'grin'; known are"),
     ({"fc_norm": True, "norm_before_fc": True}, "both `norm_before_fc` and `fc_norm`.*Keep the one"),
 ]
 
@@ -67,9 +68,11 @@ def test_a_head_that_could_not_draft_is_not_made(
         DraftHead.from_target(target, **fields)
 
 
-def test_a_target_is_a_loaded_model() -> None:
-    with pytest.raises(ValueError, match="`target` is a str, but must be the loaded model"):
-        DraftHead.from_target("meta-llama/Toy")  # type: ignore[arg-type]
+@pytest.mark.parametrize("odd", ["meta-llama/Toy", None, torch.nn.Linear(2, 2)], ids=["str", "none", "module"])
+def test_a_target_is_a_loaded_model(odd: Any, target: PreTrainedModel) -> None:
+    for use in (DraftHead.from_target, DraftHead.from_target(target).check_target):
+        with pytest.raises(ValueError, match=f"`target` is a {type(odd).__name__}, but must be the loaded model"):
+            use(odd)
 
 
 def test_stock_generate_says_that_the_model_must_be_attached() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.policy import ActionGrid, AutoPolicy, FixedPolicy, Observation, ReSpSConfig, ReSpSPolicy
-from transformers_resps.policy.actor_critic import saved_shapes
+from transformers_resps.policy.actor_critic import ActorCritic, saved_shapes
 
 
 def observe(features: torch.Tensor | None, step: int = 0) -> Observation:
@@ -218,6 +218,23 @@ def test_settings_of_another_kind_are_refused(values: dict[str, Any]) -> None:
         ReSpSConfig(**{"feature_size": 4, **values})
     with pytest.raises(ValueError, match=r"Got ReSpSPolicy\(12\), but.*Pass `ReSpSConfig"):
         ReSpSPolicy(12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (ActorCritic(5, 2), "'actor.0.weight' of shape .128, 5., but its config needs .128, 4..*Pass the network"),
+        (ActorCritic(4, 3), "'actor.4.bias' of shape .3,., but its config needs .2,."),
+        (ActorCritic(4, 2, hidden_size=8), "'actor.0.bias' of shape .8,."),
+        (ActorCritic(4, 2, normalize=False), "a network with `normalize=False`, but .* `normalize=True`"),
+        (torch.nn.Linear(4, 2), "a network with Linear, but a policy decides by an `ActorCritic`"),
+    ],
+)
+def test_a_network_that_would_not_come_back_from_its_files_is_refused(network: Any, message: str) -> None:
+    """Of too few actions it decided all the same, and what was saved could not be loaded."""
+    config = ReSpSConfig(4, ActionGrid((TreeShape.plain(), TreeShape(4, 2, 2))))
+    with pytest.raises(ValueError, match=message):
+        ReSpSPolicy(config, network)
 
 
 class Shallow(FixedPolicy):

@@ -88,6 +88,11 @@ def test_what_was_learned_stays_between_calls_and_comes_near_the_best_fixed_chai
         assert mean >= share * fixed * verify(1)
 
 
+def test_odds_of_fewer_levels_than_are_asked_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="NodeOdds got 1 maps, but it needs one for each of 4 levels. Fill up"):
+        NodeOdds([LogisticMap()])
+
+
 def test_a_head_that_claims_too_much_is_believed_less_with_every_outcome() -> None:
     odds = NodeOdds()
     before = odds.of([math.log(0.6)], 1)[0]

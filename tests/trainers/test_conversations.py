@@ -63,6 +63,7 @@ def test_a_broken_row_before_the_end_of_a_list_is_refused_and_no_row_after_it_lo
         ('{"conversations": [3]}', "`conversations` that are \\[3\\]"),
         ('{"turns": "abc"}', "`turns` that are 'abc'"),
         ('{"turns": [null]}', "has the content None"),
+        ('{"turns": [[{"type": "text", "text": null}]]}', "has the content .*a message is text"),
         ('{"prompt": 3}', "messages that are 3"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .configuration import DraftHeadConfig
-from .formats import check_fields, check_overrides
+from .formats import check_fields, check_overrides, refuse_rope
 from .identity import default_feature_layers, refuse_no_model, target_identity
 
 
@@ -84,6 +84,8 @@ def fresh_config(
             f"{sorted(DraftHeadConfig.__annotations__)}. Check the spelling."
         )
     check_overrides({**overrides, "feature_layers": feature_layers}, _WHERE)
+    if overrides.get("rope_parameters"):
+        refuse_rope({"rope_type": "default", **overrides["rope_parameters"]})
     layer_count = target.config.get_text_config().num_hidden_layers
     layers = sorted(default_feature_layers(layer_count) if feature_layers is None else feature_layers)
     if layers[-1] > layer_count:

@@ -18,12 +18,12 @@ def target_identity(target: PreTrainedModel) -> dict[str, Any]:
 
 
 def refuse_no_model(target: Any) -> None:
-    """Refuse what is passed as a target and is no model; `None` is fine.
+    """Refuse what is passed as a target and is no model.
 
     Raises:
         ValueError: names its type.
     """
-    if target is not None and not isinstance(getattr(target, "config", None), PreTrainedConfig):
+    if not isinstance(getattr(target, "config", None), PreTrainedConfig):
         raise ValueError(
             f"`target` is a {type(target).__name__}, but must be the loaded model that the head drafts for. Pass what "
             "`AutoModelForCausalLM.from_pretrained` returns."

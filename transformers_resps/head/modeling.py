@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..tree import TreeShape
 from .configuration import DraftHeadConfig
-from .formats import canonical_head, export_head, read_checkpoint, refuse_inexact, split_keywords
+from .formats import canonical_head, export_head, given_checkpoint, read_checkpoint, refuse_inexact, split_keywords
 from .fresh import draft_vocabulary, fresh_config, start_from
 from .identity import refuse_no_model, target_identity
 from .layer import Attend, DraftLayer
@@ -158,7 +158,7 @@ class DraftHead(PublishableHead):
         """A head of ours or in any published EAGLE-3 layout, recognised by its tensors.
 
         Args:
-            pretrained_model_name_or_path: Hub id or folder.
+            pretrained_model_name_or_path: Hub id or folder; `None` with `config` and `state_dict` among the keywords.
             target: the model it will draft for: gives what the config leaves out (layers, sizes), is checked, and
                 decides dtype and device unless they are passed.
             keywords: `revision` and the other loading arguments of Transformers; and any field of `DraftHeadConfig`,
@@ -170,14 +170,18 @@ class DraftHead(PublishableHead):
                 not fit `target`. Nothing is ever newly initialized.
         """
         hub, loading, overrides = split_keywords(keywords)
-        refuse_no_model(target)
+        if target is not None:
+            refuse_no_model(target)
         if "torch_dtype" in loading:
             loading["dtype"] = loading.pop("torch_dtype")
-        if pretrained_model_name_or_path is None or "state_dict" in loading:
-            return super().from_pretrained(pretrained_model_name_or_path, **hub, **loading)
-        checkpoint = read_checkpoint(pretrained_model_name_or_path, **hub)
-        if (stated := loading.pop("config", None)) is not None:  # as `AutoModel` passes it
-            checkpoint = replace(checkpoint, config=stated.to_dict())
+        stated, given = loading.pop("config", None), loading.pop("state_dict", None)
+        name = pretrained_model_name_or_path
+        if name is None or given is not None:
+            checkpoint = given_checkpoint(name, stated, given)
+        else:
+            checkpoint = read_checkpoint(name, **hub)
+            if stated is not None:  # as `AutoModel` passes it
+                checkpoint = replace(checkpoint, config=stated.to_dict())
         if checkpoint.commit is not None:  # a branch that moves meanwhile must not mix two heads
             hub |= {"revision": checkpoint.commit, "force_download": False}
         config, tensors = canonical_head(checkpoint, target, overrides)
@@ -187,12 +191,12 @@ class DraftHead(PublishableHead):
         if target is not None:
             wanted.check_target(target)
             loading.setdefault("dtype", target.dtype)
-        if checkpoint.is_canonical:
-            head = super().from_pretrained(pretrained_model_name_or_path, config=config, **hub, **loading)
+        if checkpoint.is_canonical and name is not None:
+            head = super().from_pretrained(name, config=config, **hub, **loading)
         else:
             loading.setdefault("dtype", tensors["fc.weight"].dtype)
             head = super().from_pretrained(None, config=config, state_dict=tensors, **loading)
-            head.name_or_path = head.config.name_or_path = checkpoint.name
+            head.name_or_path = head.config.name_or_path = stated.name_or_path if name is None else checkpoint.name
         if target is not None and "device_map" not in loading:
             head.to(device=target.device)  # type: ignore[call-arg]  # wrapped by Transformers
         return head
@@ -228,6 +232,7 @@ class DraftHead(PublishableHead):
         Raises:
             ValueError: a size differs; the message names both models.
         """
+        refuse_no_model(target)
         theirs = target_identity(target)
         ours = self.config.target or {}
         needed: dict[str, Any] = {

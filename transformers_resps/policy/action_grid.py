@@ -18,12 +18,18 @@ class ActionGrid:
         shapes: distinct, at least one.
 
     Raises:
-        ValueError: no shape, or one twice.
+        ValueError: no shape, one twice, or something else.
     """
 
     shapes: tuple[TreeShape, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", tuple(self.shapes))  # a list would equal no grid that was saved
+        if not all(isinstance(shape, TreeShape) for shape in self.shapes):
+            raise ValueError(
+                f"ActionGrid got {self.shapes!r}, but a policy picks from shapes. Pass `TreeShape`s, or use "
+                "`ActionGrid.from_list` for lists of total_tokens, depth and top_k."
+            )
         if not self.shapes or len(set(self.shapes)) < len(self.shapes):
             raise ValueError(
                 f"ActionGrid got {len(self.shapes)} shapes, {len(set(self.shapes))} of them distinct, but it needs at "

@@ -46,10 +46,18 @@ class NodeOdds:
 
     Args:
         maps: one for each of the first `LEVELS` levels.
+
+    Raises:
+        ValueError: they are more or fewer.
     """
 
     def __init__(self, maps: Sequence[LogisticMap] = (LogisticMap(),) * LEVELS) -> None:
         self.maps = tuple(maps)
+        if len(self.maps) != LEVELS:
+            raise ValueError(
+                f"NodeOdds got {len(self.maps)} maps, but it needs one for each of {LEVELS} levels. Fill up with "
+                "`LogisticMap()`, which takes the head at its word."
+            )
         self._right = _PRIOR_WEIGHT  # decayed sums of outcomes and of what was expected of them
         self._expected = _PRIOR_WEIGHT
         self._hits = [_PRIOR_HITS * _HIT_PRIOR_WEIGHT] * LEVELS

@@ -95,7 +95,7 @@ class ReSpSPolicy(SavedPolicy):
         seed: of a fresh network and of drawn actions; the global random numbers are not touched.
 
     Raises:
-        ValueError: it got no `ReSpSConfig`.
+        ValueError: it got no `ReSpSConfig`, or a network that it does not describe.
 
     Example:
         >>> import torch
@@ -114,6 +114,8 @@ class ReSpSPolicy(SavedPolicy):
                 f"Got ReSpSPolicy({config!r}), but it is made from a `ReSpSConfig`. Pass "
                 "`ReSpSConfig(head.config.features_width)`, or load a trained one with `AutoPolicy.from_pretrained`."
             )
+        if network is not None:
+            _check_network(network, config)
         self.config = config
         self.network = network or seeded_actor_critic(
             config.feature_size,
@@ -199,14 +201,38 @@ class ReSpSPolicy(SavedPolicy):
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         read = ReSpSConfig.from_dict(config)
-        needed = saved_shapes(read.feature_size, len(read.grid), read.hidden_size)
-        held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        odd = sorted(name for name in needed.keys() | held.keys() if needed.get(name) != held.get(name))
-        if odd:  # before a network of any size is made
-            raise ValueError(
-                f"The weights of a Re-SpS policy hold {odd[0]!r} of shape {held.get(odd[0])}, but its config needs "
-                f"{needed.get(odd[0])}; {len(odd)} of {len(needed)} tensors differ. Download or save it again."
-            )
+        _check_weights(tensors, read, "Download or save it again")  # before a network of any size is made
         policy = cls(read)
         policy.network.load_state_dict(tensors)
         return policy
+
+
+def _check_network(network: Any, config: ReSpSConfig) -> None:
+    """Refuse a network that would be saved with a config that is not its own.
+
+    Raises:
+        ValueError: it is none, or of other sizes.
+    """
+    if not isinstance(network, ActorCritic) or network.normalize is not config.normalize:
+        came = f"`normalize={network.normalize}`" if isinstance(network, ActorCritic) else type(network).__name__
+        raise ValueError(
+            f"Got a network with {came}, but a policy decides by an `ActorCritic` with the config's "
+            f"`normalize={config.normalize}`. Leave it out for a fresh one."
+        )
+    _check_weights(network.state_dict(), config, "Pass the network that was made for this config")
+
+
+def _check_weights(tensors: dict[str, Tensor], config: ReSpSConfig, way_out: str) -> None:
+    """Refuse weights of other sizes than the config's.
+
+    Raises:
+        ValueError: names the first that differs.
+    """
+    needed = saved_shapes(config.feature_size, len(config.grid), config.hidden_size)
+    held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    odd = sorted(name for name in needed.keys() | held.keys() if needed.get(name) != held.get(name))
+    if odd:
+        raise ValueError(
+            f"The weights of a Re-SpS policy hold {odd[0]!r} of shape {held.get(odd[0])}, but its config needs "
+            f"{needed.get(odd[0])}; {len(odd)} of {len(needed)} tensors differ. {way_out}."
+        )

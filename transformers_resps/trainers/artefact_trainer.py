@@ -25,6 +25,20 @@ def _is_saved_with_weights(file: Path) -> bool:
     return file.name == "config.json" or file.suffix == ".safetensors"
 
 
+def check_kinds(trainer: str, **given: tuple[Any, type[Any]]) -> None:
+    """Refuse arguments of other kinds, for each a value and what it must be, before something deep inside does.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{trainer} got a {type(value).__name__} as `{name}`, but it needs a `{kind.__name__}`. Make one as "
+                "docs/train-a-head.md and docs/tune-a-policy.md show."
+            )
+
+
 class ArtefactTrainer(Trainer):
     """Keeps `OUTPUT_DIR/artefact_name` the newest head or policy, and pushes that folder with `push_to_hub`.
 

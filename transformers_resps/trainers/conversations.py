@@ -33,7 +33,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         yield _messages(row, f"{path}, row {number}")
 
 
-def load_conversations(source: str, split: str = "train") -> Iterator[Conversation]:
+def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
     """Yield the conversations of a file (see `read_conversations`) or of a dataset on the Hub.
 
     Args:
@@ -59,7 +59,7 @@ def load_conversations(source: str, split: str = "train") -> Iterator[Conversati
             f"{source} is no file, and datasets of the Hub need the package `datasets`. Install "
             "transformers-resps[train], or give the path of a JSON or JSONL file."
         ) from error
-    name, _, config = source.partition(":")
+    name, _, config = str(source).partition(":")
     for number, row in enumerate(load_dataset(name, config or None, split=split)):
         yield _messages(row, f"{source}, row {number}")
 
@@ -173,7 +173,9 @@ def _text(content: Any, where: str) -> str:
     """A string as it is, or the text parts of a list of parts; a number, as some answers are, in digits."""
     if isinstance(content, (str, int, float)):
         return str(content)
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         return "".join(part["text"] for part in content)
     raise ValueError(
         f"{where} has the content {str(content)[:60]}, but a message is text. Mend or remove that row; calls of tools "

@@ -31,14 +31,19 @@ def choose_draft_vocabulary(
     Ties go to the lower id: ids are roughly in order of frequency in byte-pair vocabularies.
 
     Raises:
-        ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the forced tokens; or the texts are
-            another tokenizer's.
+        ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the forced tokens; or these or the
+            texts are another tokenizer's.
     """
     forced = torch.tensor(sorted(set(always)), dtype=torch.long)
     if not len(forced) < draft_vocab_size <= vocab_size:
         raise ValueError(
             f"`draft_vocab_size` is {draft_vocab_size}, but it must be above the {len(forced)} forced tokens and at "
             f"most the target's {vocab_size}. Choose another size; 1/4 of the vocabulary covers most answers."
+        )
+    if len(forced) and not 0 <= int(forced[0]) <= int(forced[-1]) < vocab_size:
+        raise ValueError(
+            f"The forced tokens go from {int(forced[0])} to {int(forced[-1])}, but the target's ids from 0 to "
+            f"{vocab_size - 1}. Leave out those that it does not know."
         )
     counts = _answer_counts(examples, vocab_size)
     ranked = counts.clone()

@@ -129,13 +129,15 @@ def check_token_ids(examples: Iterable[Example], vocab_size: int) -> None:
     """Refuse texts of another tokenizer before the target's embedding does, without a word of explanation.
 
     Raises:
-        ValueError: names the highest id and `vocab_size`.
+        ValueError: names the odd id and `vocab_size`.
     """
-    highest = max((int(example.input_ids.max()) for example in examples), default=0)
-    if highest >= vocab_size:
+    ids = [int(odd) for example in examples for odd in (example.input_ids.min(), example.input_ids.max())]
+    lowest, highest = min(ids, default=0), max(ids, default=0)
+    if lowest < 0 or highest >= vocab_size:
         raise ValueError(
-            f"The texts hold token id {highest}, but the target's vocabulary has {vocab_size} tokens. They were made "
-            "with another model's tokenizer: tokenize them with the target's own."
+            f"The texts hold token id {lowest if lowest < 0 else highest}, but the target's vocabulary has "
+            f"{vocab_size} tokens. They were made with another model's tokenizer, or are labels: tokenize "
+            "them with the target's own."
         )
 
 

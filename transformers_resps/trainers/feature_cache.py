@@ -88,7 +88,7 @@ class CachedFeatures(ExampleDataset):
         if path not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)
-            self._open[path] = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]  # untyped upstream
+            self._open[path] = _opened(path)
         file = self._open[path]
         return super().__getitem__(index) | {
             name: file.get_tensor(f"{row}.{name}") for name in ("features", "hidden", "picks")
@@ -137,6 +137,16 @@ class CachedFeatures(ExampleDataset):
             ) from error
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")  # type: ignore[no-untyped-call]  # untyped upstream
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is gone or damaged ({error}), but training reads the target's features there. Delete it and "
+            "start again: the target runs over its texts anew."
+        ) from error
 
 
 def _bytes_per_token(tensors: dict[str, Tensor]) -> int:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..head import BoundHead, DraftHead
-from .artefact_trainer import ArtefactTrainer
+from .artefact_trainer import ArtefactTrainer, check_kinds
 from .batches import IGNORED, TokenBudgetBatches, collate
 from .examples import check_token_ids
 from .feature_cache import ExampleDataset
@@ -45,7 +45,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
-        ValueError: head and target do not belong together.
+        ValueError: head and target do not belong together, or an argument is of another kind.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
     """
@@ -64,6 +64,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        _check_arguments(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -76,8 +77,6 @@ class DraftHeadTrainer(ArtefactTrainer):
                 "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
                 "trained. Leave it true, or start from a head with a draft vocabulary of its own."
             )
-        for dataset in (train_dataset, eval_dataset):
-            check_token_ids(dataset.examples if dataset else (), bound.head.config.vocab_size)
         super().__init__(
             model=model,
             args=args,
@@ -274,6 +273,14 @@ def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
     if hasattr(head, "merge_and_unload"):
         head = head.merge_and_unload()
     head.to(dtype).save_pretrained(folder)
+
+
+def _check_arguments(model: Any, args: Any, **datasets: ExampleDataset | None) -> None:
+    given = {name: dataset for name, dataset in datasets.items() if dataset is not None}
+    kinds: dict[str, Any] = {"model": (_head_of(model), DraftHead), "args": (args, DraftHeadTrainingConfig)}
+    check_kinds("DraftHeadTrainer", **kinds, **{name: (dataset, ExampleDataset) for name, dataset in given.items()})
+    for dataset in given.values():
+        check_token_ids(dataset.examples, _head_of(model).config.vocab_size)
 
 
 def _head_of(model: Any) -> DraftHead:

@@ -1,7 +1,7 @@
 """What actions gave: of every action at every position of a text, and of the decisions that were taken.
 
-Knows tensors only: nothing of models, heads or how outcomes were found. Shapes: t positions, n decisions, a actions,
-F width of the features.
+Knows tensors and the shapes that actions stand for: nothing of models, heads or how outcomes were found. Shapes: t
+positions, n decisions, a actions, F width of the features.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from ..policy import ActionGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,7 @@ class TextOutcomes:
         features: `[t, F]` what a policy sees before the step at that position.
         emitted: `[t, a]` tokens the step would have added, at least 1 and no more than the text still has.
         seconds: `[t, a]` what it would have taken.
+        grid: the shapes that the actions stand for; `None` where nobody knows.
 
     Raises:
         ValueError: the shapes do not fit, or a value is impossible.
@@ -27,6 +30,7 @@ class TextOutcomes:
     features: Tensor
     emitted: Tensor
     seconds: Tensor
+    grid: ActionGrid | None = None
 
     def __post_init__(self) -> None:
         length = len(self.features)
@@ -129,17 +133,20 @@ class OutcomeTable:
         seconds: `[p, a]` fp64.
         starts: first position of each text.
         stops: position behind the last of each text.
+        grid: the texts'.
     """
 
     def __init__(self, texts: Sequence[TextOutcomes]) -> None:
         kinds = {(text.features.shape[1], text.emitted.shape[1]) for text in texts}
-        if len(kinds) != 1:
+        grids = {text.grid for text in texts}
+        if len(kinds) != 1 or len(grids) != 1:
             raise ValueError(
                 f"Got {len(texts)} replayed texts with these widths of features and numbers of actions: "
-                f"{sorted(kinds)}. At least one text is needed, and all must be of one head and one grid. Record them "
-                "together."
+                f"{sorted(kinds)}, of {len(grids)} grids. At least one text is needed, and all must be of one head "
+                "and one grid. Record them together."
             )
         lengths = torch.tensor([len(text.features) for text in texts])
+        self.grid = grids.pop()
         self.features = torch.cat([text.features for text in texts]).cpu()
         self.emitted = torch.cat([text.emitted for text in texts]).long().cpu()
         self.seconds = torch.cat([text.seconds for text in texts]).double().cpu()

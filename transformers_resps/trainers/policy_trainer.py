@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..policy import ReSpSPolicy
-from .artefact_trainer import ArtefactTrainer
+from .artefact_trainer import ArtefactTrainer, check_kinds
 from .interruption import until_interrupted
 from .outcomes import HeldOutcomes
 from .policy_config import PolicyTrainingConfig
@@ -34,7 +34,7 @@ class PolicyTrainer(ArtefactTrainer):
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
-        ValueError: full information is asked of live rollouts.
+        ValueError: full information is asked of live rollouts, or an argument is of another kind.
 
     Logged of each update: `tokens_per_second`; `reward` with `mean_rate` (a `gain` is 0 on average: it is measured
     against the policy's own rate); `entropy` in nats; `distinct_actions`, the likeliest ones over all decisions; on
@@ -55,6 +55,7 @@ class PolicyTrainer(ArtefactTrainer):
         eval_rollouts: ReplayRollouts | None = None,
         **kwargs: Any,
     ) -> None:
+        check_kinds("PolicyTrainer", policy=(policy, ReSpSPolicy), args=(args, PolicyTrainingConfig))
         if args.objective == "full_information" and not rollouts.knows_all_outcomes:
             raise ValueError(
                 f"Got objective='full_information' with {type(rollouts).__name__}, but live decoding shows the "

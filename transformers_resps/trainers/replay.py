@@ -98,9 +98,8 @@ class ReplayText:
                 lookup found and the head's tree does not hold already.
         """
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
-        return TextOutcomes(
-            self.features, emitted, torch.stack([self._seconds(shape, seconds) for shape in grid.shapes], dim=1)
-        )
+        taken = torch.stack([self._seconds(shape, seconds) for shape in grid.shapes], dim=1)
+        return TextOutcomes(self.features, emitted, taken, grid)
 
     def _seconds(self, shape: TreeShape, seconds: StepSeconds) -> Tensor:
         """`[t]` fp64."""

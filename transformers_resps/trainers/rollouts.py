@@ -112,6 +112,7 @@ class ReplayRollouts:
                 f"width {needed[0]} and has {needed[1]} actions. Record the texts with the policy's own head, and "
                 "make their outcomes for `policy.config.grid`."
             )
+        policy.check_identity(grid=self.table.grid)
 
 
 def _draw(log_probs: Tensor, generator: torch.Generator) -> Tensor:

@@ -102,12 +102,12 @@ def built_in_prompts(vocabulary: int) -> list[Tensor]:
 def _check_kinds(model: Any, head: Any, prompts: Any, *numbers: Any) -> None:
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
         raise ValueError(
-            f"Got the model {model!r}, but an examination decodes with a loaded one. Pass "
+            f"Got the model {_short(model)}, but an examination decodes with a loaded one. Pass "
             "`AutoModelForCausalLM.from_pretrained(...)`."
         )
     if not isinstance(head, DraftHead | None):
         raise ValueError(
-            f"Got the head {head!r}, but a draft head is a loaded `DraftHead`, or none. Pass "
+            f"Got the head {_short(head)}, but a draft head is a loaded `DraftHead`, or none. Pass "
             "`DraftHead.from_pretrained(..., target=model)`."
         )
     if not isinstance(prompts, list | tuple | Tensor | None):
@@ -116,6 +116,11 @@ def _check_kinds(model: Any, head: Any, prompts: Any, *numbers: Any) -> None:
         )
     if not all(isinstance(number, int) for number in numbers):
         raise ValueError(f"Got seeds and max_new_tokens {numbers}, but both are whole numbers. Pass such.")
+
+
+def _short(given: Any) -> str:
+    """A module is named by its class: all its layers would hide the rest of a message."""
+    return type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
 
 
 def _usable(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:

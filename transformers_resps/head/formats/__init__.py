@@ -1,6 +1,7 @@
 """Published EAGLE-3 checkpoints -> our canonical head, and back."""
 
-from .checkpoint import Checkpoint, read_checkpoint
+from .checkpoint import Checkpoint, given_checkpoint, read_checkpoint
+from .conventions import refuse_rope
 from .exporting import export_head
 from .importing import canonical_head
 from .keywords import check_fields, check_overrides, split_keywords
@@ -13,7 +14,9 @@ __all__ = [
     "check_fields",
     "check_overrides",
     "export_head",
+    "given_checkpoint",
     "read_checkpoint",
     "refuse_inexact",
+    "refuse_rope",
     "split_keywords",
 ]

@@ -6,7 +6,7 @@ Nothing in a checkpoint is executed: JSON, safetensors, and legacy `.bin` files 
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ...hub import RepositoryFiles
 from ..configuration import DraftHeadConfig
@@ -82,6 +83,21 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
     return checkpoint if repository is None else replace(checkpoint, commit=repository.commit)
 
 
+def given_checkpoint(name: Any, config: Any, tensors: Any) -> Checkpoint:
+    """What the caller holds already, in place of files.
+
+    Raises:
+        ValueError: a part is missing, or there are files as well.
+    """
+    if name is not None or not isinstance(config, PreTrainedConfig) or not isinstance(tensors, Mapping):
+        raise ValueError(
+            f"Got the name {name!r}, a config of type {type(config).__name__} and a state dict of type "
+            f"{type(tensors).__name__}, but a head is read from a folder or the Hub, or made of the latter two. Pass "
+            "a name alone, or None with `config=DraftHeadConfig(...)` and `state_dict=...`."
+        )
+    return Checkpoint("the given state dict", config.to_dict(), dict(tensors))
+
+
 def _read(name: str | os.PathLike[str], fetch: Fetch) -> Checkpoint:
     path = fetch("config.json")
     if path is None:
@@ -112,7 +128,7 @@ def _in_folder(folder: Path, hub: dict[str, Any]) -> Fetch:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON and UTF-8 errors
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors, and JSON nested too deep
         raise ValueError(f"{path} is not JSON: {error}. Download it again, or mend it.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, but must be a JSON object. Download it again.")

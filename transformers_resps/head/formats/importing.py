@@ -11,7 +11,7 @@ from ..identity import target_identity
 from .checkpoint import Checkpoint
 from .conventions import feature_layers, norm_flags, published_layer_ids, refuse_range, refuse_rope, rope_parameters
 from .families import refuse_other_drafters
-from .keywords import PUBLISHED_ONLY, check_fields, refuse_two_norms
+from .keywords import PUBLISHED_ONLY, check_fields, check_overrides, refuse_two_norms
 from .names import canonical_names, refuse_missing
 from .publishers import Publisher, flat_config, publisher_of, target_name
 from .sizes import feature_count, read_sizes
@@ -53,7 +53,7 @@ def _own(
 ) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
     where = f"The config of {checkpoint.name}"
     fields = {**checkpoint.config, **_free(overrides)}
-    check_fields(fields, where)
+    check_overrides(fields, where)
     if "rope_theta" in overrides:
         rope = fields.get("rope_parameters") or {"rope_type": "default"}
         fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}

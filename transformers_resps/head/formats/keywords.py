@@ -121,7 +121,7 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
 
 def _check_names(fields: dict[str, Any], where: str) -> None:
     """The activation, the dtype and the target's facts."""
-    if fields.get("hidden_act") is not None and fields["hidden_act"] not in ACT2FN:
+    if fields.get("hidden_act") is not None and str(fields["hidden_act"]) not in ACT2FN:
         raise ValueError(
             f"{where} has the activation {fields['hidden_act']!r}, which Transformers does not know. Pass "
             "`hidden_act=` with the right one."

@@ -1,0 +1,82 @@
+"""Layers of which a tree would get something else than plain decoding, refused by name. Knows modules only."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import Dropout, Module
+
+
+# Layers that round what they read: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
+_ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
+_ROUNDING_LAYERS = frozenset(
+    ("Linear8bitLt", "FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear", "NVFP4Linear")
+    + ("BitLinear", "AutoBitLinear")
+)
+# Of torchao's weights: they say how the layer rounds its input, and are `None` where it does not.
+_ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
+
+
+def check_layers(model: Module, name: str) -> None:
+    """Refuse weights that are not there, and layers whose output for a node depends on the other nodes.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    for module in model.modules():  # without their names, which take three times as long
+        weights = [weight for weight in module._parameters.values() if weight is not None]
+        if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{name} has no weights in `{_path(model, module)}`: they are on the meta device, and nothing brings "
+                "them in. Load the model with `from_pretrained`, whose `device_map` offloads with hooks, before "
+                "`generate`."
+            )
+        if _rounds_activations(module, weights):
+            raise ValueError(
+                f"{name} has the layer `{_path(model, module)}` of {type(module).__module__}, which rounds "
+                "activations to few bits: the last bit of a sum, or another node, moves them by a whole step, and "
+                "trees would change the text. Quantize only the weights, for example with torchao's "
+                "`Int8WeightOnlyConfig`, or call `generate` without the head or the policy."
+            )
+
+
+def check_draws(model: Module) -> None:
+    """Refuse a target or a head that draws random numbers in its forwards: with a tree there are others of them.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    for module in model.modules():
+        if module.training and _draws(module):
+            raise ValueError(
+                f"{type(model).__name__} is in training mode, where its layer `{_path(model, module)}` draws random "
+                "numbers, but with a tree there are other forwards, so the text would be another one. Call `.eval()` "
+                "of the target and the head before `generate`."
+            )
+
+
+def _draws(module: Module) -> bool:
+    """Whether a layer in training has dropout, layerdrop or jitter: often a number, as `attention_dropout` is."""
+    if isinstance(module, Dropout):
+        return module.p > 0
+    return any(
+        ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
+        for name, value in vars(module).items()
+    )
+
+
+def _path(model: Module, module: Module) -> str:
+    path: str = next(path for path, found in model.named_modules() if found is module)
+    return path
+
+
+def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
+    """Whether a quantized layer quantizes what it reads, too.
+
+    Even with a scale of its own a row of a tree then ends a step away from the same row alone (torchao's `PerRow`: one
+    text of eight parted in float32). Told by names, so that no library has to be imported: torch 2.13, torchao 0.18,
+    bitsandbytes 0.50 and the layers of Transformers 5.24.
+    """
+    kind = type(module)
+    if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
+        return True
+    return any(getattr(weight, mark, None) is not None for weight in weights for mark in _ROUNDING_MARKS)
