@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
 BOTTOM = {"versions", "machine", "packing", "pieces", "terminal", "answers", "tree", "prefix", "cache", "attention"}
 BOTTOM |= {"grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward", "telemetry"}
-PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
+PARTS = {"acceptance", "batch", "frontier", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "cost_table", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "acceptance": {"tree"},
     "batch": {"tree", "acceptance"},
     "head": {"tree", "packing", "hub", "grouped_attention"},
+    "frontier": {"tree", "head"},
     "lookup": {"tree"},
     "policy": {"tree", "telemetry", "hub"},
     "candidate_generator": BOTTOM | PARTS,
