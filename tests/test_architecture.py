@@ -11,13 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
-BOTTOM = {"versions", "machine", "packing", "pieces", "terminal", "answers", "tree", "prefix", "cache", "attention"}
-BOTTOM |= {"grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward", "telemetry"}
+BOTTOM = {"versions", "adapters", "machine", "packing", "pieces", "terminal", "answers", "tree", "prefix", "cache"}
+BOTTOM |= {"attention", "grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward"}
+BOTTOM |= {"telemetry"}
 PARTS = {"acceptance", "batch", "frontier", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "cost_table", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
+    "adapters": set(),
     "machine": set(),
     "packing": set(),
     "pieces": set(),
@@ -49,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "refusals": BOTTOM,
     "request": BOTTOM | {"head", "policy", "probe", "refusals"},
     "lockstep": set(),
-    "attaching": {"generation", "policy"},
+    "attaching": {"adapters", "generation", "policy"},
     "generation": LOOP | {"refusals", "request", "lockstep"},
     "__init__": ENGINE | {"verification"},
     "verification": ENGINE,
