@@ -57,7 +57,7 @@ class Guard(SavedPolicy):
         costs = costs if isinstance(costs, RunningCosts) else None
         self._learns_costs = costs is None
         self._known = costs or RunningCosts()
-        self._plain_seconds = self._known.step(1, 0) if self._known.knows_plain else 0.0
+        self._plain_seconds = self._known.step_seconds(1, 0) if self._known.knows_plain else 0.0
         self._account = 0.0  # seconds
         self._since_plain = 0
         self._context = self._timed_at = 0  # positions: of this step, and where a plain step was timed last
@@ -119,10 +119,10 @@ class Guard(SavedPolicy):
         return min(count_nodes(self.policy, scores), self._nodes)
 
     def observe(self, record: StepRecord) -> None:
-        seconds, gained = max(record.step_seconds, 0.0), self._gained(record)
-        if record.verified == 1:
+        nodes, seconds, gained = record.verified, max(record.step_seconds, 0.0), self._gained(record)
+        if nodes == 1:
             self._time_plain(seconds - max(record.draft_seconds, 0.0))
-        outdated = record.verified > 1 and record.verify_seconds < _OUTDATED * self._known.verify(record.verified)
+        outdated = nodes > 1 and record.verify_seconds < _OUTDATED * self._known.verify_seconds(nodes)
         if record.shape.is_plain:
             self._since_plain = 0
         elif self._plain_seconds > 0:
@@ -132,7 +132,7 @@ class Guard(SavedPolicy):
         self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)
         if self._learns_costs:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
-            self._known.add(record.verified, levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
+            self._known.add(nodes, levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
         self.policy.observe(record)
 
     def _begin(self) -> None:
@@ -206,10 +206,12 @@ class Guard(SavedPolicy):
         if nodes <= 1:
             return 0.0
         unknown = 0.0 if self._known.knows_trees else _UNKNOWN_TREE * self._plain_seconds
-        return self._known.verify(nodes) - self._known.verify(1) + unknown
+        return self._known.verify_seconds(nodes) - self._known.verify_seconds(1) + unknown
 
     def _drafting(self, levels: int) -> float:
-        return self._known.draft(levels) if self._known.knows_head else levels * _UNKNOWN_LEVEL * self._plain_seconds
+        if self._known.knows_head:
+            return self._known.draft_seconds(levels)
+        return levels * _UNKNOWN_LEVEL * self._plain_seconds
 
     def to_config(self) -> dict[str, Any]:
         """The guarded policy's, with its type.

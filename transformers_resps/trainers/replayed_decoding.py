@@ -18,14 +18,14 @@ class StepCosts:
     """Where seconds come from.
 
     Attributes:
-        verify: (nodes, positions of context) -> seconds of the target's forward.
-        draft: (width, levels) -> seconds of the head.
-        overhead: seconds of everything else in a step.
+        verify_seconds: (nodes, positions of context) -> seconds of the target's forward.
+        draft_seconds: (width, levels) -> seconds of the head.
+        overhead_seconds: of everything else in a step.
     """
 
-    verify: Callable[[int, int], float]
-    draft: Callable[[int, int], float]
-    overhead: float = 0.0
+    verify_seconds: Callable[[int, int], float]
+    draft_seconds: Callable[[int, int], float]
+    overhead_seconds: float = 0.0
 
 
 def replay_policy(text: RecordedText, policy: Policy, costs: StepCosts) -> SpeculationReport:
@@ -64,8 +64,8 @@ class _ReplayedDecoding:
         tree = self._tree(shape, root, pool)
         upcoming = self._text.input_ids[None, root + 1 :]
         accepted = min(tree.foreseen(upcoming)[0], left - 1)
-        verify = self._costs.verify(tree.node_count, root)
-        draft = self._costs.draft(shape.top_k, self._levels) if pool is not None else 0.0
+        verify = self._costs.verify_seconds(tree.node_count, root)
+        draft = self._costs.draft_seconds(shape.top_k, self._levels) if pool is not None else 0.0
         return StepRecord(
             shape,
             0 if pool is None else pool.tokens.shape[1],
@@ -74,7 +74,7 @@ class _ReplayedDecoding:
             accepted + 1,
             draft,
             verify,
-            draft + verify + self._costs.overhead,
+            draft + verify + self._costs.overhead_seconds,
             0 if pool is None else pool.foreseen(upcoming[:, : accepted + 1])[0],
         )
 
