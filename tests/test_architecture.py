@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "probe": BOTTOM,
     "refusals": BOTTOM,
     "request": BOTTOM | {"head", "policy", "probe", "refusals"},
-    "lockstep": set(),
+    "lockstep": {"attention"},
     "attaching": {"adapters", "generation", "policy"},
     "generation": LOOP | {"refusals", "request", "lockstep"},
     "__init__": ENGINE | {"verification"},
