@@ -1,6 +1,5 @@
 """Never slower than plain: drafting may lose only a small share of the time, and must earn the rest back."""
 
-from collections.abc import Callable
 from typing import Any, Self
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from .costs import RunningCosts
 from .decisions import ask_shape, count_nodes, wants_level
 from .protocol import Level, Observation, Policy
 from .saving import SavedPolicy, check_known, class_of
+from .wrapper import PolicyWrapper
 
 
 _SHARE = 0.008  # of all seconds that drafting may lose for good
@@ -25,7 +25,7 @@ _FAR = 256  # positions of context between two texts after which forwards are ti
 _UNKNOWN_TREE, _UNKNOWN_LEVEL = 0.5, 0.1  # plain steps that the first tree and the first level may cost beyond a guess
 
 
-class Guard(SavedPolicy):
+class Guard(PolicyWrapper, SavedPolicy):
     """Lets `policy` draft while the seconds it may lose are there; otherwise steps are cut down, in the end to plain.
 
     An account in seconds: a drafted step pays in what its tokens would have taken plainly and pays out what it took,
@@ -53,10 +53,8 @@ class Guard(SavedPolicy):
                 "`size` and `observe`. Pass one, for example `Guard(ThroughputPolicy())`, which is what 'auto' means."
             )
         self.policy = policy
-        costs = getattr(policy, "costs", None)
-        costs = costs if isinstance(costs, RunningCosts) else None
-        self._learns_costs = costs is None
-        self._known = costs or RunningCosts()
+        self._learns_costs = self.costs is None
+        self._known = self.costs or RunningCosts()
         self._plain_seconds = self._known.step_seconds(1, 0) if self._known.knows_plain else 0.0
         self._account = 0.0  # seconds
         self._since_plain = 0
@@ -70,18 +68,6 @@ class Guard(SavedPolicy):
 
     def __repr__(self) -> str:
         return f"Guard({self.policy!r})"
-
-    @property
-    def needs_head(self) -> bool:
-        return bool(getattr(self.policy, "needs_head", True))
-
-    @property
-    def looks_up(self) -> bool:
-        return bool(getattr(self.policy, "looks_up", True))
-
-    @property
-    def reads_foreseen(self) -> bool:
-        return bool(getattr(self.policy, "reads_foreseen", True))
 
     def choose(self, observation: Observation) -> TreeShape:
         self._context = observation.context_length
@@ -97,17 +83,12 @@ class Guard(SavedPolicy):
         trial = min(_TRIAL_LOAN, _TRIAL_PER_TOKEN * room) * self._plain_seconds
         evidence = min(_EVIDENCE_LOAN, _EVIDENCE_PER_TOKEN * room) * self._plain_seconds
         self._lookup_budget = self._account + evidence  # a lookup's record is kept while steps are plain
-        confident = evidence if getattr(self.policy, "is_confident", False) else 0.0
+        confident = evidence if self.is_confident else 0.0
         self._tree_budget = self._account + confident
         self._budget = self._tree_budget + trial
-        if not self._glances:
+        if not self.glances:
             self._tree_budget = self._budget
         return self._affordable(shape)
-
-    @property
-    def _glances(self) -> bool:
-        """Whether the policy learns from levels that are not verified: its trials need no tree."""
-        return bool(getattr(self.policy, "glances", False))
 
     def grow(self, level: Level) -> bool:
         if self._nodes == 1 or self._drafting(level.depth + 1) > self._budget:  # a glance is one level
@@ -186,7 +167,7 @@ class Guard(SavedPolicy):
         drafted = TreeShape(1, 0, 1, lookup)
         if not shape.asks_head:
             return drafted
-        glances = self._glances
+        glances = self.glances
         depth = shape.depth if not glances else 1  # who looks at each level can stop; others pay for all at once
         while depth and self._drafting(depth) > self._budget:
             depth -= 1
@@ -228,11 +209,6 @@ class Guard(SavedPolicy):
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.policy.state_tensors() if isinstance(self.policy, SavedPolicy) else {}
-
-    @property
-    def check_identity(self) -> Callable[..., None] | None:
-        """The guarded policy's own, if it has an identity."""
-        return getattr(self.policy, "check_identity", None)
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
