@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformers_resps.lookup import Lookup
+from transformers_resps.lookup import LONGEST_MATCH, Lookup
 from transformers_resps.trainers import RecordedText
 from transformers_resps.tree import CandidatePool
 
@@ -81,9 +81,10 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
     pool = CandidatePool(tokens, parents, scores, levels)
     parent_scores = scores.gather(1, parents.clamp(min=0)).masked_fill(parents < 0, 0.0)
     path = pool.nodes_along(text.upcoming(LEVELS))
-    right, foreseen = _marked(path, len(levels)), (path >= 0).sum(-1)
     chains, hazards, lengths = chains_of(text)
     places = pool.nodes_along(chains)
+    right, on_chain = ((nodes[..., None] == torch.arange(len(levels))).any(1) for nodes in (path, places))
+    foreseen = (path >= 0).sum(-1)
     upcoming = text.upcoming(CHAIN)
     followed = (chains == upcoming).int().cumprod(-1).sum(-1)
     count = len(text)
@@ -101,13 +102,13 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
     return {
         "scores": torch.stack([contexts / _CONTEXT_SCALE, place / 100.0], dim=1),
         "recent": torch.stack(earlier, dim=1),
-        "lookup": torch.cat([lengths[:, None] / 16.0, (lengths[:, None] > 0).float(), hazards[:, :4]], dim=1),
+        "lookup": torch.cat([lengths[:, None] / LONGEST_MATCH, (lengths[:, None] > 0).float(), hazards[:, :4]], dim=1),
         "agreement": torch.zeros(count, 0),  # it is about nodes: nothing of it is known before drafting
         "features": F.layer_norm(features, features.shape[2:]).flatten(1),
         "log_probs": (scores - parent_scores).clamp(min=-12.0, max=-1e-4),
         "parents": parents,
         "right": right,
-        "on_chain": _marked(places, len(levels)),
+        "on_chain": on_chain,
         "hazards": hazards,
         "chain_places": places,
         "followed": followed,
@@ -115,11 +116,6 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
         "contexts": contexts,
         "text_of": torch.full((count,), index),
     }
-
-
-def _marked(places: Tensor, count: int) -> Tensor:
-    """Which of `count` nodes are among `places` `[t, c]`, of which -1 is none: `[t, count]` bool."""
-    return F.one_hot(places + 1, count + 1)[..., 1:].bool().any(1)
 
 
 def chains_of(text: RecordedText) -> tuple[Tensor, Tensor, Tensor]:
