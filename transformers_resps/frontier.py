@@ -55,10 +55,8 @@ def grow_pool(
     """
     tokens, scores = (part[:, 0] for part in _children(head, newest, top_k))  # [b, k]
     pool = [(tokens, torch.full_like(tokens, -1), scores)]
-    width = tokens.shape[1]
-    indices = torch.arange(width, device=tokens.device).expand_as(tokens)
-    hidden = head.head.feedback(newest).expand(-1, width, -1)
-    frontier = Frontier(indices, tokens, scores, hidden, _itself(tokens))
+    if depth > 1:
+        frontier = _first(head.head.feedback(newest), tokens, scores)
     for level in range(1, depth):
         if not goes_on(level, frontier.scores):
             break
@@ -80,6 +78,13 @@ def _children(head: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Tens
     log_probs = head.logits(output).log_softmax(dim=-1)
     scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
     return head.target_ids(draft_ids), scores
+
+
+def _first(hidden: Tensor, tokens: Tensor, scores: Tensor) -> Frontier:
+    """All children `[b, k]` of the root, whose output is `hidden` `[b, 1, h]`."""
+    width = tokens.shape[1]
+    indices = torch.arange(width, device=tokens.device).expand_as(tokens)
+    return Frontier(indices, tokens, scores, hidden.expand(-1, width, -1), _itself(tokens))
 
 
 def _next(frontier: Frontier, hidden: Tensor, tokens: Tensor, scores: Tensor, first: int) -> Frontier:
