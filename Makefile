@@ -18,7 +18,7 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
 LOWEST_TORCH := 2.9.0
 CONTRACT := tests/test_seams.py tests/test_refusals.py tests/test_cache.py tests/generation \
-	tests/test_architectures.py tests/test_continuing.py tests/test_batches.py tests/test_static_cache.py \
+	tests/test_architectures.py tests/test_continuing.py tests/batches tests/test_static_cache.py \
 	tests/test_roomy_cache.py tests/test_grouped_attention.py tests/robustness
 
 export HF_HUB_OFFLINE := 1

@@ -63,7 +63,7 @@ MUTATIONS = (
     Mutation("the deepest nodes lack an ancestor", "tree.py", "range(most_levels):", "range(most_levels - 1):", POOL),
     Mutation("a node is no ancestor of itself", "tree.py", "own | ancestors.gather", "ancestors.gather", SIGHT),
     Mutation("a merged chain becomes a star", "tree.py", "parents.append(node)", "parents.append(0)", CHAIN),
-    Mutation("a merged chain is shared with cousins", "tree.py", "parents[child] == node and ", "", CHAIN),
+    Mutation("a merged chain is shared with cousins", "tree.py", " and parents[i] == node", "", CHAIN),
     Mutation(
         "the walk descends from the root again",
         "acceptance.py",

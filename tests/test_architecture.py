@@ -11,14 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "transformers_resps"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Module or package -> those of ours it may import. Anything else fails: move what is needed further down.
-BOTTOM = {"versions", "machine", "packing", "pieces", "terminal", "answers", "tree", "prefix", "cache", "attention"}
-BOTTOM |= {"grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward", "telemetry"}
-PARTS = {"acceptance", "batch", "head", "lookup", "policy"}
+BOTTOM = {"versions", "adapters", "machine", "packing", "pieces", "terminal", "answers", "tree", "prefix", "cache"}
+BOTTOM |= {"attention", "grouped_attention", "roomy_cache", "buckets", "static_cache", "features", "forward"}
+BOTTOM |= {"telemetry"}
+PARTS = {"acceptance", "batch", "frontier", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "cost_table", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
 ENGINE |= {"layer_refusals"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
+    "adapters": set(),
     "machine": set(),
     "packing": set(),
     "pieces": set(),
@@ -39,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "acceptance": {"tree"},
     "batch": {"tree", "acceptance"},
     "head": {"tree", "packing", "hub", "grouped_attention"},
+    "frontier": {"tree", "head"},
     "lookup": {"tree"},
     "policy": {"tree", "telemetry", "hub"},
     "candidate_generator": BOTTOM | PARTS,
@@ -49,8 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layer_refusals": set(),
     "refusals": BOTTOM | {"layer_refusals"},
     "request": BOTTOM | {"head", "policy", "probe", "refusals", "layer_refusals"},
-    "lockstep": set(),
-    "attaching": {"generation", "policy"},
+    "lockstep": {"attention"},
+    "attaching": {"adapters", "generation", "policy"},
     "generation": LOOP | {"refusals", "request", "lockstep"},
     "__init__": ENGINE | {"verification"},
     "verification": ENGINE,

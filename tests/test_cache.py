@@ -1,12 +1,13 @@
-"""Keeping the accepted nodes: the compacted cache is a fresh prefill of the accepted text."""
+"""Keeping the accepted nodes: the compacted cache is a fresh prefill of the accepted text, row by row."""
 
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.attention import tree_attention_mask, tree_positions
-from transformers_resps.cache import keep_nodes
+from transformers_resps.cache import keep_nodes, keep_rows, place_nodes
 from transformers_resps.tree import DraftTree
 from transformers_resps.versions import CACHE_KEYWORD
 
@@ -49,3 +50,29 @@ def test_the_mask_is_never_bool() -> None:
     assert isinstance(mask, torch.Tensor) and mask.dtype == torch.bfloat16
     lowest = torch.finfo(torch.bfloat16).min
     assert mask[0, 0].tolist() == [[0, lowest, lowest], [0, 0, lowest], [0, lowest, 0]]
+
+
+def test_sliding_layers_hold_the_last_entries_of_every_row() -> None:
+    cache = DynamicCache()
+    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=5))
+    cache.activate_past_recording()
+    states = torch.arange(2 * 6).view(2, 1, 6, 1).float()  # six entries in each row, of which a window shows four
+    cache.update(states, states, 0)
+    cache.crop(0)
+    nodes = torch.tensor([[20.0, 21, 22], [30, 31, 32]])[:, None, :, None]
+    cache.update(nodes, nodes, 0)
+    place_nodes(cache, torch.tensor([[0, 2], [0, 0]]), 3, torch.tensor([[6, 7], [6, 6]]), 8)
+    assert cache.layers[0].keys[:, 0, :, 0].tolist() == [[4, 5, 20, 22], [9, 10, 11, 30]]
+    assert cache.get_seq_length() == 8
+    keep_rows(cache, [1], 7)
+    assert cache.layers[0].keys[:, 0, :, 0].tolist() == [[9, 10, 11, 30]]
+    assert cache.get_seq_length() == 7
+
+
+def test_accepted_nodes_are_placed_behind_each_rows_own_entries() -> None:
+    cache = DynamicCache()
+    states = torch.arange(2 * 7).view(2, 1, 7, 1).float()  # three entries and a tree of four nodes in each row
+    cache.update(states.clone(), states.clone(), 0)
+    place_nodes(cache, torch.tensor([[0, 2], [0, 0]]), 4, torch.tensor([[3, 4], [2, 2]]), 5)
+    kept = cache.layers[0].keys[:, 0, :, 0].tolist()
+    assert kept == [[0, 1, 2, 3, 5], [7, 8, 10, 10, 11]], "row 1 had two entries; what is behind its third is hidden"

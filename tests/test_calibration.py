@@ -58,8 +58,8 @@ def test_planted_costs_are_found(
     assert table.identity["attention"] == "sdpa"
     assert 0 < table.overhead < 1
     costs = table.running(400)
-    assert costs.step(1, 0) == pytest.approx(1.0 + table.overhead)
-    assert costs.knows_plain and costs.verify(1) == 1.0 and costs.verify(8) == 11.0
+    assert costs.step_seconds(1, 0) == pytest.approx(1.0 + table.overhead)
+    assert costs.knows_plain and costs.verify_seconds(1) == 1.0 and costs.verify_seconds(8) == 11.0
 
 
 def test_the_command_prints_the_table_and_what_it_means(

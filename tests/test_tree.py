@@ -102,7 +102,7 @@ def test_plain_shapes_draft_nothing() -> None:
 def test_what_a_pool_foresaw_is_the_longest_path_along_the_tokens(seed: int) -> None:
     pool = random_pool(seed)
     tokens = torch.randint(0, 9, (2, 4), generator=torch.Generator().manual_seed(seed))
-    longest = []
+    longest, path = [], torch.full((2, 4), -1)
     for row in range(2):
         nodes, run = {-1}, 0
         for token in tokens[row].tolist():
@@ -111,6 +111,10 @@ def test_what_a_pool_foresaw_is_the_longest_path_along_the_tokens(seed: int) -> 
             ]
             if not found:
                 break
+            path[row, run] = found[0]
             nodes, run = {found[0]}, run + 1  # siblings with one token do not happen: the first stands for both
         longest.append(run)
     assert pool.foreseen(tokens) == longest
+    assert pool.nodes_along(tokens).tolist() == path.tolist()
+    whole = DraftTree.from_pool(torch.tensor([1, 2]), pool, pool.tokens.shape[1] + 1)
+    assert whole.foreseen(tokens) == longest

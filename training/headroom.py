@@ -22,7 +22,7 @@ from torch import Tensor
 
 from transformers_resps import TreeShape
 from transformers_resps.cost_table import CostTable
-from transformers_resps.policy import ActionGrid, Guard, Observation, Policy, ThroughputPolicy
+from transformers_resps.policy import ActionGrid, Guard, Observation, PolicyWrapper, ThroughputPolicy
 from transformers_resps.trainers import Oracle, RecordedText, fitted_policy, replay_policy
 
 
@@ -100,18 +100,12 @@ class Corpus:
         return decider.seconds(self.positions)
 
 
-class Only(Policy):
+class Only(PolicyWrapper):
     """Hides a source from a policy."""
 
-    glances = True
-
     def __init__(self, policy: ThroughputPolicy, sources: str) -> None:
-        self.policy, self.sources, self.costs = policy, sources, policy.costs
+        self.policy, self.sources = policy, sources
         self.grow, self.size, self.observe = policy.grow, policy.size, policy.observe  # type: ignore[method-assign]
-
-    @property
-    def is_confident(self) -> bool:
-        return self.policy.is_confident
 
     def choose(self, observation: Observation) -> TreeShape:
         if self.sources == "lookup":

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformers_resps.lookup import BatchLookup
+from transformers_resps.lookup import LONGEST_MATCH, Lookup
 from transformers_resps.trainers import RecordedText
+from transformers_resps.tree import CandidatePool
 
 
 TOP_K = 4  # of the pool that is looked at
@@ -77,12 +78,13 @@ def levels_of(text: RecordedText) -> Tensor:
 def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
     levels, full = levels_of(text), text.pools[TOP_K]
     tokens, parents, scores = (part[:, : len(levels)] for part in (full.tokens, full.parents, full.scores))
+    pool = CandidatePool(tokens, parents, scores, levels)
     parent_scores = scores.gather(1, parents.clamp(min=0)).masked_fill(parents < 0, 0.0)
-    right, foreseen = _right_nodes(tokens, parents, levels, text.upcoming(LEVELS))
+    path = pool.nodes_along(text.upcoming(LEVELS))
     chains, hazards, lengths = chains_of(text)
-    places = _places(tokens, parents, chains)
-    on_chain = torch.zeros_like(right).scatter(1, places.clamp(min=0), places >= 0)
-    on_chain[:, 0] = (places == 0).any(-1)  # the scatter of absent places lands on the first node
+    places = pool.nodes_along(chains)
+    right, on_chain = ((nodes[..., None] == torch.arange(len(levels))).any(1) for nodes in (path, places))
+    foreseen = (path >= 0).sum(-1)
     upcoming = text.upcoming(CHAIN)
     followed = (chains == upcoming).int().cumprod(-1).sum(-1)
     count = len(text)
@@ -100,7 +102,7 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
     return {
         "scores": torch.stack([contexts / _CONTEXT_SCALE, place / 100.0], dim=1),
         "recent": torch.stack(earlier, dim=1),
-        "lookup": torch.cat([lengths[:, None] / 16.0, (lengths[:, None] > 0).float(), hazards[:, :4]], dim=1),
+        "lookup": torch.cat([lengths[:, None] / LONGEST_MATCH, (lengths[:, None] > 0).float(), hazards[:, :4]], dim=1),
         "agreement": torch.zeros(count, 0),  # it is about nodes: nothing of it is known before drafting
         "features": F.layer_norm(features, features.shape[2:]).flatten(1),
         "log_probs": (scores - parent_scores).clamp(min=-12.0, max=-1e-4),
@@ -116,40 +118,19 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
     }
 
 
-def _right_nodes(tokens: Tensor, parents: Tensor, levels: Tensor, upcoming: Tensor) -> tuple[Tensor, Tensor]:
-    """Which nodes lie on the text's path `[t, p]`, and how many levels hold it `[t]`."""
-    right = torch.zeros_like(tokens, dtype=torch.bool)
-    parent, alive = torch.full((len(tokens), 1), -1), torch.ones(len(tokens), 1, dtype=torch.bool)
-    for level in range(1, LEVELS + 1):
-        hits = (tokens == upcoming[:, level - 1 : level]) & (parents == parent) & (levels == level) & alive
-        right |= hits
-        alive, parent = hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True)
-    return right, right.sum(-1)
-
-
 def chains_of(text: RecordedText) -> tuple[Tensor, Tensor, Tensor]:
     """Looked-up tokens `[t, c]` (-2 for none), their hazards `[t, c]`, lengths of the matches `[t]`."""
-    tokens, lookup = text.input_ids.tolist(), BatchLookup([0])
+    tokens, lookup = text.input_ids.tolist(), Lookup()
     chains, hazards, lengths = [], [], []
     for root in range(text.prompt_length, text.prompt_length + len(text)):
-        lookup.extend([tokens[lookup.lengths[0] : root + 1]])
-        match = lookup.matches()[0]
+        lookup.extend(tokens[lookup.length : root + 1])
+        match = lookup.match()
         tokens_ahead, alive = match.tokens[:CHAIN], [1.0, *match.survival[:CHAIN]]
         chains.append([*tokens_ahead, *[-2] * (CHAIN - len(tokens_ahead))])
         hazard = [after / before for before, after in zip(alive, alive[1:], strict=False)]
         hazards.append([*hazard, *[0.0] * (CHAIN - len(hazard))])
         lengths.append(float(match.length))
     return torch.tensor(chains), torch.tensor(hazards), torch.tensor(lengths)
-
-
-def _places(tokens: Tensor, parents: Tensor, chains: Tensor) -> Tensor:
-    """Where each looked-up token stands in the pool, -1 where it does not: `[t, c]`."""
-    parent, alive, places = torch.full((len(tokens), 1), -1), torch.ones(len(tokens), 1, dtype=torch.bool), []
-    for level in range(CHAIN):
-        hits = (tokens == chains[:, level : level + 1]) & (parents == parent) & alive
-        alive, parent = hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True)
-        places.append(torch.where(alive, parent, -1))
-    return torch.cat(places, dim=1)
 
 
 def _window(hits: Tensor, width: int, delay: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationMixin
 
+from .adapters import unwrapped
 from .generation import ReSpSGenerationMixin
 from .policy import KeptPolicies
 
@@ -25,7 +26,7 @@ def attach(model: Model) -> Model:
     Raises:
         ValueError: the model cannot generate.
     """
-    inner = _inner(model)
+    inner = unwrapped(model)
     if not isinstance(inner, GenerationMixin):
         raise ValueError(
             f"Got a {type(inner).__name__}, but only models with `generate` can be attached. Load it with "
@@ -39,7 +40,7 @@ def attach(model: Model) -> Model:
 
 def detach(model: Model) -> Model:
     """Undo `attach`: the same object, of its own class again."""
-    inner = _inner(model)
+    inner = unwrapped(model)
     if vars(type(inner)).get("__reduce_ex__") is _reduce:  # not somebody's own subclass of the mixin
         inner.__class__ = type(inner).__mro__[2]
         KeptPolicies.forget(inner)
@@ -65,8 +66,3 @@ def _reduce(model: Any, protocol: Any) -> Any:
 def _new_attached(base: type, *arguments: Any) -> Any:
     cls = _attached_class(base)
     return cls.__new__(cls, *arguments)
-
-
-def _inner(model: Any) -> Any:
-    """The model that `generate` runs on: a PEFT wrapper forwards to the one it wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -24,11 +24,21 @@ def last_position(config: PretrainedConfig, root_position: int) -> int | None:
     position passes the original context, which plain decoding would do one token at a time.
     """
     config = config.get_text_config()
+    boundary = longrope_boundary(config)
+    if boundary is not None:
+        return boundary - 1 if root_position < boundary else None
+    return None if getattr(config, "rope_parameters", None) else int(config.max_position_embeddings) - 1
+
+
+def longrope_boundary(config: PretrainedConfig) -> int | None:
+    """The first position that has a whole forward take the other frequencies of 'longrope', or `None` for any other
+    rope, given the target's config.
+    """
+    config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        boundary = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        return int(boundary) - 1 if root_position < boundary else None
-    return None if rope else int(config.max_position_embeddings) - 1
+    if rope.get("rope_type") != "longrope":
+        return None
+    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def tree_attention_mask(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .frontier import Frontier, grow_pool
 from .head import Attend, BoundHead, HeadCache
 from .policy import Level, Policy, wants_level
 from .prefix import Prefix
@@ -15,17 +16,6 @@ from .tree import CandidatePool, TreeShape
 
 
 MOST_UNREAD = 64  # pairs: their features weigh more than the head's keys, and one draft would have to read them all
-
-
-@dataclass(slots=True)
-class _Frontier:
-    """The nodes that get children next. w nodes, e entries drafted before them."""
-
-    indices: Tensor  # [b, w] in the pool
-    tokens: Tensor  # [b, w]
-    scores: Tensor  # [b, w]
-    hidden: Tensor  # [b, w, h] what stands in for a feature: the parent's output
-    visible: Tensor  # [b, w, e] which drafted entries are ancestors
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +73,14 @@ class TreeCandidateGenerator:
         self._cache.keep_rows(rows)
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
-        """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node.
-
-        EAGLE-2 (arXiv 2406.16858) section 4.1: the best `top_k` nodes of a level, by path probability, get children;
-        all children are candidates.
-        """
+        """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node: see `grow_pool`."""
         self.read()
         top_k = min(shape.top_k, max(shape.total_tokens - 1, 1))  # what ranks lower in its level is never kept
-        tokens, scores = self._children(self._newest, top_k)  # [b, 1, k]
-        pool = [(tokens[:, 0], torch.full_like(tokens[:, 0], -1), scores[:, 0])]
-        frontier = self._first_frontier(*pool[0])
-        for depth in range(1, shape.depth):
-            if not wants_level(policy, Level(depth, frontier.scores)):
-                break
-            output = self._run(frontier, depth)
-            tokens, scores = self._children(output, top_k)  # [b, w, k]
-            scores = scores + frontier.scores[..., None]
-            parents = frontier.indices[..., None].expand_as(tokens)
-            pool.append((tokens.flatten(1), parents.flatten(1), scores.flatten(1)))
-            if depth + 1 < shape.depth:
-                first = sum(part[0].shape[1] for part in pool[:-1])
-                frontier = self._next_frontier(frontier, output, tokens, scores, first)
-        levels = [torch.full((part[0].shape[1],), level) for level, part in enumerate(pool, start=1)]
-        joined = [torch.cat(parts, dim=1) for parts in zip(*pool, strict=True)]
-        return CandidatePool(joined[0], joined[1], joined[2], torch.cat(levels))
+
+        def goes_on(depth: int, scores: Tensor) -> bool:
+            return wants_level(policy, Level(depth, scores))
+
+        return grow_pool(self._head, self._newest, top_k, shape.depth, self._run, goes_on)
 
     def read(self, at_least: int = 1) -> None:
         """Extend the head's cache by the pairs committed since it was last read, in one pass, if `at_least` wait."""
@@ -162,47 +136,17 @@ class TreeCandidateGenerator:
         """Of `count` pairs read at once, those that look at others: the output of the newest is all we want."""
         return 1 if self._head.head.config.num_hidden_layers == 1 else count
 
-    def _children(self, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, w, k]`."""
-        log_probs = self._head.logits(output).log_softmax(dim=-1)
-        scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
-        return self._head.target_ids(draft_ids), scores
-
-    def _first_frontier(self, tokens: Tensor, parents: Tensor, scores: Tensor) -> _Frontier:
-        width = tokens.shape[1]
-        hidden = self._head.head.feedback(self._newest).expand(-1, width, -1)
-        indices = torch.arange(width, device=tokens.device).expand_as(tokens)
-        return _Frontier(indices, tokens, scores, hidden, parents.new_empty(*tokens.shape, 0, dtype=torch.bool))
-
-    def _next_frontier(
-        self, frontier: _Frontier, output: Tensor, tokens: Tensor, scores: Tensor, first: int
-    ) -> _Frontier:
-        """The best children `[b, w, k]` of a frontier, wherever they hang; `first` is their first pool index."""
-        top_k = tokens.shape[-1]
-        scores, best = scores.flatten(1).topk(top_k, dim=-1)
-        origin = best.div(top_k, rounding_mode="floor")[..., None]  # [b, k, 1] position of the parent in the frontier
-        hidden = self._head.head.feedback(output)
-        return _Frontier(
-            first + best,
-            tokens.flatten(1).gather(1, best),
-            scores,
-            hidden.gather(1, origin.expand(-1, -1, hidden.shape[-1])),
-            frontier.visible.gather(1, origin.expand(-1, -1, frontier.visible.shape[-1])),
-        )
-
-    def _run(self, frontier: _Frontier, depth: int) -> Tensor:
+    def _run(self, frontier: Frontier, depth: int) -> Tensor:
         """One pass of the head over a level: all its nodes share a position and see only prefix and ancestors."""
         batch_size, width, entries = frontier.visible.shape
-        own = torch.eye(width, dtype=torch.bool, device=self._device).expand(batch_size, -1, -1)
-        frontier.visible = torch.cat([frontier.visible, own], dim=-1)
         length = self._prefix.length
-        self._cache.reserve(length + entries + width)
+        self._cache.reserve(length + entries)
         seen, mask = self._prefix.visible(length, self._device), None
         if width > 1 or seen is not None:
-            prefix = own.new_ones(1, length) if seen is None else seen
+            prefix = frontier.visible.new_ones(1, length) if seen is None else seen
             prefix = prefix[:, None].expand(batch_size, width, -1)
             mask = torch.cat([prefix, frontier.visible], dim=-1)[:, None]
         positions = (self._prefix.ends(self._device) + depth - 1).expand(-1, width)
-        attend = self._cache.attend_from(length + entries, mask)
+        attend = self._cache.attend_from(length + entries - width, mask)
         output: Tensor = self._head.head(frontier.hidden, self._head.embed(frontier.tokens), positions, attend)
         return output

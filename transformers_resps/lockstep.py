@@ -6,6 +6,8 @@ criterion all rows at once, at the same length. What is not known to treat each 
 
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
+from .attention import longrope_boundary
+
 
 # By exact type, of Transformers' own module: a score depends on the row's own scores and its own text, and no call
 # leaves anything behind. SynthID and classifier-free guidance keep a state, prefix constraints are told the row.
@@ -51,8 +53,7 @@ def coupling(
     for name, is_asked in asked.items():
         if is_asked:
             return f"{name}, for all rows at once"
-    rope = getattr(target.config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
+    if longrope_boundary(target.config) is not None:
         return "a target of rope_type 'longrope', whose frequencies depend on the longest row"
     return None
 

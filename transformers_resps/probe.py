@@ -8,8 +8,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .attention import tree_attention_mask, tree_positions
 from .cache import check_cache, keep_nodes
+from .forward import TargetForward
 from .tree import DraftTree
-from .versions import CACHE_KEYWORD
 
 
 # model_type of every architecture in tests/test_architectures.py.
@@ -59,17 +59,16 @@ def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
     tree = DraftTree.from_parents(nodes, parents)
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     cache.activate_past_recording()
-    options = {"use_cache": True, CACHE_KEYWORD: cache}
-    target(input_ids=prompt, position_ids=torch.arange(4, device=target.device)[None], **options)
+    forward = TargetForward(target, None, cache)
+    forward.read(prompt, None, torch.arange(4, device=target.device)[None])
     check_cache(cache)
-    cache.crop(0)
     roots = torch.full((1,), 4, device=target.device)
     mask = tree_attention_mask(target.config, cache, None, tree, target.dtype)
-    logits = target(input_ids=nodes, attention_mask=mask, position_ids=tree_positions(tree, roots), **options).logits
+    verified, _ = forward.verify(nodes, mask, tree_positions(tree, roots))
     path = torch.tensor([[0, 2, 4]], device=target.device)
     keep_nodes(cache, path, 5)
-    last = target(input_ids=after, position_ids=torch.full_like(after, 7), **options).logits
+    last, _ = forward.read(after, None, torch.full_like(after, 7))
     branch = torch.cat([prompt, nodes[:, [0, 2, 4]], after], dim=1)
     expected = target(input_ids=branch, use_cache=False).logits[:, 4:]
-    found = torch.cat([logits[:, [0, 2, 4]], last], dim=1)
+    found = torch.cat([verified.logits[:, [0, 2, 4]], last.logits], dim=1)
     return float((found - expected).abs().max()), float(expected.abs().max())

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
+from .attention import longrope_boundary
 from .cache import buffer_length, cached_length, check_cache, window_of
 from .forward import is_compiled
 from .grouped_attention import GROUPED, STOCK
@@ -179,11 +180,10 @@ def check_lengths(
             "the text has to go on behind the cache, and the mask to count all of both. Pass the whole conversation "
             "as `input_ids`, or its new tokens with the `attention_mask` of the whole."
         )
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    boundary = getattr(config, "original_max_position_embeddings", None)
+    boundary = longrope_boundary(model.config)
+    reads_anew = hasattr(model.config.get_text_config(), "original_max_position_embeddings")
     start, end = past or text_length, max_length + position_count - text_length
-    if boundary and rope.get("rope_type") == "longrope" and start <= boundary < end - 1:
+    if boundary and reads_anew and start <= boundary < end - 1:
         raise _refusal(
             f"a text that may grow from {start} to {end} positions, past {boundary},",
             f"There this target reads the whole text anew: set `max_length` to {boundary + 1} at most",

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from .adapters import unwrapped
 from .head import BoundHead, DraftHead, pair_identity
 from .layer_refusals import check_draws
 from .policy import FixedPolicy, KeptPolicies, Policy
@@ -35,7 +36,7 @@ class Request:
 
 def draft_head(assistant_model: Any) -> DraftHead | None:
     """The head itself, also from inside a PEFT wrapper; `None` for any other assistant."""
-    inner = assistant_model.get_base_model() if hasattr(assistant_model, "get_base_model") else assistant_model
+    inner = unwrapped(assistant_model)
     return inner if isinstance(inner, DraftHead) else None
 
 

@@ -101,18 +101,17 @@ class CandidatePool:
 
     def foreseen(self, tokens: Tensor) -> list[int]:
         """How many of each row's `tokens` `[b, m]`, from the first, lie on a path below the root."""
-        rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens.tolist(), strict=True)
-        return [_foreseen(*row) for row in rows]
+        return _foreseen(self, tokens, -1)
 
-
-def _foreseen(pool: list[int], parents: list[int], tokens: list[int]) -> int:
-    parent = -1
-    for count, token in enumerate(tokens):
-        child = next((i for i, known in enumerate(pool) if known == token and parents[i] == parent), None)
-        if child is None:
-            return count
-        parent = child
-    return len(tokens)
+    def nodes_along(self, path: Tensor) -> Tensor:
+        """The nodes below the root along a path of tokens `[b, m]`, -1 where it has left the pool: `[b, m]`."""
+        node, nodes = torch.full_like(path[:, :1], -1), []
+        inside = torch.ones_like(node, dtype=torch.bool)
+        for tokens in path.split(1, dim=1):
+            hits = (self.tokens == tokens) & (self.parents == node) & inside
+            inside, node = hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True)
+            nodes.append(torch.where(inside, node, -1))
+        return torch.cat(nodes, dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +241,10 @@ class DraftTree:
         own = slice(index, index + 1)
         return DraftTree(self.tokens[own], self.parents[own], self.depths[own], self.ancestors[own], self.scores[own])
 
+    def foreseen(self, tokens: Tensor) -> list[int]:
+        """How many of each row's `tokens` `[b, m]`, from the first, lie on a path below the root."""
+        return _foreseen(self, tokens, 0)
+
     def children_of(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """The child of each of `nodes` `[b]` that carries `tokens` `[b]`, or -1: `[b]`."""
         order = torch.arange(self.node_count, device=tokens.device)
@@ -249,15 +252,32 @@ class DraftTree:
         return torch.where(matches.any(-1), matches.int().argmax(-1), -1)
 
 
+def _foreseen(nodes: CandidatePool | DraftTree, tokens: Tensor, root: int) -> list[int]:
+    rows = zip(nodes.tokens.tolist(), nodes.parents.tolist(), tokens.tolist(), strict=True)
+    return [len(_followed(*row, root)) for row in rows]
+
+
+def _followed(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
+    """The nodes of one row that carry the tokens of a path below `root`, as far as they are there.
+
+    Lists, since every step asks: of the few nodes of a step a tensor's operations take longer.
+    """
+    node, nodes = root, []
+    for token in path:
+        child = next((i for i, own in enumerate(tokens) if own == token and parents[i] == node and i > node), None)
+        if child is None:
+            break
+        nodes.append(child)
+        node = child
+    return nodes
+
+
 def _merged(tokens: list[int], parents: list[int], chain: list[int]) -> tuple[list[int], list[int]]:
     """Nodes of one row with a chain below the root; the new nodes come last."""
-    node = 0
-    for token in chain:
-        below = [child for child in range(1, len(tokens)) if parents[child] == node and tokens[child] == token]
-        if below:
-            node = below[0]
-        else:
-            tokens.append(token)
-            parents.append(node)
-            node = len(tokens) - 1
+    shared = _followed(tokens, parents, chain, 0)
+    node = shared[-1] if shared else 0
+    for token in chain[len(shared) :]:
+        tokens.append(token)
+        parents.append(node)
+        node = len(tokens) - 1
     return tokens, parents

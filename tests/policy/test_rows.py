@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.batches.rows import prompts, speculate
 from tests.targets import VOCABULARY, Architecture
-from tests.test_batches import prompts, speculate
 from transformers_resps import DraftHead, attach
 from transformers_resps.policy import FixedPolicy, Guard, Observation, RunningCosts, ThroughputPolicy
 from transformers_resps.telemetry import StepRecord
@@ -102,9 +102,9 @@ def test_the_next_batch_begins_with_what_steps_cost_before_rows_had_ended() -> N
     for step in range(2, 12):
         guard.choose(observation(1, step))
         guard.observe(record(2, (2, 0, 0, 0), 0.3))
-    assert guard._known.verify(2) < 0.5
+    assert guard._known.verify_seconds(2) < 0.5
     guard.choose(observation(4, 0))
-    assert guard._known.verify(2) == 1.5 and guard._plain_seconds == 1.0
+    assert guard._known.verify_seconds(2) == 1.5 and guard._plain_seconds == 1.0
 
 
 def test_two_trees_tell_what_further_nodes_cost() -> None:
@@ -112,7 +112,7 @@ def test_two_trees_tell_what_further_nodes_cost() -> None:
     costs = RunningCosts()
     for nodes, seconds in ((1, 1.0), (2, 1.1), (4, 1.5)):
         costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify(8) == pytest.approx(1.5 + 4 * 0.2)
+    assert costs.verify_seconds(8) == pytest.approx(1.5 + 4 * 0.2)
 
 
 def test_prices_are_read_anew_as_soon_as_a_tree_of_another_size_was_timed() -> None:

@@ -187,18 +187,19 @@ def test_costs_are_interpolated_and_never_fall_with_more_nodes() -> None:
     costs = RunningCosts()
     for nodes, seconds in ((1, 1.0), (2, 1.9), (8, 1.6), (16, 2.0)):
         costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify(2) == costs.verify(8) == 1.9, "measured here: two nodes can cost more than eight"
-    assert costs.verify(12) == pytest.approx(1.95)
-    assert costs.verify(24) > costs.verify(16)
+    two, eight = costs.verify_seconds(2), costs.verify_seconds(8)
+    assert two == eight == 1.9, "measured here: two nodes can cost more than eight"
+    assert costs.verify_seconds(12) == pytest.approx(1.95)
+    assert costs.verify_seconds(24) > costs.verify_seconds(16)
 
 
 def test_a_plain_step_may_cost_more_than_a_small_tree() -> None:
     costs = RunningCosts()
     for nodes, seconds in ((1, 47.0), (4, 39.0), (8, 45.0)):
         costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify(1) == 47.0
-    assert [costs.verify(nodes) for nodes in (2, 3, 4, 6, 8)] == [39.0, 39.0, 39.0, 42.0, 45.0]
-    assert costs.verify(12) == 51.0, "trees tell what further nodes cost, not the plain step"
+    assert costs.verify_seconds(1) == 47.0
+    assert [costs.verify_seconds(nodes) for nodes in (2, 3, 4, 6, 8)] == [39.0, 39.0, 39.0, 42.0, 45.0]
+    assert costs.verify_seconds(12) == 51.0, "trees tell what further nodes cost, not the plain step"
 
 
 def test_small_trees_are_used_where_they_cost_less_than_a_plain_step() -> None:
@@ -210,7 +211,7 @@ def test_a_forward_that_took_far_less_than_a_smaller_one_did_makes_the_smaller_o
     costs = RunningCosts()
     for nodes, seconds in ((1, 3.0), (4, 4.0), (8, 4.0), *[(8, 1.5)] * 4):
         costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify(1) == costs.verify(4) == costs.verify(8) < 1.8
+    assert costs.verify_seconds(1) == costs.verify_seconds(4) == costs.verify_seconds(8) < 1.8
 
 
 def test_a_clock_that_jumps_or_stands_still_is_survived() -> None:

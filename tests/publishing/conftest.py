@@ -6,6 +6,7 @@ from huggingface_hub import constants
 from transformers import dynamic_module_utils
 from transformers.utils import hub as transformers_hub
 
+from tests.publishing.artefacts import copy, head_folder
 from tests.publishing.loopback_hub import TOKEN, LoopbackHub
 
 
@@ -39,3 +40,15 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     asked: list[float] = []
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", asked.append)
     return asked
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head that lacks nothing; copy it before you change it."""
+    return head_folder(tmp_path_factory.mktemp("made") / "head")
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    """A copy of the pristine head."""
+    return copy(pristine, tmp_path / "head")

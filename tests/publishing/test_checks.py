@@ -8,22 +8,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.publishing.artefacts import changed, complete, head_folder, policy_folder
+from tests.publishing.artefacts import changed, complete, policy_folder
 from transformers_resps import FixedPolicy, TreeShape
 from transformers_resps.publishing import find_faults, write_card, write_custom_generate
 from transformers_resps.publishing.release import check, local_name
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    return head_folder(tmp_path_factory.mktemp("made") / "head")
-
-
-@pytest.fixture
-def folder(pristine, tmp_path):
-    from tests.publishing.artefacts import copy
-
-    return copy(pristine, tmp_path / "head")
 
 
 def faults(folder) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.publishing.artefacts import changed, copy, head_folder, policy_folder, snapshot
+from tests.publishing.artefacts import changed, policy_folder, snapshot
 from transformers_resps import AutoPolicy, DraftHead
 
 
@@ -15,16 +15,6 @@ REPO = "tester/head"
 
 def publish(*arguments) -> int:
     return SCRIPT["main"]([str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    return head_folder(tmp_path_factory.mktemp("made") / "head")
-
-
-@pytest.fixture
-def folder(pristine, tmp_path):
-    return copy(pristine, tmp_path / "head")
 
 
 def test_a_head_is_published_whole_in_one_commit_with_the_card_naming_the_repository(hub, folder):

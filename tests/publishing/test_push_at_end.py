@@ -11,7 +11,7 @@ import torch
 from tests.publishing.artefacts import snapshot
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
-from tests.trainers.test_head_trainer import config, fresh, texts
+from tests.trainers.heads import config, fresh, texts
 from transformers_resps import AutoPolicy, DraftHead
 from transformers_resps.hub import Destination, upload
 from transformers_resps.policy import Guard, ReSpSConfig, ReSpSPolicy

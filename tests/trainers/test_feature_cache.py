@@ -1,15 +1,91 @@
-"""Features on disk; what fills them is tested with the trainer."""
-
-from pathlib import Path
+"""Features of the target that are kept on disk."""
 
 import pytest
 import torch
 
 from tests.targets import Architecture
-from transformers_resps.trainers import CachedFeatures, Example, FrozenTarget
+from tests.trainers.heads import config, fresh, texts
+from transformers_resps.trainers import (
+    CachedFeatures,
+    DraftHeadTrainer,
+    Example,
+    ExampleDataset,
+    FrozenTarget,
+    feature_cache,
+)
 
 
-def test_a_damaged_file_is_named_and_what_to_do(tmp_path: Path) -> None:
+def test_cached_features_train_the_same_head_as_the_target_itself(tmp_path):
+    losses = []
+    for cached in (False, True):
+        target, head = fresh()
+        examples = sorted(texts(), key=lambda example: len(example.input_ids))
+        dataset = ExampleDataset(examples)
+        if cached:
+            frozen = FrozenTarget(target, head.config.feature_layers)
+            dataset = CachedFeatures(examples, tmp_path / "features", frozen, dtype=torch.float32)
+        trainer = DraftHeadTrainer(head, target, config(tmp_path / str(cached), max_steps=3), dataset)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_fine_tune_with_the_same_output_head_does_not_meet_the_features_of_its_base(tmp_path):
+    """As a merged LoRA; nor does the same target in another dtype, which rounds otherwise."""
+    target, head = fresh()
+    frozen = FrozenTarget(target, head.config.feature_layers)
+    base = CachedFeatures(texts(2), tmp_path, frozen)[0]["features"]
+    with torch.no_grad():
+        target.model.layers[0].mlp.down_proj.weight += 0.1
+    tuned = CachedFeatures(texts(2), tmp_path, frozen)[0]["features"]
+    assert not torch.equal(base, tuned) and len(list(tmp_path.iterdir())) == 2
+    target.bfloat16()
+    CachedFeatures(texts(2), tmp_path, frozen)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_cache_goes_on_from_whole_files_and_says_what_a_full_disk_needs(tmp_path, monkeypatch):
+    target, head = fresh()
+    frozen = FrozenTarget(target, head.config.feature_layers)
+    examples = texts(130)
+
+    def full(tensors, path):
+        if len(list(tmp_path.glob("*.safetensors"))) == 2:
+            raise OSError(28, "No space left on device")
+        return save(tensors, path)
+
+    save = feature_cache.save_file
+    monkeypatch.setattr(feature_cache, "save_file", full)
+    with pytest.raises(OSError, match="bytes per token"):
+        CachedFeatures(examples, tmp_path, frozen)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+    monkeypatch.setattr(feature_cache, "save_file", save)
+    assert len(CachedFeatures(examples, tmp_path, frozen)) == 130
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_processes_that_fill_one_cache_write_different_files(tmp_path, monkeypatch):
+    target, head = fresh()
+    frozen, save, names = FrozenTarget(target, head.config.feature_layers), feature_cache.save_file, set()
+
+    def note(tensors, path):
+        names.add(path.name)
+        save(tensors, path)
+
+    monkeypatch.setattr(feature_cache, "save_file", note)
+    for process in (7, 8):
+        monkeypatch.setattr(feature_cache.os, "getpid", lambda process=process: process)
+        CachedFeatures(texts(2), tmp_path / str(process), frozen)
+    assert len(names) == 2
+
+
+def test_features_are_not_cached_of_texts_of_another_tokenizer(tmp_path):
+    target, head = fresh()
+    with pytest.raises(ValueError, match="another model's tokenizer"):
+        CachedFeatures(texts(vocabulary=99), tmp_path, FrozenTarget(target, head.config.feature_layers))
+
+
+def test_a_damaged_file_is_named_and_what_to_do(tmp_path):
     target = FrozenTarget(Architecture("llama").build("sdpa"), [1, 2])
     example = Example(torch.tensor([3, 4, 5, 6]), torch.tensor([False, False, True, True]))
     cached = CachedFeatures([example], tmp_path, target)

@@ -11,13 +11,11 @@ import torch
 import yaml
 
 from tests.targets import Architecture
-from tests.tokenizers import letter_tokenizer
 from transformers_resps import AutoPolicy, DraftHead, Guard, ThroughputPolicy, attach
 from transformers_resps.publishing import find_faults
 
 
 TRAINING = Path(__file__).parents[2] / "training"
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
 CARD = {
     "target": "maker/tiny",
     "head": "maker/tiny-head",
@@ -29,43 +27,33 @@ CARD = {
 
 
 def test_prompts_become_a_policy_that_lacks_only_its_measurements(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target: Any = Architecture("llama").build("sdpa").float()
-    torch.manual_seed(1)
-    target.save_pretrained(tmp_path / "target")
-    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "head")
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "target")
-    rows = [{"question": word} for word in ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = yaml.safe_load((TRAINING / "recipes" / "throughput_policy.yaml").read_text())
     given = {"target": "target", "head": "head", "dataset": "prompts.jsonl", "output_dir": "run", "card": CARD}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**recipe, **given, "max_new_tokens": 16}))
-    monkeypatch.chdir(tmp_path)
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**recipe, **given, "max_new_tokens": 16}))
+    monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(TRAINING)  # as for a script that is run from there
     monkeypatch.setattr(sys, "argv", ["fit_policy.py", "--config", "mine.yaml"])
 
     runpy.run_path(str(TRAINING / "fit_policy.py"), run_name="__main__")
-    folder = Path("run/policy")
-    recordings = {
-        file: file.stat().st_mtime_ns for file in Path("run").rglob("*.safetensors") if file.parent != folder
-    }
-    metrics = json.loads((folder / "metrics.json").read_text())
+    made = Path("run/policy")
+    recordings = {file: file.stat().st_mtime_ns for file in Path("run").rglob("*.safetensors") if file.parent != made}
+    metrics = json.loads((made / "metrics.json").read_text())
     assert metrics["held_out_texts"] == 1 and metrics["training"]["texts"] == 5 == len(recordings) - 1
     rates = metrics["tokens_per_second"], metrics["best_fixed_tokens_per_second"]
     assert metrics["gain_over_best_fixed"] == pytest.approx(rates[0] / rates[1])
-    (fault,) = find_faults(folder, "policy")
+    (fault,) = find_faults(made, "policy")
     assert fault.startswith("results.json is missing")
-    assert "weighs each node" in (card := (folder / "README.md").read_text()) and "A guard decodes plainly" in card
+    assert "weighs each node" in (card := (made / "README.md").read_text()) and "A guard decodes plainly" in card
 
     runpy.run_path(str(TRAINING / "fit_policy.py"), run_name="__main__")
     assert recordings == {file: file.stat().st_mtime_ns for file in recordings}
-    policy = AutoPolicy.from_pretrained(folder)
+    policy = AutoPolicy.from_pretrained(made)
     assert isinstance(policy, Guard) and isinstance(policy.policy, ThroughputPolicy)
     assert any(one.slope != 1.0 for one in policy.policy.odds.maps)
     prompt, head = torch.tensor([[5, 6, 7, 3]]), DraftHead.from_pretrained("head")
+    target: Any = Architecture("llama").build("sdpa").float()
     plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
     out = attach(target).generate(prompt, max_new_tokens=12, do_sample=False, assistant_model=head, policy=policy)
     assert torch.equal(out, plain)

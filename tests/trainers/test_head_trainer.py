@@ -1,81 +1,13 @@
 import math
-import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import PhiConfig, PhiForCausalLM, TrainerCallback
+from transformers import PhiConfig, PhiForCausalLM
 
 from tests.conftest import build_target
+from tests.trainers.heads import bits, config, fresh, texts
 from transformers_resps import DraftHead
-from transformers_resps.trainers import (
-    CachedFeatures,
-    DraftHeadTrainer,
-    DraftHeadTrainingConfig,
-    Example,
-    ExampleDataset,
-    FrozenTarget,
-    save_head,
-)
-from transformers_resps.trainers.interruption import Interruption
-
-
-def texts(count=12, vocabulary=64):
-    generator = torch.Generator().manual_seed(0)
-    examples = []
-    for _ in range(count):
-        length = int(torch.randint(9, 24, (1,), generator=generator))
-        mask = torch.arange(length) >= 5
-        examples.append(Example(torch.randint(3, vocabulary, (length,), generator=generator), mask))
-    return examples
-
-
-def config(folder, **overrides):
-    return DraftHeadTrainingConfig(
-        **{
-            "output_dir": str(folder),
-            "steps": 3,
-            "tokens_per_batch": 64,
-            "max_steps": 6,
-            "save_steps": 3,
-            "logging_steps": 1,
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **overrides,
-        }
-    )
-
-
-def fresh(draft_vocab_size=48):
-    target = build_target(initializer_range=0.3)
-    torch.manual_seed(1)
-    return target, DraftHead.from_target(target, draft_vocab_size=draft_vocab_size)
-
-
-class Stop(TrainerCallback):
-    """As a kill after a checkpoint would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-
-
-class PressCtrlC(TrainerCallback):
-    """In the middle of a step, as a user would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            signal.raise_signal(signal.SIGINT)
-
-
-def bits(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
+from transformers_resps.trainers import DraftHeadTrainer, Example, ExampleDataset, FrozenTarget, save_head
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -89,107 +21,6 @@ def test_every_trained_parameter_moves_and_none_of_the_target(tmp_path, optimize
         is_frozen = freeze_output_head and name == "lm_head.weight"
         assert torch.equal(parameter, before[name]) == is_frozen, name
     assert all(torch.equal(value, target_before[name]) for name, value in bits(target).items())
-
-
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    target, head = fresh()
-    whole = DraftHeadTrainer(head, target, config(tmp_path / "whole", max_steps=7), ExampleDataset(texts()))
-    whole.train()
-
-    for callbacks, resume in (([Stop(3)], None), ([], True)):
-        target, resumed_head = fresh()
-        args = config(tmp_path / "killed", max_steps=7)
-        resumed = DraftHeadTrainer(resumed_head, target, args, ExampleDataset(texts()), callbacks=callbacks)
-        resumed.train(resume_from_checkpoint=resume)
-    assert resumed.state.global_step == whole.state.global_step == 7
-    expected = bits(head)
-    assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())
-
-
-class Minute(TrainerCallback):
-    """A clock on which every step takes one."""
-
-    seconds = 0.0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += 60.0
-
-
-def test_a_resumed_run_tells_the_time_left_by_its_own_steps(tmp_path, monkeypatch):
-    for callbacks, resume, first in (([Stop(3)], None, 4.0), ([], True, 1.0)):
-        clock = Minute()
-        monkeypatch.setattr(
-            "transformers_resps.trainers.head_trainer.time",
-            SimpleNamespace(monotonic=lambda clock=clock: clock.seconds),
-        )
-        target, head = fresh()
-        args = config(tmp_path, max_steps=5)
-        trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts()), callbacks=[clock, *callbacks])
-        trainer.train(resume_from_checkpoint=resume)
-        told = [entry["minutes_left"] for entry in trainer.state.log_history if "minutes_left" in entry]
-        assert told[-2 if resume else 0] == first
-
-
-def test_ctrl_c_writes_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(tmp_path):
-    target, head = fresh()
-    DraftHeadTrainer(head, target, config(tmp_path / "whole", max_steps=5), ExampleDataset(texts())).train()
-
-    target, stopped_head = fresh()
-    args = config(tmp_path / "stopped", max_steps=5, save_strategy="no")
-    stopped = DraftHeadTrainer(stopped_head, target, args, ExampleDataset(texts()), callbacks=[PressCtrlC(1)])
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
-    assert stopped.state.global_step == 2 and signal.getsignal(signal.SIGINT) is before
-    target, resumed_head = fresh()
-    DraftHeadTrainer(resumed_head, target, args, ExampleDataset(texts())).train(resume_from_checkpoint=True)
-    expected = bits(head)
-    assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())
-
-
-@pytest.fixture
-def default_ctrl_c():
-    """A shell's background job ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("default_ctrl_c")
-def test_a_second_ctrl_c_ends_at_once():
-    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
-        signal.raise_signal(signal.SIGINT)
-        assert interruption.is_requested
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_cached_features_train_the_same_head_as_the_target_itself(tmp_path):
-    losses = []
-    for cached in (False, True):
-        target, head = fresh()
-        examples = sorted(texts(), key=lambda example: len(example.input_ids))
-        dataset = ExampleDataset(examples)
-        if cached:
-            frozen = FrozenTarget(target, head.config.feature_layers)
-            dataset = CachedFeatures(examples, tmp_path / "features", frozen, dtype=torch.float32)
-        trainer = DraftHeadTrainer(head, target, config(tmp_path / str(cached), max_steps=3), dataset)
-        trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_a_fine_tune_with_the_same_output_head_does_not_meet_the_features_of_its_base(tmp_path):
-    """As a merged LoRA; nor does the same target in another dtype, which rounds otherwise."""
-    target, head = fresh()
-    frozen = FrozenTarget(target, head.config.feature_layers)
-    base = CachedFeatures(texts(2), tmp_path, frozen)[0]["features"]
-    with torch.no_grad():
-        target.model.layers[0].mlp.down_proj.weight += 0.1
-    tuned = CachedFeatures(texts(2), tmp_path, frozen)[0]["features"]
-    assert not torch.equal(base, tuned) and len(list(tmp_path.iterdir())) == 2
-    target.bfloat16()
-    CachedFeatures(texts(2), tmp_path, frozen)
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_accumulated_small_batches_give_the_gradient_of_one_large_batch(tmp_path):
@@ -232,45 +63,6 @@ def test_checkpoints_and_exports_load_as_heads(tmp_path):
     assert torch.equal(exported.d2t, head.d2t)
 
 
-def test_the_cache_goes_on_from_whole_files_and_says_what_a_full_disk_needs(tmp_path, monkeypatch):
-    target, head = fresh()
-    frozen = FrozenTarget(target, head.config.feature_layers)
-    examples = texts(130)
-
-    def full(tensors, path):
-        if len(list(tmp_path.glob("*.safetensors"))) == 2:
-            raise OSError(28, "No space left on device")
-        return save(tensors, path)
-
-    from transformers_resps.trainers import feature_cache
-
-    save = feature_cache.save_file
-    monkeypatch.setattr(feature_cache, "save_file", full)
-    with pytest.raises(OSError, match="bytes per token"):
-        CachedFeatures(examples, tmp_path, frozen)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
-    monkeypatch.setattr(feature_cache, "save_file", save)
-    assert len(CachedFeatures(examples, tmp_path, frozen)) == 130
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_processes_that_fill_one_cache_write_different_files(tmp_path, monkeypatch):
-    from transformers_resps.trainers import feature_cache
-
-    target, head = fresh()
-    frozen, save, names = FrozenTarget(target, head.config.feature_layers), feature_cache.save_file, set()
-
-    def note(tensors, path):
-        names.add(path.name)
-        save(tensors, path)
-
-    monkeypatch.setattr(feature_cache, "save_file", note)
-    for process in (7, 8):
-        monkeypatch.setattr(feature_cache.os, "getpid", lambda process=process: process)
-        CachedFeatures(texts(2), tmp_path / str(process), frozen)
-    assert len(names) == 2
-
-
 @pytest.mark.parametrize(("held_out", "asked", "measured"), [(100, 8, 8), (15, 8, 8), (5, 8, 5), (5, 0, 0)])
 def test_tau_is_measured_on_as_many_texts_as_asked(tmp_path, monkeypatch, held_out, asked, measured):
     monkeypatch.setattr(
@@ -306,12 +98,6 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     target, head = fresh()
     with pytest.raises(ValueError, match="another model's tokenizer"):
         DraftHeadTrainer(head, target, config(tmp_path), ExampleDataset(texts(vocabulary=99)))
-
-
-def test_features_are_not_cached_of_texts_of_another_tokenizer(tmp_path):
-    target, head = fresh()
-    with pytest.raises(ValueError, match="another model's tokenizer"):
-        CachedFeatures(texts(vocabulary=99), tmp_path, FrozenTarget(target, head.config.feature_layers))
 
 
 def test_a_borrowed_output_head_is_not_trained_and_asking_for_it_is_refused(tmp_path):

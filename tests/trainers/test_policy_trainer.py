@@ -3,45 +3,19 @@
 import dataclasses
 import math
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
-from tests.conftest import FakeClock
-from transformers_resps import DraftHead, TreeShape, attach
-from transformers_resps.decoding import TreeDecoding
-from transformers_resps.policy import ActionGrid, AutoPolicy, Observation, ReSpSConfig, ReSpSPolicy
-from transformers_resps.telemetry import StepRecord
-from transformers_resps.trainers.live_rollouts import DecisionRecorder, LiveRollouts
+from tests.trainers.policies import FEATURES, GRID, config, policy, task
+from transformers_resps.policy import AutoPolicy, ReSpSConfig, ReSpSPolicy
 from transformers_resps.trainers.outcomes import OutcomeTable, TextOutcomes
 from transformers_resps.trainers.policy_config import PolicyTrainingConfig
 from transformers_resps.trainers.policy_trainer import PolicyTrainer
 from transformers_resps.trainers.rollouts import ReplayRollouts
-
-
-RECIPES = Path(__file__).parent.parent.parent / "training" / "recipes"
-GRID = ActionGrid((TreeShape.plain(), TreeShape(4, 3, 1), TreeShape(9, 8, 1)))
-SECONDS = torch.tensor([1.0, 1.3, 2.0])
-LONGEST = torch.tensor([[1, 1, 1], [1, 3, 3], [1, 4, 9]])  # emitted, by context: plain, short and deep trees are best
-FEATURES = 12
-
-
-def task(texts: int, seed: int) -> ReplayRollouts:
-    """Texts of runs of three contexts, visible in noisy features; the best action of each is its own number."""
-    generator = torch.Generator().manual_seed(seed)
-    prototypes = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(99))
-    made = []
-    for _ in range(texts):
-        contexts = torch.randint(3, (4,), generator=generator).repeat_interleave(12)
-        left = len(contexts) - torch.arange(len(contexts))
-        noise = 0.2 * torch.randn(len(contexts), FEATURES, generator=generator)
-        emitted = LONGEST[contexts].minimum(left[:, None])
-        made.append(TextOutcomes(prototypes[contexts] + noise, emitted, SECONDS.expand(len(contexts), 3)))
-    return ReplayRollouts(OutcomeTable(made))
 
 
 def known_best_seconds(rollouts: ReplayRollouts) -> float:
@@ -54,15 +28,6 @@ def known_best_seconds(rollouts: ReplayRollouts) -> float:
             total += float(table.seconds[start, best[start]])
             start += int(table.emitted[start, best[start]])
     return total
-
-
-def config(folder: Path, **changes: Any) -> PolicyTrainingConfig:
-    settings = {"updates": 30, "persistence": 1, "learning_rate": 5e-3, "texts_per_update": 4}
-    return PolicyTrainingConfig(str(folder), **{"disable_tqdm": True, "use_cpu": True, **settings, **changes})
-
-
-def policy(**changes: Any) -> ReSpSPolicy:
-    return ReSpSPolicy(ReSpSConfig(FEATURES, GRID, persistence=1, **changes))
 
 
 @pytest.mark.parametrize(
@@ -169,122 +134,18 @@ def test_planted_costs_on_replayed_texts_are_obeyed(
     assert (picked[pays] == wanted).float().mean() > 0.95
 
 
-WIDE = ActionGrid((TreeShape.plain(), TreeShape(73, 2, 8)))  # every token has 8 candidates: always two accepted
-
-
-@pytest.fixture
-def small_vocabulary(make_target: Callable[..., PreTrainedModel]) -> tuple[PreTrainedModel, DraftHead]:
-    target = attach(make_target(vocab_size=8, bos_token_id=None, eos_token_id=None))
-    return target, DraftHead.from_target(target, draft_vocab_size=None).eval()
-
-
-def live(pair: tuple[PreTrainedModel, DraftHead], **options: Any) -> tuple[ReSpSPolicy, LiveRollouts]:
-    target, head = pair
-    prompts = [torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7])]
-    rollouts = LiveRollouts(target, head, prompts, max_new_tokens=16, do_sample=False, **options)
-    return ReSpSPolicy(ReSpSConfig(head.config.features_width, WIDE, persistence=1)), rollouts
-
-
-def plant_costs(
-    monkeypatch: pytest.MonkeyPatch, pair: tuple[PreTrainedModel, DraftHead], node_seconds: float, level_seconds: float
-) -> FakeClock:
-    """A target's forward takes a second and `node_seconds` for each token, a pass of the head `level_seconds`."""
-    clock = FakeClock()
-    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
-    target, head = pair
-    target.register_forward_pre_hook(
-        lambda module, args, kwargs: clock.advance(1 + node_seconds * kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    head.register_forward_pre_hook(lambda module, args: clock.advance(level_seconds))
-    return clock
-
-
-@pytest.mark.parametrize(
-    ("node_seconds", "level_seconds", "includes_drafting", "wanted"),
-    [
-        (0.0, 0.0, True, 1),  # deep trees are free
-        (1.0, 0.0, True, 0),  # nodes are ruinous
-        (0.0, 5.0, True, 0),  # drafting is ruinous
-        (0.0, 5.0, False, 1),  # ... and as free as in the code of Re-SpS, whose clock leaves it out
-    ],
-)
-def test_planted_costs_in_live_decoding_are_obeyed(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    small_vocabulary: tuple[PreTrainedModel, DraftHead],
-    node_seconds: float,
-    level_seconds: float,
-    includes_drafting: bool,
-    wanted: int,
-) -> None:
-    plant_costs(monkeypatch, small_vocabulary, node_seconds, level_seconds)
-    learner, rollouts = live(small_vocabulary, includes_drafting=includes_drafting)
-    settings = config(
-        tmp_path, objective="max_entropy_ppo", reward="mean_rate", updates=12, minibatches=1, learning_rate=2e-3
-    )
-    trainer = PolicyTrainer(learner, settings, rollouts)
-    trainer.train()
-    decisions = rollouts.collect(learner, 2, 1, torch.Generator().manual_seed(0), greedy=True)
-    assert (decisions.actions == wanted).all()
-
-
-def record(shape: TreeShape, emitted: int, seconds: float, draft_seconds: float = 0.0) -> StepRecord:
-    return StepRecord(shape, 0, shape.total_tokens, emitted - 1, emitted, draft_seconds, 0.0, seconds)
-
-
-def test_each_step_is_booked_under_the_decision_that_shaped_it() -> None:
-    learner = ReSpSPolicy(ReSpSConfig(FEATURES, GRID))
-    recorder = DecisionRecorder(learner, persistence=3, generator=torch.Generator().manual_seed(0))
-    for step in range(8):
-        shape = recorder.choose(Observation(torch.full((1, FEATURES), float(step)), 10, step, 100, list))
-        recorder.observe(record(shape, emitted=step + 1, seconds=1.0))
-    assert [[one.emitted for one in decision.records] for decision in recorder.decisions] == [
-        [1, 2, 3],
-        [4, 5, 6],
-        [7, 8],
-    ]
-    assert [float(decision.features[0, 0]) for decision in recorder.decisions] == [0, 3, 6]  # no zeros put in
-    for decision in recorder.decisions:
-        assert {one.shape for one in decision.records} == {GRID[decision.action]}
-
-
-def test_a_clock_that_jumps_or_stands_still_is_not_believed(
-    monkeypatch: pytest.MonkeyPatch, small_vocabulary: tuple[PreTrainedModel, DraftHead]
-) -> None:
-    clock = plant_costs(monkeypatch, small_vocabulary, 0.01, 0.1)
-    learner, rollouts = live(small_vocabulary)
-    steady = rollouts.collect(learner, 2, 1, torch.Generator().manual_seed(0))
-    assert steady.dropped == 0 and len(steady) > 8
-    calls = iter(range(10_000))
-    jumps = {5: 3600.0, 9: -7200.0}  # the machine slept; then the clock was set back
-    target = small_vocabulary[0]
-    handle = target.register_forward_hook(lambda *_: clock.advance(jumps.get(next(calls), 0.0)))
-    jumped = rollouts.collect(learner, 2, 1, torch.Generator().manual_seed(0))
-    handle.remove()
-    assert jumped.dropped == 2 and len(jumped) == len(steady) - 2
-    assert jumped.tokens_per_second == pytest.approx(steady.tokens_per_second, rel=0.2)
-    clock.advance = lambda seconds: None  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"None of the \d+ decisions over 2 prompts.*Check the clock"):
-        rollouts.collect(learner, 2, 1, torch.Generator().manual_seed(0))
-
-
 def test_training_goes_on_with_a_single_replayed_text(tmp_path: Path) -> None:
     trainer = PolicyTrainer(policy(), config(tmp_path, updates=2, objective="ppo"), task(1, seed=0))
     trainer.train()
     assert all(weight.isfinite().all() for weight in trainer.policy.network.parameters())
 
 
-def test_bad_input_is_refused_by_name(tmp_path: Path, small_vocabulary: tuple[PreTrainedModel, DraftHead]) -> None:
-    with pytest.raises(ValueError, match="Got no prompts.*Pass a dataset"):
-        LiveRollouts(*small_vocabulary, [])
+def test_bad_input_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0 replayed texts.*At least one text"):
         OutcomeTable([])
     with pytest.raises(ValueError, match=r"width 12 and 3 actions, but the policy reads width 9 and has 3.*Record"):
         learner = ReSpSPolicy(ReSpSConfig(9, GRID))
         PolicyTrainer(learner, config(tmp_path), task(1, 0)).train()
-    learner, rollouts = live(small_vocabulary)
-    with pytest.raises(ValueError, match="'full_information' with LiveRollouts.*objective='ppo'"):
-        PolicyTrainer(learner, config(tmp_path), rollouts)
     with pytest.raises(ValueError, match="`eval_rollouts` is missing.*held-out"):
         PolicyTrainer(policy(), config(tmp_path), task(1, 0)).evaluate()
     features, ones = torch.zeros(4, 2), torch.ones(4, 3, dtype=torch.long)

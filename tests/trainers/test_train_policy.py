@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from trl import TrlParser
 
 from tests.targets import Architecture
-from tests.tokenizers import letter_tokenizer
 from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, TreeShape, attach
 from transformers_resps.policy import ActionGrid
 from transformers_resps.trainers import PolicyTrainingConfig, pair_identity
@@ -21,23 +20,6 @@ from transformers_resps.trainers import PolicyTrainingConfig, pair_identity
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = runpy.run_path(str(ROOT / "training" / "train_policy.py"), run_name="train_policy")
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny target, its head, and six prompts."""
-    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
-    target = Architecture("llama").build("sdpa").float()
-    torch.manual_seed(1)
-    target.save_pretrained(tmp_path / "target")
-    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "head")
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "target")
-    rows = [{"question": word, "answer": "b"} for word in ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.trainers.test_head_trainer import config, fresh, texts
+from tests.trainers.heads import config, fresh, texts
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .measurement import Interval
 
 
-_NODES = 8  # whose verification the sentence names
+NAMED_NODES = 8  # whose verification the sentence names
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: in
 
     Args:
         standings: of every measured method but plain decoding.
-        verify_cost: of a forward over eight nodes, in plain steps; `None` when unknown.
+        verify_cost: of a forward over `NAMED_NODES` nodes, in plain steps; `None` when unknown.
         prompts: that the intervals are over; one prompt gives no interval.
     """
     if prompts < 2:
@@ -62,7 +62,7 @@ def _plain_sentence(fastest: Standing, verify_cost: float | None) -> str:
     best = f"the fastest, {fastest.name}, reaches {interval.ratio:.2f} ({interval.low:.2f} to {interval.high:.2f})"
     if verify_cost is None:
         return f"{verdict}: {best}."
-    return f"{verdict}: verification of {_NODES} nodes costs {verify_cost:.1f} plain steps, and {best}."
+    return f"{verdict}: verification of {NAMED_NODES} nodes costs {verify_cost:.1f} plain steps, and {best}."
 
 
 def _times(interval: Interval) -> str:

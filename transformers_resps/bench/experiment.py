@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..head import DraftHead
+from ..hub import RESULTS
 from .options import device, dtype, positive, shape
 from .prompts import read_dialogues, spread, to_tokens
 from .provenance import code, machine
@@ -47,7 +48,7 @@ class Experiment:
         """`results.json`: machine, code, options, the table's rows and every run."""
         facts = {**machine(self.target), **code(), "arguments": vars(args), "rows": rows}
         args.output.mkdir(parents=True, exist_ok=True)
-        file: Path = args.output / "results.json"
+        file: Path = args.output / RESULTS
         file.write_text(json.dumps(facts | {"runs": [asdict(run) for run in runs]}, indent=1, default=str), "utf-8")
         return file
 

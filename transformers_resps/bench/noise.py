@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .measurement import Measurement, plain_spread
+from .measurement import PLAIN, Measurement, plain_spread
 
 
 MOST_LOAD = 0.5  # processors that others may keep busy before the start
@@ -37,7 +37,7 @@ def check_spread(measurements: Sequence[Measurement], journal: str) -> None:
     Raises:
         BusyMachine: the rates of plain decoding spread more than `MOST_SPREAD`.
     """
-    answers = sum(m.method == "plain" for m in measurements)
+    answers = sum(m.method == PLAIN for m in measurements)
     spread = plain_spread(measurements) if answers >= _LEAST_ANSWERS else None
     if spread is not None and spread > MOST_SPREAD:
         raise BusyMachine(

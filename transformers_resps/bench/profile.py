@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..head import BoundHead, DraftHead
+from .measurement import PLAIN
 from .methods import Method
 from .prompts import Prompt
 from .protocol import Bench
@@ -77,7 +78,7 @@ class Stopwatch:
 
 def profile(bench: Bench, head: DraftHead, tree: Method, prompts: Sequence[Prompt]) -> Profile:
     """Decode `prompts` plain and with `tree`, in turn."""
-    plain = Method("plain")
+    plain = Method(PLAIN)
     for method in (plain, tree):
         bench.decode(prompts[0], method)
     plain_watch = Stopwatch()
@@ -111,7 +112,7 @@ def _prefill_ratio(bench: Bench, tree: Method, prompts: Sequence[Prompt]) -> flo
     """Median over prompts and repeats of calls that write one token."""
     one = Bench(bench.model, 1)
     pairs = [
-        [one.decode(prompt, method).measurement.seconds for method in (Method("plain"), tree)]
+        [one.decode(prompt, method).measurement.seconds for method in (Method(PLAIN), tree)]
         for _ in range(_PREFILL_REPEATS)
         for prompt in prompts
     ]

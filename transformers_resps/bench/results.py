@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..hub import RESULTS
 from .advice import Standing, advise
 from .measurement import PLAIN, Measurement, compare, grouped, plain_spread, rate, summarise
 from .methods import Method
@@ -17,7 +18,6 @@ from .steps import summarise_steps
 
 
 SCHEMA_VERSION = 2
-RESULTS = "results.json"
 ALL = "all"
 
 

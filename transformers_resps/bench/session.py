@@ -10,6 +10,7 @@ from ..calibration import calibrate
 from ..cost_table import CostTable
 from ..policy.kept import KeptPolicies
 from ..tree import TreeShape
+from .advice import NAMED_NODES
 from .headroom import BestFixed, Replayer, ceiling_of, shapes_for
 from .journal import JOURNAL, Journal
 from .judging import Judge
@@ -41,7 +42,7 @@ from .subjects import Subjects
 
 
 _MOST_SEARCHED = 8  # prompts, shared among the datasets
-_ADVICE_NODES, _ADVICE_CONTEXT = 8, 128
+_ADVICE_CONTEXT = 128  # positions
 
 
 class Session:
@@ -221,11 +222,11 @@ class Session:
         return {"verify": self.costs.verify, "draft": self.costs.draft, "overhead": self.costs.overhead}
 
     def verify_cost(self) -> float | None:
-        """Of a forward over eight nodes, in plain steps."""
+        """Of a forward over `NAMED_NODES` nodes, in plain steps."""
         if self.costs is None:
             return None
-        eight, one = (self.costs.verify_seconds(nodes, _ADVICE_CONTEXT) for nodes in (_ADVICE_NODES, 1))
-        return eight / one
+        several, one = (self.costs.verify_seconds(nodes, _ADVICE_CONTEXT) for nodes in (NAMED_NODES, 1))
+        return several / one
 
 
 _ONLY_SETTINGS = (

@@ -9,6 +9,9 @@ from transformers import PreTrainedConfig
 from ..hub import shareable
 
 
+ROPE_BASE = 10000.0  # where nobody names another: RoFormer (arXiv 2104.09864) section 3.2.2
+
+
 class DraftHeadConfig(PreTrainedConfig):
     """Sizes, conventions and identity of a `DraftHead`.
 
@@ -98,7 +101,7 @@ class DraftHeadConfig(PreTrainedConfig):
         if self.feature_layers is None:
             self.feature_layers = [2, 15, 27]
         if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+            self.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_BASE}
         if self.default_tree is None:
             self.default_tree = [60, 8, 10]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped

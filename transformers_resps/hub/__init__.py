@@ -2,13 +2,15 @@
 
 from .download import RepositoryFiles
 from .metadata import GENERAL_TAGS, as_hub_id, front_matter, shareable
-from .pushing import MEASURED, plain_card, push_saved
+from .pushing import CARD, METRICS, RESULTS, plain_card, push_saved
 from .upload import Destination, Existing, make_repository, upload
 
 
 __all__ = [
+    "CARD",
     "GENERAL_TAGS",
-    "MEASURED",
+    "METRICS",
+    "RESULTS",
     "Destination",
     "Existing",
     "RepositoryFiles",

@@ -9,9 +9,8 @@ from .metadata import GENERAL_TAGS, as_hub_id, front_matter
 from .upload import Destination, Existing, upload
 
 
-CARD = "README.md"
-MEASURED = ("results.json",)  # what publishing puts beside the weights that it tells of
-_TOLD = (*MEASURED, "metrics.json")
+# What publishing puts beside weights, and tells of them.
+CARD, RESULTS, METRICS = "README.md", "results.json", "metrics.json"
 
 
 def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:
@@ -29,7 +28,9 @@ def push_saved(save: Callable[[Path], Any], card: str, destination: Destination,
         folder = Path(name)
         save(folder)
         files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
-        return upload({CARD: card.encode(), **files}, destination, message, existing=Existing((CARD,), _TOLD))
+        return upload(
+            {CARD: card.encode(), **files}, destination, message, existing=Existing((CARD,), (RESULTS, METRICS))
+        )
 
 
 def plain_card(kind: str, tag: str, target: str | None, use: str) -> str:

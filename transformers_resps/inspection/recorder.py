@@ -1,11 +1,10 @@
 """Keep what a policy sees and decides, and the tree that comes of it. Knows nothing of texts or pages."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..policy import Level, Observation, Policy
+from ..policy import Level, Observation, Policy, PolicyWrapper
 from ..telemetry import StepRecord
 from ..tree import DraftTree, TreeShape
 
@@ -51,11 +50,13 @@ class RecordedStep:
         return [node for node in ancestors if 0 < node < self.head_nodes]
 
 
-class Recorder(Policy):
+class Recorder(PolicyWrapper):
     """Decides as `policy` does and keeps every step: for one call of `generate` with one prompt.
 
     Costs a lookup of the text's end per step, microseconds, and the memory of the trees.
     """
+
+    looks_up = True  # at every step, whatever the policy does
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -63,10 +64,6 @@ class Recorder(Policy):
 
     def __repr__(self) -> str:
         return repr(self.policy)
-
-    @property
-    def needs_head(self) -> bool:
-        return bool(getattr(self.policy, "needs_head", True))
 
     def choose(self, observation: Observation) -> TreeShape:
         seen = (observation.context_length, observation.step, observation.room, list(observation.survival()))
@@ -92,8 +89,3 @@ class Recorder(Policy):
     def observe(self, record: StepRecord) -> None:
         self.steps[-1].record = record
         self.policy.observe(record)
-
-    @property
-    def check_identity(self) -> Callable[..., None] | None:
-        """The recorded policy's own, if it has an identity."""
-        return getattr(self.policy, "check_identity", None)

@@ -12,6 +12,7 @@ from .protocol import Level, Observation, Policy, Witness
 from .resps import ReSpSConfig, ReSpSPolicy
 from .saving import SavedPolicy
 from .throughput import ThroughputPolicy
+from .wrapper import PolicyWrapper
 
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "NodeOdds",
     "Observation",
     "Policy",
+    "PolicyWrapper",
     "ReSpSConfig",
     "ReSpSPolicy",
     "RunningCosts",

@@ -24,16 +24,16 @@ class RunningCosts:
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
         self._trees: list[int] = []  # the keys above 1, ascending
         self._draft: dict[int, float] = {}  # levels asked for -> seconds of drafting
-        self._asked: dict[int, float] = {}  # what `verify` answered since the last measurement
+        self._asked: dict[int, float] = {}  # what `verify_seconds` answered since the last measurement
         self._rest = 0.0  # seconds of everything else in a step
 
-    def expect(self, verify: dict[int, float], level_seconds: float, rest: float = 0.0) -> None:
+    def expect(self, verify: dict[int, float], level_seconds: float, rest_seconds: float = 0.0) -> None:
         """Start from a cost table: nodes -> seconds of the target's forward; seconds of a head level, and the rest."""
         for nodes, seconds in verify.items():
             self.add(nodes, 0, seconds, 0.0, seconds)
         if level_seconds > 0:
             self._draft[1] = level_seconds
-        self._rest = rest
+        self._rest = rest_seconds
 
     def add(self, nodes: int, levels: int, verify_seconds: float, draft_seconds: float, step_seconds: float) -> None:
         """Learn from one step. Times below zero, from a clock that was set back, are not believed."""
@@ -47,7 +47,7 @@ class RunningCosts:
         self._verify[nodes] = seconds = _mean(self._verify.get(nodes), verify_seconds)
         if nodes > 1 and seconds < _OUTDATED_PLAIN * self._verify.get(1, 0.0):
             self._verify[1] = seconds
-        if seconds < _OUTDATED * self.verify(nodes):
+        if seconds < _OUTDATED * self.verify_seconds(nodes):
             for fewer in self._trees[: self._trees.index(nodes)]:
                 self._verify[fewer] = min(self._verify[fewer], seconds)
             self._asked.clear()
@@ -86,7 +86,7 @@ class RunningCosts:
     def knows_head(self) -> bool:
         return bool(self._draft)
 
-    def verify(self, nodes: int) -> float:
+    def verify_seconds(self, nodes: int) -> float:
         """Seconds of a forward over `nodes`; of trees never less than over fewer nodes."""
         known = self._asked.get(nodes)
         if known is None:
@@ -102,10 +102,10 @@ class RunningCosts:
         place = bisect.bisect_left(self._trees, nodes)
         low = self._trees[place - 1] if place else 1
         if place == len(self._trees):
-            return (self.verify(low) if self._verify else 0.0) + (nodes - low) * self._slope()
+            return (self.verify_seconds(low) if self._verify else 0.0) + (nodes - low) * self._slope()
         high = self._trees[place]
-        more = self.verify(high)
-        less = self.verify(low) if place else min(more if plain is None else plain, more)
+        more = self.verify_seconds(high)
+        less = self.verify_seconds(low) if place else min(more if plain is None else plain, more)
         return less + (nodes - low) / (high - low) * (more - less)
 
     def _slope(self) -> float:
@@ -120,16 +120,16 @@ class RunningCosts:
             return guessed if low == 1 else max(guessed, measured)  # after a plain step a mask alone may cost as much
         return measured
 
-    def draft(self, levels: int) -> float:
+    def draft_seconds(self, levels: int) -> float:
         """Seconds of drafting `levels`; proportional to the nearest depth that was measured, 0 before any was."""
         if not self._draft or levels == 0:
             return 0.0
         nearest = min(self._draft, key=lambda known: abs(known - levels))
         return self._draft[nearest] * levels / nearest
 
-    def step(self, nodes: int, levels: int) -> float:
+    def step_seconds(self, nodes: int, levels: int) -> float:
         """Seconds of a whole step."""
-        return self.verify(nodes) + self.draft(levels) + self._rest
+        return self.verify_seconds(nodes) + self.draft_seconds(levels) + self._rest
 
 
 def _mean(old: float | None, new: float) -> float:

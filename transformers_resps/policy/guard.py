@@ -1,7 +1,6 @@
 """Never slower than plain: drafting may lose only a small share of the time, and must earn the rest back."""
 
 import copy
-from collections.abc import Callable
 from typing import Any, Self
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from .costs import RunningCosts
 from .decisions import ask_shape, count_nodes, wants_level
 from .protocol import Level, Observation, Policy
 from .saving import SavedPolicy, check_known, class_of
+from .wrapper import PolicyWrapper
 
 
 _SHARE = 0.008  # of all seconds that drafting may lose for good
@@ -27,7 +27,7 @@ _FAR = 256  # positions of context between two texts after which forwards are ti
 _UNKNOWN_TREE, _UNKNOWN_LEVEL = 0.5, 0.1  # plain steps that the first tree and the first level may cost beyond a guess
 
 
-class Guard(SavedPolicy):
+class Guard(PolicyWrapper, SavedPolicy):
     """Lets `policy` draft while the seconds it may lose are there; otherwise steps are cut down, in the end to plain.
 
     An account in seconds: a drafted step pays in what its tokens would have taken plainly and pays out what it took,
@@ -56,11 +56,9 @@ class Guard(SavedPolicy):
                 "`size` and `observe`. Pass one, for example `Guard(ThroughputPolicy())`, which is what 'auto' means."
             )
         self.policy = policy
-        costs = getattr(policy, "costs", None)
-        costs = costs if isinstance(costs, RunningCosts) else None
-        self._learns_costs = costs is None
-        self._known = costs or RunningCosts()
-        self._plain_seconds = self._known.step(1, 0) if self._known.knows_plain else 0.0
+        self._learns_costs = self.costs is None
+        self._known = self.costs or RunningCosts()
+        self._plain_seconds = self._known.step_seconds(1, 0) if self._known.knows_plain else 0.0
         self._account = 0.0  # seconds
         self._since_plain = 0
         self._context = self._timed_at = 0  # positions: of this step, and where a plain step was timed last
@@ -76,18 +74,6 @@ class Guard(SavedPolicy):
     def __repr__(self) -> str:
         return f"Guard({self.policy!r})"
 
-    @property
-    def needs_head(self) -> bool:
-        return bool(getattr(self.policy, "needs_head", True))
-
-    @property
-    def looks_up(self) -> bool:
-        return bool(getattr(self.policy, "looks_up", True))
-
-    @property
-    def reads_foreseen(self) -> bool:
-        return bool(getattr(self.policy, "reads_foreseen", True))
-
     def choose(self, observation: Observation) -> TreeShape:
         self._context = observation.context_length
         if observation.step == 0:
@@ -102,17 +88,12 @@ class Guard(SavedPolicy):
         trial = min(_TRIAL_LOAN, _TRIAL_PER_TOKEN * room) * self._plain_seconds
         evidence = min(_EVIDENCE_LOAN, _EVIDENCE_PER_TOKEN * room) * self._plain_seconds
         self._lookup_budget = self._account + evidence  # a lookup's record is kept while steps are plain
-        confident = evidence if getattr(self.policy, "is_confident", False) else 0.0
+        confident = evidence if self.is_confident else 0.0
         self._tree_budget = self._account + confident
         self._budget = self._tree_budget + trial
-        if not self._glances:
+        if not self.glances:
             self._tree_budget = self._budget
         return self._affordable(shape)
-
-    @property
-    def _glances(self) -> bool:
-        """Whether the policy learns from levels that are not verified: its trials need no tree."""
-        return bool(getattr(self.policy, "glances", False))
 
     def grow(self, level: Level) -> bool:
         if self._nodes == 1 or self._drafting(level.depth + 1) > self._budget:  # a glance is one level
@@ -124,12 +105,12 @@ class Guard(SavedPolicy):
         return min(count_nodes(self.policy, scores), self._nodes)
 
     def observe(self, record: StepRecord) -> None:
-        seconds, gained = max(record.step_seconds, 0.0), self._gained(record)
+        nodes, seconds, gained = record.verified, max(record.step_seconds, 0.0), self._gained(record)
         if self._of_all_rows is None and record.decoded_rows < len(self._written):
             self._of_all_rows = copy.deepcopy(self._known), self._plain_seconds
-        if record.verified == 1:
+        if nodes == 1:
             self._time_plain(seconds - max(record.draft_seconds, 0.0))
-        outdated = record.verified > 1 and record.verify_seconds < _OUTDATED * self._known.verify(record.verified)
+        outdated = nodes > 1 and record.verify_seconds < _OUTDATED * self._known.verify_seconds(nodes)
         if record.shape.is_plain:
             self._since_plain = 0
         elif self._plain_seconds > 0:
@@ -139,7 +120,7 @@ class Guard(SavedPolicy):
         self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)
         if self._learns_costs:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
-            self._known.add(record.verified, levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
+            self._known.add(nodes, levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
         self.policy.observe(record)
 
     def _begin(self) -> None:
@@ -202,7 +183,7 @@ class Guard(SavedPolicy):
         drafted = TreeShape(1, 0, 1, lookup)
         if not shape.asks_head:
             return drafted
-        glances = self._glances
+        glances = self.glances
         depth = shape.depth if not glances else 1  # who looks at each level can stop; others pay for all at once
         while depth and self._drafting(depth) > self._budget:
             depth -= 1
@@ -222,10 +203,12 @@ class Guard(SavedPolicy):
         if nodes <= 1:
             return 0.0
         unknown = 0.0 if self._known.knows_trees else _UNKNOWN_TREE * self._plain_seconds
-        return self._known.verify(nodes) - self._known.verify(1) + unknown
+        return self._known.verify_seconds(nodes) - self._known.verify_seconds(1) + unknown
 
     def _drafting(self, levels: int) -> float:
-        return self._known.draft(levels) if self._known.knows_head else levels * _UNKNOWN_LEVEL * self._plain_seconds
+        if self._known.knows_head:
+            return self._known.draft_seconds(levels)
+        return levels * _UNKNOWN_LEVEL * self._plain_seconds
 
     def to_config(self) -> dict[str, Any]:
         """The guarded policy's, with its type.
@@ -242,11 +225,6 @@ class Guard(SavedPolicy):
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.policy.state_tensors() if isinstance(self.policy, SavedPolicy) else {}
-
-    @property
-    def check_identity(self) -> Callable[..., None] | None:
-        """The guarded policy's own, if it has an identity."""
-        return getattr(self.policy, "check_identity", None)
 
     @classmethod
     def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:

@@ -18,7 +18,8 @@ _PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # outcomes that the fit is worth
 _ENOUGH = 4.0  # drafts after which the odds are evidence
 _PRIOR_HITS = 0.6  # share of levels that are hit below a hit, before any was seen
 _MOST_EXPONENT = 700.0  # `math.exp` overflows just above
-_LEAST_SCORE = -7.0  # a node of less than one in a thousand is worth no arithmetic
+LEAST_SCORE = -7.0  # a node of less than one in a thousand is worth no arithmetic
+MOST_SCORE = -1e-4  # the log odds of a certain node are infinite
 _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # see `children_of`
 
 
@@ -35,7 +36,7 @@ class LogisticMap:
 
     def __call__(self, score: float) -> float:
         """Log probability of a path -> probability of its acceptance."""
-        score = min(score, -1e-4)
+        score = min(score, MOST_SCORE)
         logit = score - math.log1p(-math.exp(score))
         exponent = -self.intercept - self.slope * logit
         return 1.0 / (1.0 + math.exp(min(exponent, _MOST_EXPONENT)))
@@ -75,7 +76,7 @@ class NodeOdds:
         index = min(level, LEVELS)
         calibrated, factor = self.maps[index - 1], (self._right / self._expected) ** index
         exp = math.exp if calibrated.is_identity else calibrated
-        return [min(factor * exp(score), 1.0) if score > _LEAST_SCORE else 0.0 for score in scores]
+        return [min(factor * exp(score), 1.0) if score > LEAST_SCORE else 0.0 for score in scores]
 
     def hit_rate(self, level: int) -> float:
         """Probability that the right token is among the children of a right path, at `level`."""

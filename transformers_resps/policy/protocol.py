@@ -58,9 +58,18 @@ class Policy(Protocol):
 
     A policy is never trusted with correctness: whatever it answers, the text stays the target's own.
 
-    It may say what it can do without, by attributes that count as true where they are missing: `needs_head`;
-    `looks_up`, false when it never asks for lookup nodes nor calls `Observation.survival`, so that the prompt need not
-    be indexed; and `reads_foreseen`, false when it ignores `StepRecord.foreseen`, which then stays 0.
+    What else it tells of itself are attributes that may be missing; a `PolicyWrapper` hands them on.
+
+    What it can do without, true where missing: `needs_head`; `looks_up`, false when it never asks for lookup nodes nor
+    calls `Observation.survival`, so that the prompt need not be indexed; and `reads_foreseen`, false when it ignores
+    `StepRecord.foreseen`, which then stays 0.
+
+    Whom it serves: `check_identity`, called with `target` and `head` as `pair_identity` gives them, before any work;
+    it raises `ValueError` for others than those it was trained for. Any will do where it is missing or `None`.
+
+    What a `Guard` asks, false or `None` where missing: `glances`, true when it learns from a drafted level of which
+    nothing is verified; `is_confident`, true once its odds rest on outcomes; and `costs`, the `RunningCosts` that it
+    learns itself and lets the guard read.
     """
 
     def choose(self, observation: Observation) -> TreeShape:

@@ -100,7 +100,7 @@ class ThroughputPolicy(SavedPolicy):
     @property
     def rate(self) -> float:
         """Lambda: tokens per second so far, no less than plain steps give and no more than twice that."""
-        plain = self.costs.step(1, 0)
+        plain = self.costs.step_seconds(1, 0)
         rate = self._emitted / self._seconds if self._seconds > 0 else 0.0
         return min(max(rate, 1.0 / plain), _MOST_RATE / plain) if plain > 0 else rate
 
@@ -145,7 +145,7 @@ class ThroughputPolicy(SavedPolicy):
         coming = sorted(self._nodes + [left * node for node in children], reverse=True)
         before = 1 + self._lookup
         gain = self._best_prefix(coming, before)[1] - self._best_prefix(self._nodes, before)[1]
-        return gain > self._rate * self.costs.draft(1)
+        return gain > self._rate * self.costs.draft_seconds(1)
 
     def size(self, scores: Tensor) -> int:
         width = min(self._width or scores.shape[-1], scores.shape[-1])
@@ -166,7 +166,7 @@ class ThroughputPolicy(SavedPolicy):
         mean = ranked[0] if len(rows) == 1 else _means(ranked)
         left = 1.0 - self._lookup_hit
         count, gain = self._best_prefix([left * node for node in mean], 1 + self._lookup)
-        self._note_gain(gain - self._rate * self.costs.draft(len(bounds) - 1))
+        self._note_gain(gain - self._rate * self.costs.draft_seconds(len(bounds) - 1))
         return count + 1
 
     def observe(self, record: StepRecord) -> None:
@@ -199,7 +199,7 @@ class ThroughputPolicy(SavedPolicy):
         self._priced_for -= 1
         if self._priced_for <= 0 or self.costs.sizes != self._priced_sizes:
             most = self._asked.total_tokens + _MOST_LOOKED_UP
-            self._verifying = [self.costs.verify(nodes) for nodes in range(1, most + 1)]
+            self._verifying = [self.costs.verify_seconds(nodes) for nodes in range(1, most + 1)]
             self._priced_for, self._priced_sizes = _PRICED, self.costs.sizes
 
     def _best_prefix(self, worth: Sequence[float], nodes_before: int) -> tuple[int, float]:

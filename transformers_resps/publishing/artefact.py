@@ -10,19 +10,10 @@ import yaml
 
 from ..bench.results import SCHEMA_VERSION
 from ..head import DraftHeadConfig
-from ..hub import as_hub_id
+from ..hub import METRICS, RESULTS, as_hub_id
 
 
-CONFIG, WEIGHTS, RESULTS, METRICS, RECIPE, CARD = (
-    "config.json",
-    "model.safetensors",
-    "results.json",
-    "metrics.json",
-    "recipe.yaml",
-    "README.md",
-)
-
-
+CONFIG, WEIGHTS, RECIPE = "config.json", "model.safetensors", "recipe.yaml"
 _TEXTS, _LISTS = {"target", "head", "license", "target_license", "method"}, {"languages", "limits"}
 _OF_DATA, _DATA_NEEDS = {"name", "license", "what", "hub_id"}, {"name", "license", "what"}
 

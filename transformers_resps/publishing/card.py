@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..hub import GENERAL_TAGS, front_matter
-from .artefact import METRICS, RECIPE, RESULTS, Artefact
+from ..hub import GENERAL_TAGS, METRICS, RESULTS, front_matter
+from .artefact import RECIPE, Artefact
 from .citations import CITATIONS
 from .results_table import circumstances, dataset_table, overall_table, sampling
 from .wording import about_policy, joined, short_name, training_cost, use

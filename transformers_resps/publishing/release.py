@@ -2,8 +2,8 @@
 
 from pathlib import Path, PurePosixPath
 
-from ..hub import Destination, Existing, upload
-from .artefact import CARD, read_artefact
+from ..hub import CARD, Destination, Existing, upload
+from .artefact import read_artefact
 from .card import render_card
 from .checks import KINDS, find_faults
 from .custom_code import CUSTOM_GENERATE, custom_generate_files

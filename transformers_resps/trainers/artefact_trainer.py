@@ -12,12 +12,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
-from ..hub import MEASURED, Destination, Existing, make_repository, upload
+from ..hub import RESULTS, Destination, Existing, make_repository, upload
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-_UNMEASURED = Existing(refuse=MEASURED)
+_UNMEASURED = Existing(refuse=(RESULTS,))
 
 
 def _is_saved_with_weights(file: Path) -> bool:

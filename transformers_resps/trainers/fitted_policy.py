@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ..policy import ThroughputPolicy
-from ..policy.node_odds import LEVELS, LogisticMap, NodeOdds
+from ..policy.node_odds import LEAST_SCORE, LEVELS, MOST_SCORE, LogisticMap, NodeOdds
 from .recorded_text import RecordedText
 
 
 _PRIOR = 1.0  # nodes that the head's own word is worth
 _STEPS = 30  # of Newton's method; a handful suffice
-_LEAST_SCORE = -7.0  # as in use: less likely nodes are never verified
 _LEAST_SLOPE = 0.1  # a more probable path is never less likely to be accepted
 
 
@@ -47,7 +46,7 @@ def fit_map(scores: Tensor, accepted: Tensor) -> LogisticMap:
         scores: `[n]` log probability of each node's path under the head.
         accepted: `[n]` whether the target followed it.
     """
-    scores = scores.double().clamp(max=-1e-4)  # as `LogisticMap` reads them
+    scores = scores.double().clamp(max=MOST_SCORE)  # as `LogisticMap` reads them
     inputs = torch.stack([torch.ones_like(scores), scores - torch.log1p(-scores.exp())], dim=1)
     prior = torch.tensor([0.0, 1.0], dtype=torch.float64)
     found = prior.clone()
@@ -67,14 +66,8 @@ def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
             "again with `record_pools(..., depths=...)`."
         )
     pool = text.pools[top_k]
-    depth = int(pool.levels[-1])
-    upcoming = text.upcoming(depth)
-    parent = torch.full((len(text), 1), -1)  # of the level that comes: the root
-    right = torch.zeros_like(pool.tokens, dtype=torch.bool)
-    for level in range(1, depth + 1):
-        hits = (pool.tokens == upcoming[:, level - 1 : level]) & (pool.parents == parent) & (pool.levels == level)
-        right |= hits
-        parent = torch.where(hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True), -2)  # -2: nobody's
-    is_told = (upcoming[:, pool.levels - 1] >= 0) & (pool.scores > _LEAST_SCORE)
+    upcoming = text.upcoming(int(pool.levels[-1]))
+    right = (pool.nodes_along(upcoming)[..., None] == torch.arange(len(pool.levels))).any(1)
+    is_told = (upcoming[:, pool.levels - 1] >= 0) & (pool.scores > LEAST_SCORE)
     levels = pool.levels.expand_as(pool.tokens)
     return levels[is_told], pool.scores[is_told].double(), right[is_told]

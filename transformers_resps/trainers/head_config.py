@@ -15,7 +15,8 @@ class DraftHeadTrainingConfig(TrainingArguments):
     Raises:
         ValueError: a setting is out of its range.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for steps and weights are those of its code.
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code. Here
+    alone levels are called `steps`: published recipes name them so.
     """
 
     learning_rate: float = field(

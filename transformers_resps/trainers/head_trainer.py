@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from ..adapters import unwrapped
 from ..head import BoundHead, DraftHead
 from .artefact_trainer import ArtefactTrainer, check_kinds
 from .batches import IGNORED, TokenBudgetBatches, collate
@@ -69,7 +70,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             from peft import get_peft_model
 
             model = cast(DraftHead, get_peft_model(model, peft_config))
-        bound = BoundHead(_head_of(model), target)
+        bound = BoundHead(unwrapped(model), target)
         if bound.head.config.owns_output_head and args.freeze_output_head:
             bound.head.lm_head.requires_grad_(False)
         if not (bound.head.config.owns_output_head or args.freeze_output_head):
@@ -114,7 +115,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     def _levels(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss; per level the summed loss, the hits and all predicted tokens, in vocabulary or not."""
-        bound = BoundHead(_head_of(self.accelerator.unwrap_model(model)), self.target.model)
+        bound = BoundHead(unwrapped(self.accelerator.unwrap_model(model)), self.target.model)
         read = self._read(inputs)
         rows, places = (inputs["labels"] != IGNORED).nonzero(as_tuple=True)  # the n predicted tokens
         start = max(int(places.min()) - 1 - self.args.steps, 0)
@@ -164,7 +165,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         by_length = sorted(range(len(dataset)), key=lambda index: len(dataset.examples[index].input_ids))
         count = min(self.args.tau_texts, len(dataset))
         chosen = [by_length[index * len(dataset) // count] for index in range(count)]
-        head = _head_of(self.accelerator.unwrap_model(self.model))
+        head = unwrapped(self.accelerator.unwrap_model(self.model))
         is_training = head.training
         head.train(False)
         bound = BoundHead(head, self.target.model)
@@ -277,12 +278,7 @@ def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
 
 def _check_arguments(model: Any, args: Any, **datasets: ExampleDataset | None) -> None:
     given = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-    kinds: dict[str, Any] = {"model": (_head_of(model), DraftHead), "args": (args, DraftHeadTrainingConfig)}
+    kinds: dict[str, Any] = {"model": (unwrapped(model), DraftHead), "args": (args, DraftHeadTrainingConfig)}
     check_kinds("DraftHeadTrainer", **kinds, **{name: (dataset, ExampleDataset) for name, dataset in given.items()})
     for dataset in given.values():
-        check_token_ids(dataset.examples, _head_of(model).config.vocab_size)
-
-
-def _head_of(model: Any) -> DraftHead:
-    """The head itself, without adapters' wrapper."""
-    return cast(DraftHead, model.get_base_model() if hasattr(model, "get_base_model") else model)
+        check_token_ids(dataset.examples, unwrapped(model).config.vocab_size)

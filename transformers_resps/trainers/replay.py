@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..head import DraftHead
-from ..lookup import BatchLookup
+from ..lookup import Lookup
 from ..policy import ActionGrid
 from ..tree import CandidatePool, TreeShape
 from .outcomes import TextOutcomes
@@ -185,20 +185,16 @@ def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
         pool: of r roots and D levels.
         upcoming: `[r, D]` the path's tokens after each root, -1 where it has ended.
     """
-    tokens, parents, scores, levels = (part.cpu() for part in (pool.tokens, pool.parents, pool.scores, pool.levels))
+    scores, levels = pool.scores, pool.levels
     roots, depth = upcoming.shape
-    order = torch.arange(tokens.shape[1])
+    order = torch.arange(len(levels))
     ranks = torch.full((roots, depth, depth), _NEVER, dtype=torch.int32)
-    parent, alive = torch.full((roots, 1), -1), torch.ones(roots, dtype=torch.bool)
-    for level in range(1, depth + 1):
-        hits = (tokens == upcoming[:, level - 1 : level]) & (parents == parent) & (levels == level)
-        alive = alive & hits.any(-1)
-        parent = hits.int().argmax(-1, keepdim=True)
-        score = scores.gather(1, parent)
-        before = (scores > score) | ((scores == score) & (order < parent))  # the stable sort of `DraftTree.from_pool`
+    for level, node in enumerate(pool.nodes_along(upcoming).split(1, dim=1), start=1):
+        score = scores.gather(1, node.clamp(min=0))
+        before = (scores > score) | ((scores == score) & (order < node))  # the stable sort of `DraftTree.from_pool`
         for drafted in range(level, depth + 1):
-            rank = (before & (levels <= drafted)).sum(-1)
-            ranks[:, drafted - 1, level - 1] = torch.where(alive, rank, _NEVER).int()
+            rank = (before & (levels <= drafted)).sum(-1, keepdim=True)
+            ranks[:, drafted - 1, level - 1] = torch.where(node < 0, _NEVER, rank)[:, 0].int()
     return ranks
 
 
@@ -206,11 +202,11 @@ def _lookups(tokens: list[int], prompt_length: int, depth: int) -> tuple[Tensor,
     """At every position after the answer's first token: the first looked-up tokens `[t, depth]`, -1 behind their end,
     how many the text follows `[t]`, and how many there are `[t]`.
     """
-    lookup = BatchLookup([0])
+    lookup = Lookup()
     chains, followed, found = [], [], []
     for place in range(prompt_length, len(tokens) - 1):
-        lookup.extend([tokens[lookup.lengths[0] : place + 1]])
-        proposed = lookup.matches()[0].tokens
+        lookup.extend(tokens[lookup.length : place + 1])
+        proposed = lookup.match().tokens
         chains.append([*proposed[:depth], *[-1] * (depth - len(proposed))])
         followed.append(_common_prefix(proposed, tokens[place + 1 :]))
         found.append(len(proposed))

@@ -6,7 +6,7 @@ Knows recordings, policies and costs: no model. What a policy's own arithmetic c
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..lookup import BatchLookup
+from ..lookup import Lookup
 from ..policy import Level, Observation, Policy
 from ..telemetry import SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree, TreeShape
@@ -18,14 +18,14 @@ class StepCosts:
     """Where seconds come from.
 
     Attributes:
-        verify: (nodes, positions of context) -> seconds of the target's forward.
-        draft: (width, levels) -> seconds of the head.
-        overhead: seconds of everything else in a step.
+        verify_seconds: (nodes, positions of context) -> seconds of the target's forward.
+        draft_seconds: (width, levels) -> seconds of the head.
+        overhead_seconds: of everything else in a step.
     """
 
-    verify: Callable[[int, int], float]
-    draft: Callable[[int, int], float]
-    overhead: float = 0.0
+    verify_seconds: Callable[[int, int], float]
+    draft_seconds: Callable[[int, int], float]
+    overhead_seconds: float = 0.0
 
 
 def replay_policy(text: RecordedText, policy: Policy, costs: StepCosts) -> SpeculationReport:
@@ -41,7 +41,7 @@ class _ReplayedDecoding:
     def __init__(self, text: RecordedText, policy: Policy, costs: StepCosts) -> None:
         self._text, self._policy, self._costs = text, policy, costs
         self._tokens: list[int] = text.input_ids.tolist()
-        self._lookup = BatchLookup([0])
+        self._lookup = Lookup()
         self._levels = 0  # that the head drafted in this step
 
     def run(self) -> SpeculationReport:
@@ -55,7 +55,7 @@ class _ReplayedDecoding:
 
     def _step(self, place: int, step: int) -> StepRecord:
         root = self._text.prompt_length + place  # of which everything up to itself is committed
-        self._lookup.extend([self._tokens[self._lookup.lengths[0] : root + 1]])
+        self._lookup.extend(self._tokens[self._lookup.length : root + 1])
         left = len(self._text) - place
         features = self._text.features[place : place + 1]
         observation = Observation(features, root + 1, step, left + self._text.spare_room, self._survival)
@@ -63,9 +63,9 @@ class _ReplayedDecoding:
         pool = self._drafted(shape, place) if shape.asks_head else None
         tree = self._tree(shape, root, pool)
         upcoming = self._text.input_ids[None, root + 1 :]
-        accepted = min(_accepted(tree, self._tokens[root + 1 :]), left - 1)
-        verify = self._costs.verify(tree.node_count, root)
-        draft = self._costs.draft(shape.top_k, self._levels) if pool is not None else 0.0
+        accepted = min(tree.foreseen(upcoming)[0], left - 1)
+        verify = self._costs.verify_seconds(tree.node_count, root)
+        draft = self._costs.draft_seconds(shape.top_k, self._levels) if pool is not None else 0.0
         return StepRecord(
             shape,
             0 if pool is None else pool.tokens.shape[1],
@@ -74,12 +74,12 @@ class _ReplayedDecoding:
             accepted + 1,
             draft,
             verify,
-            draft + verify + self._costs.overhead,
+            draft + verify + self._costs.overhead_seconds,
             0 if pool is None else pool.foreseen(upcoming[:, : accepted + 1])[0],
         )
 
     def _survival(self) -> list[float]:
-        return self._lookup.matches()[0].survival
+        return self._lookup.match().survival
 
     def _drafted(self, shape: TreeShape, place: int) -> CandidatePool:
         """The pool of this position, as deep as the policy lets it grow."""
@@ -110,17 +110,5 @@ class _ReplayedDecoding:
             if total_tokens > 1:
                 tree = DraftTree.from_pool(newest, pool, total_tokens)
         if shape.lookup:
-            tree = tree.with_chains([self._lookup.matches()[0].tokens[: shape.lookup]])
+            tree = tree.with_chains([self._lookup.match().tokens[: shape.lookup]])
         return tree
-
-
-def _accepted(tree: DraftTree, upcoming: list[int]) -> int:
-    """How many of the tokens after the root the tree holds as one path."""
-    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
-    node = count = 0
-    for token in upcoming:
-        below = [child for child in range(1, len(tokens)) if parents[child] == node and tokens[child] == token]
-        if not below:
-            break
-        node, count = below[0], count + 1
-    return count

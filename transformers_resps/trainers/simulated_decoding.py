@@ -43,19 +43,9 @@ def _steps(bound: BoundHead, text: dict[str, Tensor], root: int, shape: TreeShap
     steps = []
     while root < tokens.shape[1] - 1:
         tree = DraftTree.from_pool(tokens[:, root], generator.draft(shape, policy), shape.total_tokens)
-        accepted = _accepted(tree, tokens[:, root + 1 :])
+        accepted = tree.foreseen(tokens[:, root + 1 :])[0]
         end = min(root + accepted + 1, tokens.shape[1] - 1)
         steps.append(end - root)
         generator.observe(features[:, root:end], tokens[:, root + 1 : end + 1])
         root = end
     return steps
-
-
-def _accepted(tree: DraftTree, continuation: Tensor) -> int:
-    """How many of the tokens `[1, t]` after the root the tree holds as one path."""
-    node = torch.zeros(1, dtype=torch.long, device=continuation.device)
-    for depth in range(continuation.shape[1]):
-        node = tree.children_of(node, continuation[:, depth])
-        if int(node) < 0:
-            return depth
-    return continuation.shape[1]

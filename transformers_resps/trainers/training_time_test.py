@@ -64,12 +64,12 @@ def unroll(
     head: DraftHead,
     features: Tensor,
     embeddings: Tensor,
-    steps: int,
+    levels: int,
     start: int = 0,
     *,
     first_pass: nn.Module | None = None,
 ) -> Tensor:
-    """Run `steps` levels over a whole text at once.
+    """Run `levels` levels over a whole text at once.
 
     At level k the slot t reads the true token t + 1 + k and predicts token t + 2 + k, at RoPE position t + k; later
     levels read the level before in place of the feature. Slots whose token lies beyond the text hold nothing of use.
@@ -78,12 +78,12 @@ def unroll(
         head: the head in training.
         features: `[b, t, F]` of the target.
         embeddings: `[b, t, h]` of the text's tokens.
-        steps: levels, at least 1.
+        levels: how many, at least 1.
         start: the first slot any level's prediction is wanted for.
         first_pass: the head as wrapped for distributed training; it must see one forward to arm its gradient hooks.
 
     Returns:
-        `[steps, b, t - start, h]`, after the head's final norm.
+        `[levels, b, t - start, h]`, after the head's final norm.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2 (training-time test).
     """
@@ -92,7 +92,7 @@ def unroll(
     memory = UnrolledAttention(start)
     hidden = head.fuse(features)
     outputs = []
-    for level in range(steps):
+    for level in range(levels):
         tokens = _shifted(embeddings, level + 1)
         if level == 0:
             attend: Attend = memory.first_level

@@ -8,15 +8,15 @@ forward equal those of one-token decoding bit for bit. Knows models and tokens: 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..attention import tree_attention_mask, tree_positions
+from ..cache import forget_newest
+from ..forward import TargetForward
 from ..tree import DraftTree
-from ..versions import CACHE_KEYWORD
 from .divergence import spacing_at
 
 
@@ -76,27 +76,34 @@ def _decode(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int) -> tup
 
     The first is left out: both sides read the prompt in one forward.
     """
-    cache = _prompt_cache(target, prompt)
-    token, answer, rows = _first_token(target, prompt), [], []
+    forward, _, token = _prefill(target, prompt)
+    answer, rows = [], []
     for place in range(len(prompt), len(prompt) + max_new_tokens):
         answer.append(token)
-        position = torch.tensor([[place]], device=target.device)
-        options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
-        logits = target(input_ids=token[None, None], position_ids=position, **options).logits[0, -1]
+        outputs, _ = forward.read(token[None, None], None, torch.tensor([[place]], device=target.device))
+        logits = outputs.logits[0, -1]
         rows.append(logits.cpu())
         token = logits.argmax()
     return torch.stack(answer), rows
 
 
 def _read(target: PreTrainedModel, prompt: Tensor, answer: Tensor, node_count: int) -> list[Tensor]:
-    """The logits `[v]` after each token of `answer`, from trees of `node_count` nodes that are chains."""
+    """The logits `[v]` after each token of `answer`, from trees of `node_count` nodes that are chains.
+
+    Each tree is verified as decoding verifies it; the cache keeps all its nodes.
+    """
     if node_count == 0:
         text = torch.cat([prompt, answer])[None]
         return list(target(input_ids=text, use_cache=False, logits_to_keep=len(answer)).logits[0].cpu())
-    cache = _prompt_cache(target, prompt)
-    return [
-        row for tree, start in _chains(answer, node_count) for row in _tree_rows(target, cache, tree, start, prompt)
-    ]
+    forward, cache, _ = _prefill(target, prompt)
+    rows: list[Tensor] = []
+    for tree, start in _chains(answer, node_count):
+        root = torch.tensor([len(prompt) + start], device=target.device)
+        mask = None if tree.node_count == 1 else tree_attention_mask(target.config, cache, None, tree, target.dtype)
+        outputs, _ = forward.verify(tree.tokens, mask, tree_positions(tree, root))
+        forget_newest(cache, 0)
+        rows += outputs.logits[0].cpu()
+    return rows
 
 
 def _chains(answer: Tensor, node_count: int) -> Iterator[tuple[DraftTree, int]]:
@@ -107,30 +114,14 @@ def _chains(answer: Tensor, node_count: int) -> Iterator[tuple[DraftTree, int]]:
         yield DraftTree.from_parents(tokens, (order - 1).clamp(min=0)), start
 
 
-def _tree_rows(target: PreTrainedModel, cache: Any, tree: DraftTree, start: int, prompt: Tensor) -> list[Tensor]:
-    """One tree forward as decoding runs it; the cache keeps all nodes."""
-    root = torch.tensor([len(prompt) + start], device=target.device)
-    mask = None if tree.node_count == 1 else tree_attention_mask(target.config, cache, None, tree, target.dtype)
-    options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
-    logits = target(
-        input_ids=tree.tokens, attention_mask=mask, position_ids=tree_positions(tree, root), **options
-    ).logits[0]
-    cache.crop(0)
-    return list(logits.cpu())
-
-
-def _prompt_cache(target: PreTrainedModel, prompt: Tensor) -> Any:
+def _prefill(target: PreTrainedModel, prompt: Tensor) -> tuple[TargetForward, DynamicCache, Tensor]:
+    """Forwards behind the prompt, their cache, and the token that the target writes first."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     cache.activate_past_recording()
-    options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
-    target(input_ids=prompt[None], logits_to_keep=1, **options)
-    cache.crop(0)
-    return cache
-
-
-def _first_token(target: PreTrainedModel, prompt: Tensor) -> Tensor:
-    token: Tensor = target(input_ids=prompt[None], use_cache=False, logits_to_keep=1).logits[0, -1].argmax()
-    return token
+    forward = TargetForward(target, None, cache)
+    positions = torch.arange(len(prompt), device=target.device)[None]
+    outputs, _ = forward.read(prompt[None], None, positions, logits_to_keep=1)
+    return forward, cache, outputs.logits[0, -1].argmax()
 
 
 def _moves(node_count: int, pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Moves:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..adapters import unwrapped
 from ..answers import end_ids, left_padded, up_to_end
 from ..attaching import attach, detach
 from ..generation import ReSpSGenerationMixin
@@ -37,8 +38,7 @@ class Subject:
     @property
     def target(self) -> PreTrainedModel:
         """The model that `generate` runs on."""
-        wrapped = hasattr(self.model, "get_base_model")
-        return cast(PreTrainedModel, self.model.get_base_model() if wrapped else self.model)
+        return cast(PreTrainedModel, unwrapped(self.model))
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> list[Tensor]:
         """Stock `generate` of the detached model: one answer per prompt `[s]`, as `answers` cuts them."""

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from ..configuration import ROPE_BASE
 from ..identity import default_feature_layers
 from .keywords import check_layers
 from .publishers import Publisher
@@ -152,7 +153,7 @@ def rope_parameters(config: dict[str, Any], publisher: Publisher, overrides: dic
             f"The config states two RoPE bases, {inner} and {outer}. Only one was used in training. Pass "
             "`rope_theta=` with the right one; `resps doctor` tells which that is."
         )
-    theta = overrides.get("rope_theta") or inner or outer or 10000.0
+    theta = overrides.get("rope_theta") or inner or outer or ROPE_BASE
     if publisher is Publisher.ANGELSLIM and not {"rope_theta", "rope_parameters"} & set(overrides):
         if theta != _ANGELSLIM_BASE:
             logger.warning("AngelSlim trains with RoPE base 10000; the config's %s is ignored.", theta)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..configuration import DraftHeadConfig
+from ..configuration import ROPE_BASE, DraftHeadConfig
 
 
 FORMATS = ("resps", "specforge", "speculators")
@@ -55,7 +55,7 @@ def _published_tensors(state: dict[str, Tensor], config: DraftHeadConfig, layout
 def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
     """The decoder layer as a Llama or Qwen3 config, with RoPE in the words of Transformers 4 and 5."""
     rope = dict(config.rope_parameters or {})
-    theta = rope.get("rope_theta", 10000.0)
+    theta = rope.get("rope_theta", ROPE_BASE)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "model_type": "qwen3" if config.qk_norm else "llama",

@@ -1,0 +1,49 @@
+"""Rows of unequal lengths, and calls over them."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from tests.targets import VOCABULARY
+from transformers_resps import Observation, Policy, TreeShape
+
+
+WIDE = TreeShape(40, 3, VOCABULARY)
+
+
+class AnyShape(Policy):
+    """Another tree at every step, with lookups and plain steps among them."""
+
+    needs_head = False
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def _number(self, high: int) -> int:
+        return int(torch.randint(0, high, (), generator=self.generator))
+
+    def choose(self, observation: Observation) -> TreeShape:
+        shape = (1 + self._number(40), self._number(5), 1 + self._number(VOCABULARY))
+        return TreeShape(*shape, lookup=self._number(2) * self._number(5))
+
+
+def prompts(seed: int, rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:
+    """Random rows, padded on the left to different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
+    pads = torch.randint(0, length, (rows, 1), generator=generator)
+    mask = (torch.arange(length) >= pads).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def uneven_steps(report: Any) -> int:
+    """Steps in which two rows gained different numbers of tokens and went on afterwards."""
+    return sum(
+        len({count for count, later in zip(step.emitted, following.emitted, strict=True) if later}) > 1
+        for step, following in pairwise(report.steps)
+    )
+
+
+def speculate(target: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
+    return target.generate(**inputs, return_dict_in_generate=True, **{"max_new_tokens": 24} | options)

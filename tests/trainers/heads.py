@@ -1,0 +1,44 @@
+"""A small target, its head, and texts and settings for a training of seconds."""
+
+import torch
+
+from tests.conftest import build_target
+from transformers_resps import DraftHead
+from transformers_resps.trainers import DraftHeadTrainingConfig, Example
+
+
+def texts(count=12, vocabulary=64):
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(9, 24, (1,), generator=generator))
+        mask = torch.arange(length) >= 5
+        examples.append(Example(torch.randint(3, vocabulary, (length,), generator=generator), mask))
+    return examples
+
+
+def config(folder, **overrides):
+    return DraftHeadTrainingConfig(
+        **{
+            "output_dir": str(folder),
+            "steps": 3,
+            "tokens_per_batch": 64,
+            "max_steps": 6,
+            "save_steps": 3,
+            "logging_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **overrides,
+        }
+    )
+
+
+def fresh(draft_vocab_size=48):
+    target = build_target(initializer_range=0.3)
+    torch.manual_seed(1)
+    return target, DraftHead.from_target(target, draft_vocab_size=draft_vocab_size)
+
+
+def bits(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}

@@ -1,0 +1,41 @@
+"""Texts whose best actions are known, and a policy that may learn them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transformers_resps import TreeShape
+from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
+from transformers_resps.trainers.outcomes import OutcomeTable, TextOutcomes
+from transformers_resps.trainers.policy_config import PolicyTrainingConfig
+from transformers_resps.trainers.rollouts import ReplayRollouts
+
+
+GRID = ActionGrid((TreeShape.plain(), TreeShape(4, 3, 1), TreeShape(9, 8, 1)))
+SECONDS = torch.tensor([1.0, 1.3, 2.0])
+LONGEST = torch.tensor([[1, 1, 1], [1, 3, 3], [1, 4, 9]])  # emitted, by context: plain, short and deep trees are best
+FEATURES = 12
+
+
+def task(texts: int, seed: int) -> ReplayRollouts:
+    """Texts of runs of three contexts, visible in noisy features; the best action of each is its own number."""
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(99))
+    made = []
+    for _ in range(texts):
+        contexts = torch.randint(3, (4,), generator=generator).repeat_interleave(12)
+        left = len(contexts) - torch.arange(len(contexts))
+        noise = 0.2 * torch.randn(len(contexts), FEATURES, generator=generator)
+        emitted = LONGEST[contexts].minimum(left[:, None])
+        made.append(TextOutcomes(prototypes[contexts] + noise, emitted, SECONDS.expand(len(contexts), 3)))
+    return ReplayRollouts(OutcomeTable(made))
+
+
+def config(folder: Path, **changes: Any) -> PolicyTrainingConfig:
+    settings = {"updates": 30, "persistence": 1, "learning_rate": 5e-3, "texts_per_update": 4}
+    return PolicyTrainingConfig(str(folder), **{"disable_tqdm": True, "use_cpu": True, **settings, **changes})
+
+
+def policy(**changes: Any) -> ReSpSPolicy:
+    return ReSpSPolicy(ReSpSConfig(FEATURES, GRID, persistence=1, **changes))

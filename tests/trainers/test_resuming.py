@@ -1,0 +1,105 @@
+"""Runs that were killed or stopped go on as if nothing had happened."""
+
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.trainers.heads import bits, config, fresh, texts
+from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
+from transformers_resps.trainers.interruption import Interruption
+
+
+class Stop(TrainerCallback):
+    """As a kill after a checkpoint would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+class PressCtrlC(TrainerCallback):
+    """In the middle of a step, as a user would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    target, head = fresh()
+    whole = DraftHeadTrainer(head, target, config(tmp_path / "whole", max_steps=7), ExampleDataset(texts()))
+    whole.train()
+
+    for callbacks, resume in (([Stop(3)], None), ([], True)):
+        target, resumed_head = fresh()
+        args = config(tmp_path / "killed", max_steps=7)
+        resumed = DraftHeadTrainer(resumed_head, target, args, ExampleDataset(texts()), callbacks=callbacks)
+        resumed.train(resume_from_checkpoint=resume)
+    assert resumed.state.global_step == whole.state.global_step == 7
+    expected = bits(head)
+    assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())
+
+
+class Minute(TrainerCallback):
+    """A clock on which every step takes one."""
+
+    seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += 60.0
+
+
+def test_a_resumed_run_tells_the_time_left_by_its_own_steps(tmp_path, monkeypatch):
+    for callbacks, resume, first in (([Stop(3)], None, 4.0), ([], True, 1.0)):
+        clock = Minute()
+        monkeypatch.setattr(
+            "transformers_resps.trainers.head_trainer.time",
+            SimpleNamespace(monotonic=lambda clock=clock: clock.seconds),
+        )
+        target, head = fresh()
+        args = config(tmp_path, max_steps=5)
+        trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts()), callbacks=[clock, *callbacks])
+        trainer.train(resume_from_checkpoint=resume)
+        told = [entry["minutes_left"] for entry in trainer.state.log_history if "minutes_left" in entry]
+        assert told[-2 if resume else 0] == first
+
+
+def test_ctrl_c_writes_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(tmp_path):
+    target, head = fresh()
+    DraftHeadTrainer(head, target, config(tmp_path / "whole", max_steps=5), ExampleDataset(texts())).train()
+
+    target, stopped_head = fresh()
+    args = config(tmp_path / "stopped", max_steps=5, save_strategy="no")
+    stopped = DraftHeadTrainer(stopped_head, target, args, ExampleDataset(texts()), callbacks=[PressCtrlC(1)])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert stopped.state.global_step == 2 and signal.getsignal(signal.SIGINT) is before
+    target, resumed_head = fresh()
+    DraftHeadTrainer(resumed_head, target, args, ExampleDataset(texts())).train(resume_from_checkpoint=True)
+    expected = bits(head)
+    assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())
+
+
+@pytest.fixture
+def default_ctrl_c():
+    """A shell's background job ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
+def test_a_second_ctrl_c_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.is_requested
+        signal.raise_signal(signal.SIGINT)
