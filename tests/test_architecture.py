@@ -17,7 +17,7 @@ BOTTOM |= {"telemetry"}
 PARTS = {"acceptance", "batch", "frontier", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "cost_table", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
-ENGINE |= {"layer_refusals"}
+ENGINE |= {"layer_refusals", "stock_call"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "adapters": set(),
@@ -54,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "request": BOTTOM | {"head", "policy", "probe", "refusals", "layer_refusals"},
     "lockstep": {"attention"},
     "attaching": {"adapters", "generation", "policy"},
-    "generation": LOOP | {"refusals", "request", "lockstep"},
+    "stock_call": {"acceptance", "versions"},
+    "generation": LOOP | {"refusals", "request", "lockstep", "stock_call"},
     "__init__": ENGINE | {"verification"},
     "verification": ENGINE,
     "trainers": ENGINE | {"hub"},

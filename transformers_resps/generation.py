@@ -5,8 +5,6 @@ and so does every call without a head.
 """
 
 import copy
-import functools
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -17,7 +15,6 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .acceptance import Text
 from .batch import Batch
 from .cache import buffer_length, stop_recording
 from .decoding import TreeDecoding
@@ -27,6 +24,7 @@ from .policy import KeptPolicies, Policy
 from .refusals import check_forward_arguments, check_lengths, check_synced
 from .request import Request, draft_head, read_request
 from .static_cache import static_cache
+from .stock_call import StockCall
 from .telemetry import SpeculationReport
 from .versions import CACHE_KEYWORD
 
@@ -140,95 +138,63 @@ class ReSpSGenerationMixin(GenerationMixin):
             check_synced(model_kwargs.get("synced_gpus"))
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
             check_forward_arguments(input_ids, model_kwargs)
-            cache = self._cache_of(generation_config, input_ids.shape[1], model_kwargs)
-            stack.callback(stop_recording, cache)
-            return self._answer(
-                request, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-            )
+            call = StockCall(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
+            self._fit_cache(call)
+            stack.callback(stop_recording, call.cache)
+            return self._answer(request, call)
 
-    def _answer(
-        self,
-        request: Request,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: Any,
-        streamer: Any,
-        model_kwargs: dict[str, Any],
-    ) -> Any:
-        cache = model_kwargs[CACHE_KEYWORD]
-        keeps = generation_config.return_dict_in_generate
-        rules: dict[str, Any] = {
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "do_sample": generation_config.do_sample,
-            "streamer": streamer,
-            "keep_scores": keeps and generation_config.output_scores,
-            "keep_logits": keeps and generation_config.output_logits,
-            "keep_padding": getattr(cache, "_is_user_defined", False),
-        }
-        make_text = functools.partial(Text, pad_token=generation_config._pad_token_tensor, **rules)
-        batch = self._make_batch(request.lockstep, input_ids, make_text, rules, buffer_length(cache) is not None)
-        report = self._decode(request, batch, generation_config, model_kwargs)
-        report.answers = batch.input_ids[:, input_ids.shape[1] :].tolist()
-        if not generation_config.return_dict_in_generate:
+    def _answer(self, request: Request, call: StockCall) -> Any:
+        batch = self._make_batch(request.lockstep, call)
+        report = self._decode(request, batch, call)
+        report.answers = batch.input_ids[:, call.input_ids.shape[1] :].tolist()
+        if not call.config.return_dict_in_generate:
             return batch.input_ids
         kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
-        kept[CACHE_KEYWORD] = cache if len(batch) == 1 or rules["keep_padding"] else None
+        kept[CACHE_KEYWORD] = call.cache if len(batch) == 1 or call.is_cache_given else None
         return SpeculativeOutput(**kept, speculation=report)
 
-    def _cache_of(self, config: Any, text_length: int, model_kwargs: dict[str, Any]) -> Any:
-        """The call's, which fits its text; instead of a static one of `generate` one in which trees have room."""
+    def _fit_cache(self, call: StockCall) -> None:
+        """Refuse a cache that is too short; in place of a static one of `generate` make one with room for trees."""
         target = cast(PreTrainedModel, self)
-        if config.cache_implementation == "static":
-            model_kwargs[CACHE_KEYWORD] = static_cache(target.config, model_kwargs[CACHE_KEYWORD], config.max_length)
-        cache, position_count = model_kwargs[CACHE_KEYWORD], model_kwargs["position_ids"].shape[1]
-        check_lengths(target, cache, text_length, position_count, config.max_length)
-        return cache
+        if call.config.cache_implementation == "static":
+            call.model_kwargs[CACHE_KEYWORD] = static_cache(target.config, call.cache, call.max_length)
+        position_count = call.model_kwargs["position_ids"].shape[1]
+        check_lengths(target, call.cache, call.input_ids.shape[1], position_count, call.max_length)
 
-    def _make_batch(
-        self,
-        lockstep: bool | None,
-        input_ids: Tensor,
-        make_text: Callable[[Tensor], Text],
-        rules: dict[str, Any],
-        is_static: bool,
-    ) -> Batch:
+    def _make_batch(self, lockstep: bool | None, call: StockCall) -> Batch:
         """The texts of the call: one for each row if nothing can tell, else one of all rows."""
-        if len(input_ids) == 1:
-            return Batch([make_text(input_ids)], drops_finished=False)
+        if len(call.input_ids) == 1:
+            return Batch([call.text(call.input_ids)], drops_finished=False)
         asked = {
-            "`output_scores`": rules["keep_scores"],
-            "`output_logits`": rules["keep_logits"],
-            "a streamer": rules["streamer"] is not None,
-            "a cache of your own": rules["keep_padding"],
-            "a static cache": is_static,
+            "`output_scores`": call.keeps_scores,
+            "`output_logits`": call.keeps_logits,
+            "a streamer": call.streamer is not None,
+            "a cache of your own": call.is_cache_given,
+            "a static cache": buffer_length(call.cache) is not None,
         }
-        coupled = coupling(cast(PreTrainedModel, self), rules["logits_processor"], rules["stopping_criteria"], asked)
-        if advance_together(lockstep, rules["do_sample"], coupled):
-            return Batch([make_text(input_ids)], drops_finished=coupled is None)
-        return Batch([make_text(row) for row in input_ids.split(1)], drops_finished=True)
+        coupled = coupling(cast(PreTrainedModel, self), call.logits_processor, call.stopping_criteria, asked)
+        if advance_together(lockstep, call.config.do_sample, coupled):
+            return Batch([call.text(call.input_ids)], drops_finished=coupled is None)
+        return Batch([call.text(row) for row in call.input_ids.split(1)], drops_finished=True)
 
-    def _decode(
-        self, request: Request, batch: Batch, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-    ) -> SpeculationReport:
+    def _decode(self, request: Request, batch: Batch, call: StockCall) -> SpeculationReport:
         """Prefill, then one step after another until all texts are finished."""
-        target = cast(PreTrainedModel, self)
-        with self._forward_of(request, generation_config, model_kwargs) as forward, ExitStack() as stack:
+        target, model_kwargs = cast(PreTrainedModel, self), call.model_kwargs
+        with self._forward_of(request, call) as forward, ExitStack() as stack:
             decoding = TreeDecoding(
                 target,
                 request.head,
                 request.policy,
                 batch,
-                cache=model_kwargs[CACHE_KEYWORD],
+                cache=call.cache,
                 attention_mask=model_kwargs["attention_mask"],
                 position_ids=model_kwargs["position_ids"],
                 forward=forward,
-                max_length=math.ceil(generation_config.max_length),  # half a token more is one
+                max_length=call.max_length,
             )
             stack.callback(decoding.close)
             decoding.prefill(
-                generation_config.prefill_chunk_size,
+                call.config.prefill_chunk_size,
                 {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs},
             )
             with cast(Any, target)._optimize_model_for_decode():
@@ -236,15 +202,16 @@ class ReSpSGenerationMixin(GenerationMixin):
                     decoding.step()
         return decoding.report
 
-    def _forward_of(self, request: Request, config: GenerationConfig, model_kwargs: dict[str, Any]) -> TargetForward:
+    def _forward_of(self, request: Request, call: StockCall) -> TargetForward:
         """Compiled where plain `generate` would compile, and wherever the caller says how."""
         target: Any = self
+        config = call.config
         layers = None if request.head is None else request.head.head.config.feature_layers or []
         if config.compile_config is not None:  # plain `generate` heeds it on a GPU only, unless this is set
             config.compile_config = copy.copy(config.compile_config)
             config.compile_config._compile_all_devices = True
-        given = (target, layers, model_kwargs[CACHE_KEYWORD])
-        if target._valid_auto_compile_criteria(model_kwargs, config):
+        given = (target, layers, call.cache)
+        if target._valid_auto_compile_criteria(call.model_kwargs, config):
             return CompiledForward(*given, target.get_compiled_call(config.compile_config))
         return CompiledForward(*given, target) if is_compiled(target) else TargetForward(*given)
 

@@ -1,0 +1,72 @@
+"""What stock `generate` hands to the method that decodes: one value, under its own names.
+
+Knows how a text is made from it; nothing of drafting.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from .acceptance import Text
+from .versions import CACHE_KEYWORD
+
+
+@dataclass(frozen=True, slots=True)
+class StockCall:
+    """A call of `generate`, prepared by Transformers.
+
+    Attributes:
+        input_ids: `[b, s]` the prompts.
+        logits_processor: as merged by Transformers.
+        stopping_criteria: likewise.
+        config: the `GenerationConfig` of the call.
+        streamer: the caller's, or `None`.
+        model_kwargs: cache, mask and positions; whatever else the target's forward takes.
+    """
+
+    input_ids: Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    config: Any
+    streamer: Any
+    model_kwargs: dict[str, Any]
+
+    @property
+    def cache(self) -> Any:
+        return self.model_kwargs[CACHE_KEYWORD]
+
+    @property
+    def max_length(self) -> int:
+        """Positions a text may reach: half a token more is one."""
+        most: float = self.config.max_length
+        return math.ceil(most)
+
+    @property
+    def is_cache_given(self) -> bool:
+        """Whether the cache is the caller's, who may go on with it."""
+        return bool(getattr(self.cache, "_is_user_defined", False))
+
+    @property
+    def keeps_scores(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_scores)
+
+    @property
+    def keeps_logits(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_logits)
+
+    def text(self, input_ids: Tensor) -> Text:
+        """The text that begins with `input_ids` `[b, s]`, all rows of the call or one."""
+        return Text(
+            input_ids,
+            self.logits_processor,
+            self.stopping_criteria,
+            do_sample=self.config.do_sample,
+            pad_token=self.config._pad_token_tensor,
+            streamer=self.streamer,
+            keep_scores=self.keeps_scores,
+            keep_logits=self.keeps_logits,
+            keep_padding=self.is_cache_given,
+        )
