@@ -23,6 +23,19 @@ Module = TypeVar("Module", bound=nn.Module)
 _ROWS = 8
 
 
+class _Packed:
+    """A weight in oneDNN's layout, as long as it does not change."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._place, self._version = weight, weight.data_ptr(), weight._version
+        self.blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether `weight` is the one that was packed, unchanged."""
+        same = weight is self._weight and weight.data_ptr() == self._place
+        return same and weight._version == self._version
+
+
 class PackedLinear(nn.Linear):
     """A linear layer with a second, packed copy of its weight, used wherever no gradient is wanted.
 
@@ -32,19 +45,20 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, up to rounding."""
         weight = self._parameters.get("weight")  # ten times as fast as `self.weight`; none if parametrised
-        if weight is None or torch.is_grad_enabled() or input.dtype is not weight.dtype or not _can_pack(weight):
+        if (
+            weight is None
+            or torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or input.dtype is not weight.dtype
+        ):
             return super().forward(input)
-        packed, bias = self._packed(weight), self._parameters["bias"]
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], ""))
-
-    def _packed(self, weight: Tensor) -> Tensor:
-        """The packed weight, made anew when the weight has changed since."""
-        version = (weight.data_ptr(), weight._version)
-        kept: tuple[tuple[int, int], Tensor] | None = self.__dict__.get("_kept")
-        if kept is None or kept[0] != version:
-            kept = (version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS))
-            self.__dict__["_kept"] = kept
-        return kept[1]
+        kept: _Packed | None = self.__dict__.get("_kept")
+        if kept is None or not kept.is_of(weight):
+            kept = self.__dict__["_kept"] = _Packed(weight) if _can_pack(weight) else None
+        if kept is None:
+            return super().forward(input)
+        bias = self._parameters["bias"]
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, kept.blocks, bias, "none", [], ""))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the packed copy, which is made anew where it is needed: oneDNN tensors cannot be pickled."""
@@ -100,5 +114,4 @@ def _can_pack(weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and not weight.is_inference()
         and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
     )
