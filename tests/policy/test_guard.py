@@ -165,3 +165,12 @@ def test_a_guarded_policy_that_chooses_no_shape_is_named() -> None:
     guard, machine = Guard(Odd()), Machine(0.1, 0.1, 0.5)
     with pytest.raises(ValueError, match=r"Odd.* chose \(8, 4, 2\), but a step needs a TreeShape"):
         machine.run(guard, 2)
+
+
+def test_a_slow_moment_does_not_credit_trees_for_long() -> None:
+    """Plain steps of 1, 1.3 for a while, then 1 again: two of them, and trees are credited as before."""
+    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+    for seconds in (1.0, *[1.3] * 8, 1.0, 1.0):
+        guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list))
+        guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, seconds, seconds))
+    assert guard._plain_seconds < 1.1

@@ -21,6 +21,7 @@ _TRIAL_LOAN = 0.5  # plain steps more for finding out at all
 _EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # the same for short texts: plain steps per token that is left
 _MOST_SAVED, _MOST_CARRIED = 4.0, 1.0  # plain steps that drafting won: within a call, and into the next one
 _LUCK = 2.0  # tokens by which a row of a batch may lag behind the mean without being thought slower
+_HIGHER, _LOWER = 0.2, 0.5  # weight of a plain step's newest time: what a slow moment credits trees with is lost
 _REMEASURE = 64  # drafted steps after which a plain one is timed again
 _OUTDATED = 0.7  # of what a forward was expected to take: less shows that the machine or the batch is another one
 _FAR = 256  # positions of context between two texts after which forwards are timed anew: attention is part of them
@@ -172,7 +173,8 @@ class Guard(PolicyWrapper, SavedPolicy):
             self._plain_seconds = seconds
             self._account = min(self._account, _MOST_CARRIED * seconds)  # most was saved in another currency
         else:
-            self._plain_seconds += 0.2 * (seconds - self._plain_seconds)
+            weight = _LOWER if seconds < self._plain_seconds else _HIGHER
+            self._plain_seconds += weight * (seconds - self._plain_seconds)
 
     def _affordable(self, shape: TreeShape) -> TreeShape:
         """The largest part of `shape` whose cost the budget bears if none of it is accepted."""
