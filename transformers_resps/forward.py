@@ -15,7 +15,7 @@ from .cache import buffer_length, forget_newest
 from .features import Features, FeatureTap
 from .grouped_attention import without_key_copies
 from .tree import DraftTree
-from .versions import CACHE_KEYWORD
+from .versions import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 
 
 def is_compiled(target: PreTrainedModel) -> bool:
@@ -118,7 +118,7 @@ class CompiledForward(TargetForward):
         return len(self._known) > known
 
     def _run(self, call: Any, inputs: dict[str, Any]) -> tuple[Any, Features]:
-        asked = {"output_hidden_states": self._layers} if self._layers else {}
+        asked = {"output_hidden_states": self._layers if SELECTS_HIDDEN_STATES else True} if self._layers else {}
         outputs, features = call(**inputs, **asked), Features(self._layers)
         features.caught = {layer: outputs.hidden_states[layer] for layer in self._layers}
         return outputs, features

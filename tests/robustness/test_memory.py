@@ -68,7 +68,7 @@ def test_many_short_generations_leave_memory_flat() -> None:
     before, resident = census(target), psutil.Process().memory_info().rss
     for index in range(GENERATIONS):
         generate(target, head, index)
-    assert census(target) == before
+    assert not census(target) - before, "fewer are no leak: other tests' may go meanwhile"
     assert psutil.Process().memory_info().rss < resident * 1.01
     assert _traced_growth(lambda index: generate(target, head, index)) < 16 * 1024
 
