@@ -38,6 +38,11 @@ def test_a_command_returns_the_status_of_what_it_runs(command: str, monkeypatch:
         "doctor target head --dtype float17",
         "verify target --device gpu",
         "bench target head --dataset x.jsonl --dtype float17",
+        "bench target head --dataset x.jsonl --temperature 0 nan",
+        "inspect target --prompt x --output x.html --temperature -1",
+        "verify ./not/there",
+        "calibrate target /not/there",
+        "doctor owner/name owner/name/head",
     ],
 )
 def test_a_value_that_cannot_be_is_refused_before_anything_is_loaded(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..head import DraftHead
 from ..hub import RESULTS
-from .options import device, dtype, positive, shape
+from .options import device, dtype, model, positive, shape
 from .prompts import read_dialogues, spread, to_tokens
 from .provenance import code, machine
 from .subjects import load
@@ -55,8 +55,8 @@ class Experiment:
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     """Those of every experiment; `output` is the default folder of its results."""
-    parser.add_argument("target", help="folder or Hub id")
-    parser.add_argument("head", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("target", type=model, help="folder or Hub id")
+    parser.add_argument("head", type=model, help="folder or Hub id of a draft head for the target")
     parser.add_argument("--dataset", type=Path, required=True, help=".jsonl with turns, messages or prompt")
     parser.add_argument("--limit", type=positive, default=8, help="prompts, spread evenly over the file")
     parser.add_argument("--max-new-tokens", type=positive, default=96)

@@ -1,6 +1,7 @@
 """The options of the benchmark; light enough for `resps --help`."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from .peers import PEERS
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them to `parser`."""
-    parser.add_argument("target", help="folder or Hub id")
-    parser.add_argument("head", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("target", type=model, help="folder or Hub id")
+    parser.add_argument("head", type=model, help="folder or Hub id of a draft head for the target")
     add_methods(parser)
     add_prompts(parser)
     add_conditions(parser)
@@ -72,7 +73,7 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
     """How it is measured."""
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--temperature", nargs="+", type=float, default=[0.0], metavar="T", help="0 (the default) is greedy"
+        "--temperature", nargs="+", type=temperature, default=[0.0], metavar="T", help="0 (the default) is greedy"
     )
     how.add_argument("--max-new-tokens", type=positive, default=128)
     how.add_argument("--repeats", type=positive, default=3)
@@ -85,6 +86,28 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--accept-noise", action="store_true", help="measure on a busy machine all the same; the results say so"
     )
+
+
+def model(text: str) -> str:
+    """A folder that is there, or what may be a Hub id."""
+    if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no folder, but a model is one, or a Hub id: NAME or OWNER/NAME. Check the path."
+        )
+    return text
+
+
+def temperature(text: str) -> float:
+    """A finite number from 0 on."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no temperature. Write 0, which is greedy, or a number above it."
+        )
+    return value
 
 
 def shape(text: str) -> TreeShape:

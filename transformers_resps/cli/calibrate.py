@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from ..bench.options import model
 from ..calibration import calibrate
 from ..cost_table import CostTable
 from ..head import DraftHead
@@ -14,7 +15,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("calibrate", help="what do steps cost on this machine, and can drafting pay at all?")
     parser.set_defaults(run=calibrate_costs)
     add_target_options(parser)
-    parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
     parser.add_argument("--refresh", action="store_true", help="measure again although a table is kept")
 
 

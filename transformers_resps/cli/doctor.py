@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..bench.options import positive
+from ..bench.options import model, positive
 from ..bench.prompts import to_tokens
 from ..doctor import Answer, Cell, Diagnosis, diagnose, write_answers
 from ..head import DraftHead
@@ -23,7 +23,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="does a head read its target as it was trained to?")
     parser.set_defaults(run=doctor)
     add_target_options(parser)
-    parser.add_argument("head", help="folder or Hub id of a draft head for the target, in any published format")
+    parser.add_argument(
+        "head", type=model, help="folder or Hub id of a draft head for the target, in any published format"
+    )
     parser.add_argument(
         "--dataset",
         help=".json, .jsonl or Hub id; the target answers where it has no assistant turns",

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..attaching import attach
-from ..bench.options import positive
+from ..bench.options import model, positive, temperature
 from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
 from ..head import DraftHead
@@ -24,7 +24,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("inspect", help="an answer as a page to look at: trees, decisions, seconds")
     parser.set_defaults(run=inspect)
     add_target_options(parser)
-    parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
     parser.add_argument("--prompt", required=True, help="what the target answers")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the page to write")
     parser.add_argument(
@@ -32,7 +32,7 @@ def add_command(commands: Any) -> None:
         help="auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; the head's own tree by default",
     )
     parser.add_argument("--max-new-tokens", type=positive, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--seed", type=int, default=0, help="of both answers, when tokens are sampled")
 
 

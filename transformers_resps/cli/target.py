@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..bench.options import device, dtype
+from ..bench.options import device, dtype, model
 
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
     """TARGET, `--dtype` and `--device`."""
-    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("target", type=model, help="folder or Hub id")
     parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a processor), bfloat16 or float16")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ..bench.options import positive
+from ..bench.options import model, positive
 from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
 from ..head import DraftHead
@@ -24,7 +24,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("verify", help="is the text with a draft head the model's own? a page to paste")
     parser.set_defaults(run=verify)
     add_target_options(parser)
-    parser.add_argument("head", nargs="?", help="folder or Hub id of a draft head; without one, drafts by lookup")
+    parser.add_argument(
+        "head", type=model, nargs="?", help="folder or Hub id of a draft head; without one, drafts by lookup"
+    )
     parser.add_argument(
         "policy",
         nargs="?",
