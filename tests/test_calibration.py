@@ -29,10 +29,13 @@ def head(target: Any) -> DraftHead:
 
 
 def plant(target: Any, clock: FakeClock, seconds: Any) -> Any:
-    """Every forward of the target takes `seconds(tokens)` on `clock`."""
-    return target.register_forward_hook(
-        lambda module, args, kwargs, output: clock.advance(seconds(kwargs["input_ids"].shape[1])), with_kwargs=True
-    )
+    """Every forward of the target takes `seconds(tokens)` on `clock`, and half a second more with stock attention."""
+
+    def advance(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        stock = 0.5 if target.config._attn_implementation == "sdpa" else 0.0
+        clock.advance(seconds(kwargs["input_ids"].shape[1]) + stock)
+
+    return target.register_forward_hook(advance, with_kwargs=True)
 
 
 def test_planted_costs_are_found(
@@ -55,6 +58,9 @@ def test_planted_costs_are_found(
         assert row == {nodes: 1.0 if nodes == 1 else 3.0 + nodes for nodes in NODES}
     assert table.verify_seconds(5, 400) == pytest.approx(8.0)
     assert table.verify_seconds(40, 400) == pytest.approx(43.0)
+    assert table.plain == dict.fromkeys(CONTEXTS, 1.5) and table.plain_seconds(400) == 1.5
+    assert CostTable.load(next(tmp_path.iterdir())) == table
+    assert CostTable(table.verify, {}, {}).plain_seconds(400) == 1.0
     assert table.identity["attention"] == "sdpa"
     assert 0 < table.overhead < 1
     costs = table.running(400)
@@ -70,6 +76,7 @@ def test_the_command_prints_the_table_and_what_it_means(
     assert main(["calibrate", str(tmp_path / "target")]) == 0
     printed = capsys.readouterr().out
     assert "  nodes" in printed and "beside its forwards" in printed and "a step must accept more than" in printed
+    assert "\n  plain  " in printed
 
 
 def test_a_table_is_measured_once_and_kept(target: Any, head: DraftHead, tmp_path: Path) -> None:

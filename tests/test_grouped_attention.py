@@ -60,12 +60,31 @@ def test_heads_that_share_keys_see_what_pytorch_shows_them(heads: int, shared: i
 
 
 @torch.no_grad()
-def test_a_lone_query_keeps_every_bit(make_target: Callable[..., PreTrainedModel]) -> None:
-    target = make_target("llama")
-    tokens = torch.arange(3, 4)[None]
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_lone_token_attends_so_too(
+    make_target: Callable[..., PreTrainedModel], padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = make_target("llama").double()
+    tokens = torch.arange(3, 43).reshape(2, 20)
+    mask = torch.ones_like(tokens)
+    mask[0, :padding] = 0
+    stock, found = DynamicCache(config=target.config), DynamicCache(config=target.config)
+    for cache in (stock, found):
+        target(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1], **{CACHE_KEYWORD: cache})
+    expected = target(input_ids=tokens[:, -1:], attention_mask=mask, **{CACHE_KEYWORD: stock}).logits
+    monkeypatch.delattr("transformers_resps.grouped_attention.sdpa_attention_forward")
+    with without_key_copies(target):
+        logits = target(input_ids=tokens[:, -1:], attention_mask=mask, **{CACHE_KEYWORD: found}).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_whole_prompt_stays_causal(make_target: Callable[..., PreTrainedModel]) -> None:
+    """Without a mask, as Transformers gives it to a prompt."""
+    target, tokens = make_target("llama").double(), torch.arange(3, 23)[None]
     with without_key_copies(target):
         found = target(input_ids=tokens).logits
-    assert torch.equal(found, target(input_ids=tokens).logits)
+    torch.testing.assert_close(found, target(input_ids=tokens).logits, rtol=1e-12, atol=1e-12)
 
 
 def test_a_tree_is_verified_without_a_copy_of_the_keys(

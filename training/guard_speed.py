@@ -4,7 +4,8 @@
 
 Two heads: an untrained one of HEAD's kind, and HEAD itself on whatever prompts you give: take those of a domain it
 never read. Two policies that draft by the head alone, since lookups would earn what it loses: ours, and EAGLE-3's
-60/5/10, which never hesitates. Each both new in every call, which is the worst, and kept between calls.
+60/5/10, which never hesitates. Each both new in every call, which is the worst, and kept between calls. And one that
+never drafts: what our step loop alone costs, or gains where its attention to a lone token is the faster one.
 """
 
 import argparse
@@ -34,7 +35,13 @@ class HeadAlone(ThroughputPolicy):
 POLICIES: dict[str, Callable[[], Policy]] = {
     "ours": HeadAlone,
     "60/5/10": lambda: FixedPolicy(TreeShape.from_eagle(60, 4, 10)),
+    "never drafts": lambda: FixedPolicy(TreeShape.plain()),
 }
+UNTRAINED, GIVEN = "untrained", "given"
+SETTINGS = (
+    *((head, policy, kept) for head in (UNTRAINED, GIVEN) for policy in ("ours", "60/5/10") for kept in (False, True)),
+    (GIVEN, "never drafts", True),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +85,19 @@ def timed(target: Any, prompt: Tensor, max_new_tokens: int, **speculation: Any) 
 
 
 def measure(given: Experiment, heads: dict[str, DraftHead], max_new_tokens: int, repeats: int) -> list[Measurement]:
-    """Every head, policy and prompt; plain right before or after, in turn."""
+    """Every setting and prompt; plain right before or after, in turn."""
     timed(given.target, given.prompts[0], max_new_tokens)
     found = []
-    for name, head in heads.items():
-        for policy_name, make in POLICIES.items():
-            for kept in (False, True):
-                policy = Guard(make())
-                for repeat in range(repeats):
-                    for number, prompt in enumerate(given.prompts):
-                        policy = policy if kept else Guard(make())
-                        ways = [{}, {"assistant_model": head, "policy": policy}]
-                        order = (0, 1) if (number + repeat) % 2 == 0 else (1, 0)
-                        got = {way: timed(given.target, prompt, max_new_tokens, **ways[way]) for way in order}
-                        found.append(Measurement(name, policy_name, kept, number, *got[0][:2], *got[1]))
+    for name, policy_name, kept in SETTINGS:
+        make = POLICIES[policy_name]
+        policy = Guard(make())
+        for repeat in range(repeats):
+            for number, prompt in enumerate(given.prompts):
+                policy = policy if kept else Guard(make())
+                ways = [{}, {"assistant_model": heads[name], "policy": policy}]
+                order = (0, 1) if (number + repeat) % 2 == 0 else (1, 0)
+                got = {way: timed(given.target, prompt, max_new_tokens, **ways[way]) for way in order}
+                found.append(Measurement(name, policy_name, kept, number, *got[0][:2], *got[1]))
     return found
 
 
@@ -114,9 +120,9 @@ def main() -> None:
     add_options(parser, "results/guard")
     args = parser.parse_args()
     given = Experiment.load(args)
-    heads = {"untrained": untrained(given.target, given.head), "given": given.head}
+    heads = {UNTRAINED: untrained(given.target, given.head), GIVEN: given.head}
     if args.pack:
-        pack(heads["untrained"])
+        pack(heads[UNTRAINED])
     runs = measure(given, heads, args.max_new_tokens, args.repeats)
     rows = table(runs)
     file = given.write(args, rows, runs)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .attaching import attach, detach
 from .attention import tree_attention_mask, tree_positions
-from .cache import check_cache
+from .cache import check_cache, forget_newest
 from .candidate_generator import TreeCandidateGenerator
 from .cost_table import CostTable, identity_of
 from .forward import TargetForward
@@ -25,6 +25,7 @@ from .policy import FixedPolicy
 from .refusals import check_model
 from .roomy_cache import make_room, settle
 from .tree import DraftTree, TreeShape
+from .versions import CACHE_KEYWORD
 
 
 CONTEXTS = (128, 768)
@@ -70,7 +71,8 @@ def calibrate(
     contexts = sorted({max(min(context, room - max(NODES) - 1), 1) for context in CONTEXTS})
     verify = {context: _verify_row(target, context, room - context, clock) for context in contexts}
     draft = {} if head is None else _draft_row(target, head, clock)
-    table = CostTable(verify, draft, identity, _overhead(target, head, room))
+    plain = {context: _plain_seconds(target, context, clock) for context in contexts}
+    table = CostTable(verify, draft, identity, _overhead(target, head, room), plain)
     table.save(path)
     return table
 
@@ -112,6 +114,24 @@ def _verify_row(target: PreTrainedModel, context: int, room: int, clock: Callabl
         row = {nodes: _median(lambda nodes=nodes: verify(forward, nodes), clock) for nodes in fitting}  # type: ignore[misc]
         settle(cache)
         return row
+
+
+@torch.no_grad()
+def _plain_seconds(target: PreTrainedModel, context: int, clock: Callable[[], float]) -> float:
+    """Of a forward as plain `generate` makes it."""
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    cache.activate_past_recording()
+    places = torch.arange(context + 1, device=target.device)[None]
+    tokens = places.remainder(target.config.get_text_config().vocab_size)
+
+    def decode() -> None:
+        options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
+        target(input_ids=tokens[:, -1:], position_ids=places[:, -1:], **options).logits[0, -1, 0].item()
+        forget_newest(cache, 1)
+
+    with TargetForward(target, None, cache) as forward:
+        forward.read(tokens[:, :-1], None, places[:, :-1])
+    return _median(decode, clock)
 
 
 @torch.no_grad()

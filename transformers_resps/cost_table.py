@@ -7,7 +7,7 @@ of how it is measured.
 import json
 import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class CostTable:
         draft: level width -> seconds of one head level; empty without a head.
         identity: device, dtype, threads, versions, target, attention and head. A table is used nowhere else.
         overhead: seconds of a step beside its forwards: the walk, the caches, the policy.
+        plain: context positions -> seconds of a forward of plain `generate`, which attends and keeps its cache in
+            Transformers' own way; empty in tables of earlier versions.
 
     Raises:
         ValueError: there is no forward, a size is below 1, or a cost is not a time.
@@ -40,12 +42,14 @@ class CostTable:
     draft: dict[int, float]
     identity: dict[str, Any]
     overhead: float = 0.0
+    plain: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = self.verify.values() if isinstance(self.verify, dict) else [None]
         is_measured = bool(rows) and all(row and _is_row(row) for row in rows) and all(map(_is_size, self.verify))
         has_overhead = _is_time(self.overhead) or self.overhead == 0
-        if not is_measured or not _is_row(self.draft) or not has_overhead or not isinstance(self.identity, dict):
+        are_rows = _is_row(self.draft) and _is_row(self.plain)
+        if not is_measured or not are_rows or not has_overhead or not isinstance(self.identity, dict):
             raise ValueError(
                 "A cost table holds costs of zero seconds, impossible ones or none at all, or sizes below 1, but "
                 "every measured forward takes time. Measure with `calibrate(model, head, refresh=True)`."
@@ -54,6 +58,10 @@ class CostTable:
     def verify_seconds(self, nodes: int, context: int) -> float:
         """Seconds of a target forward over `nodes`, interpolated in nodes and context."""
         return _interpolate({length: _interpolate(row, nodes) for length, row in self.verify.items()}, context)
+
+    def plain_seconds(self, context: int) -> float:
+        """Seconds of a forward of plain `generate`: never a plain step of ours, unless nothing else was measured."""
+        return _interpolate(self.plain, context) if self.plain else self.verify_seconds(1, context)
 
     def draft_seconds(self, width: int, levels: int) -> float:
         """Seconds of drafting `levels` levels of `width` nodes."""
@@ -118,7 +126,8 @@ class CostTable:
             read = json.loads(text)
             verify = {int(c): {int(n): float(s) for n, s in row.items()} for c, row in read["verify"].items()}
             draft = {int(w): float(s) for w, s in read["draft"].items()}
-            table = cls(verify, draft, dict(read["identity"]), float(read.get("overhead", 0.0)))
+            plain = {int(c): float(s) for c, s in read.get("plain", {}).items()}
+            table = cls(verify, draft, dict(read["identity"]), float(read.get("overhead", 0.0)), plain)
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(_no_table(path, error)) from error
         return table

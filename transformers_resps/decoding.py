@@ -202,7 +202,7 @@ class TreeDecoding:
         return self._clock() - started
 
     def _verify(self, tree: DraftTree) -> tuple[Any, Features]:
-        """The target's forward over all nodes; a lone root runs exactly as in plain decoding, but in static caches."""
+        """The target's forward over all nodes; a lone root with plain decoding's mask, but in static caches."""
         tree = self._buckets.padded(tree)
         ends = None if self._prefix.is_even else self._prefix.ends(tree.tokens.device)
         if self._buckets.slots is None and tree.node_count == 1 and (ends is None or not has_windows(self.cache)):

@@ -54,11 +54,8 @@ class TargetForward:
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
         """The outputs and the features over the nodes of a tree, padding included."""
-        inputs = self._inputs(tokens, mask, positions)
-        if tokens.shape[1] == 1:  # a lone root attends as in plain decoding
-            return self._run(self._target, inputs)
         with without_key_copies(self._target):
-            return self._run(self._target, inputs)
+            return self._run(self._target, self._inputs(tokens, mask, positions))
 
     def is_first(self, tree: DraftTree) -> bool:
         """Whether the coming forward, the first over a tree of this size, takes longer than all that follow."""

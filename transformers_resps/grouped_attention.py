@@ -1,9 +1,10 @@
 """SDPA where heads share keys (grouped queries), on a processor: heads that share them are queries of one head.
 
 Given a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
-own way to share them (`enable_gqa`) reads them once for each head. All sums are the same but for rounding. SmolLM2 in
-bfloat16 over 8 nodes behind 800 positions, one layer on Zen 4: 0.42 ms with copies, 0.36 with `enable_gqa`, and 0.26
-so; of a batch of eight over 3 nodes behind 250 positions 0.83 with `enable_gqa`, and 0.40 so.
+own way to share them (`enable_gqa`) reads them once for each head. All sums are the same but for rounding. A lone token
+gains most, because PyTorch spends about as much on one query as on three: SmolLM2 in bfloat16 behind 800 positions, one
+layer on Zen 4, 0.59 ms with `enable_gqa`, which is plain decoding's way, and 0.12 so; three nodes in each of eight rows
+behind 250 positions 0.70 with copies, 0.55 with `enable_gqa`, 0.36 so (`training/attention_speed.py`).
 
 Knows attention only: nothing of trees or caches.
 """
@@ -41,7 +42,7 @@ def grouped_attention(
         query: `[b, heads, q, hd]`.
         key: `[b, kv heads, t, hd]`.
         value: like `key`.
-        attention_mask: `[b or 1, 1, q, t]`, or `None`.
+        attention_mask: `[b or 1, 1, q, t]`; `None` is causal.
         dropout: share of the weights.
         scaling: of the scores.
         options: anything else is `sdpa`'s.
@@ -49,10 +50,10 @@ def grouped_attention(
     Returns:
         `[b, q, heads, hd]`, and nothing for the weights.
     """
-    # A lone query is left to `sdpa`: it may be a plain step, whose every bit should be plain decoding's.
-    shares = query.shape[1] != key.shape[1] and query.shape[2] > 1
+    shares = query.shape[1] != key.shape[1]
     odd = any(options.get(name) is not None for name in _OF_SDPA_ALONE)
-    if not shares or odd or attention_mask is None or attention_mask.shape[1] > 1:
+    causal = attention_mask is None and query.shape[2] > 1  # by an argument of `sdpa`, which would count heads as rows
+    if not shares or odd or causal or (attention_mask is not None and attention_mask.shape[1] > 1):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     return attend(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
 
@@ -80,7 +81,7 @@ def attend(
     """
     batch_size, heads, count = query.shape[:3]
     sharing = heads // key.shape[1]
-    if mask is not None and sharing > 1:
+    if mask is not None and sharing > 1 and count > 1:
         mask = mask.expand(-1, sharing, -1, -1).flatten(1, 2)[:, None]
     query = query.reshape(batch_size, key.shape[1], sharing * count, -1)
     attended = functional.scaled_dot_product_attention(

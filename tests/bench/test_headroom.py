@@ -49,7 +49,8 @@ def test_shapes_are_a_plain_step_trees_and_lookups(tiny_target: Any) -> None:
 def test_a_ceiling_and_a_fixed_shape_are_what_decoding_does(tiny_target: Any, tiny_head: DraftHead) -> None:
     target = attach(tiny_target)
     prompt = torch.tensor([1, 30, 31, 30, 31])
-    replayer = Replayer(target, tiny_head, GRID, lambda shape, context: float(shape.total_tokens), 12)
+    a_second_a_node = CostTable({1: {nodes: float(nodes) for nodes in range(1, 10)}}, {}, {}, plain={1: 2.0})
+    replayer = Replayer(target, tiny_head, GRID, a_second_a_node, 12)
     answer = replayer.answer(prompt, 0.0)
     assert answer.tolist() == target.generate(prompt[None], max_new_tokens=12, do_sample=False)[0, 5:].tolist()
 
@@ -64,11 +65,11 @@ def test_a_ceiling_and_a_fixed_shape_are_what_decoding_does(tiny_target: Any, ti
     taken = {shape: seconds(shape) for shape in GRID.shapes}
     assert best.shape == min((SMALL, LARGE), key=lambda shape: taken[shape])
     assert best.expected_ratio == pytest.approx(taken[PLAIN] / taken[best.shape])
-    assert 0 < replayer.ceiling(prompt, answer) <= min(taken.values()) / taken[PLAIN]
+    assert 0 < replayer.ceiling(prompt, answer) <= min(taken.values()) / (2.0 * taken[PLAIN])
 
 
 def test_answers_of_one_token_have_nothing_to_win(tiny_target: Any, tiny_head: DraftHead) -> None:
-    replayer = Replayer(attach(tiny_target), tiny_head, GRID, lambda shape, context: 1.0, 1)
+    replayer = Replayer(attach(tiny_target), tiny_head, GRID, CostTable({1: {1: 1.0}}, {}, {}), 1)
     assert replayer.ceiling(torch.tensor([1, 9]), torch.tensor([5])) == 1.0
     with pytest.raises(ValueError, match="--search-dataset"):
         replayer.find_best_fixed([("a/0", torch.tensor([1, 9]))], 0.0)

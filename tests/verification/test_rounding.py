@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from tests.conftest import build_target
 from transformers_resps.verification.rounding import move_of_gaps
@@ -11,8 +10,9 @@ from transformers_resps.verification.rounding import move_of_gaps
 PROMPTS = [torch.arange(3, 12), torch.arange(20, 25)]
 
 
-def test_a_tree_of_one_node_is_a_plain_step_bit_for_bit(tiny_target: PreTrainedModel) -> None:
-    [one] = move_of_gaps(tiny_target, PROMPTS, 12, [1])
+def test_a_tree_of_one_node_is_a_plain_step_bit_for_bit_where_heads_share_no_keys() -> None:
+    target = build_target(num_key_value_heads=4)
+    [one] = move_of_gaps(target, PROMPTS, 12, [1])
     assert one.equal_rows == len(one.moves) == 24 and one.equal_logits == 1
     assert float(one.moves.max()) == 0 and not len(one.flipped)
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cost_table import CostTable
 from ..head import DraftHead
 from ..policy import ActionGrid
 from ..trainers.oracle import Oracle
 from ..trainers.outcomes import OutcomeTable
-from ..trainers.replay import ReplayText, StepSeconds, record_text
+from ..trainers.replay import ReplayText, record_text
 from ..tree import TreeShape
 from .measurement import Measurement
 from .methods import ORACLE
@@ -57,14 +58,14 @@ class Replayer:
         target: attached.
         head: drafts from every position of a text.
         grid: the shapes that are considered.
-        seconds: of a step.
+        costs: of steps, ours and plain decoding's.
         max_new_tokens: of an answer.
     """
 
     target: Any
     head: DraftHead
     grid: ActionGrid
-    seconds: StepSeconds
+    costs: CostTable
     max_new_tokens: int
 
     def replay(self, prompt: Tensor, answer: Tensor) -> OutcomeTable | None:
@@ -74,7 +75,7 @@ class Replayer:
         text = torch.cat([prompt.cpu(), answer.cpu()])
         spare = self.max_new_tokens - len(answer)
         recorded: ReplayText = record_text(self.target, self.head, text, len(prompt), grid=self.grid, spare_room=spare)
-        return OutcomeTable([recorded.outcomes(self.grid, self.seconds)])
+        return OutcomeTable([recorded.outcomes(self.grid, self.costs.step_seconds)])
 
     def answer(self, prompt: Tensor, temperature: float) -> Tensor:
         """The target's own answer, with trees: the text is that of plain decoding."""
@@ -110,12 +111,13 @@ class Replayer:
         return choose_best_fixed(totals, self.grid, names)
 
     def ceiling(self, prompt: Tensor, answer: Tensor) -> float:
-        """Seconds of the fastest sequence of shapes over those of plain steps, for an answer, prefill left out."""
+        """Seconds of the fastest sequence of shapes over those of plain decoding, for an answer, prefill left out."""
         table = self.replay(prompt, answer)
         if table is None:
             return 1.0
-        oracle = Oracle(table)
-        return float(oracle.best_seconds[0] / oracle.fixed_seconds[0, self.grid.index_of(TreeShape.plain())])
+        contexts = range(len(prompt) + 1, len(prompt) + len(answer))  # prefill gives the first token
+        plain = sum(self.costs.plain_seconds(context) + self.costs.overhead for context in contexts)
+        return float(Oracle(table).best_seconds[0] / plain)
 
 
 def choose_best_fixed(totals: Tensor, grid: ActionGrid, prompts: Sequence[str]) -> BestFixed:

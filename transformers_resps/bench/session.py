@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ class Session:
         self.costs = calibrate(target, head, folder=self.args.output / "costs")
         if not {BEST_FIXED, CEILING}.isdisjoint(self.selected):
             grid = shapes_for(target.device.type)
-            self.replayer = Replayer(target, head, grid, self.costs.step_seconds, self.args.max_new_tokens)
+            self.replayer = Replayer(target, head, grid, self.costs, self.args.max_new_tokens)
         self.methods = self._choose_methods()
         schedule = Schedule(
             self.dialogues, self.methods, self.args.temperature, self.args.repeats, self.subjects.tokenizer
@@ -219,14 +220,13 @@ class Session:
 
     def _costs(self) -> dict[str, Any]:
         assert self.costs is not None
-        return {"verify": self.costs.verify, "draft": self.costs.draft, "overhead": self.costs.overhead}
+        return {name: part for name, part in asdict(self.costs).items() if name != "identity"}
 
     def verify_cost(self) -> float | None:
-        """Of a forward over `NAMED_NODES` nodes, in plain steps."""
+        """Of a forward over `NAMED_NODES` nodes, in forwards of plain decoding."""
         if self.costs is None:
             return None
-        several, one = (self.costs.verify_seconds(nodes, _ADVICE_CONTEXT) for nodes in (NAMED_NODES, 1))
-        return several / one
+        return self.costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / self.costs.plain_seconds(_ADVICE_CONTEXT)
 
 
 _ONLY_SETTINGS = (

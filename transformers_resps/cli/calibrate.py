@@ -27,10 +27,12 @@ def calibrate_costs(args: argparse.Namespace) -> int:
     for key, value in table.identity.items():
         print(f"{key:14}{value}")
     contexts = sorted(table.verify)
-    print("\nMilliseconds of a forward of the target, by context:\n")
+    print("\nMilliseconds of a forward of the target, by context; the last line is plain decoding's:\n")
     print("  nodes" + "".join(f"{context:>9}" for context in contexts))
     for nodes in sorted(table.verify[contexts[0]]):
         print(f"{nodes:7}" + "".join(f"{1e3 * table.verify[context][nodes]:9.1f}" for context in contexts))
+    if table.plain:
+        print("  plain" + "".join(f"{1e3 * table.plain_seconds(context):9.1f}" for context in contexts))
     if table.draft:
         widths = ", ".join(f"{width}: {1e3 * seconds:.1f}" for width, seconds in sorted(table.draft.items()))
         print(f"\nMilliseconds of one level of the head, by width: {widths}")
@@ -42,12 +44,12 @@ def calibrate_costs(args: argparse.Namespace) -> int:
 def what_must_be_accepted(table: CostTable) -> str:
     """One sentence: how right drafts must be before they pay."""
     context = min(table.verify)
-    plain = table.verify_seconds(1, context)
+    plain = table.plain_seconds(context)
     costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in (2, 4, 8)}
     listed = ", ".join(f"{nodes} nodes {cost:.1f}" for nodes, cost in costs.items())
     least = min(costs.values())
     verdict = "can pay" if least < 1.6 else "can hardly pay"
     return (
-        f"In plain steps, verifying costs: {listed}. Drafting {verdict} here: a step must accept more than "
-        f"{least - 1:.1f} tokens on average, and what drafting them costs."
+        f"In forwards of plain decoding, verifying costs: {listed}. Drafting {verdict} here: a step must "
+        f"accept more than {least - 1:.1f} tokens on average, and what drafting them costs."
     )
