@@ -2,7 +2,7 @@
 
     python training/attention_speed.py
 
-Random numbers in the sizes of SmolLM2-135M in bfloat16; keys and values of thirty layers in turn, as a model reads them.
+Random numbers in the sizes of SmolLM2-135M in bfloat16; keys and values of thirty layers in turn, as in a model.
 """
 
 import time

@@ -16,11 +16,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, eager_attention_forward
 
 from transformers_resps import pack
+from transformers_resps.grouped_attention import grouped_attention
 
 
 HIDDEN, INNER, VOCABULARY, HEADS, KEY_HEADS, HEAD_SIZE = 576, 1536, 49152, 9, 3, 64
 NODE_COUNTS = (1, 2, 3, 4, 5, 8, 13, 16, 32, 48, 64)
 PASTS = (37, 300, 1000)
+LONE = "a lone token, sdpa and our attention"
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 Case = tuple[Tensor, Tensor]  # a row alone, and the same row among others
 
@@ -79,6 +81,9 @@ class Attending:
                     alone = self.run(own, keys[:, :, :end], values[:, :, :end], None)[0, 0]
                     if together is not None:
                         yield alone, together[node]
+                    elif variant == LONE:
+                        seen = (own, keys[:, :, :end], values[:, :, :end], None)
+                        yield alone, grouped_attention(self.layer, *seen, scaling=HEAD_SIZE**-0.5)[0][0, 0]
                     elif variant == "a mask of zeros":
                         row = mask[:, :, node : node + 1, :end]
                         yield alone, self.run(own, keys[:, :, :end], values[:, :, :end], row)[0, 0]
@@ -107,6 +112,7 @@ def main() -> None:
             layer = nn.Linear(inputs, outputs, bias=False).to(dtype)
             report(f"{name}, linear {inputs} to {outputs}", linear_cases(layer, dtype))
             report(f"{name}, linear {inputs} to {outputs}, packed", linear_cases(pack(layer), dtype))
+        report(f"{name}, {LONE}", Attending(sdpa_attention_forward, dtype).cases(LONE))
         for attention in (sdpa_attention_forward, eager_attention_forward):
             for variant in ("a mask of zeros", "masked keys behind", "a tree"):
                 kind = attention.__name__.split("_")[0]
