@@ -1,10 +1,11 @@
 """SDPA where heads share keys (grouped queries), on a processor: heads that share them are queries of one head.
 
 Given a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
-own way to share them (`enable_gqa`) reads them once for each head. All sums are the same but for rounding. A lone token
-gains most, because PyTorch spends about as much on one query as on three: SmolLM2 in bfloat16 behind 800 positions, one
-layer on Zen 4, 0.59 ms with `enable_gqa`, which is plain decoding's way, and 0.12 so; three nodes in each of eight rows
-behind 250 positions 0.70 with copies, 0.55 with `enable_gqa`, 0.36 so (`training/attention_speed.py`).
+own way to share them (`enable_gqa`) reads them once for each head. All sums are the same but for rounding. A lone
+token gains most, because PyTorch spends about as much on one query as on three: SmolLM2 in bfloat16 behind 800
+positions, one layer on Zen 4, 0.59 ms with `enable_gqa`, which is plain decoding's way, and 0.12 so; three nodes in
+each of eight rows behind 250 positions 0.70 with copies, 0.55 with `enable_gqa`, 0.36 so
+(`training/attention_speed.py`).
 
 Knows attention only: nothing of trees or caches.
 """
