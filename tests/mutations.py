@@ -58,8 +58,14 @@ class Mutation:
 
 MUTATIONS = (
     Mutation("kept nodes stand in order of score", "tree.py", "[:, :kept].sort(dim=-1).values", "[:, :kept]", POOL),
-    Mutation("a child of any node will do", "tree.py", "(self.parents == nodes[:, None]) & ", "", CHILD),
-    Mutation("the root is its own child", "tree.py", " & (order > 0)", "", CHILD),
+    Mutation("a child of any node will do", "tree.py", "(parents[node], tokens[node])", "(0, tokens[node])", CHILD),
+    Mutation(
+        "the root is its own child",
+        "tree.py",
+        "range(self.node_count - 1, 0, -1)",
+        "range(self.node_count - 1, -1, -1)",
+        CHILD,
+    ),
     Mutation("the deepest nodes lack an ancestor", "tree.py", "range(most_levels):", "range(most_levels - 1):", POOL),
     Mutation("a node is no ancestor of itself", "tree.py", "own | ancestors.gather", "ancestors.gather", SIGHT),
     Mutation("a merged chain becomes a star", "tree.py", "parents.append(node)", "parents.append(0)", CHAIN),
@@ -67,15 +73,15 @@ MUTATIONS = (
     Mutation(
         "the walk descends from the root again",
         "acceptance.py",
-        "tree.children_of(nodes, tokens)",
-        "tree.children_of(torch.zeros_like(nodes), tokens)",
+        "zip(nodes, tokens.tolist(), strict=True)",
+        "zip([0] * len(nodes), tokens.tolist(), strict=True)",
         WALK,
     ),
     Mutation(
         "every pick is the root's",
         "acceptance.py",
-        "flat.index_select(0, starts + nodes)",
-        "flat.index_select(0, starts)",
+        "_logits_of(nodes, logits)",
+        "_logits_of([0] * len(nodes), logits)",
         WALK,
     ),
     Mutation("the walk goes on after the end", "acceptance.py", "if text.finished or ", "if ", WALK),

@@ -71,10 +71,7 @@ def test_ancestors_and_depths_are_those_of_the_paths(seed: int) -> None:
 
 def test_a_child_is_found_by_its_token_and_the_root_is_nobodys_child() -> None:
     tree = DraftTree.from_parents(torch.tensor([[5, 5, 6, 5]]), torch.tensor([[0, 0, 0, 1]]))
-    found = [
-        int(tree.children_of(torch.tensor([node]), torch.tensor([token]))) for node in (0, 1, 2) for token in (5, 6)
-    ]
-    assert found == [1, 2, 3, -1, -1, -1]
+    assert tree.children() == [{(0, 5): 1, (0, 6): 2, (1, 5): 3}]
 
 
 def test_parents_must_come_first() -> None:

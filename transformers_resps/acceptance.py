@@ -165,19 +165,25 @@ def walk(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
         logits: `[b, n, v]` the target's, one row per node.
         text: gains the picks.
     """
-    rows = torch.arange(len(logits), device=logits.device)
-    nodes, flat, starts = torch.zeros_like(rows), logits.flatten(0, 1), rows * logits.shape[1]
+    children, nodes = tree.children(), [0] * len(logits)
     path, picks, emitted = [], [], torch.zeros_like(text.unfinished)
     while True:
         path.append(nodes)
         emitted = emitted + text.unfinished
-        tokens = text.commit(flat.index_select(0, starts + nodes)).to(rows.device)
+        tokens = text.commit(_logits_of(nodes, logits))
         picks.append(tokens)
         if text.finished or tree.node_count == 1:
             break
-        children = tree.children_of(nodes, tokens)
-        if bool(((children < 0) & text.live.to(rows.device)).any()):
+        found = [own.get(at) for own, at in zip(children, zip(nodes, tokens.tolist(), strict=True), strict=True)]
+        if any(live and node is None for live, node in zip(text.live.tolist(), found, strict=True)):
             break
-        nodes = children.clamp(min=0)
-    counts = [len(path)] * len(rows)
-    return Acceptance(torch.stack(path, dim=1), torch.stack(picks, dim=1), counts, emitted.tolist())
+        nodes = [node or 0 for node in found]
+    walked = torch.tensor(path, device=logits.device).T
+    return Acceptance(walked, torch.stack(picks, dim=1).to(logits.device), [len(path)] * len(logits), emitted.tolist())
+
+
+def _logits_of(nodes: list[int], logits: Tensor) -> Tensor:
+    """`[b, v]` those of one node in each row, of `[b, n, v]`; no copy where it is the same in all."""
+    if len(set(nodes)) == 1:
+        return logits[:, nodes[0]]
+    return logits[range(len(nodes)), nodes]

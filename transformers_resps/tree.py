@@ -245,11 +245,13 @@ class DraftTree:
         """How many of each row's `tokens` `[b, m]`, from the first, lie on a path below the root."""
         return _foreseen(self, tokens, 0)
 
-    def children_of(self, nodes: Tensor, tokens: Tensor) -> Tensor:
-        """The child of each of `nodes` `[b]` that carries `tokens` `[b]`, or -1: `[b]`."""
-        order = torch.arange(self.node_count, device=tokens.device)
-        matches = (self.parents == nodes[:, None]) & (self.tokens == tokens[:, None]) & (order > 0)
-        return torch.where(matches.any(-1), matches.int().argmax(-1), -1)
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """Of each row, a node and a token -> the node's first child that carries the token. Not tensors: the walk looks
+        up a handful of them, one after the other.
+        """
+        rows = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
+        last_to_first = range(self.node_count - 1, 0, -1)
+        return [{(parents[node], tokens[node]): node for node in last_to_first} for parents, tokens in rows]
 
 
 def _foreseen(nodes: CandidatePool | DraftTree, tokens: Tensor, root: int) -> list[int]:

@@ -115,13 +115,7 @@ def test_ranks_say_what_the_longest_path_of_the_selected_tree_says(target: PreTr
     ranks = path_ranks(pool, upcoming)
     for total in range(1, 22):
         tree = DraftTree.from_pool(text[prefixes], pool, total)
-        node, alive, depth = torch.zeros(len(prefixes), dtype=torch.long), torch.ones(len(prefixes), dtype=bool), 0
-        for level in range(3):
-            node = tree.children_of(node, upcoming[:, level])
-            alive = alive & (node >= 0)
-            depth = depth + alive.int()
-            node = node.clamp(min=0)
-        assert torch.equal((ranks[:, 2] < total - 1).int().cumprod(-1).sum(-1), depth)
+        assert (ranks[:, 2] < total - 1).int().cumprod(-1).sum(-1).tolist() == tree.foreseen(upcoming)
 
 
 @pytest.mark.parametrize("damage", ["cut", "no metadata", "other tensors", "older", "missing"])
