@@ -246,8 +246,8 @@ class DraftTree:
         return _foreseen(self, tokens, 0)
 
     def children(self) -> list[dict[tuple[int, int], int]]:
-        """Of each row, a node and a token -> the node's first child that carries the token. Not tensors: the walk looks
-        up a handful of them, one after the other.
+        """Of each row, a node and a token -> the node's first child that carries the token. Not tensors: the walk
+        looks up a handful of them, one after the other.
         """
         rows = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
         last_to_first = range(self.node_count - 1, 0, -1)
