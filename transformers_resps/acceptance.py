@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from .ends import Ends
 from .tree import DraftTree
 
 
@@ -82,6 +83,8 @@ class Text:
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._streamer = streamer
         self._keep_padding = keep_padding
+        is_watched = logits_processor or do_sample or streamer is not None or keep_scores or keep_logits
+        self.ends = None if is_watched or len(input_ids) > 1 else Ends.of(stopping_criteria)
         self._decoded: Tensor | None = None  # rows that are still decoded; None for all
 
     @property
@@ -122,6 +125,16 @@ class Text:
         rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
         self._decoded = self._of_decoded(rows)[kept]
         return kept
+
+    def is_unwatched(self, count: int) -> bool:
+        """Whether nothing looks at the next `count` tokens of this one row but what `ends` knows."""
+        return self.ends is not None and self.length + count <= self.ends.silent_length
+
+    def extend(self, tokens: list[int], *, finished: bool) -> None:
+        """Append the picks of `walk_greedily`."""
+        self.input_ids = torch.cat([self.input_ids, self.input_ids.new_tensor([tokens])], dim=1)
+        if finished:
+            self.unfinished, self.finished = torch.zeros_like(self.unfinished), True
 
     def commit(self, logits: Tensor) -> Tensor:
         """Pick and append one token per row from the target's logits `[b, v]` of the decoded rows.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .acceptance import Acceptance, Text, walk
+from .greedy_walk import as_tensor, walk_greedily
 from .tree import DraftTree
 
 
@@ -63,19 +64,21 @@ class Batch:
 
     def walk(self, tree: DraftTree, logits: Tensor) -> Acceptance:
         """Walk the tree of every decoded row, each as far as its text goes; `logits` is `[b, n, v]`."""
+        texts = [self._texts[index] for index in self._decoded]
+        if all(text.is_unwatched(tree.node_count) for text in texts):
+            return self._accepted(*walk_greedily(tree, logits, texts), logits.device)
         if self.in_lockstep:
-            return walk(tree, logits, self._texts[0])
-        parts = [
-            walk(tree.row(place), logits[place : place + 1], self._texts[index])
-            for place, index in enumerate(self._decoded)
-        ]
-        emitted = [0] * len(self._texts)
-        for index, part in zip(self._decoded, parts, strict=True):
-            emitted[index] = part.emitted[0]
-        counts = [part.counts[0] for part in parts]
-        most = max(counts)
-        path = torch.cat([_lengthened(part.path, most) for part in parts])
-        return Acceptance(path, torch.cat([_lengthened(part.tokens, most) for part in parts]), counts, emitted)
+            return walk(tree, logits, texts[0])
+        parts = [walk(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(texts)]
+        paths, picks = ([part.path[0].tolist() for part in parts], [part.tokens[0].tolist() for part in parts])
+        return self._accepted(paths, picks, logits.device)
+
+    def _accepted(self, paths: list[list[int]], picks: list[list[int]], device: torch.device) -> Acceptance:
+        """Of rows on their own; those that kept fewer nodes repeat their last."""
+        counts, emitted = [len(path) for path in paths], [0] * len(self._texts)
+        for index, count in zip(self._decoded, counts, strict=True):
+            emitted[index] = count
+        return Acceptance(as_tensor(paths, device), as_tensor(picks, device), counts, emitted)
 
     def drop_finished(self) -> list[int] | None:
         """Decode finished rows no more.
@@ -118,8 +121,3 @@ class Batch:
             return text.input_ids
         assert text.pad_token is not None
         return torch.cat([text.input_ids, text.pad_token.expand(1, missing)], dim=1)
-
-
-def _lengthened(row: Tensor, length: int) -> Tensor:
-    """`[1, m]` -> `[1, length]`, repeating its last value."""
-    return torch.cat([row, row[:, -1:].expand(1, length - row.shape[1])], dim=1)

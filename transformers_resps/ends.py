@@ -1,0 +1,32 @@
+"""What stops a text, where that is known without asking the criteria."""
+
+from dataclasses import dataclass
+
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What stops a text.
+
+    Attributes:
+        token_ids: any of them, once picked.
+        length: positions.
+        silent_length: positions up to which the criteria have nothing to say: Transformers warns of longer texts.
+    """
+
+    token_ids: frozenset[int]
+    length: int
+    silent_length: int
+
+    @classmethod
+    def of(cls, criteria: StoppingCriteriaList) -> "Ends | None":
+        """`None` where anything but end tokens and a length may stop a text."""
+        lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
+        tokens = [one for one in criteria if type(one) is EosTokenCriteria]
+        if not lengths or len(lengths) + len(tokens) < len(criteria):
+            return None
+        token_ids = frozenset(token for one in tokens for token in one.eos_token_id.flatten().tolist())
+        length = min(one.max_length for one in lengths)
+        silent = [one.max_position_embeddings for one in lengths if one.max_position_embeddings is not None]
+        return cls(token_ids, length, min([length, *silent]))
