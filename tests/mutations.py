@@ -26,6 +26,7 @@ WINDOW = _TREES + "a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 CHAIN = _TREES + "a_merged_chain_adds_its_texts_and_nothing_else"
 WALK = _TREES + "the_walk_is_the_brute_force_walk"
 ROWS = _TREES + "rows_commit_what_the_shortest_run_allows"
+GREEDY = "tests/properties/test_greedy_walk.py"
 KEPT = _TREES + "the_cache_keeps_the_accepted_path_and_forgets_the_rest"
 MOST_SECONDS = 600  # a bug may also make a loop endless
 
@@ -88,9 +89,16 @@ MUTATIONS = (
     Mutation(
         "one row with the draft is enough",
         "acceptance.py",
-        "(children < 0) & text.live.to(rows.device)).any()",
-        "(children < 0) & text.live.to(rows.device)).all()",
+        "if any(live and node is None",
+        "if all(live and node is None",
         ROWS,
+    ),
+    Mutation(
+        "rows walked together pass their end",
+        "greedy_walk.py",
+        "if child is not None and not _is_end(texts[row], token, len(picks[row])):",
+        "if child is not None:",
+        GREEDY,
     ),
     Mutation(
         "sampling forgets the processors", "acceptance.py", "scores.softmax(dim=-1)", "logits.softmax(dim=-1)", CALLS
