@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.trainers import RecordedText, fitted_policy, pair_identity, record_pools
+from transformers_resps.trainers import RecordedText, fitted_policy, pair_identity, record_pools, replay
 from transformers_resps.trainers.fitted_policy import fit_map
 from transformers_resps.tree import CandidatePool
 
@@ -49,3 +49,6 @@ def test_a_recording_without_such_pools_is_refused(tiny_target: PreTrainedModel,
     assert fitted.odds.maps[0].slope > 0 and fitted.to_config().items() >= identity.items()
     with pytest.raises(ValueError, match=r"pools of top_k \[2\], but 4 is to be fitted.*record_pools"):
         fitted_policy([text])
+    for texts, came in (([], "no texts"), ([replay(text)], "a ReplayText")):
+        with pytest.raises(ValueError, match=f"Got {came}, but .* Make them with `record_pools`"):
+            fitted_policy(texts)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tests.conftest import FakeClock
 from tests.trainers.policies import FEATURES, GRID, config
-from transformers_resps import DraftHead, TreeShape, attach
+from transformers_resps import DraftHead, TreeShape, attach, detach
 from transformers_resps.decoding import TreeDecoding
 from transformers_resps.policy import ActionGrid, Observation, ReSpSConfig, ReSpSPolicy
 from transformers_resps.telemetry import StepRecord
@@ -118,8 +118,20 @@ def test_a_clock_that_jumps_or_stands_still_is_not_believed(
 
 
 def test_bad_input_is_refused_by_name(tmp_path: Path, small_vocabulary: tuple[PreTrainedModel, DraftHead]) -> None:
+    target, head = small_vocabulary
     with pytest.raises(ValueError, match="Got no prompts.*Pass a dataset"):
-        LiveRollouts(*small_vocabulary, [])
+        LiveRollouts(target, head, [])
+    with pytest.raises(ValueError, match="the head NoneType.*Pass `attach"):
+        LiveRollouts(target, None, [torch.arange(3)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Got the target LlamaForCausalLM and .*Pass `attach"):
+        LiveRollouts(detach(target), head, [torch.arange(3)])
+    attach(target)
     learner, rollouts = live(small_vocabulary)
     with pytest.raises(ValueError, match="'full_information' with LiveRollouts.*objective='ppo'"):
         PolicyTrainer(learner, config(tmp_path), rollouts)
+
+
+def test_a_policy_that_reads_other_features_is_refused(small_vocabulary: tuple[PreTrainedModel, DraftHead]) -> None:
+    _, rollouts = live(small_vocabulary)
+    with pytest.raises(ValueError, match=f"features of width {FEATURES}, but the head keeps.*pass that target"):
+        rollouts.collect(ReSpSPolicy(ReSpSConfig(FEATURES, GRID)), 1, 1, torch.Generator())

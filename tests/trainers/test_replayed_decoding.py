@@ -88,3 +88,26 @@ def test_seconds_come_from_the_costs(target: PreTrainedModel, head: DraftHead) -
     assert plain.seconds == pytest.approx(59 * 1.11)
     with pytest.raises(ValueError, match=r"recorded for top_k \[1, 3\].*Record it again"):
         replay_policy(text, FixedPolicy(TreeShape(9, 2, 2)), COSTS)
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "refusal"),
+    [
+        ("choose", (4, 2, 2), "chose .*a step needs a TreeShape"),
+        ("grow", torch.ones(2), "Return True or False from `grow`"),
+        ("size", "many", "a step needs an integer"),
+    ],
+)
+def test_what_no_step_could_follow_is_refused_as_live(
+    target: PreTrainedModel,
+    head: DraftHead,
+    method: str,
+    answer: object,
+    refusal: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = recorded(target, head, FixedPolicy(TreeShape(9, 4, 3)))
+    policy = FixedPolicy(TreeShape(9, 4, 3))
+    monkeypatch.setattr(policy, method, lambda _: answer)
+    with pytest.raises(ValueError, match=refusal):
+        replay_policy(text, policy, COSTS)

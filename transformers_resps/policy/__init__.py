@@ -3,7 +3,7 @@
 from .action_grid import ActionGrid
 from .auto import AutoPolicy
 from .costs import RunningCosts
-from .decisions import choose_shape, count_nodes, wants_level
+from .decisions import ask_shape, choose_shape, count_nodes, wants_level
 from .fixed import FixedPolicy
 from .guard import Guard
 from .kept import KeptPolicies, default_policy
@@ -33,6 +33,7 @@ __all__ = [
     "SavedPolicy",
     "ThroughputPolicy",
     "Witness",
+    "ask_shape",
     "choose_shape",
     "count_nodes",
     "default_policy",

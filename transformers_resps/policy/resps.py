@@ -147,7 +147,7 @@ class ReSpSPolicy(SavedPolicy):
         is_new_text = observation.step == 0 or observation.step <= self._last_step  # a guard may take the first steps
         self._last_step = observation.step
         if is_new_text or self._steps_left <= 0:
-            self._held = self.decide(self._checked(observation.features))
+            self._held = self.decide(self.checked(observation.features))
             self._steps_left = self.config.persistence
         self._steps_left -= 1
         return self._held
@@ -162,7 +162,12 @@ class ReSpSPolicy(SavedPolicy):
             action = log_probs.argmax()
         return self.config.grid[int(action)]
 
-    def _checked(self, features: Tensor | None) -> Tensor:
+    def checked(self, features: Tensor | None) -> Tensor:
+        """The features `[b, F]`, if they are of the kind that it was trained on.
+
+        Raises:
+            ValueError: they have another width, or there are none.
+        """
         width = None if features is None else features.shape[-1]
         if features is None or width != self.config.feature_size:
             raise ValueError(

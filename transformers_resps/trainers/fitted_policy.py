@@ -28,8 +28,14 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any
         identity: `target` and `head` that made the texts, as from `pair_identity`; the policy then serves no others.
 
     Raises:
-        ValueError: a text has no such pools.
+        ValueError: there are no texts, they are no recordings with pools, or have none of `top_k`.
     """
+    odd = [type(text).__name__ for text in texts if not isinstance(text, RecordedText)]
+    if not texts or odd:
+        raise ValueError(
+            f"Got {f'a {odd[0]}' if odd else 'no texts'}, but a policy is fitted to what happened in `RecordedText`s. "
+            "Make them with `record_pools` from answers of the target."
+        )
     nodes = [_outcomes(text, top_k) for text in texts]
     levels, scores, accepted = (torch.cat([part[place] for part in nodes]) for place in range(3))
     maps = []

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..adapters import unwrapped
+from ..generation import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import Observation, Policy, ReSpSPolicy
 from ..telemetry import StepRecord
@@ -59,7 +61,7 @@ class DecisionRecorder(Policy):
 
     @torch.no_grad()
     def _decide(self, features: Tensor | None) -> _Decision:
-        assert features is not None
+        features = self._policy.checked(features)
         log_probs = self._policy.network.logits(features).log_softmax(-1).cpu()  # [1, a]
         if self._generator is None:
             action = int(log_probs.argmax())
@@ -80,7 +82,7 @@ class LiveRollouts:
         generation: passed to `generate`, for example `max_new_tokens`.
 
     Raises:
-        ValueError: there are no prompts.
+        ValueError: there are no prompts, the target is not attached, or the head is none.
     """
 
     knows_all_outcomes = False
@@ -96,6 +98,11 @@ class LiveRollouts:
     ) -> None:
         if not prompts:
             raise ValueError("Got no prompts, but a policy learns by decoding some. Pass a dataset with prompts.")
+        if not isinstance(target, ReSpSGenerationMixin) or not isinstance(unwrapped(head), DraftHead):
+            raise ValueError(
+                f"Got the target {type(target).__name__} and the head {type(head).__name__}, but live rollouts decode "
+                "with an attached target and a `DraftHead`. Pass `attach(model)` and the head of that model."
+            )
         self._target: Any = target
         self._head, self._prompts = head, prompts
         self._includes_drafting = includes_drafting

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..lookup import Lookup
-from ..policy import Level, Observation, Policy
+from ..policy import Level, Observation, Policy, ask_shape, count_nodes, wants_level
 from ..telemetry import SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree, TreeShape
 from .recorded_text import RecordedText
@@ -32,7 +32,7 @@ def replay_policy(text: RecordedText, policy: Policy, costs: StepCosts) -> Specu
     """What `policy` would have done while this text was written; prefill left out.
 
     Raises:
-        ValueError: the policy asks for a `top_k` that was not recorded.
+        ValueError: the policy answers what no step could follow, or asks for a `top_k` that was not recorded.
     """
     return _ReplayedDecoding(text, policy, costs).run()
 
@@ -59,7 +59,7 @@ class _ReplayedDecoding:
         left = len(self._text) - place
         features = self._text.features[place : place + 1]
         observation = Observation(features, root + 1, step, left + self._text.spare_room, self._survival)
-        shape = self._policy.choose(observation).within(left + self._text.spare_room - 1)
+        shape = ask_shape(self._policy, observation).within(observation.room - 1)
         pool = self._drafted(shape, place) if shape.asks_head else None
         tree = self._tree(shape, root, pool)
         upcoming = self._text.input_ids[None, root + 1 :]
@@ -92,7 +92,7 @@ class _ReplayedDecoding:
             )
         self._levels, ends = 1, int((pool.levels == 1).sum())
         scores = frontier = pool.scores[place : place + 1, :ends]
-        while self._levels < shape.depth and self._policy.grow(Level(self._levels, frontier)):
+        while self._levels < shape.depth and wants_level(self._policy, Level(self._levels, frontier)):
             self._levels += 1
             ends = int((pool.levels <= self._levels).sum())
             level = pool.scores[place : place + 1, scores.shape[1] : ends]
@@ -106,7 +106,7 @@ class _ReplayedDecoding:
         newest = self._text.input_ids[root : root + 1]
         tree = DraftTree.root_only(newest)
         if pool is not None:
-            total_tokens = min(shape.total_tokens, self._policy.size(pool.scores))
+            total_tokens = min(shape.total_tokens, count_nodes(self._policy, pool.scores))
             if total_tokens > 1:
                 tree = DraftTree.from_pool(newest, pool, total_tokens)
         if shape.lookup:
