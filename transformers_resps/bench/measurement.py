@@ -12,6 +12,7 @@ from ..answers import up_to_end
 
 PLAIN = "plain"
 _LEAST_TOKENS = 8  # of an answer that tells how steady the machine is
+_LEAST_REPEATED = 8  # rates of texts that were repeated, before those that were not are left out
 
 
 class Timed(Protocol):
@@ -172,14 +173,20 @@ def bootstrap_interval(
 def plain_spread(measurements: Iterable[Measurement]) -> float | None:
     """How unsteady the machine was: interquartile range over median of plain decoding's rates; `None` below four.
 
-    Prefill is left out, and each rate is divided by the mean of its own text's repeats where there are several, so
-    that long prompts do not look like noise. Answers of fewer than eight tokens say nothing.
+    Prefill is left out, and each rate is divided by the mean of its own text's repeats, so that long prompts do not
+    look like noise. In the middle of the second repeat only texts that have come to it count so, or, while they are
+    few, the means of all. Answers of fewer than eight tokens say nothing.
     """
     told = [m for m in measurements if m.method == PLAIN and m.tokens >= _LEAST_TOKENS]
-    rates = []
-    for part in grouped(told, lambda m: (m.prompt, m.turn, m.temperature)):
-        own = [(m.tokens - 1) / (m.seconds - m.prefill_seconds) for m in part]
-        rates += [value / (sum(own) / len(own)) for value in own] if len(own) > 1 else own
+    texts = [
+        [(m.tokens - 1) / (m.seconds - m.prefill_seconds) for m in part]
+        for part in grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
+    ]
+    repeated = [own for own in texts if len(own) > 1]
+    if len(repeated) == len(texts) or sum(map(len, repeated)) >= _LEAST_REPEATED:
+        rates = [value / (sum(own) / len(own)) for own in repeated for value in own]
+    else:
+        rates = [sum(own) / len(own) for own in texts]
     if len(rates) < 4:
         return None
     low, middle, high = quantiles(rates, n=4, method="inclusive")
