@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "buckets": {"tree"},
     "static_cache": {"cache"},
     "features": {"versions"},
-    "forward": {"tree", "buckets", "cache", "features", "grouped_attention", "versions"},
+    "forward": {"tree", "buckets", "cache", "features", "grouped_attention", "static_cache", "versions"},
     "telemetry": {"tree", "pieces", "terminal"},
     "ends": set(),
     "acceptance": {"tree", "ends"},

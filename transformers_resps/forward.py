@@ -14,6 +14,7 @@ from .buckets import Buckets
 from .cache import buffer_length, forget_newest
 from .features import Features, FeatureTap
 from .grouped_attention import without_key_copies
+from .static_cache import let_buffers_change
 from .tree import DraftTree
 from .versions import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 
@@ -103,6 +104,11 @@ class CompiledForward(TargetForward):
             )
         # Kept where the compiled code is: the next call of `generate` finds both.
         self._known: set[tuple[int | None, ...]] = vars(call).setdefault("_resps_known_sizes", set())
+
+    def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
+        read = super().read(tokens, mask, positions, **options)
+        let_buffers_change(self._cache)
+        return read
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
         inputs = self._inputs(_settled(tokens), _settled(mask), _settled(positions))

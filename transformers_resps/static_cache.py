@@ -5,6 +5,7 @@ Knows Transformers' cache layers; nothing of trees.
 
 from typing import Any
 
+import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
@@ -52,6 +53,16 @@ def static_cache(config: PretrainedConfig, given: Cache, max_length: int) -> Cac
     return Cache(
         layers=[_buffer(layer, window_of(dynamic, index), size) for index, layer in enumerate(dynamic.layers)]
     )
+
+
+def let_buffers_change(cache: Cache) -> None:
+    """Let what was compiled with these buffers serve the next call's, too: PyTorch 2.9 would look for the very same
+    ones, and compile every call anew.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer) and layer.is_initialized:
+            for buffer in (layer.keys, layer.values, layer.cumulative_length):
+                torch._dynamo.mark_static_address(buffer, guard=False)
 
 
 def _buffer(layer: Any, window: int | None, size: int) -> Any:
