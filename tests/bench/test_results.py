@@ -115,6 +115,21 @@ def test_the_advice_is_over_everything_that_was_measured() -> None:
     assert "One prompt" in advice_of(METHODS, [], None)
 
 
+def test_results_keep_seven_digits_and_a_line_for_each_run(tmp_path: Path) -> None:
+    runs = [{"seconds": 1.23456789, "tokens": 123456789}, {"seconds": 1.0e-7 / 3, "tokens": 2}]
+    file = write_results(tmp_path, {"schema_version": 2, "costs": {"1": [0.1 + 0.2]}, "runs": runs})
+    assert file.read_text().splitlines() == [
+        "{",
+        '"schema_version": 2,',
+        '"costs": {"1":[0.3]},',
+        '"runs": [',
+        '{"seconds":1.234568,"tokens":123456789},',
+        '{"seconds":3.333333e-08,"tokens":2}',
+        "]",
+        "}",
+    ]
+
+
 def test_results_are_read_back_and_an_old_schema_is_refused(tmp_path: Path) -> None:
     file = write_results(tmp_path, {"schema_version": 2, "x": 1})
     assert read_results(file) == {"schema_version": 2, "x": 1}

@@ -19,6 +19,7 @@ from .steps import summarise_steps
 
 SCHEMA_VERSION = 2
 ALL = "all"
+_DIGITS = 7  # significant: a second to the microsecond and better
 
 
 def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequence[Measurement]) -> dict[str, Any]:
@@ -82,13 +83,29 @@ def advice_of(methods: Sequence[Method], measurements: Sequence[Measurement], ve
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:
-    """Write `results.json` in one go: a kill leaves the old file or the new one."""
+    """Write `results.json` in one go: a kill leaves the old file or the new one. Numbers have seven digits."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / RESULTS
     unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    parts = (f"{json.dumps(name)}: {_compact(part)}" for name, part in results.items())
+    unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     unfinished.replace(file)
     return file
+
+
+def _compact(part: Any) -> str:
+    """JSON without blanks, an item of a list of objects on each line."""
+    if isinstance(part, list) and part and all(isinstance(item, dict) for item in part):
+        return "[\n" + ",\n".join(map(_compact, part)) + "\n]"
+    return json.dumps(_rounded(part), separators=(",", ":"))
+
+
+def _rounded(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {name: _rounded(value) for name, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_rounded(value) for value in part]
+    return float(f"{part:.{_DIGITS}g}") if isinstance(part, float) else part
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
         earlier: fingerprints of the prompts of the head that training started from.
     """
     hashes = sorted({fingerprint(text) for text in texts}.union(earlier))
-    (Path(folder) / TRAINING_PROMPTS).write_text(json.dumps({"sha256_16": hashes}), encoding="utf-8")
+    (Path(folder) / TRAINING_PROMPTS).write_text(
+        json.dumps({"sha256_16": hashes}, separators=(",", ":")), encoding="utf-8"
+    )
 
 
 def read_training_prompts(folder: str | Path) -> set[str] | None:
