@@ -1,5 +1,6 @@
 """The guard must never lose, whatever the machine, the head and the policy."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -155,6 +156,50 @@ def test_a_row_that_runs_ahead_does_not_pay_for_one_that_drafts_do_not_help() ->
         guard.observe(StepRecord(shape, nodes - 1, nodes, accepted, emitted, 0, cost, cost))
         seconds, written, step = seconds + cost, written + 1, step + 1
     assert 96 / seconds >= 0.97
+
+
+class Interrupted:
+    """One forward in fifty takes five times as long: `excess` holds the seconds that it lost so."""
+
+    def __init__(self, slope: float, seed: int) -> None:
+        self.slope, self.generator, self.excess = slope, random.Random(seed), 0.0
+
+    def __call__(self, nodes: int) -> float:
+        seconds = 1.0 + self.slope * (nodes - 1)
+        lost = 4.0 * seconds * (self.generator.random() < 0.02)
+        self.excess += lost
+        return seconds + lost
+
+
+def speed_between_interruptions(policy: Policy, hit: float, tokens: int) -> float:
+    """Over twenty texts."""
+    written = seconds = 0.0
+    for seed in range(20):
+        clock = Interrupted(0.04, seed)
+        machine = Machine(clock, 0.05, hit, seed=seed)
+        machine.write(policy, tokens)
+        written, seconds = written + tokens, seconds + machine.seconds - clock.excess
+    return written / seconds
+
+
+@pytest.mark.parametrize("policy", [TreeShape(6, 5, 1), TreeShape(12, 4, 3)])
+def test_interruptions_do_not_credit_a_hopeless_drafter(policy: TreeShape) -> None:
+    assert speed_between_interruptions(Guard(FixedPolicy(policy)), 0.02, 128) > 0.97
+
+
+def test_interruptions_cost_a_good_drafter_little() -> None:
+    alone = speed_between_interruptions(FixedPolicy(TreeShape(4, 3, 1)), 0.5, 128)
+    assert speed_between_interruptions(Guard(FixedPolicy(TreeShape(4, 3, 1))), 0.5, 128) > 0.97 * alone
+
+
+def test_a_call_may_lose_what_it_won() -> None:
+    """Ten steps of bad luck in the middle, and the drafter is still asked afterwards."""
+    machine, guard = Machine(0.04, 0.05, hit=0.7), Guard(FixedPolicy(TreeShape(4, 3, 1)))
+    for hit, steps in ((0.7, 40), (0.0, 20), (0.7, 40)):
+        machine.hit, started = hit, len(machine.verified)
+        for step in range(steps):
+            guard.observe(machine._step(guard, started + step, 96))
+    assert sum(nodes > 1 for nodes in machine.verified[60:]) > 35
 
 
 def test_a_guarded_policy_that_chooses_no_shape_is_named() -> None:

@@ -188,8 +188,8 @@ def test_costs_are_interpolated_and_never_fall_with_more_nodes() -> None:
     for nodes, seconds in ((1, 1.0), (2, 1.9), (8, 1.6), (16, 2.0)):
         costs.add(nodes, 0, seconds, 0.0, seconds)
     two, eight = costs.verify_seconds(2), costs.verify_seconds(8)
-    assert two == eight == 1.9, "measured here: two nodes can cost more than eight"
-    assert costs.verify_seconds(12) == pytest.approx(1.95)
+    assert two == eight == 1.6, "measured here: two nodes can cost more than eight, and then eight are the better buy"
+    assert costs.verify_seconds(12) == pytest.approx(1.8)
     assert costs.verify_seconds(24) > costs.verify_seconds(16)
 
 
@@ -211,7 +211,24 @@ def test_a_forward_that_took_far_less_than_a_smaller_one_did_makes_the_smaller_o
     costs = RunningCosts()
     for nodes, seconds in ((1, 3.0), (4, 4.0), (8, 4.0), *[(8, 1.5)] * 4):
         costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify_seconds(1) == costs.verify_seconds(4) == costs.verify_seconds(8) < 1.8
+    assert costs.verify_seconds(1) < costs.verify_seconds(4) == costs.verify_seconds(8) < 1.9
+
+
+def test_what_was_measured_in_a_slow_moment_is_not_thought_dear_afterwards() -> None:
+    costs = RunningCosts()
+    for speed, nodes in ((1.0, 1), (1.0, 4), (1.0, 8), *[(1.5, 8)] * 20, *[(1.0, 1)] * 12):
+        seconds = speed * (1.0 + 0.02 * (nodes - 1))
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    assert costs.verify_seconds(1) == pytest.approx(1.0, abs=0.01)
+    assert costs.verify_seconds(4) == pytest.approx(1.06, rel=0.15), "nobody measured it then"
+    assert costs.verify_seconds(8) == pytest.approx(1.14, rel=0.25), "1.71 in the seconds of then"
+
+
+def test_an_interruption_of_any_length_changes_what_is_known_by_little() -> None:
+    costs = RunningCosts()
+    for nodes, seconds in ((1, 1.0), (4, 1.2), (4, 1e6)):
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    assert costs.verify_seconds(4) < 1.5 and costs.verify_seconds(4) / costs.verify_seconds(1) < 1.3
 
 
 def test_a_clock_that_jumps_or_stands_still_is_survived() -> None:

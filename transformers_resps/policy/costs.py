@@ -1,12 +1,19 @@
-"""What a step costs, learned while decoding: seconds of the target's forward by nodes, of the head by levels."""
+"""What a step costs, learned while decoding: seconds of the target's forward by nodes, of the head by levels.
+
+Machines have slow moments, and few sizes are measured in each of them: were every size to keep the times of the moment
+it was measured in, a tree that was slow once would look dear until it is tried again, which it then is not.
+"""
 
 import bisect
 import copy
 
 
-_HIGHER, _LOWER = 0.15, 0.5  # weight of a newest measurement above or below the mean: first times and hiccups are high
-# Of what a smaller tree, or a plain step, took: so much less shows that those measurements no longer hold.
-_OUTDATED, _OUTDATED_PLAIN = 0.8, 0.6
+# By how much a forward took longer or shorter than expected tells of the machine's speed just now, and beyond that of
+# its own size: weights of the surprise.
+_SPEED, _OWN = 0.3, 0.1
+INTERRUPTED = 1.5  # of what a forward is known to take: what is above was something else that ran
+_HIGHER, _LOWER = 0.15, 0.5  # weight of other newest measurements above or below the mean
+_OUTDATED_PLAIN = 0.6  # of what a plain step took: so much less over a tree shows that it no longer does
 _GUESSED_SLOPE = 0.04  # of a plain step, per further node, before anything was measured: most machines are near it
 _RUINOUS_SLOPE = 1.2  # of a plain step, per further node: no machine that we know is near it
 _ROUNDING = 1e-9  # seconds
@@ -40,20 +47,34 @@ class RunningCosts:
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
             return
-        rest = max(rest, 0.0)
-        if nodes not in self._verify and nodes > 1:
-            bisect.insort(self._trees, nodes)
-        self._asked.clear()
-        self._verify[nodes] = seconds = _mean(self._verify.get(nodes), verify_seconds)
-        if nodes > 1 and seconds < _OUTDATED_PLAIN * self._verify.get(1, 0.0):
-            self._verify[1] = seconds
-        if seconds < _OUTDATED * self.verify_seconds(nodes):
-            for fewer in self._trees[: self._trees.index(nodes)]:
-                self._verify[fewer] = min(self._verify[fewer], seconds)
-            self._asked.clear()
+        self._time(nodes, verify_seconds)
         if levels:
             self._draft[levels] = _mean(self._draft.get(levels), draft_seconds)
-        self._rest = _mean(self._rest or None, rest)
+        self._rest = _mean(self._rest or None, max(rest, 0.0))
+
+    def _time(self, nodes: int, seconds: float) -> None:
+        known = self._verify.get(nodes, 0.0)
+        if known > 0.0:
+            surprise = self.uninterrupted(nodes, seconds) / known - 1.0
+            self.rescale(1.0 + _SPEED * surprise)
+            self._verify[nodes] = newest = self._verify[nodes] * (1.0 + _OWN * surprise)
+        else:
+            if nodes > 1 and nodes not in self._verify:
+                bisect.insort(self._trees, nodes)
+            self._asked.clear()
+            self._verify[nodes] = newest = seconds
+        if nodes > 1:
+            if newest < _OUTDATED_PLAIN * self._verify.get(1, 0.0):
+                self._verify[1] = newest
+            for fewer in self._trees[: self._trees.index(nodes)]:
+                self._verify[fewer] = min(self._verify[fewer], newest)
+
+    def uninterrupted(self, nodes: int, seconds: float) -> float:
+        """Of the `seconds` of a forward over `nodes` those that count: of a size that was measured before, at most
+        `INTERRUPTED` times what is known.
+        """
+        known = self._verify.get(nodes, 0.0)
+        return min(seconds, INTERRUPTED * known) if known > 0.0 else seconds
 
     def rescale(self, factor: float) -> None:
         """All forwards now take `factor` times as long, and so do the differences between them."""
