@@ -108,7 +108,7 @@ def test_every_folder_of_model_cards_loads_and_its_card_is_what_its_files_render
 @pytest.mark.parametrize("folder", MODEL_CARDS, ids=lambda folder: folder.name)
 def test_a_folder_of_model_cards_is_small_enough_for_a_checkout(folder):
     sizes = {file.name: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    weights = {"smollm2-135m-instruct-head": 24, "qwen2.5-coder-0.5b-instruct-head": 48}.get(folder.name, 2)
+    weights = {"smollm2-135m-instruct-head": 24, "qwen2.5-coder-0.5b-instruct-head": 48}.get(folder.name, 3)
     assert sizes.pop("model.safetensors") <= weights * 2**20
     assert sum(sizes.values()) <= 2**19
 
