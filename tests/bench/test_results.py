@@ -68,6 +68,19 @@ def test_summaries_stand_by_dataset_and_over_all() -> None:
     assert len(found["measurements"]) == 24 and len(found["ceilings"]) == 6
 
 
+def test_two_methods_are_compared_on_texts_that_both_wrote_alike() -> None:
+    runs = made_up()
+    slow = [run for run in runs if run.measurement.method == "auto" and run.measurement.prompt != "a/0"]
+    for run in slow:  # five texts of its own, which took it long
+        runs[runs.index(run)] = Run(replace(run.measurement, seconds=90.0), torch.zeros(12), run.steps)
+    found = {(row["method"], row["base"]): row for row in results_of(runs)["same_texts"]}
+    assert found["tree 8/3/2", "prompt lookup"]["texts"] == 6
+    assert found["tree 8/3/2", "prompt lookup"]["ratio"] == pytest.approx(11 / 6)
+    own = found["auto", "plain"]
+    assert (own["texts"], own["of"], own["ratio"]) == (1, 6, 3.0)
+    assert ("plain", "auto") not in found
+
+
 def test_temperatures_have_rows_of_their_own() -> None:
     found = results_of(made_up((0.0, 1.0)))
     assert [row["temperature"] for row in found["summaries"]["all"]] == [0.0] * 5 + [1.0] * 5

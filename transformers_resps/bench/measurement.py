@@ -121,9 +121,9 @@ def summarise(measurements: Sequence[Measurement], method: str) -> Summary:
 def compare(measurements: Sequence[Measurement], method: str, base: str) -> Interval:
     """The rate of one method over that of another, on the prompts that both have answered as often."""
     per_prompt = {name: dict[str, list[Measurement]]() for name in (method, base)}
-    keys = [{_place(m) for m in measurements if m.method == name} for name in (method, base)]
+    keys = [{place_of(m) for m in measurements if m.method == name} for name in (method, base)]
     for m in measurements:
-        if m.method in per_prompt and _place(m) in keys[0] & keys[1]:
+        if m.method in per_prompt and place_of(m) in keys[0] & keys[1]:
             per_prompt[m.method].setdefault(m.prompt, []).append(m)
     prompts = sorted(per_prompt[base])
     own, other = ([per_prompt[name][prompt] for prompt in prompts] for name in (method, base))
@@ -131,7 +131,8 @@ def compare(measurements: Sequence[Measurement], method: str, base: str) -> Inte
     return Interval(rate(m for part in own for m in part) / rate(m for part in other for m in part), low, high)
 
 
-def _place(m: Measurement) -> tuple[Hashable, ...]:
+def place_of(m: Measurement) -> tuple[Hashable, ...]:
+    """What one run of each method shares: prompt, turn, temperature, repeat."""
     return m.prompt, m.turn, m.temperature, m.repeat
 
 

@@ -14,6 +14,7 @@ from .advice import Standing, advise
 from .measurement import PLAIN, Measurement, compare, grouped, plain_spread, rate, summarise
 from .methods import Method
 from .protocol import Run
+from .same_texts import same_texts
 from .steps import summarise_steps
 
 
@@ -36,6 +37,7 @@ def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequ
         "plain_spread": plain_spread(measurements),
         "summaries": summaries_of(measurements, names, ceilings),
         "pooled": _rows([*measurements, *ceilings], names),
+        "same_texts": [asdict(pair) for pair in same_texts(runs, names)],
         "steps": {name: asdict(found) for name in names if (found := _steps_of(runs, name)) is not None},
         "measurements": [asdict(measurement) for measurement in measurements],
         "ceilings": [asdict(ceiling) for ceiling in ceilings],

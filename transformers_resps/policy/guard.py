@@ -19,7 +19,8 @@ _LOAN = 0.2  # plain steps that a call may lose before it has lasted
 _EVIDENCE_LOAN = 1.2  # plain steps more, once the odds rest on outcomes
 _TRIAL_LOAN = 0.5  # plain steps more for finding out at all
 _EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # the same for short texts: plain steps per token that is left
-_MOST_SAVED, _MOST_CARRIED = 16.0, 2.0  # plain steps that drafting won: within a call, and into the next one
+_MOST_SAVED, _MOST_CARRIED = 16.0, 4.0  # plain steps that drafting won: within a call, and into the next one
+_REVALUED = 1.0  # plain steps that are left of savings once plain steps turn out to be far cheaper
 _LUCK = 2.0  # tokens by which a row of a batch may lag behind the mean without being thought slower
 _HIGHER, _LOWER = 0.2, 0.5  # weight of a plain step's newest time: what a slow moment credits trees with is lost
 _REMEASURE = 64  # drafted steps after which a plain one is timed again
@@ -37,7 +38,7 @@ class Guard(PolicyWrapper, SavedPolicy):
     than the account would bear if nothing of it were accepted, so the first steps with a new head are glances at one
     level, then small trees, none of more than twice the nodes of any before. A call of `n` tokens loses at most
     `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints
-    after good evidence (less where little text is left), what earlier calls won with it, up to 2, and once, should
+    after good evidence (less where little text is left), what earlier calls won with it, up to 4, and once, should
     nodes be ruinous, what the first tree of two cost. A forward of a known size that took far longer than ever is
     thought to have been interrupted, whether or not it drafted: what it took beyond is nobody's loss. What was spent
     on the prompt before the first decision
@@ -174,7 +175,7 @@ class Guard(PolicyWrapper, SavedPolicy):
             self._account += _LOAN * self._plain_seconds
         elif 0.0 < seconds < _OUTDATED * self._plain_seconds:
             self._plain_seconds = seconds
-            self._account = min(self._account, _MOST_CARRIED * seconds)  # most was saved in another currency
+            self._account = min(self._account, _REVALUED * seconds)  # it was saved in another currency
         else:
             seconds = min(seconds, INTERRUPTED * self._plain_seconds)
             weight = _LOWER if seconds < self._plain_seconds else _HIGHER
