@@ -37,12 +37,11 @@ class Guard(PolicyWrapper, SavedPolicy):
     ends; a lag of two tokens behind the mean is taken for bad luck, and may be lost for good. A step may not cost more
     than the account would bear if nothing of it were accepted, so the first steps with a new head are glances at one
     level, then small trees, none of more than twice the nodes of any before. A call of `n` tokens loses at most
-    `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints
-    after good evidence (less where little text is left), what earlier calls won with it, up to 4, and once, should
+    `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints after good evidence
+    (less where little text is left), what this call won with it, up to 16, and earlier ones, up to 4, and once, should
     nodes be ruinous, what the first tree of two cost. A forward of a known size that took far longer than ever is
     thought to have been interrupted, whether or not it drafted: what it took beyond is nobody's loss. What was spent
-    on the prompt before the first decision
-    (`Observation.prompt_seconds`) is gone either way and not in the account.
+    on the prompt before the first decision (`Observation.prompt_seconds`) is gone either way and not in the account.
 
     Args:
         policy: any; what it learned, and the guard's own measurements, stay between calls of `generate`.
