@@ -179,10 +179,12 @@ def test_recipes_are_understood(recipe: Path) -> None:
     parser = TrlParser((SCRIPT["PolicyScriptArguments"], PolicyTrainingConfig))
     arguments = ["--config", str(recipe), "--use_cpu", "True"]
     script, args = parser.parse_args_and_config(arguments)
-    if recipe.stem == "policy_resps_paper":
+    if recipe.stem.startswith("policy_resps_paper"):
         assert (args.persistence, script.persistence_in_use) == (10, 30)
         assert (args.entropy_coefficient, args.learning_rate, args.clip) == (0.1, 3e-4, 0.2)
-        assert args.steps_per_update == 8 and script.grid == script.preset == "paper" and script.live
+        assert args.steps_per_update == 8 and script.grid == script.preset == "paper"
+        assert script.live == (recipe.stem == "policy_resps_paper"), "ours is trained on recorded answers"
+        assert (args.objective, args.reward, script.drop_hopeless) == ("max_entropy_ppo", "mean_rate", False)
     else:
         assert args.objective == "full_information"
 
