@@ -193,13 +193,13 @@ def test_interruptions_cost_a_good_drafter_little() -> None:
 
 
 def test_a_call_may_lose_what_it_won() -> None:
-    """Ten steps of bad luck in the middle, and the drafter is still asked afterwards."""
+    """Bad luck that costs nine plain steps, after more were won: the drafter is still asked afterwards."""
     machine, guard = Machine(0.04, 0.05, hit=0.7), Guard(FixedPolicy(TreeShape(4, 3, 1)))
-    for hit, steps in ((0.7, 40), (0.0, 20), (0.7, 40)):
+    for hit, steps in ((0.7, 60), (0.0, 34), (0.7, 30)):
         machine.hit, started = hit, len(machine.verified)
         for step in range(steps):
             guard.observe(machine._step(guard, started + step, 96))
-    assert sum(nodes > 1 for nodes in machine.verified[60:]) > 35
+    assert sum(nodes > 1 for nodes in machine.verified[64:]) > 55
 
 
 def test_a_guarded_policy_that_chooses_no_shape_is_named() -> None:
