@@ -219,3 +219,21 @@ def test_a_slow_moment_does_not_credit_trees_for_long() -> None:
         guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list))
         guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, seconds, seconds))
     assert guard._plain_seconds < 1.1
+
+
+@pytest.mark.parametrize(("plain", "drafts"), [(1.5, True), (1.0, False)])
+def test_a_debt_is_forgiven_as_far_as_plain_steps_turn_out_to_be_slower_too(plain: float, drafts: bool) -> None:
+    """Trees of one and a half tokens, thought to cost 1.1 plain steps, take 1.7 of them until drafting ends."""
+    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+
+    def shape_after(seconds: float) -> TreeShape:
+        guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, seconds, seconds))
+        return guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list))
+
+    guard._known.expect({1: 1.0, 2: 1.1}, 0.05)
+    shape, steps = shape_after(1.0), 0
+    while not shape.is_plain:
+        guard.observe(StepRecord(shape, 1, 2, steps % 2, 1 + steps % 2, 0.05, 1.65, 1.7))
+        shape, steps = guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list)), steps + 1
+        assert steps < 20
+    assert any([not shape_after(plain).is_plain, not shape_after(plain).is_plain]) is drafts

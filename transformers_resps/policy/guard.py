@@ -40,7 +40,8 @@ class Guard(PolicyWrapper, SavedPolicy):
     `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints after good evidence
     (less where little text is left), what this call won with it, up to 16, and earlier ones, up to 4, and once, should
     nodes be ruinous, what the first tree of two cost. A forward of a known size that took far longer than ever is
-    thought to have been interrupted, whether or not it drafted: what it took beyond is nobody's loss. What was spent
+    thought to have been interrupted, whether or not it drafted: what it took beyond is nobody's loss. A debt ends
+    drafting, and is forgiven as far as the next plain step is slower, too: the machine was. What was spent
     on the prompt before the first decision (`Observation.prompt_seconds`) is gone either way and not in the account.
 
     Args:
@@ -64,6 +65,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         self._plain_seconds = self._known.step_seconds(1, 0) if self._known.knows_plain else 0.0
         self._account = 0.0  # seconds
         self._since_plain = 0
+        self._gained_since = 0.0  # tokens that trees gained since a plain step was timed
         self._context = self._timed_at = 0  # positions: of this step, and where a plain step was timed last
         self._moved = False  # from there to another context, since this text began
         # Seconds that this step may lose: all in all, with a tree of the head's, with a looked-up chain
@@ -162,6 +164,7 @@ class Guard(PolicyWrapper, SavedPolicy):
             self._since_plain += 1
             interrupted = record.verify_seconds - self._known.uninterrupted(record.verified, record.verify_seconds)
             self._account += gained * self._plain_seconds - (seconds - interrupted)
+            self._gained_since += gained
 
     def _time_plain(self, seconds: float) -> None:
         self._timed_at = self._context
@@ -177,8 +180,16 @@ class Guard(PolicyWrapper, SavedPolicy):
             self._account = min(self._account, _REVALUED * seconds)  # it was saved in another currency
         else:
             seconds = min(seconds, INTERRUPTED * self._plain_seconds)
+            self._revalue(seconds)
             weight = _LOWER if seconds < self._plain_seconds else _HIGHER
             self._plain_seconds += weight * (seconds - self._plain_seconds)
+
+    def _revalue(self, seconds: float) -> None:
+        """Forgive a debt as far as a plain step of `seconds` shows that plain steps, too, had become slower."""
+        if self._account < 0.0:
+            gained = self._gained_since * max(seconds - self._plain_seconds, 0.0)
+            self._account = min(self._account + gained, 0.0)
+        self._gained_since = 0.0
 
     def _affordable(self, shape: TreeShape) -> TreeShape:
         """The largest part of `shape` whose cost the budget bears if none of it is accepted."""
