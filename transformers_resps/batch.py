@@ -4,12 +4,17 @@ Rows in lockstep share one `Text`, as plain decoding has it. Rows on their own h
 picked for and stopped like a single prompt, so a row that accepts much does not wait for the others.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from .acceptance import Acceptance, Text, walk
 from .greedy_walk import as_tensor, walk_greedily
 from .tree import DraftTree
+
+
+_PATIENCE = 4.0  # tokens: who lags so far behind another row may be as lucky yet, and counts e times as much
 
 
 class Batch:
@@ -53,6 +58,19 @@ class Batch:
     def shortest(self) -> int:
         """Positions of the shortest decoded row."""
         return min(self._texts[index].length for index in self._decoded)
+
+    @property
+    def urgency(self) -> list[float]:
+        """How many tokens one of each decoded row counts, 1.0 on average: all end with the row that lags behind.
+
+        The derivative of the rows' soft minimum; the same for all in lockstep.
+        """
+        lengths = [self._texts[index].length for index in self._decoded]
+        if self.in_lockstep:
+            return [1.0] * len(self._texts[0].newest)
+        weights = [math.exp((min(lengths) - length) / _PATIENCE) for length in lengths]
+        total = sum(weights)
+        return [weight * len(weights) / total for weight in weights]
 
     def since(self, starts: list[int]) -> list[list[int]]:
         """What each decoded row holds from its position in `starts` on."""

@@ -6,6 +6,7 @@ One `TreeDecoding` lives for one call of `generate`. Knows nothing of how it was
 import time
 from collections.abc import Callable
 from itertools import zip_longest
+from operator import mul
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class TreeDecoding:
     def _observe(self) -> Observation:
         features = None if self._generator is None else self._generator.newest_features
         length, step, room = self._prefix.length + 1, len(self.report.steps) - 1, self._room() + 1
-        return Observation(features, length, step, room, self._survival, self._prompt_seconds)
+        return Observation(features, length, step, room, self._survival, self._prompt_seconds, self.batch.urgency)
 
     def _room(self) -> int:
         """Levels below the root that the limit of the shortest text and the target's positions allow."""
@@ -171,7 +172,8 @@ class TreeDecoding:
         found = [match.survival for match in self._matches()]
         if self.batch.in_lockstep:
             return min(found, key=lambda survival: survival[:1])
-        return [sum(chances) / len(found) for chances in zip_longest(*found, fillvalue=0.0)]
+        urgency = self.batch.urgency
+        return [sum(map(mul, urgency, chances)) / len(found) for chances in zip_longest(*found, fillvalue=0.0)]
 
     def _draft(self, shape: TreeShape) -> tuple[DraftTree, int]:
         """The tree to verify, and how many candidates it was chosen from."""

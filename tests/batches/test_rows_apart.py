@@ -1,5 +1,6 @@
 """Rows of a batch that advance each on its own: the plain call is the oracle, and so is every row alone."""
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 from tests.batches.rows import WIDE, AnyShape, prompts, speculate, uneven_steps
 from tests.targets import ARCHITECTURES, Architecture
 from tests.tokenizers import letter_tokenizer
-from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
@@ -79,3 +80,34 @@ def test_lookups_alone_serve_rows_that_advance_apart(target: PreTrainedModel) ->
     tree = speculate(target, inputs, policy=FixedPolicy(TreeShape(1, 0, 1, lookup=6)), max_new_tokens=40)
     assert tree.sequences.tolist() == plain.tolist()
     assert uneven_steps(tree.speculation) > 0
+
+
+def test_the_row_that_lags_behind_is_the_most_urgent(endless: PreTrainedModel) -> None:
+    """Four tokens behind are e times as urgent; the mean row counts once."""
+
+    class Asked(FixedPolicy):
+        urgency: list[list[float]] = []
+
+        def choose(self, observation: Observation) -> TreeShape:
+            self.urgency.append(list(observation.urgency))
+            return super().choose(observation)
+
+    policy = Asked(WIDE)
+    report = speculate(endless, prompts(0), assistant_model=DraftHead.from_target(endless), policy=policy).speculation
+    written = [1] * 4  # the prefill's
+    for step, found in zip(report.steps[1:], policy.urgency, strict=True):
+        going_on = [count for count in written if count < 24]
+        weights = [math.exp(-count / 4.0) for count in going_on]
+        assert found == pytest.approx([len(weights) * weight / sum(weights) for weight in weights])
+        written = [before + count for before, count in zip(written, step.emitted, strict=True)]
+    assert uneven_steps(report) > 0
+
+
+def test_rows_in_lockstep_are_all_as_urgent(endless: PreTrainedModel) -> None:
+    class Asked(FixedPolicy):
+        def choose(self, observation: Observation) -> TreeShape:
+            assert list(observation.urgency) == [1.0] * 4
+            return super().choose(observation)
+
+    drafter = DraftHead.from_target(endless)
+    speculate(endless, prompts(0), assistant_model=drafter, policy=Asked(WIDE), lockstep=True)

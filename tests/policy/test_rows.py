@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,3 +127,26 @@ def test_prices_are_read_anew_as_soon_as_a_tree_of_another_size_was_timed() -> N
     policy.costs.add(4, 0, 2.5, 0.0, 2.5)
     policy.choose(observation(1))
     assert policy.size(scores) < cheap
+
+
+def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
+    """Of eight rows one is sure of its node. Where it is the last one the node pays, where it is ahead it does not."""
+
+    def nodes(urgency: list[float]) -> int:
+        policy = ThroughputPolicy()
+        policy.observe(record(1, (1,) * 8, 1.0))
+        policy.costs.add(2, 1, 1.2, 0.05, 1.25)
+        policy.choose(replace(observation(8), urgency=urgency))
+        return policy.size(torch.log(torch.tensor([[0.9]] + [[0.05]] * 7)))
+
+    assert nodes([4.5] + [0.5] * 7) == 2
+    assert nodes([1.0] * 8) == nodes([0.1] + [7.9 / 7] * 7) == nodes([]) == 1
+
+
+def test_a_further_node_of_each_row_is_thought_dear_in_a_batch() -> None:
+    """Before anything but plain steps was measured: eight rows are eight nodes."""
+    alone, together = RunningCosts(), RunningCosts()
+    alone.add(1, 0, 1.0, 0.0, 1.0)
+    together.add(1, 0, 1.0, 0.0, 1.0, rows=8)
+    assert alone.verify_seconds(3) == pytest.approx(1.08)
+    assert together.verify_seconds(3) == pytest.approx(1.36)

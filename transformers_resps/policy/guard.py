@@ -125,7 +125,8 @@ class Guard(PolicyWrapper, SavedPolicy):
         self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)
         if self._learns_costs:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
-            self._known.add(nodes, levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
+            times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
+            self._known.add(nodes, levels, *times, rows=record.decoded_rows)
         self.policy.observe(record)
 
     def _begin(self) -> None:

@@ -3,7 +3,7 @@
 Knows trees and records, never a head or a model: any drafter can sit behind an observation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -25,10 +25,12 @@ class Observation:
         room: tokens that the text may still gain; a deeper tree is cut.
         survival: called, looks the text's end up in the text so far, and answers for i = 1, 2, ... with the
             probability that the first i tokens of that continuation are accepted: empty when it never occurred
-            before. In a batch the mean of rows that advance apart, and the least hopeful row's of rows in lockstep.
-            Microseconds.
+            before. In a batch the mean of rows that advance apart, weighted by their urgency, and the least hopeful
+            row's of rows in lockstep. Microseconds.
         prompt_seconds: what drafting cost this call before its first step: head and lookup read the prompt. No record
             tells of it; the same at every step.
+        urgency: how many tokens one of each row counts, 1.0 on average: a batch ends with the row that lags behind.
+            Empty stands for rows that count the same.
     """
 
     features: Tensor | None
@@ -37,6 +39,7 @@ class Observation:
     room: int
     survival: Callable[[], list[float]]
     prompt_seconds: float = 0.0
+    urgency: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)

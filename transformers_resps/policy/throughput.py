@@ -9,6 +9,7 @@ that may be fitted or measured beforehand.
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from operator import mul
 from typing import Any, Self
 
 from torch import Tensor, tensor
@@ -93,6 +94,7 @@ class ThroughputPolicy(SavedPolicy):
         self._verifying: list[float] = []  # seconds of verifying 1, 2, ... nodes
         self._priced_for = self._priced_sizes = 0  # steps more; how many sizes of tree had been measured
         self._rate = 0.0  # lambda in this step
+        self._urgency: Sequence[float] = ()  # of each row
 
     def __repr__(self) -> str:
         return f"ThroughputPolicy(depth={self._asked.depth}, top_k={self._asked.top_k})"
@@ -120,6 +122,7 @@ class ThroughputPolicy(SavedPolicy):
 
     def choose(self, observation: Observation) -> TreeShape:
         self._lookup, self._lookup_hit, self._masses, self._nodes = 0, 0.0, [], []
+        self._urgency = observation.urgency
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
         self._rate = self.rate
@@ -163,7 +166,7 @@ class ThroughputPolicy(SavedPolicy):
             nodes.sort(reverse=True)
             ranked.append([worth for _, worth in nodes[: self._asked.total_tokens - 1]])
             self._masses.append(masses)
-        mean = ranked[0] if len(rows) == 1 else _means(ranked)
+        mean = ranked[0] if len(rows) == 1 else self._means(ranked)
         left = 1.0 - self._lookup_hit
         count, gain = self._best_prefix([left * node for node in mean], 1 + self._lookup)
         self._note_gain(gain - self._rate * self.costs.draft_seconds(len(bounds) - 1))
@@ -171,7 +174,8 @@ class ThroughputPolicy(SavedPolicy):
 
     def observe(self, record: StepRecord) -> None:
         levels = len(self._masses[0]) if record.shape.asks_head and self._masses else 0
-        self.costs.add(record.verified, levels, record.verify_seconds, record.draft_seconds, record.step_seconds)
+        times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
+        self.costs.add(record.verified, levels, *times, rows=record.decoded_rows)
         self._emitted = self._emitted * _MEMORY + record.mean_emitted
         self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
         if levels:
@@ -193,7 +197,12 @@ class ThroughputPolicy(SavedPolicy):
     def _odds_of(self, scores: Tensor, level: int) -> list[float]:
         """Mean over the rows of the odds of `[b, k]` nodes."""
         rows = [self.odds.of(row, level) for row in scores.tolist()]
-        return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        return rows[0] if len(rows) == 1 else self._means(rows)
+
+    def _means(self, rows: list[list[float]]) -> list[float]:
+        """Of the rows' first nodes, second nodes and so on, in tokens that count as much as their rows."""
+        weights = self._urgency or [1.0] * len(rows)
+        return [sum(map(mul, weights, column)) / len(rows) for column in zip_longest(*rows, fillvalue=0.0)]
 
     def _read_prices(self) -> None:
         self._priced_for -= 1
