@@ -48,10 +48,12 @@ INTERRUPTION = 5.0
 NOISES = {
     "quiet": Noise(0.02),
     "slow stretches": Noise(0.07, 0.16, 0.98),
+    "slower stretches": Noise(0.07, 0.25, 0.97),
     "interruptions": Noise(0.06, 0.06, 0.9, 0.02),
 }
 POLICIES: dict[str, Callable[[], Policy]] = {
     "auto": lambda: Guard(ThroughputPolicy()),
+    "auto, unguarded": ThroughputPolicy,
     "chain of six, guarded": lambda: Guard(FixedPolicy(TreeShape(7, 6, 1))),
 }
 

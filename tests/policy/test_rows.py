@@ -150,3 +150,23 @@ def test_a_further_node_of_each_row_is_thought_dear_in_a_batch() -> None:
     together.add(1, 0, 1.0, 0.0, 1.0, rows=8)
     assert alone.verify_seconds(3) == pytest.approx(1.08)
     assert together.verify_seconds(3) == pytest.approx(1.36)
+
+
+@pytest.mark.parametrize(("rows", "drafts"), [(5, False), (4, True)])
+def test_what_was_too_dear_for_eight_rows_is_tried_again_for_half_of_them(rows: int, drafts: bool) -> None:
+    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+    guard._known.expect({1: 1.0, 2: 1.2}, 0.05)
+    written, step = 0, 0
+
+    def next_step(emitted: tuple[int, ...]) -> bool:
+        nonlocal step
+        step += 1
+        shape = guard.choose(observation(8, step))
+        guard.observe(record(1 if shape.is_plain else 2, emitted, 1.0 if shape.is_plain else 1.3))
+        return not shape.is_plain
+
+    while next_step((1,) * 8) or written < 2:
+        written += 1
+    assert not any(next_step((1,) * 8) for _ in range(3))
+    fewer = (1,) * rows + (0,) * (8 - rows)
+    assert any(next_step(fewer) for _ in range(3)) is drafts

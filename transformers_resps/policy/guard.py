@@ -34,15 +34,16 @@ class Guard(PolicyWrapper, SavedPolicy):
 
     An account in seconds: a drafted step pays in what its tokens would have taken plainly and pays out what it took,
     and a small share of all time is added. Of a batch those of the row that lags behind count, with which the call
-    ends; a lag of two tokens behind the mean is taken for bad luck, and may be lost for good. A step may not cost more
-    than the account would bear if nothing of it were accepted, so the first steps with a new head are glances at one
-    level, then small trees, none of more than twice the nodes of any before. A call of `n` tokens loses at most
-    `0.7 + 0.008 n` plain steps on a head that never showed itself, 1.2 more when it disappoints after good evidence
-    (less where little text is left), what this call won with it, up to 16, and earlier ones, up to 4, and once, should
-    nodes be ruinous, what the first tree of two cost. A forward of a known size that took far longer than ever is
-    thought to have been interrupted, whether or not it drafted: what it took beyond is nobody's loss. A debt ends
-    drafting, and is forgiven as far as the next plain step is slower, too: the machine was. What was spent
-    on the prompt before the first decision (`Observation.prompt_seconds`) is gone either way and not in the account.
+    ends; a lag of two tokens behind the mean is taken for bad luck, and may be lost for good. Once half its rows have
+    ended, debts are forgiven as at the beginning of a text. A step may not cost more than the account would bear if
+    nothing of it were accepted, so the first steps with a new head are glances at one level, then small trees, none of
+    more than twice the nodes of any before. A call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head
+    that never showed itself, 1.2 more when it disappoints after good evidence (less where little text is left), what
+    this call won with it, up to 16, and earlier ones, up to 4, and once, should nodes be ruinous, what the first tree
+    of two cost. A forward of a known size that took far longer than ever is thought to have been interrupted, whether
+    or not it drafted: what it took beyond is nobody's loss. A debt ends drafting, and is forgiven as far as the next
+    plain step is slower, too: the machine was. What was spent on the prompt before the first decision
+    (`Observation.prompt_seconds`) is gone either way and not in the account.
 
     Args:
         policy: any; what it learned, and the guard's own measurements, stay between calls of `generate`.
@@ -73,6 +74,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         self._levels = 0
         self._nodes = 1  # most of this step's
         self._written: list[int] = []  # tokens of each row since this text began
+        self._rows = 0  # that were decoded when debts were forgiven last
         # Costs and a plain step's seconds before the first row of this batch ended: the next one's begin with them
         self._of_all_rows: tuple[RunningCosts, float] | None = None
 
@@ -113,6 +115,10 @@ class Guard(PolicyWrapper, SavedPolicy):
         nodes, seconds, gained = record.verified, max(record.step_seconds, 0.0), self._gained(record)
         if self._of_all_rows is None and record.decoded_rows < len(self._written):
             self._of_all_rows = copy.deepcopy(self._known), self._plain_seconds
+        if 2 * record.decoded_rows <= self._rows:  # another batch: what was too dear for all may pay for some
+            self._account = max(self._account, _LOAN * self._plain_seconds)
+        if 2 * record.decoded_rows <= self._rows or not self._rows:
+            self._rows = record.decoded_rows
         if nodes == 1:
             self._time_plain(seconds - max(record.draft_seconds, 0.0))
         outdated = nodes > 1 and record.verify_seconds < _OUTDATED * self._known.verify_seconds(nodes)
@@ -131,7 +137,7 @@ class Guard(PolicyWrapper, SavedPolicy):
 
     def _begin(self) -> None:
         """A new text: debts are forgiven, savings are cut, and costs of a far shorter or longer one don't hold."""
-        self._written = []
+        self._written, self._rows = [], 0
         if self._of_all_rows is not None:
             costs, self._plain_seconds = self._of_all_rows
             self._known.go_back_to(costs)
