@@ -65,10 +65,10 @@ class Batch:
 
         The derivative of the rows' soft minimum; the same for all in lockstep.
         """
-        lengths = [self._texts[index].length for index in self._decoded]
         if self.in_lockstep:
             return [1.0] * len(self._texts[0].newest)
-        weights = [math.exp((min(lengths) - length) / _PATIENCE) for length in lengths]
+        lengths, shortest = [self._texts[index].length for index in self._decoded], self.shortest
+        weights = [math.exp((shortest - length) / _PATIENCE) for length in lengths]
         total = sum(weights)
         return [weight * len(weights) / total for weight in weights]
 

@@ -1,6 +1,7 @@
 """Rows of a batch that advance each on its own: the plain call is the oracle, and so is every row alone."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from tests.batches.rows import WIDE, AnyShape, prompts, speculate, uneven_steps
 from tests.targets import ARCHITECTURES, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
+from transformers_resps.batch import Batch
+from transformers_resps.decoding import TreeDecoding
+from transformers_resps.lookup import Match
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
@@ -111,3 +115,14 @@ def test_rows_in_lockstep_are_all_as_urgent(endless: PreTrainedModel) -> None:
 
     drafter = DraftHead.from_target(endless)
     speculate(endless, prompts(0), assistant_model=drafter, policy=Asked(WIDE), lockstep=True)
+
+
+def test_lookups_count_as_much_as_the_rows_that_they_help() -> None:
+    """By hand: two rows, of which the second knows two tokens and lags behind, or runs ahead."""
+    matches = [Match(1, [5], [0.4]), Match(2, [6, 7], [0.8, 0.6])]
+    for lengths, expected in (((9, 9), [0.6, 0.3]), ((13, 9), [0.692, 0.439]), ((9, 13), [0.508, 0.161])):
+        batch = SimpleNamespace(in_lockstep=False, shortest=min(lengths))
+        batch._texts, batch._decoded = [SimpleNamespace(length=length) for length in lengths], [0, 1]
+        batch.urgency = Batch.urgency.fget(batch)  # type: ignore[attr-defined]  # of a property
+        decoding: Any = SimpleNamespace(_matches=lambda: matches, batch=batch)
+        assert TreeDecoding._survival(decoding) == pytest.approx(expected, abs=0.001)

@@ -166,7 +166,7 @@ class ThroughputPolicy(SavedPolicy):
             nodes.sort(reverse=True)
             ranked.append([worth for _, worth in nodes[: self._asked.total_tokens - 1]])
             self._masses.append(masses)
-        mean = ranked[0] if len(rows) == 1 else self._means(ranked)
+        mean = ranked[0] if len(rows) == 1 else self._mean_worth(ranked)
         left = 1.0 - self._lookup_hit
         count, gain = self._best_prefix([left * node for node in mean], 1 + self._lookup)
         self._note_gain(gain - self._rate * self.costs.draft_seconds(len(bounds) - 1))
@@ -197,9 +197,9 @@ class ThroughputPolicy(SavedPolicy):
     def _odds_of(self, scores: Tensor, level: int) -> list[float]:
         """Mean over the rows of the odds of `[b, k]` nodes."""
         rows = [self.odds.of(row, level) for row in scores.tolist()]
-        return rows[0] if len(rows) == 1 else self._means(rows)
+        return rows[0] if len(rows) == 1 else self._mean_worth(rows)
 
-    def _means(self, rows: list[list[float]]) -> list[float]:
+    def _mean_worth(self, rows: list[list[float]]) -> list[float]:
         """Of the rows' first nodes, second nodes and so on, in tokens that count as much as their rows."""
         weights = self._urgency or [1.0] * len(rows)
         return [sum(map(mul, weights, column)) / len(rows) for column in zip_longest(*rows, fillvalue=0.0)]
