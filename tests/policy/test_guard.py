@@ -237,3 +237,12 @@ def test_a_debt_is_forgiven_as_far_as_plain_steps_turn_out_to_be_slower_too(plai
         shape, steps = guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list)), steps + 1
         assert steps < 20
     assert any([not shape_after(plain).is_plain, not shape_after(plain).is_plain]) is drafts
+
+
+def test_what_an_earlier_text_gained_forgives_no_debt() -> None:
+    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+    guard._plain_seconds, guard._gained_since = 1.0, 50.0
+    guard.choose(Observation(torch.zeros(1, 4), 100, 0, 96, list))
+    guard._account = -5.0
+    guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, 1.4, 1.4))
+    assert guard._account == pytest.approx(-5.0, abs=0.1)

@@ -137,7 +137,7 @@ class Guard(PolicyWrapper, SavedPolicy):
 
     def _begin(self) -> None:
         """A new text: debts are forgiven, savings are cut, and costs of a far shorter or longer one don't hold."""
-        self._written, self._rows = [], 0
+        self._written, self._rows, self._gained_since = [], 0, 0.0
         if self._of_all_rows is not None:
             costs, self._plain_seconds = self._of_all_rows
             self._known.go_back_to(costs)
@@ -175,6 +175,7 @@ class Guard(PolicyWrapper, SavedPolicy):
 
     def _time_plain(self, seconds: float) -> None:
         self._timed_at = self._context
+        gained, self._gained_since = self._gained_since, 0.0
         if self._moved and min(seconds, self._plain_seconds) > 0.0:
             self._known.rescale(seconds / self._plain_seconds)
             self._account *= seconds / self._plain_seconds
@@ -187,16 +188,14 @@ class Guard(PolicyWrapper, SavedPolicy):
             self._account = min(self._account, _REVALUED * seconds)  # it was saved in another currency
         else:
             seconds = min(seconds, INTERRUPTED * self._plain_seconds)
-            self._revalue(seconds)
+            self._revalue(gained * (seconds - self._plain_seconds))
             weight = _LOWER if seconds < self._plain_seconds else _HIGHER
             self._plain_seconds += weight * (seconds - self._plain_seconds)
 
-    def _revalue(self, seconds: float) -> None:
-        """Forgive a debt as far as a plain step of `seconds` shows that plain steps, too, had become slower."""
+    def _revalue(self, lost: float) -> None:
+        """Forgive a debt as far as trees lost seconds to a machine on which plain steps, too, had become slower."""
         if self._account < 0.0:
-            gained = self._gained_since * max(seconds - self._plain_seconds, 0.0)
-            self._account = min(self._account + gained, 0.0)
-        self._gained_since = 0.0
+            self._account = min(self._account + max(lost, 0.0), 0.0)
 
     def _affordable(self, shape: TreeShape) -> TreeShape:
         """The largest part of `shape` whose cost the budget bears if none of it is accepted."""
