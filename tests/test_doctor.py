@@ -13,9 +13,10 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
 from transformers_resps.cli import main
-from transformers_resps.doctor import DEPTHS, Answer, Cell, Diagnosis, Reading, Tally, diagnose, write_answers
+from transformers_resps.doctor import DEPTHS, Answer, Cell, Diagnosis, Reading, Tally, diagnose, probing, write_answers
 from transformers_resps.features import FeatureTap
 from transformers_resps.head import BoundHead, DraftHead, HeadCache
+from transformers_resps.packing import is_packed
 from transformers_resps.trainers.training_time_test import unroll
 
 
@@ -183,6 +184,23 @@ def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_the_mo
     with pytest.raises(ZeroDivisionError):
         diagnose(target, DraftHead.from_target(target), answers)
     assert target.training
+
+
+def test_readings_share_the_weights_and_keep_no_packed_copies(
+    pair: tuple[PreTrainedModel, Path, list[Answer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, folder, answers = pair
+    head, heads = DraftHead.from_pretrained(folder, target=target), []
+
+    def bound(head: DraftHead, target: PreTrainedModel) -> BoundHead:
+        heads.append(head)
+        return BoundHead(head, target)
+
+    monkeypatch.setattr(probing, "BoundHead", bound)
+    diagnose(target, head, answers)
+    assert len(heads) > 10
+    assert not any(is_packed(one) or "_kept" in vars(layer) for one in heads for layer in one.modules())
+    assert all(one.fc.weight.data_ptr() == head.fc.weight.data_ptr() for one in heads)
 
 
 def test_answers_are_what_generate_writes_one_by_one(pair: tuple[PreTrainedModel, Path, list[Answer]]) -> None:

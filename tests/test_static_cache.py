@@ -158,6 +158,22 @@ def test_a_bucket_is_compiled_once_and_its_seconds_are_no_steps(
     assert backend.count == 3
 
 
+def test_a_compilation_that_was_interrupted_is_no_steps_cost_in_the_next_call_either(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        raise KeyboardInterrupt
+
+    shape = TreeShape(3, 2, 2)
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(CountingBackend, "__call__", lambda self, graph, inputs: interrupt(graph, inputs))
+        with pytest.raises(KeyboardInterrupt):
+            speculate(target, head, FixedPolicy(shape), **STATIC, compile_config=config)
+    out = speculate(target, head, FixedPolicy(shape), **STATIC, compile_config=config)
+    assert backend.count and all(step.step_seconds == 0.0 for step in out.speculation.steps)
+
+
 def test_a_target_that_the_caller_compiled_needs_a_static_cache(
     target: PreTrainedModel, head: DraftHead, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

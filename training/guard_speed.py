@@ -34,7 +34,7 @@ class HeadAlone(ThroughputPolicy):
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "ours": HeadAlone,
-    "60/5/10": lambda: FixedPolicy(TreeShape.from_eagle(60, 4, 10)),
+    "60/5/10": lambda: FixedPolicy(TreeShape.from_eagle(60, 5, 10)),
     "never drafts": lambda: FixedPolicy(TreeShape.plain()),
 }
 UNTRAINED, GIVEN = "untrained", "given"

@@ -91,48 +91,56 @@ COUNTED = (
 )
 
 
+class Place:
+    """A forward over a root with `nodes - 1` children behind `context` cached positions of each of `batch` rows."""
+
+    def __init__(self, model: Any, nodes: int, context: int, batch: int) -> None:
+        self.nodes, self.context, self.batch = nodes, context, batch
+        cache = DynamicCache(config=model.config)
+        shape = (batch, model.config.num_key_value_heads, context, model.config.head_dim)
+        for index in range(model.config.num_hidden_layers):
+            cache.update(torch.randn(shape, dtype=model.dtype), torch.randn(shape, dtype=model.dtype), index)
+        make_room(cache)
+        tokens = torch.randint(model.config.vocab_size, (batch, nodes))
+        self._tree = DraftTree.from_parents(tokens, torch.zeros_like(tokens))
+        mask = None if nodes == 1 else tree_attention_mask(model.config, cache, None, self._tree, model.dtype)
+        self._inputs = tokens, mask, tree_positions(self._tree, torch.full((batch,), context))
+        self._forward = TargetForward(model, None, cache)
+
+    def seconds(self) -> float:
+        started = time.perf_counter()
+        self._forward.verify(*self._inputs)
+        taken = time.perf_counter() - started
+        self._forward.undo(self._tree)
+        return taken
+
+
 @torch.inference_mode()
-def forward_seconds(model: Any, nodes: int, context: int, batch: int, repeats: int) -> float:
-    """Median seconds of a forward over a root with `nodes - 1` children behind `context` cached positions."""
-    cache = DynamicCache(config=model.config)
-    shape = (batch, model.config.num_key_value_heads, context, model.config.head_dim)
-    for index in range(model.config.num_hidden_layers):
-        cache.update(torch.randn(shape, dtype=model.dtype), torch.randn(shape, dtype=model.dtype), index)
-    make_room(cache)
-    tokens = torch.randint(model.config.vocab_size, (batch, nodes))
-    tree = DraftTree.from_parents(tokens, torch.zeros_like(tokens))
-    mask = None if nodes == 1 else tree_attention_mask(model.config, cache, None, tree, model.dtype)
-    positions = tree_positions(tree, torch.full((batch,), context))
-    seconds = []
-    with TargetForward(model, None, cache) as forward:
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            forward.verify(tokens, mask, positions)
-            seconds.append(time.perf_counter() - started)
-            forward.undo(tree)
-    return median(seconds[1:])
-
-
 def measure(size: Size, repeats: int, packed: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Rows of `nodes`, `context`, `batch` and `seconds`; one of the three is varied at a time."""
+    """Rows of `nodes`, `context`, `batch` and median `seconds`; one of the three is varied at a time.
+
+    All are measured in turn, again and again: a slow moment of the machine meets each of them.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(size.config(), dtype=dtype).eval()
     if packed:
         pack(model)
-    places = [(nodes, 256, 1) for nodes in NODES]
+    sizes = [(nodes, 256, 1) for nodes in NODES]
     if size is MEASURED[0]:
-        places += [(nodes, context, 1) for context in (1024, 4096) for nodes in (1, 8)]
-        places += [(nodes, 256, batch) for batch in (2, 4, 8) for nodes in (1, 8)]
+        sizes += [(nodes, context, 1) for context in (1024, 4096) for nodes in (1, 8)]
+        sizes += [(nodes, 256, batch) for batch in (2, 4, 8) for nodes in (1, 8)]
+    places = [Place(model, *one) for one in sizes]
+    rounds = [[place.seconds() for place in places] for _ in range(repeats + 1)][1:]
     return [
         {
             "size": size.name,
             "packed": packed,
-            "nodes": nodes,
-            "context": context,
-            "batch": batch,
-            "seconds": forward_seconds(model, nodes, context, batch, repeats),
+            "nodes": place.nodes,
+            "context": place.context,
+            "batch": place.batch,
+            "seconds": median(taken),
         }
-        for nodes, context, batch in places
+        for place, taken in zip(places, zip(*rounds, strict=True), strict=True)
     ]
 
 
@@ -173,7 +181,7 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--dtype", default="bfloat16", help="a torch dtype name")
     parser.add_argument("--show", action="store_true", help="print the tables of a file that is there")
     args = parser.parse_args()

@@ -151,7 +151,8 @@ def place_nodes(cache: Cache, path: Tensor, node_count: int, slots: Tensor, leng
     layers: list[Any] = cache.layers
     full = [layer for index, layer in enumerate(layers) if window_of(cache, index) is None]
     for part in entries_of(full):  # whole entries, a sixth of what `gather` and `scatter_` take for single numbers
-        part[:, rows, :, slots] = part[:, rows, :, path + (part.shape[-2] - node_count)]
+        own, to, nodes = (index.to(part.device) for index in (rows, slots, path))  # layers may lie on several devices
+        part[:, own, :, to] = part[:, own, :, nodes + (part.shape[-2] - node_count)]
     for index, layer in enumerate(layers):
         states, window = _states(layer), window_of(cache, index)
         if states is not None and window is not None:

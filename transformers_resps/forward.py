@@ -112,13 +112,16 @@ class CompiledForward(TargetForward):
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
         inputs = self._inputs(_settled(tokens), _settled(mask), _settled(positions))
-        return self._run(self._call, inputs)
+        ran = self._run(self._call, inputs)
+        self._known.add(self._size(*tokens.shape))  # not before: compiling takes minutes, and may be interrupted
+        return ran
 
     def is_first(self, tree: DraftTree) -> bool:
-        """True once for each size."""
-        known = len(self._known)
-        self._known.add((*self._layers, self.buckets.rows(tree), len(tree.tokens), self.buckets.slots))
-        return len(self._known) > known
+        """Until a forward of that size has run."""
+        return self._size(len(tree.tokens), self.buckets.rows(tree)) not in self._known
+
+    def _size(self, batch_size: int, rows: int) -> tuple[int | None, ...]:
+        return (*self._layers, rows, batch_size, self.buckets.slots)
 
     def _run(self, call: Any, inputs: dict[str, Any]) -> tuple[Any, Features]:
         asked = {"output_hidden_states": self._layers if SELECTS_HIDDEN_STATES else True} if self._layers else {}

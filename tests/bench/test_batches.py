@@ -2,11 +2,14 @@
 
 import itertools
 
+import pytest
 import torch
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.bench.batches.__main__ import main
 from transformers_resps.bench.batches.measuring import WAYS, BatchBench, Measurement, table
+from transformers_resps.bench.experiment import Experiment
 
 
 def test_every_way_writes_the_same_tokens_and_is_timed() -> None:
@@ -36,3 +39,10 @@ def test_rates_are_total_tokens_over_total_seconds() -> None:
     assert rows["rows apart"]["to_plain_batch"] == 2.0
     assert rows["rows apart"]["to_one_by_one"] == 10.0 / 7.5
     assert rows["rows apart"]["same_text"] == 0.75
+
+
+def test_sizes_that_no_group_fills_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Experiment(None, None, [torch.arange(3)] * 2)
+    monkeypatch.setattr(Experiment, "load", lambda args: given)
+    with pytest.raises(ValueError, match=r"batch sizes \[4\] and 2 prompts.*a larger `--limit`"):
+        main(["target", "head", "--dataset", "prompts.jsonl", "--batch-sizes", "4"])

@@ -109,3 +109,17 @@ def test_what_is_not_refused_decodes(fields: dict[str, Any], target: PreTrainedM
     prompt = torch.tensor([[1, 5, 9]])
     plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(plain, target.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=head))
+
+
+@pytest.mark.parametrize("fields", [{}, {"owns_output_head": True}, {"draft_token_ids": [3, 40, 5]}], ids=str)
+def test_a_head_starts_with_the_targets_own_rows_and_final_norm(fields: dict[str, Any], target: Any) -> None:
+    with torch.no_grad():
+        target.model.norm.weight.uniform_(0.5, 2.0)
+    head = DraftHead.from_target(target, **fields)
+    assert torch.equal(head.norm.weight, target.model.norm.weight)
+    rows = (
+        target.lm_head.weight[sorted(fields["draft_token_ids"])]
+        if "draft_token_ids" in fields
+        else target.lm_head.weight
+    )
+    assert not head.config.owns_output_head or torch.equal(head.lm_head.weight, rows)

@@ -195,6 +195,17 @@ def test_a_config_of_ours_that_lies_is_refused_before_anything_is_built(
         DraftHead.from_pretrained(tmp_path, target=target)
 
 
+def test_a_config_that_leaves_out_the_layers_of_a_deeper_head_is_refused(
+    target: PreTrainedModel, tmp_path: Path
+) -> None:
+    DraftHead.from_target(target, D, num_hidden_layers=2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="says that the head has 1 layers, but the file holds 2. Download"):
+        DraftHead.from_pretrained(tmp_path, target=target)
+
+
 def test_offsets_that_are_no_integers_are_refused(target: PreTrainedModel, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

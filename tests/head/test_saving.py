@@ -122,6 +122,27 @@ def test_exports_write_ids_and_rope_in_each_formats_own_words(target: PreTrained
         head.save_pretrained(tmp_path / "other", format="gguf")
 
 
+def test_sglang_is_told_to_borrow_an_output_head_that_is_not_in_the_file(
+    target: PreTrainedModel, tmp_path: Path
+) -> None:
+    """With a number in `draft_vocab_size` it makes rows of its own, which nothing loads."""
+    written = exported(DraftHead.from_target(target), tmp_path / "borrows", "specforge")
+    assert written["draft_vocab_size"] is None
+    written = exported(DraftHead.from_target(target, owns_output_head=True), tmp_path / "owns", "specforge")
+    assert written["draft_vocab_size"] == 64
+    assert exported(DraftHead.from_target(target), tmp_path / "vllm", "speculators")["draft_vocab_size"] == 64
+
+
+@pytest.mark.parametrize("layout", ["specforge", "speculators"])
+def test_a_trained_embedding_of_the_targets_width_comes_back(
+    layout: str, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    head = DraftHead.from_target(target, 16, owns_embedding=True)
+    head.save_pretrained(tmp_path, format=layout)
+    back = DraftHead.from_pretrained(tmp_path, target=target)
+    assert back.config.owns_embedding and torch.equal(back.embed_tokens.weight, head.embed_tokens.weight)
+
+
 def test_an_export_refuses_options_it_would_drop(target: PreTrainedModel, tmp_path: Path) -> None:
     head = DraftHead.from_target(target, 16)
     with pytest.raises(ValueError, match=r"got \['push_to_hub', 'repo_id'\].*upload_folder"):

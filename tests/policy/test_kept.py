@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, attach, detach
 from transformers_resps.head import head_fingerprint, pair_identity
 from transformers_resps.policy import Guard, KeptPolicies, ReSpSConfig, ThroughputPolicy
+from transformers_resps.policy.identity import check_same
 
 
 def test_auto_goes_on_with_what_it_learned_with_the_same_head(
@@ -108,6 +109,20 @@ def test_the_fingerprint_follows_the_weights(tiny_head: DraftHead) -> None:
     with torch.no_grad():
         tiny_head.fc.weight.add_(0.5)
     assert head_fingerprint(tiny_head) != before
+
+
+def test_a_policy_serves_its_head_in_every_dtype_and_in_float16_asks_for_no_fingerprint(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, tmp_path: Path
+) -> None:
+    """Small numbers lose bits in float16, and from there another bfloat16 would be hashed."""
+    with torch.no_grad():
+        tiny_head.fc.weight.mul_(1e-4)
+    tiny_head.bfloat16().save_pretrained(tmp_path)
+    identity = pair_identity(tiny_target, tiny_head)["head"]
+    for dtype in torch.float32, torch.bfloat16, torch.float16:
+        loaded = DraftHead.from_pretrained(tmp_path, torch_dtype=dtype)
+        check_same("head", identity, pair_identity(tiny_target, loaded)["head"])
+        assert ("fingerprint" in pair_identity(tiny_target, loaded)["head"]) == (dtype != torch.float16)
 
 
 def test_a_fitted_policy_serves_its_own_target_and_head_alone(

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from tests.publishing.artefacts import changed, head_folder, policy_folder
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
 from transformers_resps.bench.provenance import config_sha256
+from transformers_resps.policy import Guard, ThroughputPolicy
 from transformers_resps.publishing import UnreadableArtefactError, find_faults, read_artefact, render_card
 from transformers_resps.publishing.release import local_name
 from transformers_resps.trainers.training_prompts import read_training_prompts
@@ -38,6 +39,13 @@ def test_a_card_of_bare_weights_says_what_was_not_measured_and_no_more(tmp_path)
     card = render_card(read_artefact(tmp_path), "me/mine")
     assert "Not measured yet" in card and 'AutoPolicy.from_pretrained("me/mine")' in card
     assert not [part for part in ("How it was made", "Licences", "held-out", "base_model") if part in card]
+
+
+def test_the_card_of_a_guarded_policy_names_the_target_and_the_head_of_the_guarded_one(tmp_path):
+    made_with = {"target": {"name_or_path": "maker/tiny"}, "head": {"name_or_path": "maker/tiny-head"}}
+    Guard(ThroughputPolicy(**made_with)).save_pretrained(tmp_path)
+    card = render_card(read_artefact(tmp_path), "me/mine")
+    assert "base_model: maker/tiny\n" in card and 'DraftHead.from_pretrained("maker/tiny-head"' in card
 
 
 def test_several_temperatures_are_told_apart(tmp_path):

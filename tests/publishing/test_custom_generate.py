@@ -8,6 +8,7 @@ from tests.publishing.artefacts import policy_folder
 from tests.publishing.tiny import tiny_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, ReSpSGenerationMixin, TreeShape, attach
 from transformers_resps.hub import Destination
+from transformers_resps.policy import KeptPolicies
 from transformers_resps.publishing import publish, write_custom_generate
 
 
@@ -81,6 +82,19 @@ def test_an_attached_model_stays_attached(where, target, head, prompt):
     plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
     ours = generate(attach(target), **prompt, assistant_model=head, max_new_tokens=12, do_sample=False)
     assert torch.equal(ours, plain) and isinstance(target, ReSpSGenerationMixin)
+
+
+def test_auto_goes_on_learning_from_call_to_call(target, head, prompt):
+    from transformers_resps.publishing.custom_generate.generate import generate
+
+    place = KeptPolicies.place(target, 1)
+    for _ in range(2):
+        generate(target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
+    learned = KeptPolicies.of(target).take(head, place)
+    KeptPolicies.of(target).give_back(head, place, learned)
+    generate(target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
+    assert KeptPolicies.of(target).take(head, place) is learned
+    assert not isinstance(target, ReSpSGenerationMixin)
 
 
 def test_a_refusal_leaves_the_model_stock(where, target, head, prompt):

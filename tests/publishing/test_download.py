@@ -9,7 +9,7 @@ from tests.publishing.tiny import TARGET, tiny_target
 from transformers_resps import AutoPolicy, DraftHead, DraftHeadConfig, FixedPolicy, TreeShape
 from transformers_resps.bench.subjects import training_prompts_of
 from transformers_resps.hub import Destination, upload
-from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
+from transformers_resps.policy import Guard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
 from transformers_resps.trainers.training_prompts import fingerprint, write_training_prompts
 
 
@@ -82,6 +82,11 @@ def test_the_card_of_a_pushed_head_names_its_target_and_is_never_overwritten(hea
     hub.repositories[HEAD].commit(hub.repositories[HEAD].files | {"README.md": b"by hand"})
     other(head).push_to_hub(HEAD)
     assert hub.repositories[HEAD].files["README.md"] == b"by hand"
+
+
+def test_the_card_of_a_pushed_guard_names_the_target_of_the_policy_inside(hub):
+    Guard(ThroughputPolicy(target={"name_or_path": TARGET})).push_to_hub(POLICY)
+    assert f"base_model: {TARGET}\n" in hub.repositories[POLICY].files["README.md"].decode()
 
 
 @pytest.mark.parametrize("policy", [FixedPolicy(TreeShape(4, 2, 2)), ReSpSPolicy(ReSpSConfig(9), seed=5)], ids=repr)

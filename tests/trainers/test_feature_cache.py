@@ -44,6 +44,17 @@ def test_a_fine_tune_with_the_same_output_head_does_not_meet_the_features_of_its
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_other_predicted_tokens_of_the_same_texts_have_picks_of_their_own(tmp_path):
+    """Picks are kept for predicted tokens alone."""
+    target, head = fresh()
+    frozen = FrozenTarget(target, head.config.feature_layers)
+    few = texts(3)
+    all_of_them = [Example(text.input_ids, torch.arange(len(text.input_ids)) >= 1) for text in few]
+    CachedFeatures(few, tmp_path, frozen)
+    again = CachedFeatures(all_of_them, tmp_path, frozen)
+    assert torch.equal(again[0]["picks"], CachedFeatures(all_of_them, tmp_path / "new", frozen)[0]["picks"])
+
+
 def test_the_cache_goes_on_from_whole_files_and_says_what_a_full_disk_needs(tmp_path, monkeypatch):
     target, head = fresh()
     frozen = FrozenTarget(target, head.config.feature_layers)

@@ -106,6 +106,17 @@ def test_a_borrowed_output_head_is_not_trained_and_asking_for_it_is_refused(tmp_
         DraftHeadTrainer(head, target, config(tmp_path, freeze_output_head=False), ExampleDataset(texts()))
 
 
+def test_output_rows_that_are_not_the_targets_have_to_be_trained(tmp_path):
+    target, _ = fresh()
+    head = DraftHead.from_target(target, 48, hidden_size=48, owns_embedding=True)
+    with pytest.raises(
+        ValueError, match="48 wide and cannot be the target's, which are 32 wide.*freeze_output_head=False"
+    ):
+        DraftHeadTrainer(head, target, config(tmp_path), ExampleDataset(texts()))
+    DraftHeadTrainer(head, target, config(tmp_path, freeze_output_head=False), ExampleDataset(texts()))
+    assert head.lm_head.weight.requires_grad
+
+
 def test_the_bias_of_a_targets_output_head_is_part_of_what_a_head_learns():
     """Phi's output head has a bias; here one that decides every pick."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4}

@@ -9,9 +9,11 @@ from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
 
 def train(folder: Path, accumulation: int) -> None:
     target, head = fresh()
-    args = config(folder, max_steps=2, gradient_accumulation_steps=accumulation, save_strategy="no")
-    trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts(16)))
+    best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_tau", "tau_texts": 2}
+    args = config(folder, max_steps=2, gradient_accumulation_steps=accumulation, save_strategy="no", **best)
+    trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts(16)), ExampleDataset(texts(4)))
     trainer.train()
+    assert trainer.state.best_metric  # looked for in every process
     if trainer.accelerator.is_main_process:
         head.save_pretrained(folder / f"of-{trainer.accelerator.num_processes}")
 

@@ -26,6 +26,7 @@ from transformers_resps.verification import MOST_SPACINGS, spacing_at
 from transformers_resps.verification.distribution import check_distribution
 from transformers_resps.verification.kit import built_in_prompts
 from transformers_resps.verification.subject import Subject
+from transformers_resps.verification.texts import Call, compare_batch, compare_one_by_one
 
 
 WIDE = FixedPolicy(TreeShape(20, 3, 19))
@@ -55,6 +56,18 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
     for fact in ("torch.float32", "threads", torch.__version__, "LlamaForCausalLM", repr(WIDE), "found out"):
         assert fact in page
     assert len(page.splitlines()) < 25
+
+
+def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: DraftHead) -> None:
+    """Tau of a batch is that of its rows alone."""
+    prompts, subject = [torch.tensor([3, 4]), torch.tensor([5, 6])], Subject(target, head, WIDE)
+    with subject.undisturbed():
+        first = subject.plain(prompts, max_new_tokens=12)[0]
+        end = {"eos_token_id": int(first[1]), "max_new_tokens": 12, "do_sample": False}
+        alone = [compare_one_by_one(subject, "", [Call(0, prompt, 0, end)]) for prompt in prompts]
+        together = compare_batch(subject, "", prompts, end)
+    assert min(check.tokens for check in alone) < max(check.tokens for check in alone)
+    assert together.target_forwards == sum(check.target_forwards for check in alone)
 
 
 def test_lookup_alone_is_examined_too(target: Any) -> None:

@@ -24,7 +24,8 @@ from ..machine import device_name
 
 PACKAGE = Path(__file__).parent.parent
 _CONFIG = "config.json"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin", _CONFIG)
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", _CONFIG)  # the first kind that is there, all its parts
+_BLOCK = 2**24  # bytes
 _UNTOLD = {"default_tree", "transformers_version", "name_or_path"}  # says nothing of how weights are used
 
 
@@ -88,16 +89,21 @@ def file_of(id_or_folder: str | Path, name: str) -> Path | None:
 
 
 def weights_sha256(id_or_folder: str | Path) -> str | None:
-    """Hash of the weights' file; of `config.json` where there are no weights; `None` where there is neither."""
+    """Hash of the weights' file, or of all their files; of `config.json` where there are none; `None` where there is
+    neither.
+    """
     folder = folder_of(id_or_folder)
     if folder is None:
         return None
-    for name in _WEIGHTS:
-        file = folder / name
-        if file.is_file():
-            with file.open("rb") as opened:
-                return hashlib.file_digest(opened, "sha256").hexdigest()
-    return None
+    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)), None)
+    if files is None:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def config_sha256(id_or_folder: str | Path) -> str | None:

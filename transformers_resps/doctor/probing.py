@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..features import FeatureTap
 from ..head import BoundHead, DraftHead, DraftHeadConfig
 from ..head.rotary import RotaryEmbedding
+from ..packing import unpack
 from ..trainers.training_time_test import unroll
 from .answers import Answer
 from .diagnosis import Cell, Diagnosis, Reading, Tally
@@ -50,7 +51,7 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Answer]
             "2 are needed to tell a difference from noise. Pass some 50 answers."
         )
     readings = list(_readings(head.config, target))
-    drafters = [BoundHead(_read_as(head, reading), target) for reading in readings]
+    drafters = [_drafter(head, reading, target) for reading in readings]
     was_training = target.training
     target.train(False)
     try:
@@ -72,8 +73,9 @@ def _scores(
             with tap.record() as features:
                 picks = target(input_ids=tokens, use_cache=False).logits.argmax(-1)
             for drafter, reading, found in zip(drafters, readings, scores, strict=True):
-                read = torch.cat([features.caught[layer] for layer in reading.feature_layers], dim=-1)
-                found += _score(drafter, read.to(drafter.head.dtype), batch, picks)
+                head = drafter.head
+                caught = [features.caught[layer].to(head.device, head.dtype) for layer in reading.feature_layers]
+                found += _score(drafter, torch.cat(caught, dim=-1), batch, picks.to(head.device))
     return scores
 
 
@@ -91,6 +93,13 @@ def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Read
         for theta in bases:
             for is_before in (config.norm_before_residual, not config.norm_before_residual):
                 yield Reading(layers, theta, is_before)
+
+
+def _drafter(head: DraftHead, reading: Reading, target: PreTrainedModel) -> BoundHead:
+    """Not packed: each would have a copy of the weights, which so many rows at once do not need."""
+    drafter = BoundHead(_read_as(head, reading), target)
+    unpack(drafter.head)
+    return drafter
 
 
 def _read_as(head: DraftHead, reading: Reading) -> DraftHead:

@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -45,7 +46,8 @@ class BoundHead:
 
     def normed_logits(self, normed: Tensor) -> Tensor:
         """`[..., h]` behind the final norm -> fp32 `[..., d]`."""
-        return cast(Tensor, self._output(normed.to(self.output_weight.dtype))).float()
+        logits = cast(Tensor, self._output(normed.to(self.output_weight.dtype)))
+        return logits.to(normed.device, torch.float32)  # a borrowed output head may lie on another device
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft vocabulary ids of any shape -> target ids."""

@@ -182,13 +182,13 @@ def start_from(head: PreTrainedModel, target: PreTrainedModel, rows: Tensor | No
     if config.target_hidden_size == config.hidden_size:
         weight = parts.fc.weight
         weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, dtype=weight.dtype, device=weight.device)
-    if rows is None:
-        return
-    parts.d2t.copy_(rows - torch.arange(len(rows)))
+    if rows is not None:
+        parts.d2t.copy_(rows - torch.arange(len(rows)))
     output = cast(nn.Module | None, target.get_output_embeddings())
     if output is not None and cast(Tensor, output.weight).shape[-1] == config.hidden_size:
         theirs = cast(Tensor, output.weight)
-        parts.lm_head.weight.copy_(theirs[rows.to(theirs.device)])
+        if config.owns_output_head:
+            parts.lm_head.weight.copy_(theirs if rows is None else theirs[rows.to(theirs.device)])
         norm: Any = getattr(target.get_decoder(), "norm", None)
         if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # theirs adds 1
             parts.norm.weight.copy_(norm.weight)

@@ -28,7 +28,8 @@ class DraftHead(PublishableHead):
 
     A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. What
     the head shares with its target, the embedding table and (with a full draft vocabulary) the output head, is
-    borrowed when decoding and stored nowhere: see `BoundHead`.
+    borrowed when decoding and stored nowhere: see `BoundHead`. On a processor decoding packs its layers: after weights
+    were written through `.data`, as PEFT's merge does, call `pack(head)`.
     """
 
     config_class = DraftHeadConfig
@@ -209,7 +210,8 @@ class DraftHead(PublishableHead):
         Args:
             save_directory: made when missing.
             args: as in Transformers; own format only.
-            format: "resps"; "specforge" for SGLang, vLLM and llama.cpp; "speculators" for vLLM.
+            format: "resps"; "specforge" for SGLang, vLLM and llama.cpp; "speculators" for vLLM. An engine that is
+                older than a field of the head drops it without a word: see docs/train-a-head.md.
             keywords: as in Transformers; own format only.
 
         Raises:

@@ -103,8 +103,11 @@ class SavedPolicy(Policy):
 
         Raises:
             OSError: the Hub refused, or the connection broke; nothing was committed.
+            ValueError: it is no id of a repository.
         """
-        target = (self.to_config().get("target") or {}).get("name_or_path")
+        config = self.to_config()
+        trained = config.get("policy", config)  # a guard's is that of the guarded one
+        target = (trained.get("target") or {}).get("name_or_path")
         use = f'policy = AutoPolicy.from_pretrained("{repo_id}")'
         card = plain_card("policy", "draft-policy", target, use)
         message = commit_message or f"Upload {type(self).__name__}"

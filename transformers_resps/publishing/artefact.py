@@ -54,7 +54,7 @@ class Artefact:
     @property
     def target(self) -> str | None:
         """The target's name; what the recipe's `card` says goes before what was loaded."""
-        return self.said.get("target") or (self.config.get("target") or {}).get("name_or_path")
+        return self.said.get("target") or self._trained_with("target")
 
     @property
     def target_id(self) -> str | None:
@@ -64,7 +64,11 @@ class Artefact:
     @property
     def head(self) -> str | None:
         """Of a policy: the name of the head it was trained with."""
-        return self.said.get("head") or (self.config.get("head") or {}).get("name_or_path")
+        return self.said.get("head") or self._trained_with("head")
+
+    def _trained_with(self, what: str) -> str | None:
+        config = self.config["policy"] if self.config.get("policy_type") == "guard" else self.config
+        return (config.get(what) or {}).get("name_or_path")
 
 
 def read_artefact(folder: Path) -> Artefact:

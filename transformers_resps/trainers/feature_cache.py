@@ -98,6 +98,7 @@ class CachedFeatures(ExampleDataset):
         digest = hashlib.sha256(self._identity.encode())
         for example in block:
             digest.update(example.input_ids.numpy().tobytes() + b"|")
+            digest.update(example.predicted.numpy().tobytes() + b"|")  # picks are there for predicted tokens alone
         return digest.hexdigest()[:24]
 
     def _fill(self, blocks: list[list[Example]]) -> None:

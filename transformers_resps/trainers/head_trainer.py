@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..adapters import unwrapped
-from ..head import BoundHead, DraftHead
+from ..head import BoundHead, DraftHead, DraftHeadConfig
 from .artefact_trainer import ArtefactTrainer, check_kinds
 from .batches import IGNORED, TokenBudgetBatches, collate
 from .examples import check_token_ids
@@ -72,6 +72,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             model = cast(DraftHead, get_peft_model(model, peft_config))
         bound = BoundHead(unwrapped(model), target)
         if bound.head.config.owns_output_head and args.freeze_output_head:
+            _refuse_random_rows(bound.head.config)
             bound.head.lm_head.requires_grad_(False)
         if not (bound.head.config.owns_output_head or args.freeze_output_head):
             raise ValueError(
@@ -110,7 +111,8 @@ class DraftHeadTrainer(ArtefactTrainer):
         loss, losses, hits, predicted = self._levels(model, inputs)
         self._meters["train" if model.training else "eval"].add(losses, hits, predicted, inputs["input_ids"].numel())
         count = predicted[0] if num_items_in_batch is None else num_items_in_batch
-        loss = loss / count * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        counted_together = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        loss = loss / count * (self.accelerator.num_processes if counted_together else 1)
         return (loss, {}) if return_outputs else loss
 
     def _levels(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,7 +153,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and agreement of the held-out texts, and `eval_tau` of the head's default tree on the first of them."""
         metrics = super().evaluate(*args, **kwargs)
-        if self.args.tau_texts and self.accelerator.is_main_process:
+        if self.args.tau_texts:  # in every process: each of them looks for the best metric
             started = time.monotonic()
             metrics["eval_tau"] = self.measure_tau()
             self.log({"eval_tau": metrics["eval_tau"], "eval_tau_seconds": round(time.monotonic() - started, 1)})
@@ -274,6 +276,16 @@ def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
     if hasattr(head, "merge_and_unload"):
         head = head.merge_and_unload()
     head.to(dtype).save_pretrained(folder)
+
+
+def _refuse_random_rows(config: DraftHeadConfig) -> None:
+    """A fresh head of another width than its target has rows that nobody trained."""
+    if config.hidden_size != config.target_hidden_size and config.source is None:
+        raise ValueError(
+            f"`freeze_output_head` is true, but the output rows of this head are {config.hidden_size} wide and cannot "
+            f"be the target's, which are {config.target_hidden_size} wide: they were random once, and would stay as "
+            "they are. Pass `freeze_output_head=False`."
+        )
 
 
 def _check_arguments(model: Any, args: Any, **datasets: ExampleDataset | None) -> None:

@@ -59,7 +59,7 @@ class RecordedText:
         """Write one safetensors file."""
         tensors = {"features": self.features, "input_ids": self.input_ids}
         for top_k, pool in self.pools.items():
-            tensors |= {f"tokens.{top_k}": pool.tokens.int(), f"parents.{top_k}": pool.parents.short()}
+            tensors |= {f"tokens.{top_k}": pool.tokens.int(), f"parents.{top_k}": pool.parents.int()}
             tensors |= {f"scores.{top_k}": pool.scores, f"levels.{top_k}": pool.levels}
         metadata = {"prompt_length": str(self.prompt_length), "spare_room": str(self.spare_room)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)

@@ -117,7 +117,8 @@ def compare_batch(subject: Subject, name: str, prompts: Sequence[Tensor], settin
     for index, prompt in enumerate(prompts):
         differences += judge(subject, Call(index, prompt, 0, settings), plain[index], found[index])
     tokens = sum(len(answer) for answer in found)
-    return TextCheck(name, len(prompts), tokens, report.target_forwards * len(prompts), tuple(differences))
+    forwards = sum(step.decoded_rows for step in report.steps)
+    return TextCheck(name, len(prompts), tokens, forwards, tuple(differences))
 
 
 def judge(subject: Subject, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:

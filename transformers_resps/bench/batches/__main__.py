@@ -28,6 +28,11 @@ def run(args: argparse.Namespace) -> int:
     given = Experiment.load(args)
     bench = BatchBench(given.target, given.head, lambda: policy_of(args.shape), args.max_new_tokens)
     sizes = [size for size in args.batch_sizes if size <= len(given.prompts)]
+    if not sizes:
+        raise ValueError(
+            f"Got the batch sizes {args.batch_sizes} and {len(given.prompts)} prompts, but a batch has to be full. "
+            "Pass smaller `--batch-sizes`, or a larger `--limit` and a dataset of as many rows."
+        )
     runs = list(track(bench.run(given.prompts, sizes, args.repeats), "Decoding"))
     rows = table(runs)
     file = given.write(args, rows, runs)

@@ -87,6 +87,7 @@ def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
     return {
         "feature_layers": config.feature_layers,
         "draft_vocab_size": config.draft_rows,
+        "owns_embedding": config.owns_embedding,
         "target_hidden_size": config.target_hidden_size,
         "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": config.norm_before_fc,
@@ -109,6 +110,8 @@ def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
     return {
         **_layer_config(config),
         **_shared_fields(config),
+        # SGLang borrows the target's output head where there is no number, and with one runs rows that nobody loads
+        "draft_vocab_size": config.draft_rows if config.owns_output_head else None,
         "architectures": ["LlamaForCausalLMEagle3"],
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in config.feature_layers],
@@ -127,7 +130,7 @@ def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
         "speculators_version": "0.3.0",
         "eagle_aux_hidden_state_layer_ids": config.feature_layers,
         "norm_output": config.feedback_post_norm,
-        "embed_requires_grad": False,
+        "embed_requires_grad": config.owns_embedding,
         "tie_word_embeddings": False,
         "transformer_layer_config": _layer_config(config),
         "speculators_config": {

@@ -60,10 +60,10 @@ def _own(
     if fields.get("rope_parameters") is not None:
         refuse_rope({"rope_type": "default", **fields["rope_parameters"]})
     layers = {name.split(".")[1] for name in checkpoint.tensors if name.startswith("layers.")}
-    if fields.get("num_hidden_layers", 1) != len(layers):
+    said = fields.get("num_hidden_layers", 1)
+    if said != len(layers):
         raise ValueError(
-            f"{where} says that the head has {fields['num_hidden_layers']} layers, but the file holds {len(layers)}. "
-            "Download the head again."
+            f"{where} says that the head has {said} layers, but the file holds {len(layers)}. Download the head again."
         )
     if fields.get("feature_layers") is not None:
         fields["feature_layers"] = sorted(fields["feature_layers"])
