@@ -50,7 +50,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     target = Architecture("llama", {"max_position_embeddings": 1024}).build("sdpa").float()
     target.save_pretrained(tmp_path / "target")
     torch.manual_seed(1)
-    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "head")
+    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "head-run" / "head")
     DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "given")
     FixedPolicy(TreeShape(4, 2, 2)).save_pretrained(tmp_path / "policy-run" / "policy")
     tokenizer = letter_tokenizer()

@@ -44,7 +44,9 @@ def test_a_row_that_the_batch_does_not_have_is_refused() -> None:
 
 
 def test_tau_and_the_share_of_each_part_are_told() -> None:
-    assert "4 tokens in 2 forwards of the target: tau 2.00, 2.0 tokens/s." in printed(two_steps())
+    assert "4 tokens in 2 forwards of the target, 1 of them over trees: tau 2.00, 2.0 tokens/s." in printed(
+        two_steps()
+    )
     assert "drafting 12%, verifying 75%, the rest 12%" in printed(two_steps())
 
 

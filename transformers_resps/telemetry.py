@@ -162,9 +162,10 @@ class SpeculationReport:
             "the rest": sum(step.rest_seconds for step in self.steps),
         }
         shares = ", ".join(f"{name} {seconds / self.seconds:.0%}" for name, seconds in parts.items() if self.seconds)
+        trees = sum(step.verified > 1 for step in self.steps)
         return (
-            f"{self.emitted} tokens in {self.target_forwards} forwards of the target: tau {self.tau:.2f}, "
-            f"{self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
+            f"{self.emitted} tokens in {self.target_forwards} forwards of the target, {trees} of them over trees: "
+            f"tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
         )
 
 

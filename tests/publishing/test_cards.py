@@ -48,6 +48,15 @@ def test_the_card_of_a_guarded_policy_names_the_target_and_the_head_of_the_guard
     assert "base_model: maker/tiny\n" in card and 'DraftHead.from_pretrained("maker/tiny-head"' in card
 
 
+def test_a_card_tells_what_was_measured_on_a_busy_machine_and_how_many_shapes_were_picked(tmp_path):
+    folder = policy_folder(tmp_path)
+    assert "--accept-noise" not in render_card(read_artefact(folder), "me/mine")
+    changed(folder, results={"noise": {"accepted": True}, "plain_spread": 0.12}, metrics={"distinct_actions": 1})
+    card = render_card(read_artefact(folder), "me/mine")
+    assert "allowed to be busy (`--accept-noise`): plain decoding's rates spread by 0.12." in card
+    assert "it picked 1 of its shapes" in card
+
+
 def test_several_temperatures_are_told_apart(tmp_path):
     folder = head_folder(tmp_path / "head")
     results = json.loads((folder / "results.json").read_text())

@@ -51,5 +51,5 @@ def what_must_be_accepted(table: CostTable) -> str:
     verdict = "can pay" if least < 1.6 else "can hardly pay"
     return (
         f"In forwards of plain decoding, verifying costs: {listed}. Drafting {verdict} here: a step must "
-        f"accept more than {least - 1:.1f} tokens on average, and what drafting them costs."
+        f"accept more than {max(least - 1, 0.0):.1f} tokens on average, and what drafting them costs."
     )

@@ -83,7 +83,7 @@ def _held_out(metrics: dict[str, Any]) -> str:
         trees = joined([f"{value:.2f} with the tree {tree}" for tree, value in tau.items()])
         parts.append(
             f"Simulated tokens per target forward on {metrics['tau_texts']} of them: {trees} "
-            "(total_tokens/depth/top_k)."
+            "(total_tokens/depth/top_k, and where there is a fourth number, nodes looked up)."
         )
     if (coverage := metrics.get("coverage")) is not None:
         parts.append(
@@ -97,6 +97,8 @@ def _held_out(metrics: dict[str, Any]) -> str:
             f"({metrics['best_fixed_tokens_per_second']:.1f}). The fastest possible sequence of shapes would save "
             f"{metrics['oracle_regret'] / (1 + metrics['oracle_regret']):.1%} of its time."
         )
+    if (picked := metrics.get("distinct_actions")) is not None:
+        parts.append(f"On them it picked {picked} of its shapes.")
     return "\n\n".join([f"## On held-out texts (`{METRICS}`)", *parts]) if parts else ""
 
 

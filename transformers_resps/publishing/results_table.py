@@ -48,8 +48,17 @@ def circumstances(results: dict[str, Any]) -> str:
         f"{results['settings']['repeats']} time{'s' if results['settings']['repeats'] != 1 else ''}; "
         f"{results['dtype']}{', packed weights' if results.get('packed') else ''}, {results['device']}, {threads}; "
         f"{versions}; commit `{str(results['commit'])[:12]}`"
-        f"{' with changes' if results['dirty'] else ''}."
+        f"{' with changes' if results['dirty'] else ''}." + _busy(results)
     )
+
+
+def _busy(results: dict[str, Any]) -> str:
+    """What `--accept-noise` lets pass: such figures are not for the Hub."""
+    if not results["noise"]["accepted"]:
+        return ""
+    spread = results.get("plain_spread")
+    told = "" if spread is None else f": plain decoding's rates spread by {spread:.2f}"
+    return f" The machine was allowed to be busy (`--accept-noise`){told}."
 
 
 def sampling(results: dict[str, Any]) -> str:
