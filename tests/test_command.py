@@ -37,6 +37,8 @@ def test_a_command_returns_the_status_of_what_it_runs(command: str, monkeypatch:
         "inspect target --prompt x --output x.html --max-new-tokens 0",
         "doctor target head --dtype float17",
         "verify target --device gpu",
+        "verify target --device meta",
+        "calibrate target --dtype float8_e4m3fn",
         "bench target head --dataset x.jsonl --dtype float17",
         "bench target head --dataset x.jsonl --temperature 0 nan",
         "inspect target --prompt x --output x.html --temperature -1",

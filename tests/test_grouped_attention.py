@@ -55,8 +55,11 @@ def test_heads_that_share_keys_see_what_pytorch_shows_them(heads: int, shared: i
     shown[..., 0] = True
     numbers = torch.zeros(2, 1, 5, 9, dtype=torch.float64).masked_fill(~shown, float("-inf"))
     mask = {"nothing": None, "numbers": numbers, "bools": shown}[mask_of]
-    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(attend(query, key, value, mask), expected, rtol=1e-12, atol=1e-12)
+    for scaling in (None, 0.3):
+        options = {"enable_gqa": True, "scale": scaling}
+        expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+        found = attend(query, key, value, mask, scaling=scaling)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()

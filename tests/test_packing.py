@@ -146,3 +146,11 @@ def test_a_head_is_packed_where_it_drafts_and_saved_as_it_was(
     assert list(tiny_head.state_dict()) == names
     tiny_head.save_pretrained(tmp_path)
     assert not is_packed(DraftHead.from_pretrained(tmp_path))
+
+
+def test_layers_without_weights_work_as_before_and_what_is_no_module_is_refused() -> None:
+    layer = pack(nn.Linear(0, 4))
+    with torch.no_grad():
+        assert torch.equal(layer(torch.empty(2, 0)), layer.bias.expand(2, 4))
+    with pytest.raises(ValueError, match="Got None, but `pack` changes the layers of a module"):
+        pack(None)

@@ -105,6 +105,18 @@ def test_a_policy_without_a_head_says_what_is_missing(target: PreTrainedModel) -
         target.generate(PROMPT, policy=FixedPolicy(TreeShape(8, 3, 2)))
 
 
+@pytest.mark.parametrize("given", ["path/to/head", DraftHead], ids=str)
+def test_the_name_or_class_of_an_assistant_is_refused(given: Any, target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="a loaded model or head, not its name or class.*DraftHead.from_pretrained"):
+        target.generate(torch.tensor([[3, 4]]), assistant_model=given)
+
+
+@pytest.mark.parametrize("given", [0, "no", torch.tensor(False)], ids=str)
+def test_lockstep_is_true_false_or_none(given: Any, target: PreTrainedModel, head: DraftHead) -> None:
+    with pytest.raises(ValueError, match="Got lockstep=.*or as is best"):
+        target.generate(torch.tensor([[3, 4]]), assistant_model=head, lockstep=given)
+
+
 def test_a_policy_with_a_stock_assistant_is_refused(target: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="a policy shapes the trees of a draft head"):
         target.generate(PROMPT, policy=FixedPolicy(TreeShape(8, 3, 2)), assistant_model=target)

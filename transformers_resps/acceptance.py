@@ -132,7 +132,7 @@ class Text:
 
     def extend(self, tokens: list[int], *, finished: bool) -> None:
         """Append the picks of `walk_greedily`."""
-        self.input_ids = torch.cat([self.input_ids, self.input_ids.new_tensor([tokens])], dim=1)
+        self.input_ids = torch.cat([self.input_ids, torch.tensor([tokens], device=self.input_ids.device)], dim=1)
         if finished:
             self.unfinished, self.finished = torch.zeros_like(self.unfinished), True
 

@@ -115,13 +115,13 @@ class CostTable:
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, TypeError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}), but a cost table is a file that `CostTable.save` wrote. Check the "
                 "path, or run `calibrate(model, head)`."
             ) from error
-        except UnicodeDecodeError as error:
-            raise ValueError(_no_table(path, error)) from error
+        except UnicodeDecodeError as error:  # which holds the whole file
+            raise ValueError(_no_table(path, error.reason)) from error
         try:
             read = json.loads(text)
             verify = {int(c): {int(n): float(s) for n, s in row.items()} for c, row in read["verify"].items()}
@@ -129,12 +129,12 @@ class CostTable:
             plain = {int(c): float(s) for c, s in read.get("plain", {}).items()}
             table = cls(verify, draft, dict(read["identity"]), float(read.get("overhead", 0.0)), plain)
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(_no_table(path, error)) from error
+            raise ValueError(_no_table(path, repr(error)[:200])) from error
         return table
 
 
-def _no_table(path: str | Path, error: Exception) -> str:
-    return f"{path} is no cost table ({error!r}). Delete it and run `calibrate(model, head)`."
+def _no_table(path: str | Path, reason: str) -> str:
+    return f"{path} is no cost table ({reason}). Delete it and run `calibrate(model, head)`."
 
 
 def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, Any]:

@@ -58,7 +58,11 @@ class ReSpSGenerationMixin(GenerationMixin):
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
         synced_gpus: bool | None = None,
         assistant_model: PreTrainedModel | None = None,
-        *args: Any,
+        streamer: Any = None,
+        negative_prompt_ids: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        custom_generate: Any = None,
+        *,
         policy: Policy | str | None = None,
         lockstep: bool | None = None,
         **kwargs: Any,
@@ -81,23 +85,18 @@ class ReSpSGenerationMixin(GenerationMixin):
         Raises:
             ValueError: the head is another target's, or the call asks for what a tree cannot do.
         """
-        arguments = {**kwargs, "synced_gpus": synced_gpus, **dict(zip(_AFTER_ASSISTANT, args, strict=False))}
+        given: dict[str, Any] = {"generation_config": generation_config, "logits_processor": logits_processor}
+        given |= {"stopping_criteria": stopping_criteria, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
+        given |= {"synced_gpus": synced_gpus, "assistant_model": draft_head(assistant_model) or assistant_model}
+        given |= {"streamer": streamer, "negative_prompt_ids": negative_prompt_ids, "custom_generate": custom_generate}
+        given["negative_prompt_attention_mask"] = negative_prompt_attention_mask
+        arguments = {name: value for name, value in given.items() if value is not None} | kwargs
         target = cast(PreTrainedModel, self)
         prompts = kwargs.get("input_ids") if inputs is None else inputs
         request = read_request(target, assistant_model, policy, lockstep, generation_config, arguments, prompts)
         token = _request.set(request)
-        try:
-            return super().generate(
-                inputs,
-                generation_config,
-                logits_processor,
-                stopping_criteria,
-                prefix_allowed_tokens_fn,
-                synced_gpus,
-                draft_head(assistant_model) or assistant_model,
-                *args,
-                **kwargs,
-            )
+        try:  # by name, and only what was given: a model class may have a `generate` of its own
+            return super().generate(*([] if inputs is None else [inputs]), **arguments)
         finally:
             _request.reset(token)
             if request is not None and policy == "auto":
@@ -218,5 +217,3 @@ class ReSpSGenerationMixin(GenerationMixin):
 
 # What stock decoding methods are told and a tree has no use for.
 _NOT_OURS = ("synced_gpus", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
-# The parameters of stock `generate` behind `assistant_model`, in order.
-_AFTER_ASSISTANT = ("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")

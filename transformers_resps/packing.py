@@ -78,7 +78,12 @@ def pack(module: Module) -> Module:
 
     Returns:
         `module`, its linear layers now `PackedLinear`.
+
+    Raises:
+        ValueError: it is no module.
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"Got {module!r:.80}, but `pack` changes the layers of a module. Pass a model or a head.")
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = PackedLinear
@@ -112,6 +117,7 @@ def _can_pack(weight: Tensor) -> bool:
     return (
         (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16()))
         and weight.device.type == "cpu"
+        and weight.numel() > 0
         and not weight.is_inference()
         and torch.backends.mkldnn.is_available()
     )

@@ -63,6 +63,7 @@ def read_request(
     Raises:
         ValueError: it asks for what a tree cannot do.
     """
+    _check_kinds(assistant_model, lockstep)
     head = draft_head(assistant_model)
     if head is None and policy is None:
         if lockstep is not None:
@@ -88,6 +89,19 @@ def read_request(
     if check_identity is not None:
         check_identity(**pair_identity(target, head))
     return Request(bound, policy, lockstep, place)
+
+
+def _check_kinds(assistant_model: Any, lockstep: Any) -> None:
+    if isinstance(assistant_model, str | type):
+        raise ValueError(
+            f"Got assistant_model={assistant_model!r}, but an assistant is a loaded model or head, not its name or "
+            "class. Pass `DraftHead.from_pretrained(...)`."
+        )
+    if not isinstance(lockstep, bool | None):
+        raise ValueError(
+            f"Got lockstep={lockstep!r}, but rows advance together (True), each on its own (False) or as is best "
+            "(None). Pass one of these."
+        )
 
 
 def _resolve_policy(policy: Any, head: DraftHead | None, target: PreTrainedModel, place: Hashable) -> Policy:

@@ -4,6 +4,7 @@ Knows how a text is made from it; nothing of drafting.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,9 @@ class StockCall:
 
     @property
     def max_length(self) -> int:
-        """Positions a text may reach: half a token more is one."""
+        """Positions a text may reach: half a token more is one, and no end is as good as a far one."""
         most: float = self.config.max_length
-        return math.ceil(most)
+        return math.ceil(most) if most < sys.maxsize else sys.maxsize
 
     @property
     def is_cache_given(self) -> bool:

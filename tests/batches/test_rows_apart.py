@@ -22,7 +22,7 @@ def test_greedy_rows_write_what_the_plain_batch_writes(architecture: Architectur
     model = attach(architecture.build(architecture.attention[0]))
     torch.manual_seed(1)
     drafter = DraftHead.from_target(model)
-    for seed in range(2):
+    for seed in (0, 1, 4, 9):  # with the latter two rows that differ in length take plain steps in windows
         inputs = prompts(seed)
         options = {"max_new_tokens": 16, "eos_token_id": [2, 6]}
         plain = model.generate(**inputs, **options)

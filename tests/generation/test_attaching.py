@@ -1,6 +1,7 @@
 """`attach` and `detach`, copies, adapters and pipelines: a model stays what it was."""
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import (
 from tests.generation.answering import both
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
-from transformers_resps import DraftHead, attach, detach
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, detach
 from transformers_resps.generation import ReSpSGenerationMixin
 
 
@@ -36,6 +37,41 @@ def test_a_subclass_of_somebodys_own_stays_what_it_is(duplicate: Any) -> None:
 
     model.__class__ = Own
     assert type(duplicate(attach(model))) is Own
+
+
+def test_a_model_class_with_a_generate_of_its_own_gets_what_the_caller_gave_and_no_more(
+    target: PreTrainedModel, prompt: torch.Tensor
+) -> None:
+    target = detach(copy.deepcopy(target))
+    base: Any = type(target)
+
+    class Own(base):  # type: ignore[misc]  # of whichever class that is
+        def generate(self, input_ids: Any = None, **options: Any) -> Any:
+            return super().generate(input_ids, **options)
+
+    expected = target.generate(prompt, max_new_tokens=8, do_sample=False)
+    target.__class__ = Own
+    for options in ({}, {"policy": "auto"}):
+        found = attach(target).generate(prompt, max_new_tokens=8, do_sample=False, **options)
+        assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("given", [{"policy": "auto"}, {"policy": FixedPolicy(TreeShape(4, 2, 2))}, {}], ids=str)
+def test_ids_in_few_bits_come_back_as_plain_decoding_returns_them(
+    given: dict[str, Any], target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    expected = detach(copy.deepcopy(target)).generate(prompt.int(), max_new_tokens=8, do_sample=False)
+    found = target.generate(prompt.int(), max_new_tokens=8, do_sample=False, assistant_model=head, **given)
+    assert found.dtype == expected.dtype == torch.int64 and torch.equal(found, expected)
+
+
+def test_a_text_may_be_endless_until_an_end_token(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    plain = target.generate(prompt, max_new_tokens=9, do_sample=False)
+    end = {"eos_token_id": int(plain[0, -1]), "max_length": math.inf, "do_sample": False}
+    expected = target.generate(prompt, **end)
+    assert torch.equal(target.generate(prompt, assistant_model=head, **end), expected)
 
 
 def test_stock_assistants_work_on_an_attached_model(target: PreTrainedModel, prompt: torch.Tensor) -> None:

@@ -246,3 +246,9 @@ def test_what_an_earlier_text_gained_forgives_no_debt() -> None:
     guard._account = -5.0
     guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, 1.4, 1.4))
     assert guard._account == pytest.approx(-5.0, abs=0.1)
+
+
+def test_a_guard_is_not_guarded_once_more_by_a_file() -> None:
+    nested = {"policy": {"policy_type": "guard", "policy": {"policy_type": "fixed", "shape": [4, 2, 2, 0]}}}
+    with pytest.raises(ValueError, match="holds another guard, but one is enough"):
+        Guard.from_saved(nested, {})

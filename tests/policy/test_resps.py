@@ -72,6 +72,16 @@ def test_the_networks_are_two_tanh_mlps_of_the_papers_size() -> None:
     torch.testing.assert_close(first @ first.T, 2 * torch.eye(128), atol=1e-4, rtol=0)  # orthogonal, gain sqrt(2)
 
 
+def test_a_fresh_network_is_exact_whatever_the_default_dtype_is() -> None:
+    expected = ReSpSPolicy(ReSpSConfig(8), seed=3).state_tensors()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = ReSpSPolicy(ReSpSConfig(8), seed=3).state_tensors()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_normalised_features_are_blind_to_their_scale() -> None:
     policy = varied(ReSpSPolicy(ReSpSConfig(12)))
     features = torch.randn(1, 12)
@@ -296,3 +306,8 @@ def test_text_is_that_of_plain_decoding_with_broken_features_and_drawn_shapes(
     ours = target.generate(prompt, assistant_model=head, policy=policy, **settings)
     assert torch.equal(ours.sequences, plain.sequences)
     assert len({step.shape for step in ours.speculation.steps}) > 3
+
+
+def test_a_temperature_that_no_number_can_be_divided_by_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature=1000.*1e9 at most"):
+        ReSpSConfig(8, temperature=10**30)

@@ -100,6 +100,8 @@ def test_a_merged_chain_adds_its_texts_and_nothing_else(tree: DraftTree, chain: 
     assert texts_of(merged) == texts_of(tree) | {tuple(chain[:length]) for length in range(len(chain) + 1)}
     assert torch.equal(merged.tokens[:, :count], tree.tokens) and torch.equal(merged.parents[:, :count], tree.parents)
     assert merged.node_count - count <= len(chain)
+    rebuilt = DraftTree.from_parents(merged.tokens, merged.parents)
+    assert torch.equal(merged.ancestors, rebuilt.ancestors) and torch.equal(merged.depths, rebuilt.depths)
     assert merged.scores.shape == merged.tokens.shape
 
 

@@ -91,6 +91,10 @@ def test_a_pickle_under_any_name_is_never_run(name: str, target: PreTrainedModel
     with pytest.raises(ValueError, match="no cost table"):
         CostTable.load(tmp_path / "costs.json")
     assert not trap.exists()
+    (tmp_path / "costs.json").write_bytes(b"\xff" * 100_000)
+    with pytest.raises(ValueError, match="no cost table") as refusal:
+        CostTable.load(tmp_path / "costs.json")
+    assert len(str(refusal.value)) < 1000
 
 
 def test_the_trap_would_have_been_noticed(tmp_path: Path) -> None:

@@ -121,14 +121,18 @@ def shape(text: str) -> TreeShape:
 
 
 def dtype(text: str) -> str:
-    """The name of a torch dtype, or auto."""
-    if text != "auto" and not isinstance(getattr(torch, text, None), torch.dtype):
-        raise argparse.ArgumentTypeError(f"{text!r} is no dtype. Write auto, float32, bfloat16 or float16.")
+    """The name of a dtype that models are loaded in, or auto."""
+    if text not in ("auto", "float64", "float32", "bfloat16", "float16"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no dtype to decode in. Write auto, float32, bfloat16 or float16."
+        )
     return text
 
 
 def device(text: str) -> str:
-    """A device that is there."""
+    """A device that is there, and computes."""
+    if text.startswith("meta"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device that computes. Write cpu, or leave it out.")
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:

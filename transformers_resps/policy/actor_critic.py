@@ -60,8 +60,9 @@ def saved_shapes(feature_size: int, action_count: int, hidden_size: int) -> dict
 
 
 def _mlp(feature_size: int, hidden_size: int, output_size: int, *, gain: float) -> nn.Sequential:
-    layers = [nn.Linear(feature_size, hidden_size), nn.Linear(hidden_size, hidden_size)]
-    output = nn.Linear(hidden_size, output_size)
+    exact = torch.float32  # whatever the default is: half precision cannot be made orthogonal
+    layers = [nn.Linear(feature_size, hidden_size, dtype=exact), nn.Linear(hidden_size, hidden_size, dtype=exact)]
+    output = nn.Linear(hidden_size, output_size, dtype=exact)
     for layer, scale in zip([*layers, output], [math.sqrt(2), math.sqrt(2), gain], strict=True):
         nn.init.orthogonal_(layer.weight, scale)
         nn.init.zeros_(layer.bias)

@@ -258,4 +258,6 @@ class Guard(PolicyWrapper, SavedPolicy):
                 "with its `policy_type`. Download or save it again."
             )
         values = dict(config["policy"])
+        if values["policy_type"] == cls.policy_type:
+            raise ValueError("The config of a guard holds another guard, but one is enough. Save the policy again.")
         return cls(class_of(values.pop("policy_type")).from_saved(values, tensors))

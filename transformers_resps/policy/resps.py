@@ -55,10 +55,10 @@ class ReSpSConfig:
     def __post_init__(self) -> None:
         for name in ("feature_size", "hidden_size", "persistence", "temperature"):
             value, kind = getattr(self, name), float | int if name == "temperature" else int
-            if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= 1e9:
                 raise ValueError(
-                    f"ReSpSConfig got `{name}={value!r}`, but it must be a number above 0, and a whole one but for "
-                    "the temperature. To decide at every step, pass `persistence=1`."
+                    f"ReSpSConfig got `{name}={value!r}`, but it must be a number above 0, 1e9 at most, and a "
+                    "whole one but for the temperature. To decide at every step, pass `persistence=1`."
                 )
         if not isinstance(self.grid, ActionGrid):
             raise ValueError(

@@ -156,6 +156,8 @@ def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) ->
     Raises:
         ValueError: there is no policy, or a file was damaged on the way.
     """
+    if not isinstance(id_or_folder, str | Path):
+        raise ValueError(f"Got {id_or_folder!r} as a policy's folder or id, but it is a text or a path. Pass one.")
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     repository = RepositoryFiles(str(id_or_folder), revision=revision, **hub)

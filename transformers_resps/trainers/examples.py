@@ -129,8 +129,12 @@ def check_token_ids(examples: Iterable[Example], vocab_size: int) -> None:
     """Refuse texts of another tokenizer before the target's embedding does, without a word of explanation.
 
     Raises:
-        ValueError: names the odd id and `vocab_size`.
+        ValueError: names the odd id and `vocab_size`; or there is a text without tokens.
     """
+    examples = list(examples)
+    empty = [number for number, example in enumerate(examples) if not len(example.input_ids)]
+    if empty:
+        raise ValueError(f"Text {empty[0]} has no tokens, but a head learns from them. Leave such texts out.")
     ids = [int(odd) for example in examples for odd in (example.input_ids.min(), example.input_ids.max())]
     lowest, highest = min(ids, default=0), max(ids, default=0)
     if lowest < 0 or highest >= vocab_size:

@@ -1,6 +1,7 @@
 """What the publishers mean by the same words: layer ids, RoPE, norms. Knows configs only."""
 
 import logging
+import math
 from typing import Any
 
 from ..configuration import ROPE_BASE
@@ -170,7 +171,7 @@ def refuse_rope(rope: dict[str, Any]) -> None:
         ValueError: names them.
     """
     kind = rope["rope_type"]
-    if kind not in _ROPE_NEEDS:
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
         raise ValueError(
             f"The config asks for RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct it."
         )
@@ -181,7 +182,9 @@ def refuse_rope(rope: dict[str, Any]) -> None:
         )
     for key in ("rope_theta", "factor", "original_max_position_embeddings"):
         value = rope.get(key)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value <= 0):
+        if value is None and (key != "rope_theta" or key not in rope):
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ValueError(f"RoPE has `{key}={value!r}`, but it must be a positive number. Correct config.json.")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(

@@ -54,7 +54,7 @@ def _own(
     where = f"The config of {checkpoint.name}"
     fields = {**checkpoint.config, **_free(overrides)}
     check_overrides(fields, where)
-    if "rope_theta" in overrides:
+    if overrides.get("rope_theta") is not None:
         rope = fields.get("rope_parameters") or {"rope_type": "default"}
         fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}
     if fields.get("rope_parameters") is not None:

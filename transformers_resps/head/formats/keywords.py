@@ -1,5 +1,6 @@
 """The keyword arguments of `from_pretrained`: how to load, and what to correct. Knows no files."""
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _LOADING = {
     "use_safetensors",
 }
 # Corrections of what publishers write and our own config says otherwise, or not at all.
+_MOST = 2**31  # no size is near it; PyTorch's own errors for larger ones name nothing
 PUBLISHED_ONLY = {"rope_theta", "sliding_window"}
 _SIZES = (
     "draft_vocab_size",
@@ -98,14 +100,18 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
     """
     for key in _SIZES:
         value = fields.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{where} has `{key}={value!r}`, but it must be a positive integer. Correct it.")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _MOST):
+            raise ValueError(
+                f"{where} has `{key}={value!r}`, but it must be a positive integer below {_MOST}. Correct it."
+            )
     for key in _FLAGS:
         if not isinstance(fields.get(key), bool | None):
             raise ValueError(f"{where} has `{key}={fields[key]!r}`, but it must be true or false. Correct it.")
     for key in ("rope_theta", "rms_norm_eps"):
         value = fields.get(key)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value <= 0):
+        if value is not None and (
+            not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf
+        ):
             raise ValueError(f"{where} has `{key}={value!r}`, but it must be a positive number. Correct it.")
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(fields.get(key), dict | None):
@@ -128,7 +134,12 @@ def _check_names(fields: dict[str, Any], where: str) -> None:
         )
     if not isinstance(fields.get("target"), dict | None):
         raise ValueError(f"{where} has `target={fields['target']!r}`, but it must be a dict of facts. Correct it.")
-    if not isinstance(getattr(torch, str(fields.get("dtype") or "float32").removeprefix("torch."), None), torch.dtype):
+    if not isinstance(
+        getattr(
+            torch, str("float32" if fields.get("dtype") is None else fields["dtype"]).removeprefix("torch."), None
+        ),
+        torch.dtype,
+    ):
         raise ValueError(f"{where} has `dtype={fields['dtype']!r}`, but it must name one of torch's. Correct it.")
 
 
