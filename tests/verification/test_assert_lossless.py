@@ -18,8 +18,12 @@ from transformers_resps import (
     TreeShape,
     assert_lossless,
     attach,
+    generation,
 )
 from transformers_resps.acceptance import Acceptance, Text, walk
+from transformers_resps.batch import Batch
+from transformers_resps.decoding import TreeDecoding
+from transformers_resps.forward import TargetForward
 from transformers_resps.policy import KeptPolicies
 from transformers_resps.tree import DraftTree
 from transformers_resps.verification import MOST_SPACINGS, spacing_at
@@ -62,7 +66,7 @@ def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: Dra
     """Tau of a batch is that of its rows alone."""
     prompts, subject = [torch.tensor([3, 4]), torch.tensor([5, 6])], Subject(target, head, WIDE)
     with subject.undisturbed():
-        first = subject.plain(prompts, max_new_tokens=12)[0]
+        first = subject.plain(prompts, max_new_tokens=12).answers[0]
         end = {"eos_token_id": int(first[1]), "max_new_tokens": 12, "do_sample": False}
         alone = [compare_one_by_one(subject, "", [Call(0, prompt, 0, end)]) for prompt in prompts]
         together = compare_batch(subject, "", prompts, end)
@@ -207,6 +211,71 @@ def test_a_lossy_walk_is_found_and_its_first_wrong_token_named(
     difference = next(difference for check in report.texts for difference in check.differences)
     assert str(difference) in page and "NOT explained by rounding" in page
     assert difference.divergence.position >= 1, "the first token is picked before anything is drafted"
+
+
+def draw_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = TreeDecoding.close
+    monkeypatch.setattr(TreeDecoding, "close", lambda self: (torch.rand(1), close(self)))
+
+
+def pad_with_another_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded = Batch._padded
+
+    def other(text: Text, length: int) -> torch.Tensor:
+        row = padded(text, length).clone()
+        row[:, text.length :] = 5
+        return row
+
+    monkeypatch.setattr(Batch, "_padded", staticmethod(other))
+
+
+def let_sampled_rows_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "advance_together", lambda lockstep, do_sample, reason: False)
+
+
+def forget_where_a_chunk_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = TargetForward.read
+
+    def shifted(self: TargetForward, tokens: Any, mask: Any, positions: Any, **options: Any) -> Any:
+        return read(self, tokens, mask, positions + (positions.min() > 0).long(), **options)
+
+    monkeypatch.setattr(TargetForward, "read", shifted)
+
+
+def hide_ancestors_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_chains = DraftTree.with_chains
+
+    def blind(self: DraftTree, chains: Any) -> DraftTree:
+        tree = with_chains(self, chains)
+        tree.ancestors[:, 1:, 0] = False
+        return tree
+
+    monkeypatch.setattr(DraftTree, "with_chains", blind)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        (draw_once_more, "sampled, temperature 1"),
+        (pad_with_another_token, "greedy, in a padded batch"),
+        (let_sampled_rows_go, "sampled, in a padded batch"),
+        (forget_where_a_chunk_began, "greedy, a prompt in chunks"),
+        (hide_ancestors_of_a_chain, "greedy, in a padded batch, trees of the kit's own"),
+    ],
+)
+def test_a_fault_outside_the_walk_and_the_policys_own_trees_is_found(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    check: str,
+    target: Any,
+    head: DraftHead,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target.generation_config.eos_token_id = [2, 7, 11]
+    assert_lossless(target, head, FixedPolicy(TreeShape(3, 2, 2)), **SHORT)
+    fault(monkeypatch)
+    with pytest.raises(NotLosslessError) as refusal:
+        assert_lossless(target, head, FixedPolicy(TreeShape(3, 2, 2)), **SHORT)
+    assert check in [found.name for found in refusal.value.report.texts if not found.passed]
 
 
 def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(

@@ -2,7 +2,8 @@
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,9 +14,11 @@ from ..cost_table import identity_of
 from ..head import DraftHead
 from ..policy import Policy
 from .distribution import check_distribution
+from .divergence import HALF_PRECISIONS
+from .own_trees import ChangingTrees
 from .report import LosslessReport, NotLosslessError
 from .subject import Subject
-from .texts import GREEDY, PROCESSED, SAMPLED, Call, compare_batch, compare_one_by_one
+from .texts import GREEDY, PROCESSED, SAMPLED, Call, TextCheck, compare_batch, compare_one_by_one
 
 
 _DISTRIBUTION_ANSWERS = 12  # per seed
@@ -33,7 +36,9 @@ def assert_lossless(
     """Hold `generate` with a head and a policy against plain `generate`, and raise if it is not lossless.
 
     Greedy answers one by one and in a left-padded batch, sampled answers seed for seed, bare and with processors, must
-    be equal in fp32 and fp64. In bf16 and fp16 the first divergence of each answer must be a near-tie that the dtype
+    be equal in fp32 and fp64, and what stands behind their ends, and the random numbers drawn; all of it with the
+    policy's trees, and part of it with others that change at every step, with a prompt in chunks, and in a sampled
+    batch. In bf16 and fp16 the first divergence of each answer must be a near-tie that the dtype
     explains (see `Divergence`); what follows it cannot be compared. The distribution of sampled tokens is tested in
     every dtype, and so is the test itself (see `check_distribution`).
 
@@ -77,14 +82,29 @@ def assert_lossless(
             compare_batch(subject, "greedy, in a padded batch", ids, GREEDY | limit),
             compare_one_by_one(subject, "sampled, temperature 1", _calls(ids, seeds, SAMPLED | limit)),
             compare_one_by_one(
-                subject, "sampled, top_p 0.9, repetition penalty 1.1", _calls(ids, seeds, PROCESSED | limit)
+                subject,
+                "sampled, temperature 0.8, top_k 50, top_p 0.9, repetition penalty 1.1",
+                _calls(ids, seeds, PROCESSED | limit),
             ),
+            *_with_own_trees(subject, ids, seeds, limit),
         )
         distribution = check_distribution(subject, ids, _DISTRIBUTION_ANSWERS * seeds)
     report = LosslessReport(_facts(subject), texts, distribution, time.perf_counter() - started)
     if not report.is_lossless:
         raise NotLosslessError(report)
     return report
+
+
+def _with_own_trees(subject: Subject, ids: list[Tensor], seeds: int, limit: dict[str, Any]) -> Iterator[TextCheck]:
+    """The same questions with trees that the policy in question may never draft."""
+    own = replace(subject, policy=ChangingTrees(subject.head is not None))
+    yield compare_batch(own, "greedy, in a padded batch, trees of the kit's own", ids, GREEDY | limit)
+    yield compare_one_by_one(own, "sampled, trees of the kit's own", _calls(ids, seeds, SAMPLED | limit))
+    longest = max(range(len(ids)), key=lambda index: len(ids[index]))
+    in_chunks = GREEDY | limit | {"prefill_chunk_size": 5}
+    yield compare_one_by_one(own, "greedy, a prompt in chunks", [Call(longest, ids[longest], 0, in_chunks)])
+    if subject.target.dtype not in HALF_PRECISIONS:
+        yield compare_batch(own, "sampled, in a padded batch", ids, SAMPLED | limit)
 
 
 def _calls(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[Call]:

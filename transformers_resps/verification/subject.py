@@ -22,6 +22,21 @@ from ..telemetry import SpeculationReport
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """What a call of `generate` wrote.
+
+    Attributes:
+        answers: `[t]` of each prompt, up to its first end token.
+        behind: `[b, t]` all that stands behind the prompts, padding included.
+        random_state: of the generator that draws, afterwards.
+    """
+
+    answers: list[Tensor]
+    behind: Tensor
+    random_state: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Subject:
     """A model, and the head and policy whose text must be the model's own.
 
@@ -40,20 +55,20 @@ class Subject:
         """The model that `generate` runs on."""
         return cast(PreTrainedModel, unwrapped(self.model))
 
-    def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> list[Tensor]:
-        """Stock `generate` of the detached model: one answer per prompt `[s]`, as `answers` cuts them."""
+    def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> "Written":
+        """By stock `generate` of the detached model, for prompts `[s]`."""
         self._detach()
         torch.manual_seed(seed)
-        return self.answers(self._generate(prompts, **settings).sequences, prompts)
+        return self._written(self._generate(prompts, **settings).sequences, prompts)
 
     def speculative(
         self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any
-    ) -> tuple[list[Tensor], SpeculationReport]:
-        """The same call with the head and the policy."""
+    ) -> tuple["Written", SpeculationReport]:
+        """By the same call with the head and the policy."""
         attach(self.model)
         torch.manual_seed(seed)
         output = self._generate(prompts, assistant_model=self.head, policy=self.policy, **settings)
-        return self.answers(output.sequences, prompts), output.speculation
+        return self._written(output.sequences, prompts), output.speculation
 
     def pick(self, text: Tensor, **settings: Any) -> int:
         """What plain decoding writes after `text` `[s]`, from the random generator's present state, which stays."""
@@ -62,11 +77,11 @@ class Subject:
             sequences = self._generate([text], **settings | {"max_new_tokens": 1}).sequences
         return int(sequences[0, -1])
 
-    def answers(self, sequences: Tensor, prompts: Sequence[Tensor]) -> list[Tensor]:
-        """The rows of `[b, longest prompt + t]` without prompt and padding: up to the first end token."""
-        width = max(len(prompt) for prompt in prompts)
-        ends = end_ids(self.target)
-        return [up_to_end(row, ends) for row in sequences[:, width:]]
+    def _written(self, sequences: Tensor, prompts: Sequence[Tensor]) -> "Written":
+        behind, ends = sequences[:, max(len(prompt) for prompt in prompts) :], end_ids(self.target)
+        on_gpu = self.target.device.type == "cuda"
+        drawn = torch.cuda.get_rng_state(self.target.device) if on_gpu else torch.get_rng_state()
+        return Written([up_to_end(row, ends) for row in behind], behind, drawn)
 
     def _generate(self, prompts: Sequence[Tensor], **settings: Any) -> Any:
         """One call; prompts of unequal lengths are padded on the left."""

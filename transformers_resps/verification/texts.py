@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .divergence import HALF_PRECISIONS, MOST_SPACINGS, Divergence, explain_divergence
-from .subject import Subject
+from .subject import Subject, Written
 
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-PROCESSED = SAMPLED | {"top_p": 0.9, "repetition_penalty": 1.1}
+PROCESSED = SAMPLED | {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class TextCheck:
         tokens: written with the head.
         target_forwards: that they took, per row.
         differences: one for each answer that differs.
+        oddities: what else is not as in plain decoding, where all answers of a call are equal.
     """
 
     name: str
@@ -59,10 +60,11 @@ class TextCheck:
     tokens: int
     target_forwards: int
     differences: tuple[Difference, ...]
+    oddities: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        return all(difference.divergence.explained for difference in self.differences)
+        return not self.oddities and all(difference.divergence.explained for difference in self.differences)
 
     @property
     def tau(self) -> float:
@@ -100,25 +102,37 @@ class Call:
 
 def compare_one_by_one(subject: Subject, name: str, calls: Sequence[Call]) -> TextCheck:
     """Each call alone in its batch."""
-    plain = [subject.plain([call.prompt], call.seed, **call.settings)[0] for call in calls]
-    differences, tokens, forwards = [], 0, 0
+    plain = [subject.plain([call.prompt], call.seed, **call.settings) for call in calls]
+    differences, oddities, tokens, forwards = [], [], 0, 0
     for call, expected in zip(calls, plain, strict=True):
-        [found], report = subject.speculative([call.prompt], call.seed, **call.settings)
-        tokens, forwards = tokens + len(found), forwards + report.target_forwards
-        differences += judge(subject, call, expected, found)
-    return TextCheck(name, len(calls), tokens, forwards, tuple(differences))
+        found, report = subject.speculative([call.prompt], call.seed, **call.settings)
+        tokens, forwards = tokens + len(found.answers[0]), forwards + report.target_forwards
+        differences += judge(subject, call, expected.answers[0], found.answers[0])
+        oddities += [f"prompt {call.index}, seed {call.seed}: {odd}" for odd in odd_beside(expected, found)]
+    return TextCheck(name, len(calls), tokens, forwards, tuple(differences), tuple(oddities))
 
 
 def compare_batch(subject: Subject, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
-    """All prompts in one left-padded batch, greedily: sampled rows would need more than equal seeds to be equal."""
+    """All prompts in one left-padded batch. In half precision greedily: a draw of one row cannot be judged alone."""
     plain = subject.plain(prompts, **settings)
     found, report = subject.speculative(prompts, **settings)
     differences: list[Difference] = []
     for index, prompt in enumerate(prompts):
-        differences += judge(subject, Call(index, prompt, 0, settings), plain[index], found[index])
-    tokens = sum(len(answer) for answer in found)
+        differences += judge(subject, Call(index, prompt, 0, settings), plain.answers[index], found.answers[index])
+    tokens = sum(len(answer) for answer in found.answers)
     forwards = sum(step.decoded_rows for step in report.steps)
-    return TextCheck(name, len(prompts), tokens, forwards, tuple(differences))
+    return TextCheck(name, len(prompts), tokens, forwards, tuple(differences), tuple(odd_beside(plain, found)))
+
+
+def odd_beside(plain: Written, found: Written) -> list[str]:
+    """What differs although all answers are equal: what stands behind their ends, and what the generator would draw
+    next.
+    """
+    if not all(torch.equal(own, other) for own, other in zip(plain.answers, found.answers, strict=True)):
+        return []
+    odd = [] if torch.equal(plain.behind, found.behind) else ["other tokens behind the end of an answer"]
+    same = torch.equal(plain.random_state, found.random_state)
+    return odd if same else [*odd, "another number of random numbers was drawn"]
 
 
 def judge(subject: Subject, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:
