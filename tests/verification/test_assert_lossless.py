@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from transformers_resps import (
 from transformers_resps.acceptance import Acceptance, Text, walk
 from transformers_resps.batch import Batch
 from transformers_resps.decoding import TreeDecoding
+from transformers_resps.ends import Ends
 from transformers_resps.forward import TargetForward
 from transformers_resps.policy import KeptPolicies
 from transformers_resps.tree import DraftTree
@@ -242,6 +244,16 @@ def forget_where_a_chunk_began(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TargetForward, "read", shifted)
 
 
+def heed_one_end_token_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Ends.of
+
+    def one_of(criteria: Any) -> Ends | None:
+        ends = of(criteria)
+        return ends and replace(ends, token_ids=frozenset(sorted(ends.token_ids)[:1]))
+
+    monkeypatch.setattr(Ends, "of", one_of)
+
+
 def hide_ancestors_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     with_chains = DraftTree.with_chains
 
@@ -260,6 +272,7 @@ def hide_ancestors_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
         (pad_with_another_token, "greedy, in a padded batch"),
         (let_sampled_rows_go, "sampled, in a padded batch"),
         (forget_where_a_chunk_began, "greedy, a prompt in chunks"),
+        (heed_one_end_token_of_several, "greedy, ends within trees"),
         (hide_ancestors_of_a_chain, "greedy, in a padded batch, trees of the kit's own"),
     ],
 )

@@ -18,10 +18,11 @@ from .divergence import HALF_PRECISIONS
 from .own_trees import ChangingTrees
 from .report import LosslessReport, NotLosslessError
 from .subject import Subject
-from .texts import GREEDY, PROCESSED, SAMPLED, Call, TextCheck, compare_batch, compare_one_by_one
+from .texts import GREEDY, PENALISED, PROCESSED, SAMPLED, Call, TextCheck, compare_batch, compare_one_by_one
 
 
 _DISTRIBUTION_ANSWERS = 12  # per seed
+_ENDS = 8  # tokens of an answer that are made end tokens
 
 
 def assert_lossless(
@@ -96,15 +97,28 @@ def assert_lossless(
 
 
 def _with_own_trees(subject: Subject, ids: list[Tensor], seeds: int, limit: dict[str, Any]) -> Iterator[TextCheck]:
-    """The same questions with trees that the policy in question may never draft."""
+    """The same questions with trees that the policy in question may never draft, and texts that nothing ends early;
+    and with every end token that a text could have.
+    """
     own = replace(subject, policy=ChangingTrees(subject.head is not None))
-    yield compare_batch(own, "greedy, in a padded batch, trees of the kit's own", ids, GREEDY | limit)
-    yield compare_one_by_one(own, "sampled, trees of the kit's own", _calls(ids, seeds, SAMPLED | limit))
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
     in_chunks = GREEDY | limit | {"prefill_chunk_size": 5}
-    yield compare_one_by_one(own, "greedy, a prompt in chunks", [Call(longest, ids[longest], 0, in_chunks)])
     if subject.target.dtype not in HALF_PRECISIONS:
         yield compare_batch(own, "sampled, in a padded batch", ids, SAMPLED | limit)
+    with subject.without_settings():
+        yield compare_batch(own, "greedy, in a padded batch, trees of the kit's own", ids, GREEDY | limit)
+        yield compare_one_by_one(own, "sampled, trees of the kit's own", _calls(ids, seeds, PENALISED | limit))
+        yield compare_one_by_one(own, "greedy, a prompt in chunks", [Call(longest, ids[longest], 0, in_chunks)])
+        yield compare_one_by_one(own, "greedy, ends within trees", list(_ending_calls(own, ids, GREEDY | limit)))
+
+
+def _ending_calls(subject: Subject, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
+    """Each prompt once for every token that its answer may end with, beside the last of them."""
+    for index, prompt in enumerate(ids):
+        answer = subject.plain([prompt], **settings).answers[0][:_ENDS].tolist()
+        for place, token in enumerate(answer):
+            if token not in answer[:place]:
+                yield Call(index, prompt, 0, settings | {"eos_token_id": [answer[-1], token]})
 
 
 def _calls(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[Call]:

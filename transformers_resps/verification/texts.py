@@ -21,6 +21,8 @@ from .subject import Subject, Written
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 PROCESSED = SAMPLED | {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
+# Cold, so that more drafts are accepted; a penalty moves with every token of the text.
+PENALISED = SAMPLED | {"temperature": 0.4, "repetition_penalty": 1.3}
 
 
 @dataclass(frozen=True, slots=True)
