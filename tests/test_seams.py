@@ -12,7 +12,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from transformers_resps.generation import _AFTER_ASSISTANT, _NOT_OURS, ReSpSGenerationMixin
+from transformers_resps.generation import _NOT_OURS, ReSpSGenerationMixin
 from transformers_resps.grouped_attention import _OF_SDPA_ALONE, grouped_attention
 from transformers_resps.versions import CACHE_KEYWORD
 
@@ -41,8 +41,8 @@ def test_decoding_methods_are_told_nothing_that_we_do_not_know(name: str) -> Non
 
 def test_generate_has_the_parameters_we_name() -> None:
     theirs = list(inspect.signature(GenerationMixin.generate).parameters)[1:-1]
-    ours = list(inspect.signature(ReSpSGenerationMixin.generate).parameters)[1:8]
-    assert theirs == [*ours, *_AFTER_ASSISTANT]
+    ours = list(inspect.signature(ReSpSGenerationMixin.generate).parameters)[1:-1]
+    assert ours == [*theirs, "policy", "lockstep"]
 
 
 def test_attention_by_sdpa_has_no_option_that_we_would_not_pass_on() -> None:
