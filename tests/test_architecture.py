@@ -17,7 +17,7 @@ BOTTOM |= {"telemetry"}
 PARTS = {"acceptance", "batch", "frontier", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "cost_table", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
-ENGINE |= {"layer_refusals", "stock_call"}
+ENGINE |= {"layer_refusals", "stock_call", "speculation_defaults"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "adapters": set(),
@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": set(),
     "answers": set(),
     "hub": set(),
+    "extras": set(),
     "tree": set(),
     "prefix": set(),
     "cache": {"versions", "roomy_cache"},
@@ -53,20 +54,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "probe": BOTTOM,
     "layer_refusals": set(),
     "refusals": BOTTOM | {"layer_refusals"},
+    "speculation_defaults": {"policy", "request"},
     "request": BOTTOM | {"head", "policy", "probe", "refusals", "layer_refusals"},
     "lockstep": {"attention"},
-    "attaching": {"adapters", "generation", "policy"},
+    "attaching": {"adapters", "generation", "policy", "request", "speculation_defaults"},
     "stock_call": {"acceptance", "versions"},
-    "generation": LOOP | {"refusals", "request", "lockstep", "stock_call"},
+    "generation": LOOP | {"refusals", "request", "lockstep", "stock_call", "speculation_defaults"},
     "__init__": ENGINE | {"verification"},
     "verification": ENGINE,
     "trainers": ENGINE | {"hub"},
     "inspection": ENGINE | {"verification"},
     "doctor": ENGINE | {"trainers"},
-    "bench": ENGINE | {"hub", "verification", "trainers"},
+    "bench": ENGINE | {"hub", "extras", "verification", "trainers"},
     "publishing": {"__init__", "hub", "head", "policy", "trainers", "bench"},
-    "demo": ENGINE | {"verification", "bench", "inspection"},
-    "cli": ENGINE | {"verification", "trainers", "doctor", "bench", "demo", "inspection"},
+    "demo": ENGINE | {"extras", "verification", "bench", "inspection"},
+    "cli": ENGINE | {"extras", "verification", "trainers", "doctor", "bench", "demo", "inspection"},
 }
 
 MOST_FILE_LINES = 300

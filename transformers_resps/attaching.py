@@ -11,40 +11,74 @@ from transformers import GenerationMixin
 
 from .adapters import unwrapped
 from .generation import ReSpSGenerationMixin
-from .policy import KeptPolicies
+from .policy import KeptPolicies, Policy
+from .request import check_kinds, draft_head
+from .speculation_defaults import SpeculationDefaults
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def attach(model: Model) -> Model:
+def attach(
+    model: Model,
+    *,
+    assistant_model: Any = None,
+    policy: Policy | str | None = None,
+    lockstep: bool | None = None,
+    eval_mode: bool = False,
+) -> Model:
     """Let `model.generate` take draft heads and policies. Same object, same weights.
+
+    The keywords become defaults of every later call that leaves them out, for callers that pass none through, such as
+    the trainers of TRL. Given anew, they replace all earlier ones. `generate(..., policy="plain")` decodes without
+    them, and `detach` forgets them.
 
     Args:
         model: any decoder-only model of Transformers, or a PEFT model around one.
+        assistant_model: a `DraftHead` of this model.
+        policy: a `Policy`, or "auto", which needs no head.
+        lockstep: as in `generate`; `False` lets the sampled rows of a batch advance each on its own.
+        eval_mode: run every call in evaluation mode, without dropout, also while the model trains.
 
     Raises:
-        ValueError: the model cannot generate.
+        ValueError: the model cannot generate, or a default cannot serve it.
     """
     inner = unwrapped(model)
+    check_kinds(assistant_model, policy, lockstep)
     if not isinstance(inner, GenerationMixin):
         raise ValueError(
             f"Got a {type(inner).__name__}, but only models with `generate` can be attached. Load it with "
             "`AutoModelForCausalLM.from_pretrained(...)`."
         )
+    if assistant_model is not None:
+        _check_head(assistant_model, inner)
     if not isinstance(inner, ReSpSGenerationMixin):
         base: Any = type(inner)
         inner.__class__ = _attached_class(base)
+    defaults = SpeculationDefaults(assistant_model, policy, lockstep, eval_mode)
+    if defaults != SpeculationDefaults():
+        defaults.keep(inner)
     return model
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`: the same object, of its own class again."""
+    """Undo `attach`: the same object, of its own class again, without defaults."""
     inner = unwrapped(model)
-    if vars(type(inner)).get("__reduce_ex__") is _reduce:  # not somebody's own subclass of the mixin
+    if vars(type(inner)).get("__reduce_ex__") is _reduce:  # leave a user's own subclass of the mixin alone
         inner.__class__ = type(inner).__mro__[2]
         KeptPolicies.forget(inner)
+        SpeculationDefaults.forget(inner)
     return model
+
+
+def _check_head(assistant_model: Any, target: Any) -> None:
+    head = draft_head(assistant_model)
+    if head is None:
+        raise ValueError(
+            f"`attach` takes a `DraftHead` as `assistant_model`, got a {type(assistant_model).__name__}. Pass other "
+            "assistants to `generate`."
+        )
+    head.check_target(target)
 
 
 @functools.cache

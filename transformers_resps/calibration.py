@@ -24,6 +24,7 @@ from .head import BoundHead, DraftHead
 from .policy import FixedPolicy
 from .refusals import check_model
 from .roomy_cache import make_room, settle
+from .speculation_defaults import SpeculationDefaults
 from .tree import DraftTree, TreeShape
 from .versions import CACHE_KEYWORD
 
@@ -43,21 +44,22 @@ def calibrate(
     folder: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CostTable:
-    """Measure what steps cost here, or read what was measured here before.
+    """Measure what steps cost on this machine, or load the table that was measured before.
 
     Args:
-        target: in the dtype and on the device it will decode on.
-        head: its draft head, if there is one.
-        refresh: measure again.
-        folder: where tables are kept; the Hugging Face cache when `None`.
-        clock: seconds; tests pass a fake one.
+        target: the model, in the dtype and on the device that it decodes with.
+        head: its draft head, or `None`.
+        refresh: measure again even if a table is stored.
+        folder: where tables are stored; `None` is a folder in the Hugging Face cache.
+        clock: returns seconds.
 
     Returns:
-        The table, kept in `folder` until device, dtype, threads, versions, target, attention or head are others.
+        The table. It is stored in `folder` and reused until device, dtype, threads, versions, target, attention or
+        head change.
 
     Raises:
-        ValueError: the kept table is damaged or was measured elsewhere, the head is another target's, the target or
-            its cache is of a kind that holds no tree, or the clock does not go forward.
+        ValueError: the stored table is damaged or was measured elsewhere, the head belongs to another target, the
+            target or its cache does not support draft trees, or the clock does not advance.
     """
     _check_pair(target, head)
     identity = identity_of(target, head)
@@ -80,16 +82,16 @@ def calibrate(
 def _check_pair(target: Any, head: Any) -> None:
     if not hasattr(target, "generate") or isinstance(target, type) or not isinstance(head, DraftHead | None):
         raise ValueError(
-            f"Got the target {type(target).__name__} and the head {type(head).__name__}, but the forwards of a loaded "
-            "model with `generate` are timed, and of a `DraftHead` or none. Load both with their `from_pretrained` "
-            "first, the target's being that of `AutoModelForCausalLM`."
+            f"`calibrate` needs a loaded causal LM and a `DraftHead` (or None), got {type(target).__name__} and "
+            f"{type(head).__name__}. Load them with `AutoModelForCausalLM.from_pretrained` and "
+            "`DraftHead.from_pretrained`."
         )
     check_model(target)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
 
 
 @torch.no_grad()
 def _verify_row(target: PreTrainedModel, context: int, room: int, clock: Callable[[], float]) -> dict[int, float]:
-    """Nodes -> seconds at one context length, with `room` positions behind it.
+    """Nodes -> seconds at one context length, with `room` positions after it.
 
     The trees are stars: a mask's content costs nothing, its size does.
     """
@@ -155,7 +157,7 @@ def _draft_row(target: PreTrainedModel, head: DraftHead, clock: Callable[[], flo
 
 
 def _overhead(target: PreTrainedModel, head: DraftHead | None, room: int) -> float:
-    """Median seconds of a step beside its forwards, over a short answer: prompt and answer fit `room` positions."""
+    """Median seconds of a step outside its forwards, over a short answer: prompt and answer fit `room` positions."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
     was_attached = isinstance(target, ReSpSGenerationMixin)
@@ -163,16 +165,17 @@ def _overhead(target: PreTrainedModel, head: DraftHead | None, room: int) -> flo
     prompt = torch.ones(1, prompt_tokens, dtype=torch.long, device=target.device)
     shape = TreeShape(1, 0, 1, 3) if head is None else TreeShape(4, 2, 2, 3)
     try:
-        report = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            assistant_model=head,
-            policy=FixedPolicy(shape),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            return_dict_in_generate=True,
-        ).speculation
+        with SpeculationDefaults.set_aside(target):
+            report = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                assistant_model=head,
+                policy=FixedPolicy(shape),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                return_dict_in_generate=True,
+            ).speculation
     finally:
         if not was_attached:
             detach(target)
@@ -184,7 +187,7 @@ def _median(run: Callable[[], None], clock: Callable[[], float]) -> float:
     """Median seconds of `run`, after one warm-up.
 
     Raises:
-        ValueError: none have passed.
+        ValueError: no time passes on the clock.
     """
     run()
     taken: list[float] = []
@@ -195,7 +198,7 @@ def _median(run: Callable[[], None], clock: Callable[[], float]) -> float:
     median = statistics.median(taken)
     if not median > 0.0:
         raise ValueError(
-            f"The clock says that a forward took {median} seconds, but costs are learned from a clock that goes "
-            "forward. Pass `time.perf_counter`, which is the default, or a clock of its resolution."
+            f"`clock` measured {median} seconds for a forward, but it must advance. Leave it out for "
+            "`time.perf_counter`, or pass a clock of its resolution."
         )
     return median

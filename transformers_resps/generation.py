@@ -6,7 +6,7 @@ and so does every call without a head.
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,7 +22,8 @@ from .forward import CompiledForward, TargetForward, is_compiled
 from .lockstep import advance_together, coupling
 from .policy import KeptPolicies, Policy
 from .refusals import check_forward_arguments, check_lengths, check_synced
-from .request import Request, draft_head, read_request
+from .request import AUTO, Request, draft_head, read_request
+from .speculation_defaults import SpeculationDefaults, evaluation_mode
 from .static_cache import static_cache
 from .stock_call import StockCall
 from .telemetry import SpeculationReport
@@ -67,40 +68,44 @@ class ReSpSGenerationMixin(GenerationMixin):
         lockstep: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `GenerationMixin.generate`, whose parameters all hold, and with a draft head or a policy faster.
+        """`GenerationMixin.generate`, and faster with a draft head or a policy.
 
-        With a `DraftHead` as `assistant_model` draft trees are decoded; anything else there is Transformers' own
-        assisted decoding. `policy` shapes the trees: the head's default tree when `None`, our best default when
-        "auto", which without a head drafts by lookup alone and keeps what it learned as long as model and head live.
+        All parameters of the stock method hold. These three default to what `attach` was given:
 
-        `lockstep` says whether the rows of a batch advance together, as far as the one that accepts least. By default
-        rows that are sampled do, so that the same seed gives the same tokens, and greedy rows do not. With
-        `lockstep=False` sampled rows advance each on its own, too: faster, and every row has the distribution of plain
-        decoding, but other draws.
+        - `assistant_model`: a `DraftHead` drafts trees; any other assistant is Transformers' own assisted decoding.
+        - `policy`: shapes the trees. `None` uses the head's default tree. "auto" weighs every node against its cost,
+          drafts by lookup alone where there is no head, and keeps what it learned as long as model and head live.
+          "plain" is stock decoding, whatever `attach` was given.
+        - `lockstep`: whether the rows of a batch advance together, as far as the row that accepts least. By default
+          sampled rows do, so that the same seed gives the same tokens, and greedy rows do not. `False` lets sampled
+          rows advance each on its own: faster, with the distribution of plain decoding and other draws.
 
         Returns:
-            The tokens that the same call without `assistant_model` and `policy` returns with the same seed; with
+            `[b, s + t]` token ids: those of the same call without head and policy, with the same seed. With
             `return_dict_in_generate=True` a `SpeculativeOutput`.
 
         Raises:
             ValueError: the head is another target's, or the call asks for what a tree cannot do.
         """
+        target, defaults = cast(PreTrainedModel, self), SpeculationDefaults.of(self)
+        assistant_model, policy, lockstep = defaults.fill(assistant_model, policy, lockstep)
+        head = draft_head(assistant_model)
         given: dict[str, Any] = {"generation_config": generation_config, "logits_processor": logits_processor}
         given |= {"stopping_criteria": stopping_criteria, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
-        given |= {"synced_gpus": synced_gpus, "assistant_model": draft_head(assistant_model) or assistant_model}
+        given |= {"synced_gpus": synced_gpus, "assistant_model": head or assistant_model}
         given |= {"streamer": streamer, "negative_prompt_ids": negative_prompt_ids, "custom_generate": custom_generate}
         given["negative_prompt_attention_mask"] = negative_prompt_attention_mask
         arguments = {name: value for name, value in given.items() if value is not None} | kwargs
-        target = cast(PreTrainedModel, self)
         prompts = kwargs.get("input_ids") if inputs is None else inputs
-        request = read_request(target, assistant_model, policy, lockstep, generation_config, arguments, prompts)
-        token = _request.set(request)
-        try:  # by name, and only what was given: a model class may have a `generate` of its own
-            return super().generate(*([] if inputs is None else [inputs]), **arguments)
-        finally:
-            _request.reset(token)
-            if request is not None and policy == "auto":
-                KeptPolicies.of(self).give_back(draft_head(assistant_model), request.place, request.policy)
+        with evaluation_mode(target, head) if defaults.eval_mode else nullcontext():
+            request = read_request(target, assistant_model, policy, lockstep, generation_config, arguments, prompts)
+            token = _request.set(request)
+            try:  # by name, and only what was given: a model class may have a `generate` of its own
+                return super().generate(*([] if inputs is None else [inputs]), **arguments)
+            finally:
+                _request.reset(token)
+                if request is not None and policy == AUTO:
+                    KeptPolicies.of(self).give_back(head, request.place, request.policy)
 
     def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
         """Where stock `generate` goes when it is given an assistant.
@@ -133,7 +138,7 @@ class ReSpSGenerationMixin(GenerationMixin):
     ) -> Any:
         with ExitStack() as stack:
             if streamer is not None:
-                stack.callback(streamer.end)  # whatever happens: somebody may be waiting for it
+                stack.callback(streamer.end)  # whatever happens: a consumer may be waiting for it
             check_synced(model_kwargs.get("synced_gpus"))
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
             check_forward_arguments(input_ids, model_kwargs)

@@ -1,4 +1,4 @@
-"""Layers of which a tree would get something else than plain decoding, refused by name. Knows modules only."""
+"""Refuses layers that would compute something else for a tree than for plain decoding."""
 
 from collections.abc import Sequence
 
@@ -26,21 +26,19 @@ def check_layers(model: Module, name: str) -> None:
         weights = [weight for weight in module._parameters.values() if weight is not None]
         if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
             raise ValueError(
-                f"{name} has no weights in `{_path(model, module)}`: they are on the meta device, and nothing brings "
-                "them in. Load the model with `from_pretrained`, whose `device_map` offloads with hooks, before "
-                "`generate`."
+                f"{name} has no weights in `{_path(model, module)}`, which is on the meta device. Load the model with "
+                "`from_pretrained`; its `device_map` offloads weights with hooks."
             )
         if _rounds_activations(module, weights):
             raise ValueError(
                 f"{name} has the layer `{_path(model, module)}` of {type(module).__module__}, which rounds "
-                "activations to few bits: the last bit of a sum, or another node, moves them by a whole step, and "
-                "trees would change the text. Quantize only the weights, for example with torchao's "
-                "`Int8WeightOnlyConfig`, or call `generate` without the head or the policy."
+                "activations to few bits, so a tree would change the output. Quantize only the weights, for example "
+                "with torchao's `Int8WeightOnlyConfig`, or call `generate` without a head and a policy."
             )
 
 
 def check_draws(model: Module) -> None:
-    """Refuse a target or a head that draws random numbers in its forwards: with a tree there are others of them.
+    """Refuse a target or a head that draws random numbers in its forwards: a tree would draw others.
 
     Raises:
         ValueError: names the layer.
@@ -49,8 +47,8 @@ def check_draws(model: Module) -> None:
         if module.training and _draws(module):
             raise ValueError(
                 f"{type(model).__name__} is in training mode, where its layer `{_path(model, module)}` draws random "
-                "numbers, but with a tree there are other forwards, so the text would be another one. Call `.eval()` "
-                "of the target and the head before `generate`."
+                "numbers, and a tree would draw others. Call `.eval()` on the target and the head, or while a trainer "
+                "runs `attach(model, ..., eval_mode=True)`."
             )
 
 

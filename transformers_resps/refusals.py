@@ -1,4 +1,4 @@
-"""What a tree cannot do correctly, refused by name before any work.
+"""Refuses, before any work, what draft trees do not support.
 
 Stock `generate` would ignore or misroute most of these when it is given an assistant.
 """
@@ -18,7 +18,7 @@ from .layer_refusals import check_draws, check_layers
 from .versions import CACHE_KEYWORD
 
 
-# Setting -> whether a value asks for something that a tree cannot do. Order: decoding, assistants, outputs.
+# Setting -> whether a value asks for something that trees do not support. Order: decoding, assistants, outputs.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda value: value > 1,
     "num_beam_groups": lambda value: value > 1,
@@ -38,16 +38,16 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "prefill_chunk_size": lambda value: value < 0,
 }
 _WAYS_OUT = {
-    "num_beams": "Trees serve greedy search and multinomial sampling: set `num_beams=1`.",
-    "num_return_sequences": "Repeat the prompt that many times in the batch.",
-    "output_hidden_states": "The head reads the hidden states itself: ask a plain call for them.",
+    "num_beams": "Set `num_beams=1`, for greedy search or sampling",
+    "num_return_sequences": "Repeat the prompt that many times in the batch",
+    "output_hidden_states": "Get them from a plain call, since the head reads them itself",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus", "inputs_embeds")
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
 
 
 def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
-    """Refuse generation settings that a tree cannot honour.
+    """Refuse generation settings that draft trees do not support.
 
     Args:
         model: the target.
@@ -55,7 +55,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
         arguments: all other keyword arguments of the call.
 
     Raises:
-        ValueError: names the setting, what trees need, and the way out.
+        ValueError: names the setting and the way out.
     """
 
     def setting(name: str) -> Any:
@@ -75,7 +75,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
         raise _refusal(
             f"use_cache={arguments.get('use_cache', False)!r}",
-            "A tree is verified against cached keys: set `use_cache=True`.",
+            "Set `use_cache=True`",
         )
     _check_cache_settings(setting, is_compiled(model))
     _check_user_cache(model, arguments)
@@ -87,7 +87,7 @@ def _check_cache_settings(setting: Callable[[str], Any], is_compiled: bool) -> N
         raise _refusal(f"cache_implementation={implementation!r}", "Leave it out, or set it to 'static'")
     if (is_compiled or setting("compile_config") is not None) and implementation != "static":
         asked = "a compiled target" if is_compiled else "`compile_config`"
-        raise _refusal(f"{asked} with a cache that grows", "Set `cache_implementation='static'`")
+        raise _refusal(f"{asked} with a dynamic cache", "Set `cache_implementation='static'`")
 
 
 def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
@@ -97,8 +97,8 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
     check_cache(cache)
     if buffer_length(cache) is not None:
         raise _refusal(
-            "a cache with a `StaticLayer` of your own",
-            "The last trees need slots behind the text: pass `cache_implementation='static'` instead of the cache.",
+            "your own static cache (`StaticLayer`), which may lack slots for the last trees",
+            "Pass `cache_implementation='static'` instead of the cache",
         )
     made = DynamicCache(config=model.config.get_text_config(decoder=True))
     needed = [window_of(made, index) for index in range(len(made.layers))]
@@ -106,62 +106,62 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
     if found != needed:
         raise _refusal(
             f"a cache whose layers have the sliding windows {found} for a target with {needed}",
-            "A tree's mask follows the cache: pass `DynamicCache(config=model.config)`, or no cache.",
+            "Pass `DynamicCache(config=model.config)`, or no cache",
         )
 
 
 def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments of the target's forward that a tree's forward does not carry on, such as `pixel_values`, and
-    those that do not belong to the text.
+    """Refuse arguments of the target's forward that a tree's forward does not pass on, such as `pixel_values`, and
+    those that do not fit the prompt.
 
     Raises:
         ValueError: names them.
     """
     unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _CARRIED)
     if unknown:
-        raise _refusal(f"the arguments {unknown}", "A tree's forward takes text only: leave them out")
+        raise _refusal(f"the arguments {unknown}", "Leave them out, since trees take token inputs only")
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
         raise _refusal(
             f"`position_ids` of {positions.dim()} dimensions",
-            "Trees need one position per token: pass `[b, s]`, or leave it out",
+            "Pass `[b, s]`, one position per token, or leave them out",
         )
     if not input_ids.numel():
         raise ValueError(
-            f"Got a prompt of the shape {list(input_ids.shape)}, but a text grows from at least one token in each "
-            "row. Pass one, for example the tokenizer's `bos_token_id`."
+            f"Got a prompt of the shape {list(input_ids.shape)}, but each row needs at least one token. Pass one, for "
+            "example the tokenizer's `bos_token_id`."
         )
     rows, mask = len(input_ids), model_kwargs.get("attention_mask")
     if positions is None:
         return
     if len(positions) not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[1])):
         raise ValueError(
-            f"Got a mask of the shape {list((positions if mask is None else mask).shape)} for {rows} rows of "
-            f"{positions.shape[1]} positions, but it says of each whether it counts. Pass the `attention_mask` that "
-            "the tokenizer returned with the text, and `position_ids` of its shape or none."
+            f"Got `attention_mask` or `position_ids` of shape {list((positions if mask is None else mask).shape)} for "
+            f"{rows} rows of {positions.shape[1]} positions. Pass the `attention_mask` that the tokenizer returned "
+            "with the text, and `position_ids` of its shape or none."
         )
 
 
 def check_synced(synced_gpus: bool | None) -> None:
-    """Refuse ranks that must take equally many forwards; stock `generate` finds out by itself that they must.
+    """Refuse ranks that must run the same number of forwards; stock `generate` detects that they must.
 
     Raises:
         ValueError: says so.
     """
     if synced_gpus:
         raise _refusal(
-            "ZeRO-3 or FSDP over several ranks", "Each rank would take another number of steps: decode on one rank"
+            "ZeRO-3 or FSDP over several ranks, which must all take the same number of steps", "Decode on one rank"
         )
 
 
 def check_lengths(
     model: PreTrainedModel, cache: Cache, text_length: int, position_count: int, max_length: int
 ) -> None:
-    """Refuse a cache that does not fit its text, and a text that grows past the length at which it is read anew.
+    """Refuse a cache that does not fit its text, and a text that grows past the length at which it is read again.
 
     The text is the whole conversation, or what follows the cache with a mask of the whole, as in plain `generate`.
-    Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache at a length, for the other frequencies
-    of 'longrope'.
+    Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache at that length, because 'longrope'
+    switches to other frequencies there.
 
     Args:
         model: the target.
@@ -176,29 +176,29 @@ def check_lengths(
     past = cached_length(cache)
     if not past < text_length == position_count and not past + text_length == position_count:
         raise ValueError(
-            f"Got a cache of {past} positions for a text of {text_length} tokens and a mask of {position_count}, but "
-            "the text has to go on behind the cache, and the mask to count all of both. Pass the whole conversation "
-            "as `input_ids`, or its new tokens with the `attention_mask` of the whole."
+            f"Got a cache of {past} positions, a text of {text_length} tokens and a mask of {position_count}, which "
+            "do not fit together. Pass the whole conversation as `input_ids`, or its new tokens with the "
+            "`attention_mask` of the whole."
         )
     boundary = longrope_boundary(model.config)
     reads_anew = hasattr(model.config.get_text_config(), "original_max_position_embeddings")
     start, end = past or text_length, max_length + position_count - text_length
     if boundary and reads_anew and start <= boundary < end - 1:
         raise _refusal(
-            f"a text that may grow from {start} to {end} positions, past {boundary},",
-            f"There this target reads the whole text anew: set `max_length` to {boundary + 1} at most",
+            f"a text that may grow from {start} to {end} positions, past {boundary}, where this target reads it again",
+            f"Set `max_length` to {boundary + 1} at most",
         )
 
 
 def _refusal(came: str, way_out: str) -> ValueError:
     return ValueError(
-        f"Got {came} together with a draft head or a policy, but draft trees cannot honour that. "
-        f"{way_out.rstrip('.')}; or call `generate` without either."
+        f"Draft trees do not support {came}. {way_out.rstrip('.')}, or call `generate` with `policy='plain'` and "
+        "without a head."
     )
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse a target whose architecture or attention cannot verify a tree.
+    """Refuse a target whose architecture or attention cannot verify a draft tree.
 
     Raises:
         ValueError: names the architecture and the reason.
@@ -207,27 +207,25 @@ def check_model(model: PreTrainedModel) -> None:
     name = f"{type(model).__name__} ({config.model_type})"
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{name} is an encoder-decoder, but draft trees are verified by decoder-only models. "
-            "Call `generate` without the head or the policy."
+            f"{name} is an encoder-decoder, but draft trees need a decoder-only model. Call `generate` without a head "
+            "and a policy."
         )
     wrapper = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
     if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
-        raise _refusal(
-            "virtual tokens of a PEFT adapter", "A tree's forward reads the text alone: disable the adapter"
-        )
+        raise _refusal("virtual tokens of a PEFT adapter", "Disable the adapter")
     reason = _architecture_reason(model)
     if reason is not None:
         raise ValueError(
-            f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without the head or "
-            "the policy, or use `prompt_lookup_num_tokens` where this model supports it."
+            f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without a head and a "
+            "policy, or with `prompt_lookup_num_tokens` if the model supports it."
         )
     check_layers(model, name)
     check_draws(model)
     attention = config._attn_implementation
     if attention not in (STOCK, GROUPED, "eager"):
         raise ValueError(
-            f"{name} runs with attn_implementation={attention!r}, but a tree needs a mask that only 'sdpa' and "
-            "'eager' take. Call `model.set_attn_implementation('sdpa')` first."
+            f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa' or 'eager'. Call "
+            "`model.set_attn_implementation('sdpa')` first."
         )
 
 

@@ -17,6 +17,10 @@ from .probe import check_tree_attention
 from .refusals import check_model, check_settings
 
 
+AUTO = "auto"  # our default policy, which learns while it decodes
+PLAIN = "plain"  # stock decoding, whatever `attach` was given
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What one call of `generate` asked for; it cannot travel through Transformers' own preparation.
@@ -63,7 +67,7 @@ def read_request(
     Raises:
         ValueError: it asks for what a tree cannot do.
     """
-    _check_kinds(assistant_model, lockstep)
+    check_kinds(assistant_model, policy, lockstep)
     head = draft_head(assistant_model)
     if head is None and policy is None:
         if lockstep is not None:
@@ -91,33 +95,37 @@ def read_request(
     return Request(bound, policy, lockstep, place)
 
 
-def _check_kinds(assistant_model: Any, lockstep: Any) -> None:
+def check_kinds(assistant_model: Any, policy: Any, lockstep: Any) -> None:
+    """Refuse keywords of the wrong kind.
+
+    Raises:
+        ValueError: names the keyword and what it takes.
+    """
     if isinstance(assistant_model, str | type):
         raise ValueError(
-            f"Got assistant_model={assistant_model!r}, but an assistant is a loaded model or head, not its name or "
-            "class. Pass `DraftHead.from_pretrained(...)`."
+            f"`assistant_model` must be a loaded model or head, got {assistant_model!r}. Pass "
+            "`DraftHead.from_pretrained(...)`."
         )
     if not isinstance(lockstep, bool | None):
+        raise ValueError(f"`lockstep` must be True, False or None, got {lockstep!r}.")
+    if policy is None or (isinstance(policy, str) and policy in (AUTO, PLAIN)):
+        return
+    if isinstance(policy, type) or not isinstance(policy, Policy):
         raise ValueError(
-            f"Got lockstep={lockstep!r}, but rows advance together (True), each on its own (False) or as is best "
-            "(None). Pass one of these."
+            f"`policy` must be 'auto', 'plain' or an object with the methods `choose`, `grow`, `size` and `observe`, "
+            f"got {policy!r}. Pass an object, not its class; subclass `transformers_resps.Policy` for the defaults."
         )
 
 
 def _resolve_policy(policy: Any, head: DraftHead | None, target: PreTrainedModel, place: Hashable) -> Policy:
     if policy is None and head is not None:
         return FixedPolicy(head.default_shape)
-    if policy == "auto":
+    if policy == AUTO:
         return KeptPolicies.of(target).take(head, place)
-    if isinstance(policy, type) or not isinstance(policy, Policy):
-        raise ValueError(
-            f"Got policy={policy!r}, but a policy is 'auto' or has the methods `choose`, `grow`, `size` and "
-            "`observe`. Pass an object, not its class; subclass `transformers_resps.Policy`, which has a default for "
-            "all but the first."
-        )
     if head is None and getattr(policy, "needs_head", True):
         raise ValueError(
-            f"Got policy={policy!r} without a draft head, but it shapes the trees of one. Pass "
+            f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
             "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
         )
-    return policy
+    resolved: Policy = policy
+    return resolved

@@ -110,7 +110,7 @@ def test_a_policy_that_chooses_no_shape_is_told_so(
         def choose(self, observation: Any) -> Any:
             return answer
 
-    with pytest.raises(ValueError, match="a step needs a TreeShape"):
+    with pytest.raises(ValueError, match="from `choose`. Return a `TreeShape`"):
         target.generate(prompt, assistant_model=head, policy=Odd(), max_new_tokens=8)
     plain, tree = both(target, head, prompt)
     assert tree.sequences.tolist() == plain.sequences.tolist()

@@ -1,4 +1,4 @@
-"""One prompt answered plainly and with draft trees, everything recorded. Knows models; nothing of texts or pages."""
+"""One prompt answered plainly and with draft trees, with every step recorded."""
 
 import time
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..head import DraftHead
 from ..policy import Policy
+from ..speculation_defaults import SpeculationDefaults
 from ..telemetry import SpeculationReport
 from ..verification import Divergence, explain_divergence
 from .recorder import RecordedStep, Recorder
@@ -26,7 +27,7 @@ class Examination:
         report: of the call with draft trees, one row.
         seconds: of that whole call.
         steps: its decisions and trees, one for each of `report.steps` but the prefill.
-        divergence: where greedy answers part, and why; `None` when they are equal or were sampled.
+        divergence: where greedy answers differ first, and why; `None` when they are equal or were sampled.
     """
 
     prompt_ids: Tensor
@@ -81,7 +82,8 @@ def examine(
             return output, tokens, time.perf_counter() - started
 
     recorder = Recorder(policy)
-    _, plain_ids, plain_seconds = answer()
-    output, own_ids, seconds = answer(assistant_model=head, policy=recorder)
+    with SpeculationDefaults.set_aside(model):
+        _, plain_ids, plain_seconds = answer()
+        output, own_ids, seconds = answer(assistant_model=head, policy=recorder)
     divergence = None if settings["do_sample"] else explain_divergence(model, prompt_ids, plain_ids, own_ids)
     return Examination(prompt_ids, plain_ids, plain_seconds, output.speculation, seconds, recorder.steps, divergence)

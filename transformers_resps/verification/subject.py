@@ -1,7 +1,4 @@
-"""The model under examination, decoding plainly and with what drafts for it.
-
-Knows how to call `generate`; nothing of trees or of what the answers are judged by.
-"""
+"""The model under test, decoding plainly and with a head and a policy."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +15,7 @@ from ..attaching import attach, detach
 from ..generation import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import KeptPolicies, Policy
+from ..speculation_defaults import SpeculationDefaults
 from ..telemetry import SpeculationReport
 
 
@@ -27,7 +25,7 @@ class Written:
 
     Attributes:
         answers: `[t]` of each prompt, up to its first end token.
-        behind: `[b, t]` all that stands behind the prompts, padding included.
+        behind: `[b, t]` all tokens after the prompts, padding included.
         random_state: of the generator that draws, afterwards.
     """
 
@@ -38,7 +36,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model, and the head and policy whose text must be the model's own.
+    """A model, and the head and policy whose output must be the model's own.
 
     Attributes:
         model: as the user holds it, perhaps with an adapter around it.
@@ -95,18 +93,18 @@ class Subject:
         )
 
     def _detach(self) -> None:
-        """What "auto" has learned with the model stays there."""
+        """What "auto" has learned with the model is kept."""
         with KeptPolicies.set_aside(self.target):
             detach(self.model)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Examine inside; afterwards the model is as it was found, and so is the global random generator."""
+        """Afterwards the model is as it was before, and so is the global random generator."""
         was_attached = isinstance(self.target, ReSpSGenerationMixin)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            with self._forked():
+            with self._forked(), SpeculationDefaults.set_aside(self.target):
                 yield
         finally:
             (attach if was_attached else detach)(self.model)
