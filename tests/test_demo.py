@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from transformers_resps import DraftHead, SpeculationReport, StepRecord, TreeShape, attach, cli
+from transformers_resps import DraftHead, SpeculationReport, StepRecord, TreeShape, attach
 from transformers_resps.demo import target as demo_target
 from transformers_resps.demo.__main__ import main
 from transformers_resps.demo.answering import Answer, Comparison, compare
@@ -149,11 +148,12 @@ def test_the_demo_runs_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureF
     assert '"sameText":{"same":true}' in page.read_text(encoding="utf-8")
 
 
-def test_the_command_without_its_extra_names_the_package_and_the_extra(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_disk_without_room_is_named_before_the_weights_are_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "transformers_resps.demo.__main__", raising=False)
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert cli.main(["demo"]) == 2
-    assert "Install transformers-resps[demo]" in capsys.readouterr().err
+    monkeypatch.setattr(demo_target, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_target, "_NEEDED_BYTES", 1 << 60)
+    assert main(["--head", "no/matter"]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "transformers-resps") in said and "MiB free" in said and "set HF_HOME" in said
+    assert list((tmp_path / "transformers-resps").iterdir()) == []

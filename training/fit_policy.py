@@ -1,13 +1,13 @@
-r"""Fit a throughput policy to a head and the prompts of your domain: how far the head's scores can be trusted there.
+r"""Fit `policy="auto"` to a head and your prompts: how often the head's drafts are accepted there.
 
     python training/fit_policy.py --config training/recipes/throughput_policy.yaml --target TARGET --head HEAD \
         --dataset my.jsonl --output_dir my-policy
 
-The target answers the prompts once, and every answer is recorded with all that the head would have proposed. The
-policy is fitted to most of them and replayed on the others, at the costs measured on this machine. Costs are no part
-of it: it learns them while it decodes. A run that was killed goes on with the same command.
+The target answers the prompts once, and the head's drafts are recorded at every position. The policy is fitted to most
+of the recordings, and tested on the others with the costs of this machine. It contains no costs: it learns them while
+it decodes. If the run is interrupted, the same command resumes it.
 
-Ends with `OUTPUT_DIR/policy`, a guarded policy for `AutoPolicy.from_pretrained`, and its gain on held-out prompts.
+The result is `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. Its gain on held-out prompts is printed.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import parse
 from policy_prompts import PromptArguments, name_of
 from recordings import load, record
 from torch import Tensor
-from trl import TrlParser
 
 from transformers_resps import DraftHead, Guard
 from transformers_resps.bench.headroom import shapes_for
@@ -45,38 +45,38 @@ from transformers_resps.trainers.training_prompts import write_training_prompts
 
 @dataclass
 class FitArguments(PromptArguments):
-    """What is fitted to what."""
+    """How much is recorded, and where."""
 
-    limit: int = field(default=60, metadata={"help": "Most prompts taken from the dataset; 0 for all."})
-    max_new_tokens: int = field(default=96, metadata={"help": "Longest answer in tokens."})
-    output_dir: str = field(default="policy-fit", metadata={"help": "For recordings, costs and the policy."})
+    limit: int = field(default=60, metadata={"help": "Maximum number of prompts; 0 for all."})
+    max_new_tokens: int = field(default=96, metadata={"help": "Maximum length of an answer in tokens."})
+    output_dir: str = field(default="policy-fit", metadata={"help": "Folder for recordings, costs and the policy."})
 
 
 def recorded(
     target: Any, head: DraftHead, prompts: list[Tensor], script: FitArguments, kind: str
 ) -> list[RecordedText]:
-    """The recordings of these prompts and no others, made where they are missing."""
+    """The recordings of exactly these prompts; missing ones are made."""
     names = "".join(sorted(map(name_of, prompts)))
     folder = Path(script.output_dir) / f"{kind}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
     record(target, head, prompts, script.temperature, folder, script.max_new_tokens)
     texts = load(folder)
     if not texts:
         raise ValueError(
-            f"None of {len(prompts)} prompts was answered with four tokens or more, but only such answers tell "
-            "anything. Pass other prompts, or raise --max_new_tokens."
+            f"None of {len(prompts)} prompts has an answer of at least four tokens. Pass other prompts, or raise "
+            "--max_new_tokens."
         )
     return texts
 
 
 def compare(fitted_to: list[RecordedText], held_out: list[RecordedText], costs: CostTable) -> dict[str, float]:
-    """The fitted policy, the fixed shape that is fastest on the texts it was fitted to, and the oracle."""
+    """Compare the fitted policy with the best fixed shape, found on the same recordings, and with the oracle."""
     grid = shapes_for("cpu")
     searched, tested = (
         Oracle(OutcomeTable([replay(text).outcomes(grid, costs.step_seconds) for text in texts]))
         for texts in (fitted_to, held_out)
     )
     headroom = tested.headroom(searched.best_fixed)
-    policy, seconds = Guard(fitted_policy(fitted_to)), 0.0  # learns on from answer to answer, as in use
+    policy, seconds = Guard(fitted_policy(fitted_to)), 0.0  # keeps learning, as in use
     for text in held_out:
         seconds += replay_policy(
             text, policy, StepCosts(costs.verify_seconds, costs.draft_seconds, costs.overhead)
@@ -90,7 +90,7 @@ def compare(fitted_to: list[RecordedText], held_out: list[RecordedText], costs: 
 
 
 def main() -> None:
-    (script,) = TrlParser((FitArguments,)).parse_args_and_config()  # type: ignore[no-untyped-call]
+    (script,) = parse(FitArguments)
     recipe = recipe_of(sys.argv, asdict(script), is_pushed=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = load_target(script.target, script.target_dtype, device, packed=script.pack)

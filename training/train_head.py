@@ -2,8 +2,7 @@
 
     python training/train_head.py --config training/recipes/smollm2_135m_instruct.yaml
 
-A run that was killed goes on with the same command: the newest checkpoint in `output_dir` is resumed, and
-Ctrl-C writes one.
+Ctrl-C writes a checkpoint. The same command resumes from the newest checkpoint in `output_dir`.
 """
 
 import logging
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.trainer_utils import set_seed
-from trl import TrlParser
 
 from transformers_resps import DraftHead
 from transformers_resps.bench.provenance import machine
@@ -43,69 +42,69 @@ from transformers_resps.trainers.training_prompts import write_training_prompts
 
 @dataclass
 class HeadScriptArguments:
-    """What is trained on what."""
+    """The target, the data and the head."""
 
     target: str = field(metadata={"help": "Hub id or folder of the model to draft for."})
     datasets: list[str] = field(
-        metadata={"help": "JSON or JSONL files, or Hub ids (`owner/name` or `owner/name:config`), of conversations."}
+        metadata={"help": "Conversations: JSON or JSONL files, or Hub ids (`owner/name` or `owner/name:config`)."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the datasets from the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of datasets from the Hub."})
     target_name: str | None = field(default=None, metadata={"help": "Name of the target to write into the head."})
     limits: list[int] = field(
-        default_factory=list, metadata={"help": "Most conversations taken from each dataset; 0 for all."}
+        default_factory=list, metadata={"help": "Maximum conversations from each dataset; 0 for all."}
     )
     head: str | None = field(
         default=None,
         metadata={
-            "help": "Head to go on from, in any published format; it keeps its draft vocabulary, layers and norms. "
-            "Without it a fresh one. A checkpoint in `output_dir` wins over it."
+            "help": "Head to start from, in any published format; it keeps its draft vocabulary, layers and norms. "
+            "By default a new head. A checkpoint in `output_dir` takes precedence."
         },
     )
-    draft_vocab_size: int = field(default=8192, metadata={"help": "Tokens a fresh head can propose; 0 for all."})
-    max_length: int = field(default=512, metadata={"help": "Longest text in tokens; longer ones are cut."})
+    draft_vocab_size: int = field(default=8192, metadata={"help": "Draft vocabulary of a new head; 0 for all tokens."})
+    max_length: int = field(default=512, metadata={"help": "Maximum sequence length in tokens; longer ones are cut."})
     eval_share: float = field(
         default=0.03,
-        metadata={"help": "Share of all prompts never trained on: the same ones, whatever is added to `datasets`."},
+        metadata={"help": "Share of prompts that are held out. Adding datasets does not change which ones."},
     )
     eval_conversations: int = field(
-        default=100, metadata={"help": "Most held-out texts of the first dataset to evaluate; 0 trains on all."}
+        default=100, metadata={"help": "Maximum held-out sequences of the first dataset to evaluate; 0: train on all."}
     )
     feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Keep the target's features there and read them in every epoch."}
+        default=None, metadata={"help": "Cache the target's features in this folder, and read them in every epoch."}
     )
     target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
     fc_norm: bool = field(
         default=True,
         metadata={
-            "help": "Normalise each feature layer of a fresh head (EAGLE-3.1): deep layers are often 20 times larger."
+            "help": "Normalise each feature layer of a new head (EAGLE-3.1): deep layers are often 20 times larger."
         },
     )
     intermediate_size: int | None = field(
-        default=None, metadata={"help": "Width of a fresh head's MLP; the target's own when left out."}
+        default=None, metadata={"help": "Width of a new head's MLP; by default the target's."}
     )
     default_tree: list[int] | None = field(
         default=None,
-        metadata={"help": "total_tokens, depth and top_k of the head's default tree; else its own, 8 4 2 if fresh."},
+        metadata={"help": "total_tokens, depth and top_k of the head's default tree; 8 4 2 for a new head."},
     )
     card: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "What a card must tell and no run can know: see docs/publish.md."},
+        metadata={"help": "Facts for the card that no run can know, see docs/publish.md."},
     )
 
 
 @dataclass
 class AdapterArguments:
-    """Adapters instead of the whole head, under the names that TRL's scripts use."""
+    """LoRA adapters instead of the whole head, named as in TRL's scripts."""
 
     use_peft: bool = field(
-        default=False, metadata={"help": "Train LoRA adapters on `head`; they are merged into what is written."}
+        default=False, metadata={"help": "Train LoRA adapters on `head` and merge them into the saved head."}
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their scale is lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Share of their inputs that is left out in training."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters in training."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["fc", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata={"help": "Layers of the head that get one."},
+        metadata={"help": "Layers of the head that get an adapter."},
     )
 
     def config(self) -> Any:
@@ -123,7 +122,7 @@ class AdapterArguments:
 
 
 def load_target(script: HeadScriptArguments) -> PreTrainedModel:
-    """The target, if it can read texts of `max_length` tokens."""
+    """Load the target, and check that `max_length` fits into its context."""
     target = AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)
     context = target.config.get_text_config().max_position_embeddings
     if script.max_length > context:
@@ -134,7 +133,7 @@ def load_target(script: HeadScriptArguments) -> PreTrainedModel:
 
 
 def read_examples(script: HeadScriptArguments, tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """The texts to train on, and those of the first dataset to evaluate."""
+    """The examples to train on, and those of the first dataset to evaluate."""
     train: list[Example] = []
     held_out: list[Example] = []
     for index, name in enumerate(script.datasets):
@@ -145,12 +144,12 @@ def read_examples(script: HeadScriptArguments, tokenizer: Any) -> tuple[list[Exa
         train += kept
         held_out = held_out if index else others[: script.eval_conversations]
         tokens = sum(int(example.predicted.sum()) for example in kept)
-        print(f"{name}: {len(kept)} texts with {tokens} assistant tokens to train on, {len(others)} held out")
+        print(f"{name}: {len(kept)} sequences with {tokens} assistant tokens to train on, {len(others)} held out")
     return train, held_out
 
 
 def first_questions(script: HeadScriptArguments) -> Iterator[str]:
-    """What the conversations ask first, held-out ones too."""
+    """The first user turn of every conversation, held-out ones included."""
     for index, name in enumerate(script.datasets):
         limit = script.limits[index] if index < len(script.limits) else 0
         for conversation in islice(load_conversations(name, script.dataset_split), limit or None):
@@ -160,11 +159,11 @@ def first_questions(script: HeadScriptArguments) -> Iterator[str]:
 def make_head(
     script: HeadScriptArguments, start: str | None, target: PreTrainedModel, tokenizer: Any, texts: list[Example]
 ) -> DraftHead:
-    """The head in `start`, or a fresh one with a vocabulary counted from `texts`; in fp32."""
+    """The head in `start`, or a new one with a vocabulary counted from `texts`; in float32."""
     if start is not None:
         head = DraftHead.from_pretrained(start, target=target, dtype=torch.float32)
         vocabulary = vocabulary_of(head, texts)
-        print(f"going on from {start}")
+        print(f"starting from {start}")
     else:
         everything = target.config.get_text_config().vocab_size
         size = script.draft_vocab_size or everything
@@ -183,7 +182,7 @@ def make_head(
 
 
 def training_facts(trainer: DraftHeadTrainer, texts: int, seconds: float | None) -> dict[str, Any]:
-    """What the run took, over all the times it was resumed."""
+    """Size and duration of the run, over all resumptions."""
     facts = {"steps": trainer.state.global_step, "texts": texts, "epochs": round(trainer.state.epoch or 0.0, 3)}
     if seconds is not None:
         facts["minutes"] = round(seconds / 60, 1)
@@ -194,8 +193,8 @@ def training_facts(trainer: DraftHeadTrainer, texts: int, seconds: float | None)
 def metrics_of(
     head: DraftHead, evaluation: dict[str, Any], tau_texts: int, train: list[Example], held_out: int
 ) -> dict[str, Any]:
-    """What `metrics.json` holds of a head: how good it is."""
-    tree = str(replace(head.default_shape, lookup=0))  # what `simulated_tau` drafts
+    """The quality of a head, for `metrics.json`."""
+    tree = str(replace(head.default_shape, lookup=0))  # the tree of `simulated_tau`
     return {
         **head_metrics(evaluation, tree, held_out, tau_texts),
         "draft_vocab_size": head.config.draft_rows,
@@ -210,7 +209,7 @@ def datasets_of(
     train: list[Example],
     held_out: list[Example],
 ) -> tuple[Any, Any]:
-    """To train on and to evaluate; `None` for the latter where nothing is held out."""
+    """Datasets for training and evaluation; the latter is `None` if nothing is held out."""
     if script.feature_cache_dir is None:
         return ExampleDataset(train), ExampleDataset(held_out) if held_out else None
     frozen = FrozenTarget(target, list(head.config.feature_layers or []))
@@ -219,12 +218,11 @@ def datasets_of(
 
 
 def main() -> None:
-    parser = TrlParser((HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig))  # type: ignore[no-untyped-call]
-    script, adapters, args = parser.parse_args_and_config()
+    script, adapters, args = parse(HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig)
     recipe = recipe_of(sys.argv, {**asdict(script), **asdict(adapters)}, is_pushed=args.push_to_hub)
     if adapters.use_peft and script.head is None:
         raise ValueError(
-            "`use_peft` is set, but adapters need a head that drafts already. Pass `head`, or train whole."
+            "`use_peft` is set, but adapters need a head to start from. Pass `head`, or leave `use_peft` out."
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
@@ -232,7 +230,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     target = load_target(script)
     train, held_out = read_examples(script, tokenizer)
-    # A checkpoint of adapters holds nothing else.
+    # A checkpoint of adapters does not contain the head.
     start = script.head if adapters.use_peft else checkpoint or script.head
     head = make_head(script, start, target, tokenizer, train)
     earlier = script.head and training_prompts_of(script.head)
@@ -243,7 +241,8 @@ def main() -> None:
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {newest_checkpoint(Path(args.output_dir)) or 'the beginning'}")
+        resumed = newest_checkpoint(Path(args.output_dir)) or "the beginning"
+        print(f"Stopped. Run the same command to resume from {resumed}.")
         sys.exit(130)
     evaluation = trainer.evaluate() if held_out else {}
     if not trainer.is_world_process_zero():

@@ -1,12 +1,12 @@
-"""Train a policy for a target and its head, on prompts of your domain.
+"""Train a Re-SpS policy for a target and its head, on prompts of your domain.
 
     python training/train_policy.py --config training/recipes/policy_smollm2_135m_instruct.yaml --dataset my.jsonl
 
-Without `live`, the target answers the prompts once, every answer is recorded with what any tree would have emitted at
-each of its positions, and the costs are measured on this machine: training itself needs no clock. With `live`, the
-policy learns by decoding. A run that was killed goes on with the same command.
+The target answers the prompts once, and for every position it is recorded what each tree shape would have emitted.
+Costs are measured on this machine. The policy then learns without decoding. With `live`, it learns by decoding. If the
+run is interrupted, the same command resumes it.
 
-Ends with `OUTPUT_DIR/policy`, a folder for `AutoPolicy.from_pretrained`, and its gain on held-out prompts.
+The result is `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. Its gain on held-out prompts is printed.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import parse
 from policy_prompts import PromptArguments, Prompts, name_of
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import TrlParser
 
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.protocol import sampling
@@ -54,34 +54,34 @@ from transformers_resps.trainers.weights import parameter_fingerprint
 
 @dataclass
 class PolicyScriptArguments(PromptArguments):
-    """What is trained on what."""
+    """How the policy learns and what it chooses from."""
 
-    live: bool = field(default=False, metadata={"help": "Learn by decoding, with the clock inside; ppo only."})
+    live: bool = field(default=False, metadata={"help": "Learn by decoding; ppo objectives only."})
     grid: str = field(
         default="small", metadata={"help": "small: plain and up to 16 nodes. paper: the 177 shapes of Re-SpS."}
     )
     drop_hopeless: bool = field(
-        default=True, metadata={"help": "Leave out shapes that cost more than all their levels could bring here."}
+        default=True, metadata={"help": "Leave out shapes that could not pay here even if all drafts were accepted."}
     )
     preset: str = field(
         default="repaired",
         metadata={"help": "repaired: normalised features, likeliest action. paper: raw features, drawn at 1.5."},
     )
-    persistence_in_use: int = field(default=30, metadata={"help": "Steps a decision is held in use; Re-SpS: 30."})
+    persistence_in_use: int = field(default=30, metadata={"help": "Steps that a decision is kept in use; Re-SpS: 30."})
     reward_includes_drafting: bool = field(
-        default=True, metadata={"help": "Count drafting as part of a step's time; the code of Re-SpS does not."}
+        default=True, metadata={"help": "Count drafting as part of a step's time; Re-SpS does not."}
     )
 
     def __post_init__(self) -> None:
         for name, allowed in (("grid", ("small", "paper")), ("preset", ("repaired", "paper"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, but it must be {' or '.join(allowed)}. See --help."
+                    f"`{name}` is {getattr(self, name)!r}, but must be {' or '.join(allowed)}. See --help."
                 )
 
 
 def digest(value: Any) -> str:
-    """Of JSON values."""
+    """SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -91,7 +91,7 @@ def generation_settings(script: PolicyScriptArguments) -> dict[str, Any]:
 
 @dataclass
 class Recorder:
-    """Answers prompts, records the answers, and keeps both in a folder."""
+    """Lets the target answer prompts, and records the draft pools of the answers in a folder."""
 
     target: PreTrainedModel
     head: DraftHead
@@ -100,9 +100,9 @@ class Recorder:
     args: PolicyTrainingConfig
 
     def record(self, prompts: list[Tensor]) -> list[ReplayText]:
-        """The recordings of all prompts with an answer of at least two tokens; those on disk are not made again.
+        """Recordings of all prompts with an answer of at least two tokens; existing ones are reused.
 
-        Each of several processes records its share, and then reads what all have recorded.
+        Each process records its share, then reads the recordings of all.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         share = prompts[self.args.process_index :: self.args.world_size]
@@ -130,12 +130,12 @@ class Recorder:
 
     @cached_property
     def _made_with(self) -> str:
-        """Changes with everything that changes a recording; not with the target's path, behind which it may change."""
+        """Changes with everything that changes a recording: the target's weights, not its path."""
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), generation_settings(self.script)]
         return digest([FORMAT, *answered, head_fingerprint(self.head), self.grid.to_list()])[:8]
 
     def _answer(self, prompt: Tensor) -> ReplayText | None:
-        torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on which were made before
+        torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on earlier ones
         model: Any = self.target
         inputs = prompt[None].to(model.device)
         settings = generation_settings(self.script)
@@ -152,12 +152,12 @@ class Recorder:
 def measure_costs(
     target: PreTrainedModel, head: DraftHead, script: PolicyScriptArguments, args: PolicyTrainingConfig
 ) -> StepSeconds:
-    """Seconds of a step on this machine; those of a run that is resumed are those it began with.
+    """Seconds of a step on this machine; a resumed run keeps the costs that it started with.
 
-    Of several processes one measures, while the others wait: two would slow each other, and learn different costs.
+    One process measures while the others wait: together they would slow each other and learn different costs.
 
     Raises:
-        ValueError: the run began on another machine, or with another target or head.
+        ValueError: the run started on another machine, or with another target or head.
     """
     file = Path(args.output_dir) / "costs.json"
     with args.main_process_first(desc="measuring what steps cost"):
@@ -183,19 +183,19 @@ def paying_shapes(grid: ActionGrid, seconds: Callable[[TreeShape], float]) -> Ac
     """The shapes of `grid` that could pay here.
 
     Raises:
-        ValueError: none could, so there is nothing to learn.
+        ValueError: there is none, so nothing to learn.
     """
     kept = grid.affordable(seconds)
     if len(kept.shapes) == 1:
         raise ValueError(
-            f"None of the {len(grid.shapes)} shapes could pay on this machine with all drafts accepted, but "
-            "a policy needs two to choose from. Decode with `policy='auto'`, or pass `drop_hopeless: false`."
+            f"None of the {len(grid.shapes)} shapes could pay on this machine, even with all drafts accepted. Decode "
+            "with `policy='auto'`, or pass `drop_hopeless: false`."
         )
     return kept
 
 
 def facts_of(prompts: Prompts, recorder: Recorder, seconds: StepSeconds) -> dict[str, str]:
-    """What a run learns from -> a hash: checkpoints of other shapes do not fit, or fit by chance."""
+    """Hashes of what a run learns from: a checkpoint is resumed only with the same."""
     shapes, longest = recorder.grid, recorder.script.max_prompt_tokens
     return {
         "target": parameter_fingerprint(recorder.target),
@@ -210,13 +210,12 @@ def main() -> None:
     try:
         run()
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here")
+        print("Stopped. Run the same command to resume.")
         sys.exit(130)
 
 
 def run() -> None:
-    parser = TrlParser((PolicyScriptArguments, PolicyTrainingConfig))  # type: ignore[no-untyped-call]
-    script, args = parser.parse_args_and_config()
+    script, args = parse(PolicyScriptArguments, PolicyTrainingConfig)
     recipe = recipe_of(sys.argv, asdict(script), is_pushed=args.push_to_hub)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     target = load_target(script.target, script.target_dtype, str(args.device), packed=script.pack)
@@ -248,7 +247,7 @@ def run() -> None:
 def train(
     policy: ReSpSPolicy, recorder: Recorder, prompts: Prompts, seconds: StepSeconds
 ) -> tuple[PolicyTrainer, dict[str, float]]:
-    """The trainer when it is done, and how the policy does on prompts that chose nothing."""
+    """The trainer after training, and the policy's metrics on the test prompts."""
     script, args, grid = recorder.script, recorder.args, recorder.grid
 
     def replayed(some: list[Tensor]) -> ReplayRollouts:
@@ -264,7 +263,7 @@ def train(
         rollouts = replayed(prompts.train)
     trainer = PolicyTrainer(policy, args, rollouts, replayed(prompts.watched))
     trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
-    trainer.eval_rollouts = replayed(prompts.tested)  # the best checkpoint may have been chosen by the watched ones
+    trainer.eval_rollouts = replayed(prompts.tested)  # the watched ones may have chosen the checkpoint
     return trainer, trainer.evaluate(metric_key_prefix="test")
 
 

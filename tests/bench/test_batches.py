@@ -44,5 +44,5 @@ def test_rates_are_total_tokens_over_total_seconds() -> None:
 def test_sizes_that_no_group_fills_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     given = Experiment(None, None, [torch.arange(3)] * 2)
     monkeypatch.setattr(Experiment, "load", lambda args: given)
-    with pytest.raises(ValueError, match=r"batch sizes \[4\] and 2 prompts.*a larger `--limit`"):
+    with pytest.raises(ValueError, match=r"batch sizes \[4\] are above the number of prompts, 2.*a larger `--limit`"):
         main(["target", "head", "--dataset", "prompts.jsonl", "--batch-sizes", "4"])

@@ -41,7 +41,7 @@ def test_a_line_that_a_kill_cut_off_is_measured_again(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     Journal.open(tmp_path, SETTINGS)
-    with pytest.raises(ValueError, match=r"begun with temperatures \[0.0\] \(now \[1.0\]\)\. .*--output"):
+    with pytest.raises(ValueError, match=r"other settings: temperatures \[0.0\] \(now \[1.0\]\)\. .*--output"):
         Journal.open(tmp_path, {**SETTINGS, "temperatures": [1.0]})
 
 

@@ -7,12 +7,12 @@ measured; 130 after Ctrl-C. The same command goes on where it was stopped.
 import argparse
 import sys
 from dataclasses import asdict
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from ..extras import check_extra
 from .methods import fixed_tree
 from .noise import check_load
 from .options import add_options
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: something is missing, does not fit, or would make the figures worthless.
     """
-    check_extra()
+    check_extra("bench")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     check_installed(args.peers)
@@ -65,20 +65,6 @@ def run(args: argparse.Namespace) -> int:
     if args.profile:
         return print_profile(args, subjects)
     return measure(args, subjects, load_before)
-
-
-def check_extra() -> None:
-    """Refuse before any work what would fail at its end.
-
-    Raises:
-        ValueError: names the packages that are missing.
-    """
-    missing = [name for name in ("rich", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"{' and '.join(missing)} cannot be found, but the benchmark draws its progress and plots with it. "
-            "Install transformers-resps[bench]."
-        )
 
 
 def measure(args: argparse.Namespace, subjects: Subjects, load_before: float | None) -> int:

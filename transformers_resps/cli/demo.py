@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from ..demo.options import HEAD, add_options
+from ..extras import check_extra
 
 
 def add_command(commands: Any) -> None:
@@ -21,13 +22,10 @@ def demo(args: argparse.Namespace) -> int:
     """
     if args.head == str(HEAD) and not HEAD.is_dir():
         raise ValueError(
-            f"There is no folder {HEAD}: the demo's head lies in a checkout, and this package was installed without "
-            "one, but a head for SmolLM2-135M-Instruct is needed. Run `make demo` in a clone, or pass `--head`."
+            f"The demo's head is part of a clone of the repository, and {HEAD} does not exist. Run `make demo` in a "
+            "clone, or pass `--head` with a head for SmolLM2-135M-Instruct."
         )
-    try:
-        from ..demo.__main__ import run
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{error.name} cannot be found, but the demo needs it. Install transformers-resps[demo]."
-        ) from error
+    check_extra("demo")
+    from ..demo.__main__ import run  # needs the extra
+
     return run(args)

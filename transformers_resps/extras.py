@@ -1,0 +1,50 @@
+"""The packages that a command needs beside the base install, as `pyproject.toml` lists them under its extra."""
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+
+_DISTRIBUTION = "transformers-resps"
+
+
+def check_extra(extra: str) -> None:
+    """Refuse to start what would fail in the middle.
+
+    Args:
+        extra: its name in `pyproject.toml`.
+
+    Raises:
+        ValueError: names the packages that are missing or too old, and the extra that installs them.
+    """
+    wrong = sorted(str(needed) for needed in _packages_of(extra) if not _is_met(needed))
+    if wrong:
+        raise ValueError(
+            f"This command needs {', '.join(wrong)}. Run `pip install '{_DISTRIBUTION}[{extra}]'`, or "
+            f"`pip install -e '.[{extra}]'` in a clone."
+        )
+
+
+def _packages_of(extra: str) -> Iterator[Requirement]:
+    """The requirements that `extra` adds, and those of the extras that it names; none where nothing is installed."""
+    try:
+        listed = requires(_DISTRIBUTION) or []
+    except PackageNotFoundError:  # run from a checkout's folder: what is missing shows when it is imported
+        return
+    for needed in map(Requirement, listed):
+        marker, needed.marker = needed.marker, None
+        if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": extra}):
+            continue  # a base dependency, or another extra's
+        if needed.name == _DISTRIBUTION:
+            for other in needed.extras:
+                yield from _packages_of(other)
+        else:
+            yield needed
+
+
+def _is_met(needed: Requirement) -> bool:
+    try:
+        return needed.specifier.contains(version(needed.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
