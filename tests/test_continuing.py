@@ -242,7 +242,7 @@ def test_a_cache_that_does_not_fit_the_text_is_refused(
     first = answer(target, head, tokens(6))
     assert first[CACHE_KEYWORD].get_seq_length() == 14
     options = {"attention_mask": torch.ones(1, mask_length, dtype=torch.long)}
-    with pytest.raises(ValueError, match="Got a cache of 14 positions for a text.*Pass the whole conversation"):
+    with pytest.raises(ValueError, match="Got a cache of 14 positions, a text.*Pass the whole conversation"):
         answer(target, head, tokens(length), first[CACHE_KEYWORD], **options)
 
 

@@ -167,7 +167,7 @@ def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, 
         diagnose(target, head, [answers[0], Answer(answers[0].tokens[:10], 8)])
     with torch.no_grad():
         head.lm_head.weight.zero_()
-    assert "No reading makes this head agree" in diagnose(target, head, answers).verdict
+    assert "No settings make this head agree" in diagnose(target, head, answers).verdict
 
 
 def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_the_mode(

@@ -152,5 +152,5 @@ def test_layers_without_weights_work_as_before_and_what_is_no_module_is_refused(
     layer = pack(nn.Linear(0, 4))
     with torch.no_grad():
         assert torch.equal(layer(torch.empty(2, 0)), layer.bias.expand(2, 4))
-    with pytest.raises(ValueError, match="Got None, but `pack` changes the layers of a module"):
+    with pytest.raises(ValueError, match="`pack` needs a model, a head or another `nn.Module`, got None"):
         pack(None)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +67,5 @@ def test_python_blocks_of_the_pages_use_public_names_only(page: str) -> None:
 
 def test_the_map_for_contributors_names_every_module() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert not [name for name in MAY_IMPORT if name != "__init__" and f"| `{name}" not in page]
-
-
-def test_the_first_page_stays_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+    listed = set(re.findall(r"`(\w+)/?`", page))
+    assert not [name for name in MAY_IMPORT if name != "__init__" and name not in listed]

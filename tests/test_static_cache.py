@@ -182,7 +182,7 @@ def test_a_target_that_the_caller_compiled_needs_a_static_cache(
     expected = target.generate(PROMPT, max_new_tokens=8, do_sample=False)
     monkeypatch.setattr(target, "forward", torch.compile(target.forward, backend=backend))
     policy = FixedPolicy(TreeShape(2, 1, 1))
-    with pytest.raises(ValueError, match="a compiled target with a cache that grows.*cache_implementation='static'"):
+    with pytest.raises(ValueError, match="a compiled target with a dynamic cache.*cache_implementation='static'"):
         speculate(target, head, policy)
     out = speculate(target, head, policy, **STATIC, max_new_tokens=8)
     assert out.sequences.tolist() == expected.tolist()
@@ -198,5 +198,5 @@ def test_a_head_that_reads_behind_the_last_layer_is_refused_where_forwards_are_c
 
 
 def test_rows_of_a_static_cache_do_not_advance_apart(target: PreTrainedModel, head: DraftHead) -> None:
-    with pytest.raises(ValueError, match="lockstep=False with a static cache"):
+    with pytest.raises(ValueError, match="lockstep=False` does not work with a static cache"):
         target.generate(PROMPT.repeat(2, 1), assistant_model=head, lockstep=False, max_new_tokens=4, **STATIC)

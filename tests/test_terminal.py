@@ -39,7 +39,7 @@ def test_every_step_is_a_line_with_its_shape_nodes_milliseconds_and_tokens() -> 
 
 def test_a_row_that_the_batch_does_not_have_is_refused() -> None:
     for row in (1, -2):
-        with pytest.raises(ValueError, match=f"Got row={row}, but the call decoded 1 rows.*Pass one"):
+        with pytest.raises(ValueError, match=f"Got row={row}, but the batch has 1 rows"):
             printed(two_steps(), row=row)
 
 
@@ -95,7 +95,7 @@ def test_a_missing_rich_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.delitem(sys.modules, "transformers_resps.terminal", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_rich)
-    with pytest.raises(ImportError, match=r"not installed\. Install transformers-resps\[inspect\], or read `steps`"):
+    with pytest.raises(ImportError, match=r"needs the package `rich`.*transformers-resps\[inspect\].*or read `steps`"):
         two_steps().show()
 
 

@@ -1,14 +1,13 @@
-r"""Let the target answer prompts: the text a draft head should be trained on.
+r"""Let the target answer prompts, to get the training data of a draft head.
 
     python training/generate_dataset.py --target work/smollm2 --prompts sharegpt.json --prompts gsm8k.jsonl \
         --output work/answers.jsonl --limit 4000 --temperatures 0 0 0.8
 
 Writes one conversation per line (`messages`, `temperature`, `finished`, `prompt_id`) and `OUTPUT.provenance.json`.
-Killed at any moment, the same command continues where it stopped; so does one with more prompts, but none that would
-answer them otherwise.
+If it is interrupted, the same command continues. So does a command with more prompts, but not one with other settings.
 
-Prompts of exactly the same length are decoded together: no padding means no mask, so every row keeps the fast
-attention path, and rows that end early are dropped from the batch.
+Prompts of the same length are decoded together. Without padding no mask is needed, so attention stays fast. Rows that
+have ended leave the batch.
 """
 
 import argparse
@@ -47,7 +46,7 @@ class Prompt:
 def read_prompts(
     paths: list[Path], tokenizer: Any, max_prompt_tokens: int, limit: int, seed: int, matching: str = ""
 ) -> list[Prompt]:
-    """The opening turns of every conversation, up to its first answer, whose last one matches; shuffled, then cut."""
+    """At most `limit` shuffled prompts: the turns of a conversation up to its first answer, if the last matches."""
     prompts: dict[str, Prompt] = {}
     opened: list[Conversation] = []
     for path in paths:
@@ -70,7 +69,7 @@ def read_prompts(
 
 
 def batches(prompts: list[Prompt], batch_size: int, seed: int) -> list[list[Prompt]]:
-    """Groups of equal prompt length, in random order: a run that stops early has still seen every length."""
+    """Groups of equal prompt length, in random order, so that a run that stops early has seen every length."""
     by_length: dict[int, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         by_length[len(prompt.token_ids)].append(prompt)
@@ -82,7 +81,7 @@ def batches(prompts: list[Prompt], batch_size: int, seed: int) -> list[list[Prom
 
 
 def finished_ids(output: Path) -> set[str]:
-    """Prompts already answered; a last line that was cut off by a kill is removed."""
+    """Prompts that are answered already. An incomplete last line is removed."""
     if not output.exists():
         return set()
     text = output.read_text(encoding="utf-8")
@@ -114,17 +113,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts", required=True, action="append", type=Path, help=".json or .jsonl; may be repeated"
     )
-    parser.add_argument("--output", required=True, type=Path, help="a .jsonl file; continued when it exists")
-    parser.add_argument("--limit", type=int, default=4000, help="most prompts to answer")
+    parser.add_argument("--output", required=True, type=Path, help="a .jsonl file; continued if it exists")
+    parser.add_argument("--limit", type=int, default=4000, help="maximum number of prompts")
+    parser.add_argument("--matching", default="", metavar="REGEX", help="use only prompts that match, ignoring case")
     parser.add_argument(
-        "--matching", default="", metavar="REGEX", help="answer only prompts in which this is found, in any case"
-    )
-    parser.add_argument(
-        "--temperatures", type=float, nargs="+", default=[0.0, 0.0, 0.8], help="taken in turn by batch"
+        "--temperatures", type=float, nargs="+", default=[0.0, 0.0, 0.8], help="used in turn, one for each batch"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--max-prompt-tokens", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=64, help="most prompts of one length decoded together")
+    parser.add_argument("--batch-size", type=int, default=64, help="maximum number of prompts decoded together")
     parser.add_argument("--dtype", default="auto", help="a torch dtype name, or auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -132,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_provenance(args: argparse.Namespace) -> None:
-    """Refuse to continue a file whose answers were made otherwise."""
+    """Refuse to continue a file that was made with other settings."""
     file = provenance_of(args.output)
     if not (args.output.exists() and file.exists()):
         return
@@ -141,8 +138,8 @@ def check_provenance(args: argparse.Namespace) -> None:
     if names:
         made, asked = (", ".join(f"{name} {of[name]}" for name in names) for of in (before, vars(args)))
         raise ValueError(
-            f"{args.output} was begun with {made}, and now {asked} is asked for, but all answers of a file must be "
-            "made alike. Pass what it was begun with, or another `--output`."
+            f"{args.output} was made with {made}, but this command has {asked}. Pass the same settings, or another "
+            "`--output`."
         )
 
 
@@ -161,11 +158,11 @@ def write_provenance(args: argparse.Namespace, prompts: list[Prompt]) -> None:
 
 
 def check_context(model: Any, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse texts that may grow longer than what the target can read."""
+    """Refuse lengths that do not fit into the target's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and max_prompt_tokens + max_new_tokens > context:
         raise ValueError(
-            f"`--max-prompt-tokens {max_prompt_tokens}` and `--max-new-tokens {max_new_tokens}` make texts of up to "
+            f"`--max-prompt-tokens {max_prompt_tokens}` and `--max-new-tokens {max_new_tokens}` allow "
             f"{max_prompt_tokens + max_new_tokens} tokens, but the target reads at most {context}. Lower one of them."
         )
 
@@ -179,9 +176,9 @@ def main() -> None:
     prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed, args.matching)
     if not prompts:
         raise ValueError(
-            f"None of the conversations in {', '.join(map(str, args.prompts))} begins with a user turn of at most "
-            f"{args.max_prompt_tokens} tokens that matches {args.matching!r}, and only such can be answered. Pass "
-            "other prompts, raise `--max-prompt-tokens`, or change `--matching`."
+            f"No conversation in {', '.join(map(str, args.prompts))} begins with a user turn of at most "
+            f"{args.max_prompt_tokens} tokens that matches {args.matching!r}. Pass other prompts, raise "
+            "`--max-prompt-tokens`, or change `--matching`."
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_provenance(args, prompts)

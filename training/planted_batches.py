@@ -1,7 +1,7 @@
 r"""What policies make of batches where every step costs what a formula says: real texts, planted prices, no noise.
 
     python training/planted_batches.py work/smollm2 model_cards/smollm2-135m-instruct-head --pack --dtype bfloat16 \
-        --dataset ../shared/data/eval/gsm8k.jsonl --limit 16 --output work/planted
+        --dataset gsm8k.jsonl --limit 16 --output work/planted
 
 Batches that are timed on a shared machine differ by a tenth from run to run, and policies learn prices from such
 times. Here a clock goes on by the price of each forward and stands still otherwise, so that what is left is the

@@ -1,11 +1,11 @@
 """Check the folder of a head or a policy, and publish it.
 
-    python training/publish.py DIR --render                write its card from its files
-    python training/publish.py DIR REPO_ID --dry-run       check it, and say what would be uploaded
-    python training/publish.py DIR REPO_ID --private
+    python training/publish.py DIR --render                render its card
+    python training/publish.py DIR REPO_ID --dry-run       check it, and list what would be uploaded
+    python training/publish.py DIR REPO_ID --private       check and upload it
 
-Nothing is uploaded unless everything is there, measured with exactly these weights, and told by the card. All files go
-into one commit. Exit status: 0; 1 when something is wrong with the folder; 2 when the Hub refused.
+Nothing is uploaded unless the folder is complete, measured with these weights, and has a matching card. All files go
+into one commit. Exit status: 0; 1 if something is wrong with the folder; 2 if the Hub refused.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     if not args.render and args.repo_id is None:
-        parser.error("REPO_ID is missing: publishing needs to know where. To write the card alone, pass --render.")
+        parser.error("REPO_ID is missing. Pass it, or --render to write the card only.")
     try:
         return run(args)
     except ValueError as error:

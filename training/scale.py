@@ -1,9 +1,9 @@
 """How a step's cost grows: measured here on random Llamas, and counted for an H100.
 
     python training/scale.py --output docs/scale.json        # about four minutes on two cores
-    python training/scale.py --output docs/scale.json --show # prints the tables of docs/scale.md from the file
+    python training/scale.py --output docs/scale.json --show # prints the tables of docs/benchmarks.md from the file
 
-Measured: seconds of one forward over n nodes behind a context, for three sizes of model; one size at a time is varied
+Measured: seconds of one forward over n nodes after a context, for three sizes of model; one size at a time is varied
 in context, batch and vocabulary. Counted: bytes that must be read and operations that must be done, with the memory
 bandwidth and peak arithmetic of an H100 SXM (NVIDIA's data sheet: 3.35 TB/s; 989 TFLOP/s dense bf16).
 """
@@ -156,7 +156,7 @@ def facts(dtype: str) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """The tables of docs/scale.md."""
+    """The tables of docs/benchmarks.md."""
     rows = {(r["size"], r["packed"], r["nodes"], r["context"], r["batch"]): r["seconds"] for r in found["rows"]}
     print("| size | layers | " + " | ".join(f"{nodes}" for nodes in NODES) + " |")
     print("|---|---|" + "---:|" * len(NODES))

@@ -43,7 +43,7 @@ class Acceptance:
 
 
 class Text:
-    """The text being written, one committed position at a time. All its rows advance together.
+    """The sequences being written, one committed position at a time. All rows of a `Text` advance together.
 
     Args:
         input_ids: `[b, s]` the prompt.
@@ -54,8 +54,8 @@ class Text:
         streamer: gets each token as it is committed.
         keep_scores: keep the processed scores of each position.
         keep_logits: keep the raw logits of each position.
-        keep_padding: finished rows hold the others up, so that the cache has their padding as in plain decoding: for
-            callers who go on with it.
+        keep_padding: go on decoding the padding of finished rows, so that the cache holds it as in plain decoding: for
+            callers that reuse the cache.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Of the decoded rows, those whose tokens have to be drafted, `[b]` bool: finished rows only where they go on
-        for want of an end token, or where their padding is kept.
+        """Of the decoded rows, those whose tokens have to be drafted, `[b]` bool: finished rows only if there is no
+        end token, or if their padding is kept.
         """
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)

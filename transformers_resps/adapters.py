@@ -1,4 +1,4 @@
-"""Adapters around a model (PEFT). Knows no kind of them: a wrapper says itself what it holds."""
+"""Adapters around a model (PEFT)."""
 
 from typing import Any
 

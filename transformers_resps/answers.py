@@ -1,4 +1,4 @@
-"""Where answers end, and prompts of unequal lengths as one batch. Knows token ids: nothing of texts."""
+"""Where answers end, and prompts of unequal lengths as one batch."""
 
 from collections.abc import Container, Sequence
 from typing import Any, TypeVar

@@ -1,7 +1,4 @@
-"""What the target attends to when it verifies a tree: masks and positions.
-
-Knows the target's layer types; nothing of drafting or acceptance.
-"""
+"""What the target attends to when it verifies a tree: masks and positions."""
 
 import torch
 from torch import Tensor
@@ -57,7 +54,7 @@ def tree_attention_mask(
         prefix_mask: `[b, s]`, 0 where a row has no entry in a slot, or padding; `None` when there is no such slot.
         tree: the nodes to verify.
         dtype: the target's.
-        ends: `[b, 1]` the slot behind each row's last entry; `None` when all rows end with the cache.
+        ends: `[b, 1]` the slot after each row's last entry; `None` when all rows end with the cache.
 
     Returns:
         `[b, 1, n, visible past + n]`, or `[b, 1, n, slots]` for a static cache, of zeros and the dtype's minimum, or a
@@ -73,7 +70,7 @@ def tree_attention_mask(
 
 
 def _widened(mask: Tensor, cache: Cache) -> Tensor:
-    """A mask over all slots of a static cache: what stands behind the tree is nobody's."""
+    """A mask over all slots of a static cache; the slots after the tree are hidden."""
     slots = buffer_length(cache)
     missing = 0 if slots is None else slots - mask.shape[-1]
     return pad(mask, (0, missing), value=torch.finfo(mask.dtype).min) if missing else mask

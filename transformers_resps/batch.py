@@ -1,6 +1,6 @@
 """The texts of one call, and which rows are still decoded.
 
-Rows in lockstep share one `Text`, as plain decoding has it. Rows on their own have one each: every row is walked,
+Rows in lockstep share one `Text`, as in plain decoding. Rows of a ragged batch have one each: every row is walked,
 picked for and stopped like a single prompt, so a row that accepts much does not wait for the others.
 """
 
@@ -14,7 +14,7 @@ from .greedy_walk import as_tensor, walk_greedily
 from .tree import DraftTree
 
 
-_PATIENCE = 4.0  # tokens: who lags so far behind another row may be as lucky yet, and counts e times as much
+_PATIENCE = 4.0  # tokens: a row that lags so far counts e times as much
 
 
 class Batch:
@@ -61,7 +61,7 @@ class Batch:
 
     @property
     def urgency(self) -> list[float]:
-        """How many tokens one of each decoded row counts, 1.0 on average: all end with the row that lags behind.
+        """Weight of one token of each decoded row, 1.0 on average: the batch ends with its slowest row.
 
         The derivative of the rows' soft minimum; the same for all in lockstep.
         """
@@ -116,7 +116,7 @@ class Batch:
 
     @property
     def input_ids(self) -> Tensor:
-        """`[b, s]` prompts and answers, padded behind their ends."""
+        """`[b, s]` prompts and answers, padded after their ends."""
         if self.in_lockstep:
             return self._texts[0].input_ids
         longest = max(text.length for text in self._texts)

@@ -1,7 +1,4 @@
-"""Few sizes for a tree's forward: with a static cache trees are padded, so that a compiled target sees few shapes.
-
-Knows trees only.
-"""
+"""Few sizes for a tree's forward: with a static cache trees are padded, so that a compiled target sees few shapes."""
 
 from .tree import DraftTree
 
@@ -25,7 +22,7 @@ class Buckets:
         return tree.padded(self.rows(tree))
 
     def fitted(self, tree: DraftTree, filled: int) -> DraftTree:
-        """The first nodes, as many as fit with their padding behind `filled` slots; at least one slot must be left."""
+        """The first nodes, as many as fit with their padding after `filled` slots; at least one slot must be left."""
         if self.slots is None or self.rows(tree) <= self.slots - filled:
             return tree
         return tree.first(1 << (self.slots - filled).bit_length() - 1)

@@ -26,32 +26,32 @@ def check_cache(cache: Cache) -> None:
     """
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise ValueError(
-            f"The cache is a `{type(cache).__name__}`, but the accepted nodes of a tree are kept in a `Cache` of a "
-            "decoder. Pass `DynamicCache(config=model.config)`, or no cache."
+            f"Draft trees need a decoder's `Cache` with layers, got a `{type(cache).__name__}`. Pass "
+            "`DynamicCache(config=model.config)`, or no cache."
         )
     for layer in cache.layers:
         name = type(layer).__name__
         if name not in _TREE_LAYERS or not type(layer).__module__.startswith(_HOMES):
             raise ValueError(
                 f"The cache has a `{name}`, but only {', '.join(_TREE_LAYERS[:2])} can keep the accepted nodes of a "
-                "tree. Call `generate` without a cache and `cache_implementation`, or without a head or a policy."
+                "tree. Leave out the cache and `cache_implementation`, or the head and the policy."
             )
     if getattr(cache, "offloading", False):
         raise ValueError(
-            "The cache is offloaded, but accepted nodes are moved on the model's device. Call `generate` without "
-            "`cache_implementation='offloaded'`, or without a head or a policy."
+            "Draft trees cannot use an offloaded cache. Leave out `cache_implementation='offloaded'`, or the head and "
+            "the policy."
         )
 
 
 def stop_recording(cache: Cache) -> None:
-    """Let sliding layers forget again what has left their window: the caller may go on with the cache."""
+    """Let sliding layers forget again what has left their window: the caller may reuse the cache."""
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = False
 
 
 def drop_surplus(cache: Cache, length: int) -> None:
-    """Forget, in each layer, what stands behind the first `length` positions; a forward may have been cut short."""
+    """Forget, in each layer, all but the first `length` positions; a forward may have been interrupted."""
     layers: list[Any] = cache.layers
     for layer in layers:
         surplus = int(layer.get_seq_length()) - length if _states(layer) else 0
@@ -80,7 +80,7 @@ def forget_newest(cache: Cache, count: int) -> None:
 
 
 def _shorten(layer: Any, count: int) -> None:
-    if isinstance(layer, StaticLayer):  # what stands behind the end is overwritten; its `crop` is new in 5.24
+    if isinstance(layer, StaticLayer):  # what follows the end is overwritten; its `crop` is new in 5.24
         layer.cumulative_length.sub_(count)
     else:
         layer.crop(-count)

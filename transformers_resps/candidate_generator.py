@@ -1,7 +1,4 @@
-"""Grow the candidates of a step: the head drafts level by level, the policy says when it is enough.
-
-Owns the head's cache. Knows nothing of the target's cache, of acceptance or of text.
-"""
+"""Grow the candidates of a step: the head drafts level by level, the policy says when it is enough."""
 
 from dataclasses import dataclass
 
@@ -59,7 +56,7 @@ class TreeCandidateGenerator:
             tokens: `[b, t]` the token after each of them.
             counts: how many of them are each row's, the rest repeating its last; `None` for all.
 
-        They are read when a draft needs them or enough of them wait: plain steps cost the head next to nothing.
+        They are read when a draft needs them or enough of them wait, so plain steps cost the head almost nothing.
         """
         self._unread.append(_Pairs(features, tokens, counts or [tokens.shape[1]] * len(tokens)))
         self.newest_features = features[:, -1]
@@ -133,7 +130,7 @@ class TreeCandidateGenerator:
         return causal & seen[:, None, None] | torch.nn.functional.pad(own, (length - queries, 0))
 
     def _queries(self, count: int) -> int:
-        """Of `count` pairs read at once, those that look at others: the output of the newest is all we want."""
+        """Of `count` pairs read at once, those that need queries: only the output of the newest is used."""
         return 1 if self._head.head.config.num_hidden_layers == 1 else count
 
     def _run(self, frontier: Frontier, depth: int) -> Tensor:

@@ -1,7 +1,6 @@
-"""What steps cost on one machine, as a table that is believed only where it was measured.
+"""What steps cost on one machine, as a table that is used only where it was measured.
 
-A table and not a line, because costs are not even monotone: here in fp32 two nodes cost more than eight. Knows nothing
-of how it is measured.
+A table and not a line, because costs are not even monotone: on some CPUs two nodes cost more than eight in fp32.
 """
 
 import json
@@ -24,18 +23,18 @@ from .tree import TreeShape
 
 @dataclass(frozen=True)
 class CostTable:
-    """Medians in seconds, and where they hold.
+    """What the steps of decoding cost on one machine: medians in seconds. `calibrate` measures one.
 
     Attributes:
         verify: context positions -> nodes -> seconds of a target forward; one node is a plain step.
         draft: level width -> seconds of one head level; empty without a head.
-        identity: device, dtype, threads, versions, target, attention and head. A table is used nowhere else.
-        overhead: seconds of a step beside its forwards: the walk, the caches, the policy.
-        plain: context positions -> seconds of a forward of plain `generate`, which attends and keeps its cache in
-            Transformers' own way; empty in tables of earlier versions.
+        identity: device, dtype, threads, versions, target, attention and head that the table is valid for.
+        overhead: seconds of a step outside its forwards: acceptance, caches, policy.
+        plain: context positions -> seconds of a forward of plain `generate`, with the attention and cache of
+            Transformers; empty in tables of earlier versions.
 
     Raises:
-        ValueError: there is no forward, a size is below 1, or a cost is not a time.
+        ValueError: no forward is in the table, a size is below 1, or a cost is no positive number of seconds.
     """
 
     verify: dict[int, dict[int, float]]
@@ -51,8 +50,8 @@ class CostTable:
         are_rows = _is_row(self.draft) and _is_row(self.plain)
         if not is_measured or not are_rows or not has_overhead or not isinstance(self.identity, dict):
             raise ValueError(
-                "A cost table holds costs of zero seconds, impossible ones or none at all, or sizes below 1, but "
-                "every measured forward takes time. Measure with `calibrate(model, head, refresh=True)`."
+                "The cost table is empty, or holds sizes below 1 or costs that are no positive numbers of seconds. "
+                "Measure again with `calibrate(model, head, refresh=True)`."
             )
 
     def verify_seconds(self, nodes: int, context: int) -> float:
@@ -60,7 +59,7 @@ class CostTable:
         return _interpolate({length: _interpolate(row, nodes) for length, row in self.verify.items()}, context)
 
     def plain_seconds(self, context: int) -> float:
-        """Seconds of a forward of plain `generate`: never a plain step of ours, unless nothing else was measured."""
+        """Seconds of a forward of plain `generate`; of our own plain step if nothing else was measured."""
         return _interpolate(self.plain, context) if self.plain else self.verify_seconds(1, context)
 
     def draft_seconds(self, width: int, levels: int) -> float:
@@ -68,12 +67,12 @@ class CostTable:
         return levels * _interpolate(self.draft, width) if self.draft else 0.0
 
     def step_seconds(self, shape: TreeShape, context: int) -> float:
-        """Seconds of a whole step: drafting, the target's forward over all nodes, and what surrounds both."""
+        """Seconds of a whole step: drafting, the target's forward over all nodes, and the overhead."""
         verify = self.verify_seconds(shape.total_tokens + shape.lookup, context)
         return self.draft_seconds(shape.top_k, shape.depth) + verify + self.overhead
 
     def running(self, context: int) -> RunningCosts:
-        """What a `ThroughputPolicy` should expect at `context` positions, to be corrected while it decodes."""
+        """Starting costs for a `ThroughputPolicy` at `context` positions; it corrects them while it decodes."""
         costs = RunningCosts()
         nodes = min(self.verify.values(), key=len)
         verify = {count: self.verify_seconds(count, context) for count in nodes}
@@ -81,10 +80,10 @@ class CostTable:
         return costs
 
     def check_here(self, target: PreTrainedModel, head: DraftHead | None) -> None:
-        """Refuse to speak for another machine, dtype, target or head.
+        """Check that the table was measured on this machine, with this target and head.
 
         Raises:
-            ValueError: names every fact that differs, there and here.
+            ValueError: it was not; the message names every difference.
         """
         here = identity_of(target, head)
         odd = [
@@ -94,12 +93,12 @@ class CostTable:
         ]
         if odd:
             raise ValueError(
-                f"This cost table was measured with {', '.join(odd)}. Costs hold only where they were measured: "
-                "run `calibrate(model, head)` here, it takes less than a minute."
+                f"This cost table was measured with {', '.join(odd)}. Run `calibrate(model, head)` here, which takes "
+                "less than a minute."
             )
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON; a table that is there is replaced in one go."""
+        """Write the table as JSON; an existing file is replaced atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(".tmp")
@@ -111,14 +110,13 @@ class CostTable:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: there is no file, it is no cost table, or it holds a cost that is not above zero.
+            ValueError: the file cannot be read, is no cost table, or holds a cost that is not above zero.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, TypeError) as error:
             raise ValueError(
-                f"{path} cannot be read ({error}), but a cost table is a file that `CostTable.save` wrote. Check the "
-                "path, or run `calibrate(model, head)`."
+                f"The cost table {path} cannot be read ({error}). Check the path, or run `calibrate(model, head)`."
             ) from error
         except UnicodeDecodeError as error:  # which holds the whole file
             raise ValueError(_no_table(path, error.reason)) from error

@@ -1,6 +1,6 @@
 """The step loop: draft, verify, walk, keep; until the text is finished.
 
-One `TreeDecoding` lives for one call of `generate`. Knows nothing of how it was asked for.
+One `TreeDecoding` lives for one call of `generate`.
 """
 
 import time
@@ -39,7 +39,7 @@ class TreeDecoding:
         batch: starts as the prompts and gains the answers.
         cache: the target's, empty or with the first positions of the prompt.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
-        position_ids: `[b or 1, s]` of the prompt; s counts what the cache holds, also if the batch starts behind it.
+        position_ids: `[b or 1, s]` of the prompt; s counts what the cache holds, even if the batch starts after it.
         forward: the target's, with the features that the head reads; open.
         max_length: positions a text may reach.
         clock: seconds; tests pass a fake one.
@@ -69,7 +69,7 @@ class TreeDecoding:
         self._past = past = cached_length(cache)
         self._forward, self._buckets = forward, forward.buckets
         self._draft_rows = 0 if head is None else head.head.config.draft_rows
-        # The features of cached positions are gone: the head's own text starts behind them.
+        # The features of cached positions are gone: the head's own text starts after them.
         unread = None if attention_mask is None else attention_mask[:, past:]
         self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, unread)
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
@@ -116,7 +116,7 @@ class TreeDecoding:
         self._record(TreeShape.plain(), 0, tree, acceptance, started, (self._prompt_seconds, verified - started))
 
     def _read_prompt(self, features: list[Features]) -> None:
-        """Whatever drafts reads the prompt, before any step: what that takes is the price of drafting at all."""
+        """Head and lookup read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
         started = self._clock()
         if getattr(self.policy, "looks_up", True):
             self._matches()
@@ -128,7 +128,7 @@ class TreeDecoding:
         self._prompt_seconds = self._clock() - started
 
     def step(self) -> None:
-        """One target forward and all that surrounds it."""
+        """One target forward and the work around it."""
         started = self._clock()
         observation = self._observe()
         shape = choose_shape(self.policy, observation, self._draft_rows)
@@ -148,7 +148,7 @@ class TreeDecoding:
         self.policy.observe(record)
 
     def close(self) -> None:
-        """Leave in the cache what was kept and nothing else, also where a step was cut short: the caller may go on."""
+        """Leave only what was kept in the cache, even if a step was interrupted: the caller may reuse the cache."""
         drop_surplus(self.cache, self._prefix.length)
         settle(self.cache)
 
@@ -194,7 +194,7 @@ class TreeDecoding:
         return self._buckets.fitted(tree, self._prefix.length), drafted
 
     def _compile(self, tree: DraftTree) -> float:
-        """Seconds that a forward of this size takes once. They are no step's: a policy would never try it again."""
+        """Seconds of compiling a forward of this size. Charged to a step, no policy would try that size again."""
         if not self._forward.is_first(tree):
             return 0.0
         started = self._clock()
@@ -239,7 +239,7 @@ class TreeDecoding:
         self._generator.observe(states, acceptance.tokens, counts)
 
     def _drop_finished(self) -> None:
-        """Rows that have ended cost nothing from now on."""
+        """Stop decoding rows that have ended."""
         rows = self.batch.drop_finished()
         if rows is None:
             return

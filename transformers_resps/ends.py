@@ -12,7 +12,7 @@ class Ends:
     Attributes:
         token_ids: any of them, once picked.
         length: positions.
-        silent_length: positions up to which the criteria have nothing to say: Transformers warns of longer texts.
+        silent_length: positions up to which the criteria log nothing: Transformers warns of longer texts.
     """
 
     token_ids: frozenset[int]

@@ -66,7 +66,7 @@ class FeatureTap:
 
 
 class Features:
-    """What one forward left behind."""
+    """The hidden states of one forward."""
 
     def __init__(self, layers: list[int]) -> None:
         self.layers = layers
@@ -76,13 +76,13 @@ class Features:
         """`[b, t, F]`, shallow to deep.
 
         Raises:
-            ValueError: a layer left none.
+            ValueError: a layer gave none.
         """
         missing = [layer for layer in self.layers if layer not in self.caught]
         if missing:
             raise ValueError(
-                f"The head reads the hidden states {self.layers}, but the forward left none of {missing}: a layer "
-                "that was compiled alone does not notice who listens. Compile the whole target, with `compile_config`."
+                f"The head reads the hidden states {self.layers}, but the forward gave none of {missing}, because "
+                "layers are compiled one by one. Compile the whole target instead, with `compile_config`."
             )
         first = self.caught[self.layers[0]]
         return torch.cat([self.caught[layer].to(first.device) for layer in self.layers], dim=-1)
@@ -100,7 +100,7 @@ class _Catch:
             caught[self.index] = states
 
     def entering(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> None:
-        """Without `keywords` where another thread just removes this hook of its own; the states are not ours then."""
+        """`keywords` is missing while another thread removes its own hook; the states are not ours then."""
         if keywords is not None:
             self._keep(arguments[0] if arguments else keywords["hidden_states"])
 
@@ -119,6 +119,6 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(
-        f"{type(target).__name__} has no list of {count} decoder layers, but a head reads what passes between them. "
-        "Draft heads need a decoder with one `nn.ModuleList` of layers."
+        f"A draft head needs a decoder with one `nn.ModuleList` of {count} layers, but {type(target).__name__} has "
+        "none. Leave out the head."
     )

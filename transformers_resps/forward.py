@@ -1,7 +1,4 @@
-"""The target's forwards of one call, over prompts and over trees, with the features that a head reads.
-
-Knows nothing of what the tokens are.
-"""
+"""The target's forwards of one call, over prompts and over trees, with the features that a head reads."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -80,7 +77,7 @@ class CompiledForward(TargetForward):
     """Verifies with a compiled forward: one compilation for each size, none for a step.
 
     The features are outputs of the forward (`output_hidden_states` of Transformers): PyTorch does not notice that
-    hooks are added to a compiled module or removed from it, and cannot trace the context variable of ours. Prompts are
+    hooks are added to a compiled module or removed from it, and cannot trace our context variable. Prompts are
     not compiled, as in plain `generate`: each has another length.
 
     Args:
@@ -90,7 +87,7 @@ class CompiledForward(TargetForward):
         call: the target's forward, compiled; the target itself where the caller compiled it, prompts and all.
 
     Raises:
-        ValueError: the head reads what leaves the last layer, which is no output.
+        ValueError: the head reads the last layer's output, which a compiled forward does not give.
     """
 
     def __init__(self, target: PreTrainedModel, layers: list[int] | None, cache: Cache, call: Any) -> None:
@@ -99,8 +96,8 @@ class CompiledForward(TargetForward):
         last = target.config.get_text_config().num_hidden_layers
         if last in self._layers:
             raise ValueError(
-                f"The head reads hidden state {last}, which leaves the last layer, but a compiled forward gives it "
-                "only after the final norm. Leave out `compile_config`, or set `disable_compile=True`."
+                f"The head reads hidden state {last}, the last layer's output, which a compiled forward gives only "
+                "after the final norm. Leave out `compile_config`, or set `disable_compile=True`."
             )
         # Kept where the compiled code is: the next call of `generate` finds both.
         self._known: set[tuple[int | None, ...]] = vars(call).setdefault("_resps_known_sizes", set())

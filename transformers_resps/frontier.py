@@ -1,6 +1,6 @@
 """A pool grown level by level: which nodes get children, and what these see.
 
-Knows the head: nothing of its cache, of prefixes or policies. How a level goes through the head is the caller's.
+The caller runs a level through the head.
 """
 
 from collections.abc import Callable

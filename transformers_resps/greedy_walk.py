@@ -1,8 +1,8 @@
-"""The walk of greedy texts that nothing looks at while they grow: all rows at once, on plain numbers.
+"""The walk of greedy texts without processors, streamers or custom stopping criteria: all rows at once.
 
-Without processors, streamers and criteria of other kinds, plain decoding takes the largest logit until an end token or
-the length stops it. The picks, their order and the ends are those of `acceptance.walk`. What is saved are its calls
-for each token of each row: a batch of eight roots takes 0.5 ms instead of 1.4.
+Plain decoding then takes the largest logit until an end token or the length stops it. The picks, their order and the
+ends are those of `acceptance.walk`, without its calls for each token of each row: a batch of eight roots takes 0.5 ms
+instead of 1.4.
 """
 
 import torch

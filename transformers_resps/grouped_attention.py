@@ -1,13 +1,11 @@
-"""SDPA where heads share keys (grouped queries), on a processor: heads that share them are queries of one head.
+"""SDPA for grouped-query attention on a CPU: heads that share keys become queries of one head.
 
-Given a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
-own way to share them (`enable_gqa`) reads them once for each head. All sums are the same but for rounding. A lone
-token gains most, because PyTorch spends about as much on one query as on three: SmolLM2 in bfloat16 behind 800
-positions, one layer on Zen 4, 0.59 ms with `enable_gqa`, which is plain decoding's way, and 0.12 so; three nodes in
-each of eight rows behind 250 positions 0.70 with copies, 0.55 with `enable_gqa`, 0.36 so
-(`training/attention_speed.py`).
-
-Knows attention only: nothing of trees or caches.
+With a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
+`enable_gqa` reads them once for each head. The results are equal up to rounding. A lone token gains most, because
+PyTorch spends about as much on one query as on three. One layer of SmolLM2 in bfloat16 on Zen 4
+(`training/attention_speed.py`): a token after 800 positions takes 0.59 ms with `enable_gqa`, as in plain decoding, and
+0.12 ms here; three nodes in each of eight rows after 250 positions take 0.70 ms with copies, 0.55 ms with `enable_gqa`
+and 0.36 ms here.
 """
 
 from collections.abc import Iterator
@@ -36,7 +34,7 @@ def grouped_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' `sdpa`, and a shorter way to its result where it would copy keys.
+    """Transformers' `sdpa`, with a faster way to the same result where it would copy keys.
 
     Args:
         module: the layer.
@@ -93,9 +91,9 @@ def attend(
 
 @contextmanager
 def without_key_copies(target: PreTrainedModel) -> Iterator[None]:
-    """Inside, `target` attends by `grouped_attention` if it would by `sdpa` on a processor.
+    """Inside, `target` attends by `grouped_attention` if it would by `sdpa` on a CPU.
 
-    Calls in other threads see the name change under their feet, which is why both stand for the same, rounding apart.
+    Calls in other threads may see either name, so both give the same result, up to rounding.
     """
     config = target.config.get_text_config()
     if target.device.type != "cpu" or config._attn_implementation != STOCK:
@@ -107,5 +105,5 @@ def without_key_copies(target: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        if config._attn_implementation == GROUPED:  # nobody has chosen another one meanwhile
+        if config._attn_implementation == GROUPED:  # not if another one was chosen meanwhile
             config._attn_implementation = STOCK

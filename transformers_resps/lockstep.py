@@ -1,7 +1,7 @@
-"""Why the rows of a batch may have to advance together.
+"""When the rows of a batch must advance in lockstep.
 
-A row may go its own way only if nothing that the call runs can tell: plain decoding shows every processor and
-criterion all rows at once, at the same length. What is not known to treat each row by itself keeps them together.
+A batch may be ragged only if nothing in the call can notice: plain decoding shows every processor and criterion all
+rows at once, at the same length. What is not known to treat each row separately requires lockstep.
 """
 
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -10,7 +10,7 @@ from .attention import longrope_boundary
 
 
 # By exact type, of Transformers' own module: a score depends on the row's own scores and its own text, and no call
-# leaves anything behind. SynthID and classifier-free guidance keep a state, prefix constraints are told the row.
+# keeps a state. SynthID and classifier-free guidance keep a state, prefix constraints are told the row.
 _PROCESSORS_BY_ROW = frozenset(
     f"{name}{kind}"
     for kind, names in {
@@ -33,13 +33,13 @@ def coupling(
     stopping_criteria: StoppingCriteriaList,
     asked: dict[str, bool],
 ) -> str | None:
-    """What could tell whether the rows of this call are decoded together, or `None` when nothing can.
+    """What requires lockstep for the rows of this call, or `None` when nothing does.
 
     Args:
         target: the model.
         logits_processor: of the call.
         stopping_criteria: of the call.
-        asked: what the caller gets of all rows at once, by name; false where it is not asked for.
+        asked: name -> whether the caller asks for it; each is an output of all rows at once.
     """
     for processor in logits_processor:
         if not _is_stock(processor, _PROCESSORS_BY_ROW) or _ignores_prompts(processor):
@@ -62,19 +62,16 @@ def advance_together(lockstep: bool | None, do_sample: bool, reason: str | None)
     """Whether rows advance together.
 
     Args:
-        lockstep: what the caller asks for; when `None`, greedy rows advance apart and sampled rows together, since
-            plain sampling takes the random numbers of all rows at once.
+        lockstep: what the caller asks for; with `None`, a greedy batch is ragged and a sampled one in lockstep, since
+            plain sampling draws the random numbers of all rows at once.
         do_sample: whether tokens are drawn.
         reason: why they must, if they must.
 
     Raises:
-        ValueError: the caller asks for rows that advance apart, and they must not.
+        ValueError: the caller asks for a ragged batch where lockstep is required.
     """
     if lockstep is False and reason is not None:
-        raise ValueError(
-            f"Got lockstep=False with {reason}, but rows advance each on its own only where nothing can tell. Leave "
-            "out `lockstep`, or what keeps them together."
-        )
+        raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
     return reason is not None or (do_sample if lockstep is None else lockstep)
 
 

@@ -1,6 +1,6 @@
-"""Lookup drafts: what followed, the last time the text ended like this.
+"""Prompt lookup: draft the tokens that followed the last time the text ended like this.
 
-Knows lists of token ids only. The index grows with the text and is never rebuilt; a query costs microseconds.
+The index grows with the text and is never rebuilt; a query costs microseconds.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 LONGEST_KEY = 4  # tokens; longer matches are measured from the text itself
 LONGEST_MATCH = 16
 LONGEST_DRAFT = 16
-_CLASSES = (1, 2, 3, 4, 6, 9)  # least match length of each class of the track record
+_CLASSES = (1, 2, 3, 4, 6, 9)  # shortest match of each class of the track record
 _PRIOR = (0.15, 0.3, 0.45, 0.6, 0.75, 0.85)  # acceptance of a token in each class before anything is known
 _PRIOR_WEIGHT = 4.0
-_MEMORY = 0.98  # how much of the record an outcome leaves standing
+_MEMORY = 0.98  # weight of the record when an outcome is added
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class TrackRecord:
 
 
 class Lookup:
-    """Proposes continuations of one text and keeps the record of its proposals, taken up or not."""
+    """Proposes continuations of one text, and records how often they are right, used or not."""
 
     def __init__(self) -> None:
         self._index = SuffixIndex()
@@ -96,7 +96,7 @@ class Lookup:
         return len(self._index.tokens)
 
     def extend(self, tokens: list[int]) -> None:
-        """Append committed tokens, judging for each what would have been proposed there."""
+        """Append committed tokens, and record for each whether the proposal there was right."""
         if not self._index.tokens:  # the prompt was not written by the target: it is no evidence
             self._index.extend(tokens)
             return

@@ -1,4 +1,4 @@
-"""Which machine this is, by the names that measurements carry."""
+"""The names of this machine that measurements carry."""
 
 import platform
 from pathlib import Path
@@ -10,7 +10,7 @@ _DETAILS = ("model name", "cpu family", "model")  # of Linux; a name alone may s
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or that of the processor with its generation and vector units, as far as the system tells."""
+    """The GPU's name, or that of the CPU with its generation and vector units, as far as the system tells."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -19,7 +19,7 @@ def device_name(device: torch.device) -> str:
 
 
 def processor_name(information: Path) -> str:
-    """The processor in a file like `/proc/cpuinfo`; what Python knows of it where there is no such file."""
+    """The CPU in a file like `/proc/cpuinfo`; what Python knows of it where there is no such file."""
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     found: dict[str, str] = {}
     for line in lines:

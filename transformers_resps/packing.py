@@ -1,13 +1,11 @@
-"""Linear layers laid out for few rows: what a tree's forward and a head's level multiply by.
+"""Linear layers with prepacked weights, fast for few rows, as in a tree's forward or a head's level.
 
-On a processor `torch.nn.Linear` lays its weights out anew at every call. In float32, where its library is made for
-one row or for hundreds, the 2 to 64 rows of a tree then cost two to four times one row (measured on AVX2: SmolLM2's
-forward over 8 tokens 99 ms against 57 for one; packed 66 against 45). oneDNN keeps weights in its own blocked layout
+On a CPU `torch.nn.Linear` lays its weights out again at every call. In float32, whose library is made for one row or
+for hundreds, the 2 to 64 rows of a tree then cost two to four times one row (measured on AVX2: SmolLM2's forward
+takes 57 ms over one token and 99 ms over eight; packed 45 and 66 ms). oneDNN keeps weights in its own blocked layout
 instead, and a row's result hardly depends on how many are multiplied with it: on AVX2 never, on AVX-512 in some sizes
-(docs/lossless.md). In bfloat16, on processors that multiply it (AVX-512 and later), packed layers are quicker for any
-number of rows (SmolLM2's forward on Zen 4: over one token 34 ms against 41, over eight 35 against 51).
-
-Knows `nn.Linear` only: nothing of heads, targets or trees.
+(docs/lossless.md). In bfloat16, on CPUs that multiply it (AVX-512 and later), packed layers are faster for any number
+of rows (SmolLM2's forward on Zen 4: 41 ms over one token and 51 ms over eight; packed 34 and 35 ms).
 """
 
 from functools import cache
@@ -37,7 +35,7 @@ class _Packed:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer with a second, packed copy of its weight, used wherever no gradient is wanted.
+    """A linear layer with a second, packed copy of its weight, used where no gradient is computed.
 
     Parameters, names and what is saved stay those of `nn.Linear`.
     """
@@ -66,24 +64,24 @@ class PackedLinear(nn.Linear):
 
 
 def pack(module: Module) -> Module:
-    """Let the linear layers of `module` multiply few rows quickly. Same object, same parameters.
+    """Prepack the weights of a module's linear layers, so that they multiply few rows faster.
 
-    Plain decoding and trees both gain, on a processor in float32, or in bfloat16 where it has units for that;
-    elsewhere the layers work as before. It takes the size of their weights in memory once more. Results differ from
-    unpacked layers by rounding, if at all. Call it again after weights were written through `.data`, as PEFT's merge
-    does: nothing else tells that they have changed.
+    Speeds up plain decoding and trees, on a CPU in float32, and in bfloat16 if the CPU multiplies it; elsewhere the
+    layers work as before. The packed copies take as much memory as the weights. Results differ by rounding at most.
+    Call it again after weights were changed through `.data`, as PEFT's merge does: such a change cannot be noticed.
 
     Args:
-        module: a model, a head, or any other module. Layers that are not exactly `nn.Linear` are left alone.
+        module: a model, a head, or any other module; changed in place. Only layers that are exactly `nn.Linear` are
+            packed; parameters and their names stay.
 
     Returns:
         `module`, its linear layers now `PackedLinear`.
 
     Raises:
-        ValueError: it is no module.
+        ValueError: `module` is no `nn.Module`.
     """
     if not isinstance(module, nn.Module):
-        raise ValueError(f"Got {module!r:.80}, but `pack` changes the layers of a module. Pass a model or a head.")
+        raise ValueError(f"`pack` needs a model, a head or another `nn.Module`, got {module!r:.80}.")
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = PackedLinear
@@ -93,7 +91,14 @@ def pack(module: Module) -> Module:
 
 
 def unpack(module: Module) -> Module:
-    """Undo `pack`, and give the memory back."""
+    """Undo `pack`, and free the memory of the packed copies.
+
+    Args:
+        module: what `pack` was given; changed in place.
+
+    Returns:
+        `module`, its linear layers now `nn.Linear`.
+    """
     for layer in module.modules():
         if type(layer) is PackedLinear:
             layer.__dict__.pop("_kept", None)

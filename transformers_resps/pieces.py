@@ -1,4 +1,4 @@
-"""The text of each token: joined, the pieces are the text. Knows nothing of tokenizers but their `decode`."""
+"""The text that each token adds: joined, the pieces are the whole text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def decoder(tokenizer: Any) -> Decode:
 def pieces_of(token_ids: Sequence[int], decode: Decode) -> list[str]:
     """What each token adds to the text.
 
-    Decoding one token alone loses leading spaces and cuts characters apart, so each is decoded behind the piece
+    Decoding one token alone loses leading spaces and cuts characters apart, so each is decoded together with the piece
     before it. A token that only begins a character adds nothing; the token that completes it adds all of it.
     """
     pieces = []
@@ -38,5 +38,5 @@ def pieces_of(token_ids: Sequence[int], decode: Decode) -> list[str]:
 
 
 def piece_after(previous: int, token_id: int, decode: Decode) -> str:
-    """What one token would add behind another."""
+    """What one token would add after another."""
     return decode([previous, token_id])[len(decode([previous])) :]

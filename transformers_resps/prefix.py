@@ -1,6 +1,6 @@
-"""What each row of a batch has in a cache, and where its next entries go.
+"""Which cache slots each row of a batch fills, and where its next entries go.
 
-Knows slots only: nothing of keys, layers or models. Serves the target's cache and the head's alike.
+Used for the target's cache and for the head's.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch import Tensor
 class Prefix:
     """Rows of entries in the order of their texts, from slot 0 on, the prompt's padding first.
 
-    A row that has fewer entries than the longest ends earlier. What stands behind its end is hidden from it, and its
-    next entries overwrite that: so no row ever has a gap, and the cache is as long as its longest row.
+    A row that has fewer entries than the longest ends earlier. Slots after its end are hidden from it, and its next
+    entries overwrite them. So no row ever has a gap, and the cache is as long as its longest row.
 
     Args:
         padding: `[b, s]`, 0 where a slot of the prompt holds padding; `None` when none does.
@@ -49,7 +49,7 @@ class Prefix:
             self._end_at([self._ends[row] for row in rows])
 
     def ends(self, device: torch.device) -> Tensor:
-        """The slot behind each row's last entry: `[b, 1]`, or `[1, 1]` where it is the same for all."""
+        """The slot after each row's last entry: `[b, 1]`, or `[1, 1]` where it is the same for all."""
         if self._ends is None:
             return torch.full((1, 1), self.length, device=device)
         return torch.tensor(self._ends, device=device)[:, None]
@@ -63,7 +63,7 @@ class Prefix:
     def visible(self, length: int, device: torch.device) -> Tensor | None:
         """`[b, length]` bool, true where a slot holds an entry that the row may attend to; `None` if all do.
 
-        Slots from the longest row's end on count as visible: whoever asks is about to fill them for every row.
+        Slots after the longest row's end count as visible: the caller is about to fill them for every row.
         """
         if self._padding is None and self._ends is None:
             return None

@@ -1,6 +1,6 @@
-"""Does an architecture understand a tree? A small check on the model itself, once per object.
+"""Checks once per model that its architecture can verify a draft tree.
 
-Architectures that were compared with plain decoding in the tests need none.
+Architectures that the tests compare with plain decoding are not checked.
 """
 
 import torch
@@ -34,14 +34,13 @@ def check_tree_attention(target: PreTrainedModel) -> None:
         error, scale = _tree_error(target)
     except (TypeError, ValueError, RuntimeError, AttributeError) as failure:
         raise ValueError(
-            f"{type(target).__name__} ({model_type}) fails on the cache, positions and mask of a tree "
-            f"({type(failure).__name__}: {failure}), but a tree is verified in one forward with them. Call `generate` "
-            "without the head or the policy."
+            f"{type(target).__name__} ({model_type}) fails on a draft tree's cache, positions and mask "
+            f"({type(failure).__name__}: {failure}). Call `generate` without a head and a policy."
         ) from failure
     if not error <= _TOLERANCE.get(target.dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
         raise ValueError(
-            f"{type(target).__name__} ({model_type}) gave logits that differ by {error:.3g} between a tree and the "
-            "same text alone, so trees would change its answers. Call `generate` without the head or the policy."
+            f"{type(target).__name__} ({model_type}) gives logits that differ by {error:.3g} between a draft tree and "
+            "the same tokens alone, so trees would change its output. Call `generate` without a head and a policy."
         )
     target._resps_probed = True  # type: ignore[assignment]  # nn.Module promises tensors and modules only
 

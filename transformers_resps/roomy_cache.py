@@ -1,8 +1,7 @@
-"""Full-attention layers of a cache with room behind their entries: a forward writes there, and copies no past.
+"""A preallocated cache: full-attention layers with room after their entries, so that a forward copies no past.
 
-Transformers' `DynamicLayer` makes new tensors of all its entries at every forward, for nodes that are mostly forgotten
-again. Several layers share a tensor, so that the nodes to keep move in all of them at once. Knows Transformers' cache
-layers; nothing of trees.
+Transformers' `DynamicLayer` makes new tensors of all its entries at every forward, for nodes that are mostly dropped
+again. Several layers share a tensor, so that the nodes to keep move in all of them at once.
 """
 
 from collections import defaultdict
@@ -14,13 +13,13 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 
-_ROOM = 256  # positions added when there is none left
+_ROOM = 256  # positions added when no room is left
 _SHARING = 8  # layers of one tensor: more would move faster, but while they grow, all their past is there twice
 
 
 class RoomyLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values are the front of larger tensors. Whoever shortens it, or replaces its
-    tensors, need not know.
+    """A `DynamicLayer` whose keys and values are the front of larger tensors. Other code may shorten it or replace its
+    tensors, as with any `DynamicLayer`.
     """
 
     _room: "Room"
@@ -48,7 +47,7 @@ class RoomyLayer(DynamicLayer):
 
     @property
     def is_in_room(self) -> bool:
-        """Whether the entries still are those in the room, not others that somebody put in their place."""
+        """Whether the entries still are those in the room, and were not replaced."""
         return self.keys is self._front
 
     def show(self, length: int) -> None:
@@ -59,7 +58,7 @@ class RoomyLayer(DynamicLayer):
 
 
 class Room:
-    """Entries of several layers with space behind them.
+    """Entries of several layers with space after them.
 
     Args:
         layers: filled, with entries of the same sizes, lengths apart; they move in.
@@ -81,7 +80,7 @@ class Room:
             layer.show(layer.get_seq_length())
 
     def move_out(self, length: int) -> None:
-        """All layers go on to rooms for `length` positions and more, together where they still can."""
+        """Move all layers to rooms for `length` positions and more, together where they still can."""
         _furnish(self._layers, length)
 
     def entries(self) -> list[Tensor] | None:
@@ -99,7 +98,7 @@ def make_room(cache: Cache) -> None:
 
 
 def settle(cache: Cache) -> None:
-    """Make stock layers of them again: the caller may go on with the cache."""
+    """Turn them into stock layers again: the caller may reuse the cache."""
     for layer in cache.layers:
         if type(layer) is RoomyLayer:
             for name in ("_room", "_wide", "_front"):

@@ -1,7 +1,4 @@
-"""Static caches: buffers of one size, in which the nodes of a tree stand behind the committed positions.
-
-Knows Transformers' cache layers; nothing of trees.
-"""
+"""Static caches: buffers of one size, in which the nodes of a tree follow the committed positions."""
 
 from typing import Any
 
@@ -12,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 from .cache import check_cache, window_of
 
 
-# Slots behind the longest text: its last trees need them. A larger tree is cut there, which costs speed only.
+# Slots after the longest text, for its last trees. A larger tree is cut there, which costs speed only.
 _ROOM = 64
 
 
@@ -56,8 +53,8 @@ def static_cache(config: PretrainedConfig, given: Cache, max_length: int) -> Cac
 
 
 def let_buffers_change(cache: Cache) -> None:
-    """Let what was compiled with these buffers serve the next call's, too: PyTorch 2.9 would look for the very same
-    ones, and compile every call anew.
+    """Let what was compiled with these buffers serve the next call's too: PyTorch 2.9 would expect the same buffers,
+    and compile again at every call.
     """
     for layer in cache.layers:
         if isinstance(layer, StaticLayer) and layer.is_initialized:

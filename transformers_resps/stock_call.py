@@ -1,7 +1,4 @@
-"""What stock `generate` hands to the method that decodes: one value, under its own names.
-
-Knows how a text is made from it; nothing of drafting.
-"""
+"""What stock `generate` hands to the method that decodes, under its own names."""
 
 import math
 import sys
@@ -41,13 +38,13 @@ class StockCall:
 
     @property
     def max_length(self) -> int:
-        """Positions a text may reach: half a token more is one, and no end is as good as a far one."""
+        """Positions a text may reach: a fraction is rounded up, and no limit is `sys.maxsize`."""
         most: float = self.config.max_length
         return math.ceil(most) if most < sys.maxsize else sys.maxsize
 
     @property
     def is_cache_given(self) -> bool:
-        """Whether the cache is the caller's, who may go on with it."""
+        """Whether the cache is the caller's, who may reuse it."""
         return bool(getattr(self.cache, "_is_user_defined", False))
 
     @property

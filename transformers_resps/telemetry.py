@@ -1,6 +1,6 @@
 """What a call of `generate` did, step by step.
 
-Knows shapes and tokens only. Every rate the project publishes is computed here, from these records.
+Every rate the project publishes is computed here, from these records.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from .tree import TreeShape
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One target forward and all that surrounds it.
+    """One decoding step: a target forward and the work around it.
 
     Attributes:
-        shape: what was asked for, after clipping to the room that is left.
-        drafted: nodes that the drafters scored.
+        shape: the shape that the policy chose, cut to the room that was left.
+        drafted: nodes that head and lookup scored.
         verified: nodes of the target forward, root included.
-        accepted: drafted tokens kept; for a batch one number per row.
-        emitted: tokens added to the text, `accepted + 1`; for a batch one number per row, 0 for finished rows.
-        draft_seconds: observing, choosing, drafting and sizing; of the prefill, head and lookup reading the prompt.
-        verify_seconds: the target forward; on an accelerator with what is still running of the drafting.
-        step_seconds: the whole step, policy and bookkeeping included.
-        foreseen: how many of the step's tokens, from the first, the head's candidates hold as a path, whether or not
-            they were verified; one number per row for rows that advance apart, 0 for finished ones, and the least of
-            those that gained tokens for rows in lockstep. 0 where the policy does not read it.
+        accepted: drafted tokens that were kept; for a batch one number per row.
+        emitted: tokens added to the output, `accepted + 1`; for a batch one number per row, 0 for finished rows.
+        draft_seconds: seconds of choosing and drafting; at the prefill, of reading the prompt with head and lookup.
+        verify_seconds: seconds of the target forward; on a GPU including drafting work that is still running.
+        step_seconds: seconds of the whole step, policy and bookkeeping included.
+        foreseen: how many of the step's tokens, from the first, form a path among the head's candidates, verified or
+            not. Ragged batches: one number per row, 0 for finished rows. Lockstep: the minimum over rows that gained
+            tokens. 0 if the policy does not read it.
     """
 
     shape: TreeShape
@@ -46,32 +46,34 @@ class StepRecord:
 
     @property
     def rest_seconds(self) -> float:
-        """Of the step, neither drafting nor verifying: the walk, the caches, logits processors and streamers."""
+        """Seconds outside drafting and verifying: acceptance, caches, logits processors and streamers."""
         return max(self.step_seconds - self.draft_seconds - self.verify_seconds, 0.0)
 
     @property
     def decoded_rows(self) -> int:
-        """Rows that gained tokens: those that had not finished."""
+        """Number of rows that gained tokens, because they had not finished."""
         return 1 if isinstance(self.emitted, int) else sum(count > 0 for count in self.emitted)
 
     @property
     def mean_emitted(self) -> float:
-        """Tokens that a row gained, finished rows left out."""
+        """Mean number of tokens that a row gained, without finished rows."""
         return self.emitted_total / max(self.decoded_rows, 1)
 
     def emitted_by(self, row: int) -> int:
-        """Tokens that one row of the batch gained."""
+        """Number of tokens that `row` of the batch gained."""
         return self.emitted if isinstance(self.emitted, int) else self.emitted[row]
 
 
 @dataclass(slots=True)
 class SpeculationReport:
-    """All steps of one call. The first is the prefill: a plain step over the whole prompt.
+    """The steps of one call of `generate`, with their tokens and seconds.
+
+    The first step is the prefill: a plain step over the whole prompt.
 
     Attributes:
-        steps: in order.
-        batch_size: rows decoded together.
-        answers: token ids that each row gained, in the order of the steps; padded behind a row's end.
+        steps: one record per step, in order.
+        batch_size: number of rows decoded together.
+        answers: the new token ids of each row, in the order of the steps; padded after a row's end.
     """
 
     batch_size: int = 1
@@ -80,7 +82,7 @@ class SpeculationReport:
 
     @property
     def emitted(self) -> int:
-        """Tokens added to the text, over all rows."""
+        """Number of new tokens, over all rows."""
         return sum(step.emitted_total for step in self.steps)
 
     @property
@@ -89,7 +91,7 @@ class SpeculationReport:
 
     @property
     def tau(self) -> float:
-        """Mean tokens that a row gained per target forward until it finished, plain steps and prefill included."""
+        """Mean acceptance length: tokens per row and target forward until the row finished, prefill included."""
         return tau_of([self])
 
     @property
@@ -98,11 +100,11 @@ class SpeculationReport:
 
     @property
     def tokens_per_second(self) -> float:
-        """Emitted tokens of all rows over all seconds, prefill included; 0 when the clock stood still."""
+        """New tokens of all rows over all seconds, prefill included; 0 if no time was measured."""
         return self.emitted / self.seconds if self.seconds > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only: the summary and every step."""
+        """Return the summary and every step as JSON values."""
         return {
             "batch_size": self.batch_size,
             "emitted": self.emitted,
@@ -114,12 +116,12 @@ class SpeculationReport:
         }
 
     def show(self, tokenizer: Any = None, *, row: int = 0, console: Any = None) -> None:
-        """Print the answer with accepted tokens in colour, then every step: shape, nodes, seconds, tokens.
+        """Print the output with accepted tokens in colour, then a table of all steps: shape, nodes, times, tokens.
 
         Args:
-            tokenizer: writes the tokens as text; without one their ids are shown.
-            row: of the batch.
-            console: a `rich.console.Console` to print to, for instance `Console(file=...)`; the terminal by default.
+            tokenizer: decodes the tokens; without one their ids are shown.
+            row: the row of the batch to print.
+            console: a `rich.console.Console` to print to, for example `Console(file=...)`; the terminal by default.
 
         Raises:
             ImportError: the package `rich` is missing.
@@ -129,8 +131,8 @@ class SpeculationReport:
             from .terminal import StepLine, print_steps
         except ModuleNotFoundError as error:
             raise ImportError(
-                "`show` prints with the package `rich`, which is not installed. Install transformers-resps[inspect], "
-                "or read `steps` and `answers`."
+                "`show` needs the package `rich`. Run `pip install 'transformers-resps[inspect]'`, or read `steps` "
+                "and `answers`."
             ) from error
         lines = [
             StepLine(
@@ -147,9 +149,7 @@ class SpeculationReport:
     def _texts(self, tokenizer: Any, row: int) -> list[list[str]]:
         """Per step the text of each token that `row` gained."""
         if not -len(self.answers) <= row < len(self.answers):
-            raise ValueError(
-                f"Got row={row}, but the call decoded {len(self.answers)} rows, counted from 0. Pass one of them."
-            )
+            raise ValueError(f"Got row={row}, but the batch has {len(self.answers)} rows, counted from 0.")
         answer = self.answers[row]
         written = [f"{token} " for token in answer] if tokenizer is None else pieces_of(answer, decoder(tokenizer))
         ends = list(accumulate((step.emitted_by(row) for step in self.steps), initial=0))
@@ -176,6 +176,6 @@ def tau_of(reports: Sequence[SpeculationReport]) -> float:
 
 
 def nodes_of(reports: Sequence[SpeculationReport]) -> float:
-    """Mean nodes that a target forward behind the prefill verified, root included, over all calls; 1 without any."""
+    """Mean nodes per target forward after the prefill, root included, over all calls; 1 without any."""
     verified = [step.verified for report in reports for step in report.steps[1:]]
     return sum(verified) / len(verified) if verified else 1.0

@@ -1,4 +1,4 @@
-"""Steps as lines of a terminal, drawn by `rich`. Knows texts and numbers only."""
+"""Steps as lines of a terminal, drawn by `rich`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 ACCEPTED = "bold cyan"
-# A terminal obeys control characters, and a model may write any: show their pictures instead.
+# A terminal obeys control characters, and a model may write any of them: show pictures of them instead.
 _PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "\u2421", ord("\t"): "⇥", ord("\n"): "↵"}
 _PICTURES |= {code: "\ufffd" for code in range(0x80, 0xA0)}
 
@@ -23,7 +23,7 @@ class StepLine:
         shape: in words.
         verified: nodes of the target forward.
         accepted: text of each drafted token that was kept.
-        own: text that the target added itself.
+        own: text of the bonus token, the target's own pick.
         seconds: of drafting, of verifying, of the rest.
     """
 
@@ -38,7 +38,7 @@ def print_steps(lines: Sequence[StepLine], headline: str, console: Console | Non
     """The text with accepted tokens in colour, a table of all steps, and a line about all of them."""
     console = console or Console()
     console.print(_text(lines))
-    console.print(Text("\nEvery step: nodes verified, milliseconds, and the tokens that it added"), soft_wrap=True)
+    console.print(Text("\nEvery step: nodes verified, milliseconds, tokens added"), soft_wrap=True)
     console.print(_table(lines))
     console.print(Text(headline), soft_wrap=True)
 
@@ -57,7 +57,7 @@ def _table(lines: Sequence[StepLine]) -> Table:
     for name in ("step", "shape", "nodes", "draft", "verify", "rest"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
     table.add_column("accepted drafts", style=ACCEPTED, overflow="fold")
-    table.add_column("target's own", overflow="fold")
+    table.add_column("bonus token", overflow="fold")
     for number, line in enumerate(lines):
         milliseconds = [f"{1e3 * seconds:.1f}" for seconds in line.seconds]
         accepted = Text("·").join(Text(_shown(piece)) for piece in line.accepted)

@@ -17,20 +17,19 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True, slots=True)
 class TreeShape:
-    """What a policy picks for one step.
+    """The size of a draft tree, which a policy chooses for each step.
 
     Args:
-        total_tokens: nodes that the target verifies, root included; at least 1.
-        depth: levels the head drafts, so at most `depth` of its tokens are accepted in a step; at least 0.
-        top_k: children of a node, and nodes of a level that get children; at least 1.
-        lookup: how many nodes, on top of `total_tokens`, a continuation of an earlier occurrence of the text's end
-            may add; at least 0.
+        total_tokens: number of nodes that the target verifies, root included; at least 1.
+        depth: number of levels that the head drafts, and so the most of its tokens that a step can accept; at least 0.
+        top_k: number of children of a node, and of nodes of a level that get children; at least 1.
+        lookup: maximum number of further nodes from prompt lookup, on top of `total_tokens`; at least 0.
 
     `TreeShape(1, 0, 1)` is a plain step, `TreeShape(n + 1, n, 1)` a chain of n drafted tokens, and
-    `TreeShape(1, 0, 1, lookup=8)` asks no head.
+    `TreeShape(1, 0, 1, lookup=8)` uses prompt lookup without a head.
 
     Raises:
-        ValueError: a size is below its least value, or is not an integer.
+        ValueError: a size is below its minimum, or is not an integer.
     """
 
     total_tokens: int
@@ -49,7 +48,7 @@ class TreeShape:
 
     @classmethod
     def from_eagle(cls, total_token: int, depth: int, top_k: int) -> "TreeShape":
-        """The shape that EAGLE and Re-SpS call total_token/depth/top_k: they count one level less.
+        """The shape that EAGLE and Re-SpS write as total_token/depth/top_k; they count one level less.
 
         Their 60/7/10 drafts 8 levels (`topK_genrate` in SafeAILab/EAGLE: one extend pass and `depth` loops).
         """
@@ -57,7 +56,7 @@ class TreeShape:
 
     @classmethod
     def plain(cls) -> "TreeShape":
-        """No drafting: the target decodes one token."""
+        """The shape of a plain step: nothing is drafted, and the target decodes one token."""
         return cls(1, 0, 1)
 
     def __str__(self) -> str:
@@ -198,8 +197,8 @@ class DraftTree:
     def with_chains(self, chains: list[list[int]]) -> "DraftTree":
         """Add one chain of tokens below the root per row; nodes that the tree already has are shared.
 
-        Rows that gain fewer nodes are filled up with children of the root that repeat its first one: the walk finds
-        the first, so they change nothing.
+        Rows that gain fewer nodes are filled up with copies of the root's first child. They change nothing, because
+        acceptance finds the first one.
         """
         rows = [
             _merged(tokens, parents, chain)
@@ -224,7 +223,7 @@ class DraftTree:
         return DraftTree(tokens, parents, depths, self.ancestors[:, :count, :count], self.scores[:, :count])
 
     def padded(self, node_count: int) -> "DraftTree":
-        """Filled up to `node_count` nodes for the target's forward; the walk must not see the result.
+        """Filled up to `node_count` nodes for the target's forward; not to be used for acceptance.
 
         A padding node stands at the root's position and sees itself alone in the tree. No node sees it.
         """
@@ -246,8 +245,8 @@ class DraftTree:
         return _foreseen(self, tokens, 0)
 
     def children(self) -> list[dict[tuple[int, int], int]]:
-        """Of each row, a node and a token -> the node's first child that carries the token. Not tensors: the walk
-        looks up a handful of them, one after the other.
+        """For each row: (node, token) -> the node's first child with that token. No tensors, because acceptance looks
+        up a few entries, one after the other.
         """
         rows = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
         last_to_first = range(self.node_count - 1, 0, -1)

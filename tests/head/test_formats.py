@@ -148,7 +148,7 @@ def test_a_head_can_be_read_without_its_window(target: PreTrainedModel, tmp_path
     save(tmp_path, random_tensors(case))
     with pytest.raises(ValueError, match="pass `sliding_window=None`"):
         DraftHead.from_pretrained(tmp_path, target)
-    with pytest.raises(ValueError, match="got `sliding_window=128`, but draft trees imitate no window"):
+    with pytest.raises(ValueError, match="got `sliding_window=128`, but draft trees support no window"):
         DraftHead.from_pretrained(tmp_path, target, sliding_window=128)
     head = DraftHead.from_pretrained(tmp_path, target, sliding_window=None)
     assert "sliding_window" not in head.config.to_dict()

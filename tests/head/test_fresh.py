@@ -20,7 +20,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"norm_before_fcc": True}, r"got \['norm_before_fcc'\], which it does not know.*Check the spelling"),
     ({"rope_theta": 1e6}, r"got \['rope_theta'\]"),
     ({"hidden_size": None}, "got `hidden_size=None`, but a head needs a value"),
-    ({"draft_token_ids": [-1, 3]}, "go from -1 to 3, but the target's ids from 0 to 63"),
+    ({"draft_token_ids": [-1, 3]}, "go from -1 to 3, but the target's ids go from 0 to 63"),
     ({"draft_token_ids": [3, 64]}, "go from 3 to 64"),
     ({"draft_token_ids": [3, 3]}, "has 2 ids, 1 of them distinct"),
     ({"draft_token_ids": [3, 4], "draft_vocab_size": 3}, "has 2 ids, 2 of them distinct, but `draft_vocab_size` is 3"),

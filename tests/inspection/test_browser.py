@@ -197,7 +197,7 @@ def test_the_keyboard_reaches_every_step_and_the_focus_is_seen(browser: Page) ->
 def test_a_reader_of_screens_is_told_what_a_step_did(browser: Page) -> None:
     browser.open(story())
     assert browser.step(1).aria_role == "option"
-    assert browser.step(1).accessible_name == "Step 1: accepted “el”, then the target’s own “p”"
+    assert browser.step(1).accessible_name == "Step 1: accepted “el”, then bonus token “p”"
     assert browser.ask("document.querySelector('#answer').getAttribute('role')") == "listbox"
     assert browser.ask("document.querySelector('#step-title').getAttribute('aria-live')") == "polite"
     spoken = browser.ask("document.querySelector('#tree li.rejected .unseen').textContent")

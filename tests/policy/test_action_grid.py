@@ -9,5 +9,5 @@ from transformers_resps.policy import ActionGrid
 def test_a_grid_is_of_shapes_and_one_from_a_list_equals_the_saved_one() -> None:
     shapes = [TreeShape.plain(), TreeShape(4, 2, 2)]
     assert ActionGrid(shapes) == ActionGrid(tuple(shapes))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"ActionGrid got \(\(8, 3, 2\),\), but .*Pass `TreeShape`s"):
+    with pytest.raises(ValueError, match=r"needs `TreeShape`s, got \(\(8, 3, 2\),\).*from_list"):
         ActionGrid(((8, 3, 2),))  # type: ignore[arg-type]

@@ -208,7 +208,7 @@ def test_a_guarded_policy_that_chooses_no_shape_is_named() -> None:
             return (8, 4, 2)  # type: ignore[return-value]
 
     guard, machine = Guard(Odd()), Machine(0.1, 0.1, 0.5)
-    with pytest.raises(ValueError, match=r"Odd.* chose \(8, 4, 2\), but a step needs a TreeShape"):
+    with pytest.raises(ValueError, match=r"Odd.* returned \(8, 4, 2\) from `choose`. Return a `TreeShape`"):
         machine.run(guard, 2)
 
 
@@ -250,5 +250,5 @@ def test_what_an_earlier_text_gained_forgives_no_debt() -> None:
 
 def test_a_guard_is_not_guarded_once_more_by_a_file() -> None:
     nested = {"policy": {"policy_type": "guard", "policy": {"policy_type": "fixed", "shape": [4, 2, 2, 0]}}}
-    with pytest.raises(ValueError, match="holds another guard, but one is enough"):
+    with pytest.raises(ValueError, match="holds another guard, but only one is supported"):
         Guard.from_saved(nested, {})

@@ -137,5 +137,5 @@ def test_a_fitted_policy_serves_its_own_target_and_head_alone(
     other = DraftHead.from_target(target, draft_vocab_size=48).eval()
     with pytest.raises(ValueError, match="trained with the head .*needs fingerprint .*Load the policy"):
         target.generate(**prompt, assistant_model=other, **options)
-    with pytest.raises(ValueError, match="Got the target 'mine' .* known by a mapping.*pair_identity"):
+    with pytest.raises(ValueError, match="The target .* must be a mapping, got 'mine'.*pair_identity"):
         ThroughputPolicy(target="mine")  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ def test_a_grid_from_bins_holds_what_a_head_can_fill_and_a_plain_step() -> None:
     assert grid.index_of(TreeShape(8, 3, 2)) == 3
     with pytest.raises(ValueError, match="not one of the 4 shapes"):
         grid.index_of(TreeShape(9, 3, 2))
-    with pytest.raises(ValueError, match="none twice"):
+    with pytest.raises(ValueError, match="no duplicates, got 2 shapes, 1 of them distinct"):
         ActionGrid((TreeShape.plain(), TreeShape.plain()))
 
 
@@ -152,13 +152,13 @@ def test_the_door_returns_the_right_class_and_names_what_is_wrong(tmp_path: Path
     with pytest.raises(ValueError, match=r"type 'fixed', but ReSpSPolicy loads 'resps'.*AutoPolicy"):
         ReSpSPolicy.from_pretrained(tmp_path / "fixed")
     (tmp_path / "new").mkdir()
-    with pytest.raises(ValueError, match=r"no `config.json`.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"no `config.json`.*Check the path"):
         AutoPolicy.from_pretrained(tmp_path / "new")
     (tmp_path / "new" / "config.json").write_text('{"policy_type": "oracle"}')
     with pytest.raises(ValueError, match=r"'oracle', but this release knows \['fixed'.*Update"):
         AutoPolicy.from_pretrained(tmp_path / "new")
     for missing in (str(tmp_path / "missing"), "nobody/nothing"):
-        with pytest.raises(ValueError, match="neither a folder.*Check the path"):
+        with pytest.raises(ValueError, match="neither a .*folder.*Check the path"):
             AutoPolicy.from_pretrained(missing)
     with pytest.raises(TypeError, match="AutoPolicy.from_pretrained"):
         AutoPolicy()
@@ -180,7 +180,7 @@ def test_a_damaged_policy_is_refused(tmp_path: Path, damage: str) -> None:
     else:
         del config["grid"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="(cannot read|its config needs)(?s:.*)save it again"):
+    with pytest.raises(ValueError, match="(cannot read|reads only|its config needs)(?s:.*)ownload or save .*again"):
         AutoPolicy.from_pretrained(tmp_path)
 
 
@@ -208,9 +208,9 @@ def test_another_target_head_or_grid_is_refused_by_name() -> None:
         policy.check_identity(target={**target, "name_or_path": "org/large", "hidden_size": 64})
     with pytest.raises(ValueError, match=r"head org/head.*without a name: it needs feature_layers"):
         policy.check_identity(head={"feature_layers": [0, 2]})
-    with pytest.raises(ValueError, match=r"another grid of 177.*first being plain.*train a policy"):
+    with pytest.raises(ValueError, match=r"another grid of 177, which lacks .*for example plain.*train a policy"):
         policy.check_identity(grid=ActionGrid.paper())
-    with pytest.raises(ValueError, match=r"features of width 12, but the head keeps 96.*org/small"):
+    with pytest.raises(ValueError, match=r"features of width 12, but the head provides 96.*org/small"):
         policy.choose(observe(torch.zeros(1, 96)))
     with pytest.raises(ValueError, match="none without a draft head"):
         policy.choose(observe(None))
@@ -226,7 +226,7 @@ def test_settings_out_of_range_are_refused(name: str) -> None:
 def test_settings_of_another_kind_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"ReSpSConfig got `{next(iter(values))}=.*but.*[Pp]ass `"):
         ReSpSConfig(**{"feature_size": 4, **values})
-    with pytest.raises(ValueError, match=r"Got ReSpSPolicy\(12\), but.*Pass `ReSpSConfig"):
+    with pytest.raises(ValueError, match=r"needs a `ReSpSConfig`, got 12.*Pass `ReSpSConfig"):
         ReSpSPolicy(12)  # type: ignore[arg-type]
 
 
@@ -236,8 +236,8 @@ def test_settings_of_another_kind_are_refused(values: dict[str, Any]) -> None:
         (ActorCritic(5, 2), "'actor.0.weight' of shape .128, 5., but its config needs .128, 4..*Pass the network"),
         (ActorCritic(4, 3), "'actor.4.bias' of shape .3,., but its config needs .2,."),
         (ActorCritic(4, 2, hidden_size=8), "'actor.0.bias' of shape .8,."),
-        (ActorCritic(4, 2, normalize=False), "a network with `normalize=False`, but .* `normalize=True`"),
-        (torch.nn.Linear(4, 2), "a network with Linear, but a policy decides by an `ActorCritic`"),
+        (ActorCritic(4, 2, normalize=False), "config's `normalize=True`, got `normalize=False`"),
+        (torch.nn.Linear(4, 2), "must be an `ActorCritic` .*got Linear"),
     ],
 )
 def test_a_network_that_would_not_come_back_from_its_files_is_refused(network: Any, message: str) -> None:
@@ -262,11 +262,11 @@ def test_the_door_knows_subclasses_of_subclasses(tmp_path: Path) -> None:
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"policy_type": "fixed", "shape": [8, 3, 2], "zz": 1, "a": 2}, "holds 'a', 'zz', which .*it knows shape. Update"),
-    ({"policy_type": "throughput", "costs": {"a": 1}}, "holds 'costs', which .*it knows depth.*Update"),
-    ({"policy_type": "guard", "policy": {"policy_type": "throughput", "odds": 3}}, "holds 'odds', which .*Update"),
-    ({"policy_type": "guard", "policy": "abc"}, "guard holds the policy 'abc', but.*Download or save"),
-    ({"policy_type": "guard", "policy": {"policy_type": ["x"]}}, "guard holds the policy .*but.*Download or save"),
+    ({"policy_type": "fixed", "shape": [8, 3, 2], "zz": 1, "a": 2}, "holds 'a', 'zz', but .*reads only shape. Update"),
+    ({"policy_type": "throughput", "costs": {"a": 1}}, "holds 'costs', but .*reads only depth.*Update"),
+    ({"policy_type": "guard", "policy": {"policy_type": "throughput", "odds": 3}}, "holds 'odds', but .*Update"),
+    ({"policy_type": "guard", "policy": "abc"}, "guarded policy .*got 'abc'.*Download or save"),
+    ({"policy_type": "guard", "policy": {"policy_type": ["x"]}}, "guarded policy .*got .*Download or save"),
 ]
 
 
@@ -279,7 +279,7 @@ def test_values_that_nobody_reads_are_refused_by_name(config: dict[str, Any], me
 
 def test_a_config_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 10**5)
-    with pytest.raises(ValueError, match="is not JSON .*Download or save it again"):
+    with pytest.raises(ValueError, match="is not JSON .*Download or save the policy again"):
         AutoPolicy.from_pretrained(tmp_path)
 
 
@@ -309,5 +309,5 @@ def test_text_is_that_of_plain_decoding_with_broken_features_and_drawn_shapes(
 
 
 def test_a_temperature_that_no_number_can_be_divided_by_is_refused() -> None:
-    with pytest.raises(ValueError, match="temperature=1000.*1e9 at most"):
+    with pytest.raises(ValueError, match="temperature=1000.*at most 1e9"):
         ReSpSConfig(8, temperature=10**30)

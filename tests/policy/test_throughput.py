@@ -89,7 +89,7 @@ def test_what_was_learned_stays_between_calls_and_comes_near_the_best_fixed_chai
 
 
 def test_odds_of_fewer_levels_than_are_asked_for_are_refused() -> None:
-    with pytest.raises(ValueError, match="NodeOdds got 1 maps, but it needs one for each of 4 levels. Fill up"):
+    with pytest.raises(ValueError, match="one map for each of 4 levels, got 1. Fill up"):
         NodeOdds([LogisticMap()])
 
 
@@ -121,7 +121,7 @@ def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Pa
     scores = [-0.1, -1.0, -3.0]
     for level in range(1, 6):
         assert loaded.policy.odds.of(scores, level) == pytest.approx(policy.policy.odds.of(scores, level))
-    with pytest.raises(ValueError, match="guarded Unsaved, but only policies with `save_pretrained`.*Subclass"):
+    with pytest.raises(ValueError, match="guarded Unsaved has no `save_pretrained`.*Subclass"):
         Guard(Unsaved()).save_pretrained(tmp_path)
 
 
@@ -142,7 +142,7 @@ def test_weights_that_no_fit_gives_are_refused(odds: list[list[float]] | None, t
     Guard(ThroughputPolicy()).save_pretrained(tmp_path)
     saved = {"other": torch.zeros(1)} if odds is None else {"odds": torch.tensor(odds)}
     save_file(saved, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="weights of a throughput policy hold .*needs an intercept.*Download or save"):
+    with pytest.raises(ValueError, match="of a throughput policy hold .*must hold an intercept.*Download or save"):
         AutoPolicy.from_pretrained(tmp_path)
 
 
@@ -160,13 +160,13 @@ def test_more_nodes_than_can_be_priced_are_refused(most_nodes: int) -> None:
 
 @pytest.mark.parametrize("values", [{"costs": CostTable({128: {1: 0.1}}, {}, {})}, {"costs": {1: 2.0}}, {"odds": 3}])
 def test_costs_and_odds_of_another_kind_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="ThroughputPolicy got .*but it goes on learning.*Pass `table.running"):
+    with pytest.raises(ValueError, match="needs `RunningCosts` and `NodeOdds`.*got costs=.*Pass `table.running"):
         ThroughputPolicy(**values)
 
 
 @pytest.mark.parametrize("policy", [None, "auto", FixedPolicy])
 def test_a_guard_of_no_policy_is_refused(policy: Any) -> None:
-    with pytest.raises(ValueError, match=r"Got Guard\(.*watches a policy.*Pass one"):
+    with pytest.raises(ValueError, match=r"`Guard` needs an object with the methods.*got .*Pass a policy"):
         Guard(policy)
 
 

@@ -53,7 +53,7 @@ def test_a_card_tells_what_was_measured_on_a_busy_machine_and_how_many_shapes_we
     assert "--accept-noise" not in render_card(read_artefact(folder), "me/mine")
     changed(folder, results={"noise": {"accepted": True}, "plain_spread": 0.12}, metrics={"distinct_actions": 1})
     card = render_card(read_artefact(folder), "me/mine")
-    assert "allowed to be busy (`--accept-noise`): plain decoding's rates spread by 0.12." in card
+    assert "the machine may have been busy; the speed of plain decoding varied by 12%." in card
     assert "it picked 1 of its shapes" in card
 
 
@@ -87,13 +87,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path, text):
         ({"data": [{"name": "Sums", "what": "questions"}]}, "`data` is .*`license`"),
         ({"data": ["Sums"]}, "`data` is .*each item"),
         ({"data": {"name": "Sums"}}, "`data` is "),
-        ({"languages": "en"}, "`languages` is 'en', but must be a list of texts"),
-        ({"languages": [False]}, "quote what YAML would take for something else, such as 'no'"),
+        ({"languages": "en"}, "`languages` is 'en', but must be a list of strings"),
+        ({"languages": [False]}, "quote words that YAML reads as another type, such as 'no'"),
         ({"limits": "abc"}, "`limits` is 'abc'"),
         ({"limits": [""]}, "`limits` is "),
-        ({"license": ["mit"]}, r"`license` is \['mit'\], but must be a text"),
-        ({"licence": "mit", "limits": "abc"}, "`licence` is no field of a card; `limits` is"),
-        (["mit"], "must be names and values"),
+        ({"license": ["mit"]}, r"`license` is \['mit'\], but must be a string"),
+        ({"licence": "mit", "limits": "abc"}, "`licence` is not a field of a card; `limits` is"),
+        (["mit"], "must be a mapping"),
     ],
     ids=str,
 )

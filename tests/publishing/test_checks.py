@@ -48,9 +48,9 @@ def test_a_missing_file_is_named_with_where_it_comes_from(folder, name):
 def test_weights_whose_training_prompts_nobody_kept_are_refused(folder):
     prompts = folder / "training_prompts.json"
     prompts.write_text("[]")
-    only(folder, "training_prompts.json cannot be read")
+    only(folder, "training_prompts.json is not what `write_training_prompts` writes")
     prompts.unlink()
-    only(folder, "training_prompts.json is missing", "measure it on them", "training script")
+    only(folder, "training_prompts.json is missing", "measure on prompts", "training script")
 
 
 def test_results_of_other_weights_are_refused(folder):
@@ -105,11 +105,11 @@ def test_results_not_worth_publishing_are_refused(folder, change, words):
 def test_a_card_edited_by_hand_is_refused(folder):
     card = folder / "README.md"
     card.write_text(card.read_text().replace("1.45 times", "2.45 times"))
-    only(folder, "README.md is not what the other files render to", "--render")
+    only(folder, "README.md does not match the other files", "--render")
 
 
 def test_a_figure_changed_without_its_card_is_refused(folder):
-    only(changed(folder, metrics={"held_out_texts": 51}), "README.md is not what the other files render to")
+    only(changed(folder, metrics={"held_out_texts": 51}), "README.md does not match the other files")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_pickle_under_another_name_is_refused(folder, name):
 def test_a_program_and_a_link_are_refused(folder, tmp_path):
     (folder / "metrics.json").chmod(0o755)
     (folder / "secrets.json").symlink_to(tmp_path / "anywhere")
-    assert ["marked as a program" in faults(folder)[0], "is a link" in faults(folder)[1]] == [True, True]
+    assert ["marked as executable" in faults(folder)[0], "is a link" in faults(folder)[1]] == [True, True]
 
 
 def test_custom_generate_is_ours_or_refused(folder):
@@ -195,7 +195,7 @@ def test_a_target_that_is_a_folder_here_is_refused(folder, tmp_path, monkeypatch
     target = json.loads((folder / "config.json").read_text())["target"] | {"name_or_path": "work/target"}
     changed(folder, config={"target": target})
     write_card(folder)
-    only(folder, "'work/target'", "no id of the Hub")
+    only(folder, "'work/target'", "not a Hub id")
 
 
 def test_weights_that_do_not_load_are_refused(folder):
@@ -213,4 +213,4 @@ def test_everything_wrong_is_told_at_once_with_what_to_do(folder):
         check(folder, "me/head")
     listed = [line for line in str(caught.value).splitlines() if line.startswith("- ")]
     assert len(listed) == 4  # and the card no longer fits
-    assert str(caught.value).endswith("Mend these, then publish again.")
+    assert str(caught.value).endswith("Fix these, then publish again.")

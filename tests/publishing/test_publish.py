@@ -76,7 +76,7 @@ def test_render_mends_the_card_and_adds_the_code(hub, folder):
     assert publish(folder, REPO, "--dry-run") == 1
     assert publish(folder, "--render") == 0
     assert publish(folder, REPO, "--dry-run") == 0
-    assert "51 texts" in (folder / "README.md").read_text()
+    assert "51 held-out sequences" in (folder / "README.md").read_text()
     assert (folder / "custom_generate" / "generate.py").is_file()
 
 
@@ -90,7 +90,7 @@ def test_a_broken_upload_leaves_no_half_repository_and_can_be_run_again(hub, fol
     before = snapshot(folder)
     hub.fault(fault, "drop", times=99)
     assert publish(folder, REPO) == 2
-    assert "together or not at all" in capsys.readouterr().err
+    assert "Either all files were committed or none" in capsys.readouterr().err
     assert set(hub.repositories[REPO].files) == {".gitattributes"} and snapshot(folder) == before
     hub.faults.clear()
     assert publish(folder, REPO) == 0

@@ -59,7 +59,7 @@ def test_a_hub_that_fails_in_the_middle_does_not_stop_the_training_but_the_end_i
     one = trainer(tmp_path, max_steps=6)
     one.train()
     assert one.state.global_step == 6 and "Step 3 was not pushed" in caplog.text
-    with pytest.raises(OSError, match="may not write there"):
+    with pytest.raises(OSError, match="whether the token may write there"):
         one.push_to_hub()
     assert DraftHead.from_pretrained(tmp_path / "head") is not None
 
@@ -161,7 +161,7 @@ def test_the_policy_script_likewise(hub, desk, monkeypatch):
 def test_what_cannot_be_published_is_told_before_anything_is_loaded(tmp_path, monkeypatch, script, settings):
     monkeypatch.chdir(tmp_path)
     private = f"target: /home/alice/target\n{settings}"
-    with pytest.raises(ValueError, match=r"publish what is private. .*/home/alice/target.*without `push_to_hub`"):
+    with pytest.raises(ValueError, match=r"publish private facts. .*/home/alice/target.*without `push_to_hub`"):
         train(script, private, monkeypatch)
     with pytest.raises(ValueError, match=r"The `card` of the recipe .*`languages` is 'en'"):
         train(script, f"target: nowhere\n{settings}", monkeypatch, CARD.replace("[en]", "en"))

@@ -57,7 +57,7 @@ def test_a_file_to_keep_is_kept_where_it_is_and_written_where_it_is_not(hub):
 def test_a_file_that_tells_of_other_weights_is_refused_and_nothing_committed(hub):
     refuse = Existing(refuse=("results.json",))
     upload(FILES | {"results.json": b"{}"}, Destination(REPO), "Publish", existing=refuse)
-    with pytest.raises(FileExistsError, match=r"holds results.json of other weights.*Run training/publish.py"):
+    with pytest.raises(FileExistsError, match=r"holds results.json of other weights.*training/publish.py"):
         upload(FILES | {"config.json": b"[]"}, Destination(REPO), "Again", existing=refuse)
     assert received(hub) == FILES | {"results.json": b"{}"}
 
@@ -79,7 +79,7 @@ def test_a_busy_hub_is_asked_again_after_the_time_it_names(hub, call):
 def test_a_hub_that_stays_busy_is_given_up_with_nothing_committed(hub):
     waited = []
     hub.fault("/commit/", 429, times=99)
-    with pytest.raises(OSError, match="Nothing was committed.*later"):
+    with pytest.raises(OSError, match="(?s)nothing was committed.*later"):
         send(hub, sleep=waited.append)
     assert waited == [1.0, 2.0, 4.0, 8.0] and received(hub) == {}
 
@@ -99,7 +99,7 @@ def test_without_a_valid_token_nothing_is_made(hub):
 
 def test_a_repository_of_somebody_else_is_named(hub):
     hub.fault("repos/create", 403)
-    with pytest.raises(OSError, match="may not write there"):
+    with pytest.raises(OSError, match="whether the token may write there"):
         send(hub)
 
 
@@ -109,14 +109,14 @@ def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(hub):
             hub.repositories[REPO].commit({"config.json": b"theirs"})
 
     hub.before = somebody
-    with pytest.raises(OSError, match="Somebody changed the repository meanwhile"):
+    with pytest.raises(OSError, match="repository was changed meanwhile"):
         send(hub)
     assert hub.repositories[REPO].files == {"config.json": b"theirs"}
 
 
 def test_a_conflict_says_to_look_first(hub):
     hub.fault("/commit/", 409)
-    with pytest.raises(OSError, match="Somebody changed the repository meanwhile"):
+    with pytest.raises(OSError, match="repository was changed meanwhile"):
         send(hub)
 
 
@@ -129,7 +129,7 @@ def test_an_upload_cut_once_goes_on(hub, pauses):
 @pytest.mark.parametrize("call", ["PUT /large", "/commit/"])
 def test_an_upload_cut_for_good_commits_nothing_and_says_so(hub, pauses, call):
     hub.fault(call, "drop", times=99)
-    with pytest.raises(ConnectionError, match="together or not at all"):
+    with pytest.raises(ConnectionError, match="Either all files were committed or none"):
         send(hub)
     assert received(hub) == {}
     hub.faults.clear()

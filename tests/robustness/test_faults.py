@@ -114,10 +114,10 @@ FOLLOWED: list[dict[str, Any]] = [
     *({"grow": grow} for grow in (None, 0, "no", NAN, torch.tensor(False))),
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    *(({"choose": chosen}, "chose .* needs a TreeShape") for chosen in (None, 3, (40, 3, 2), "auto")),
-    *(({"size": size}, "needs an integer. Return one from `size`") for size in (NAN, INFINITE, None, "a", [3])),
-    ({"size": torch.tensor([1, 2])}, "needs an integer. Return one from `size`"),
-    ({"grow": torch.tensor([1, 2])}, "Return True or False from `grow`"),
+    *(({"choose": chosen}, "from `choose`. Return a `TreeShape`") for chosen in (None, 3, (40, 3, 2), "auto")),
+    *(({"size": size}, "from `size`. Return an integer") for size in (NAN, INFINITE, None, "a", [3])),
+    ({"size": torch.tensor([1, 2])}, "from `size`. Return an integer"),
+    ({"grow": torch.tensor([1, 2])}, "from `grow`. Return True or False"),
 ]
 
 
@@ -142,7 +142,7 @@ def test_a_tree_that_no_memory_holds_is_refused_before_it_is_drafted() -> None:
     target = attach(Architecture("llama", {"vocab_size": 5000, "num_hidden_layers": 2}).build("sdpa"))
     head = DraftHead.from_target(target)
     for shape in (TreeShape(10_000, 8, 10_000), TreeShape(4097, 2, 1000), TreeShape(10**9, 3, 10**9)):
-        with pytest.raises(ValueError, match="a step has memory for 1048576.*Return a smaller shape") as caught:
+        with pytest.raises(ValueError, match="a step is limited to 1048576.*Return a smaller shape") as caught:
             generate(target, head, FixedPolicy(shape))
         check_three_parts(caught.value)
 

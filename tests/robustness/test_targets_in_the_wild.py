@@ -188,7 +188,7 @@ def test_weights_that_wait_on_the_processor_give_the_plain_texts() -> None:
 def test_a_model_without_weights_is_refused() -> None:
     target = float32()
     head = DraftHead.from_target(target)
-    with pytest.raises(ValueError, match="no weights in `model.embed_tokens`: they are on the meta device"):
+    with pytest.raises(ValueError, match="no weights in `model.embed_tokens`, which is on the meta device"):
         attach(copy.deepcopy(target).to("meta")).generate(next(prompts()), assistant_model=head)
     target.model.layers[2].mlp.up_proj.to("meta")
     with pytest.raises(ValueError, match="no weights in `model.layers.2.mlp.up_proj`"):

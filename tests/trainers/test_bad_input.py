@@ -45,11 +45,11 @@ def test_prompts_and_answers_longer_than_the_context_are_refused() -> None:
     script = load_script("generate_dataset")
     target = test_train_head.Architecture("llama", {"max_position_embeddings": 64}).build("sdpa")
     script.check_context(target, 40, 24)
-    with pytest.raises(ValueError, match="texts of up to 65 tokens, but the target reads at most 64. Lower one"):
+    with pytest.raises(ValueError, match="allow 65 tokens, but the target reads at most 64. Lower one"):
         script.check_context(target, 40, 25)
 
 
-def test_ctrl_c_says_from_where_the_same_command_goes_on(
+def test_ctrl_c_says_from_where_the_same_command_resumes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = SCRIPT["DraftHeadTrainer"].train
@@ -61,4 +61,4 @@ def test_ctrl_c_says_from_where_the_same_command_goes_on(
     monkeypatch.setattr(SCRIPT["DraftHeadTrainer"], "train", stopped)
     with pytest.raises(SystemExit, match="130"):
         run(folder, monkeypatch)
-    assert f"the same command goes on from {folder / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
+    assert f"Run the same command to resume from {folder / 'run' / 'checkpoint-2'}" in capsys.readouterr().out

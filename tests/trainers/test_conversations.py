@@ -45,7 +45,7 @@ def test_a_broken_row_before_the_end_of_a_list_is_refused_and_no_row_after_it_lo
     path = tmp_path / "rows.json"
     rows = [json.dumps({"messages": [USER]})] * 4
     path.write_text("[" + ", ".join([rows[0], '{"messages": x}', *rows]) + "]")
-    with pytest.raises(ValueError, match="Expecting value at 'x}.*Mend that row"):
+    with pytest.raises(ValueError, match="broken row: Expecting value at 'x}.*Fix that row"):
         list(read_conversations(path))
 
 
@@ -58,12 +58,12 @@ def test_a_broken_row_before_the_end_of_a_list_is_refused_and_no_row_after_it_lo
         ('{"conversations": [{"from": "human"}]}', "lack `from` or `value`"),
         ('{"text": "q"}', "fields \\['text'\\]"),
         ('{"messages": [{"role": "user"}]}', "message with the fields \\['role'\\]"),
-        ('{"messages": null}', "messages that are None, but they are a list of JSON objects. Mend"),
+        ('{"messages": null}', "messages that are None, but they must be a list of JSON objects. Fix"),
         ('{"messages": [null]}', "messages that are \\[None\\]"),
         ('{"conversations": [3]}', "`conversations` that are \\[3\\]"),
         ('{"turns": "abc"}', "`turns` that are 'abc'"),
         ('{"turns": [null]}', "has the content None"),
-        ('{"turns": [[{"type": "text", "text": null}]]}', "has the content .*a message is text"),
+        ('{"turns": [[{"type": "text", "text": null}]]}', "has the content .*only text can be trained on"),
         ('{"prompt": 3}', "messages that are 3"),
     ],
 )
@@ -77,7 +77,7 @@ def test_rows_that_are_no_conversations_are_named(tmp_path, line, message):
 def test_a_line_that_is_not_utf_8_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "q"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON .*utf-8.* Mend or remove that line"):
+    with pytest.raises(ValueError, match="line 2 is not JSON .*utf-8.* Fix or remove that line"):
         list(read_conversations(path))
 
 

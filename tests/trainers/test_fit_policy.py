@@ -45,7 +45,7 @@ def test_prompts_become_a_policy_that_lacks_only_its_measurements(
     assert metrics["gain_over_best_fixed"] == pytest.approx(rates[0] / rates[1])
     (fault,) = find_faults(made, "policy")
     assert fault.startswith("results.json is missing")
-    assert "weighs each node" in (card := (made / "README.md").read_text()) and "A guard decodes plainly" in card
+    assert "weighs each node" in (card := (made / "README.md").read_text()) and "A guard stops drafting" in card
 
     runpy.run_path(str(TRAINING / "fit_policy.py"), run_name="__main__")
     assert recordings == {file: file.stat().st_mtime_ns for file in recordings}

@@ -68,7 +68,7 @@ def test_answers_made_otherwise_are_not_added_to_a_file(tmp_path):
     generate_dataset.check_provenance(asked())  # no answer was written
     output.touch()
     generate_dataset.check_provenance(asked("--seed", "1", "--limit", "9"))
-    message = r"begun with dtype auto, seed 1, and now dtype float32, seed 0 is asked for.*another `--output`"
+    message = r"made with dtype auto, seed 1, but this command has dtype float32, seed 0.*another `--output`"
     with pytest.raises(ValueError, match=message):
         generate_dataset.check_provenance(asked("--dtype", "float32"))
 
@@ -88,7 +88,7 @@ def test_texts_beyond_the_context_and_files_without_questions_are_refused(tmp_pa
     letter_tokenizer().save_pretrained(tmp_path / "target")
     (tmp_path / "rows.jsonl").write_text('{"messages": []}\n{"messages": [{"role": "assistant", "content": "d"}]}\n')
     given = ["--target", tmp_path / "target", "--prompts", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl"]
-    for new_tokens, message in ((200, "make texts of up to 264 tokens"), (192, "begins with a user turn")):
+    for new_tokens, message in ((200, "allow 264 tokens"), (192, "begins with a user turn")):
         options = ["--max-prompt-tokens", 64, "--max-new-tokens", new_tokens]
         monkeypatch.setattr(sys, "argv", ["generate_dataset.py", *map(str, given + options)])
         with pytest.raises(ValueError, match=message):

@@ -109,9 +109,7 @@ def test_a_borrowed_output_head_is_not_trained_and_asking_for_it_is_refused(tmp_
 def test_output_rows_that_are_not_the_targets_have_to_be_trained(tmp_path):
     target, _ = fresh()
     head = DraftHead.from_target(target, 48, hidden_size=48, owns_embedding=True)
-    with pytest.raises(
-        ValueError, match="48 wide and cannot be the target's, which are 32 wide.*freeze_output_head=False"
-    ):
+    with pytest.raises(ValueError, match="rows are 48 wide, the target's 32,.*freeze_output_head=False"):
         DraftHeadTrainer(head, target, config(tmp_path), ExampleDataset(texts()))
     DraftHeadTrainer(head, target, config(tmp_path, freeze_output_head=False), ExampleDataset(texts()))
     assert head.lm_head.weight.requires_grad

@@ -121,9 +121,9 @@ def test_bad_input_is_refused_by_name(tmp_path: Path, small_vocabulary: tuple[Pr
     target, head = small_vocabulary
     with pytest.raises(ValueError, match="Got no prompts.*Pass a dataset"):
         LiveRollouts(target, head, [])
-    with pytest.raises(ValueError, match="the head NoneType.*Pass `attach"):
+    with pytest.raises(ValueError, match="`DraftHead`, got .* and NoneType.*Pass `attach"):
         LiveRollouts(target, None, [torch.arange(3)])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Got the target LlamaForCausalLM and .*Pass `attach"):
+    with pytest.raises(ValueError, match="attached target.*, got LlamaForCausalLM and .*Pass `attach"):
         LiveRollouts(detach(target), head, [torch.arange(3)])
     attach(target)
     learner, rollouts = live(small_vocabulary)
@@ -133,5 +133,5 @@ def test_bad_input_is_refused_by_name(tmp_path: Path, small_vocabulary: tuple[Pr
 
 def test_a_policy_that_reads_other_features_is_refused(small_vocabulary: tuple[PreTrainedModel, DraftHead]) -> None:
     _, rollouts = live(small_vocabulary)
-    with pytest.raises(ValueError, match=f"features of width {FEATURES}, but the head keeps.*pass that target"):
+    with pytest.raises(ValueError, match=f"features of width {FEATURES}, but the head provides.*use that target"):
         rollouts.collect(ReSpSPolicy(ReSpSConfig(FEATURES, GRID)), 1, 1, torch.Generator())

@@ -141,7 +141,7 @@ def test_training_goes_on_with_a_single_replayed_text(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="0 replayed texts.*At least one text"):
+    with pytest.raises(ValueError, match="0 replayed texts.*at least one text"):
         OutcomeTable([])
     with pytest.raises(ValueError, match=r"width 12 and 3 actions, but the policy reads width 9 and has 3.*Record"):
         learner = ReSpSPolicy(ReSpSConfig(9, GRID))

@@ -93,9 +93,9 @@ def test_seconds_come_from_the_costs(target: PreTrainedModel, head: DraftHead) -
 @pytest.mark.parametrize(
     ("method", "answer", "refusal"),
     [
-        ("choose", (4, 2, 2), "chose .*a step needs a TreeShape"),
-        ("grow", torch.ones(2), "Return True or False from `grow`"),
-        ("size", "many", "a step needs an integer"),
+        ("choose", (4, 2, 2), "from `choose`. Return a `TreeShape`"),
+        ("grow", torch.ones(2), "from `grow`. Return True or False"),
+        ("size", "many", "from `size`. Return an integer"),
     ],
 )
 def test_what_no_step_could_follow_is_refused_as_live(

@@ -25,7 +25,7 @@ def test_a_policy_of_another_grid_of_the_same_size_is_refused() -> None:
         if known:
             rollouts.collect(policy, 1, 1, torch.Generator())
             continue
-        with pytest.raises(ValueError, match="3 shapes, but it is used with another grid of 3; 1 of its own"):
+        with pytest.raises(ValueError, match="3 shapes, but is used with another grid of 3, which lacks 1 of them"):
             rollouts.collect(policy, 1, 1, torch.Generator())
     task(1, 0).collect(policy, 1, 1, torch.Generator())
 

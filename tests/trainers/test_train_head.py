@@ -75,7 +75,7 @@ def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
     options = {"head": folder / "given", "learning_rate": 1e-4, "target_name": "us/ours"}
     run(folder, monkeypatch, **options)
     printed = capsys.readouterr().out
-    assert f"going on from {folder / 'given'}" in printed and "6 tokens cover" in printed
+    assert f"starting from {folder / 'given'}" in printed and "6 tokens cover" in printed
     ours = DraftHead.from_pretrained(folder / "run" / "checkpoint-2", target=target)
     assert ours.draft_token_ids.tolist() == ids.tolist()
     assert ours.config.feature_layers == [1, 3] and ours.config.fc_norm
@@ -83,7 +83,7 @@ def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
     assert 0 < (ours.fc.weight - given.fc.weight).abs().max() < 1e-3  # two steps away, not a fresh start
 
     run(folder, monkeypatch, "first", "second", **options, max_steps=4)
-    assert f"going on from {folder / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
+    assert f"starting from {folder / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
     state = json.loads((folder / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     both = [json.loads(line)["prompt"] for name in ("first", "second") for line in (folder / f"{name}.jsonl").open()]

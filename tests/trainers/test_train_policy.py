@@ -62,7 +62,7 @@ def test_prompts_become_a_policy_and_a_second_run_goes_on(folder: Path, monkeypa
     with pytest.raises(ValueError, match="checkpoint-48 was trained with other costs than now"):
         run(folder, monkeypatch, updates=8, **best)
     costs.write_text(json.dumps(dearer | {"identity": dearer["identity"] | {"device": "a laptop"}}))
-    with pytest.raises(ValueError, match=r"table was measured with device 'a laptop' \(here: .*run `calibrate"):
+    with pytest.raises(ValueError, match=r"table was measured with device 'a laptop' \(here: .*Run `calibrate"):
         run(folder, monkeypatch, updates=8, **best)
 
     policy = AutoPolicy.from_pretrained(folder / "run" / "policy")

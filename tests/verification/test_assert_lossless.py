@@ -59,7 +59,7 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
     assert report.distribution.has_power and report.distribution.fit.draws == 24 * 8
     assert report.verdict == "LOSSLESS: every answer is the plain one"
     page = str(report)
-    for fact in ("torch.float32", "threads", torch.__version__, "LlamaForCausalLM", repr(WIDE), "found out"):
+    for fact in ("torch.float32", "threads", torch.__version__, "LlamaForCausalLM", repr(WIDE), "detected"):
         assert fact in page
     assert len(page.splitlines()) < 25
 
@@ -142,11 +142,11 @@ def test_what_auto_has_learned_with_a_model_survives_its_examination(target: Any
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": None}, "the model None, but"),
-        ({"model": "gpt2"}, "the model 'gpt2', but"),
-        ({"head": "head"}, "the head 'head', but"),
-        ({"prompts": 5}, "the prompts 5, but"),
-        ({"seeds": "a"}, "both are whole numbers"),
+        ({"model": None}, "needs a loaded causal LM, got None"),
+        ({"model": "gpt2"}, "needs a loaded causal LM, got 'gpt2'"),
+        ({"head": "head"}, "`head` must be a loaded .*got 'head'"),
+        ({"prompts": 5}, "`prompts` must be a list .*got 5"),
+        ({"seeds": "a"}, "must be integers"),
     ],
     ids=str,
 )
@@ -272,8 +272,8 @@ def hide_ancestors_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
         (pad_with_another_token, "greedy, in a padded batch"),
         (let_sampled_rows_go, "sampled, in a padded batch"),
         (forget_where_a_chunk_began, "greedy, a prompt in chunks"),
-        (heed_one_end_token_of_several, "greedy, ends within trees"),
-        (hide_ancestors_of_a_chain, "greedy, in a padded batch, trees of the kit's own"),
+        (heed_one_end_token_of_several, "greedy, ends inside trees"),
+        (hide_ancestors_of_a_chain, "greedy, in a padded batch, built-in trees"),
     ],
 )
 def test_a_fault_outside_the_walk_and_the_policys_own_trees_is_found(

@@ -1,4 +1,4 @@
-"""One sentence: what to do on this machine. Pure functions of intervals; knows nothing of how they were measured."""
+"""One sentence: what to use on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: in
         prompts: that the intervals are over; one prompt gives no interval.
     """
     if prompts < 2:
-        return "One prompt tells nothing about others: measure more with --limit."
+        return "One prompt says nothing about others: measure more with --limit."
     if not standings:
         return "Nothing was compared with plain decoding: choose with --methods, --policy or --shapes."
     fastest = max(standings, key=lambda standing: standing.to_plain.ratio)

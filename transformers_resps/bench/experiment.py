@@ -1,4 +1,4 @@
-"""What the smaller benchmarks share: one target, its head, some prompts, and a file that says where it was."""
+"""What the smaller benchmarks share: one target, its head, some prompts, and a results file."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ class Experiment:
         """What the options of `add_options` name.
 
         Raises:
-            ValueError: something is not there, or the head does not fit the target.
+            ValueError: something is missing, or the head does not fit the target.
         """
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         subjects = load(args.target, args.head, [], dtype=args.dtype, device=device, packed=args.pack)
@@ -55,14 +55,14 @@ class Experiment:
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     """Those of every experiment; `output` is the default folder of its results."""
-    parser.add_argument("target", type=model, help="folder or Hub id")
+    parser.add_argument("target", type=model, help="folder or Hub id of the target")
     parser.add_argument("head", type=model, help="folder or Hub id of a draft head for the target")
     parser.add_argument("--dataset", type=Path, required=True, help=".jsonl with turns, messages or prompt")
     parser.add_argument("--limit", type=positive, default=8, help="prompts, spread evenly over the file")
     parser.add_argument("--max-new-tokens", type=positive, default=96)
     parser.add_argument("--shape", type=shape, help="total_tokens,depth,top_k[,lookup] of every tree")
-    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a processor), bfloat16 or float16")
-    parser.add_argument("--device", type=device, help="cuda where there is one, otherwise cpu")
-    parser.add_argument("--pack", action="store_true", help="pack the target's weights, for every way")
+    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    parser.add_argument("--device", type=device, help="default: cuda if available, otherwise cpu")
+    parser.add_argument("--pack", action="store_true", help="prepack the target's weights, for every way")
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--output", type=Path, default=Path(output), help="folder for results.json")

@@ -1,6 +1,6 @@
-"""What could be won: the best fixed shape, found on other prompts, and the fastest sequence of shapes as a ceiling.
+"""What can be gained at most: the best fixed shape, found on other prompts, and the fastest sequence of shapes.
 
-Both come from replaying texts that the target wrote, with the cost table of this machine: nothing here is timed twice.
+Both come from replaying texts that the target wrote, with the cost table of this machine.
 """
 
 from collections.abc import Iterable, Sequence
@@ -105,8 +105,8 @@ class Replayer:
                 names.append(name)
         if not names:
             raise ValueError(
-                "No prompt to search on was answered with two tokens or more, but the best fixed tree is found on "
-                "answers. Pass another --search-dataset, or leave best-fixed out of --methods."
+                "The best fixed tree cannot be found: no search prompt has an answer of two tokens or more. Pass "
+                "another --search-dataset, or leave best-fixed out of --methods."
             )
         return choose_best_fixed(totals, self.grid, names)
 
@@ -128,7 +128,7 @@ def choose_best_fixed(totals: Tensor, grid: ActionGrid, prompts: Sequence[str]) 
 
 
 def ceiling_of(plain: Measurement, share: float) -> Measurement:
-    """A measurement as the oracle would have given: prefill as measured, and a share of plain decoding's other time.
+    """The oracle's estimated measurement: prefill as measured, and a share of plain decoding's other time.
 
     Its forwards are not known: they count as plain decoding's.
     """
@@ -140,7 +140,7 @@ def ceiling_of(plain: Measurement, share: float) -> Measurement:
 
 
 def shapes_for(device_type: str) -> ActionGrid:
-    """A plain step, lookups, trees, and both together: small ones on a processor, up to 60 nodes elsewhere."""
+    """A plain step, lookups, trees, and both together: small ones on a CPU, up to 60 nodes elsewhere."""
     trees = ActionGrid.small()
     if device_type != "cpu":
         trees = ActionGrid.from_bins((4, 8, 16, 32, 60), (2, 4, 6, 8), (1, 2, 4, 10))

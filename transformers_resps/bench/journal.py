@@ -1,7 +1,4 @@
-"""Everything measured so far, in a file that a stop cannot spoil: the same command goes on from it.
-
-Knows JSON lines and runs; nothing of models.
-"""
+"""Everything measured so far, in a file that survives an interruption: the same command continues from it."""
 
 import json
 from dataclasses import asdict
@@ -23,7 +20,7 @@ class Journal:
     """The runs and notes of one output folder.
 
     Args:
-        file: its first line says for which settings it holds.
+        file: its first line holds the settings it is valid for.
         settings: JSON values.
 
     Raises:
@@ -79,7 +76,7 @@ class Journal:
             file.write(json.dumps(line) + "\n")
 
     def _whole_lines(self) -> list[dict[str, Any]]:
-        """All lines; one that was cut off at the end by a kill is taken away.
+        """All lines; an incomplete last line, left by a kill, is removed.
 
         Raises:
             ValueError: another line is damaged.
@@ -94,8 +91,7 @@ class Journal:
             return [json.loads(line) for line in whole.split("\n") if line]
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{self.file} is damaged ({error}), but each of its lines must be what this command wrote. Delete it "
-                "to measure again, or pass another --output."
+                f"{self.file} is damaged ({error}). Delete it to measure again, or pass another --output."
             ) from error
 
 
@@ -113,6 +109,6 @@ def _check_settings(file: Path, there: dict[str, Any], here: dict[str, Any]) -> 
     ]
     if odd:
         raise ValueError(
-            f"{file} was begun with {'; '.join(odd)}. Figures of both cannot stand in one table: repeat the command "
-            "as it was, pass another --output, or delete that file."
+            f"{file} was begun with other settings: {'; '.join(odd)}. Repeat the command as it was, pass another "
+            "--output, or delete that file."
         )

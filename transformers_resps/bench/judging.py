@@ -1,4 +1,4 @@
-"""Whether every text is the one that plain decoding wrote. Knows answers and the target: nothing of time."""
+"""Whether every text is the one that plain decoding wrote."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Judge:
         same_text: method -> answers of the first repeat that are equal.
         unexplained: differences that should not be. Greedy ones that rounding does not explain; sampled ones in
             float32 or float64 of a method that promises the plain text seed for seed. In half precisions a sampled
-            text may part at a near-tie, and nobody can tell afterwards: it is counted, not judged.
+            text may differ from a near-tie on, which cannot be told afterwards: it is counted, not judged.
     """
 
     def __init__(self, model: Any, methods: Sequence[Method]) -> None:

@@ -1,4 +1,4 @@
-"""What was measured, and the rates that follow from it. Pure functions; knows nothing of models."""
+"""What was measured, and the rates that follow from it."""
 
 import random
 from collections import defaultdict
@@ -11,7 +11,7 @@ from ..answers import up_to_end
 
 
 PLAIN = "plain"
-_LEAST_TOKENS = 8  # of an answer that tells how steady the machine is
+_LEAST_TOKENS = 8  # of an answer that counts for the machine's noise
 _LEAST_REPEATED = 8  # rates of texts that were repeated, before those that were not are left out
 
 
@@ -75,7 +75,7 @@ class Summary:
         low: lower end of the ratio's 95% interval over prompts.
         high: upper end.
         tau: tokens per target forward.
-        spread: fastest over slowest repeat, minus one: how quiet the machine was.
+        spread: fastest over slowest repeat, minus one: the machine's noise.
         temperature: 0 is greedy; `None` over several.
     """
 
@@ -172,11 +172,11 @@ def bootstrap_interval(
 
 
 def plain_spread(measurements: Iterable[Measurement]) -> float | None:
-    """How unsteady the machine was: interquartile range over median of plain decoding's rates; `None` below four.
+    """How noisy the machine was: interquartile range over median of plain decoding's rates; `None` below four.
 
     Prefill is left out, and each rate is divided by the mean of its own text's repeats, so that long prompts do not
-    look like noise. In the middle of the second repeat only texts that have come to it count so, or, while they are
-    few, the means of all. Answers of fewer than eight tokens say nothing.
+    look like noise. In the middle of the second repeat only texts that were repeated count, or, while they are few,
+    the means of all. Answers of fewer than eight tokens do not count.
     """
     told = [m for m in measurements if m.method == PLAIN and m.tokens >= _LEAST_TOKENS]
     texts = [

@@ -17,7 +17,7 @@ PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING = "prompt-lookup", "eagle", "best-fixe
 CHOICES = (PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING)  # what `--methods` takes; plain decoding is always measured
 ORACLE = "oracle (ceiling)"
 EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGLE counts them
-# Of a library with a loop of its own: prompt `[1, s]`, most new tokens, temperature, end tokens -> answer `[t]`.
+# Of a library with its own loop: prompt `[1, s]`, most new tokens, temperature, end tokens -> answer `[t]`.
 Answer = Callable[[Tensor, int, float, Sequence[int]], Tensor]
 
 
@@ -30,7 +30,7 @@ class Method:
         keywords: of `generate`.
         effort: what a user must have for it; of methods that are equally fast the one with the least is advised.
         seed_exact: whether sampled texts must be those of plain decoding with the same seed. Transformers' own
-            assistants draw other random numbers, so theirs are right in law only.
+            assistants draw other random numbers, so only their distribution is right.
         answer: instead of `generate`.
     """
 
@@ -103,6 +103,6 @@ def check_distinct(methods: Sequence[Method]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"{', '.join(twice)} would be measured twice under one name. Name each policy and shape once, and give "
-            "folders of policies different names."
+            f"Several methods have the name {', '.join(twice)}. Pass each policy and shape once, and give policy "
+            "folders different names."
         )

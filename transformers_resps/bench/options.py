@@ -13,7 +13,7 @@ from .peers import PEERS
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them to `parser`."""
-    parser.add_argument("target", type=model, help="folder or Hub id")
+    parser.add_argument("target", type=model, help="folder or Hub id of the target")
     parser.add_argument("head", type=model, help="folder or Hub id of a draft head for the target")
     add_methods(parser)
     add_prompts(parser)
@@ -21,12 +21,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("results/bench"), help="folder for results, table and plots"
     )
-    parser.add_argument("--profile", action="store_true", help="instead: where time and memory of the first tree go")
+    parser.add_argument(
+        "--profile", action="store_true", help="instead, show where time and memory of the first tree go"
+    )
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
-    """What is compared."""
-    what = parser.add_argument_group("what is compared (plain decoding always is)")
+    """The methods to compare."""
+    what = parser.add_argument_group("methods to compare (plain decoding is always included)")
     what.add_argument(
         "--policy", nargs="+", default=["auto"], metavar="POLICY", help="'auto', folders or Hub ids; default: auto"
     )
@@ -34,8 +36,8 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="*",
         choices=CHOICES,
-        help="beside the policies: Transformers' prompt lookup, the trees that EAGLE-3 publishes, the fixed tree that "
-        "is fastest on other prompts, the ceiling of all policies; default: all four",
+        help="besides the policies: Transformers' prompt lookup, EAGLE-3's published trees, the fixed tree that is "
+        "fastest on other prompts, an upper bound for all policies; default: all four",
     )
     what.add_argument(
         "--shapes", nargs="+", type=shape, default=[], help="also these fixed trees: total_tokens,depth,top_k[,lookup]"
@@ -46,54 +48,52 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=PEERS,
         default=[],
-        help="also these libraries, where they are installed; they draft with --draft-model, or else by lookup",
+        help="also these installed libraries; they draft with --draft-model, otherwise by lookup",
     )
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
-    """On which prompts."""
-    on = parser.add_argument_group("on which prompts")
+    """The prompts."""
+    on = parser.add_argument_group("prompts")
     on.add_argument(
         "--dataset",
         nargs="+",
         required=True,
         metavar="FILE_OR_ID",
-        help=".jsonl or .json with turns, messages or prompt, or a Hub id; all user turns are played",
+        help=".jsonl or .json with turns, messages or prompt, or a Hub id; all user turns are answered",
     )
     on.add_argument("--split", default="test", help="of datasets from the Hub; default: test")
-    on.add_argument("--limit", type=positive, default=10, help="prompts per dataset, spread evenly over it")
+    on.add_argument(
+        "--limit", type=positive, default=10, help="prompts per dataset, spread evenly over it; default: 10"
+    )
     on.add_argument(
         "--search-dataset",
         metavar="FILE_OR_ID",
-        help="where the best fixed tree is found; by default on prompts of the datasets that are not evaluated",
+        help="prompts to find the best fixed tree on; default: those of the datasets that are not evaluated",
     )
 
 
 def add_conditions(parser: argparse.ArgumentParser) -> None:
-    """How it is measured."""
-    how = parser.add_argument_group("how")
+    """The conditions of the measurement."""
+    how = parser.add_argument_group("conditions")
     how.add_argument(
         "--temperature", nargs="+", type=temperature, default=[0.0], metavar="T", help="0 (the default) is greedy"
     )
     how.add_argument("--max-new-tokens", type=positive, default=128)
     how.add_argument("--repeats", type=positive, default=3)
-    how.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a processor), bfloat16 or float16")
-    how.add_argument("--device", type=device, help="cuda where there is one, otherwise cpu")
+    how.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    how.add_argument("--device", type=device, help="default: cuda if available, otherwise cpu")
     how.add_argument(
-        "--pack", action="store_true", help="pack the target's weights, for every method, plain decoding too"
+        "--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too"
     )
-    how.add_argument("--threads", type=positive, help="of the processor; as many as torch chooses by default")
-    how.add_argument(
-        "--accept-noise", action="store_true", help="measure on a busy machine all the same; the results say so"
-    )
+    how.add_argument("--threads", type=positive, help="CPU threads; default: as torch chooses")
+    how.add_argument("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
 
 
 def model(text: str) -> str:
-    """A folder that is there, or what may be a Hub id."""
+    """An existing folder, or what may be a Hub id."""
     if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no folder, but a model is one, or a Hub id: NAME or OWNER/NAME. Check the path."
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder and no Hub id (NAME or OWNER/NAME). Check the path.")
     return text
 
 
@@ -105,7 +105,7 @@ def temperature(text: str) -> float:
         value = math.nan
     if not 0.0 <= value < math.inf:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no temperature. Write 0, which is greedy, or a number above it."
+            f"{text!r} is no temperature. Write 0 for greedy decoding, or a number above 0."
         )
     return value
 
@@ -123,14 +123,12 @@ def shape(text: str) -> TreeShape:
 def dtype(text: str) -> str:
     """The name of a dtype that models are loaded in, or auto."""
     if text not in ("auto", "float64", "float32", "bfloat16", "float16"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no dtype to decode in. Write auto, float32, bfloat16 or float16."
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is no supported dtype. Write auto, float32, bfloat16 or float16.")
     return text
 
 
 def device(text: str) -> str:
-    """A device that is there, and computes."""
+    """An available device that computes."""
     if text.startswith("meta"):
         raise argparse.ArgumentTypeError(f"{text!r} is no device that computes. Write cpu, or leave it out.")
     try:
@@ -145,5 +143,5 @@ def device(text: str) -> str:
 def positive(text: str) -> int:
     """A whole number above zero."""
     if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero.")
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer above 0.")
     return int(text)

@@ -1,4 +1,4 @@
-"""Other libraries that decode the same target with loops of their own. Each is imported when it is asked for.
+"""Other libraries that decode the same target with their own loops. Each is imported when it is asked for.
 
 They draft with the draft model where there is one, and otherwise with what followed earlier in the text. Neither takes
 processors or streamers.
@@ -42,8 +42,8 @@ def check_installed(names: Sequence[str]) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} cannot be found, but --peers must decode with it. Install it (pip install "
-            f"{' '.join(missing)}), or leave it out of --peers."
+            f"--peers needs {' and '.join(missing)}, not installed here. Run `pip install {' '.join(missing)}`, or "
+            "leave it out of --peers."
         )
 
 
@@ -96,7 +96,7 @@ def _economize(target: Any, draft_model: PreTrainedModel | None) -> Answer:
         model = apply(target, technique)
     except EconomizeError as error:
         raise ValueError(
-            f"economize cannot decode {type(target).__name__} ({error}), but --peers must. Leave it out of --peers."
+            f"economize cannot decode {type(target).__name__} ({error}). Leave it out of --peers."
         ) from error
 
     def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Tensor:

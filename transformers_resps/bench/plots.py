@@ -1,4 +1,4 @@
-"""Five pictures of a `results.json`. Knows its schema and matplotlib: nothing of how it was measured."""
+"""Five plots of a `results.json`."""
 
 import io
 from collections.abc import Callable
@@ -97,7 +97,7 @@ def tau_and_nodes(results: dict[str, Any]) -> Any:
 
 
 def sizes_over_time(results: dict[str, Any]) -> Any:
-    """How many nodes the steps verified, from an answer's first step to its last: one panel for each chooser."""
+    """How many nodes the steps verified, from an answer's first step to its last: one panel for each policy."""
     told = {name: steps["sizes"] for name, steps in results["steps"].items() if len(steps["shapes"]) > 1}
     told = {name: sizes for name, sizes in told.items() if any(map(sum, sizes))}
     if not told:
@@ -133,7 +133,7 @@ def time_parts(results: dict[str, Any]) -> Any:
     shown: set[str] = set()
     for place, row in enumerate(rows):
         steps = results["steps"].get(row["method"])
-        values = {"whole call, parts not told": 1e3 / row["tokens_per_second"]}
+        values = {"whole call (no breakdown)": 1e3 / row["tokens_per_second"]}
         if steps:
             values = {part: 1e3 * steps[f"{part}_seconds"] for part in parts}
         left = 0.0

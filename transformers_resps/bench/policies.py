@@ -1,4 +1,4 @@
-"""What a command's `--policy` names. Knows policies and heads: nothing of targets."""
+"""What a command's `--policy` names."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from .options import shape
 def read_policy(text: str | None, head: DraftHead | None) -> Policy | str:
     """A fixed tree from its numbers, a saved policy from its folder or Hub id, or "auto" as it is.
 
-    Without a text it is the head's own tree, and without a head "auto".
+    Without a text it is the head's default tree, and without a head "auto".
 
     Raises:
         ValueError: the text names nothing.

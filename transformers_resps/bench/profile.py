@@ -1,6 +1,6 @@
 """Where the time and memory of a draft tree go, next to plain decoding.
 
-Knows models and clocks. Times by hooks and wrappers that are removed again; on a GPU it waits for the device at each.
+Hooks and wrappers take the times and are removed again; on a GPU each waits for the device.
 """
 
 import resource

@@ -1,4 +1,4 @@
-"""Conversations to answer, and where they come from. Knows files and chat templates: nothing of models or clocks."""
+"""Conversations to answer, and where they come from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,13 +32,10 @@ class Dialogue:
 
     @classmethod
     def of(cls, name: str, messages: Conversation) -> "Dialogue":
-        """Raises ValueError when nobody asks anything."""
+        """Raises ValueError when there is no user turn."""
         users = [place for place, message in enumerate(messages) if message["role"] == "user"]
         if not users:
-            raise ValueError(
-                f"{name} has no user turn, but a prompt is needed. Remove that row, or give it `turns`, `messages` or "
-                "`prompt`."
-            )
+            raise ValueError(f"{name} has no user turn. Remove that row, or give it `turns`, `messages` or `prompt`.")
         return cls(name, messages[: users[0]], tuple(messages[place]["content"] for place in users))
 
     def asked(self, answers: Sequence[str]) -> Conversation:
@@ -73,7 +70,7 @@ def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
     rows = islice(load_conversations(source, split), _MOST_ROWS)
     found = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
     if not found:
-        raise ValueError(f"{source} has no rows, but prompts are needed. Pass a dataset with at least one.")
+        raise ValueError(f"{source} has no rows. Pass a dataset with at least one.")
     return found
 
 
@@ -83,8 +80,8 @@ def check_stems(sources: Sequence[str]) -> None:
     odd = sorted({stem for stem in stems if stems.count(stem) > 1 or stem == "all"})
     if odd:
         raise ValueError(
-            f"{', '.join(odd)} would not be one dataset of its own in the table, where `all` stands for all of them "
-            "together. Give the files other names."
+            f"The names of datasets must differ, and none may be `all`, got {', '.join(odd)}. Give the files other "
+            "names."
         )
 
 
@@ -110,6 +107,6 @@ def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> N
     shared = [dialogue.name for dialogue in evaluated if dialogue.fingerprint in others]
     if shared:
         raise ValueError(
-            f"{len(shared)} of {len(evaluated)} prompts to evaluate are among {what}, the first being {shared[0]}. "
-            "A gain on them says nothing about other prompts: pass a dataset that was kept apart."
+            f"{len(shared)} of {len(evaluated)} prompts to evaluate are among {what}, for example {shared[0]}. Pass a "
+            "dataset with other prompts."
         )

@@ -1,4 +1,4 @@
-"""Answer every conversation with every method, in turn. Knows models and clocks; nothing of files or tables."""
+"""Answer every conversation with every method, in turn."""
 
 import copy
 import time
@@ -40,7 +40,7 @@ class Cell:
 
 
 class Memory(Protocol):
-    """Keeps runs, so that none is made twice."""
+    """Stores runs, so that none is made twice."""
 
     def find(self, cell: Cell, method: str) -> Run | None:
         """The run of `method` there, if it was made before."""

@@ -1,7 +1,4 @@
-"""What was measured, with what, on what: everything a reader needs to repeat it.
-
-Knows files, processes and versions; nothing of methods.
-"""
+"""What was measured, with what, on what: everything needed to repeat it."""
 
 import hashlib
 import json
@@ -107,7 +104,7 @@ def weights_sha256(id_or_folder: str | Path) -> str | None:
 
 
 def config_sha256(id_or_folder: str | Path) -> str | None:
-    """Hash of what `config.json` says of how weights are used, whatever its layout; `None` where there is none.
+    """Hash of what `config.json` says about the use of the weights, whatever its layout; `None` where there is none.
 
     Without `default_tree`: the benchmark passes every tree, and the best of them becomes the default afterwards; and
     without names of targets and heads, which differ from machine to machine.
@@ -123,9 +120,9 @@ def config_sha256(id_or_folder: str | Path) -> str | None:
 
 
 def other_load(seconds: float = 1.0) -> float | None:
-    """Processors that others keep busy while this process waits for `seconds`; `None` where the system does not tell.
+    """CPUs that other processes use while this one waits for `seconds`; `None` where the system does not tell.
 
-    The load average would count this command's own last run against it.
+    The load average would include this command's own last run.
     """
     counters = Path("/proc/stat")
     if not counters.exists():

@@ -1,7 +1,4 @@
-"""`results.json`: what was measured, on what, with which command. The schema is in docs/bench-results-schema.md.
-
-Knows measurements and JSON: nothing of models.
-"""
+"""`results.json`: what was measured, on what, with which command. The schema is in docs/bench-results-schema.md."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +26,7 @@ def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequ
     Args:
         methods: in the order of the table.
         runs: of whole cells: every method answered.
-        ceilings: what the oracle would have done in some of them; nobody measured it.
+        ceilings: what the oracle would have done in some of them; estimated, not measured.
     """
     measurements = [run.measurement for run in runs]
     names = [method.name for method in methods]
@@ -59,7 +56,7 @@ def summaries_of(
 
 
 def _rows(measurements: Sequence[Measurement], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One for each method, those that nobody measured at the end."""
+    """One for each method; those that were not measured come last."""
     present = dict.fromkeys(m.method for m in measurements)
     ordered = [name for name in names if name in present] + [name for name in present if name not in names]
     return [{**asdict(summarise(measurements, name)), "measured": name in names} for name in ordered]
@@ -85,7 +82,7 @@ def advice_of(methods: Sequence[Method], measurements: Sequence[Measurement], ve
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:
-    """Write `results.json` in one go: a kill leaves the old file or the new one. Numbers have seven digits."""
+    """Write `results.json` atomically: a kill leaves the old file or the new one. Numbers have seven digits."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / RESULTS
     unfinished = file.with_suffix(".tmp")
@@ -120,13 +117,11 @@ def read_results(file: Path) -> dict[str, Any]:
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = results.get("schema_version", results.get("schema"))
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}), but it should be what `resps bench` wrote. Measure again."
-        ) from error
+        raise ValueError(f"{file} cannot be read as results of `resps bench` ({error}). Measure again.") from error
     if found != SCHEMA_VERSION:
         raise ValueError(
-            f"{file} has schema {found!r}, but this release reads {SCHEMA_VERSION} (docs/bench-results-schema.md says "
-            "how they differ). Measure again with this release, or read the file with the one that wrote it."
+            f"{file} has schema {found!r}, but this release reads {SCHEMA_VERSION}, see docs/bench-results-schema.md. "
+            "Measure again with this release, or read the file with the release that wrote it."
         )
     return results
 

@@ -1,7 +1,7 @@
-"""Two methods on the texts that both wrote alike. Knows runs: nothing of files or tables.
+"""Two methods on the texts that both wrote alike.
 
-In half precision texts part at near-ties, and what follows may copy the prompt or not: one of two answers then takes a
-third of the forwards, whoever wrote it. Over many prompts that evens out, over a few it does not.
+In half precision texts differ from near-ties on, and what follows may copy the prompt or not: one of two answers may
+then take a third of the forwards, whichever method wrote it. Over many prompts that evens out, over a few it does not.
 """
 
 from collections.abc import Hashable, Sequence

@@ -1,4 +1,4 @@
-"""One benchmark from its settings to its results. Knows every part of it, and prints nothing."""
+"""One benchmark from its settings to its results. It prints nothing."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -66,7 +66,7 @@ class Session:
         sources = {source: read_dialogues(source, args.split) for source in args.dataset}
         self.dialogues = [dialogue for rows in sources.values() for dialogue in spread(rows, args.limit)]
         self.searched = self._search_dialogues(list(sources.values())) if BEST_FIXED in self.selected else []
-        if not self.searched:  # only where nobody asked for it by name
+        if not self.searched:  # only if it was not asked for by name
             self.selected = tuple(name for name in self.selected if name != BEST_FIXED)
         self._check_prompts()
         self.peers = load_peers(args.peers, subjects.target, subjects.draft_model)
@@ -94,18 +94,18 @@ class Session:
         found = [dialogue for rows in rest if rows for dialogue in spread(rows, each)]
         if not found and self.args.methods is not None:
             raise ValueError(
-                "All prompts of the datasets are evaluated, but the best fixed tree must be found on others. Lower "
-                "--limit, pass --search-dataset, or choose --methods without best-fixed."
+                "All prompts are evaluated, and none is left to find the best fixed tree on. Lower --limit, pass "
+                "--search-dataset, or choose --methods without best-fixed."
             )
         return found
 
     def _check_prompts(self) -> None:
-        check_apart(self.dialogues, {d.fingerprint for d in self.searched}, "those that --search-dataset searches on")
+        check_apart(self.dialogues, {d.fingerprint for d in self.searched}, "those of --search-dataset")
         for name, hashes in self.subjects.trained_on.items():
             check_apart(self.dialogues, hashes or set(), f"the training prompts of {name}")
 
     def _settings(self) -> dict[str, Any]:
-        """What must stay the same for figures to stand in one table."""
+        """What must stay the same for all figures of one table."""
         args = self.args
         return {
             **self.subjects.identity,
@@ -126,7 +126,7 @@ class Session:
     def prepare(self) -> Schedule:
         """Measure costs, find the best fixed tree, and warm up; then all is ready to be timed."""
         target, head = self.subjects.target, self.subjects.head
-        self._say("Measuring what steps cost here")
+        self._say("Measuring the cost of steps")
         self.costs = calibrate(target, head, folder=self.args.output / "costs")
         if not {BEST_FIXED, CEILING}.isdisjoint(self.selected):
             grid = shapes_for(target.device.type)
@@ -180,7 +180,7 @@ class Session:
         """Judge a cell, see how far the oracle would have come, and whether the machine is still quiet.
 
         Raises:
-            BusyMachine: plain decoding's rates spread too widely, and nobody accepted that.
+            BusyMachine: plain decoding's rates spread too widely, and noise is not accepted.
         """
         self._whole += runs
         self.judge.add(prompt, runs)

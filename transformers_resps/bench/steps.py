@@ -1,7 +1,4 @@
-"""What the steps of many answers have in common: where their time went, how many nodes they verified, and when.
-
-Knows records of steps only.
-"""
+"""What the steps of many answers have in common: where their time went, how many nodes they verified, and when."""
 
 from collections import Counter
 from collections.abc import Sequence

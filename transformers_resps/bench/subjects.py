@@ -32,7 +32,7 @@ class Subjects:
         policies: name in the table -> policy, or "auto".
         draft_model: for Transformers' assisted generation.
         identity: JSON values: ids, parameters and hashes.
-        trained_on: fingerprints of prompts that head or policies learned from; `None` where nobody kept them.
+        trained_on: fingerprints of prompts that head or policies learned from; `None` where they were not kept.
     """
 
     target: Any
@@ -90,7 +90,7 @@ def load(
 
 
 def training_prompts_of(source: str) -> set[str] | None:
-    """Fingerprints of the prompts that a head or policy learned from; `None`, and a warning, where nobody kept them.
+    """Fingerprints of the prompts that a head or policy learned from; `None`, and a warning, if they were not kept.
 
     Raises:
         ValueError: the file is damaged.
@@ -98,7 +98,7 @@ def training_prompts_of(source: str) -> set[str] | None:
     file = file_of(source, TRAINING_PROMPTS)
     if file is None:
         logger.warning(
-            "%s has no %s, so nobody can tell whether it was trained on prompts that it will be measured on.",
+            "%s has no %s, so it may have been trained on prompts that it will be measured on.",
             source,
             TRAINING_PROMPTS,
         )
@@ -116,8 +116,8 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
     for source in names:
         if named_tree(source) is not None:
             raise ValueError(
-                f"`--policy {source}` is a tree, but the benchmark's policies are 'auto', folders or Hub ids. Pass "
-                f"`--shapes {source}`."
+                f"`--policy {source}` is a tree, but `--policy` takes 'auto', folders or Hub ids. Pass `--shapes "
+                f"{source}`."
             )
         policy = read_policy(source, head)
         check_identity = getattr(policy, "check_identity", None)
@@ -126,8 +126,7 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
         name = policy_name(source, policy)
         if name in found:
             raise ValueError(
-                f"Two policies would be called {name!r} in the table. Name each once, and give their folders "
-                "different names."
+                f"Two policies have the name {name!r}. Pass each policy once, and give their folders different names."
             )
         found[name] = policy
     return found
@@ -143,7 +142,7 @@ def load_draft_model(name: str, target: Any) -> PreTrainedModel:
     own, other = (m.config.get_text_config().vocab_size for m in (model, target))
     if own != other:
         raise ValueError(
-            f"The draft model {name} has {own} tokens, the target {other}, but both must have the same. Pass a small "
-            "model of the target's own family."
+            f"The draft model {name} has a vocabulary of {own} tokens, the target one of {other}. Pass a small model "
+            "of the target's family."
         )
     return cast(PreTrainedModel, model.to(target.device))

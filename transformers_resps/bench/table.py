@@ -1,4 +1,4 @@
-"""`results.json` as a Markdown table. Knows its schema: nothing of how it was measured."""
+"""`results.json` as a Markdown table."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _COLUMNS = ("dataset", "method", "tokens/s", "ratio to plain", "95% interval", "
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """One row per dataset, temperature and method; ceilings are in italics, since nobody measured them."""
+    """One row per dataset, temperature and method; ceilings are in italics, since they are estimated."""
     several = len(results["settings"]["temperatures"]) > 1
     columns = [*_COLUMNS[:1], "temperature", *_COLUMNS[1:]] if several else list(_COLUMNS)
     left = columns.index("method") + 1
@@ -40,12 +40,12 @@ def summary_cells(row: dict[str, Any]) -> list[str]:
 
 
 def method_cell(row: dict[str, Any]) -> str:
-    """The method; in italics what nobody measured."""
+    """The method; in italics if it is estimated, not measured."""
     return str(row["method"]) if row["measured"] else f"*{row['method']}*"
 
 
 def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
-    """How many answers are those of plain decoding; nothing over several temperatures, which are counted together."""
+    """How many answers equal those of plain decoding; empty over several temperatures, which are counted together."""
     if not row["measured"] or len(results["settings"]["temperatures"]) > 1:
         return ""
     return f"{results['same_text'][row['method']]} of {results['same_text'].get(PLAIN, 0)}"

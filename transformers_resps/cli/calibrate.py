@@ -12,11 +12,13 @@ from .target import add_target_options, load_target
 
 def add_command(commands: Any) -> None:
     """`resps calibrate TARGET [HEAD]`."""
-    parser = commands.add_parser("calibrate", help="what do steps cost on this machine, and can drafting pay at all?")
+    parser = commands.add_parser(
+        "calibrate", help="measure what steps cost on this machine, and whether drafting can pay"
+    )
     parser.set_defaults(run=calibrate_costs)
     add_target_options(parser)
     parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
-    parser.add_argument("--refresh", action="store_true", help="measure again although a table is kept")
+    parser.add_argument("--refresh", action="store_true", help="measure again even if a table is stored")
 
 
 def calibrate_costs(args: argparse.Namespace) -> int:
@@ -27,7 +29,7 @@ def calibrate_costs(args: argparse.Namespace) -> int:
     for key, value in table.identity.items():
         print(f"{key:14}{value}")
     contexts = sorted(table.verify)
-    print("\nMilliseconds of a forward of the target, by context; the last line is plain decoding's:\n")
+    print("\nMilliseconds per target forward, by context length; the last line is plain decoding:\n")
     print("  nodes" + "".join(f"{context:>9}" for context in contexts))
     for nodes in sorted(table.verify[contexts[0]]):
         print(f"{nodes:7}" + "".join(f"{1e3 * table.verify[context][nodes]:9.1f}" for context in contexts))
@@ -35,14 +37,14 @@ def calibrate_costs(args: argparse.Namespace) -> int:
         print("  plain" + "".join(f"{1e3 * table.plain_seconds(context):9.1f}" for context in contexts))
     if table.draft:
         widths = ", ".join(f"{width}: {1e3 * seconds:.1f}" for width, seconds in sorted(table.draft.items()))
-        print(f"\nMilliseconds of one level of the head, by width: {widths}")
-    print(f"\nMilliseconds of a step beside its forwards: {1e3 * table.overhead:.2f}")
+        print(f"\nMilliseconds per level of the head, by width: {widths}")
+    print(f"\nMilliseconds per step outside its forwards: {1e3 * table.overhead:.2f}")
     print(f"\n{what_must_be_accepted(table)}")
     return 0
 
 
 def what_must_be_accepted(table: CostTable) -> str:
-    """One sentence: how right drafts must be before they pay."""
+    """Two sentences: how many drafted tokens must be accepted for drafting to pay."""
     context = min(table.verify)
     plain = table.plain_seconds(context)
     costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in (2, 4, 8)}
@@ -50,6 +52,6 @@ def what_must_be_accepted(table: CostTable) -> str:
     least = min(costs.values())
     verdict = "can pay" if least < 1.6 else "can hardly pay"
     return (
-        f"In forwards of plain decoding, verifying costs: {listed}. Drafting {verdict} here: a step must "
-        f"accept more than {max(least - 1, 0.0):.1f} tokens on average, and what drafting them costs."
+        f"Cost of verifying, in plain forwards: {listed}. Drafting {verdict} here: a step must accept more than "
+        f"{max(least - 1, 0.0):.1f} drafted tokens on average, plus what pays for drafting them."
     )

@@ -1,4 +1,4 @@
-"""`resps doctor`: is a head read as it was trained."""
+"""`resps doctor`: is a head read with the settings it was trained with."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from .target import add_target_options, load_target
 
 def add_command(commands: Any) -> None:
     """`resps doctor TARGET HEAD`."""
-    parser = commands.add_parser("doctor", help="does a head read its target as it was trained to?")
+    parser = commands.add_parser("doctor", help="check that a head is read with the settings it was trained with")
     parser.set_defaults(run=doctor)
     add_target_options(parser)
     parser.add_argument(
@@ -28,18 +28,18 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--dataset",
-        help=".json, .jsonl or Hub id; the target answers where it has no assistant turns",
+        help=".json, .jsonl or Hub id of conversations; without assistant turns the target writes the answers",
     )
     parser.add_argument("--split", default="train", help="of a dataset from the Hub")
-    parser.add_argument("--answers", type=positive, default=50, help="how many answers to look at")
+    parser.add_argument("--answers", type=positive, default=50, help="number of answers to check (default: 50)")
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
         default=256,
-        help="of each answer that are looked at; a RoPE base that is wrong shows on long answers only (default: 256)",
+        help="tokens to check per answer; a wrong RoPE base shows on long answers only (default: 256)",
     )
     parser.add_argument(
-        "--max-length", type=positive, default=320, help="tokens per conversation; longer ones are cut"
+        "--max-length", type=positive, default=320, help="tokens per conversation; longer ones are cut (default: 320)"
     )
     parser.add_argument("--revision", help="of the head")
     parser.add_argument(
@@ -47,7 +47,7 @@ def add_command(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="read the head with these corrections, for instance rope_theta=1e4 feature_layers=[2,16,29]",
+        help="read the head with these settings, for example rope_theta=1e4 feature_layers=[2,16,29]",
     )
 
 
@@ -82,7 +82,7 @@ def corrections(settings: Sequence[str]) -> dict[str, Any]:
             found[field.replace("-", "_")] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"`--set {setting}` cannot be read. Write FIELD=VALUE with a JSON value, for instance "
+                f"`--set {setting}` cannot be read. Write FIELD=VALUE with a JSON value, for example "
                 "rope_theta=1e4, norm_before_residual=true or feature_layers=[2,16,29]."
             ) from error
     return found
@@ -109,7 +109,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     depths = range(1, len(diagnosis.configured.agreement) + 1)
     columns = "".join(f"  depth {depth}" for depth in depths)
     configured = diagnosis.configured
-    print(f"\nAgreement with the target, {configured.positions} positions of {len(configured.tallies)} answers:\n")
+    print(f"\nAgreement with the target, at {configured.positions} positions of {len(configured.tallies)} answers:\n")
     print(f"  {'feature layers':24}{'RoPE base':>10}  {'norm before residual':20}{columns}  accepted  log likelihood")
     for cell in sorted(diagnosis.cells, key=lambda cell: -cell.accepted):
         print(row(cell, diagnosis))

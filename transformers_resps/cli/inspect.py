@@ -1,4 +1,4 @@
-"""`resps inspect`: one answer as a page to look at, step by step."""
+"""`resps inspect`: one output as an HTML page, step by step."""
 
 import argparse
 from pathlib import Path
@@ -21,25 +21,25 @@ from .target import add_target_options, load_target
 
 def add_command(commands: Any) -> None:
     """`resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
-    parser = commands.add_parser("inspect", help="an answer as a page to look at: trees, decisions, seconds")
+    parser = commands.add_parser("inspect", help="write one output as an HTML page: trees, decisions, times")
     parser.set_defaults(run=inspect)
     add_target_options(parser)
     parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
-    parser.add_argument("--prompt", required=True, help="what the target answers")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the page to write")
+    parser.add_argument("--prompt", required=True, help="the user's message to the target")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the HTML page to write")
     parser.add_argument(
         "--policy",
-        help="auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; the head's own tree by default",
+        help="auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; default: the head's tree",
     )
     parser.add_argument("--max-new-tokens", type=positive, default=128)
-    parser.add_argument("--temperature", type=temperature, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--seed", type=int, default=0, help="of both answers, when tokens are sampled")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="default: 0, which is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of both outputs, if tokens are sampled")
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Write the page; 1 when both texts differ and rounding cannot be the reason."""
+    """Write the page; 1 when both outputs differ and rounding cannot be the reason."""
     if not args.prompt.strip():
-        raise ValueError("`--prompt` is empty, but the target needs something to answer. Pass a question in quotes.")
+        raise ValueError("`--prompt` is empty. Pass a question in quotes.")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = attach(load_target(args))
@@ -63,7 +63,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def warm_up(target: PreTrainedModel, head: DraftHead | None, prompt_ids: Tensor) -> None:
-    """What is allocated and compiled once is not this answer's cost; the policy stays as it is."""
+    """Allocate and compile before the timed calls; the policy stays as it is."""
     for assistant in (None, head) if head is not None else (None,):
         call: Any = target
         ids = prompt_ids[None].to(target.device)
@@ -73,11 +73,11 @@ def warm_up(target: PreTrainedModel, head: DraftHead | None, prompt_ids: Tensor)
 
 
 def same_text(found: Examination) -> str:
-    """Yes, or where they part."""
+    """Yes, or where they differ first."""
     if found.parts_at is None:
         return "yes"
     why = f" ({found.divergence})" if found.divergence is not None else ""
-    return f"no, they part at token {found.parts_at + 1}{why}"
+    return f"no, they differ from token {found.parts_at + 1}{why}"
 
 
 def is_explained(found: Examination, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""What a command asks a target: turns of conversations, or questions of our own. Knows nothing of tokens."""
+"""What a command asks a target: turns of conversations, or built-in questions."""
 
 from ..trainers.conversations import Conversation
 

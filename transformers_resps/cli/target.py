@@ -1,4 +1,4 @@
-"""The target of a command: the options that name it, and the model they name. Knows nothing of heads."""
+"""The target of a command: the options that name it, and the model they name."""
 
 import argparse
 from typing import Any
@@ -11,8 +11,8 @@ from ..bench.options import device, dtype, model
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
     """TARGET, `--dtype` and `--device`."""
-    parser.add_argument("target", type=model, help="folder or Hub id")
-    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a processor), bfloat16 or float16")
+    parser.add_argument("target", type=model, help="folder or Hub id of the target")
+    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 

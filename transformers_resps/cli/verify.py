@@ -1,4 +1,4 @@
-"""`resps verify`: is the text with a head and a policy the model's own."""
+"""`resps verify`: is the output with a head and a policy the model's own."""
 
 import argparse
 from itertools import islice
@@ -21,7 +21,9 @@ from .target import add_target_options, load_target
 
 def add_command(commands: Any) -> None:
     """`resps verify TARGET [HEAD] [POLICY]`."""
-    parser = commands.add_parser("verify", help="is the text with a draft head the model's own? a page to paste")
+    parser = commands.add_parser(
+        "verify", help="check that the output with a draft head is the model's own; prints a report"
+    )
     parser.set_defaults(run=verify)
     add_target_options(parser)
     parser.add_argument(
@@ -30,21 +32,23 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "policy",
         nargs="?",
-        help="folder or Hub id of a policy, 'auto', or total_tokens,depth,top_k[,lookup]; else the head's own tree",
+        help="folder or Hub id of a policy, 'auto', or total_tokens,depth,top_k[,lookup]; default: the head's tree",
     )
     parser.add_argument("--dataset", help=".json, .jsonl or Hub id; its first user turns are the prompts")
     parser.add_argument("--split", default="train", help="of a dataset from the Hub")
-    parser.add_argument("--prompts", type=positive, default=4, help="how many")
-    parser.add_argument("--seeds", type=positive, default=4, help="sampled answers per way of sampling")
-    parser.add_argument("--max-new-tokens", type=positive, default=32, help="of each compared answer")
+    parser.add_argument("--prompts", type=positive, default=4, help="number of prompts (default: 4)")
+    parser.add_argument("--seeds", type=positive, default=4, help="sampled outputs per sampling setting (default: 4)")
     parser.add_argument(
-        "--rounding", action="store_true", help="instead: how far a tree forward moves the target's logits"
+        "--max-new-tokens", type=positive, default=32, help="length of each compared output (default: 32)"
+    )
+    parser.add_argument(
+        "--rounding", action="store_true", help="instead, measure how far a tree forward moves the target's logits"
     )
     parser.add_argument("--revision", help="of the head")
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Print the report; 1 when the text is not the model's own."""
+    """Print the report; 1 when the output is not the model's own."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
@@ -52,7 +56,7 @@ def verify(args: argparse.Namespace) -> int:
     prompts = read_prompts(args, tokenizer)
     if args.rounding:
         return print_rounding(target, prompts, args.max_new_tokens)
-    print("Comparing; on a processor this takes minutes ...\n")
+    print("Comparing; on a CPU this takes minutes ...\n")
     try:
         report = assert_lossless(target, head, policy, prompts, seeds=args.seeds, max_new_tokens=args.max_new_tokens)
     except NotLosslessError as error:
@@ -71,7 +75,7 @@ def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int) -> i
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
-    """`--prompts` questions, those of `--dataset` or our own, as token ids `[s]`.
+    """`--prompts` questions, those of `--dataset` or built-in ones, as token ids `[s]`.
 
     Raises:
         ValueError: the dataset has no user turns.
@@ -82,7 +86,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
         questions = [asked for row in rows if (asked := up_to(row, "user"))]
     if not questions:
         raise ValueError(
-            f"`--dataset {args.dataset}` has no user turns, but the prompts are made of them. Pass conversations, as "
+            f"`--dataset {args.dataset}` has no user turns to use as prompts. Pass conversations, as "
             "training/train_head.py reads them."
         )
     return [to_tokens(question, tokenizer) for question in questions]

@@ -1,4 +1,4 @@
-"""The doctor: does a head read its target as it was trained to, and if not, what is to be corrected."""
+"""The doctor: finds the settings that a head must be read with."""
 
 from .answers import Answer, write_answers
 from .diagnosis import Cell, Diagnosis, Reading, Tally

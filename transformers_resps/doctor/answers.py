@@ -1,4 +1,4 @@
-"""Texts of which the target wrote the end. Knows token ids: nothing of tokenizers or files."""
+"""Texts whose ends the target wrote."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from ..answers import end_ids, left_padded, up_to_end
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A text of which the target wrote the end.
+    """A text whose end the target wrote.
 
     Attributes:
         tokens: `[t]` target vocabulary ids.
-        prompt_length: how many of them were given.
+        prompt_length: how many of them are the prompt.
     """
 
     tokens: Tensor

@@ -1,7 +1,4 @@
-"""What the doctor found: how well the head agrees with its target under each reading, and which is right.
-
-Knows numbers only: nothing of models.
-"""
+"""What the doctor found: how well the head agrees with its target under each reading, and which is right."""
 
 import math
 from dataclasses import dataclass, fields
@@ -12,7 +9,7 @@ from typing import Any
 _SURE = 3.0  # standard errors; more than two because the best of some twenty cells is looked at
 _LEAST_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
 _LEAST_NATS = 0.02  # per chain, likewise
-_STRANGER = 0.05  # agreement at depth 1 below which a head knows nothing of its target
+_STRANGER = 0.05  # agreement at depth 1 below which a head was not made for its target
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +69,8 @@ class Cell:
 class Diagnosis:
     """What was found.
 
-    A reading is better when its chains keep more tokens beyond noise; or, when they keep no fewer, when it gives the
-    target's tokens a higher likelihood beyond noise: that tells a wrong RoPE base long before it costs many tokens.
+    A reading is better if its chains keep more tokens beyond noise. If they keep no fewer, it is better if it gives
+    the target's tokens a higher likelihood beyond noise: this shows a wrong RoPE base before it costs many tokens.
 
     Attributes:
         cells: all readings, the configured one first.
@@ -138,7 +135,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """One or two sentences for people."""
+        """The result in one or two sentences."""
         depths = len(self.configured.agreement)
         configured = f"{self.configured.accepted:.2f} of {depths} drafted tokens accepted"
         if not self.is_healthy:
@@ -151,7 +148,7 @@ class Diagnosis:
             )
         if self.configured.agreement[0] < _STRANGER:
             return (
-                f"No reading makes this head agree with this target ({configured}). It was trained for another "
-                "target, or hardly at all."
+                f"No settings make this head agree with this target ({configured}). It was trained for another "
+                "target, or too little."
             )
-        return f"The head is read as it was trained: {configured}, and no other reading is better."
+        return f"The head is read as it was trained: {configured}, and no other settings are better."

@@ -1,7 +1,4 @@
-"""Does a head read its target as it was trained to? Teacher-forced agreement under every likely slip in its file.
-
-Knows models and token ids: nothing of files, tokenizers or terminals.
-"""
+"""Is a head read as it was trained? Teacher-forced agreement under every likely error in its config."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,9 +27,9 @@ _BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at
 def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Answer]) -> Diagnosis:
     """Compare the configured reading of `head` with its likely corrections, on answers of `target`.
 
-    Tried are feature layers as read, one deeper, one shallower; the RoPE base as read, 1e4, 1e6 and the target's own;
-    and the residual of the first layer before and after its norm. Nothing is generated: at depth k the head reads the
-    true text up to there and its own output in place of the feature, as in training.
+    It tries the feature layers as read, one deeper and one shallower; the RoPE base as read, 1e4, 1e6 and the
+    target's; and the residual of the first layer before and after its norm. Nothing is generated: at depth k the head
+    reads the true text up to there, and its own output instead of the feature, as in training.
 
     Args:
         target: the model the head was made for.
@@ -40,7 +37,7 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Answer]
         answers: some 50 are enough; only the target's own tokens are scored.
 
     Raises:
-        ValueError: the head is another target's; or there are fewer than two answers long enough to score.
+        ValueError: the head belongs to another target, or fewer than two answers are long enough to score.
 
     Source: the training-time test of EAGLE-3 (arXiv 2503.01840), section 3.2.
     """
@@ -48,7 +45,7 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Answer]
     if len(long_enough) < 2:
         raise ValueError(
             f"{len(long_enough)} of {len(answers)} answers have at least {DEPTHS} tokens of the target, but at least "
-            "2 are needed to tell a difference from noise. Pass some 50 answers."
+            "2 are needed. Pass about 50 answers."
         )
     readings = list(_readings(head.config, target))
     drafters = [_drafter(head, reading, target) for reading in readings]

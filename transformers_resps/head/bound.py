@@ -25,8 +25,8 @@ class BoundHead:
         table = target.get_input_embeddings()
         if table.weight.device != head.device and not hasattr(table, "_hf_hook"):
             raise ValueError(
-                f"The head is on {head.device}, but the target's embedding is on {table.weight.device}. Both must be "
-                f"on one device: call `head.to('{table.weight.device}')`, or load the head with `target=model`."
+                f"The head is on {head.device}, but the target's embedding is on {table.weight.device}. "
+                f"Call `head.to('{table.weight.device}')`, or load the head with `target=model`."
             )
         self.head = head if is_packed(head) else pack(head)
         self.embed_tokens = head.embed_tokens if head.config.owns_embedding else table
@@ -45,7 +45,7 @@ class BoundHead:
         return self.normed_logits(cast(Tensor, self.head.norm(hidden)))
 
     def normed_logits(self, normed: Tensor) -> Tensor:
-        """`[..., h]` behind the final norm -> fp32 `[..., d]`."""
+        """`[..., h]` after the final norm -> fp32 `[..., d]`."""
         logits = cast(Tensor, self._output(normed.to(self.output_weight.dtype)))
         return logits.to(normed.device, torch.float32)  # a borrowed output head may lie on another device
 

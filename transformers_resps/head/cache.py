@@ -1,4 +1,4 @@
-"""The head's own keys and values: true-feature entries, and behind them those of the tree being drafted."""
+"""The head's own keys and values: entries of true features, followed by those of the tree being drafted."""
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ _GROWTH = 256  # positions added when the buffer is full
 
 
 class HeadCache:
-    """Preallocated keys and values of every head layer; which slots hold what is the caller's to know.
+    """Preallocated keys and values of every head layer; the caller keeps track of what each slot holds.
 
-    Entries of a tree are written behind those that come from the target's features, and simply overwritten later
-    (reference/eagle3: stable KV), so dropping a tree costs nothing. Never empty memory: a hidden slot may be read.
+    Entries of a tree are written after those that come from the target's features, and simply overwritten later
+    (reference/eagle3: stable KV), so dropping a tree costs nothing. Buffers start as zeros: a masked slot may be read.
     """
 
     def __init__(self, config: DraftHeadConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class HeadCache:
             mask: `[b or 1, 1, t, start + t]` bool, true where attended; `None` sees everything.
             is_causal: instead of a mask, for `start == 0`.
 
-        With fewer queries than keys the queries are the newest one alone.
+        Fewer queries than keys mean that only the newest position has a query.
         """
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -9,50 +9,51 @@ from transformers import PreTrainedConfig
 from ..hub import shareable
 
 
-ROPE_BASE = 10000.0  # where nobody names another: RoFormer (arXiv 2104.09864) section 3.2.2
+ROPE_BASE = 10000.0  # the default: RoFormer (arXiv 2104.09864) section 3.2.2
 
 
 class DraftHeadConfig(PreTrainedConfig):
-    """Sizes, conventions and identity of a `DraftHead`.
+    """Configuration of a `DraftHead`: its sizes, its conventions, and the target it was made for.
 
     Attributes:
         hidden_size: width h of the head.
-        intermediate_size: width inside the MLP of a layer.
-        num_hidden_layers: decoder layers of the head; published ones have one.
-        num_attention_heads: of queries.
-        num_key_value_heads: of keys and values, which the query heads share evenly.
+        intermediate_size: width of the MLP inside a layer.
+        num_hidden_layers: number of decoder layers; published heads have one.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads; divides `num_attention_heads`.
         head_dim: width hd of an attention head; `None` means h divided by `num_attention_heads`.
         hidden_act: activation of the MLP, by its name in Transformers.
-        rms_norm_eps: of every RMSNorm.
-        max_position_embeddings: for RoPE kinds that depend on it; the head itself reads texts of any length.
+        rms_norm_eps: epsilon of every RMSNorm.
+        max_position_embeddings: for RoPE types that depend on it; the head itself reads sequences of any length.
         rope_parameters: as in Transformers; `None` means unscaled RoPE with base 10,000.
         initializer_range: standard deviation of fresh weights.
-        attention_bias: of the projections to queries, keys and values.
-        attention_output_bias: of the projection behind the attention.
-        mlp_bias: of the MLP's projections.
-        fc_bias: of `fc`, which fuses the features.
+        attention_bias: whether the query, key and value projections have biases.
+        attention_output_bias: whether the attention's output projection has a bias.
+        mlp_bias: whether the MLP's projections have biases.
+        fc_bias: whether `fc`, which fuses the features, has a bias.
         target_hidden_size: width of the target's hidden states; `None` means h.
-        feature_layers: the target's hidden states the head reads, in the `output_hidden_states` convention of
-            Transformers (0 is the embedding output, j the output of decoder layer j - 1), ascending; that of the last
-            layer is read before the target's final norm. `None` means 2, 15 and 27, EAGLE-3's of a target with 30
-            layers.
+        feature_layers: indices of the target's hidden states that the head reads, ascending, counted as in
+            `output_hidden_states` of Transformers: 0 is the embedding output, j the output of decoder layer j - 1. The
+            last layer's output is read before the target's final norm. `None` means 2, 15 and 27, EAGLE-3's choice for
+            a target with 30 layers.
         vocab_size: the target's vocabulary size v.
-        draft_vocab_size: the head's own vocabulary size d; `None` means v, without `d2t`.
-        owns_embedding: the file holds an embedding table, because its width differs from the target's.
-        owns_output_head: the file holds an output head; otherwise the target's is borrowed.
-        norm_before_residual: the residual of the first layer is the normed feature (speculators; EAGLE-3.1).
-        norm_before_fc: one RMSNorm over the concatenated features, before `fc`.
-        fc_norm: one RMSNorm per feature layer, before `fc` (EAGLE-3.1). Excludes `norm_before_fc`.
-        feedback_post_norm: the next level is fed the output after `norm`, not before it (EAGLE-3.1).
-        qk_norm: RMSNorm on queries and keys, as in Qwen3.
-        default_tree: total_tokens, depth, top_k and perhaps lookup of the tree used when no policy is given; `None`
-            means 60, 8 and 10, which EAGLE calls 60/7/10.
-        target: name and sizes of the model the head was made for; `None` where nobody knows.
-        source: of an imported head, its publisher's format and layer ids as published.
+        draft_vocab_size: number d of tokens the head can propose; `None` means all v.
+        owns_embedding: whether the head has its own embedding table, as it must if its width is not the target's;
+            otherwise it uses the target's.
+        owns_output_head: whether the head has its own output head; otherwise it uses the target's.
+        norm_before_residual: whether the first layer's residual is the normed feature (speculators; EAGLE-3.1).
+        norm_before_fc: whether one RMSNorm is applied to the concatenated features, before `fc`.
+        fc_norm: whether each feature layer has an RMSNorm before `fc` (EAGLE-3.1); excludes `norm_before_fc`.
+        feedback_post_norm: whether the next level reads the output after `norm` instead of before it (EAGLE-3.1).
+        qk_norm: whether queries and keys have RMSNorms, as in Qwen3.
+        default_tree: total_tokens, depth, top_k and optionally lookup of the tree that is used without a policy;
+            `None` means 60, 8 and 10, which EAGLE calls 60/7/10.
+        target: name and sizes of the model the head was made for; `None` if unknown.
+        source: for an imported head, its publisher's format and its layer ids as published.
         bos_token_id: the target's.
         eos_token_id: the target's, one or several.
         pad_token_id: the target's.
-        tie_word_embeddings: always false: what a head shares with its target it borrows.
+        tie_word_embeddings: always false: a head stores no copy of what it uses of its target.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3; the flags are those of published checkpoints.
     """
@@ -109,18 +110,18 @@ class DraftHeadConfig(PreTrainedConfig):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """As in Transformers; of a target that lies in a folder here the last part of its path is written alone."""
+        """As in Transformers; if the target was loaded from a local folder, only the folder's name is written."""
         told = copy(self)
         told.target = shareable(self.target)
         super(DraftHeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def draft_rows(self) -> int:
-        """Tokens the head can propose: d, or v without a draft vocabulary."""
+        """Number of tokens the head can propose: d, or v without a draft vocabulary."""
         return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 
     @property
     def features_width(self) -> int:
-        """Width F of the concatenated features: `target_hidden_size` for each feature layer."""
+        """Width F of the concatenated features: `target_hidden_size` times the number of feature layers."""
         assert self.feature_layers is not None and self.target_hidden_size is not None
         return len(self.feature_layers) * self.target_hidden_size

@@ -1,4 +1,4 @@
-"""What a fresh head of a target is: its config, held against what can be run, and the weights it starts from.
+"""A fresh head for a target: its config, checked for what can be run, and its initial weights.
 
 Knows the target and configs only: nothing of the head's layers or of files.
 """
@@ -22,9 +22,9 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
     """Target ids of the draft vocabulary `[d]`, ascending; `None` for all tokens.
 
     Args:
-        target: whose vocabulary they are of.
-        size: how many; the lowest ids where `ids` is `None`.
-        ids: which.
+        target: the model whose ids they are.
+        size: how many; the lowest ids if `ids` is `None`.
+        ids: the ids themselves, in any order.
 
     Raises:
         ValueError: there are no such ids, one occurs twice, or they are not as many as `size`.
@@ -35,7 +35,7 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
     if size is not None and size > vocab_size:
         raise ValueError(
             f"`draft_vocab_size` is {size}, but the target has {vocab_size} tokens. "
-            "Choose a number from 1 to that, or None for all of them."
+            f"Pass a number from 1 to {vocab_size}, or None for all of them."
         )
     if ids is None:
         return None if size is None else torch.arange(size)
@@ -44,11 +44,11 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
     if distinct != len(ordered) or size not in (None, len(ordered)):
         raise ValueError(
             f"`draft_token_ids` has {len(ordered)} ids, {distinct} of them distinct, but `draft_vocab_size` is "
-            f"{size}. Pass as many distinct ids as that, or leave out `draft_vocab_size`."
+            f"{size}. Pass distinct ids, as many as `draft_vocab_size`, or leave `draft_vocab_size` out."
         )
     if ordered[0] < 0 or ordered[-1] >= vocab_size:
         raise ValueError(
-            f"`draft_token_ids` go from {int(ordered[0])} to {int(ordered[-1])}, but the target's ids from 0 to "
+            f"`draft_token_ids` go from {int(ordered[0])} to {int(ordered[-1])}, but the target's ids go from 0 to "
             f"{vocab_size - 1}. Pass ids of the target's own tokenizer."
         )
     return ordered
@@ -80,8 +80,8 @@ def fresh_config(
     unknown = sorted(set(overrides) - set(DraftHeadConfig.__annotations__))
     if unknown:
         raise ValueError(
-            f"{_WHERE} got {unknown}, which it does not know. It takes the fields of `DraftHeadConfig`, "
-            f"{sorted(DraftHeadConfig.__annotations__)}. Check the spelling."
+            f"{_WHERE} got {unknown}, which it does not know. Check the spelling: it takes the fields of "
+            f"`DraftHeadConfig`, {sorted(DraftHeadConfig.__annotations__)}."
         )
     check_overrides({**overrides, "feature_layers": feature_layers}, _WHERE)
     if overrides.get("rope_parameters"):
@@ -107,13 +107,13 @@ def fresh_config(
 
 
 def _refuse_unusable(config: DraftHeadConfig, target: PreTrainedModel) -> None:
-    """Refuse fields that are right alone and cannot be run together, or beside this target."""
+    """Refuse fields that are valid alone, but not together or not with this target."""
     for came, mend in (*_misfits(config, _target_sizes(target)), *_impossible_layers(config)):
         raise ValueError(f"{_WHERE} got {came}. {mend}.")
 
 
 def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the head cannot read from its target or borrow from it: what came and is needed, and what to do."""
+    """What the head cannot read or borrow from its target, as (what came and what is needed, what to do)."""
     width = theirs["hidden_size"]
     if config.target_hidden_size != width:
         yield f"`target_hidden_size={config.target_hidden_size}`, but the target's is {width}", "Leave it out"
@@ -135,7 +135,7 @@ def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[
 
 
 def _impossible_layers(config: DraftHeadConfig) -> Iterator[tuple[str, str]]:
-    """Sizes that no attention has; likewise."""
+    """Sizes that no attention can have, as in `_misfits`."""
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared:
         yield (
@@ -170,7 +170,7 @@ def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def start_from(head: PreTrainedModel, target: PreTrainedModel, rows: Tensor | None) -> None:
-    """Read the deepest feature unchanged and predict with the target's own rows: measurably quicker to train.
+    """Start from the deepest feature unchanged and the target's own output rows: the head trains faster.
 
     Args:
         head: a fresh `DraftHead`.

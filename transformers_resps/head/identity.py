@@ -18,7 +18,7 @@ def target_identity(target: PreTrainedModel) -> dict[str, Any]:
 
 
 def refuse_no_model(target: Any) -> None:
-    """Refuse what is passed as a target and is no model.
+    """Refuse a `target` that is no model.
 
     Raises:
         ValueError: names its type.

@@ -16,7 +16,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class DraftAttention(nn.Module):
-    """Projections of the attention; the first layer reads embedding and feature, so `2h` wide."""
+    """Projections of the attention; the first layer reads embedding and feature side by side, `2h` wide."""
 
     def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
         super().__init__()

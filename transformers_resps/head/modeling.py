@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft head: reads the target's features, proposes the tokens after next.
+"""The EAGLE-3 draft head: reads the target's features and proposes tokens.
 
 Knows nothing of trees, policies or how it is decoded.
 """
@@ -24,12 +24,15 @@ from .rotary import RotaryEmbedding
 
 
 class DraftHead(PublishableHead):
-    """An EAGLE-3 head in canonical layout.
+    """An EAGLE-3 draft head: reads the target's hidden states and proposes tokens, which the target then verifies.
 
-    A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. What
-    the head shares with its target, the embedding table and (with a full draft vocabulary) the output head, is
-    borrowed when decoding and stored nowhere: see `BoundHead`. On a processor decoding packs its layers: after weights
-    were written through `.data`, as PEFT's merge does, call `pack(head)`.
+    Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
+    `assistant_model`.
+
+    A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. The
+    embedding table and, with a full draft vocabulary, the output head are usually the target's: the head uses them
+    when it decodes and does not store them. On CPU, decoding prepacks the head's weights: call `pack(head)` after
+    weights were written through `.data`, as PEFT's merge does.
     """
 
     config_class = DraftHeadConfig
@@ -62,17 +65,16 @@ class DraftHead(PublishableHead):
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """Transformers' own assisted generation asks for `generation_config` first: who forgot `attach` is told."""
+        """Transformers' own assisted generation reads `generation_config` first: say that `attach` is missing."""
         if name == "generation_config":
             raise AttributeError(
-                "A DraftHead has no `generation_config`: it is no whole model, as the assistants of Transformers are. "
-                "Its trees need a model that is attached. Call `transformers_resps.attach(model)` before "
-                "`model.generate(..., assistant_model=head)`."
+                "A `DraftHead` has no `generation_config`: it is not a whole model, as other assistants are. "
+                "Call `transformers_resps.attach(model)` before `model.generate(..., assistant_model=head)`."
             )
         return super().__getattr__(name)
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's features `[b, t, F]` -> fused `[b, t, h]`."""
+        """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`."""
         if self.config.norm_before_fc:
             features = self.input_norm(features)
         if self.config.fc_norm:
@@ -83,18 +85,18 @@ class DraftHead(PublishableHead):
     def forward(
         self, hidden: Tensor, embeddings: Tensor, positions: Tensor, attend: Attend, *, newest_only: bool = False
     ) -> Tensor:
-        """One pass over positions in parallel.
+        """Run the head's layers over all positions in parallel.
 
         Args:
-            hidden: `[b, t, h]`: fused features, or the previous level's `feedback`.
-            embeddings: `[b, t, h]` of the token after each feature.
+            hidden: `[b, t, h]` fused features, or the previous level's `feedback`.
+            embeddings: `[b, t, h]` embeddings of the token after each feature.
             positions: `[b, t]` RoPE positions.
-            attend: attention over what the caller keeps (see `HeadCache`).
-            newest_only: compute the output of the last position alone. A prompt's other positions are read for their
-                keys and values, a third of the work.
+            attend: attention over the keys and values that the caller keeps (see `HeadCache`).
+            newest_only: compute the output of the last position only. The other positions of a prompt then give only
+                their keys and values, which is a third of the work.
 
         Returns:
-            `[b, t or 1, h]`, before the final norm.
+            `[b, t or 1, h]` hidden states, before the final norm.
         """
         rope = self.rotary_emb(hidden, positions)
         for layer in self.layers:
@@ -103,12 +105,12 @@ class DraftHead(PublishableHead):
         return hidden
 
     def feedback(self, hidden: Tensor) -> Tensor:
-        """What the next level reads in place of a fused feature: `[b, t, h]`."""
+        """What the next level reads in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
         return cast(Tensor, self.norm(hidden)) if self.config.feedback_post_norm else hidden
 
     @property
     def draft_token_ids(self) -> Tensor:
-        """Target ids of the draft vocabulary `[d]`, ascending."""
+        """Target ids of the tokens the head can propose, `[d]`, ascending."""
         if self.config.draft_vocab_size is None:
             return torch.arange(self.config.vocab_size, device=self.device)
         offsets = cast(Tensor, self.d2t)
@@ -116,7 +118,7 @@ class DraftHead(PublishableHead):
 
     @property
     def default_shape(self) -> TreeShape:
-        """The tree used when `generate` gets no policy."""
+        """The tree that is used when `generate` gets no policy."""
         assert self.config.default_tree is not None
         return TreeShape(*self.config.default_tree)
 
@@ -130,17 +132,20 @@ class DraftHead(PublishableHead):
         feature_layers: list[int] | None = None,
         **overrides: Any,
     ) -> "DraftHead":
-        """A fresh, untrained head for `target`, in its dtype and on its device.
+        """Make a new, untrained head for `target`, in its dtype and on its device.
 
         Args:
             target: the model whose features the head will read.
-            draft_vocab_size: tokens the head can propose; `None` for all, with the target's own output head.
-            draft_token_ids: which target ids those are, `[d]`, in any order; the lowest ids when `None`.
-            feature_layers: as in `DraftHeadConfig`; EAGLE-3's low, middle and high layer when `None`.
+            draft_vocab_size: number d of tokens the head can propose; `None` for all, with the target's output head.
+            draft_token_ids: the target ids of these tokens, `[d]`, in any order; `None` for the lowest ids.
+            feature_layers: as in `DraftHeadConfig`; `None` for EAGLE-3's low, middle and high layer.
             overrides: any other field of `DraftHeadConfig`.
 
+        Returns:
+            The head. Train it before use: see docs/train-a-head.md.
+
         Raises:
-            ValueError: the draft vocabulary is no part of the target's, or no head of this target can have such a
+            ValueError: the draft vocabulary is not part of the target's, or a head of this target cannot have this
                 config.
         """
         rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
@@ -156,19 +161,22 @@ class DraftHead(PublishableHead):
         target: PreTrainedModel | None = None,
         **keywords: Any,
     ) -> "DraftHead":
-        """A head of ours or in any published EAGLE-3 layout, recognised by its tensors.
+        """Load a head saved by this package, or one in a published EAGLE-3 layout, recognised by its tensors.
 
         Args:
-            pretrained_model_name_or_path: Hub id or folder; `None` with `config` and `state_dict` among the keywords.
-            target: the model it will draft for: gives what the config leaves out (layers, sizes), is checked, and
-                decides dtype and device unless they are passed.
-            keywords: `revision` and the other loading arguments of Transformers; and any field of `DraftHeadConfig`,
-                or `rope_theta`, to correct what the config says, as `resps doctor` suggests; `sliding_window=None`
-                reads a head without the window of its layers.
+            pretrained_model_name_or_path: Hub id or folder; `None` if `config` and `state_dict` are passed instead.
+            target: the model the head will draft for. It is checked, gives sizes that the config leaves out, and
+                decides the dtype and device unless they are passed.
+            keywords: `revision` and the other loading arguments of Transformers. Also any field of `DraftHeadConfig`,
+                or `rope_theta`, to correct the head's config as `resps doctor` suggests; `sliding_window=None` ignores
+                a sliding window.
+
+        Returns:
+            The head, with every weight read from the files: nothing is newly initialized.
 
         Raises:
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
-                not fit `target`. Nothing is ever newly initialized.
+                not fit `target`.
         """
         hub, loading, overrides = split_keywords(keywords)
         if target is not None:
@@ -205,17 +213,17 @@ class DraftHead(PublishableHead):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, format: str = "resps", **keywords: Any
     ) -> None:
-        """Write the head, in our own format or for other engines.
+        """Write the head to a folder, in this package's format or one for another engine.
 
         Args:
-            save_directory: made when missing.
-            args: as in Transformers; own format only.
-            format: "resps"; "specforge" for SGLang, vLLM and llama.cpp; "speculators" for vLLM. An engine that is
-                older than a field of the head drops it without a word: see docs/train-a-head.md.
-            keywords: as in Transformers; own format only.
+            save_directory: the folder; made if missing.
+            args: as in Transformers; for format "resps" only.
+            format: "resps" for this package; "specforge" for SGLang, vLLM and llama.cpp; "speculators" for vLLM.
+                Engines silently ignore config fields that they do not support: see docs/train-a-head.md.
+            keywords: as in Transformers; for format "resps" only.
 
         Raises:
-            ValueError: the format is unknown, cannot say what this head does, or is another's and gets options.
+            ValueError: the format is unknown, cannot express this head, or is another engine's and gets options.
         """
         if format == "resps":
             super().save_pretrained(save_directory, *args, **keywords)
@@ -223,16 +231,18 @@ class DraftHead(PublishableHead):
         if args or keywords:
             raise ValueError(
                 f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
-                "engines is one folder on this machine, without options. Leave them out; to publish the folder, use "
-                "`huggingface_hub.upload_folder`."
+                "engines takes no options. Leave them out; publish the folder with `huggingface_hub.upload_folder`."
             )
         export_head(self, self.config, Path(save_directory), format)
 
     def check_target(self, target: PreTrainedModel) -> None:
-        """Refuse a target the head was not made for.
+        """Check that the head was made for `target`.
+
+        Args:
+            target: the loaded model.
 
         Raises:
-            ValueError: a size differs; the message names both models.
+            ValueError: a size or the model type differs; the message names both models.
         """
         refuse_no_model(target)
         theirs = target_identity(target)

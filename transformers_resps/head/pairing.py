@@ -1,6 +1,6 @@
-"""A target and its head as JSON values, by which whoever was trained for the two knows them again.
+"""The identity of a target and its head as JSON values: a policy trained for the two recognises them by it.
 
-Knows models and heads: nothing of who keeps these values.
+Knows models and heads: nothing of policies.
 """
 
 import hashlib
@@ -14,8 +14,15 @@ from .modeling import DraftHead
 
 
 def pair_identity(target: PreTrainedModel, head: DraftHead | None) -> dict[str, dict[str, Any]]:
-    """`target`: its name and sizes; and where there is one, `head`: its name, sizes and, unless it is in float16,
-    fingerprint.
+    """Identify a target and its head, so that what was trained for them can be checked against others.
+
+    Args:
+        target: the loaded model.
+        head: its draft head; `None` if there is none.
+
+    Returns:
+        `target`: its name and sizes. With a head also `head`: its name, its sizes and, unless it is in float16, its
+        `fingerprint`.
     """
     identity = {"target": target_identity(target)}
     if head is not None:
@@ -24,14 +31,16 @@ def pair_identity(target: PreTrainedModel, head: DraftHead | None) -> dict[str, 
             "name_or_path": head.config.name_or_path,
             **{size: getattr(head.config, size) for size in sizes},
         }
-        if head.dtype != torch.float16:  # which loses the last bits of small weights: it would be another one there
+        if head.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
             identity["head"]["fingerprint"] = head_fingerprint(head)
     return identity
 
 
 def head_fingerprint(head: DraftHead) -> str:
-    """A hash of what reads the features (`fc`): changes when a head is trained further, and is the same in float32 and
-    bfloat16, however the head was saved.
+    """Hash the weights that read the features (`fc`): 16 hexadecimal digits.
+
+    The hash changes when the head is trained further. It is the same in float32 and bfloat16, however the head was
+    saved.
     """
     weight = head.fc.weight.detach()
     version = (weight.data_ptr(), None if weight.is_inference() else weight._version)

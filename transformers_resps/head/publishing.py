@@ -1,4 +1,4 @@
-"""How a head gets to the Hub. Knows its config: nothing of its layers."""
+"""Publishing a head on the Hub. Knows its config: nothing of its layers."""
 
 from typing import Any
 
@@ -9,19 +9,22 @@ from .configuration import DraftHeadConfig
 
 
 class PublishableHead(PreTrainedModel):
-    """Pushes with the metadata by which the Hub shows a head on its target's page."""
+    """A head that is pushed with the metadata by which the Hub lists it on its target's page."""
 
     config: DraftHeadConfig
 
     def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
         self, repo_id: str, *, commit_message: str = "Upload DraftHead", **where: Any
     ) -> str:
-        """Publish the head in one commit, with a plain card where there is none; returns the commit's address.
+        """Publish the head on the Hub in one commit, with a plain model card if there is none.
 
         Args:
-            repo_id: made if missing.
+            repo_id: the repository; made if missing.
             commit_message: subject of the commit.
             where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
+
+        Returns:
+            The address of the commit.
 
         Raises:
             OSError: the Hub refused, or the connection broke; nothing was committed.

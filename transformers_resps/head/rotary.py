@@ -13,8 +13,8 @@ from .configuration import DraftHeadConfig
 class RotaryEmbedding(LlamaRotaryEmbedding):
     """Transformers' own, for any `rope_type`, except that `head.to(torch.bfloat16)` leaves the frequencies alone.
 
-    Rounded to bf16 they are off by up to 0.4%: a whole turn after some 1,600 positions, and so another head than the
-    one that was trained.
+    Rounded to bf16 they are off by up to 0.4%: a whole turn after about 1,600 positions, for which the head was not
+    trained.
     """
 
     def __init__(self, config: DraftHeadConfig) -> None:

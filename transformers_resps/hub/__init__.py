@@ -1,4 +1,4 @@
-"""What we take from and give to the Hub. Knows repositories and files: nothing of heads or policies."""
+"""Downloads from and uploads to the Hub."""
 
 from .download import RepositoryFiles
 from .metadata import GENERAL_TAGS, as_hub_id, front_matter, shareable

@@ -43,7 +43,7 @@ class RepositoryFiles:
         `huggingface_hub`, is fetched once more.
 
         Raises:
-            ValueError: the id is none, or what was downloaded is still not what the Hub has.
+            ValueError: the id is no Hub id, or the downloaded file is damaged twice.
             OSError: the Hub refuses.
             ConnectionError: it cannot be reached, or the connection broke.
         """
@@ -59,8 +59,8 @@ class RepositoryFiles:
         again = None if is_offline else self._download(name, **{**self._hub, "force_download": True})
         if again is None or not is_whole(again):
             raise ValueError(
-                f"The downloaded {name} of {self.repo_id} is not the file that the Hub has: its hash differs. It was "
-                f"damaged on the way or since. Try again online, or delete {path.resolve()}."
+                f"The downloaded {name} of {self.repo_id} is damaged: its hash differs from the Hub's. Try again "
+                f"online, or delete {path.resolve()}."
             )
         return again
 
@@ -75,21 +75,20 @@ class RepositoryFiles:
             return None
         except HfHubHTTPError as error:
             raise OSError(
-                f"The Hub does not give {name} of {self.repo_id}: {error}. Check the name and `revision`; a private "
-                "or gated repository needs `token=`."
+                f"The Hub refused {name} of {self.repo_id}: {error}. Check the name and `revision`; a private or "
+                "gated repository needs `token=`."
             ) from error
         except HFValidationError as error:
             raise ValueError(
-                f"{self.repo_id} is neither a folder nor a Hub id. A Hub id reads `owner/name`. Check the path for a "
-                "typing mistake."
+                f"{self.repo_id} is neither a folder nor a Hub id (`owner/name`). Check the path for typing mistakes."
             ) from error
         except TransportError as error:
             raise self._unreachable(name, error) from error
 
     def _unreachable(self, name: str, error: BaseException) -> ConnectionError:
         return ConnectionError(
-            f"{name} of {self.repo_id} could not be fetched: {error} A Hub that answers is needed, or the file in the "
-            "cache. Try again; nothing that is only half there is kept."
+            f"{name} of {self.repo_id} could not be downloaded: {error} Check the connection and try again; partial "
+            "downloads are not used."
         )
 
 

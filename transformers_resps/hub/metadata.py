@@ -1,4 +1,4 @@
-"""The YAML at the top of a card, by which the Hub shows a head or a policy on the page of its target."""
+"""The YAML at the top of a card, which links a head or a policy to its target on the Hub."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ def as_hub_id(name: str | None) -> str | None:
 
 
 def shareable(config: Any) -> Any:
-    """JSON values for others' eyes: a `name_or_path` of a folder here, at any depth, is the last part of its path."""
+    """JSON values without local paths: a `name_or_path` of a local folder, at any depth, becomes the folder's name."""
     if not isinstance(config, Mapping):
         return config
     told = {key: shareable(value) for key, value in config.items()}

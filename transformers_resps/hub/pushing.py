@@ -1,4 +1,4 @@
-"""Push what an object saves, with a card of the little that it knows of itself."""
+"""Push what an object saves, with a minimal card."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +9,14 @@ from .metadata import GENERAL_TAGS, as_hub_id, front_matter
 from .upload import Destination, Existing, upload
 
 
-# What publishing puts beside weights, and tells of them.
+# What publishing puts beside weights and describes them.
 CARD, RESULTS, METRICS = "README.md", "results.json", "metrics.json"
 
 
 def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:
     """Upload what `save` writes into a folder, and `card` where the repository has none.
 
-    A repository that tells figures of other weights is refused, not cleared: they may be somebody's only copy.
+    A repository with figures of other weights is refused, not cleared: it may hold their only copy.
 
     Returns:
         The address of the commit.

@@ -1,4 +1,4 @@
-"""Put files into a repository, in one commit: all of them or none."""
+"""Upload files to a repository, in one commit: all of them or none."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,8 +44,8 @@ class Existing:
 
     Attributes:
         keep: of an upload, those that are left as they are.
-        refuse: where there is one of these, nothing is uploaded: it tells of other weights.
-        remove: says of a file that an upload does not have whether it is deleted.
+        refuse: if one of these exists, nothing is uploaded: it describes other weights.
+        remove: whether a file that the upload does not contain is deleted.
     """
 
     keep: tuple[str, ...] = ()
@@ -73,8 +73,8 @@ def upload(
         sleep: waits that many seconds.
 
     Raises:
-        OSError: the Hub refused, somebody else committed meanwhile, or there is a file that `existing` refuses (then
-            a `FileExistsError`). Nothing was committed.
+        OSError: the Hub refused, the repository changed meanwhile, or there is a file that `existing` refuses (then a
+            `FileExistsError`). Nothing was committed.
         ConnectionError: the connection broke. Either all was committed or nothing.
         ValueError: `repo_id` is no id.
     """
@@ -99,15 +99,14 @@ def _explained(repo_id: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise ValueError(
-            f"{repo_id!r} is no Hub id. It must read `owner/name`, of letters, digits, `-`, `_` and `.`. "
-            "Check the name."
+            f"{repo_id!r} is no Hub id. It must be `owner/name`, of letters, digits, `-`, `_` and `.`."
         ) from error
     except HfHubHTTPError as error:
         raise OSError(_refusal(repo_id, error)) from error
     except (TransportError, RuntimeError) as error:  # huggingface_hub wraps a broken upload of a large file
         raise ConnectionError(
-            f"The connection broke while uploading to {repo_id}: {error.__cause__ or error}. Files are committed "
-            "together or not at all, and the local ones are as they were. Run the same again."
+            f"The connection broke while uploading to {repo_id}: {error.__cause__ or error}. Either all files were "
+            "committed or none; run the same command again."
         ) from error
 
 
@@ -121,9 +120,9 @@ def _prepared(destination: Destination, existing: Existing, sleep: Callable[[flo
     if refused := sorted(_names(before).intersection(existing.refuse)):
         named = " and ".join(refused)
         raise FileExistsError(
-            f"{made.repo_id} holds {named} of other weights: beside those, new ones would pass for what was measured. "
-            "They must be published with measurements of their own, or stand alone. Run training/publish.py, push to "
-            f"another repository, or first delete {named} there, and what its card says of them."
+            f"{made.repo_id} holds {named} of other weights, which would seem to describe the new ones. Publish with "
+            f"training/publish.py, push to another repository, or first delete {named} there and what its card says "
+            "of them."
         )
     return before
 
@@ -174,15 +173,15 @@ def _patiently(call: Callable[[], Answer], sleep: Callable[[float], None]) -> An
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code
     way_out = {
-        401: "The token is missing or not valid. Run `hf auth login`, or pass `token=`.",
-        403: "The token may not write there. Check the owner's name and the token's permissions.",
-        409: "Somebody changed the repository meanwhile. Look at what is there now, then run the same again.",
-        412: "Somebody changed the repository meanwhile. Look at what is there now, then run the same again.",
-        429: "The Hub is still asking to wait. Run the same again later.",
+        401: "Run `hf auth login`, or pass a valid `token=`.",
+        403: "Check the owner's name and whether the token may write there.",
+        409: "The repository was changed meanwhile: look at what is there now, then run the same command again.",
+        412: "The repository was changed meanwhile: look at what is there now, then run the same command again.",
+        429: "The Hub is busy: run the same command again later.",
     }
     if isinstance(error, RepositoryNotFoundError):  # the Hub's answer to a missing token too
         status = 401
     return (
-        f"The Hub refuses the upload to {repo_id}: {str(error).strip()}. Nothing was committed, and the local files "
-        f"are as they were. {way_out.get(status, 'Run the same again; if it stays so, see status.huggingface.co.')}"
+        f"The Hub refused the upload to {repo_id}, and nothing was committed: {str(error).strip()}. "
+        f"{way_out.get(status, 'Run the same command again; if it fails again, see status.huggingface.co.')}"
     )

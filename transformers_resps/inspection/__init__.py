@@ -1,4 +1,4 @@
-"""What happened in one call of `generate`, recorded and written down as a page to look at."""
+"""One call of `generate`, recorded and written as an HTML page."""
 
 from .examination import Examination, examine
 from .facts import facts_of

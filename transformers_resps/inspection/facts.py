@@ -1,4 +1,4 @@
-"""What a page says about models and machine. Names only, never where files lie: pages are shared."""
+"""What a page says about models and machine. Names only, no local paths: pages are shared."""
 
 from importlib.metadata import version
 from pathlib import Path

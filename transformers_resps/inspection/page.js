@@ -24,7 +24,7 @@
     })));
   }
 
-  // A line end stays a line end, behind a mark that can be seen but not copied.
+  // A line end stays a line end, after a mark that can be seen but not copied.
   function tokenElement(token, breaks) {
     const span = element("span", { name: `token ${token.source}` });
     for (const part of token.text.split(/(\n|\t|\r)/)) {
@@ -39,14 +39,14 @@
   // ---- the whole run ------------------------------------------------------------------------------------------
   const { totals, sameText, facts, steps } = story;
   const kept = (step) => step.tokens.length - 1;
-  byId("title").append(facts.target, element("small", { text: facts.head ? `with ${facts.head}` : "with lookup drafts" }));
+  byId("title").append(facts.target, element("small", { text: facts.head ? `with ${facts.head}` : "with prompt lookup" }));
 
   function whyParted() {
     const written = (text) => text === null ? "nothing more" : quoted(text);
-    const place = `they part at token ${sameText.position + 1}: plain wrote ${written(sameText.plain)}, the tree ${written(sameText.own)}`;
+    const place = `they differ from token ${sameText.position + 1}: plain wrote ${written(sameText.plain)}, with trees ${written(sameText.own)}`;
     if (sameText.gap === undefined) return place;
-    const gap = `the logits are ${sameText.gap.toPrecision(3)} apart, ${sameText.dtype} is spaced ${sameText.spacing.toPrecision(3)} there`;
-    return `${place}; ${gap}: ${sameText.explained ? "rounding at a near-tie" : "rounding does not explain it"}`;
+    const gap = `logit gap ${sameText.gap.toPrecision(3)}, spacing of ${sameText.dtype} ${sameText.spacing.toPrecision(3)}`;
+    return `${place}; ${gap}: ${sameText.explained ? "a near-tie, explained by rounding" : "not explained by rounding"}`;
   }
 
   const ratio = totals.plainRate ? totals.rate / totals.plainRate : 0;
@@ -70,7 +70,7 @@
   const summary = (step, index) => {
     const accepted = step.tokens.slice(0, -1).map((token) => token.text).join("");
     const own = step.tokens.at(-1)?.text ?? "";
-    return `Step ${index}: ${accepted ? `accepted ${quoted(accepted)}, then ` : ""}the target’s own ${quoted(own)}`;
+    return `Step ${index}: ${accepted ? `accepted ${quoted(accepted)}, then ` : ""}bonus token ${quoted(own)}`;
   };
   steps.forEach((step, index) => {
     answer.append(element("span", {
@@ -134,7 +134,7 @@
     else {
       const fill = element("i");
       fill.style.width = `${100 * Math.min(node.probability ?? 0, 1)}%`;
-      const source = { head: "from the head", lookup: "looked up", both: "from both sources" }[node.source];
+      const source = { head: "from the head", lookup: "looked up", both: "from head and lookup" }[node.source];
       row.append(
         element("span", { name: "unseen", text: ` ${fate}, ${source}, ` }),
         element("span", { name: "meter", children: [fill], attributes: { "aria-hidden": "true" } }),
@@ -144,7 +144,7 @@
     }
     const below = children[index].map((child) => treeNode(nodes, child, children, own));
     if (own.after === index) {
-      const last = element("div", { name: "node", children: [chip(own.text), element("span", { name: "note", text: "the target’s own" })] });
+      const last = element("div", { name: "node", children: [chip(own.text), element("span", { name: "note", text: "bonus token, picked by the target" })] });
       below.unshift(element("li", { name: "own", children: [last] }));
     }
     const item = element("li", { name: `${fate} ${node.source}`, children: [row] });
@@ -156,7 +156,7 @@
     const tree = byId("tree");
     const key = byId("tree-key");
     if (!step.nodes) {
-      key.textContent = "The prompt was read; the first token is the target’s own.";
+      key.textContent = "The target read the prompt and picked the first token.";
       tree.replaceChildren();
       return;
     }
@@ -224,6 +224,6 @@
     event.preventDefault();
     select(moves[event.key](selected), true);
   });
-  // Begin where most was won.
+  // Begin at the step with the most tokens.
   select(steps.reduce((best, step, index) => step.tokens.length > steps[best].tokens.length ? index : best, 0), false);
 })();

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: no network, no fonts, no scripts of others.
+"""One HTML file that needs nothing else: no network, no fonts, no other scripts.
 
 The values travel as JSON that cannot end its own element, and the script writes them as text only. A content policy
 names the page's style and script by hash, so that nothing else would run even if it got in.

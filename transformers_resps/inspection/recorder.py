@@ -1,4 +1,4 @@
-"""Keep what a policy sees and decides, and the tree that comes of it. Knows nothing of texts or pages."""
+"""Record what a policy sees and decides, and the tree that results."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ class RecordedStep:
         step: 0 for the first decision.
         room: tokens that the text may still gain.
         survival: for i = 1, 2, ... the probability that the first i looked-up tokens are accepted.
-        chosen: what the policy answered, before clipping.
+        chosen: the policy's choice, before clipping.
         levels: drafted by the head.
         head_nodes: of the tree, from the head, root included; later nodes are looked up.
         tree: what was verified.

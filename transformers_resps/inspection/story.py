@@ -1,4 +1,4 @@
-"""An examination as JSON values: all that the page shows, texts not yet escaped. Knows nothing of HTML."""
+"""An examination as JSON values: all that the page shows, texts not yet escaped."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Policies: who decides how a step drafts."""
+"""Policies: they decide how each step drafts."""
 
 from .action_grid import ActionGrid
 from .auto import AutoPolicy

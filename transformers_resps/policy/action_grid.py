@@ -1,7 +1,4 @@
-"""The shapes a learned policy picks from.
-
-Knows tree shapes only.
-"""
+"""The shapes a learned policy picks from."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ class ActionGrid:
         shapes: distinct, at least one.
 
     Raises:
-        ValueError: no shape, one twice, or something else.
+        ValueError: there is no shape, one occurs twice, or an element is no `TreeShape`.
     """
 
     shapes: tuple[TreeShape, ...]
@@ -27,13 +24,14 @@ class ActionGrid:
         object.__setattr__(self, "shapes", tuple(self.shapes))  # a list would equal no grid that was saved
         if not all(isinstance(shape, TreeShape) for shape in self.shapes):
             raise ValueError(
-                f"ActionGrid got {self.shapes!r}, but a policy picks from shapes. Pass `TreeShape`s, or use "
-                "`ActionGrid.from_list` for lists of total_tokens, depth and top_k."
+                f"`ActionGrid` needs `TreeShape`s, got {self.shapes!r}. Use `ActionGrid.from_list` for lists of "
+                "total_tokens, depth and top_k."
             )
         if not self.shapes or len(set(self.shapes)) < len(self.shapes):
             raise ValueError(
-                f"ActionGrid got {len(self.shapes)} shapes, {len(set(self.shapes))} of them distinct, but it needs at "
-                "least one and none twice. Build it with `ActionGrid.from_bins(total_tokens, depth, top_k)`."
+                f"`ActionGrid` needs at least one shape and no duplicates, got {len(self.shapes)} shapes, "
+                f"{len(set(self.shapes))} of them distinct. Build it with "
+                "`ActionGrid.from_bins(total_tokens, depths, top_ks)`."
             )
 
     def __len__(self) -> int:
@@ -60,12 +58,12 @@ class ActionGrid:
 
     @classmethod
     def small(cls) -> "ActionGrid":
-        """The default: a plain step and trees of 4 to 16 nodes, where a wide target forward is dear."""
+        """The default: a plain step and trees of 4 to 16 nodes, for machines where a wide forward is expensive."""
         return cls.from_bins((4, 6, 8, 12, 16), (2, 3, 4, 6), (1, 2, 4))
 
     @classmethod
     def from_bins(cls, total_tokens: Sequence[int], depths: Sequence[int], top_ks: Sequence[int]) -> "ActionGrid":
-        """All combinations that a head can fill and that could not be had with fewer levels, in order.
+        """All combinations that a head can fill without unused levels, in order.
 
         Args:
             total_tokens: nodes verified, root included.
@@ -104,7 +102,7 @@ class ActionGrid:
         """The action of `shape`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the grid has no such shape.
         """
         if shape not in self.shapes:
             raise ValueError(

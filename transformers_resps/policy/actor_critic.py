@@ -1,4 +1,4 @@
-"""The networks of Re-SpS: an actor over the actions and a critic. Knows tensors only."""
+"""The networks of Re-SpS: an actor over the actions and a critic."""
 
 import math
 from itertools import pairwise

@@ -1,32 +1,32 @@
-"""What a step costs, learned while decoding: seconds of the target's forward by nodes, of the head by levels.
+"""Costs of a step, learned while decoding: seconds of the target's forward by nodes, of the head by levels.
 
-Machines have slow moments, and few sizes are measured in each of them: were every size to keep the times of the moment
-it was measured in, a tree that was slow once would look dear until it is tried again, which it then is not.
+Machines have slow moments, and only a few sizes are measured in each. If every size kept the time of its own moment, a
+tree that was slow once would look expensive until it is tried again, and would therefore not be tried again. So each
+measurement rescales all sizes.
 """
 
 import bisect
 import copy
 
 
-# By how much a forward took longer or shorter than expected tells of the machine's speed just now, and beyond that of
-# its own size: weights of the surprise.
+# Weights of a surprise (measured over expected seconds, minus one): for the machine's speed, and for this size alone.
 _SPEED, _OWN = 0.3, 0.1
-INTERRUPTED = 1.5  # of what a forward is known to take: what is above was something else that ran
-_HIGHER, _LOWER = 0.15, 0.5  # weight of other newest measurements above or below the mean
-_OUTDATED_PLAIN = 0.6  # of what a plain step took: so much less over a tree shows that it no longer does
-# Of a plain step, per further node, before anything was measured, of one text and of each row beyond: most machines
-# are near it. SmolLM2 on two Zen 4 cores: 0.01 alone, 0.2 in a batch of eight.
+INTERRUPTED = 1.5  # times the known duration: what is above is attributed to other processes
+_HIGHER, _LOWER = 0.15, 0.5  # weight of a new measurement above or below the mean
+_OUTDATED_PLAIN = 0.6  # times a plain step: a tree faster than this shows that the plain time is outdated
+# Guessed cost of a further node, in plain steps: with one row, and added for each further row. Most machines are near
+# it. SmolLM2 on two Zen 4 cores: 0.01 for one row, 0.2 in a batch of eight.
 _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
-_RUINOUS_SLOPE = 1.2  # of a plain step, per further node: no machine that we know is near it
+_RUINOUS_SLOPE = 1.2  # in plain steps, per further node: far above every machine that we know
 _ROUNDING = 1e-9  # seconds
 
 
 class RunningCosts:
     """Exponential means of measured seconds, interpolated between the node counts that were seen.
 
-    A larger tree is never cheaper than a smaller one, but a plain step may be dearer than a small tree: without a mask
-    attention takes another way, which is the slower one on processors when the text is long (SmolLM2 behind 768
-    positions: 47 ms, and 39 over four nodes).
+    A larger tree is never cheaper than a smaller one, but a plain step may cost more than a small tree: without a
+    mask, attention takes another code path, which is slower on CPUs for long sequences (SmolLM2 after 768 positions:
+    47 ms for a plain step, 39 ms for four nodes).
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class RunningCosts:
         *,
         rows: int = 1,
     ) -> None:
-        """Learn from one step of `rows` texts. Times below zero, from a clock that was set back, are not believed."""
+        """Learn from one step of `rows` rows. Negative times, from a clock that was set back, are ignored."""
         rest = step_seconds - verify_seconds - draft_seconds
         if min(verify_seconds, draft_seconds) < 0.0 or rest < -_ROUNDING:
             return
@@ -83,8 +83,8 @@ class RunningCosts:
                 self._verify[fewer] = min(self._verify[fewer], newest)
 
     def uninterrupted(self, nodes: int, seconds: float) -> float:
-        """Of the `seconds` of a forward over `nodes` those that count: of a size that was measured before, at most
-        `INTERRUPTED` times what is known.
+        """The `seconds` of a forward over `nodes` that count: at most `INTERRUPTED` times the known duration of that
+        size.
         """
         known = self._verify.get(nodes, 0.0)
         return min(seconds, INTERRUPTED * known) if known > 0.0 else seconds
@@ -100,7 +100,7 @@ class RunningCosts:
 
     @property
     def sizes(self) -> int:
-        """Numbers of nodes that were measured."""
+        """How many node counts were measured."""
         return len(self._verify)
 
     @property

@@ -1,7 +1,4 @@
-"""Ask a policy, and refuse an answer that no step could follow.
-
-Knows policies and shapes: nothing of what becomes of a decision.
-"""
+"""Ask a policy, and refuse a decision that no step can follow."""
 
 from torch import Tensor
 
@@ -20,10 +17,10 @@ def choose_shape(policy: Policy, observation: Observation, draft_rows: int) -> T
     Args:
         policy: chooses.
         observation: what it sees.
-        draft_rows: tokens that the head can propose; 0 without a head, which then is not asked.
+        draft_rows: number of tokens that the head can propose; 0 without a head.
 
     Raises:
-        ValueError: it is no shape, or one larger than `MOST_NODES` and `MOST_CANDIDATES` allow.
+        ValueError: the choice is no shape, or is larger than `MOST_NODES` and `MOST_CANDIDATES` allow.
     """
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if draft_rows == 0:
@@ -32,9 +29,8 @@ def choose_shape(policy: Policy, observation: Observation, draft_rows: int) -> T
     candidates = width + (shape.depth - 1) * width**2 if shape.asks_head else 0
     if candidates > MOST_CANDIDATES or min(shape.total_tokens, candidates + 1) > MOST_NODES:
         raise ValueError(
-            f"{policy!r} chose {shape}, which drafts up to {candidates} candidates, but a step has memory for "
-            f"{MOST_CANDIDATES}, and for {MOST_NODES} nodes of them. Return a smaller shape from `choose`; published "
-            "trees have 60 nodes."
+            f"{policy!r} chose {shape} with up to {candidates} candidates, but a step is limited to {MOST_CANDIDATES} "
+            f"candidates and {MOST_NODES} nodes. Return a smaller shape from `choose`; published trees have 60 nodes."
         )
     return shape
 
@@ -43,13 +39,12 @@ def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
     """The shape that `policy` chooses, as it is.
 
     Raises:
-        ValueError: it is no shape.
+        ValueError: the choice is no shape.
     """
     shape = policy.choose(observation)
     if not isinstance(shape, TreeShape):
         raise ValueError(
-            f"{policy!r} chose {shape!r}, but a step needs a TreeShape. Return one from `choose`; "
-            "`TreeShape.plain()` drafts nothing."
+            f"{policy!r} returned {shape!r} from `choose`. Return a `TreeShape`; `TreeShape.plain()` drafts nothing."
         )
     return shape
 
@@ -64,10 +59,7 @@ def wants_level(policy: Policy, level: Level) -> bool:
     try:
         return bool(answer)
     except (TypeError, ValueError, RuntimeError) as error:  # an array or a tensor of several values
-        raise ValueError(
-            f"{policy!r} answered {answer!r} when asked for another level, but a level is drafted or not. Return True "
-            "or False from `grow`."
-        ) from error
+        raise ValueError(f"{policy!r} returned {answer!r} from `grow`. Return True or False.") from error
 
 
 def count_nodes(policy: Policy, scores: Tensor) -> int:
@@ -81,6 +73,5 @@ def count_nodes(policy: Policy, scores: Tensor) -> int:
         return int(answer)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(
-            f"{policy!r} answered {answer!r} when asked for the number of nodes, but a step needs an integer. Return "
-            "one from `size`; 1 verifies the root alone."
+            f"{policy!r} returned {answer!r} from `size`. Return an integer; 1 verifies the root alone."
         ) from error

@@ -1,4 +1,4 @@
-"""One shape for every step, as EAGLE-3 decodes."""
+"""The same shape at every step, as in EAGLE-3."""
 
 from typing import Any, Self
 
@@ -10,13 +10,13 @@ from .saving import SavedPolicy, check_known
 
 
 class FixedPolicy(SavedPolicy):
-    """Always the same tree.
+    """Drafts a tree of the same shape at every step.
 
     Args:
-        shape: for example `TreeShape(8, 3, 2)`, or a published one through `TreeShape.from_eagle(60, 7, 10)`.
+        shape: for example `TreeShape(8, 3, 2)`. `TreeShape.from_eagle(60, 7, 10)` converts EAGLE's numbers.
 
     Raises:
-        ValueError: it is no `TreeShape`.
+        ValueError: `shape` is no `TreeShape`.
     """
 
     policy_type = "fixed"
@@ -25,14 +25,14 @@ class FixedPolicy(SavedPolicy):
     def __init__(self, shape: TreeShape) -> None:
         if not isinstance(shape, TreeShape):
             raise ValueError(
-                f"Got the shape {shape!r}, but a fixed policy repeats a `TreeShape`. Pass "
-                "`TreeShape(total_tokens, depth, top_k)`, for example `TreeShape(8, 3, 2)`."
+                f"`FixedPolicy` needs a `TreeShape`, got {shape!r}. Pass `TreeShape(total_tokens, depth, top_k)`, for "
+                "example `TreeShape(8, 3, 2)`."
             )
         self.shape = shape
 
     @property
     def needs_head(self) -> bool:
-        """A shape of lookups alone serves a target without a head."""
+        """False for a shape with lookup nodes only, which works without a head."""
         return self.shape.asks_head or self.shape.is_plain
 
     @property

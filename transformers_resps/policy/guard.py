@@ -1,4 +1,4 @@
-"""Never slower than plain: drafting may lose only a small share of the time, and must earn the rest back."""
+"""Bounds what drafting may lose: a small share of the time, and what drafting has won."""
 
 import copy
 from typing import Any, Self
@@ -14,42 +14,48 @@ from .saving import SavedPolicy, check_known, class_of
 from .wrapper import PolicyWrapper
 
 
-_SHARE = 0.008  # of all seconds that drafting may lose for good
-_LOAN = 0.2  # plain steps that a call may lose before it has lasted
-_EVIDENCE_LOAN = 1.2  # plain steps more, once the odds rest on outcomes
-_TRIAL_LOAN = 0.5  # plain steps more for finding out at all
-_EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # the same for short texts: plain steps per token that is left
-_MOST_SAVED, _MOST_CARRIED = 16.0, 4.0  # plain steps that drafting won: within a call, and into the next one
-_REVALUED = 1.0  # plain steps that are left of savings once plain steps turn out to be far cheaper
-_LUCK = 2.0  # tokens by which a row of a batch may lag behind the mean without being thought slower
-_HIGHER, _LOWER = 0.2, 0.5  # weight of a plain step's newest time: what a slow moment credits trees with is lost
+_SHARE = 0.008  # of all seconds: the share that drafting may lose for good
+_LOAN = 0.2  # plain steps that a call may lose from its start
+_EVIDENCE_LOAN = 1.2  # further plain steps, once the estimates rest on outcomes
+_TRIAL_LOAN = 0.5  # further plain steps for trying drafting at all
+_EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # limits of both near the end, per token left
+_MOST_SAVED, _MOST_CARRIED = 16.0, 4.0  # plain steps won that are kept: in a call, for the next call
+_REVALUED = 1.0  # plain steps: what savings are cut to when plain steps are far cheaper than known
+_LUCK = 2.0  # tokens that a row of a batch may lag without counting as slower than the mean
+_HIGHER, _LOWER = 0.2, 0.5  # weight of a new plain time: a slow moment must not credit trees
 _REMEASURE = 64  # drafted steps after which a plain one is timed again
-_OUTDATED = 0.7  # of what a forward was expected to take: less shows that the machine or the batch is another one
-_FAR = 256  # positions of context between two texts after which forwards are timed anew: attention is part of them
-_UNKNOWN_TREE, _UNKNOWN_LEVEL = 0.5, 0.1  # plain steps that the first tree and the first level may cost beyond a guess
+_OUTDATED = 0.7  # times the expected seconds: less shows that the machine or the batch has changed
+_FAR = 256  # positions: a new call whose context differs by more times a plain step again, because of attention
+_UNKNOWN_TREE, _UNKNOWN_LEVEL = 0.5, 0.1  # plain steps added to the guessed cost of the first tree, the first level
 
 
 class Guard(PolicyWrapper, SavedPolicy):
-    """Lets `policy` draft while the seconds it may lose are there; otherwise steps are cut down, in the end to plain.
+    """Falls back to plain decoding when drafting loses time.
 
-    An account in seconds: a drafted step pays in what its tokens would have taken plainly and pays out what it took,
-    and a small share of all time is added. Of a batch those of the row that lags behind count, with which the call
-    ends; a lag of two tokens behind the mean is taken for bad luck, and may be lost for good. Once half its rows have
-    ended, debts are forgiven as at the beginning of a text. A step may not cost more than the account would bear if
-    nothing of it were accepted, so the first steps with a new head are glances at one level, then small trees, none of
-    more than twice the nodes of any before. A call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head
-    that never showed itself, 1.2 more when it disappoints after good evidence (less where little text is left), what
-    this call won with it, up to 16, and earlier ones, up to 4, and once, should nodes be ruinous, what the first tree
-    of two cost. A forward of a known size that took far longer than ever is thought to have been interrupted, whether
-    or not it drafted: what it took beyond is nobody's loss. A debt ends drafting, and is forgiven as far as the next
-    plain step is slower, too: the machine was. What was spent on the prompt before the first decision
-    (`Observation.prompt_seconds`) is gone either way and not in the account.
+    Keeps a budget in seconds. A drafted step earns what its tokens would have taken plainly and pays what it took.
+    0.8% of all time is added for exploration. A step that would exceed the budget if nothing were accepted is made
+    smaller, down to a plain step. So a new head is first asked for one level of which nothing is verified, then for
+    small trees, each of at most twice the nodes of any before.
+
+    Bound: a call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head of which nothing was ever
+    accepted. In addition it may lose:
+
+    - 1.2 plain steps if a head disappoints after good evidence, less near the end of the sequence;
+    - what drafting has won, up to 16 plain steps from this call and 4 from earlier calls;
+    - once, what the first tree of two nodes takes, on a machine where a second node is extremely expensive.
+
+    Not in the budget: time spent on the prompt before the first decision (`Observation.prompt_seconds`), and the
+    excess of a forward that takes far longer than its size ever did, which counts as an interruption. While the budget
+    is negative, nothing is drafted. The debt is reduced if the next plain step is slower too: then the machine was.
+
+    Batches: the tokens of the slowest row count. A lag of up to two tokens counts as chance, and its cost may be lost
+    for good. Once half of the rows have ended, a debt is forgiven, as at the beginning of a call.
 
     Args:
-        policy: any; what it learned, and the guard's own measurements, stay between calls of `generate`.
+        policy: any policy. What it learned, and the guard's own measurements, are kept between calls of `generate`.
 
     Raises:
-        ValueError: it is no policy.
+        ValueError: `policy` is no policy.
     """
 
     policy_type = "guard"
@@ -57,8 +63,8 @@ class Guard(PolicyWrapper, SavedPolicy):
     def __init__(self, policy: Policy) -> None:
         if isinstance(policy, type) or not isinstance(policy, Policy):
             raise ValueError(
-                f"Got Guard({policy!r}), but a guard watches a policy: an object with the methods `choose`, `grow`, "
-                "`size` and `observe`. Pass one, for example `Guard(ThroughputPolicy())`, which is what 'auto' means."
+                f"`Guard` needs an object with the methods `choose`, `grow`, `size` and `observe`, got {policy!r}. "
+                "Pass a policy, for example `Guard(ThroughputPolicy())`, which is what 'auto' means."
             )
         self.policy = policy
         self._learns_costs = self.costs is None
@@ -75,7 +81,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         self._nodes = 1  # most of this step's
         self._written: list[int] = []  # tokens of each row since this text began
         self._rows = 0  # that were decoded when debts were forgiven last
-        # Costs and a plain step's seconds before the first row of this batch ended: the next one's begin with them
+        # Costs and a plain step's seconds before the first row of this batch ended; the next batch starts with them
         self._of_all_rows: tuple[RunningCosts, float] | None = None
 
     def __repr__(self) -> str:
@@ -94,7 +100,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         room = observation.room
         trial = min(_TRIAL_LOAN, _TRIAL_PER_TOKEN * room) * self._plain_seconds
         evidence = min(_EVIDENCE_LOAN, _EVIDENCE_PER_TOKEN * room) * self._plain_seconds
-        self._lookup_budget = self._account + evidence  # a lookup's record is kept while steps are plain
+        self._lookup_budget = self._account + evidence  # a lookup's record also grows in plain steps
         confident = evidence if self.is_confident else 0.0
         self._tree_budget = self._account + confident
         self._budget = self._tree_budget + trial
@@ -115,7 +121,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         nodes, seconds, gained = record.verified, max(record.step_seconds, 0.0), self._gained(record)
         if self._of_all_rows is None and record.decoded_rows < len(self._written):
             self._of_all_rows = copy.deepcopy(self._known), self._plain_seconds
-        if 2 * record.decoded_rows <= self._rows:  # another batch: what was too dear for all may pay for some
+        if 2 * record.decoded_rows <= self._rows:  # what was too expensive for all rows may pay for half of them
             self._account = max(self._account, _LOAN * self._plain_seconds)
         if 2 * record.decoded_rows <= self._rows or not self._rows:
             self._rows = record.decoded_rows
@@ -136,7 +142,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         self.policy.observe(record)
 
     def _begin(self) -> None:
-        """A new text: debts are forgiven, savings are cut, and costs of a far shorter or longer one don't hold."""
+        """A new call: debts are forgiven, savings are cut, and costs at a far shorter or longer context don't hold."""
         self._written, self._rows, self._gained_since = [], 0, 0.0
         if self._of_all_rows is not None:
             costs, self._plain_seconds = self._of_all_rows
@@ -147,7 +153,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         self._account = min(max(self._account, least), most)
 
     def _gained(self, record: StepRecord) -> float:
-        """Tokens by which the rows came forward that still write."""
+        """Tokens by which the unfinished rows advanced."""
         emitted = (record.emitted,) if isinstance(record.emitted, int) else record.emitted
         if len(self._written) != len(emitted):
             self._written = [0] * len(emitted)
@@ -158,13 +164,13 @@ class Guard(PolicyWrapper, SavedPolicy):
         return self._progress(writing) - before
 
     def _progress(self, rows: list[int]) -> float:
-        """Tokens that the row behind the others has written, or the mean, while it may only have had less luck."""
+        """Tokens of the slowest row plus `_LUCK`, but at most the mean over rows."""
         written = [self._written[row] for row in rows]
         return min(min(written) + _LUCK, sum(written) / len(written)) if written else 0.0
 
     def _settle(self, record: StepRecord, seconds: float, gained: float) -> None:
-        """Book a step that drafted."""
-        if record.verified == 1:  # a glance costs its draft: how fast the machine just then was is not its doing
+        """Update the budget after a step that drafted."""
+        if record.verified == 1:  # a glance pays for its draft alone, not for the machine's speed at that moment
             self._since_plain = 0
             self._account -= max(record.draft_seconds, 0.0)
         else:
@@ -185,7 +191,7 @@ class Guard(PolicyWrapper, SavedPolicy):
             self._account += _LOAN * self._plain_seconds
         elif 0.0 < seconds < _OUTDATED * self._plain_seconds:
             self._plain_seconds = seconds
-            self._account = min(self._account, _REVALUED * seconds)  # it was saved in another currency
+            self._account = min(self._account, _REVALUED * seconds)  # it was earned at the old price
         else:
             seconds = min(seconds, INTERRUPTED * self._plain_seconds)
             self._revalue(gained * (seconds - self._plain_seconds))
@@ -193,13 +199,13 @@ class Guard(PolicyWrapper, SavedPolicy):
             self._plain_seconds += weight * (seconds - self._plain_seconds)
 
     def _revalue(self, lost: float) -> None:
-        """Forgive a debt as far as trees lost seconds to a machine on which plain steps, too, had become slower."""
+        """Reduce a debt by the seconds that trees lost because the machine had become slower, plain steps included."""
         if self._account < 0.0:
             self._account = min(self._account + max(lost, 0.0), 0.0)
 
     def _affordable(self, shape: TreeShape) -> TreeShape:
-        """The largest part of `shape` whose cost the budget bears if none of it is accepted."""
-        most = 2 * self._known.largest_tree  # what a tree twice as large costs can be told, more is a leap
+        """The largest part of `shape` that the budget can pay for if nothing is accepted."""
+        most = 2 * self._known.largest_tree  # costs are extrapolated to twice the largest tree, not further
         lookup = min(shape.lookup, most - 1)
         while lookup and self._verifying(1 + lookup) > self._lookup_budget:
             lookup -= 1
@@ -207,7 +213,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         if not shape.asks_head:
             return drafted
         glances = self.glances
-        depth = shape.depth if not glances else 1  # who looks at each level can stop; others pay for all at once
+        depth = shape.depth if not glances else 1  # a policy that does not glance pays for all levels at once
         while depth and self._drafting(depth) > self._budget:
             depth -= 1
         nodes = min(shape.total_tokens, most - lookup) if depth else 1
@@ -222,7 +228,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         )
 
     def _verifying(self, nodes: int) -> float:
-        """Seconds that verifying `nodes` takes beyond a plain step; a guess on the safe side before any tree was."""
+        """Seconds that verifying `nodes` takes beyond a plain step; a cautious guess before any tree was measured."""
         if nodes <= 1:
             return 0.0
         unknown = 0.0 if self._known.knows_trees else _UNKNOWN_TREE * self._plain_seconds
@@ -234,15 +240,15 @@ class Guard(PolicyWrapper, SavedPolicy):
         return levels * _UNKNOWN_LEVEL * self._plain_seconds
 
     def to_config(self) -> dict[str, Any]:
-        """The guarded policy's, with its type.
+        """Return the config of the guarded policy, with its type, as JSON values.
 
         Raises:
-            ValueError: it cannot be saved.
+            ValueError: the guarded policy cannot be saved.
         """
         if not isinstance(self.policy, SavedPolicy):
             raise ValueError(
-                f"Got a guarded {type(self.policy).__name__}, but only policies with `save_pretrained` can be saved. "
-                "Subclass `SavedPolicy` instead of `Policy`."
+                f"The guarded {type(self.policy).__name__} has no `save_pretrained`, so it cannot be saved. Subclass "
+                "`SavedPolicy` instead of `Policy`."
             )
         return {"policy": {"policy_type": self.policy.policy_type, **self.policy.to_config()}}
 
@@ -254,10 +260,12 @@ class Guard(PolicyWrapper, SavedPolicy):
         check_known(cls.policy_type, config, ("policy",))
         if not isinstance(config["policy"], dict) or not isinstance(config["policy"].get("policy_type"), str):
             raise ValueError(
-                f"The config of a guard holds the policy {config['policy']!r}, but it needs the one that is guarded, "
-                "with its `policy_type`. Download or save it again."
+                "The config of a guard must hold the guarded policy with its `policy_type`, got "
+                f"{config['policy']!r}. Download or save it again."
             )
         values = dict(config["policy"])
         if values["policy_type"] == cls.policy_type:
-            raise ValueError("The config of a guard holds another guard, but one is enough. Save the policy again.")
+            raise ValueError(
+                "The config of a guard holds another guard, but only one is supported. Save the policy again."
+            )
         return cls(class_of(values.pop("policy_type")).from_saved(values, tensors))

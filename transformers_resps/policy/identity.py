@@ -1,4 +1,4 @@
-"""What a policy remembers of the target and the head it was trained with. Knows JSON values only."""
+"""Identity of the target and the head that a policy was trained with: JSON values."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,24 +6,24 @@ from typing import Any
 
 Identity = Mapping[str, Any]
 
-_LABELS = {"name_or_path"}  # where a model lies differs from machine to machine and says nothing of what it is
+_LABELS = {"name_or_path"}  # a model's path differs between machines and does not identify it
 
 
 def check_identity_values(what: str, value: Any) -> None:
-    """Refuse what cannot be an identity; `None` is an unknown one.
+    """Refuse a value that cannot be an identity; `None` stands for an unknown one.
 
     Raises:
-        ValueError: it is no mapping.
+        ValueError: the value is no mapping.
     """
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(
-            f"Got the {what} {value!r} as the one that a policy was trained with, but it is known by a mapping of "
-            "names to values. Pass what `trainers.pair_identity(target, head)` gives, or leave it out."
+            f"The {what} that a policy was trained with must be a mapping, got {value!r}. Pass what "
+            "`trainers.pair_identity(target, head)` returns, or leave it out."
         )
 
 
 def check_same(what: str, trained: Identity | None, given: Identity | None) -> None:
-    """Refuse an identity that contradicts the one a policy was trained with; what either side leaves out is free.
+    """Refuse an identity that contradicts the one a policy was trained with. Keys that one side lacks are skipped.
 
     Raises:
         ValueError: a value differs; the message names both sides.
@@ -34,9 +34,8 @@ def check_same(what: str, trained: Identity | None, given: Identity | None) -> N
     wrong = [f"{key} {trained[key]!r} (here {given[key]!r})" for key in shared if trained[key] != given[key]]
     if wrong:
         raise ValueError(
-            f"This policy was trained with the {what} {_name(trained)}, but it is used with {_name(given)}: it needs "
-            f"{', '.join(wrong)}. Load the policy trained with this {what}, or train one with "
-            "training/train_policy.py."
+            f"This policy was trained with the {what} {_name(trained)}, but is used with {_name(given)}: it needs "
+            f"{', '.join(wrong)}. Load the policy of this {what}, or train one with training/train_policy.py."
         )
 
 

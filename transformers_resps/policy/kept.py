@@ -1,7 +1,4 @@
-"""What `policy="auto"` means, and where it keeps what it learned between calls of `generate`.
-
-Knows policies only; heads are keys.
-"""
+"""What `policy="auto"` means, and where it keeps what it learned between calls of `generate`."""
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -19,20 +16,20 @@ _ATTRIBUTE = "_resps_kept_policies"
 
 
 def default_policy() -> Policy:
-    """The best we know for somebody who trained nothing."""
+    """The policy that "auto" stands for. It needs no training."""
     return Guard(ThroughputPolicy())
 
 
 class _NoHead:
-    """Stands for lookups alone."""
+    """The key of calls without a head."""
 
 
 class KeptPolicies:
-    """The default policies of one target, one for each head and place, as long as both live in this process.
+    """The default policies of one target, one for each head and place, kept as long as target and head exist.
 
-    A place is what a step's cost depends on: device, dtype, threads and the rows of the batch. What they learned costs
-    speed at worst: a text never depends on it. A policy that is out is not given to a second call at the same time,
-    which starts with a fresh one.
+    A place is what the cost of a step depends on: device, dtype, threads and rows of the batch. What a policy learned
+    affects speed, never the output. A second call that runs at the same time does not share the policy: it starts with
+    a fresh one.
     """
 
     def __init__(self) -> None:
@@ -41,7 +38,7 @@ class KeptPolicies:
 
     @classmethod
     def of(cls, target: Any) -> "KeptPolicies":
-        """Those of a model, which keeps them."""
+        """Those that a model keeps."""
         kept: KeptPolicies = target.__dict__.setdefault(_ATTRIBUTE, cls())
         return kept
 

@@ -1,10 +1,10 @@
-"""How likely a drafted node is to be accepted: the head's own scores, calibrated.
+"""Probability that a drafted node is accepted: the head's scores, calibrated.
 
-A head is too sure of itself or too modest, and more so on another domain. Two corrections: a logistic map per level,
-fitted offline on recorded texts, and one factor per level passed, the same for all of them, that follows the outcomes
-while decoding: a factor for each level of its own would rest on too few of them.
+A head is over- or underconfident, and more so on another domain. There are two corrections: a logistic map per level,
+fitted offline on recorded sequences, and one factor, applied once per level, that follows the outcomes while decoding.
+A separate factor for each level would rest on too few outcomes.
 
-Knows numbers only. Plain floats: the trees are so small that a tensor operation costs more than the sum.
+Plain floats: the trees are so small that a tensor operation costs more than the sum.
 """
 
 import math
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 
 LEVELS = 4  # deeper levels share the last one's numbers
-_MEMORY, _HIT_MEMORY = 0.99, 0.97  # how much of the past an outcome leaves standing
-_PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # outcomes that the fit is worth
-_ENOUGH = 4.0  # drafts after which the odds are evidence
+_MEMORY, _HIT_MEMORY = 0.99, 0.97  # weight of the past when an outcome is added
+_PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # the fit counts like so many outcomes
+_ENOUGH = 4.0  # drafts after which the estimates count as evidence
 _PRIOR_HITS = 0.6  # share of levels that are hit below a hit, before any was seen
 _MOST_EXPONENT = 700.0  # `math.exp` overflows just above
 LEAST_SCORE = -7.0  # a node of less than one in a thousand is worth no arithmetic
@@ -25,7 +25,7 @@ _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # 
 
 @dataclass(frozen=True, slots=True)
 class LogisticMap:
-    """`sigmoid(intercept + slope * logit(path probability))`; the head's own word by default."""
+    """`sigmoid(intercept + slope * logit(path probability))`; the identity by default."""
 
     intercept: float = 0.0
     slope: float = 1.0
@@ -49,15 +49,15 @@ class NodeOdds:
         maps: one for each of the first `LEVELS` levels.
 
     Raises:
-        ValueError: they are more or fewer.
+        ValueError: there are more or fewer maps.
     """
 
     def __init__(self, maps: Sequence[LogisticMap] = (LogisticMap(),) * LEVELS) -> None:
         self.maps = tuple(maps)
         if len(self.maps) != LEVELS:
             raise ValueError(
-                f"NodeOdds got {len(self.maps)} maps, but it needs one for each of {LEVELS} levels. Fill up with "
-                "`LogisticMap()`, which takes the head at its word."
+                f"`NodeOdds` needs one map for each of {LEVELS} levels, got {len(self.maps)}. Fill up with "
+                "`LogisticMap()`, the identity."
             )
         self._right = _PRIOR_WEIGHT  # decayed sums of outcomes and of what was expected of them
         self._expected = _PRIOR_WEIGHT
@@ -68,7 +68,7 @@ class NodeOdds:
 
     @property
     def rest_on_outcomes(self) -> bool:
-        """Whether enough drafts were seen, here or by whoever fitted the maps."""
+        """Whether enough outcomes were seen, here or when the maps were fitted."""
         return self._drafts >= _ENOUGH
 
     def of(self, scores: Sequence[float], level: int) -> list[float]:
@@ -87,7 +87,7 @@ class NodeOdds:
         """What nodes of `odds` at `level` would bring if each got `width` children: the children's probabilities, of
         three at most.
 
-        The head goes on about as sure as it was. On the recordings of `training/HEADROOM.md` the first child holds
+        The head stays about as confident as it was. On the recordings of `training/HEADROOM.md` the first child holds
         half to nine tenths of what all children hit, rising with the mean probability of a node on the way to it; the
         next two 0.16 and 0.075.
         """

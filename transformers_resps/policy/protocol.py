@@ -1,6 +1,6 @@
-"""What a policy sees, decides and is told.
+"""What a policy sees, decides and learns from.
 
-Knows trees and records, never a head or a model: any drafter can sit behind an observation.
+It knows trees and records, never a head or a model, so that any drafter can make the observations.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,22 +15,21 @@ from ..tree import DraftTree, TreeShape
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What is known before drafting.
+    """What a policy sees before a step is drafted.
 
     Attributes:
-        features: `[b, F]` the target's kept hidden states at the newest position it has processed, in its dtype;
-            `None` without a head.
-        context_length: positions of the text so far, padding included.
-        step: 0 for the first decision of a call of `generate`.
-        room: tokens that the text may still gain; a deeper tree is cut.
-        survival: called, looks the text's end up in the text so far, and answers for i = 1, 2, ... with the
-            probability that the first i tokens of that continuation are accepted: empty when it never occurred
-            before. In a batch the mean of rows that advance apart, weighted by their urgency, and the least hopeful
-            row's of rows in lockstep. Microseconds.
-        prompt_seconds: what drafting cost this call before its first step: head and lookup read the prompt. No record
-            tells of it; the same at every step.
-        urgency: how many tokens one of each row counts, 1.0 on average: a batch ends with the row that lags behind.
-            Empty stands for rows that count the same.
+        features: `[b, F]` the target's hidden states that the head reads, concatenated, at the newest position that
+            the target has processed, in its dtype; `None` without a head.
+        context_length: positions of the sequence so far, padding included.
+        step: 0 for the first decision in a call of `generate`.
+        room: tokens that the sequence may still gain; a deeper tree is cut.
+        survival: callable; looks up the end of the sequence in the sequence so far and returns, for i = 1, 2, ..., the
+            probability that the first i looked-up tokens are accepted; `[]` without a match. Batches: the mean over
+            rows, weighted by `urgency` (ragged), or the least promising row (lockstep). Takes microseconds.
+        prompt_seconds: seconds that drafting took before the first step, in which head and lookup read the prompt. The
+            same at every step, and in no record that `observe` gets.
+        urgency: weights of the rows, 1.0 on average: how much one token of each row counts. Rows that lag weigh more,
+            because a batch ends with its slowest row. Empty if all rows count the same.
     """
 
     features: Tensor | None
@@ -44,11 +43,11 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What is known after a level was drafted.
+    """What a policy sees after a level was drafted.
 
     Attributes:
         depth: levels drafted so far.
-        scores: `[b, k]` fp32 cumulative log probability of the nodes that would get children next.
+        scores: `[b, k]` fp32 cumulative log probabilities of the nodes that would get children next.
     """
 
     depth: int
@@ -57,44 +56,43 @@ class Level:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Up to three decisions a step; subclass it and override what you decide.
+    """The decisions of a step, up to three. Subclass it, and override what you decide.
 
-    A policy is never trusted with correctness: whatever it answers, the text stays the target's own.
+    A policy affects speed only: whatever it decides, the output stays the target's own.
 
-    What else it tells of itself are attributes that may be missing; a `PolicyWrapper` hands them on.
+    Optional attributes, with the value that a missing one stands for:
 
-    What it can do without, true where missing: `needs_head`; `looks_up`, false when it never asks for lookup nodes nor
-    calls `Observation.survival`, so that the prompt need not be indexed; and `reads_foreseen`, false when it ignores
-    `StepRecord.foreseen`, which then stays 0.
-
-    Whom it serves: `check_identity`, called with `target` and `head` as `pair_identity` gives them, before any work;
-    it raises `ValueError` for others than those it was trained for. Any will do where it is missing or `None`.
-
-    What a `Guard` asks, false or `None` where missing: `glances`, true when it learns from a drafted level of which
-    nothing is verified; `is_confident`, true once its odds rest on outcomes; and `costs`, the `RunningCosts` that it
-    learns itself and lets the guard read.
+    - `needs_head` (true): false if it works without a head.
+    - `looks_up` (true): false if it never asks for lookup nodes nor calls `Observation.survival`; the prompt is then
+      not indexed.
+    - `reads_foreseen` (true): false if it ignores `StepRecord.foreseen`, which then stays 0.
+    - `check_identity` (`None`): called before any work with `target` and `head`, as `pair_identity` returns them;
+      raises `ValueError` for others than those it was trained for.
+    - `glances` (false): true if it learns from a drafted level of which nothing is verified. `Guard` reads it.
+    - `is_confident` (false): true once its estimates rest on observed outcomes. `Guard` reads it.
+    - `costs` (`None`): the `RunningCosts` that it learns itself, for `Guard` to read.
     """
 
     def choose(self, observation: Observation) -> TreeShape:
-        """The shape of this step; `TreeShape.plain()` drafts nothing."""
+        """Return the shape of this step; `TreeShape.plain()` drafts nothing."""
         ...
 
     def grow(self, level: Level) -> bool:
-        """Whether to draft another level, up to the chosen depth."""
+        """Return whether to draft another level, up to the chosen depth."""
         return True
 
     def size(self, scores: Tensor) -> int:
-        """Nodes to verify, root included, given the pool's scores `[b, p]`; the chosen `total_tokens` is the most."""
+        """Return how many nodes to verify, root included, given the pool's scores `[b, p]`; at most `total_tokens`."""
         return scores.shape[-1] + 1
 
     def observe(self, record: StepRecord) -> None:
-        """Learn what the step gave and cost."""
+        """Learn from the record of a finished step."""
         return None
 
 
 @runtime_checkable
 class Witness(Protocol):
-    """A policy that is also shown the tree of every step and what the target made of it, for instance to draw it."""
+    """A policy that is also shown every verified tree and the target's picks, for instance to draw them."""
 
     def witness(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
         """Called once a step, before `observe`; not timed.
@@ -102,6 +100,6 @@ class Witness(Protocol):
         Args:
             tree: what the target verified, for the rows that had not finished.
             path: `[b, m]` the accepted nodes, root first; a row that accepted fewer repeats its last.
-            tokens: `[b, m]` the target's own token after each of them.
+            tokens: `[b, m]` the target's pick after each of them.
         """
         ...

@@ -1,12 +1,12 @@
 """Re-SpS: an actor that reads the target's features picks a shape and keeps it for some steps.
 
 Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persistence, Algorithm 1), and its code at
-24786f4. Deviations are said at their line; `ReSpSConfig.paper` has none but these:
+24786f4. Deviations are named where they occur; `ReSpSConfig.paper` has only these:
 
 - The state is the concatenation of the three layers, as the paper's equation 4 has it. Its code averages them for one
   model and cuts them off for two.
-- The decision at a step shapes the tree of that step. The code's shapes the next one, with (96, 8, 20) before.
-- Sampling uses its own random numbers, so the text stays that of plain decoding with the same seed.
+- The decision at a step shapes the tree of that step. In that code it shapes the next one; the first is (96, 8, 20).
+- Sampling uses its own random numbers, so the output stays that of plain decoding with the same seed.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -25,21 +25,21 @@ from .saving import SavedPolicy, check_known
 
 @dataclass(frozen=True, slots=True)
 class ReSpSConfig:
-    """What a `ReSpSPolicy` is, beside its weights.
+    """Configuration of a `ReSpSPolicy`.
 
     Attributes:
         feature_size: width F of the features it reads: layers kept by the head times the target's hidden size.
-        grid: the shapes it picks from.
+        grid: the shapes that it picks from.
         hidden_size: width of both layers of actor and critic.
         normalize: see `ActorCritic`.
-        persistence: steps of a decision in use; Re-SpS: 30 (and 10 in training, see `PolicyTrainingConfig`).
-        sample: draw the action instead of taking the likeliest. Re-SpS's max-entropy variant draws.
+        persistence: steps for which a decision is kept; Re-SpS: 30 (and 10 in training, see `PolicyTrainingConfig`).
+        sample: draw the action instead of taking the likeliest, as in the max-entropy variant of Re-SpS.
         temperature: divides the logits before a draw; Re-SpS: 1.5.
         target: identity of the target it was trained with, or `None` when unknown.
         head: likewise of the head.
 
     Raises:
-        ValueError: a number is out of its range, or a value is of another kind.
+        ValueError: a number is out of range, or a value has another type.
     """
 
     feature_size: int
@@ -57,20 +57,20 @@ class ReSpSConfig:
             value, kind = getattr(self, name), float | int if name == "temperature" else int
             if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= 1e9:
                 raise ValueError(
-                    f"ReSpSConfig got `{name}={value!r}`, but it must be a number above 0, 1e9 at most, and a "
-                    "whole one but for the temperature. To decide at every step, pass `persistence=1`."
+                    f"ReSpSConfig got `{name}={value!r}`, but it must be above 0 and at most 1e9, and an integer "
+                    "unless it is the temperature. To decide at every step, pass `persistence=1`."
                 )
         if not isinstance(self.grid, ActionGrid):
             raise ValueError(
-                f"ReSpSConfig got `grid={self.grid!r}`, but the shapes to pick from are an `ActionGrid`. Pass "
-                "`ActionGrid(shapes)`, or leave it out for `ActionGrid.small()`."
+                f"ReSpSConfig got `grid={self.grid!r}`, but it must be an `ActionGrid`. Pass `ActionGrid(shapes)`, or "
+                "leave it out for `ActionGrid.small()`."
             )
         check_identity_values("target", self.target)
         check_identity_values("head", self.head)
 
     @classmethod
     def paper(cls, feature_size: int, **changes: Any) -> "ReSpSConfig":
-        """Re-SpS with maximum entropy as published: 177 actions, raw features, held 30 steps, drawn at 1.5."""
+        """Re-SpS with maximum entropy as published: 177 actions, raw features, kept for 30 steps, drawn at 1.5."""
         published = cls(feature_size, ActionGrid.paper(), normalize=False, sample=True, temperature=1.5)
         return replace(published, **changes)
 
@@ -85,17 +85,17 @@ class ReSpSConfig:
 
 
 class ReSpSPolicy(SavedPolicy):
-    """Picks a shape from the features of the last accepted token and holds it for `persistence` steps.
+    """Picks a shape from the features of the last accepted token and keeps it for `persistence` steps.
 
-    A batch gets one shape: the one that its rows together find likeliest. One call of `generate` at a time.
+    A batch gets one shape, the likeliest over all rows. Use an instance for one call of `generate` at a time.
 
     Args:
         config: see `ReSpSConfig`.
-        network: trained; a fresh one when `None`.
-        seed: of a fresh network and of drawn actions; the global random numbers are not touched.
+        network: the trained network; `None` makes a fresh one.
+        seed: for a fresh network and for drawn actions; the global random state is not touched.
 
     Raises:
-        ValueError: it got no `ReSpSConfig`, or a network that it does not describe.
+        ValueError: `config` is no `ReSpSConfig`, or does not describe `network`.
 
     Example:
         >>> import torch
@@ -111,8 +111,8 @@ class ReSpSPolicy(SavedPolicy):
     def __init__(self, config: ReSpSConfig, network: ActorCritic | None = None, *, seed: int = 0) -> None:
         if not isinstance(config, ReSpSConfig):
             raise ValueError(
-                f"Got ReSpSPolicy({config!r}), but it is made from a `ReSpSConfig`. Pass "
-                "`ReSpSConfig(head.config.features_width)`, or load a trained one with `AutoPolicy.from_pretrained`."
+                f"`ReSpSPolicy` needs a `ReSpSConfig`, got {config!r}. Pass "
+                "`ReSpSConfig(head.config.features_width)`, or load a policy with `AutoPolicy.from_pretrained`."
             )
         if network is not None:
             _check_network(network, config)
@@ -139,10 +139,10 @@ class ReSpSPolicy(SavedPolicy):
         return f"ReSpSPolicy({len(config.grid)} shapes, persistence={config.persistence}, sample={config.sample})"
 
     def choose(self, observation: Observation) -> TreeShape:
-        """The held shape, or a new one at the first step of a text and after `persistence` steps.
+        """Return the kept shape, or a new one at the first step of a call and after `persistence` steps.
 
         Raises:
-            ValueError: the features have another width than those it was trained on, or there are none.
+            ValueError: the features are missing, or have another width than in training.
         """
         is_new_text = observation.step == 0 or observation.step <= self._last_step  # a guard may take the first steps
         self._last_step = observation.step
@@ -154,7 +154,7 @@ class ReSpSPolicy(SavedPolicy):
 
     @torch.inference_mode()
     def decide(self, features: Tensor) -> TreeShape:
-        """The shape for features `[b, F]`. NaN and infinities count as 0: they can cost speed, never a token."""
+        """Pick a shape for features `[b, F]`. NaN and infinities count as 0."""
         log_probs = (self.network.logits(features) / self.config.temperature).log_softmax(-1).mean(0)  # [a]
         if self.config.sample:
             action = torch.multinomial(log_probs.softmax(-1).cpu(), 1, generator=self._generator)
@@ -163,17 +163,17 @@ class ReSpSPolicy(SavedPolicy):
         return self.config.grid[int(action)]
 
     def checked(self, features: Tensor | None) -> Tensor:
-        """The features `[b, F]`, if they are of the kind that it was trained on.
+        """Return the features `[b, F]` if they have the width that the policy was trained on.
 
         Raises:
-            ValueError: they have another width, or there are none.
+            ValueError: they have another width, or are missing.
         """
         width = None if features is None else features.shape[-1]
         if features is None or width != self.config.feature_size:
             raise ValueError(
                 f"This policy reads features of width {self.config.feature_size}, but "
-                + ("there are none without a draft head" if features is None else f"the head keeps {width}")
-                + f". It was trained for {(self.config.target or {}).get('name_or_path') or 'another target'}: pass "
+                + ("there are none without a draft head" if features is None else f"the head provides {width}")
+                + f". It was trained for {(self.config.target or {}).get('name_or_path') or 'another target'}: use "
                 "that target with its head, or another policy."
             )
         return features
@@ -181,7 +181,12 @@ class ReSpSPolicy(SavedPolicy):
     def check_identity(
         self, *, target: Identity | None = None, head: Identity | None = None, grid: ActionGrid | None = None
     ) -> None:
-        """Refuse another target, head or set of actions than the policy was trained with.
+        """Refuse another target, head or set of shapes than the policy was trained with.
+
+        Args:
+            target: identity of the target, as `pair_identity` returns it; `None` is not compared.
+            head: likewise of the head.
+            grid: the shapes of a table or trainer; `None` is not compared.
 
         Raises:
             ValueError: one differs; the message names both sides.
@@ -191,9 +196,9 @@ class ReSpSPolicy(SavedPolicy):
         if grid is not None and grid != self.config.grid:
             missing = [shape for shape in self.config.grid.shapes if shape not in grid.shapes]
             raise ValueError(
-                f"This policy picks from {len(self.config.grid)} shapes, but it is used with another grid of "
-                f"{len(grid)}; {len(missing)} of its own are not there"
-                + (f", the first being {missing[0]}" if missing else "")
+                f"This policy picks from {len(self.config.grid)} shapes, but is used with another grid of "
+                f"{len(grid)}, which lacks {len(missing)} of them"
+                + (f", for example {missing[0]}" if missing else "")
                 + ". Use `policy.config.grid`, or train a policy on the other grid with training/train_policy.py."
             )
 
@@ -213,16 +218,16 @@ class ReSpSPolicy(SavedPolicy):
 
 
 def _check_network(network: Any, config: ReSpSConfig) -> None:
-    """Refuse a network that would be saved with a config that is not its own.
+    """Refuse a network that does not match the config it would be saved with.
 
     Raises:
-        ValueError: it is none, or of other sizes.
+        ValueError: it is no `ActorCritic`, or has other sizes.
     """
     if not isinstance(network, ActorCritic) or network.normalize is not config.normalize:
         came = f"`normalize={network.normalize}`" if isinstance(network, ActorCritic) else type(network).__name__
         raise ValueError(
-            f"Got a network with {came}, but a policy decides by an `ActorCritic` with the config's "
-            f"`normalize={config.normalize}`. Leave it out for a fresh one."
+            f"`network` must be an `ActorCritic` with the config's `normalize={config.normalize}`, got {came}. Leave "
+            "it out for a fresh one."
         )
     _check_weights(network.state_dict(), config, "Pass the network that was made for this config")
 

@@ -1,7 +1,4 @@
-"""Save, load and publish policies: one `config.json` and, where there are weights, one safetensors file.
-
-Knows files and the Hub: nothing of what a policy decides.
-"""
+"""Save, load and publish policies: one `config.json` and, where there are weights, one safetensors file."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -42,9 +39,12 @@ class SavedPolicy(Policy):
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `config.json` and, where there are weights, `model.safetensors` into a folder, made if missing.
+        """Write `config.json` and, if there are weights, `model.safetensors` into a folder.
 
-        Of a target or head that lies in a folder here the last part of its path is written alone.
+        For a target or head that was loaded from a local folder, only the folder's name is written.
+
+        Args:
+            save_directory: the folder; created if missing.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,15 +56,18 @@ class SavedPolicy(Policy):
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> Self:
-        """A saved policy.
+        """Load a policy of this class from a folder or a Hub repository.
 
         Args:
-            id_or_folder: a folder, or a repository of the Hub.
+            id_or_folder: a folder that `save_pretrained` wrote, or a Hub id.
             revision: branch, tag or commit of the repository.
             hub: passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
 
+        Returns:
+            The policy.
+
         Raises:
-            ValueError: there is no policy, or one of another class.
+            ValueError: no policy is found, or it is of another class.
         """
         folder = policy_folder(id_or_folder, revision, **hub)
         config = read_config(folder)
@@ -88,25 +91,28 @@ class SavedPolicy(Policy):
             return cls.from_saved(values, load_file(weights) if weights.is_file() else {})
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two: weights that do not fit
             raise ValueError(
-                f"{folder} holds a policy of type {cls.policy_type!r} that this release cannot read ({error}). It "
-                f"needs the {CONFIG_FILE} and {WEIGHTS_FILE} that `save_pretrained` wrote together. Download or save "
-                "it again."
+                f"{folder} holds a policy of type {cls.policy_type!r} that this release cannot read ({error}). "
+                f"Download or save {CONFIG_FILE} and {WEIGHTS_FILE} again, both from one policy."
             ) from error
 
     def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **where: Any) -> str:
-        """Publish the policy in one commit, with a plain card where there is none; returns the commit's address.
+        """Upload the policy to the Hub in one commit, with a minimal card if the repository has none.
 
         Args:
-            repo_id: made if missing.
+            repo_id: the repository; created if missing.
             commit_message: subject of the commit.
             where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
 
+        Returns:
+            The URL of the commit.
+
         Raises:
-            OSError: the Hub refused, or the connection broke; nothing was committed.
-            ValueError: it is no id of a repository.
+            OSError: the Hub refused; nothing was committed.
+            ConnectionError: the connection broke; either everything was committed or nothing.
+            ValueError: `repo_id` is no Hub id.
         """
         config = self.to_config()
-        trained = config.get("policy", config)  # a guard's is that of the guarded one
+        trained = config.get("policy", config)  # a guard holds the config of the guarded policy
         target = (trained.get("target") or {}).get("name_or_path")
         use = f'policy = AutoPolicy.from_pretrained("{repo_id}")'
         card = plain_card("policy", "draft-policy", target, use)
@@ -115,7 +121,7 @@ class SavedPolicy(Policy):
 
 
 def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:
-    """Refuse values of a saved config that nobody here reads: they would be lost, or land where others belong.
+    """Refuse fields of a saved config that this release does not read.
 
     Raises:
         ValueError: names them.
@@ -123,9 +129,8 @@ def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]
     unknown = sorted(config.keys() - set(known))
     if unknown:
         raise ValueError(
-            f"The config of a policy of type {policy_type!r} holds {', '.join(map(repr, unknown))}, which this "
-            f"release cannot read: it knows {', '.join(known)}. Update transformers-resps, or download or save it "
-            "again."
+            f"The config of a policy of type {policy_type!r} holds {', '.join(map(repr, unknown))}, but this release "
+            f"reads only {', '.join(known)}. Update transformers-resps, or download or save the policy again."
         )
 
 
@@ -133,13 +138,13 @@ def class_of(policy_type: str) -> type[SavedPolicy]:
     """The class of a `policy_type`.
 
     Raises:
-        ValueError: this release has none, and nobody defined one.
+        ValueError: no class of this type is defined.
     """
     known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
     if policy_type not in known:
         raise ValueError(
-            f"A policy is of type {policy_type!r}, but this release knows {sorted(known)}. Update transformers-resps, "
-            "check the repository, or import the package that defines it."
+            f"The policy is of type {policy_type!r}, but this release knows {sorted(known)}. Update "
+            "transformers-resps, check the repository, or import the package that defines the type."
         )
     return known[policy_type]
 
@@ -157,7 +162,7 @@ def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) ->
         ValueError: there is no policy, or a file was damaged on the way.
     """
     if not isinstance(id_or_folder, str | Path):
-        raise ValueError(f"Got {id_or_folder!r} as a policy's folder or id, but it is a text or a path. Pass one.")
+        raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     repository = RepositoryFiles(str(id_or_folder), revision=revision, **hub)
@@ -167,15 +172,14 @@ def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) ->
     except OSError as error:
         raise ValueError(_nowhere(id_or_folder, str(error))) from error
     if config is None:
-        raise ValueError(_nowhere(id_or_folder, f"it has no {CONFIG_FILE}, or the cache has none and this is offline"))
+        raise ValueError(_nowhere(id_or_folder, f"no {CONFIG_FILE} there, or offline and not in the cache"))
     return config.parent
 
 
 def _nowhere(id_or_folder: str | Path, reason: str) -> str:
     return (
-        f"{id_or_folder} is neither a folder here nor a repository that could be read ({reason}). A policy is "
-        "loaded from what `save_pretrained` wrote or `push_to_hub` published. Check the path, the id "
-        "and the connection."
+        f"{id_or_folder} is neither a local folder nor a repository that could be read ({reason}). Check the path, "
+        "the id and the connection."
     )
 
 
@@ -189,14 +193,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-        raise ValueError(
-            f"{file} is not JSON ({error}). A policy needs the {CONFIG_FILE} that `save_pretrained` wrote. Download "
-            "or save it again."
-        ) from error
+        raise ValueError(f"{file} is not JSON ({error}). Download or save the policy again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("policy_type"), str):
         raise ValueError(
             f"{folder} holds no policy: "
             + ("`config.json` has no `policy_type`" if config else "no `config.json`")
-            + ". A policy's folder is what `save_pretrained` of a policy wrote. Check the path or the repository."
+            + ". Check the path or the repository."
         )
     return config

@@ -1,10 +1,10 @@
 """Total tokens over total seconds: draft a node only while its expected gain is above its cost.
 
-A node is worth its probability of acceptance, in tokens; a second costs lambda tokens, the rate of the text so far
+A node is worth its probability of acceptance, in tokens. A second costs lambda tokens: the rate of the sequence so far
 (the method for a ratio of sums of Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967), but
-no more than twice that of plain steps: copied text runs at ten times it, and at that price the head would not be asked
-for long after. What steps cost and how far the head's scores can be trusted is learned while decoding, from a start
-that may be fitted or measured beforehand.
+at most twice the rate of plain steps. Copied text runs at ten times that rate; at such a price the head would not be
+asked for a long time after it. Step costs and the calibration of the head's scores are learned while decoding, from a
+start that may be fitted or measured beforehand.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,32 +24,34 @@ from .protocol import Level, Observation
 from .saving import SavedPolicy, check_known
 
 
-_MEMORY = 0.95  # how much of the past an outcome leaves standing
-_MOST_RATE = 2.0  # lambda, in plain steps' rates: replayed, as good as no limit, and 1 to 8% better after copied text
-_HOPE = 0.5  # tokens per step that asking a head gains before it was asked
+_MEMORY = 0.95  # weight of the past when an outcome is added
+_MOST_RATE = 2.0  # limit of lambda, in plain rates: in replay as good as none, and 1 to 8% better after copied text
+_HOPE = 0.5  # assumed gain of asking a head that was never asked, in tokens per step
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between glances at a head that does not pay
 _MOST_LOOKED_UP = 16  # nodes
 _MOST_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
-_PRICED = 8  # steps that a list of prices is used for: reading the costs at every step is a third of a decision
+_PRICED = 8  # steps for which a list of prices is reused: reading them every time takes a third of a decision
 
 
 class ThroughputPolicy(SavedPolicy):
-    """Decides sources, depth and nodes of every step from running estimates.
+    """Picks drafters, depth and size of every step to write the most tokens per second.
 
-    It keeps what it learned between calls of `generate`; one call at a time.
+    It estimates acceptance and costs while it decodes, and keeps the estimates between calls of `generate`. Use an
+    instance for one call at a time.
 
     Args:
-        depth: most levels to draft.
+        depth: maximum number of drafted levels.
         top_k: children per node.
-        most_nodes: most nodes from the head, below 4096.
-        costs: what is known of this machine, as from `CostTable.running`; learned from the first steps when `None`.
-        odds: how far scores are to be trusted, as from `trainers.fitted_policy`.
-        target: identity of the target it was fitted with, or `None`: then it serves any.
+        most_nodes: maximum number of nodes from the head, below 4096.
+        costs: known costs of this machine in seconds, as from `CostTable.running`; `None` learns them from the first
+            steps.
+        odds: calibration of the head's scores, as from `trainers.fitted_policy`; `None` learns it while decoding.
+        target: identity of the target that it was fitted with; `None` accepts any target.
         head: likewise of the head.
 
     Raises:
-        ValueError: an argument is of another kind or out of its range.
+        ValueError: an argument has another type or is out of range.
     """
 
     policy_type = "throughput"
@@ -70,12 +72,12 @@ class ThroughputPolicy(SavedPolicy):
         if not isinstance(most_nodes, int) or isinstance(most_nodes, bool) or not 0 <= most_nodes < MOST_NODES:
             raise ValueError(
                 f"ThroughputPolicy got `most_nodes={most_nodes!r}`, but it must be an integer from 0 to "
-                f"{MOST_NODES - 1}: each of them is priced. Leave it out for 16."
+                f"{MOST_NODES - 1}. Leave it out for 16."
             )
         if not isinstance(costs, RunningCosts | None) or not isinstance(odds, NodeOdds | None):
             raise ValueError(
-                f"ThroughputPolicy got costs={costs!r} and odds={odds!r}, but it goes on learning from `RunningCosts` "
-                "and `NodeOdds`. Pass `table.running(context)` of a `CostTable`, or leave them out."
+                f"`ThroughputPolicy` needs `RunningCosts` and `NodeOdds` (or None), got costs={costs!r} and "
+                f"odds={odds!r}. Pass `table.running(context)` of a `CostTable` as `costs`, or leave both out."
             )
         check_identity_values("target", target)
         check_identity_values("head", head)
@@ -84,7 +86,7 @@ class ThroughputPolicy(SavedPolicy):
         self.odds = odds or NodeOdds()
         self._asked = TreeShape(most_nodes + 1, depth, top_k)
         self._emitted, self._seconds = 0.0, 0.0  # decayed sums; their ratio is lambda
-        self._gains = [_HOPE, _HOPE]  # mean gain of asking the head, after a step it foresaw nothing of, or something
+        self._gains = [_HOPE, _HOPE]  # mean gain of asking the head, after a step it predicted nothing of, or some
         self._foresaw = True
         self._probe_in, self._probe_every = 0, _FIRST_PROBE
         self._lookup, self._lookup_hit = 0, 0.0  # nodes of this step that come from the lookup; is the first right?
@@ -101,19 +103,19 @@ class ThroughputPolicy(SavedPolicy):
 
     @property
     def rate(self) -> float:
-        """Lambda: tokens per second so far, no less than plain steps give and no more than twice that."""
+        """Tokens per second so far (lambda), at least the rate of plain steps and at most twice that."""
         plain = self.costs.step_seconds(1, 0)
         rate = self._emitted / self._seconds if self._seconds > 0 else 0.0
         return min(max(rate, 1.0 / plain), _MOST_RATE / plain) if plain > 0 else rate
 
     @property
     def is_confident(self) -> bool:
-        """Whether its odds rest on outcomes."""
+        """Whether its estimates rest on observed outcomes."""
         return self.odds.rest_on_outcomes
 
     @property
     def check_identity(self) -> Callable[..., None] | None:
-        """Refuses another target or head than the fit's; `None` when neither is known, so that none is looked at."""
+        """A function that refuses another target or head than it was fitted with; `None` when neither is known."""
         return None if self.target is None and self.head is None else self._check_identity
 
     def _check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
@@ -133,12 +135,12 @@ class ThroughputPolicy(SavedPolicy):
             self._lookup_hit = survival[0]
         if observation.features is None or not self._asks_head():
             return TreeShape(1, 0, 1, self._lookup)
-        # Rows of a batch are dear nodes: with four, chains are the fastest trees of ours
+        # In a batch nodes are expensive: with four rows, chains are the fastest of our trees
         self._width = max(self._asked.top_k // len(observation.features), 1)
         return TreeShape(self._asked.total_tokens, self._asked.depth, self._width, self._lookup)
 
     def grow(self, level: Level) -> bool:
-        """Go on if the best tree with the children that are to be expected beats the best without, and their cost."""
+        """Draft another level if the expected gain of its nodes is above the cost of drafting them."""
         if level.depth == 1:
             self._width = level.scores.shape[-1]
         left = 1.0 - self._lookup_hit
@@ -182,7 +184,7 @@ class ThroughputPolicy(SavedPolicy):
             self._learn(record)
 
     def _learn(self, record: StepRecord) -> None:
-        """From the outcome of every row that advances on its own; of rows in lockstep there is one for all."""
+        """Learn from the outcome of every row of a ragged batch; rows in lockstep have one outcome together."""
         emitted = (record.emitted,) if isinstance(record.emitted, int) else record.emitted
         if isinstance(record.foreseen, int):
             outcomes = [(record.foreseen, min(filter(None, emitted), default=0))]
@@ -200,7 +202,7 @@ class ThroughputPolicy(SavedPolicy):
         return rows[0] if len(rows) == 1 else self._mean_worth(rows)
 
     def _mean_worth(self, rows: list[list[float]]) -> list[float]:
-        """Of the rows' first nodes, second nodes and so on, in tokens that count as much as their rows."""
+        """Means over the rows' first nodes, second nodes and so on, weighted by the rows' urgency."""
         weights = self._urgency or [1.0] * len(rows)
         return [sum(map(mul, weights, column)) / len(rows) for column in zip_longest(*rows, fillvalue=0.0)]
 
@@ -222,11 +224,11 @@ class ThroughputPolicy(SavedPolicy):
         return best, best_gain
 
     def _note_gain(self, gain: float) -> None:
-        """What asking gained, in tokens, by the odds: less noisy than the outcome, and corrected by it."""
+        """Note the estimated gain of asking the head, in tokens. It is less noisy than outcomes, which correct it."""
         self._gains[self._foresaw] += _NEWEST * (gain - self._gains[self._foresaw])
 
     def _asks_head(self) -> bool:
-        """Whether asking pays after a step like the last one, or is due for another look."""
+        """Whether asking the head pays after a step like the last one, or is due for another try."""
         if self._gains[self._foresaw] * (1.0 - self._lookup_hit) > 0:
             self._probe_every = self._probe_in = _FIRST_PROBE
             return True
@@ -244,7 +246,7 @@ class ThroughputPolicy(SavedPolicy):
         return sizes | {name: dict(known) for name, known in identity.items() if known is not None}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The fit; what was learned since belongs to a machine and a text, and stays there."""
+        """Return the fitted calibration. What was learned while decoding is not saved."""
         return {"odds": tensor([[one.intercept, one.slope] for one in self.odds.maps])}
 
     @classmethod
@@ -254,10 +256,10 @@ class ThroughputPolicy(SavedPolicy):
 
 
 def _read_odds(saved: Tensor | None) -> NodeOdds:
-    """From an intercept and a slope for each level.
+    """Read an intercept and a slope for each level.
 
     Raises:
-        ValueError: it holds anything else.
+        ValueError: the tensor holds anything else.
     """
     has_shape = saved is not None and tuple(saved.shape) == (LEVELS, 2)
     rows = saved.tolist() if saved is not None and has_shape else []
@@ -265,12 +267,12 @@ def _read_odds(saved: Tensor | None) -> NodeOdds:
     if not has_shape or not is_bounded:
         came = "no tensor `odds`" if saved is None else f"`odds` {rows or f'of shape {list(saved.shape)}'}"
         raise ValueError(
-            f"The weights of a throughput policy hold {came}, but it needs an intercept and a slope for each of "
+            f"The weights of a throughput policy hold {came}, but must hold an intercept and a slope for each of "
             f"{LEVELS} levels, none beyond {_MOST_FITTED:g}. Download or save the policy again."
         )
     return NodeOdds([LogisticMap(intercept, slope) for intercept, slope in rows])
 
 
 def _means(ranked: list[list[float]]) -> list[float]:
-    """Of the rows' first nodes, second nodes and so on."""
+    """Means over the rows' first nodes, second nodes and so on."""
     return [sum(column) / len(ranked) for column in zip_longest(*ranked, fillvalue=0.0)]

@@ -1,4 +1,4 @@
-"""A policy around another one. Knows what policies tell of themselves: nothing of what they decide."""
+"""A policy around another one."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from .protocol import Policy
 
 
 class PolicyWrapper(Policy):
-    """Says of itself what the wrapped `policy` says, as listed in `Policy`; a subclass decides."""
+    """Has the attributes of the wrapped `policy`, as listed in `Policy`; a subclass makes the decisions."""
 
     policy: Policy
 

@@ -1,4 +1,4 @@
-"""Cards, checks and publication of heads and policies, from the files that training and measuring left behind."""
+"""Render, check and publish the folder of a head or policy, from the files of its training and benchmark."""
 
 from .artefact import Artefact, UnreadableArtefactError, read_artefact
 from .card import render_card

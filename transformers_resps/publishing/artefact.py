@@ -1,4 +1,4 @@
-"""What lies in the folder of a head or a policy. Knows files: nothing of cards, models or the Hub's calls."""
+"""Read the folder of a head or a policy."""
 
 import json
 from collections.abc import Iterator
@@ -19,20 +19,20 @@ _OF_DATA, _DATA_NEEDS = {"name", "license", "what", "hub_id"}, {"name", "license
 
 
 class UnreadableArtefactError(ValueError):
-    """A file of the folder is missing or is not what its name says."""
+    """A file of the folder is missing or invalid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """The facts of a folder.
+    """The files of a folder.
 
     Attributes:
-        folder: where it lies.
+        folder: its path.
         config: `config.json`.
-        recipe: `recipe.yaml`, as the training script read it; its `card` says what no file of a run can know.
-        metrics: `metrics.json`, as the training script wrote it.
-        results: `results.json` of the benchmark; empty when nobody measured with this release.
-        plots: names of the PNG files, in order.
+        recipe: `recipe.yaml`; its `card` holds what no run can know.
+        metrics: `metrics.json`, written by the training script.
+        results: `results.json` of the benchmark; empty if missing or in another schema.
+        plots: names of the PNG files, sorted.
     """
 
     folder: Path
@@ -53,17 +53,17 @@ class Artefact:
 
     @property
     def target(self) -> str | None:
-        """The target's name; what the recipe's `card` says goes before what was loaded."""
+        """The target's name: the one in the recipe's `card`, otherwise the one it was loaded by."""
         return self.said.get("target") or self._trained_with("target")
 
     @property
     def target_id(self) -> str | None:
-        """The target's id on the Hub, if it is there."""
+        """The target's Hub id, or `None` if its name is not one."""
         return as_hub_id(self.target)
 
     @property
     def head(self) -> str | None:
-        """Of a policy: the name of the head it was trained with."""
+        """For a policy: the name of the head it was trained with."""
         return self.said.get("head") or self._trained_with("head")
 
     def _trained_with(self, what: str) -> str | None:
@@ -72,17 +72,17 @@ class Artefact:
 
 
 def read_artefact(folder: Path) -> Artefact:
-    """Read the facts of a folder; files that a young artefact lacks count as empty.
+    """Read a folder; missing files other than `config.json` count as empty.
 
     Raises:
-        UnreadableArtefactError: there is no `config.json` of ours, or a file is damaged.
+        UnreadableArtefactError: `config.json` is missing or of something else, or a file is invalid.
     """
     config = _mapping(folder / CONFIG)
     if config.get("model_type") != DraftHeadConfig.model_type and "policy_type" not in config:
         raise UnreadableArtefactError(
             f"{folder / CONFIG} "
-            + ("is of neither a head nor a policy" if config else "is missing")
-            + ". A folder to publish is what `save_pretrained` of a `DraftHead` or a policy wrote. Check the path."
+            + ("describes neither a draft head nor a policy" if config else "is missing")
+            + ". Pass a folder that `save_pretrained` of a `DraftHead` or policy wrote."
         )
     results, recipe = _mapping(folder / RESULTS), _mapping(folder / RECIPE)
     check_card(recipe.get("card"), folder / RECIPE)
@@ -97,37 +97,37 @@ def read_artefact(folder: Path) -> Artefact:
 
 
 def check_card(card: Any, source: str | Path) -> None:
-    """Refuse the `card` of a recipe that no card can be rendered from; one that is left out is none.
+    """Check the `card` of a recipe; `None` is valid.
 
     Args:
         card: as read from YAML.
-        source: of the recipe, for the message.
+        source: name of the recipe, for the message.
 
     Raises:
-        UnreadableArtefactError: lists all that is wrong.
+        UnreadableArtefactError: lists every fault.
     """
     if faults := list(_card_faults(card)):
         raise UnreadableArtefactError(
-            f"The `card` of {source} cannot become a card: {'; '.join(faults)}. Its fields are shown in "
-            "docs/publish.md. Mend them, and quote what YAML would take for something else, such as 'no'."
+            f"The `card` of {source} is invalid: {'; '.join(faults)}. See docs/publish.md for its fields, and quote "
+            "words that YAML reads as another type, such as 'no'."
         )
 
 
 def _card_faults(card: Any) -> Iterator[str]:
     if not isinstance(card, dict | None):
-        yield f"it is {card!r}, but must be names and values"
+        yield f"it is {card!r}, but must be a mapping"
         return
     for name, value in (card or {}).items():
         if value is None:
             continue
         if name in _TEXTS and not _is_text(value):
-            yield f"`{name}` is {value!r}, but must be a text"
+            yield f"`{name}` is {value!r}, but must be a string"
         elif name in _LISTS and not (isinstance(value, list) and all(map(_is_text, value))):
-            yield f"`{name}` is {value!r}, but must be a list of texts"
+            yield f"`{name}` is {value!r}, but must be a list of strings"
         elif name == "data" and not (isinstance(value, list) and all(map(_is_data, value))):
-            yield f"`data` is {value!r}, but each item must have the texts `name`, `license`, `what`, perhaps `hub_id`"
+            yield f"`data` is {value!r}, but each item needs the strings `name`, `license`, `what`, maybe `hub_id`"
         elif name not in _TEXTS | _LISTS | {"data"}:
-            yield f"`{name}` is no field of a card"
+            yield f"`{name}` is not a field of a card"
 
 
 def _is_text(value: Any) -> bool:
@@ -145,9 +145,9 @@ def _mapping(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise UnreadableArtefactError(f"{file} cannot be read: {error}. It must be UTF-8. Write it again.") from error
+        raise UnreadableArtefactError(f"{file} cannot be read ({error}). Write it again, in UTF-8.") from error
     if not isinstance(value, dict):
         raise UnreadableArtefactError(
-            f"{file} holds a {type(value).__name__}, but names and values are needed. Write it again."
+            f"{file} holds a {type(value).__name__}, but must hold a mapping. Write it again."
         )
     return value

@@ -1,4 +1,4 @@
-"""What a card asks to cite."""
+"""The citations at the end of a card."""
 
 CITATIONS = """\
 ## Cite

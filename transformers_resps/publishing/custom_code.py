@@ -1,4 +1,4 @@
-"""The one piece of code that is published: the `custom_generate/` folder of Transformers, which calls this package."""
+"""The only code that is published: the folder `custom_generate/`, which calls this package."""
 
 from pathlib import Path
 
@@ -14,5 +14,5 @@ def custom_generate_files() -> dict[str, bytes]:
 
 
 def is_ours(folder: Path, file: Path) -> bool:
-    """Whether a file below `folder` is one of them, byte for byte."""
+    """Whether a file below `folder` equals one of them, byte for byte."""
     return custom_generate_files().get(file.relative_to(folder).as_posix()) == file.read_bytes()

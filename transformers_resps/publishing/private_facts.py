@@ -1,4 +1,4 @@
-"""What a published text must not say of the machine and the person behind it. Knows texts alone."""
+"""Find paths and login names in files that are to be published."""
 
 import getpass
 import re
@@ -10,23 +10,23 @@ _UNTELLING_USERS = {"root"}
 
 
 def private_facts(name: str, text: str) -> Iterator[str]:
-    """Paths and names of the machine it was made on, each with what is needed and what to do.
+    """Yield a message for paths of this machine in `text`, and one for the user's login name.
 
     Args:
-        name: of the file that holds it.
+        name: of the file.
         text: its content.
     """
     if paths := sorted(set(_PATH.findall(text))):
         shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        yield f"{name} names {shown}: paths of your machine. Names relative to it are needed. Mend the file."
+        yield f"{name} contains paths of your machine: {shown}. Use relative paths."
     user = _user()
     if user is not None and re.search(rf"(?<![\w-]){re.escape(user)}(?![\w/-])", text):
-        yield f"{name} holds your login name {user!r}. Nothing private may be published. Mend the file."
+        yield f"{name} contains your login name {user!r}. Remove it."
 
 
 def _user() -> str | None:
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, as in containers
+    except (KeyError, OSError):  # a user without a name, in some containers
         return None
     return None if user in _UNTELLING_USERS else user

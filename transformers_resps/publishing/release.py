@@ -1,4 +1,4 @@
-"""Publish a folder: look for faults, then put all of it on the Hub in one commit."""
+"""Publish a folder: check it, then upload it in one commit."""
 
 from pathlib import Path, PurePosixPath
 
@@ -10,16 +10,16 @@ from .custom_code import CUSTOM_GENERATE, custom_generate_files
 
 
 def local_name(folder: Path) -> str:
-    """What the card of a folder that is not published calls it, from the root of the checkout."""
+    """The name in the card of a folder that is not published: its path in the checkout."""
     folder = folder.resolve()
     return f"model_cards/{folder.name}" if folder.parent.name == "model_cards" else folder.name
 
 
 def write_card(folder: Path, name: str | None = None) -> Path:
-    """Render the card of `folder` into it, with `name` in its example: the folder's own when left out.
+    """Render the card of `folder` into it; its example loads `name`, by default the folder.
 
     Raises:
-        ValueError: a file that it is rendered from is missing or damaged.
+        ValueError: a file is missing or invalid.
     """
     file = folder / CARD
     file.write_text(render_card(read_artefact(folder), name or local_name(folder)), encoding="utf-8")
@@ -27,7 +27,7 @@ def write_card(folder: Path, name: str | None = None) -> Path:
 
 
 def write_custom_generate(folder: Path) -> None:
-    """Put the `custom_generate/` folder into `folder`, so that it works from there as from the Hub."""
+    """Write `custom_generate/` into `folder`, so that it works locally as it does from the Hub."""
     for name, content in custom_generate_files().items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -35,20 +35,20 @@ def write_custom_generate(folder: Path) -> None:
 
 
 def files_of(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """What publishing `folder` puts on the Hub: path in the repository -> a local file, or its content."""
+    """What publishing `folder` uploads: path in the repository -> a local file, or its content."""
     plain = {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.name != CARD}
     card = render_card(read_artefact(folder), repo_id).encode()
     return {CARD: card, **plain, **custom_generate_files()}
 
 
 def publish(folder: Path, destination: Destination) -> str:
-    """Publish `folder` if nothing is wrong with it; returns the address of the commit. The folder is only read.
+    """Check `folder` and publish it; returns the address of the commit. The folder is not changed.
 
-    The published card names the repository in its example; the local one names the folder. Files that earlier
-    publications left and this one lacks, such as plots, are deleted: they would tell of other weights.
+    The example in the published card loads the repository. Files of earlier publications that this one lacks, such as
+    plots, are deleted, because they belong to other weights.
 
     Raises:
-        ValueError: lists everything that is wrong.
+        ValueError: lists every fault.
         OSError: the Hub refused, or the connection broke; see `transformers_resps.hub.upload`.
     """
     check(folder, destination.repo_id)
@@ -57,21 +57,18 @@ def publish(folder: Path, destination: Destination) -> str:
 
 
 def is_published(name: str) -> bool:
-    """Whether a file of a repository is one that publishing puts there, by its place and kind; others are let be."""
+    """Whether publishing manages this file of a repository, by its place and kind; other files are left alone."""
     path = PurePosixPath(name)
     return path.parts[0] == CUSTOM_GENERATE or (len(path.parts) == 1 and path.suffix in KINDS)
 
 
 def check(folder: Path, repo_id: str) -> None:
-    """Refuse a folder with faults.
+    """Check a folder before it is published.
 
     Raises:
-        ValueError: lists them all.
+        ValueError: lists every fault.
     """
     faults = find_faults(folder, local_name(folder), repo_id)
     if faults:
         listed = "\n".join(f"- {fault}" for fault in faults)
-        raise ValueError(
-            f"{folder} cannot be published:\n{listed}\nA published artefact is complete and says nothing that its "
-            "files do not. Mend these, then publish again."
-        )
+        raise ValueError(f"{folder} cannot be published:\n{listed}\nFix these, then publish again.")

@@ -1,4 +1,4 @@
-"""`results.json` as the tables of a card, shorter than the benchmark's own. Knows its schema alone."""
+"""Render `results.json` as the tables of a card."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from ..bench.table import method_cell, same_text, summary_cells, table_row
 
 
 def overall_table(results: dict[str, Any]) -> str:
-    """One row per method over all prompts, with its interval; ceilings, which nobody measured, are in italics."""
+    """One row per method over all prompts, with its interval; estimated ceilings are in italics."""
     several = len(results["settings"]["temperatures"]) > 1
     columns = ["method", "tokens/s", "ratio to plain", "95% interval", "tau", "same text as plain"]
     lines = [table_row([*_temperature("temperature", several), *columns]), _rule(len(columns) + several, several + 1)]
@@ -19,7 +19,7 @@ def overall_table(results: dict[str, Any]) -> str:
 
 
 def dataset_table(results: dict[str, Any]) -> str:
-    """Ratio to plain of every method on every dataset, tau in brackets; nothing when there is only one."""
+    """Ratio to plain of every method on every dataset, tau in brackets; empty for a single dataset."""
     datasets = [name for name in results["summaries"] if name != ALL]
     if len(datasets) < 2:
         return ""
@@ -39,13 +39,13 @@ def dataset_table(results: dict[str, Any]) -> str:
 
 
 def circumstances(results: dict[str, Any]) -> str:
-    """Under which the figures hold."""
+    """The conditions of the benchmark, as one line."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     threads = f"{results['threads']} thread{'s' if results['threads'] != 1 else ''}"
     prompts = len({measurement["prompt"] for measurement in results["measurements"]})
     return (
         f"{prompts} prompts, {sampling(results)}, at most {results['settings']['max_new_tokens']} new tokens, "
-        f"{results['settings']['repeats']} time{'s' if results['settings']['repeats'] != 1 else ''}; "
+        f"{results['settings']['repeats']} repeat{'s' if results['settings']['repeats'] != 1 else ''}; "
         f"{results['dtype']}{', packed weights' if results.get('packed') else ''}, {results['device']}, {threads}; "
         f"{versions}; commit `{str(results['commit'])[:12]}`"
         f"{' with changes' if results['dirty'] else ''}." + _busy(results)
@@ -53,16 +53,16 @@ def circumstances(results: dict[str, Any]) -> str:
 
 
 def _busy(results: dict[str, Any]) -> str:
-    """What `--accept-noise` lets pass: such figures are not for the Hub."""
+    """A warning about results measured with `--accept-noise`, which are not published."""
     if not results["noise"]["accepted"]:
         return ""
     spread = results.get("plain_spread")
-    told = "" if spread is None else f": plain decoding's rates spread by {spread:.2f}"
-    return f" The machine was allowed to be busy (`--accept-noise`){told}."
+    told = "" if spread is None else f"; the speed of plain decoding varied by {spread:.0%}"
+    return f" Measured with `--accept-noise`: the machine may have been busy{told}."
 
 
 def sampling(results: dict[str, Any]) -> str:
-    """How the tokens were picked."""
+    """How the tokens were chosen: greedy, or the temperatures."""
     temperatures = results["settings"]["temperatures"]
     return " and ".join("greedy" if value == 0 else f"temperature {value:g}" for value in temperatures)
 
@@ -72,10 +72,10 @@ def _ratio(row: dict[str, Any]) -> str:
 
 
 def _temperature(text: str, several: bool) -> list[str]:
-    """A column that is there when there is more than one."""
+    """A column that exists only with several temperatures."""
     return [text] if several else []
 
 
 def _rule(columns: int, words: int) -> str:
-    """The line below the heading; columns of numbers stand right."""
+    """The line below the table's heading; columns of numbers are right-aligned."""
     return f"|{'---|' * words}{'---:|' * (columns - words)}"

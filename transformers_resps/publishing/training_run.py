@@ -1,4 +1,4 @@
-"""Turn what a run has left into a folder to publish: metrics, recipe, card, code. Knows what training scripts know."""
+"""Write what a training run adds to the folder of a head or policy: metrics, recipe, card and code."""
 
 import json
 import shlex
@@ -14,13 +14,13 @@ from .release import write_card, write_custom_generate
 
 
 def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, tau_texts: int) -> dict[str, Any]:
-    """`metrics.json` of a head from what its trainer's `evaluate` returned.
+    """Make `metrics.json` of a head from the result of its trainer's `evaluate`.
 
     Args:
-        evaluation: with `eval_top1_1`, `eval_top1_2`, ... and perhaps `eval_tau`.
+        evaluation: with `eval_top1_1`, `eval_top1_2`, ... and optionally `eval_tau`.
         tree: total_tokens/depth/top_k of the tree that tau was simulated with.
-        held_out_texts: texts evaluated.
-        tau_texts: of these, how many tau was simulated on.
+        held_out_texts: number of sequences evaluated.
+        tau_texts: number of these that tau was simulated on.
     """
     prefix = "eval_top1_"
     agreement = {name.removeprefix(prefix): value for name, value in evaluation.items() if name.startswith(prefix)}
@@ -33,22 +33,22 @@ def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, t
 
 
 def recipe_of(command: list[str], settings: dict[str, Any], *, is_pushed: bool) -> str:
-    """`recipe.yaml` of a run that begins; what is edited while it runs was not what it did.
+    """Make `recipe.yaml` when a run starts, so that later edits of its config do not matter.
 
     Args:
-        command: as typed. The file behind its `--config` is the recipe, with the command above it.
-        settings: the recipe of a run without such a file.
-        is_pushed: the run ends on the Hub, so the recipe must be fit to be seen.
+        command: as typed. The recipe is the file after its `--config`, with the command above it.
+        settings: the recipe of a run without `--config`.
+        is_pushed: the run uploads its result, so the recipe must contain nothing private.
 
     Raises:
-        ValueError: no card can be rendered from it, or it is to be pushed and names paths or people.
+        ValueError: its `card` is invalid, or it is uploaded and contains private paths or names.
     """
     recipe = _recipe(command, settings)
     check_card((yaml.safe_load(recipe) or {}).get("card"), "the recipe")
     if is_pushed and (private := list(private_facts("The command or its config", recipe))):
         raise ValueError(
-            f"`push_to_hub` would publish what is private. {' '.join(private)} Or train without `push_to_hub`, and "
-            "publish the folder afterwards with training/publish.py."
+            f"`push_to_hub` would publish private facts. {' '.join(private)} Or train without `push_to_hub`, and "
+            "publish the folder later with training/publish.py."
         )
     return recipe
 
@@ -58,9 +58,9 @@ def write_run(folder: Path, metrics: dict[str, Any], recipe: str, *, name: str |
 
     Args:
         folder: of the head or policy.
-        metrics: see `head_metrics`; with `training`, what the run took.
-        recipe: as `recipe_of` read it before the run.
-        name: what the card calls the artefact: the repository it is pushed to, or else its folder.
+        metrics: see `head_metrics`; its `training` tells size and duration of the run.
+        recipe: from `recipe_of`, made before the run.
+        name: what the card's example loads: the repository, by default the folder.
     """
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(recipe, encoding="utf-8")

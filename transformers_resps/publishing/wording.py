@@ -1,4 +1,4 @@
-"""The sentences of a card that take more than one fact."""
+"""Sentences of a card that combine several facts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,10 @@ from .artefact import Artefact
 
 
 _POLICIES = {
-    "fixed": "The same draft tree at every step.",
-    "resps": "At a decision it reads the target's features and picks one of {shapes} tree shapes, which it keeps for "
-    "{persistence} step{s} (Re-SpS).",
-    "throughput": "At every step it weighs each node against what it costs on your machine, and decodes plainly where "
-    "a tree does not pay.",
+    "fixed": "It uses the same tree at every step.",
+    "resps": "It reads the target's features, picks one of {shapes} tree shapes, and keeps it for {persistence} "
+    "step{s} (Re-SpS).",
+    "throughput": "At every step it weighs each node's expected gain against its cost on your machine.",
 }
 
 
@@ -27,19 +26,19 @@ def joined(items: Sequence[Any]) -> str:
 
 
 def about_policy(artefact: Artefact) -> str:
-    """What a policy does, and whose text it leaves as it is."""
+    """What a policy does, and what it was made for."""
     config = artefact.config
-    guarded = " A guard decodes plainly while drafting does not pay." if config["policy_type"] == "guard" else ""
+    guarded = " A guard stops drafting while it loses time." if config["policy_type"] == "guard" else ""
     config = config["policy"] if guarded else config
     steps = config.get("persistence", 1)
     kind = _POLICIES.get(config["policy_type"], f"A policy of type `{config['policy_type']}`.") + guarded
     what = kind.format(shapes=len(config.get("grid") or ()), persistence=steps, s="" if steps == 1 else "s")
     made = f" It was made for {short_name(artefact.target)} with the head {artefact.head}." if artefact.head else ""
-    return f"It decides how large a draft tree each step verifies. {what}{made} It never changes the text."
+    return f"A policy decides how large the draft tree of each step is. {what}{made} It never changes the output."
 
 
 def use(artefact: Artefact, name: str) -> str:
-    """The lines that a user copies: with our package, and on a model that is not attached."""
+    """The code that a user copies, with and without `attach`."""
     target = artefact.target or "TARGET"
     head = (artefact.head or "HEAD") if artefact.is_policy else name
     imports = "AutoPolicy, DraftHead, attach" if artefact.is_policy else "DraftHead, attach"
@@ -48,25 +47,28 @@ def use(artefact: Artefact, name: str) -> str:
         "## Use it",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"from transformers_resps import {imports}",
         "",
         f'model = attach(AutoModelForCausalLM.from_pretrained("{target}", dtype="auto"))',
         f'head = DraftHead.from_pretrained("{head}", target=model)',
         *([f'policy = AutoPolicy.from_pretrained("{name}")'] if artefact.is_policy else []),
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{target}")',
+        'inputs = tokenizer("The quick brown fox", return_tensors="pt")',
         f"out = model.generate(**inputs, assistant_model=head{policy}, max_new_tokens=256)",
         "```",
         "",
-        "A model that is not attached takes the same arguments with "
-        f'`custom_generate="{name}", trust_remote_code=True`, where transformers-resps is installed.',
+        f'Without `attach`, pass `custom_generate="{name}", trust_remote_code=True` to `generate` as well. '
+        "transformers-resps must be installed.",
     ]
     if tree := artefact.config.get("default_tree"):
-        lines[-1] += f" Without a policy the tree is `TreeShape({', '.join(map(str, tree))})`."
+        lines[-1] += f" The default tree, without a policy, is `TreeShape({', '.join(map(str, tree))})`."
     return "\n".join(lines)
 
 
 def training_cost(training: dict[str, Any]) -> str:
-    """What a training took; only what the run wrote down."""
+    """Size and duration of a training, as far as the run recorded them."""
     amounts = [
         f"{training[name]:,} {unit}"
         for name, unit in (("steps", "steps"), ("positions", "positions"), ("texts", "texts"))

@@ -26,7 +26,7 @@ def _is_saved_with_weights(file: Path) -> bool:
 
 
 def check_kinds(trainer: str, **given: tuple[Any, type[Any]]) -> None:
-    """Refuse arguments of other kinds, for each a value and what it must be, before something deep inside does.
+    """Refuse arguments of a wrong type early; `given` maps each name to its value and the type it must have.
 
     Raises:
         ValueError: names the first.
@@ -40,10 +40,11 @@ def check_kinds(trainer: str, **given: tuple[Any, type[Any]]) -> None:
 
 
 class ArtefactTrainer(Trainer):
-    """Keeps `OUTPUT_DIR/artefact_name` the newest head or policy, and pushes that folder with `push_to_hub`.
+    """Trainer that keeps the newest head or policy in `OUTPUT_DIR/artefact_name` and pushes that folder to the Hub.
 
-    Transformers' own trainer would push the output folder: weights in training precision, and `training_args.bin`,
-    which is a pickle. With `hub_strategy="end"` there is one push, at the end; otherwise one at each checkpoint, too.
+    Transformers' own trainer would push the whole output folder: weights in training precision, and
+    `training_args.bin`, which is a pickle. With `hub_strategy="end"` there is one push, at the end; otherwise there is
+    one at each checkpoint, too.
     """
 
     artefact_name: ClassVar[str]
@@ -53,21 +54,24 @@ class ArtefactTrainer(Trainer):
         return Path(cast(str, self.args.output_dir)) / self.artefact_name
 
     def save_artefact(self) -> None:
-        """Write the head or policy as it is now into `artefact_folder`."""
+        """Write the current head or policy into `artefact_folder`."""
         raise NotImplementedError
 
-    def push_to_hub(  # type: ignore[override]  # the parameters of Trainer's that mean something for a folder
+    def push_to_hub(  # type: ignore[override]  # only those of Trainer's parameters that apply to a folder
         self, commit_message: str | None = "End of training", **where: Any
     ) -> Any:
-        """Put the artefact's folder into `args.hub_model_id`, in one commit; returns the commit's address.
+        """Push the head's or policy's folder to `args.hub_model_id`, in one commit.
 
         Args:
             commit_message: subject of the commit.
             where: `token`, `revision` and `private`, if other than those of `args`.
 
+        Returns:
+            The address of the commit; `None` in all but one of several processes.
+
         Raises:
-            OSError: the Hub refused, the connection broke, or the repository was published with measurements;
-                nothing was committed, and the folder is as it was.
+            OSError: the Hub refused, the connection broke, or the repository was published with measurements.
+                Nothing was committed.
         """
         return self._push(commit_message or "End of training", lambda file: True, **where)
 
@@ -85,7 +89,7 @@ class ArtefactTrainer(Trainer):
         return upload(files, self._destination(**where), message, existing=_UNMEASURED)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository before the training, so that a refusal comes before the work.
+        """Make the repository before training, so that a refusal costs no work.
 
         Raises:
             OSError: the Hub refused, or the repository was published with measurements.
@@ -114,4 +118,4 @@ class ArtefactTrainer(Trainer):
                 logger.warning("Step %d was not pushed: %s", self.state.global_step, error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """What Transformers would push at a checkpoint is not ours to give: see `_save_checkpoint`."""
+        """Does nothing: `_save_checkpoint` pushes in place of Transformers."""

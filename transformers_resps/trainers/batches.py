@@ -32,12 +32,12 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
 
 
 class TokenBudgetBatches(Sampler[list[int]]):
-    """Batches of at most `budget` tokens, padding included; in a new order each epoch, always the same number of them.
+    """Batches of at most `budget` tokens, padding included: the same batches in every epoch, in a new order.
 
     Args:
         lengths: tokens of each text.
         budget: tokens of a batch; a longer text is a batch of its own.
-        seed: of both the grouping and the order.
+        seed: seed of the grouping and of the order.
         shuffle: texts of nearly the same length in random groups, groups in random order; otherwise as given.
     """
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run that was killed goes on from, and whether it may. Knows what Transformers' Trainer writes."""
+"""Which checkpoint a killed run resumes from, and whether it may. Knows what Transformers' Trainer writes."""
 
 import json
 from pathlib import Path
@@ -14,22 +14,22 @@ def newest_checkpoint(folder: str | Path) -> str | None:
 
 
 def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
-    """Refuse to go on from checkpoints that learned from something else.
+    """Refuse to resume from checkpoints that were trained on something else.
 
     Args:
-        folder: the output folder; a run that begins leaves its facts there.
-        facts: what the run learns from -> a hash of it.
+        folder: the output folder, where a new run writes its facts.
+        facts: name of each input of the run -> a hash of it.
 
     Raises:
-        ValueError: names what is another now.
+        ValueError: names the inputs that differ.
     """
     file = Path(folder) / _BEGAN_WITH
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else facts
     changed = [name for name, value in facts.items() if before.get(name) != value]
     if changed and (checkpoint := newest_checkpoint(folder)):
         raise ValueError(
-            f"{checkpoint} was trained with other {', '.join(changed)} than now. A run goes on with what it began "
-            "with. Pass another --output_dir, or what that run began with."
+            f"{checkpoint} was trained with other {', '.join(changed)} than now. "
+            "Pass another --output_dir, or the same inputs as that run."
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Read conversations from the files people have, as `messages`.
+"""Read conversations in the usual file layouts, as lists of `messages`.
 
 Knows file layouts only: nothing of tokenizers, templates or models.
 """
@@ -17,15 +17,19 @@ _BLOCK_CHARACTERS = 1 << 20
 
 
 def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """Yield the conversations of a `.jsonl` file, or of a `.json` file that holds one list.
+    """Read the conversations of a `.jsonl` file, or of a `.json` file that holds one list.
 
     A row may have `messages`; `prompt` and optionally `completion` (each a string or a list of messages); `turns`
-    (user turns); `question` and optionally `answer`; or ShareGPT's `conversations`. A JSON list that is cut off at its
-    end yields all its whole rows.
+    (user turns); `question` and optionally `answer`; or ShareGPT's `conversations`.
+
+    Args:
+        path: the file. A truncated JSON list yields its complete rows.
+
+    Yields:
+        Each conversation as a list of `{"role": ..., "content": ...}`.
 
     Raises:
-        ValueError: a row has none of these fields or other things than text in them, or a JSONL line is not JSON in
-            UTF-8.
+        ValueError: a row has none of these fields or other content than text, or a JSONL line is not JSON in UTF-8.
     """
     path = Path(path)
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _json_list_rows(path)
@@ -34,30 +38,32 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 
 
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
-    """Yield the conversations of a file (see `read_conversations`) or of a dataset on the Hub.
+    """Read the conversations of a file (see `read_conversations`) or of a dataset on the Hub.
 
     Args:
         source: a file; or a Hub id, `owner/name` or `owner/name:config`, or a folder laid out like one.
-        split: of a dataset on the Hub, also a slice such as `train[:1000]`.
+        split: of a dataset on the Hub; may be a slice such as `train[:1000]`.
+
+    Yields:
+        Each conversation as a list of `{"role": ..., "content": ...}`.
 
     Raises:
-        ValueError: `source` looks like a file but does not exist, a row is no conversation, or the package `datasets`
-            is missing.
+        ValueError: `source` is named like a file but does not exist, a row is no conversation, or the package
+            `datasets` is missing.
     """
     if Path(source).is_file():
         yield from read_conversations(source)
         return
     if Path(source).suffix in (".json", ".jsonl"):
         raise ValueError(
-            f"There is no file {source}, but its name ends like a file's. Give the path of a JSON or JSONL file, or "
-            "the id of a dataset on the Hub."
+            f"There is no file {source}. Pass the path of a JSON or JSONL file, or the id of a dataset on the Hub."
         )
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(
-            f"{source} is no file, and datasets of the Hub need the package `datasets`. Install "
-            "transformers-resps[train], or give the path of a JSON or JSONL file."
+            f"{source} is no file, and datasets on the Hub need the package `datasets`. Install "
+            "transformers-resps[train], or pass the path of a JSON or JSONL file."
         ) from error
     name, _, config = str(source).partition(":")
     for number, row in enumerate(load_dataset(name, config or None, split=split)):
@@ -74,20 +80,19 @@ def _jsonl_rows(path: Path) -> Iterator[Any]:
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 why = getattr(error, "msg", None) or str(error)
                 raise ValueError(
-                    f"{path}, line {number} is not JSON ({why}). Each line of a .jsonl file must be one JSON object "
-                    "in UTF-8. Mend or remove that line."
+                    f"{path}, line {number} is not JSON in UTF-8 ({why}). Fix or remove that line."
                 ) from error
 
 
 def _json_list_rows(path: Path) -> Iterator[Any]:
-    """Decode a JSON list element by element: a download that broke off still gives its whole elements."""
+    """Decode a JSON list element by element: a truncated download still gives its complete elements."""
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8", errors="ignore") as file:
         text = file.read(_BLOCK_CHARACTERS).lstrip()
         if not text.startswith("["):
             raise ValueError(
-                f"{path} does not begin with `[`. A .json dataset must be one list of conversations. "
-                "Write one JSON object per line and name the file .jsonl instead."
+                f"{path} does not begin with `[`, but a .json dataset must be one list of conversations. "
+                "Fix it, or write one JSON object per line to a .jsonl file."
             )
         position = 1
         while True:
@@ -105,8 +110,8 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
                 return
             else:
                 raise ValueError(
-                    f"{path} is no JSON list of whole rows: {fault.msg} at {fault.doc[fault.pos : fault.pos + 20]!r}, "
-                    "before the end of the file. Rows after a broken one can't be told apart. Mend that row."
+                    f"{path} has a broken row: {fault.msg} at {fault.doc[fault.pos : fault.pos + 20]!r}, before the "
+                    "end of the file. Fix that row."
                 )
 
 
@@ -117,7 +122,7 @@ def _is_at_the_end(error: json.JSONDecodeError) -> bool:
 
 def _messages(row: Any, where: str) -> Conversation:
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {row!r}, but a conversation is a JSON object. Mend or remove that row.")
+        raise ValueError(f"{where} is {row!r}, but a conversation is a JSON object. Fix or remove that row.")
     if "messages" in row:
         return _as_messages(row["messages"], "user", where)
     if "conversations" in row:
@@ -126,7 +131,7 @@ def _messages(row: Any, where: str) -> Conversation:
             return _as_messages(turns, "user", where)
         if not all({"from", "value"} <= set(turn) for turn in turns):
             raise ValueError(
-                f"{where} has `conversations` with turns that lack `from` or `value`, which ShareGPT's have. Mend it."
+                f"{where} has `conversations` with turns that lack `from` or `value`. Fix or remove that row."
             )
         return [
             {"role": _SHAREGPT_ROLES[str(turn["from"])], "content": _text(turn["value"], where)}
@@ -135,7 +140,7 @@ def _messages(row: Any, where: str) -> Conversation:
         ]
     if "turns" in row:
         if not isinstance(row["turns"], list):
-            raise ValueError(f"{where} has `turns` that are {row['turns']!r}, but they are a list of texts. Mend it.")
+            raise ValueError(f"{where} has `turns` that are {row['turns']!r}, but they must be a list. Fix that row.")
         return [{"role": "user", "content": _text(turn, where)} for turn in row["turns"]]
     for question, answer in (("prompt", "completion"), ("question", "answer")):
         if question in row:
@@ -143,8 +148,8 @@ def _messages(row: Any, where: str) -> Conversation:
             answered = row.get(answer)
             return asked + ([] if answered is None else _as_messages(answered, "assistant", where))
     raise ValueError(
-        f"{where} has the fields {sorted(row)}. A conversation needs `messages`, `prompt` (and `completion`), "
-        "`turns`, `question` (and `answer`), or ShareGPT's `conversations`. Rename your fields to one of these."
+        f"{where} has the fields {sorted(row)}, but a conversation needs `messages`, `prompt` (and `completion`), "
+        "`turns`, `question` (and `answer`), or ShareGPT's `conversations`. Rename the fields."
     )
 
 
@@ -154,8 +159,8 @@ def _as_messages(value: Any, role: str, where: str) -> Conversation:
     for message in _objects(value, "messages", where):
         if not {"role", "content"} <= set(message):
             raise ValueError(
-                f"{where} has a message with the fields {sorted(message)}. Each needs `role` and `content`. "
-                "Mend or remove that row."
+                f"{where} has a message with the fields {sorted(message)}, but it needs `role` and `content`. "
+                "Fix or remove that row."
             )
     return [{"role": str(m["role"]), "content": _text(m["content"], where)} for m in value]
 
@@ -163,8 +168,8 @@ def _as_messages(value: Any, role: str, where: str) -> Conversation:
 def _objects(value: Any, name: str, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise ValueError(
-            f"{where} has {name} that are {str(value)[:60]}, but they are a list of JSON objects. Mend or remove that "
-            "row."
+            f"{where} has {name} that are {str(value)[:60]}, but they must be a list of JSON objects. "
+            "Fix or remove that row."
         )
     return value
 
@@ -178,6 +183,6 @@ def _text(content: Any, where: str) -> str:
     ):
         return "".join(part["text"] for part in content)
     raise ValueError(
-        f"{where} has the content {str(content)[:60]}, but a message is text. Mend or remove that row; calls of tools "
-        "and images can't be trained on."
+        f"{where} has the content {str(content)[:60]}, but only text can be trained on, no images or tool calls. "
+        "Fix or remove that row."
     )

@@ -12,11 +12,11 @@ from .examples import Example, check_token_ids
 
 @dataclass(frozen=True, slots=True)
 class DraftVocabulary:
-    """The tokens that a head can propose, and how much of the answers they are.
+    """The tokens that a head can propose, and the share of the outputs that they cover.
 
     Attributes:
         token_ids: `[d]` target ids, ascending.
-        coverage: share of the assistant's tokens that are among them; no acceptance can be above it.
+        coverage: share of the assistant's tokens that are among them, 0 to 1: an upper bound of acceptance.
     """
 
     token_ids: Tensor
@@ -26,24 +26,33 @@ class DraftVocabulary:
 def choose_draft_vocabulary(
     examples: Iterable[Example], vocab_size: int, draft_vocab_size: int, always: Iterable[int] = ()
 ) -> DraftVocabulary:
-    """The most frequent assistant tokens, with the tokens `always` (ends of text and turn) forced in.
+    """Choose the draft vocabulary of a new head: the tokens that assistant turns use most.
 
     Ties go to the lower id: ids are roughly in order of frequency in byte-pair vocabularies.
 
+    Args:
+        examples: the training examples.
+        vocab_size: the target's vocabulary size v.
+        draft_vocab_size: how many tokens to choose, d.
+        always: token ids that are always included, such as end-of-sequence and end-of-turn.
+
+    Returns:
+        The chosen tokens and their coverage.
+
     Raises:
-        ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the forced tokens; or these or the
-            texts are another tokenizer's.
+        ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the number of `always` tokens; or a
+            token id is not in the target's vocabulary.
     """
     forced = torch.tensor(sorted(set(always)), dtype=torch.long)
     if not len(forced) < draft_vocab_size <= vocab_size:
         raise ValueError(
             f"`draft_vocab_size` is {draft_vocab_size}, but it must be above the {len(forced)} forced tokens and at "
-            f"most the target's {vocab_size}. Choose another size; 1/4 of the vocabulary covers most answers."
+            f"most the target's {vocab_size}. Choose another size; a quarter of the vocabulary covers most outputs."
         )
     if len(forced) and not 0 <= int(forced[0]) <= int(forced[-1]) < vocab_size:
         raise ValueError(
-            f"The forced tokens go from {int(forced[0])} to {int(forced[-1])}, but the target's ids from 0 to "
-            f"{vocab_size - 1}. Leave out those that it does not know."
+            f"The forced tokens go from {int(forced[0])} to {int(forced[-1])}, but the target's ids go from 0 to "
+            f"{vocab_size - 1}. Leave out the others."
         )
     counts = _answer_counts(examples, vocab_size)
     ranked = counts.clone()
@@ -53,18 +62,24 @@ def choose_draft_vocabulary(
 
 
 def vocabulary_of(head: DraftHead, examples: Iterable[Example]) -> DraftVocabulary:
-    """The draft vocabulary that `head` has, and what it covers of the assistant's tokens in `examples`.
+    """The draft vocabulary of an existing head, with its coverage of the assistant's tokens in `examples`.
+
+    Args:
+        head: the head to be trained further.
+        examples: the training examples.
+
+    Returns:
+        The head's tokens and their coverage.
 
     Raises:
-        ValueError: it covers none of the assistant's tokens, so no step could teach or accept anything.
+        ValueError: it covers none of the assistant's tokens, so the head could learn nothing.
     """
     token_ids = head.draft_token_ids.cpu()
     coverage = _share(_answer_counts(examples, head.config.vocab_size), token_ids)
     if coverage == 0:
         raise ValueError(
-            f"The head can propose {len(token_ids)} tokens, and none of them occurs in the answers. A head learns and "
-            "drafts only tokens of its own vocabulary. Start from another head, or from a fresh one, whose vocabulary "
-            "is counted from your texts."
+            f"The head can propose {len(token_ids)} tokens, but none of them occurs in the answers. Start from "
+            "another head, or from a fresh one, whose vocabulary is counted from your texts."
         )
     return DraftVocabulary(token_ids, coverage)
 

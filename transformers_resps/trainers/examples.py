@@ -21,10 +21,10 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One text.
+    """One tokenized conversation to train on.
 
     Attributes:
-        input_ids: `[t]`.
+        input_ids: `[t]` token ids.
         loss_mask: `[t]` bool, true for tokens that the assistant wrote, its end-of-turn token included.
     """
 
@@ -33,13 +33,13 @@ class Example:
 
     @property
     def prompt_place(self) -> float:
-        """A number in [0, 1) that depends on the tokens before the first answer alone."""
+        """A number in [0, 1) that depends only on the tokens before the first answer."""
         prompt = self.input_ids[: int(self.loss_mask.int().argmax())]
         return int.from_bytes(hashlib.sha256(prompt.numpy().tobytes()).digest()[:6]) / 2**48
 
     @property
     def predicted(self) -> Tensor:
-        """`[t]` bool: the assistant's tokens that a head can predict, which sees at least two tokens before them."""
+        """`[t]` bool: the assistant's tokens that a head can predict: all but those at the first two positions."""
         mask = self.loss_mask.clone()
         mask[:2] = False
         return mask
@@ -48,14 +48,21 @@ class Example:
 def make_examples(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Example]:
-    """Tokenize every conversation with a question that is answered within `max_length` tokens; longer ones are cut.
+    """Tokenize all conversations that have an assistant turn within `max_length` tokens.
 
-    Assistant turns before the first question answer nothing and are left out. Of a conversation whose earlier turns
-    the chat template rewrites, as templates do that drop old thoughts, only the first answer is used; a warning counts
-    them.
+    Assistant turns before the first user turn are left out. If the chat template rewrites earlier turns, as templates
+    do that drop old reasoning, only the first answer of the conversation is used; a warning counts these.
+
+    Args:
+        conversations: as from `load_conversations`.
+        tokenizer: the target's, with its chat template.
+        max_length: in tokens; longer conversations are cut.
+
+    Returns:
+        One example for each conversation that has a token to learn.
 
     Raises:
-        ValueError: no conversation has such a turn, or the chat template renders no answer behind its question.
+        ValueError: no conversation has one, or the chat template does not append answers to their questions.
     """
     examples, seen, rewritten = [], 0, 0
     for conversation in conversations:
@@ -80,8 +87,7 @@ def make_examples(
     if not examples:
         raise ValueError(
             f"None of the {seen} conversations has an assistant turn that begins within `max_length={max_length}` "
-            "tokens. A head learns from assistant turns only: pass answered conversations, made for instance by "
-            "training/generate_dataset.py, or raise `max_length`."
+            "tokens. Pass conversations with answers (training/generate_dataset.py makes them), or raise `max_length`."
         )
     return examples
 
@@ -93,10 +99,20 @@ def _from_first_question(conversation: Conversation) -> Conversation:
 
 
 def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """Render the conversation turn by turn; what an assistant turn adds beyond the generation prompt is its own.
+    """Tokenize one conversation and mask the tokens that the assistant wrote.
+
+    These are what an assistant turn adds to the rendered text after the generation prompt.
+
+    Args:
+        conversation: a list of messages.
+        tokenizer: the target's, with its chat template.
+        max_length: in tokens; a longer conversation is cut.
+
+    Returns:
+        The example.
 
     Raises:
-        ValueError: the text up to a turn is not a prefix of the whole text, so the turns cannot be told apart.
+        ValueError: the chat template rewrites earlier turns, so the assistant's tokens cannot be found.
     """
     pieces: list[tuple[str, bool]] = []
     text = ""
@@ -107,9 +123,8 @@ def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         answered = _render(tokenizer, conversation[: index + 1], add_generation_prompt=False)
         if not asked.startswith(text) or not answered.startswith(asked):
             raise ValueError(
-                "The chat template does not render conversations turn by turn: the text up to turn "
-                f"{index + 1} is not the beginning of the text with that turn. The assistant's tokens are found by "
-                "such prefixes. Pass a tokenizer with a template that only appends."
+                f"The chat template does not render conversations turn by turn: turn {index + 1} changes the text "
+                "before it. Pass a tokenizer with a template that only appends."
             )
         end = len(answered.rstrip("\n"))  # templates put a line break after the end-of-turn token
         pieces += [(asked[len(text) :], False), (answered[len(asked) : end], True)]
@@ -126,7 +141,7 @@ def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
 
 
 def check_token_ids(examples: Iterable[Example], vocab_size: int) -> None:
-    """Refuse texts of another tokenizer before the target's embedding does, without a word of explanation.
+    """Refuse texts of another tokenizer, before the target's embedding fails with an unclear error.
 
     Raises:
         ValueError: names the odd id and `vocab_size`; or there is a text without tokens.
@@ -134,7 +149,7 @@ def check_token_ids(examples: Iterable[Example], vocab_size: int) -> None:
     examples = list(examples)
     empty = [number for number, example in enumerate(examples) if not len(example.input_ids)]
     if empty:
-        raise ValueError(f"Text {empty[0]} has no tokens, but a head learns from them. Leave such texts out.")
+        raise ValueError(f"Text {empty[0]} has no tokens. Leave out empty texts.")
     ids = [int(odd) for example in examples for odd in (example.input_ids.min(), example.input_ids.max())]
     lowest, highest = min(ids, default=0), max(ids, default=0)
     if lowest < 0 or highest >= vocab_size:
@@ -146,10 +161,17 @@ def check_token_ids(examples: Iterable[Example], vocab_size: int) -> None:
 
 
 def split_examples(examples: Iterable[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Texts to train on, and about `share` of them held out.
+    """Split examples into those to train on and those held out.
 
-    The prompt alone decides, so a text stays on its side whatever is added to the dataset later, and another answer to
-    the same prompt is on the same side.
+    The prompt alone decides: an example stays on its side when the dataset grows, and all answers to one prompt are on
+    the same side.
+
+    Args:
+        examples: all examples.
+        share: about how much to hold out, 0 to 1.
+
+    Returns:
+        The training examples and the held-out ones.
     """
     training: list[Example] = []
     held_out: list[Example] = []

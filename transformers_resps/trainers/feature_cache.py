@@ -1,7 +1,8 @@
 """The target's features on disk, computed once and read in every epoch.
 
-One safetensors file per block of texts, named by what they say, written under another name and then renamed: a killed
-or failed run leaves whole files only, and the next run goes on from them. Texts added at the end cost only themselves.
+One safetensors file per block of texts, named by a hash of its content, written under another name and then renamed: a
+killed or failed run leaves complete files only, and the next run continues from them. Adding texts at the end of a
+dataset computes the new ones only.
 """
 
 import hashlib
@@ -33,7 +34,11 @@ _OPEN_FILES = 256
 
 
 class ExampleDataset(Dataset[dict[str, Tensor]]):
-    """Tokenized texts; the trainer runs the target on each batch."""
+    """Dataset for `DraftHeadTrainer`, which then runs the target on each batch.
+
+    Args:
+        examples: the tokenized conversations.
+    """
 
     def __init__(self, examples: list[Example]) -> None:
         self.examples = examples
@@ -47,18 +52,21 @@ class ExampleDataset(Dataset[dict[str, Tensor]]):
 
 
 class CachedFeatures(ExampleDataset):
-    """The same texts with `features`, `hidden` and `picks`, read from `folder` in the dtype they were stored in.
+    """Dataset for `DraftHeadTrainer` with the target's features on disk, so that training does not run the target.
+
+    Missing features are computed when the dataset is made. A row has also `features` `[t, F]`, `hidden`
+    `[t, target hidden]` and `picks` `[t]`, see `TargetFeatures`.
 
     Args:
-        examples: the texts.
-        folder: where files are kept; those of other texts or another target are left alone.
-        target: computes what is missing.
-        dtype: of the stored features; bf16 halves the disk and is what heads are served in.
-        tokens_per_forward: size of the target's batches, padding included.
+        examples: the tokenized conversations.
+        folder: where the files are kept; those of other texts or another target are left alone.
+        target: computes missing features.
+        dtype: of the stored features; bf16 needs half the disk of fp32 and is what heads are served in.
+        tokens_per_forward: tokens in a batch of the target, padding included.
 
     Raises:
-        ValueError: the texts are another tokenizer's.
-        OSError: the disk is full; what was written stays usable.
+        ValueError: the examples were made with another tokenizer.
+        OSError: the disk is full; files already written stay usable.
     """
 
     def __init__(
@@ -132,9 +140,9 @@ class CachedFeatures(ExampleDataset):
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"Writing the target's features to {path} failed: {error}. They need about "
-                f"{_bytes_per_token(tensors)} bytes per token. Free some disk, set another `feature_cache_dir`, "
-                "or leave it out to run the target on each batch; the files written so far stay usable."
+                f"Writing the target's features to {path} failed: {error} (they need about "
+                f"{_bytes_per_token(tensors)} bytes per token). Free disk space and run again to continue, set "
+                "another `feature_cache_dir`, or leave it out to run the target on each batch."
             ) from error
         finally:
             partial.unlink(missing_ok=True)
@@ -145,8 +153,7 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")  # type: ignore[no-untyped-call]  # untyped upstream
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} is gone or damaged ({error}), but training reads the target's features there. Delete it and "
-            "start again: the target runs over its texts anew."
+            f"The feature file {path} is gone or damaged ({error}). Delete it and start again: it is computed anew."
         ) from error
 
 
@@ -156,5 +163,5 @@ def _bytes_per_token(tensors: dict[str, Tensor]) -> int:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Kind, dtype and weights: another target, or one that rounds otherwise, must not meet these files."""
+    """Kind, dtype and weights: files of another target, or of another dtype, must not be read."""
     return f"{type(model).__name__} {model.dtype} {parameter_fingerprint(model)}"

@@ -1,4 +1,4 @@
-"""Fit a `ThroughputPolicy` to recorded texts: how far a head's scores can be trusted, level by level.
+"""Fit a `ThroughputPolicy` to recorded texts: calibrate a head's scores, level by level.
 
 Knows recordings and odds: nothing of costs, which belong to a machine. Shapes: t positions, p pool nodes.
 """
@@ -14,27 +14,32 @@ from ..policy.node_odds import LEAST_SCORE, LEVELS, MOST_SCORE, LogisticMap, Nod
 from .recorded_text import RecordedText
 
 
-_PRIOR = 1.0  # nodes that the head's own word is worth
+_PRIOR = 1.0  # weight of the head's own probabilities, in observed nodes
 _STEPS = 30  # of Newton's method; a handful suffice
 _LEAST_SLOPE = 0.1  # a more probable path is never less likely to be accepted
 
 
 def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any) -> ThroughputPolicy:
-    """A policy that starts from what these texts tell of the head, and goes on learning from there.
+    """Make a `ThroughputPolicy` whose acceptance probabilities are fitted to recorded texts.
+
+    The policy goes on learning while it decodes.
 
     Args:
         texts: recorded with pools of `top_k`.
-        top_k: children per node, as the policy will ask for.
-        identity: `target` and `head` that made the texts, as from `pair_identity`; the policy then serves no others.
+        top_k: children per node that the policy will ask for.
+        identity: `target` and `head` that made the texts, as from `pair_identity`; the policy then refuses others.
+
+    Returns:
+        The policy.
 
     Raises:
-        ValueError: there are no texts, they are no recordings with pools, or have none of `top_k`.
+        ValueError: there are no texts, or they are not recordings with pools of `top_k`.
     """
     odd = [type(text).__name__ for text in texts if not isinstance(text, RecordedText)]
     if not texts or odd:
         raise ValueError(
-            f"Got {f'a {odd[0]}' if odd else 'no texts'}, but a policy is fitted to what happened in `RecordedText`s. "
-            "Make them with `record_pools` from answers of the target."
+            f"Got {f'a {odd[0]}' if odd else 'no texts'}, but a policy is fitted to `RecordedText`s. "
+            "Make them with `record_pools` from outputs of the target."
         )
     nodes = [_outcomes(text, top_k) for text in texts]
     levels, scores, accepted = (torch.cat([part[place] for part in nodes]) for place in range(3))
@@ -46,7 +51,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any
 
 
 def fit_map(scores: Tensor, accepted: Tensor) -> LogisticMap:
-    """The map under which the outcomes are likeliest, by Newton's method; the head's own word without outcomes.
+    """The maximum-likelihood map, by Newton's method; without outcomes it leaves the head's probabilities as they are.
 
     Args:
         scores: `[n]` log probability of each node's path under the head.
@@ -69,7 +74,7 @@ def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     if top_k not in text.pools:
         raise ValueError(
             f"The text was recorded with pools of top_k {sorted(text.pools)}, but {top_k} is to be fitted. Record it "
-            "again with `record_pools(..., depths=...)`."
+            f"again with `record_pools(..., depths={{{top_k}: ...}})`."
         )
     pool = text.pools[top_k]
     upcoming = text.upcoming(int(pool.levels[-1]))

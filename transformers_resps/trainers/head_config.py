@@ -8,47 +8,48 @@ from transformers import TrainingArguments
 
 @dataclass
 class DraftHeadTrainingConfig(TrainingArguments):
-    """`TrainingArguments` and what EAGLE-3's training-time test adds to them.
+    """Settings of `DraftHeadTrainer`: Transformers' `TrainingArguments` and those of EAGLE-3's training-time test.
 
-    Batches hold a budget of tokens, so `per_device_train_batch_size` is not used.
+    Batches are filled up to `tokens_per_batch`, so `per_device_train_batch_size` is not used.
 
     Raises:
         ValueError: a setting is out of its range.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code. Here
-    alone levels are called `steps`: published recipes name them so.
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code. Draft
+    levels are called `steps` here, as in published recipes.
     """
 
     learning_rate: float = field(
-        default=2e-3, metadata={"help": "Peak step size, of both Muon and AdamW (Muon's updates are scaled to fit)."}
+        default=2e-3,
+        metadata={"help": "Peak learning rate of both Muon and AdamW (Muon's updates are scaled to fit)."},
     )
     logging_steps: float = field(default=20, metadata={"help": "Optimiser steps between two lines of metrics."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; EAGLE-3 uses 0.5."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any schedule of Transformers."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any learning rate schedule of Transformers."})
     bf16: bool = field(
         default=False,
-        metadata={"help": "Autocast to bf16. Worth it on GPUs; slower than fp32 on processors without bf16."},
+        metadata={"help": "Autocast to bf16: faster on GPUs, slower than fp32 on CPUs without bf16."},
     )
     steps: int = field(
         default=7, metadata={"help": "Levels of the training-time test: how deep the head learns to draft."}
     )
-    step_decay: float = field(default=0.8, metadata={"help": "Weight of level k is step_decay ** k."})
+    step_decay: float = field(default=0.8, metadata={"help": "Weight of the loss of level k is step_decay ** k."})
     tokens_per_batch: int = field(
-        default=2048, metadata={"help": "Tokens of a batch on one device, padding included; texts are not split."}
+        default=2048, metadata={"help": "Tokens per batch and device, padding included; texts are not split."}
     )
     loss_chunk_size: int = field(
         default=1024,
         metadata={
-            "help": "Positions whose logits are in memory at once: two fp32 buffers of this times draft vocabulary."
+            "help": "Positions whose logits are in memory at once: two fp32 buffers of this x draft vocabulary."
         },
     )
     freeze_output_head: bool = field(
         default=True,
-        metadata={"help": "Keep the target's rows as output head: a third less work, and nothing to overfit."},
+        metadata={"help": "Do not train the output head (the target's rows): a third less work, less overfitting."},
     )
     tau_texts: int = field(
         default=8,
-        metadata={"help": "Held-out texts on which evaluation simulates the default tree's tau; 0 for none."},
+        metadata={"help": "Held-out texts for simulating the default tree's tau at each evaluation; 0 for none."},
     )
     optimizer: str = field(
         default="muon",

@@ -31,22 +31,22 @@ from .training_time_test import unroll
 
 
 class DraftHeadTrainer(ArtefactTrainer):
-    """Trainer of a `DraftHead`: training-time test, soft cross-entropy over the draft vocabulary.
+    """Trains a `DraftHead` on a target's outputs: EAGLE-3's training-time test with a soft cross-entropy loss.
 
-    The trained model is the head alone, so checkpoints hold the head alone, loadable by `DraftHead.from_pretrained`;
-    `OUTPUT_DIR/head` is always the newest one in bf16.
+    Checkpoints hold the head alone and load with `DraftHead.from_pretrained`; `OUTPUT_DIR/head` is always the newest
+    one, in bf16.
 
     Args:
         model: the head, or a PEFT model of it.
-        target: the model it drafts for; not trained, not saved.
+        target: the model it drafts for; it is neither trained nor saved.
         args: see `DraftHeadTrainingConfig`.
         train_dataset: `ExampleDataset` (the target runs on each batch) or `CachedFeatures`.
-        eval_dataset: likewise, of held-out texts.
-        peft_config: wrap the head in adapters, for instance `LoraConfig`.
+        eval_dataset: the same kinds, with held-out texts.
+        peft_config: trains adapters instead, for instance `LoraConfig`.
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
-        ValueError: head and target do not belong together, or an argument is of another kind.
+        ValueError: the head was made for another target, or an argument has the wrong type.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
     """
@@ -94,7 +94,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         self._clock: tuple[float, int] | None = None  # when the metrics began that are due next, and at which step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, until Ctrl-C: see `until_interrupted`."""
+        """As in Transformers; Ctrl-C saves a checkpoint first (`until_interrupted`)."""
         self._clock, train = None, super().train
         return until_interrupted(self, lambda: train(*args, **kwargs))
 
@@ -151,7 +151,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self.target.read(inputs["input_ids"], inputs["labels"] != IGNORED)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss and agreement of the held-out texts, and `eval_tau` of the head's default tree on the first of them."""
+        """Loss and top-1 agreement on the held-out texts, and `eval_tau` of the default tree on some of them."""
         metrics = super().evaluate(*args, **kwargs)
         if self.args.tau_texts:  # in every process: each of them looks for the best metric
             started = time.monotonic()
@@ -185,7 +185,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss alone: logits of the whole text would not fit."""
+        """The loss alone: logits of a whole batch would not fit into memory."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
@@ -271,7 +271,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
 
 def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a head to `folder` in `dtype`, with adapters merged into it; the one in memory stays as it is."""
+    """Write a head to `folder` in `dtype`, with adapters merged; the model in memory stays unchanged."""
     head = copy.deepcopy(model)
     if hasattr(head, "merge_and_unload"):
         head = head.merge_and_unload()
@@ -279,12 +279,12 @@ def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def _refuse_random_rows(config: DraftHeadConfig) -> None:
-    """A fresh head of another width than its target has rows that nobody trained."""
+    """A fresh head of another width than its target has random output rows."""
     if config.hidden_size != config.target_hidden_size and config.source is None:
         raise ValueError(
-            f"`freeze_output_head` is true, but the output rows of this head are {config.hidden_size} wide and cannot "
-            f"be the target's, which are {config.target_hidden_size} wide: they were random once, and would stay as "
-            "they are. Pass `freeze_output_head=False`."
+            f"`freeze_output_head` is true, but this head's output rows are {config.hidden_size} wide, the target's "
+            f"{config.target_hidden_size}, so they cannot be copied and must be trained. "
+            "Pass `freeze_output_head=False`."
         )
 
 

@@ -13,12 +13,12 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Interruption(TrainerCallback):
-    """Inside `with`, the first Ctrl-C asks the trainer for a checkpoint and an end; a second one ends it at once.
+    """Inside `with`, the first Ctrl-C makes the trainer save a checkpoint and stop; a second one stops it at once.
 
     Python hands signals to its main thread only, so elsewhere nothing changes.
 
     Args:
-        steps: that belong together; the end comes after the last of them.
+        steps: optimiser steps that belong together; the run stops after the last of them.
 
     Attributes:
         is_requested: Ctrl-C was pressed.
@@ -58,15 +58,15 @@ class Interruption(TrainerCallback):
 
 
 def until_interrupted(trainer: Trainer, train: Callable[[], Any], steps: int = 1) -> Any:
-    """What `train` returns; but Ctrl-C in a run of one process first finishes its steps and writes a checkpoint.
+    """Run `train` and return its result; Ctrl-C in a run of one process finishes its steps and saves a checkpoint.
 
     Args:
-        trainer: whose training it is.
-        train: trains.
-        steps: that belong together.
+        trainer: the trainer.
+        train: starts its training.
+        steps: optimiser steps that belong together.
 
     Raises:
-        KeyboardInterrupt: after that.
+        KeyboardInterrupt: Ctrl-C was pressed, after the checkpoint.
     """
     if trainer.accelerator.num_processes > 1:  # each would stop at a step of its own, and wait for the others
         return train()

@@ -1,6 +1,6 @@
-"""Decisions made live: `generate` runs, the clock is inside.
+"""Live decisions: `generate` runs and its steps are timed.
 
-Knows the engine's front door only: `generate(..., assistant_model=head, policy=...)`.
+Knows one call of the engine: `generate(..., assistant_model=head, policy=...)`.
 """
 
 import math
@@ -36,15 +36,15 @@ class _Decision:
 
 
 class DecisionRecorder(Policy):
-    """Decides with a policy's network, holds each decision, and books every step under the one that shaped it.
+    """Decides with a policy's network, holds each decision, and credits every step to the decision that shaped it.
 
-    The reference code of Re-SpS books a step under the decision after it, and once per text an observation of zeros;
-    here `observe` follows the step that `choose` shaped, so neither can happen.
+    The reference code of Re-SpS credits a step to the next decision, and adds an observation of zeros once per text.
+    Here `observe` follows the step that `choose` shaped, so neither can happen.
 
     Args:
         policy: its network decides.
         persistence: steps that a decision is held.
-        generator: draws the actions; the likeliest are taken when `None`.
+        generator: draws the actions; `None` takes the likeliest.
     """
 
     def __init__(self, policy: ReSpSPolicy, persistence: int, generator: torch.Generator | None) -> None:
@@ -71,18 +71,18 @@ class DecisionRecorder(Policy):
 
 
 class LiveRollouts:
-    """Decisions of real decoding on this machine.
+    """Rollouts for `PolicyTrainer` from real decoding, timed on this machine.
 
     Args:
-        target: attached.
-        head: drafts.
+        target: an attached model.
+        head: its draft head.
         prompts: token ids `[s]` each.
-        includes_drafting: count observing, choosing and drafting as part of a step's time. The code of Re-SpS does
-            not (its clock stops after the target's forward), which makes deep trees look free: off for ablations only.
+        includes_drafting: count observing, choosing and drafting in a step's time. The code of Re-SpS does not, so
+            deep trees look free to it: turn it off for ablations only.
         generation: passed to `generate`, for example `max_new_tokens`.
 
     Raises:
-        ValueError: there are no prompts, the target is not attached, or the head is none.
+        ValueError: there are no prompts, the target is not attached, or the head is not a `DraftHead`.
     """
 
     knows_all_outcomes = False
@@ -97,11 +97,11 @@ class LiveRollouts:
         **generation: Any,
     ) -> None:
         if not prompts:
-            raise ValueError("Got no prompts, but a policy learns by decoding some. Pass a dataset with prompts.")
+            raise ValueError("Got no prompts, but live rollouts decode some. Pass a dataset with prompts.")
         if not isinstance(target, ReSpSGenerationMixin) or not isinstance(unwrapped(head), DraftHead):
             raise ValueError(
-                f"Got the target {type(target).__name__} and the head {type(head).__name__}, but live rollouts decode "
-                "with an attached target and a `DraftHead`. Pass `attach(model)` and the head of that model."
+                f"Live rollouts need an attached target and a `DraftHead`, got {type(target).__name__} and "
+                f"{type(head).__name__}. Pass `attach(model)` and the head of that model."
             )
         self._target: Any = target
         self._head, self._prompts = head, prompts
@@ -115,7 +115,7 @@ class LiveRollouts:
         """As `Rollouts.collect`.
 
         Raises:
-            ValueError: no step of these texts took a believable time.
+            ValueError: no step took a plausible time.
         """
         parts = []
         for index in torch.randperm(len(self._prompts), generator=generator)[:texts].tolist():
@@ -132,13 +132,12 @@ class LiveRollouts:
         if not sum(map(len, parts)):
             raise ValueError(
                 f"None of the {sum(part.dropped for part in parts)} decisions over {len(parts)} prompts took a "
-                "positive, steady time, but the reward is tokens per second. Check the clock of this machine, or pass "
-                "prompts with longer answers."
+                "positive, steady time. Check the clock of this machine, or pass prompts with longer answers."
             )
         return joined(parts)
 
     def _packed(self, decisions: list[_Decision]) -> Decisions:
-        """The decisions of one text whose steps all took a believable time."""
+        """The decisions of one text whose steps all took a plausible time."""
         kept = [(one, times) for one in decisions if (times := self._believable(one.records)) is not None]
         width = decisions[0].features.shape[-1] if decisions else 0
         ends = torch.zeros(len(kept), dtype=torch.bool)

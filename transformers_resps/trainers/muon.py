@@ -36,7 +36,7 @@ def _iterated(wide: Tensor) -> Tensor:
 def _through_gram(wide: Tensor) -> Tensor:
     """The same iteration on `[m, m]` squares: every step multiplies from the left by a polynomial of the Gram matrix.
 
-    A quarter less work for matrices twice as wide as high. It squares the condition, which bf16 does not bear.
+    A quarter less work for matrices twice as wide as high. Squares the condition number: too much for bf16.
     """
     gram = wide @ wide.T
     total = step = _step(gram)
@@ -62,7 +62,7 @@ class Muon(Optimizer):
         groups: parameter groups; each has `matrices`.
         lr: step size; Muon's update has a root mean square of 0.2, so that one rate fits both kinds.
         betas: AdamW's decay rates.
-        weight_decay: decoupled, for parameters of two and more dimensions, whoever updates them.
+        weight_decay: decoupled, for all parameters of two and more dimensions.
         eps: AdamW's denominator floor.
 
     Source: Jordan et al., Muon (2024); update scale 0.2 sqrt(max(m, n)) of Moonlight (arXiv 2502.16982) section 2.2.

@@ -1,4 +1,4 @@
-"""What can be won: the fastest sequence of shapes for realised texts, by dynamic programming over positions.
+"""The upper bound of any policy: the fastest sequence of shapes for recorded texts, by dynamic programming.
 
 Knows outcome tables only.
 """
@@ -13,13 +13,13 @@ from .outcomes import OutcomeTable
 
 
 class Oracle:
-    """Seconds that texts take under fixed actions and under the best sequence of actions.
+    """Computes how long recorded texts take with one fixed action, and with the best action at every step.
 
     The step at position t with action a ends at t + emitted[t, a]; the least time from t to the text's end is the
     least over a of seconds[t, a] plus the least time from there.
 
     Args:
-        table: every action at every position.
+        table: outcomes of every action at every position.
     """
 
     def __init__(self, table: OutcomeTable) -> None:
@@ -43,12 +43,12 @@ class Oracle:
 
     @property
     def fixed_seconds(self) -> Tensor:
-        """`[texts, a]` with one action throughout."""
+        """`[texts, a]` seconds with one action throughout."""
         return self._from_every_position[0][self.table.starts]
 
     @property
     def best_seconds(self) -> Tensor:
-        """`[texts]` with the best action at every step."""
+        """`[texts]` seconds with the best action at every step."""
         return self._from_every_position[1][self.table.starts]
 
     @property
@@ -58,15 +58,18 @@ class Oracle:
 
     @cached_property
     def best_fixed_rate(self) -> float:
-        """Tokens per second of all texts with that action."""
+        """Tokens per second of all texts with `best_fixed`."""
         headroom = self.headroom()
         return headroom.tokens / headroom.fixed_seconds
 
     def headroom(self, fixed: int | None = None) -> "Headroom":
-        """Seconds of all texts under each kind of choice.
+        """Compare one fixed action, the best one per text, and the best one at every step.
 
         Args:
-            fixed: the best fixed action found on other texts; that of these texts when `None`.
+            fixed: the fixed action, for instance the best one of other texts; `None` for the best one of these.
+
+        Returns:
+            The seconds of each.
         """
         fixed = self.best_fixed if fixed is None else fixed
         return Headroom(
@@ -79,10 +82,10 @@ class Oracle:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """Seconds that all texts together take under each kind of choice.
+    """Seconds that all texts together take, by how actions are chosen.
 
     Attributes:
-        tokens: of all texts, the first of each left out: prefill gives it.
+        tokens: tokens of all texts, without the first of each, which prefill gives.
         fixed_seconds: with one action throughout.
         per_text_seconds: with the best fixed action of each text.
         oracle_seconds: with the best action at every step.

@@ -1,4 +1,4 @@
-"""What actions gave: of every action at every position of a text, and of the decisions that were taken.
+"""Outcomes of actions: of every action at every position of a text, and of the decisions that were taken.
 
 Knows tensors and the shapes that actions stand for: nothing of models, heads or how outcomes were found. Shapes: t
 positions, n decisions, a actions, F width of the features.
@@ -15,16 +15,16 @@ from ..policy import ActionGrid
 
 @dataclass(frozen=True, slots=True)
 class TextOutcomes:
-    """Every action at every position of one realised text, first to last.
+    """The outcome of every action at every position of one recorded text.
 
     Attributes:
         features: `[t, F]` what a policy sees before the step at that position.
         emitted: `[t, a]` tokens the step would have added, at least 1 and no more than the text still has.
-        seconds: `[t, a]` what it would have taken.
-        grid: the shapes that the actions stand for; `None` where nobody knows.
+        seconds: `[t, a]` seconds the step would have taken.
+        grid: the shapes that the actions stand for; `None` if unknown.
 
     Raises:
-        ValueError: the shapes do not fit, or a value is impossible.
+        ValueError: the tensors do not fit together, or a value is impossible.
     """
 
     features: Tensor
@@ -60,8 +60,8 @@ class HeldOutcomes:
     All three are `[n]` of the actions taken, or `[n, a]` of every action; `[p, a]` at every position of all texts.
 
     Attributes:
-        emitted: tokens, all steps together.
-        seconds: likewise.
+        emitted: tokens of all steps together.
+        seconds: seconds of all steps together.
         mean_rates: mean over the steps of each step's tokens per second (Re-SpS, equation 5).
     """
 
@@ -112,14 +112,14 @@ class Decisions:
 
     @property
     def oracle_regret(self) -> float | None:
-        """Time lost to the fastest sequence of shapes, as a share of the fastest time."""
+        """Time lost compared with the fastest sequence of shapes, as a share of the fastest time."""
         if self.oracle_seconds is None:
             return None
         return float(self.outcomes.seconds.sum()) / self.oracle_seconds - 1
 
 
 class OutcomeTable:
-    """The outcomes of many texts, one behind the other.
+    """The outcomes of many recorded texts, concatenated, to train or compare policies on.
 
     Args:
         texts: with the same actions and the same width of features.
@@ -129,11 +129,11 @@ class OutcomeTable:
 
     Attributes:
         features: `[p, F]`, p positions of all texts.
-        emitted: `[p, a]`.
-        seconds: `[p, a]` fp64.
-        starts: first position of each text.
-        stops: position behind the last of each text.
-        grid: the texts'.
+        emitted: `[p, a]` tokens.
+        seconds: `[p, a]` fp64 seconds.
+        starts: `[texts]` first position of each text.
+        stops: `[texts]` position after the last of each text.
+        grid: the shapes that the actions stand for; `None` if unknown.
     """
 
     def __init__(self, texts: Sequence[TextOutcomes]) -> None:
@@ -141,9 +141,8 @@ class OutcomeTable:
         grids = {text.grid for text in texts}
         if len(kinds) != 1 or len(grids) != 1:
             raise ValueError(
-                f"Got {len(texts)} replayed texts with these widths of features and numbers of actions: "
-                f"{sorted(kinds)}, of {len(grids)} grids. At least one text is needed, and all must be of one head "
-                "and one grid. Record them together."
+                f"Got {len(texts)} replayed texts of {len(grids)} grids, with these widths of features and numbers of "
+                f"actions: {sorted(kinds)}. Pass at least one text, all of one head and one grid."
             )
         lengths = torch.tensor([len(text.features) for text in texts])
         self.grid = grids.pop()
@@ -163,7 +162,7 @@ class OutcomeTable:
         return self.emitted.shape[1]
 
     def held(self, persistence: int) -> HeldOutcomes:
-        """`[p, a]` of holding each action for `persistence` steps from each position."""
+        """Outcomes `[p, a]` of holding each action for `persistence` steps from each position."""
         if persistence not in self._held:
             self._held[persistence] = self._hold(persistence)
         return self._held[persistence]

@@ -12,67 +12,69 @@ REWARDS = ("gain", "mean_rate")
 
 @dataclass
 class PolicyTrainingConfig(TrainingArguments):
-    """`TrainingArguments` and what policy optimisation adds to them.
+    """Settings of `PolicyTrainer`: Transformers' `TrainingArguments` and those of policy optimisation.
 
-    Training goes in updates: decide over some texts, then take `epochs * minibatches` optimiser steps on what they
-    gave. `max_steps`, `save_steps`, `logging_steps` and `eval_steps` follow from it and are not set by hand.
+    An update makes decisions over some texts, then takes `epochs * minibatches` optimiser steps on their outcomes.
+    `max_steps`, `save_steps`, `logging_steps` and `eval_steps` follow from this and cannot be set.
 
     Raises:
         ValueError: a setting is out of its range.
 
-    Source: Re-SpS (arXiv 2601.12212) and its code at 24786f4; training/recipes/policy_resps_paper.yaml has its values.
+    Source: Re-SpS (arXiv 2601.12212) and its code; training/recipes/policy_resps_paper.yaml has its values.
     """
 
     objective: str = field(
         default="full_information",
         metadata={
-            "help": "full_information: the outcome of every action is known (replayed texts), the expected "
-            "gain is maximised. ppo: clipped policy gradient on the outcomes of the actions taken. "
-            "max_entropy_ppo: the same with the entropy bonus of Re-SpS."
+            "help": "full_information: maximise the expected gain; needs the outcome of every action (replayed "
+            "texts). ppo: clipped policy gradient on the outcomes of the actions taken. "
+            "max_entropy_ppo: ppo with the entropy bonus of Re-SpS."
         },
     )
     reward: str = field(
         default="gain",
         metadata={
-            "help": "gain: tokens minus seconds times the current rate, whose maximum is that of total tokens over "
-            "total seconds. mean_rate: mean of the steps' tokens per second, the reward of Re-SpS (equations 3 and 5)."
+            "help": "gain: tokens minus seconds x the current rate; it maximises total tokens / total seconds. "
+            "mean_rate: mean of the steps' tokens per second, the reward of Re-SpS (equations 3 and 5)."
         },
     )
-    updates: int = field(default=200, metadata={"help": "How often to decide over texts and learn from it."})
+    updates: int = field(default=200, metadata={"help": "Number of updates."})
     texts_per_update: int = field(
         default=8,
         metadata={
-            "help": "Texts decided over in an update, from beginning to end. The code of Re-SpS cuts after 64 "
-            "decisions, which is about 8 answers; whole answers can be repeated exactly after a resume."
+            "help": "Whole texts per update. The code of Re-SpS cuts after 64 decisions, which is about 8 outputs; "
+            "whole texts can be repeated exactly after a resume."
         },
     )
     persistence: int = field(default=10, metadata={"help": "Steps a decision is held in training; Re-SpS: 10."})
     epochs: int = field(default=4, metadata={"help": "Passes over the decisions of an update."})
-    minibatches: int = field(default=2, metadata={"help": "Optimiser steps in a pass."})
-    clip: float = field(default=0.2, metadata={"help": "PPO: how far the probability ratio may leave 1."})
+    minibatches: int = field(default=2, metadata={"help": "Optimiser steps per pass."})
+    clip: float = field(default=0.2, metadata={"help": "PPO: how far the probability ratio may be from 1."})
     entropy_coefficient: float | None = field(
         default=None,
-        metadata={"help": "Weight of the entropy bonus; unset: 0.1, and 0.01 for ppo."},
+        metadata={"help": "Weight of the entropy bonus; default 0.1, or 0.01 for ppo."},
     )
     value_coefficient: float = field(default=0.5, metadata={"help": "PPO: weight of the critic's loss."})
     discount: float = field(
         default=0.0,
         metadata={
-            "help": "PPO: weight of the next decision of the same text. 0: each stands alone, which is what the code "
-            "of Re-SpS does, although it sets 0.95: it ends an episode after every decision."
+            "help": "PPO: weight of the next decision of the same text; 0 for none. The code of Re-SpS sets 0.95, "
+            "but ends an episode after every decision, which is the same as 0."
         },
     )
     gae_decay: float = field(
-        default=0.9, metadata={"help": "PPO: lambda of the advantage estimate; idle at discount 0."}
+        default=0.9, metadata={"help": "PPO: lambda of the advantage estimate; unused if discount is 0."}
     )
     save_updates: int = field(default=50, metadata={"help": "Updates between two checkpoints."})
     logging_updates: int = field(default=10, metadata={"help": "Updates between two lines of metrics."})
     eval_updates: int = field(
-        default=50, metadata={"help": "Updates between two evaluations, with eval_strategy steps."}
+        default=50, metadata={"help": "Updates between two evaluations, if eval_strategy is steps."}
     )
 
-    learning_rate: float = field(default=3e-4, metadata={"help": "Adam's step size; Re-SpS: 3e-4."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Any schedule of Transformers."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of Adam; Re-SpS: 3e-4."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Any learning rate schedule of Transformers."}
+    )
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Adam's epsilon, as in stable-baselines3."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; Re-SpS: 0.5."})
 
@@ -100,7 +102,7 @@ class PolicyTrainingConfig(TrainingArguments):
 
     @property
     def steps_per_update(self) -> int:
-        """Optimiser steps."""
+        """Optimiser steps in an update."""
         return self._steps(1)
 
     def _steps(self, updates: int) -> int:

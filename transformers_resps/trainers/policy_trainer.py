@@ -20,28 +20,26 @@ from .rollouts import ReplayRollouts, Rollouts
 
 
 class PolicyTrainer(ArtefactTrainer):
-    """Trainer of a `ReSpSPolicy`.
+    """Trains a `ReSpSPolicy` on recorded texts or on live decoding.
 
-    The trained model is the policy's network, so checkpoints hold it alone; `OUTPUT_DIR/policy` is always the newest
-    one, loadable by `AutoPolicy.from_pretrained`. All random numbers of an update come from the seed and the update's
-    number, so on replayed texts a run that was killed and resumed ends as one that was not.
+    Checkpoints hold the policy's network; `OUTPUT_DIR/policy` is always the newest policy, loadable by
+    `AutoPolicy.from_pretrained`. On replayed texts, a killed and resumed run ends as an uninterrupted one: the random
+    numbers of an update depend only on the seed and the update's number.
+
+    Logged for each update: `tokens_per_second`; `reward`, if it is `mean_rate`; `entropy` in nats; `distinct_actions`,
+    how many actions are the likeliest one of some decision. On replayed texts also `gain_regret`, the tokens per step
+    lost compared with the best actions, and `oracle_regret`, the time lost compared with the fastest sequence of
+    shapes, as a share of the fastest time. Live also `dropped`, the decisions left out because the clock jumped.
 
     Args:
-        policy: trained in place.
+        policy: the policy, trained in place.
         args: see `PolicyTrainingConfig`.
-        rollouts: where decisions come from: `ReplayRollouts`, or `LiveRollouts` with the clock inside.
-        eval_rollouts: replayed texts that are held out.
+        rollouts: where decisions come from: `ReplayRollouts`, or `LiveRollouts`, which are timed.
+        eval_rollouts: held-out replayed texts, for `evaluate`.
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
-        ValueError: full information is asked of live rollouts, or an argument is of another kind.
-
-    Logged of each update: `tokens_per_second`; `reward` with `mean_rate` (a `gain` is 0 on average: it is measured
-    against the policy's own rate); `entropy` in nats; `distinct_actions`, the likeliest ones over all decisions; on
-    replayed texts `gain_regret`, the tokens per step that the likeliest actions lose to the best ones, and
-    `oracle_regret`, the time lost to the fastest sequence of shapes as a share of the fastest time; live `dropped`
-    decisions.
-    Evaluated as in use, against the best fixed shape of the training texts: see `evaluate`.
+        ValueError: the objective is `full_information` with live rollouts, or an argument has the wrong type.
     """
 
     args: PolicyTrainingConfig
@@ -58,8 +56,8 @@ class PolicyTrainer(ArtefactTrainer):
         check_kinds("PolicyTrainer", policy=(policy, ReSpSPolicy), args=(args, PolicyTrainingConfig))
         if args.objective == "full_information" and not rollouts.knows_all_outcomes:
             raise ValueError(
-                f"Got objective='full_information' with {type(rollouts).__name__}, but live decoding shows the "
-                "outcome of the action taken only. Record the texts and pass `ReplayRollouts`, or set objective='ppo'."
+                f"Got objective='full_information' with {type(rollouts).__name__}, but live decoding shows only the "
+                "outcome of the action taken. Record the texts and pass `ReplayRollouts`, or set objective='ppo'."
             )
         super().__init__(
             model=policy.network,
@@ -75,14 +73,14 @@ class PolicyTrainer(ArtefactTrainer):
         self._sums: dict[str, list[float]] = defaultdict(list)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, until Ctrl-C: an update is finished, as one that is cut cannot be resumed exactly."""
+        """As in Transformers; Ctrl-C finishes the update first, as part of one cannot be resumed exactly."""
         train = super().train
         return until_interrupted(self, lambda: train(*args, **kwargs), self.args.steps_per_update)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of the optimiser step that is due: one minibatch of the current update."""
+        """The loss of one optimiser step: a minibatch of the current update."""
         index = self._minibatch()
         logits, values = model(self._decisions.features[index])
         log_probs = logits.log_softmax(-1)
@@ -110,7 +108,7 @@ class PolicyTrainer(ArtefactTrainer):
         return parts[part % len(parts)]
 
     def _start(self, update: int) -> None:
-        """Decide over texts and work out what each decision was worth."""
+        """Make the decisions of an update and compute what each was worth."""
         self._update = update
         args = self.args
         self._decisions = self.rollouts.collect(
@@ -158,13 +156,13 @@ class PolicyTrainer(ArtefactTrainer):
         return gains(outcomes.emitted, outcomes.seconds, rate, self.args.persistence)
 
     def _note(self, **values: float | None) -> None:
-        """Keep for the next line of metrics what is known."""
+        """Keep the values that are not `None` for the next line of metrics."""
         for name, value in values.items():
             if value is not None:
                 self._sums[name].append(value)
 
     def _generator(self, update: int, purpose: int) -> torch.Generator:
-        """Random numbers that depend on nothing but these and the seed."""
+        """Random numbers that depend only on the seed and these two."""
         seed = (self.args.seed * 1_000_003 + update) * 1_009 + purpose
         return torch.Generator().manual_seed(seed % 2**63)
 
@@ -175,12 +173,12 @@ class PolicyTrainer(ArtefactTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Decide over all held-out texts as in use: see `policy.config`.
+        """Run the policy on all held-out texts, with the persistence and sampling of `policy.config`.
 
         Returns:
-            Under `eval_`: `tokens_per_second`; `best_fixed_tokens_per_second` of the fixed shape that is fastest on
-            the training texts (on the held-out ones when training is live); `gain_over_best_fixed`, their ratio;
-            `oracle_regret`; `distinct_actions`.
+            With the prefix `eval_`: `tokens_per_second`; `best_fixed_tokens_per_second` of the fixed shape that is
+            fastest on the training texts (on the held-out ones if training is live); `gain_over_best_fixed`, their
+            ratio; `oracle_regret`; `distinct_actions`.
 
         Raises:
             ValueError: no texts were held out.

@@ -57,12 +57,12 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def gains(emitted: Tensor, seconds: Tensor, rate: Tensor | float, persistence: int) -> Tensor:
-    """What outcomes are worth, in tokens per step: tokens minus what their seconds would have brought anyway.
+    """What outcomes are worth, in tokens per step: tokens minus what the policy emits in the same time on average.
 
     Args:
         emitted: tokens, of any shape.
-        seconds: likewise.
-        rate: lambda, tokens per second of the policy at hand.
+        seconds: of the same shape.
+        rate: lambda, tokens per second of the current policy.
         persistence: steps that a decision is held.
 
     Maximising its sum at the rate it attains itself maximises total tokens over total seconds (Dinkelbach 1967); the
@@ -74,8 +74,8 @@ def gains(emitted: Tensor, seconds: Tensor, rate: Tensor | float, persistence: i
 def relative_gains(action_gains: Tensor) -> Tensor:
     """Gains of every action `[n, a]` relative to the mean of their row, in units of their spread over all rows.
 
-    As `standardized` does for advantages: the entropy bonus then weighs the same whatever a token is worth, and keeps
-    the policy from being so sure of itself that it cannot follow when the rate, and with it all gains, moves.
+    As `standardized` does for advantages: the entropy bonus then weighs the same whatever a token is worth. It keeps
+    the policy uncertain enough to follow when the rate, and with it all gains, changes.
     """
     relative = action_gains - action_gains.mean(-1, keepdim=True)
     return relative / (relative.square().mean().sqrt() + 1e-8)
@@ -84,7 +84,7 @@ def relative_gains(action_gains: Tensor) -> Tensor:
 def expected_gain(logits: Tensor, action_gains: Tensor) -> Tensor:
     """Mean gain under the policy, a scalar to maximise, from logits and gains of every action, both `[n, a]`.
 
-    Cost-sensitive classification: with the outcome of all actions at hand the policy gradient is exact and needs
+    Cost-sensitive classification: when the outcomes of all actions are known the policy gradient is exact and needs
     neither samples nor a critic.
     """
     return (logits.softmax(-1) * action_gains).sum(-1).mean()

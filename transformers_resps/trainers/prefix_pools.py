@@ -55,7 +55,7 @@ class PrefixPools:
             yield part, grow_pool(self._head, newest, width, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int) -> Tensor:
-        """One pass over a level of all roots, laid out one root behind the other in a single row: `[r, w, h]`."""
+        """One pass over a level of all roots, laid out one root after the other in a single row: `[r, w, h]`."""
         roots, width = frontier.tokens.shape
         slots = torch.arange(self._length, device=prefixes.device)
         prefix = (slots < prefixes[:, None])[:, None].expand(-1, width, -1).flatten(0, 1)  # [r * w, s]

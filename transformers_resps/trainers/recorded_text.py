@@ -1,7 +1,7 @@
-"""One realised text, with everything the drafters would have proposed before each of its tokens.
+"""One recorded text, with everything the drafters would have proposed before each of its tokens.
 
-The target runs over the text once and the head drafts from every position. A recording answers for every shape
-(`replay`) and lets any policy decide again (`ReplayedDecoding`), without a model and without a clock.
+The target runs over the text once and the head drafts from every position. From a recording the outcome of every shape
+is known (`replay`) and any policy can decide again (`replay_policy`), without a model and without a clock.
 
 Knows target, head and pools: nothing of policies' networks or losses. Shapes: t positions, p pool nodes, F features.
 """
@@ -26,14 +26,16 @@ from .prefix_pools import PrefixPools
 
 @dataclass(frozen=True, slots=True)
 class RecordedText:
-    """Prompt, answer and pools. Step positions begin after the answer's first token, which prefill gives.
+    """A prompt and its output, with the candidate pools drafted at each position; made by `record_pools`.
+
+    Positions t begin after the output's first token, which prefill gives.
 
     Attributes:
-        input_ids: `[s]` prompt and answer.
-        prompt_length: of which tokens were the prompt.
+        input_ids: `[s]` prompt and output.
+        prompt_length: tokens of the prompt.
         features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
         pools: for each `top_k`, the pools of all positions, `[t, p]`.
-        spare_room: tokens that the text could have gained after its last one.
+        spare_room: how many more tokens the output could have had.
     """
 
     input_ids: Tensor
@@ -47,11 +49,11 @@ class RecordedText:
 
     @property
     def depth(self) -> int:
-        """Levels of the pools."""
+        """Levels of the deepest pool."""
         return max(int(pool.levels[-1]) for pool in self.pools.values())
 
     def upcoming(self, count: int) -> Tensor:
-        """The `count` tokens after each position's root, -1 beyond the text's end: `[t, count]`."""
+        """The `count` tokens after each position's root, -1 after the text's end: `[t, count]`."""
         padded = torch.nn.functional.pad(self.input_ids, (0, count), value=-1)
         return padded.unfold(0, count, 1)[self.prompt_length + 1 :][: len(self)]
 
@@ -86,11 +88,11 @@ class RecordedText:
 
 @contextmanager
 def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The open file and its metadata; what goes wrong inside is said of the file.
+    """Open a file and yield it with its metadata; errors inside the `with` block name the file.
 
     Args:
         file: written by `save`.
-        needed: the beginning of a tensor's name that such a file has.
+        needed: prefix of a tensor name that such a file has.
 
     Raises:
         ValueError: the file is damaged, of another release, or holds something else.
@@ -102,8 +104,7 @@ def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[st
             yield opened, opened.metadata() or {}
     except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
         raise ValueError(
-            f"{file} is no recording that this release can read ({error!r}), but a text is replayed from what `save` "
-            "wrote. Delete it and record the text again."
+            f"{file} is no recording that this release can read ({error!r}). Delete it and record the text again."
         ) from error
 
 
@@ -117,25 +118,27 @@ def record_pools(
     depths: dict[int, int],
     spare_room: int = 0,
 ) -> RecordedText:
-    """Record one text that `target` wrote, or that somebody else did.
+    """Record what the head would draft at every position of one text, written by `target` or not.
 
     Args:
         target: runs over the text once.
         head: drafts from every position.
-        input_ids: `[s]` prompt and answer.
-        prompt_length: of which tokens were the prompt.
-        depths: for each `top_k` to be drafted, how many levels.
-        spare_room: tokens that the answer could have gained after its last one: 0 where it ran into `max_length`.
+        input_ids: `[s]` prompt and output.
+        prompt_length: tokens of the prompt.
+        depths: for each `top_k` to draft, the number of levels.
+        spare_room: how many more tokens the output could have had: 0 if it ended at `max_length`.
+
+    Returns:
+        The recording, on the CPU.
 
     Raises:
-        ValueError: the answer has fewer than two tokens, or nothing is to be drafted.
+        ValueError: the output has fewer than two tokens, or `depths` is empty.
     """
     length = len(input_ids)
     if not 1 <= prompt_length <= length - 2 or not depths:
         raise ValueError(
-            f"Got a text of {length} tokens with a prompt of {prompt_length} and {len(depths)} kinds of pools, but "
-            "there is a step to replay only with a prompt, two tokens of answer and a pool. Leave this text out, or "
-            "ask for another pool."
+            f"Got a text of {length} tokens with a prompt of {prompt_length} and {len(depths)} kinds of pools, but a "
+            "recording needs a prompt, two tokens of answer and a pool. Leave this text out, or pass other `depths`."
         )
     text = input_ids[None].to(target.device)
     with FeatureTap(target, head.config.feature_layers or []) as tap, tap.record() as caught:

@@ -1,8 +1,9 @@
-"""Replay: what any tree would have emitted at every position of a text that is already there.
+"""Replay: what any tree would have emitted at every position of a recorded text.
 
-The target runs over the text once and the head drafts from every position. A tree's outcome there is the longest of
-its paths that the text follows, so one recording answers for all shapes: no clock, no noise, no exploration. Exact for
-greedy and, because a tree is built without looking at the target's draws, right in law for sampled texts too.
+The target runs over the text once and the head drafts from every position. A tree's outcome is the longest of its
+paths that the text follows, so one recording gives the outcome of all shapes: no clock, no noise, no exploration. It
+is exact for greedy decoding, and correct in distribution for sampling, because a tree does not depend on the target's
+draws.
 
 Knows target, head and trees: nothing of policies' networks or losses. Shapes: t positions, d levels, F features.
 """
@@ -35,18 +36,18 @@ StepSeconds = Callable[[TreeShape, int], float]
 
 @dataclass(frozen=True, slots=True)
 class ReplayText:
-    """One realised text, and where each of its tokens stands in the pools drafted before it.
+    """One recorded text, reduced to what gives the outcome of every shape at every position; made by `record_text`.
 
     Attributes:
         features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
-        ranks: `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the place of the realised path's node of level l in a
-            pool of d levels with the k-th `top_k`, best first: a tree of n nodes holds the places below n - 1.
+        ranks: `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the rank of the text's own node of level l in a pool of
+            d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
         chain_ranks: the same of the looked-up continuation's nodes.
         lookups: `[t]` tokens of the looked-up continuation that the text follows.
-        proposed: `[t]` tokens of that continuation: nodes to verify, wherever the text goes.
+        proposed: `[t]` tokens of that continuation: nodes to verify, followed or not.
         top_ks: the K values of `top_k` that were drafted.
         context_length: positions of the text before the first step.
-        spare_room: tokens that the text could have gained after its last one.
+        spare_room: how many more tokens the text could have had.
     """
 
     features: Tensor
@@ -62,16 +63,19 @@ class ReplayText:
         return len(self.features)
 
     def emitted(self, shape: TreeShape) -> Tensor:
-        """`[t]` tokens that a step of `shape` adds at each position, cut to the room that is left as decoding does.
+        """Tokens `[t]` that a step of `shape` adds at each position, at most those that are left.
+
+        Args:
+            shape: a shape of the recorded grid.
 
         Raises:
-            ValueError: the head was not asked for such a tree.
+            ValueError: the text was not recorded for such a shape.
         """
         most_levels = self.ranks.shape[-1]
         if shape.asks_head and (shape.top_k not in self.top_ks or shape.depth > most_levels):
             raise ValueError(
                 f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and up to {most_levels} "
-                "levels. Record it again with `record_text(..., grid=...)` of a grid that has this shape."
+                "levels. Record it again with `record_text(..., grid=...)` with a grid that has this shape."
             )
         accepted = self.lookups.clamp(max=shape.lookup)
         if shape.asks_head:
@@ -90,12 +94,15 @@ class ReplayText:
         return kept.int().cumprod(-1).sum(-1)
 
     def outcomes(self, grid: ActionGrid, seconds: StepSeconds) -> TextOutcomes:
-        """Every action of `grid` at every position.
+        """The outcome of every action of `grid` at every position.
 
         Args:
-            grid: no shape deeper or with another `top_k` than was recorded.
-            seconds: cost of a step; asked once for every 16 positions of context. A shape pays for the nodes that the
-                lookup found and the head's tree does not hold already.
+            grid: shapes no deeper and with no other `top_k` than recorded.
+            seconds: gives the seconds of a step; called once for every 16 positions of context. A shape pays for the
+                looked-up nodes that the head's tree does not hold already.
+
+        Returns:
+            Tokens and seconds of every action at every position.
         """
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, seconds) for shape in grid.shapes], dim=1)
@@ -147,19 +154,21 @@ def record_text(
     grid: ActionGrid,
     spare_room: int = 0,
 ) -> ReplayText:
-    """Record one text for the shapes of a grid; see `record_pools`.
+    """Record one text for all shapes of a grid.
 
     Args:
         target: runs over the text once.
         head: drafts from every position with every `top_k` of the grid, to its greatest depth.
-        input_ids: `[s]` prompt and answer.
-        prompt_length: of which tokens were the prompt. The answer's first token comes from prefill, so steps begin
-            after it.
-        grid: the shapes to be asked for.
-        spare_room: tokens that the answer could have gained after its last one: 0 where it ran into `max_length`.
+        input_ids: `[s]` prompt and output.
+        prompt_length: tokens of the prompt. Prefill gives the output's first token, so steps begin after it.
+        grid: the shapes to record for.
+        spare_room: how many more tokens the output could have had: 0 if it ended at `max_length`.
+
+    Returns:
+        The recording, which gives the outcome of every shape of the grid.
 
     Raises:
-        ValueError: the answer has fewer than two tokens, or the grid never asks the head.
+        ValueError: the output has fewer than two tokens, or no shape of the grid uses the head.
     """
     asking = [shape for shape in grid.shapes if shape.asks_head]
     depth = max((shape.depth for shape in asking), default=0)
@@ -168,7 +177,7 @@ def record_text(
 
 
 def replay(text: RecordedText) -> ReplayText:
-    """What is needed to know the outcome of every shape."""
+    """Reduce a recording to what gives the outcome of every shape."""
     upcoming = text.upcoming(text.depth)
     chains, followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length, text.depth)
     ranks, chain_ranks = (
@@ -179,7 +188,7 @@ def replay(text: RecordedText) -> ReplayText:
 
 
 def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
-    """Where a path stands in pools cut to 1, 2, ... levels: `[r, D, D]`, see `ReplayText.ranks`.
+    """Ranks of a path's nodes in pools cut to 1, 2, ... levels: `[r, D, D]`, see `ReplayText.ranks`.
 
     Args:
         pool: of r roots and D levels.
@@ -199,7 +208,7 @@ def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
 
 
 def _lookups(tokens: list[int], prompt_length: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At every position after the answer's first token: the first looked-up tokens `[t, depth]`, -1 behind their end,
+    """At every position after the answer's first token: the first looked-up tokens `[t, depth]`, -1 after their end,
     how many the text follows `[t]`, and how many there are `[t]`.
     """
     lookup = Lookup()

@@ -1,6 +1,6 @@
-"""Any policy on recorded texts: it decides as in `generate`, and a cost table stands in for the clock.
+"""Any policy on recorded texts: it decides as in `generate`, and a cost table replaces the clock.
 
-Knows recordings, policies and costs: no model. What a policy's own arithmetic costs is not counted.
+Knows recordings, policies and costs: no model. The time of the policy's own arithmetic is not counted.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from .recorded_text import RecordedText
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Where seconds come from.
+    """The costs of a step, in seconds, for `replay_policy`.
 
     Attributes:
         verify_seconds: (nodes, positions of context) -> seconds of the target's forward.
         draft_seconds: (width, levels) -> seconds of the head.
-        overhead_seconds: of everything else in a step.
+        overhead_seconds: seconds of everything else in a step.
     """
 
     verify_seconds: Callable[[int, int], float]
@@ -29,10 +29,18 @@ class StepCosts:
 
 
 def replay_policy(text: RecordedText, policy: Policy, costs: StepCosts) -> SpeculationReport:
-    """What `policy` would have done while this text was written; prefill left out.
+    """Simulate `policy` on a recorded text, without models; prefill is left out.
+
+    Args:
+        text: the recording.
+        policy: decides at every step as in `generate`.
+        costs: give the seconds of each step.
+
+    Returns:
+        The report that `generate` would have given, with the seconds of `costs`.
 
     Raises:
-        ValueError: the policy answers what no step could follow, or asks for a `top_k` that was not recorded.
+        ValueError: the policy returns something that is no shape, or asks for one that was not recorded.
     """
     return _ReplayedDecoding(text, policy, costs).run()
 

@@ -1,4 +1,4 @@
-"""Decisions to learn from: on replayed texts, without a clock, or live through `generate`.
+"""Decisions to learn from: on replayed texts, without a clock, or live with `generate`.
 
 Knows policies and outcomes: nothing of losses or trainers.
 """
@@ -14,7 +14,7 @@ from .outcomes import Decisions, OutcomeTable
 
 
 class Rollouts(Protocol):
-    """Where decisions come from."""
+    """Where `PolicyTrainer` gets its decisions from: `ReplayRollouts` or `LiveRollouts`."""
 
     @property
     def knows_all_outcomes(self) -> bool:
@@ -27,20 +27,23 @@ class Rollouts(Protocol):
         """Decide over some texts, chosen by `generator`.
 
         Args:
-            policy: its network decides; its own persistence and sampling are for use, not for training.
-            texts: how many; all there are when there are fewer.
+            policy: its network decides; its own persistence and sampling are not used.
+            texts: how many; all if there are fewer.
             persistence: steps that a decision is held.
-            generator: of all random numbers, on the CPU.
+            generator: for all random numbers, on the CPU.
             greedy: take the likeliest action instead of drawing.
+
+        Returns:
+            The decisions and their outcomes, text after text.
         """
         ...
 
 
 class ReplayRollouts:
-    """Decisions on replayed texts: the same generator gives the same decisions.
+    """Rollouts for `PolicyTrainer` on recorded texts: no model runs, and the same seed gives the same decisions.
 
     Args:
-        table: every action at every position.
+        table: outcomes of every action at every position.
     """
 
     knows_all_outcomes = True
@@ -71,11 +74,14 @@ class ReplayRollouts:
             policy: its network decides.
             texts: their indices.
             persistence: steps that a decision is held.
-            generator: draws the actions; the likeliest are taken when `None`.
+            generator: draws the actions; `None` takes the likeliest.
             temperature: divides the logits before a draw.
 
+        Returns:
+            The decisions and their outcomes, text after text.
+
         Raises:
-            ValueError: the table is of another grid or another head than the policy.
+            ValueError: the table was made with another grid or another head than the policy.
         """
         self._check(policy)
         held = self.table.held(persistence)

@@ -1,4 +1,4 @@
-"""Tau of a head on texts that are already written: the engine's own drafting, without a target forward."""
+"""Tau of a head on existing texts: the engine's own drafting, without a target forward."""
 
 from collections.abc import Iterable
 
@@ -13,18 +13,18 @@ from ..tree import DraftTree, TreeShape
 
 @torch.no_grad()
 def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: TreeShape) -> float:
-    """Mean tokens per target forward if the target were to write `texts` again, drafting `shape` at every step.
+    """Simulate tau, the mean acceptance length: tokens per target forward when `shape` is drafted at every step.
 
-    Exact for texts that the target itself wrote, greedily or sampled: its pick is the text's next token.
+    Exact for texts that the target itself wrote, greedily or sampled.
 
     Args:
         bound: the head with what it borrows from its target.
-        texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, F]`; the last run of
-            true `loss_mask` is the answer, and its first token comes from the prompt's own forward.
+        texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, F]`. The last run of true `loss_mask`
+            is the output, and its first token comes from prefill.
         shape: nodes, depth and width of every tree; its `lookup` is not simulated.
 
     Returns:
-        At least 1; 1 without texts.
+        Tau, at least 1; 1 without texts.
     """
     emitted = forwards = 0
     for text in texts:

@@ -56,7 +56,7 @@ def soft_cross_entropy(
         teacher: the target's distribution at those n tokens.
         row_weights: fp32 `[k, n]` factor of each loss; 0 leaves a row out.
         chunk_size: positions whose logits are alive at once: 2 fp32 buffers `[chunk_size, d]`.
-        bias: `[d]` of the head's output rows, where it borrows some that have one; not trained.
+        bias: `[d]` of the output rows, if they are borrowed and have one; not trained.
 
     Returns:
         The weighted sum of the losses; per level its unweighted sum `[k]` and the count of rows whose best token is

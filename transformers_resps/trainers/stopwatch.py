@@ -14,16 +14,16 @@ _SECONDS = "seconds.json"
 
 
 class Stopwatch(TrainerCallback):
-    """Runs while the trainer trains, and is kept in every checkpoint: a resumed run goes on counting.
+    """Runs while the trainer trains, and is saved in every checkpoint: a resumed run continues it.
 
     Steps that a kill undid are not counted.
 
     Args:
-        checkpoint: that the run goes on from, if any.
+        checkpoint: the one that the run resumes from, if any.
         clock: in seconds.
 
     Attributes:
-        seconds: so far; `None` where the checkpoint does not tell how long it took.
+        seconds: so far; `None` if the checkpoint does not say how long it took.
     """
 
     def __init__(self, checkpoint: str | Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:

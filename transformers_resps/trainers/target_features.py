@@ -19,12 +19,12 @@ _PICK_CHUNK = 512  # positions whose full logits are alive at once
 
 @dataclass(frozen=True, slots=True)
 class TargetFeatures:
-    """What the target makes of texts.
+    """The target's outputs for a batch of texts.
 
     Attributes:
         features: `[b, t, F]`.
         hidden: `[b, t, target hidden]` after the target's final norm: the input of its output head.
-        picks: `[b, t]` the target's most likely token after each position; 0 where nobody asked for it.
+        picks: `[b, t]` the target's most likely token after each position; 0 where it was not asked for.
     """
 
     features: Tensor
@@ -33,7 +33,7 @@ class TargetFeatures:
 
 
 class FrozenTarget:
-    """The target in evaluation mode, without gradients, and kept out of the trained module.
+    """The target that a head learns from: in evaluation mode, without gradients, not part of the trained module.
 
     Args:
         model: any causal language model of Transformers.
@@ -59,26 +59,29 @@ class FrozenTarget:
 
     @property
     def output_weight(self) -> Tensor:
-        """`[v, target hidden]`."""
+        """Weight of the output head, `[v, target hidden]`."""
         weight = self.model.get_output_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def output_bias(self) -> Tensor | None:
-        """`[v]`, where the output head has one."""
+        """Bias of the output head, `[v]`; `None` if it has none."""
         bias = getattr(self.model.get_output_embeddings(), "bias", None)
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, predicted: Tensor | None = None) -> TargetFeatures:
-        """Run right-padded texts `[b, t]`; causal attention keeps the padding out of the texts without a mask.
+        """Run the target over right-padded texts; causal attention keeps the padding out without a mask.
 
         Args:
-            input_ids: the texts.
-            predicted: `[b, t]` bool, the tokens whose picks are wanted: the output head is a fifth of a small target,
-                and prompts are longer than answers. All when `None`.
+            input_ids: `[b, t]` the texts.
+            predicted: `[b, t]` bool, the tokens whose picks are wanted; `None` for all. Fewer save time: the output
+                head is a fifth of a small target.
+
+        Returns:
+            Features, last hidden states and picks.
         """
         with FeatureTap(self.model, self.feature_layers) as tap, tap.record() as features:
             hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""Which prompts something was trained on, kept as hashes beside its weights, so that nobody measures on them.
+"""Which prompts something was trained on, kept as hashes beside its weights, so that they are not measured on.
 
 Knows texts and one file: nothing of tokenizers or models.
 """
@@ -13,7 +13,7 @@ TRAINING_PROMPTS = "training_prompts.json"
 
 
 def fingerprint(text: str) -> str:
-    """Of a user's first turn; the same whatever spaces and line ends it has."""
+    """Hash of a user's first turn, the same for any whitespace between its words."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
@@ -21,7 +21,7 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
     """Write `training_prompts.json` into the folder of a head or policy.
 
     Args:
-        folder: made already.
+        folder: must exist.
         texts: the first user turns that it learned from.
         earlier: fingerprints of the prompts of the head that training started from.
     """
@@ -32,7 +32,7 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
 
 
 def read_training_prompts(folder: str | Path) -> set[str] | None:
-    """The fingerprints of a folder; `None` where nobody kept them.
+    """The fingerprints in a folder; `None` if it has none.
 
     Raises:
         ValueError: the file is not what `write_training_prompts` wrote.
@@ -44,6 +44,5 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
         return {str(one) for one in json.loads(file.read_text(encoding="utf-8"))["sha256_16"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} cannot be read ({error!r}), but it should hold the hashes that `write_training_prompts` wrote. "
-            "Write it again, or delete it."
+            f"{file} is not what `write_training_prompts` writes ({error!r}). Write it again, or delete it."
         ) from error

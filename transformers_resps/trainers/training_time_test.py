@@ -80,7 +80,7 @@ def unroll(
         embeddings: `[b, t, h]` of the text's tokens.
         levels: how many, at least 1.
         start: the first slot any level's prediction is wanted for.
-        first_pass: the head as wrapped for distributed training; it must see one forward to arm its gradient hooks.
+        first_pass: the head as wrapped for distributed training; it needs one forward for its gradient hooks.
 
     Returns:
         `[levels, b, t - start, h]`, after the head's final norm.

@@ -1,4 +1,4 @@
-"""The proof kit: where two answers part, whether rounding explains it, and whether all that is emitted is lossless."""
+"""The lossless check: where two outputs differ, whether rounding explains it, and a test of the whole engine."""
 
 from .divergence import MOST_SPACINGS, Divergence, explain_divergence, spacing_at
 from .kit import assert_lossless

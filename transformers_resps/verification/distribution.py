@@ -1,12 +1,12 @@
-"""Does what is emitted follow the target's distribution? Tested on the first tokens of many sampled answers.
+"""Tests whether sampled tokens follow the target's distribution, on the first tokens of many sampled answers.
 
 The exact distribution comes from plain forwards over the texts that were written. Trees can bend a distribution only
 towards or away from what they draft, so the bins are the drafted tokens of each place, best first, and the rest of the
 vocabulary in three pools by likelihood.
 
-A test that finds nothing may be blind, so it is run once more on tokens of a rule that is known to be wrong: the
-speculative sampling of Leviathan et al. (arXiv 2211.17192), which keeps a drafted token with probability
-`min(1, p / q)`, is right for tokens drawn from q, and wrong for the k best of q. The control takes these tokens at the
+A test that finds nothing may have no power, so it also runs on tokens of a rule that is known to be wrong. The
+speculative sampling of Leviathan et al. (arXiv 2211.17192) keeps a drafted token with probability `min(1, p / q)`,
+which is right for tokens drawn from q, and wrong for the k best of q. The control picks tokens by this rule, at the
 same places with the same drafts. If the test cannot tell them from the target's own, it had no power.
 """
 
@@ -25,18 +25,18 @@ from .texts import SAMPLED
 DRAFTED = 4  # bins for drafted tokens, best first
 _LIKELY = 3  # undrafted tokens in the second pool; the first holds the likeliest one, the third the rest
 TOKENS = 8  # of each answer
-LEAST_ACCEPTED = 16  # the control tests the statistic; what was not drafted by the engine, nothing tests
+LEAST_ACCEPTED = 16  # the control tests the statistic only, so enough of the engine's own drafts must be accepted
 
 
 @dataclass(frozen=True, slots=True)
 class DistributionCheck:
-    """What the test gave.
+    """The result of the test.
 
     Attributes:
-        answers: sampled.
-        accepted: drafted tokens that they contain.
-        fit: of the tokens that were emitted.
-        control: of the tokens of the rule that is wrong.
+        answers: number of sampled answers.
+        accepted: number of drafted tokens in them.
+        fit: of the sampled tokens.
+        control: of the tokens picked by the wrong rule.
     """
 
     answers: int
@@ -52,7 +52,7 @@ class DistributionCheck:
 
     @property
     def has_power(self) -> bool:
-        """Enough drafts were accepted, and the rule that is wrong was found out."""
+        """Whether enough drafts were accepted, and the wrong rule was detected."""
         return self.accepted >= LEAST_ACCEPTED and not self.control.fits
 
     @property
@@ -60,12 +60,12 @@ class DistributionCheck:
         if not self.passed:
             return "NOT the target's distribution"
         if self.accepted < LEAST_ACCEPTED:
-            return f"NO POWER, only {self.accepted} drafted tokens were accepted, of at least {LEAST_ACCEPTED} needed"
-        return "the target's" if self.has_power else "NO POWER, the wrong rule was not found out"
+            return f"NO POWER, only {self.accepted} of {LEAST_ACCEPTED} needed drafted tokens were accepted"
+        return "the target's" if self.has_power else "NO POWER, the wrong rule was not detected"
 
     def __str__(self) -> str:
-        found = "NOT found out" if self.control.fits else "found out"
-        return f"{self.fit}: {self.verdict}\n  control, a rule that is wrong: {self.control}: {found}"
+        found = "NOT detected" if self.control.fits else "detected"
+        return f"{self.fit}: {self.verdict}\n  control, with a wrong rule: {self.control}: {found}"
 
 
 def check_distribution(subject: Subject, prompts: Sequence[Tensor], answers: int) -> DistributionCheck:
@@ -105,7 +105,7 @@ def bins_of(place: Place) -> Tensor:
 
 
 def wrong_token(place: Place, generator: torch.Generator) -> int:
-    """A token by `min(1, p / q)` on the best drafts, and where none is kept from what p has more than q."""
+    """A token by `min(1, p / q)` on the best drafts, or, if none is kept, from what p has more than q."""
     residual = place.probs.clone()
     for token, draft_prob in zip(place.drafted, place.draft_probs, strict=True):
         if float(torch.rand((), generator=generator)) * draft_prob < float(place.probs[token]):

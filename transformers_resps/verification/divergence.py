@@ -1,6 +1,6 @@
-"""Where two answers part, and whether rounding explains it.
+"""Where two answers differ first, and whether rounding explains it.
 
-Knows stock models and tokens only: nothing of heads, trees or policies, so that it can judge them.
+It knows stock models and tokens only, so that it can judge heads, trees and policies.
 """
 
 import math
@@ -50,7 +50,7 @@ class Divergence:
 
     @property
     def gap(self) -> float:
-        """How far the less likely of both tokens is from the model's best: 0 is a perfect tie."""
+        """Distance of the less likely of both tokens from the model's best logit: 0 is a perfect tie."""
         return self.best_logit - min(self.plain_logit, self.speculative_logit)
 
     @property
@@ -64,16 +64,17 @@ class Divergence:
 
     @property
     def spacings(self) -> float:
-        """What rounding must have moved, in spacings of the dtype."""
+        """By how much rounding must have moved logits, in spacings of the dtype."""
         if math.isinf(self.gap):
             return math.inf
         return self.gap / self.spacing if self.needed is None else self.needed
 
     @property
     def explained(self) -> bool:
-        """Rounding explains the difference: in a half precision, both tokens are within `MOST_SPACINGS` of the pick.
+        """Whether rounding explains the difference: in a half precision, both tokens are within `MOST_SPACINGS` of the
+        pick.
 
-        An answer that ends early is never explained: the end token is a token like any other, and would show here.
+        An answer that ends early is never explained: an end token is compared like any other token.
         """
         return self.dtype in HALF_PRECISIONS and self.spacings <= MOST_SPACINGS
 

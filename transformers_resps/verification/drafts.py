@@ -1,6 +1,6 @@
 """What the target would draw, and what a drafter would propose, at every place of a text.
 
-Worked out from the text alone, so that a test can hold the engine against it.
+Computed from the text alone, so that a test can compare the engine with it.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class DraftReader:
 
 
 def _looked_up(text: list[int], start: int) -> list[tuple[list[int], list[float]]]:
-    """The token that followed the last time, with the track record's word for it."""
+    """The token that followed the last time, with its probability from the track record."""
     lookup = Lookup()
     lookup.extend(text[: start + 1])
     found: list[tuple[list[int], list[float]]] = [([], [])]

@@ -1,4 +1,4 @@
-"""Were these tokens drawn from those distributions? Chi-square and total variation. Pure maths: knows no model.
+"""Were these tokens drawn from those distributions? Chi-square and total variation.
 
 One token per place, and every place has a distribution of its own, given what was written before it. Tokens fall into
 bins that are chosen per place from the text before it alone. Under the hypothesis that every token was drawn from its

@@ -1,4 +1,4 @@
-"""`assert_lossless`: is the text with a head and a policy the model's own? Knows what to ask, not how it is judged."""
+"""`assert_lossless`: checks that the output with a head and a policy is the model's own."""
 
 import platform
 import time
@@ -22,7 +22,7 @@ from .texts import GREEDY, PENALISED, PROCESSED, SAMPLED, Call, TextCheck, compa
 
 
 _DISTRIBUTION_ANSWERS = 12  # per seed
-_ENDS = 8  # tokens of an answer that are made end tokens
+_ENDS = 8  # tokens of an answer that are used as end tokens
 
 
 def assert_lossless(
@@ -34,34 +34,35 @@ def assert_lossless(
     seeds: int = 4,
     max_new_tokens: int = 32,
 ) -> LosslessReport:
-    """Hold `generate` with a head and a policy against plain `generate`, and raise if it is not lossless.
+    """Compare `generate` with a head and a policy to plain `generate`, and raise if it is not lossless.
 
-    Greedy answers one by one and in a left-padded batch, sampled answers seed for seed, bare and with processors, must
-    be equal in fp32 and fp64, and what stands behind their ends, and the random numbers drawn; all of it with the
-    policy's trees, and part of it with others that change at every step, with a prompt in chunks, and in a sampled
-    batch. In bf16 and fp16 the first divergence of each answer must be a near-tie that the dtype
-    explains (see `Divergence`); what follows it cannot be compared. The distribution of sampled tokens is tested in
-    every dtype, and so is the test itself (see `check_distribution`).
+    In fp32 and fp64 all tokens must be equal, and so must the padding after their ends and the random numbers drawn.
+    In bf16 and fp16 the first divergence of each answer must be a near-tie that rounding explains (see `Divergence`);
+    later tokens cannot be compared. The distribution of sampled tokens is tested in every dtype, and so is the power
+    of that test (see `check_distribution`).
 
-    Plain answers are those of the detached model. The model need not be attached; afterwards it is as it was found,
-    attached or not, and the global random generators too. Nobody else may use the model meanwhile. The model's own
-    generation settings hold for the comparison of texts, and are put aside for the distribution.
+    The policy's trees are tested greedily, one by one and in a left-padded batch, and sampled with equal seeds, with
+    and without logits processors. Built-in trees that change at every step are tested in addition, also with a prompt
+    in chunks, with end tokens inside trees, and in a sampled batch.
+
+    The model need not be attached. Afterwards it is as it was before, and so are the global random generators. Do not
+    use it elsewhere meanwhile. Its own generation settings apply to the compared answers, not to the distribution.
 
     Args:
         model: any model that `attach` takes, on its device, in its dtype.
         head: its draft head; `None` to draft by lookup alone.
         policy: as `generate` takes it; "auto" when there is neither head nor policy.
-        prompts: token ids, each `[s]` with s of at least 2; when `None` four built-in ones that serve any vocabulary.
-            Real prompts test more: drafts are accepted more often.
-        seeds: sampled answers per way of sampling, over the prompts in turn; the distribution is tested on the first
-            tokens of twelve times as many.
-        max_new_tokens: of each compared answer.
+        prompts: token ids, each `[s]` with s of at least 2; `None` for four built-in ones that fit any vocabulary.
+            Real prompts test more, because more drafts are accepted.
+        seeds: number of sampled answers per sampling setting, over the prompts in turn; the distribution is tested on
+            the first tokens of twelve times as many.
+        max_new_tokens: length of each compared answer.
 
     Returns:
-        What was found; printed, a page to paste into an issue.
+        The report; printed, it is a page to paste into an issue.
 
     Raises:
-        NotLosslessError: an `AssertionError` with the report, when a difference is not explained.
+        NotLosslessError: an `AssertionError` with the report: rounding does not explain a difference.
         ValueError: a prompt, a number, the model or the head is unusable, or `generate` refuses it or the policy.
     """
     started = time.perf_counter()
@@ -71,8 +72,8 @@ def assert_lossless(
     ids = [_usable(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
     if not ids or seeds < 1 or max_new_tokens < 2:
         raise ValueError(
-            f"Got {len(ids)} prompts, seeds={seeds} and max_new_tokens={max_new_tokens}, but an examination needs at "
-            "least one prompt, one seed and two new tokens. Leave them out for defaults that take a minute or two."
+            f"Got {len(ids)} prompts, seeds={seeds} and max_new_tokens={max_new_tokens}, but at least one prompt, one "
+            "seed and two new tokens are needed. Leave them out for the defaults."
         )
     limit = {"max_new_tokens": max_new_tokens}
     with subject.undisturbed():
@@ -97,8 +98,8 @@ def assert_lossless(
 
 
 def _with_own_trees(subject: Subject, ids: list[Tensor], seeds: int, limit: dict[str, Any]) -> Iterator[TextCheck]:
-    """The same questions with trees that the policy in question may never draft, and texts that nothing ends early;
-    and with every end token that a text could have.
+    """The same checks with built-in trees, which the policy may never draft, and without early ends; and with every
+    end token that a text could have.
     """
     own = replace(subject, policy=ChangingTrees(subject.head is not None))
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
@@ -106,10 +107,10 @@ def _with_own_trees(subject: Subject, ids: list[Tensor], seeds: int, limit: dict
     if subject.target.dtype not in HALF_PRECISIONS:
         yield compare_batch(own, "sampled, in a padded batch", ids, SAMPLED | limit)
     with subject.without_settings():
-        yield compare_batch(own, "greedy, in a padded batch, trees of the kit's own", ids, GREEDY | limit)
-        yield compare_one_by_one(own, "sampled, trees of the kit's own", _calls(ids, seeds, PENALISED | limit))
+        yield compare_batch(own, "greedy, in a padded batch, built-in trees", ids, GREEDY | limit)
+        yield compare_one_by_one(own, "sampled, built-in trees", _calls(ids, seeds, PENALISED | limit))
         yield compare_one_by_one(own, "greedy, a prompt in chunks", [Call(longest, ids[longest], 0, in_chunks)])
-        yield compare_one_by_one(own, "greedy, ends within trees", list(_ending_calls(own, ids, GREEDY | limit)))
+        yield compare_one_by_one(own, "greedy, ends inside trees", list(_ending_calls(own, ids, GREEDY | limit)))
 
 
 def _ending_calls(subject: Subject, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
@@ -136,24 +137,24 @@ def built_in_prompts(vocabulary: int) -> list[Tensor]:
 def _check_kinds(model: Any, head: Any, prompts: Any, *numbers: Any) -> None:
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
         raise ValueError(
-            f"Got the model {_short(model)}, but an examination decodes with a loaded one. Pass "
+            f"`assert_lossless` needs a loaded causal LM, got {_short(model)}. Pass "
             "`AutoModelForCausalLM.from_pretrained(...)`."
         )
     if not isinstance(head, DraftHead | None):
         raise ValueError(
-            f"Got the head {_short(head)}, but a draft head is a loaded `DraftHead`, or none. Pass "
+            f"`head` must be a loaded `DraftHead` or None, got {_short(head)}. Pass "
             "`DraftHead.from_pretrained(..., target=model)`."
         )
     if not isinstance(prompts, list | tuple | Tensor | None):
         raise ValueError(
-            f"Got the prompts {prompts!r}, but they are a list of token ids each. Pass `[ids, ids, ...]`."
+            f"`prompts` must be a list with the token ids of each prompt, `[ids, ids, ...]`, got {prompts!r}."
         )
     if not all(isinstance(number, int) for number in numbers):
-        raise ValueError(f"Got seeds and max_new_tokens {numbers}, but both are whole numbers. Pass such.")
+        raise ValueError(f"`seeds` and `max_new_tokens` must be integers, got {numbers}.")
 
 
 def _short(given: Any) -> str:
-    """A module is named by its class: all its layers would hide the rest of a message."""
+    """A module by its class name; its `repr` would fill the message."""
     return type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
 
 
@@ -174,8 +175,8 @@ def _usable(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
         or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
     ):
         raise ValueError(
-            f"Got the prompt {prompt!r}, but a prompt is one row of at least two token ids below {vocabulary}. "
-            "Pass `tokenizer(text)['input_ids']`."
+            f"A prompt must be one row of at least two token ids below {vocabulary}, got {prompt!r}. Pass "
+            "`tokenizer(text)['input_ids']`."
         )
     return ids
 

@@ -1,7 +1,4 @@
-"""Trees of the examination's own, beside those of the policy in question: what that never drafts, nobody would see.
-
-Knows shapes only.
-"""
+"""Built-in trees, beside those of the policy in question, which may never draft some kinds of trees."""
 
 from itertools import cycle
 
@@ -25,7 +22,7 @@ class ChangingTrees(Policy):
     """Another shape at every step.
 
     Args:
-        has_head: leave out those that ask one.
+        has_head: false leaves out the shapes that need a head.
     """
 
     needs_head = False

@@ -1,7 +1,4 @@
-"""What an examination found: a page that can be pasted into an issue.
-
-Knows facts and the results of checks; nothing of models.
-"""
+"""What a lossless check found: a page that can be pasted into an issue."""
 
 from dataclasses import dataclass
 
@@ -11,13 +8,13 @@ from .texts import TextCheck
 
 @dataclass(frozen=True, slots=True)
 class LosslessReport:
-    """The outcome of `assert_lossless`; printed, it is a short page.
+    """The result of `assert_lossless`; printed, it is a short page.
 
     Attributes:
         facts: versions, device, dtype, threads, target, head, policy.
-        texts: answers compared token for token, one entry per way of decoding.
-        distribution: of sampled tokens, with its control.
-        seconds: that the examination took.
+        texts: answers compared token for token, one entry per decoding setting.
+        distribution: the test of sampled tokens, with its control.
+        seconds: that the check took.
     """
 
     facts: dict[str, str]
@@ -27,7 +24,7 @@ class LosslessReport:
 
     @property
     def is_lossless(self) -> bool:
-        """Every answer is the plain one or parts from it at a near-tie, and the sampled tokens fit."""
+        """Whether every answer is the plain one or differs first at a near-tie, and the sampled tokens fit."""
         return self.distribution.passed and all(check.passed for check in self.texts)
 
     @property
@@ -40,7 +37,7 @@ class LosslessReport:
         exact = (
             "every answer is the plain one"
             if not differing
-            else f"answers that part from it at a near-tie: {differing}"
+            else f"every answer is the plain one, except for {differing} that differ at a near-tie"
         )
         blind = "" if self.distribution.has_power else "; the distribution test had no power"
         return f"LOSSLESS: {exact}{blind}"
@@ -57,10 +54,10 @@ class LosslessReport:
 
 
 class NotLosslessError(AssertionError):
-    """Speculative text is not the model's own.
+    """`assert_lossless` found output that is not the model's own.
 
     Attributes:
-        report: all that was found.
+        report: the whole `LosslessReport`.
     """
 
     def __init__(self, report: LosslessReport) -> None:

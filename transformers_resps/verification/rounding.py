@@ -2,8 +2,8 @@
 
     resps verify TARGET --rounding --dtype bfloat16 --dataset FILE
 
-Where the figures behind `MOST_SPACINGS` come from, for any target, dtype and machine; and how many logits of a tree
-forward equal those of one-token decoding bit for bit. Knows models and tokens: nothing of heads, policies or files.
+The source of `MOST_SPACINGS`, for any target, dtype and machine. It also counts the logits of a tree forward that
+equal those of one-token decoding bit for bit.
 """
 
 from collections.abc import Iterator
@@ -115,7 +115,7 @@ def _chains(answer: Tensor, node_count: int) -> Iterator[tuple[DraftTree, int]]:
 
 
 def _prefill(target: PreTrainedModel, prompt: Tensor) -> tuple[TargetForward, DynamicCache, Tensor]:
-    """Forwards behind the prompt, their cache, and the token that the target writes first."""
+    """Forwards after the prompt, their cache, and the token that the target writes first."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     cache.activate_past_recording()
     forward = TargetForward(target, None, cache)

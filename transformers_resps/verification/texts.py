@@ -1,9 +1,8 @@
 """Token for token: the answers of `generate` with and without a head, compared and judged.
 
-In fp32 and fp64 they must be equal. In half precision rounding may turn a pick, and from there on the texts have
-nothing to do with each other; so the first divergence is judged, and nothing can be said of what follows it. With
-sampling the same seed gives both sides the same random numbers up to that place, so the question has an answer
-there too: would plain decoding have picked either token, had its logit been a few spacings higher?
+In fp32 and fp64 they must be equal. In half precision rounding may change a pick, and later tokens cannot be compared;
+so only the first divergence is judged. With sampling the same seed gives both sides the same random numbers up to that
+place, so it can be judged too: would plain decoding have picked either token if its logit were a few spacings higher?
 """
 
 import math
@@ -21,7 +20,7 @@ from .subject import Subject, Written
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 PROCESSED = SAMPLED | {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
-# Cold, so that more drafts are accepted; a penalty moves with every token of the text.
+# A low temperature, so that more drafts are accepted; the penalty changes with every token of the text.
 PENALISED = SAMPLED | {"temperature": 0.4, "repetition_penalty": 1.3}
 
 
@@ -32,7 +31,7 @@ class Difference:
     Attributes:
         prompt: its index.
         seed: 0 for greedy answers.
-        divergence: where both part.
+        divergence: where both differ first.
     """
 
     prompt: int
@@ -46,15 +45,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class TextCheck:
-    """What comparing answers gave.
+    """The result of comparing answers.
 
     Attributes:
         name: how the answers were decoded.
-        answers: compared.
-        tokens: written with the head.
-        target_forwards: that they took, per row.
+        answers: number of compared answers.
+        tokens: number of tokens written with the head.
+        target_forwards: number of target forwards they took, per row.
         differences: one for each answer that differs.
-        oddities: what else is not as in plain decoding, where all answers of a call are equal.
+        oddities: other differences from plain decoding, in calls whose answers are all equal.
     """
 
     name: str
@@ -77,7 +76,7 @@ class TextCheck:
     def verdict(self) -> str:
         if not self.passed:
             return "NOT lossless"
-        equal = "equal" if not self.differences else "equal but for near-ties"
+        equal = "equal" if not self.differences else "equal except for near-ties"
         return equal if self.tokens > self.target_forwards else f"{equal}, but no drafted token was ever accepted"
 
     def __str__(self) -> str:
@@ -115,7 +114,7 @@ def compare_one_by_one(subject: Subject, name: str, calls: Sequence[Call]) -> Te
 
 
 def compare_batch(subject: Subject, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
-    """All prompts in one left-padded batch. In half precision greedily: a draw of one row cannot be judged alone."""
+    """All prompts in one left-padded batch. In half precision greedily only: one row's draw cannot be judged."""
     plain = subject.plain(prompts, **settings)
     found, report = subject.speculative(prompts, **settings)
     differences: list[Difference] = []
@@ -127,14 +126,12 @@ def compare_batch(subject: Subject, name: str, prompts: Sequence[Tensor], settin
 
 
 def odd_beside(plain: Written, found: Written) -> list[str]:
-    """What differs although all answers are equal: what stands behind their ends, and what the generator would draw
-    next.
-    """
+    """What differs although all answers are equal: tokens after their ends, the state of the random generator."""
     if not all(torch.equal(own, other) for own, other in zip(plain.answers, found.answers, strict=True)):
         return []
-    odd = [] if torch.equal(plain.behind, found.behind) else ["other tokens behind the end of an answer"]
+    odd = [] if torch.equal(plain.behind, found.behind) else ["other tokens after the end of an answer"]
     same = torch.equal(plain.random_state, found.random_state)
-    return odd if same else [*odd, "another number of random numbers was drawn"]
+    return odd if same else [*odd, "a different number of random numbers was drawn"]
 
 
 def judge(subject: Subject, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:

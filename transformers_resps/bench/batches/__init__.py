@@ -1,1 +1,1 @@
-"""How fast batches are: plain, rows that advance apart, rows in lockstep, and every row alone, in turn."""
+"""Measures batches in turn: plain, ragged, in lockstep, and every row alone."""

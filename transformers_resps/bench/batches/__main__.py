@@ -1,7 +1,7 @@
-"""Batches of prompts, decoded greedily: plain, rows that advance apart, lockstep, and every row alone.
+"""Compare ways to decode batches greedily: plain, ragged ("rows apart"), in lockstep, and every row alone.
 
 Writes `results.json` and prints one row per batch size and way. Run it on a quiet machine. Without `--shape` every
-way and batch size has a `policy="auto"` of its own, which learns from group to group as in one process of a user.
+way and batch size has its own `policy="auto"`, which learns from group to group, as in a user's process.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     sizes = [size for size in args.batch_sizes if size <= len(given.prompts)]
     if not sizes:
         raise ValueError(
-            f"Got the batch sizes {args.batch_sizes} and {len(given.prompts)} prompts, but a batch has to be full. "
-            "Pass smaller `--batch-sizes`, or a larger `--limit` and a dataset of as many rows."
+            f"The batch sizes {args.batch_sizes} are above the number of prompts, {len(given.prompts)}. Pass smaller "
+            "`--batch-sizes`, or a larger `--limit` and a dataset of as many rows."
         )
     runs = list(track(bench.run(given.prompts, sizes, args.repeats), "Decoding"))
     rows = table(runs)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def policy_of(chosen: TreeShape | None) -> Policy:
-    """One shape for every step, or our default, which has learned nothing yet."""
+    """One shape for every step, or a fresh default policy."""
     return default_policy() if chosen is None else FixedPolicy(chosen)
 
 

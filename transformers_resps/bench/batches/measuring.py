@@ -1,4 +1,4 @@
-"""Decode groups of prompts in several ways, in turn. Knows models and clocks; nothing of files or tables."""
+"""Decode groups of prompts in several ways, in turn."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,1 +1,1 @@
-"""What static caches and compiled targets gain: plain and with trees, over the same prompts, in turn."""
+"""Measures static caches and compiled targets: plain and with trees, over the same prompts, in turn."""

@@ -1,7 +1,7 @@
-"""What static caches and `torch.compile` gain, plainly and with trees of one shape, one prompt at a time, greedily.
+"""Compare dynamic, static and compiled caches, plain and with trees of one shape (greedy, one prompt at a time).
 
-Writes `results.json` and prints one row per way. Run it on a quiet machine. Compiling takes minutes on a processor.
-Without `--shape` every tree has the head's own.
+Writes `results.json` and prints one row per way. Run it on a quiet machine. Compiling takes minutes on a CPU. Without
+`--shape` the head's default tree is used.
 """
 
 import argparse
@@ -18,7 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser("python -m transformers_resps.bench.static_caches", description=__doc__)
     add_options(parser, "results/static")
-    parser.add_argument("--backend", default="inductor", help="of `torch.compile`; 'none' leaves compiling out")
+    parser.add_argument(
+        "--backend", default="inductor", help="backend of `torch.compile`; 'none' leaves compiling out"
+    )
     return run(parser.parse_args(arguments))
 
 

@@ -1,4 +1,4 @@
-"""Decode prompts with every kind of cache, in turn. Knows models and clocks; nothing of files or tables."""
+"""Decode prompts with every kind of cache, in turn."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +67,7 @@ class StaticBench:
         self._max_new_tokens, self._compile_config = max_new_tokens, compile_config
         settings: Any = compile_config
         if settings is not None:
-            settings._compile_all_devices = True  # plain `generate` compiles on a processor only with it
+            settings._compile_all_devices = True  # plain `generate` compiles on a CPU only with it
 
     def run(self, prompts: Sequence[Tensor], repeats: int) -> Iterator[Measurement]:
         """Every way on every prompt, beginning with another way each time; before that once to compile."""

@@ -46,7 +46,7 @@ class Checkpoint:
         name: Hub id or folder, for messages.
         config: `config.json`.
         tensors: by their published names, on the CPU, as stored.
-        commit: of the repository, whatever its branches do meanwhile; `None` for a folder.
+        commit: the repository's commit hash that was read; `None` for a folder.
     """
 
     name: str
@@ -74,7 +74,7 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
     """
     if Path(name).is_file():
         raise ValueError(
-            f"{name} is a file. `from_pretrained` needs the folder that holds config.json and the weights. "
+            f"{name} is a file, but `from_pretrained` needs the folder with config.json and the weights. "
             f"Pass {Path(name).parent} instead."
         )
     repository = None if Path(name).is_dir() else RepositoryFiles(str(name), **hub)
@@ -84,16 +84,16 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
 
 
 def given_checkpoint(name: Any, config: Any, tensors: Any) -> Checkpoint:
-    """What the caller holds already, in place of files.
+    """A checkpoint from a config and a state dict that the caller passes instead of a name.
 
     Raises:
-        ValueError: a part is missing, or there are files as well.
+        ValueError: one of the two is missing, or there is a name as well.
     """
     if name is not None or not isinstance(config, PreTrainedConfig) or not isinstance(tensors, Mapping):
         raise ValueError(
             f"Got the name {name!r}, a config of type {type(config).__name__} and a state dict of type "
-            f"{type(tensors).__name__}, but a head is read from a folder or the Hub, or made of the latter two. Pass "
-            "a name alone, or None with `config=DraftHeadConfig(...)` and `state_dict=...`."
+            f"{type(tensors).__name__}. Pass a name alone, or None with `config=DraftHeadConfig(...)` and "
+            "`state_dict=...`."
         )
     return Checkpoint("the given state dict", config.to_dict(), dict(tensors))
 
@@ -102,7 +102,7 @@ def _read(name: str | os.PathLike[str], fetch: Fetch) -> Checkpoint:
     path = fetch("config.json")
     if path is None:
         raise ValueError(
-            f"There is no config.json in {name}. A head is a folder or Hub repository with config.json and "
+            f"There is no config.json in {name}, which must be a folder or Hub repository with config.json and "
             "model.safetensors (or pytorch_model.bin). Check the name, `revision`, and whether you are offline."
         )
     config = _read_json(path)
@@ -112,8 +112,8 @@ def _read(name: str | os.PathLike[str], fetch: Fetch) -> Checkpoint:
         if (index := fetch(f"{single}.index.json")) is not None:
             return Checkpoint(str(name), config, _read_shards(index, fetch))
     raise ValueError(
-        f"There are no weights in {name}. A head needs one of {', '.join(_WEIGHTS)}, or shards of it with their "
-        ".index.json. Check that the download is whole, and whether you are offline."
+        f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their .index.json. "
+        "Check that the download is complete, and whether you are offline."
     )
 
 
@@ -129,7 +129,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors, and JSON nested too deep
-        raise ValueError(f"{path} is not JSON: {error}. Download it again, or mend it.") from error
+        raise ValueError(f"{path} is not JSON: {error}. Download it again, or fix it.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, but must be a JSON object. Download it again.")
     return value
@@ -144,8 +144,8 @@ def _read_shards(index: Path, fetch: Fetch) -> dict[str, Tensor]:
     for shard in sorted(set(weight_map.values())):
         if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith((".safetensors", ".bin")):
             raise ValueError(
-                f"{index} names the shard {shard!r}. A shard must be a plain .safetensors or .bin file beside the "
-                "index, never a path: it could read files outside the checkpoint. Do not use this checkpoint."
+                f"{index} names the shard {shard!r}, but a shard must be a plain .safetensors or .bin file name: a "
+                "path could read files outside the checkpoint. Do not use this checkpoint."
             )
         path = fetch(shard)
         if path is None:
@@ -153,7 +153,7 @@ def _read_shards(index: Path, fetch: Fetch) -> dict[str, Tensor]:
         tensors |= _read_tensors(path)
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
-        raise ValueError(f"{index} promises the tensors {missing}, which no shard holds. Download it again.")
+        raise ValueError(f"{index} lists the tensors {missing}, which no shard holds. Download the checkpoint again.")
     return tensors
 
 
@@ -163,19 +163,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a whole safetensors file: {error}. It is truncated or corrupt. Download it again."
+                f"{path} is not a whole safetensors file but truncated or corrupt: {error}. Download it again."
             ) from error
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         raise ValueError(
-            f"{path} is damaged or holds more than tensors ({str(error).splitlines()[0] if str(error) else error!r}). "
-            "Only tensors are read from a .bin file, because anything else could run code. Use the safetensors file "
-            "of this head, or ask its publisher for one."
+            f"{path} is damaged or holds more than tensors, which could run code "
+            f"({str(error).splitlines()[0] if str(error) else error!r}). "
+            "Use the safetensors file of this head, or ask its publisher for one."
         ) from error
     if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise ValueError(
-            f"{path} does not map names to tensors. A head's .bin file must be a plain state dict. "
+            f"{path} is not a state dict: it does not map names to tensors. "
             "Save `model.state_dict()` as model.safetensors instead."
         )
     return {str(key): tensor for key, tensor in value.items()}

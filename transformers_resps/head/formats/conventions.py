@@ -29,7 +29,7 @@ _ANGELSLIM_BASE = 10000.0
 def published_layer_ids(config: dict[str, Any]) -> list[int] | None:
     """The layer ids as written, ascending; `None` when the config leaves them to the default.
 
-    Their order says nothing: NVIDIA ModelOpt wrote them through a set, while features are in depth order.
+    Their order has no meaning: NVIDIA ModelOpt wrote them through a set, while features are in depth order.
     """
     return _published(config)[1]
 
@@ -50,7 +50,7 @@ def feature_layers(
 ) -> list[int]:
     """Feature layers in the `output_hidden_states` convention of Transformers, ascending.
 
-    The number of layers itself stands for what leaves the last one, before the final norm (see `features.FeatureTap`).
+    The number of layers itself is the index of the last layer's output, before the final norm (`features.FeatureTap`).
 
     Args:
         config: flat; the user's `feature_layers`, if any, win over published ids.
@@ -73,15 +73,15 @@ def feature_layers(
             layers = _of_layers(published, layer_count, source, is_certain=field == "target_layer_ids")
     elif layer_count is None:
         raise ValueError(
-            f"{source} does not say which layers of its target it reads, so they follow from the target's depth. Pass "
-            "`target=`, or `feature_layers=[...]`, counted as in `output_hidden_states`."
+            f"{source} does not say which layers of its target it reads; the default depends on the target's depth. "
+            "Pass `target=`, or `feature_layers=[...]`, counted as in `output_hidden_states`."
         )
     else:
         layers = default_feature_layers(layer_count)
     if len(layers) != count:
         raise ValueError(
-            f"By the width of its fc, {source} reads {count} layers of this target, but its layers are {layers}. "
-            "It was made for a target of another hidden size: load the head of this one. Or its ids are wrong: pass "
+            f"{source} has an fc that reads {count} layers of this target, but its layers are {layers}. "
+            "Load a head made for this target (this one may need another hidden size), or pass "
             f"`feature_layers=[...]` with {count} distinct ids, counted as in `output_hidden_states`."
         )
     refuse_range(layers, layer_count, source)
@@ -89,8 +89,8 @@ def feature_layers(
 
 
 # Converters lift ids unchanged from one format to another, so a file's format alone does not tell what they count. The
-# smallest does, as in sgl-project/sglang #25454: EAGLE-3's own lowest features are the output of layer 1, which is
-# boundary 2. Whoever chose other layers is taken at the word of the format.
+# smallest id does, as in sgl-project/sglang #25454: EAGLE-3's own lowest features are the output of layer 1, which is
+# boundary 2. For any other layers the convention of the format holds.
 
 
 def _of_boundaries(ids: list[int], layer_count: int | None, source: str) -> list[int]:
@@ -99,12 +99,16 @@ def _of_boundaries(ids: list[int], layer_count: int | None, source: str) -> list
         return ids
     if layer_count is None:
         raise ValueError(
-            f"The layer ids {ids} of {source} may count layers or the boundaries before them: converters copied both "
-            "into this format. Pass `target=`, or `feature_layers=[...]`, counted as in `output_hidden_states`."
+            f"The layer ids {ids} of {source} may count layers or the boundaries before them. "
+            "Pass `target=`, or `feature_layers=[...]`, counted as in `output_hidden_states`."
         )
     if ids[-1] >= layer_count:  # no layer has that number
         return ids
-    logger.warning("%s: the ids %s are read as outputs of those layers. Try `resps doctor`.", source, ids)
+    logger.warning(
+        "%s: the layer ids %s are read as outputs of those layers. Try `resps doctor` if few tokens are accepted.",
+        source,
+        ids,
+    )
     return [layer + 1 for layer in ids]
 
 
@@ -114,7 +118,11 @@ def _of_layers(ids: list[int], layer_count: int | None, source: str, is_certain:
     beyond = layer_count is not None and ids[-1] == layer_count and ids[0] != 1
     if is_certain or not (ids[0] == 2 or beyond):
         return [layer + 1 for layer in ids]
-    logger.warning("%s: the ids %s are read as boundaries, not as layers. Try `resps doctor`.", source, ids)
+    logger.warning(
+        "%s: the layer ids %s are read as boundaries, not as layers. Try `resps doctor` if few tokens are accepted.",
+        source,
+        ids,
+    )
     return ids
 
 
@@ -126,9 +134,9 @@ def refuse_range(layers: list[int], layer_count: int | None, source: str) -> Non
     """
     if layer_count is not None and layers[-1] > layer_count:
         raise ValueError(
-            f"{source} reads the hidden states {layers}, but this target has 0 to {layer_count} (the embedding "
-            "output and what leaves each layer). This head does not fit that target, or its ids are counted "
-            "differently. Load another head, or pass `feature_layers=[...]`, counted as in `output_hidden_states`."
+            f"{source} reads the hidden states {layers}, but this target has 0 to {layer_count} (0 is the embedding "
+            "output). Load the head of this target, or pass `feature_layers=[...]`, counted as in "
+            "`output_hidden_states`."
         )
 
 
@@ -151,8 +159,8 @@ def rope_parameters(config: dict[str, Any], publisher: Publisher, overrides: dic
     inner, outer = rope.get("rope_theta"), config.get("rope_theta")
     if inner is not None and outer is not None and inner != outer and "rope_theta" not in overrides:
         raise ValueError(
-            f"The config states two RoPE bases, {inner} and {outer}. Only one was used in training. Pass "
-            "`rope_theta=` with the right one; `resps doctor` tells which that is."
+            f"The config states two RoPE bases, {inner} and {outer}. Pass the one used in training as `rope_theta=`; "
+            "`resps doctor` tells which that is."
         )
     theta = overrides.get("rope_theta") or inner or outer or ROPE_BASE
     if publisher is Publisher.ANGELSLIM and not {"rope_theta", "rope_parameters"} & set(overrides):
@@ -165,7 +173,7 @@ def rope_parameters(config: dict[str, Any], publisher: Publisher, overrides: dic
 
 
 def refuse_rope(rope: dict[str, Any]) -> None:
-    """Refuse RoPE in the form of Transformers 5 that Transformers does not have, or with numbers that are none.
+    """Refuse RoPE parameters, in the form of Transformers 5, of an unknown type or with values that are no numbers.
 
     Raises:
         ValueError: names them.
@@ -188,8 +196,8 @@ def refuse_rope(rope: dict[str, Any]) -> None:
             raise ValueError(f"RoPE has `{key}={value!r}`, but it must be a positive number. Correct config.json.")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
-            f"The config rotates {rope['partial_rotary_factor']} of each attention head, but EAGLE-3 heads are run "
-            "with all of it rotated. Use another head."
+            f"The config rotates {rope['partial_rotary_factor']} of each attention head (`partial_rotary_factor`), "
+            "but only full rotation is supported. Use another head."
         )
 
 
@@ -204,7 +212,10 @@ def norm_flags(config: dict[str, Any], publisher: Publisher, source: str) -> dic
     if before is None and isinstance(eagle, dict):
         before = eagle.get("norm_before_residual")
     if before is None and publisher is Publisher.SPECULATORS:
-        logger.warning("%s does not state `norm_before_residual`; true, as in vLLM. Try `resps doctor`.", source)
+        logger.warning(
+            "%s: true is used for the missing `norm_before_residual`. Try `resps doctor` if few tokens are accepted.",
+            source,
+        )
         before = True
     stated = config.get("feedback_post_norm")
     post = config.get("norm_output") is True and publisher is Publisher.SPECULATORS if stated is None else stated

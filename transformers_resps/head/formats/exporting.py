@@ -26,10 +26,10 @@ def export_head(head: PreTrainedModel, config: DraftHeadConfig, folder: Path, la
             "speculators" (nested config, `layers.0.`, ids of boundaries; read by vLLM).
 
     Raises:
-        ValueError: the layout is unknown, or cannot say what this head does.
+        ValueError: the layout is unknown, or cannot express what this head does.
     """
     if layout not in FORMATS:
-        raise ValueError(f"`format` is {layout!r}, but must be one of {list(FORMATS)}. Choose one of them.")
+        raise ValueError(f"`format` is {layout!r}, but must be one of {list(FORMATS)}.")
     written = _specforge_config(config) if layout == "specforge" else _speculators_config(config)
     written["dtype"] = written["torch_dtype"] = str(head.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def _published_tensors(state: dict[str, Tensor], config: DraftHeadConfig, layout
 
 
 def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
-    """The decoder layer as a Llama or Qwen3 config, with RoPE in the words of Transformers 4 and 5."""
+    """The decoder layer as a Llama or Qwen3 config, with RoPE in the fields of Transformers 4 and 5."""
     rope = dict(config.rope_parameters or {})
     theta = rope.get("rope_theta", ROPE_BASE)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -83,7 +83,7 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
-    """`feature_layers` is ours: without it ids that look like another convention's would come back moved."""
+    """`feature_layers` is our own field: without it, ids that look like another convention's would be read shifted."""
     return {
         "feature_layers": config.feature_layers,
         "draft_vocab_size": config.draft_rows,
@@ -98,19 +98,18 @@ def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
 def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
     assert config.feature_layers is not None
     for flag, reason in (
-        (config.feedback_post_norm, "feeds back its normed output, which SpecForge's fields cannot say"),
-        (config.qk_norm, "norms queries and keys, which the Llama layer of this layout does not"),
-        (0 in config.feature_layers, "reads the embedding output, which an id that counts layers cannot name"),
+        (config.feedback_post_norm, "feeds back its normed output"),
+        (config.qk_norm, "norms queries and keys"),
+        (0 in config.feature_layers, "reads the embedding output"),
     ):
         if flag:
             raise ValueError(
-                f"This head {reason}. The export would draft differently in SGLang and vLLM. "
-                'Use `format="speculators"`.'
+                f'This head {reason}, which the SpecForge layout cannot express. Use `format="speculators"`.'
             )
     return {
         **_layer_config(config),
         **_shared_fields(config),
-        # SGLang borrows the target's output head where there is no number, and with one runs rows that nobody loads
+        # SGLang borrows the target's output head if there is no number; with one it runs rows that it never loads
         "draft_vocab_size": config.draft_rows if config.owns_output_head else None,
         "architectures": ["LlamaForCausalLMEagle3"],
         "eagle_config": {

@@ -1,4 +1,4 @@
-"""Draft models that are not EAGLE-3 heads, or kinds of heads that we cannot run: refused by name."""
+"""Refuses draft models that are not EAGLE-3 heads, and kinds of heads that are not supported."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _WAY_OUT = "Use an EAGLE-3 head of the same target, or train one with training/t
 
 
 def refuse_other_drafters(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
-    """Refuse what would load and draft nonsense, or not load at all.
+    """Refuse a drafter that would load but draft nonsense, or not load at all.
 
     Args:
         config: the published config, flat.
@@ -36,8 +36,7 @@ def _parallel(config: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
     )
     if is_parallel:
         return (
-            "is a P-EAGLE (parallel) head: it drafts several tokens in one pass from a learnt mask embedding, which "
-            "a draft tree grown level by level cannot use."
+            "is a P-EAGLE (parallel) head: it drafts several tokens in one pass, but draft trees grow level by level."
         )
     return None
 
@@ -47,9 +46,9 @@ def _another_kind(config: dict[str, Any], tensors: dict[str, Tensor]) -> str | N
     if kind not in (None, "eagle3"):
         return f"is a speculators model of the kind {kind!r}, but only `eagle3` is an EAGLE-3 head."
     if any(part in name for name in tensors for part in ("kv_a_proj", "kv_b_proj", "q_a_proj", "q_b_proj")):
-        return "has MLA attention (low-rank keys and values), but only plain and grouped-query heads can be run."
+        return "has MLA attention (low-rank keys and values), but only multi-head and grouped-query are supported."
     if any(".mlp.experts." in name or name.endswith(".mlp.gate.weight") for name in tensors):
-        return "has a mixture of experts in its layer, but only a dense MLP can be run."
+        return "has a mixture of experts in its layer, but only a dense MLP is supported."
     return None
 
 
@@ -57,8 +56,8 @@ def _not_eagle3(config: dict[str, Any], tensors: dict[str, Tensor]) -> str | Non
     eagle = _eagle_config(config)
     if eagle.get("use_aux_hidden_state", config.get("use_aux_hidden_state", True)) is False:
         return (
-            "has `use_aux_hidden_state: false`: it reads one state after the target's final norm instead of several "
-            "layers, which is not EAGLE-3's feature."
+            "has `use_aux_hidden_state: false`: it reads the target's last hidden state, but EAGLE-3 reads those of "
+            "several layers."
         )
     for flag, needed in (
         ("use_input_layernorm_in_first_layer", True),
@@ -66,7 +65,7 @@ def _not_eagle3(config: dict[str, Any], tensors: dict[str, Tensor]) -> str | Non
         ("use_mtp_layernorm", False),
     ):
         if eagle.get(flag, config.get(flag, needed)) is (not needed):
-            return f"has `{flag}: {str(not needed).lower()}`, a layer unlike EAGLE-3's."
+            return f"has `{flag}: {str(not needed).lower()}`, but EAGLE-3's layer needs {str(needed).lower()}."
     return _not_two_inputs(tensors)
 
 
@@ -82,11 +81,11 @@ def _not_two_inputs(tensors: dict[str, Tensor]) -> str | None:
     if query.shape[1] == width and fc.shape[1] == 2 * width:
         return (
             f"is an EAGLE-1 or EAGLE-2 head: its fc joins embedding and feature ({fc.shape[1]} -> {width}) and its "
-            f"q_proj reads {width} columns, where EAGLE-3's reads {2 * width}. It would run and never be accepted."
+            f"q_proj reads {width} columns, but EAGLE-3's reads {2 * width}."
         )
     return (
-        f"is no EAGLE-3 head: its q_proj reads {query.shape[1]} columns, but EAGLE-3's reads embedding and feature "
-        f"side by side, 2 x {width}."
+        f"is no EAGLE-3 head: its q_proj reads {query.shape[1]} columns, but EAGLE-3's reads {2 * width}, embedding "
+        "and feature side by side."
     )
 
 

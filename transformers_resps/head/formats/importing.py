@@ -25,7 +25,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def canonical_head(
     checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
 ) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
-    """Config and tensors of the canonical head in `checkpoint`, whoever published it.
+    """Config and tensors of the canonical head in `checkpoint`, from any publisher.
 
     Args:
         checkpoint: what was read.
@@ -115,7 +115,7 @@ def _fields(
 
 
 def _refuse_window(config: dict[str, Any], target: PreTrainedModel | None, source: str) -> None:
-    """Our heads see their whole prefix, so a window must be as long as any text of the target, or given up."""
+    """Draft trees see the whole prefix: a window must be as long as the target's longest sequence, or be ignored."""
     window = config.get("sliding_window")
     if not window or not config.get("use_sliding_window", True):
         return
@@ -125,15 +125,15 @@ def _refuse_window(config: dict[str, Any], target: PreTrainedModel | None, sourc
     longest = getattr(target.config.get_text_config(), "max_position_embeddings", None) if target else None
     if longest is None or longest > window:
         raise ValueError(
-            f"The layers of {source} see the last {window} tokens only (`sliding_window`), which draft trees do not "
-            f"imitate; the target's texts may have {longest or 'more'} tokens. Use a head without a window, or pass "
-            "`sliding_window=None` to read it without one: texts that fit into the window are drafted as before, "
-            "longer ones as the head was not trained to. The tokens are the target's in both."
+            f"The layers of {source} see the last {window} tokens only (`sliding_window`), but the target reads "
+            f"{longest or 'more'} and draft trees support no window. Use a head without one, or pass "
+            "`sliding_window=None` to ignore it: the output stays the same, but acceptance may drop after "
+            f"{window} tokens."
         )
 
 
 def _identity(config: dict[str, Any], target: PreTrainedModel | None) -> dict[str, Any]:
-    """The target given, or as much as the config tells about it."""
+    """The given target's identity, or what the config says about it."""
     layer_count = config.get("num_target_layers")
     if target is None:
         told = {"name_or_path": target_name(config), "num_hidden_layers": layer_count}
@@ -141,8 +141,8 @@ def _identity(config: dict[str, Any], target: PreTrainedModel | None) -> dict[st
     identity = target_identity(target)
     if layer_count is not None and layer_count != identity["num_hidden_layers"]:
         raise ValueError(
-            f"The head was made for a target of {layer_count} layers, but the target has "
-            f"{identity['num_hidden_layers']}. This head does not fit that target. Load the head made for it."
+            f"The head was made for a target of {layer_count} layers, but this target has "
+            f"{identity['num_hidden_layers']}. Load the head that was made for this target."
         )
     return identity
 
@@ -154,7 +154,7 @@ def _shared_with_target(
     target: PreTrainedModel | None,
     source: str,
 ) -> dict[str, Tensor]:
-    """Drop what the head borrows from its target, and settle in `fields` what it keeps."""
+    """Drop what the head borrows from its target, and set in `fields` what it keeps."""
     tensors = dict(tensors)
     offsets = draft_offsets(tensors, fields["draft_vocab_size"], fields["vocab_size"], source)
     for name in ("t2d", "d2t", "hot_token_id"):

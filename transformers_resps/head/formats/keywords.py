@@ -68,13 +68,13 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     unknown = sorted(set(keywords) - set(hub) - set(loading) - set(overrides))
     if unknown:
         raise ValueError(
-            f"DraftHead.from_pretrained got {unknown}, which it does not know. It takes the loading arguments "
-            f"{sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}. Check the spelling."
+            f"DraftHead.from_pretrained got {unknown}, which it does not know. Check the spelling: it takes the "
+            f"loading arguments {sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
         )
     if overrides.get("sliding_window") is not None:
         raise ValueError(
-            f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees imitate "
-            "no window. Pass `sliding_window=None` to read a head without its own."
+            f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees support "
+            "no window. Pass `sliding_window=None` to ignore the head's own."
         )
     check_overrides(overrides, "DraftHead.from_pretrained")
     return hub, loading, overrides
@@ -88,7 +88,7 @@ def check_overrides(overrides: dict[str, Any], where: str) -> None:
     """
     for key, value in overrides.items():
         if value is None and getattr(DraftHeadConfig, key, None) is not None:
-            raise ValueError(f"{where} got `{key}=None`, but a head needs a value there. Pass one, or leave it out.")
+            raise ValueError(f"{where} got `{key}=None`, but a head needs a value there. Pass one or leave it out.")
     check_fields(overrides, where)
 
 
@@ -133,14 +133,14 @@ def _check_names(fields: dict[str, Any], where: str) -> None:
             "`hidden_act=` with the right one."
         )
     if not isinstance(fields.get("target"), dict | None):
-        raise ValueError(f"{where} has `target={fields['target']!r}`, but it must be a dict of facts. Correct it.")
+        raise ValueError(f"{where} has `target={fields['target']!r}`, but it must be a dict. Correct it.")
     if not isinstance(
         getattr(
             torch, str("float32" if fields.get("dtype") is None else fields["dtype"]).removeprefix("torch."), None
         ),
         torch.dtype,
     ):
-        raise ValueError(f"{where} has `dtype={fields['dtype']!r}`, but it must name one of torch's. Correct it.")
+        raise ValueError(f"{where} has `dtype={fields['dtype']!r}`, but it must name a torch dtype. Correct it.")
 
 
 def refuse_two_norms(fields: dict[str, Any], where: str) -> None:
@@ -151,8 +151,8 @@ def refuse_two_norms(fields: dict[str, Any], where: str) -> None:
     """
     if fields.get("norm_before_fc") and fields.get("fc_norm"):
         raise ValueError(
-            f"{where} has both `norm_before_fc` and `fc_norm`, but features are normed once: all together, or each "
-            "layer's alone. Keep the one that the head was trained with."
+            f"{where} has both `norm_before_fc` and `fc_norm`, but features are normed once. "
+            "Keep the one that the head was trained with."
         )
 
 
@@ -168,7 +168,7 @@ def _check_tree(tree: Any, where: str) -> None:
     ):
         raise ValueError(
             f"{where} has `default_tree={tree!r}`, but it must be a list of total_tokens (at least 1), depth, top_k "
-            "(at least 1) and perhaps lookup. Write it like [60, 8, 10]."
+            "(at least 1) and optionally lookup. Write it like [60, 8, 10]."
         )
 
 

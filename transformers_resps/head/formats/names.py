@@ -51,7 +51,7 @@ def canonical_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor
         if canonical in renamed:
             raise ValueError(
                 f"{source} has both {origins[canonical]} and {name}, which mean the same tensor ({canonical}). "
-                "It cannot be told which one the head was trained with. Remove the stale one."
+                "Remove the one that the head was not trained with."
             )
         renamed[canonical], origins[canonical] = tensor, name
     return renamed
@@ -97,7 +97,7 @@ def refuse_missing(tensors: dict[str, Tensor], source: str) -> None:
 def refuse_inexact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
     """Refuse a file whose tensors are not exactly those of the head its config describes.
 
-    A missing tensor is never filled in with fresh weights: that is how heads without any use get published.
+    A missing tensor is never filled in with fresh weights: such a head would be useless.
 
     Args:
         wanted: the head's own state dict, of which only names and shapes count.
@@ -117,13 +117,13 @@ def refuse_inexact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source
     ]
     if wrong:
         raise ValueError(
-            f"The tensors of {source} do not have the sizes that its config states: {', '.join(wrong)}. Config and "
-            "tensors must describe the same head. Correct config.json, or pass the right value to `from_pretrained`."
+            f"The tensors of {source} do not have the sizes that its config states: {', '.join(wrong)}. "
+            "Correct config.json, or pass the right value to `from_pretrained`."
         )
     strange = sorted(name for name, tensor in tensors.items() if name != "d2t" and tensor.dtype not in _FLOATS)
     if strange:
         raise ValueError(
-            f"{source} stores {strange[0]} as {tensors[strange[0]].dtype}. Heads are read in float32, bfloat16, "
+            f"{source} stores {strange[0]} as {tensors[strange[0]].dtype}, but heads are read in float32, bfloat16, "
             "float16 or float64. Use the unquantized head."
         )
 
@@ -131,6 +131,6 @@ def refuse_inexact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source
 def _inexact(source: str, missing: list[str], unexpected: list[str]) -> str:
     found = [f"{kind} {names}" for kind, names in (("lacks", missing), ("has the unexpected", unexpected)) if names]
     return (
-        f"{source} {' and '.join(found)}. A head is loaded only with exactly its own tensors; nothing is newly "
-        "initialized or left out. Download it again, or use a head in one of the known layouts."
+        f"{source} {' and '.join(found)}, but nothing is newly initialized or left out. "
+        "Download it again, or use a head in one of the known layouts."
     )

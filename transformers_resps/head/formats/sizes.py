@@ -71,7 +71,7 @@ def feature_count(tensors: dict[str, Tensor], target_hidden_size: int, source: s
     if width % target_hidden_size:
         raise ValueError(
             f"The fc of {source} reads {width} values, which is no multiple of the target's hidden size "
-            f"{target_hidden_size}. This head does not fit that target. Load the head that was made for it."
+            f"{target_hidden_size}. Load the head that was made for this target."
         )
     return width // target_hidden_size
 
@@ -84,8 +84,8 @@ def _attention_sizes(config: dict[str, Any], tensors: dict[str, Tensor], source:
     heads = config.get("num_attention_heads") or (query // head_dim if head_dim else _USUAL_HEADS)
     if query % heads or query // heads % 2 or key % (query // heads):
         raise ValueError(
-            f"{source} has {query} query and {key} key rows, which {heads} attention heads do not divide into heads "
-            "of one even size. The config's `num_attention_heads` is wrong or missing. Pass `num_attention_heads=`."
+            f"{source} has {query} query and {key} key rows, which do not divide into {heads} attention heads of one "
+            "even size. Pass the right `num_attention_heads=`."
         )
     head_dim = query // heads
     return {"num_attention_heads": heads, "head_dim": head_dim, "num_key_value_heads": key // head_dim}
@@ -104,16 +104,16 @@ def _vocabulary_sizes(
         )
     if theirs is not None and theirs != vocab_size:
         raise ValueError(
-            f"{source} was made for a vocabulary of {vocab_size} tokens, but the target has {theirs}. This head does "
-            "not fit that target. Load the head that was made for it."
+            f"{source} was made for a vocabulary of {vocab_size} tokens, but the target has {theirs}. "
+            "Load the head that was made for this target."
         )
     output = tensors.get("lm_head.weight")
     draft = next((len(tensors[name]) for name in ("d2t", "hot_token_id") if name in tensors), None)
     rows: int = len(output) if output is not None else vocab_size if draft is None else draft
     if draft is not None and draft != rows:
         raise ValueError(
-            f"{source} has {rows} output rows but {draft} draft vocabulary ids. They must be as many. Download the "
-            "head again."
+            f"{source} has {rows} output rows but {draft} draft vocabulary ids, which must be the same number. "
+            "Download the head again."
         )
     return {"vocab_size": vocab_size, "draft_vocab_size": rows}
 
@@ -128,8 +128,8 @@ def _target_width(
     width: int = target.config.get_text_config().hidden_size
     if stated is not None and stated != width:
         raise ValueError(
-            f"{source} reads a target of hidden size {stated}, but the target has {width}. This head does not fit "
-            "that target. Load the head that was made for it."
+            f"{source} reads a target of hidden size {stated}, but the target has {width}. "
+            "Load the head that was made for this target."
         )
     return width
 
@@ -140,8 +140,8 @@ def _refuse_lies(config: dict[str, Any], sizes: dict[str, Any], source: str) -> 
     if lies:
         corrections = ", ".join(f"{key}={sizes[key]}" for key in stated if stated[key] != sizes[key])
         raise ValueError(
-            f"The config of {source} states {', '.join(lies)}. Config and tensors must describe the same head. "
-            f"Download it again; or, if the tensors are right, pass `{corrections}`."
+            f"The config of {source} states {', '.join(lies)}. "
+            f"Download the head again or, if the tensors are right, pass `{corrections}`."
         )
 
 
@@ -150,8 +150,8 @@ def _refuse_table(tensors: dict[str, Tensor], needed: list[int], source: str) ->
     table = tensors.get("embed_tokens.weight")
     if table is not None and list(table.shape) != needed:
         raise ValueError(
-            f"{source} stores embed_tokens.weight with shape {list(table.shape)}, but the rest of it and its target "
-            f"need {needed}. They are not of one head. Download it again, or use another head."
+            f"{source} stores embed_tokens.weight with shape {list(table.shape)}, but its other tensors and its "
+            f"target need {needed}. Download it again, or use another head."
         )
 
 
@@ -160,8 +160,8 @@ def _refuse_absent_biases(config: dict[str, Any], flags: dict[str, bool], source
     for stated, ours in (("attention_bias", "attention_bias"), ("mlp_bias", "mlp_bias"), ("bias", "fc_bias")):
         if config.get(ours, config.get(stated)) is True and not flags[ours]:
             raise ValueError(
-                f"The config of {source} states `{stated}: true`, but the file holds no such bias. Config and tensors "
-                f"must describe the same head. Download it again; or, if the tensors are right, pass `{ours}=False`."
+                f"The config of {source} states `{stated}: true`, but the file holds no such bias. "
+                f"Download the head again or, if the tensors are right, pass `{ours}=False`."
             )
 
 

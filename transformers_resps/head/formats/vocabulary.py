@@ -34,13 +34,12 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
     else:
         raise ValueError(
             f"{source} can propose {rows} of {vocab_size} tokens, but holds neither `d2t` nor `t2d` to say which. "
-            "Without them every proposal would be another token. Download the head again."
+            "Download the head again."
         )
     refuse_ids(ids, vocab_size, source)
     if allowed is not None and not torch.equal(ids, allowed):
         raise ValueError(
-            f"The `d2t` and `t2d` of {source} name different draft vocabularies. They must agree. Download the head "
-            "again."
+            f"The `d2t` and `t2d` of {source} name different draft vocabularies. Download the head again."
         )
     return None if rows == vocab_size else ids - order
 
@@ -54,14 +53,13 @@ def refuse_ids(ids: Tensor, vocab_size: int, source: str) -> None:
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
         raise ValueError(
-            f"The `d2t` of {source} leaves the vocabulary: it gives the target id {int(outside[0])}, but ids go from "
-            f"0 to {vocab_size - 1}. `d2t` must hold offsets (target id = draft id + offset). Download the head "
-            "again, or load it with the target it was made for."
+            f"The `d2t` of {source} leaves the vocabulary: draft id + offset gives {int(outside[0])}, but target ids "
+            f"go from 0 to {vocab_size - 1}. Download the head again, or load it with the target it was made for."
         )
     if bool((ids.diff() <= 0).any()):
         raise ValueError(
-            f"The `d2t` of {source} gives target ids that are not strictly ascending, so some tokens are named twice "
-            "or out of order. `d2t` must hold offsets (target id = draft id + offset). Download the head again."
+            f"The `d2t` of {source} gives target ids (draft id + offset) that are not strictly ascending. "
+            "Download the head again."
         )
 
 
@@ -83,7 +81,7 @@ def whole_numbers(ids: Tensor, source: str) -> Tensor:
     """`[d]` as int64.
 
     Raises:
-        ValueError: they are no list of integers.
+        ValueError: they are not a list of integers.
     """
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(

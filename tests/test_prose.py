@@ -1,0 +1,57 @@
+"""The pages are short, plain, and cite nothing that a reader cannot open."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.readme import README, quickstart
+
+
+ROOT = README.parent
+PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "training" / "HEADROOM.md"]
+PAGES += [ROOT / "training" / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
+MOST_LINES = {"README.md": 110, "CHANGELOG.md": 60, "CONTRIBUTING.md": 110}
+# Words of ours -> the word that a reader knows.
+FORBIDDEN = {
+    r"\bbehind\b": "after",
+    r"\bdear(er|est)?\b": "expensive",
+    r"\brestless\b|\bloud(er|est)?\b": "noisy",
+    r"\b(some|no)body\b": "the caller, the reader, or the passive",
+    r"\bis thought to\b": "is assumed to",
+    r"\d of plain\b|\bof plain decoding's\b": "1.2x plain",
+    r"\bof ours\b": "our",
+    r"without a word": "silently",
+    r"\.\./shared|outside the project|\bin git at\b": "something that a reader can open",
+    r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{7,40}\b": "no commit hash",
+}
+
+
+def prose(page: Path) -> str:
+    """Without blocks of code, code in lines, links' addresses and titles of papers."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"\]\([^)]*\)|`[^`]*`", "", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_is_in_plain_words(page: Path) -> None:
+    text = prose(page)
+    found = {
+        match[0]: f"write: {better}" for pattern, better in FORBIDDEN.items() for match in re.finditer(pattern, text)
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_a_page_stays_short(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES[name]
+
+
+def test_the_quickstart_is_printed_with_its_output() -> None:
+    shown = quickstart()
+    assert "Same tokens: True" in shown.output and shown.code.count("print(") == 3
+
+
+def test_the_first_page_names_no_script_and_no_measurement_of_ours() -> None:
+    assert not re.findall(r"training/\S+|measurements/\S+", README.read_text(encoding="utf-8"))
