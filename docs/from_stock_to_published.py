@@ -1,11 +1,11 @@
-r"""From a stock model to a head and a policy that others can download: all that the pages say, in one run.
+r"""Train, measure and publish a head and a policy for a stock model, in one run.
 
     python docs/from_stock_to_published.py --target HuggingFaceTB/SmolLM2-135M-Instruct --prompts prompts.jsonl \
         --benchmark other.jsonl --card card.yaml --repository me/smollm2 --output work/smollm2
 
-Read `main` from top to bottom. Every step is one command, printed before it runs; each goes on where it was stopped,
-and so does this. `card.yaml` says what no run can know, see docs/publish.md. Run it in a checkout with the extras
-`train` and `bench`, on a machine that does nothing else, after `hf auth login`.
+Read `main` from top to bottom. Every step is one command of the pages in docs/, printed before it runs. If the script
+is interrupted, run it again: it continues. `card.yaml` holds what no run can know (docs/publish.md). Run it in a
+checkout with the extras `train` and `bench`, on an idle machine, after `hf auth login`.
 """
 
 import argparse
@@ -32,21 +32,21 @@ def main(arguments: list[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     card = yaml.safe_load(args.card.read_text(encoding="utf-8"))
 
-    # 1. The target answers the prompts: the best text to learn from (docs/train-a-head.md).
+    # 1. The target writes the training data (docs/train-a-head.md).
     answers = work / "answers.jsonl"
     run("python", "training/generate_dataset.py", "--target", target, "--prompts", args.prompts, "--output", answers)
 
-    # 2. A head learns to foresee it, and the doctor sees that it is read as it was trained.
+    # 2. Train a head on it, and check that the head reads its target correctly.
     recipe = write_recipe(work / "head.yaml", "head.yaml", card, target=target, datasets=[str(answers)])
     run("python", "training/train_head.py", "--config", recipe, "--output_dir", work / "head-run")
     head_folder = work / "head-run" / "head"
     run("resps", "doctor", target, head_folder)
 
-    # 3. Measured on prompts that it did not learn from, and published (docs/publish.md).
+    # 3. Measure it on prompts that it was not trained on, and publish it (docs/publish.md).
     measure(head_folder, work / "head-results", target, head_folder, args.benchmark)
     run("python", "training/publish.py", head_folder, head)
 
-    # 4. A policy learns which tree pays where (docs/tune-a-policy.md).
+    # 4. Train a policy, measure and publish it (docs/tune-a-policy.md).
     settings = {"target": target, "head": str(head_folder), "dataset": str(args.prompts)}
     recipe = write_recipe(work / "policy.yaml", "policy.yaml", {**card, "head": head}, **settings)
     run("python", "training/train_policy.py", "--config", recipe, "--output_dir", work / "policy-run")
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     measure(policy_folder, work / "policy-results", target, head_folder, args.benchmark, "--policy", policy_folder)
     run("python", "training/publish.py", policy_folder, policy)
 
-    # 5. What anybody else does now.
+    # 5. Use both, as anyone can now.
     use(target, head, policy)
 
 
@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(*words: str | Path) -> None:
-    """Run a command of the docs, and stop where it fails."""
+    """Run a command of the docs; stop if it fails."""
     program, *rest = map(str, words)
     print(f"\n$ {shlex.join([program, *rest])}", flush=True)
     found = sys.executable if program == "python" else str(Path(sys.executable).with_name(program))
@@ -78,14 +78,14 @@ def run(*words: str | Path) -> None:
 
 
 def write_recipe(file: Path, base: str, card: dict[str, Any], **settings: Any) -> Path:
-    """A recipe of training/recipes with what is yours."""
+    """Write a recipe of training/recipes with your settings and card."""
     told = yaml.safe_load((RECIPES / base).read_text(encoding="utf-8"))
     file.write_text(yaml.safe_dump({**settings, **told, "card": card}, sort_keys=False), encoding="utf-8")
     return file
 
 
 def measure(folder: Path, results: Path, target: str, head: Path, benchmark: Path, *options: str | Path) -> None:
-    """Put the figures of exactly these weights, and their plots, beside them, and a card that tells all of it."""
+    """Benchmark these weights, copy results and plots into their folder, and render the card."""
     run("resps", "bench", target, head, "--dataset", benchmark, "--output", results, *options)
     for file in [results / "results.json", *results.glob("*.png")]:
         shutil.copy(file, folder)
@@ -93,7 +93,7 @@ def measure(folder: Path, results: Path, target: str, head: Path, benchmark: Pat
 
 
 def use(target_name: str, head_id: str, policy_id: str) -> None:
-    """Load both from the Hub and answer a question, plainly and with them."""
+    """Load both from the Hub, and generate with and without them."""
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     target: Any = attach(AutoModelForCausalLM.from_pretrained(target_name, dtype="float32"))
     head = DraftHead.from_pretrained(head_id, target=target)

@@ -1,0 +1,199 @@
+"""Fill the tables of `docs/benchmarks.md` from the results files named there: `python docs/make_benchmarks.py`.
+
+It writes what stands between `<!-- table KIND [OPTION ...] FILE ... -->` and `<!-- end -->`; the rest is prose.
+"""
+
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+PAGE = Path(__file__).with_name("benchmarks.md")
+MARK = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+DATASETS = {"mt_bench": "MT-Bench", "humaneval": "HumanEval", "gsm8k": "GSM8K", "alpaca": "Alpaca", "cnn_dm": "CNN/DM"}
+COLUMNS = ("prompt lookup", "EAGLE-3 60/5/10", "fixed tree", "`auto`")
+STARTS = ("prompt lookup", "EAGLE-3 60/5/10", ("best fixed", "tree"), "auto")  # of their methods
+WORDS = {"auto": "`auto`", "ours": "`auto`", "oracle (ceiling)": "*ceiling*", "rows apart": "ragged", "given": "ours"}
+INTERVAL = "{low:.2f} to {high:.2f}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results file, by its path in the repository."""
+
+    path: str
+    data: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str) -> "Results":
+        """Read a file; one that is noisy or not finished is a `ValueError`."""
+        data = json.loads((PAGE.parent.parent / path).read_text(encoding="utf-8"))
+        if data.get("noise", {}).get("accepted") or data.get("partial"):
+            raise ValueError(f"{path} is noisy or partial. Measure it again, or remove it from {PAGE.name}.")
+        return cls(path, data)
+
+    @property
+    def link(self) -> str:
+        file = Path(self.path)
+        return f"[{file.parent.name if file.stem == 'results' else file.stem}](../{self.path})"
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        return dict(self.data.get("settings") or self.data.get("arguments", {}))
+
+    @property
+    def target(self) -> str:
+        return Path(self.data["head"]).name.removesuffix("-head")
+
+    @property
+    def conditions(self) -> str:
+        data, versions = self.data, self.data.get("versions", self.data)
+        layers = {True: ", prepacked", False: ", stock layers"}.get(data.get("packed", self.asked.get("pack")), "")
+        software = f"torch {versions['torch']}, Transformers {versions['transformers']}"
+        return f"{data['device']}, {data['dtype']}, threads: {data['threads']}{layers}, {software}"
+
+    def summaries(self, temperature: str) -> dict[str, dict[str, dict[str, Any]]]:
+        """Dataset, and `all`, -> method -> its row."""
+        return {
+            DATASETS.get(dataset, dataset): {r["method"]: r for r in rows if r["temperature"] == float(temperature)}
+            for dataset, rows in self.data["summaries"].items()
+        }
+
+
+def table(left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of words, then columns of numbers."""
+    lines = [[*left, *right], ["---"] * len(left) + ["---:"] * len(right), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def named(method: str) -> str:
+    """A method or a head in the words of the page."""
+    if method.startswith("Re-SpS"):
+        return "Re-SpS, published" if method.endswith("-paper") else "Re-SpS, repaired"
+    return "`auto`, fitted" if method.startswith("policy ") else WORDS.get(method, method)
+
+
+def overview(found: list[Results], temperature: str) -> str:
+    """Of `resps bench`, a row for each file: what decides, and how much faster than plain decoding."""
+    rows = []
+    for one in found:
+        methods, costs = one.summaries(temperature)["all"], one.data["costs"]["verify"]["128"]
+        amount = f"{len(one.asked['prompts'])}, {one.asked['max_new_tokens']}, {one.asked['repeats']}"
+        cells = [two(costs["8"] / costs["1"]), f"{methods['plain']['tokens_per_second']:.1f}"]
+        ratios = (next((r["ratio"] for m, r in methods.items() if m.startswith(s)), None) for s in (*STARTS, "oracle"))
+        rows.append([one.target, one.link, amount, *cells, *map(two, ratios), INTERVAL.format(**methods["auto"])])
+    right = ["8 nodes", "plain, tokens/s", *COLUMNS, "*ceiling*", "`auto`, 95% interval"]
+    return table(["target", "results file", "prompts, tokens, repeats"], right, rows)
+
+
+def by_dataset(found: list[Results], value: str, temperature: str) -> str:
+    """Of `resps bench`: `ratio` with its interval, or `tau` with what of it became speed."""
+    [one] = found
+    datasets, rows = one.summaries(temperature), []
+    for method, whole in datasets["all"].items():
+        if method != "plain" and (whole["measured"] or value == "ratio"):
+            last = INTERVAL.format(**whole) if value == "ratio" else two(whole["ratio"] / whole["tau"])
+            rows.append([named(method), *(two(methods[method][value]) for methods in datasets.values()), last])
+    return table(["method"], [*datasets, "95% interval" if value == "ratio" else "speed-up / tau"], rows)
+
+
+def head_alone(found: list[Results]) -> str:
+    """Of `training/measure_tau.py`."""
+    measured = [(one, row) for one in found for row in one.data["rows"]]
+    rows = [[o.target, o.link, r["shape"], *map(two, r["tau"].values()), two(r["mean"])] for o, r in measured]
+    return table(["target", "results file", "tree"], [*DATASETS.values(), "mean"], rows)
+
+
+def bad_head(found: list[Results]) -> str:
+    """Of `training/guard_speed.py`."""
+    rows = [
+        [named(row["head"]), named(row["policy"]), ("no", "yes")[row["kept"]], two(row["tau"]), two(row["to_plain"])]
+        for one in found
+        for row in one.data["rows"]
+    ]
+    return table(["head", "guarded policy", "kept between calls"], ["tau", "ratio"], rows)
+
+
+def batches(found: list[Results], *sizes: str) -> str:
+    """Of `transformers_resps.bench.batches` and `training/planted_batches.py`: ratios to the same plain batch."""
+    rows = []
+    for one in found:
+        cells: dict[tuple[str, str], dict[str, float]] = {}
+        for row in one.data["rows"]:
+            kind = (one.asked["shape"] or "auto", row["way"]) if "way" in row else (row["policy"], "rows apart")
+            cells.setdefault(kind, {})[str(row["batch_size"])] = row["to_plain_batch"]
+        start = [DATASETS[Path(one.asked["dataset"]).stem], one.link]
+        for (tree, way), own in cells.items():
+            if "plain" not in (tree, way) and "one by one" not in way:
+                rows.append([*start, named(tree), named(way), *(two(own.get(size)) for size in sizes)])
+    return table(["prompts", "results file", "tree", "rows"], [f"batch of {size}" for size in sizes], rows)
+
+
+def static_caches(found: list[Results]) -> str:
+    """Of `transformers_resps.bench.static_caches`."""
+    rows = []
+    for one in found:
+        ways = {row["way"]: row for row in one.data["rows"]}
+        for way, name in (("plain", "plain"), ("tree", f"tree {one.asked['shape']}")):
+            growing, static, compiled = (ways[f"{way}, {cache}"] for cache in ("dynamic", "static", "compiled"))
+            rate, extra = f"{growing['tokens_per_second']:.1f}", f"{compiled['first_pass_extra_seconds']:.0f}"
+            rows.append([one.link, name, rate, two(static["to_dynamic"]), two(compiled["to_dynamic"]), extra])
+    right = ["growing cache, tokens/s", "static", "static and compiled", "seconds of compiling"]
+    return table(["results file", "decoding"], right, rows)
+
+
+def forward_costs(found: list[Results]) -> str:
+    """Of `training/scale.py`, ratios only."""
+    [one] = found
+    seconds: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in one.data["rows"]:
+        place = tuple(row[key] for key in ("size", "packed", "context", "batch"))
+        seconds.setdefault(place, {})[row["nodes"]] = row["seconds"]
+    counts, rows = sorted({row["nodes"] for row in one.data["rows"]})[1:], []
+    for (size, packed, context, batch), own in seconds.items():
+        ratios = [own[count] / own[1] if count in own else None for count in counts]
+        start = [size, "prepacked" if packed else "stock", f"{context:,}", str(batch)]
+        rows.append([*start, two(own[1] / seconds[size, packed, 256, 1][1]), *map(two, ratios)])
+    right = ["1 node, to context 256 and batch 1", *(f"{count} nodes, to 1" for count in counts)]
+    return table(["parameters", "layers", "context", "batch"], right, rows)
+
+
+def same_outputs(found: list[Results]) -> str:
+    """Of `resps bench`: how many outputs of each method equal those of plain decoding to the last token."""
+    rows = []
+    for one in found:
+        same = one.data["same_text"]
+        counts = (next((same[m] for m in same if m.startswith(start)), "") for start in STARTS)
+        rows.append([one.target, one.link, str(one.asked["max_new_tokens"]), str(same["plain"]), *map(str, counts)])
+    return table(["target", "results file"], ["new tokens", "outputs", *COLUMNS], rows)
+
+
+MAKERS = (overview, by_dataset, head_alone, bad_head, batches, static_caches, forward_costs, same_outputs)
+
+
+def fill(mark: str) -> str:
+    """Conditions, each once with the files that share them, and the table."""
+    kind, *words = mark.split()
+    found, options = [Results.load(w) for w in words if ".json" in w], [w for w in words if ".json" not in w]
+    files = {one.conditions: [o.link for o in found if o.conditions == one.conditions] for one in found}
+    wrap = textwrap.TextWrapper(119, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    captions = [wrap.fill(f"- {', '.join(links)}: {conditions}.") for conditions, links in files.items()]
+    maker = next(maker for maker in MAKERS if maker.__name__ == kind)
+    return "\n".join([*captions, "", maker(found, *options)])
+
+
+def render(page: str) -> str:
+    """The page with all of its tables written anew."""
+    return MARK.sub(lambda mark: f"{mark[1]}\n{fill(mark[2])}\n\n{mark[3]}", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
