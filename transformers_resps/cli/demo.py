@@ -20,12 +20,12 @@ def demo(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a package of the extra `demo` is missing, or the head of a checkout where there is none.
     """
+    check_extra("demo")
     if args.head == str(HEAD) and not HEAD.is_dir():
         raise ValueError(
             f"The demo's head is part of a clone of the repository, and {HEAD} does not exist. Run `make demo` in a "
             "clone, or pass `--head` with a head for SmolLM2-135M-Instruct."
         )
-    check_extra("demo")
     from ..demo.__main__ import run  # needs the extra
 
     return run(args)

@@ -110,7 +110,7 @@ def divergence_line(comparison: Comparison, decode: Decode) -> str:
     dtype = _name(comparison)
     cause = "rounding at a near-tie" if comparison.passed else f"NOT explained by rounding in {dtype}"
     return (
-        f"{comparison.kind}: the texts part at token {found.position}, plain wrote {quoted(found.plain_token)}, the "
+        f"{comparison.kind}: the outputs differ from token {found.position} on: plain {quoted(found.plain_token)}, "
         f"tree {quoted(found.speculative_token)}. Logit gap {found.gap:.3g}, spacing of {dtype} there "
         f"{found.spacing:.3g}: {cause}."
     )
