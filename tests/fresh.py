@@ -91,7 +91,7 @@ def jobs() -> dict[str, list[Job]]:
         "bench": [Job(f"{small} --methods prompt-lookup")],
         "inspect": [Job("python show.py", says="prefill")],
         "train": train_jobs(),
-        "peers": [Job(f"{small} --methods --peers flashspec economize", says="flashspec")],
+        "peers": [Job(f"{small} --output results/peers --methods --peers flashspec economize", says="flashspec")],
         "ablations": [Job("python embed.py", says="embeds True")],
     }
 
@@ -156,7 +156,7 @@ def tell(extra: str, name: str, ran: tuple[subprocess.CompletedProcess[str], flo
     done, seconds = ran
     status, says = (job.status, job.says) if job else (0, "")
     said = f"{done.stdout}\n{done.stderr}"
-    wrong = "Traceback" in said if status else False  # a refusal is one line
+    wrong = len(done.stderr.strip().splitlines()) != 1 if status else False  # a refusal is one line
     passed = done.returncode == status and says in said and not wrong
     shown = name.replace(f"{ROOT}/", "").replace(DECODING, "TARGET HEAD").replace(TARGET, "TARGET")
     print(f"{'ok    ' if passed else 'FAILED'}  {extra or 'bare':10}{seconds:6.0f} s  {shown[:110]}", flush=True)

@@ -17,7 +17,7 @@ BOTTOM |= {"telemetry"}
 PARTS = {"acceptance", "batch", "frontier", "head", "lookup", "policy"}
 LOOP = BOTTOM | PARTS | {"candidate_generator", "decoding"}
 ENGINE = LOOP | {"calibration", "cost_table", "probe", "refusals", "request", "lockstep", "generation", "attaching"}
-ENGINE |= {"layer_refusals", "stock_call", "speculation_defaults"}
+ENGINE |= {"layer_refusals", "stock_call", "speculation_defaults", "evaluation_mode"}
 MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "adapters": set(),
@@ -54,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "probe": BOTTOM,
     "layer_refusals": set(),
     "refusals": BOTTOM | {"layer_refusals"},
-    "speculation_defaults": {"policy", "request"},
+    "evaluation_mode": set(),
+    "speculation_defaults": {"evaluation_mode", "policy", "request"},
     "request": BOTTOM | {"head", "policy", "probe", "refusals", "layer_refusals"},
     "lockstep": {"attention"},
     "attaching": {"adapters", "generation", "policy", "request", "speculation_defaults"},

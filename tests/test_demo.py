@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead, SpeculationReport, StepRecord, TreeShape, attach
@@ -79,9 +80,7 @@ def test_rounding_passes_and_anything_else_fails() -> None:
     assert "to 4: near-tie" in printed(explained)
     assert "UNEXPLAINED" in printed(wrong)
     line = divergence_line(explained, lambda tokens: f"<{tokens[0]}>")
-    assert (
-        "differ from token 4 on: plain '<7>', tree '<9>'. Logit gap 0.125, spacing of bfloat16 there 0.125" in line
-    )
+    assert "differ from token 4 on: plain '<7>', tree '<9>'. Logit gap 0.125, spacing of bfloat16 there 0.125" in line
     assert line.endswith("rounding at a near-tie.")
     assert "NOT explained" in divergence_line(wrong, str)
 
@@ -146,6 +145,31 @@ def test_the_demo_runs_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureF
     assert "On this machine in bfloat16, verifying" in output
     assert output.splitlines()[-1] == f"Every step of that last answer, to look at in a browser: {page}"
     assert '"sameText":{"same":true}' in page.read_text(encoding="utf-8")
+
+
+def test_a_disk_that_fills_up_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(gguf: Path, folder: Path) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(demo_target, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_target, "gguf_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(demo_target, "_unpack", full)
+    with pytest.raises(OSError, match="No space left.*Free some space, or set HF_HOME"):
+        demo_target.prepared_target()
+
+
+def test_of_two_processes_that_unpack_the_first_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overtaken(gguf: Path, folder: Path) -> None:
+        for made in (folder, tmp_path / "transformers-resps" / "smollm2-135m-instruct"):
+            made.mkdir()
+            (made / "model.safetensors").write_bytes(b"whole")
+
+    monkeypatch.setattr(demo_target, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_target, "gguf_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(demo_target, "_unpack", overtaken)
+    folder = demo_target.prepared_target()
+    assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_a_disk_without_room_is_named_before_the_weights_are_unpacked(

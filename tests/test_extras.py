@@ -63,6 +63,17 @@ def test_a_command_stops_with_one_line(
     assert "\n" not in said and f"'transformers-resps[{command.split()[0]}]'" in said
 
 
+@pytest.mark.parametrize("module", ["batches", "static_caches"])
+def test_a_smaller_benchmark_stops_with_one_line(
+    module: str, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "target", "head", "--dataset", "prompts.jsonl"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module(f"transformers_resps.bench.{module}", run_name="__main__", alter_sys=False)
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and "'transformers-resps[bench]'" in said
+
+
 @pytest.mark.parametrize("script", ["train_head", "train_policy", "fit_policy"])
 def test_a_training_script_stops_with_one_line(
     script: str, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -62,16 +62,43 @@ def test_the_demo_fills_its_own_environment_once(clone: Path) -> None:
     assert calls(clone) == [demo]
 
 
-def test_an_interrupted_install_says_what_to_do_and_is_made_anew(clone: Path) -> None:
+def test_an_install_that_fails_says_what_to_do_and_goes_on_later(clone: Path) -> None:
     (clone / "calls.offline").touch()
     done = make(clone, "demo")
     assert done.returncode != 0 and ".venv/demo could not be filled" in done.stdout
     assert "Check the network and the free disk space" in done.stdout
     (clone / "calls.offline").unlink()
-    (clone / ".venv" / "demo" / "half").touch()
     calls(clone)
     assert make(clone, "demo").returncode == 0
-    assert calls(clone)[0] == "-m venv .venv/demo" and not (clone / ".venv" / "demo" / "half").exists()
+    assert calls(clone)[0].endswith("--editable .[demo]")
+
+
+def test_an_environment_that_an_interruption_left_half_made_is_made_anew(clone: Path) -> None:
+    folder = clone / ".venv" / "demo"
+    (folder / "bin").mkdir(parents=True)
+    shutil.copy(clone / "bin" / "python3.12", folder / "bin" / "python")
+    for name in (".filling", "half"):
+        (folder / name).touch()
+    assert make(clone, "demo").returncode == 0
+    assert calls(clone)[0] == "-m venv .venv/demo" and not (folder / "half").exists()
+
+
+def test_a_newer_project_file_offline_costs_no_environment(clone: Path) -> None:
+    make(clone, "demo")
+    later = (clone / ".venv" / "demo" / ".filled").stat().st_mtime + 5
+    os.utime(clone / "pyproject.toml", (later, later))
+    (clone / "calls.offline").touch()
+    (clone / ".venv" / "demo" / "kept").touch()
+    assert make(clone, "demo").returncode != 0
+    (clone / "calls.offline").unlink()
+    assert make(clone, "demo").returncode == 0 and (clone / ".venv" / "demo" / "kept").exists()
+
+
+def test_a_clone_that_may_not_be_written_to_is_named(clone: Path) -> None:
+    (clone / ".venv").write_text("no folder can be made here")
+    done = make(clone, "demo")
+    assert done.returncode != 0
+    assert f"You may not write to {clone}. Clone the repository into a folder of your own." in done.stdout
 
 
 def test_an_environment_whose_python_is_gone_is_made_anew(clone: Path) -> None:
@@ -114,4 +141,4 @@ def test_ci_runs_the_commands_of_the_readme_in_their_order_with_an_empty_model_c
     commands = [line.split()[1] for line in script.splitlines() if line.startswith("make ")]
     assert commands == ["demo", "test"]
     assert readme.index("make demo") < readme.index("make test")
-    assert "HF_HOME=$(mktemp -d)" in script
+    assert "HF_HOME=$(mktemp -d)\nexport HF_HOME\n" in script

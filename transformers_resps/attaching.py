@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 from .adapters import unwrapped
 from .generation import ReSpSGenerationMixin
 from .policy import KeptPolicies, Policy
-from .request import check_kinds, draft_head
+from .request import check_kinds, draft_head, is_plain
 from .speculation_defaults import SpeculationDefaults
 
 
@@ -31,7 +31,7 @@ def attach(
 
     The keywords become defaults of every later call that leaves them out, for callers that pass none through, such as
     the trainers of TRL. Given anew, they replace all earlier ones. `generate(..., policy="plain")` decodes without
-    them, and `detach` forgets them.
+    them, in the mode that the model is in, and `detach` forgets them.
 
     Args:
         model: any decoder-only model of Transformers, or a PEFT model around one.
@@ -44,7 +44,11 @@ def attach(
         ValueError: the model cannot generate, or a default cannot serve it.
     """
     inner = unwrapped(model)
+    if is_plain(None, policy):
+        raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
     check_kinds(assistant_model, policy, lockstep)
+    if not isinstance(eval_mode, bool):
+        raise ValueError(f"`eval_mode` must be True or False, got {eval_mode!r}.")
     if not isinstance(inner, GenerationMixin):
         raise ValueError(
             f"Got a {type(inner).__name__}, but only models with `generate` can be attached. Load it with "
@@ -67,7 +71,7 @@ def detach(model: Model) -> Model:
     if vars(type(inner)).get("__reduce_ex__") is _reduce:  # leave a user's own subclass of the mixin alone
         inner.__class__ = type(inner).__mro__[2]
         KeptPolicies.forget(inner)
-        SpeculationDefaults.forget(inner)
+    SpeculationDefaults.forget(inner)
     return model
 
 

@@ -5,8 +5,8 @@ and so does every call without a head.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,8 +22,8 @@ from .forward import CompiledForward, TargetForward, is_compiled
 from .lockstep import advance_together, coupling
 from .policy import KeptPolicies, Policy
 from .refusals import check_forward_arguments, check_lengths, check_synced
-from .request import AUTO, Request, draft_head, read_request
-from .speculation_defaults import SpeculationDefaults, evaluation_mode
+from .request import AUTO, Request, draft_head, is_plain, read_request
+from .speculation_defaults import SpeculationDefaults
 from .static_cache import static_cache
 from .stock_call import StockCall
 from .telemetry import SpeculationReport
@@ -87,21 +87,51 @@ class ReSpSGenerationMixin(GenerationMixin):
         Raises:
             ValueError: the head is another target's, or the call asks for what a tree cannot do.
         """
-        target, defaults = cast(PreTrainedModel, self), SpeculationDefaults.of(self)
-        assistant_model, policy, lockstep = defaults.fill(assistant_model, policy, lockstep)
-        head = draft_head(assistant_model)
         given: dict[str, Any] = {"generation_config": generation_config, "logits_processor": logits_processor}
         given |= {"stopping_criteria": stopping_criteria, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
-        given |= {"synced_gpus": synced_gpus, "assistant_model": head or assistant_model}
-        given |= {"streamer": streamer, "negative_prompt_ids": negative_prompt_ids, "custom_generate": custom_generate}
+        given |= {"synced_gpus": synced_gpus, "streamer": streamer, "custom_generate": custom_generate}
+        given |= {"negative_prompt_ids": negative_prompt_ids}
         given["negative_prompt_attention_mask"] = negative_prompt_attention_mask
         arguments = {name: value for name, value in given.items() if value is not None} | kwargs
         prompts = kwargs.get("input_ids") if inputs is None else inputs
-        with evaluation_mode(target, head) if defaults.eval_mode else nullcontext():
-            request = read_request(target, assistant_model, policy, lockstep, generation_config, arguments, prompts)
+        asked = (assistant_model, policy, lockstep)
+        with self._requested(asked, generation_config, arguments, prompts) as assistant:
+            # by name, and only what was given: a model class may have a `generate` of its own
+            return super().generate(*([] if inputs is None else [inputs]), **arguments, **assistant)
+
+    @contextmanager
+    def _requested(
+        self,
+        asked: tuple[Any, Any, Any],
+        config: GenerationConfig | None,
+        arguments: dict[str, Any],
+        prompts: Tensor | None,
+    ) -> Iterator[dict[str, Any]]:
+        """Hold what a call asks for while stock `generate` runs.
+
+        Args:
+            asked: its `assistant_model`, `policy` and `lockstep`.
+            config: its `generation_config`.
+            arguments: all its other keyword arguments.
+            prompts: `[b, s]`.
+
+        Yields:
+            `assistant_model` for the stock call, or nothing.
+        """
+        target = cast(PreTrainedModel, self)
+        with ExitStack() as stack:
+            if is_plain(*asked[:2]):
+                stack.enter_context(SpeculationDefaults.set_aside())  # calls within this one are plain, too
+                asked = (asked[0], None, asked[2])
+            defaults = SpeculationDefaults.of(target)
+            assistant_model, policy, lockstep = defaults.fill(*asked)
+            head = draft_head(assistant_model)
+            if defaults.eval_mode:
+                stack.enter_context(defaults.mode.held(target, head))
+            request = read_request(target, assistant_model, policy, lockstep, config, arguments, prompts)
             token = _request.set(request)
-            try:  # by name, and only what was given: a model class may have a `generate` of its own
-                return super().generate(*([] if inputs is None else [inputs]), **arguments)
+            try:
+                yield {} if assistant_model is None else {"assistant_model": head or assistant_model}
             finally:
                 _request.reset(token)
                 if request is not None and policy == AUTO:

@@ -95,6 +95,19 @@ def read_request(
     return Request(bound, policy, lockstep, place)
 
 
+def is_plain(assistant_model: Any, policy: Any) -> bool:
+    """Whether a call asks for stock decoding by name.
+
+    Raises:
+        ValueError: and for a draft head as well.
+    """
+    if not (isinstance(policy, str) and policy == PLAIN):
+        return False
+    if draft_head(assistant_model) is not None:
+        raise ValueError("`policy='plain'` decodes without a draft head. Leave out one of the two.")
+    return True
+
+
 def check_kinds(assistant_model: Any, policy: Any, lockstep: Any) -> None:
     """Refuse keywords of the wrong kind.
 
@@ -108,7 +121,7 @@ def check_kinds(assistant_model: Any, policy: Any, lockstep: Any) -> None:
         )
     if not isinstance(lockstep, bool | None):
         raise ValueError(f"`lockstep` must be True, False or None, got {lockstep!r}.")
-    if policy is None or (isinstance(policy, str) and policy in (AUTO, PLAIN)):
+    if policy is None or (isinstance(policy, str) and policy == AUTO):
         return
     if isinstance(policy, type) or not isinstance(policy, Policy):
         raise ValueError(

@@ -5,14 +5,17 @@ For callers that pass no keyword through, such as the trainers of TRL.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
+from .evaluation_mode import EvaluationMode
 from .policy import Policy
-from .request import PLAIN, draft_head
+from .request import draft_head
 
 
 _ATTRIBUTE = "_resps_defaults"
+_are_set_aside: ContextVar[bool] = ContextVar("resps_defaults_are_set_aside", default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +27,14 @@ class SpeculationDefaults:
         policy: shapes the trees; `None` leaves it to the call.
         lockstep: whether the rows of a batch advance together; `None` leaves it to the call.
         eval_mode: every call runs in evaluation mode, also while the model trains.
+        mode: of the model's layers, for `eval_mode`.
     """
 
     assistant_model: Any = None
     policy: Policy | str | None = None
     lockstep: bool | None = None
     eval_mode: bool = False
+    mode: EvaluationMode = field(default_factory=EvaluationMode, compare=False, repr=False)
 
     def keep(self, target: Any) -> None:
         """Hold for `target` from now on, instead of earlier ones."""
@@ -37,9 +42,9 @@ class SpeculationDefaults:
 
     @classmethod
     def of(cls, target: Any) -> "SpeculationDefaults":
-        """Those of a model; empty ones where `attach` was given nothing."""
-        kept: SpeculationDefaults = target.__dict__.get(_ATTRIBUTE) or cls()
-        return kept
+        """Those of a model; empty ones where `attach` was given nothing, and while they are set aside."""
+        kept: SpeculationDefaults | None = None if _are_set_aside.get() else target.__dict__.get(_ATTRIBUTE)
+        return cls() if kept is None else kept
 
     @staticmethod
     def forget(target: Any) -> None:
@@ -47,45 +52,23 @@ class SpeculationDefaults:
 
     @staticmethod
     @contextmanager
-    def set_aside(target: Any) -> Iterator[None]:
-        """Inside, `target` has none, so that a plain call is plain; afterwards those that it had."""
-        kept = target.__dict__.pop(_ATTRIBUTE, None)
+    def set_aside() -> Iterator[None]:
+        """Inside, no model has any: a call that names nothing is plain. Other threads do not notice."""
+        token = _are_set_aside.set(True)
         try:
             yield
         finally:
-            if kept is not None:
-                target.__dict__[_ATTRIBUTE] = kept
+            _are_set_aside.reset(token)
 
     def fill(self, assistant_model: Any, policy: Any, lockstep: Any) -> tuple[Any, Any, Any]:
         """The three keywords of a call, each replaced by its default where it is `None`.
 
-        A call with `policy="plain"` or with an assistant of Transformers' own takes none of them.
-
-        Raises:
-            ValueError: `policy="plain"` together with a draft head.
+        A call with an assistant of Transformers' own takes none of them.
         """
-        head = draft_head(assistant_model)
-        if isinstance(policy, str) and policy == PLAIN:
-            if head is not None:
-                raise ValueError("`policy='plain'` decodes without a draft head. Leave out one of the two.")
-            return assistant_model, None, lockstep
-        if assistant_model is not None and head is None:
+        if assistant_model is not None and draft_head(assistant_model) is None:
             return assistant_model, policy, lockstep
-        assistant_model = self.assistant_model if head is None else assistant_model
+        assistant_model = self.assistant_model if assistant_model is None else assistant_model
         policy = self.policy if policy is None else policy
         if lockstep is None and not (assistant_model is None and policy is None):
             lockstep = self.lockstep
         return assistant_model, policy, lockstep
-
-
-@contextmanager
-def evaluation_mode(*models: Any) -> Iterator[None]:
-    """Inside, no layer of `models` (some may be `None`) is in training mode; afterwards those that were are again."""
-    training = [module for model in models if model is not None for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -41,8 +41,13 @@ def test_rates_are_total_tokens_over_total_seconds() -> None:
     assert rows["rows apart"]["same_text"] == 0.75
 
 
-def test_sizes_that_no_group_fills_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_no_group_fills_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = Experiment(None, None, [torch.arange(3)] * 2)
     monkeypatch.setattr(Experiment, "load", lambda args: given)
-    with pytest.raises(ValueError, match=r"batch sizes \[4\] are above the number of prompts, 2.*a larger `--limit`"):
+    with pytest.raises(SystemExit, match="2"):
         main(["target", "head", "--dataset", "prompts.jsonl", "--batch-sizes", "4"])
+    said = capsys.readouterr().err
+    assert "batch sizes [4] are above the number of prompts, 2" in said and "a larger `--limit`" in said
+    assert len(said.splitlines()) == 1

@@ -62,7 +62,7 @@ def test_a_library_that_is_not_there_is_named_before_any_work(
     monkeypatch.setitem(sys.modules, name, None)
     assert command.main(["nowhere", "nothing", "--dataset", "x.jsonl", "--peers", name]) == 2
     error = capsys.readouterr().err
-    assert f"--peers needs {name}" in error and f"pip install {name}" in error
+    assert f"--peers needs {name}" in error and "pip install 'transformers-resps[peers]'" in error
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,8 +12,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from tests.targets import Architecture
-from transformers_resps import DraftHead, FixedPolicy, TreeShape, assert_lossless, attach, detach
+from transformers_resps import (
+    DraftHead,
+    FixedPolicy,
+    StepRecord,
+    TreeShape,
+    assert_lossless,
+    attach,
+    calibrate,
+    detach,
+)
 from transformers_resps.generation import ReSpSGenerationMixin
+from transformers_resps.inspection import examine
 from transformers_resps.speculation_defaults import SpeculationDefaults
 
 
@@ -26,8 +37,25 @@ def model(target: PreTrainedModel) -> Iterator[Any]:
     yield attach(copy.deepcopy(target))
 
 
-def shapes(output: Any) -> set[TreeShape]:
-    return {step.shape for step in output.speculation.steps[1:]}
+class Counted(FixedPolicy):
+    """Keeps the records of its steps."""
+
+    def __init__(self, shape: TreeShape) -> None:
+        super().__init__(shape)
+        self.steps: list[StepRecord] = []
+
+    def observe(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+
+@contextmanager
+def watched(model: Any, seen: set[bool]) -> Iterator[None]:
+    """Note at every forward whether the model is in training mode."""
+    hook = model.register_forward_pre_hook(lambda module, _: seen.add(module.training))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def test_head_and_policy_hold_where_a_call_gives_none(model: Any, head: DraftHead, prompt: torch.Tensor) -> None:
@@ -69,6 +97,22 @@ def test_a_plain_call_is_stock_decoding(model: Any, head: DraftHead, prompt: tor
         model.generate(prompt, policy="plain", assistant_model=head)
 
 
+def test_calls_within_a_plain_call_are_plain_too(model: Any, prompt: torch.Tensor) -> None:
+    def again(target: Any, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return target.generate(input_ids, **REPORTED)
+
+    attach(model, policy=LOOKUP)
+    assert not hasattr(model.generate(prompt, policy="plain", custom_generate=again), "speculation")
+
+
+def test_a_plain_call_runs_in_the_mode_of_the_model(model: Any, prompt: torch.Tensor) -> None:
+    attach(model.train(), policy=LOOKUP, eval_mode=True)
+    seen: set[bool] = set()
+    with watched(model, seen):
+        model.generate(prompt, max_new_tokens=2, policy="plain")
+    assert seen == {True}
+
+
 def test_an_assistant_of_transformers_own_takes_none(model: Any, prompt: torch.Tensor) -> None:
     assistant = detach(copy.deepcopy(model))
     expected = model.generate(prompt, assistant_model=assistant, **REPORTED)
@@ -86,6 +130,15 @@ def test_rows_of_a_sampled_batch_advance_apart_by_default(model: Any, prompt: to
     assert not hasattr(attach(model, lockstep=False).generate(rows, **REPORTED), "speculation")
 
 
+def test_the_head_of_a_call_replaces_the_default_head(model: Any, head: DraftHead, prompt: torch.Tensor) -> None:
+    other = copy.deepcopy(head)
+    ran: list[DraftHead] = []
+    for one in (head, other):
+        one.fc.register_forward_hook(lambda *_, one=one: ran.append(one))
+    attach(model, assistant_model=head).generate(prompt, assistant_model=other, max_new_tokens=4)
+    assert ran and all(one is other for one in ran)
+
+
 def test_what_cannot_be_a_default_is_refused_by_attach(model: Any, head: DraftHead) -> None:
     with pytest.raises(ValueError, match="must be a loaded model or head"):
         attach(model, assistant_model="head/folder")
@@ -93,6 +146,10 @@ def test_what_cannot_be_a_default_is_refused_by_attach(model: Any, head: DraftHe
         attach(model, assistant_model=model)
     with pytest.raises(ValueError, match="`policy` must be"):
         attach(model, policy=FixedPolicy)
+    with pytest.raises(ValueError, match="'plain'. is no default"):
+        attach(model, policy="plain")
+    with pytest.raises(ValueError, match="`eval_mode` must be True or False, got 'no'"):
+        attach(model, eval_mode="no")
     with pytest.raises(ValueError, match="hidden_size"):
         attach(Architecture("llama", {"hidden_size": 64}).build("sdpa"), assistant_model=head)
     assert SpeculationDefaults.of(model) == SpeculationDefaults()
@@ -123,11 +180,43 @@ def test_a_model_in_training_is_evaluated_for_the_call_alone(model: Any, prompt:
     assert [module.training for module in wrapped.modules()] == modes
 
 
+def test_the_head_is_evaluated_as_well(model: Any, head: DraftHead, prompt: torch.Tensor) -> None:
+    training = copy.deepcopy(head).train()
+    attach(model, assistant_model=training, eval_mode=True)
+    seen: set[bool] = set()
+    with watched(training, seen):
+        model.generate(prompt, max_new_tokens=4)
+    assert seen == {False} and training.training
+
+
+def test_overlapping_calls_train_no_layer_of_each_other(model: Any) -> None:
+    mode = SpeculationDefaults(eval_mode=True).mode
+    model.train()
+    with mode.held(model):
+        with mode.held(model):
+            pass
+        assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())
+
+
 def test_the_mode_comes_back_after_an_error(model: Any, prompt: torch.Tensor) -> None:
     attach(model.train(), policy=LOOKUP, eval_mode=True)
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(prompt, num_beams=2)
     assert all(module.training for module in model.modules())
+
+
+def test_what_measures_a_model_leaves_them_aside(model: Any, head: DraftHead, prompt: torch.Tensor) -> None:
+    counted = Counted(TreeShape(1, 0, 1, lookup=4))
+    wrapped: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)).eval()
+    attach(wrapped, assistant_model=head, policy=counted)
+    tree = FixedPolicy(TreeShape(4, 2, 2))
+    found = examine(wrapped, head, tree, prompt[0], settings={"max_new_tokens": 8})
+    assert found.parts_at is None and not counted.steps
+    calibrate(model, None, folder=None, refresh=True)
+    assert not counted.steps
+    with pytest.raises(ValueError, match="'plain'. drafts nothing, so there is nothing to compare"):
+        assert_lossless(model, None, "plain")
 
 
 def test_the_proof_kit_leaves_them_aside_and_in_place(model: Any, head: DraftHead) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..extras import check_extra
 from ..head import DraftHead
 from ..hub import RESULTS
 from .options import device, dtype, model, positive, shape
@@ -51,6 +52,18 @@ class Experiment:
         file: Path = args.output / RESULTS
         file.write_text(json.dumps(facts | {"runs": [asdict(run) for run in runs]}, indent=1, default=str), "utf-8")
         return file
+
+
+def execute(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, run: Callable[[argparse.Namespace], int]
+) -> int:
+    """Run a command with the extra `bench`; what stops it is one line and the exit status 2."""
+    args = parser.parse_args(arguments)
+    try:
+        check_extra("bench")
+        return run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:

@@ -42,8 +42,8 @@ def check_installed(names: Sequence[str]) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"--peers needs {' and '.join(missing)}, not installed here. Run `pip install {' '.join(missing)}`, or "
-            "leave it out of --peers."
+            f"--peers needs {' and '.join(missing)}, not installed here. Run `pip install "
+            "'transformers-resps[peers]'`, or leave it out of --peers."
         )
 
 

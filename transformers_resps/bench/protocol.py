@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..answers import end_ids
 from ..features import decoder_layers
+from ..speculation_defaults import SpeculationDefaults
 from .measurement import PLAIN, Measurement, token_count
 from .methods import Method
 from .prompts import Dialogue, Prompt, to_tokens
@@ -104,13 +105,14 @@ class Bench:
             keywords["policy"] = copy.deepcopy(keywords["policy"])
 
         def generated() -> tuple[list[int], Any]:
-            output = self.model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=most,
-                return_dict_in_generate=True,
-                **keywords,
-            )
+            with SpeculationDefaults.set_aside():  # plain decoding is plain, whatever the model was attached with
+                output = self.model.generate(
+                    input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    max_new_tokens=most,
+                    return_dict_in_generate=True,
+                    **keywords,
+                )
             return output.sequences[0, input_ids.shape[1] :].tolist(), getattr(output, "speculation", None)
 
         return generated

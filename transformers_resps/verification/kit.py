@@ -13,6 +13,7 @@ from torch import Tensor
 from ..cost_table import identity_of
 from ..head import DraftHead
 from ..policy import Policy
+from ..request import is_plain
 from .distribution import check_distribution
 from .divergence import HALF_PRECISIONS
 from .own_trees import ChangingTrees
@@ -66,7 +67,7 @@ def assert_lossless(
         ValueError: a prompt, a number, the model or the head is unusable, or `generate` refuses it or the policy.
     """
     started = time.perf_counter()
-    _check_kinds(model, head, prompts, seeds, max_new_tokens)
+    _check_kinds(model, head, policy, prompts, seeds, max_new_tokens)
     subject = Subject(model, head, "auto" if head is None and policy is None else policy)
     vocabulary = subject.target.config.get_text_config().vocab_size
     ids = [_usable(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
@@ -134,7 +135,7 @@ def built_in_prompts(vocabulary: int) -> list[Tensor]:
     return [ids[:2], ids[2:11], ids[11:35], ids[35:44].repeat(2)]
 
 
-def _check_kinds(model: Any, head: Any, prompts: Any, *numbers: Any) -> None:
+def _check_kinds(model: Any, head: Any, policy: Any, prompts: Any, *numbers: Any) -> None:
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
         raise ValueError(
             f"`assert_lossless` needs a loaded causal LM, got {_short(model)}. Pass "
@@ -145,6 +146,8 @@ def _check_kinds(model: Any, head: Any, prompts: Any, *numbers: Any) -> None:
             f"`head` must be a loaded `DraftHead` or None, got {_short(head)}. Pass "
             "`DraftHead.from_pretrained(..., target=model)`."
         )
+    if is_plain(head, policy):
+        raise ValueError("`policy='plain'` drafts nothing, so there is nothing to compare. Pass another policy.")
     if not isinstance(prompts, list | tuple | Tensor | None):
         raise ValueError(
             f"`prompts` must be a list with the token ids of each prompt, `[ids, ids, ...]`, got {prompts!r}."

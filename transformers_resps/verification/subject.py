@@ -102,12 +102,15 @@ class Subject:
         """Afterwards the model is as it was before, and so is the global random generator."""
         was_attached = isinstance(self.target, ReSpSGenerationMixin)
         training = [module for module in self.model.modules() if module.training]
+        defaults = SpeculationDefaults.of(self.target)
         self.model.eval()
         try:
-            with self._forked(), SpeculationDefaults.set_aside(self.target):
+            with self._forked(), SpeculationDefaults.set_aside():
                 yield
         finally:
             (attach if was_attached else detach)(self.model)
+            if was_attached:
+                defaults.keep(self.target)  # detaching in between has forgotten them
             for module in training:
                 module.training = True
 

@@ -7,11 +7,9 @@ way and batch size has its own `policy="auto"`, which learns from group to group
 import argparse
 import sys
 
-from rich.progress import track
-
 from ...policy import FixedPolicy, Policy, default_policy
 from ...tree import TreeShape
-from ..experiment import Experiment, add_options
+from ..experiment import Experiment, add_options, execute
 from .measuring import BatchBench, table
 
 
@@ -20,11 +18,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m transformers_resps.bench.batches", description=__doc__)
     add_options(parser, "results/batches")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 8])
-    return run(parser.parse_args(arguments))
+    return execute(parser, arguments, run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Decode, write, print."""
+    from rich.progress import track  # of the extra `bench`
+
     given = Experiment.load(args)
     bench = BatchBench(given.target, given.head, lambda: policy_of(args.shape), args.max_new_tokens)
     sizes = [size for size in args.batch_sizes if size <= len(given.prompts)]

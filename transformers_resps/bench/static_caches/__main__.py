@@ -7,10 +7,9 @@ Writes `results.json` and prints one row per way. Run it on a quiet machine. Com
 import argparse
 import sys
 
-from rich.progress import track
 from transformers import CompileConfig
 
-from ..experiment import Experiment, add_options
+from ..experiment import Experiment, add_options, execute
 from .measuring import StaticBench, table
 
 
@@ -21,11 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--backend", default="inductor", help="backend of `torch.compile`; 'none' leaves compiling out"
     )
-    return run(parser.parse_args(arguments))
+    return execute(parser, arguments, run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Decode, write, print."""
+    from rich.progress import track  # of the extra `bench`
+
     given = Experiment.load(args)
     config = None if args.backend == "none" else CompileConfig(backend=args.backend)
     shape = args.shape or given.head.default_shape
