@@ -17,7 +17,7 @@ MARK = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DATASETS = {"mt_bench": "MT-Bench", "humaneval": "HumanEval", "gsm8k": "GSM8K", "alpaca": "Alpaca", "cnn_dm": "CNN/DM"}
 COLUMNS = ("prompt lookup", "EAGLE-3 60/5/10", "fixed tree", "`auto`")
 STARTS = ("prompt lookup", "EAGLE-3 60/5/10", ("best fixed", "tree"), "auto")  # of their methods
-WORDS = {"auto": "`auto`", "ours": "`auto`", "oracle (ceiling)": "*ceiling*", "rows apart": "ragged", "given": "ours"}
+WORDS = {"auto": "`auto`", "ours": "`auto`", "oracle (ceiling)": "*oracle*", "rows apart": "ragged", "given": "ours"}
 INTERVAL = "{low:.2f} to {high:.2f}"
 
 
@@ -90,7 +90,7 @@ def overview(found: list[Results], temperature: str) -> str:
         cells = [two(costs["8"] / costs["1"]), f"{methods['plain']['tokens_per_second']:.1f}"]
         ratios = (next((r["ratio"] for m, r in methods.items() if m.startswith(s)), None) for s in (*STARTS, "oracle"))
         rows.append([one.target, one.link, amount, *cells, *map(two, ratios), INTERVAL.format(**methods["auto"])])
-    right = ["8 nodes", "plain, tokens/s", *COLUMNS, "*ceiling*", "`auto`, 95% interval"]
+    right = ["8 nodes", "plain, tokens/s", *COLUMNS, "*oracle*", "`auto`, 95% interval"]
     return table(["target", "results file", "prompts, tokens, repeats"], right, rows)
 
 
@@ -162,7 +162,7 @@ def forward_costs(found: list[Results]) -> str:
         ratios = [own[count] / own[1] if count in own else None for count in counts]
         start = [size, "prepacked" if packed else "stock", f"{context:,}", str(batch)]
         rows.append([*start, two(own[1] / seconds[size, packed, 256, 1][1]), *map(two, ratios)])
-    right = ["1 node, to context 256 and batch 1", *(f"{count} nodes, to 1" for count in counts)]
+    right = ["1 node / 1 node at context 256, batch 1", *(f"{count} nodes / 1 node" for count in counts)]
     return table(["parameters", "layers", "context", "batch"], right, rows)
 
 

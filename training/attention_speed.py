@@ -18,7 +18,7 @@ from transformers_resps.grouped_attention import attend
 
 
 HEADS, KEY_HEADS, HEAD_SIZE, LAYERS, REPEATS = 9, 3, 64, 30, 20
-PLACES = ((1, 1, 150), (1, 1, 800), (1, 8, 800), (8, 1, 250), (8, 3, 250))  # rows, tokens of each, positions behind
+PLACES = ((1, 1, 150), (1, 1, 800), (1, 8, 800), (8, 1, 250), (8, 3, 250))  # rows, tokens of each, context
 Way = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -50,7 +50,7 @@ def milliseconds(way: Way, rows: int, tokens: int, past: int) -> float:
 @torch.inference_mode()
 def main() -> None:
     torch.manual_seed(0)
-    print("| rows, tokens, positions behind | copies | `enable_gqa` | ours |\n|---|---:|---:|---:|")
+    print("| rows, tokens, context | copies | `enable_gqa` | ours |\n|---|---:|---:|---:|")
     for place in PLACES:
         cells = " | ".join(f"{milliseconds(way, *place):.2f}" for way in (copied, shared, attend))
         print(f"| {', '.join(map(str, place))} | {cells} |")

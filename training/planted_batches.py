@@ -23,8 +23,8 @@ from transformers_resps.policy import default_policy
 from transformers_resps.tree import DraftTree
 
 
-# Milliseconds on two Zen 4 cores in a quiet moment, SmolLM2 in bfloat16, packed: its linear layers by rows of a
-# forward; of attention behind 250 positions, for each row of the batch; all that depends on neither; the head.
+# Milliseconds on two Zen 4 cores in a quiet moment, SmolLM2 in bfloat16, prepacked: its linear layers by rows of a
+# forward; of attention after 250 positions, for each row of the batch; all that depends on neither; the head.
 LINEAR = {1: 17.0, 4: 17.4, 8: 17.9, 16: 21.4, 24: 26.8, 32: 31.7, 48: 43.7, 64: 51.7}
 ATTENTION, MASKED, FURTHER_NODE, REST = 1.0, 0.35, 0.25, 14.0
 READING, LEVEL = (2.0, 0.2), (2.5, 0.1)  # the head's, and more for each row
@@ -47,12 +47,12 @@ def verify_seconds(rows: int, nodes: int) -> float:
 
 
 def draft_seconds(rows: int, levels: int) -> float:
-    """Of reading what was committed, and of the levels behind the first, which that gives."""
+    """Of reading what was committed, and of the levels after the first, which that gives."""
     return (READING[0] + READING[1] * rows + (levels - 1) * (LEVEL[0] + LEVEL[1] * rows)) / 1e3
 
 
 class PlantedClock:
-    """Seconds that somebody adds."""
+    """Seconds that the caller adds."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -92,7 +92,7 @@ COUNTED = (
 
 
 class Place:
-    """A forward over a root with `nodes - 1` children behind `context` cached positions of each of `batch` rows."""
+    """A forward over a root with `nodes - 1` children after `context` cached positions of each of `batch` rows."""
 
     def __init__(self, model: Any, nodes: int, context: int, batch: int) -> None:
         self.nodes, self.context, self.batch = nodes, context, batch
@@ -163,7 +163,8 @@ def show(found: dict[str, Any]) -> None:
     for size in MEASURED:
         for packed in (False, True):
             ms = [1e3 * rows[size.name, packed, nodes, 256, 1] for nodes in NODES]
-            print(f"| {size.name} | {'packed' if packed else 'stock'} | " + " | ".join(f"{m:.0f}" for m in ms) + " |")
+            layers = "prepacked" if packed else "stock"
+            print(f"| {size.name} | {layers} | " + " | ".join(f"{m:.0f}" for m in ms) + " |")
     print("\n| context, batch | 1 node | 8 nodes | ratio |\n|---|---:|---:|---:|")
     for context, batch in ((256, 1), (1024, 1), (4096, 1), (256, 2), (256, 4), (256, 8)):
         one, eight = (1e3 * rows["0.1B", True, nodes, context, batch] for nodes in (1, 8))
@@ -173,9 +174,9 @@ def show(found: dict[str, Any]) -> None:
     for size in COUNTED:
         for context, batch in ((1024, 1), (16384, 1), (1024, 32)):
             ms = [1e3 * size.h100_seconds(nodes, context, batch) for nodes in (1, 8, 64, 256)]
-            dearer = next(n for n in range(1, 4096) if size.h100_seconds(n, context, batch) > 1.1e-3 * ms[0])
+            more_expensive = next(n for n in range(1, 4096) if size.h100_seconds(n, context, batch) > 1.1e-3 * ms[0])
             cells = " | ".join(f"{m:.1f}" for m in ms)
-            print(f"| {size.name}, context {context}, batch {batch} | {cells} | {dearer} |")
+            print(f"| {size.name}, context {context}, batch {batch} | {cells} | {more_expensive} |")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ HEAD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-head"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them to `parser`."""
     parser.add_argument("--head", default=str(HEAD), help="folder or Hub id of a head for SmolLM2-135M-Instruct")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="of each answer")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="of each answer")
     parser.add_argument(
         "--page",
         type=Path,

@@ -7,7 +7,7 @@ from ..hub import GENERAL_TAGS, METRICS, RESULTS, front_matter
 from .artefact import RECIPE, Artefact
 from .citations import CITATIONS
 from .results_table import circumstances, dataset_table, overall_table, sampling
-from .wording import about_policy, joined, short_name, training_cost, use
+from .wording import about_policy, about_trees, caption, joined, short_name, simulated_tree, training_cost, use
 
 
 def render_card(artefact: Artefact, name: str) -> str:
@@ -53,17 +53,19 @@ def _title(artefact: Artefact) -> str:
 def _results(artefact: Artefact) -> str:
     results = artefact.results
     if not results:
-        return "## How fast\n\nNot measured yet. Run `resps bench TARGET HEAD --dataset PROMPTS` on your machine."
+        unmeasured = "Not measured yet. Run `resps bench TARGET HEAD --dataset PROMPTS` on your machine."
+        return "\n\n".join(["## How fast", unmeasured, *([] if artefact.is_policy else [about_trees(artefact)])])
     parts = [
         "## How fast",
         results["advice"],
         overall_table(results),
+        about_trees(artefact),
         f"{circumstances(results)} `{RESULTS}` has every measurement. The speed depends on the machine: measure on "
         "yours with `resps bench`.",
     ]
     if by_dataset := dataset_table(results):
         parts += ["By dataset, ratio to plain, with tau in brackets:", by_dataset]
-    parts += [f"![{plot.removesuffix('.png').replace('_', ' ')}]({plot})" for plot in artefact.plots]
+    parts += [f"![{caption(plot)}]({plot})" for plot in artefact.plots]
     return "\n\n".join(parts)
 
 
@@ -78,10 +80,10 @@ def _held_out(metrics: dict[str, Any]) -> str:
             f"| {' | '.join(f'{value:.3f}' for value in agreement.values())} |",
         ]
     if tau := metrics.get("simulated_tau"):
-        trees = joined([f"{value:.2f} with the tree {tree}" for tree, value in tau.items()])
+        trees = joined([f"{value:.2f} with the tree {simulated_tree(tree)}" for tree, value in tau.items()])
         parts.append(
-            f"Simulated mean acceptance length (tau) on {metrics['tau_texts']} of them: {trees} "
-            "(total_tokens/depth/top_k, then looked-up nodes if any)."
+            f"Simulated mean acceptance length (tau) on {metrics['tau_texts']} of them: {trees}, "
+            "without prompt lookup."
         )
     if (coverage := metrics.get("coverage")) is not None:
         parts.append(
@@ -120,7 +122,7 @@ def _limits(artefact: Artefact) -> str:
     if said.get("languages"):
         lines.append(f"Languages: {joined(said['languages'])}. In others fewer drafts are accepted.")
     if results:
-        lines.append(f"Measured: {sampling(results)}. Other temperatures were not measured.")
+        lines.append(f"Measured in `{RESULTS}`: {sampling(results)}. Other temperatures are not in this file.")
     if results or artefact.config.get("dtype"):
         kept = f"Stored in {artefact.config['dtype']}" if artefact.config.get("dtype") else ""
         lines.append("; ".join(filter(None, [kept, f"measured in {results['dtype']}" if results else ""])) + ".")

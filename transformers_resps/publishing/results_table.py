@@ -46,9 +46,8 @@ def circumstances(results: dict[str, Any]) -> str:
     return (
         f"{prompts} prompts, {sampling(results)}, at most {results['settings']['max_new_tokens']} new tokens, "
         f"{results['settings']['repeats']} repeat{'s' if results['settings']['repeats'] != 1 else ''}; "
-        f"{results['dtype']}{', packed weights' if results.get('packed') else ''}, {results['device']}, {threads}; "
-        f"{versions}; commit `{str(results['commit'])[:12]}`"
-        f"{' with changes' if results['dirty'] else ''}." + _busy(results)
+        f"{results['dtype']}{', prepacked weights' if results.get('packed') else ''}, {results['device']}, {threads}; "
+        f"{versions}." + _busy(results)
     )
 
 

@@ -3,9 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .. import TreeShape
 from .artefact import Artefact
 
 
+_PLOTS = {
+    "costs.png": "What a target forward costs, by the number of nodes that it verifies.",
+    "ratios.png": "Speed relative to plain decoding, with 95% intervals, by benchmark.",
+    "sizes.png": "How many nodes each policy verified, by step of the output.",
+    "tau.png": "Tokens per target forward (tau), by the mean number of nodes verified.",
+    "time.png": "Milliseconds per token, and what they are spent on.",
+}
 _POLICIES = {
     "fixed": "It uses the same tree at every step.",
     "resps": "It reads the target's features, picks one of {shapes} tree shapes, and keeps it for {persistence} "
@@ -42,7 +50,7 @@ def use(artefact: Artefact, name: str) -> str:
     target = artefact.target or "TARGET"
     head = (artefact.head or "HEAD") if artefact.is_policy else name
     imports = "AutoPolicy, DraftHead, attach" if artefact.is_policy else "DraftHead, attach"
-    policy = ", policy=policy" if artefact.is_policy else ""
+    policy = "policy" if artefact.is_policy else '"auto"'
     lines = [
         "## Use it",
         "",
@@ -56,15 +64,33 @@ def use(artefact: Artefact, name: str) -> str:
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{target}")',
         'inputs = tokenizer("The quick brown fox", return_tensors="pt")',
-        f"out = model.generate(**inputs, assistant_model=head{policy}, max_new_tokens=256)",
+        f"out = model.generate(**inputs, assistant_model=head, policy={policy}, max_new_tokens=256)",
         "```",
         "",
         f'Without `attach`, pass `custom_generate="{name}", trust_remote_code=True` to `generate` as well. '
         "transformers-resps must be installed.",
     ]
-    if tree := artefact.config.get("default_tree"):
-        lines[-1] += f" The default tree, without a policy, is `TreeShape({', '.join(map(str, tree))})`."
     return "\n".join(lines)
+
+
+def about_trees(artefact: Artefact) -> str:
+    """Which tree the code of `use` decodes with, and how trees are written."""
+    written = "Trees are written total_tokens/depth/top_k, then + the nodes that prompt lookup may add. "
+    written += "EAGLE-3 counts one level of depth less."
+    if not (tree := artefact.config.get("default_tree")):
+        return written
+    shape = f"{TreeShape(*tree)}, which is `TreeShape({', '.join(map(str, tree))})`"
+    return f'The code above passes `policy="auto"`. Without it, the default tree is used: {shape}. {written}'
+
+
+def caption(plot: str) -> str:
+    """One sentence about a plot; of one that `resps bench` does not draw, its name."""
+    return _PLOTS.get(plot, plot.removesuffix(".png").replace("_", " "))
+
+
+def simulated_tree(name: str) -> str:
+    """A tree of `metrics.json` as it was simulated, without the lookup nodes that older files name: `8/3/4`."""
+    return "/".join(name.split("/")[:3])
 
 
 def training_cost(training: dict[str, Any]) -> str:
