@@ -151,19 +151,15 @@ def static_caches(found: list[Results]) -> str:
 
 
 def forward_costs(found: list[Results]) -> str:
-    """Of `training/scale.py`, ratios only."""
-    [one] = found
-    seconds: dict[tuple[Any, ...], dict[int, float]] = {}
-    for row in one.data["rows"]:
-        place = tuple(row[key] for key in ("size", "packed", "context", "batch"))
-        seconds.setdefault(place, {})[row["nodes"]] = row["seconds"]
-    counts, rows = sorted({row["nodes"] for row in one.data["rows"]})[1:], []
-    for (size, packed, context, batch), own in seconds.items():
-        ratios = [own[count] / own[1] if count in own else None for count in counts]
-        start = [size, "prepacked" if packed else "stock", f"{context:,}", str(batch)]
-        rows.append([*start, two(own[1] / seconds[size, packed, 256, 1][1]), *map(two, ratios)])
-    right = ["1 node / 1 node at context 256, batch 1", *(f"{count} nodes / 1 node" for count in counts)]
-    return table(["parameters", "layers", "context", "batch"], right, rows)
+    """Of `resps bench`: the costs that it measured before it began, relative to a forward over one node."""
+    counts, rows = ("2", "4", "8", "16", "32"), []
+    for one in found:
+        for context, own in one.data["costs"]["verify"].items():
+            plain = one.data["costs"]["plain"][context]
+            ratios = [two(own[count] / own["1"]) for count in counts]
+            rows.append([one.target, one.link, context, two(plain / own["1"]), *ratios])
+    right = ["plain `generate` / 1 node", *(f"{count} nodes / 1 node" for count in counts)]
+    return table(["target", "results file", "context"], right, rows)
 
 
 def same_outputs(found: list[Results]) -> str:

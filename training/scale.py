@@ -1,7 +1,7 @@
 """How a step's cost grows: measured here on random Llamas, and counted for an H100.
 
-    python training/scale.py --output docs/scale.json        # about four minutes on two cores
-    python training/scale.py --output docs/scale.json --show # prints the tables of docs/benchmarks.md from the file
+    python training/scale.py --output results/scale.json        # about four minutes on two cores
+    python training/scale.py --output results/scale.json --show # prints the tables from the file
 
 Measured: seconds of one forward over n nodes after a context, for three sizes of model; one size at a time is varied
 in context, batch and vocabulary. Counted: bytes that must be read and operations that must be done, with the memory
@@ -156,7 +156,7 @@ def facts(dtype: str) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """The tables of docs/benchmarks.md."""
+    """Print the tables."""
     rows = {(r["size"], r["packed"], r["nodes"], r["context"], r["batch"]): r["seconds"] for r in found["rows"]}
     print("| size | layers | " + " | ".join(f"{nodes}" for nodes in NODES) + " |")
     print("|---|---|" + "---:|" * len(NODES))
