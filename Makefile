@@ -78,6 +78,7 @@ test-matrix: .venv/dev/.filled $(TRANSFORMERS_RELEASES:%=.matrix/transformers-%)
 # The index's newest torch may be newer than what this machine's pip is told to take. It brings 4 GB of CUDA along; delete
 # .matrix/torch-newest to fetch a newer one.
 test-newest-torch: .venv/dev/.filled .matrix/torch-newest
+	PYTHONPATH=.matrix/torch-newest $(DEV) -c 'import torch; print("torch", torch.__version__)'
 	OMP_NUM_THREADS=1 PYTHONPATH=.matrix/torch-newest $(DEV) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
 
 # The index has no torch of that age for processors alone: this one brings 7 GB of CUDA along.
@@ -96,10 +97,10 @@ test-endurance: .venv/dev/.filled
 	$(DEV) -m pip install --quiet --no-deps --target $@ transformers==$*
 
 .matrix/torch-newest:
-	PIP_CONSTRAINT= $(DEV) -m pip install --quiet --upgrade --target $@ torch
+	PIP_CONSTRAINT=/dev/null $(DEV) -m pip install --quiet --target $@ torch
 
 .matrix/torch-%:
-	PIP_CONSTRAINT= $(DEV) -m pip install --quiet --target $@ torch==$*
+	PIP_CONSTRAINT=/dev/null $(DEV) -m pip install --quiet --target $@ torch==$*
 
 fix: .venv/dev/.filled
 	.venv/dev/bin/ruff format
