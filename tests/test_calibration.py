@@ -77,6 +77,9 @@ def test_the_command_prints_the_table_and_what_it_means(
     printed = capsys.readouterr().out
     assert "  nodes" in printed and "outside its forwards" in printed and "a step must accept more than" in printed
     assert "\n  plain  " in printed
+    assert "packed        False" in printed
+    assert main(["calibrate", str(tmp_path / "target"), "--pack"]) == 0
+    assert "packed        True" in capsys.readouterr().out
 
 
 def test_a_table_is_measured_once_and_kept(target: Any, head: DraftHead, tmp_path: Path) -> None:
