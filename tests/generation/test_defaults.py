@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers_resps import (
     calibrate,
     detach,
 )
+from transformers_resps.doctor.answers import write_answers
 from transformers_resps.generation import ReSpSGenerationMixin
 from transformers_resps.inspection import examine
 from transformers_resps.speculation_defaults import SpeculationDefaults
@@ -83,6 +85,25 @@ def test_attached_again_it_keeps_defaults_unless_new_ones_are_given(model: Any, 
 def test_detach_forgets_them(model: Any, prompt: torch.Tensor) -> None:
     detach(attach(model, policy=LOOKUP))
     assert not hasattr(attach(model).generate(prompt, **REPORTED), "speculation")
+
+
+def test_detach_forgets_those_of_a_users_own_subclass_too(model: Any) -> None:
+    base: Any = type(detach(model))
+
+    class Own(ReSpSGenerationMixin, base):  # type: ignore[misc]  # of whichever class that is
+        pass
+
+    model.__class__ = Own
+    detach(attach(model, policy=LOOKUP))
+    assert type(model) is Own and SpeculationDefaults.of(model) == SpeculationDefaults()
+
+
+def test_other_threads_keep_them_while_they_are_set_aside(model: Any) -> None:
+    attach(model, policy=LOOKUP)
+    with SpeculationDefaults.set_aside(), ThreadPoolExecutor(1) as others:
+        assert SpeculationDefaults.of(model) == SpeculationDefaults()
+        assert others.submit(SpeculationDefaults.of, model).result().policy is LOOKUP
+    assert SpeculationDefaults.of(model).policy is LOOKUP
 
 
 def test_a_plain_call_is_stock_decoding(model: Any, head: DraftHead, prompt: torch.Tensor) -> None:
@@ -214,6 +235,7 @@ def test_what_measures_a_model_leaves_them_aside(model: Any, head: DraftHead, pr
     found = examine(wrapped, head, tree, prompt[0], settings={"max_new_tokens": 8})
     assert found.parts_at is None and not counted.steps
     calibrate(model, None, folder=None, refresh=True)
+    write_answers(model, [prompt[0]], max_new_tokens=4)
     assert not counted.steps
     with pytest.raises(ValueError, match="'plain'. drafts nothing, so there is nothing to compare"):
         assert_lossless(model, None, "plain")

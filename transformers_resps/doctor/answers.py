@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..answers import end_ids, left_padded, up_to_end
+from ..speculation_defaults import SpeculationDefaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,10 @@ def write_answers(
         some = [prompt.to(target.device) for prompt in prompts[first : first + batch]]
         ids, mask = left_padded(some)
         width = ids.shape[1]
-        written = target.generate(  # type: ignore[operator]  # PreTrainedModel does not declare GenerationMixin
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0
-        ).cpu()
+        with SpeculationDefaults.set_aside():
+            written = target.generate(  # type: ignore[operator]  # PreTrainedModel does not declare GenerationMixin
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0
+            ).cpu()
         for row, prompt in zip(written, some, strict=True):
             end = width + len(up_to_end(row[width:], ends))
             answers.append(Answer(row[width - len(prompt) : end], len(prompt)))

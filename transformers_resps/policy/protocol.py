@@ -68,7 +68,7 @@ class Policy(Protocol):
     - `reads_foreseen` (true): false if it ignores `StepRecord.foreseen`, which then stays 0.
     - `check_identity` (`None`): called before any work with `target` and `head`, as `pair_identity` returns them;
       raises `ValueError` for others than those it was trained for.
-    - `glances` (false): true if it learns from a drafted level of which nothing is verified. `Guard` reads it.
+    - `glances` (false): true if it learns from draft-only probes, of which nothing is verified. `Guard` reads it.
     - `is_confident` (false): true once its estimates rest on observed outcomes. `Guard` reads it.
     - `costs` (`None`): the `RunningCosts` that it learns itself, for `Guard` to read.
     """

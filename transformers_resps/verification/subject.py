@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..adapters import unwrapped
 from ..answers import end_ids, left_padded, up_to_end
 from ..attaching import attach, detach
+from ..evaluation_mode import EvaluationMode
 from ..generation import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import KeptPolicies, Policy
@@ -101,18 +102,14 @@ class Subject:
     def undisturbed(self) -> Iterator[None]:
         """Afterwards the model is as it was before, and so is the global random generator."""
         was_attached = isinstance(self.target, ReSpSGenerationMixin)
-        training = [module for module in self.model.modules() if module.training]
         defaults = SpeculationDefaults.of(self.target)
-        self.model.eval()
         try:
-            with self._forked(), SpeculationDefaults.set_aside():
+            with self._forked(), SpeculationDefaults.set_aside(), EvaluationMode().held(self.model):
                 yield
         finally:
             (attach if was_attached else detach)(self.model)
             if was_attached:
                 defaults.keep(self.target)  # detaching in between has forgotten them
-            for module in training:
-                module.training = True
 
     @contextmanager
     def without_settings(self) -> Iterator[None]:
