@@ -6,8 +6,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tests.targets import ARCHITECTURES, Architecture
-from transformers_resps.attention import tree_attention_mask, tree_positions
-from transformers_resps.cache import keep_nodes, keep_rows, place_nodes
+from transformers_resps.target.attention import tree_attention_mask, tree_positions
+from transformers_resps.target.tree_cache import keep_nodes, keep_rows, place_nodes
 from transformers_resps.tree import DraftTree
 from transformers_resps.versions import CACHE_KEYWORD
 

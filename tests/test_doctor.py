@@ -14,9 +14,9 @@ from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
 from transformers_resps.cli import main
 from transformers_resps.doctor import DEPTHS, Answer, Cell, Diagnosis, Reading, Tally, diagnose, probing, write_answers
-from transformers_resps.features import FeatureTap
 from transformers_resps.head import BoundHead, DraftHead, HeadCache
-from transformers_resps.packing import is_packed
+from transformers_resps.target.features import FeatureTap
+from transformers_resps.target.prepacking import is_packed
 from transformers_resps.trainers.training_time_test import unroll
 
 

@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations import sdpa_attention
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.attention import tree_attention_mask, tree_positions
-from transformers_resps.grouped_attention import GROUPED, attend, grouped_attention, without_key_copies
+from transformers_resps.target.attention import tree_attention_mask, tree_positions
+from transformers_resps.target.gqa_attention import GROUPED, attend, grouped_attention, without_key_copies
 from transformers_resps.tree import DraftTree
 from transformers_resps.versions import CACHE_KEYWORD
 
@@ -75,7 +75,7 @@ def test_a_lone_token_attends_so_too(
     for cache in (stock, found):
         target(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1], **{CACHE_KEYWORD: cache})
     expected = target(input_ids=tokens[:, -1:], attention_mask=mask, **{CACHE_KEYWORD: stock}).logits
-    monkeypatch.delattr("transformers_resps.grouped_attention.sdpa_attention_forward")
+    monkeypatch.delattr("transformers_resps.target.gqa_attention.sdpa_attention_forward")
     with without_key_copies(target):
         logits = target(input_ids=tokens[:, -1:], attention_mask=mask, **{CACHE_KEYWORD: found}).logits
     torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
@@ -131,7 +131,7 @@ def test_a_call_may_begin_while_another_one_attends_so(
 def test_what_only_stock_attention_understands_is_left_to_it(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        "transformers_resps.grouped_attention.sdpa_attention_forward", lambda *_, **options: asked.append(options)
+        "transformers_resps.target.gqa_attention.sdpa_attention_forward", lambda *_, **options: asked.append(options)
     )
     states = torch.zeros(1, 4, 3, 8)
     grouped_attention(

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, pack, unpack
-from transformers_resps.packing import PackedLinear, is_packed
+from transformers_resps.target.prepacking import PackedLinear, is_packed
 
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")

@@ -2,7 +2,7 @@
 
 import torch
 
-from transformers_resps.prefix import Prefix
+from transformers_resps.target.slots import Prefix
 
 
 CPU = torch.device("cpu")

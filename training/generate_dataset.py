@@ -29,7 +29,7 @@ from batched_answers import answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_resps.answers import end_ids
-from transformers_resps.packing import pack
+from transformers_resps.target.prepacking import pack
 from transformers_resps.trainers.conversations import Conversation, read_conversations
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from transformers_resps import DraftHead, FixedPolicy, Guard, Policy, TreeShape
 from transformers_resps.bench.experiment import Experiment, add_options
-from transformers_resps.packing import pack
 from transformers_resps.policy import Observation, ThroughputPolicy
+from transformers_resps.target.prepacking import pack
 
 
 class HeadAlone(ThroughputPolicy):

@@ -21,10 +21,10 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from transformers_resps import pack
-from transformers_resps.attention import tree_attention_mask, tree_positions
-from transformers_resps.forward import TargetForward
 from transformers_resps.machine import device_name
-from transformers_resps.roomy_cache import make_room
+from transformers_resps.target.attention import tree_attention_mask, tree_positions
+from transformers_resps.target.forward import TargetForward
+from transformers_resps.target.preallocated_cache import make_room
 from transformers_resps.tree import DraftTree
 
 

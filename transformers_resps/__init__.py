@@ -7,8 +7,8 @@ from .calibration import calibrate
 from .cost_table import CostTable
 from .generation import ReSpSGenerationMixin, SpeculativeOutput
 from .head import DraftHead, DraftHeadConfig
-from .packing import pack, unpack
 from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
+from .target.prepacking import pack, unpack
 from .telemetry import SpeculationReport, StepRecord
 from .tree import DraftTree, TreeShape
 from .verification import LosslessReport, NotLosslessError, assert_lossless

@@ -14,17 +14,17 @@ from huggingface_hub.constants import HF_HOME
 from transformers import DynamicCache, PreTrainedModel
 
 from .attaching import attach, detach
-from .attention import tree_attention_mask, tree_positions
-from .cache import check_cache, forget_newest
 from .candidate_generator import TreeCandidateGenerator
 from .cost_table import CostTable, identity_of
-from .forward import TargetForward
 from .generation import ReSpSGenerationMixin
 from .head import BoundHead, DraftHead
 from .policy import FixedPolicy
 from .refusals import check_model
-from .roomy_cache import make_room, settle
 from .speculation_defaults import SpeculationDefaults
+from .target.attention import tree_attention_mask, tree_positions
+from .target.forward import TargetForward
+from .target.preallocated_cache import make_room, settle
+from .target.tree_cache import check_cache, forget_newest
 from .tree import DraftTree, TreeShape
 from .versions import CACHE_KEYWORD
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .frontier import Frontier, grow_pool
 from .head import Attend, BoundHead, HeadCache
 from .policy import Level, Policy, wants_level
-from .prefix import Prefix
+from .target.slots import Prefix
 from .tree import CandidatePool, TreeShape
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from .head import DraftHead
 from .machine import device_name
-from .packing import is_packed
 from .policy import RunningCosts
+from .target.prepacking import is_packed
 from .tree import TreeShape
 
 

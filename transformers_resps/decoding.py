@@ -14,17 +14,25 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from .acceptance import Acceptance
-from .attention import last_position, tree_attention_mask, tree_positions
 from .batch import Batch
-from .cache import cached_length, check_cache, drop_surplus, has_windows, keep_nodes, keep_rows, place_nodes
 from .candidate_generator import MOST_UNREAD, TreeCandidateGenerator
-from .features import Features
-from .forward import TargetForward
 from .head import BoundHead
 from .lookup import BatchLookup, Match
 from .policy import Observation, Policy, Witness, choose_shape, count_nodes
-from .prefix import Prefix, leading_pads
-from .roomy_cache import make_room, settle
+from .target.attention import last_position, tree_attention_mask, tree_positions
+from .target.features import Features
+from .target.forward import TargetForward, wait_for
+from .target.preallocated_cache import make_room, settle
+from .target.slots import Prefix, leading_pads
+from .target.tree_cache import (
+    cached_length,
+    check_cache,
+    drop_surplus,
+    has_windows,
+    keep_nodes,
+    keep_rows,
+    place_nodes,
+)
 from .telemetry import SpeculationReport, StepRecord
 from .tree import CandidatePool, DraftTree, TreeShape
 
@@ -106,7 +114,7 @@ class TreeDecoding:
             features.append(caught)
         check_cache(self.cache)
         make_room(self.cache)
-        _wait_for(outputs.logits)
+        wait_for(outputs.logits)
         verified = self._clock()
         tree = DraftTree.root_only(prompt[:, -1])
         acceptance = self.batch.walk(tree, outputs.logits[:, -1:])
@@ -124,7 +132,7 @@ class TreeDecoding:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
             self._generator.observe(states, self.batch.input_ids[:, -states.shape[1] :])
             self._generator.read()
-            _wait_for(states)
+            wait_for(states)
         self._prompt_seconds = self._clock() - started
 
     def step(self) -> None:
@@ -136,7 +144,7 @@ class TreeDecoding:
         started += self._compile(tree)
         drafted = self._clock()
         outputs, features = self._verify(tree)
-        _wait_for(outputs.logits)
+        wait_for(outputs.logits)
         verified = self._clock()
         acceptance = self.batch.walk(tree, outputs.logits)
         self._keep(tree, acceptance, features)
@@ -199,7 +207,7 @@ class TreeDecoding:
             return 0.0
         started = self._clock()
         outputs, _ = self._verify(tree)
-        _wait_for(outputs.logits)
+        wait_for(outputs.logits)
         self._forward.undo(tree)
         return self._clock() - started
 
@@ -287,13 +295,3 @@ class TreeDecoding:
         if self.batch.in_lockstep:
             return min(count for count, gained in zip(found, acceptance.gained, strict=True) if gained)
         return tuple(next(found) if count else 0 for count in acceptance.emitted)
-
-
-def _wait_for(states: Tensor) -> None:
-    """Let an accelerator finish what makes `states` `[b, t, any]`: else the clock tells how long a launch takes.
-
-    After the target's forward the walk would wait all the same. Drafting is not waited for, so that the forward is
-    launched meanwhile: what is left of it counts as verifying.
-    """
-    if states.device.type != "cpu":
-        states[0, -1, 0].item()

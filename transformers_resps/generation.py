@@ -16,16 +16,16 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .batch import Batch
-from .cache import buffer_length, stop_recording
 from .decoding import TreeDecoding
-from .forward import CompiledForward, TargetForward, is_compiled
 from .lockstep import advance_together, coupling
 from .policy import KeptPolicies, Policy
 from .refusals import check_forward_arguments, check_lengths, check_synced
 from .request import AUTO, Request, draft_head, is_plain, read_request
 from .speculation_defaults import SpeculationDefaults
-from .static_cache import static_cache
 from .stock_call import StockCall
+from .target.forward import CompiledForward, TargetForward, is_compiled
+from .target.static_cache import static_cache
+from .target.tree_cache import buffer_length, stop_recording
 from .telemetry import SpeculationReport
 from .versions import CACHE_KEYWORD
 

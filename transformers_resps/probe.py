@@ -6,9 +6,9 @@ Architectures that the tests compare with plain decoding are not checked.
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .attention import tree_attention_mask, tree_positions
-from .cache import check_cache, keep_nodes
-from .forward import TargetForward
+from .target.attention import tree_attention_mask, tree_positions
+from .target.forward import TargetForward
+from .target.tree_cache import check_cache, keep_nodes
 from .tree import DraftTree
 
 

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from transformers_resps.acceptance import Text, walk
-from transformers_resps.attention import tree_attention_mask, tree_positions
-from transformers_resps.cache import keep_nodes
+from transformers_resps.target.attention import tree_attention_mask, tree_positions
+from transformers_resps.target.tree_cache import keep_nodes
 from transformers_resps.tree import CandidatePool, DraftTree
 
 from .trees import VOCABULARY, parents, path_of, pools, texts_of, trees

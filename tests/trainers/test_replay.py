@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from tests.targets import Architecture
 from transformers_resps import DraftHead, DraftTree, TreeShape, attach
 from transformers_resps.candidate_generator import TreeCandidateGenerator
-from transformers_resps.features import FeatureTap
 from transformers_resps.head import BoundHead
 from transformers_resps.policy import ActionGrid, Observation, Policy
+from transformers_resps.target.features import FeatureTap
 from transformers_resps.trainers.oracle import Oracle
 from transformers_resps.trainers.outcomes import OutcomeTable, TextOutcomes
 from transformers_resps.trainers.prefix_pools import PrefixPools

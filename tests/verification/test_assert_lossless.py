@@ -25,8 +25,8 @@ from transformers_resps.acceptance import Acceptance, Text, walk
 from transformers_resps.batch import Batch
 from transformers_resps.decoding import TreeDecoding
 from transformers_resps.ends import Ends
-from transformers_resps.forward import TargetForward
 from transformers_resps.policy import KeptPolicies
+from transformers_resps.target.forward import TargetForward
 from transformers_resps.tree import DraftTree
 from transformers_resps.verification import MOST_SPACINGS, spacing_at
 from transformers_resps.verification.distribution import check_distribution

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..answers import end_ids
-from ..features import decoder_layers
 from ..speculation_defaults import SpeculationDefaults
+from ..target.features import decoder_layers
 from .measurement import PLAIN, Measurement, token_count
 from .methods import Method
 from .prompts import Dialogue, Prompt, to_tokens

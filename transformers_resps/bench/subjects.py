@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..attaching import attach
 from ..head import DraftHead, pair_identity
-from ..packing import is_packed, pack
 from ..policy import Policy
+from ..target.prepacking import is_packed, pack
 from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from ..trainers.weights import parameter_fingerprint
 from .methods import policy_name

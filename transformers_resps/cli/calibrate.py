@@ -7,7 +7,7 @@ from ..bench.options import model
 from ..calibration import calibrate
 from ..cost_table import CostTable
 from ..head import DraftHead
-from ..packing import pack
+from ..target.prepacking import pack
 from .target import add_target_options, load_target
 
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..features import FeatureTap
 from ..head import BoundHead, DraftHead, DraftHeadConfig
 from ..head.rotary import RotaryEmbedding
-from ..packing import unpack
+from ..target.features import FeatureTap
+from ..target.prepacking import unpack
 from ..trainers.training_time_test import unroll
 from .answers import Answer
 from .diagnosis import Cell, Diagnosis, Reading, Tally

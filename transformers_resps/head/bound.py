@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..packing import is_packed, pack
+from ..target.prepacking import is_packed, pack
 from .modeling import DraftHead
 
 

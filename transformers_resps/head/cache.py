@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..grouped_attention import attend
+from ..target.gqa_attention import attend
 from .configuration import DraftHeadConfig
 from .layer import Attend
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..features import FeatureTap
 from ..head import BoundHead, DraftHead
+from ..target.features import FeatureTap
 from ..tree import CandidatePool
 from .prefix_pools import PrefixPools
 

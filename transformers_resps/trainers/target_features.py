@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..features import FeatureTap
+from ..target.features import FeatureTap
 from .soft_cross_entropy import Teacher
 
 

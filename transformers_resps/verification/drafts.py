@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..candidate_generator import TreeCandidateGenerator
-from ..features import FeatureTap
 from ..head import BoundHead, DraftHead
 from ..lookup import Lookup
 from ..policy import FixedPolicy
+from ..target.features import FeatureTap
 from ..tree import TreeShape
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..attention import tree_attention_mask, tree_positions
-from ..cache import forget_newest
-from ..forward import TargetForward
+from ..target.attention import tree_attention_mask, tree_positions
+from ..target.forward import TargetForward
+from ..target.tree_cache import forget_newest
 from ..tree import DraftTree
 from .divergence import spacing_at
 

@@ -1,6 +1,6 @@
 """Few sizes for a tree's forward: with a static cache trees are padded, so that a compiled target sees few shapes."""
 
-from .tree import DraftTree
+from ..tree import DraftTree
 
 
 class Buckets:

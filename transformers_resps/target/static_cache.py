@@ -6,7 +6,7 @@ import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
-from .cache import check_cache, window_of
+from .tree_cache import check_cache, window_of
 
 
 # Slots after the longest text, for its last trees. A larger tree is cut there, which costs speed only.

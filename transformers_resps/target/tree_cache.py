@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from .roomy_cache import entries_of
+from .preallocated_cache import entries_of
 
 
 # By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.

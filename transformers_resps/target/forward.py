@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from ..tree import DraftTree
+from ..versions import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 from .buckets import Buckets
-from .cache import buffer_length, forget_newest
 from .features import Features, FeatureTap
-from .grouped_attention import without_key_copies
+from .gqa_attention import without_key_copies
 from .static_cache import let_buffers_change
-from .tree import DraftTree
-from .versions import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
+from .tree_cache import buffer_length, forget_newest
 
 
 def is_compiled(target: PreTrainedModel) -> bool:
@@ -137,3 +137,13 @@ def _settled(part: Any) -> Any:
     part = part.clone(memory_format=torch.contiguous_format)
     torch._dynamo.mark_static(part)
     return part
+
+
+def wait_for(states: Tensor) -> None:
+    """Let an accelerator finish what makes `states` `[b, t, any]`: else the clock tells how long a launch takes.
+
+    After the target's forward the walk would wait all the same. Drafting is not waited for, so that the forward is
+    launched meanwhile: what is left of it counts as verifying.
+    """
+    if states.device.type != "cpu":
+        states[0, -1, 0].item()

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, PretrainedConfig
 
-from .cache import buffer_length, cached_length, visible_length, window_of
-from .tree import DraftTree
+from ..tree import DraftTree
+from .tree_cache import buffer_length, cached_length, visible_length, window_of
 
 
 def tree_positions(tree: DraftTree, root_positions: Tensor) -> Tensor:
