@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.demo.target import load_target, prepared_target
 from transformers_resps.inspection import examine, story_of
-from transformers_resps.pieces import decoder
+from transformers_resps.telemetry.detokenize import decoder
 
 
 PICTURE = Path(__file__).with_name("step.svg")

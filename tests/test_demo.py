@@ -17,7 +17,7 @@ from transformers_resps.demo import target as demo_target
 from transformers_resps.demo.__main__ import main
 from transformers_resps.demo.answering import Answer, Comparison, compare
 from transformers_resps.demo.report import divergence_line, price_of, table, verdict
-from transformers_resps.telemetry import nodes_of, tau_of
+from transformers_resps.telemetry.report import nodes_of, tau_of
 from transformers_resps.verification import Divergence
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from transformers_resps.pieces import decoder, piece_after, pieces_of
+from transformers_resps.telemetry.detokenize import decoder, piece_after, pieces_of
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ import time
 import torch
 
 from transformers_resps.policy import Level, Observation, default_policy
-from transformers_resps.telemetry import StepRecord
+from transformers_resps.telemetry.report import StepRecord
 
 
 STEPS = 2000

@@ -9,7 +9,7 @@ from .generation import ReSpSGenerationMixin, SpeculativeOutput
 from .head import DraftHead, DraftHeadConfig
 from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
 from .target.prepacking import pack, unpack
-from .telemetry import SpeculationReport, StepRecord
+from .telemetry.report import SpeculationReport, StepRecord
 from .tree import DraftTree, TreeShape
 from .verification import LosslessReport, NotLosslessError, assert_lossless
 

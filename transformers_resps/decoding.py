@@ -33,7 +33,7 @@ from .target.tree_cache import (
     keep_rows,
     place_nodes,
 )
-from .telemetry import SpeculationReport, StepRecord
+from .telemetry.report import SpeculationReport, StepRecord
 from .tree import CandidatePool, DraftTree, TreeShape
 
 

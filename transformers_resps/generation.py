@@ -26,7 +26,7 @@ from .stock_call import StockCall
 from .target.forward import CompiledForward, TargetForward, is_compiled
 from .target.static_cache import static_cache
 from .target.tree_cache import buffer_length, stop_recording
-from .telemetry import SpeculationReport
+from .telemetry.report import SpeculationReport
 from .versions import CACHE_KEYWORD
 
 

@@ -11,7 +11,7 @@ from transformers_resps.policy import (
     Observation,
     Policy,
 )
-from transformers_resps.telemetry import StepRecord
+from transformers_resps.telemetry.report import StepRecord
 from transformers_resps.tree import TreeShape
 
 

@@ -17,7 +17,7 @@ from transformers_resps.policy import (
     ThroughputPolicy,
     default_policy,
 )
-from transformers_resps.telemetry import StepRecord
+from transformers_resps.telemetry.report import StepRecord
 from transformers_resps.tree import TreeShape
 
 

@@ -12,7 +12,7 @@ from tests.batches.rows import prompts, speculate
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, attach
 from transformers_resps.policy import FixedPolicy, Guard, Observation, RunningCosts, ThroughputPolicy
-from transformers_resps.telemetry import StepRecord
+from transformers_resps.telemetry.report import StepRecord
 from transformers_resps.tree import TreeShape
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
 from transformers_resps.policy import default_policy
-from transformers_resps.telemetry import StepRecord
+from transformers_resps.telemetry.report import StepRecord
 
 
 WIDE = FixedPolicy(TreeShape(40, 4, VOCABULARY))

@@ -13,7 +13,7 @@ from tests.trainers.policies import FEATURES, GRID, config
 from transformers_resps import DraftHead, TreeShape, attach, detach
 from transformers_resps.decoding import TreeDecoding
 from transformers_resps.policy import ActionGrid, Observation, ReSpSConfig, ReSpSPolicy
-from transformers_resps.telemetry import StepRecord
+from transformers_resps.telemetry.report import StepRecord
 from transformers_resps.trainers.live_rollouts import DecisionRecorder, LiveRollouts
 from transformers_resps.trainers.policy_trainer import PolicyTrainer
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.policy import Level, Observation, Policy
-from transformers_resps.telemetry import StepRecord
+from transformers_resps.telemetry.report import StepRecord
 from transformers_resps.trainers import RecordedText, StepCosts, record_pools, replay_policy
 
 

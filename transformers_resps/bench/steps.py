@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..telemetry import SpeculationReport
+from ..telemetry.report import SpeculationReport
 
 
 BUCKETS = ("plain", "2 to 4", "5 to 8", "9 to 16", "17 to 32", "above 32")  # nodes verified

@@ -14,8 +14,8 @@ from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
 from ..head import DraftHead
 from ..inspection import Examination, examine, facts_of, page, story_of
-from ..pieces import decoder
 from ..policy import default_policy
+from ..telemetry.detokenize import decoder
 from .target import add_target_options, load_target
 
 

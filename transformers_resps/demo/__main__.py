@@ -20,9 +20,9 @@ from transformers.utils import logging as transformers_logging
 from ..attaching import attach
 from ..head import DraftHead
 from ..inspection import facts_of, page, story_of
-from ..pieces import decoder
 from ..policy import FixedPolicy
 from ..target.prepacking import pack
+from ..telemetry.detokenize import decoder
 from .answering import Comparison, compare
 from .options import add_options
 from .report import divergence_line, table, verdict

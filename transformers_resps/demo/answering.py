@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..head import DraftHead
 from ..inspection import Examination, Recorder
 from ..policy import FixedPolicy
-from ..telemetry import SpeculationReport
+from ..telemetry.report import SpeculationReport
 from ..verification import Divergence, explain_divergence
 
 

@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..bench.measurement import rate
-from ..telemetry import SpeculationReport, nodes_of, tau_of
+from ..telemetry.report import SpeculationReport, nodes_of, tau_of
 from .answering import Comparison
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..head import DraftHead
 from ..policy import Policy
 from ..speculation_defaults import SpeculationDefaults
-from ..telemetry import SpeculationReport
+from ..telemetry.report import SpeculationReport
 from ..verification import Divergence, explain_divergence
 from .recorder import RecordedStep, Recorder
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..policy import Level, Observation, Policy, PolicyWrapper
-from ..telemetry import StepRecord
+from ..telemetry.report import StepRecord
 from ..tree import DraftTree, TreeShape
 
 

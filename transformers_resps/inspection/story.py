@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from ..pieces import Decode, piece_after, pieces_of
-from ..telemetry import StepRecord
+from ..telemetry.detokenize import Decode, piece_after, pieces_of
+from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 from .examination import Examination
 from .recorder import RecordedStep

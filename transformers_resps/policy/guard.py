@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from ..telemetry import StepRecord
+from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 from .costs import INTERRUPTED, RunningCosts
 from .decisions import ask_shape, count_nodes, wants_level

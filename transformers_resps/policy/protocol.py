@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..telemetry import StepRecord
+from ..telemetry.report import StepRecord
 from ..tree import DraftTree, TreeShape
 
 

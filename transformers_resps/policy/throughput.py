@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from torch import Tensor, tensor
 
-from ..telemetry import StepRecord
+from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 from .costs import RunningCosts
 from .decisions import MOST_NODES

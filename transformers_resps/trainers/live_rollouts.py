@@ -18,7 +18,7 @@ from ..adapters import unwrapped
 from ..generation import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import Observation, Policy, ReSpSPolicy
-from ..telemetry import StepRecord
+from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 from .outcomes import Decisions, HeldOutcomes, joined
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..lookup import Lookup
 from ..policy import Level, Observation, Policy, ask_shape, count_nodes, wants_level
-from ..telemetry import SpeculationReport, StepRecord
+from ..telemetry.report import SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree, TreeShape
 from .recorded_text import RecordedText
 

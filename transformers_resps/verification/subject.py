@@ -17,7 +17,7 @@ from ..generation import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import KeptPolicies, Policy
 from ..speculation_defaults import SpeculationDefaults
-from ..telemetry import SpeculationReport
+from ..telemetry.report import SpeculationReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
-from .pieces import decoder, pieces_of
-from .tree import TreeShape
+from ..tree import TreeShape
+from .detokenize import decoder, pieces_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class SpeculationReport:
             ValueError: the batch has no such row.
         """
         try:
-            from .terminal import StepLine, print_steps
+            from .console import StepLine, print_steps
         except ModuleNotFoundError as error:
             raise ImportError(
                 "`show` needs the package `rich`. Run `pip install 'transformers-resps[inspect]'`, or read `steps` "

@@ -1,0 +1,6 @@
+"""What happened in a call of `generate`: the record of each step, and the report over all of them."""
+
+from .report import SpeculationReport, StepRecord
+
+
+__all__ = ["SpeculationReport", "StepRecord"]
