@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_resps import DraftHead, attach
 from transformers_resps.answers import end_ids, left_padded
 from transformers_resps.bench.protocol import sampling
+from transformers_resps.head.weights import parameter_fingerprint
 from transformers_resps.trainers import RecordedText, head_fingerprint, load_conversations, record_pools
-from transformers_resps.trainers.weights import parameter_fingerprint
 
 
 DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for

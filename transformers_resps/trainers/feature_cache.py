@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..head.weights import parameter_fingerprint
 from .batches import IGNORED, TokenBudgetBatches, collate
 from .examples import Example, check_token_ids
 from .target_features import FrozenTarget
-from .weights import parameter_fingerprint
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
