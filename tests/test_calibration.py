@@ -13,9 +13,9 @@ from tests.conftest import FakeClock
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate
-from transformers_resps.candidate_generator import TreeCandidateGenerator
 from transformers_resps.cli import main
 from transformers_resps.cost_table import CostTable
+from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.candidate_generator import MOST_UNREAD, TreeCandidateGenerator
+from transformers_resps.drafting.candidate_generator import MOST_UNREAD, TreeCandidateGenerator
 from transformers_resps.head import BoundHead, HeadCache
 from transformers_resps.tree import CandidatePool
 

@@ -6,7 +6,14 @@ from transformers import set_seed
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.lookup import LONGEST_KEY, LONGEST_MATCH, NO_MATCH, BatchLookup, Lookup, SuffixIndex
+from transformers_resps.drafting.prompt_lookup import (
+    LONGEST_KEY,
+    LONGEST_MATCH,
+    NO_MATCH,
+    BatchLookup,
+    Lookup,
+    SuffixIndex,
+)
 from transformers_resps.tree import DraftTree
 
 

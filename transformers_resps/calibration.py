@@ -14,8 +14,8 @@ from huggingface_hub.constants import HF_HOME
 from transformers import DynamicCache, PreTrainedModel
 
 from .attaching import attach, detach
-from .candidate_generator import TreeCandidateGenerator
 from .cost_table import CostTable, identity_of
+from .drafting.candidate_generator import TreeCandidateGenerator
 from .generation import ReSpSGenerationMixin
 from .head import BoundHead, DraftHead
 from .policy import FixedPolicy

@@ -15,9 +15,9 @@ from transformers import Cache, PreTrainedModel
 
 from .acceptance import Acceptance
 from .batch import Batch
-from .candidate_generator import MOST_UNREAD, TreeCandidateGenerator
+from .drafting.candidate_generator import MOST_UNREAD, TreeCandidateGenerator
+from .drafting.prompt_lookup import BatchLookup, Match
 from .head import BoundHead
-from .lookup import BatchLookup, Match
 from .policy import Observation, Policy, Witness, choose_shape, count_nodes
 from .target.attention import last_position, tree_attention_mask, tree_positions
 from .target.features import Features

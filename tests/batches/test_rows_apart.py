@@ -14,7 +14,7 @@ from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
 from transformers_resps.batch import Batch
 from transformers_resps.decoding import TreeDecoding
-from transformers_resps.lookup import Match
+from transformers_resps.drafting.prompt_lookup import Match
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)

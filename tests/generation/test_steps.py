@@ -13,9 +13,9 @@ from tests.conftest import FakeClock
 from tests.generation.answering import both
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, decoding
-from transformers_resps.candidate_generator import TreeCandidateGenerator
 from transformers_resps.decoding import TreeDecoding
-from transformers_resps.lookup import SuffixIndex
+from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
+from transformers_resps.drafting.prompt_lookup import SuffixIndex
 
 
 def test_the_report_adds_up(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:

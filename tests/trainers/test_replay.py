@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, DraftTree, TreeShape, attach
-from transformers_resps.candidate_generator import TreeCandidateGenerator
+from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 from transformers_resps.head import BoundHead
 from transformers_resps.policy import ActionGrid, Observation, Policy
 from transformers_resps.target.features import FeatureTap

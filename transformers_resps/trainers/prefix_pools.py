@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..frontier import Frontier, grow_pool
+from ..drafting.pool_growth import Frontier, grow_pool
 from ..head import BoundHead, HeadCache
 from ..tree import CandidatePool
 

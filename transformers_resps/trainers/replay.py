@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..drafting.prompt_lookup import Lookup
 from ..head import DraftHead
-from ..lookup import Lookup
 from ..policy import ActionGrid
 from ..tree import CandidatePool, TreeShape
 from .outcomes import TextOutcomes

@@ -6,7 +6,7 @@ Knows recordings, policies and costs: no model. The time of the policy's own ari
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..lookup import Lookup
+from ..drafting.prompt_lookup import Lookup
 from ..policy import Level, Observation, Policy, ask_shape, count_nodes, wants_level
 from ..telemetry.report import SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree, TreeShape

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..candidate_generator import TreeCandidateGenerator
+from ..drafting.candidate_generator import TreeCandidateGenerator
 from ..head import BoundHead
 from ..policy import FixedPolicy
 from ..tree import DraftTree, TreeShape

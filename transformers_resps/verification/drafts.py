@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..candidate_generator import TreeCandidateGenerator
+from ..drafting.candidate_generator import TreeCandidateGenerator
+from ..drafting.prompt_lookup import Lookup
 from ..head import BoundHead, DraftHead
-from ..lookup import Lookup
 from ..policy import FixedPolicy
 from ..target.features import FeatureTap
 from ..tree import TreeShape

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .frontier import Frontier, grow_pool
-from .head import Attend, BoundHead, HeadCache
-from .policy import Level, Policy, wants_level
-from .target.slots import Prefix
-from .tree import CandidatePool, TreeShape
+from ..head import Attend, BoundHead, HeadCache
+from ..policy import Level, Policy, wants_level
+from ..target.slots import Prefix
+from ..tree import CandidatePool, TreeShape
+from .pool_growth import Frontier, grow_pool
 
 
 MOST_UNREAD = 64  # pairs: their features weigh more than the head's keys, and one draft would have to read them all

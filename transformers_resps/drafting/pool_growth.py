@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .head import BoundHead
-from .tree import CandidatePool
+from ..head import BoundHead
+from ..tree import CandidatePool
 
 
 @dataclass(frozen=True, slots=True)
