@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList, set_seed
 
-from transformers_resps.acceptance import Text, walk
+from transformers_resps.decoding.acceptance import Text, walk
 from transformers_resps.tree import DraftTree
 
 

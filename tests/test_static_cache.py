@@ -10,7 +10,7 @@ from transformers import CompileConfig, PreTrainedModel, set_seed
 from tests.conftest import FakeClock
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, DraftTree, FixedPolicy, Observation, Policy, TreeShape, attach
-from transformers_resps.decoding import TreeDecoding
+from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.target.buckets import Buckets
 from transformers_resps.target.static_cache import StaticWindowLayer
 

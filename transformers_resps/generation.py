@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .batch import Batch
-from .decoding import TreeDecoding
+from .decoding.batch import Batch
+from .decoding.loop import TreeDecoding
 from .lockstep import advance_together, coupling
 from .policy import KeptPolicies, Policy
 from .refusals import check_forward_arguments, check_lengths, check_synced

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .acceptance import Text
+from .decoding.acceptance import Text
 from .versions import CACHE_KEYWORD
 
 

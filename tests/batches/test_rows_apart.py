@@ -12,8 +12,8 @@ from tests.batches.rows import WIDE, AnyShape, prompts, speculate, uneven_steps
 from tests.targets import ARCHITECTURES, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
-from transformers_resps.batch import Batch
-from transformers_resps.decoding import TreeDecoding
+from transformers_resps.decoding.batch import Batch
+from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.prompt_lookup import Match
 
 

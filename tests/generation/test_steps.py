@@ -12,8 +12,8 @@ from transformers import (
 from tests.conftest import FakeClock
 from tests.generation.answering import both
 from tests.targets import Architecture
-from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, decoding
-from transformers_resps.decoding import TreeDecoding
+from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach
+from transformers_resps.decoding.loop import TreeDecoding, wait_for
 from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 from transformers_resps.drafting.prompt_lookup import SuffixIndex
 
@@ -81,7 +81,7 @@ def test_the_clock_is_read_after_the_device_has_finished(
 ) -> None:
     """A device that has launched a forward at once, and takes a second to finish it."""
     clock = FakeClock()
-    monkeypatch.setattr(decoding, "wait_for", lambda states: clock.advance(1.0))
+    monkeypatch.setattr("transformers_resps.decoding.loop.wait_for", lambda states: clock.advance(1.0))
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
     for step in both(target, head, prompt)[1].speculation.steps[1:]:
         assert (step.draft_seconds, step.verify_seconds, step.rest_seconds) == (0.0, 1.0, 0.0)
@@ -91,7 +91,7 @@ def test_the_clock_is_read_after_the_device_has_finished(
 def test_only_an_accelerator_is_waited_for(device: str, waits: int) -> None:
     states = MagicMock()
     states.device.type = device
-    decoding.wait_for(states)
+    wait_for(states)
     assert states.__getitem__.return_value.item.call_count == waits
 
 

@@ -16,9 +16,9 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from transformers_resps.acceptance import Text, walk
-from transformers_resps.ends import Ends
-from transformers_resps.greedy_walk import as_tensor, walk_greedily
+from transformers_resps.decoding.acceptance import Text, walk
+from transformers_resps.decoding.greedy_walk import as_tensor, walk_greedily
+from transformers_resps.decoding.stop_conditions import Ends
 from transformers_resps.tree import DraftTree
 
 from .trees import VOCABULARY, trees

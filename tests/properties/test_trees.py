@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from transformers_resps.acceptance import Text, walk
+from transformers_resps.decoding.acceptance import Text, walk
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
 from transformers_resps.target.tree_cache import keep_nodes
 from transformers_resps.tree import CandidatePool, DraftTree

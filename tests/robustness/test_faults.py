@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import AutoPolicy, CostTable, DraftHead, FixedPolicy, Policy, TreeShape, attach
-from transformers_resps.decoding import TreeDecoding
+from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.policy import Guard, LogisticMap, NodeOdds, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
 
 

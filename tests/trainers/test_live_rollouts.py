@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tests.conftest import FakeClock
 from tests.trainers.policies import FEATURES, GRID, config
 from transformers_resps import DraftHead, TreeShape, attach, detach
-from transformers_resps.decoding import TreeDecoding
+from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.policy import ActionGrid, Observation, ReSpSConfig, ReSpSPolicy
 from transformers_resps.telemetry.report import StepRecord
 from transformers_resps.trainers.live_rollouts import DecisionRecorder, LiveRollouts

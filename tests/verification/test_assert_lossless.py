@@ -21,10 +21,10 @@ from transformers_resps import (
     attach,
     generation,
 )
-from transformers_resps.acceptance import Acceptance, Text, walk
-from transformers_resps.batch import Batch
-from transformers_resps.decoding import TreeDecoding
-from transformers_resps.ends import Ends
+from transformers_resps.decoding.acceptance import Acceptance, Text, walk
+from transformers_resps.decoding.batch import Batch
+from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.decoding.stop_conditions import Ends
 from transformers_resps.policy import KeptPolicies
 from transformers_resps.target.forward import TargetForward
 from transformers_resps.tree import DraftTree

@@ -8,8 +8,8 @@ instead of 1.4.
 import torch
 from torch import Tensor
 
+from ..tree import DraftTree
 from .acceptance import Text
-from .tree import DraftTree
 
 
 def walk_greedily(tree: DraftTree, logits: Tensor, texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:

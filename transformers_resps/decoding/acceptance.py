@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .ends import Ends
-from .tree import DraftTree
+from ..tree import DraftTree
+from .stop_conditions import Ends
 
 
 @dataclass(frozen=True, slots=True)

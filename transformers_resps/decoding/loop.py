@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from .acceptance import Acceptance
-from .batch import Batch
-from .drafting.candidate_generator import MOST_UNREAD, TreeCandidateGenerator
-from .drafting.prompt_lookup import BatchLookup, Match
-from .head import BoundHead
-from .policy import Observation, Policy, Witness, choose_shape, count_nodes
-from .target.attention import last_position, tree_attention_mask, tree_positions
-from .target.features import Features
-from .target.forward import TargetForward, wait_for
-from .target.preallocated_cache import make_room, settle
-from .target.slots import Prefix, leading_pads
-from .target.tree_cache import (
+from ..drafting.candidate_generator import MOST_UNREAD, TreeCandidateGenerator
+from ..drafting.prompt_lookup import BatchLookup, Match
+from ..head import BoundHead
+from ..policy import Observation, Policy, Witness, choose_shape, count_nodes
+from ..target.attention import last_position, tree_attention_mask, tree_positions
+from ..target.features import Features
+from ..target.forward import TargetForward, wait_for
+from ..target.preallocated_cache import make_room, settle
+from ..target.slots import Prefix, leading_pads
+from ..target.tree_cache import (
     cached_length,
     check_cache,
     drop_surplus,
@@ -33,8 +31,10 @@ from .target.tree_cache import (
     keep_rows,
     place_nodes,
 )
-from .telemetry.report import SpeculationReport, StepRecord
-from .tree import CandidatePool, DraftTree, TreeShape
+from ..telemetry.report import SpeculationReport, StepRecord
+from ..tree import CandidatePool, DraftTree, TreeShape
+from .acceptance import Acceptance
+from .batch import Batch
 
 
 class TreeDecoding:

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..tree import DraftTree
 from .acceptance import Acceptance, Text, walk
 from .greedy_walk import as_tensor, walk_greedily
-from .tree import DraftTree
 
 
 _PATIENCE = 4.0  # tokens: a row that lags so far counts e times as much

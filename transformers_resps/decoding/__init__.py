@@ -1,0 +1,1 @@
+"""The step loop: draft, verify, accept, keep."""
