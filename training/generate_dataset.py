@@ -28,7 +28,7 @@ import transformers
 from batched_answers import answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_resps.answers import end_ids
+from transformers_resps.generation.sequences import end_ids
 from transformers_resps.target.prepacking import pack
 from transformers_resps.trainers.conversations import Conversation, read_conversations
 

@@ -16,7 +16,7 @@ from batched_answers import answer
 from generate_dataset import Prompt, batches, read_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_resps.answers import end_ids
+from transformers_resps.generation.sequences import end_ids
 
 
 def plain(model: Any, prompts: list[Prompt], max_new_tokens: int) -> int:

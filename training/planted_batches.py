@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 from transformers_resps import FixedPolicy, Policy, SpeculationReport, TreeShape, generation
-from transformers_resps.answers import left_padded
 from transformers_resps.bench.experiment import Experiment, add_options
 from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.generation.sequences import left_padded
 from transformers_resps.policy import default_policy
 from transformers_resps.target.features import Features
 from transformers_resps.tree import DraftTree

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_resps import DraftHead, attach
-from transformers_resps.answers import end_ids, left_padded
 from transformers_resps.bench.protocol import sampling
+from transformers_resps.generation.sequences import end_ids, left_padded
 from transformers_resps.head.weights import parameter_fingerprint
 from transformers_resps.trainers import RecordedText, head_fingerprint, load_conversations, record_pools
 

@@ -2,10 +2,10 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .attaching import attach, detach
 from .calibration import calibrate
 from .cost_table import CostTable
-from .generation import ReSpSGenerationMixin, SpeculativeOutput
+from .generation.attach import attach, detach
+from .generation.mixin import ReSpSGenerationMixin, SpeculativeOutput
 from .head import DraftHead, DraftHeadConfig
 from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
 from .target.prepacking import pack, unpack

@@ -13,14 +13,14 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import DynamicCache, PreTrainedModel
 
-from .attaching import attach, detach
 from .cost_table import CostTable, identity_of
 from .drafting.candidate_generator import TreeCandidateGenerator
-from .generation import ReSpSGenerationMixin
+from .generation.attach import attach, detach
+from .generation.checks import check_model
+from .generation.defaults import SpeculationDefaults
+from .generation.mixin import ReSpSGenerationMixin
 from .head import BoundHead, DraftHead
 from .policy import FixedPolicy
-from .refusals import check_model
-from .speculation_defaults import SpeculationDefaults
 from .target.attention import tree_attention_mask, tree_positions
 from .target.forward import TargetForward
 from .target.preallocated_cache import make_room, settle

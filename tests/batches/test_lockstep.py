@@ -10,7 +10,7 @@ from tests.batches.rows import WIDE, prompts, speculate, uneven_steps
 from tests.targets import VOCABULARY
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy
-from transformers_resps.lockstep import advance_together
+from transformers_resps.generation.lockstep import advance_together
 
 
 class EveryThird(LogitsProcessor):

@@ -16,7 +16,7 @@ from tests.generation.answering import both
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, detach
-from transformers_resps.generation import ReSpSGenerationMixin
+from transformers_resps.generation.mixin import ReSpSGenerationMixin
 
 
 def test_attach_returns_the_same_object_and_detach_restores_it() -> None:

@@ -24,9 +24,9 @@ from transformers_resps import (
     detach,
 )
 from transformers_resps.doctor.answers import write_answers
-from transformers_resps.generation import ReSpSGenerationMixin
+from transformers_resps.generation.defaults import SpeculationDefaults
+from transformers_resps.generation.mixin import ReSpSGenerationMixin
 from transformers_resps.inspection import examine
-from transformers_resps.speculation_defaults import SpeculationDefaults
 
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))

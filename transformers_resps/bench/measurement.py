@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import quantiles
 from typing import Protocol
 
-from ..answers import up_to_end
+from ..generation.sequences import up_to_end
 
 
 PLAIN = "plain"

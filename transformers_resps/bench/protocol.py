@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..answers import end_ids
-from ..speculation_defaults import SpeculationDefaults
+from ..generation.defaults import SpeculationDefaults
+from ..generation.sequences import end_ids
 from ..target.features import decoder_layers
 from .measurement import PLAIN, Measurement, token_count
 from .methods import Method

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..attaching import attach
+from ..generation.attach import attach
 from ..head import DraftHead, pair_identity
 from ..head.weights import parameter_fingerprint
 from ..policy import Policy

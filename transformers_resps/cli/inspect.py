@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..attaching import attach
 from ..bench.options import model, positive, temperature
 from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
+from ..generation.attach import attach
 from ..head import DraftHead
 from ..inspection import Examination, examine, facts_of, page, story_of
 from ..policy import default_policy

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from ..attaching import attach
+from ..generation.attach import attach
 from ..head import DraftHead
 from ..inspection import facts_of, page, story_of
 from ..policy import FixedPolicy

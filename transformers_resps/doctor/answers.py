@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..answers import end_ids, left_padded, up_to_end
-from ..speculation_defaults import SpeculationDefaults
+from ..generation.defaults import SpeculationDefaults
+from ..generation.sequences import end_ids, left_padded, up_to_end
 
 
 @dataclass(frozen=True, slots=True)

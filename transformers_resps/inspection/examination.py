@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..generation.defaults import SpeculationDefaults
 from ..head import DraftHead
 from ..policy import Policy
-from ..speculation_defaults import SpeculationDefaults
 from ..telemetry.report import SpeculationReport
 from ..verification import Divergence, explain_divergence
 from .recorder import RecordedStep, Recorder

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters import unwrapped
-from ..generation import ReSpSGenerationMixin
+from ..generation.mixin import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import Observation, Policy, ReSpSPolicy
 from ..telemetry.report import StepRecord

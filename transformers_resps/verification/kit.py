@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..cost_table import identity_of
+from ..generation.request import is_plain
 from ..head import DraftHead
 from ..policy import Policy
-from ..request import is_plain
 from .distribution import check_distribution
 from .divergence import HALF_PRECISIONS
 from .own_trees import ChangingTrees

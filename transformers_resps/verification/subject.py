@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..adapters import unwrapped
-from ..answers import end_ids, left_padded, up_to_end
-from ..attaching import attach, detach
-from ..evaluation_mode import EvaluationMode
-from ..generation import ReSpSGenerationMixin
+from ..generation.attach import attach, detach
+from ..generation.defaults import SpeculationDefaults
+from ..generation.evaluation_mode import EvaluationMode
+from ..generation.mixin import ReSpSGenerationMixin
+from ..generation.sequences import end_ids, left_padded, up_to_end
 from ..head import DraftHead
 from ..policy import KeptPolicies, Policy
-from ..speculation_defaults import SpeculationDefaults
 from ..telemetry.report import SpeculationReport
 
 

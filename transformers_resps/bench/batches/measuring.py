@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...answers import end_ids, left_padded, up_to_end
+from ...generation.sequences import end_ids, left_padded, up_to_end
 from ...head import DraftHead
 from ...policy import Policy
 

@@ -15,19 +15,19 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .decoding.batch import Batch
-from .decoding.loop import TreeDecoding
+from ..decoding.batch import Batch
+from ..decoding.loop import TreeDecoding
+from ..policy import KeptPolicies, Policy
+from ..target.forward import CompiledForward, TargetForward, is_compiled
+from ..target.static_cache import static_cache
+from ..target.tree_cache import buffer_length, stop_recording
+from ..telemetry.report import SpeculationReport
+from ..versions import CACHE_KEYWORD
+from .checks import check_forward_arguments, check_lengths, check_synced
+from .defaults import SpeculationDefaults
 from .lockstep import advance_together, coupling
-from .policy import KeptPolicies, Policy
-from .refusals import check_forward_arguments, check_lengths, check_synced
 from .request import AUTO, Request, draft_head, is_plain, read_request
-from .speculation_defaults import SpeculationDefaults
 from .stock_call import StockCall
-from .target.forward import CompiledForward, TargetForward, is_compiled
-from .target.static_cache import static_cache
-from .target.tree_cache import buffer_length, stop_recording
-from .telemetry.report import SpeculationReport
-from .versions import CACHE_KEYWORD
 
 
 @dataclass

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationMixin
 
-from .adapters import unwrapped
-from .generation import ReSpSGenerationMixin
-from .policy import KeptPolicies, Policy
+from ..adapters import unwrapped
+from ..policy import KeptPolicies, Policy
+from .defaults import SpeculationDefaults
+from .mixin import ReSpSGenerationMixin
 from .request import check_kinds, draft_head, is_plain
-from .speculation_defaults import SpeculationDefaults
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from .adapters import unwrapped
-from .head import BoundHead, DraftHead, pair_identity
-from .layer_refusals import check_draws
-from .policy import FixedPolicy, KeptPolicies, Policy
-from .probe import check_tree_attention
-from .refusals import check_model, check_settings
+from ..adapters import unwrapped
+from ..head import BoundHead, DraftHead, pair_identity
+from ..policy import FixedPolicy, KeptPolicies, Policy
+from .checks import check_model, check_settings
+from .layer_checks import check_draws
+from .tree_probe import check_tree_attention
 
 
 AUTO = "auto"  # our default policy, which learns while it decodes

@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..policy import Policy
 from .evaluation_mode import EvaluationMode
-from .policy import Policy
 from .request import draft_head
 
 

@@ -6,7 +6,7 @@ rows at once, at the same length. What is not known to treat each row separately
 
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from .target.attention import longrope_boundary
+from ..target.attention import longrope_boundary
 
 
 # By exact type, of Transformers' own module: a score depends on the row's own scores and its own text, and no call

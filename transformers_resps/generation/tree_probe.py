@@ -6,10 +6,10 @@ Architectures that the tests compare with plain decoding are not checked.
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .target.attention import tree_attention_mask, tree_positions
-from .target.forward import TargetForward
-from .target.tree_cache import check_cache, keep_nodes
-from .tree import DraftTree
+from ..target.attention import tree_attention_mask, tree_positions
+from ..target.forward import TargetForward
+from ..target.tree_cache import check_cache, keep_nodes
+from ..tree import DraftTree
 
 
 # model_type of every architecture in tests/test_architectures.py.
