@@ -12,9 +12,9 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 from tests.conftest import FakeClock
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
-from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate
+from transformers_resps.calibration.cost_table import CostTable
+from transformers_resps.calibration.measuring import CONTEXTS, NODES, WIDTHS, calibrate
 from transformers_resps.cli import main
-from transformers_resps.cost_table import CostTable
 from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 
 
@@ -72,7 +72,7 @@ def test_the_command_prints_the_table_and_what_it_means(
     target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target.save_pretrained(tmp_path / "target")
-    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path))
+    monkeypatch.setattr("transformers_resps.calibration.measuring.HF_HOME", str(tmp_path))
     assert main(["calibrate", str(tmp_path / "target")]) == 0
     printed = capsys.readouterr().out
     assert "  nodes" in printed and "outside its forwards" in printed and "a step must accept more than" in printed

@@ -46,7 +46,7 @@ QUICKLY = {
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the pages' paths and names exist, all tiny; the working directory of the test."""
-    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers_resps.calibration.measuring.HF_HOME", str(tmp_path / "cache"))
     target = Architecture("llama", {"max_position_embeddings": 1024}).build("sdpa").float()
     target.save_pretrained(tmp_path / "target")
     torch.manual_seed(1)

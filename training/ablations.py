@@ -20,7 +20,7 @@ from step_costs import outcome_table, read_tables
 from text_state import embeds_text, seen_as, text_states
 
 from transformers_resps import TreeShape
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, RecordedText, ReplayRollouts
 

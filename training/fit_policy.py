@@ -27,8 +27,8 @@ from transformers_resps import DraftHead, Guard
 from transformers_resps.bench.headroom import shapes_for
 from transformers_resps.bench.provenance import machine
 from transformers_resps.bench.subjects import load_target
-from transformers_resps.calibration import calibrate
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
+from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.publishing import recipe_of, write_run
 from transformers_resps.trainers import (
     Oracle,

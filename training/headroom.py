@@ -21,7 +21,7 @@ from step_costs import outcome_table, read_tables, step_costs
 from torch import Tensor
 
 from transformers_resps import TreeShape
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, Guard, Observation, PolicyWrapper, ThroughputPolicy
 from transformers_resps.trainers import Oracle, RecordedText, fitted_policy, replay_policy
 

@@ -22,7 +22,7 @@ from headroom import load_folder
 from step_costs import read_tables
 
 from transformers_resps import FixedPolicy, Guard, Policy, TreeShape
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ThroughputPolicy
 from transformers_resps.trainers import RecordedText, StepCosts, replay_policy
 

@@ -12,7 +12,7 @@ from acceptance_model import AcceptanceModel, fit_net
 from positions import CHAIN, LEVELS, TOP_K, Positions
 from torch import Tensor
 
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
 
 
 MOST_NODES = 32  # drafted and looked up

@@ -21,7 +21,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from transformers_resps import pack
-from transformers_resps.machine import device_name
+from transformers_resps.calibration.device import device_name
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
 from transformers_resps.target.forward import TargetForward
 from transformers_resps.target.preallocated_cache import make_room

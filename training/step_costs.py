@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid
 from transformers_resps.trainers import OutcomeTable, RecordedText, StepCosts, replay
 

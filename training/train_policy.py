@@ -30,8 +30,8 @@ from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
 from transformers_resps.bench.subjects import load_target
-from transformers_resps.calibration import calibrate
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
+from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.head.weights import parameter_fingerprint
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.publishing import recipe_of, write_run

@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .calibration import calibrate
-from .cost_table import CostTable
+from .calibration.cost_table import CostTable
+from .calibration.measuring import calibrate
 from .generation.attach import attach, detach
 from .generation.mixin import ReSpSGenerationMixin, SpeculativeOutput
 from .head import DraftHead, DraftHeadConfig

@@ -12,7 +12,7 @@ from transformers_resps.bench.headroom import (
     shapes_for,
 )
 from transformers_resps.bench.measurement import Measurement
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from tests.decisions.cases import decided
 from tests.decisions.planted import PlantedClock, decision
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, Policy, TreeShape, attach
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, Guard, ThroughputPolicy
 from transformers_resps.trainers import (
     Oracle,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.policy.machine import FLAT, JUMPING, SLOPING, Machine
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import (
     AutoPolicy,
     FixedPolicy,

@@ -78,7 +78,7 @@ def test_a_repository_with_measurements_is_refused_before_the_training(hub, tmp_
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
     """A tiny target with a head, prompts and answers, in the working directory."""
-    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers_resps.calibration.measuring.HF_HOME", str(tmp_path / "cache"))
     target = Architecture("llama").build("sdpa").float()
     target.save_pretrained(tmp_path / "target")
     DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "given")

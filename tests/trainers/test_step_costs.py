@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from tests.trainers.test_generate_dataset import SCRIPTS, load_script
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid
 from transformers_resps.trainers import Oracle, record_pools, replay_policy
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cost_table import CostTable
+from ..calibration.cost_table import CostTable
 from ..head import DraftHead
 from ..policy import ActionGrid
 from ..trainers.oracle import Oracle

@@ -15,8 +15,8 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 
+from ..calibration.device import device_name
 from ..hub import RepositoryFiles
-from ..machine import device_name
 
 
 PACKAGE = Path(__file__).parent.parent

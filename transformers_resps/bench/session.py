@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..calibration import calibrate
-from ..cost_table import CostTable
+from ..calibration.cost_table import CostTable
+from ..calibration.measuring import calibrate
 from ..policy.kept import KeptPolicies
 from ..tree import TreeShape
 from .advice import NAMED_NODES

@@ -4,8 +4,8 @@ import argparse
 from typing import Any
 
 from ..bench.options import model
-from ..calibration import calibrate
-from ..cost_table import CostTable
+from ..calibration.cost_table import CostTable
+from ..calibration.measuring import calibrate
 from ..head import DraftHead
 from ..target.prepacking import pack
 from .target import add_target_options, load_target

@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..calibration.device import device_name
 from ..head import DraftHead
-from ..machine import device_name
 from ..policy import Policy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cost_table import identity_of
+from ..calibration.cost_table import identity_of
 from ..generation.request import is_plain
 from ..head import DraftHead
 from ..policy import Policy

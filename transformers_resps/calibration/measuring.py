@@ -13,20 +13,20 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import DynamicCache, PreTrainedModel
 
+from ..drafting.candidate_generator import TreeCandidateGenerator
+from ..generation.attach import attach, detach
+from ..generation.checks import check_model
+from ..generation.defaults import SpeculationDefaults
+from ..generation.mixin import ReSpSGenerationMixin
+from ..head import BoundHead, DraftHead
+from ..policy import FixedPolicy
+from ..target.attention import tree_attention_mask, tree_positions
+from ..target.forward import TargetForward
+from ..target.preallocated_cache import make_room, settle
+from ..target.tree_cache import check_cache, forget_newest
+from ..tree import DraftTree, TreeShape
+from ..versions import CACHE_KEYWORD
 from .cost_table import CostTable, identity_of
-from .drafting.candidate_generator import TreeCandidateGenerator
-from .generation.attach import attach, detach
-from .generation.checks import check_model
-from .generation.defaults import SpeculationDefaults
-from .generation.mixin import ReSpSGenerationMixin
-from .head import BoundHead, DraftHead
-from .policy import FixedPolicy
-from .target.attention import tree_attention_mask, tree_positions
-from .target.forward import TargetForward
-from .target.preallocated_cache import make_room, settle
-from .target.tree_cache import check_cache, forget_newest
-from .tree import DraftTree, TreeShape
-from .versions import CACHE_KEYWORD
 
 
 CONTEXTS = (128, 768)

@@ -14,11 +14,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from .head import DraftHead
-from .machine import device_name
-from .policy import RunningCosts
-from .target.prepacking import is_packed
-from .tree import TreeShape
+from ..head import DraftHead
+from ..policy import RunningCosts
+from ..target.prepacking import is_packed
+from ..tree import TreeShape
+from .device import device_name
 
 
 @dataclass(frozen=True)
