@@ -36,8 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "calibration",
     },
     "__init__": {"tree", "target", "head", "telemetry", "policy", "generation", "calibration", "verification"},
+    "data": {"head"},
     "extras": set(),
-    "trainers": {"hub", "tree", "target", "head", "telemetry", "policy", "drafting", "adapters", "generation"},
+    "trainers": {"hub", "tree", "target", "head", "telemetry", "policy", "drafting", "adapters", "generation", "data"},
     "bench": {
         "hub",
         "tree",
@@ -48,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "generation",
         "calibration",
         "verification",
+        "data",
         "extras",
         "trainers",
     },
@@ -62,14 +64,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "generation",
         "calibration",
         "verification",
+        "data",
         "extras",
-        "trainers",
         "bench",
         "inspection",
         "demo",
         "doctor",
     },
-    "publishing": {"hub", "head", "policy", "__init__", "trainers", "bench"},
+    "publishing": {"hub", "head", "policy", "__init__", "data", "bench"},
 }
 
 MOST_FILE_LINES = 300

@@ -29,6 +29,7 @@ from transformers_resps.bench.provenance import machine
 from transformers_resps.bench.subjects import load_target
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
+from transformers_resps.data.training_prompts import write_training_prompts
 from transformers_resps.publishing import recipe_of, write_run
 from transformers_resps.trainers import (
     Oracle,
@@ -40,7 +41,6 @@ from transformers_resps.trainers import (
     replay,
     replay_policy,
 )
-from transformers_resps.trainers.training_prompts import write_training_prompts
 
 
 @dataclass

@@ -28,9 +28,9 @@ import transformers
 from batched_answers import answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transformers_resps.data.conversations import Conversation, read_conversations
 from transformers_resps.generation.sequences import end_ids
 from transformers_resps.target.prepacking import pack
-from transformers_resps.trainers.conversations import Conversation, read_conversations
 
 
 DECIDES_ANSWERS = ("target", "temperatures", "max_new_tokens", "dtype", "seed")

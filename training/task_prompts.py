@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from transformers_resps.trainers.conversations import read_conversations
+from transformers_resps.data.conversations import read_conversations
 
 
 SUMMARISE = (

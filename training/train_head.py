@@ -21,6 +21,7 @@ from transformers.trainer_utils import set_seed
 from transformers_resps import DraftHead
 from transformers_resps.bench.provenance import machine
 from transformers_resps.bench.subjects import training_prompts_of
+from transformers_resps.data.training_prompts import write_training_prompts
 from transformers_resps.publishing import head_metrics, recipe_of, write_run
 from transformers_resps.trainers import (
     CachedFeatures,
@@ -37,7 +38,6 @@ from transformers_resps.trainers import (
 )
 from transformers_resps.trainers.checkpoints import newest_checkpoint
 from transformers_resps.trainers.stopwatch import Stopwatch
-from transformers_resps.trainers.training_prompts import write_training_prompts
 
 
 @dataclass

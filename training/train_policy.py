@@ -32,6 +32,7 @@ from transformers_resps.bench.provenance import machine
 from transformers_resps.bench.subjects import load_target
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
+from transformers_resps.data.training_prompts import write_training_prompts
 from transformers_resps.head.weights import parameter_fingerprint
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.publishing import recipe_of, write_run
@@ -49,7 +50,6 @@ from transformers_resps.trainers import (
 )
 from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
 from transformers_resps.trainers.replay import FORMAT
-from transformers_resps.trainers.training_prompts import write_training_prompts
 
 
 @dataclass

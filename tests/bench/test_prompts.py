@@ -5,7 +5,7 @@ import pytest
 
 from tests.bench.conversations import dialogue, save_rows
 from transformers_resps.bench.prompts import Dialogue, check_apart, read_dialogues, spread, to_tokens
-from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts, write_training_prompts
+from transformers_resps.data.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 
 
 def test_every_user_turn_follows_the_answers_that_are_given() -> None:

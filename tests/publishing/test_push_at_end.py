@@ -13,11 +13,11 @@ from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from tests.trainers.heads import config, fresh, texts
 from transformers_resps import AutoPolicy, DraftHead
+from transformers_resps.data.training_prompts import fingerprint, read_training_prompts
 from transformers_resps.hub import Destination, upload
 from transformers_resps.policy import Guard, ReSpSConfig, ReSpSPolicy
 from transformers_resps.publishing import find_faults
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
-from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts
 
 
 TRAINING = Path(__file__).parents[2] / "training"

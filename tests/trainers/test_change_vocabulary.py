@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
+from transformers_resps.data.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 from transformers_resps.head import BoundHead
-from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "training" / "change_vocabulary.py"), run_name="script")

@@ -10,7 +10,7 @@ import pytest
 import task_prompts
 
 from tests.tokenizers import letter_tokenizer
-from transformers_resps.trainers.conversations import read_conversations
+from transformers_resps.data.conversations import read_conversations
 
 
 CODE = '''Here you are:

@@ -13,8 +13,8 @@ import torch
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
+from transformers_resps.data.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 from transformers_resps.trainers import DraftHeadTrainingConfig, Example, split_examples, vocabulary_of
-from transformers_resps.trainers.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trainers.conversations import Conversation, load_conversations
-from ..trainers.training_prompts import fingerprint
+from ..data.conversations import Conversation, load_conversations
+from ..data.training_prompts import fingerprint
 
 
 _MOST_ROWS = 20_000  # read of one dataset

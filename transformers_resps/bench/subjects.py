@@ -7,12 +7,12 @@ from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..data.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from ..generation.attach import attach
 from ..head import DraftHead, pair_identity
 from ..head.weights import parameter_fingerprint
 from ..policy import Policy
 from ..target.prepacking import is_packed, pack
-from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from .methods import policy_name
 from .policies import named_tree, read_policy
 from .provenance import config_sha256, file_of, weights_sha256

@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..bench.options import model, positive
 from ..bench.prompts import to_tokens
+from ..data.conversations import Conversation, load_conversations
+from ..data.examples import make_example
 from ..doctor import Answer, Cell, Diagnosis, diagnose, write_answers
 from ..head import DraftHead
-from ..trainers.conversations import Conversation, load_conversations
-from ..trainers.examples import make_example
 from .questions import default_questions, up_to
 from .target import add_target_options, load_target
 

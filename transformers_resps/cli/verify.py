@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from ..bench.options import model, positive
 from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
+from ..data.conversations import load_conversations
 from ..head import DraftHead
-from ..trainers.conversations import load_conversations
 from ..verification import NotLosslessError, assert_lossless
 from ..verification.rounding import move_of_gaps
 from .questions import default_questions, up_to

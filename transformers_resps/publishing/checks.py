@@ -8,10 +8,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..bench.provenance import config_sha256, weights_sha256
 from ..bench.results import read_results
+from ..data.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from ..head import DraftHead
 from ..hub import CARD, METRICS, RESULTS
 from ..policy import AutoPolicy
-from ..trainers.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from .artefact import CONFIG, RECIPE, WEIGHTS, Artefact, read_artefact
 from .card import render_card
 from .custom_code import CUSTOM_GENERATE, is_ours

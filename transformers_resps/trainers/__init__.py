@@ -1,9 +1,9 @@
 """Trainers of draft heads and policies, in the manner of TRL."""
 
+from ..data.conversations import load_conversations, read_conversations
+from ..data.draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
+from ..data.examples import Example, make_example, make_examples, split_examples
 from ..head import head_fingerprint, pair_identity
-from .conversations import load_conversations, read_conversations
-from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
-from .examples import Example, make_example, make_examples, split_examples
 from .feature_cache import CachedFeatures, ExampleDataset
 from .fitted_policy import fitted_policy
 from .head_config import DraftHeadTrainingConfig

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..data.batches import IGNORED, TokenBudgetBatches, collate
+from ..data.examples import Example, check_token_ids
 from ..head.weights import parameter_fingerprint
-from .batches import IGNORED, TokenBudgetBatches, collate
-from .examples import Example, check_token_ids
 from .target_features import FrozenTarget
 
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..adapters import unwrapped
+from ..data.batches import IGNORED, TokenBudgetBatches, collate
+from ..data.examples import check_token_ids
 from ..head import BoundHead, DraftHead, DraftHeadConfig
 from .artefact_trainer import ArtefactTrainer, check_kinds
-from .batches import IGNORED, TokenBudgetBatches, collate
-from .examples import check_token_ids
 from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
 from .interruption import until_interrupted

@@ -1,0 +1,1 @@
+"""What heads and policies learn from: conversations, examples, draft vocabularies."""
