@@ -36,6 +36,7 @@ from transformers_resps.data.training_prompts import write_training_prompts
 from transformers_resps.head.weights import parameter_fingerprint
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.publishing import recipe_of, write_run
+from transformers_resps.replay.replay_text import FORMAT
 from transformers_resps.trainers import (
     LiveRollouts,
     OutcomeTable,
@@ -49,7 +50,6 @@ from transformers_resps.trainers import (
     record_text,
 )
 from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
-from transformers_resps.trainers.replay import FORMAT
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
+from transformers_resps.replay.fitted_policy import fit_map
 from transformers_resps.trainers import RecordedText, fitted_policy, pair_identity, record_pools, replay
-from transformers_resps.trainers.fitted_policy import fit_map
 from transformers_resps.tree import CandidatePool
 
 

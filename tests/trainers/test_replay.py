@@ -15,12 +15,12 @@ from transformers_resps import DraftHead, DraftTree, TreeShape, attach
 from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 from transformers_resps.head import BoundHead
 from transformers_resps.policy import ActionGrid, Observation, Policy
+from transformers_resps.replay.oracle import Oracle
+from transformers_resps.replay.outcomes import OutcomeTable, TextOutcomes
+from transformers_resps.replay.prefix_pools import PrefixPools
+from transformers_resps.replay.recorded_text import RecordedText, record_pools
+from transformers_resps.replay.replay_text import ReplayText, path_ranks, record_text, replay
 from transformers_resps.target.features import FeatureTap
-from transformers_resps.trainers.oracle import Oracle
-from transformers_resps.trainers.outcomes import OutcomeTable, TextOutcomes
-from transformers_resps.trainers.prefix_pools import PrefixPools
-from transformers_resps.trainers.recorded_text import RecordedText, record_pools
-from transformers_resps.trainers.replay import ReplayText, path_ranks, record_text, replay
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])

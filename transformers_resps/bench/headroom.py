@@ -14,9 +14,9 @@ from torch import Tensor
 from ..calibration.cost_table import CostTable
 from ..head import DraftHead
 from ..policy import ActionGrid
-from ..trainers.oracle import Oracle
-from ..trainers.outcomes import OutcomeTable
-from ..trainers.replay import ReplayText, record_text
+from ..replay.oracle import Oracle
+from ..replay.outcomes import OutcomeTable
+from ..replay.replay_text import ReplayText, record_text
 from ..tree import TreeShape
 from .measurement import Measurement
 from .methods import ORACLE

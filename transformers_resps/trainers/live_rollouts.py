@@ -18,9 +18,9 @@ from ..adapters import unwrapped
 from ..generation.mixin import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import Observation, Policy, ReSpSPolicy
+from ..replay.outcomes import Decisions, HeldOutcomes, joined
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
-from .outcomes import Decisions, HeldOutcomes, joined
 
 
 _JUMP = 10.0  # times a shape's usual seconds: the machine slept, or the clock was set

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..policy import ReSpSPolicy
-from .oracle import Oracle
-from .outcomes import Decisions, OutcomeTable
+from ..replay.oracle import Oracle
+from ..replay.outcomes import Decisions, OutcomeTable
 
 
 class Rollouts(Protocol):
