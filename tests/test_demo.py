@@ -18,7 +18,7 @@ from transformers_resps.demo.__main__ import main
 from transformers_resps.demo.answering import Answer, Comparison, compare
 from transformers_resps.demo.report import divergence_line, price_of, table, verdict
 from transformers_resps.telemetry.report import nodes_of, tau_of
-from transformers_resps.verification import Divergence
+from transformers_resps.testing import Divergence
 
 
 SHAPE = TreeShape(8, 4, 2)

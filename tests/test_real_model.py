@@ -12,7 +12,7 @@ import torch
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.demo.target import load_target
-from transformers_resps.verification import explain_divergence
+from transformers_resps.testing import explain_divergence
 from transformers_resps.versions import CACHE_KEYWORD
 
 

@@ -10,8 +10,8 @@ from .head import DraftHead, DraftHeadConfig
 from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
 from .target.prepacking import pack, unpack
 from .telemetry.report import SpeculationReport, StepRecord
+from .testing import LosslessReport, NotLosslessError, assert_lossless
 from .tree import DraftTree, TreeShape
-from .verification import LosslessReport, NotLosslessError, assert_lossless
 
 
 AutoConfig.register(DraftHeadConfig.model_type, DraftHeadConfig, exist_ok=True)

@@ -6,7 +6,7 @@ import torch
 
 from transformers_resps import DraftTree, SpeculationReport, StepRecord, TreeShape
 from transformers_resps.inspection import Examination, RecordedStep
-from transformers_resps.verification import Divergence
+from transformers_resps.testing import Divergence
 
 
 PREFILL = StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, 0.5, 0.5)

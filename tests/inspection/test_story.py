@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transformers_resps.inspection import story_of
-from transformers_resps.verification import Divergence
+from transformers_resps.testing import Divergence
 
 from .examples import FACTS, decode, examination
 

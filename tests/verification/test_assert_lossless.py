@@ -27,12 +27,12 @@ from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.decoding.stop_conditions import Ends
 from transformers_resps.policy import KeptPolicies
 from transformers_resps.target.forward import TargetForward
+from transformers_resps.testing import MOST_SPACINGS, spacing_at
+from transformers_resps.testing.distribution import check_distribution
+from transformers_resps.testing.kit import built_in_prompts
+from transformers_resps.testing.subject import Subject
+from transformers_resps.testing.texts import Call, compare_batch, compare_one_by_one
 from transformers_resps.tree import DraftTree
-from transformers_resps.verification import MOST_SPACINGS, spacing_at
-from transformers_resps.verification.distribution import check_distribution
-from transformers_resps.verification.kit import built_in_prompts
-from transformers_resps.verification.subject import Subject
-from transformers_resps.verification.texts import Call, compare_batch, compare_one_by_one
 
 
 WIDE = FixedPolicy(TreeShape(20, 3, 19))

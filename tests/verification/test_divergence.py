@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from transformers_resps.verification import MOST_SPACINGS, Divergence, explain_divergence, spacing_at
+from transformers_resps.testing import MOST_SPACINGS, Divergence, explain_divergence, spacing_at
 
 
 Prompt = dict[str, torch.Tensor]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from transformers_resps.verification.distribution import bins_of, wrong_token
-from transformers_resps.verification.drafts import Place
-from transformers_resps.verification.goodness_of_fit import SIGNIFICANCE, Fit, goodness_of_fit
+from transformers_resps.testing.distribution import bins_of, wrong_token
+from transformers_resps.testing.drafts import Place
+from transformers_resps.testing.goodness_of_fit import SIGNIFICANCE, Fit, goodness_of_fit
 
 
 def test_on_one_distribution_it_is_pearsons_chi_square() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..verification import explain_divergence
+from ..testing import explain_divergence
 from .measurement import PLAIN
 from .methods import Method
 from .prompts import Prompt

@@ -13,8 +13,8 @@ from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
 from ..data.conversations import load_conversations
 from ..head import DraftHead
-from ..verification import NotLosslessError, assert_lossless
-from ..verification.rounding import move_of_gaps
+from ..testing import NotLosslessError, assert_lossless
+from ..testing.rounding import move_of_gaps
 from .questions import default_questions, up_to
 from .target import add_target_options, load_target
 

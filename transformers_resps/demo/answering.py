@@ -18,7 +18,7 @@ from ..head import DraftHead
 from ..inspection import Examination, Recorder
 from ..policy import FixedPolicy
 from ..telemetry.report import SpeculationReport
-from ..verification import Divergence, explain_divergence
+from ..testing import Divergence, explain_divergence
 
 
 Show = Callable[[str, list[int], float], None]  # method, tokens so far, tokens per second so far

@@ -12,7 +12,7 @@ from ..generation.defaults import SpeculationDefaults
 from ..head import DraftHead
 from ..policy import Policy
 from ..telemetry.report import SpeculationReport
-from ..verification import Divergence, explain_divergence
+from ..testing import Divergence, explain_divergence
 from .recorder import RecordedStep, Recorder
 
 
