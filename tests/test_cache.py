@@ -6,10 +6,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tests.targets import ARCHITECTURES, Architecture
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
 from transformers_resps.target.tree_cache import keep_nodes, keep_rows, place_nodes
 from transformers_resps.tree import DraftTree
-from transformers_resps.versions import CACHE_KEYWORD
 
 
 PROMPTS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11], [9, 1, 2, 6, 6, 8, 2, 10, 3]])

@@ -11,10 +11,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations import sdpa_attention
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
 from transformers_resps.target.gqa_attention import GROUPED, attend, grouped_attention, without_key_copies
 from transformers_resps.tree import DraftTree
-from transformers_resps.versions import CACHE_KEYWORD
 
 
 def tree_logits(target: PreTrainedModel, batch_size: int) -> Tensor:

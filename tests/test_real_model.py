@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.demo.target import load_target
 from transformers_resps.testing import explain_divergence
-from transformers_resps.versions import CACHE_KEYWORD
 
 
 HEAD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-head"

@@ -10,9 +10,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.preallocated_cache import RoomyLayer, entries_of, make_room, settle
 from transformers_resps.target.tree_cache import keep_nodes
-from transformers_resps.versions import CACHE_KEYWORD
 
 
 def filled(count: int = 5, layers: int = 1) -> DynamicCache:

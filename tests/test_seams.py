@@ -12,9 +12,9 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.generation.mixin import _NOT_OURS, ReSpSGenerationMixin
 from transformers_resps.target.gqa_attention import _OF_SDPA_ALONE, grouped_attention
-from transformers_resps.versions import CACHE_KEYWORD
 
 
 _TINY: dict[str, Any] = {

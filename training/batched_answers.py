@@ -12,8 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.gqa_attention import attend
-from transformers_resps.versions import CACHE_KEYWORD
 
 
 class PreallocatedLayer(DynamicLayer):

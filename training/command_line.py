@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from transformers_resps.extras import check_extra
+from transformers_resps.compat import check_extra
 
 
 def parse(*kinds: Any) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from policy_prompts import PromptArguments, name_of
 from recordings import load, record
 from torch import Tensor
 
+from publishing import recipe_of, write_run
 from transformers_resps import DraftHead, Guard
 from transformers_resps.bench.headroom import shapes_for
 from transformers_resps.bench.provenance import machine
@@ -30,7 +31,6 @@ from transformers_resps.bench.subjects import load_target
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.data.training_prompts import write_training_prompts
-from transformers_resps.publishing import recipe_of, write_run
 from transformers_resps.trainers import (
     Oracle,
     OutcomeTable,

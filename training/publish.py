@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from publishing import check, files_of, publish, write_card, write_custom_generate
 from transformers_resps.hub import Destination
-from transformers_resps.publishing import check, files_of, publish, write_card, write_custom_generate
 
 
 def main(arguments: list[str] | None = None) -> int:

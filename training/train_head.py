@@ -18,11 +18,11 @@ from command_line import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
+from publishing import head_metrics, recipe_of, write_run
 from transformers_resps import DraftHead
 from transformers_resps.bench.provenance import machine
 from transformers_resps.bench.subjects import training_prompts_of
 from transformers_resps.data.training_prompts import write_training_prompts
-from transformers_resps.publishing import head_metrics, recipe_of, write_run
 from transformers_resps.trainers import (
     CachedFeatures,
     DraftHeadTrainer,

@@ -26,6 +26,7 @@ from policy_prompts import PromptArguments, Prompts, name_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from publishing import recipe_of, write_run
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
@@ -35,7 +36,6 @@ from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.data.training_prompts import write_training_prompts
 from transformers_resps.head.weights import parameter_fingerprint
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
-from transformers_resps.publishing import recipe_of, write_run
 from transformers_resps.replay.replay_text import FORMAT
 from transformers_resps.trainers import (
     LiveRollouts,

@@ -12,8 +12,8 @@ from tests.generation.answering import WIDE
 from tests.generation.test_lossless import OPTIONS
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.policy import ActionGrid, Guard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
-from transformers_resps.versions import CACHE_KEYWORD
 
 
 PROMPT = torch.tensor([[5, 7, 11, 3, 9, 7, 11]])

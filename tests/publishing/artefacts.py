@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import yaml
 
+from publishing import write_card
 from tests.publishing.tiny import TARGET, tiny_target
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.provenance import config_sha256, weights_sha256
 from transformers_resps.data.training_prompts import write_training_prompts
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
-from transformers_resps.publishing import write_card
 
 
 DATA = [

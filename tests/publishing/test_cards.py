@@ -7,13 +7,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from publishing import UnreadableArtefactError, find_faults, read_artefact, render_card
+from publishing.release import local_name
 from tests.publishing.artefacts import changed, head_folder, policy_folder
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
 from transformers_resps.bench.provenance import config_sha256
 from transformers_resps.data.training_prompts import read_training_prompts
 from transformers_resps.policy import Guard, ThroughputPolicy
-from transformers_resps.publishing import UnreadableArtefactError, find_faults, read_artefact, render_card
-from transformers_resps.publishing.release import local_name
 
 
 CARDS = Path(__file__).parent / "cards"

@@ -8,10 +8,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from publishing import find_faults, write_card, write_custom_generate
+from publishing.release import check, local_name
 from tests.publishing.artefacts import changed, complete, policy_folder
 from transformers_resps import FixedPolicy, TreeShape
-from transformers_resps.publishing import find_faults, write_card, write_custom_generate
-from transformers_resps.publishing.release import check, local_name
 
 
 def faults(folder) -> list[str]:

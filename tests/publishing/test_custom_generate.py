@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from publishing import publish, write_custom_generate
 from tests.conftest import build_target
 from tests.publishing.artefacts import policy_folder
 from tests.publishing.tiny import tiny_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, ReSpSGenerationMixin, TreeShape, attach
 from transformers_resps.hub import Destination
 from transformers_resps.policy import KeptPolicies
-from transformers_resps.publishing import publish, write_custom_generate
 
 
 REPO = "tester/policy"
@@ -77,7 +77,7 @@ def test_the_published_policy_serves(where, target, prompt):
 
 
 def test_an_attached_model_stays_attached(where, target, head, prompt):
-    from transformers_resps.publishing.custom_generate.generate import generate
+    from publishing.custom_generate.generate import generate
 
     plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
     ours = generate(attach(target), **prompt, assistant_model=head, max_new_tokens=12, do_sample=False)
@@ -85,7 +85,7 @@ def test_an_attached_model_stays_attached(where, target, head, prompt):
 
 
 def test_auto_goes_on_learning_from_call_to_call(target, head, prompt):
-    from transformers_resps.publishing.custom_generate.generate import generate
+    from publishing.custom_generate.generate import generate
 
     place = KeptPolicies.place(target, 1)
     for _ in range(2):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from publishing import find_faults
 from tests.publishing.artefacts import snapshot
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
@@ -16,7 +17,6 @@ from transformers_resps import AutoPolicy, DraftHead
 from transformers_resps.data.training_prompts import fingerprint, read_training_prompts
 from transformers_resps.hub import Destination, upload
 from transformers_resps.policy import Guard, ReSpSConfig, ReSpSPolicy
-from transformers_resps.publishing import find_faults
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
 
 

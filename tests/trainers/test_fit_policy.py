@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
+from publishing import find_faults
 from tests.targets import Architecture
 from transformers_resps import AutoPolicy, DraftHead, Guard, ThroughputPolicy, attach
-from transformers_resps.publishing import find_faults
 
 
 TRAINING = Path(__file__).parents[2] / "training"

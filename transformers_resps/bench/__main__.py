@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..extras import check_extra
+from ..compat import check_extra
 from .methods import fixed_tree
 from .noise import check_load
 from .options import add_options

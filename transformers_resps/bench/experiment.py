@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..extras import check_extra
+from ..compat import check_extra
 from ..head import DraftHead
 from ..hub import RESULTS
 from .options import device, dtype, model, positive, shape

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import DynamicCache, PreTrainedModel
 
+from ..compat import CACHE_KEYWORD
 from ..drafting.candidate_generator import TreeCandidateGenerator
 from ..generation.attach import attach, detach
 from ..generation.checks import check_model
@@ -25,7 +26,6 @@ from ..target.forward import TargetForward
 from ..target.preallocated_cache import make_room, settle
 from ..target.tree_cache import check_cache, forget_newest
 from ..tree import DraftTree, TreeShape
-from ..versions import CACHE_KEYWORD
 from .cost_table import CostTable, identity_of
 
 

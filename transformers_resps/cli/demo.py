@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
+from ..compat import check_extra
 from ..demo.options import HEAD, add_options
-from ..extras import check_extra
 
 
 def add_command(commands: Any) -> None:

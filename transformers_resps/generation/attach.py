@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationMixin
 
-from ..adapters import unwrapped
+from ..compat import unwrapped
 from ..policy import KeptPolicies, Policy
 from .defaults import SpeculationDefaults
 from .mixin import ReSpSGenerationMixin

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
+from ..compat import CACHE_KEYWORD
 from ..target.attention import longrope_boundary
 from ..target.forward import is_compiled
 from ..target.gqa_attention import GROUPED, STOCK
 from ..target.tree_cache import buffer_length, cached_length, check_cache, window_of
-from ..versions import CACHE_KEYWORD
 from .layer_checks import check_draws, check_layers
 
 

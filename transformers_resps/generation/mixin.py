@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..compat import CACHE_KEYWORD
 from ..decoding.batch import Batch
 from ..decoding.loop import TreeDecoding
 from ..policy import KeptPolicies, Policy
@@ -22,7 +23,6 @@ from ..target.forward import CompiledForward, TargetForward, is_compiled
 from ..target.static_cache import static_cache
 from ..target.tree_cache import buffer_length, stop_recording
 from ..telemetry.report import SpeculationReport
-from ..versions import CACHE_KEYWORD
 from .checks import check_forward_arguments, check_lengths, check_synced
 from .defaults import SpeculationDefaults
 from .lockstep import advance_together, coupling

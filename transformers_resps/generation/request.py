@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..adapters import unwrapped
+from ..compat import unwrapped
 from ..head import BoundHead, DraftHead, pair_identity
 from ..policy import FixedPolicy, KeptPolicies, Policy
 from .checks import check_model, check_settings

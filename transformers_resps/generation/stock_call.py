@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from ..compat import CACHE_KEYWORD
 from ..decoding.acceptance import Text
-from ..versions import CACHE_KEYWORD
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from ..compat import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 from ..tree import DraftTree
-from ..versions import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 from .buckets import Buckets
 from .features import Features, FeatureTap
 from .gqa_attention import without_key_copies

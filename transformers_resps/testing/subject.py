@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..adapters import unwrapped
+from ..compat import unwrapped
 from ..generation.attach import attach, detach
 from ..generation.defaults import SpeculationDefaults
 from ..generation.evaluation_mode import EvaluationMode

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ..adapters import unwrapped
+from ..compat import unwrapped
 from ..data.batches import IGNORED, TokenBudgetBatches, collate
 from ..data.examples import check_token_ids
 from ..head import BoundHead, DraftHead, DraftHeadConfig

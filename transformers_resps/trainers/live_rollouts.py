@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters import unwrapped
+from ..compat import unwrapped
 from ..generation.mixin import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import Observation, Policy, ReSpSPolicy

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from ..hub import METRICS
+from transformers_resps.hub import METRICS
+
 from .artefact import RECIPE, check_card
 from .private_facts import private_facts
 from .release import write_card, write_custom_generate

@@ -1,12 +1,31 @@
-"""The packages that a command needs beside the base install, as `pyproject.toml` lists them under its extra."""
+"""What differs between installations: the release of Transformers, a PEFT wrapper, the extras.
+
+Each line about a release says when it can go.
+"""
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
 
+import transformers
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 
 _DISTRIBUTION = "transformers-resps"
+_INSTALLED = Version(transformers.__version__)
+
+# `past_key_values` became `cache` in 5.24. Goes when 5.24 is the lowest release we support.
+CACHE_KEYWORD = "cache" if Version("5.24") <= _INSTALLED else "past_key_values"
+
+# Of some layers as `output_hidden_states` older releases leave out what enters the first, and count from there. Goes
+# when 5.23 is the lowest release we support.
+SELECTS_HIDDEN_STATES = Version("5.23") <= _INSTALLED
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, from inside an adapter's wrapper or as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_extra(extra: str) -> None:

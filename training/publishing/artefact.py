@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from ..bench.results import SCHEMA_VERSION
-from ..head import DraftHeadConfig
-from ..hub import METRICS, RESULTS, as_hub_id
+from transformers_resps.bench.results import SCHEMA_VERSION
+from transformers_resps.head import DraftHeadConfig
+from transformers_resps.hub import METRICS, RESULTS, as_hub_id
 
 
 CONFIG, WEIGHTS, RECIPE = "config.json", "model.safetensors", "recipe.yaml"

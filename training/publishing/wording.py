@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .. import TreeShape
+from transformers_resps import TreeShape
+
 from .artefact import Artefact
 
 

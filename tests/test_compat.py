@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from transformers_resps import cli, extras
-from transformers_resps.extras import check_extra
+from transformers_resps import cli, compat
+from transformers_resps.compat import check_extra
 
 
 ROOT = Path(__file__).parent.parent
@@ -23,10 +23,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     def version(name: str) -> str:
         if name not in found:
-            raise extras.PackageNotFoundError(name)
+            raise compat.PackageNotFoundError(name)
         return found[name]
 
-    monkeypatch.setattr(extras, "version", version)
+    monkeypatch.setattr(compat, "version", version)
     return found
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..hub import GENERAL_TAGS, METRICS, RESULTS, front_matter
+from transformers_resps.hub import GENERAL_TAGS, METRICS, RESULTS, front_matter
+
 from .artefact import RECIPE, Artefact
 from .citations import CITATIONS
 from .results_table import circumstances, dataset_table, overall_table, sampling

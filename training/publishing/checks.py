@@ -6,12 +6,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..bench.provenance import config_sha256, weights_sha256
-from ..bench.results import read_results
-from ..data.training_prompts import TRAINING_PROMPTS, read_training_prompts
-from ..head import DraftHead
-from ..hub import CARD, METRICS, RESULTS
-from ..policy import AutoPolicy
+from transformers_resps.bench.provenance import config_sha256, weights_sha256
+from transformers_resps.bench.results import read_results
+from transformers_resps.data.training_prompts import TRAINING_PROMPTS, read_training_prompts
+from transformers_resps.head import DraftHead
+from transformers_resps.hub import CARD, METRICS, RESULTS
+from transformers_resps.policy import AutoPolicy
+
 from .artefact import CONFIG, RECIPE, WEIGHTS, Artefact, read_artefact
 from .card import render_card
 from .custom_code import CUSTOM_GENERATE, is_ours

@@ -2,7 +2,8 @@
 
 from pathlib import Path, PurePosixPath
 
-from ..hub import CARD, Destination, Existing, upload
+from transformers_resps.hub import CARD, Destination, Existing, upload
+
 from .artefact import read_artefact
 from .card import render_card
 from .checks import KINDS, find_faults
