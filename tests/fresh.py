@@ -47,7 +47,7 @@ def bare_jobs() -> list[Job]:
         Job(f"resps verify {DECODING} --prompts 1 --seeds 1 --max-new-tokens 8"),
         Job(f"resps inspect {DECODING} --prompt Hello --max-new-tokens 8 --output page.html"),
         Job(f"python training/publish.py {HEAD} me/head --dry-run", says="would be uploaded", in_clone=True),
-        Job("resps demo", status=2, says="pip install 'transformers-resps[demo]'"),
+        Job("python -m examples.demo", status=2, says="pip install 'transformers-resps[demo]'"),
         Job(
             f"resps bench {DECODING} --dataset prompts.jsonl", status=2, says="pip install 'transformers-resps[bench]'"
         ),
@@ -86,7 +86,9 @@ def jobs() -> dict[str, list[Job]]:
     """Extra -> its jobs. The demo comes first: it unpacks the target that all others decode with."""
     small = f"resps bench {DECODING} --dataset prompts.jsonl --limit 1 --max-new-tokens 8 --repeats 1 --accept-noise"
     return {
-        "demo": [Job(f"resps demo --head {HEAD} --max-new-tokens 8", says="Every step of that last answer")],
+        "demo": [
+            Job(f"python -m examples.demo --head {HEAD} --max-new-tokens 8", says="Every step of that last answer")
+        ],
         "": bare_jobs(),
         "bench": [Job(f"{small} --methods prompt-lookup")],
         "inspect": [Job("python show.py", says="prefill")],
@@ -116,11 +118,12 @@ def make_desk(folder: Path) -> Path:
     (desk / "HuggingFaceTB").mkdir(parents=True)
     (desk / TARGET).symlink_to(desk / "cache" / "transformers-resps" / "smollm2-135m-instruct")
     (desk / "model_cards").symlink_to(ROOT / "model_cards")
+    (desk / "examples").symlink_to(ROOT / "examples")
     (desk / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     (desk / "quickstart.py").write_text(quickstart().code)
     (desk / "show.py").write_text(f"{quickstart().code}\nout.speculation.show(tokenizer)\n")
     (desk / "embed.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'training')!r})\nimport text_state\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'training' / 'studies')!r})\nimport text_state\n"
         "print('embeds', text_state.embeds_text())\n"
     )
     return desk

@@ -41,8 +41,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data",
         "replay",
     },
-    "inspection": {"tree", "head", "telemetry", "policy", "generation", "calibration", "testing"},
-    "demo": {"target", "head", "telemetry", "policy", "generation", "testing", "bench", "inspection"},
     "trainers": {
         "compat",
         "hub",
@@ -57,8 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "replay",
     },
     "doctor": {"target", "head", "generation", "trainers"},
+    "inspection": {"tree", "head", "telemetry", "policy", "generation", "calibration", "testing"},
     "cli": {
-        "compat",
         "target",
         "head",
         "telemetry",
@@ -68,9 +66,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "testing",
         "data",
         "bench",
-        "inspection",
-        "demo",
         "doctor",
+        "inspection",
     },
 }
 

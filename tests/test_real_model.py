@@ -3,25 +3,22 @@
 import json
 import os
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from examples.demo.run import PROMPTS
+from examples.demo.target import load_target
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.demo.target import load_target
 from transformers_resps.testing import explain_divergence
 
 
 HEAD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-head"
 pytestmark = pytest.mark.real
-PROMPTS = [
-    json.loads(line)["messages"]
-    for line in files("transformers_resps.demo").joinpath("prompts.jsonl").read_text(encoding="utf-8").splitlines()
-]
+PROMPTS = [json.loads(line)["messages"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from command_line import parse
-from policy_prompts import PromptArguments, name_of
-from recordings import load, record
 from torch import Tensor
 
+from prompts.policy_prompts import PromptArguments, name_of
+from prompts.recordings import load, record
 from publishing import recipe_of, write_run
 from transformers_resps import DraftHead, Guard
 from transformers_resps.bench.headroom import shapes_for

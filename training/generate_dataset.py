@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import transformers
-from batched_answers import answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prompts.batched_answers import answer
 from transformers_resps.data.conversations import Conversation, read_conversations
 from transformers_resps.generation.sequences import end_ids
 from transformers_resps.target.prepacking import pack

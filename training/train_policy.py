@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from command_line import parse
-from policy_prompts import PromptArguments, Prompts, name_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prompts.policy_prompts import PromptArguments, Prompts, name_of
 from publishing import recipe_of, write_run
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.protocol import sampling

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.targets import Architecture
+from training.studies.batches.__main__ import main
+from training.studies.batches.measuring import WAYS, BatchBench, Measurement, table
+from training.studies.experiment import Experiment
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.bench.batches.__main__ import main
-from transformers_resps.bench.batches.measuring import WAYS, BatchBench, Measurement, table
-from transformers_resps.bench.experiment import Experiment
 
 
 def test_every_way_writes_the_same_tokens_and_is_timed() -> None:

@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.bench.conversations import save_rows, save_subjects
+from training.studies.batches.__main__ import main as batches
+from training.studies.static_caches.__main__ import main as static_caches
 from transformers_resps import DraftHead
-from transformers_resps.bench.batches.__main__ import main as batches
-from transformers_resps.bench.static_caches.__main__ import main as static_caches
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import itertools
 import torch
 
 from tests.targets import Architecture
+from training.studies.static_caches.measuring import WAYS, Measurement, StaticBench, table
 from transformers_resps import DraftHead, TreeShape, attach
-from transformers_resps.bench.static_caches.measuring import WAYS, Measurement, StaticBench, table
 
 
 def test_every_way_writes_the_same_tokens_and_is_timed() -> None:

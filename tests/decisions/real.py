@@ -27,7 +27,7 @@ from transformers_resps.trainers import (
 
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-COSTS = Path("training/headroom")
+COSTS = Path("training/studies/measurements/headroom")
 CARDS = Path("model_cards")
 DEPTHS = {1: 6, 2: 6, 4: 6}
 NEW_TOKENS = 64

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import generate_dataset
 import pytest
 
 from tests.trainers import test_train_head
-from tests.trainers.test_generate_dataset import load_script
 from tests.trainers.test_train_head import SCRIPT, run
 
 
@@ -42,7 +42,7 @@ def test_texts_longer_than_the_context_are_refused_before_any_is_read(
 
 
 def test_prompts_and_answers_longer_than_the_context_are_refused() -> None:
-    script = load_script("generate_dataset")
+    script = generate_dataset
     target = test_train_head.Architecture("llama", {"max_position_embeddings": 64}).build("sdpa")
     script.check_context(target, 40, 24)
     with pytest.raises(ValueError, match="allow 65 tokens, but the target reads at most 64. Lower one"):

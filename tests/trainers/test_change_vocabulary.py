@@ -1,7 +1,6 @@
 """A head's draft vocabulary, changed without training."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -10,12 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.tokenizers import letter_tokenizer
+from training.studies import change_vocabulary
 from transformers_resps import DraftHead
 from transformers_resps.data.training_prompts import fingerprint, read_training_prompts, write_training_prompts
 from transformers_resps.head import BoundHead
 
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "training" / "change_vocabulary.py"), run_name="script")
+SCRIPT = vars(change_vocabulary)
 
 
 def test_the_new_rows_are_the_targets_and_the_hidden_states_stay(tiny_target: PreTrainedModel) -> None:

@@ -1,28 +1,13 @@
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
+import generate_dataset
 import pytest
 import torch
 
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
 from transformers_resps.trainers.checkpoints import newest_checkpoint
-
-
-SCRIPTS = Path(__file__).parents[2] / "training"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-generate_dataset = load_script("generate_dataset")
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,6 @@ from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 
 
-SCRIPT = Path(__file__).parents[2] / "training" / "measure_tau.py"
-
-
 def test_tau_is_all_tokens_over_all_forwards_of_the_first_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,7 +32,7 @@ def test_tau_is_all_tokens_over_all_forwards_of_the_first_prompts(
     options = ["--dataset", str(file), "--limit", "2", "--shapes", "6,2,3", "1,0,1", "--max-new-tokens", "12"]
     monkeypatch.setattr(sys, "argv", ["measure_tau.py", *paths, *options, "--output", str(tmp_path / "tau.json")])
 
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    runpy.run_module("training.studies.measure_tau", run_name="__main__")
 
     attach(target)
     emitted = forwards = 0

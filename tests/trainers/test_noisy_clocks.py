@@ -1,10 +1,10 @@
-"""The clock of training/noisy_clocks.py: a policy sees noise, and its score doesn't."""
+"""The clock of training/studies/noisy_clocks.py: a policy sees noise, and its score doesn't."""
 
 import math
 
 import pytest
 
-from tests.trainers.test_generate_dataset import SCRIPTS, load_script
+from training.studies import noisy_clocks
 from transformers_resps.calibration.cost_table import CostTable
 
 
@@ -12,8 +12,7 @@ TABLE = CostTable({64: {1: 1.0, 4: 1.3, 16: 2.0}}, {1: 0.04, 4: 0.07}, {}, 0.01)
 
 
 def test_a_policy_sees_slow_stretches_and_interruptions_and_is_scored_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    script = load_script("noisy_clocks")
+    script = noisy_clocks
     noise = script.Noise(jitter=0.05, slowness=0.15, memory=0.98, interrupted=0.02)
     clock = script.NoisyClock(TABLE, noise, seed=0)
     costs = clock.step_costs()

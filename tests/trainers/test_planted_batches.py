@@ -1,4 +1,4 @@
-"""training/planted_batches.py: prices by hand, and a clock that nothing else moves."""
+"""training/studies/planted_batches.py: prices by hand, and a clock that nothing else moves."""
 
 from typing import Any
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tests.conftest import build_target
-from tests.trainers.test_generate_dataset import load_script
-from transformers_resps import DraftHead, attach, generation
-from transformers_resps.bench.experiment import Experiment
+from training.studies import planted_batches
+from training.studies.experiment import Experiment
+from transformers_resps import DraftHead, attach
+from transformers_resps.generation import mixin
 
 
 def test_steps_cost_what_the_formula_says_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = load_script("planted_batches")
+    script = planted_batches
     assert script.verify_seconds(8, 1) == pytest.approx((14.0 + 17.9 + 8 * 1.0) / 1e3)
     assert script.verify_seconds(8, 2) == pytest.approx((14.0 + 21.4 + 8 * 1.25 + 8 * 0.35) / 1e3)
     assert script.verify_seconds(8, 16) == pytest.approx((14.0 + 51.7 + 64 * 0.5 + 8 * 4.75 + 8 * 0.35) / 1e3)
@@ -23,7 +24,7 @@ def test_steps_cost_what_the_formula_says_and_nothing_else(monkeypatch: pytest.M
         target, DraftHead.from_target(target, 48).eval(), [torch.arange(3, 3 + n) for n in (5, 7, 4, 6)]
     )
     clocked = script.partial(script.PricedDecoding, clock=script.PlantedClock())
-    monkeypatch.setattr(generation, "TreeDecoding", clocked)
+    monkeypatch.setattr(mixin, "TreeDecoding", clocked)
     runs = script.measure(given, 2, 6)
     plain = [run for run in runs if run.policy == "plain"]
     assert [run.seconds for run in plain] == pytest.approx([5 * script.verify_seconds(2, 1)] * 2)

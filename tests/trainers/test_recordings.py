@@ -8,11 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.trainers.test_generate_dataset import load_script
+from training.prompts import recordings
 from transformers_resps import DraftHead, attach
 
 
-recordings = load_script("recordings")
 PROMPT = torch.tensor([5, 6, 7, 3])
 
 

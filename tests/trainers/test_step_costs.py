@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.trainers.test_generate_dataset import SCRIPTS, load_script
+from training.studies import step_costs
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid
@@ -21,8 +21,6 @@ SHAPES = (TreeShape.plain(), TreeShape(1, 0, 1, 5), TreeShape(6, 3, 4), TreeShap
 def test_a_fixed_shape_takes_as_long_on_the_table_as_when_it_decodes_the_text_again(
     tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    step_costs = load_script("step_costs")
     attach(tiny_target)
     tokens = tiny_target.generate(PROMPT[None], do_sample=True, max_new_tokens=60, eos_token_id=None)[0]
     looping = torch.cat([tokens, tokens[20:60], tokens[20:40]])  # so that looked-up nodes are found, and followed

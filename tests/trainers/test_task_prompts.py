@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import task_prompts
 
 from tests.tokenizers import letter_tokenizer
+from training.studies import task_prompts
 from transformers_resps.data.conversations import read_conversations
 
 

@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, calibrate, demo, doctor, inspect, verify
+from . import bench, calibrate, doctor, inspect, verify
 
 
-COMMANDS = (demo, doctor, inspect, calibrate, verify, bench)
+COMMANDS = (doctor, inspect, calibrate, verify, bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

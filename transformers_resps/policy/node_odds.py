@@ -87,9 +87,9 @@ class NodeOdds:
         """What nodes of `odds` at `level` would bring if each got `width` children: the children's probabilities, of
         three at most.
 
-        The head stays about as confident as it was. On the recordings of `training/HEADROOM.md` the first child holds
-        half to nine tenths of what all children hit, rising with the mean probability of a node on the way to it; the
-        next two 0.16 and 0.075.
+        The head stays about as confident as it was. On recordings of two heads the first child holds half to nine
+        tenths of what all children hit, rising with the mean probability of a node on the way to it; the next two
+        0.16 and 0.075.
         """
         all_children, root = self.hit_rate(level + 1), 1.0 / level
         second, third = (all_children * share for share in _LATER_CHILDREN)

@@ -3,7 +3,7 @@
 With a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
 `enable_gqa` reads them once for each head. The results are equal up to rounding. A lone token gains most, because
 PyTorch spends about as much on one query as on three. One layer of SmolLM2 in bfloat16 on Zen 4
-(`training/attention_speed.py`): a token after 800 positions takes 0.59 ms with `enable_gqa`, as in plain decoding, and
+(the study `attention_speed`): a token after 800 positions takes 0.59 ms with `enable_gqa`, as in plain decoding, and
 0.12 ms here; three nodes in each of eight rows after 250 positions take 0.70 ms with copies, 0.55 ms with `enable_gqa`
 and 0.36 ms here.
 """

@@ -7,7 +7,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 USEFUL_TOKENS = 1_000_000
 
-# Positions trained on -> tau of an 8-node tree, SmolLM2-135M-Instruct, its own outputs, Muon (training/LOG.md).
+# Positions trained on -> tau of an 8-node tree, SmolLM2-135M-Instruct, its own outputs, Muon.
 _MEASURED = ((150_000, 1.6), (390_000, 1.8), (560_000, 1.9))
 
 

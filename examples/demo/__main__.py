@@ -1,0 +1,38 @@
+"""Answer five prompts plain and with a draft head, and show that the text is the same.
+
+    make demo          # or, with the extra `demo`: python -m examples.demo
+
+Exit status: 0 when rounding explains every difference, 1 when it does not, 2 when the demo cannot start.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from transformers_resps.compat import check_extra
+
+
+HEAD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-head"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m examples.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--head", default=str(HEAD), help="folder or Hub id of a head for SmolLM2-135M-Instruct")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="of each answer")
+    parser.add_argument(
+        "--page", type=Path, default=Path("results/demo.html"), help="where the last answer is written, step by step"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        check_extra("demo")
+        from .run import run  # needs the extra
+
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+r"""Answer prompts with a target and record what its drafters would have proposed, once for all studies.
+
+    python -m training.prompts.recordings --target work/smollm2 --head model_cards/smollm2-135m-instruct-head \
+        --evaluate eval/mt_bench.jsonl eval/gsm8k.jsonl --fit sharegpt.json gsm8k_train.jsonl --output work/recordings
+
+Resumable: a recording that is there is not made again. Records of evaluation prompts lie in `evaluate/`, of those that
+may be fitted to in `fit/`.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transformers_resps import DraftHead, attach
+from transformers_resps.bench.protocol import sampling
+from transformers_resps.generation.sequences import end_ids, left_padded
+from transformers_resps.head.weights import parameter_fingerprint
+from transformers_resps.trainers import RecordedText, head_fingerprint, load_conversations, record_pools
+
+
+DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for
+BATCH = 10  # answers written together
+TEMPERATURES = (0.0, 1.0)
+
+
+def read_prompts(source: str, tokenizer: Any, limit: int, most_tokens: int) -> list[Tensor]:
+    """The first user turns of a dataset, as `[s]` each, the first `limit` that are short enough."""
+    prompts: dict[tuple[int, ...], Tensor] = {}
+    for conversation in load_conversations(source):
+        asked = next((message for message in conversation if message["role"] == "user"), None)
+        if asked is None:
+            continue
+        text = tokenizer.apply_chat_template([asked], add_generation_prompt=True, tokenize=False)
+        tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        if len(tokens) <= most_tokens:
+            prompts.setdefault(tuple(tokens.tolist()), tokens)
+        if len(prompts) == limit:
+            break
+    return list(prompts.values())
+
+
+def name_of(prompt: Tensor, temperature: float, made_with: str) -> str:
+    """Changes with all that changes a recording."""
+    return hashlib.sha256(f"{prompt.tolist()} {sampling(temperature)} {made_with}".encode()).hexdigest()[:16]
+
+
+def answers(target: Any, prompts: list[Tensor], temperature: float, max_new_tokens: int) -> Iterator[Tensor]:
+    """Prompt and answer `[s]` of each prompt, the end token left out; written in batches, as plain `generate` does."""
+    ends = end_ids(target)
+    for batch in _batched(prompts):
+        padded, mask = left_padded(batch)
+        torch.manual_seed(0)
+        written = target.generate(padded, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling(temperature))
+        for prompt, row in zip(batch, written[:, padded.shape[1] :].tolist(), strict=True):
+            kept = list(itertools.takewhile(lambda token: token not in ends, row))
+            yield torch.cat([prompt, torch.tensor(kept, dtype=torch.long)])
+
+
+def _batched(prompts: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    for start in range(0, len(prompts), BATCH):
+        yield tuple(prompts[start : start + BATCH])
+
+
+def record(
+    target: Any, head: DraftHead, prompts: list[Tensor], temperature: float, folder: Path, max_new_tokens: int
+) -> None:
+    """One file per prompt with an answer of at least four tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made_with = json.dumps([head_fingerprint(head), max_new_tokens, list(DEPTHS.items()), str(target.dtype)])
+    check_folder(folder, parameter_fingerprint(target), made_with)
+    files = {name_of(prompt, temperature, made_with): prompt for prompt in prompts}
+    known = {path.stem for path in folder.glob("*.safetensors")}
+    missing = {name: prompt for name, prompt in files.items() if name not in known}
+    texts = answers(target, list(missing.values()), temperature, max_new_tokens)
+    for (name, prompt), text in zip(missing.items(), texts, strict=True):
+        answered = len(text) - len(prompt)
+        if answered < 4:
+            continue
+        room = max_new_tokens - answered
+        recorded = record_pools(target, head, text, len(prompt), depths=DEPTHS, spare_room=room)
+        recorded.save(folder / f"{name}.tmp")
+        (folder / f"{name}.tmp").rename(folder / f"{name}.safetensors")
+
+
+def check_folder(folder: Path, target: str, made_with: str) -> None:
+    """Refuse to put recordings beside others: a folder is read as a whole, whatever its files are called.
+
+    Raises:
+        ValueError: those in it are of another target or head, or were made otherwise.
+    """
+    file = folder / "made_with.json"
+    facts = json.dumps({"target": target, "made_with": made_with})
+    if file.is_file() and file.read_text(encoding="utf-8") != facts:
+        raise ValueError(
+            f"{folder} holds recordings of another target or head, or of other lengths ({file}), but a study reads "
+            "all of a folder. Pass another --output, or delete that folder."
+        )
+    file.write_text(facts, encoding="utf-8")
+
+
+def load(folder: Path, limit: int | None = None) -> list[RecordedText]:
+    """All recordings of a folder, in the order of their names."""
+    return [RecordedText.load(file) for file in sorted(folder.glob("*.safetensors"))[:limit]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--head", required=True)
+    parser.add_argument("--evaluate", nargs="+", default=[], help="files of prompts to score on, one per benchmark")
+    parser.add_argument("--fit", nargs="+", default=[], help="files of prompts to fit and to search on")
+    parser.add_argument("--limit", type=int, default=4, help="prompts of each file to score on")
+    parser.add_argument("--fit-limit", type=int, default=20, help="prompts of each file to fit on")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--max-prompt-tokens", type=int, default=1024)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--output", type=Path, default=Path("work/recordings"))
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target: Any = attach(AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype))
+    head = DraftHead.from_pretrained(args.head, target=target)
+    jobs = [("fit", source, args.fit_limit) for source in args.fit]
+    jobs += [("evaluate", source, args.limit) for source in args.evaluate]
+    for temperature in TEMPERATURES:
+        for kind, source, limit in jobs:
+            prompts = read_prompts(source, tokenizer, limit, args.max_prompt_tokens)
+            folder = args.output / kind / f"{temperature:g}" / Path(source).stem
+            record(target, head, prompts, temperature, folder, args.max_new_tokens)
+            print(f"{folder}: {len(prompts)} prompts", flush=True)
+
+
+if __name__ == "__main__":
+    main()

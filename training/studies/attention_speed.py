@@ -1,0 +1,60 @@
+"""What one layer's attention costs, by Transformers' ways and by ours, where heads share keys.
+
+    python -m training.studies.attention_speed
+
+Random numbers in the sizes of SmolLM2-135M in bfloat16; keys and values of thirty layers in turn, as in a model.
+"""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from transformers_resps.target.gqa_attention import attend
+
+
+HEADS, KEY_HEADS, HEAD_SIZE, LAYERS, REPEATS = 9, 3, 64, 30, 20
+PLACES = ((1, 1, 150), (1, 1, 800), (1, 8, 800), (8, 1, 250), (8, 3, 250))  # rows, tokens of each, context
+Way = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def copied(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Transformers' for several tokens with a mask."""
+    key, value = (repeat_kv(states, HEADS // KEY_HEADS) for states in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def shared(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """PyTorch's own sharing, which Transformers takes where there is no mask."""
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def milliseconds(way: Way, rows: int, tokens: int, past: int) -> float:
+    """Median over repeats, of one layer."""
+    query = torch.randn(rows, tokens, HEADS, HEAD_SIZE, dtype=torch.bfloat16).transpose(1, 2)
+    keys, values = torch.randn(2, LAYERS, rows, KEY_HEADS, past + tokens, HEAD_SIZE, dtype=torch.bfloat16)
+    mask = torch.zeros(rows, 1, tokens, past + tokens, dtype=torch.bfloat16)
+    taken = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        for key, value in zip(keys, values, strict=True):
+            way(query, key, value, mask)
+        taken.append(time.perf_counter() - started)
+    return 1e3 * median(taken) / LAYERS
+
+
+@torch.inference_mode()
+def main() -> None:
+    torch.manual_seed(0)
+    print("| rows, tokens, context | copies | `enable_gqa` | ours |\n|---|---:|---:|---:|")
+    for place in PLACES:
+        cells = " | ".join(f"{milliseconds(way, *place):.2f}" for way in (copied, shared, attend))
+        print(f"| {', '.join(map(str, place))} | {cells} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What the smaller benchmarks share: one target, its head, some prompts, and a results file."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_resps.bench.options import device, dtype, model, positive, shape
+from transformers_resps.bench.prompts import read_dialogues, spread, to_tokens
+from transformers_resps.bench.provenance import code, machine
+from transformers_resps.bench.subjects import load
+from transformers_resps.compat import check_extra
+from transformers_resps.head import DraftHead
+from transformers_resps.hub import RESULTS
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """What is decoded.
+
+    Attributes:
+        target: attached.
+        head: drafts.
+        prompts: `[s]` each, the first user turn of rows spread evenly over the file.
+    """
+
+    target: Any
+    head: DraftHead
+    prompts: list[Tensor]
+
+    @classmethod
+    def load(cls, args: argparse.Namespace) -> "Experiment":
+        """What the options of `add_options` name.
+
+        Raises:
+            ValueError: something is missing, or the head does not fit the target.
+        """
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        subjects = load(args.target, args.head, [], dtype=args.dtype, device=device, packed=args.pack)
+        dialogues = spread(read_dialogues(str(args.dataset)), args.limit)
+        return cls(subjects.target, subjects.head, [to_tokens(one.asked([]), subjects.tokenizer) for one in dialogues])
+
+    def write(self, args: argparse.Namespace, rows: list[dict[str, Any]], runs: Sequence[Any]) -> Path:
+        """`results.json`: machine, code, options, the table's rows and every run."""
+        facts = {**machine(self.target), **code(), "arguments": vars(args), "rows": rows}
+        args.output.mkdir(parents=True, exist_ok=True)
+        file: Path = args.output / RESULTS
+        file.write_text(json.dumps(facts | {"runs": [asdict(run) for run in runs]}, indent=1, default=str), "utf-8")
+        return file
+
+
+def execute(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, run: Callable[[argparse.Namespace], int]
+) -> int:
+    """Run a command with the extra `bench`; what stops it is one line and the exit status 2."""
+    args = parser.parse_args(arguments)
+    try:
+        check_extra("bench")
+        return run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def add_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """Those of every experiment; `output` is the default folder of its results."""
+    parser.add_argument("target", type=model, help="folder or Hub id of the target")
+    parser.add_argument("head", type=model, help="folder or Hub id of a draft head for the target")
+    parser.add_argument("--dataset", type=Path, required=True, help=".jsonl with turns, messages or prompt")
+    parser.add_argument("--limit", type=positive, default=8, help="prompts, spread evenly over the file")
+    parser.add_argument("--max-new-tokens", type=positive, default=96)
+    parser.add_argument("--shape", type=shape, help="total_tokens,depth,top_k[,lookup] of every tree")
+    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    parser.add_argument("--device", type=device, help="default: cuda if available, otherwise cpu")
+    parser.add_argument("--pack", action="store_true", help="prepack the target's weights, for every way")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder for results.json")

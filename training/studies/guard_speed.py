@@ -1,0 +1,137 @@
+"""What the guard leaves of plain decoding where drafting cannot pay: seconds of the same prompts, plain and guarded.
+
+    python -m training.studies.guard_speed TARGET HEAD --dataset prompts.jsonl --pack --dtype bfloat16
+
+Two heads: an untrained one of HEAD's kind, and HEAD itself on whatever prompts you give: take those of a domain it
+never read. Two policies that draft by the head alone, since lookups would earn what it loses: ours, and EAGLE-3's
+60/5/10, which never hesitates. Each both new in every call, which is the worst, and kept between calls. And one that
+never drafts: what our step loop alone costs, or gains where its attention to a lone token is the faster one.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.studies.experiment import Experiment, add_options
+from transformers_resps import DraftHead, FixedPolicy, Guard, Policy, TreeShape
+from transformers_resps.policy import Observation, ThroughputPolicy
+from transformers_resps.target.prepacking import pack
+
+
+class HeadAlone(ThroughputPolicy):
+    """Ours, blind to the text so far."""
+
+    looks_up = False
+
+    def choose(self, observation: Observation) -> TreeShape:
+        return super().choose(replace(observation, survival=list))
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "ours": HeadAlone,
+    "60/5/10": lambda: FixedPolicy(TreeShape.from_eagle(60, 5, 10)),
+    "never drafts": lambda: FixedPolicy(TreeShape.plain()),
+}
+UNTRAINED, GIVEN = "untrained", "given"
+SETTINGS = (
+    *((head, policy, kept) for head in (UNTRAINED, GIVEN) for policy in ("ours", "60/5/10") for kept in (False, True)),
+    (GIVEN, "never drafts", True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One prompt, decoded plainly and guarded one after the other."""
+
+    head: str
+    policy: str
+    kept: bool
+    prompt: int
+    plain_tokens: int
+    plain_seconds: float
+    tokens: int
+    seconds: float
+    tau: float
+
+
+def untrained(target: Any, head: DraftHead) -> DraftHead:
+    """A head of the same sizes with random weights; its embedding and vocabulary are real."""
+    torch.manual_seed(0)
+    made = DraftHead.from_target(
+        target, draft_token_ids=head.draft_token_ids, feature_layers=head.config.feature_layers
+    )
+    return made.eval()
+
+
+def timed(target: Any, prompt: Tensor, max_new_tokens: int, **speculation: Any) -> tuple[int, float, float]:
+    """New tokens, seconds and tokens per forward of one greedy call."""
+    started = time.perf_counter()
+    out = target.generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt[None]),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+        **speculation,
+    )
+    seconds = time.perf_counter() - started
+    tau = out.speculation.tau if speculation else 1.0
+    return out.sequences.shape[1] - len(prompt), seconds, tau
+
+
+def measure(given: Experiment, heads: dict[str, DraftHead], max_new_tokens: int, repeats: int) -> list[Measurement]:
+    """Every setting and prompt; plain right before or after, in turn."""
+    timed(given.target, given.prompts[0], max_new_tokens)
+    found = []
+    for name, policy_name, kept in SETTINGS:
+        make = POLICIES[policy_name]
+        policy = Guard(make())
+        for repeat in range(repeats):
+            for number, prompt in enumerate(given.prompts):
+                policy = policy if kept else Guard(make())
+                ways = [{}, {"assistant_model": heads[name], "policy": policy}]
+                order = (0, 1) if (number + repeat) % 2 == 0 else (1, 0)
+                got = {way: timed(given.target, prompt, max_new_tokens, **ways[way]) for way in order}
+                found.append(Measurement(name, policy_name, kept, number, *got[0][:2], *got[1]))
+    return found
+
+
+def table(runs: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Per head, policy and keeping: tokens per second to plain ones."""
+    rows = []
+    for key in dict.fromkeys((run.head, run.policy, run.kept) for run in runs):
+        own = [run for run in runs if (run.head, run.policy, run.kept) == key]
+        plain = sum(run.plain_tokens for run in own) / sum(run.plain_seconds for run in own)
+        guarded = sum(run.tokens for run in own) / sum(run.seconds for run in own)
+        tau = sum(run.tau for run in own) / len(own)
+        rows.append(
+            dict(zip(("head", "policy", "kept"), key, strict=True)) | {"to_plain": guarded / plain, "tau": tau}
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, "results/guard")
+    args = parser.parse_args()
+    given = Experiment.load(args)
+    heads = {UNTRAINED: untrained(given.target, given.head), GIVEN: given.head}
+    if args.pack:
+        pack(heads[UNTRAINED])
+    runs = measure(given, heads, args.max_new_tokens, args.repeats)
+    rows = table(runs)
+    file = given.write(args, rows, runs)
+    print("| head | policy | kept between calls | to plain | tau |\n|---|---|---|---:|---:|")
+    for row in rows:
+        kept = "yes" if row["kept"] else "no"
+        print(f"| {row['head']} | {row['policy']} | {kept} | {row['to_plain']:.3f} | {row['tau']:.2f} |")
+    print(f"\nWritten to {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Tau of one fixed tree on the first prompts of each file, greedy: how good a head is, whatever the machine.
+
+    python -m training.studies.measure_tau work/smollm2 model_cards/smollm2-135m-instruct-head --shapes 16,5,4 \
+        --dataset eval/mt_bench.jsonl eval/gsm8k.jsonl --limit 20 --output work/tau.json
+
+Nothing is timed, so other work may run beside it. Of a conversation the first turn is answered.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_resps import FixedPolicy, TreeShape
+from transformers_resps.bench.options import positive, shape
+from transformers_resps.bench.prompts import read_dialogues, to_tokens
+from transformers_resps.bench.protocol import sampling
+from transformers_resps.bench.provenance import code, machine
+from transformers_resps.bench.subjects import Subjects, load
+
+
+def tokens_and_forwards(subjects: Subjects, prompts: list[Tensor], tree: TreeShape, most: int) -> tuple[int, int]:
+    """What all answers together emitted, and the target's forwards that it took, prompts' included."""
+    emitted = forwards = 0
+    for prompt in prompts:
+        out: Any = subjects.target.generate(
+            prompt[None].to(subjects.target.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=subjects.target.device),
+            assistant_model=subjects.head,
+            policy=FixedPolicy(tree),
+            max_new_tokens=most,
+            return_dict_in_generate=True,
+            **sampling(0.0),
+        )
+        emitted += out.speculation.emitted
+        forwards += out.speculation.target_forwards
+    return emitted, forwards
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", help="folder or Hub id")
+    parser.add_argument("head", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("--dataset", nargs="+", required=True, help=".jsonl or .json with turns, messages or prompt")
+    parser.add_argument("--limit", type=positive, default=20, help="the first prompts of each file")
+    parser.add_argument("--shapes", nargs="+", type=shape, default=[TreeShape(16, 5, 4)], help="as 16,5,4 or 8,4,2,6")
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--output", type=Path, default=Path("results/tau.json"))
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subjects = load(args.target, args.head, [], dtype=args.dtype, device=device, packed=True)
+    rows = []
+    for tree in args.shapes:
+        taus: dict[str, float] = {}
+        for source in args.dataset:
+            dialogues = read_dialogues(source)[: args.limit]
+            prompts = [to_tokens(dialogue.asked([]), subjects.tokenizer) for dialogue in dialogues]
+            emitted, forwards = tokens_and_forwards(subjects, prompts, tree, args.max_new_tokens)
+            taus[Path(source).stem] = round(emitted / forwards, 3)
+            print(f"{tree} {Path(source).stem}: {taus[Path(source).stem]}", flush=True)
+        rows.append({"shape": str(tree), "tau": taus, "mean": round(sum(taus.values()) / len(taus), 3)})
+        print(f"{tree} mean: {rows[-1]['mean']}", flush=True)
+    facts = {**machine(subjects.target), **code(), **subjects.identity, "arguments": vars(args), "rows": rows}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
