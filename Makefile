@@ -18,9 +18,7 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 # The releases of Transformers that we support: lowest, middle, and the newest that the index has.
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
 LOWEST_TORCH := 2.9.0
-CONTRACT := tests/test_seams.py tests/test_refusals.py tests/test_cache.py tests/generation \
-	tests/test_architectures.py tests/test_continuing.py tests/batches tests/test_static_cache.py \
-	tests/test_roomy_cache.py tests/test_grouped_attention.py tests/robustness
+CONTRACT := tests/target tests/decoding tests/generation
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -86,7 +84,7 @@ test-lowest-torch: .venv/dev/.filled .matrix/torch-$(LOWEST_TORCH)
 	PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(DEV) -m pytest $(CONTRACT) $(TEST_OPTIONS)
 
 test-endurance: .venv/dev/.filled
-	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/robustness/test_memory.py $(TEST_OPTIONS)
+	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/generation/test_memory.py $(TEST_OPTIONS)
 
 .PHONY: .matrix/transformers-newest
 .matrix/transformers-newest:

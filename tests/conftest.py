@@ -11,9 +11,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, Phase, settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps.head import DraftHead
+
+
+# Hypothesis draws the same examples at every run: CI must not fail by luck.
+ALIKE: dict[str, Any] = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+settings.register_profile("resps", **ALIKE)
+settings.register_profile("mutations", phases=[Phase.generate], **ALIKE)  # finding a bug is enough
+settings.load_profile(os.environ.get("RESPS_HYPOTHESIS_PROFILE", "resps"))
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-CALLS = "tests/properties/test_generate.py"
-_TREES = "tests/properties/test_trees.py::test_"
+CALLS = "tests/generation/test_any_call.py"
+_TREES = "tests/decoding/test_any_tree.py::test_"
 POOL = _TREES + "a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
 CHILD = _TREES + "a_child_is_the_first_that_carries_the_token"
 SIGHT = _TREES + "a_node_sees_the_prefix_and_its_own_path"
@@ -26,7 +26,7 @@ WINDOW = _TREES + "a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 CHAIN = _TREES + "a_merged_chain_adds_its_texts_and_nothing_else"
 WALK = _TREES + "the_walk_is_the_brute_force_walk"
 ROWS = _TREES + "rows_commit_what_the_shortest_run_allows"
-GREEDY = "tests/properties/test_greedy_walk.py"
+GREEDY = "tests/decoding/test_accept_greedy.py"
 KEPT = _TREES + "the_cache_keeps_the_accepted_path_and_forgets_the_rest"
 MOST_SECONDS = 600  # a bug may also make a loop endless
 
@@ -73,68 +73,88 @@ MUTATIONS = (
     Mutation("a merged chain is shared with cousins", "tree.py", " and parents[i] == node", "", CHAIN),
     Mutation(
         "the walk descends from the root again",
-        "acceptance.py",
+        "decoding/acceptance.py",
         "zip(nodes, tokens.tolist(), strict=True)",
         "zip([0] * len(nodes), tokens.tolist(), strict=True)",
         WALK,
     ),
     Mutation(
         "every pick is the root's",
-        "acceptance.py",
+        "decoding/acceptance.py",
         "_logits_of(nodes, logits)",
         "_logits_of([0] * len(nodes), logits)",
         WALK,
     ),
-    Mutation("the walk goes on after the end", "acceptance.py", "if text.finished or ", "if ", WALK),
+    Mutation("the walk goes on after the end", "decoding/acceptance.py", "if text.finished or ", "if ", WALK),
     Mutation(
         "one row with the draft is enough",
-        "acceptance.py",
+        "decoding/acceptance.py",
         "if any(live and node is None",
         "if all(live and node is None",
         ROWS,
     ),
     Mutation(
         "rows walked together pass their end",
-        "greedy_walk.py",
+        "decoding/greedy_walk.py",
         "if child is not None and not _is_end(texts[row], token, len(picks[row])):",
         "if child is not None:",
         GREEDY,
     ),
     Mutation(
-        "sampling forgets the processors", "acceptance.py", "scores.softmax(dim=-1)", "logits.softmax(dim=-1)", CALLS
+        "sampling forgets the processors",
+        "decoding/acceptance.py",
+        "scores.softmax(dim=-1)",
+        "logits.softmax(dim=-1)",
+        CALLS,
     ),
-    Mutation("only the first row's path is moved", "cache.py", "(path == in_place)", "(path[0] == in_place)", KEPT),
+    Mutation(
+        "only the first row's path is moved",
+        "target/tree_cache.py",
+        "(path == in_place)",
+        "(path[0] == in_place)",
+        KEPT,
+    ),
     Mutation(
         "the path is looked up in the prefix",
-        "cache.py",
+        "target/tree_cache.py",
         "index_select(3, slots[0])",
         "index_select(3, path[0])",
         KEPT,
     ),
-    Mutation("only the root is kept", "cache.py", "(cache, node_count - kept)", "(cache, node_count - 1)", KEPT),
     Mutation(
-        "nodes see their children", "attention.py", "~tree.ancestors[:, None]", "~tree.ancestors.mT[:, None]", SIGHT
+        "only the root is kept", "target/tree_cache.py", "(cache, node_count - kept)", "(cache, node_count - 1)", KEPT
     ),
     Mutation(
-        "padding is seen, and the text is not", "attention.py", ".masked_fill_(hidden", ".masked_fill_(~hidden", SIGHT
+        "nodes see their children",
+        "target/attention.py",
+        "~tree.ancestors[:, None]",
+        "~tree.ancestors.mT[:, None]",
+        SIGHT,
+    ),
+    Mutation(
+        "padding is seen, and the text is not",
+        "target/attention.py",
+        ".masked_fill_(hidden",
+        ".masked_fill_(~hidden",
+        SIGHT,
     ),
     Mutation(
         "positions count nodes",
-        "attention.py",
+        "target/attention.py",
         "root_positions[:, None] + tree.depths",
         "root_positions[:, None] + torch.arange(tree.node_count)",
         SIGHT,
     ),
     Mutation(
         "a window is one too wide",
-        "attention.py",
+        "target/attention.py",
         "key_slots <= node_slots",
         "key_slots < node_slots",
         WINDOW,
     ),
     Mutation(
         "a window is noticed too late",
-        "attention.py",
+        "target/attention.py",
         "past + node_count > window - 1",
         "past > window - 1",
         WINDOW,

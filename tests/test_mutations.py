@@ -10,6 +10,7 @@ from tests.mutations import MUTATIONS, ROOT, Mutation, copy_of
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.bug)
 def test_a_bug_still_has_its_place(mutation: Mutation, tmp_path: Path) -> None:
     original = (ROOT / "transformers_resps" / mutation.file).read_text(encoding="utf-8")
+    (tmp_path / mutation.file).parent.mkdir(exist_ok=True)
     (tmp_path / mutation.file).write_text(original, encoding="utf-8")
     mutation.plant(tmp_path)
     planted = (tmp_path / mutation.file).read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, set_seed
 
-from tests.batches.rows import AnyShape, prompts
 from tests.decisions.planted import PlantedClock, decision
+from tests.decoding.rows import AnyShape, prompts
 from tests.generation.answering import WIDE
 from tests.generation.test_lossless import OPTIONS
 from tests.targets import ARCHITECTURES, Architecture

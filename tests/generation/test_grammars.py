@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from tests.batches.rows import uneven_steps
+from tests.decoding.rows import uneven_steps
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, StepRecord, TreeShape, attach
 

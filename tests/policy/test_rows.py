@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.batches.rows import prompts, speculate
+from tests.decoding.rows import prompts, speculate
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, attach
 from transformers_resps.policy import FixedPolicy, Guard, Observation, RunningCosts, ThroughputPolicy

@@ -7,8 +7,8 @@ from typing import Any
 import generate_dataset
 import pytest
 
-from tests.trainers import test_train_head
-from tests.trainers.test_train_head import SCRIPT, run
+from tests.training import test_train_head
+from tests.training.test_train_head import SCRIPT, run
 
 
 folder = test_train_head.folder

@@ -12,7 +12,7 @@ from ..target.tree_cache import check_cache, keep_nodes
 from ..tree import DraftTree
 
 
-# model_type of every architecture in tests/test_architectures.py.
+# model_type of every architecture in tests/generation/test_architectures.py.
 _COMPARED = frozenset(
     ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
     + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")

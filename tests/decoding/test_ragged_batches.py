@@ -1,0 +1,128 @@
+"""Rows of a batch that advance each on its own: the plain call is the oracle, and so is every row alone."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.decoding.rows import WIDE, AnyShape, prompts, speculate, uneven_steps
+from tests.targets import ARCHITECTURES, Architecture
+from tests.tokenizers import letter_tokenizer
+from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
+from transformers_resps.decoding.batch import Batch
+from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.drafting.prompt_lookup import Match
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_greedy_rows_write_what_the_plain_batch_writes(architecture: Architecture) -> None:
+    model = attach(architecture.build(architecture.attention[0]))
+    torch.manual_seed(1)
+    drafter = DraftHead.from_target(model)
+    for seed in (0, 1, 4, 9):  # with the latter two rows that differ in length take plain steps in windows
+        inputs = prompts(seed)
+        options = {"max_new_tokens": 16, "eos_token_id": [2, 6]}
+        plain = model.generate(**inputs, **options)
+        tree = speculate(model, inputs, assistant_model=drafter, policy=AnyShape(seed), **options)
+        assert tree.sequences.tolist() == plain.tolist()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "several end tokens": {"eos_token_id": [2, 6, 12]},
+    "one token": {"max_new_tokens": 1},
+    "a length that some rows reach in the middle of a tree": {"max_new_tokens": 7},
+    "processors of length and text": {"repetition_penalty": 1.4, "min_new_tokens": 5, "no_repeat_ngram_size": 3},
+    "an end token by force": {"forced_eos_token_id": 2},
+    "a penalty by position": {"exponential_decay_length_penalty": (4, 1.2)},
+    "a stop string": {"stop_strings": ["d", "fg"], "tokenizer": letter_tokenizer()},
+    "a prompt in chunks": {"prefill_chunk_size": 4},
+    "time enough": {"max_time": 600.0},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_hold_for_every_row(name: str, target: PreTrainedModel, head: DraftHead) -> None:
+    accepted = 0
+    for seed in range(3):
+        inputs, options = prompts(seed), {"max_new_tokens": 20, **OPTIONS[name]}
+        plain = target.generate(**inputs, **options)
+        for policy in (FixedPolicy(WIDE), AnyShape(seed)):
+            tree = speculate(target, inputs, assistant_model=head, policy=policy, **options)
+            assert tree.sequences.tolist() == plain.tolist()
+            accepted += sum(sum(step.accepted) for step in tree.speculation.steps)
+    assert accepted > 0 or name == "one token", "no drafted token was ever accepted: nothing was shown"
+
+
+def test_rows_without_an_end_token_all_reach_the_limit(endless: PreTrainedModel) -> None:
+    drafter = DraftHead.from_target(endless)
+    plain = endless.generate(**prompts(0), max_new_tokens=15)
+    tree = speculate(endless, prompts(0), assistant_model=drafter, policy=FixedPolicy(WIDE), max_new_tokens=15)
+    assert tree.sequences.tolist() == plain.tolist()
+    assert uneven_steps(tree.speculation) > 0
+
+
+def test_rows_of_a_batch_write_what_they_write_alone(target: PreTrainedModel, head: DraftHead) -> None:
+    inputs = prompts(5)
+    together = speculate(target, inputs, assistant_model=head, policy=FixedPolicy(WIDE), eos_token_id=[2, 6])
+    longest = together.sequences.shape[1]
+    for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+        alone = target.generate(ids[mask == 1][None], max_new_tokens=24, eos_token_id=[2, 6])[0]
+        answer = alone[int(mask.sum()) :].tolist()
+        assert together.sequences[row, 9 : 9 + len(answer)].tolist() == answer
+        assert together.sequences[row, 9 + len(answer) :].tolist() == [0] * (longest - 9 - len(answer))
+        assert sum(step.emitted_by(row) for step in together.speculation.steps) == len(answer)
+
+
+def test_lookups_alone_serve_rows_that_advance_apart(target: PreTrainedModel) -> None:
+    ids = torch.tensor([[3, 4, 5, 6] * 4, list(range(1, 17)), [7, 8] * 8])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    plain = target.generate(**inputs, max_new_tokens=40)
+    tree = speculate(target, inputs, policy=FixedPolicy(TreeShape(1, 0, 1, lookup=6)), max_new_tokens=40)
+    assert tree.sequences.tolist() == plain.tolist()
+    assert uneven_steps(tree.speculation) > 0
+
+
+def test_the_row_that_lags_behind_is_the_most_urgent(endless: PreTrainedModel) -> None:
+    """Four tokens behind are e times as urgent; the mean row counts once."""
+
+    class Asked(FixedPolicy):
+        urgency: list[list[float]] = []
+
+        def choose(self, observation: Observation) -> TreeShape:
+            self.urgency.append(list(observation.urgency))
+            return super().choose(observation)
+
+    policy = Asked(WIDE)
+    report = speculate(endless, prompts(0), assistant_model=DraftHead.from_target(endless), policy=policy).speculation
+    written = [1] * 4  # the prefill's
+    for step, found in zip(report.steps[1:], policy.urgency, strict=True):
+        going_on = [count for count in written if count < 24]
+        weights = [math.exp(-count / 4.0) for count in going_on]
+        assert found == pytest.approx([len(weights) * weight / sum(weights) for weight in weights])
+        written = [before + count for before, count in zip(written, step.emitted, strict=True)]
+    assert uneven_steps(report) > 0
+
+
+def test_rows_in_lockstep_are_all_as_urgent(endless: PreTrainedModel) -> None:
+    class Asked(FixedPolicy):
+        def choose(self, observation: Observation) -> TreeShape:
+            assert list(observation.urgency) == [1.0] * 4
+            return super().choose(observation)
+
+    drafter = DraftHead.from_target(endless)
+    speculate(endless, prompts(0), assistant_model=drafter, policy=Asked(WIDE), lockstep=True)
+
+
+def test_lookups_count_as_much_as_the_rows_that_they_help() -> None:
+    """By hand: two rows, of which the second knows two tokens and lags behind, or runs ahead."""
+    matches = [Match(1, [5], [0.4]), Match(2, [6, 7], [0.8, 0.6])]
+    for lengths, expected in (((9, 9), [0.6, 0.3]), ((13, 9), [0.692, 0.439]), ((9, 13), [0.508, 0.161])):
+        batch = SimpleNamespace(in_lockstep=False, shortest=min(lengths))
+        batch._texts, batch._decoded = [SimpleNamespace(length=length) for length in lengths], [0, 1]
+        batch.urgency = Batch.urgency.fget(batch)  # type: ignore[attr-defined]  # of a property
+        decoding: Any = SimpleNamespace(_matches=lambda: matches, batch=batch)
+        assert TreeDecoding._survival(decoding) == pytest.approx(expected, abs=0.001)

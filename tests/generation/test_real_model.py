@@ -1,0 +1,98 @@
+"""The contract on a real model: SmolLM2-135M-Instruct and the head that is published for it."""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.demo.run import PROMPTS
+from examples.demo.target import load_target
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.testing import explain_divergence
+
+
+HEAD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-head"
+pytestmark = pytest.mark.real
+PROMPTS = [json.loads(line)["messages"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
+
+
+@cache
+def loaded(dtype: torch.dtype) -> tuple[Any, Any, DraftHead]:
+    target, tokenizer = load_target(dtype)
+    return attach(target), tokenizer, DraftHead.from_pretrained(HEAD, target=target)
+
+
+def answers(dtype: torch.dtype, messages: Any, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """The prompt, the plain answer, and the output of the same call with the head."""
+    target, tokenizer, head = loaded(dtype)
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    keywords = {"max_new_tokens": 24, "do_sample": False} | keywords
+    torch.manual_seed(3)
+    plain = target.generate(**inputs, **keywords)
+    torch.manual_seed(3)
+    out = target.generate(
+        **inputs,
+        assistant_model=head,
+        policy=FixedPolicy(TreeShape(8, 4, 2)),
+        return_dict_in_generate=True,
+        **keywords,
+    )
+    return inputs["input_ids"][0], plain[0, inputs["input_ids"].shape[1] :], out
+
+
+@pytest.mark.parametrize("keywords", [{}, SAMPLING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("messages", PROMPTS[:2], ids=["chat", "code"])
+def test_in_float32_the_text_is_that_of_plain_generate(messages: Any, keywords: dict[str, Any]) -> None:
+    prompt, plain, out = answers(torch.float32, messages, **keywords)
+    assert out.sequences[0, len(prompt) :].tolist() == plain.tolist()
+
+
+# The model reads 8,192 positions: RESPS_PROMPT_LENGTHS="8000" adds minutes.
+LENGTHS = [1, *map(int, os.environ.get("RESPS_PROMPT_LENGTHS", "").split())]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_prompt_may_have_any_length(length: int) -> None:
+    target, tokenizer, head = loaded(torch.float32)
+    prose = Path(__file__).parents[2].joinpath("docs", "lossless.md").read_text(encoding="utf-8")
+    prompt = tokenizer(prose * (1 + length // 1000), return_tensors="pt").input_ids[:, :length]
+    assert prompt.shape[1] == length
+    policy = FixedPolicy(TreeShape(8, 4, 2, lookup=4))
+    plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
+    found = target.generate(prompt, max_new_tokens=12, do_sample=False, assistant_model=head, policy=policy)
+    assert found.tolist() == plain.tolist()
+
+
+def test_a_second_turn_goes_on_from_the_cache_of_the_first() -> None:
+    target, tokenizer, head = loaded(torch.float32)
+    call = {"assistant_model": head, "max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    first = target.generate(tokenizer("The three largest", return_tensors="pt").input_ids, **call)
+    text = torch.cat([first.sequences, tokenizer(" And then", return_tensors="pt").input_ids], dim=1)
+    plain = target.generate(text, max_new_tokens=12, do_sample=False)
+    found = target.generate(text, **call, **{CACHE_KEYWORD: getattr(first, CACHE_KEYWORD)})
+    assert found.sequences.tolist() == plain.tolist()
+
+
+def test_in_bfloat16_every_difference_is_a_near_tie() -> None:
+    for messages in PROMPTS[:3]:
+        prompt, plain, out = answers(torch.bfloat16, messages)
+        found = explain_divergence(loaded(torch.bfloat16)[0], prompt, plain, out.sequences[0, len(prompt) :])
+        assert found is None or found.explained, str(found)
+
+
+def test_the_published_head_is_accepted_often() -> None:
+    reports = [answers(torch.float32, messages)[2].speculation for messages in PROMPTS[:2]]
+    emitted, forwards = (sum(getattr(r, name) for r in reports) for name in ("emitted", "target_forwards"))
+    assert emitted / forwards > 1.5
+
+
+def test_the_published_head_is_small_and_carries_no_pickle() -> None:
+    assert sum(file.stat().st_size for file in HEAD.rglob("*")) < 24 * 2**20
+    suffixes = {file.suffix for file in HEAD.rglob("*") if file.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".md", ".png", ".yaml", ".py", ".txt"}

@@ -1,0 +1,181 @@
+"""The script that trains heads, on tiny targets and letters."""
+
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.targets import Architecture
+from tests.tokenizers import letter_tokenizer
+from transformers_resps import DraftHead
+from transformers_resps.data.training_prompts import fingerprint, read_training_prompts, write_training_prompts
+from transformers_resps.trainers import DraftHeadTrainingConfig, Example, split_examples, vocabulary_of
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = runpy.run_path(str(ROOT / "training" / "train_head.py"), run_name="train_head")
+TEMPLATE = (
+    "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"
+    "{% if add_generation_prompt %}i{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny target, and 60 answered questions in two files."""
+    torch.manual_seed(1)
+    Architecture("llama").build("sdpa").float().save_pretrained(tmp_path / "target")
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "target")
+    letters = "defgjklmnopqrs"
+    rows = [{"prompt": letters[i % 14] + letters[i // 14] + "ef", "completion": letters[i % 5 : 9]} for i in range(60)]
+    for name, part in (("first", rows[:40]), ("second", rows[40:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    return tmp_path
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *datasets: str, **options: Any) -> None:
+    given = {
+        "target": folder / "target",
+        "output_dir": folder / "run",
+        "max_length": 64,
+        "draft_vocab_size": 12,
+        "eval_share": 0.2,
+        "steps": 2,
+        "tokens_per_batch": 64,
+        "max_steps": 2,
+        "save_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    arguments = [part for name, value in given.items() for part in (f"--{name}", *str(value).split())]
+    files = [str(folder / f"{name}.jsonl") for name in datasets or ("first",)]
+    monkeypatch.setattr(sys, "argv", ["train_head.py", "--datasets", *files, *arguments])
+    SCRIPT["main"]()
+
+
+@pytest.mark.parametrize("layout", ["resps", "specforge", "speculators"])
+def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
+    layout: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = SCRIPT["AutoModelForCausalLM"].from_pretrained(folder / "target")
+    ids = torch.tensor([2, 3, 4, 5, 9, 11])
+    torch.manual_seed(7)
+    given = DraftHead.from_target(target, draft_token_ids=ids, feature_layers=[1, 3], fc_norm=True)
+    given.save_pretrained(folder / "given", format=layout)
+    write_training_prompts(folder / "given", ["before"])
+    options = {"head": folder / "given", "learning_rate": 1e-4, "target_name": "us/ours"}
+    run(folder, monkeypatch, **options)
+    printed = capsys.readouterr().out
+    assert f"starting from {folder / 'given'}" in printed and "6 tokens cover" in printed
+    ours = DraftHead.from_pretrained(folder / "run" / "checkpoint-2", target=target)
+    assert ours.draft_token_ids.tolist() == ids.tolist()
+    assert ours.config.feature_layers == [1, 3] and ours.config.fc_norm
+    assert ours.config.target is not None and ours.config.target["name_or_path"] == "us/ours"
+    assert 0 < (ours.fc.weight - given.fc.weight).abs().max() < 1e-3  # two steps away, not a fresh start
+
+    run(folder, monkeypatch, "first", "second", **options, max_steps=4)
+    assert f"starting from {folder / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
+    state = json.loads((folder / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    both = [json.loads(line)["prompt"] for name in ("first", "second") for line in (folder / f"{name}.jsonl").open()]
+    assert read_training_prompts(folder / "run" / "head") == set(map(fingerprint, ["before", *both]))
+    training = json.loads((folder / "run" / "head" / "metrics.json").read_text())["training"]
+    assert training["steps"] == 4 and training["minutes"] >= 0  # a resumed run tells it too
+
+
+def test_adapters_for_a_domain_are_resumed_and_merged_into_the_head_that_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = SCRIPT["AutoModelForCausalLM"].from_pretrained(folder / "target")
+    given = DraftHead.from_target(target, draft_token_ids=torch.tensor([2, 3, 4, 5, 9, 11]))
+    given.save_pretrained(folder / "given")
+    options = {"use_peft": True, "lora_r": 2, "lora_target_modules": "q_proj down_proj", "learning_rate": 0.1}
+    with pytest.raises(ValueError, match="`use_peft` is set, but adapters need a head.*Pass `head`"):
+        run(folder, monkeypatch, **options)
+    run(folder, monkeypatch, head=folder / "given", **options)
+    run(folder, monkeypatch, head=folder / "given", **options, max_steps=4)
+    checkpoint = folder / "run" / "checkpoint-4"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 4
+    assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
+    ours = DraftHead.from_pretrained(folder / "run" / "head", target=target)
+    assert torch.equal(ours.fc.weight, given.fc.weight.bfloat16().to(ours.fc.weight))
+    moved = (ours.layers[0].mlp.down_proj.weight - given.layers[0].mlp.down_proj.weight).abs().max()
+    assert moved > 1e-2
+
+
+def test_a_head_of_another_target_is_refused_before_any_text_is_read_by_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Architecture("llama", {"num_hidden_layers": 6}).build("sdpa").float()
+    DraftHead.from_target(other, draft_vocab_size=12).save_pretrained(folder / "given")
+    with pytest.raises(ValueError, match="This head was made for"):
+        run(folder, monkeypatch, head=folder / "given")
+
+
+def text(prompt: list[int], answer: list[int]) -> Example:
+    mask = torch.arange(len(prompt) + len(answer)) >= len(prompt)
+    return Example(torch.tensor(prompt + answer), mask)
+
+
+def test_a_text_stays_on_its_side_whatever_is_added_and_with_any_answer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, 99, (400, 6), generator=generator).tolist()
+    texts = [text(prompt, [1, 2]) for prompt in prompts]
+    train, held_out = split_examples(texts[:200], 0.1)
+    assert len(train) + len(held_out) == 200 and 8 <= len(held_out) <= 35
+    more_train, more_held_out = split_examples(texts[::-1], 0.1)
+    assert {id(example) for example in train} <= {id(example) for example in more_train}
+    assert {id(example) for example in held_out} <= {id(example) for example in more_held_out}
+    again, _ = split_examples([text(prompt, [7, 8, 9]) for prompt in prompts], 0.1)
+    assert [example.prompt_place for example in again] == [
+        example.prompt_place for example in texts if example.prompt_place >= 0.1
+    ]
+
+
+def test_the_evaluated_texts_stay_the_same_when_a_file_is_added(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (str(folder / f"{name}.jsonl") for name in ("first", "second"))
+    tokenizer = SCRIPT["AutoTokenizer"].from_pretrained(folder / "target")
+    arguments = SCRIPT["HeadScriptArguments"]
+    alone = SCRIPT["read_examples"](arguments("", [first], eval_share=0.2, max_length=64), tokenizer)
+    both = SCRIPT["read_examples"](arguments("", [first, second], eval_share=0.2, max_length=64), tokenizer)
+    assert [e.input_ids.tolist() for e in alone[1]] == [e.input_ids.tolist() for e in both[1]] != []
+    assert len(both[0]) > len(alone[0]) and all(example.prompt_place >= 0.2 for example in both[0])
+
+
+def test_the_first_questions_are_those_of_all_texts_that_are_read(folder: Path) -> None:
+    files = [str(folder / f"{name}.jsonl") for name in ("first", "second")]
+    arguments = SCRIPT["HeadScriptArguments"]
+    assert list(SCRIPT["first_questions"](arguments("", files, limits=[2]))) == ["ddef", "edef"] + [
+        json.loads(line)["prompt"] for line in Path(files[1]).read_text().splitlines()
+    ]
+
+
+def test_one_process_of_several_writes_the_artefact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SCRIPT["DraftHeadTrainer"], "is_world_process_zero", lambda trainer: False)
+    run(folder, monkeypatch)
+    assert (folder / "run" / "checkpoint-2").is_dir() and not (folder / "run" / "head" / "metrics.json").exists()
+
+
+def test_coverage_is_counted_by_hand_and_none_at_all_refused() -> None:
+    target = Architecture("llama").build("sdpa").float()
+    head = DraftHead.from_target(target, draft_token_ids=torch.tensor([4, 5]))
+    assert vocabulary_of(head, [text([4], [4, 5, 6, 7]), text([1], [7])]).coverage == pytest.approx(2 / 5)
+    with pytest.raises(ValueError, match="none of them occurs"):
+        vocabulary_of(head, [text([4, 5], [6, 7])])
+
+
+@pytest.mark.parametrize(
+    "kind", [DraftHeadTrainingConfig, SCRIPT["HeadScriptArguments"], SCRIPT["AdapterArguments"]], ids=str
+)
+def test_every_setting_has_a_help(kind: Any) -> None:
+    for one in dataclasses.fields(kind):
+        assert one.metadata.get("help"), one.name
