@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from examples.demo.target import load_target, prepared_target
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.inspection import examine, story_of
+from transformers_resps.inspection import examine, page_data_of
 from transformers_resps.telemetry.detokenize import decoder
 
 
@@ -38,7 +38,7 @@ def best_step() -> dict[str, Any]:
     messages = [{"role": "user", "content": QUESTION}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     found = examine(model, head, FixedPolicy(SHAPE), ids["input_ids"][0], settings={"max_new_tokens": 48})
-    steps = story_of(found, decoder(tokenizer), QUESTION, {})["steps"]
+    steps = page_data_of(found, decoder(tokenizer), QUESTION, {})["steps"]
     best: dict[str, Any] = max(steps[1:], key=lambda step: len(step["tokens"]))
     return best
 

@@ -28,7 +28,7 @@ WALK = _TREES + "the_walk_is_the_brute_force_walk"
 ROWS = _TREES + "rows_commit_what_the_shortest_run_allows"
 GREEDY = "tests/decoding/test_accept_greedy.py"
 KEPT = _TREES + "the_cache_keeps_the_accepted_path_and_forgets_the_rest"
-MOST_SECONDS = 600  # a bug may also make a loop endless
+MAX_SECONDS = 600  # a bug may also make a loop endless
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def failure(folder: Path, tests: str) -> str | None:
     environment = os.environ | {"PYTHONPATH": str(folder), "RESPS_HYPOTHESIS_PROFILE": "mutations"}
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=MOST_SECONDS, check=False
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return f"{tests} (endless)"

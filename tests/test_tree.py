@@ -111,7 +111,7 @@ def test_what_a_pool_foresaw_is_the_longest_path_along_the_tokens(seed: int) -> 
             path[row, run] = found[0]
             nodes, run = {found[0]}, run + 1  # siblings with one token do not happen: the first stands for both
         longest.append(run)
-    assert pool.foreseen(tokens) == longest
+    assert pool.drafted_match(tokens) == longest
     assert pool.nodes_along(tokens).tolist() == path.tolist()
     whole = DraftTree.from_pool(torch.tensor([1, 2]), pool, pool.tokens.shape[1] + 1)
-    assert whole.foreseen(tokens) == longest
+    assert whole.drafted_match(tokens) == longest

@@ -26,8 +26,8 @@ from prompts.recordings import load, record
 from publishing import recipe_of, write_run
 from transformers_resps import DraftHead, Guard
 from transformers_resps.bench.headroom import shapes_for
+from transformers_resps.bench.models import load_target
 from transformers_resps.bench.provenance import machine
-from transformers_resps.bench.subjects import load_target
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.data.training_prompts import write_training_prompts

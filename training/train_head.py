@@ -20,8 +20,8 @@ from transformers.trainer_utils import set_seed
 
 from publishing import head_metrics, recipe_of, write_run
 from transformers_resps import DraftHead
+from transformers_resps.bench.models import training_prompts_of
 from transformers_resps.bench.provenance import machine
-from transformers_resps.bench.subjects import training_prompts_of
 from transformers_resps.data.training_prompts import write_training_prompts
 from transformers_resps.trainers import (
     CachedFeatures,
@@ -37,7 +37,7 @@ from transformers_resps.trainers import (
     vocabulary_of,
 )
 from transformers_resps.trainers.checkpoints import newest_checkpoint
-from transformers_resps.trainers.stopwatch import Stopwatch
+from transformers_resps.trainers.timing import Stopwatch
 
 
 @dataclass

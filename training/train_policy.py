@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 from prompts.policy_prompts import PromptArguments, Prompts, name_of
 from publishing import recipe_of, write_run
 from transformers_resps import DraftHead, TreeShape
+from transformers_resps.bench.models import load_target
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
-from transformers_resps.bench.subjects import load_target
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.data.training_prompts import write_training_prompts

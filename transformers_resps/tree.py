@@ -98,9 +98,9 @@ class CandidatePool:
     scores: Tensor
     levels: Tensor
 
-    def foreseen(self, tokens: Tensor) -> list[int]:
+    def drafted_match(self, tokens: Tensor) -> list[int]:
         """How many of each row's `tokens` `[b, m]`, from the first, lie on a path below the root."""
-        return _foreseen(self, tokens, -1)
+        return _drafted_match(self, tokens, -1)
 
     def nodes_along(self, path: Tensor) -> Tensor:
         """The nodes below the root along a path of tokens `[b, m]`, -1 where it has left the pool: `[b, m]`."""
@@ -240,9 +240,9 @@ class DraftTree:
         own = slice(index, index + 1)
         return DraftTree(self.tokens[own], self.parents[own], self.depths[own], self.ancestors[own], self.scores[own])
 
-    def foreseen(self, tokens: Tensor) -> list[int]:
+    def drafted_match(self, tokens: Tensor) -> list[int]:
         """How many of each row's `tokens` `[b, m]`, from the first, lie on a path below the root."""
-        return _foreseen(self, tokens, 0)
+        return _drafted_match(self, tokens, 0)
 
     def children(self) -> list[dict[tuple[int, int], int]]:
         """For each row: (node, token) -> the node's first child with that token. No tensors, because acceptance looks
@@ -253,7 +253,7 @@ class DraftTree:
         return [{(parents[node], tokens[node]): node for node in last_to_first} for parents, tokens in rows]
 
 
-def _foreseen(nodes: CandidatePool | DraftTree, tokens: Tensor, root: int) -> list[int]:
+def _drafted_match(nodes: CandidatePool | DraftTree, tokens: Tensor, root: int) -> list[int]:
     rows = zip(nodes.tokens.tolist(), nodes.parents.tolist(), tokens.tolist(), strict=True)
     return [len(_followed(*row, root)) for row in rows]
 

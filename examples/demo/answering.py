@@ -25,7 +25,7 @@ Show = Callable[[str, list[int], float], None]  # method, tokens so far, tokens 
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TimedAnswer:
     """What one call of `generate` wrote.
 
     Attributes:
@@ -52,8 +52,8 @@ class Comparison:
 
     kind: str
     dtype: torch.dtype
-    plain: Answer
-    speculative: Answer
+    plain: TimedAnswer
+    speculative: TimedAnswer
     divergence: Divergence | None
     examination: Examination | None = None
 
@@ -87,7 +87,7 @@ class _Watch(BaseStreamer):
 def compare(
     kind: str, model: PreTrainedModel, head: DraftHead, prompt_ids: Tensor, max_new_tokens: int, show: Show
 ) -> Comparison:
-    """Answer `prompt_ids` `[s]` plain, then with the head's default tree, and judge the difference."""
+    """TimedAnswer `prompt_ids` `[s]` plain, then with the head's default tree, and judge the difference."""
     recorder = Recorder(FixedPolicy(head.default_shape))
     plain = _answer("plain", model, {}, prompt_ids, max_new_tokens, show)
     drafting = {"assistant_model": head, "policy": recorder}
@@ -108,7 +108,7 @@ def compare(
 
 def _answer(
     method: str, model: PreTrainedModel, drafting: dict[str, Any], prompt_ids: Tensor, max_new_tokens: int, show: Show
-) -> Answer:
+) -> TimedAnswer:
     watch = _Watch(method, show)
     output: Any = cast(Any, model).generate(
         prompt_ids[None],
@@ -122,4 +122,4 @@ def _answer(
     seconds = time.perf_counter() - watch.started
     gaps = [after - before for before, after in zip(watch.arrivals, watch.arrivals[1:], strict=False)]
     speculation = output.speculation if drafting else None
-    return Answer(output.sequences[0, len(prompt_ids) :], seconds, median(gaps) if gaps else seconds, speculation)
+    return TimedAnswer(output.sequences[0, len(prompt_ids) :], seconds, median(gaps) if gaps else seconds, speculation)

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from transformers_resps.generation.attach import attach
 from transformers_resps.head import DraftHead
-from transformers_resps.inspection import facts_of, page, story_of
+from transformers_resps.inspection import facts_of, page, page_data_of
 from transformers_resps.policy import FixedPolicy
 from transformers_resps.target.prepacking import pack
 from transformers_resps.telemetry.detokenize import decoder
@@ -66,7 +66,7 @@ class Demo:
         """Every step of an answer, to look at in a browser; nothing is decoded again."""
         assert result.examination is not None
         facts = facts_of(self.model, self.head, FixedPolicy(self.head.default_shape), "greedy")
-        story = story_of(result.examination, decoder(self.tokenizer), prompt, facts)
+        story = page_data_of(result.examination, decoder(self.tokenizer), prompt, facts)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(page(story), encoding="utf-8")
 

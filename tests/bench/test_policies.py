@@ -6,8 +6,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.bench.models import load_policies
 from transformers_resps.bench.policies import read_policy
-from transformers_resps.bench.subjects import load_policies
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import datasets
 import pytest
 
 from transformers_resps.trainers import load_conversations, read_conversations
-from transformers_resps.trainers.run_size import USEFUL_TOKENS, warn_if_small
+from transformers_resps.trainers.warnings import USEFUL_TOKENS, warn_if_small
 
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

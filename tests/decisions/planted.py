@@ -42,7 +42,12 @@ def decision(record: StepRecord) -> list[Any]:
     """What was decided in a step and what came of it, without the seconds that it took."""
     shape = record.shape
     asked = [shape.total_tokens, shape.depth, shape.top_k, shape.lookup]
-    return [*asked, record.drafted, record.verified, *map(_rows, (record.accepted, record.emitted, record.foreseen))]
+    return [
+        *asked,
+        record.drafted,
+        record.verified,
+        *map(_rows, (record.accepted, record.emitted, record.drafted_match)),
+    ]
 
 
 def _rows(value: int | tuple[int, ...]) -> list[int]:

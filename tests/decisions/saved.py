@@ -15,10 +15,10 @@ from tests.conftest import build_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import (
+    AcceptanceModel,
     ActionGrid,
     Guard,
-    LogisticMap,
-    NodeOdds,
+    PlattScaling,
     ReSpSConfig,
     ReSpSPolicy,
     ThroughputPolicy,
@@ -43,7 +43,7 @@ def write(folder: Path) -> None:
     head.save_pretrained(folder / "head")
     torch.manual_seed(2)
     re_sps = ReSpSPolicy(ReSpSConfig(head.config.features_width, ActionGrid(SHAPES), hidden_size=8, persistence=2))
-    odds = NodeOdds([LogisticMap(0.1 * level, 1.0 + 0.05 * level) for level in range(4)])
+    odds = AcceptanceModel([PlattScaling(0.1 * level, 1.0 + 0.05 * level) for level in range(4)])
     FixedPolicy(TreeShape(6, 3, 2, 4)).save_pretrained(folder / "fixed")
     Guard(ThroughputPolicy(top_k=3, odds=odds)).save_pretrained(folder / "guard")
     re_sps.save_pretrained(folder / "resps")

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from transformers_resps.decoding.acceptance import Text, walk
-from transformers_resps.decoding.greedy_walk import as_tensor, walk_greedily
-from transformers_resps.decoding.stop_conditions import Ends
+from transformers_resps.decoding.greedy_walk import accept_greedy, as_tensor
+from transformers_resps.decoding.stop_conditions import StopConditions
 from transformers_resps.tree import DraftTree
 
 from .trees import VOCABULARY, trees
@@ -45,7 +45,7 @@ def test_rows_are_walked_as_each_would_be_alone(data: st.DataObject) -> None:
     criteria += [EosTokenCriteria(ends)] if ends else []
     alone, together = ([text_of(length, criteria) for length in lengths] for _ in range(2))
     expected = [walk(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(alone)]
-    paths, picks = walk_greedily(tree, logits, together)
+    paths, picks = accept_greedy(tree, logits, together)
     for row, found in enumerate(expected):
         assert found.path[0].tolist() == paths[row] and found.tokens[0].tolist() == picks[row]
         assert found.counts == found.emitted == [len(paths[row])]
@@ -74,12 +74,12 @@ class EndsOnSeven(EosTokenCriteria):
 def test_whoever_looks_is_asked(criteria: list[StoppingCriteria], options: dict[str, Any]) -> None:
     assert text_of(3, [MaxLengthCriteria(9)]).is_unwatched(4)
     assert not text_of(3, [MaxLengthCriteria(9), *criteria], **options).is_unwatched(4)
-    assert Ends.of(StoppingCriteriaList([EosTokenCriteria(2)])) is None
+    assert StopConditions.of(StoppingCriteriaList([EosTokenCriteria(2)])) is None
 
 
 def test_transformers_may_warn_of_a_text_that_gets_too_long() -> None:
     text = text_of(3, [MaxLengthCriteria(20, max_position_embeddings=9), EosTokenCriteria([4, 5])])
-    assert text.ends == Ends(frozenset({4, 5}), 20, 9)
+    assert text.ends == StopConditions(frozenset({4, 5}), 20, 9)
     assert text.is_unwatched(6) and not text.is_unwatched(7)
 
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from transformers_resps.decoding.acceptance import Text, walk
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
-from transformers_resps.target.tree_cache import keep_nodes
+from transformers_resps.target.tree_cache import compact
 from transformers_resps.tree import CandidatePool, DraftTree
 
 from .trees import VOCABULARY, parents, path_of, pools, texts_of, trees
@@ -168,7 +168,7 @@ def test_the_cache_keeps_the_accepted_path_and_forgets_the_rest(
     paths = [path[:shortest] for path in paths]
     cache = filled_cache(past + count, len(rows))
     before = cache.layers[0].keys.clone()
-    keep_nodes(cache, torch.tensor(paths), count)
+    compact(cache, torch.tensor(paths), count)
     assert cache.get_seq_length() == past + shortest
     for row, path in enumerate(paths):
         slots = [*range(past), *(past + node for node in path)]

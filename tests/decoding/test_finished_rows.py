@@ -46,8 +46,8 @@ def test_a_finished_row_that_stays_says_nothing_about_the_head(target: PreTraine
     drafter = DraftHead.from_target(target, draft_token_ids=torch.arange(1, VOCABULARY))
     options = {"output_scores": True, "suppress_tokens": [0], "eos_token_id": [2, 6]}  # the first keeps rows together
     policy = FixedPolicy(TreeShape(VOCABULARY, 1, VOCABULARY))
-    policy.reads_foreseen = True
+    policy.needs_drafted_match = True
     steps = speculate(target, prompts(1), assistant_model=drafter, policy=policy, **options).speculation.steps
     drafted = [step for step in steps if step.shape.asks_head]
     assert min(step.decoded_rows for step in drafted) < 4, "no row ended before the others: nothing was shown"
-    assert {step.foreseen for step in drafted} == {1}
+    assert {step.drafted_match for step in drafted} == {1}

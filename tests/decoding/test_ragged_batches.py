@@ -90,16 +90,16 @@ def test_the_row_that_lags_behind_is_the_most_urgent(endless: PreTrainedModel) -
     """Four tokens behind are e times as urgent; the mean row counts once."""
 
     class Asked(FixedPolicy):
-        urgency: list[list[float]] = []
+        row_weights: list[list[float]] = []
 
         def choose(self, observation: Observation) -> TreeShape:
-            self.urgency.append(list(observation.urgency))
+            self.row_weights.append(list(observation.row_weights))
             return super().choose(observation)
 
     policy = Asked(WIDE)
     report = speculate(endless, prompts(0), assistant_model=DraftHead.from_target(endless), policy=policy).speculation
     written = [1] * 4  # the prefill's
-    for step, found in zip(report.steps[1:], policy.urgency, strict=True):
+    for step, found in zip(report.steps[1:], policy.row_weights, strict=True):
         going_on = [count for count in written if count < 24]
         weights = [math.exp(-count / 4.0) for count in going_on]
         assert found == pytest.approx([len(weights) * weight / sum(weights) for weight in weights])
@@ -110,7 +110,7 @@ def test_the_row_that_lags_behind_is_the_most_urgent(endless: PreTrainedModel) -
 def test_rows_in_lockstep_are_all_as_urgent(endless: PreTrainedModel) -> None:
     class Asked(FixedPolicy):
         def choose(self, observation: Observation) -> TreeShape:
-            assert list(observation.urgency) == [1.0] * 4
+            assert list(observation.row_weights) == [1.0] * 4
             return super().choose(observation)
 
     drafter = DraftHead.from_target(endless)
@@ -123,6 +123,6 @@ def test_lookups_count_as_much_as_the_rows_that_they_help() -> None:
     for lengths, expected in (((9, 9), [0.6, 0.3]), ((13, 9), [0.692, 0.439]), ((9, 13), [0.508, 0.161])):
         batch = SimpleNamespace(in_lockstep=False, shortest=min(lengths))
         batch._texts, batch._decoded = [SimpleNamespace(length=length) for length in lengths], [0, 1]
-        batch.urgency = Batch.urgency.fget(batch)  # type: ignore[attr-defined]  # of a property
+        batch.row_weights = Batch.row_weights.fget(batch)  # type: ignore[attr-defined]  # of a property
         decoding: Any = SimpleNamespace(_matches=lambda: matches, batch=batch)
-        assert TreeDecoding._survival(decoding) == pytest.approx(expected, abs=0.001)
+        assert TreeDecoding._prefix_accept_probs(decoding) == pytest.approx(expected, abs=0.001)

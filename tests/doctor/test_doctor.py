@@ -13,10 +13,20 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
 from transformers_resps.cli import main
-from transformers_resps.doctor import DEPTHS, Answer, Cell, Diagnosis, Reading, Tally, diagnose, probing, write_answers
+from transformers_resps.doctor import (
+    DEPTHS,
+    Cell,
+    Diagnosis,
+    LabelledText,
+    Reading,
+    Tally,
+    diagnose,
+    probing,
+    write_answers,
+)
 from transformers_resps.head import BoundHead, DraftHead, HeadCache
 from transformers_resps.target.features import FeatureTap
-from transformers_resps.target.prepacking import is_packed
+from transformers_resps.target.prepacking import is_prepacked
 from transformers_resps.trainers.training_time_test import unroll
 
 
@@ -64,7 +74,7 @@ def train_head(target: PreTrainedModel, generator: torch.Generator) -> DraftHead
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, list[Answer]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, list[LabelledText]]:
     """A target, the folder of a good head for it, and answers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these matrices are too small to share
@@ -73,7 +83,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pat
     folder = tmp_path_factory.mktemp("head")
     train_head(target, generator).save_pretrained(folder)
     torch.set_num_threads(threads)
-    return target, folder, [Answer(text, PERIOD + 1) for text in periodic_texts(24, generator)]
+    return target, folder, [LabelledText(text, PERIOD + 1) for text in periodic_texts(24, generator)]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +103,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pat
     ids=str,
 )
 def test_a_planted_fault_is_found_and_its_cure_named(
-    fault: dict[str, Any], cure: dict[str, Any], pair: tuple[PreTrainedModel, Path, list[Answer]]
+    fault: dict[str, Any], cure: dict[str, Any], pair: tuple[PreTrainedModel, Path, list[LabelledText]]
 ) -> None:
     target, folder, answers = pair
     found = diagnose(target, DraftHead.from_pretrained(folder, target=target, **fault), answers)
@@ -105,7 +115,7 @@ def test_a_planted_fault_is_found_and_its_cure_named(
 
 
 @torch.no_grad()
-def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedModel, Path, list[Answer]]) -> None:
+def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
     """Against the engine's own cache, one true prefix and one chain at a time."""
     target, folder, answers = pair
     head = DraftHead.from_pretrained(folder, target=target, feature_layers=[2, 3, 4])  # good, but not all right
@@ -160,11 +170,11 @@ def test_a_reading_is_better_only_beyond_noise(kept: list[int], nats: list[float
     assert found.is_healthy is is_healthy and found.overrides == ({} if is_healthy else {"rope_theta": 1e4})
 
 
-def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, Path, list[Answer]]) -> None:
+def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
     target, folder, answers = pair
     head = DraftHead.from_pretrained(folder, target=target)
     with pytest.raises(ValueError, match="1 of 2 answers have at least 4 tokens.*at least 2 are needed"):
-        diagnose(target, head, [answers[0], Answer(answers[0].tokens[:10], 8)])
+        diagnose(target, head, [answers[0], LabelledText(answers[0].tokens[:10], 8)])
     with torch.no_grad():
         head.lm_head.weight.zero_()
     assert "No settings make this head agree" in diagnose(target, head, answers).verdict
@@ -177,7 +187,7 @@ def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_the_mo
     config = PhiConfig(vocab_size=V, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
     target = PhiForCausalLM(config).train()
     target.lm_head.bias.data[5] = 1e4
-    answers = [Answer(torch.arange(3, 15), 4)] * 2
+    answers = [LabelledText(torch.arange(3, 15), 4)] * 2
     found = diagnose(target, DraftHead.from_target(target), answers)
     assert found.configured.agreement == (1.0,) * DEPTHS and target.training
     monkeypatch.setattr(target, "forward", lambda **_: 1 / 0)
@@ -187,7 +197,7 @@ def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_the_mo
 
 
 def test_readings_share_the_weights_and_keep_no_packed_copies(
-    pair: tuple[PreTrainedModel, Path, list[Answer]], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, folder, answers = pair
     head, heads = DraftHead.from_pretrained(folder, target=target), []
@@ -199,11 +209,11 @@ def test_readings_share_the_weights_and_keep_no_packed_copies(
     monkeypatch.setattr(probing, "BoundHead", bound)
     diagnose(target, head, answers)
     assert len(heads) > 10
-    assert not any(is_packed(one) or "_kept" in vars(layer) for one in heads for layer in one.modules())
+    assert not any(is_prepacked(one) or "_kept" in vars(layer) for one in heads for layer in one.modules())
     assert all(one.fc.weight.data_ptr() == head.fc.weight.data_ptr() for one in heads)
 
 
-def test_answers_are_what_generate_writes_one_by_one(pair: tuple[PreTrainedModel, Path, list[Answer]]) -> None:
+def test_answers_are_what_generate_writes_one_by_one(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
     target, _, answers = pair
     prompts = [answer.tokens[: 8 + index] for index, answer in enumerate(answers[:5])]
     for prompt, written in zip(prompts, write_answers(target, prompts, 6, batch=3), strict=True):
@@ -212,7 +222,7 @@ def test_answers_are_what_generate_writes_one_by_one(pair: tuple[PreTrainedModel
 
 
 def test_the_command_prints_a_table_and_leaves_by_the_verdict(
-    pair: tuple[PreTrainedModel, Path, list[Answer]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target, folder, _ = pair
     target.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.drafting.candidate_generator import MOST_UNREAD, TreeCandidateGenerator
+from transformers_resps.drafting.candidate_generator import MAX_UNREAD, TreeCandidateGenerator
 from transformers_resps.head import BoundHead, HeadCache
 from transformers_resps.tree import CandidatePool
 
@@ -94,5 +94,5 @@ def test_few_pairs_wait_for_a_policy_that_asks_no_head(
 
     monkeypatch.setattr(TreeCandidateGenerator, "observe", watched)
     options = {"assistant_model": head_of(target), "policy": FixedPolicy(TreeShape.plain())}
-    target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=MOST_UNREAD + 6, **options)
-    assert max(waiting) == MOST_UNREAD and waiting[-1] < 6
+    target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=MAX_UNREAD + 6, **options)
+    assert max(waiting) == MAX_UNREAD and waiting[-1] < 6

@@ -65,14 +65,16 @@ def test_hope_follows_the_record() -> None:
 
 def _hope(lookup: Lookup) -> float:
     lookup.extend([1])
-    return lookup.match().survival[0]
+    return lookup.match().prefix_accept_probs[0]
 
 
 def test_survival_falls_along_the_draft() -> None:
     lookup = Lookup()
     lookup.extend([1, 2, 3, 4, 5, 1, 2])
-    survival = lookup.match(6).survival
-    assert all(0 < later < earlier <= 1 for earlier, later in zip(survival, survival[1:], strict=False))
+    prefix_accept_probs = lookup.match(6).prefix_accept_probs
+    assert all(
+        0 < later < earlier <= 1 for earlier, later in zip(prefix_accept_probs, prefix_accept_probs[1:], strict=False)
+    )
 
 
 def test_rows_start_after_their_padding() -> None:

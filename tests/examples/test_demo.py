@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from examples.demo import target as demo_target
 from examples.demo.__main__ import main
-from examples.demo.answering import Answer, Comparison, compare
+from examples.demo.answering import Comparison, TimedAnswer, compare
 from examples.demo.report import divergence_line, price_of, table, verdict
 from examples.demo.run import PROMPTS
 from transformers_resps import DraftHead, SpeculationReport, StepRecord, TreeShape, attach
@@ -32,8 +32,8 @@ def comparison(emitted: int = 2, divergence: Divergence | None = None) -> Compar
     """Plain steps of 1 s; tree steps over 8 nodes of 2 s, of which the target's forward takes 1.6 s."""
     report = SpeculationReport(1, [step(1, 1, 1.0), *[step(8, emitted, 2.0) for _ in range(5)]])
     tokens = torch.arange(report.emitted)
-    plain = Answer(tokens, float(len(tokens)), 1.0, None)
-    return Comparison("chat", torch.bfloat16, plain, Answer(tokens, report.seconds, 1.0, report), divergence)
+    plain = TimedAnswer(tokens, float(len(tokens)), 1.0, None)
+    return Comparison("chat", torch.bfloat16, plain, TimedAnswer(tokens, report.seconds, 1.0, report), divergence)
 
 
 def near_tie(gap: float) -> Divergence:

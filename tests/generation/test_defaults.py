@@ -23,7 +23,7 @@ from transformers_resps import (
     calibrate,
     detach,
 )
-from transformers_resps.doctor.answers import write_answers
+from transformers_resps.doctor.labelled_text import write_answers
 from transformers_resps.generation.defaults import SpeculationDefaults
 from transformers_resps.generation.mixin import ReSpSGenerationMixin
 from transformers_resps.inspection import examine

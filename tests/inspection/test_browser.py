@@ -11,7 +11,7 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from transformers_resps.inspection import page, story_of
+from transformers_resps.inspection import page, page_data_of
 
 from .examples import FACTS, decode, examination
 from .test_page import SPITE, spiteful_story
@@ -96,7 +96,7 @@ def browser(driver: Any, tmp_path: Path) -> Iterator[Page]:
 
 
 def story() -> dict[str, Any]:
-    return story_of(examination(), decode, "what?", FACTS)
+    return page_data_of(examination(), decode, "what?", FACTS)
 
 
 def long_story() -> dict[str, Any]:

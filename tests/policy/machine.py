@@ -58,9 +58,9 @@ class Machine:
         return tokens * self.verify(1) / (self.seconds - before)
 
     def _step(self, policy: Policy, step: int, room: int) -> StepRecord:
-        survival = [self.lookup_hit ** (i + 1) for i in range(8)] if self.lookup_hit else []
+        prefix_accept_probs = [self.lookup_hit ** (i + 1) for i in range(8)] if self.lookup_hit else []
         shape = policy.choose(
-            Observation(torch.zeros(1, 4), self.context + step, step, room, lambda: survival)
+            Observation(torch.zeros(1, 4), self.context + step, step, room, lambda: prefix_accept_probs)
         ).within(room - 1)
         nodes, levels = 1, 0
         if shape.asks_head:
@@ -69,8 +69,8 @@ class Machine:
                 levels += 1
             scores = torch.tensor([[claim * (i + 1) for i in range(levels)]])
             nodes = max(min(policy.size(scores), shape.total_tokens, levels + 1), 1)
-        foreseen = self._run_length(self.hit, levels)
-        accepted = max(min(foreseen, nodes - 1), self._run_length(self.lookup_hit, shape.lookup))
+        drafted_match = self._run_length(self.hit, levels)
+        accepted = max(min(drafted_match, nodes - 1), self._run_length(self.lookup_hit, shape.lookup))
         verify, draft = self.verify(nodes + shape.lookup), self.level_seconds * levels
         self.tokens += accepted + 1
         self.seconds += verify + draft
@@ -85,7 +85,7 @@ class Machine:
             draft,
             verify,
             verify + draft,
-            min(foreseen, accepted + 1),
+            min(drafted_match, accepted + 1),
         )
 
     def _run_length(self, hit: float, most: int) -> int:

@@ -8,11 +8,11 @@ import torch
 
 from tests.policy.machine import JUMPING, MACHINES, Machine
 from transformers_resps.policy import (
+    AcceptanceModel,
     FixedPolicy,
     Guard,
-    LogisticMap,
-    NodeOdds,
     Observation,
+    PlattScaling,
     Policy,
     ThroughputPolicy,
     default_policy,
@@ -70,7 +70,7 @@ def test_no_answer_of_a_bad_head_is_slower_than_097_of_plain(
 
 def fitted() -> Guard:
     """As loaded: it knows a head, and no machine."""
-    return Guard(ThroughputPolicy(odds=NodeOdds([LogisticMap(0.1, 0.9)] * 4)))
+    return Guard(ThroughputPolicy(odds=AcceptanceModel([PlattScaling(0.1, 0.9)] * 4)))
 
 
 def test_a_fitted_policy_need_not_find_out_whether_the_head_is_any_good() -> None:
@@ -100,9 +100,9 @@ def test_a_bad_lookup_is_no_loss_either(machine: str) -> None:
 def test_a_glance_costs_one_level_and_no_tree() -> None:
     machine = Machine(JUMPING, 0.005, hit=0.2, claimed=0.2)
     machine.write(default_policy(), 96)
-    glances = [nodes for shape, nodes in zip(machine.shapes, machine.verified, strict=True) if shape.asks_head]
-    assert glances[:4] == [1] * 4, "first it looks"
-    assert sum(nodes > 1 for nodes in glances) <= 2, "one tree tells what trees cost here; the odds say the rest"
+    probes_head = [nodes for shape, nodes in zip(machine.shapes, machine.verified, strict=True) if shape.asks_head]
+    assert probes_head[:4] == [1] * 4, "first it looks"
+    assert sum(nodes > 1 for nodes in probes_head) <= 2, "one tree tells what trees cost here; the odds say the rest"
 
 
 def slowed(factor: float) -> Callable[[int], float]:

@@ -34,15 +34,15 @@ def test_every_row_that_advances_on_its_own_tells_what_the_head_foresaw() -> Non
     target = attach(Architecture("llama", {"eos_token_id": 2}).build("sdpa"))
     drafter = DraftHead.from_target(target, draft_token_ids=torch.arange(1, VOCABULARY))
     policy = FixedPolicy(TreeShape(VOCABULARY, 1, VOCABULARY))
-    policy.reads_foreseen = True
+    policy.needs_drafted_match = True
     report = speculate(target, prompts(1), assistant_model=drafter, policy=policy, eos_token_id=[2, 6]).speculation
     written = [1] * 4  # the prefill's
     for step in report.steps[1:]:
-        assert isinstance(step.foreseen, tuple) and isinstance(step.emitted, tuple)
+        assert isinstance(step.drafted_match, tuple) and isinstance(step.emitted, tuple)
         firsts = [
             answer[place] if place < len(answer) else 0 for answer, place in zip(report.answers, written, strict=True)
         ]
-        assert step.foreseen == tuple(
+        assert step.drafted_match == tuple(
             int(first != 0 and count > 0) for first, count in zip(firsts, step.emitted, strict=True)
         )
         written = [place + count for place, count in zip(written, step.emitted, strict=True)]
@@ -65,13 +65,13 @@ def test_odds_follow_the_mean_row_where_rows_advance_apart() -> None:
 
     def half_of_them(step: int) -> StepRecord:
         right = tuple((row + step) % 2 for row in range(8))
-        return record(2, tuple(1 + one for one in right), 1.2, foreseen=right)
+        return record(2, tuple(1 + one for one in right), 1.2, drafted_match=right)
 
     assert odds_after(half_of_them) == pytest.approx(0.5, rel=0.1)
 
 
 def test_rows_in_lockstep_have_one_outcome() -> None:
-    assert odds_after(lambda step: record(2, (1,) * 8, 1.2, foreseen=0)) < 0.25
+    assert odds_after(lambda step: record(2, (1,) * 8, 1.2, drafted_match=0)) < 0.25
 
 
 def test_the_more_rows_the_fewer_children() -> None:
@@ -132,11 +132,11 @@ def test_prices_are_read_anew_as_soon_as_a_tree_of_another_size_was_timed() -> N
 def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
     """Of eight rows one is sure of its node. Where it is the last one the node pays, where it is ahead it does not."""
 
-    def nodes(urgency: list[float]) -> int:
+    def nodes(row_weights: list[float]) -> int:
         policy = ThroughputPolicy()
         policy.observe(record(1, (1,) * 8, 1.0))
         policy.costs.add(2, 1, 1.2, 0.05, 1.25)
-        policy.choose(replace(observation(8), urgency=urgency))
+        policy.choose(replace(observation(8), row_weights=row_weights))
         return policy.size(torch.log(torch.tensor([[0.9]] + [[0.05]] * 7)))
 
     assert nodes([4.5] + [0.5] * 7) == 2

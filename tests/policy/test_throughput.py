@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from tests.policy.machine import FLAT, JUMPING, SLOPING, Machine
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import (
+    AcceptanceModel,
     AutoPolicy,
     FixedPolicy,
     Guard,
-    LogisticMap,
-    NodeOdds,
     Observation,
+    PlattScaling,
     Policy,
     RunningCosts,
     ThroughputPolicy,
@@ -90,30 +90,30 @@ def test_what_was_learned_stays_between_calls_and_comes_near_the_best_fixed_chai
 
 def test_odds_of_fewer_levels_than_are_asked_for_are_refused() -> None:
     with pytest.raises(ValueError, match="one map for each of 4 levels, got 1. Fill up"):
-        NodeOdds([LogisticMap()])
+        AcceptanceModel([PlattScaling()])
 
 
 def test_a_head_that_claims_too_much_is_believed_less_with_every_outcome() -> None:
-    odds = NodeOdds()
+    odds = AcceptanceModel()
     before = odds.of([math.log(0.6)], 1)[0]
     assert before == pytest.approx(0.6)
     for _ in range(60):
-        odds.learn([odds.of([math.log(0.6)], 1)[0]], foreseen=0, emitted=1)
+        odds.learn([odds.of([math.log(0.6)], 1)[0]], drafted_match=0, emitted=1)
     assert odds.of([math.log(0.6)], 1)[0] < 0.12
     for _ in range(200):
-        odds.learn([odds.of([math.log(0.3)], 1)[0]], foreseen=1, emitted=1)
+        odds.learn([odds.of([math.log(0.3)], 1)[0]], drafted_match=1, emitted=1)
     assert odds.of([math.log(0.3)], 1)[0] > 0.85, "and one that claims too little, more"
 
 
 def test_what_follows_the_steps_own_tokens_is_no_evidence() -> None:
-    odds = NodeOdds()
-    odds.learn([0.5, 0.3], foreseen=1, emitted=1)
-    assert odds.hit_rate(2) == NodeOdds().hit_rate(2) and odds.hit_rate(1) > NodeOdds().hit_rate(1)
+    odds = AcceptanceModel()
+    odds.learn([0.5, 0.3], drafted_match=1, emitted=1)
+    assert odds.hit_rate(2) == AcceptanceModel().hit_rate(2) and odds.hit_rate(1) > AcceptanceModel().hit_rate(1)
 
 
 def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Path) -> None:
-    maps = [LogisticMap(-0.3, 0.8), LogisticMap(0.1, 0.7), LogisticMap(), LogisticMap(0.0, 0.5)]
-    policy = Guard(ThroughputPolicy(depth=4, top_k=2, most_nodes=9, odds=NodeOdds(maps)))
+    maps = [PlattScaling(-0.3, 0.8), PlattScaling(0.1, 0.7), PlattScaling(), PlattScaling(0.0, 0.5)]
+    policy = Guard(ThroughputPolicy(depth=4, top_k=2, most_nodes=9, odds=AcceptanceModel(maps)))
     policy.save_pretrained(tmp_path)
     loaded = AutoPolicy.from_pretrained(tmp_path)
     assert isinstance(loaded, Guard) and isinstance(loaded.policy, ThroughputPolicy)
@@ -149,7 +149,7 @@ def test_weights_that_no_fit_gives_are_refused(odds: list[list[float]] | None, t
 @pytest.mark.parametrize("numbers", [(0.0, 200.0), (-1e30, 1.0), (1e30, 1.0), (0.0, 1e30), (0.0, -1e30)])
 def test_a_steep_map_is_still_a_probability(numbers: tuple[float, float]) -> None:
     for score in (0.0, -0.1, -1.0, -7.0):
-        assert 0.0 <= LogisticMap(*numbers)(score) <= 1.0
+        assert 0.0 <= PlattScaling(*numbers)(score) <= 1.0
 
 
 @pytest.mark.parametrize("most_nodes", [10**6, 4096, -1, "a", True, 2.0, None])
@@ -160,7 +160,7 @@ def test_more_nodes_than_can_be_priced_are_refused(most_nodes: int) -> None:
 
 @pytest.mark.parametrize("values", [{"costs": CostTable({128: {1: 0.1}}, {}, {})}, {"costs": {1: 2.0}}, {"odds": 3}])
 def test_costs_and_odds_of_another_kind_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="needs `RunningCosts` and `NodeOdds`.*got costs=.*Pass `table.running"):
+    with pytest.raises(ValueError, match="needs `RunningCosts` and `AcceptanceModel`.*got costs=.*Pass `table"):
         ThroughputPolicy(**values)
 
 

@@ -14,19 +14,19 @@ class Silent(Policy):
 
 def test_a_silent_policy_needs_all_and_claims_nothing() -> None:
     guard = Guard(Silent())
-    assert guard.needs_head and guard.looks_up and guard.reads_foreseen
-    assert not guard.glances and not guard.is_confident
+    assert guard.needs_head and guard.uses_lookup and guard.needs_drafted_match
+    assert not guard.probes_head and not guard.is_confident
     assert guard.costs is None and guard.check_identity is None
 
 
 def test_what_a_policy_tells_goes_through_every_wrapper() -> None:
     costs = RunningCosts()
     policy = Guard(Recorder(ThroughputPolicy(costs=costs, target={"vocab_size": 16})))
-    assert not policy.needs_head and policy.glances and policy.costs is costs
+    assert not policy.needs_head and policy.probes_head and policy.costs is costs
     assert policy.check_identity is not None
     fixed = FixedPolicy(TreeShape(4, 2, 2))
-    assert not Guard(fixed).looks_up and not Guard(fixed).reads_foreseen
+    assert not Guard(fixed).uses_lookup and not Guard(fixed).needs_drafted_match
 
 
 def test_a_recorder_looks_up_whatever_its_policy_does() -> None:
-    assert Recorder(FixedPolicy(TreeShape(4, 2, 2))).looks_up
+    assert Recorder(FixedPolicy(TreeShape(4, 2, 2))).uses_lookup

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.replay.fitted_policy import fit_map
+from transformers_resps.replay.fitted_policy import fit_platt_scaling
 from transformers_resps.trainers import RecordedText, fitted_policy, pair_identity, record_pools, replay
 from transformers_resps.tree import CandidatePool
 
@@ -17,14 +17,14 @@ def test_the_odds_that_outcomes_were_drawn_from_are_found() -> None:
     scores = torch.rand(20_000, generator=generator).mul(0.98).add(0.01).log()
     logits = -0.4 + 0.7 * (scores - torch.log1p(-scores.exp()))
     accepted = torch.rand(len(scores), generator=generator) < logits.sigmoid()
-    found = fit_map(scores, accepted)
+    found = fit_platt_scaling(scores, accepted)
     assert found.intercept == pytest.approx(-0.4, abs=0.05) and found.slope == pytest.approx(0.7, abs=0.05)
 
 
 def test_without_outcomes_the_heads_own_word_stands_and_a_few_do_not_overrule_it() -> None:
-    nothing = fit_map(torch.empty(0), torch.empty(0))
+    nothing = fit_platt_scaling(torch.empty(0), torch.empty(0))
     assert (nothing.intercept, nothing.slope) == (0.0, 1.0)
-    once = fit_map(torch.tensor([math.log(0.5)]), torch.tensor([True]))
+    once = fit_platt_scaling(torch.tensor([math.log(0.5)]), torch.tensor([True]))
     assert 0.5 < once(math.log(0.5)) < 0.75
 
 
@@ -35,9 +35,11 @@ def test_a_node_is_accepted_when_the_text_follows_its_whole_path() -> None:
     pool = CandidatePool(tokens, parents, scores, torch.tensor([1, 1, 2, 2, 2, 2]))
     text = RecordedText(torch.tensor([1, 2, 5, 6]), 1, torch.zeros(1, 3), {2: pool})
     policy = fitted_policy([text], top_k=2)
-    first = fit_map(scores[0, :2], torch.tensor([True, False]))
-    second = fit_map(scores[0, 2:5], torch.tensor([True, False, False]))
-    assert policy.odds.maps[:2] == (first, second) and policy.odds.maps[3] == fit_map(torch.empty(0), torch.empty(0))
+    first = fit_platt_scaling(scores[0, :2], torch.tensor([True, False]))
+    second = fit_platt_scaling(scores[0, 2:5], torch.tensor([True, False, False]))
+    assert policy.odds.maps[:2] == (first, second) and policy.odds.maps[3] == fit_platt_scaling(
+        torch.empty(0), torch.empty(0)
+    )
     short = RecordedText(torch.tensor([1, 2, 5]), 1, torch.zeros(1, 3), {2: pool})  # of level 2 it tells nothing
     assert fitted_policy([short], top_k=2).odds.maps[1] == policy.odds.maps[3]
 

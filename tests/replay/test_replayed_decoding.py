@@ -24,8 +24,8 @@ class Restless(Policy):
         self.seen: list[object] = []
 
     def choose(self, observation: Observation) -> TreeShape:
-        survival = observation.survival()
-        self.seen.append((observation.context_length, observation.room, [round(s, 9) for s in survival]))
+        prefix_accept_probs = observation.prefix_accept_probs()
+        self.seen.append((observation.context_length, observation.room, [round(s, 9) for s in prefix_accept_probs]))
         here = observation.context_length
         return (TreeShape.plain(), TreeShape(9, 4, 3), TreeShape(1, 0, 1, 5), TreeShape(6, 3, 3, 4))[here % 4]
 
@@ -38,7 +38,7 @@ class Restless(Policy):
         return 2 + len(self.seen) % 7
 
     def observe(self, record: StepRecord) -> None:
-        self.seen.append((record.shape, record.verified, record.accepted, record.drafted, record.foreseen))
+        self.seen.append((record.shape, record.verified, record.accepted, record.drafted, record.drafted_match))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers.integrations import sdpa_attention
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
-from transformers_resps.target.gqa_attention import GROUPED, attend, grouped_attention, without_key_copies
+from transformers_resps.target.gqa_attention import GROUPED, attend, grouped_attention, use_gqa_attention
 from transformers_resps.tree import DraftTree
 
 
@@ -41,7 +41,7 @@ def test_the_logits_of_a_tree_are_the_same_but_for_rounding(
 ) -> None:
     target = make_target(model_type).to(dtype)
     stock = tree_logits(target, batch_size)
-    with without_key_copies(target):
+    with use_gqa_attention(target):
         torch.testing.assert_close(tree_logits(target, batch_size), stock, rtol=close, atol=close)
 
 
@@ -76,7 +76,7 @@ def test_a_lone_token_attends_so_too(
         target(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1], **{CACHE_KEYWORD: cache})
     expected = target(input_ids=tokens[:, -1:], attention_mask=mask, **{CACHE_KEYWORD: stock}).logits
     monkeypatch.delattr("transformers_resps.target.gqa_attention.sdpa_attention_forward")
-    with without_key_copies(target):
+    with use_gqa_attention(target):
         logits = target(input_ids=tokens[:, -1:], attention_mask=mask, **{CACHE_KEYWORD: found}).logits
     torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
 
@@ -85,7 +85,7 @@ def test_a_lone_token_attends_so_too(
 def test_a_whole_prompt_stays_causal(make_target: Callable[..., PreTrainedModel]) -> None:
     """Without a mask, as Transformers gives it to a prompt."""
     target, tokens = make_target("llama").double(), torch.arange(3, 23)[None]
-    with without_key_copies(target):
+    with use_gqa_attention(target):
         found = target(input_ids=tokens).logits
     torch.testing.assert_close(found, target(input_ids=tokens).logits, rtol=1e-12, atol=1e-12)
 
@@ -106,12 +106,12 @@ def test_a_tree_is_verified_without_a_copy_of_the_keys(
 
 
 def test_the_target_keeps_its_own_attention(tiny_target: PreTrainedModel) -> None:
-    with pytest.raises(ZeroDivisionError), without_key_copies(tiny_target):
+    with pytest.raises(ZeroDivisionError), use_gqa_attention(tiny_target):
         assert tiny_target.config._attn_implementation == GROUPED
         raise ZeroDivisionError
     assert tiny_target.config._attn_implementation == "sdpa"
     tiny_target.set_attn_implementation("eager")
-    with without_key_copies(tiny_target):
+    with use_gqa_attention(tiny_target):
         assert tiny_target.config._attn_implementation == "eager"
 
 
@@ -120,7 +120,7 @@ def test_a_call_may_begin_while_another_one_attends_so(
 ) -> None:
     target: Any = attach(tiny_target)
     plain = target.generate(**prompt, max_new_tokens=8, do_sample=False)
-    with without_key_copies(target):
+    with use_gqa_attention(target):
         assert torch.equal(target.generate(**prompt, max_new_tokens=8, do_sample=False), plain)
         found = target.generate(**prompt, assistant_model=tiny_head, max_new_tokens=8, do_sample=False)
     assert torch.equal(found, plain)

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.preallocated_cache import RoomyLayer, entries_of, make_room, settle
-from transformers_resps.target.tree_cache import keep_nodes
+from transformers_resps.target.tree_cache import compact
 
 
 def filled(count: int = 5, layers: int = 1) -> DynamicCache:
@@ -31,7 +31,7 @@ def change(cache: DynamicCache, what: str, path: Tensor) -> None:
     if what == "write":
         cache.layers[0].keys[:, :, -1:] = 1.5
     if what == "keep":
-        keep_nodes(cache, path, 5)
+        compact(cache, path, 5)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, pack, unpack
-from transformers_resps.target.prepacking import PackedLinear, is_packed
+from transformers_resps.target.prepacking import PrepackedLinear, is_prepacked
 
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -43,7 +43,7 @@ def test_packed_layers_in_bfloat16_round_the_exact_product(layer: nn.Linear, row
     with torch.no_grad():
         exact = layer.bfloat16().double()(x.double())
         packed = pack(layer.bfloat16())(x)
-    assert is_packed(layer) and packed.dtype is torch.bfloat16
+    assert is_prepacked(layer) and packed.dtype is torch.bfloat16
     torch.testing.assert_close(packed.double(), exact, rtol=2**-7, atol=1e-3)
 
 
@@ -114,7 +114,7 @@ def test_other_dtypes_and_subclasses_are_left_alone(layer: nn.Linear) -> None:
     with torch.no_grad():
         assert module(x).dtype is torch.float64
     assert type(module[1]) is Own
-    assert not is_packed(module)
+    assert not is_prepacked(module)
 
 
 @pytest.mark.parametrize("shape", [TreeShape(6, 3, 2), TreeShape(9, 2, 8), TreeShape(2, 1, 1, lookup=5)], ids=str)
@@ -122,7 +122,7 @@ def test_a_packed_target_writes_the_same_text_with_a_tree_and_without(
     tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor], shape: TreeShape
 ) -> None:
     target = attach(pack(tiny_target))
-    assert is_packed(target)
+    assert is_prepacked(target)
     plain = target.generate(**prompt, max_new_tokens=24, do_sample=False)
     tree = target.generate(
         **prompt, max_new_tokens=24, do_sample=False, assistant_model=tiny_head, policy=FixedPolicy(shape)
@@ -133,7 +133,7 @@ def test_a_packed_target_writes_the_same_text_with_a_tree_and_without(
 def test_a_packed_target_is_saved_as_any_other(tiny_target: PreTrainedModel, tmp_path: Path) -> None:
     pack(tiny_target).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not is_packed(again)
+    assert not is_prepacked(again)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in tiny_target.state_dict().items())
 
 
@@ -142,10 +142,10 @@ def test_a_head_is_packed_where_it_drafts_and_saved_as_it_was(
 ) -> None:
     names = list(tiny_head.state_dict())
     attach(tiny_target).generate(**prompt, max_new_tokens=8, assistant_model=tiny_head)
-    assert any(type(layer) is PackedLinear for layer in tiny_head.modules()) and not is_packed(tiny_target)
+    assert any(type(layer) is PrepackedLinear for layer in tiny_head.modules()) and not is_prepacked(tiny_target)
     assert list(tiny_head.state_dict()) == names
     tiny_head.save_pretrained(tmp_path)
-    assert not is_packed(DraftHead.from_pretrained(tmp_path))
+    assert not is_prepacked(DraftHead.from_pretrained(tmp_path))
 
 
 def test_layers_without_weights_work_as_before_and_what_is_no_module_is_refused() -> None:

@@ -2,14 +2,14 @@
 
 import torch
 
-from transformers_resps.target.slots import Prefix
+from transformers_resps.target.slots import SlotMap
 
 
 CPU = torch.device("cpu")
 
 
 def test_every_row_goes_on_at_its_own_end() -> None:
-    prefix = Prefix(torch.tensor([[0, 1], [1, 1], [1, 1]]))
+    prefix = SlotMap(torch.tensor([[0, 1], [1, 1], [1, 1]]))
     prefix.extend([2, 2, 2])
     assert prefix.is_even and prefix.length == 2
     assert prefix.slots([1, 3, 2], CPU).tolist() == [[2, 2, 2], [2, 3, 4], [2, 3, 3]]
@@ -26,7 +26,7 @@ def test_every_row_goes_on_at_its_own_end() -> None:
 
 
 def test_rows_without_padding_that_end_alike_need_no_mask() -> None:
-    prefix = Prefix(None)
+    prefix = SlotMap(None)
     prefix.extend([4, 4])
     prefix.extend([1, 3])
     assert prefix.visible(7, CPU) is not None

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
-from transformers_resps.target.tree_cache import keep_nodes, keep_rows, place_nodes
+from transformers_resps.target.tree_cache import compact, compact_ragged, keep_rows
 from transformers_resps.tree import DraftTree
 
 
@@ -30,7 +30,7 @@ def test_a_compacted_cache_equals_a_fresh_prefill(architecture: Architecture) ->
         mask = tree_attention_mask(target.config, cache, None, tree, target.dtype)
         positions = tree_positions(tree, torch.tensor([9, 9]))
         target(input_ids=tree.tokens, attention_mask=mask, position_ids=positions, **options)
-        keep_nodes(cache, PATHS, tree.node_count)
+        compact(cache, PATHS, tree.node_count)
         text = torch.cat([PROMPTS, tree.tokens.gather(1, PATHS)], dim=1)
         fresh = DynamicCache(config=target.config)
         target(input_ids=text, use_cache=True, **{CACHE_KEYWORD: fresh})
@@ -61,7 +61,7 @@ def test_sliding_layers_hold_the_last_entries_of_every_row() -> None:
     cache.crop(0)
     nodes = torch.tensor([[20.0, 21, 22], [30, 31, 32]])[:, None, :, None]
     cache.update(nodes, nodes, 0)
-    place_nodes(cache, torch.tensor([[0, 2], [0, 0]]), 3, torch.tensor([[6, 7], [6, 6]]), 8)
+    compact_ragged(cache, torch.tensor([[0, 2], [0, 0]]), 3, torch.tensor([[6, 7], [6, 6]]), 8)
     assert cache.layers[0].keys[:, 0, :, 0].tolist() == [[4, 5, 20, 22], [9, 10, 11, 30]]
     assert cache.get_seq_length() == 8
     keep_rows(cache, [1], 7)
@@ -73,6 +73,6 @@ def test_accepted_nodes_are_placed_behind_each_rows_own_entries() -> None:
     cache = DynamicCache()
     states = torch.arange(2 * 7).view(2, 1, 7, 1).float()  # three entries and a tree of four nodes in each row
     cache.update(states.clone(), states.clone(), 0)
-    place_nodes(cache, torch.tensor([[0, 2], [0, 0]]), 4, torch.tensor([[3, 4], [2, 2]]), 5)
+    compact_ragged(cache, torch.tensor([[0, 2], [0, 0]]), 4, torch.tensor([[3, 4], [2, 2]]), 5)
     kept = cache.layers[0].keys[:, 0, :, 0].tolist()
     assert kept == [[0, 1, 2, 3, 5], [7, 8, 10, 10, 11]], "row 1 had two entries; what is behind its third is hidden"

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from transformers_resps.telemetry.detokenize import decoder, piece_after, pieces_of
+from transformers_resps.telemetry.detokenize import decode_after, decoder, detokenize_incrementally
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -24,19 +24,19 @@ DECODE = decoder(TOKENIZER)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_the_pieces_joined_are_the_text(text: str) -> None:
     ids = TOKENIZER(text)["input_ids"]
-    pieces = pieces_of(ids, DECODE)
+    pieces = detokenize_incrementally(ids, DECODE)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text
 
 
 def test_a_character_of_several_tokens_belongs_to_the_last_of_them() -> None:
-    assert pieces_of(TOKENIZER("a🎉b")["input_ids"], DECODE) == ["a", "", "", "", "🎉", "b"]
+    assert detokenize_incrementally(TOKENIZER("a🎉b")["input_ids"], DECODE) == ["a", "", "", "", "🎉", "b"]
 
 
 def test_a_character_that_is_never_finished_is_shown_as_such() -> None:
-    assert pieces_of(TOKENIZER("é")["input_ids"][:1], DECODE) == ["\ufffd"]
+    assert detokenize_incrementally(TOKENIZER("é")["input_ids"][:1], DECODE) == ["\ufffd"]
 
 
 def test_a_piece_keeps_the_space_that_decoding_it_alone_would_drop() -> None:
     words = {1: "the", 2: "fox"}
-    assert piece_after(1, 2, lambda ids: " ".join(words[token] for token in ids)) == " fox"
+    assert decode_after(1, 2, lambda ids: " ".join(words[token] for token in ids)) == " fox"

@@ -23,14 +23,14 @@ from transformers_resps import (
 from transformers_resps.decoding.acceptance import Acceptance, Text, walk
 from transformers_resps.decoding.batch import Batch
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.decoding.stop_conditions import Ends
+from transformers_resps.decoding.stop_conditions import StopConditions
 from transformers_resps.generation import mixin
-from transformers_resps.policy import KeptPolicies
+from transformers_resps.policy import PolicyCache
 from transformers_resps.target.forward import TargetForward
-from transformers_resps.testing import MOST_SPACINGS, spacing_at
+from transformers_resps.testing import MAX_SPACINGS, spacing_at
 from transformers_resps.testing.distribution import check_distribution
 from transformers_resps.testing.kit import built_in_prompts
-from transformers_resps.testing.subject import Subject
+from transformers_resps.testing.model_under_test import ModelUnderTest
 from transformers_resps.testing.texts import Call, compare_batch, compare_one_by_one
 from transformers_resps.tree import DraftTree
 
@@ -66,7 +66,7 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
 
 def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: DraftHead) -> None:
     """Tau of a batch is that of its rows alone."""
-    prompts, subject = [torch.tensor([3, 4]), torch.tensor([5, 6])], Subject(target, head, WIDE)
+    prompts, subject = [torch.tensor([3, 4]), torch.tensor([5, 6])], ModelUnderTest(target, head, WIDE)
     with subject.undisturbed():
         first = subject.plain(prompts, max_new_tokens=12).answers[0]
         end = {"eos_token_id": int(first[1]), "max_new_tokens": 12, "do_sample": False}
@@ -132,11 +132,11 @@ def test_an_unusable_prompt_is_refused(target: Any, head: DraftHead, prompts: An
 def test_what_auto_has_learned_with_a_model_survives_its_examination(target: Any, head: DraftHead) -> None:
     attach(target)
     target.generate(torch.tensor([[3, 4, 5]]), assistant_model=head, policy="auto", max_new_tokens=12)
-    place = KeptPolicies.place(target, 1)
-    policy = KeptPolicies.of(target).take(head, place)
-    KeptPolicies.of(target).give_back(head, place, policy)
+    place = PolicyCache.place(target, 1)
+    policy = PolicyCache.of(target).take(head, place)
+    PolicyCache.of(target).give_back(head, place, policy)
     assert_lossless(target, head, "auto", **SHORT)
-    assert KeptPolicies.of(target).take(head, place) is policy
+    assert PolicyCache.of(target).take(head, place) is policy
 
 
 @pytest.mark.parametrize(
@@ -245,13 +245,13 @@ def forget_where_a_chunk_began(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def heed_one_end_token_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = Ends.of
+    of = StopConditions.of
 
-    def one_of(criteria: Any) -> Ends | None:
+    def one_of(criteria: Any) -> StopConditions | None:
         ends = of(criteria)
         return ends and replace(ends, token_ids=frozenset(sorted(ends.token_ids)[:1]))
 
-    monkeypatch.setattr(Ends, "of", one_of)
+    monkeypatch.setattr(StopConditions, "of", one_of)
 
 
 def hide_ancestors_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,13 +301,13 @@ def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
     def rounds_otherwise(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
         """Moves every logit by up to half of what is excused, so that a gap moves by no more than that."""
         spacing = spacing_at(float(logits.abs().max()), torch.bfloat16) / 2  # the best logit may be the smaller one
-        noise = MOST_SPACINGS / 2 * (2 * torch.rand(logits.shape, generator=generator) - 1)
+        noise = MAX_SPACINGS / 2 * (2 * torch.rand(logits.shape, generator=generator) - 1)
         return walk(tree, logits.float() + noise * spacing, text)
 
     plant(rounds_otherwise, monkeypatch)
     report = assert_lossless(target, head, WIDE, seeds=4, max_new_tokens=24)
     sampled = [difference for check in report.texts[2:] for difference in check.differences]
-    assert sampled and all(0 < difference.divergence.spacings <= MOST_SPACINGS for difference in sampled)
+    assert sampled and all(0 < difference.divergence.spacings <= MAX_SPACINGS for difference in sampled)
     assert "rounding explains it" in str(report)
 
 
@@ -328,10 +328,10 @@ def test_the_distribution_alone_finds_a_rule_that_favours_drafts(
     lossy: Walk, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = built_in_prompts(19)
-    sound = check_distribution(Subject(target, head, WIDE), prompts, 24)
+    sound = check_distribution(ModelUnderTest(target, head, WIDE), prompts, 24)
     assert sound.passed and sound.has_power
     plant(lossy, monkeypatch)
-    found = check_distribution(Subject(target, head, WIDE), prompts, 24)
+    found = check_distribution(ModelUnderTest(target, head, WIDE), prompts, 24)
     assert not found.passed and found.fit.total_variation > 3 * sound.fit.total_variation
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from transformers_resps.testing import MOST_SPACINGS, Divergence, explain_divergence, spacing_at
+from transformers_resps.testing import MAX_SPACINGS, Divergence, explain_divergence, spacing_at
 
 
 Prompt = dict[str, torch.Tensor]
@@ -64,5 +64,5 @@ def test_the_spacing_is_the_distance_to_the_next_number(value: float, dtype: tor
 
 def test_the_limit_is_in_spacings_of_the_dtype() -> None:
     spacing = spacing_at(20.0, torch.bfloat16)
-    assert Divergence(0, 1, 2, 20.0, 20.0 - MOST_SPACINGS * spacing, 20.0, torch.bfloat16).explained
-    assert not Divergence(0, 1, 2, 20.0, 20.0 - (MOST_SPACINGS + 1) * spacing, 20.0, torch.bfloat16).explained
+    assert Divergence(0, 1, 2, 20.0, 20.0 - MAX_SPACINGS * spacing, 20.0, torch.bfloat16).explained
+    assert not Divergence(0, 1, 2, 20.0, 20.0 - (MAX_SPACINGS + 1) * spacing, 20.0, torch.bfloat16).explained

@@ -8,7 +8,7 @@ import pytest
 from transformers import TrainerControl
 
 from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
-from transformers_resps.trainers.stopwatch import Stopwatch
+from transformers_resps.trainers.timing import Stopwatch
 
 
 def checkpoint(folder: Path, step: int) -> Path:

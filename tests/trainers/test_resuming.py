@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from tests.trainers.heads import bits, config, fresh, texts
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
-from transformers_resps.trainers.interruption import Interruption
+from transformers_resps.trainers.graceful_stop import Interruption
 
 
 class Stop(TrainerCallback):

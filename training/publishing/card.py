@@ -6,9 +6,9 @@ from typing import Any
 from transformers_resps.hub import GENERAL_TAGS, METRICS, RESULTS, front_matter
 
 from .artefact import RECIPE, Artefact
+from .card_text import about_policy, about_trees, caption, joined, short_name, simulated_tree, training_cost, use
 from .citations import CITATIONS
 from .results_table import circumstances, dataset_table, overall_table, sampling
-from .wording import about_policy, about_trees, caption, joined, short_name, simulated_tree, training_cost, use
 
 
 def render_card(artefact: Artefact, name: str) -> str:

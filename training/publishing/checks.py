@@ -16,11 +16,11 @@ from transformers_resps.policy import AutoPolicy
 from .artefact import CONFIG, RECIPE, WEIGHTS, Artefact, read_artefact
 from .card import render_card
 from .custom_code import CUSTOM_GENERATE, is_ours
-from .private_facts import private_facts
+from .privacy import private_facts
 
 
-_MOST_BYTES = {".safetensors": 5 << 30}  # the Hub's limit for one upload over HTTP
-_MOST_OTHER_BYTES = 10 << 20  # the Hub's limit for files outside Git LFS
+_MAX_BYTES = {".safetensors": 5 << 30}  # the Hub's limit for one upload over HTTP
+_MAX_OTHER_BYTES = 10 << 20  # the Hub's limit for files outside Git LFS
 KINDS = {".json", ".yaml", ".md", ".png", ".safetensors"}
 _TEXTS = {".json", ".yaml"}
 _CARD_NEEDS = ("license", "target_license", "languages", "data")
@@ -77,7 +77,7 @@ def _file_faults(folder: Path, file: Path) -> Iterator[str]:
         return
     if file.stat().st_mode & (stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH):
         yield f"{name} is marked as executable. Run `chmod -x` on it."
-    most = _MOST_BYTES.get(file.suffix, _MOST_OTHER_BYTES)
+    most = _MAX_BYTES.get(file.suffix, _MAX_OTHER_BYTES)
     if file.stat().st_size > most:
         yield f"{name} has {file.stat().st_size:,} bytes, but the Hub takes at most {most:,}. Make it smaller."
     yield from _SNIFFERS.get(file.suffix, _no_faults)(file)

@@ -10,7 +10,7 @@ import yaml
 from transformers_resps.hub import METRICS
 
 from .artefact import RECIPE, check_card
-from .private_facts import private_facts
+from .privacy import private_facts
 from .release import write_card, write_custom_generate
 
 

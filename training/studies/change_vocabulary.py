@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.bench.subjects import training_prompts_of
+from transformers_resps.bench.models import training_prompts_of
 from transformers_resps.data.training_prompts import write_training_prompts
 from transformers_resps.trainers import load_conversations
 

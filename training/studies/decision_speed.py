@@ -18,11 +18,11 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     policy, spent = default_policy(), 0.0
-    survival = [0.6 * 0.8**place for place in range(16)]
+    prefix_accept_probs = [0.6 * 0.8**place for place in range(16)]
     level = -torch.rand(1, 4).mul(3).sort().values
     pool = torch.cat([level, *(-torch.rand(1, 16).mul(4) - 1 - depth for depth in range(3))], dim=1)
     for step in range(STEPS):
-        observation = Observation(torch.zeros(1, 1728), 100, step, 400, lambda: survival)
+        observation = Observation(torch.zeros(1, 1728), 100, step, 400, lambda: prefix_accept_probs)
         started = time.process_time()
         shape = policy.choose(observation)
         nodes = 1

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_resps.bench.models import load
 from transformers_resps.bench.options import device, dtype, model, positive, shape
 from transformers_resps.bench.prompts import read_dialogues, spread, to_tokens
 from transformers_resps.bench.provenance import code, machine
-from transformers_resps.bench.subjects import load
 from transformers_resps.compat import check_extra
 from transformers_resps.head import DraftHead
 from transformers_resps.hub import RESULTS

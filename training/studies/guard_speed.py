@@ -26,10 +26,10 @@ from transformers_resps.target.prepacking import pack
 class HeadAlone(ThroughputPolicy):
     """Ours, blind to the text so far."""
 
-    looks_up = False
+    uses_lookup = False
 
     def choose(self, observation: Observation) -> TreeShape:
-        return super().choose(replace(observation, survival=list))
+        return super().choose(replace(observation, prefix_accept_probs=list))
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {

@@ -113,7 +113,7 @@ class Only(PolicyWrapper):
         if self.sources == "lookup":
             observation = replace(observation, features=None)
         if self.sources == "head":
-            observation = replace(observation, survival=list)
+            observation = replace(observation, prefix_accept_probs=list)
         return self.policy.choose(observation)
 
 

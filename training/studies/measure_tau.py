@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from transformers_resps import FixedPolicy, TreeShape
+from transformers_resps.bench.models import BenchModels, load
 from transformers_resps.bench.options import positive, shape
 from transformers_resps.bench.prompts import read_dialogues, to_tokens
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import code, machine
-from transformers_resps.bench.subjects import Subjects, load
 
 
-def tokens_and_forwards(subjects: Subjects, prompts: list[Tensor], tree: TreeShape, most: int) -> tuple[int, int]:
+def tokens_and_forwards(subjects: BenchModels, prompts: list[Tensor], tree: TreeShape, most: int) -> tuple[int, int]:
     """What all answers together emitted, and the target's forwards that it took, prompts' included."""
     emitted = forwards = 0
     for prompt in prompts:

@@ -84,15 +84,15 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
     chains, hazards, lengths = chains_of(text)
     places = pool.nodes_along(chains)
     right, on_chain = ((nodes[..., None] == torch.arange(len(levels))).any(1) for nodes in (path, places))
-    foreseen = (path >= 0).sum(-1)
+    drafted_match = (path >= 0).sum(-1)
     upcoming = text.upcoming(CHAIN)
     followed = (chains == upcoming).int().cumprod(-1).sum(-1)
     count = len(text)
     outcomes = [
-        (foreseen > 0, 1),
+        (drafted_match > 0, 1),
         (right[:, 0], 1),
         (followed > 0, 1),
-        (foreseen, LEVELS),
+        (drafted_match, LEVELS),
         (followed.clamp(max=6), LEVELS),
     ]
     earlier = [_window(hits.float(), width, delay) for hits, delay in outcomes for width in (1, 4, 16)]
@@ -125,7 +125,7 @@ def chains_of(text: RecordedText) -> tuple[Tensor, Tensor, Tensor]:
     for root in range(text.prompt_length, text.prompt_length + len(text)):
         lookup.extend(tokens[lookup.length : root + 1])
         match = lookup.match()
-        tokens_ahead, alive = match.tokens[:CHAIN], [1.0, *match.survival[:CHAIN]]
+        tokens_ahead, alive = match.tokens[:CHAIN], [1.0, *match.prefix_accept_probs[:CHAIN]]
         chains.append([*tokens_ahead, *[-2] * (CHAIN - len(tokens_ahead))])
         hazard = [after / before for before, after in zip(alive, alive[1:], strict=False)]
         hazards.append([*hazard, *[0.0] * (CHAIN - len(hazard))])

@@ -16,7 +16,7 @@ from .acceptance_model import AcceptanceModel, fit_net
 from .positions import CHAIN, LEVELS, TOP_K, Positions
 
 
-MOST_NODES = 32  # drafted and looked up
+MAX_NODES = 32  # drafted and looked up
 _RATES = (0.9, 1.15, 1.4, 1.7, 2.1, 2.6, 3.2)  # tokens per plain step, between which decisions are not told apart
 _MEMORY, _PRIOR_STEPS = 0.95, 5.0  # of the running rate of a text
 
@@ -97,10 +97,10 @@ class Decider:
             chain = (torch.arange(CHAIN) < positions.followed[:, None]) & ~is_drafted
             right = torch.cat([right, chain], dim=1)
         best = odds.sort(dim=1, descending=True, stable=True)
-        kept = best.values[:, :MOST_NODES]
-        hits = (right.gather(1, best.indices[:, :MOST_NODES]) & (kept > 0)).float()
+        kept = best.values[:, :MAX_NODES]
+        hits = (right.gather(1, best.indices[:, :MAX_NODES]) & (kept > 0)).float()
         zero = torch.zeros(count, 1)
-        missing = torch.zeros(count, MOST_NODES - kept.shape[1])
+        missing = torch.zeros(count, MAX_NODES - kept.shape[1])
         expected, found = (torch.cat([zero, part, missing], 1).cumsum(1) for part in (kept, hits))
         return expected, found, by_level
 
@@ -108,7 +108,7 @@ class Decider:
         """`[t, n + 1]` seconds of verifying n nodes and the root."""
         buckets, bucket_of = (positions.contexts // 32).unique(return_inverse=True)
         rows = [
-            [self._costs.verify_seconds(nodes, int(bucket) * 32) for nodes in range(1, MOST_NODES + 2)]
+            [self._costs.verify_seconds(nodes, int(bucket) * 32) for nodes in range(1, MAX_NODES + 2)]
             for bucket in buckets
         ]
         return torch.tensor(rows)[bucket_of]

@@ -37,7 +37,7 @@ COMPLETE = (
     "```python\n{}\n```\nComplete it.",
 )
 CODE_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
-LEAST_WORDS = 100  # of a text that is worth a summary
+MIN_WORDS = 100  # of a text that is worth a summary
 COUNT_STEP = 8  # tokens: prompts with a function have a multiple of it
 
 
@@ -78,7 +78,7 @@ def summary_prompt(text: str, count: int, phrase: str, count_tokens: Callable[[s
         else:
             high = middle
     prompt = phrase.format(" ".join(words[:low]))
-    return prompt if low >= LEAST_WORDS and count_tokens(prompt) == count else None
+    return prompt if low >= MIN_WORDS and count_tokens(prompt) == count else None
 
 
 def completion_prompt(head: str, phrases: list[str], count_tokens: Callable[[str], int]) -> str | None:
@@ -93,7 +93,7 @@ def make_prompts(args: argparse.Namespace, count_tokens: Callable[[str], int]) -
     chance.shuffle(texts)
     left = {"summaries": args.summaries, "completions": args.completions}
     for text in texts:
-        if left["summaries"] and "```" not in text and text.count(" ") >= LEAST_WORDS:
+        if left["summaries"] and "```" not in text and text.count(" ") >= MIN_WORDS:
             length = chance.choice([length for length in args.lengths if length < len(text) / 3] or [0])
             prompt = length and summary_prompt(text, length, chance.choice(SUMMARISE), count_tokens)
             if prompt:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..compat import check_extra
 from .methods import fixed_tree
+from .models import BenchModels, load
 from .noise import check_load
 from .options import add_options
 from .peers import check_installed
@@ -23,7 +24,6 @@ from .protocol import Bench
 from .provenance import command_line, other_load
 from .results import write_results
 from .session import Session, first_shape
-from .subjects import Subjects, load
 from .table import markdown_table
 
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     return measure(args, subjects, load_before)
 
 
-def measure(args: argparse.Namespace, subjects: Subjects, load_before: float | None) -> int:
+def measure(args: argparse.Namespace, subjects: BenchModels, load_before: float | None) -> int:
     """Decode everything in turn; what is there at Ctrl-C is reported as partial."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -115,7 +115,7 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> None:
     print(f"\n{results['advice']}")
 
 
-def print_profile(args: argparse.Namespace, subjects: Subjects) -> int:
+def print_profile(args: argparse.Namespace, subjects: BenchModels) -> int:
     """One line per finding."""
     dialogues = [one for source in args.dataset for one in spread(read_dialogues(source, args.split), args.limit)]
     prompts = [Prompt(one.name, to_tokens(one.asked([]), subjects.tokenizer)) for one in dialogues]

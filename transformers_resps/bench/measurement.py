@@ -11,8 +11,8 @@ from ..generation.sequences import up_to_end
 
 
 PLAIN = "plain"
-_LEAST_TOKENS = 8  # of an answer that counts for the machine's noise
-_LEAST_REPEATED = 8  # rates of texts that were repeated, before those that were not are left out
+_MIN_TOKENS = 8  # of an answer that counts for the machine's noise
+_MIN_REPEATED = 8  # rates of texts that were repeated, before those that were not are left out
 
 
 class Timed(Protocol):
@@ -178,13 +178,13 @@ def plain_spread(measurements: Iterable[Measurement]) -> float | None:
     look like noise. In the middle of the second repeat only texts that were repeated count, or, while they are few,
     the means of all. Answers of fewer than eight tokens do not count.
     """
-    told = [m for m in measurements if m.method == PLAIN and m.tokens >= _LEAST_TOKENS]
+    told = [m for m in measurements if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
     texts = [
         [(m.tokens - 1) / (m.seconds - m.prefill_seconds) for m in part]
         for part in grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
     ]
     repeated = [own for own in texts if len(own) > 1]
-    if len(repeated) == len(texts) or sum(map(len, repeated)) >= _LEAST_REPEATED:
+    if len(repeated) == len(texts) or sum(map(len, repeated)) >= _MIN_REPEATED:
         rates = [value / (sum(own) / len(own)) for own in repeated for value in own]
     else:
         rates = [sum(own) / len(own) for own in texts]

@@ -18,7 +18,7 @@ CHOICES = (PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING)  # what `--methods` takes;
 ORACLE = "oracle (ceiling)"
 EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGLE counts them
 # Of a library with its own loop: prompt `[1, s]`, most new tokens, temperature, end tokens -> answer `[t]`.
-Answer = Callable[[Tensor, int, float, Sequence[int]], Tensor]
+AnswerFn = Callable[[Tensor, int, float, Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Method:
     keywords: dict[str, Any] = field(default_factory=dict)
     effort: int = 0
     seed_exact: bool = True
-    answer: Answer | None = None
+    answer: AnswerFn | None = None
 
 
 def plain() -> Method:
@@ -56,7 +56,7 @@ def draft_model(model: PreTrainedModel) -> Method:
     return Method("draft model", {"assistant_model": model}, effort=2, seed_exact=False)
 
 
-def peers(answers: Mapping[str, Answer]) -> list[Method]:
+def peers(answers: Mapping[str, AnswerFn]) -> list[Method]:
     """One method for each other library; to use it a user must leave `generate`."""
     return [Method(name, effort=6, seed_exact=False, answer=answer) for name, answer in answers.items()]
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from .measurement import PLAIN, Measurement, plain_spread
 
 
-MOST_LOAD = 0.5  # CPUs that other processes may use before the start
-MOST_SPREAD = 0.25  # interquartile range over median of plain decoding's rates
-_LEAST_ANSWERS = 8  # before the spread is checked
+MAX_LOAD = 0.5  # CPUs that other processes may use before the start
+MAX_SPREAD = 0.25  # interquartile range over median of plain decoding's rates
+_MIN_ANSWERS = 8  # before the spread is checked
 _WAY_OUT = "or pass --accept-noise (the results will say so)"
 
 
@@ -22,11 +22,11 @@ def check_load(load: float | None) -> None:
         load: CPUs that other processes use; `None` when unknown.
 
     Raises:
-        BusyMachine: more than `MOST_LOAD`.
+        BusyMachine: more than `MAX_LOAD`.
     """
-    if load is not None and load > MOST_LOAD:
+    if load is not None and load > MAX_LOAD:
         raise BusyMachine(
-            f"Other processes use {load:.1f} CPUs, but at most {MOST_LOAD} may be in use during a measurement. Wait "
+            f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "
             f"until they are done, {_WAY_OUT}."
         )
 
@@ -35,13 +35,13 @@ def check_spread(measurements: Sequence[Measurement], journal: str) -> None:
     """Refuse to go on.
 
     Raises:
-        BusyMachine: the rates of plain decoding spread more than `MOST_SPREAD`.
+        BusyMachine: the rates of plain decoding spread more than `MAX_SPREAD`.
     """
     answers = sum(m.method == PLAIN for m in measurements)
-    spread = plain_spread(measurements) if answers >= _LEAST_ANSWERS else None
-    if spread is not None and spread > MOST_SPREAD:
+    spread = plain_spread(measurements) if answers >= _MIN_ANSWERS else None
+    if spread is not None and spread > MAX_SPREAD:
         raise BusyMachine(
             f"The machine is noisy: plain decoding's rates spread by {spread:.0%} (interquartile range over median, "
-            f"{answers} answers), more than {MOST_SPREAD:.0%}. Delete {journal} and measure again when it is quiet, "
+            f"{answers} answers), more than {MAX_SPREAD:.0%}. Delete {journal} and measure again when it is quiet, "
             f"{_WAY_OUT}."
         )

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .methods import Answer
+from .methods import AnswerFn
 
 
 PEERS = ("flashspec", "economize")  # what `--peers` takes
 _DRAFTED_TOKENS = 4  # of a step, the default of both libraries
 
 
-def load_peers(names: Sequence[str], target: Any, draft_model: PreTrainedModel | None) -> dict[str, Answer]:
+def load_peers(names: Sequence[str], target: Any, draft_model: PreTrainedModel | None) -> dict[str, AnswerFn]:
     """Name in the table -> how it answers.
 
     Args:
@@ -52,7 +52,7 @@ def peer_versions(names: Sequence[str]) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> Answer:
+def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
     """Chains of drafts from a model, or from the last match (flashspec's `composite-g6-f2` with both)."""
     from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
     from flashspec.engine.hf_drafter import HuggingFaceDrafter
@@ -81,7 +81,7 @@ def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> Answer:
     return answer
 
 
-def _economize(target: Any, draft_model: PreTrainedModel | None) -> Answer:
+def _economize(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
     """Its `decode`: its `generate` fails since Transformers 5.24 renamed `past_key_values`.
 
     Raises:
@@ -111,7 +111,7 @@ def _economize(target: Any, draft_model: PreTrainedModel | None) -> Answer:
     return answer
 
 
-_LOADERS: Mapping[str, Callable[[Any, PreTrainedModel | None], Answer]] = {
+_LOADERS: Mapping[str, Callable[[Any, PreTrainedModel | None], AnswerFn]] = {
     "flashspec": _flashspec,
     "economize": _economize,
 }

@@ -13,7 +13,7 @@ from ..data.conversations import Conversation, load_conversations
 from ..data.training_prompts import fingerprint
 
 
-_MOST_ROWS = 20_000  # read of one dataset
+_MAX_ROWS = 20_000  # read of one dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
         ValueError: it is not there, it is empty, or a row is no conversation.
     """
     name = Path(source).stem
-    rows = islice(load_conversations(source, split), _MOST_ROWS)
+    rows = islice(load_conversations(source, split), _MAX_ROWS)
     found = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
     if not found:
         raise ValueError(f"{source} has no rows. Pass a dataset with at least one.")

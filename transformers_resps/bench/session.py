@@ -9,7 +9,7 @@ import torch
 
 from ..calibration.cost_table import CostTable
 from ..calibration.measuring import calibrate
-from ..policy.kept import KeptPolicies
+from ..policy.policy_cache import PolicyCache
 from ..tree import TreeShape
 from .advice import NAMED_NODES
 from .headroom import BestFixed, Replayer, ceiling_of, shapes_for
@@ -33,16 +33,16 @@ from .methods import (
     prompt_lookup,
     shape_name,
 )
+from .models import BenchModels
 from .noise import check_spread
 from .peers import load_peers, peer_versions
 from .prompts import Dialogue, Prompt, check_apart, check_stems, read_dialogues, spread, to_tokens
 from .protocol import Bench, Run, Schedule
 from .provenance import code, machine
 from .results import SCHEMA_VERSION, advice_of, measured_part
-from .subjects import Subjects
 
 
-_MOST_SEARCHED = 8  # prompts, shared among the datasets
+_MAX_SEARCHED = 8  # prompts, shared among the datasets
 _ADVICE_CONTEXT = 128  # positions
 
 
@@ -59,7 +59,7 @@ class Session:
             impossible.
     """
 
-    def __init__(self, args: argparse.Namespace, subjects: Subjects, say: Callable[[str], None]) -> None:
+    def __init__(self, args: argparse.Namespace, subjects: BenchModels, say: Callable[[str], None]) -> None:
         self.args, self.subjects, self._say = args, subjects, say
         self.selected = CHOICES if args.methods is None else tuple(args.methods)
         check_stems(args.dataset)
@@ -87,10 +87,10 @@ class Session:
         Where it leaves none, the best fixed tree is left out, unless it was asked for by name.
         """
         if self.args.search_dataset:
-            return spread(read_dialogues(self.args.search_dataset, self.args.split), _MOST_SEARCHED)
+            return spread(read_dialogues(self.args.search_dataset, self.args.split), _MAX_SEARCHED)
         evaluated = {dialogue.fingerprint for dialogue in self.dialogues}
         rest = [[dialogue for dialogue in rows if dialogue.fingerprint not in evaluated] for rows in sources]
-        each = max(1, _MOST_SEARCHED // len(sources))
+        each = max(1, _MAX_SEARCHED // len(sources))
         found = [dialogue for rows in rest if rows for dialogue in spread(rows, each)]
         if not found and self.args.methods is not None:
             raise ValueError(
@@ -138,7 +138,7 @@ class Session:
         schedule.check_room(self.bench)
         self._say("Warming up")
         self.bench.warm_up(schedule.first_prompt(self.dialogues[0]), self.methods)
-        KeptPolicies.forget(target)  # "auto" keeps what it learns from answer to answer, and starts knowing nothing
+        PolicyCache.forget(target)  # "auto" keeps what it learns from answer to answer, and starts knowing nothing
         self.judge = Judge(target, self.methods)
         return schedule
 
@@ -234,7 +234,7 @@ _ONLY_SETTINGS = (
 )  # fmt: skip
 
 
-def first_shape(args: argparse.Namespace, subjects: Subjects) -> TreeShape:
+def first_shape(args: argparse.Namespace, subjects: BenchModels) -> TreeShape:
     """What `--profile` looks at: the first of `--shapes`, or the head's own."""
     shape: TreeShape = args.shapes[0] if args.shapes else subjects.head.default_shape
     return shape

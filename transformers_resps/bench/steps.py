@@ -9,7 +9,7 @@ from ..telemetry.report import SpeculationReport
 
 
 BUCKETS = ("plain", "2 to 4", "5 to 8", "9 to 16", "17 to 32", "above 32")  # nodes verified
-_MOST_NODES = (1, 4, 8, 16, 32)
+_MAX_NODES = (1, 4, 8, 16, 32)
 _STEPS_PER_BIN = 8
 
 
@@ -86,7 +86,7 @@ def summarise_steps(answers: Sequence[Sequence[Step]], tokens: int, seconds: flo
 
 def bucket_of(nodes: int) -> int:
     """Index into `BUCKETS`."""
-    return sum(nodes > most for most in _MOST_NODES)
+    return sum(nodes > most for most in _MAX_NODES)
 
 
 def shape_text(shape: Sequence[int]) -> str:

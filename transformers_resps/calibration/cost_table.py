@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..head import DraftHead
 from ..policy import RunningCosts
-from ..target.prepacking import is_packed
+from ..target.prepacking import is_prepacked
 from ..tree import TreeShape
 from .device import device_name
 
@@ -146,7 +146,7 @@ def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, An
         "transformers": transformers.__version__,
         "target": f"{config.name_or_path or type(target).__name__}, {target.num_parameters()} parameters",
         "attention": config.get_text_config()._attn_implementation,
-        "packed": is_packed(target),
+        "packed": is_prepacked(target),
         "head": None if head is None else f"{head.num_parameters()} parameters, {head.dtype}",
     }
 

@@ -24,7 +24,7 @@ from ..policy import FixedPolicy
 from ..target.attention import tree_attention_mask, tree_positions
 from ..target.forward import TargetForward
 from ..target.preallocated_cache import make_room, settle
-from ..target.tree_cache import check_cache, forget_newest
+from ..target.tree_cache import check_cache, crop
 from ..tree import DraftTree, TreeShape
 from .cost_table import CostTable, identity_of
 
@@ -129,7 +129,7 @@ def _plain_seconds(target: PreTrainedModel, context: int, clock: Callable[[], fl
     def decode() -> None:
         options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
         target(input_ids=tokens[:, -1:], position_ids=places[:, -1:], **options).logits[0, -1, 0].item()
-        forget_newest(cache, 1)
+        crop(cache, 1)
 
     with TargetForward(target, None, cache) as forward:
         forward.read(tokens[:, :-1], None, places[:, :-1])

@@ -12,7 +12,7 @@ from ..bench.options import model, positive
 from ..bench.prompts import to_tokens
 from ..data.conversations import Conversation, load_conversations
 from ..data.examples import make_example
-from ..doctor import Answer, Cell, Diagnosis, diagnose, write_answers
+from ..doctor import Cell, Diagnosis, LabelledText, diagnose, write_answers
 from ..head import DraftHead
 from .questions import default_questions, up_to
 from .target import add_target_options, load_target
@@ -90,7 +90,7 @@ def corrections(settings: Sequence[str]) -> dict[str, Any]:
 
 def answered(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
-) -> list[Answer]:
+) -> list[LabelledText]:
     """Every conversation into its first assistant turn; those without one are left out."""
     found = []
     for conversation in conversations:
@@ -100,7 +100,7 @@ def answered(
         example = make_example(turns, tokenizer, max_length)
         if example.loss_mask.any():
             prompt_length = int(example.loss_mask.int().argmax())
-            found.append(Answer(example.input_ids[: prompt_length + max_new_tokens], prompt_length))
+            found.append(LabelledText(example.input_ids[: prompt_length + max_new_tokens], prompt_length))
     return found
 
 

@@ -13,7 +13,7 @@ from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
 from ..generation.attach import attach
 from ..head import DraftHead
-from ..inspection import Examination, examine, facts_of, page, story_of
+from ..inspection import Examination, examine, facts_of, page, page_data_of
 from ..policy import default_policy
 from ..telemetry.detokenize import decoder
 from .target import add_target_options, load_target
@@ -51,7 +51,7 @@ def inspect(args: argparse.Namespace) -> int:
     found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
     decoding = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature > 0 else "greedy"
     facts = facts_of(target, head, policy, decoding)
-    args.output.write_text(page(story_of(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
+    args.output.write_text(page(page_data_of(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
     print(f"{found.report}\nSame text as plain decoding: {same_text(found)}.\nThe page: {args.output}")
     return 0 if is_explained(found, target.dtype) else 1
 

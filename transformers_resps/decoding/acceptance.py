@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..tree import DraftTree
-from .stop_conditions import Ends
+from .stop_conditions import StopConditions
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Text:
         self._streamer = streamer
         self._keep_padding = keep_padding
         is_watched = logits_processor or do_sample or streamer is not None or keep_scores or keep_logits
-        self.ends = None if is_watched or len(input_ids) > 1 else Ends.of(stopping_criteria)
+        self.ends = None if is_watched or len(input_ids) > 1 else StopConditions.of(stopping_criteria)
         self._decoded: Tensor | None = None  # rows that are still decoded; None for all
 
     @property
@@ -128,10 +128,10 @@ class Text:
 
     def is_unwatched(self, count: int) -> bool:
         """Whether nothing looks at the next `count` tokens of this one row but what `ends` knows."""
-        return self.ends is not None and self.length + count <= self.ends.silent_length
+        return self.ends is not None and self.length + count <= self.ends.warning_free_length
 
     def extend(self, tokens: list[int], *, finished: bool) -> None:
-        """Append the picks of `walk_greedily`."""
+        """Append the picks of `accept_greedy`."""
         self.input_ids = torch.cat([self.input_ids, torch.tensor([tokens], device=self.input_ids.device)], dim=1)
         if finished:
             self.unfinished, self.finished = torch.zeros_like(self.unfinished), True

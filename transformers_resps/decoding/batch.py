@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..tree import DraftTree
 from .acceptance import Acceptance, Text, walk
-from .greedy_walk import as_tensor, walk_greedily
+from .greedy_walk import accept_greedy, as_tensor
 
 
 _PATIENCE = 4.0  # tokens: a row that lags so far counts e times as much
@@ -60,7 +60,7 @@ class Batch:
         return min(self._texts[index].length for index in self._decoded)
 
     @property
-    def urgency(self) -> list[float]:
+    def row_weights(self) -> list[float]:
         """Weight of one token of each decoded row, 1.0 on average: the batch ends with its slowest row.
 
         The derivative of the rows' soft minimum; the same for all in lockstep.
@@ -84,7 +84,7 @@ class Batch:
         """Walk the tree of every decoded row, each as far as its text goes; `logits` is `[b, n, v]`."""
         texts = [self._texts[index] for index in self._decoded]
         if all(text.is_unwatched(tree.node_count) for text in texts):
-            return self._accepted(*walk_greedily(tree, logits, texts), logits.device)
+            return self._accepted(*accept_greedy(tree, logits, texts), logits.device)
         if self.in_lockstep:
             return walk(tree, logits, texts[0])
         parts = [walk(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(texts)]

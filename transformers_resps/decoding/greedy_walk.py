@@ -12,7 +12,7 @@ from ..tree import DraftTree
 from .acceptance import Text
 
 
-def walk_greedily(tree: DraftTree, logits: Tensor, texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
+def accept_greedy(tree: DraftTree, logits: Tensor, texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
     """Commit picks along the tree until one is not drafted, or the text is finished; each row on its own.
 
     Args:

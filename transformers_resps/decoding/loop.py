@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from ..drafting.candidate_generator import MOST_UNREAD, TreeCandidateGenerator
+from ..drafting.candidate_generator import MAX_UNREAD, TreeCandidateGenerator
 from ..drafting.prompt_lookup import BatchLookup, Match
 from ..head import BoundHead
-from ..policy import Observation, Policy, Witness, choose_shape, count_nodes
+from ..policy import Observation, Policy, StepObserver, choose_shape, count_nodes
 from ..target.attention import last_position, tree_attention_mask, tree_positions
 from ..target.features import Features
 from ..target.forward import TargetForward, wait_for
 from ..target.preallocated_cache import make_room, settle
-from ..target.slots import Prefix, leading_pads
+from ..target.slots import SlotMap, leading_pads
 from ..target.tree_cache import (
     cached_length,
     check_cache,
-    drop_surplus,
+    compact,
+    compact_ragged,
+    crop_to,
     has_windows,
-    keep_nodes,
     keep_rows,
-    place_nodes,
 )
 from ..telemetry.report import SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree, TreeShape
@@ -82,7 +82,7 @@ class TreeDecoding:
         self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, unread)
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
         self._lookup = BatchLookup([0] * batch_size if known is None else leading_pads(known))
-        self._prefix = Prefix(attention_mask)
+        self._prefix = SlotMap(attention_mask)
         self._prefix.extend([past] * batch_size)
         self._positions = position_ids
         self._root_positions = position_ids[:, -1].expand(batch_size) + 1  # [b]
@@ -126,7 +126,7 @@ class TreeDecoding:
     def _read_prompt(self, features: list[Features]) -> None:
         """Head and lookup read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
         started = self._clock()
-        if getattr(self.policy, "looks_up", True):
+        if getattr(self.policy, "uses_lookup", True):
             self._matches()
         if self._generator is not None:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
@@ -151,19 +151,21 @@ class TreeDecoding:
         self._drop_finished()
         seconds = (drafted - started, verified - drafted)
         record = self._record(shape, drafted_count, tree, acceptance, started, seconds)
-        if isinstance(self.policy, Witness):
-            self.policy.witness(tree, acceptance.path, acceptance.tokens)
+        if isinstance(self.policy, StepObserver):
+            self.policy.on_verified(tree, acceptance.path, acceptance.tokens)
         self.policy.observe(record)
 
     def close(self) -> None:
         """Leave only what was kept in the cache, even if a step was interrupted: the caller may reuse the cache."""
-        drop_surplus(self.cache, self._prefix.length)
+        crop_to(self.cache, self._prefix.length)
         settle(self.cache)
 
     def _observe(self) -> Observation:
         features = None if self._generator is None else self._generator.newest_features
         length, step, room = self._prefix.length + 1, len(self.report.steps) - 1, self._room() + 1
-        return Observation(features, length, step, room, self._survival, self._prompt_seconds, self.batch.urgency)
+        return Observation(
+            features, length, step, room, self._prefix_accept_probs, self._prompt_seconds, self.batch.row_weights
+        )
 
     def _room(self) -> int:
         """Levels below the root that the limit of the shortest text and the target's positions allow."""
@@ -176,12 +178,12 @@ class TreeDecoding:
         self._lookup.extend(self.batch.since(self._lookup.lengths))
         return self._lookup.matches()
 
-    def _survival(self) -> list[float]:
-        found = [match.survival for match in self._matches()]
+    def _prefix_accept_probs(self) -> list[float]:
+        found = [match.prefix_accept_probs for match in self._matches()]
         if self.batch.in_lockstep:
-            return min(found, key=lambda survival: survival[:1])
-        urgency = self.batch.urgency
-        return [sum(map(mul, urgency, chances)) / len(found) for chances in zip_longest(*found, fillvalue=0.0)]
+            return min(found, key=lambda prefix_accept_probs: prefix_accept_probs[:1])
+        row_weights = self.batch.row_weights
+        return [sum(map(mul, row_weights, chances)) / len(found) for chances in zip_longest(*found, fillvalue=0.0)]
 
     def _draft(self, shape: TreeShape) -> tuple[DraftTree, int]:
         """The tree to verify, and how many candidates it was chosen from."""
@@ -194,7 +196,7 @@ class TreeDecoding:
             if total_tokens > 1:
                 tree = DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens)
         elif self._generator is not None:
-            self._generator.read(at_least=MOST_UNREAD)
+            self._generator.read(at_least=MAX_UNREAD)
         if shape.lookup:
             chains = [match.tokens[: shape.lookup] for match in self._matches()]
             tree = tree.with_chains(chains)
@@ -231,13 +233,13 @@ class TreeDecoding:
         """The target's cache keeps the accepted path; the features of that path go to the head."""
         path, counts = acceptance.path, acceptance.counts
         if self._prefix.is_even and min(counts) == max(counts):
-            keep_nodes(self.cache, path, self._buckets.rows(tree))
+            compact(self.cache, path, self._buckets.rows(tree))
             self._prefix.extend(counts)
             self._root_positions = self._root_positions + counts[0]
         else:
             slots = self._prefix.slots(counts, path.device)
             self._prefix.extend(counts)
-            place_nodes(self.cache, path, tree.node_count, slots, self._prefix.length)
+            compact_ragged(self.cache, path, tree.node_count, slots, self._prefix.length)
             self._root_positions = self._root_positions + torch.tensor(counts, device=path.device)
         if self._generator is None:
             return
@@ -279,19 +281,19 @@ class TreeDecoding:
             emitted=emitted[0] if alone else tuple(emitted),
             draft_seconds=seconds[0],
             verify_seconds=seconds[1],
-            foreseen=self._foreseen(acceptance),
+            drafted_match=self._drafted_match(acceptance),
             step_seconds=self._clock() - started,
         )
         self.report.steps.append(record)
         return record
 
-    def _foreseen(self, acceptance: Acceptance) -> int | tuple[int, ...]:
+    def _drafted_match(self, acceptance: Acceptance) -> int | tuple[int, ...]:
         """Tokens of the step that the pool holds as a path: of each row that advances on its own, of rows in lockstep
         the least. A finished row, which writes padding, is no evidence.
         """
-        if self._pool is None or not getattr(self.policy, "reads_foreseen", True):
+        if self._pool is None or not getattr(self.policy, "needs_drafted_match", True):
             return 0
-        found = map(min, self._pool.foreseen(acceptance.tokens), acceptance.counts)
+        found = map(min, self._pool.drafted_match(acceptance.tokens), acceptance.counts)
         if self.batch.in_lockstep:
             return min(count for count, gained in zip(found, acceptance.gained, strict=True) if gained)
         return tuple(next(found) if count else 0 for count in acceptance.emitted)

@@ -6,21 +6,21 @@ from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaLi
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
+class StopConditions:
     """What stops a text.
 
     Attributes:
         token_ids: any of them, once picked.
         length: positions.
-        silent_length: positions up to which the criteria log nothing: Transformers warns of longer texts.
+        warning_free_length: positions up to which the criteria log nothing: Transformers warns of longer texts.
     """
 
     token_ids: frozenset[int]
     length: int
-    silent_length: int
+    warning_free_length: int
 
     @classmethod
-    def of(cls, criteria: StoppingCriteriaList) -> "Ends | None":
+    def of(cls, criteria: StoppingCriteriaList) -> "StopConditions | None":
         """`None` where anything but end tokens and a length may stop a text."""
         lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
         tokens = [one for one in criteria if type(one) is EosTokenCriteria]

@@ -7,8 +7,8 @@ from typing import Any
 
 
 _SURE = 3.0  # standard errors; more than two because the best of some twenty cells is looked at
-_LEAST_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
-_LEAST_NATS = 0.02  # per chain, likewise
+_MIN_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
+_MIN_NATS = 0.02  # per chain, likewise
 _STRANGER = 0.05  # agreement at depth 1 below which a head was not made for its target
 
 
@@ -94,11 +94,11 @@ class Diagnosis:
 
     def _is_better(self, cell: Cell, other: Cell) -> bool:
         gain, error = self.gain(cell, other)
-        if abs(gain) > max(_SURE * error, _LEAST_GAIN):
+        if abs(gain) > max(_SURE * error, _MIN_GAIN):
             return gain > 0
         nats = [a.log_prob - b.log_prob for a, b in zip(cell.tallies, other.tallies, strict=True)]
         likelier, doubt = self._mean(nats, cell)
-        return gain >= -error and likelier > max(_SURE * doubt, _LEAST_NATS)
+        return gain >= -error and likelier > max(_SURE * doubt, _MIN_NATS)
 
     def _changes(self, cell: Cell) -> int:
         ours, theirs = self.configured.reading, cell.reading

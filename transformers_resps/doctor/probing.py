@@ -13,8 +13,8 @@ from ..head.rotary import RotaryEmbedding
 from ..target.features import FeatureTap
 from ..target.prepacking import unpack
 from ..trainers.training_time_test import unroll
-from .answers import Answer
 from .diagnosis import Cell, Diagnosis, Reading, Tally
+from .labelled_text import LabelledText
 
 
 DEPTHS = 4
@@ -24,7 +24,7 @@ _BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at
 
 
 @torch.no_grad()
-def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Answer]) -> Diagnosis:
+def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[LabelledText]) -> Diagnosis:
     """Compare the configured reading of `head` with its likely corrections, on answers of `target`.
 
     It tries the feature layers as read, one deeper and one shallower; the RoPE base as read, 1e4, 1e6 and the
@@ -59,7 +59,7 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Answer]
 
 
 def _scores(
-    target: PreTrainedModel, readings: list[Reading], drafters: list[BoundHead], answers: list[Answer]
+    target: PreTrainedModel, readings: list[Reading], drafters: list[BoundHead], answers: list[LabelledText]
 ) -> list[list["_Scores"]]:
     """Of each reading, with the head read so, those of all answers."""
     layers = sorted({layer for reading in readings for layer in reading.feature_layers})
@@ -126,9 +126,9 @@ class _Batch:
     scored: Tensor
 
 
-def _batches(answers: list[Answer]) -> Iterator[_Batch]:
+def _batches(answers: list[LabelledText]) -> Iterator[_Batch]:
     """Answers of like length together, up to `_BATCH_TOKENS` tokens."""
-    waiting: list[Answer] = []
+    waiting: list[LabelledText] = []
     for answer in sorted(answers, key=lambda answer: len(answer.tokens)):
         if waiting and (len(waiting) + 1) * len(answer.tokens) > _BATCH_TOKENS:
             yield _pad(waiting)
@@ -137,7 +137,7 @@ def _batches(answers: list[Answer]) -> Iterator[_Batch]:
     yield _pad(waiting)
 
 
-def _pad(answers: list[Answer]) -> _Batch:
+def _pad(answers: list[LabelledText]) -> _Batch:
     width = max(len(answer.tokens) for answer in answers)
     tokens = torch.stack([F.pad(answer.tokens.cpu(), (0, width - len(answer.tokens))) for answer in answers])
     first = torch.tensor([max(answer.prompt_length, 2) - 2 for answer in answers])[:, None]

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ..head import Attend, BoundHead, HeadCache
 from ..policy import Level, Policy, wants_level
-from ..target.slots import Prefix
+from ..target.slots import SlotMap
 from ..tree import CandidatePool, TreeShape
 from .pool_growth import Frontier, grow_pool
 
 
-MOST_UNREAD = 64  # pairs: their features weigh more than the head's keys, and one draft would have to read them all
+MAX_UNREAD = 64  # pairs: their features weigh more than the head's keys, and one draft would have to read them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class TreeCandidateGenerator:
         module = head.head
         self._device, self._dtype = module.device, module.dtype
         self._cache = HeadCache(module.config, batch_size, self._dtype, self._device)
-        self._prefix = Prefix(None if prompt_mask is None else prompt_mask.to(self._device))
+        self._prefix = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
         self._unread: list[_Pairs] = []
         self._newest = torch.empty(0)  # [b, 1, h] output at the last true pair, before the final norm
         self.newest_features = torch.empty(0)  # [b, F]

@@ -22,12 +22,12 @@ class Match:
     Attributes:
         length: tokens at the text's end that occurred before; 0 when none did.
         tokens: what followed then, nearest first.
-        survival: probability that at least the first i + 1 of `tokens` are accepted, from the track record.
+        prefix_accept_probs: probability that at least the first i + 1 of `tokens` are accepted, from the track record.
     """
 
     length: int
     tokens: list[int]
-    survival: list[float]
+    prefix_accept_probs: list[float]
 
 
 NO_MATCH = Match(0, [], [])
@@ -114,11 +114,11 @@ class Lookup:
         seen = self._index.tokens
         period = len(seen) - place  # a match that runs into the text's end goes on by repeating itself
         tokens = [seen[place + offset % period] for offset in range(most_tokens)]
-        survival, alive = [], 1.0
+        prefix_accept_probs, alive = [], 1.0
         for offset in range(len(tokens)):
             alive *= self._record.rate(min(length + offset, LONGEST_MATCH))
-            survival.append(alive)
-        return Match(length, tokens, survival)
+            prefix_accept_probs.append(alive)
+        return Match(length, tokens, prefix_accept_probs)
 
 
 class BatchLookup:

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationMixin
 
 from ..compat import unwrapped
-from ..policy import KeptPolicies, Policy
+from ..policy import Policy, PolicyCache
 from .defaults import SpeculationDefaults
 from .mixin import ReSpSGenerationMixin
 from .request import check_kinds, draft_head, is_plain
@@ -70,7 +70,7 @@ def detach(model: Model) -> Model:
     inner = unwrapped(model)
     if vars(type(inner)).get("__reduce_ex__") is _reduce:  # leave a user's own subclass of the mixin alone
         inner.__class__ = type(inner).__mro__[2]
-        KeptPolicies.forget(inner)
+        PolicyCache.forget(inner)
     SpeculationDefaults.forget(inner)
     return model
 

@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..compat import CACHE_KEYWORD
 from ..decoding.batch import Batch
 from ..decoding.loop import TreeDecoding
-from ..policy import KeptPolicies, Policy
+from ..policy import Policy, PolicyCache
 from ..target.forward import CompiledForward, TargetForward, is_compiled
 from ..target.static_cache import static_cache
 from ..target.tree_cache import buffer_length, stop_recording
@@ -135,7 +135,7 @@ class ReSpSGenerationMixin(GenerationMixin):
             finally:
                 _request.reset(token)
                 if request is not None and policy == AUTO:
-                    KeptPolicies.of(self).give_back(head, request.place, request.policy)
+                    PolicyCache.of(self).give_back(head, request.place, request.policy)
 
     def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
         """Where stock `generate` goes when it is given an assistant.

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..compat import unwrapped
 from ..head import BoundHead, DraftHead, pair_identity
-from ..policy import FixedPolicy, KeptPolicies, Policy
+from ..policy import FixedPolicy, Policy, PolicyCache
 from .checks import check_model, check_settings
 from .layer_checks import check_draws
 from .tree_probe import check_tree_attention
@@ -87,7 +87,7 @@ def read_request(
     if head is not None:
         check_draws(head)
     check_tree_attention(target)
-    place = KeptPolicies.place(target, 1 if prompts is None else len(prompts))
+    place = PolicyCache.place(target, 1 if prompts is None else len(prompts))
     policy = _resolve_policy(policy, head, target, place)  # last: a refused call must not lose what "auto" has learned
     check_identity = getattr(policy, "check_identity", None)
     if check_identity is not None:
@@ -134,7 +134,7 @@ def _resolve_policy(policy: Any, head: DraftHead | None, target: PreTrainedModel
     if policy is None and head is not None:
         return FixedPolicy(head.default_shape)
     if policy == AUTO:
-        return KeptPolicies.of(target).take(head, place)
+        return PolicyCache.of(target).take(head, place)
     if head is None and getattr(policy, "needs_head", True):
         raise ValueError(
             f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "

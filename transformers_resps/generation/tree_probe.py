@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..target.attention import tree_attention_mask, tree_positions
 from ..target.forward import TargetForward
-from ..target.tree_cache import check_cache, keep_nodes
+from ..target.tree_cache import check_cache, compact
 from ..tree import DraftTree
 
 
@@ -65,7 +65,7 @@ def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
     mask = tree_attention_mask(target.config, cache, None, tree, target.dtype)
     verified, _ = forward.verify(nodes, mask, tree_positions(tree, roots))
     path = torch.tensor([[0, 2, 4]], device=target.device)
-    keep_nodes(cache, path, 5)
+    compact(cache, path, 5)
     last, _ = forward.read(after, None, torch.full_like(after, 7))
     branch = torch.cat([prompt, nodes[:, [0, 2, 4]], after], dim=1)
     expected = target(input_ids=branch, use_cache=False).logits[:, 4:]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .configuration import DraftHeadConfig
-from .formats import check_fields, check_overrides, refuse_rope
-from .identity import default_feature_layers, refuse_no_model, target_identity
+from .formats import check_fields, check_overrides, check_rope
+from .identity import check_is_model, default_feature_layers, target_identity
 
 
 _WHERE = "DraftHead.from_target"
@@ -29,7 +29,7 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
     Raises:
         ValueError: there are no such ids, one occurs twice, or they are not as many as `size`.
     """
-    refuse_no_model(target)
+    check_is_model(target)
     vocab_size = target.config.get_text_config().vocab_size
     check_fields({"draft_vocab_size": size}, _WHERE)
     if size is not None and size > vocab_size:
@@ -85,7 +85,7 @@ def fresh_config(
         )
     check_overrides({**overrides, "feature_layers": feature_layers}, _WHERE)
     if overrides.get("rope_parameters"):
-        refuse_rope({"rope_type": "default", **overrides["rope_parameters"]})
+        check_rope({"rope_type": "default", **overrides["rope_parameters"]})
     layer_count = target.config.get_text_config().num_hidden_layers
     layers = sorted(default_feature_layers(layer_count) if feature_layers is None else feature_layers)
     if layers[-1] > layer_count:
@@ -102,11 +102,11 @@ def fresh_config(
             **overrides,
         }
     )
-    _refuse_unusable(config, target)
+    _check_usable(config, target)
     return config
 
 
-def _refuse_unusable(config: DraftHeadConfig, target: PreTrainedModel) -> None:
+def _check_usable(config: DraftHeadConfig, target: PreTrainedModel) -> None:
     """Refuse fields that are valid alone, but not together or not with this target."""
     for came, mend in (*_misfits(config, _target_sizes(target)), *_impossible_layers(config)):
         raise ValueError(f"{_WHERE} got {came}. {mend}.")

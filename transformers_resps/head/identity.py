@@ -17,7 +17,7 @@ def target_identity(target: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def refuse_no_model(target: Any) -> None:
+def check_is_model(target: Any) -> None:
     """Refuse a `target` that is no model.
 
     Raises:

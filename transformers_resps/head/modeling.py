@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from ..tree import TreeShape
 from .configuration import DraftHeadConfig
-from .formats import canonical_head, export_head, given_checkpoint, read_checkpoint, refuse_inexact, split_keywords
+from .formats import canonical_head, check_exact, export_head, given_checkpoint, read_checkpoint, split_keywords
 from .fresh import draft_vocabulary, fresh_config, start_from
-from .identity import refuse_no_model, target_identity
+from .identity import check_is_model, target_identity
 from .layer import Attend, DraftLayer
 from .publishing import PublishableHead
 from .rotary import RotaryEmbedding
@@ -180,7 +180,7 @@ class DraftHead(PublishableHead):
         """
         hub, loading, overrides = split_keywords(keywords)
         if target is not None:
-            refuse_no_model(target)
+            check_is_model(target)
         if "torch_dtype" in loading:
             loading["dtype"] = loading.pop("torch_dtype")
         stated, given = loading.pop("config", None), loading.pop("state_dict", None)
@@ -196,7 +196,7 @@ class DraftHead(PublishableHead):
         config, tensors = canonical_head(checkpoint, target, overrides)
         with torch.device("meta"):
             wanted = cls(config)
-        refuse_inexact(wanted.state_dict(), tensors, checkpoint.name)
+        check_exact(wanted.state_dict(), tensors, checkpoint.name)
         if target is not None:
             wanted.check_target(target)
             loading.setdefault("dtype", target.dtype)
@@ -244,7 +244,7 @@ class DraftHead(PublishableHead):
         Raises:
             ValueError: a size or the model type differs; the message names both models.
         """
-        refuse_no_model(target)
+        check_is_model(target)
         theirs = target_identity(target)
         ours = self.config.target or {}
         needed: dict[str, Any] = {

@@ -106,12 +106,12 @@
   function showDecision(step) {
     const dash = "–";
     const { seen, chosen } = step;
-    const survival = seen?.survival.slice(0, 3).map(percent).join(" ") || "no match";
+    const prefix_accept_probs = seen?.prefix_accept_probs.slice(0, 3).map(percent).join(" ") || "no match";
     definitions(byId("seen"), [
       ["context", seen ? plural(seen.context, "token") : dash],
       ["decision", seen ? `${seen.decision}` : dash],
       ["room", seen ? plural(seen.room, "token") : dash],
-      ["lookup", seen ? survival : dash],
+      ["lookup", seen ? prefix_accept_probs : dash],
     ]);
     const cut = step.cut ? `, cut to ${step.cut.name}` : "";
     definitions(byId("decided"), [

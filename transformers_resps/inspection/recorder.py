@@ -17,7 +17,7 @@ class RecordedStep:
         context_length: positions of the text before it.
         step: 0 for the first decision.
         room: tokens that the text may still gain.
-        survival: for i = 1, 2, ... the probability that the first i looked-up tokens are accepted.
+        prefix_accept_probs: for i = 1, 2, ... the probability that the first i looked-up tokens are accepted.
         chosen: the policy's choice, before clipping.
         levels: drafted by the head.
         head_nodes: of the tree, from the head, root included; later nodes are looked up.
@@ -29,7 +29,7 @@ class RecordedStep:
     context_length: int
     step: int
     room: int
-    survival: list[float]
+    prefix_accept_probs: list[float]
     chosen: TreeShape
     levels: int = 0
     head_nodes: int = 1
@@ -56,7 +56,7 @@ class Recorder(PolicyWrapper):
     Costs a lookup of the text's end per step, microseconds, and the memory of the trees.
     """
 
-    looks_up = True  # at every step, whatever the policy does
+    uses_lookup = True  # at every step, whatever the policy does
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -66,7 +66,12 @@ class Recorder(PolicyWrapper):
         return repr(self.policy)
 
     def choose(self, observation: Observation) -> TreeShape:
-        seen = (observation.context_length, observation.step, observation.room, list(observation.survival()))
+        seen = (
+            observation.context_length,
+            observation.step,
+            observation.room,
+            list(observation.prefix_accept_probs()),
+        )
         chosen = self.policy.choose(observation)
         self.steps.append(RecordedStep(*seen, chosen))
         return chosen
@@ -83,7 +88,7 @@ class Recorder(PolicyWrapper):
         step.head_nodes = max(1, min(int(nodes), scores.shape[-1] + 1, step.chosen.total_tokens))
         return nodes
 
-    def witness(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
+    def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
         self.steps[-1].tree, self.steps[-1].path = tree, path[0].tolist()
 
     def observe(self, record: StepRecord) -> None:

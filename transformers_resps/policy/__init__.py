@@ -1,14 +1,14 @@
 """Policies: they decide how each step drafts."""
 
+from .acceptance_model import AcceptanceModel, PlattScaling
 from .action_grid import ActionGrid
 from .auto import AutoPolicy
 from .costs import RunningCosts
 from .decisions import ask_shape, choose_shape, count_nodes, wants_level
 from .fixed import FixedPolicy
 from .guard import Guard
-from .kept import KeptPolicies, default_policy
-from .node_odds import LogisticMap, NodeOdds
-from .protocol import Level, Observation, Policy, Witness
+from .policy_cache import PolicyCache, default_policy
+from .protocol import Level, Observation, Policy, StepObserver
 from .resps import ReSpSConfig, ReSpSPolicy
 from .saving import SavedPolicy
 from .throughput import ThroughputPolicy
@@ -20,10 +20,10 @@ __all__ = [
     "AutoPolicy",
     "FixedPolicy",
     "Guard",
-    "KeptPolicies",
+    "PolicyCache",
     "Level",
-    "LogisticMap",
-    "NodeOdds",
+    "PlattScaling",
+    "AcceptanceModel",
     "Observation",
     "Policy",
     "PolicyWrapper",
@@ -32,7 +32,7 @@ __all__ = [
     "RunningCosts",
     "SavedPolicy",
     "ThroughputPolicy",
-    "Witness",
+    "StepObserver",
     "ask_shape",
     "choose_shape",
     "count_nodes",

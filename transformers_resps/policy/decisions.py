@@ -7,8 +7,8 @@ from .protocol import Level, Observation, Policy
 
 
 # What a step may cost in memory. Published trees verify 60 nodes of 710 candidates.
-MOST_NODES = 4096
-MOST_CANDIDATES = 2**20
+MAX_NODES = 4096
+MAX_CANDIDATES = 2**20
 
 
 def choose_shape(policy: Policy, observation: Observation, draft_rows: int) -> TreeShape:
@@ -20,17 +20,17 @@ def choose_shape(policy: Policy, observation: Observation, draft_rows: int) -> T
         draft_rows: number of tokens that the head can propose; 0 without a head.
 
     Raises:
-        ValueError: the choice is no shape, or is larger than `MOST_NODES` and `MOST_CANDIDATES` allow.
+        ValueError: the choice is no shape, or is larger than `MAX_NODES` and `MAX_CANDIDATES` allow.
     """
     shape = ask_shape(policy, observation).within(observation.room - 1)
     if draft_rows == 0:
         return TreeShape(1, 0, 1, shape.lookup)
     width = min(shape.top_k, shape.total_tokens - 1, draft_rows)
     candidates = width + (shape.depth - 1) * width**2 if shape.asks_head else 0
-    if candidates > MOST_CANDIDATES or min(shape.total_tokens, candidates + 1) > MOST_NODES:
+    if candidates > MAX_CANDIDATES or min(shape.total_tokens, candidates + 1) > MAX_NODES:
         raise ValueError(
-            f"{policy!r} chose {shape} with up to {candidates} candidates, but a step is limited to {MOST_CANDIDATES} "
-            f"candidates and {MOST_NODES} nodes. Return a smaller shape from `choose`; published trees have 60 nodes."
+            f"{policy!r} chose {shape} with up to {candidates} candidates, but a step is limited to {MAX_CANDIDATES} "
+            f"candidates and {MAX_NODES} nodes. Return a smaller shape from `choose`; published trees have 60 nodes."
         )
     return shape
 

@@ -20,7 +20,7 @@ class FixedPolicy(SavedPolicy):
     """
 
     policy_type = "fixed"
-    reads_foreseen = False
+    needs_drafted_match = False
 
     def __init__(self, shape: TreeShape) -> None:
         if not isinstance(shape, TreeShape):
@@ -36,7 +36,7 @@ class FixedPolicy(SavedPolicy):
         return self.shape.asks_head or self.shape.is_plain
 
     @property
-    def looks_up(self) -> bool:
+    def uses_lookup(self) -> bool:
         return self.shape.lookup > 0
 
     def __repr__(self) -> str:

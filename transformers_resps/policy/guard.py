@@ -19,7 +19,7 @@ _LOAN = 0.2  # plain steps that a call may lose from its start
 _EVIDENCE_LOAN = 1.2  # further plain steps, once the estimates rest on outcomes
 _TRIAL_LOAN = 0.5  # further plain steps for trying drafting at all
 _EVIDENCE_PER_TOKEN, _TRIAL_PER_TOKEN = 0.015, 0.005  # limits of both near the end, per token left
-_MOST_SAVED, _MOST_CARRIED = 16.0, 4.0  # plain steps won that are kept: in a call, for the next call
+_MAX_SAVED, _MAX_CARRIED = 16.0, 4.0  # plain steps won that are kept: in a call, for the next call
 _REVALUED = 1.0  # plain steps: what savings are cut to when plain steps are far cheaper than known
 _LUCK = 2.0  # tokens that a row of a batch may lag without counting as slower than the mean
 _HIGHER, _LOWER = 0.2, 0.5  # weight of a new plain time: a slow moment must not credit trees
@@ -104,7 +104,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         confident = evidence if self.is_confident else 0.0
         self._tree_budget = self._account + confident
         self._budget = self._tree_budget + trial
-        if not self.glances:
+        if not self.probes_head:
             self._tree_budget = self._budget
         return self._affordable(shape)
 
@@ -134,7 +134,7 @@ class Guard(PolicyWrapper, SavedPolicy):
             self._settle(record, seconds, gained)
         if outdated:
             self._since_plain = _REMEASURE
-        self._account = min(self._account + _SHARE * seconds, _MOST_SAVED * self._plain_seconds)
+        self._account = min(self._account + _SHARE * seconds, _MAX_SAVED * self._plain_seconds)
         if self._learns_costs:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
@@ -149,7 +149,7 @@ class Guard(PolicyWrapper, SavedPolicy):
             self._known.go_back_to(costs)
             self._of_all_rows = None
         self._moved = self._timed_at > 0 and abs(self._context - self._timed_at) > _FAR
-        least, most = _LOAN * self._plain_seconds, _MOST_CARRIED * self._plain_seconds
+        least, most = _LOAN * self._plain_seconds, _MAX_CARRIED * self._plain_seconds
         self._account = min(max(self._account, least), most)
 
     def _gained(self, record: StepRecord) -> float:
@@ -212,19 +212,19 @@ class Guard(PolicyWrapper, SavedPolicy):
         drafted = TreeShape(1, 0, 1, lookup)
         if not shape.asks_head:
             return drafted
-        glances = self.glances
-        depth = shape.depth if not glances else 1  # a policy that does not glance pays for all levels at once
+        probes_head = self.probes_head
+        depth = shape.depth if not probes_head else 1  # a policy that does not glance pays for all levels at once
         while depth and self._drafting(depth) > self._budget:
             depth -= 1
         nodes = min(shape.total_tokens, most - lookup) if depth else 1
         drafting = self._drafting(depth)
         while nodes > 1 and self._verifying(nodes + lookup) + drafting > self._tree_budget:
             nodes -= 1
-        if depth == 0 or (nodes == 1 and not glances):
+        if depth == 0 or (nodes == 1 and not probes_head):
             return drafted
         self._levels, self._nodes = 1, nodes
         return TreeShape(
-            shape.total_tokens if glances else nodes, shape.depth if glances else depth, shape.top_k, lookup
+            shape.total_tokens if probes_head else nodes, shape.depth if probes_head else depth, shape.top_k, lookup
         )
 
     def _verifying(self, nodes: int) -> float:

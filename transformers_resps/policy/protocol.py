@@ -23,22 +23,23 @@ class Observation:
         context_length: positions of the sequence so far, padding included.
         step: 0 for the first decision in a call of `generate`.
         room: tokens that the sequence may still gain; a deeper tree is cut.
-        survival: callable; looks up the end of the sequence in the sequence so far and returns, for i = 1, 2, ..., the
-            probability that the first i looked-up tokens are accepted; `[]` without a match. Batches: the mean over
-            rows, weighted by `urgency` (ragged), or the least promising row (lockstep). Takes microseconds.
+        prefix_accept_probs: callable; looks up the end of the sequence in the sequence so far and returns, for i = 1,
+            2, ..., the probability that the first i looked-up tokens are accepted; `[]` without a match. Batches: the
+            mean over rows, weighted by `row_weights` (ragged), or the least promising row (lockstep). Takes
+            microseconds.
         prompt_seconds: seconds that drafting took before the first step, in which head and lookup read the prompt. The
             same at every step, and in no record that `observe` gets.
-        urgency: weights of the rows, 1.0 on average: how much one token of each row counts. Rows that lag weigh more,
-            because a batch ends with its slowest row. Empty if all rows count the same.
+        row_weights: how much one token of each row counts, 1.0 on average. Rows that lag weigh more, because a batch
+            ends with its slowest row. Empty if all rows count the same.
     """
 
     features: Tensor | None
     context_length: int
     step: int
     room: int
-    survival: Callable[[], list[float]]
+    prefix_accept_probs: Callable[[], list[float]]
     prompt_seconds: float = 0.0
-    urgency: Sequence[float] = ()
+    row_weights: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,12 @@ class Policy(Protocol):
     Optional attributes, with the value that a missing one stands for:
 
     - `needs_head` (true): false if it works without a head.
-    - `looks_up` (true): false if it never asks for lookup nodes nor calls `Observation.survival`; the prompt is then
-      not indexed.
-    - `reads_foreseen` (true): false if it ignores `StepRecord.foreseen`, which then stays 0.
+    - `uses_lookup` (true): false if it never asks for lookup nodes nor calls `Observation.prefix_accept_probs`; the
+      prompt is then not indexed.
+    - `needs_drafted_match` (true): false if it ignores `StepRecord.drafted_match`, which then stays 0.
     - `check_identity` (`None`): called before any work with `target` and `head`, as `pair_identity` returns them;
       raises `ValueError` for others than those it was trained for.
-    - `glances` (false): true if it learns from draft-only probes, of which nothing is verified. `Guard` reads it.
+    - `probes_head` (false): true if it learns from draft-only probes, of which nothing is verified. `Guard` reads it.
     - `is_confident` (false): true once its estimates rest on observed outcomes. `Guard` reads it.
     - `costs` (`None`): the `RunningCosts` that it learns itself, for `Guard` to read.
     """
@@ -91,10 +92,10 @@ class Policy(Protocol):
 
 
 @runtime_checkable
-class Witness(Protocol):
+class StepObserver(Protocol):
     """A policy that is also shown every verified tree and the target's picks, for instance to draw them."""
 
-    def witness(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
+    def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
         """Called once a step, before `observe`; not timed.
 
         Args:

@@ -106,7 +106,7 @@ class ReSpSPolicy(SavedPolicy):
 
     policy_type = "resps"
     needs_head = True
-    reads_foreseen = False
+    needs_drafted_match = False
 
     def __init__(self, config: ReSpSConfig, network: ActorCritic | None = None, *, seed: int = 0) -> None:
         if not isinstance(config, ReSpSConfig):
@@ -131,7 +131,7 @@ class ReSpSPolicy(SavedPolicy):
         self._last_step = 0
 
     @property
-    def looks_up(self) -> bool:
+    def uses_lookup(self) -> bool:
         return any(shape.lookup for shape in self.config.grid.shapes)
 
     def __repr__(self) -> str:

@@ -16,21 +16,21 @@ from torch import Tensor, tensor
 
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
+from .acceptance_model import LEVELS, AcceptanceModel, PlattScaling
 from .costs import RunningCosts
-from .decisions import MOST_NODES
+from .decisions import MAX_NODES
 from .identity import Identity, check_identity_values, check_same
-from .node_odds import LEVELS, LogisticMap, NodeOdds
 from .protocol import Level, Observation
 from .saving import SavedPolicy, check_known
 
 
 _MEMORY = 0.95  # weight of the past when an outcome is added
-_MOST_RATE = 2.0  # limit of lambda, in plain rates: in replay as good as none, and 1 to 8% better after copied text
+_MAX_RATE = 2.0  # limit of lambda, in plain rates: in replay as good as none, and 1 to 8% better after copied text
 _HOPE = 0.5  # assumed gain of asking a head that was never asked, in tokens per step
 _NEWEST = 0.15  # weight of the newest step in what asking gains
-_FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between glances at a head that does not pay
-_MOST_LOOKED_UP = 16  # nodes
-_MOST_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
+_FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between probes_head at a head that does not pay
+_MAX_LOOKED_UP = 16  # nodes
+_MAX_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
 _PRICED = 8  # steps for which a list of prices is reused: reading them every time takes a third of a decision
 
 
@@ -56,7 +56,7 @@ class ThroughputPolicy(SavedPolicy):
 
     policy_type = "throughput"
     needs_head = False
-    glances = True  # learns from one drafted level, whether or not any of it is verified
+    probes_head = True  # learns from one drafted level, whether or not any of it is verified
 
     def __init__(
         self,
@@ -64,26 +64,26 @@ class ThroughputPolicy(SavedPolicy):
         top_k: int = 4,
         most_nodes: int = 16,
         costs: RunningCosts | None = None,
-        odds: NodeOdds | None = None,
+        odds: AcceptanceModel | None = None,
         *,
         target: Identity | None = None,
         head: Identity | None = None,
     ) -> None:
-        if not isinstance(most_nodes, int) or isinstance(most_nodes, bool) or not 0 <= most_nodes < MOST_NODES:
+        if not isinstance(most_nodes, int) or isinstance(most_nodes, bool) or not 0 <= most_nodes < MAX_NODES:
             raise ValueError(
                 f"ThroughputPolicy got `most_nodes={most_nodes!r}`, but it must be an integer from 0 to "
-                f"{MOST_NODES - 1}. Leave it out for 16."
+                f"{MAX_NODES - 1}. Leave it out for 16."
             )
-        if not isinstance(costs, RunningCosts | None) or not isinstance(odds, NodeOdds | None):
+        if not isinstance(costs, RunningCosts | None) or not isinstance(odds, AcceptanceModel | None):
             raise ValueError(
-                f"`ThroughputPolicy` needs `RunningCosts` and `NodeOdds` (or None), got costs={costs!r} and "
+                f"`ThroughputPolicy` needs `RunningCosts` and `AcceptanceModel` (or None), got costs={costs!r} and "
                 f"odds={odds!r}. Pass `table.running(context)` of a `CostTable` as `costs`, or leave both out."
             )
         check_identity_values("target", target)
         check_identity_values("head", head)
         self.target, self.head = target, head
         self.costs = costs or RunningCosts()
-        self.odds = odds or NodeOdds()
+        self.odds = odds or AcceptanceModel()
         self._asked = TreeShape(most_nodes + 1, depth, top_k)
         self._emitted, self._seconds = 0.0, 0.0  # decayed sums; their ratio is lambda
         self._gains = [_HOPE, _HOPE]  # mean gain of asking the head, after a step it predicted nothing of, or some
@@ -106,7 +106,7 @@ class ThroughputPolicy(SavedPolicy):
         """Tokens per second so far (lambda), at least the rate of plain steps and at most twice that."""
         plain = self.costs.step_seconds(1, 0)
         rate = self._emitted / self._seconds if self._seconds > 0 else 0.0
-        return min(max(rate, 1.0 / plain), _MOST_RATE / plain) if plain > 0 else rate
+        return min(max(rate, 1.0 / plain), _MAX_RATE / plain) if plain > 0 else rate
 
     @property
     def is_confident(self) -> bool:
@@ -124,15 +124,15 @@ class ThroughputPolicy(SavedPolicy):
 
     def choose(self, observation: Observation) -> TreeShape:
         self._lookup, self._lookup_hit, self._masses, self._nodes = 0, 0.0, [], []
-        self._urgency = observation.urgency
+        self._urgency = observation.row_weights
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
         self._rate = self.rate
         self._read_prices()
-        survival = observation.survival()[: observation.room - 1]
-        self._lookup, _ = self._best_prefix(survival, 1)
+        prefix_accept_probs = observation.prefix_accept_probs()[: observation.room - 1]
+        self._lookup, _ = self._best_prefix(prefix_accept_probs, 1)
         if self._lookup:
-            self._lookup_hit = survival[0]
+            self._lookup_hit = prefix_accept_probs[0]
         if observation.features is None or not self._asks_head():
             return TreeShape(1, 0, 1, self._lookup)
         # In a batch nodes are expensive: with four rows, chains are the fastest of our trees
@@ -186,11 +186,11 @@ class ThroughputPolicy(SavedPolicy):
     def _learn(self, record: StepRecord) -> None:
         """Learn from the outcome of every row of a ragged batch; rows in lockstep have one outcome together."""
         emitted = (record.emitted,) if isinstance(record.emitted, int) else record.emitted
-        if isinstance(record.foreseen, int):
-            outcomes = [(record.foreseen, min(filter(None, emitted), default=0))]
+        if isinstance(record.drafted_match, int):
+            outcomes = [(record.drafted_match, min(filter(None, emitted), default=0))]
             masses = [_means(self._masses)]
         else:
-            outcomes = [(found, count) for found, count in zip(record.foreseen, emitted, strict=True) if count]
+            outcomes = [(found, count) for found, count in zip(record.drafted_match, emitted, strict=True) if count]
             masses = self._masses
         for expected, outcome in zip(masses, outcomes, strict=True):
             self.odds.learn(expected, *outcome)
@@ -202,14 +202,14 @@ class ThroughputPolicy(SavedPolicy):
         return rows[0] if len(rows) == 1 else self._mean_worth(rows)
 
     def _mean_worth(self, rows: list[list[float]]) -> list[float]:
-        """Means over the rows' first nodes, second nodes and so on, weighted by the rows' urgency."""
+        """Means over the rows' first nodes, second nodes and so on, weighted by the rows' row_weights."""
         weights = self._urgency or [1.0] * len(rows)
         return [sum(map(mul, weights, column)) / len(rows) for column in zip_longest(*rows, fillvalue=0.0)]
 
     def _read_prices(self) -> None:
         self._priced_for -= 1
         if self._priced_for <= 0 or self.costs.sizes != self._priced_sizes:
-            most = self._asked.total_tokens + _MOST_LOOKED_UP
+            most = self._asked.total_tokens + _MAX_LOOKED_UP
             self._verifying = [self.costs.verify_seconds(nodes) for nodes in range(1, most + 1)]
             self._priced_for, self._priced_sizes = _PRICED, self.costs.sizes
 
@@ -255,7 +255,7 @@ class ThroughputPolicy(SavedPolicy):
         return cls(**config, odds=_read_odds(tensors.get("odds")))
 
 
-def _read_odds(saved: Tensor | None) -> NodeOdds:
+def _read_odds(saved: Tensor | None) -> AcceptanceModel:
     """Read an intercept and a slope for each level.
 
     Raises:
@@ -263,14 +263,14 @@ def _read_odds(saved: Tensor | None) -> NodeOdds:
     """
     has_shape = saved is not None and tuple(saved.shape) == (LEVELS, 2)
     rows = saved.tolist() if saved is not None and has_shape else []
-    is_bounded = all(isinstance(value, float) and abs(value) <= _MOST_FITTED for row in rows for value in row)
+    is_bounded = all(isinstance(value, float) and abs(value) <= _MAX_FITTED for row in rows for value in row)
     if not has_shape or not is_bounded:
         came = "no tensor `odds`" if saved is None else f"`odds` {rows or f'of shape {list(saved.shape)}'}"
         raise ValueError(
             f"The weights of a throughput policy hold {came}, but must hold an intercept and a slope for each of "
-            f"{LEVELS} levels, none beyond {_MOST_FITTED:g}. Download or save the policy again."
+            f"{LEVELS} levels, none beyond {_MAX_FITTED:g}. Download or save the policy again."
         )
-    return NodeOdds([LogisticMap(intercept, slope) for intercept, slope in rows])
+    return AcceptanceModel([PlattScaling(intercept, slope) for intercept, slope in rows])
 
 
 def _means(ranked: list[list[float]]) -> list[float]:

@@ -16,20 +16,20 @@ class PolicyWrapper(Policy):
         return bool(getattr(self.policy, "needs_head", True))
 
     @property
-    def looks_up(self) -> bool:
-        return bool(getattr(self.policy, "looks_up", True))
+    def uses_lookup(self) -> bool:
+        return bool(getattr(self.policy, "uses_lookup", True))
 
     @property
-    def reads_foreseen(self) -> bool:
-        return bool(getattr(self.policy, "reads_foreseen", True))
+    def needs_drafted_match(self) -> bool:
+        return bool(getattr(self.policy, "needs_drafted_match", True))
 
     @property
     def check_identity(self) -> Callable[..., None] | None:
         return getattr(self.policy, "check_identity", None)
 
     @property
-    def glances(self) -> bool:
-        return bool(getattr(self.policy, "glances", False))
+    def probes_head(self) -> bool:
+        return bool(getattr(self.policy, "probes_head", False))
 
     @property
     def is_confident(self) -> bool:

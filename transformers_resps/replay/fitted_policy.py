@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..policy import ThroughputPolicy
-from ..policy.node_odds import LEAST_SCORE, LEVELS, MOST_SCORE, LogisticMap, NodeOdds
+from ..policy.acceptance_model import LEVELS, MAX_SCORE, MIN_SCORE, AcceptanceModel, PlattScaling
 from .recorded_text import RecordedText
 
 
 _PRIOR = 1.0  # weight of the head's own probabilities, in observed nodes
 _STEPS = 30  # of Newton's method; a handful suffice
-_LEAST_SLOPE = 0.1  # a more probable path is never less likely to be accepted
+_MIN_SLOPE = 0.1  # a more probable path is never less likely to be accepted
 
 
 def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any) -> ThroughputPolicy:
@@ -46,18 +46,18 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any
     maps = []
     for level in range(1, LEVELS + 1):
         here = levels >= level if level == LEVELS else levels == level
-        maps.append(fit_map(scores[here], accepted[here]))
-    return ThroughputPolicy(top_k=top_k, odds=NodeOdds(maps), **identity)
+        maps.append(fit_platt_scaling(scores[here], accepted[here]))
+    return ThroughputPolicy(top_k=top_k, odds=AcceptanceModel(maps), **identity)
 
 
-def fit_map(scores: Tensor, accepted: Tensor) -> LogisticMap:
+def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
     """The maximum-likelihood map, by Newton's method; without outcomes it leaves the head's probabilities as they are.
 
     Args:
         scores: `[n]` log probability of each node's path under the head.
         accepted: `[n]` whether the target followed it.
     """
-    scores = scores.double().clamp(max=MOST_SCORE)  # as `LogisticMap` reads them
+    scores = scores.double().clamp(max=MAX_SCORE)  # as `PlattScaling` reads them
     inputs = torch.stack([torch.ones_like(scores), scores - torch.log1p(-scores.exp())], dim=1)
     prior = torch.tensor([0.0, 1.0], dtype=torch.float64)
     found = prior.clone()
@@ -66,7 +66,7 @@ def fit_map(scores: Tensor, accepted: Tensor) -> LogisticMap:
         slope = inputs.T @ (odds - accepted.double()) + _PRIOR * (found - prior)
         curvature = (inputs * (odds * (1 - odds))[:, None]).T @ inputs + _PRIOR * torch.eye(2, dtype=torch.float64)
         found = found - torch.linalg.solve(curvature, slope).clamp(-1.0, 1.0)
-    return LogisticMap(float(found[0]), max(float(found[1]), _LEAST_SLOPE))
+    return PlattScaling(float(found[0]), max(float(found[1]), _MIN_SLOPE))
 
 
 def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,6 +79,6 @@ def _outcomes(text: RecordedText, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     pool = text.pools[top_k]
     upcoming = text.upcoming(int(pool.levels[-1]))
     right = (pool.nodes_along(upcoming)[..., None] == torch.arange(len(pool.levels))).any(1)
-    is_told = (upcoming[:, pool.levels - 1] >= 0) & (pool.scores > LEAST_SCORE)
+    is_told = (upcoming[:, pool.levels - 1] >= 0) & (pool.scores > MIN_SCORE)
     levels = pool.levels.expand_as(pool.tokens)
     return levels[is_told], pool.scores[is_told].double(), right[is_told]

@@ -17,7 +17,7 @@ from ..head import BoundHead, HeadCache
 from ..tree import CandidatePool
 
 
-_MOST_QUERIES = 256  # nodes in one pass of the head
+_MAX_QUERIES = 256  # nodes in one pass of the head
 
 
 class PrefixPools:
@@ -50,7 +50,7 @@ class PrefixPools:
             Some of the prefixes, `[r]`, and their pools, which `TreeCandidateGenerator.draft` would give there.
         """
         width = min(top_k, self._head.head.config.draft_rows)
-        for part in prefixes.to(self._outputs.device).split(max(1, _MOST_QUERIES // width)):
+        for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             newest = self._outputs[part - 1][:, None]  # [r, 1, h]
             yield part, grow_pool(self._head, newest, width, depth, partial(self._run, part))
 

@@ -66,12 +66,12 @@ class _ReplayedDecoding:
         self._lookup.extend(self._tokens[self._lookup.length : root + 1])
         left = len(self._text) - place
         features = self._text.features[place : place + 1]
-        observation = Observation(features, root + 1, step, left + self._text.spare_room, self._survival)
+        observation = Observation(features, root + 1, step, left + self._text.spare_room, self._prefix_accept_probs)
         shape = ask_shape(self._policy, observation).within(observation.room - 1)
         pool = self._drafted(shape, place) if shape.asks_head else None
         tree = self._tree(shape, root, pool)
         upcoming = self._text.input_ids[None, root + 1 :]
-        accepted = min(tree.foreseen(upcoming)[0], left - 1)
+        accepted = min(tree.drafted_match(upcoming)[0], left - 1)
         verify = self._costs.verify_seconds(tree.node_count, root)
         draft = self._costs.draft_seconds(shape.top_k, self._levels) if pool is not None else 0.0
         return StepRecord(
@@ -83,11 +83,11 @@ class _ReplayedDecoding:
             draft,
             verify,
             draft + verify + self._costs.overhead_seconds,
-            0 if pool is None else pool.foreseen(upcoming[:, : accepted + 1])[0],
+            0 if pool is None else pool.drafted_match(upcoming[:, : accepted + 1])[0],
         )
 
-    def _survival(self) -> list[float]:
-        return self._lookup.match().survival
+    def _prefix_accept_probs(self) -> list[float]:
+        return self._lookup.match().prefix_accept_probs
 
     def _drafted(self, shape: TreeShape, place: int) -> CandidatePool:
         """The pool of this position, as deep as the policy lets it grow."""

@@ -97,7 +97,7 @@ def _mask(
     if prefix_mask is None and not slides:
         return mask
     past_slots = torch.arange(past - visible, past, device=device).expand(batch_size, -1)
-    if ends is not None and window is not None:  # rows end where the layer ends, see `place_nodes`
+    if ends is not None and window is not None:  # rows end where the layer ends, see `compact_ragged`
         past_slots = past_slots + ends - past
     if prefix_mask is not None:
         hidden = (prefix_mask.gather(1, past_slots.clamp(min=0)) == 0) | (past_slots < 0)

@@ -11,9 +11,9 @@ from ..compat import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 from ..tree import DraftTree
 from .buckets import Buckets
 from .features import Features, FeatureTap
-from .gqa_attention import without_key_copies
+from .gqa_attention import use_gqa_attention
 from .static_cache import let_buffers_change
-from .tree_cache import buffer_length, forget_newest
+from .tree_cache import buffer_length, crop
 
 
 def is_compiled(target: PreTrainedModel) -> bool:
@@ -47,12 +47,12 @@ class TargetForward:
     def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
         """The outputs over a prompt, or a part of one, and the features there; all `[b, t]`, the mask as needed."""
         outputs, features = self._run(self._target, self._inputs(tokens, mask, positions) | options)
-        forget_newest(self._cache, 0)
+        crop(self._cache, 0)
         return outputs, features
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
         """The outputs and the features over the nodes of a tree, padding included."""
-        with without_key_copies(self._target):
+        with use_gqa_attention(self._target):
             return self._run(self._target, self._inputs(tokens, mask, positions))
 
     def is_first(self, tree: DraftTree) -> bool:
@@ -61,7 +61,7 @@ class TargetForward:
 
     def undo(self, tree: DraftTree) -> None:
         """Forget the forward over `tree`, the newest one."""
-        forget_newest(self._cache, self.buckets.rows(tree))
+        crop(self._cache, self.buckets.rows(tree))
 
     def _inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}

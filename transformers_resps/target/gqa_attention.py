@@ -90,7 +90,7 @@ def attend(
 
 
 @contextmanager
-def without_key_copies(target: PreTrainedModel) -> Iterator[None]:
+def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
     """Inside, `target` attends by `grouped_attention` if it would by `sdpa` on a CPU.
 
     Calls in other threads may see either name, so both give the same result, up to rounding.

@@ -34,7 +34,7 @@ class _Packed:
         return same and weight._version == self._version
 
 
-class PackedLinear(nn.Linear):
+class PrepackedLinear(nn.Linear):
     """A linear layer with a second, packed copy of its weight, used where no gradient is computed.
 
     Parameters, names and what is saved stay those of `nn.Linear`.
@@ -75,7 +75,7 @@ def pack(module: Module) -> Module:
             packed; parameters and their names stay.
 
     Returns:
-        `module`, its linear layers now `PackedLinear`.
+        `module`, its linear layers now `PrepackedLinear`.
 
     Raises:
         ValueError: `module` is no `nn.Module`.
@@ -84,8 +84,8 @@ def pack(module: Module) -> Module:
         raise ValueError(f"`pack` needs a model, a head or another `nn.Module`, got {module!r:.80}.")
     for layer in module.modules():
         if type(layer) is nn.Linear:
-            layer.__class__ = PackedLinear
-        elif type(layer) is PackedLinear:
+            layer.__class__ = PrepackedLinear
+        elif type(layer) is PrepackedLinear:
             layer.__dict__.pop("_kept", None)
     return module
 
@@ -100,15 +100,15 @@ def unpack(module: Module) -> Module:
         `module`, its linear layers now `nn.Linear`.
     """
     for layer in module.modules():
-        if type(layer) is PackedLinear:
+        if type(layer) is PrepackedLinear:
             layer.__dict__.pop("_kept", None)
             layer.__class__ = nn.Linear  # type: ignore[assignment]  # back to its own class
     return module
 
 
-def is_packed(module: nn.Module) -> bool:
+def is_prepacked(module: nn.Module) -> bool:
     """Whether any layer of `module` multiplies by packed weights."""
-    return any(type(layer) is PackedLinear and _can_pack(layer.weight) for layer in module.modules())
+    return any(type(layer) is PrepackedLinear and _can_pack(layer.weight) for layer in module.modules())
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Prefix:
+class SlotMap:
     """Rows of entries in the order of their texts, from slot 0 on, the prompt's padding first.
 
     A row that has fewer entries than the longest ends earlier. Slots after its end are hidden from it, and its next

@@ -50,7 +50,7 @@ def stop_recording(cache: Cache) -> None:
             layer.record_past = False
 
 
-def drop_surplus(cache: Cache, length: int) -> None:
+def crop_to(cache: Cache, length: int) -> None:
     """Forget, in each layer, all but the first `length` positions; a forward may have been interrupted."""
     layers: list[Any] = cache.layers
     for layer in layers:
@@ -69,7 +69,7 @@ def buffer_length(cache: Cache) -> int | None:
     return next((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), None)
 
 
-def forget_newest(cache: Cache, count: int) -> None:
+def crop(cache: Cache, count: int) -> None:
     """Forget the newest `count` positions, and with 0 what sliding layers remember for that alone."""
     if buffer_length(cache) is None:
         cache.crop(-count)
@@ -113,7 +113,7 @@ def _states(layer: Any) -> tuple[Tensor, Tensor] | None:
     return None if keys is None or not keys.numel() else (keys, layer.values)
 
 
-def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
+def compact(cache: Cache, path: Tensor, node_count: int) -> None:
     """Keep, of the last `node_count` positions, those of the accepted path.
 
     Args:
@@ -129,10 +129,10 @@ def keep_nodes(cache: Cache, path: Tensor, node_count: int) -> None:
         end = None if buffer_length(cache) is None else cached_length(cache)
         for states in entries_of(cache.layers):
             _move_forward(states, path, (states.shape[-2] if end is None else end) - node_count)
-    forget_newest(cache, node_count - kept)
+    crop(cache, node_count - kept)
 
 
-def place_nodes(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
+def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
     """Keep the accepted path of every row at slots of its own; for rows that end at different slots.
 
     A layer with full attention holds the entry of slot i at i. A sliding one holds the last of every row, whatever

@@ -19,7 +19,7 @@ def decoder(tokenizer: Any) -> Decode:
     return decode
 
 
-def pieces_of(token_ids: Sequence[int], decode: Decode) -> list[str]:
+def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[str]:
     """What each token adds to the text.
 
     Decoding one token alone loses leading spaces and cuts characters apart, so each is decoded together with the piece
@@ -37,6 +37,6 @@ def pieces_of(token_ids: Sequence[int], decode: Decode) -> list[str]:
     return pieces
 
 
-def piece_after(previous: int, token_id: int, decode: Decode) -> str:
+def decode_after(previous: int, token_id: int, decode: Decode) -> str:
     """What one token would add after another."""
     return decode([previous, token_id])[len(decode([previous])) :]

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from ..tree import TreeShape
-from .detokenize import decoder, pieces_of
+from .detokenize import decoder, detokenize_incrementally
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class StepRecord:
         draft_seconds: seconds of choosing and drafting; at the prefill, of reading the prompt with head and lookup.
         verify_seconds: seconds of the target forward; on a GPU including drafting work that is still running.
         step_seconds: seconds of the whole step, policy and bookkeeping included.
-        foreseen: how many of the step's tokens, from the first, form a path among the head's candidates, verified or
-            not. Ragged batches: one number per row, 0 for finished rows. Lockstep: the minimum over rows that gained
-            tokens. 0 if the policy does not read it.
+        drafted_match: how many of the step's tokens, from the first, form a path among the head's candidates, verified
+            or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: the minimum over rows that
+            gained tokens. 0 if the policy does not read it.
     """
 
     shape: TreeShape
@@ -38,7 +38,7 @@ class StepRecord:
     draft_seconds: float
     verify_seconds: float
     step_seconds: float
-    foreseen: int | tuple[int, ...] = 0
+    drafted_match: int | tuple[int, ...] = 0
 
     @property
     def emitted_total(self) -> int:
@@ -151,7 +151,11 @@ class SpeculationReport:
         if not -len(self.answers) <= row < len(self.answers):
             raise ValueError(f"Got row={row}, but the batch has {len(self.answers)} rows, counted from 0.")
         answer = self.answers[row]
-        written = [f"{token} " for token in answer] if tokenizer is None else pieces_of(answer, decoder(tokenizer))
+        written = (
+            [f"{token} " for token in answer]
+            if tokenizer is None
+            else detokenize_incrementally(answer, decoder(tokenizer))
+        )
         ends = list(accumulate((step.emitted_by(row) for step in self.steps), initial=0))
         return [written[start:end] for start, end in pairwise(ends)]
 

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from .drafts import DraftReader, Place
 from .goodness_of_fit import Fit, goodness_of_fit
-from .subject import Subject
+from .model_under_test import ModelUnderTest
 from .texts import SAMPLED
 
 
 DRAFTED = 4  # bins for drafted tokens, best first
 _LIKELY = 3  # undrafted tokens in the second pool; the first holds the likeliest one, the third the rest
 TOKENS = 8  # of each answer
-LEAST_ACCEPTED = 16  # the control tests the statistic only, so enough of the engine's own drafts must be accepted
+MIN_ACCEPTED = 16  # the control tests the statistic only, so enough of the engine's own drafts must be accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ class DistributionCheck:
     @property
     def has_power(self) -> bool:
         """Whether enough drafts were accepted, and the wrong rule was detected."""
-        return self.accepted >= LEAST_ACCEPTED and not self.control.fits
+        return self.accepted >= MIN_ACCEPTED and not self.control.fits
 
     @property
     def verdict(self) -> str:
         if not self.passed:
             return "NOT the target's distribution"
-        if self.accepted < LEAST_ACCEPTED:
-            return f"NO POWER, only {self.accepted} of {LEAST_ACCEPTED} needed drafted tokens were accepted"
+        if self.accepted < MIN_ACCEPTED:
+            return f"NO POWER, only {self.accepted} of {MIN_ACCEPTED} needed drafted tokens were accepted"
         return "the target's" if self.has_power else "NO POWER, the wrong rule was not detected"
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class DistributionCheck:
         return f"{self.fit}: {self.verdict}\n  control, with a wrong rule: {self.control}: {found}"
 
 
-def check_distribution(subject: Subject, prompts: Sequence[Tensor], answers: int) -> DistributionCheck:
+def check_distribution(subject: ModelUnderTest, prompts: Sequence[Tensor], answers: int) -> DistributionCheck:
     """Sample the first `TOKENS` tokens of `answers` answers, over `prompts` `[s]` in turn, each with its own seed.
 
     Temperature 1, no processors and no end token, whatever the model's settings say.

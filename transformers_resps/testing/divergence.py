@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 # forwards over 4, 8, 16 and all tokens, 3,632 gaps between the two best tokens: median 0.5 spacings, 99% below 2.5,
 # the largest 6; where the best token flipped, the gap was 3 at most. In fp32, where the same gaps move by 3e-6 to
 # 1e-4, no token flipped and none is excused.
-MOST_SPACINGS = 8.0
+MAX_SPACINGS = 8.0
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
@@ -35,7 +35,7 @@ class Divergence:
         dtype: of the model.
         needed: for answers with logits processors or sampling, where bare logits say little: spacings by which the
             logit of either token must rise before plain decoding, with the same random numbers, picks it there; the
-            larger of both, rounded up to a power of two, infinite beyond `MOST_SPACINGS`. `None` where bare logits
+            larger of both, rounded up to a power of two, infinite beyond `MAX_SPACINGS`. `None` where bare logits
             decide.
     """
 
@@ -71,12 +71,12 @@ class Divergence:
 
     @property
     def explained(self) -> bool:
-        """Whether rounding explains the difference: in a half precision, both tokens are within `MOST_SPACINGS` of the
+        """Whether rounding explains the difference: in a half precision, both tokens are within `MAX_SPACINGS` of the
         pick.
 
         An answer that ends early is never explained: an end token is compared like any other token.
         """
-        return self.dtype in HALF_PRECISIONS and self.spacings <= MOST_SPACINGS
+        return self.dtype in HALF_PRECISIONS and self.spacings <= MAX_SPACINGS
 
     def __str__(self) -> str:
         spacings = f"{self.spacings:.1f}" if self.needed is None else f"up to {self.spacings:g}"

@@ -91,6 +91,6 @@ def _looked_up(text: list[int], start: int) -> list[tuple[list[int], list[float]
     found: list[tuple[list[int], list[float]]] = [([], [])]
     for token in text[start + 1 :]:
         match = lookup.match(1)
-        found.append((match.tokens, match.survival))
+        found.append((match.tokens, match.prefix_accept_probs))
         lookup.extend([token])
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 SIGNIFICANCE = 1e-4  # one false alarm in ten thousand examinations
-_LEAST_VARIANCE = 5.0  # of a bin's count: with less, the count is far from normal, so the bin is pooled with others
+_MIN_VARIANCE = 5.0  # of a bin's count: with less, the count is far from normal, so the bin is pooled with others
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _pooling(covariance: Tensor) -> Tensor:
 
     while len(groups) > 1:
         groups.sort(key=variance)
-        if variance(groups[0]) >= _LEAST_VARIANCE:
+        if variance(groups[0]) >= _MIN_VARIANCE:
             break
         groups[:2] = [groups[0] + groups[1]]
     pooling = torch.zeros(len(groups), len(covariance), dtype=covariance.dtype)

@@ -16,9 +16,9 @@ from ..head import DraftHead
 from ..policy import Policy
 from .distribution import check_distribution
 from .divergence import HALF_PRECISIONS
-from .own_trees import ChangingTrees
+from .model_under_test import ModelUnderTest
 from .report import LosslessReport, NotLosslessError
-from .subject import Subject
+from .stress_shapes import ChangingTrees
 from .texts import GREEDY, PENALISED, PROCESSED, SAMPLED, Call, TextCheck, compare_batch, compare_one_by_one
 
 
@@ -68,7 +68,7 @@ def assert_lossless(
     """
     started = time.perf_counter()
     _check_kinds(model, head, policy, prompts, seeds, max_new_tokens)
-    subject = Subject(model, head, "auto" if head is None and policy is None else policy)
+    subject = ModelUnderTest(model, head, "auto" if head is None and policy is None else policy)
     vocabulary = subject.target.config.get_text_config().vocab_size
     ids = [_usable(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
     if not ids or seeds < 1 or max_new_tokens < 2:
@@ -89,7 +89,7 @@ def assert_lossless(
                 "sampled, temperature 0.8, top_k 50, top_p 0.9, repetition penalty 1.1",
                 _calls(ids, seeds, PROCESSED | limit),
             ),
-            *_with_own_trees(subject, ids, seeds, limit),
+            *_with_stress_shapes(subject, ids, seeds, limit),
         )
         distribution = check_distribution(subject, ids, _DISTRIBUTION_ANSWERS * seeds)
     report = LosslessReport(_facts(subject), texts, distribution, time.perf_counter() - started)
@@ -98,7 +98,9 @@ def assert_lossless(
     return report
 
 
-def _with_own_trees(subject: Subject, ids: list[Tensor], seeds: int, limit: dict[str, Any]) -> Iterator[TextCheck]:
+def _with_stress_shapes(
+    subject: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]
+) -> Iterator[TextCheck]:
     """The same checks with built-in trees, which the policy may never draft, and without early ends; and with every
     end token that a text could have.
     """
@@ -114,7 +116,7 @@ def _with_own_trees(subject: Subject, ids: list[Tensor], seeds: int, limit: dict
         yield compare_one_by_one(own, "greedy, ends inside trees", list(_ending_calls(own, ids, GREEDY | limit)))
 
 
-def _ending_calls(subject: Subject, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
+def _ending_calls(subject: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
     """Each prompt once for every token that its answer may end with, beside the last of them."""
     for index, prompt in enumerate(ids):
         answer = subject.plain([prompt], **settings).answers[0][:_ENDS].tolist()
@@ -184,7 +186,7 @@ def _usable(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
     return ids
 
 
-def _facts(subject: Subject) -> dict[str, str]:
+def _facts(subject: ModelUnderTest) -> dict[str, str]:
     """What a reader of the report needs to repeat it."""
     known = identity_of(subject.target, subject.head)
     facts = {"transformers-resps": version("transformers-resps"), "python": platform.python_version()}

@@ -48,7 +48,7 @@ class LosslessReport:
         lines.append("")
         for check in self.texts:
             lines.append(f"{check.name}: {check}")
-            lines += [f"  {difference}" for difference in (*check.differences, *check.oddities)]
+            lines += [f"  {difference}" for difference in (*check.differences, *check.mismatches)]
         lines += [f"{self.distribution.name}: {self.distribution}", ""]
         return "\n".join([*lines, f"{self.verdict} ({self.seconds:.0f} s)"])
 

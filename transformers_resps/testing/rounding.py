@@ -2,7 +2,7 @@
 
     resps verify TARGET --rounding --dtype bfloat16 --dataset FILE
 
-The source of `MOST_SPACINGS`, for any target, dtype and machine. It also counts the logits of a tree forward that
+The source of `MAX_SPACINGS`, for any target, dtype and machine. It also counts the logits of a tree forward that
 equal those of one-token decoding bit for bit.
 """
 
@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..target.attention import tree_attention_mask, tree_positions
 from ..target.forward import TargetForward
-from ..target.tree_cache import forget_newest
+from ..target.tree_cache import crop
 from ..tree import DraftTree
 from .divergence import spacing_at
 
@@ -101,7 +101,7 @@ def _read(target: PreTrainedModel, prompt: Tensor, answer: Tensor, node_count: i
         root = torch.tensor([len(prompt) + start], device=target.device)
         mask = None if tree.node_count == 1 else tree_attention_mask(target.config, cache, None, tree, target.dtype)
         outputs, _ = forward.verify(tree.tokens, mask, tree_positions(tree, root))
-        forget_newest(cache, 0)
+        crop(cache, 0)
         rows += outputs.logits[0].cpu()
     return rows
 

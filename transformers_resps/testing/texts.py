@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import HALF_PRECISIONS, MOST_SPACINGS, Divergence, explain_divergence
-from .subject import Subject, Written
+from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_divergence
+from .model_under_test import ModelUnderTest, Written
 
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -53,7 +53,7 @@ class TextCheck:
         tokens: number of tokens written with the head.
         target_forwards: number of target forwards they took, per row.
         differences: one for each answer that differs.
-        oddities: other differences from plain decoding, in calls whose answers are all equal.
+        mismatches: other differences from plain decoding, in calls whose answers are all equal.
     """
 
     name: str
@@ -61,11 +61,11 @@ class TextCheck:
     tokens: int
     target_forwards: int
     differences: tuple[Difference, ...]
-    oddities: tuple[str, ...] = ()
+    mismatches: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        return not self.oddities and all(difference.divergence.explained for difference in self.differences)
+        return not self.mismatches and all(difference.divergence.explained for difference in self.differences)
 
     @property
     def tau(self) -> float:
@@ -101,19 +101,21 @@ class Call:
     settings: dict[str, Any]
 
 
-def compare_one_by_one(subject: Subject, name: str, calls: Sequence[Call]) -> TextCheck:
+def compare_one_by_one(subject: ModelUnderTest, name: str, calls: Sequence[Call]) -> TextCheck:
     """Each call alone in its batch."""
     plain = [subject.plain([call.prompt], call.seed, **call.settings) for call in calls]
-    differences, oddities, tokens, forwards = [], [], 0, 0
+    differences, mismatches, tokens, forwards = [], [], 0, 0
     for call, expected in zip(calls, plain, strict=True):
         found, report = subject.speculative([call.prompt], call.seed, **call.settings)
         tokens, forwards = tokens + len(found.answers[0]), forwards + report.target_forwards
         differences += judge(subject, call, expected.answers[0], found.answers[0])
-        oddities += [f"prompt {call.index}, seed {call.seed}: {odd}" for odd in odd_beside(expected, found)]
-    return TextCheck(name, len(calls), tokens, forwards, tuple(differences), tuple(oddities))
+        mismatches += [f"prompt {call.index}, seed {call.seed}: {odd}" for odd in odd_beside(expected, found)]
+    return TextCheck(name, len(calls), tokens, forwards, tuple(differences), tuple(mismatches))
 
 
-def compare_batch(subject: Subject, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
+def compare_batch(
+    subject: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]
+) -> TextCheck:
     """All prompts in one left-padded batch. In half precision greedily only: one row's draw cannot be judged."""
     plain = subject.plain(prompts, **settings)
     found, report = subject.speculative(prompts, **settings)
@@ -134,7 +136,7 @@ def odd_beside(plain: Written, found: Written) -> list[str]:
     return odd if same else [*odd, "a different number of random numbers was drawn"]
 
 
-def judge(subject: Subject, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:
+def judge(subject: ModelUnderTest, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:
     """The first divergence of two answers `[t]`, `[t']`, judged against the dtype; empty when they are equal."""
     divergence = explain_divergence(subject.target, call.prompt, plain, found)
     if divergence is None:
@@ -147,7 +149,7 @@ def judge(subject: Subject, call: Call, plain: Tensor, found: Tensor) -> list[Di
 
 
 def _spacings_until_picked(
-    token: int | None, subject: Subject, call: Call, plain: Tensor, divergence: Divergence
+    token: int | None, subject: ModelUnderTest, call: Call, plain: Tensor, divergence: Divergence
 ) -> float:
     """How far the logit of `token` must rise, in spacings, before plain decoding picks it at the divergence.
 
@@ -162,7 +164,7 @@ def _spacings_until_picked(
         subject.plain([call.prompt], call.seed, **call.settings | {"max_new_tokens": place})
     prefix = torch.cat([call.prompt, plain[:place].to(call.prompt.device)])
     spacings = 0.0
-    while spacings <= MOST_SPACINGS:
+    while spacings <= MAX_SPACINGS:
         raised = {(token,): spacings * divergence.spacing}
         if subject.pick(prefix, **call.settings | {"sequence_bias": raised}) == token:
             return spacings

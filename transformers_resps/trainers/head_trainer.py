@@ -19,15 +19,15 @@ from ..data.examples import check_token_ids
 from ..head import BoundHead, DraftHead, DraftHeadConfig
 from .artefact_trainer import ArtefactTrainer, check_kinds
 from .feature_cache import ExampleDataset
+from .graceful_stop import until_interrupted
 from .head_config import DraftHeadTrainingConfig
-from .interruption import until_interrupted
-from .level_meter import LevelMeter
+from .metrics import LevelMeter
 from .muon import Muon
-from .run_size import warn_if_small
 from .simulated_decoding import simulated_tau
 from .soft_cross_entropy import soft_cross_entropy
 from .target_features import FrozenTarget, TargetFeatures
 from .training_time_test import unroll
+from .warnings import warn_if_small
 
 
 class DraftHeadTrainer(ArtefactTrainer):
@@ -72,7 +72,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             model = cast(DraftHead, get_peft_model(model, peft_config))
         bound = BoundHead(unwrapped(model), target)
         if bound.head.config.owns_output_head and args.freeze_output_head:
-            _refuse_random_rows(bound.head.config)
+            _check_trained_rows(bound.head.config)
             bound.head.lm_head.requires_grad_(False)
         if not (bound.head.config.owns_output_head or args.freeze_output_head):
             raise ValueError(
@@ -278,7 +278,7 @@ def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
     head.to(dtype).save_pretrained(folder)
 
 
-def _refuse_random_rows(config: DraftHeadConfig) -> None:
+def _check_trained_rows(config: DraftHeadConfig) -> None:
     """A fresh head of another width than its target has random output rows."""
     if config.hidden_size != config.target_hidden_size and config.source is None:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ..policy import ReSpSPolicy
 from ..replay.outcomes import HeldOutcomes
 from .artefact_trainer import ArtefactTrainer, check_kinds
-from .interruption import until_interrupted
+from .graceful_stop import until_interrupted
 from .policy_config import PolicyTrainingConfig
 from .ppo import clipped_surrogate, entropy, expected_gain, gae, gains, relative_gains, standardized, value_loss
 from .rollouts import ReplayRollouts, Rollouts

@@ -43,7 +43,7 @@ def _steps(bound: BoundHead, text: dict[str, Tensor], root: int, shape: TreeShap
     steps = []
     while root < tokens.shape[1] - 1:
         tree = DraftTree.from_pool(tokens[:, root], generator.draft(shape, policy), shape.total_tokens)
-        accepted = tree.foreseen(tokens[:, root + 1 :])[0]
+        accepted = tree.drafted_match(tokens[:, root + 1 :])[0]
         end = min(root + accepted + 1, tokens.shape[1] - 1)
         steps.append(end - root)
         generator.observe(features[:, root:end], tokens[:, root + 1 : end + 1])

@@ -9,7 +9,7 @@ from tests.training.publishing.artefacts import policy_folder
 from tests.training.publishing.tiny import tiny_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, ReSpSGenerationMixin, TreeShape, attach
 from transformers_resps.hub import Destination
-from transformers_resps.policy import KeptPolicies
+from transformers_resps.policy import PolicyCache
 
 
 REPO = "tester/policy"
@@ -87,13 +87,13 @@ def test_an_attached_model_stays_attached(where, target, head, prompt):
 def test_auto_goes_on_learning_from_call_to_call(target, head, prompt):
     from publishing.custom_generate.generate import generate
 
-    place = KeptPolicies.place(target, 1)
+    place = PolicyCache.place(target, 1)
     for _ in range(2):
         generate(target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
-    learned = KeptPolicies.of(target).take(head, place)
-    KeptPolicies.of(target).give_back(head, place, learned)
+    learned = PolicyCache.of(target).take(head, place)
+    PolicyCache.of(target).give_back(head, place, learned)
     generate(target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
-    assert KeptPolicies.of(target).take(head, place) is learned
+    assert PolicyCache.of(target).take(head, place) is learned
     assert not isinstance(target, ReSpSGenerationMixin)
 
 

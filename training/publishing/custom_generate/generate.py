@@ -6,7 +6,7 @@ model.generate(**inputs, custom_generate=REPO_ID, trust_remote_code=True, assist
 from typing import Any
 
 from transformers_resps import ReSpSGenerationMixin, attach, detach
-from transformers_resps.policy import KeptPolicies
+from transformers_resps.policy import PolicyCache
 
 
 def generate(model: Any, **arguments: Any) -> Any:
@@ -16,5 +16,5 @@ def generate(model: Any, **arguments: Any) -> Any:
         return attach(model).generate(**arguments)
     finally:
         if not was_attached:
-            with KeptPolicies.set_aside(model):
+            with PolicyCache.set_aside(model):
                 detach(model)

@@ -1,11 +1,11 @@
 """Published EAGLE-3 checkpoints -> our canonical head, and back."""
 
 from .checkpoint import Checkpoint, given_checkpoint, read_checkpoint
-from .conventions import refuse_rope
+from .conventions import check_rope
 from .exporting import export_head
 from .importing import canonical_head
-from .keywords import check_fields, check_overrides, split_keywords
-from .names import refuse_inexact
+from .tensor_names import check_exact
+from .validation import check_fields, check_overrides, split_keywords
 
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "export_head",
     "given_checkpoint",
     "read_checkpoint",
-    "refuse_inexact",
-    "refuse_rope",
+    "check_exact",
+    "check_rope",
     "split_keywords",
 ]

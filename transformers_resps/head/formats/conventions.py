@@ -6,8 +6,8 @@ from typing import Any
 
 from ..configuration import ROPE_BASE
 from ..identity import default_feature_layers
-from .keywords import check_layers
 from .publishers import Publisher
+from .validation import check_layers
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -84,7 +84,7 @@ def feature_layers(
             "Load a head made for this target (this one may need another hidden size), or pass "
             f"`feature_layers=[...]` with {count} distinct ids, counted as in `output_hidden_states`."
         )
-    refuse_range(layers, layer_count, source)
+    check_range(layers, layer_count, source)
     return layers
 
 
@@ -126,7 +126,7 @@ def _of_layers(ids: list[int], layer_count: int | None, source: str, is_certain:
     return ids
 
 
-def refuse_range(layers: list[int], layer_count: int | None, source: str) -> None:
+def check_range(layers: list[int], layer_count: int | None, source: str) -> None:
     """Refuse hidden states `layers`, ascending, that a target of `layer_count` layers does not have.
 
     Raises:
@@ -168,11 +168,11 @@ def rope_parameters(config: dict[str, Any], publisher: Publisher, overrides: dic
             logger.warning("AngelSlim trains with RoPE base 10000; the config's %s is ignored.", theta)
         theta = _ANGELSLIM_BASE
     rope = {**rope, "rope_type": kind, "rope_theta": float(theta)}
-    refuse_rope(rope)
+    check_rope(rope)
     return rope
 
 
-def refuse_rope(rope: dict[str, Any]) -> None:
+def check_rope(rope: dict[str, Any]) -> None:
     """Refuse RoPE parameters, in the form of Transformers 5, of an unknown type or with values that are no numbers.
 
     Raises:

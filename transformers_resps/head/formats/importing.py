@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 from ..configuration import DraftHeadConfig
 from ..identity import target_identity
 from .checkpoint import Checkpoint
-from .conventions import feature_layers, norm_flags, published_layer_ids, refuse_range, refuse_rope, rope_parameters
-from .families import refuse_other_drafters
-from .keywords import PUBLISHED_ONLY, check_fields, check_overrides, refuse_two_norms
-from .names import canonical_names, refuse_missing
+from .conventions import check_range, check_rope, feature_layers, norm_flags, published_layer_ids, rope_parameters
 from .publishers import Publisher, flat_config, publisher_of, target_name
-from .sizes import feature_count, read_sizes
-from .vocabulary import draft_offsets, refuse_ids, whole_numbers
+from .shapes import feature_count, read_sizes
+from .tensor_names import canonical_names, check_complete
+from .unsupported import check_is_eagle3
+from .validation import PUBLISHED_ONLY, check_fields, check_one_norm, check_overrides
+from .vocabulary import check_ids, draft_offsets, whole_numbers
 
 
 _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
@@ -41,8 +41,8 @@ def canonical_head(
     publisher = publisher_of(checkpoint.config, tensors)
     config = {**flat_config(checkpoint.config), **overrides}
     check_fields(config, f"The config of {checkpoint.name}")
-    refuse_other_drafters(config, tensors, checkpoint.name)
-    refuse_missing(tensors, checkpoint.name)
+    check_is_eagle3(config, tensors, checkpoint.name)
+    check_complete(tensors, checkpoint.name)
     fields = _fields(config, publisher, tensors, target, overrides, checkpoint.name)
     tensors = _shared_with_target(fields, tensors, config, target, checkpoint.name)
     return DraftHeadConfig(**{**fields, **_free(overrides)}), tensors
@@ -58,7 +58,7 @@ def _own(
         rope = fields.get("rope_parameters") or {"rope_type": "default"}
         fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}
     if fields.get("rope_parameters") is not None:
-        refuse_rope({"rope_type": "default", **fields["rope_parameters"]})
+        check_rope({"rope_type": "default", **fields["rope_parameters"]})
     layers = {name.split(".")[1] for name in checkpoint.tensors if name.startswith("layers.")}
     said = fields.get("num_hidden_layers", 1)
     if said != len(layers):
@@ -69,10 +69,10 @@ def _own(
         fields["feature_layers"] = sorted(fields["feature_layers"])
     config = DraftHeadConfig.from_dict(fields)
     if target is not None and config.feature_layers is not None:
-        refuse_range(config.feature_layers, target.config.get_text_config().num_hidden_layers, checkpoint.name)
+        check_range(config.feature_layers, target.config.get_text_config().num_hidden_layers, checkpoint.name)
     if "d2t" in checkpoint.tensors:
         offsets = whole_numbers(checkpoint.tensors["d2t"], checkpoint.name)
-        refuse_ids(torch.arange(len(offsets)) + offsets, config.vocab_size, checkpoint.name)
+        check_ids(torch.arange(len(offsets)) + offsets, config.vocab_size, checkpoint.name)
     return config, checkpoint.tensors
 
 
@@ -94,14 +94,14 @@ def _fields(
     source: str,
 ) -> dict[str, Any]:
     sizes = read_sizes(config, tensors, target, source)
-    refuse_two_norms(sizes, source)
+    check_one_norm(sizes, source)
     identity = _identity(config, target)
     ids = published_layer_ids(config)
     if target is None and config.get("target_hidden_size") is None and ids is not None:
         width = tensors["fc.weight"].shape[1]
         sizes["target_hidden_size"] = width // len(ids) if width % len(ids) == 0 else sizes["target_hidden_size"]
     count = feature_count(tensors, sizes["target_hidden_size"], source)
-    _refuse_window(config, target, source)
+    _check_window(config, target, source)
     return {
         **{key: default if config.get(key) is None else config[key] for key, default in _COPIED.items()},
         **{key: config.get(key) for key in _TOKEN_IDS},
@@ -114,7 +114,7 @@ def _fields(
     }
 
 
-def _refuse_window(config: dict[str, Any], target: PreTrainedModel | None, source: str) -> None:
+def _check_window(config: dict[str, Any], target: PreTrainedModel | None, source: str) -> None:
     """Draft trees see the whole prefix: a window must be as long as the target's longest sequence, or be ignored."""
     window = config.get("sliding_window")
     if not window or not config.get("use_sliding_window", True):

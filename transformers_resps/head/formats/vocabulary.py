@@ -36,7 +36,7 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
             f"{source} can propose {rows} of {vocab_size} tokens, but holds neither `d2t` nor `t2d` to say which. "
             "Download the head again."
         )
-    refuse_ids(ids, vocab_size, source)
+    check_ids(ids, vocab_size, source)
     if allowed is not None and not torch.equal(ids, allowed):
         raise ValueError(
             f"The `d2t` and `t2d` of {source} name different draft vocabularies. Download the head again."
@@ -44,7 +44,7 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
     return None if rows == vocab_size else ids - order
 
 
-def refuse_ids(ids: Tensor, vocab_size: int, source: str) -> None:
+def check_ids(ids: Tensor, vocab_size: int, source: str) -> None:
     """Refuse target ids `[d]` that leave the vocabulary or are not strictly ascending.
 
     Raises:

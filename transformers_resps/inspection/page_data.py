@@ -3,14 +3,14 @@
 import math
 from typing import Any
 
-from ..telemetry.detokenize import Decode, piece_after, pieces_of
+from ..telemetry.detokenize import Decode, decode_after, detokenize_incrementally
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 from .examination import Examination
 from .recorder import RecordedStep
 
 
-def story_of(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> dict[str, Any]:
+def page_data_of(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> dict[str, Any]:
     """What happened, in the words and numbers of the page.
 
     Args:
@@ -20,7 +20,7 @@ def story_of(examination: Examination, decode: Decode, prompt: str, facts: dict[
         facts: about models and machine, in the order of the page; `target` heads it.
     """
     report = examination.report
-    written = pieces_of(report.answers[0], decode)
+    written = detokenize_incrementally(report.answers[0], decode)
     previous = [int(examination.prompt_ids[-1]), *report.answers[0]]
     steps, start = [], 0
     for number, record in enumerate(report.steps):
@@ -93,7 +93,7 @@ def _decision(step: RecordedStep) -> dict[str, Any]:
             "context": step.context_length,
             "decision": step.step,
             "room": step.room,
-            "survival": step.survival,
+            "prefix_accept_probs": step.prefix_accept_probs,
         },
         "chosen": _shape(step.chosen),
         "cut": None if step.record.shape == step.chosen else _shape(step.record.shape),
@@ -119,15 +119,22 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[st
     tokens, parents, depths = (field[0].tolist() for field in (tree.tokens, tree.parents, tree.depths))
     paths = [math.exp(score) for score in tree.scores[0].tolist()]
     looked_up, shared, accepted = set(step.lookup_nodes), set(step.shared_nodes), set(step.path)
+    probs = step.prefix_accept_probs
     for node in sorted(looked_up):  # the chain's own chance, as far as the track record reaches
-        paths[node] = step.survival[depths[node] - 1] if depths[node] <= len(step.survival) else math.nan
+        paths[node] = (
+            step.prefix_accept_probs[depths[node] - 1] if depths[node] <= len(step.prefix_accept_probs) else math.nan
+        )
     nodes = []
     for node, (token, parent, depth) in enumerate(zip(tokens, parents, depths, strict=True)):
-        before = step.survival[depth - 2] if node in looked_up and 1 < depth <= len(step.survival) else paths[parent]
+        before = (
+            step.prefix_accept_probs[depth - 2]
+            if node in looked_up and 1 < depth <= len(step.prefix_accept_probs)
+            else paths[parent]
+        )
         before = 1.0 if depth <= 1 else before
         nodes.append(
             {
-                "text": piece_after(before_root if node == 0 else tokens[parent], token, decode),
+                "text": decode_after(before_root if node == 0 else tokens[parent], token, decode),
                 "parent": parent,
                 "depth": depth,
                 "path": _finite(paths[node]),

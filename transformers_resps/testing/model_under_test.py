@@ -16,7 +16,7 @@ from ..generation.evaluation_mode import EvaluationMode
 from ..generation.mixin import ReSpSGenerationMixin
 from ..generation.sequences import end_ids, left_padded, up_to_end
 from ..head import DraftHead
-from ..policy import KeptPolicies, Policy
+from ..policy import Policy, PolicyCache
 from ..telemetry.report import SpeculationReport
 
 
@@ -36,7 +36,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class ModelUnderTest:
     """A model, and the head and policy whose output must be the model's own.
 
     Attributes:
@@ -95,7 +95,7 @@ class Subject:
 
     def _detach(self) -> None:
         """What "auto" has learned with the model is kept."""
-        with KeptPolicies.set_aside(self.target):
+        with PolicyCache.set_aside(self.target):
             detach(self.model)
 
     @contextmanager

@@ -83,7 +83,7 @@ def required_names(layers: int) -> Iterator[str]:
         yield from (f"layers.{index}.{part}.weight" for part in _LAYER)
 
 
-def refuse_missing(tensors: dict[str, Tensor], source: str) -> None:
+def check_complete(tensors: dict[str, Tensor], source: str) -> None:
     """Refuse a file without one of the tensors that every head has.
 
     Raises:
@@ -94,7 +94,7 @@ def refuse_missing(tensors: dict[str, Tensor], source: str) -> None:
         raise ValueError(_inexact(source, missing, []))
 
 
-def refuse_inexact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
+def check_exact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
     """Refuse a file whose tensors are not exactly those of the head its config describes.
 
     A missing tensor is never filled in with fresh weights: such a head would be useless.

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .names import layer_count
+from .tensor_names import layer_count
 
 
 # What `LlamaConfig` and `Qwen3Config` leave out of a config.json that they write.
@@ -34,11 +34,11 @@ def read_sizes(
         **_attention_sizes(config, tensors, source),
         **_vocabulary_sizes(config, tensors, target, source),
     }
-    _refuse_lies(config, sizes, source)
+    _check_consistent(config, sizes, source)
     sizes["target_hidden_size"] = _target_width(config, tensors, target, source)
-    _refuse_table(tensors, [sizes["vocab_size"], hidden_size], source)
+    _check_table(tensors, [sizes["vocab_size"], hidden_size], source)
     flags = structure_flags(config, tensors)
-    _refuse_absent_biases(config, flags, source)
+    _check_biases(config, flags, source)
     return sizes | flags
 
 
@@ -134,7 +134,7 @@ def _target_width(
     return width
 
 
-def _refuse_lies(config: dict[str, Any], sizes: dict[str, Any], source: str) -> None:
+def _check_consistent(config: dict[str, Any], sizes: dict[str, Any], source: str) -> None:
     stated = {key: config[key] for key in sizes if config.get(key) is not None}
     lies = [f"{key} {stated[key]} (the tensors: {sizes[key]})" for key in stated if stated[key] != sizes[key]]
     if lies:
@@ -145,7 +145,7 @@ def _refuse_lies(config: dict[str, Any], sizes: dict[str, Any], source: str) -> 
         )
 
 
-def _refuse_table(tensors: dict[str, Tensor], needed: list[int], source: str) -> None:
+def _check_table(tensors: dict[str, Tensor], needed: list[int], source: str) -> None:
     """Refuse an embedding table that is no copy of the target's, even where the target's will be borrowed."""
     table = tensors.get("embed_tokens.weight")
     if table is not None and list(table.shape) != needed:
@@ -155,7 +155,7 @@ def _refuse_table(tensors: dict[str, Tensor], needed: list[int], source: str) ->
         )
 
 
-def _refuse_absent_biases(config: dict[str, Any], flags: dict[str, bool], source: str) -> None:
+def _check_biases(config: dict[str, Any], flags: dict[str, bool], source: str) -> None:
     """Refuse biases that the config states and the file does not hold."""
     for stated, ours in (("attention_bias", "attention_bias"), ("mlp_bias", "mlp_bias"), ("bias", "fc_bias")):
         if config.get(ours, config.get(stated)) is True and not flags[ours]:

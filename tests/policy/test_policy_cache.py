@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, attach, detach
 from transformers_resps.head import head_fingerprint, pair_identity
-from transformers_resps.policy import Guard, KeptPolicies, ReSpSConfig, ThroughputPolicy
+from transformers_resps.policy import Guard, PolicyCache, ReSpSConfig, ThroughputPolicy
 from transformers_resps.policy.identity import check_same
 
 
@@ -27,14 +27,14 @@ def test_auto_goes_on_with_what_it_learned_with_the_same_head(
             target.generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=20, do_sample=False),
             plain,
         )
-    kept, place = KeptPolicies.of(target), KeptPolicies.place(target, len(prompt["input_ids"]))
+    kept, place = PolicyCache.of(target), PolicyCache.place(target, len(prompt["input_ids"]))
     policy = kept.take(tiny_head, place)
     assert policy.policy.costs.knows_plain, "it learned"
     assert kept.take(tiny_head, place) is not policy, "a call at the same time gets another"
     kept.give_back(tiny_head, place, policy)
     assert kept.take(None, place) is not policy
-    other_dtype = KeptPolicies.place(target.double(), len(prompt["input_ids"]))
-    other_rows = KeptPolicies.place(target.float(), len(prompt["input_ids"]) + 1)
+    other_dtype = PolicyCache.place(target.double(), len(prompt["input_ids"]))
+    other_rows = PolicyCache.place(target.float(), len(prompt["input_ids"]) + 1)
     assert kept.take(tiny_head, other_dtype) is not policy, "costs hold for a dtype"
     assert kept.take(tiny_head, other_rows) is not policy, "and for as many rows"
     assert kept.take(tiny_head, place) is policy
@@ -50,19 +50,19 @@ def test_a_refused_call_loses_nothing_that_was_learned(
 ) -> None:
     target: Any = attach(tiny_target)
     target.generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=8)
-    kept, place = KeptPolicies.of(target), KeptPolicies.place(target, len(prompt["input_ids"]))
+    kept, place = PolicyCache.of(target), PolicyCache.place(target, len(prompt["input_ids"]))
     policy = kept.take(tiny_head, place)
     kept.give_back(tiny_head, place, policy)
     with pytest.raises(ValueError, match="num_beams"):
         target.generate(**prompt, assistant_model=tiny_head, policy="auto", num_beams=2)
-    assert KeptPolicies.of(target).take(tiny_head, place) is policy
+    assert PolicyCache.of(target).take(tiny_head, place) is policy
 
 
 def test_a_head_that_is_gone_takes_what_was_learned_with_it() -> None:
     class Head:
         pass
 
-    kept, head = KeptPolicies(), Head()
+    kept, head = PolicyCache(), Head()
     kept.give_back(head, "here", kept.take(head, "here"))
     assert len(kept._policies) == 1
     del head

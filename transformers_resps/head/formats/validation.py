@@ -122,7 +122,7 @@ def check_fields(fields: dict[str, Any], where: str) -> None:
     _check_names(fields, where)
     check_layers(fields.get("feature_layers"), where)
     _check_tree(fields.get("default_tree"), where)
-    refuse_two_norms(fields, where)
+    check_one_norm(fields, where)
 
 
 def _check_names(fields: dict[str, Any], where: str) -> None:
@@ -143,7 +143,7 @@ def _check_names(fields: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where} has `dtype={fields['dtype']!r}`, but it must name a torch dtype. Correct it.")
 
 
-def refuse_two_norms(fields: dict[str, Any], where: str) -> None:
+def check_one_norm(fields: dict[str, Any], where: str) -> None:
     """Refuse a norm over the concatenated features together with one over each.
 
     Raises:

@@ -24,7 +24,7 @@ class _NoHead:
     """The key of calls without a head."""
 
 
-class KeptPolicies:
+class PolicyCache:
     """The default policies of one target, one for each head and place, kept as long as target and head exist.
 
     A place is what the cost of a step depends on: device, dtype, threads and rows of the batch. What a policy learned
@@ -37,9 +37,9 @@ class KeptPolicies:
         self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
 
     @classmethod
-    def of(cls, target: Any) -> "KeptPolicies":
+    def of(cls, target: Any) -> "PolicyCache":
         """Those that a model keeps."""
-        kept: KeptPolicies = target.__dict__.setdefault(_ATTRIBUTE, cls())
+        kept: PolicyCache = target.__dict__.setdefault(_ATTRIBUTE, cls())
         return kept
 
     @staticmethod
@@ -72,6 +72,6 @@ class KeptPolicies:
     def _key(self, head: object | None) -> object:
         return self._no_head if head is None else head
 
-    def __reduce__(self) -> tuple[type["KeptPolicies"], tuple[()]]:
+    def __reduce__(self) -> tuple[type["PolicyCache"], tuple[()]]:
         """A copied or pickled target starts anew."""
-        return KeptPolicies, ()
+        return PolicyCache, ()

@@ -17,14 +17,14 @@ _MEMORY, _HIT_MEMORY = 0.99, 0.97  # weight of the past when an outcome is added
 _PRIOR_WEIGHT, _HIT_PRIOR_WEIGHT = 4.0, 2.0  # the fit counts like so many outcomes
 _ENOUGH = 4.0  # drafts after which the estimates count as evidence
 _PRIOR_HITS = 0.6  # share of levels that are hit below a hit, before any was seen
-_MOST_EXPONENT = 700.0  # `math.exp` overflows just above
-LEAST_SCORE = -7.0  # a node of less than one in a thousand is worth no arithmetic
-MOST_SCORE = -1e-4  # the log odds of a certain node are infinite
+_MAX_EXPONENT = 700.0  # `math.exp` overflows just above
+MIN_SCORE = -7.0  # a node of less than one in a thousand is worth no arithmetic
+MAX_SCORE = -1e-4  # the log odds of a certain node are infinite
 _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # see `children_of`
 
 
 @dataclass(frozen=True, slots=True)
-class LogisticMap:
+class PlattScaling:
     """`sigmoid(intercept + slope * logit(path probability))`; the identity by default."""
 
     intercept: float = 0.0
@@ -36,13 +36,13 @@ class LogisticMap:
 
     def __call__(self, score: float) -> float:
         """Log probability of a path -> probability of its acceptance."""
-        score = min(score, MOST_SCORE)
+        score = min(score, MAX_SCORE)
         logit = score - math.log1p(-math.exp(score))
         exponent = -self.intercept - self.slope * logit
-        return 1.0 / (1.0 + math.exp(min(exponent, _MOST_EXPONENT)))
+        return 1.0 / (1.0 + math.exp(min(exponent, _MAX_EXPONENT)))
 
 
-class NodeOdds:
+class AcceptanceModel:
     """Probabilities of acceptance by score and level.
 
     Args:
@@ -52,12 +52,12 @@ class NodeOdds:
         ValueError: there are more or fewer maps.
     """
 
-    def __init__(self, maps: Sequence[LogisticMap] = (LogisticMap(),) * LEVELS) -> None:
+    def __init__(self, maps: Sequence[PlattScaling] = (PlattScaling(),) * LEVELS) -> None:
         self.maps = tuple(maps)
         if len(self.maps) != LEVELS:
             raise ValueError(
-                f"`NodeOdds` needs one map for each of {LEVELS} levels, got {len(self.maps)}. Fill up with "
-                "`LogisticMap()`, the identity."
+                f"`AcceptanceModel` needs one map for each of {LEVELS} levels, got {len(self.maps)}. Fill up with "
+                "`PlattScaling()`, the identity."
             )
         self._right = _PRIOR_WEIGHT  # decayed sums of outcomes and of what was expected of them
         self._expected = _PRIOR_WEIGHT
@@ -76,7 +76,7 @@ class NodeOdds:
         index = min(level, LEVELS)
         calibrated, factor = self.maps[index - 1], (self._right / self._expected) ** index
         exp = math.exp if calibrated.is_identity else calibrated
-        return [min(factor * exp(score), 1.0) if score > LEAST_SCORE else 0.0 for score in scores]
+        return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
 
     def hit_rate(self, level: int) -> float:
         """Probability that the right token is among the children of a right path, at `level`."""
@@ -99,20 +99,20 @@ class NodeOdds:
             children += (node * first, node * second, node * third)[:width]
         return children
 
-    def learn(self, masses: Sequence[float], foreseen: int, emitted: int) -> None:
+    def learn(self, masses: Sequence[float], drafted_match: int, emitted: int) -> None:
         """Take in one draft's outcome.
 
         Args:
             masses: the sum of `of` over each level of the pool: the probability that the level holds the right path.
-            foreseen: levels that held it.
+            drafted_match: levels that held it.
             emitted: tokens of the step; what follows them was not seen.
         """
         self._drafts = self._drafts * _HIT_MEMORY + 1.0
         above = 1.0
         for level, mass in enumerate(masses, start=1):
-            if level > emitted or foreseen < level - 1:
+            if level > emitted or drafted_match < level - 1:
                 return
-            index, right = min(level, LEVELS) - 1, float(foreseen >= level)
+            index, right = min(level, LEVELS) - 1, float(drafted_match >= level)
             expected = min(mass / above, 1.0) if above > 0 else 0.0
             claimed = expected * self._expected / max(self._right, 1e-3)  # without the factor itself
             self._right = self._right * _MEMORY + right

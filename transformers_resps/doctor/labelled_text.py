@@ -12,7 +12,7 @@ from ..generation.sequences import end_ids, left_padded, up_to_end
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LabelledText:
     """A text whose end the target wrote.
 
     Attributes:
@@ -27,7 +27,7 @@ class Answer:
 @torch.no_grad()
 def write_answers(
     target: PreTrainedModel, prompts: Sequence[Tensor], max_new_tokens: int, batch: int = 10
-) -> list[Answer]:
+) -> list[LabelledText]:
     """Let `target` answer prompts of `[t]` token ids greedily, a batch at a time."""
     ends = end_ids(target)
     answers = []
@@ -41,5 +41,5 @@ def write_answers(
             ).cpu()
         for row, prompt in zip(written, some, strict=True):
             end = width + len(up_to_end(row[width:], ends))
-            answers.append(Answer(row[width - len(prompt) : end], len(prompt)))
+            answers.append(LabelledText(row[width - len(prompt) : end], len(prompt)))
     return answers

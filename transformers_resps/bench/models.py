@@ -12,7 +12,7 @@ from ..generation.attach import attach
 from ..head import DraftHead, pair_identity
 from ..head.weights import parameter_fingerprint
 from ..policy import Policy
-from ..target.prepacking import is_packed, pack
+from ..target.prepacking import is_prepacked, pack
 from .methods import policy_name
 from .policies import named_tree, read_policy
 from .provenance import config_sha256, file_of, weights_sha256
@@ -22,7 +22,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 @dataclass(frozen=True, slots=True)
-class Subjects:
+class BenchModels:
     """All that is measured, loaded, and known to fit together.
 
     Attributes:
@@ -60,7 +60,7 @@ def load(
     dtype: str | None = None,
     device: str = "cpu",
     packed: bool = False,
-) -> Subjects:
+) -> BenchModels:
     """Load everything.
 
     Raises:
@@ -76,7 +76,7 @@ def load(
     }
     identity = {
         "target": target_name,
-        "packed": is_packed(target),
+        "packed": is_prepacked(target),
         "target_parameters": target.num_parameters(),
         "target_fingerprint": parameter_fingerprint(target),
         "head": head_name,
@@ -86,7 +86,7 @@ def load(
         "config_sha256": {name: config_sha256(source) for name, source in sources.items()},
     }
     trained_on = {name: training_prompts_of(source) for name, source in sources.items()}
-    return Subjects(target, tokenizer, head, policies, small, identity, trained_on)
+    return BenchModels(target, tokenizer, head, policies, small, identity, trained_on)
 
 
 def training_prompts_of(source: str) -> set[str] | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 _WAY_OUT = "Use an EAGLE-3 head of the same target, or train one with training/train_head.py."
 
 
-def refuse_other_drafters(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
+def check_is_eagle3(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
     """Refuse a drafter that would load but draft nonsense, or not load at all.
 
     Args:
