@@ -24,7 +24,7 @@ from torch import Tensor
 from prompts.policy_prompts import PromptArguments, name_of
 from prompts.recordings import load, record
 from publishing import recipe_of, write_run
-from transformers_resps import DraftHead, Guard
+from transformers_resps import BaselineGuard, DraftHead
 from transformers_resps.bench.headroom import shapes_for
 from transformers_resps.bench.models import load_target
 from transformers_resps.bench.provenance import machine
@@ -76,7 +76,7 @@ def compare(fitted_to: list[RecordedText], held_out: list[RecordedText], costs: 
         for texts in (fitted_to, held_out)
     )
     headroom = tested.headroom(searched.best_fixed)
-    policy, seconds = Guard(fitted_policy(fitted_to)), 0.0  # keeps learning, as in use
+    policy, seconds = BaselineGuard(fitted_policy(fitted_to)), 0.0  # keeps learning, as in use
     for text in held_out:
         seconds += replay_policy(
             text, policy, StepCosts(costs.verify_seconds, costs.draft_seconds, costs.overhead)
@@ -102,7 +102,7 @@ def main() -> None:
     held_out = recorded(target, head, prompts.tested, script, "test")
     found = compare(fitted_to, held_out, costs)
     folder = Path(script.output_dir) / "policy"
-    Guard(fitted_policy(fitted_to, **pair_identity(target, head))).save_pretrained(folder)
+    BaselineGuard(fitted_policy(fitted_to, **pair_identity(target, head))).save_pretrained(folder)
     write_training_prompts(folder, prompts.first_questions)
     where = machine(target)
     facts = {"texts": len(fitted_to), "dtype": where["dtype"], "device": where["device"]}

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prompts.batched_answers import answer
 from transformers_resps.data.conversations import Conversation, read_conversations
 from transformers_resps.generation.sequences import end_ids
-from transformers_resps.target.prepacking import pack
+from transformers_resps.target.prepacking import prepack
 
 
 DECIDES_ANSWERS = ("target", "temperatures", "max_new_tokens", "dtype", "seed")
@@ -171,7 +171,7 @@ def main() -> None:
     args = make_parser().parse_args()
     check_provenance(args)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    model = pack(AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device).eval())
+    model = prepack(AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device).eval())
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
     prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed, args.matching)
     if not prompts:

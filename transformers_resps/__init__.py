@@ -7,24 +7,27 @@ from .calibration.measuring import calibrate
 from .generation.attach import attach, detach
 from .generation.mixin import ReSpSGenerationMixin, SpeculativeOutput
 from .head import DraftHead, DraftHeadConfig
-from .policy import AutoPolicy, FixedPolicy, Guard, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
-from .target.prepacking import pack, unpack
+from .policy import AutoPolicy, BaselineGuard, FixedPolicy, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
+from .target.prepacking import prepack, unprepack
 from .telemetry.report import SpeculationReport, StepRecord
 from .testing import LosslessReport, NotLosslessError, assert_lossless
 from .tree import DraftTree, TreeShape
 
+
+# Names of version 0.1.
+Guard, pack, unpack = BaselineGuard, prepack, unprepack
 
 AutoConfig.register(DraftHeadConfig.model_type, DraftHeadConfig, exist_ok=True)
 AutoModel.register(DraftHeadConfig, DraftHead, exist_ok=True)
 
 __all__ = [
     "AutoPolicy",
+    "BaselineGuard",
     "CostTable",
     "DraftHead",
     "DraftHeadConfig",
     "DraftTree",
     "FixedPolicy",
-    "Guard",
     "Level",
     "LosslessReport",
     "NotLosslessError",
@@ -41,6 +44,6 @@ __all__ = [
     "attach",
     "calibrate",
     "detach",
-    "pack",
-    "unpack",
+    "prepack",
+    "unprepack",
 ]

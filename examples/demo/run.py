@@ -16,7 +16,7 @@ from transformers_resps.generation.attach import attach
 from transformers_resps.head import DraftHead
 from transformers_resps.inspection import facts_of, page, page_data_of
 from transformers_resps.policy import FixedPolicy
-from transformers_resps.target.prepacking import pack
+from transformers_resps.target.prepacking import prepack
 from transformers_resps.telemetry.detokenize import decoder
 
 from .answering import Comparison, compare
@@ -34,7 +34,7 @@ class Demo:
     def __init__(self, console: Console, head_path: str, dtype: torch.dtype, max_new_tokens: int) -> None:
         model, tokenizer = load_target(dtype)
         self.console, self.max_new_tokens = console, max_new_tokens
-        self.model, self.tokenizer = attach(pack(model)), tokenizer  # both decode with packed weights
+        self.model, self.tokenizer = attach(prepack(model)), tokenizer  # both decode with packed weights
         self.head = DraftHead.from_pretrained(head_path, target=model)
         self._compare("warm-up", self.prompt_ids([{"role": "user", "content": "Hello"}]), 8, lambda *_: None)
 

@@ -13,7 +13,7 @@ from tests.generation.test_lossless import OPTIONS
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.policy import ActionGrid, Guard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
+from transformers_resps.policy import ActionGrid, BaselineGuard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
 
 
 PROMPT = torch.tensor([[5, 7, 11, 3, 9, 7, 11]])
@@ -34,8 +34,8 @@ def re_sps(head: DraftHead) -> Policy:
 def policies(head: DraftHead) -> dict[str, Policy]:
     return {
         "wide": FixedPolicy(WIDE),
-        "auto": Guard(ThroughputPolicy()),
-        "guarded tree": Guard(FixedPolicy(TreeShape(8, 3, 2, 4))),
+        "auto": BaselineGuard(ThroughputPolicy()),
+        "guarded tree": BaselineGuard(FixedPolicy(TreeShape(8, 3, 2, 4))),
         "re-sps": re_sps(head),
     }
 
@@ -69,7 +69,7 @@ def _batches(target: Any) -> Iterator[tuple[str, Call]]:
                 options = {"lockstep": lockstep, "do_sample": do_sample, "eos_token_id": [2, 6]}
                 name = f"batch {seed}, lockstep {lockstep}, sampled {do_sample}"
                 yield f"{name}, any shape", _call(target, head, AnyShape(seed), prompts(seed), options)
-                guarded = Guard(ThroughputPolicy())
+                guarded = BaselineGuard(ThroughputPolicy())
                 yield f"{name}, auto", _call(target, head, guarded, prompts(seed), options)
 
 

@@ -13,7 +13,7 @@ from tests.decisions.cases import decided
 from tests.decisions.planted import PlantedClock, decision
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.calibration.cost_table import CostTable
-from transformers_resps.policy import ActionGrid, Guard, ThroughputPolicy
+from transformers_resps.policy import ActionGrid, BaselineGuard, ThroughputPolicy
 from transformers_resps.trainers import (
     Oracle,
     OutcomeTable,
@@ -49,7 +49,7 @@ def live(target: Any, head: DraftHead, prompts: list[torch.Tensor]) -> Iterator[
     """What every step decides while answers are written, greedily and sampled."""
     policies: dict[str, Policy] = {
         "tree": FixedPolicy(TreeShape(8, 3, 2, 4)),
-        "auto": PlantedClock(Guard(ThroughputPolicy())),
+        "auto": PlantedClock(BaselineGuard(ThroughputPolicy())),
         "re-sps": PlantedClock(AutoPolicy.from_pretrained(CARDS / "smollm2-135m-instruct-policy")),
     }
     for do_sample in (False, True):
@@ -80,10 +80,10 @@ def replays(texts: list[RecordedText], card: str) -> Iterator[tuple[str, Any]]:
     table = cost_table(card)
     costs = StepCosts(table.verify_seconds, table.draft_seconds, table.overhead)
     policies: dict[str, Policy] = {
-        "auto": Guard(ThroughputPolicy()),
-        "fitted": Guard(fitted_policy(texts[::2])),
+        "auto": BaselineGuard(ThroughputPolicy()),
+        "fitted": BaselineGuard(fitted_policy(texts[::2])),
         "re-sps": AutoPolicy.from_pretrained(CARDS / f"{card}-policy"),
-        "guarded tree": Guard(FixedPolicy(TreeShape(12, 6, 4, 6))),
+        "guarded tree": BaselineGuard(FixedPolicy(TreeShape(12, 6, 4, 6))),
         "saved": AutoPolicy.from_pretrained(CARDS / f"{card}-throughput"),
     }
     for name, policy in policies.items():

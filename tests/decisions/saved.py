@@ -17,7 +17,7 @@ from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import (
     AcceptanceModel,
     ActionGrid,
-    Guard,
+    BaselineGuard,
     PlattScaling,
     ReSpSConfig,
     ReSpSPolicy,
@@ -45,7 +45,7 @@ def write(folder: Path) -> None:
     re_sps = ReSpSPolicy(ReSpSConfig(head.config.features_width, ActionGrid(SHAPES), hidden_size=8, persistence=2))
     odds = AcceptanceModel([PlattScaling(0.1 * level, 1.0 + 0.05 * level) for level in range(4)])
     FixedPolicy(TreeShape(6, 3, 2, 4)).save_pretrained(folder / "fixed")
-    Guard(ThroughputPolicy(top_k=3, odds=odds)).save_pretrained(folder / "guard")
+    BaselineGuard(ThroughputPolicy(top_k=3, odds=odds)).save_pretrained(folder / "guard")
     re_sps.save_pretrained(folder / "resps")
     CostTable({16: {1: 0.03, 4: 0.04}}, {2: 0.002}, {"device": "planted"}, 0.001, {16: 0.029}).save(
         folder / "costs.json"

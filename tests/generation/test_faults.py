@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import AutoPolicy, CostTable, DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.policy import AcceptanceModel, Guard, PlattScaling, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
+from transformers_resps.policy import (
+    AcceptanceModel,
+    BaselineGuard,
+    PlattScaling,
+    ReSpSConfig,
+    ReSpSPolicy,
+    ThroughputPolicy,
+)
 
 
 WIDE = TreeShape(40, 3, VOCABULARY)
@@ -222,7 +229,7 @@ def saved(target: PreTrainedModel, head: DraftHead, tmp_path_factory: pytest.Tem
     head.save_pretrained(folder / "head")
     FixedPolicy(TreeShape(8, 3, 2)).save_pretrained(folder / "policy")
     odds = AcceptanceModel([PlattScaling(0.1, 0.9)] * 4)
-    Guard(ThroughputPolicy(odds=odds)).save_pretrained(folder / "policy-throughput")
+    BaselineGuard(ThroughputPolicy(odds=odds)).save_pretrained(folder / "policy-throughput")
     ReSpSPolicy(ReSpSConfig(head.config.features_width)).save_pretrained(folder / "policy-resps")
     CostTable({128: {1: 0.1, 8: 0.3}}, {1: 0.05}, {"device": "cpu"}).save(folder / "costs.json")
     return folder

@@ -10,7 +10,7 @@ from transformers_resps import AutoPolicy, DraftHead, DraftHeadConfig, FixedPoli
 from transformers_resps.bench.models import training_prompts_of
 from transformers_resps.data.training_prompts import fingerprint, write_training_prompts
 from transformers_resps.hub import Destination, upload
-from transformers_resps.policy import Guard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
+from transformers_resps.policy import BaselineGuard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
 
 
 HEAD, POLICY = "tester/head", "tester/policy"
@@ -85,7 +85,7 @@ def test_the_card_of_a_pushed_head_names_its_target_and_is_never_overwritten(hea
 
 
 def test_the_card_of_a_pushed_guard_names_the_target_of_the_policy_inside(hub):
-    Guard(ThroughputPolicy(target={"name_or_path": TARGET})).push_to_hub(POLICY)
+    BaselineGuard(ThroughputPolicy(target={"name_or_path": TARGET})).push_to_hub(POLICY)
     assert f"base_model: {TARGET}\n" in hub.repositories[POLICY].files["README.md"].decode()
 
 

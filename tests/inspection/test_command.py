@@ -53,7 +53,8 @@ def test_it_writes_the_page_and_says_how_it_went(
 
 
 @pytest.mark.parametrize(
-    ("given", "policy"), [("6,3,2,4", "FixedPolicy(6/3/2+4)"), ("auto", "Guard(ThroughputPolicy(depth=5, top_k=4))")]
+    ("given", "policy"),
+    [("6,3,2,4", "FixedPolicy(6/3/2+4)"), ("auto", "BaselineGuard(ThroughputPolicy(depth=5, top_k=4))")],
 )
 def test_a_policy_is_named_by_its_numbers_or_as_auto(
     folders: tuple[str, str], tmp_path: Path, given: str, policy: str

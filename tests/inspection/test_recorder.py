@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from transformers_resps import DraftHead, FixedPolicy, Guard, Policy, ThroughputPolicy, TreeShape, attach
+from transformers_resps import BaselineGuard, DraftHead, FixedPolicy, Policy, ThroughputPolicy, TreeShape, attach
 from transformers_resps.inspection import Examination, Recorder, examine
 
 from .examples import merged_step
@@ -99,7 +99,7 @@ def test_a_policy_of_another_head_is_refused_as_if_nobody_looked(
 
 
 def test_lookup_alone_needs_no_head(tiny_target: PreTrainedModel, prompt: dict[str, torch.Tensor]) -> None:
-    policy = Guard(ThroughputPolicy())
+    policy = BaselineGuard(ThroughputPolicy())
     assert not Recorder(policy).needs_head
     assert Recorder(FixedPolicy(SHAPE)).needs_head
     found = examined(tiny_target, None, policy, prompt)

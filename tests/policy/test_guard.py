@@ -9,8 +9,8 @@ import torch
 from tests.policy.machine import JUMPING, MACHINES, Machine
 from transformers_resps.policy import (
     AcceptanceModel,
+    BaselineGuard,
     FixedPolicy,
-    Guard,
     Observation,
     PlattScaling,
     Policy,
@@ -24,14 +24,14 @@ from transformers_resps.tree import TreeShape
 @pytest.mark.parametrize("shape", [TreeShape(60, 8, 10), TreeShape(8, 3, 2), TreeShape(1, 0, 1, lookup=16)])
 def test_the_guard_keeps_a_hopeless_drafter_above_097_of_plain(shape: TreeShape) -> None:
     machine = Machine(0.15, level_seconds=0.1, hit=0.01)
-    policy = Guard(FixedPolicy(shape))
+    policy = BaselineGuard(FixedPolicy(shape))
     assert machine.run(policy, 300) > 0.97
     assert any(not shape.is_plain for shape in machine.shapes[100:]), "it must probe again"
 
 
 def test_the_guard_costs_a_good_drafter_little() -> None:
     alone = Machine(0.02, 0.02, hit=0.8).run(FixedPolicy(TreeShape(6, 5, 1)), 500)
-    guarded = Machine(0.02, 0.02, hit=0.8).run(Guard(FixedPolicy(TreeShape(6, 5, 1))), 500)
+    guarded = Machine(0.02, 0.02, hit=0.8).run(BaselineGuard(FixedPolicy(TreeShape(6, 5, 1))), 500)
     assert guarded > 0.9 * alone
 
 
@@ -49,7 +49,7 @@ def test_a_longer_text_is_not_measured_by_the_plain_steps_of_shorter_ones(hit: f
 
 def test_the_guard_notices_when_a_head_stops_being_right() -> None:
     machine = Machine(0.1, 0.1, hit=0.8)
-    policy = Guard(FixedPolicy(TreeShape(6, 5, 1)))
+    policy = BaselineGuard(FixedPolicy(TreeShape(6, 5, 1)))
     machine.run(policy, 100)
     machine.hit = 0.0
     machine.tokens, machine.seconds = 0, 0.0
@@ -68,9 +68,9 @@ def test_no_answer_of_a_bad_head_is_slower_than_097_of_plain(
         assert Machine(verify, level, hit, claimed=claimed, seed=seed).write(default_policy(), tokens) >= 0.97
 
 
-def fitted() -> Guard:
+def fitted() -> BaselineGuard:
     """As loaded: it knows a head, and no machine."""
-    return Guard(ThroughputPolicy(odds=AcceptanceModel([PlattScaling(0.1, 0.9)] * 4)))
+    return BaselineGuard(ThroughputPolicy(odds=AcceptanceModel([PlattScaling(0.1, 0.9)] * 4)))
 
 
 def test_a_fitted_policy_need_not_find_out_whether_the_head_is_any_good() -> None:
@@ -114,14 +114,17 @@ def slowed(factor: float) -> Callable[[int], float]:
 )
 def test_the_guard_notices_that_plain_steps_have_become_cheaper(before: Callable[[int], float]) -> None:
     """A batch of eight, then one row; or a machine that was busy."""
-    machine, policy = Machine(before, level_seconds=0.05, hit=0.8), Guard(ThroughputPolicy())
+    machine, policy = Machine(before, level_seconds=0.05, hit=0.8), BaselineGuard(ThroughputPolicy())
     machine.write(policy, 300)
     machine.verify, machine.hit = slowed(1.0), 0.01
     assert machine.write(policy, 96) > 0.95
 
 
 def test_first_steps_that_are_slow_do_not_make_trees_look_free() -> None:
-    machine, policy = Machine(slowed(5.0), level_seconds=0.05, hit=0.01, claimed=0.8), Guard(ThroughputPolicy())
+    machine, policy = (
+        Machine(slowed(5.0), level_seconds=0.05, hit=0.01, claimed=0.8),
+        BaselineGuard(ThroughputPolicy()),
+    )
     machine.write(policy, 2)
     machine.verify = slowed(1.0)
     assert machine.write(policy, 96) > 0.95
@@ -138,7 +141,7 @@ def test_where_nodes_are_ruinous_one_tree_of_two_tells(slope: float, least: floa
 
 def test_trees_grow_by_doubling_at_most_until_their_costs_are_known() -> None:
     machine = Machine(0.02, 0.02, hit=0.8)
-    machine.write(Guard(FixedPolicy(TreeShape(6, 5, 1))), 200)
+    machine.write(BaselineGuard(FixedPolicy(TreeShape(6, 5, 1))), 200)
     trees = [nodes for nodes in machine.verified if nodes > 1]
     assert trees[0] == 2 and max(trees) == 6
     assert all(nodes <= 2 * max(trees[:place]) for place, nodes in enumerate(trees) if place)
@@ -146,7 +149,7 @@ def test_trees_grow_by_doubling_at_most_until_their_costs_are_known() -> None:
 
 def test_a_row_that_runs_ahead_does_not_pay_for_one_that_drafts_do_not_help() -> None:
     """The call ends with the slower row. A tree costs half a plain step more; a third row has ended long ago."""
-    guard, seconds, written, step = Guard(FixedPolicy(TreeShape(4, 3, 1))), 0.0, 0, 0
+    guard, seconds, written, step = BaselineGuard(FixedPolicy(TreeShape(4, 3, 1))), 0.0, 0, 0
     while written < 96:
         shape = guard.choose(Observation(torch.zeros(3, 4), 100 + step, step, 96 - written, list))
         nodes = 1 if shape.is_plain else min(guard.size(torch.zeros(3, 3)), shape.total_tokens)
@@ -184,17 +187,17 @@ def speed_between_interruptions(policy: Policy, hit: float, tokens: int) -> floa
 
 @pytest.mark.parametrize("policy", [TreeShape(6, 5, 1), TreeShape(12, 4, 3)])
 def test_interruptions_do_not_credit_a_hopeless_drafter(policy: TreeShape) -> None:
-    assert speed_between_interruptions(Guard(FixedPolicy(policy)), 0.02, 128) > 0.97
+    assert speed_between_interruptions(BaselineGuard(FixedPolicy(policy)), 0.02, 128) > 0.97
 
 
 def test_interruptions_cost_a_good_drafter_little() -> None:
     alone = speed_between_interruptions(FixedPolicy(TreeShape(4, 3, 1)), 0.5, 128)
-    assert speed_between_interruptions(Guard(FixedPolicy(TreeShape(4, 3, 1))), 0.5, 128) > 0.97 * alone
+    assert speed_between_interruptions(BaselineGuard(FixedPolicy(TreeShape(4, 3, 1))), 0.5, 128) > 0.97 * alone
 
 
 def test_a_call_may_lose_what_it_won() -> None:
     """Bad luck that costs nine plain steps, after more were won: the drafter is still asked afterwards."""
-    machine, guard = Machine(0.04, 0.05, hit=0.7), Guard(FixedPolicy(TreeShape(4, 3, 1)))
+    machine, guard = Machine(0.04, 0.05, hit=0.7), BaselineGuard(FixedPolicy(TreeShape(4, 3, 1)))
     for hit, steps in ((0.7, 60), (0.0, 34), (0.7, 30)):
         machine.hit, started = hit, len(machine.verified)
         for step in range(steps):
@@ -207,14 +210,14 @@ def test_a_guarded_policy_that_chooses_no_shape_is_named() -> None:
         def choose(self, observation: Observation) -> TreeShape:
             return (8, 4, 2)  # type: ignore[return-value]
 
-    guard, machine = Guard(Odd()), Machine(0.1, 0.1, 0.5)
+    guard, machine = BaselineGuard(Odd()), Machine(0.1, 0.1, 0.5)
     with pytest.raises(ValueError, match=r"Odd.* returned \(8, 4, 2\) from `choose`. Return a `TreeShape`"):
         machine.run(guard, 2)
 
 
 def test_a_slow_moment_does_not_credit_trees_for_long() -> None:
     """Plain steps of 1, 1.3 for a while, then 1 again: two of them, and trees are credited as before."""
-    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
     for seconds in (1.0, *[1.3] * 8, 1.0, 1.0):
         guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list))
         guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, seconds, seconds))
@@ -224,7 +227,7 @@ def test_a_slow_moment_does_not_credit_trees_for_long() -> None:
 @pytest.mark.parametrize(("plain", "drafts"), [(1.5, True), (1.0, False)])
 def test_a_debt_is_forgiven_as_far_as_plain_steps_turn_out_to_be_slower_too(plain: float, drafts: bool) -> None:
     """Trees of one and a half tokens, thought to cost 1.1 plain steps, take 1.7 of them until drafting ends."""
-    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
 
     def shape_after(seconds: float) -> TreeShape:
         guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, seconds, seconds))
@@ -240,7 +243,7 @@ def test_a_debt_is_forgiven_as_far_as_plain_steps_turn_out_to_be_slower_too(plai
 
 
 def test_what_an_earlier_text_gained_forgives_no_debt() -> None:
-    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
     guard._plain_seconds, guard._gained_since = 1.0, 50.0
     guard.choose(Observation(torch.zeros(1, 4), 100, 0, 96, list))
     guard._account = -5.0
@@ -251,4 +254,4 @@ def test_what_an_earlier_text_gained_forgives_no_debt() -> None:
 def test_a_guard_is_not_guarded_once_more_by_a_file() -> None:
     nested = {"policy": {"policy_type": "guard", "policy": {"policy_type": "fixed", "shape": [4, 2, 2, 0]}}}
     with pytest.raises(ValueError, match="holds another guard, but only one is supported"):
-        Guard.from_saved(nested, {})
+        BaselineGuard.from_saved(nested, {})

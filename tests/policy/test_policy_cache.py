@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, attach, detach
 from transformers_resps.head import head_fingerprint, pair_identity
-from transformers_resps.policy import Guard, PolicyCache, ReSpSConfig, ThroughputPolicy
+from transformers_resps.policy import BaselineGuard, PolicyCache, ReSpSConfig, ThroughputPolicy
 from transformers_resps.policy.identity import check_same
 
 
@@ -70,7 +70,7 @@ def test_a_head_that_is_gone_takes_what_was_learned_with_it() -> None:
     assert len(kept._policies) == 0
 
 
-@pytest.mark.parametrize("wrap", [lambda policy: policy, Guard], ids=["bare", "guarded"])
+@pytest.mark.parametrize("wrap", [lambda policy: policy, BaselineGuard], ids=["bare", "guarded"])
 def test_generate_refuses_a_policy_of_another_head_or_target(
     tiny_target: PreTrainedModel,
     tiny_head: DraftHead,
@@ -129,7 +129,7 @@ def test_a_fitted_policy_serves_its_own_target_and_head_alone(
     tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     target: Any = attach(tiny_target)
-    Guard(ThroughputPolicy(**pair_identity(target, tiny_head))).save_pretrained(tmp_path)
+    BaselineGuard(ThroughputPolicy(**pair_identity(target, tiny_head))).save_pretrained(tmp_path)
     options = {"policy": AutoPolicy.from_pretrained(tmp_path), "max_new_tokens": 4, "do_sample": False}
     target.generate(**prompt, assistant_model=tiny_head, **options)
     target.generate(**prompt, **options)

@@ -11,7 +11,7 @@ import torch
 from tests.decoding.rows import prompts, speculate
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, attach
-from transformers_resps.policy import FixedPolicy, Guard, Observation, RunningCosts, ThroughputPolicy
+from transformers_resps.policy import BaselineGuard, FixedPolicy, Observation, RunningCosts, ThroughputPolicy
 from transformers_resps.telemetry.report import StepRecord
 from transformers_resps.tree import TreeShape
 
@@ -82,7 +82,7 @@ def test_the_more_rows_the_fewer_children() -> None:
 
 def test_a_row_may_lag_behind_by_luck_before_it_counts_as_slower() -> None:
     """Rows that take turns in being right gain one and a half tokens a step of one and a fifth of a plain step."""
-    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
     drafted = []
     for step in range(120):
         shape = guard.choose(observation(4, step))
@@ -95,7 +95,7 @@ def test_a_row_may_lag_behind_by_luck_before_it_counts_as_slower() -> None:
 
 
 def test_the_next_batch_begins_with_what_steps_cost_before_rows_had_ended() -> None:
-    guard = Guard(FixedPolicy(CHAIN))
+    guard = BaselineGuard(FixedPolicy(CHAIN))
     guard.choose(observation(4, 0))
     guard.observe(record(1, (1,) * 4, 1.0))
     guard.choose(observation(4, 1))
@@ -154,7 +154,7 @@ def test_a_further_node_of_each_row_is_thought_dear_in_a_batch() -> None:
 
 @pytest.mark.parametrize(("rows", "drafts"), [(5, False), (4, True)])
 def test_what_was_too_dear_for_eight_rows_is_tried_again_for_half_of_them(rows: int, drafts: bool) -> None:
-    guard = Guard(FixedPolicy(TreeShape(2, 1, 1)))
+    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
     guard._known.expect({1: 1.0, 2: 1.2}, 0.05)
     written, step = 0, 0
 

@@ -13,8 +13,8 @@ from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import (
     AcceptanceModel,
     AutoPolicy,
+    BaselineGuard,
     FixedPolicy,
-    Guard,
     Observation,
     PlattScaling,
     Policy,
@@ -34,7 +34,7 @@ def test_free_nodes_and_levels_are_used() -> None:
 
 def test_ruinous_nodes_are_not() -> None:
     machine = Machine(3.0, level_seconds=0.0, hit=0.8)
-    assert machine.run(Guard(ThroughputPolicy()), 600) > 0.97
+    assert machine.run(BaselineGuard(ThroughputPolicy()), 600) > 0.97
     assert sum(machine.verified[100:]) / 500 < 1.05
 
 
@@ -56,7 +56,7 @@ def test_a_sure_lookup_is_preferred_to_a_slow_head() -> None:
 def test_it_gains_on_both_sources_alone() -> None:
     for hit, lookup_hit in ((0.8, 0.0), (0.05, 0.8)):
         machine = Machine(0.03, level_seconds=0.05, hit=hit, lookup_hit=lookup_hit)
-        assert machine.run(Guard(ThroughputPolicy()), 400) > 1.8
+        assert machine.run(BaselineGuard(ThroughputPolicy()), 400) > 1.8
 
 
 @pytest.mark.parametrize("hit", [0.5, 0.6])
@@ -113,16 +113,16 @@ def test_what_follows_the_steps_own_tokens_is_no_evidence() -> None:
 
 def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Path) -> None:
     maps = [PlattScaling(-0.3, 0.8), PlattScaling(0.1, 0.7), PlattScaling(), PlattScaling(0.0, 0.5)]
-    policy = Guard(ThroughputPolicy(depth=4, top_k=2, most_nodes=9, odds=AcceptanceModel(maps)))
+    policy = BaselineGuard(ThroughputPolicy(depth=4, top_k=2, most_nodes=9, odds=AcceptanceModel(maps)))
     policy.save_pretrained(tmp_path)
     loaded = AutoPolicy.from_pretrained(tmp_path)
-    assert isinstance(loaded, Guard) and isinstance(loaded.policy, ThroughputPolicy)
+    assert isinstance(loaded, BaselineGuard) and isinstance(loaded.policy, ThroughputPolicy)
     assert loaded.to_config() == policy.to_config()
     scores = [-0.1, -1.0, -3.0]
     for level in range(1, 6):
         assert loaded.policy.odds.of(scores, level) == pytest.approx(policy.policy.odds.of(scores, level))
     with pytest.raises(ValueError, match="guarded Unsaved has no `save_pretrained`.*Subclass"):
-        Guard(Unsaved()).save_pretrained(tmp_path)
+        BaselineGuard(Unsaved()).save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Pa
     ids=["slope", "intercept", "nan", "three levels", "three columns", "one number", "missing"],
 )
 def test_weights_that_no_fit_gives_are_refused(odds: list[list[float]] | None, tmp_path: Path) -> None:
-    Guard(ThroughputPolicy()).save_pretrained(tmp_path)
+    BaselineGuard(ThroughputPolicy()).save_pretrained(tmp_path)
     saved = {"other": torch.zeros(1)} if odds is None else {"odds": torch.tensor(odds)}
     save_file(saved, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="of a throughput policy hold .*must hold an intercept.*Download or save"):
@@ -166,14 +166,14 @@ def test_costs_and_odds_of_another_kind_are_refused(values: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("policy", [None, "auto", FixedPolicy])
 def test_a_guard_of_no_policy_is_refused(policy: Any) -> None:
-    with pytest.raises(ValueError, match=r"`Guard` needs an object with the methods.*got .*Pass a policy"):
-        Guard(policy)
+    with pytest.raises(ValueError, match=r"`BaselineGuard` needs a policy with.*got .*Pass a policy"):
+        BaselineGuard(policy)
 
 
 def test_a_guard_learns_costs_itself_where_its_policy_keeps_others() -> None:
     policy = Unsaved()
     policy.costs = CostTable({128: {1: 0.1, 8: 0.2}}, {}, {})  # type: ignore[attr-defined]
-    guard = Guard(policy)
+    guard = BaselineGuard(policy)
     guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, 1.0, 1.0))
     assert isinstance(guard.choose(Observation(None, 9, 1, 20, list)), TreeShape)
 
@@ -204,7 +204,7 @@ def test_a_plain_step_may_cost_more_than_a_small_tree() -> None:
 
 def test_small_trees_are_used_where_they_cost_less_than_a_plain_step() -> None:
     machine = Machine(lambda nodes: 1.0 if nodes == 1 else 0.8 + 0.03 * nodes, level_seconds=0.02, hit=0.15)
-    assert machine.run(Guard(ThroughputPolicy()), 300) > 1.1
+    assert machine.run(BaselineGuard(ThroughputPolicy()), 300) > 1.1
 
 
 def test_a_forward_that_took_far_less_than_a_smaller_one_did_makes_the_smaller_one_cheaper() -> None:
@@ -232,7 +232,7 @@ def test_an_interruption_of_any_length_changes_what_is_known_by_little() -> None
 
 
 def test_a_clock_that_jumps_or_stands_still_is_survived() -> None:
-    for policy in (ThroughputPolicy(), Guard(ThroughputPolicy())):
+    for policy in (ThroughputPolicy(), BaselineGuard(ThroughputPolicy())):
         observation = Observation(torch.full((1, 4), torch.nan), 9, 0, 20, lambda: [0.9, 0.8])
         for seconds in (0.0, -5.0, 1.0, 1e9, 0.0):
             shape = policy.choose(observation)

@@ -1,7 +1,7 @@
 """What a policy tells of itself holds for whatever is wrapped around it."""
 
 from transformers_resps.inspection.recorder import Recorder
-from transformers_resps.policy import FixedPolicy, Guard, Observation, Policy, RunningCosts, ThroughputPolicy
+from transformers_resps.policy import BaselineGuard, FixedPolicy, Observation, Policy, RunningCosts, ThroughputPolicy
 from transformers_resps.tree import TreeShape
 
 
@@ -13,7 +13,7 @@ class Silent(Policy):
 
 
 def test_a_silent_policy_needs_all_and_claims_nothing() -> None:
-    guard = Guard(Silent())
+    guard = BaselineGuard(Silent())
     assert guard.needs_head and guard.uses_lookup and guard.needs_drafted_match
     assert not guard.probes_head and not guard.is_confident
     assert guard.costs is None and guard.check_identity is None
@@ -21,11 +21,11 @@ def test_a_silent_policy_needs_all_and_claims_nothing() -> None:
 
 def test_what_a_policy_tells_goes_through_every_wrapper() -> None:
     costs = RunningCosts()
-    policy = Guard(Recorder(ThroughputPolicy(costs=costs, target={"vocab_size": 16})))
+    policy = BaselineGuard(Recorder(ThroughputPolicy(costs=costs, target={"vocab_size": 16})))
     assert not policy.needs_head and policy.probes_head and policy.costs is costs
     assert policy.check_identity is not None
     fixed = FixedPolicy(TreeShape(4, 2, 2))
-    assert not Guard(fixed).uses_lookup and not Guard(fixed).needs_drafted_match
+    assert not BaselineGuard(fixed).uses_lookup and not BaselineGuard(fixed).needs_drafted_match
 
 
 def test_a_recorder_looks_up_whatever_its_policy_does() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, pack, unpack
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, prepack, unprepack
 from transformers_resps.target.prepacking import PrepackedLinear, is_prepacked
 
 
@@ -32,8 +32,8 @@ def test_a_packed_layer_computes_what_it_computed_before(layer: nn.Linear, rows:
     x = torch.randn(2, rows, 96)
     with torch.no_grad():
         before = layer(x)
-        torch.testing.assert_close(pack(layer)(x), before, rtol=1e-5, atol=1e-5)
-        assert torch.equal(unpack(layer)(x), before)
+        torch.testing.assert_close(prepack(layer)(x), before, rtol=1e-5, atol=1e-5)
+        assert torch.equal(unprepack(layer)(x), before)
 
 
 @pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this processor has no units for bfloat16")
@@ -42,7 +42,7 @@ def test_packed_layers_in_bfloat16_round_the_exact_product(layer: nn.Linear, row
     x = torch.randn(2, rows, 96).bfloat16()
     with torch.no_grad():
         exact = layer.bfloat16().double()(x.double())
-        packed = pack(layer.bfloat16())(x)
+        packed = prepack(layer.bfloat16())(x)
     assert is_prepacked(layer) and packed.dtype is torch.bfloat16
     torch.testing.assert_close(packed.double(), exact, rtol=2**-7, atol=1e-3)
 
@@ -52,7 +52,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(layer: nn.Linear, dtype: to
     x = torch.randn(64, 96, dtype=dtype)
     layer.to(dtype)
     with torch.no_grad():
-        together = pack(layer)(x)
+        together = prepack(layer)(x)
         for rows in (1, 2, 3, 5, 8, 13, 33):
             assert torch.equal(layer(x[:rows]), together[:rows])
 
@@ -60,7 +60,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(layer: nn.Linear, dtype: to
 def test_a_changed_weight_is_packed_again(layer: nn.Linear) -> None:
     x = torch.randn(3, 96)
     with torch.no_grad():
-        before = pack(layer)(x)
+        before = prepack(layer)(x)
         layer.weight.mul_(2)
         layer.bias.mul_(2)
         torch.testing.assert_close(layer(x), 2 * before)
@@ -74,16 +74,16 @@ def test_packing_again_notices_a_write_that_tells_no_version(layer: nn.Linear) -
     """As PEFT's merge writes, through `.data`."""
     x = torch.randn(3, 96)
     with torch.no_grad():
-        before = pack(layer)(x) - layer.bias
+        before = prepack(layer)(x) - layer.bias
         layer.weight.data += layer.weight.data
-        torch.testing.assert_close(pack(layer)(x) - layer.bias, 2 * before)
+        torch.testing.assert_close(prepack(layer)(x) - layer.bias, 2 * before)
 
 
 def test_a_parametrised_weight_is_not_packed(layer: nn.Linear) -> None:
     x = torch.randn(3, 96)
     with torch.no_grad():
         wanted = layer(x)
-        parametrize.register_parametrization(pack(layer), "weight", nn.Identity())
+        parametrize.register_parametrization(prepack(layer), "weight", nn.Identity())
         assert torch.equal(layer(x), wanted)
 
 
@@ -92,14 +92,14 @@ def test_gradients_flow_as_through_any_linear_layer(layer: nn.Linear) -> None:
     layer(x).square().sum().backward()
     wanted = layer.weight.grad
     layer.weight.grad = None
-    pack(layer)(x).square().sum().backward()
+    prepack(layer)(x).square().sum().backward()
     assert wanted is not None and torch.equal(layer.weight.grad, wanted)
 
 
 def test_copies_and_pickles_of_a_packed_layer_work_and_carry_no_packed_weight(layer: nn.Linear) -> None:
     x = torch.randn(3, 96)
     with torch.no_grad():
-        wanted = pack(layer)(x)
+        wanted = prepack(layer)(x)
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert "_kept" not in twin.__dict__
             assert torch.equal(twin(x), wanted)
@@ -109,7 +109,7 @@ def test_other_dtypes_and_subclasses_are_left_alone(layer: nn.Linear) -> None:
     class Own(nn.Linear):
         pass
 
-    module = pack(nn.Sequential(layer.double(), Own(160, 8).double()))
+    module = prepack(nn.Sequential(layer.double(), Own(160, 8).double()))
     x = torch.randn(3, 96, dtype=torch.float64)
     with torch.no_grad():
         assert module(x).dtype is torch.float64
@@ -121,7 +121,7 @@ def test_other_dtypes_and_subclasses_are_left_alone(layer: nn.Linear) -> None:
 def test_a_packed_target_writes_the_same_text_with_a_tree_and_without(
     tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor], shape: TreeShape
 ) -> None:
-    target = attach(pack(tiny_target))
+    target = attach(prepack(tiny_target))
     assert is_prepacked(target)
     plain = target.generate(**prompt, max_new_tokens=24, do_sample=False)
     tree = target.generate(
@@ -131,7 +131,7 @@ def test_a_packed_target_writes_the_same_text_with_a_tree_and_without(
 
 
 def test_a_packed_target_is_saved_as_any_other(tiny_target: PreTrainedModel, tmp_path: Path) -> None:
-    pack(tiny_target).save_pretrained(tmp_path)
+    prepack(tiny_target).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not is_prepacked(again)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in tiny_target.state_dict().items())
@@ -149,8 +149,8 @@ def test_a_head_is_packed_where_it_drafts_and_saved_as_it_was(
 
 
 def test_layers_without_weights_work_as_before_and_what_is_no_module_is_refused() -> None:
-    layer = pack(nn.Linear(0, 4))
+    layer = prepack(nn.Linear(0, 4))
     with torch.no_grad():
         assert torch.equal(layer(torch.empty(2, 0)), layer.bias.expand(2, 4))
-    with pytest.raises(ValueError, match="`pack` needs a model, a head or another `nn.Module`, got None"):
-        pack(None)
+    with pytest.raises(ValueError, match="`prepack` needs a model, a head or another `nn.Module`, got None"):
+        prepack(None)

@@ -12,7 +12,7 @@ import yaml
 
 from publishing import find_faults
 from tests.targets import Architecture
-from transformers_resps import AutoPolicy, DraftHead, Guard, ThroughputPolicy, attach
+from transformers_resps import AutoPolicy, BaselineGuard, DraftHead, ThroughputPolicy, attach
 
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -50,7 +50,7 @@ def test_prompts_become_a_policy_that_lacks_only_its_measurements(
     runpy.run_path(str(TRAINING / "fit_policy.py"), run_name="__main__")
     assert recordings == {file: file.stat().st_mtime_ns for file in recordings}
     policy = AutoPolicy.from_pretrained(made)
-    assert isinstance(policy, Guard) and isinstance(policy.policy, ThroughputPolicy)
+    assert isinstance(policy, BaselineGuard) and isinstance(policy.policy, ThroughputPolicy)
     assert any(one.slope != 1.0 for one in policy.policy.odds.maps)
     prompt, head = torch.tensor([[5, 6, 7, 3]]), DraftHead.from_pretrained("head")
     target: Any = Architecture("llama").build("sdpa").float()

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, eager_attention_forward
 
-from transformers_resps import pack
+from transformers_resps import prepack
 from transformers_resps.target.gqa_attention import grouped_attention
 
 
@@ -111,7 +111,7 @@ def main() -> None:
         for inputs, outputs in ((HIDDEN, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN), (HIDDEN, VOCABULARY)):
             layer = nn.Linear(inputs, outputs, bias=False).to(dtype)
             report(f"{name}, linear {inputs} to {outputs}", linear_cases(layer, dtype))
-            report(f"{name}, linear {inputs} to {outputs}, packed", linear_cases(pack(layer), dtype))
+            report(f"{name}, linear {inputs} to {outputs}, packed", linear_cases(prepack(layer), dtype))
         report(f"{name}, {LONE}", Attending(sdpa_attention_forward, dtype).cases(LONE))
         for attention in (sdpa_attention_forward, eager_attention_forward):
             for variant in ("a mask of zeros", "masked keys behind", "a tree"):

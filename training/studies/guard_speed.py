@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from training.studies.experiment import Experiment, add_options
-from transformers_resps import DraftHead, FixedPolicy, Guard, Policy, TreeShape
+from transformers_resps import BaselineGuard, DraftHead, FixedPolicy, Policy, TreeShape
 from transformers_resps.policy import Observation, ThroughputPolicy
-from transformers_resps.target.prepacking import pack
+from transformers_resps.target.prepacking import prepack
 
 
 class HeadAlone(ThroughputPolicy):
@@ -90,10 +90,10 @@ def measure(given: Experiment, heads: dict[str, DraftHead], max_new_tokens: int,
     found = []
     for name, policy_name, kept in SETTINGS:
         make = POLICIES[policy_name]
-        policy = Guard(make())
+        policy = BaselineGuard(make())
         for repeat in range(repeats):
             for number, prompt in enumerate(given.prompts):
-                policy = policy if kept else Guard(make())
+                policy = policy if kept else BaselineGuard(make())
                 ways = [{}, {"assistant_model": heads[name], "policy": policy}]
                 order = (0, 1) if (number + repeat) % 2 == 0 else (1, 0)
                 got = {way: timed(given.target, prompt, max_new_tokens, **ways[way]) for way in order}
@@ -122,7 +122,7 @@ def main() -> None:
     given = Experiment.load(args)
     heads = {UNTRAINED: untrained(given.target, given.head), GIVEN: given.head}
     if args.pack:
-        pack(heads[UNTRAINED])
+        prepack(heads[UNTRAINED])
     runs = measure(given, heads, args.max_new_tokens, args.repeats)
     rows = table(runs)
     file = given.write(args, rows, runs)

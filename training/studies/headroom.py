@@ -18,7 +18,7 @@ from torch import Tensor
 
 from transformers_resps import TreeShape
 from transformers_resps.calibration.cost_table import CostTable
-from transformers_resps.policy import ActionGrid, Guard, Observation, PolicyWrapper, ThroughputPolicy
+from transformers_resps.policy import ActionGrid, BaselineGuard, Observation, PolicyWrapper, ThroughputPolicy
 from transformers_resps.trainers import Oracle, RecordedText, fitted_policy, replay_policy
 
 from .acceptance_model import AcceptanceModel
@@ -121,7 +121,7 @@ def online(
     texts: list[RecordedText], warm: list[RecordedText], policy: ThroughputPolicy, sources: str, table: CostTable
 ) -> Tensor:
     """Seconds of each text under the guarded online policy, after it has decoded `warm`."""
-    guarded, costs = Guard(Only(policy, sources)), step_costs(table)
+    guarded, costs = BaselineGuard(Only(policy, sources)), step_costs(table)
     for text in warm:
         replay_policy(text, guarded, costs)
     return torch.tensor([replay_policy(text, guarded, costs).seconds for text in texts], dtype=torch.float64)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers_resps import FixedPolicy, Guard, Policy, TreeShape
+from transformers_resps import BaselineGuard, FixedPolicy, Policy, TreeShape
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ThroughputPolicy
 from transformers_resps.trainers import RecordedText, StepCosts, replay_policy
@@ -52,9 +52,9 @@ NOISES = {
     "interruptions": Noise(0.06, 0.06, 0.9, 0.02),
 }
 POLICIES: dict[str, Callable[[], Policy]] = {
-    "auto": lambda: Guard(ThroughputPolicy()),
+    "auto": lambda: BaselineGuard(ThroughputPolicy()),
     "auto, unguarded": ThroughputPolicy,
-    "chain of six, guarded": lambda: Guard(FixedPolicy(TreeShape(7, 6, 1))),
+    "chain of six, guarded": lambda: BaselineGuard(FixedPolicy(TreeShape(7, 6, 1))),
 }
 
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from transformers_resps import pack
+from transformers_resps import prepack
 from transformers_resps.calibration.device import device_name
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
 from transformers_resps.target.forward import TargetForward
@@ -123,7 +123,7 @@ def measure(size: Size, repeats: int, packed: bool, dtype: torch.dtype) -> list[
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(size.config(), dtype=dtype).eval()
     if packed:
-        pack(model)
+        prepack(model)
     sizes = [(nodes, 256, 1) for nodes in NODES]
     if size is MEASURED[0]:
         sizes += [(nodes, context, 1) for context in (1024, 4096) for nodes in (1, 8)]

@@ -12,7 +12,7 @@ from ..generation.attach import attach
 from ..head import DraftHead, pair_identity
 from ..head.weights import parameter_fingerprint
 from ..policy import Policy
-from ..target.prepacking import is_prepacked, pack
+from ..target.prepacking import is_prepacked, prepack
 from .methods import policy_name
 from .policies import named_tree, read_policy
 from .provenance import config_sha256, file_of, weights_sha256
@@ -48,7 +48,7 @@ def load_target(name: str, dtype: str | None, device: str, *, packed: bool) -> A
     """The target as it will decode, for every method."""
     chosen = dtype or ("float32" if device == "cpu" else "auto")
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
-    return attach(pack(model.to(device)) if packed else model.to(device))
+    return attach(prepack(model.to(device)) if packed else model.to(device))
 
 
 def load(

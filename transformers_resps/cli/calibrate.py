@@ -7,7 +7,7 @@ from ..bench.options import model
 from ..calibration.cost_table import CostTable
 from ..calibration.measuring import calibrate
 from ..head import DraftHead
-from ..target.prepacking import pack
+from ..target.prepacking import prepack
 from .target import add_target_options, load_target
 
 
@@ -19,13 +19,13 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=calibrate_costs)
     add_target_options(parser)
     parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
-    parser.add_argument("--pack", action="store_true", help="prepack the target's weights first, as `pack` does")
+    parser.add_argument("--pack", action="store_true", help="prepack the target's weights first, as `prepack` does")
     parser.add_argument("--refresh", action="store_true", help="measure again even if a table is stored")
 
 
 def calibrate_costs(args: argparse.Namespace) -> int:
     """Print the cost table, measured now or before."""
-    target = pack(load_target(args)) if args.pack else load_target(args)
+    target = prepack(load_target(args)) if args.pack else load_target(args)
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
     table = calibrate(target, head, refresh=args.refresh)
     for key, value in table.identity.items():

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..head import BoundHead, DraftHead, DraftHeadConfig
 from ..head.rotary import RotaryEmbedding
 from ..target.features import FeatureTap
-from ..target.prepacking import unpack
+from ..target.prepacking import unprepack
 from ..trainers.training_time_test import unroll
 from .diagnosis import Cell, Diagnosis, Reading, Tally
 from .labelled_text import LabelledText
@@ -95,7 +95,7 @@ def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Read
 def _drafter(head: DraftHead, reading: Reading, target: PreTrainedModel) -> BoundHead:
     """Not packed: each would have a copy of the weights, which so many rows at once do not need."""
     drafter = BoundHead(_read_as(head, reading), target)
-    unpack(drafter.head)
+    unprepack(drafter.head)
     return drafter
 
 

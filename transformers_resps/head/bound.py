@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..target.prepacking import is_prepacked, pack
+from ..target.prepacking import is_prepacked, prepack
 from .modeling import DraftHead
 
 
@@ -28,7 +28,7 @@ class BoundHead:
                 f"The head is on {head.device}, but the target's embedding is on {table.weight.device}. "
                 f"Call `head.to('{table.weight.device}')`, or load the head with `target=model`."
             )
-        self.head = head if is_prepacked(head) else pack(head)
+        self.head = head if is_prepacked(head) else prepack(head)
         self.embed_tokens = head.embed_tokens if head.config.owns_embedding else table
         output = head.lm_head if head.config.owns_output_head else target.get_output_embeddings()
         self._output = cast(nn.Module, output)

@@ -31,7 +31,7 @@ class DraftHead(PublishableHead):
 
     A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. The
     embedding table and, with a full draft vocabulary, the output head are usually the target's: the head uses them
-    when it decodes and does not store them. On CPU, decoding prepacks the head's weights: call `pack(head)` after
+    when it decodes and does not store them. On CPU, decoding prepacks the head's weights: call `prepack(head)` after
     weights were written through `.data`, as PEFT's merge does.
     """
 

@@ -121,17 +121,11 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[st
     looked_up, shared, accepted = set(step.lookup_nodes), set(step.shared_nodes), set(step.path)
     probs = step.prefix_accept_probs
     for node in sorted(looked_up):  # the chain's own chance, as far as the track record reaches
-        paths[node] = (
-            step.prefix_accept_probs[depths[node] - 1] if depths[node] <= len(step.prefix_accept_probs) else math.nan
-        )
+        paths[node] = probs[depths[node] - 1] if depths[node] <= len(probs) else math.nan
     nodes = []
     for node, (token, parent, depth) in enumerate(zip(tokens, parents, depths, strict=True)):
-        before = (
-            step.prefix_accept_probs[depth - 2]
-            if node in looked_up and 1 < depth <= len(step.prefix_accept_probs)
-            else paths[parent]
-        )
-        before = 1.0 if depth <= 1 else before
+        is_chance = node in looked_up and 1 < depth <= len(probs)
+        before = 1.0 if depth <= 1 else probs[depth - 2] if is_chance else paths[parent]
         nodes.append(
             {
                 "text": decode_after(before_root if node == 0 else tokens[parent], token, decode),

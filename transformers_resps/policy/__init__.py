@@ -6,7 +6,7 @@ from .auto import AutoPolicy
 from .costs import RunningCosts
 from .decisions import ask_shape, choose_shape, count_nodes, wants_level
 from .fixed import FixedPolicy
-from .guard import Guard
+from .guard import BaselineGuard
 from .policy_cache import PolicyCache, default_policy
 from .protocol import Level, Observation, Policy, StepObserver
 from .resps import ReSpSConfig, ReSpSPolicy
@@ -19,7 +19,7 @@ __all__ = [
     "ActionGrid",
     "AutoPolicy",
     "FixedPolicy",
-    "Guard",
+    "BaselineGuard",
     "PolicyCache",
     "Level",
     "PlattScaling",

@@ -29,7 +29,7 @@ _FAR = 256  # positions: a new call whose context differs by more times a plain 
 _UNKNOWN_TREE, _UNKNOWN_LEVEL = 0.5, 0.1  # plain steps added to the guessed cost of the first tree, the first level
 
 
-class Guard(PolicyWrapper, SavedPolicy):
+class BaselineGuard(PolicyWrapper, SavedPolicy):
     """Falls back to plain decoding when drafting loses time.
 
     Keeps a budget in seconds. A drafted step earns what its tokens would have taken plainly and pays what it took.
@@ -63,8 +63,8 @@ class Guard(PolicyWrapper, SavedPolicy):
     def __init__(self, policy: Policy) -> None:
         if isinstance(policy, type) or not isinstance(policy, Policy):
             raise ValueError(
-                f"`Guard` needs an object with the methods `choose`, `grow`, `size` and `observe`, got {policy!r}. "
-                "Pass a policy, for example `Guard(ThroughputPolicy())`, which is what 'auto' means."
+                f"`BaselineGuard` needs a policy with `choose`, `grow`, `size` and `observe`, got {policy!r}. "
+                "Pass a policy, for example `BaselineGuard(ThroughputPolicy())`, which is what 'auto' means."
             )
         self.policy = policy
         self._learns_costs = self.costs is None
@@ -85,7 +85,7 @@ class Guard(PolicyWrapper, SavedPolicy):
         self._of_all_rows: tuple[RunningCosts, float] | None = None
 
     def __repr__(self) -> str:
-        return f"Guard({self.policy!r})"
+        return f"BaselineGuard({self.policy!r})"
 
     def choose(self, observation: Observation) -> TreeShape:
         self._context = observation.context_length

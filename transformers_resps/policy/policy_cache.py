@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .guard import Guard
+from .guard import BaselineGuard
 from .protocol import Policy
 from .throughput import ThroughputPolicy
 
@@ -17,7 +17,7 @@ _ATTRIBUTE = "_resps_kept_policies"
 
 def default_policy() -> Policy:
     """The policy that "auto" stands for. It needs no training."""
-    return Guard(ThroughputPolicy())
+    return BaselineGuard(ThroughputPolicy())
 
 
 class _NoHead:

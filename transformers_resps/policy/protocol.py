@@ -69,9 +69,10 @@ class Policy(Protocol):
     - `needs_drafted_match` (true): false if it ignores `StepRecord.drafted_match`, which then stays 0.
     - `check_identity` (`None`): called before any work with `target` and `head`, as `pair_identity` returns them;
       raises `ValueError` for others than those it was trained for.
-    - `probes_head` (false): true if it learns from draft-only probes, of which nothing is verified. `Guard` reads it.
-    - `is_confident` (false): true once its estimates rest on observed outcomes. `Guard` reads it.
-    - `costs` (`None`): the `RunningCosts` that it learns itself, for `Guard` to read.
+    - `probes_head` (false): true if it learns from draft-only probes, of which nothing is verified.
+      `BaselineGuard` reads it.
+    - `is_confident` (false): true once its estimates rest on observed outcomes. `BaselineGuard` reads it.
+    - `costs` (`None`): the `RunningCosts` that it learns itself, for `BaselineGuard` to read.
     """
 
     def choose(self, observation: Observation) -> TreeShape:

@@ -63,7 +63,7 @@ class PrepackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
 
-def pack(module: Module) -> Module:
+def prepack(module: Module) -> Module:
     """Prepack the weights of a module's linear layers, so that they multiply few rows faster.
 
     Speeds up plain decoding and trees, on a CPU in float32, and in bfloat16 if the CPU multiplies it; elsewhere the
@@ -81,7 +81,7 @@ def pack(module: Module) -> Module:
         ValueError: `module` is no `nn.Module`.
     """
     if not isinstance(module, nn.Module):
-        raise ValueError(f"`pack` needs a model, a head or another `nn.Module`, got {module!r:.80}.")
+        raise ValueError(f"`prepack` needs a model, a head or another `nn.Module`, got {module!r:.80}.")
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = PrepackedLinear
@@ -90,11 +90,11 @@ def pack(module: Module) -> Module:
     return module
 
 
-def unpack(module: Module) -> Module:
-    """Undo `pack`, and free the memory of the packed copies.
+def unprepack(module: Module) -> Module:
+    """Undo `prepack`, and free the memory of the packed copies.
 
     Args:
-        module: what `pack` was given; changed in place.
+        module: what `prepack` was given; changed in place.
 
     Returns:
         `module`, its linear layers now `nn.Linear`.

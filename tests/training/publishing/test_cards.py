@@ -13,7 +13,7 @@ from tests.training.publishing.artefacts import changed, head_folder, policy_fol
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
 from transformers_resps.bench.provenance import config_sha256
 from transformers_resps.data.training_prompts import read_training_prompts
-from transformers_resps.policy import Guard, ThroughputPolicy
+from transformers_resps.policy import BaselineGuard, ThroughputPolicy
 
 
 CARDS = Path(__file__).parent / "cards"
@@ -43,7 +43,7 @@ def test_a_card_of_bare_weights_says_what_was_not_measured_and_no_more(tmp_path)
 
 def test_the_card_of_a_guarded_policy_names_the_target_and_the_head_of_the_guarded_one(tmp_path):
     made_with = {"target": {"name_or_path": "maker/tiny"}, "head": {"name_or_path": "maker/tiny-head"}}
-    Guard(ThroughputPolicy(**made_with)).save_pretrained(tmp_path)
+    BaselineGuard(ThroughputPolicy(**made_with)).save_pretrained(tmp_path)
     card = render_card(read_artefact(tmp_path), "me/mine")
     assert "base_model: maker/tiny\n" in card and 'DraftHead.from_pretrained("maker/tiny-head"' in card
 

@@ -16,7 +16,7 @@ from tests.training.publishing.artefacts import snapshot
 from transformers_resps import AutoPolicy, DraftHead
 from transformers_resps.data.training_prompts import fingerprint, read_training_prompts
 from transformers_resps.hub import Destination, upload
-from transformers_resps.policy import Guard, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policy import BaselineGuard, ReSpSConfig, ReSpSPolicy
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
 
 
@@ -179,7 +179,7 @@ def test_no_path_of_this_machine_is_saved_with_a_head_or_a_policy(tmp_path, monk
     given = {"name_or_path": str(tmp_path / "given")}
     policy = ReSpSPolicy(ReSpSConfig(9, target=head.config.target, head=given))
     policy.save_pretrained(tmp_path / "policy")
-    Guard(policy).save_pretrained(tmp_path / "guarded")
+    BaselineGuard(policy).save_pretrained(tmp_path / "guarded")
     told = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("head", "policy", "guarded")]
     assert [config["target"]["name_or_path"] for config in (*told[:2], told[2]["policy"])] == ["target"] * 3
     assert told[1]["head"]["name_or_path"] == "given"
