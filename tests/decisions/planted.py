@@ -27,8 +27,8 @@ class PlantedClock(PolicyWrapper):
     def grow(self, level: Level) -> bool:
         return self.policy.grow(level)
 
-    def size(self, scores: Tensor) -> int:
-        return count_nodes(self.policy, scores)
+    def size(self, scores: Tensor, levels: Tensor) -> int:
+        return count_nodes(self.policy, scores, levels)
 
     def observe(self, record: StepRecord) -> None:
         verify = (0.03 + 0.001 * record.verified) * NOISE[self.steps % len(NOISE)]

@@ -31,9 +31,9 @@ def test_the_head_drafts_for_unfinished_rows_only(target: PreTrainedModel, head:
     class Watching(FixedPolicy):
         rows: list[int] = []
 
-        def size(self, scores: torch.Tensor) -> int:
+        def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
             self.rows.append(len(scores))
-            return super().size(scores)
+            return super().size(scores, levels)
 
     policy = Watching(WIDE)
     out = speculate(target, prompts(1), assistant_model=head, policy=policy, eos_token_id=[2, 6])

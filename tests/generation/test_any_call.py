@@ -42,7 +42,7 @@ class Restless(Policy):
     def grow(self, level: Any) -> bool:
         return self._next(self.grows)
 
-    def size(self, scores: torch.Tensor) -> int:
+    def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
         return self._next(self.sizes)
 
 

@@ -123,9 +123,9 @@ def test_a_policy_with_a_stock_assistant_is_refused(target: PreTrainedModel) -> 
 
 
 def test_an_object_that_is_no_policy_is_refused(target: PreTrainedModel, head: DraftHead) -> None:
-    with pytest.raises(ValueError, match="object with the methods `choose`"):
+    with pytest.raises(ValueError, match="object of a subclass of `Policy`, got <object.*write `choose`"):
         target.generate(PROMPT, assistant_model=head, policy=object())
-    with pytest.raises(ValueError, match="Pass an object, not its class"):
+    with pytest.raises(ValueError, match="pass an object, not the class"):
         target.generate(PROMPT, assistant_model=head, policy=FixedPolicy)
     with pytest.raises(ValueError, match=r"needs a `TreeShape`, got \(8, 3, 2\). Pass"):
         FixedPolicy((8, 3, 2))

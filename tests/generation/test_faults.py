@@ -108,7 +108,7 @@ class Says(Policy):
     def grow(self, level: Any) -> Any:
         return self.answers["grow"]
 
-    def size(self, scores: Any) -> Any:
+    def size(self, scores: Any, levels: Any) -> Any:
         return self.answers["size"]
 
 
@@ -167,7 +167,7 @@ class Restless(Policy):
     def grow(self, level: Any) -> bool:
         return self.random.random() < 0.7
 
-    def size(self, scores: Any) -> int:
+    def size(self, scores: Any, levels: Any) -> int:
         return self.random.randint(-3, 60)
 
 

@@ -93,7 +93,7 @@ def test_the_guard_notices_a_head_beyond_its_trained_length() -> None:
         if shape.asks_head:
             levels, nodes, seconds = 3, 8, drafted
             accepted = 3 if context < 2048 else 0
-            policy.size(torch.full((1, 7), -0.3))
+            policy.size(torch.full((1, 7), -0.3), torch.tensor([1, 1, 1, 1, 2, 2, 2]))
         record = StepRecord(shape, levels * 4, nodes, accepted, accepted + 1, 0.2 * bool(levels), seconds, seconds)
         policy.observe(record)
         lost.append((context, seconds - plain * (accepted + 1)))

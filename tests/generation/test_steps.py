@@ -121,7 +121,7 @@ def test_any_number_of_nodes_a_policy_asks_for_is_survived(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, size: float
 ) -> None:
     class Greedy(FixedPolicy):
-        def size(self, scores: torch.Tensor) -> Any:
+        def size(self, scores: torch.Tensor, levels: torch.Tensor) -> Any:
             return size
 
     plain = target.generate(prompt, max_new_tokens=16)
@@ -150,8 +150,10 @@ def test_a_policy_may_stop_growing_and_choose_the_number_of_nodes(
             assert level.scores.shape == (1, 4)
             return level.depth < 2
 
-        def size(self, scores: torch.Tensor) -> int:
-            assert scores.shape in ((1, 4), (1, 4 + 16))  # one level only where the text may grow by one token
+        def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
+            one_level = len(levels) == 4  # where the text may grow by one token
+            assert levels.tolist() == ([1] * 4 if one_level else [1] * 4 + [2] * 16)
+            assert scores.shape == (1, len(levels))
             return 5
 
         def observe(self, record: Any) -> None:

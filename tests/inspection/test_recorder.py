@@ -91,6 +91,8 @@ def test_a_policy_of_another_head_is_refused_as_if_nobody_looked(
     tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor]
 ) -> None:
     class Foreign(FixedPolicy):
+        head_identity = {"vocab_size": 7}
+
         def check_identity(self, **given: Any) -> None:
             raise ValueError(f"made for another {' and '.join(given)}")
 

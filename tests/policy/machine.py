@@ -68,7 +68,7 @@ class Machine:
             while levels < shape.depth and policy.grow(Level(levels, torch.full((1, 1), claim * levels))):
                 levels += 1
             scores = torch.tensor([[claim * (i + 1) for i in range(levels)]])
-            nodes = max(min(policy.size(scores), shape.total_tokens, levels + 1), 1)
+            nodes = max(min(policy.size(scores, torch.arange(1, levels + 1)), shape.total_tokens, levels + 1), 1)
         drafted_match = self._run_length(self.hit, levels)
         accepted = max(min(drafted_match, nodes - 1), self._run_length(self.lookup_hit, shape.lookup))
         verify, draft = self.verify(nodes + shape.lookup), self.level_seconds * levels

@@ -17,6 +17,7 @@ from transformers_resps.tree import TreeShape
 
 
 CHAIN = TreeShape(4, 3, 1)
+ONE = torch.ones(1, dtype=torch.long)  # the level of a pool's only node
 
 
 def observation(rows: int, step: int = 1) -> Observation:
@@ -55,7 +56,7 @@ def odds_after(outcome: Callable[[int], StepRecord]) -> float:
     policy.observe(record(1, (1,) * 8, 1.0))
     for step in range(40):
         policy.choose(observation(8, step))
-        policy.size(torch.tensor([half] * 8))
+        policy.size(torch.tensor([half] * 8), ONE)
         policy.observe(outcome(step))
     return policy.odds.of(half, 1)[0]
 
@@ -122,11 +123,11 @@ def test_prices_are_read_anew_as_soon_as_a_tree_of_another_size_was_timed() -> N
     policy.observe(record(1, (1,), 1.0))
     policy.choose(observation(1))
     scores = torch.log(torch.tensor([[0.9, 0.3, 0.3, 0.3]]))
-    cheap = policy.size(scores)
+    cheap = policy.size(scores, ONE.expand(4))
     policy.costs.add(2, 0, 1.3, 0.0, 1.3)
     policy.costs.add(4, 0, 2.5, 0.0, 2.5)
     policy.choose(observation(1))
-    assert policy.size(scores) < cheap
+    assert policy.size(scores, ONE.expand(4)) < cheap
 
 
 def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
@@ -137,7 +138,7 @@ def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
         policy.observe(record(1, (1,) * 8, 1.0))
         policy.costs.add(2, 1, 1.2, 0.05, 1.25)
         policy.choose(replace(observation(8), row_weights=row_weights))
-        return policy.size(torch.log(torch.tensor([[0.9]] + [[0.05]] * 7)))
+        return policy.size(torch.log(torch.tensor([[0.9]] + [[0.05]] * 7)), ONE)
 
     assert nodes([4.5] + [0.5] * 7) == 2
     assert nodes([1.0] * 8) == nodes([0.1] + [7.9 / 7] * 7) == nodes([]) == 1

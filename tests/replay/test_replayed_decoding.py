@@ -33,8 +33,8 @@ class Restless(Policy):
         self.seen.append((level.depth, [round(score, 3) for score in level.scores[0].tolist()]))
         return len(self.seen) % 5 > 0
 
-    def size(self, scores: torch.Tensor) -> int:
-        self.seen.append(scores.shape[1])
+    def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
+        self.seen.append((scores.shape[1], levels.tolist()))
         return 2 + len(self.seen) % 7
 
     def observe(self, record: StepRecord) -> None:
@@ -108,6 +108,6 @@ def test_what_no_step_could_follow_is_refused_as_live(
 ) -> None:
     text = recorded(target, head, FixedPolicy(TreeShape(9, 4, 3)))
     policy = FixedPolicy(TreeShape(9, 4, 3))
-    monkeypatch.setattr(policy, method, lambda _: answer)
+    monkeypatch.setattr(policy, method, lambda *_: answer)
     with pytest.raises(ValueError, match=refusal):
         replay_policy(text, policy, COSTS)

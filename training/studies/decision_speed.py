@@ -21,6 +21,7 @@ def main() -> None:
     prefix_accept_probs = [0.6 * 0.8**place for place in range(16)]
     level = -torch.rand(1, 4).mul(3).sort().values
     pool = torch.cat([level, *(-torch.rand(1, 16).mul(4) - 1 - depth for depth in range(3))], dim=1)
+    level_of = torch.tensor([1] * 4 + [2] * 16 + [3] * 16 + [4] * 16)
     for step in range(STEPS):
         observation = Observation(torch.zeros(1, 1728), 100, step, 400, lambda: prefix_accept_probs)
         started = time.process_time()
@@ -30,7 +31,8 @@ def main() -> None:
             levels = 1
             while levels < 4 and policy.grow(Level(levels, level - levels)):
                 levels += 1
-            nodes = policy.size(pool[:, : 4 + 16 * (levels - 1)])
+            drafted = 4 + 16 * (levels - 1)
+            nodes = policy.size(pool[:, :drafted], level_of[:drafted])
         record = StepRecord(shape, 52, nodes + shape.lookup, 2, 3, 0.002, 0.02, 0.0222, 2)
         policy.observe(record)
         spent += time.process_time() - started

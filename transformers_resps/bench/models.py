@@ -120,9 +120,8 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
                 f"{source}`."
             )
         policy = read_policy(source, head)
-        check_identity = getattr(policy, "check_identity", None)
-        if check_identity is not None:
-            check_identity(**pair_identity(target, head))
+        if isinstance(policy, Policy) and policy.has_identity:
+            policy.check_identity(**pair_identity(target, head))
         name = policy_name(source, policy)
         if name in found:
             raise ValueError(

@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from ..drafting.candidate_generator import MAX_UNREAD, TreeCandidateGenerator
 from ..drafting.prompt_lookup import BatchLookup, Match
 from ..head import BoundHead
-from ..policy import Observation, Policy, StepObserver, choose_shape, count_nodes
+from ..policy import Observation, Policy, choose_shape, count_nodes
 from ..target.attention import last_position, tree_attention_mask, tree_positions
 from ..target.features import Features
 from ..target.forward import TargetForward, wait_for
@@ -126,7 +126,7 @@ class TreeDecoding:
     def _read_prompt(self, features: list[Features]) -> None:
         """Head and lookup read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
         started = self._clock()
-        if getattr(self.policy, "uses_lookup", True):
+        if self.policy.uses_lookup:
             self._matches()
         if self._generator is not None:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
@@ -151,8 +151,7 @@ class TreeDecoding:
         self._drop_finished()
         seconds = (drafted - started, verified - drafted)
         record = self._record(shape, drafted_count, tree, acceptance, started, seconds)
-        if isinstance(self.policy, StepObserver):
-            self.policy.on_verified(tree, acceptance.path, acceptance.tokens)
+        self.policy.on_verified(tree, acceptance.path, acceptance.tokens)
         self.policy.observe(record)
 
     def close(self) -> None:
@@ -192,7 +191,7 @@ class TreeDecoding:
         if shape.asks_head and self._generator is not None:
             self._pool = pool = self._generator.draft(shape, self.policy)
             drafted = pool.tokens.shape[1]
-            total_tokens = min(shape.total_tokens, count_nodes(self.policy, pool.scores))
+            total_tokens = min(shape.total_tokens, count_nodes(self.policy, pool.scores, pool.levels))
             if total_tokens > 1:
                 tree = DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens)
         elif self._generator is not None:
@@ -291,7 +290,7 @@ class TreeDecoding:
         """Tokens of the step that the pool holds as a path: of each row that advances on its own, of rows in lockstep
         the least. A finished row, which writes padding, is no evidence.
         """
-        if self._pool is None or not getattr(self.policy, "needs_drafted_match", True):
+        if self._pool is None or not self.policy.needs_drafted_match:
             return 0
         found = map(min, self._pool.drafted_match(acceptance.tokens), acceptance.counts)
         if self.batch.in_lockstep:

@@ -89,9 +89,8 @@ def read_request(
     check_tree_attention(target)
     place = PolicyCache.place(target, 1 if prompts is None else len(prompts))
     policy = _resolve_policy(policy, head, target, place)  # last: a refused call must not lose what "auto" has learned
-    check_identity = getattr(policy, "check_identity", None)
-    if check_identity is not None:
-        check_identity(**pair_identity(target, head))
+    if policy.has_identity:
+        policy.check_identity(**pair_identity(target, head))
     return Request(bound, policy, lockstep, place)
 
 
@@ -123,10 +122,10 @@ def check_kinds(assistant_model: Any, policy: Any, lockstep: Any) -> None:
         raise ValueError(f"`lockstep` must be True, False or None, got {lockstep!r}.")
     if policy is None or (isinstance(policy, str) and policy == AUTO):
         return
-    if isinstance(policy, type) or not isinstance(policy, Policy):
+    if not isinstance(policy, Policy):
         raise ValueError(
-            f"`policy` must be 'auto', 'plain' or an object with the methods `choose`, `grow`, `size` and `observe`, "
-            f"got {policy!r}. Pass an object, not its class; subclass `transformers_resps.Policy` for the defaults."
+            f"`policy` must be 'auto', 'plain' or an object of a subclass of `Policy`, got {policy!r}. Subclass "
+            "`transformers_resps.Policy`, write `choose`, and pass an object, not the class."
         )
 
 
@@ -135,7 +134,7 @@ def _resolve_policy(policy: Any, head: DraftHead | None, target: PreTrainedModel
         return FixedPolicy(head.default_shape)
     if policy == AUTO:
         return PolicyCache.of(target).take(head, place)
-    if head is None and getattr(policy, "needs_head", True):
+    if head is None and policy.needs_head:
         raise ValueError(
             f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
             "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."

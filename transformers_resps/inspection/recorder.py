@@ -59,7 +59,7 @@ class Recorder(PolicyWrapper):
     uses_lookup = True  # at every step, whatever the policy does
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        super().__init__(policy)
         self.steps: list[RecordedStep] = []
 
     def __repr__(self) -> str:
@@ -81,8 +81,8 @@ class Recorder(PolicyWrapper):
         self.steps[-1].levels = level.depth + bool(grows)
         return grows
 
-    def size(self, scores: Tensor) -> int:
-        nodes = self.policy.size(scores)
+    def size(self, scores: Tensor, levels: Tensor) -> int:
+        nodes = self.policy.size(scores, levels)
         step = self.steps[-1]
         step.levels = max(step.levels, 1)
         step.head_nodes = max(1, min(int(nodes), scores.shape[-1] + 1, step.chosen.total_tokens))
@@ -90,6 +90,7 @@ class Recorder(PolicyWrapper):
 
     def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
         self.steps[-1].tree, self.steps[-1].path = tree, path[0].tolist()
+        self.policy.on_verified(tree, path, tokens)
 
     def observe(self, record: StepRecord) -> None:
         self.steps[-1].record = record

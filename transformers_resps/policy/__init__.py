@@ -7,8 +7,8 @@ from .costs import RunningCosts
 from .decisions import ask_shape, choose_shape, count_nodes, wants_level
 from .fixed import FixedPolicy
 from .guard import BaselineGuard
+from .policy import Level, Observation, Policy
 from .policy_cache import PolicyCache, default_policy
-from .protocol import Level, Observation, Policy, StepObserver
 from .resps import ReSpSConfig, ReSpSPolicy
 from .saving import SavedPolicy
 from .throughput import ThroughputPolicy
@@ -32,7 +32,6 @@ __all__ = [
     "RunningCosts",
     "SavedPolicy",
     "ThroughputPolicy",
-    "StepObserver",
     "ask_shape",
     "choose_shape",
     "count_nodes",

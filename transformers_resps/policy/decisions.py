@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..tree import TreeShape
-from .protocol import Level, Observation, Policy
+from .policy import Level, Observation, Policy
 
 
 # What a step may cost in memory. Published trees verify 60 nodes of 710 candidates.
@@ -62,13 +62,13 @@ def wants_level(policy: Policy, level: Level) -> bool:
         raise ValueError(f"{policy!r} returned {answer!r} from `grow`. Return True or False.") from error
 
 
-def count_nodes(policy: Policy, scores: Tensor) -> int:
-    """How many nodes `policy` verifies, given the pool's scores `[b, p]`; below 1 counts as the root alone.
+def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> int:
+    """How many nodes `policy` verifies of a pool, see `Policy.size`; below 1 counts as the root alone.
 
     Raises:
         ValueError: its answer is no number.
     """
-    answer = policy.size(scores)
+    answer = policy.size(scores, levels)
     try:
         return int(answer)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:

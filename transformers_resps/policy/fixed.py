@@ -5,7 +5,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from ..tree import TreeShape
-from .protocol import Observation
+from .policy import Observation
 from .saving import SavedPolicy, check_known
 
 
@@ -29,15 +29,8 @@ class FixedPolicy(SavedPolicy):
                 "example `TreeShape(8, 3, 2)`."
             )
         self.shape = shape
-
-    @property
-    def needs_head(self) -> bool:
-        """False for a shape with lookup nodes only, which works without a head."""
-        return self.shape.asks_head or self.shape.is_plain
-
-    @property
-    def uses_lookup(self) -> bool:
-        return self.shape.lookup > 0
+        self.needs_head = shape.asks_head or shape.is_plain  # not for lookup nodes alone
+        self.uses_lookup = shape.lookup > 0
 
     def __repr__(self) -> str:
         return f"FixedPolicy({self.shape})"

@@ -9,7 +9,7 @@ from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 from .costs import INTERRUPTED, RunningCosts
 from .decisions import ask_shape, count_nodes, wants_level
-from .protocol import Level, Observation, Policy
+from .policy import Level, Observation, Policy
 from .saving import SavedPolicy, check_known, class_of
 from .wrapper import PolicyWrapper
 
@@ -61,12 +61,12 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
     policy_type = "guard"
 
     def __init__(self, policy: Policy) -> None:
-        if isinstance(policy, type) or not isinstance(policy, Policy):
+        if not isinstance(policy, Policy):
             raise ValueError(
-                f"`BaselineGuard` needs a policy with `choose`, `grow`, `size` and `observe`, got {policy!r}. "
-                "Pass a policy, for example `BaselineGuard(ThroughputPolicy())`, which is what 'auto' means."
+                f"`BaselineGuard` needs an object of a subclass of `Policy`, got {policy!r}. Pass a policy, for "
+                "example `BaselineGuard(ThroughputPolicy())`, which is what 'auto' means."
             )
-        self.policy = policy
+        super().__init__(policy)
         self._learns_costs = self.costs is None
         self._known = self.costs or RunningCosts()
         self._plain_seconds = self._known.step_seconds(1, 0) if self._known.knows_plain else 0.0
@@ -114,8 +114,8 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._levels = level.depth + 1
         return wants_level(self.policy, level)
 
-    def size(self, scores: Tensor) -> int:
-        return min(count_nodes(self.policy, scores), self._nodes)
+    def size(self, scores: Tensor, levels: Tensor) -> int:
+        return min(count_nodes(self.policy, scores, levels), self._nodes)
 
     def observe(self, record: StepRecord) -> None:
         nodes, seconds, gained = record.verified, max(record.step_seconds, 0.0), self._gained(record)

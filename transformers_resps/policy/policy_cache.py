@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .guard import BaselineGuard
-from .protocol import Policy
+from .policy import Policy
 from .throughput import ThroughputPolicy
 
 

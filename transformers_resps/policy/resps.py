@@ -18,8 +18,8 @@ from torch import Tensor
 from ..tree import TreeShape
 from .action_grid import ActionGrid
 from .actor_critic import ActorCritic, saved_shapes, seeded_actor_critic
-from .identity import Identity, check_identity_values, check_same
-from .protocol import Observation
+from .identity import Identity, check_identity_values
+from .policy import Observation
 from .saving import SavedPolicy, check_known
 
 
@@ -105,7 +105,6 @@ class ReSpSPolicy(SavedPolicy):
     """
 
     policy_type = "resps"
-    needs_head = True
     needs_drafted_match = False
 
     def __init__(self, config: ReSpSConfig, network: ActorCritic | None = None, *, seed: int = 0) -> None:
@@ -125,14 +124,12 @@ class ReSpSPolicy(SavedPolicy):
             seed=seed,
         )
         self.network.eval()
+        self.uses_lookup = any(shape.lookup for shape in config.grid.shapes)
+        self.target_identity, self.head_identity = config.target, config.head
         self._generator = torch.Generator().manual_seed(seed)
         self._held = config.grid[0]
         self._steps_left = 0
         self._last_step = 0
-
-    @property
-    def uses_lookup(self) -> bool:
-        return any(shape.lookup for shape in self.config.grid.shapes)
 
     def __repr__(self) -> str:
         config = self.config
@@ -191,8 +188,7 @@ class ReSpSPolicy(SavedPolicy):
         Raises:
             ValueError: one differs; the message names both sides.
         """
-        check_same("target", self.config.target, target)
-        check_same("head", self.config.head, head)
+        super().check_identity(target=target, head=head)
         if grid is not None and grid != self.config.grid:
             missing = [shape for shape in self.config.grid.shapes if shape not in grid.shapes]
             raise ValueError(

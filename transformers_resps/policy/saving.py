@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..hub import Destination, RepositoryFiles, plain_card, push_saved, shareable
-from .protocol import Policy
+from .policy import Policy
 
 
 CONFIG_FILE = "config.json"

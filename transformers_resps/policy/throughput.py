@@ -7,8 +7,9 @@ asked for a long time after it. Step costs and the calibration of the head's sco
 start that may be fitted or measured beforehand.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise, zip_longest
 from operator import mul
 from typing import Any, Self
 
@@ -19,8 +20,8 @@ from ..tree import TreeShape
 from .acceptance_model import LEVELS, AcceptanceModel, PlattScaling
 from .costs import RunningCosts
 from .decisions import MAX_NODES
-from .identity import Identity, check_identity_values, check_same
-from .protocol import Level, Observation
+from .identity import Identity, check_identity_values
+from .policy import Level, Observation
 from .saving import SavedPolicy, check_known
 
 
@@ -56,6 +57,7 @@ class ThroughputPolicy(SavedPolicy):
 
     policy_type = "throughput"
     needs_head = False
+    costs: RunningCosts
     probes_head = True  # learns from one drafted level, whether or not any of it is verified
 
     def __init__(
@@ -81,7 +83,7 @@ class ThroughputPolicy(SavedPolicy):
             )
         check_identity_values("target", target)
         check_identity_values("head", head)
-        self.target, self.head = target, head
+        self.target_identity, self.head_identity = target, head
         self.costs = costs or RunningCosts()
         self.odds = odds or AcceptanceModel()
         self._asked = TreeShape(most_nodes + 1, depth, top_k)
@@ -113,15 +115,6 @@ class ThroughputPolicy(SavedPolicy):
         """Whether its estimates rest on observed outcomes."""
         return self.odds.rest_on_outcomes
 
-    @property
-    def check_identity(self) -> Callable[..., None] | None:
-        """A function that refuses another target or head than it was fitted with; `None` when neither is known."""
-        return None if self.target is None and self.head is None else self._check_identity
-
-    def _check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
-        check_same("target", self.target, target)
-        check_same("head", self.head, head)
-
     def choose(self, observation: Observation) -> TreeShape:
         self._lookup, self._lookup_hit, self._masses, self._nodes = 0, 0.0, [], []
         self._urgency = observation.row_weights
@@ -152,16 +145,15 @@ class ThroughputPolicy(SavedPolicy):
         gain = self._best_prefix(coming, before)[1] - self._best_prefix(self._nodes, before)[1]
         return gain > self._rate * self.costs.draft_seconds(1)
 
-    def size(self, scores: Tensor) -> int:
-        width = min(self._width or scores.shape[-1], scores.shape[-1])
-        rows = scores.tolist()
-        bounds = [0, width, *range(width + width * width, scores.shape[-1] + 1, width * width)]
+    def size(self, scores: Tensor, levels: Tensor) -> int:
+        rows, level_of = scores.tolist(), levels.tolist()
+        bounds = [bisect_right(level_of, level) for level in range(level_of[-1] + 1)]
         ranked: list[list[float]] = []
         self._masses = []
         for row in rows:
             nodes: list[tuple[float, float]] = []
             masses = []
-            for level, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=1):
+            for level, (start, stop) in enumerate(pairwise(bounds), start=1):
                 worth = self.odds.of(row[start:stop], level)
                 masses.append(min(sum(worth), 1.0))
                 nodes += [node for node in zip(row[start:stop], worth, strict=True) if node[1]]
@@ -242,7 +234,7 @@ class ThroughputPolicy(SavedPolicy):
     def to_config(self) -> dict[str, Any]:
         shape = self._asked
         sizes = {"depth": shape.depth, "top_k": shape.top_k, "most_nodes": shape.total_tokens - 1}
-        identity = {"target": self.target, "head": self.head}
+        identity = {"target": self.target_identity, "head": self.head_identity}
         return sizes | {name: dict(known) for name, known in identity.items() if known is not None}
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ class _ReplayedDecoding:
         newest = self._text.input_ids[root : root + 1]
         tree = DraftTree.root_only(newest)
         if pool is not None:
-            total_tokens = min(shape.total_tokens, count_nodes(self._policy, pool.scores))
+            total_tokens = min(shape.total_tokens, count_nodes(self._policy, pool.scores, pool.levels))
             if total_tokens > 1:
                 tree = DraftTree.from_pool(newest, pool, total_tokens)
         if shape.lookup:
