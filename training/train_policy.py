@@ -34,7 +34,7 @@ from transformers_resps.bench.provenance import machine
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.data.training_prompts import write_training_prompts
-from transformers_resps.head.weights import parameter_fingerprint
+from transformers_resps.head.fingerprint import parameter_fingerprint
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay.replay_text import FORMAT
 from transformers_resps.trainers import (
@@ -45,7 +45,6 @@ from transformers_resps.trainers import (
     ReplayRollouts,
     ReplayText,
     StepSeconds,
-    head_fingerprint,
     pair_identity,
     record_text,
 )
@@ -132,7 +131,7 @@ class Recorder:
     def _made_with(self) -> str:
         """Changes with everything that changes a recording: the target's weights, not its path."""
         answered = [parameter_fingerprint(self.target), str(self.target.dtype), generation_settings(self.script)]
-        return digest([FORMAT, *answered, head_fingerprint(self.head), self.grid.to_list()])[:8]
+        return digest([FORMAT, *answered, self.head.fingerprint(), self.grid.to_list()])[:8]
 
     def _answer(self, prompt: Tensor) -> ReplayText | None:
         torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on earlier ones
@@ -199,7 +198,7 @@ def facts_of(prompts: Prompts, recorder: Recorder, seconds: StepSeconds) -> dict
     shapes, longest = recorder.grid, recorder.script.max_prompt_tokens
     return {
         "target": parameter_fingerprint(recorder.target),
-        "head": head_fingerprint(recorder.head),
+        "head": recorder.head.fingerprint(),
         "prompts": digest([list(map(name_of, part)) for part in (prompts.train, prompts.watched, prompts.tested)]),
         "shapes": digest(shapes.to_list()),
         "costs": digest([[seconds(shape, context) for shape in shapes.shapes] for context in (0, longest)]),

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, attach, detach
-from transformers_resps.head import head_fingerprint, pair_identity
+from transformers_resps.head import pair_identity
 from transformers_resps.policy import BaselineGuard, PolicyCache, ReSpSConfig, ThroughputPolicy
 from transformers_resps.policy.identity import check_same
 
@@ -100,15 +100,15 @@ def test_a_head_is_not_hashed_for_a_policy_that_belongs_to_nobody(
     tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor]
 ) -> None:
     attach(tiny_target).generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=2)
-    assert "_fingerprint" not in tiny_head.__dict__
+    assert tiny_head._fingerprint == (None, "")
 
 
 def test_the_fingerprint_follows_the_weights(tiny_head: DraftHead) -> None:
-    before = head_fingerprint(tiny_head)
-    assert head_fingerprint(tiny_head) == before
+    before = tiny_head.fingerprint()
+    assert tiny_head.fingerprint() == before
     with torch.no_grad():
         tiny_head.fc.weight.add_(0.5)
-    assert head_fingerprint(tiny_head) != before
+    assert tiny_head.fingerprint() != before
 
 
 def test_a_policy_serves_its_head_in_every_dtype_and_in_float16_asks_for_no_fingerprint(

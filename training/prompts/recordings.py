@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_resps import DraftHead, attach
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.generation.sequences import end_ids, left_padded
-from transformers_resps.head.weights import parameter_fingerprint
-from transformers_resps.trainers import RecordedText, head_fingerprint, load_conversations, record_pools
+from transformers_resps.head.fingerprint import parameter_fingerprint
+from transformers_resps.trainers import RecordedText, load_conversations, record_pools
 
 
 DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for
@@ -74,7 +74,7 @@ def record(
 ) -> None:
     """One file per prompt with an answer of at least four tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = json.dumps([head_fingerprint(head), max_new_tokens, list(DEPTHS.items()), str(target.dtype)])
+    made_with = json.dumps([head.fingerprint(), max_new_tokens, list(DEPTHS.items()), str(target.dtype)])
     check_folder(folder, parameter_fingerprint(target), made_with)
     files = {name_of(prompt, temperature, made_with): prompt for prompt in prompts}
     known = {path.stem for path in folder.glob("*.safetensors")}

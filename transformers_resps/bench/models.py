@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..data.training_prompts import TRAINING_PROMPTS, read_training_prompts
 from ..generation.attach import attach
 from ..head import DraftHead, pair_identity
-from ..head.weights import parameter_fingerprint
+from ..head.fingerprint import parameter_fingerprint
 from ..policy import Policy
 from ..target.prepacking import is_prepacked, prepack
 from .methods import policy_name

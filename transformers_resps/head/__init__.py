@@ -3,9 +3,17 @@
 from .bound import BoundHead
 from .cache import HeadCache
 from .configuration import DraftHeadConfig
+from .fingerprint import pair_identity, parameter_fingerprint
 from .layer import Attend
 from .modeling import DraftHead
-from .pairing import head_fingerprint, pair_identity
 
 
-__all__ = ["Attend", "BoundHead", "DraftHead", "DraftHeadConfig", "HeadCache", "head_fingerprint", "pair_identity"]
+__all__ = [
+    "Attend",
+    "BoundHead",
+    "DraftHead",
+    "DraftHeadConfig",
+    "HeadCache",
+    "pair_identity",
+    "parameter_fingerprint",
+]

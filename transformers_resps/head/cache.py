@@ -16,7 +16,7 @@ class HeadCache:
     """Preallocated keys and values of every head layer; the caller keeps track of what each slot holds.
 
     Entries of a tree are written after those that come from the target's features, and simply overwritten later
-    (reference/eagle3: stable KV), so dropping a tree costs nothing. Buffers start as zeros: a masked slot may be read.
+    (EAGLE's stable keys), so dropping a tree costs nothing. Buffers start as zeros: a masked slot may be read.
     """
 
     def __init__(self, config: DraftHeadConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:

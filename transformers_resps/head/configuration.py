@@ -12,6 +12,16 @@ from ..hub import shareable
 ROPE_BASE = 10000.0  # the default: RoFormer (arXiv 2104.09864) section 3.2.2
 
 
+def default_feature_layers(layer_count: int) -> list[int]:
+    """EAGLE-3's low, middle and high hidden state, distinct and in range also for very shallow targets.
+
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.1; which three they are is in its code alone
+    (SafeAILab/EAGLE, `LlamaModel.forward`): layers 2, n // 2 and n - 3 of n.
+    """
+    last = max(layer_count - 1, 0)
+    return sorted({min(2, last), layer_count // 2, max(layer_count - 3, 0)})
+
+
 class DraftHeadConfig(PreTrainedConfig):
     """Configuration of a `DraftHead`: its sizes, its conventions, and the target it was made for.
 

@@ -1,7 +1,4 @@
-"""A fresh head for a target: its config, checked for what can be run, and its initial weights.
-
-Knows the target and configs only: nothing of the head's layers or of files.
-"""
+"""A fresh head for a target: its config, checked for what can be run, and its initial weights."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -10,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .configuration import DraftHeadConfig
+from .configuration import DraftHeadConfig, default_feature_layers
 from .formats import check_fields, check_overrides, check_rope
-from .identity import check_is_model, default_feature_layers, target_identity
+from .identity import check_is_model, target_identity
 
 
 _WHERE = "DraftHead.from_target"

@@ -1,4 +1,4 @@
-"""What a head remembers of the target it was made for. Knows configs only: nothing of tensors or files."""
+"""The identity of a target: what a head remembers of the model it was made for."""
 
 from typing import Any
 
@@ -28,13 +28,3 @@ def check_is_model(target: Any) -> None:
             f"`target` is a {type(target).__name__}, but must be the loaded model that the head drafts for. Pass what "
             "`AutoModelForCausalLM.from_pretrained` returns."
         )
-
-
-def default_feature_layers(layer_count: int) -> list[int]:
-    """EAGLE-3's low, middle and high hidden state, distinct and in range also for very shallow targets.
-
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.1; which three they are is in its code alone
-    (SafeAILab/EAGLE, `LlamaModel.forward`): layers 2, n // 2 and n - 3 of n.
-    """
-    last = max(layer_count - 1, 0)
-    return sorted({min(2, last), layer_count // 2, max(layer_count - 3, 0)})

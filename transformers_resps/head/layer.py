@@ -1,4 +1,4 @@
-"""One decoder layer of a draft head. Knows nothing of caches or masks: attention is passed in."""
+"""One decoder layer of a draft head; its attention is passed in, with the keys that the caller keeps."""
 
 from collections.abc import Callable
 from typing import cast

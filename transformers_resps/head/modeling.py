@@ -1,8 +1,6 @@
-"""The EAGLE-3 draft head: reads the target's features and proposes tokens.
+"""The EAGLE-3 draft head: reads the target's features and proposes tokens."""
 
-Knows nothing of trees, policies or how it is decoded.
-"""
-
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -62,6 +60,7 @@ class DraftHead(PublishableHead):
             # Offsets, as published: the target id of draft id i is i + d2t[i].
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.rotary_emb = RotaryEmbedding(config)
+        self._fingerprint: tuple[tuple[int, int] | None, str] = (None, "")  # of which version of `fc`, and what it is
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
@@ -121,6 +120,19 @@ class DraftHead(PublishableHead):
         """The tree that is used when `generate` gets no policy."""
         assert self.config.default_tree is not None
         return TreeShape(*self.config.default_tree)
+
+    def fingerprint(self) -> str:
+        """Hash the weights that read the features (`fc`): 16 hexadecimal digits.
+
+        The hash changes when the head is trained further. It is the same in float32 and bfloat16, however the head
+        was saved.
+        """
+        weight = self.fc.weight.detach()
+        version = None if weight.is_inference() else (weight.data_ptr(), weight._version)
+        if version is None or version != self._fingerprint[0]:
+            raw = weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+            self._fingerprint = (version, hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16])
+        return self._fingerprint[1]
 
     @classmethod
     def from_target(

@@ -1,4 +1,4 @@
-"""Publishing a head on the Hub. Knows its config: nothing of its layers."""
+"""Publishing a head on the Hub."""
 
 from typing import Any
 

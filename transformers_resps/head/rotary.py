@@ -1,4 +1,4 @@
-"""RoPE whose frequencies are never rounded. Knows nothing of layers."""
+"""RoPE whose frequencies are never rounded."""
 
 from collections.abc import Callable
 from typing import Any, cast

@@ -3,7 +3,7 @@
 from ..data.conversations import load_conversations, read_conversations
 from ..data.draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
 from ..data.examples import Example, make_example, make_examples, split_examples
-from ..head import head_fingerprint, pair_identity
+from ..head import pair_identity
 from ..replay.fitted_policy import fitted_policy
 from ..replay.oracle import Headroom, Oracle
 from ..replay.outcomes import OutcomeTable, TextOutcomes
@@ -44,7 +44,6 @@ __all__ = [
     "TextOutcomes",
     "choose_draft_vocabulary",
     "fitted_policy",
-    "head_fingerprint",
     "load_conversations",
     "make_example",
     "make_examples",

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..data.batches import IGNORED, TokenBudgetBatches, collate
 from ..data.examples import Example, check_token_ids
-from ..head.weights import parameter_fingerprint
+from ..head.fingerprint import parameter_fingerprint
 from .target_features import FrozenTarget
 
 

@@ -4,8 +4,7 @@ import logging
 import math
 from typing import Any
 
-from ..configuration import ROPE_BASE
-from ..identity import default_feature_layers
+from ..configuration import ROPE_BASE, default_feature_layers
 from .publishers import Publisher
 from .validation import check_layers
 

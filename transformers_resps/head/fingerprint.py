@@ -1,16 +1,29 @@
-"""The identity of a target and its head as JSON values: a policy trained for the two recognises them by it.
-
-Knows models and heads: nothing of policies.
-"""
+"""Fingerprints of weights, by which a policy, a recording or a bench knows the models that it was made with."""
 
 import hashlib
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .identity import target_identity
 from .modeling import DraftHead
+
+
+_SAMPLED = 64  # numbers of each parameter
+
+
+def parameter_fingerprint(model: nn.Module) -> str:
+    """A hash of a few numbers of every parameter: quick for any size, and different after any training.
+
+    Of every parameter, because a fine-tune may leave some as they were: a merged LoRA the output head, for example.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)]
+        digest.update(name.encode() + numbers.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def pair_identity(target: PreTrainedModel, head: DraftHead | None) -> dict[str, dict[str, Any]]:
@@ -32,20 +45,5 @@ def pair_identity(target: PreTrainedModel, head: DraftHead | None) -> dict[str, 
             **{size: getattr(head.config, size) for size in sizes},
         }
         if head.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
-            identity["head"]["fingerprint"] = head_fingerprint(head)
+            identity["head"]["fingerprint"] = head.fingerprint()
     return identity
-
-
-def head_fingerprint(head: DraftHead) -> str:
-    """Hash the weights that read the features (`fc`): 16 hexadecimal digits.
-
-    The hash changes when the head is trained further. It is the same in float32 and bfloat16, however the head was
-    saved.
-    """
-    weight = head.fc.weight.detach()
-    version = (weight.data_ptr(), None if weight.is_inference() else weight._version)
-    kept: tuple[Any, str] | None = head.__dict__.get("_fingerprint")
-    if kept is None or kept[0] != version or version[1] is None:
-        raw = weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
-        kept = head.__dict__["_fingerprint"] = (version, hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16])
-    return kept[1]
