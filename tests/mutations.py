@@ -24,7 +24,7 @@ CHILD = _TREES + "a_child_is_the_first_that_carries_the_token"
 SIGHT = _TREES + "a_node_sees_the_prefix_and_its_own_path"
 WINDOW = _TREES + "a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 CHAIN = _TREES + "a_merged_chain_adds_its_texts_and_nothing_else"
-WALK = _TREES + "the_walk_is_the_brute_force_walk"
+WALK = _TREES + "acceptance_is_the_brute_force_walk"
 ROWS = _TREES + "rows_commit_what_the_shortest_run_allows"
 GREEDY = "tests/decoding/test_accept_greedy.py"
 KEPT = _TREES + "the_cache_keeps_the_accepted_path_and_forgets_the_rest"
@@ -81,8 +81,8 @@ MUTATIONS = (
     Mutation(
         "every pick is the root's",
         "decoding/acceptance.py",
-        "_logits_of(nodes, logits)",
-        "_logits_of([0] * len(nodes), logits)",
+        "commit(_logits_at(rows, nodes, logits))",
+        "commit(_logits_at(rows, [0] * len(nodes), logits))",
         WALK,
     ),
     Mutation("the walk goes on after the end", "decoding/acceptance.py", "if text.finished or ", "if ", WALK),
@@ -95,14 +95,14 @@ MUTATIONS = (
     ),
     Mutation(
         "rows walked together pass their end",
-        "decoding/greedy_walk.py",
+        "decoding/acceptance.py",
         "if child is not None and not _is_end(texts[row], token, len(picks[row])):",
         "if child is not None:",
         GREEDY,
     ),
     Mutation(
         "sampling forgets the processors",
-        "decoding/acceptance.py",
+        "decoding/text.py",
         "scores.softmax(dim=-1)",
         "logits.softmax(dim=-1)",
         CALLS,

@@ -1,4 +1,4 @@
-"""The walk on plain numbers is the walk, and it is taken only where nothing looks."""
+"""The fast path of acceptance accepts what the general rule does, and is taken only where nothing looks."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from transformers_resps.decoding.acceptance import Text, walk
-from transformers_resps.decoding.greedy_walk import accept_greedy, as_tensor
+from transformers_resps.decoding.acceptance import Acceptance, accept, accept_greedy
 from transformers_resps.decoding.stop_conditions import StopConditions
+from transformers_resps.decoding.text import Text
 from transformers_resps.tree import DraftTree
 
 from .trees import VOCABULARY, trees
@@ -32,7 +32,7 @@ def text_of(length: int, criteria: list[StoppingCriteria], rows: int = 1, **opti
 
 @settings(max_examples=800)
 @given(st.data())
-def test_rows_are_walked_as_each_would_be_alone(data: st.DataObject) -> None:
+def test_rows_accept_what_each_would_alone(data: st.DataObject) -> None:
     """Several steps over random trees, with picks that tie, end tokens and lengths that stop rows anywhere."""
     count = data.draw(st.integers(1, 6))
     rows = [data.draw(trees(8).filter(lambda tree: tree.node_count >= count)).first(count) for _ in range(3)]
@@ -44,7 +44,7 @@ def test_rows_are_walked_as_each_would_be_alone(data: st.DataObject) -> None:
     criteria: list[StoppingCriteria] = [MaxLengthCriteria(data.draw(st.integers(5, 12)))]
     criteria += [EosTokenCriteria(ends)] if ends else []
     alone, together = ([text_of(length, criteria) for length in lengths] for _ in range(2))
-    expected = [walk(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(alone)]
+    expected = [accept(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(alone)]
     paths, picks = accept_greedy(tree, logits, together)
     for row, found in enumerate(expected):
         assert found.path[0].tolist() == paths[row] and found.tokens[0].tolist() == picks[row]
@@ -72,16 +72,18 @@ class EndsOnSeven(EosTokenCriteria):
     ],
 )
 def test_whoever_looks_is_asked(criteria: list[StoppingCriteria], options: dict[str, Any]) -> None:
-    assert text_of(3, [MaxLengthCriteria(9)]).is_unwatched(4)
-    assert not text_of(3, [MaxLengthCriteria(9), *criteria], **options).is_unwatched(4)
+    assert text_of(3, [MaxLengthCriteria(9)]).is_plain_greedy(4)
+    assert not text_of(3, [MaxLengthCriteria(9), *criteria], **options).is_plain_greedy(4)
     assert StopConditions.of(StoppingCriteriaList([EosTokenCriteria(2)])) is None
 
 
 def test_transformers_may_warn_of_a_text_that_gets_too_long() -> None:
     text = text_of(3, [MaxLengthCriteria(20, max_position_embeddings=9), EosTokenCriteria([4, 5])])
-    assert text.ends == StopConditions(frozenset({4, 5}), 20, 9)
-    assert text.is_unwatched(6) and not text.is_unwatched(7)
+    assert text.stop_conditions == StopConditions(frozenset({4, 5}), 20, 9)
+    assert text.is_plain_greedy(6) and not text.is_plain_greedy(7)
 
 
 def test_shorter_rows_repeat_their_last_number() -> None:
-    assert as_tensor([[1], [2, 3, 4]], torch.device("cpu")).tolist() == [[1, 1, 1], [2, 3, 4]]
+    acceptance = Acceptance.from_rows([[0], [0, 3, 4]], [[5], [6, 7, 8]], [1, 3], torch.device("cpu"))
+    assert acceptance.path.tolist() == [[0, 0, 0], [0, 3, 4]] and acceptance.tokens.tolist() == [[5, 5, 5], [6, 7, 8]]
+    assert acceptance.counts == [1, 3]

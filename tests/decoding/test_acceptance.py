@@ -1,10 +1,11 @@
-"""The walk against brute force, and against the distribution it must preserve."""
+"""Acceptance against brute force, and against the distribution it must preserve."""
 
 import pytest
 import torch
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList, set_seed
 
-from transformers_resps.decoding.acceptance import Text, walk
+from transformers_resps.decoding.acceptance import accept
+from transformers_resps.decoding.text import Text
 from transformers_resps.tree import DraftTree
 
 
@@ -36,7 +37,7 @@ def brute_force(tree: DraftTree, picks: list[int]) -> list[int]:
         path.append(children[0])
 
 
-def test_the_walk_is_the_brute_force_walk_on_a_thousand_trees() -> None:
+def test_acceptance_is_the_brute_force_walk_on_a_thousand_trees() -> None:
     generator = torch.Generator().manual_seed(0)
     longest = 0
     for _ in range(1000):
@@ -45,7 +46,7 @@ def test_the_walk_is_the_brute_force_walk_on_a_thousand_trees() -> None:
         picks = logits.argmax(-1)[0].tolist()
         path = brute_force(tree, picks)
         text = text_of(torch.tensor([[0]]))
-        acceptance = walk(tree, logits, text)
+        acceptance = accept(tree, logits, text)
         assert acceptance.path[0].tolist() == path
         assert acceptance.tokens[0].tolist() == [picks[node] for node in path]
         assert text.input_ids[0].tolist() == [0, *(picks[node] for node in path)]
@@ -54,17 +55,17 @@ def test_the_walk_is_the_brute_force_walk_on_a_thousand_trees() -> None:
     assert longest > 3
 
 
-def test_the_walk_stops_where_the_text_is_finished() -> None:
+def test_acceptance_stops_where_the_text_is_finished() -> None:
     tree = DraftTree.from_parents(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 0, 1, 2]]))
     logits = torch.nn.functional.one_hot(torch.ones(1, 4, dtype=torch.long), 3).float()
-    assert walk(tree, logits, text_of(torch.zeros(1, 1, dtype=torch.long), max_length=3)).path.tolist() == [[0, 1]]
+    assert accept(tree, logits, text_of(torch.zeros(1, 1, dtype=torch.long), max_length=3)).path.tolist() == [[0, 1]]
 
 
 def test_rows_advance_by_the_shortest_run() -> None:
     tokens = torch.tensor([[0, 1, 2], [0, 1, 1]])
     tree = DraftTree.from_parents(tokens, torch.tensor([[0, 0, 1], [0, 0, 1]]))
     logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0], [1, 2, 0]]), 3).float()
-    acceptance = walk(tree, logits, text_of(torch.zeros(2, 1, dtype=torch.long)))
+    acceptance = accept(tree, logits, text_of(torch.zeros(2, 1, dtype=torch.long)))
     assert acceptance.path.tolist() == [[0, 1], [0, 1]], "row 1 proposed 1 after 1, the target says 2"
     assert acceptance.tokens.tolist() == [[1, 2], [1, 2]]
 
@@ -81,7 +82,9 @@ def first_tokens(children: list[int]) -> torch.Tensor:
     tree = DraftTree.from_parents(torch.tensor([[0, *children]]), torch.zeros(1, len(children) + 1, dtype=torch.long))
     logits = TARGET.log().expand(1, len(children) + 1, -1)
     set_seed(0)
-    picks = [int(walk(tree, logits, text_of(torch.tensor([[0]]), do_sample=True)).tokens[0, 0]) for _ in range(DRAWS)]
+    picks = [
+        int(accept(tree, logits, text_of(torch.tensor([[0]]), do_sample=True)).tokens[0, 0]) for _ in range(DRAWS)
+    ]
     return torch.bincount(torch.tensor(picks), minlength=len(TARGET))
 
 

@@ -16,7 +16,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from transformers_resps.decoding.acceptance import Text, walk
+from transformers_resps.decoding.acceptance import accept
+from transformers_resps.decoding.text import Text
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
 from transformers_resps.target.tree_cache import compact
 from transformers_resps.tree import CandidatePool, DraftTree
@@ -47,12 +48,12 @@ def brute_force_walk(tree: DraftTree, picks: list[int], most: int) -> list[int]:
 
 @settings(max_examples=800)
 @given(trees(), st.data())
-def test_the_walk_is_the_brute_force_walk(tree: DraftTree, data: st.DataObject) -> None:
+def test_acceptance_is_the_brute_force_walk(tree: DraftTree, data: st.DataObject) -> None:
     count = tree.node_count
     picks = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=count, max_size=count))
     most = data.draw(st.integers(1, 6))
     text = text_of_length(1 + most)
-    acceptance = walk(tree, torch.nn.functional.one_hot(torch.tensor([picks]), VOCABULARY).float(), text)
+    acceptance = accept(tree, torch.nn.functional.one_hot(torch.tensor([picks]), VOCABULARY).float(), text)
     path = brute_force_walk(tree, picks, most)
     assert acceptance.path[0].tolist() == path
     assert acceptance.tokens[0].tolist() == [picks[node] for node in path]
@@ -69,7 +70,7 @@ def test_rows_commit_what_the_shortest_run_allows(alone: list[DraftTree], data: 
         torch.cat([row.tokens[:, :count] for row in alone]), torch.cat([row.parents[:, :count] for row in alone])
     )
     picks = [data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=count, max_size=count)) for _ in alone]
-    acceptance = walk(
+    acceptance = accept(
         tree, torch.nn.functional.one_hot(torch.tensor(picks), VOCABULARY).float(), text_of_length(99, len(alone))
     )
     rows = [DraftTree.from_parents(tree.tokens[row, None], tree.parents[row, None]) for row in range(len(alone))]

@@ -20,10 +20,11 @@ from transformers_resps import (
     assert_lossless,
     attach,
 )
-from transformers_resps.decoding.acceptance import Acceptance, Text, walk
+from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.batch import Batch
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.decoding.stop_conditions import StopConditions
+from transformers_resps.decoding.text import Text
 from transformers_resps.generation import mixin
 from transformers_resps.policy import PolicyCache
 from transformers_resps.target.forward import TargetForward
@@ -165,14 +166,14 @@ def test_numbers_that_test_nothing_are_refused(target: Any, head: DraftHead, num
 
 # --- planted changes ------------------------------------------------------------------------------------------------
 
-Walk = Callable[[DraftTree, torch.Tensor, Text], Acceptance]
+Accept = Callable[[DraftTree, torch.Tensor, Text], Acceptance]
 
 
 def takes_the_second_best(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
     """Lossy at drafted steps: the best token is forbidden."""
     if tree.node_count > 1:
         logits = logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf)
-    return walk(tree, logits, text)
+    return accept(tree, logits, text)
 
 
 def keeps_a_child_nobody_picked(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
@@ -180,7 +181,7 @@ def keeps_a_child_nobody_picked(tree: DraftTree, logits: torch.Tensor, text: Tex
     if tree.node_count > 1:
         logits = logits.clone()
         logits[:, 0].scatter_(1, tree.tokens[:, 1:2], 1e4)
-    return walk(tree, logits, text)
+    return accept(tree, logits, text)
 
 
 def keeps_drafts_too_often(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
@@ -189,21 +190,21 @@ def keeps_drafts_too_often(tree: DraftTree, logits: torch.Tensor, text: Text) ->
         logits = logits.clone()
         children = tree.tokens[:, 1:].masked_fill(tree.parents[:, 1:] != 0, int(tree.tokens[0, 1]))
         logits[:, 0] += 3.0 * torch.zeros_like(logits[:, 0]).scatter_(1, children[:, :2], 1.0)
-    return walk(tree, logits, text)
+    return accept(tree, logits, text)
 
 
-def plant(lossy: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the walk wherever the package uses it."""
+def plant(lossy: Accept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the acceptance rule wherever the package uses it."""
     users = [module for name, module in sys.modules.items() if name.startswith("transformers_resps.")]
-    users = [module for module in users if getattr(module, "walk", None) is walk]
+    users = [module for module in users if getattr(module, "accept", None) is accept]
     assert len(users) > 1
     for module in users:
-        monkeypatch.setattr(module, "walk", lossy)
+        monkeypatch.setattr(module, "accept", lossy)
 
 
 @pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_nobody_picked, keeps_drafts_too_often])
-def test_a_lossy_walk_is_found_and_its_first_wrong_token_named(
-    lossy: Walk, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+def test_a_lossy_rule_is_found_and_its_first_wrong_token_named(
+    lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(lossy, monkeypatch)
     with pytest.raises(NotLosslessError) as raised:
@@ -276,7 +277,7 @@ def hide_ancestors_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
         (hide_ancestors_of_a_chain, "greedy, in a padded batch, built-in trees"),
     ],
 )
-def test_a_fault_outside_the_walk_and_the_policys_own_trees_is_found(
+def test_a_fault_outside_acceptance_and_the_policys_own_trees_is_found(
     fault: Callable[[pytest.MonkeyPatch], None],
     check: str,
     target: Any,
@@ -302,7 +303,7 @@ def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
         """Moves every logit by up to half of what is excused, so that a gap moves by no more than that."""
         spacing = spacing_at(float(logits.abs().max()), torch.bfloat16) / 2  # the best logit may be the smaller one
         noise = MAX_SPACINGS / 2 * (2 * torch.rand(logits.shape, generator=generator) - 1)
-        return walk(tree, logits.float() + noise * spacing, text)
+        return accept(tree, logits.float() + noise * spacing, text)
 
     plant(rounds_otherwise, monkeypatch)
     report = assert_lossless(target, head, WIDE, seeds=4, max_new_tokens=24)
@@ -312,8 +313,8 @@ def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
 
 
 @pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_nobody_picked])
-def test_half_precision_excuses_no_lossy_walk(
-    lossy: Walk, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+def test_half_precision_excuses_no_lossy_rule(
+    lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target.bfloat16()
     head.bfloat16()
@@ -325,7 +326,7 @@ def test_half_precision_excuses_no_lossy_walk(
 
 @pytest.mark.parametrize("lossy", [keeps_a_child_nobody_picked, keeps_drafts_too_often])
 def test_the_distribution_alone_finds_a_rule_that_favours_drafts(
-    lossy: Walk, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+    lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = built_in_prompts(19)
     sound = check_distribution(ModelUnderTest(target, head, WIDE), prompts, 24)

@@ -48,7 +48,7 @@ class StepSummary:
         prefill_seconds: per token of the answers, as all of these.
         draft_seconds: observing, choosing, drafting and sizing.
         verify_seconds: the target's forwards after prefill.
-        rest_seconds: the walk, the caches, and `generate` around the steps.
+        rest_seconds: acceptance, the caches, and `generate` around the steps.
         sizes: for each eight steps of an answer, how many verified 1, 2 to 4, 5 to 8, ... nodes: see `BUCKETS`.
         shapes: the most frequent choices, `total_tokens/depth/top_k+lookup` -> steps.
     """

@@ -5,17 +5,17 @@ the user's logits processors with the text so far, one pick by the target, the s
 then descends if a child carries the pick, and stops otherwise. So every token is the target's own draw given its
 prefix, in the order and with the random numbers of plain decoding: lossless for any tree that was built without
 looking at the picks, and identical with the same seed. `min(1, p/q)` on chosen children is not (a test shows it).
+
+`accept_greedy` is the same rule for greedy decoding that nothing observes, without these calls.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..tree import DraftTree
-from .stop_conditions import StopConditions
+from .text import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,134 +41,15 @@ class Acceptance:
         every_row = len(self.emitted) == len(self.counts)
         return [count > 0 for count in self.emitted] if every_row else [True] * len(self.counts)
 
-
-class Text:
-    """The sequences being written, one committed position at a time. All rows of a `Text` advance together.
-
-    Args:
-        input_ids: `[b, s]` the prompt.
-        logits_processor: called once per committed position, never for a rejected node.
-        stopping_criteria: called after each committed position.
-        do_sample: draw from the processed scores, else take the largest.
-        pad_token: what finished rows are filled with, where an end token is among the criteria.
-        streamer: gets each token as it is committed.
-        keep_scores: keep the processed scores of each position.
-        keep_logits: keep the raw logits of each position.
-        keep_padding: go on decoding the padding of finished rows, so that the cache holds it as in plain decoding: for
-            callers that reuse the cache.
-    """
-
-    def __init__(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        *,
-        do_sample: bool,
-        pad_token: Tensor | None,
-        streamer: Any = None,
-        keep_scores: bool = False,
-        keep_logits: bool = False,
-        keep_padding: bool = False,
-    ) -> None:
-        self.input_ids = input_ids
-        self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-        self.finished = False
-        self.pad_token = pad_token
-        self.scores: tuple[Tensor, ...] | None = () if keep_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
-        self._logits_processor = logits_processor
-        self._stopping_criteria = stopping_criteria
-        self._do_sample = do_sample
-        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        self._streamer = streamer
-        self._keep_padding = keep_padding
-        is_watched = logits_processor or do_sample or streamer is not None or keep_scores or keep_logits
-        self.ends = None if is_watched or len(input_ids) > 1 else StopConditions.of(stopping_criteria)
-        self._decoded: Tensor | None = None  # rows that are still decoded; None for all
-
-    @property
-    def length(self) -> int:
-        return int(self.input_ids.shape[1])
-
-    @property
-    def live(self) -> Tensor:
-        """Of the decoded rows, those whose tokens have to be drafted, `[b]` bool: finished rows only if there is no
-        end token, or if their padding is kept.
-        """
-        rows = self._of_decoded(self.unfinished)
-        return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
-
-    @property
-    def newest(self) -> Tensor:
-        """`[b]` the last token of each decoded row."""
-        return self._of_decoded(self.input_ids[:, -1])
-
-    @property
-    def decoded_ids(self) -> Tensor:
-        """`[b, s]` the decoded rows."""
-        return self._of_decoded(self.input_ids)
-
-    def _of_decoded(self, values: Tensor) -> Tensor:
-        return values if self._decoded is None else values[self._decoded]
-
-    def drop_finished(self) -> list[int] | None:
-        """Finished rows are decoded no more: only padding is to come.
-
-        Returns:
-            Of the rows decoded so far, those that go on; `None` when all do.
-        """
-        going_on = self.live.tolist()
-        if all(going_on):
-            return None
-        kept = [place for place, goes_on in enumerate(going_on) if goes_on]
-        rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
-        self._decoded = self._of_decoded(rows)[kept]
-        return kept
-
-    def is_unwatched(self, count: int) -> bool:
-        """Whether nothing looks at the next `count` tokens of this one row but what `ends` knows."""
-        return self.ends is not None and self.length + count <= self.ends.warning_free_length
-
-    def extend(self, tokens: list[int], *, finished: bool) -> None:
-        """Append the picks of `accept_greedy`."""
-        self.input_ids = torch.cat([self.input_ids, torch.tensor([tokens], device=self.input_ids.device)], dim=1)
-        if finished:
-            self.unfinished, self.finished = torch.zeros_like(self.unfinished), True
-
-    def commit(self, logits: Tensor) -> Tensor:
-        """Pick and append one token per row from the target's logits `[b, v]` of the decoded rows.
-
-        Returns:
-            `[b]` the tokens of the decoded rows.
-        """
-        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
-        if self._decoded is not None:  # a draw takes as many random numbers as in plain decoding
-            every_row = logits.new_zeros(len(self.input_ids), logits.shape[-1])
-            logits = every_row.index_copy_(0, self._decoded, logits)
-        scores: Tensor = self._logits_processor(cast(torch.LongTensor, self.input_ids), cast(Any, logits))
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (logits,)
-        if self._do_sample:
-            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            tokens = scores.argmax(dim=-1)
-        if self._pads:
-            assert self.pad_token is not None
-            tokens = tokens * self.unfinished + self.pad_token * (1 - self.unfinished)
-        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
-        self.unfinished = self.unfinished & ~self._stopping_criteria(
-            cast(torch.LongTensor, self.input_ids), cast(Any, self.scores)
-        )
-        if self._streamer is not None:
-            self._streamer.put(tokens.cpu())
-        self.finished = bool(self.unfinished.max() == 0)
-        return self._of_decoded(tokens)
+    @classmethod
+    def from_rows(
+        cls, paths: list[list[int]], picks: list[list[int]], emitted: list[int], device: torch.device
+    ) -> "Acceptance":
+        """Of decoded rows that advanced each on its own: their paths, and the picks after each node."""
+        return cls(_filled(paths, device), _filled(picks, device), list(map(len, paths)), emitted)
 
 
-def walk(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
+def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
     """Commit picks along the tree until one is not drafted, or the text is finished.
 
     The rows of a text advance in lockstep: all commit as many tokens as the live row with the shortest run.
@@ -178,12 +59,12 @@ def walk(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
         logits: `[b, n, v]` the target's, one row per node.
         text: gains the picks.
     """
-    children, nodes = tree.children(), [0] * len(logits)
+    children, rows, nodes = tree.children(), list(range(len(logits))), [0] * len(logits)
     path, picks, emitted = [], [], torch.zeros_like(text.unfinished)
     while True:
         path.append(nodes)
         emitted = emitted + text.unfinished
-        tokens = text.commit(_logits_of(nodes, logits))
+        tokens = text.commit(_logits_at(rows, nodes, logits))
         picks.append(tokens)
         if text.finished or tree.node_count == 1:
             break
@@ -192,11 +73,56 @@ def walk(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
             break
         nodes = [node or 0 for node in found]
     walked = torch.tensor(path, device=logits.device).T
-    return Acceptance(walked, torch.stack(picks, dim=1).to(logits.device), [len(path)] * len(logits), emitted.tolist())
+    return Acceptance(walked, torch.stack(picks, dim=1).to(logits.device), [len(path)] * len(rows), emitted.tolist())
 
 
-def _logits_of(nodes: list[int], logits: Tensor) -> Tensor:
-    """`[b, v]` those of one node in each row, of `[b, n, v]`; no copy where it is the same in all."""
-    if len(set(nodes)) == 1:
+def accept_greedy(tree: DraftTree, logits: Tensor, texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
+    """The same for texts that are plain greedy (`Text.is_plain_greedy`): all rows at once, each on its own.
+
+    The picks, their order and the ends are those of `accept`, without its calls for each token of each row: a batch of
+    eight roots takes 0.5 ms instead of 1.4.
+
+    Args:
+        tree: what was verified.
+        logits: `[b, n, v]` the target's, one row per node.
+        texts: b of one row each; they gain the picks.
+
+    Returns:
+        Of each row, the nodes whose logits were used, root first, and the picks after them.
+    """
+    children = tree.children()
+    paths: list[list[int]] = [[] for _ in texts]
+    picks: list[list[int]] = [[] for _ in texts]
+    going = dict.fromkeys(range(len(texts)), 0)  # row -> the node it has come to
+    while going:
+        rows, nodes = list(going), list(going.values())
+        tokens = _logits_at(rows, nodes, logits).argmax(-1).tolist()
+        going = {}
+        for row, node, token in zip(rows, nodes, tokens, strict=True):
+            paths[row].append(node)
+            picks[row].append(token)
+            child = children[row].get((node, token))
+            if child is not None and not _is_end(texts[row], token, len(picks[row])):
+                going[row] = child
+    for text, own in zip(texts, picks, strict=True):
+        text.extend(own, finished=_is_end(text, own[-1], len(own)))
+    return paths, picks
+
+
+def _logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
+    """`[r, v]` of one node in each of r rows, of `[b, n, v]`; no copy where all rows stand at one node."""
+    if len(rows) == len(logits) and len(set(nodes)) == 1:
         return logits[:, nodes[0]]
-    return logits[range(len(nodes)), nodes]
+    return logits[rows, nodes]
+
+
+def _is_end(text: Text, token: int, count: int) -> bool:
+    """Whether a text ends with `token`, the newest of `count` picks that it has not gained yet."""
+    assert text.stop_conditions is not None
+    return token in text.stop_conditions.token_ids or text.length + count >= text.stop_conditions.length
+
+
+def _filled(rows: list[list[int]], device: torch.device) -> Tensor:
+    """`[b, m]`; rows that are shorter repeat their last number."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows], device=device)

@@ -1,7 +1,7 @@
 """The texts of one call, and which rows are still decoded.
 
-Rows in lockstep share one `Text`, as in plain decoding. Rows of a ragged batch have one each: every row is walked,
-picked for and stopped like a single prompt, so a row that accepts much does not wait for the others.
+Rows in lockstep share one `Text`, as in plain decoding. Rows of a ragged batch have one each: every row accepts and
+stops like a single prompt, so a row that accepts much does not wait for the others.
 """
 
 import math
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..tree import DraftTree
-from .acceptance import Acceptance, Text, walk
-from .greedy_walk import accept_greedy, as_tensor
+from .acceptance import Acceptance, accept, accept_greedy
+from .text import Text
 
 
 _PATIENCE = 4.0  # tokens: a row that lags so far counts e times as much
@@ -80,23 +80,20 @@ class Batch:
         texts = (self._texts[index] for index in self._decoded)
         return [text.input_ids[0, start:].tolist() for text, start in zip(texts, starts, strict=True)]
 
-    def walk(self, tree: DraftTree, logits: Tensor) -> Acceptance:
-        """Walk the tree of every decoded row, each as far as its text goes; `logits` is `[b, n, v]`."""
+    def accept(self, tree: DraftTree, logits: Tensor) -> Acceptance:
+        """Commit what the target picks along the tree, of every decoded row; `logits` is `[b, n, v]`."""
         texts = [self._texts[index] for index in self._decoded]
-        if all(text.is_unwatched(tree.node_count) for text in texts):
-            return self._accepted(*accept_greedy(tree, logits, texts), logits.device)
-        if self.in_lockstep:
-            return walk(tree, logits, texts[0])
-        parts = [walk(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(texts)]
-        paths, picks = ([part.path[0].tolist() for part in parts], [part.tokens[0].tolist() for part in parts])
-        return self._accepted(paths, picks, logits.device)
-
-    def _accepted(self, paths: list[list[int]], picks: list[list[int]], device: torch.device) -> Acceptance:
-        """Of rows on their own; those that kept fewer nodes repeat their last."""
-        counts, emitted = [len(path) for path in paths], [0] * len(self._texts)
-        for index, count in zip(self._decoded, counts, strict=True):
-            emitted[index] = count
-        return Acceptance(as_tensor(paths, device), as_tensor(picks, device), counts, emitted)
+        if all(text.is_plain_greedy(tree.node_count) for text in texts):
+            paths, picks = accept_greedy(tree, logits, texts)
+        elif self.in_lockstep:
+            return accept(tree, logits, texts[0])
+        else:
+            parts = [accept(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(texts)]
+            paths, picks = [part.path[0].tolist() for part in parts], [part.tokens[0].tolist() for part in parts]
+        emitted = [0] * len(self._texts)
+        for index, path in zip(self._decoded, paths, strict=True):
+            emitted[index] = len(path)
+        return Acceptance.from_rows(paths, picks, emitted, logits.device)
 
     def drop_finished(self) -> list[int] | None:
         """Decode finished rows no more.

@@ -1,4 +1,4 @@
-"""The step loop: draft, verify, walk, keep; until the text is finished.
+"""The step loop: draft, verify, accept, keep; until the text is finished.
 
 One `TreeDecoding` lives for one call of `generate`.
 """
@@ -117,7 +117,7 @@ class TreeDecoding:
         wait_for(outputs.logits)
         verified = self._clock()
         tree = DraftTree.root_only(prompt[:, -1])
-        acceptance = self.batch.walk(tree, outputs.logits[:, -1:])
+        acceptance = self.batch.accept(tree, outputs.logits[:, -1:])
         if not self.batch.finished:
             self._read_prompt(features)
         self._drop_finished()
@@ -146,7 +146,7 @@ class TreeDecoding:
         outputs, features = self._verify(tree)
         wait_for(outputs.logits)
         verified = self._clock()
-        acceptance = self.batch.walk(tree, outputs.logits)
+        acceptance = self.batch.accept(tree, outputs.logits)
         self._keep(tree, acceptance, features)
         self._drop_finished()
         seconds = (drafted - started, verified - drafted)

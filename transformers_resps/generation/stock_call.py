@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..compat import CACHE_KEYWORD
-from ..decoding.acceptance import Text
+from ..decoding.text import Text
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ def _settled(part: Any) -> Any:
 def wait_for(states: Tensor) -> None:
     """Let an accelerator finish what makes `states` `[b, t, any]`: else the clock tells how long a launch takes.
 
-    After the target's forward the walk would wait all the same. Drafting is not waited for, so that the forward is
+    After the target's forward acceptance would wait all the same. Drafting is not waited for, so that the forward is
     launched meanwhile: what is left of it counts as verifying.
     """
     if states.device.type != "cpu":

@@ -6,7 +6,7 @@ from ..policy import Observation, Policy
 from ..tree import TreeShape
 
 
-# Wide, deep, looked up, a chain, plain: masks, positions, caches and the walk differ in each of them.
+# Wide, deep, looked up, a chain, plain: masks, positions, caches and acceptance differ in each of them.
 _SHAPES = (
     TreeShape(24, 5, 4, lookup=4),
     TreeShape.plain(),

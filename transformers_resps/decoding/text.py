@@ -1,0 +1,139 @@
+"""The texts that a call writes: each committed token costs exactly the calls of plain decoding."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from .stop_conditions import StopConditions
+
+
+class Text:
+    """The sequences being written, one committed position at a time. All rows of a `Text` advance together.
+
+    Args:
+        input_ids: `[b, s]` the prompt.
+        logits_processor: called once per committed position, never for a rejected node.
+        stopping_criteria: called after each committed position.
+        do_sample: draw from the processed scores, else take the largest.
+        pad_token: what finished rows are filled with, where an end token is among the criteria.
+        streamer: gets each token as it is committed.
+        keep_scores: keep the processed scores of each position.
+        keep_logits: keep the raw logits of each position.
+        keep_padding: go on decoding the padding of finished rows, so that the cache holds it as in plain decoding: for
+            callers that reuse the cache.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        *,
+        do_sample: bool,
+        pad_token: Tensor | None,
+        streamer: Any = None,
+        keep_scores: bool = False,
+        keep_logits: bool = False,
+        keep_padding: bool = False,
+    ) -> None:
+        self.input_ids = input_ids
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        self.finished = False
+        self.pad_token = pad_token
+        self.scores: tuple[Tensor, ...] | None = () if keep_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
+        self._logits_processor = logits_processor
+        self._stopping_criteria = stopping_criteria
+        self._do_sample = do_sample
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self._streamer = streamer
+        self._keep_padding = keep_padding
+        has_hooks = logits_processor or streamer is not None or keep_scores or keep_logits
+        is_greedy_row = len(input_ids) == 1 and not do_sample and not has_hooks
+        self.stop_conditions = StopConditions.of(stopping_criteria) if is_greedy_row else None
+        self._decoded: Tensor | None = None  # rows that are still decoded; None for all
+
+    @property
+    def length(self) -> int:
+        return int(self.input_ids.shape[1])
+
+    @property
+    def live(self) -> Tensor:
+        """Of the decoded rows, those whose tokens have to be drafted, `[b]` bool: finished rows only if there is no
+        end token, or if their padding is kept.
+        """
+        rows = self._of_decoded(self.unfinished)
+        return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
+
+    @property
+    def newest(self) -> Tensor:
+        """`[b]` the last token of each decoded row."""
+        return self._of_decoded(self.input_ids[:, -1])
+
+    @property
+    def decoded_ids(self) -> Tensor:
+        """`[b, s]` the decoded rows."""
+        return self._of_decoded(self.input_ids)
+
+    def _of_decoded(self, values: Tensor) -> Tensor:
+        return values if self._decoded is None else values[self._decoded]
+
+    def drop_finished(self) -> list[int] | None:
+        """Finished rows are decoded no more: only padding is to come.
+
+        Returns:
+            Of the rows decoded so far, those that go on; `None` when all do.
+        """
+        going_on = self.live.tolist()
+        if all(going_on):
+            return None
+        kept = [place for place, goes_on in enumerate(going_on) if goes_on]
+        rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
+        self._decoded = self._of_decoded(rows)[kept]
+        return kept
+
+    def is_plain_greedy(self, count: int) -> bool:
+        """Whether the next `count` tokens are those of the largest logits, up to what `stop_conditions` says: one row,
+        no sampling, no hook that sees a token, no warning on the way.
+        """
+        conditions = self.stop_conditions
+        return conditions is not None and self.length + count <= conditions.warning_free_length
+
+    def extend(self, tokens: list[int], *, finished: bool) -> None:
+        """Append the picks of `accept_greedy`."""
+        self.input_ids = torch.cat([self.input_ids, torch.tensor([tokens], device=self.input_ids.device)], dim=1)
+        if finished:
+            self.unfinished, self.finished = torch.zeros_like(self.unfinished), True
+
+    def commit(self, logits: Tensor) -> Tensor:
+        """Pick and append one token per row from the target's logits `[b, v]` of the decoded rows.
+
+        Returns:
+            `[b]` the tokens of the decoded rows.
+        """
+        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        if self._decoded is not None:  # a draw takes as many random numbers as in plain decoding
+            every_row = logits.new_zeros(len(self.input_ids), logits.shape[-1])
+            logits = every_row.index_copy_(0, self._decoded, logits)
+        scores: Tensor = self._logits_processor(cast(torch.LongTensor, self.input_ids), cast(Any, logits))
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self._do_sample:
+            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if self._pads:
+            assert self.pad_token is not None
+            tokens = tokens * self.unfinished + self.pad_token * (1 - self.unfinished)
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        self.unfinished = self.unfinished & ~self._stopping_criteria(
+            cast(torch.LongTensor, self.input_ids), cast(Any, self.scores)
+        )
+        if self._streamer is not None:
+            self._streamer.put(tokens.cpu())
+        self.finished = bool(self.unfinished.max() == 0)
+        return self._of_decoded(tokens)
