@@ -46,9 +46,5 @@ def decision(record: StepRecord) -> list[Any]:
         *asked,
         record.drafted,
         record.verified,
-        *map(_rows, (record.accepted, record.emitted, record.drafted_match)),
+        *map(list, (record.accepted, record.emitted, record.drafted_match)),
     ]
-
-
-def _rows(value: int | tuple[int, ...]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)

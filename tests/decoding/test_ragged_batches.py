@@ -74,7 +74,7 @@ def test_rows_of_a_batch_write_what_they_write_alone(target: PreTrainedModel, he
         answer = alone[int(mask.sum()) :].tolist()
         assert together.sequences[row, 9 : 9 + len(answer)].tolist() == answer
         assert together.sequences[row, 9 + len(answer) :].tolist() == [0] * (longest - 9 - len(answer))
-        assert sum(step.emitted_by(row) for step in together.speculation.steps) == len(answer)
+        assert sum(step.emitted[row] for step in together.speculation.steps) == len(answer)
 
 
 def test_lookups_alone_serve_rows_that_advance_apart(target: PreTrainedModel) -> None:

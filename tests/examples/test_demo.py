@@ -17,6 +17,7 @@ from examples.demo.answering import Comparison, TimedAnswer, compare
 from examples.demo.report import divergence_line, price_of, table, verdict
 from examples.demo.run import PROMPTS
 from transformers_resps import DraftHead, SpeculationReport, StepRecord, TreeShape, attach
+from transformers_resps.telemetry import RowCounts
 from transformers_resps.telemetry.report import nodes_of, tau_of
 from transformers_resps.testing import Divergence
 
@@ -25,7 +26,9 @@ SHAPE = TreeShape(8, 4, 2)
 
 
 def step(verified: int, emitted: int, seconds: float) -> StepRecord:
-    return StepRecord(SHAPE, 8, verified, emitted - 1, emitted, 0.1 * seconds, 0.8 * seconds, seconds)
+    return StepRecord(
+        SHAPE, 8, verified, RowCounts([emitted - 1]), RowCounts([emitted]), 0.1 * seconds, 0.8 * seconds, seconds
+    )
 
 
 def comparison(emitted: int = 2, divergence: Divergence | None = None) -> Comparison:

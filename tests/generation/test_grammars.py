@@ -147,7 +147,7 @@ def fits(text: str) -> bool:
 
 def rejects(step: StepRecord) -> bool:
     """Whether a step verified nodes that no row kept."""
-    return step.verified > max([step.emitted] if isinstance(step.emitted, int) else step.emitted)
+    return step.verified > max(step.emitted)
 
 
 def finished_parts(output: Any, inputs: Any, tokenizer: PreTrainedTokenizerFast) -> list[str]:

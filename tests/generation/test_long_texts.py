@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
 from transformers_resps.policy import default_policy
-from transformers_resps.telemetry.report import StepRecord
+from transformers_resps.telemetry import RowCounts, StepRecord
 
 
 WIDE = FixedPolicy(TreeShape(40, 4, VOCABULARY))
@@ -94,7 +94,8 @@ def test_the_guard_notices_a_head_beyond_its_trained_length() -> None:
             levels, nodes, seconds = 3, 8, drafted
             accepted = 3 if context < 2048 else 0
             policy.size(torch.full((1, 7), -0.3), torch.tensor([1, 1, 1, 1, 2, 2, 2]))
-        record = StepRecord(shape, levels * 4, nodes, accepted, accepted + 1, 0.2 * bool(levels), seconds, seconds)
+        counts = (RowCounts([accepted]), RowCounts([accepted + 1]))
+        record = StepRecord(shape, levels * 4, nodes, *counts, 0.2 * bool(levels), seconds, seconds)
         policy.observe(record)
         lost.append((context, seconds - plain * (accepted + 1)))
         context += accepted + 1

@@ -43,7 +43,7 @@ class Counted(FixedPolicy):
     @property
     def accepted(self) -> int:
         """Drafted tokens that were kept, over all rows and steps."""
-        return sum(sum(step.accepted) if isinstance(step.accepted, tuple) else step.accepted for step in self.steps)
+        return sum(sum(step.accepted) for step in self.steps)
 
 
 @dataclass

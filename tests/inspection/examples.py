@@ -6,10 +6,11 @@ import torch
 
 from transformers_resps import DraftTree, SpeculationReport, StepRecord, TreeShape
 from transformers_resps.inspection import Examination, RecordedStep
+from transformers_resps.telemetry import RowCounts
 from transformers_resps.testing import Divergence
 
 
-PREFILL = StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, 0.5, 0.5)
+PREFILL = StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, 0.5, 0.5)
 FACTS = {"target": "tiny", "head": "tiny-head", "policy": "FixedPolicy(4/2/2+3)", "dtype": "float32"}
 LETTERS = [chr(ord("a") + index) for index in range(26)]
 
@@ -30,7 +31,7 @@ def merged_step() -> RecordedStep:
     scores = torch.tensor([[0.0, log(0.5), log(0.25), log(0.2), 0.0]])
     step.tree = DraftTree.from_parents(tokens, parents, scores)
     step.path = [0, 1, 3]
-    step.record = StepRecord(TreeShape(4, 2, 2, 3), 9, 5, 2, 3, 0.010, 0.030, 0.045)
+    step.record = StepRecord(TreeShape(4, 2, 2, 3), 9, 5, RowCounts([2]), RowCounts([3]), 0.010, 0.030, 0.045)
     return step
 
 
@@ -38,7 +39,7 @@ def plain_step() -> RecordedStep:
     step = RecordedStep(11, 1, 17, [], TreeShape.plain())
     step.tree = DraftTree.root_only(torch.tensor([15]))
     step.path = [0]
-    step.record = StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, 0.020, 0.021)
+    step.record = StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, 0.020, 0.021)
     return step
 
 

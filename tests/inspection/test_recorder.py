@@ -36,9 +36,9 @@ def test_the_accepted_path_of_every_tree_is_the_text(found: Examination) -> None
     for step in found.steps:
         tokens = step.tree.tokens[0].tolist()
         assert tokens[0] == answer[start - 1]
-        assert [tokens[node] for node in step.path[1:]] == answer[start : start + step.record.emitted_by(0) - 1]
+        assert [tokens[node] for node in step.path[1:]] == answer[start : start + step.record.emitted[0] - 1]
         assert step.context_length == len(found.prompt_ids) + start
-        start += step.record.emitted_by(0)
+        start += step.record.emitted[0]
 
 
 def test_nodes_of_the_head_have_its_scores_and_the_looked_up_ones_come_last(found: Examination) -> None:

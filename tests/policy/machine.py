@@ -11,7 +11,7 @@ from transformers_resps.policy import (
     Observation,
     Policy,
 )
-from transformers_resps.telemetry.report import StepRecord
+from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 
 
@@ -80,12 +80,12 @@ class Machine:
             shape,
             levels,
             nodes + shape.lookup,
-            accepted,
-            accepted + 1,
+            RowCounts([accepted]),
+            RowCounts([accepted + 1]),
             draft,
             verify,
             verify + draft,
-            min(drafted_match, accepted + 1),
+            RowCounts([min(drafted_match, accepted + 1)]),
         )
 
     def _run_length(self, hit: float, most: int) -> int:

@@ -17,7 +17,7 @@ from transformers_resps.policy import (
     ThroughputPolicy,
     default_policy,
 )
-from transformers_resps.telemetry.report import StepRecord
+from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 
 
@@ -156,7 +156,7 @@ def test_a_row_that_runs_ahead_does_not_pay_for_one_that_drafts_do_not_help() ->
         cost = 1.0 + 0.5 * (nodes > 1)
         emitted = (min(nodes, 4), 1, 0)
         accepted = tuple(max(count - 1, 0) for count in emitted)
-        guard.observe(StepRecord(shape, nodes - 1, nodes, accepted, emitted, 0, cost, cost))
+        guard.observe(StepRecord(shape, nodes - 1, nodes, RowCounts(accepted), RowCounts(emitted), 0, cost, cost))
         seconds, written, step = seconds + cost, written + 1, step + 1
     assert 96 / seconds >= 0.97
 
@@ -220,7 +220,7 @@ def test_a_slow_moment_does_not_credit_trees_for_long() -> None:
     guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
     for seconds in (1.0, *[1.3] * 8, 1.0, 1.0):
         guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list))
-        guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, seconds, seconds))
+        guard.observe(StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, seconds, seconds))
     assert guard._plain_seconds < 1.1
 
 
@@ -230,13 +230,13 @@ def test_a_debt_is_forgiven_as_far_as_plain_steps_turn_out_to_be_slower_too(plai
     guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
 
     def shape_after(seconds: float) -> TreeShape:
-        guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, seconds, seconds))
+        guard.observe(StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, seconds, seconds))
         return guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list))
 
     guard._known.expect({1: 1.0, 2: 1.1}, 0.05)
     shape, steps = shape_after(1.0), 0
     while not shape.is_plain:
-        guard.observe(StepRecord(shape, 1, 2, steps % 2, 1 + steps % 2, 0.05, 1.65, 1.7))
+        guard.observe(StepRecord(shape, 1, 2, RowCounts([steps % 2]), RowCounts([1 + steps % 2]), 0.05, 1.65, 1.7))
         shape, steps = guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list)), steps + 1
         assert steps < 20
     assert any([not shape_after(plain).is_plain, not shape_after(plain).is_plain]) is drafts
@@ -247,7 +247,7 @@ def test_what_an_earlier_text_gained_forgives_no_debt() -> None:
     guard._plain_seconds, guard._gained_since = 1.0, 50.0
     guard.choose(Observation(torch.zeros(1, 4), 100, 0, 96, list))
     guard._account = -5.0
-    guard.observe(StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, 1.4, 1.4))
+    guard.observe(StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, 1.4, 1.4))
     assert guard._account == pytest.approx(-5.0, abs=0.1)
 
 

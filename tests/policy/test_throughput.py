@@ -22,7 +22,7 @@ from transformers_resps.policy import (
     ThroughputPolicy,
     default_policy,
 )
-from transformers_resps.telemetry.report import StepRecord
+from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 
 
@@ -228,5 +228,7 @@ def test_a_clock_that_jumps_or_stands_still_is_survived() -> None:
         observation = Observation(torch.full((1, 4), torch.nan), 9, 0, 20, lambda: [0.9, 0.8])
         for seconds in (0.0, -5.0, 1.0, 1e9, 0.0):
             shape = policy.choose(observation)
-            policy.observe(StepRecord(shape, 0, 1 + shape.lookup, 0, 1, 0.0, seconds, seconds))
+            policy.observe(
+                StepRecord(shape, 0, 1 + shape.lookup, RowCounts([0]), RowCounts([1]), 0.0, seconds, seconds)
+            )
         assert isinstance(policy.choose(observation), TreeShape)

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, SpeculationReport, StepRecord, TreeShape, attach
+from transformers_resps.telemetry import RowCounts
 
 
-PLAIN = StepRecord(TreeShape.plain(), 0, 1, 0, 1, 0.0, 1.0, 1.0)
-TREE = StepRecord(TreeShape(8, 4, 2, 6), 20, 14, 2, 3, 0.25, 0.5, 1.0)
+PLAIN = StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, 1.0, 1.0)
+TREE = StepRecord(TreeShape(8, 4, 2, 6), 20, 14, RowCounts([2]), RowCounts([3]), 0.25, 0.5, 1.0)
 
 
 def printed(report: SpeculationReport, *arguments: Any, terminal: bool = False, **keywords: Any) -> str:
@@ -67,8 +68,8 @@ def test_without_a_console_it_prints_to_standard_output(capsys: pytest.CaptureFi
 
 def test_a_row_of_a_batch_shows_its_own_tokens() -> None:
     steps = [
-        StepRecord(TreeShape.plain(), 0, 1, (0, 0), (1, 1), 0.0, 1.0, 1.0),
-        StepRecord(TreeShape(4, 2, 2), 4, 4, (1, 0), (2, 0), 0.0, 1.0, 1.0),
+        StepRecord(TreeShape.plain(), 0, 1, RowCounts([0, 0]), RowCounts([1, 1]), 0.0, 1.0, 1.0),
+        StepRecord(TreeShape(4, 2, 2), 4, 4, RowCounts([1, 0]), RowCounts([2, 0]), 0.0, 1.0, 1.0),
     ]
     report = SpeculationReport(2, steps, [[7, 4, 11], [8, 0, 0]])
     assert printed(report, letter_tokenizer()).splitlines()[0].strip() == "hel"
@@ -110,7 +111,7 @@ def test_the_shown_answer_of_a_call_is_the_text_that_it_returns(
             **inputs, assistant_model=tiny_head, do_sample=False, return_dict_in_generate=True, **keywords
         )
         for row, sequence in enumerate(out.sequences[:, 7:].tolist()):
-            emitted = sum(step.emitted_by(row) for step in out.speculation.steps)
+            emitted = sum(step.emitted[row] for step in out.speculation.steps)
             shown = printed(out.speculation, row=row).partition("Every step")[0].split()
             assert [int(token) for token in shown] == sequence[:emitted]
             assert emitted == 30 or 2 in sequence[:emitted]

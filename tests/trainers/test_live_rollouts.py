@@ -13,7 +13,7 @@ from tests.trainers.policies import FEATURES, GRID, config
 from transformers_resps import DraftHead, TreeShape, attach, detach
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.policy import ActionGrid, Observation, ReSpSConfig, ReSpSPolicy
-from transformers_resps.telemetry.report import StepRecord
+from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.trainers.live_rollouts import DecisionRecorder, LiveRollouts
 from transformers_resps.trainers.policy_trainer import PolicyTrainer
 
@@ -78,7 +78,9 @@ def test_planted_costs_in_live_decoding_are_obeyed(
 
 
 def record(shape: TreeShape, emitted: int, seconds: float, draft_seconds: float = 0.0) -> StepRecord:
-    return StepRecord(shape, 0, shape.total_tokens, emitted - 1, emitted, draft_seconds, 0.0, seconds)
+    return StepRecord(
+        shape, 0, shape.total_tokens, RowCounts([emitted - 1]), RowCounts([emitted]), draft_seconds, 0.0, seconds
+    )
 
 
 def test_each_step_is_booked_under_the_decision_that_shaped_it() -> None:

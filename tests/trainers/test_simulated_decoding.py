@@ -25,7 +25,7 @@ def test_simulated_tau_is_that_of_decoding(prompt):
     tokens = out.sequences[0]
     is_answer = torch.arange(len(tokens)) >= prompt["input_ids"].shape[1]
     text = {"input_ids": tokens, "loss_mask": is_answer, "features": read.features[0]}
-    steps = [step.emitted for step in out.speculation.steps]
+    steps = [int(step.emitted) for step in out.speculation.steps]
     assert max(steps) > 1, "the head must guess something for this to mean anything"
     tau = simulated_tau(BoundHead(head, target), [text], shape)
     assert tau == pytest.approx(sum(steps) / len(steps), rel=0.05), steps

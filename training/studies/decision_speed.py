@@ -8,7 +8,7 @@ import time
 import torch
 
 from transformers_resps.policy import Level, Observation, default_policy
-from transformers_resps.telemetry.report import StepRecord
+from transformers_resps.telemetry import RowCounts, StepRecord
 
 
 STEPS = 2000
@@ -33,7 +33,8 @@ def main() -> None:
                 levels += 1
             drafted = 4 + 16 * (levels - 1)
             nodes = policy.size(pool[:, :drafted], level_of[:drafted])
-        record = StepRecord(shape, 52, nodes + shape.lookup, 2, 3, 0.002, 0.02, 0.0222, 2)
+        counts = (RowCounts([2]), RowCounts([3]))
+        record = StepRecord(shape, 52, nodes + shape.lookup, *counts, 0.002, 0.02, 0.0222, RowCounts([2]))
         policy.observe(record)
         spent += time.process_time() - started
     print(f"{1e3 * spent / STEPS:.3f} ms of processor time a step")

@@ -31,7 +31,7 @@ from ..target.tree_cache import (
     has_windows,
     keep_rows,
 )
-from ..telemetry.report import SpeculationReport, StepRecord
+from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree, TreeShape
 from .acceptance import Acceptance
 from .batch import Batch
@@ -270,14 +270,12 @@ class TreeDecoding:
     ) -> StepRecord:
         """Note a step that began at `started`; `seconds` are those of drafting and verifying."""
         emitted = acceptance.emitted
-        accepted = [max(count - 1, 0) for count in emitted]
-        alone = len(emitted) == 1
         record = StepRecord(
             shape=shape,
             drafted=drafted,
             verified=tree.node_count,
-            accepted=accepted[0] if alone else tuple(accepted),
-            emitted=emitted[0] if alone else tuple(emitted),
+            accepted=RowCounts(max(count - 1, 0) for count in emitted),
+            emitted=RowCounts(emitted),
             draft_seconds=seconds[0],
             verify_seconds=seconds[1],
             drafted_match=self._drafted_match(acceptance),
@@ -286,13 +284,13 @@ class TreeDecoding:
         self.report.steps.append(record)
         return record
 
-    def _drafted_match(self, acceptance: Acceptance) -> int | tuple[int, ...]:
+    def _drafted_match(self, acceptance: Acceptance) -> RowCounts:
         """Tokens of the step that the pool holds as a path: of each row that advances on its own, of rows in lockstep
         the least. A finished row, which writes padding, is no evidence.
         """
         if self._pool is None or not self.policy.needs_drafted_match:
-            return 0
+            return RowCounts([0])
         found = map(min, self._pool.drafted_match(acceptance.tokens), acceptance.counts)
         if self.batch.in_lockstep:
-            return min(count for count, gained in zip(found, acceptance.gained, strict=True) if gained)
-        return tuple(next(found) if count else 0 for count in acceptance.emitted)
+            return RowCounts([min(count for count, gained in zip(found, acceptance.gained, strict=True) if gained)])
+        return RowCounts(next(found) if count else 0 for count in acceptance.emitted)

@@ -24,14 +24,14 @@ def page_data_of(examination: Examination, decode: Decode, prompt: str, facts: d
     previous = [int(examination.prompt_ids[-1]), *report.answers[0]]
     steps, start = [], 0
     for number, record in enumerate(report.steps):
-        tokens = written[start : start + record.emitted_by(0)]
+        tokens = written[start : start + record.emitted[0]]
         step = _step(record, tokens)
         if number > 0:
             step |= _decision(examination.steps[number - 1])
             step["nodes"] = _nodes(examination.steps[number - 1], decode, previous[start - 1])
             _mark_sources(step)
         steps.append(step)
-        start += record.emitted_by(0)
+        start += record.emitted[0]
     return {
         "prompt": prompt,
         "promptTokens": len(examination.prompt_ids),

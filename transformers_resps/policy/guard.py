@@ -154,7 +154,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     def _gained(self, record: StepRecord) -> float:
         """Tokens by which the unfinished rows advanced."""
-        emitted = (record.emitted,) if isinstance(record.emitted, int) else record.emitted
+        emitted = record.emitted
         if len(self._written) != len(emitted):
             self._written = [0] * len(emitted)
         writing = [row for row, count in enumerate(emitted) if count]

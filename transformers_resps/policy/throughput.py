@@ -177,12 +177,12 @@ class ThroughputPolicy(SavedPolicy):
 
     def _learn(self, record: StepRecord) -> None:
         """Learn from the outcome of every row of a ragged batch; rows in lockstep have one outcome together."""
-        emitted = (record.emitted,) if isinstance(record.emitted, int) else record.emitted
-        if isinstance(record.drafted_match, int):
-            outcomes = [(record.drafted_match, min(filter(None, emitted), default=0))]
+        matches, emitted = record.drafted_match, record.emitted
+        if len(matches) == 1:
+            outcomes = [(matches[0], min(filter(None, emitted), default=0))]
             masses = [_means(self._masses)]
         else:
-            outcomes = [(found, count) for found, count in zip(record.drafted_match, emitted, strict=True) if count]
+            outcomes = [(found, count) for found, count in zip(matches, emitted, strict=True) if count]
             masses = self._masses
         for expected, outcome in zip(masses, outcomes, strict=True):
             self.odds.learn(expected, *outcome)

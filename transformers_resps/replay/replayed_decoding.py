@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..drafting.prompt_lookup import Lookup
 from ..policy import Level, Observation, Policy, ask_shape, count_nodes, wants_level
-from ..telemetry.report import SpeculationReport, StepRecord
+from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree, TreeShape
 from .recorded_text import RecordedText
 
@@ -78,12 +78,12 @@ class _ReplayedDecoding:
             shape,
             0 if pool is None else pool.tokens.shape[1],
             tree.node_count,
-            accepted,
-            accepted + 1,
+            RowCounts([accepted]),
+            RowCounts([accepted + 1]),
             draft,
             verify,
             draft + verify + self._costs.overhead_seconds,
-            0 if pool is None else pool.drafted_match(upcoming[:, : accepted + 1])[0],
+            RowCounts([0] if pool is None else pool.drafted_match(upcoming[:, : accepted + 1])),
         )
 
     def _prefix_accept_probs(self) -> list[float]:

@@ -1,6 +1,7 @@
 """What happened in a call of `generate`: the record of each step, and the report over all of them."""
 
 from .report import SpeculationReport, StepRecord
+from .row_counts import RowCounts
 
 
-__all__ = ["SpeculationReport", "StepRecord"]
+__all__ = ["RowCounts", "SpeculationReport", "StepRecord"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..tree import TreeShape
 from .detokenize import decoder, detokenize_incrementally
+from .row_counts import RowCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,29 +21,33 @@ class StepRecord:
         shape: the shape that the policy chose, cut to the room that was left.
         drafted: nodes that head and lookup scored.
         verified: nodes of the target forward, root included.
-        accepted: drafted tokens that were kept; for a batch one number per row.
-        emitted: tokens added to the output, `accepted + 1`; for a batch one number per row, 0 for finished rows.
+        accepted: drafted tokens that each row kept. With one row, `RowCounts` compare with an integer.
+        emitted: tokens that each row added to the output, the accepted ones and the bonus token; 0 for finished rows.
         draft_seconds: seconds of choosing and drafting; at the prefill, of reading the prompt with head and lookup.
         verify_seconds: seconds of the target forward; on a GPU including drafting work that is still running.
         step_seconds: seconds of the whole step, policy and bookkeeping included.
         drafted_match: how many of the step's tokens, from the first, form a path among the head's candidates, verified
-            or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: the minimum over rows that
-            gained tokens. 0 if the policy does not read it.
+            or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: one number for all, the minimum
+            over rows that gained tokens. One 0 if the policy does not read it.
     """
 
     shape: TreeShape
     drafted: int
     verified: int
-    accepted: int | tuple[int, ...]
-    emitted: int | tuple[int, ...]
+    accepted: RowCounts
+    emitted: RowCounts
     draft_seconds: float
     verify_seconds: float
     step_seconds: float
-    drafted_match: int | tuple[int, ...] = 0
+    drafted_match: RowCounts = RowCounts((0,))
+
+    @property
+    def accepted_total(self) -> int:
+        return sum(self.accepted)
 
     @property
     def emitted_total(self) -> int:
-        return self.emitted if isinstance(self.emitted, int) else sum(self.emitted)
+        return sum(self.emitted)
 
     @property
     def rest_seconds(self) -> float:
@@ -52,16 +57,17 @@ class StepRecord:
     @property
     def decoded_rows(self) -> int:
         """Number of rows that gained tokens, because they had not finished."""
-        return 1 if isinstance(self.emitted, int) else sum(count > 0 for count in self.emitted)
+        return sum(count > 0 for count in self.emitted)
 
     @property
     def mean_emitted(self) -> float:
         """Mean number of tokens that a row gained, without finished rows."""
         return self.emitted_total / max(self.decoded_rows, 1)
 
-    def emitted_by(self, row: int) -> int:
-        """Number of tokens that `row` of the batch gained."""
-        return self.emitted if isinstance(self.emitted, int) else self.emitted[row]
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON values; counts of a single row are integers."""
+        counts = {"accepted": self.accepted, "emitted": self.emitted, "drafted_match": self.drafted_match}
+        return asdict(self) | {name: count.to_json() for name, count in counts.items()}
 
 
 @dataclass(slots=True)
@@ -95,6 +101,11 @@ class SpeculationReport:
         return tau_of([self])
 
     @property
+    def mean_acceptance_length(self) -> float:
+        """`tau`, by the name that vLLM has for it."""
+        return self.tau
+
+    @property
     def seconds(self) -> float:
         return sum(step.step_seconds for step in self.steps)
 
@@ -112,7 +123,7 @@ class SpeculationReport:
             "tau": self.tau,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
-            "steps": [asdict(step) for step in self.steps],
+            "steps": [step.to_dict() for step in self.steps],
         }
 
     def show(self, tokenizer: Any = None, *, row: int = 0, console: Any = None) -> None:
@@ -156,7 +167,7 @@ class SpeculationReport:
             if tokenizer is None
             else detokenize_incrementally(answer, decoder(tokenizer))
         )
-        ends = list(accumulate((step.emitted_by(row) for step in self.steps), initial=0))
+        ends = list(accumulate((step.emitted[row] for step in self.steps), initial=0))
         return [written[start:end] for start, end in pairwise(ends)]
 
     def __str__(self) -> str:
