@@ -24,7 +24,7 @@ from torch import Tensor
 from prompts.policy_prompts import PromptArguments, name_of
 from prompts.recordings import load, record
 from publishing import recipe_of, write_run
-from transformers_resps import BaselineGuard, DraftHead
+from transformers_resps import BaselineGuard, DraftHead, attach
 from transformers_resps.bench.headroom import shapes_for
 from transformers_resps.bench.models import load_target
 from transformers_resps.bench.provenance import machine
@@ -93,7 +93,7 @@ def main() -> None:
     (script,) = parse(FitArguments)
     recipe = recipe_of(sys.argv, asdict(script), is_pushed=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = load_target(script.target, script.target_dtype, device, packed=script.pack)
+    target = attach(load_target(script.target, script.target_dtype, device, packed=script.pack))
     head = DraftHead.from_pretrained(script.head, target=target)
     prompts = script.read_prompts()
     prompts.check_room(target, script.max_new_tokens)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from prompts.policy_prompts import PromptArguments, Prompts, name_of
 from publishing import recipe_of, write_run
-from transformers_resps import DraftHead, TreeShape
+from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.bench.models import load_target
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
@@ -217,7 +217,7 @@ def run() -> None:
     script, args = parse(PolicyScriptArguments, PolicyTrainingConfig)
     recipe = recipe_of(sys.argv, asdict(script), is_pushed=args.push_to_hub)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    target = load_target(script.target, script.target_dtype, str(args.device), packed=script.pack)
+    target = attach(load_target(script.target, script.target_dtype, str(args.device), packed=script.pack))
     head = DraftHead.from_pretrained(script.head, target=target)
     prompts = script.read_prompts()
     prompts.check_room(target, script.max_new_tokens)

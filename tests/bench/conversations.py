@@ -25,7 +25,7 @@ def dialogue(name: str, *turns: str) -> Dialogue:
     return Dialogue(name, [], turns)
 
 
-def save_subjects(folder: Path, target: Any, head: DraftHead) -> tuple[str, str]:
+def save_models(folder: Path, target: Any, head: DraftHead) -> tuple[str, str]:
     """The folders of both, as a command takes them."""
     target.save_pretrained(folder / "target")
     letter_tokenizer().save_pretrained(folder / "target")

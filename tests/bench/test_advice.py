@@ -1,7 +1,7 @@
 import pytest
 
 from transformers_resps.bench.advice import Standing, advise
-from transformers_resps.bench.measurement import Interval
+from transformers_resps.bench.timing import Interval
 
 
 EVEN = Interval(1.0, 1.0, 1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.bench.conversations import save_rows, save_subjects
+from tests.bench.conversations import save_models, save_rows
 from transformers_resps import DraftHead
 from transformers_resps.bench import __main__ as command
 from transformers_resps.bench.protocol import Bench
@@ -27,7 +27,7 @@ BenchCommand = Callable[..., int]
 @pytest.fixture
 def bench(tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead) -> BenchCommand:
     """`bench(*options)`: the exit status, with a dataset of five rows of which two are evaluated."""
-    target, head = save_subjects(tmp_path, tiny_target, tiny_head)
+    target, head = save_models(tmp_path, tiny_target, tiny_head)
     file = save_rows(tmp_path / "mine.jsonl", ROWS)
 
     def run(*options: str) -> int:

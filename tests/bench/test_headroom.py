@@ -11,7 +11,7 @@ from transformers_resps.bench.headroom import (
     choose_best_fixed,
     shapes_for,
 )
-from transformers_resps.bench.measurement import Measurement
+from transformers_resps.bench.timing import AnswerTiming
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid
 
@@ -27,7 +27,7 @@ def test_the_best_fixed_shape_is_the_fastest_that_drafts() -> None:
 
 
 def test_a_ceiling_keeps_prefill_and_shortens_the_rest() -> None:
-    plain = Measurement("plain", "a/0", 0, 10, 10, 11.0, prefill_seconds=1.0)
+    plain = AnswerTiming("plain", "a/0", 0, 10, 10, 11.0, prefill_seconds=1.0)
     assert ceiling_of(plain, 0.4).seconds == pytest.approx(5.0)
 
 

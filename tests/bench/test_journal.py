@@ -5,14 +5,14 @@ import torch
 
 from tests.bench.conversations import dialogue
 from transformers_resps.bench.journal import JOURNAL, Journal
-from transformers_resps.bench.measurement import Measurement
 from transformers_resps.bench.protocol import Cell, Run
 from transformers_resps.bench.steps import Step
+from transformers_resps.bench.timing import AnswerTiming
 
 
 SETTINGS = {"target": "t", "temperatures": [0.0]}
 RUN = Run(
-    Measurement("auto", "d/3", 1, 5, 3, 2.5, 2, 0.5, 1.0), torch.tensor([4, 5]), [Step((4, 2, 2, 0), 4, 2, 1, 2, 4)]
+    AnswerTiming("auto", "d/3", 1, 5, 3, 2.5, 2, 0.5, 1.0), torch.tensor([4, 5]), [Step((4, 2, 2, 0), 4, 2, 1, 2, 4)]
 )
 
 
@@ -22,7 +22,7 @@ def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
     journal.note("best", {"shape": [4, 2, 2]})
     again = Journal.open(tmp_path, SETTINGS)
     found = again.find(Cell(dialogue("d/3", "x"), 2, 0.5, 1), "auto")
-    assert found is not None and found.measurement == RUN.measurement and found.steps == RUN.steps
+    assert found is not None and found.timing == RUN.timing and found.steps == RUN.steps
     assert found.token_ids.tolist() == [4, 5]
     assert again.notes == {"best": {"shape": [4, 2, 2]}}
     for other in (Cell(dialogue("d/3", "x"), 1, 0.5, 1), Cell(dialogue("d/3", "x"), 2, 0.0, 1)):

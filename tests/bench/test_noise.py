@@ -1,11 +1,11 @@
 import pytest
 
-from transformers_resps.bench.measurement import Measurement
 from transformers_resps.bench.noise import BusyMachine, check_load, check_spread
+from transformers_resps.bench.timing import AnswerTiming
 
 
-def answers(rates: list[float]) -> list[Measurement]:
-    return [Measurement("plain", f"x/{number}", 0, 11, 11, 10 / rate) for number, rate in enumerate(rates)]
+def answers(rates: list[float]) -> list[AnswerTiming]:
+    return [AnswerTiming("plain", f"x/{number}", 0, 11, 11, 10 / rate) for number, rate in enumerate(rates)]
 
 
 def test_a_machine_that_others_use_is_refused_before_the_start() -> None:

@@ -43,8 +43,8 @@ def test_an_answer_of_another_library_is_counted_like_all_others(bench: Bench) -
     bench.model.generation_config.eos_token_id = [2]
     run = Bench(bench.model, 12, Ticking()).decode(PROMPT, method, temperature=0.5)
     assert asked == [([PROMPT.input_ids.tolist()], 12, 0.5, [2])]
-    assert run.token_ids.tolist() == [7, 2] and run.measurement.tokens == 2 and not run.steps
-    assert run.measurement.target_forwards == 2 and run.measurement.prefill_seconds == 2.0
+    assert run.token_ids.tolist() == [7, 2] and run.timing.tokens == 2 and not run.steps
+    assert run.timing.target_forwards == 2 and run.timing.prefill_seconds == 2.0
 
 
 def test_a_wrong_answer_of_another_library_is_reported(bench: Bench) -> None:
@@ -81,7 +81,7 @@ def test_the_real_library_writes_the_plain_text_in_fewer_forwards(
     runs = [bench.decode(PROMPT, method) for method in chosen]
     judge.add(PROMPT, runs)
     assert judge.same_text == {method.name: 1 for method in chosen} and not judge.unexplained
-    forwards = [run.measurement.target_forwards for run in runs]
+    forwards = [run.timing.target_forwards for run in runs]
     assert forwards[0] == 12 and (forwards[1] <= 6 if with_model else 1 < forwards[1] <= 12)
     sampled = [bench.decode(PROMPT, chosen[1], seed, 1.0).token_ids.tolist() for seed in (0, 1, 0)]
     assert len(sampled[0]) == 12 and sampled[0] == sampled[2] != sampled[1]

@@ -47,10 +47,10 @@ def schedule(methods: Sequence[Method], repeats: int = 1, temperatures: Sequence
 def test_methods_take_turns_and_each_begins_as_often(bench: Bench, tiny_head: DraftHead) -> None:
     plan, memory = schedule([plain(), prompt_lookup(), fixed_tree(tiny_head, SHAPE)], repeats=3), Forgetful()
     cells = list(plan.run(bench, memory))
-    order = [run.measurement.method for run in memory.kept]
+    order = [run.timing.method for run in memory.kept]
     assert order[:9] == ["plain", "prompt lookup", "tree 4/2/2"] * 2 + ["prompt lookup", "tree 4/2/2", "plain"]
     assert [len(runs) for _, runs in cells] == [3] * 9 and plan.total == 27
-    assert all([run.measurement.method for run in runs] == order[:3] for _, runs in cells)
+    assert all([run.timing.method for run in runs] == order[:3] for _, runs in cells)
 
 
 def test_each_turn_follows_the_plain_answers_to_those_before_it(bench: Bench, tiny_head: DraftHead) -> None:
@@ -75,13 +75,13 @@ def test_every_method_is_counted_alike(bench: Bench, tiny_head: DraftHead) -> No
     one = bench.decode(PROMPTS[0], plain())
     tree = bench.decode(PROMPTS[0], fixed_tree(tiny_head, SHAPE))
     assert one.token_ids.tolist() == tree.token_ids.tolist()
-    assert one.measurement.target_forwards == one.measurement.tokens == tree.measurement.tokens
-    assert tree.measurement.target_forwards <= one.measurement.target_forwards
-    assert len(tree.steps) == tree.measurement.target_forwards and not one.steps
+    assert one.timing.target_forwards == one.timing.tokens == tree.timing.tokens
+    assert tree.timing.target_forwards <= one.timing.target_forwards
+    assert len(tree.steps) == tree.timing.target_forwards and not one.steps
 
 
 def test_prefill_ends_where_the_second_forward_begins(bench: Bench) -> None:
-    m = bench.decode(PROMPTS[0], plain()).measurement
+    m = bench.decode(PROMPTS[0], plain()).timing
     assert m.target_forwards == 6
     assert m.seconds == 7.0 and m.prefill_seconds == 2.0  # a tick at the start, at each forward, and at the end
 

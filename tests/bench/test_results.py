@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from transformers_resps.bench.headroom import ceiling_of
-from transformers_resps.bench.measurement import Measurement
 from transformers_resps.bench.methods import Method
 from transformers_resps.bench.plots import draw_plots
 from transformers_resps.bench.protocol import Run
 from transformers_resps.bench.results import advice_of, measured_part, read_results, write_results
 from transformers_resps.bench.steps import BUCKETS, Step, bucket_of, summarise_steps
 from transformers_resps.bench.table import markdown_table
+from transformers_resps.bench.timing import AnswerTiming
 
 
 METHODS = [
@@ -32,7 +32,7 @@ def made_up(temperatures: tuple[float, ...] = (0.0,)) -> list[Run]:
     for temperature in temperatures:
         for prompt in ("a/0", "a/1", "a/2", "b/0", "b/1", "b/2"):
             for method, forwards, seconds in zip(METHODS, (12, 10, 6, 5), (12.0, 11.0, 6.0, 4.0), strict=True):
-                m = Measurement(method.name, prompt, 0, 12, forwards, seconds, 1, temperature, 1.0)
+                m = AnswerTiming(method.name, prompt, 0, 12, forwards, seconds, 1, temperature, 1.0)
                 runs.append(Run(m, torch.arange(12), steps_for(method.name)))
     return runs
 
@@ -47,11 +47,11 @@ def steps_for(name: str) -> list[Step]:
 
 
 def results_of(runs: list[Run], **changes: Any) -> dict[str, Any]:
-    ceilings = [ceiling_of(run.measurement, 0.2) for run in runs if run.measurement.method == "plain"]
+    ceilings = [ceiling_of(run.timing, 0.2) for run in runs if run.timing.method == "plain"]
     names = [method.name for method in METHODS]
     return {
         "schema_version": 2,
-        "settings": {"temperatures": sorted({run.measurement.temperature for run in runs})},
+        "settings": {"temperatures": sorted({run.timing.temperature for run in runs})},
         "same_text": dict.fromkeys(names, 6),
         "costs": {"verify": {"128": {"1": 0.01, "8": 0.02}, "768": {"1": 0.02, "8": 0.03}}, "draft": {"1": 0.001}},
         **measured_part(METHODS, runs, ceilings),
@@ -70,9 +70,9 @@ def test_summaries_stand_by_dataset_and_over_all() -> None:
 
 def test_two_methods_are_compared_on_texts_that_both_wrote_alike() -> None:
     runs = made_up()
-    slow = [run for run in runs if run.measurement.method == "auto" and run.measurement.prompt != "a/0"]
+    slow = [run for run in runs if run.timing.method == "auto" and run.timing.prompt != "a/0"]
     for run in slow:  # five texts of its own, which took it long
-        runs[runs.index(run)] = Run(replace(run.measurement, seconds=90.0), torch.zeros(12), run.steps)
+        runs[runs.index(run)] = Run(replace(run.timing, seconds=90.0), torch.zeros(12), run.steps)
     found = {(row["method"], row["base"]): row for row in results_of(runs)["same_texts"]}
     assert found["tree 8/3/2", "prompt lookup"]["texts"] == 6
     assert found["tree 8/3/2", "prompt lookup"]["ratio"] == pytest.approx(11 / 6)
@@ -121,9 +121,9 @@ def test_the_table_has_a_row_for_everything_and_marks_what_nobody_measured() -> 
 
 
 def test_the_advice_is_over_everything_that_was_measured() -> None:
-    measurements = [run.measurement for run in made_up((0.0, 1.0))]
-    assert advice_of(METHODS, measurements, 1.5) == "Use auto: 3.00 times plain decoding (3.00 to 3.00)."
-    equal = [replace(m, seconds=4.0) if m.method == "tree 8/3/2" else m for m in measurements]
+    timings = [run.timing for run in made_up((0.0, 1.0))]
+    assert advice_of(METHODS, timings, 1.5) == "Use auto: 3.00 times plain decoding (3.00 to 3.00)."
+    equal = [replace(m, seconds=4.0) if m.method == "tree 8/3/2" else m for m in timings]
     assert advice_of(METHODS, equal, 1.5).startswith("Use tree 8/3/2")
     assert "One prompt" in advice_of(METHODS, [], None)
 
@@ -161,6 +161,6 @@ def test_every_plot_is_drawn(tmp_path: Path, temperatures: tuple[float, ...]) ->
 
 
 def test_a_plot_without_data_is_left_out(tmp_path: Path) -> None:
-    runs = [run for run in made_up() if run.measurement.method == "plain"]
+    runs = [run for run in made_up() if run.timing.method == "plain"]
     names = [file.name for file in draw_plots(results_of(runs), tmp_path)]
     assert "tau.png" not in names and "sizes.png" not in names and "costs.png" in names

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from transformers_resps.bench.measurement import PLAIN
 from transformers_resps.bench.results import ALL
 from transformers_resps.bench.table import method_cell, same_text, summary_cells, table_row
+from transformers_resps.bench.timing import PLAIN
 
 
 def overall_table(results: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_resps.bench.models import load
+from transformers_resps.bench.models import load_models
 from transformers_resps.bench.options import device, dtype, model, positive, shape
 from transformers_resps.bench.prompts import read_dialogues, spread, to_tokens
 from transformers_resps.bench.provenance import code, machine
@@ -41,9 +41,9 @@ class Experiment:
             ValueError: something is missing, or the head does not fit the target.
         """
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        subjects = load(args.target, args.head, [], dtype=args.dtype, device=device, packed=args.pack)
+        models = load_models(args.target, args.head, [], dtype=args.dtype, device=device, packed=args.pack)
         dialogues = spread(read_dialogues(str(args.dataset)), args.limit)
-        return cls(subjects.target, subjects.head, [to_tokens(one.asked([]), subjects.tokenizer) for one in dialogues])
+        return cls(models.target, models.head, [to_tokens(one.asked([]), models.tokenizer) for one in dialogues])
 
     def write(self, args: argparse.Namespace, rows: list[dict[str, Any]], runs: Sequence[Any]) -> Path:
         """`results.json`: machine, code, options, the table's rows and every run."""

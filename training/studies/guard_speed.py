@@ -45,7 +45,7 @@ SETTINGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class GuardTiming:
     """One prompt, decoded plainly and guarded one after the other."""
 
     head: str
@@ -84,7 +84,7 @@ def timed(target: Any, prompt: Tensor, max_new_tokens: int, **speculation: Any) 
     return out.sequences.shape[1] - len(prompt), seconds, tau
 
 
-def measure(given: Experiment, heads: dict[str, DraftHead], max_new_tokens: int, repeats: int) -> list[Measurement]:
+def measure(given: Experiment, heads: dict[str, DraftHead], max_new_tokens: int, repeats: int) -> list[GuardTiming]:
     """Every setting and prompt; plain right before or after, in turn."""
     timed(given.target, given.prompts[0], max_new_tokens)
     found = []
@@ -97,11 +97,11 @@ def measure(given: Experiment, heads: dict[str, DraftHead], max_new_tokens: int,
                 ways = [{}, {"assistant_model": heads[name], "policy": policy}]
                 order = (0, 1) if (number + repeat) % 2 == 0 else (1, 0)
                 got = {way: timed(given.target, prompt, max_new_tokens, **ways[way]) for way in order}
-                found.append(Measurement(name, policy_name, kept, number, *got[0][:2], *got[1]))
+                found.append(GuardTiming(name, policy_name, kept, number, *got[0][:2], *got[1]))
     return found
 
 
-def table(runs: Sequence[Measurement]) -> list[dict[str, Any]]:
+def table(runs: Sequence[GuardTiming]) -> list[dict[str, Any]]:
     """Per head, policy and keeping: tokens per second to plain ones."""
     rows = []
     for key in dict.fromkeys((run.head, run.policy, run.kept) for run in runs):

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from transformers_resps import FixedPolicy, TreeShape
-from transformers_resps.bench.models import BenchModels, load
+from transformers_resps.bench.models import BenchModels, load_models
 from transformers_resps.bench.options import positive, shape
 from transformers_resps.bench.prompts import read_dialogues, to_tokens
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import code, machine
 
 
-def tokens_and_forwards(subjects: BenchModels, prompts: list[Tensor], tree: TreeShape, most: int) -> tuple[int, int]:
+def tokens_and_forwards(models: BenchModels, prompts: list[Tensor], tree: TreeShape, most: int) -> tuple[int, int]:
     """What all answers together emitted, and the target's forwards that it took, prompts' included."""
     emitted = forwards = 0
     for prompt in prompts:
-        out: Any = subjects.target.generate(
-            prompt[None].to(subjects.target.device),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=subjects.target.device),
-            assistant_model=subjects.head,
+        out: Any = models.target.generate(
+            prompt[None].to(models.target.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=models.target.device),
+            assistant_model=models.head,
             policy=FixedPolicy(tree),
             max_new_tokens=most,
             return_dict_in_generate=True,
@@ -52,19 +52,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/tau.json"))
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    subjects = load(args.target, args.head, [], dtype=args.dtype, device=device, packed=True)
+    models = load_models(args.target, args.head, [], dtype=args.dtype, device=device, packed=True)
     rows = []
     for tree in args.shapes:
         taus: dict[str, float] = {}
         for source in args.dataset:
             dialogues = read_dialogues(source)[: args.limit]
-            prompts = [to_tokens(dialogue.asked([]), subjects.tokenizer) for dialogue in dialogues]
-            emitted, forwards = tokens_and_forwards(subjects, prompts, tree, args.max_new_tokens)
+            prompts = [to_tokens(dialogue.asked([]), models.tokenizer) for dialogue in dialogues]
+            emitted, forwards = tokens_and_forwards(models, prompts, tree, args.max_new_tokens)
             taus[Path(source).stem] = round(emitted / forwards, 3)
             print(f"{tree} {Path(source).stem}: {taus[Path(source).stem]}", flush=True)
         rows.append({"shape": str(tree), "tau": taus, "mean": round(sum(taus.values()) / len(taus), 3)})
         print(f"{tree} mean: {rows[-1]['mean']}", flush=True)
-    facts = {**machine(subjects.target), **code(), **subjects.identity, "arguments": vars(args), "rows": rows}
+    facts = {**machine(models.target), **code(), **models.identity, "arguments": vars(args), "rows": rows}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
 

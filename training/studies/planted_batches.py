@@ -77,7 +77,7 @@ class PricedDecoding(TreeDecoding):
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class GroupTiming:
     """One group of prompts decoded once; `seconds` are planted."""
 
     policy: str
@@ -88,7 +88,7 @@ class Measurement:
     seconds: float
 
 
-def measure(given: Experiment, size: int, max_new_tokens: int) -> list[Measurement]:
+def measure(given: Experiment, size: int, max_new_tokens: int) -> list[GroupTiming]:
     """All groups of a size by every policy, which learns on from group to group."""
     groups = [given.prompts[start : start + size] for start in range(0, len(given.prompts) - size + 1, size)]
     found = []
@@ -104,11 +104,11 @@ def measure(given: Experiment, size: int, max_new_tokens: int) -> list[Measureme
             report: SpeculationReport = given.target.generate(
                 ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **options
             ).speculation
-            found.append(Measurement(name, size, number, report.emitted, len(report.steps), report.seconds))
+            found.append(GroupTiming(name, size, number, report.emitted, len(report.steps), report.seconds))
     return found
 
 
-def table(runs: list[Measurement]) -> list[dict[str, Any]]:
+def table(runs: list[GroupTiming]) -> list[dict[str, Any]]:
     """Of each size and policy the tokens a second, and those over plain decoding's."""
     rates: dict[tuple[int, str], float] = {}
     for place in dict.fromkeys((run.batch_size, run.policy) for run in runs):

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..compat import check_extra
 from .methods import fixed_tree
-from .models import BenchModels, load
+from .models import BenchModels, load_models
 from .noise import check_load
 from .options import add_options
 from .peers import check_installed
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         check_load(load_before)
     if args.threads:
         torch.set_num_threads(args.threads)
-    subjects = load(
+    models = load_models(
         args.target,
         args.head,
         args.policy,
@@ -63,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
         packed=args.pack,
     )
     if args.profile:
-        return print_profile(args, subjects)
-    return measure(args, subjects, load_before)
+        return print_profile(args, models)
+    return measure(args, models, load_before)
 
 
-def measure(args: argparse.Namespace, subjects: BenchModels, load_before: float | None) -> int:
+def measure(args: argparse.Namespace, models: BenchModels, load_before: float | None) -> int:
     """Decode everything in turn; what is there at Ctrl-C is reported as partial."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace, subjects: BenchModels, load_before: float 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Loading", total=None)
-        session = Session(args, subjects, lambda doing: progress.update(task, description=doing))
+        session = Session(args, models, lambda doing: progress.update(task, description=doing))
         try:
             schedule = session.prepare()
         except KeyboardInterrupt:
@@ -115,15 +115,15 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> None:
     print(f"\n{results['advice']}")
 
 
-def print_profile(args: argparse.Namespace, subjects: BenchModels) -> int:
+def print_profile(args: argparse.Namespace, models: BenchModels) -> int:
     """One line per finding."""
     dialogues = [one for source in args.dataset for one in spread(read_dialogues(source, args.split), args.limit)]
-    prompts = [Prompt(one.name, to_tokens(one.asked([]), subjects.tokenizer)) for one in dialogues]
-    tree = fixed_tree(subjects.head, first_shape(args, subjects))
-    found = profile(Bench(subjects.target, args.max_new_tokens), subjects.head, tree, prompts)
+    prompts = [Prompt(one.name, to_tokens(one.asked([]), models.tokenizer)) for one in dialogues]
+    tree = fixed_tree(models.head, first_shape(args, models))
+    found = profile(Bench(models.target, args.max_new_tokens), models.head, tree, prompts)
     for name, value in asdict(found).items():
         print(f"{name:20}{value / 2**20:8.0f} MiB" if name.startswith("peak") else f"{name:20}{value:8.3f}")
-    print(f"{'head_bytes':20}{sum(p.nbytes for p in subjects.head.parameters()) / 2**20:8.0f} MiB")
+    print(f"{'head_bytes':20}{sum(p.nbytes for p in models.head.parameters()) / 2**20:8.0f} MiB")
     return 0
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .measurement import Interval
+from .timing import Interval
 
 
 NAMED_NODES = 8  # whose verification the sentence names

@@ -18,9 +18,9 @@ from ..replay.oracle import Oracle
 from ..replay.outcomes import OutcomeTable
 from ..replay.replay_text import ReplayText, record_text
 from ..tree import TreeShape
-from .measurement import Measurement
 from .methods import ORACLE
 from .protocol import sampling
+from .timing import AnswerTiming
 
 
 _LOOKUPS = (0, 4, 8)
@@ -127,13 +127,13 @@ def choose_best_fixed(totals: Tensor, grid: ActionGrid, prompts: Sequence[str]) 
     return BestFixed(grid[best], list(prompts), float(totals[plain] / totals[best]), len(grid))
 
 
-def ceiling_of(plain: Measurement, share: float) -> Measurement:
-    """The oracle's estimated measurement: prefill as measured, and a share of plain decoding's other time.
+def ceiling_of(plain: AnswerTiming, share: float) -> AnswerTiming:
+    """The oracle's estimated timing: prefill as measured, and a share of plain decoding's other time.
 
     Its forwards are not known: they count as plain decoding's.
     """
     seconds = plain.prefill_seconds + share * (plain.seconds - plain.prefill_seconds)
-    return Measurement(
+    return AnswerTiming(
         ORACLE, plain.prompt, plain.repeat, plain.tokens, plain.target_forwards, seconds, plain.turn,
         plain.temperature, plain.prefill_seconds,
     )  # fmt: skip

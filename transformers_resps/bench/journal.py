@@ -7,9 +7,9 @@ from typing import Any, Self
 
 import torch
 
-from .measurement import Measurement
 from .protocol import Cell, Run
 from .steps import Step
+from .timing import AnswerTiming
 
 
 JOURNAL = "journal.jsonl"
@@ -59,7 +59,7 @@ class Journal:
 
     def keep(self, run: Run) -> None:
         """Write a run down."""
-        self._append({**asdict(run.measurement), "token_ids": run.token_ids.tolist(), "steps": run.steps})
+        self._append({**asdict(run.timing), "token_ids": run.token_ids.tolist(), "steps": run.steps})
         self._remember(run)
 
     def note(self, name: str, value: Any) -> None:
@@ -68,7 +68,7 @@ class Journal:
         self.notes[name] = value
 
     def _remember(self, run: Run) -> None:
-        m = run.measurement
+        m = run.timing
         self._runs[m.prompt, m.turn, m.temperature, m.repeat, m.method] = run
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Journal:
 def _run_of(line: dict[str, Any]) -> Run:
     measured = {name: value for name, value in line.items() if name not in ("token_ids", "steps")}
     steps = [Step(tuple(shape), *rest) for shape, *rest in line["steps"]]  # type: ignore[arg-type]
-    return Run(Measurement(**measured), torch.tensor(line["token_ids"], dtype=torch.long), steps)
+    return Run(AnswerTiming(**measured), torch.tensor(line["token_ids"], dtype=torch.long), steps)
 
 
 def _check_settings(file: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from ..testing import explain_divergence
-from .measurement import PLAIN
 from .methods import Method
 from .prompts import Prompt
 from .protocol import Run
+from .timing import PLAIN
 
 
 class Judge:
@@ -31,9 +31,9 @@ class Judge:
 
     def add(self, prompt: Prompt, runs: Sequence[Run]) -> None:
         """Judge all answers of one cell."""
-        plain = next(run for run in runs if run.measurement.method == PLAIN)
+        plain = next(run for run in runs if run.timing.method == PLAIN)
         for run in runs:
-            m = run.measurement
+            m = run.timing
             same = run.token_ids.tolist() == plain.token_ids.tolist()
             if m.repeat == 0:
                 self.same_text[m.method] += same
@@ -44,10 +44,10 @@ class Judge:
                 )
 
     def _difference(self, prompt: Prompt, plain: Run, run: Run) -> str | None:
-        if run.measurement.temperature == 0:
+        if run.timing.temperature == 0:
             found = explain_divergence(self._model, prompt.input_ids, plain.token_ids, run.token_ids)
             return None if found is None or found.explained else str(found)
         exact = self._model.dtype in (torch.float32, torch.float64)
-        if run.measurement.method in self._promises and exact:
+        if run.timing.method in self._promises and exact:
             return "sampled another text than plain decoding with the same seed"
         return None

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..head import DraftHead
 from ..policy import FixedPolicy, Policy, ReSpSPolicy
 from ..tree import TreeShape
-from .measurement import PLAIN
+from .timing import PLAIN
 
 
 PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING = "prompt-lookup", "eagle", "best-fixed", "oracle"

@@ -44,14 +44,14 @@ class BenchModels:
     trained_on: dict[str, set[str] | None]
 
 
-def load_target(name: str, dtype: str | None, device: str, *, packed: bool) -> Any:
-    """The target as it will decode, for every method."""
+def load_target(name: str, dtype: str | None, device: str, *, packed: bool = False) -> Any:
+    """Load a target onto its device; without a dtype in float32 on a CPU, and elsewhere in its own."""
     chosen = dtype or ("float32" if device == "cpu" else "auto")
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
-    return attach(prepack(model.to(device)) if packed else model.to(device))
+    return prepack(model.to(device)) if packed else model.to(device)
 
 
-def load(
+def load_models(
     target_name: str,
     head_name: str,
     policy_names: Sequence[str],
@@ -66,7 +66,7 @@ def load(
     Raises:
         ValueError: something is not there, or does not fit the target.
     """
-    target = load_target(target_name, dtype, device, packed=packed)
+    target = attach(load_target(target_name, dtype, device, packed=packed))
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     head = DraftHead.from_pretrained(head_name, target=target)
     policies = load_policies(policy_names, target, head)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .measurement import PLAIN, Measurement, plain_spread
+from .timing import PLAIN, AnswerTiming, plain_spread
 
 
 MAX_LOAD = 0.5  # CPUs that other processes may use before the start
@@ -31,14 +31,14 @@ def check_load(load: float | None) -> None:
         )
 
 
-def check_spread(measurements: Sequence[Measurement], journal: str) -> None:
+def check_spread(timings: Sequence[AnswerTiming], journal: str) -> None:
     """Refuse to go on.
 
     Raises:
         BusyMachine: the rates of plain decoding spread more than `MAX_SPREAD`.
     """
-    answers = sum(m.method == PLAIN for m in measurements)
-    spread = plain_spread(measurements) if answers >= _MIN_ANSWERS else None
+    answers = sum(m.method == PLAIN for m in timings)
+    spread = plain_spread(timings) if answers >= _MIN_ANSWERS else None
     if spread is not None and spread > MAX_SPREAD:
         raise BusyMachine(
             f"The machine is noisy: plain decoding's rates spread by {spread:.0%} (interquartile range over median, "

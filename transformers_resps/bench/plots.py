@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .measurement import PLAIN
 from .results import ALL
 from .steps import BUCKETS
+from .timing import PLAIN
 
 
 # Okabe and Ito's colours, told apart by everyone; the ceiling and plain decoding are grey.

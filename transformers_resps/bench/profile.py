@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ..head import BoundHead, DraftHead
-from .measurement import PLAIN
 from .methods import Method
 from .prompts import Prompt
 from .protocol import Bench
+from .timing import PLAIN
 
 
 _PREFILL_REPEATS = 3
@@ -95,7 +95,7 @@ def profile(bench: Bench, head: DraftHead, tree: Method, prompts: Sequence[Promp
         stack.enter_context(watch.around(BoundHead, "logits", "logits"))
         for prompt in prompts:
             first = len(watch.seconds["target"])
-            total += bench.decode(prompt, tree).measurement.seconds
+            total += bench.decode(prompt, tree).timing.seconds
             prefill += watch.seconds["target"][first]
     forwards = sum(map(sum, watch.seconds.values()))
     return Profile(
@@ -112,7 +112,7 @@ def _prefill_ratio(bench: Bench, tree: Method, prompts: Sequence[Prompt]) -> flo
     """Median over prompts and repeats of calls that write one token."""
     one = Bench(bench.model, 1)
     pairs = [
-        [one.decode(prompt, method).measurement.seconds for method in (Method(PLAIN), tree)]
+        [one.decode(prompt, method).timing.seconds for method in (Method(PLAIN), tree)]
         for _ in range(_PREFILL_REPEATS)
         for prompt in prompts
     ]

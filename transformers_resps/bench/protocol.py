@@ -12,10 +12,10 @@ from torch import Tensor
 from ..generation.defaults import SpeculationDefaults
 from ..generation.sequences import end_ids
 from ..target.features import decoder_layers
-from .measurement import PLAIN, Measurement, token_count
 from .methods import Method
 from .prompts import Dialogue, Prompt, to_tokens
 from .steps import Step, steps_of
+from .timing import PLAIN, AnswerTiming, token_count
 
 
 _WARM_UP_TOKENS = 12
@@ -23,9 +23,9 @@ _WARM_UP_TOKENS = 12
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A measurement, the text `[t]` it wrote, and the steps it took where they are told."""
+    """How long an answer took, the text `[t]` it wrote, and the steps it took where they are told."""
 
-    measurement: Measurement
+    timing: AnswerTiming
     token_ids: Tensor
     steps: list[Step] = field(default_factory=list)
 
@@ -88,7 +88,7 @@ class Bench:
         seconds = self._clock() - started
         count = token_count(answer, self._end_ids, most)
         prefill = self._forwards[1] - started if len(self._forwards) > 1 else seconds
-        measured = Measurement(
+        measured = AnswerTiming(
             method.name, prompt.name, repeat, count, len(self._forwards), seconds, prompt.turn, temperature, prefill
         )
         return Run(measured, torch.tensor(answer[:count]), [] if report is None else steps_of(report))

@@ -8,11 +8,11 @@ from typing import Any
 
 from ..hub import RESULTS
 from .advice import Standing, advise
-from .measurement import PLAIN, Measurement, compare, grouped, plain_spread, rate, summarise
 from .methods import Method
 from .protocol import Run
 from .same_texts import same_texts
 from .steps import summarise_steps
+from .timing import PLAIN, AnswerTiming, compare, grouped, plain_spread, rate, summarise
 
 
 SCHEMA_VERSION = 2
@@ -20,7 +20,7 @@ ALL = "all"
 _DIGITS = 7  # significant: a second to the microsecond and better
 
 
-def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequence[Measurement]) -> dict[str, Any]:
+def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequence[AnswerTiming]) -> dict[str, Any]:
     """Everything in the results that follows from the runs.
 
     Args:
@@ -28,57 +28,57 @@ def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequ
         runs: of whole cells: every method answered.
         ceilings: what the oracle would have done in some of them; estimated, not measured.
     """
-    measurements = [run.measurement for run in runs]
+    timings = [run.timing for run in runs]
     names = [method.name for method in methods]
     return {
-        "plain_spread": plain_spread(measurements),
-        "summaries": summaries_of(measurements, names, ceilings),
-        "pooled": _rows([*measurements, *ceilings], names),
+        "plain_spread": plain_spread(timings),
+        "summaries": summaries_of(timings, names, ceilings),
+        "pooled": _rows([*timings, *ceilings], names),
         "same_texts": [asdict(pair) for pair in same_texts(runs, names)],
         "steps": {name: asdict(found) for name in names if (found := _steps_of(runs, name)) is not None},
-        "measurements": [asdict(measurement) for measurement in measurements],
+        "measurements": [asdict(timing) for timing in timings],
         "ceilings": [asdict(ceiling) for ceiling in ceilings],
     }
 
 
 def summaries_of(
-    measurements: Sequence[Measurement], names: Sequence[str], ceilings: Sequence[Measurement]
+    timings: Sequence[AnswerTiming], names: Sequence[str], ceilings: Sequence[AnswerTiming]
 ) -> dict[str, list[dict[str, Any]]]:
     """Dataset, and `all`, -> rows by temperature and method, each a `Summary` and whether it was `measured`."""
-    datasets = list(dict.fromkeys(m.dataset for m in measurements))
+    datasets = list(dict.fromkeys(m.dataset for m in timings))
     found: dict[str, list[dict[str, Any]]] = {}
     for dataset in [*datasets, ALL]:
         rows = found.setdefault(dataset, [])
-        own = [m for m in [*measurements, *ceilings] if dataset in (ALL, m.dataset)]
+        own = [m for m in [*timings, *ceilings] if dataset in (ALL, m.dataset)]
         for part in grouped(own, lambda m: m.temperature):
             rows += _rows(part, names)
     return found
 
 
-def _rows(measurements: Sequence[Measurement], names: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[str, Any]]:
     """One for each method; those that were not measured come last."""
-    present = dict.fromkeys(m.method for m in measurements)
+    present = dict.fromkeys(m.method for m in timings)
     ordered = [name for name in names if name in present] + [name for name in present if name not in names]
-    return [{**asdict(summarise(measurements, name)), "measured": name in names} for name in ordered]
+    return [{**asdict(summarise(timings, name)), "measured": name in names} for name in ordered]
 
 
-def advice_of(methods: Sequence[Method], measurements: Sequence[Measurement], verify_cost: float | None) -> str:
+def advice_of(methods: Sequence[Method], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
     """One sentence over all datasets and temperatures together."""
     others = [method for method in methods if method.name != PLAIN]
-    if not measurements:
+    if not timings:
         return advise([], verify_cost, 0)
-    rates = {method.name: rate(m for m in measurements if m.method == method.name) for method in others}
+    rates = {method.name: rate(m for m in timings if m.method == method.name) for method in others}
     fastest = max(rates, key=lambda name: rates[name], default=PLAIN)
     standings = [
         Standing(
             method.name,
             method.effort,
-            compare(measurements, method.name, PLAIN),
-            compare(measurements, method.name, fastest),
+            compare(timings, method.name, PLAIN),
+            compare(timings, method.name, fastest),
         )
         for method in others
     ]
-    return advise(standings, verify_cost, len({m.prompt for m in measurements}))
+    return advise(standings, verify_cost, len({m.prompt for m in timings}))
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:
@@ -127,8 +127,8 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def _steps_of(runs: Sequence[Run], name: str) -> Any:
-    told = [run for run in runs if run.measurement.method == name and run.steps]
+    told = [run for run in runs if run.timing.method == name and run.steps]
     if not told:
         return None
-    tokens, seconds = (sum(getattr(run.measurement, part) for run in told) for part in ("tokens", "seconds"))
+    tokens, seconds = (sum(getattr(run.timing, part) for run in told) for part in ("tokens", "seconds"))
     return summarise_steps([run.steps for run in told], int(tokens), seconds)

@@ -8,8 +8,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from .measurement import compare, place_of
 from .protocol import Run
+from .timing import compare, place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,12 @@ def same_texts(runs: Sequence[Run], names: Sequence[str]) -> list[SameTexts]:
     """All pairs of `names` that wrote a text alike, in their order."""
     cells: dict[Hashable, dict[str, Run]] = {}
     for run in runs:
-        cells.setdefault(place_of(run.measurement), {})[run.measurement.method] = run
+        cells.setdefault(place_of(run.timing), {})[run.timing.method] = run
     found = []
     for base, method in combinations(names, 2):
         pairs = [(cell[base], cell[method]) for cell in cells.values() if base in cell and method in cell]
         alike = [pair for pair in pairs if pair[0].token_ids.tolist() == pair[1].token_ids.tolist()]
         if alike:
-            interval = compare([run.measurement for pair in alike for run in pair], method, base)
+            interval = compare([run.timing for pair in alike for run in pair], method, base)
             found.append(SameTexts(method, base, len(alike), len(pairs), interval.ratio, interval.low, interval.high))
     return found

@@ -15,7 +15,6 @@ from .advice import NAMED_NODES
 from .headroom import BestFixed, Replayer, ceiling_of, shapes_for
 from .journal import JOURNAL, Journal
 from .judging import Judge
-from .measurement import PLAIN, Measurement
 from .methods import (
     BEST_FIXED,
     CEILING,
@@ -40,6 +39,7 @@ from .prompts import Dialogue, Prompt, check_apart, check_stems, read_dialogues,
 from .protocol import Bench, Run, Schedule
 from .provenance import code, machine
 from .results import SCHEMA_VERSION, advice_of, measured_part
+from .timing import PLAIN, AnswerTiming
 
 
 _MAX_SEARCHED = 8  # prompts, shared among the datasets
@@ -51,7 +51,7 @@ class Session:
 
     Args:
         args: of `add_options`.
-        subjects: loaded.
+        models: loaded.
         say: told what is being done, in a few words.
 
     Raises:
@@ -59,8 +59,8 @@ class Session:
             impossible.
     """
 
-    def __init__(self, args: argparse.Namespace, subjects: BenchModels, say: Callable[[str], None]) -> None:
-        self.args, self.subjects, self._say = args, subjects, say
+    def __init__(self, args: argparse.Namespace, models: BenchModels, say: Callable[[str], None]) -> None:
+        self.args, self.models, self._say = args, models, say
         self.selected = CHOICES if args.methods is None else tuple(args.methods)
         check_stems(args.dataset)
         sources = {source: read_dialogues(source, args.split) for source in args.dataset}
@@ -69,16 +69,16 @@ class Session:
         if not self.searched:  # only if it was not asked for by name
             self.selected = tuple(name for name in self.selected if name != BEST_FIXED)
         self._check_prompts()
-        self.peers = load_peers(args.peers, subjects.target, subjects.draft_model)
+        self.peers = load_peers(args.peers, models.target, models.draft_model)
         self.settings = self._settings()
         self.journal = Journal.open(args.output, self.settings)
         if args.accept_noise:  # what was measured so stays so when the run is resumed
             self.journal.note("accepted_noise", True)
-        self.bench = Bench(subjects.target, args.max_new_tokens)
+        self.bench = Bench(models.target, args.max_new_tokens)
         self.costs: CostTable | None = None
         self.replayer: Replayer | None = None
         self.methods: list[Method] = []
-        self.ceilings: list[Measurement] = []
+        self.ceilings: list[AnswerTiming] = []
         self._whole: list[Run] = []
 
     def _search_dialogues(self, sources: list[list[Dialogue]]) -> list[Dialogue]:
@@ -101,15 +101,15 @@ class Session:
 
     def _check_prompts(self) -> None:
         check_apart(self.dialogues, {d.fingerprint for d in self.searched}, "those of --search-dataset")
-        for name, hashes in self.subjects.trained_on.items():
+        for name, hashes in self.models.trained_on.items():
             check_apart(self.dialogues, hashes or set(), f"the training prompts of {name}")
 
     def _settings(self) -> dict[str, Any]:
         """What must stay the same for all figures of one table."""
         args = self.args
         return {
-            **self.subjects.identity,
-            **machine(self.subjects.target),
+            **self.models.identity,
+            **machine(self.models.target),
             **code(),
             "peers": peer_versions(args.peers),
             "methods": list(self.selected),
@@ -125,7 +125,7 @@ class Session:
 
     def prepare(self) -> Schedule:
         """Measure costs, find the best fixed tree, and warm up; then all is ready to be timed."""
-        target, head = self.subjects.target, self.subjects.head
+        target, head = self.models.target, self.models.head
         self._say("Measuring the cost of steps")
         self.costs = calibrate(target, head, folder=self.args.output / "costs")
         if not {BEST_FIXED, CEILING}.isdisjoint(self.selected):
@@ -133,7 +133,7 @@ class Session:
             self.replayer = Replayer(target, head, grid, self.costs, self.args.max_new_tokens)
         self.methods = self._choose_methods()
         schedule = Schedule(
-            self.dialogues, self.methods, self.args.temperature, self.args.repeats, self.subjects.tokenizer
+            self.dialogues, self.methods, self.args.temperature, self.args.repeats, self.models.tokenizer
         )
         schedule.check_room(self.bench)
         self._say("Warming up")
@@ -143,12 +143,12 @@ class Session:
         return schedule
 
     def _choose_methods(self) -> list[Method]:
-        head = self.subjects.head
+        head = self.models.head
         found = [plain()]
         if PROMPT_LOOKUP in self.selected:
             found.append(prompt_lookup())
-        if self.subjects.draft_model is not None:
-            found.append(draft_model(self.subjects.draft_model))
+        if self.models.draft_model is not None:
+            found.append(draft_model(self.models.draft_model))
         found += peers(self.peers)
         if EAGLE in self.selected:
             found += eagle_trees(head)
@@ -156,7 +156,7 @@ class Session:
         best = self.best_fixed()
         if best is not None:
             found.append(fixed_tree(head, best.shape, f"best fixed {shape_name(best.shape).removeprefix('tree ')}"))
-        found += policies(head, self.subjects.policies)
+        found += policies(head, self.models.policies)
         check_distinct(found)
         return found
 
@@ -165,7 +165,7 @@ class Session:
         if BEST_FIXED not in self.selected or self.replayer is None:
             return None
         if "best_fixed" not in self.journal.notes:
-            tokenizer = self.subjects.tokenizer
+            tokenizer = self.models.tokenizer
 
             def prompts() -> Iterator[tuple[str, torch.Tensor]]:
                 for number, dialogue in enumerate(self.searched, start=1):
@@ -184,20 +184,20 @@ class Session:
         """
         self._whole += runs
         self.judge.add(prompt, runs)
-        answer = next(run for run in runs if run.measurement.method == PLAIN)
+        answer = next(run for run in runs if run.timing.method == PLAIN)
         if CEILING in self.selected and self.replayer is not None:
-            m = answer.measurement
+            m = answer.timing
             seed = m.repeat if m.temperature else 0  # greedy repeats write one text
             key = f"ceiling {m.prompt} turn {m.turn} temperature {m.temperature:g} seed {seed}"
             if key not in self.journal.notes:
                 self.journal.note(key, self.replayer.ceiling(prompt.input_ids, answer.token_ids))
             self.ceilings.append(ceiling_of(m, self.journal.notes[key]))
         if not self.args.accept_noise:
-            check_spread([run.measurement for run in self._whole], str(self.args.output / JOURNAL))
+            check_spread([run.timing for run in self._whole], str(self.args.output / JOURNAL))
 
     def results(self, command: list[str], load: float | None, cut: set[str], *, partial: bool) -> dict[str, Any]:
         """All of `results.json`."""
-        measurements = [run.measurement for run in self._whole]
+        timings = [run.timing for run in self._whole]
         facts = {name: value for name, value in self.settings.items() if name not in _ONLY_SETTINGS}
         return {
             "schema_version": SCHEMA_VERSION,
@@ -206,13 +206,13 @@ class Session:
             **facts,
             "settings": {name: self.settings[name] for name in _ONLY_SETTINGS},
             "training_prompts": {
-                name: None if hashes is None else len(hashes) for name, hashes in self.subjects.trained_on.items()
+                name: None if hashes is None else len(hashes) for name, hashes in self.models.trained_on.items()
             },
             "noise": {"accepted": "accepted_noise" in self.journal.notes, "load_before": load},
             "costs": self._costs(),
             "best_fixed": self.journal.notes.get("best_fixed"),
             "cut_short": sorted(cut),
-            "advice": advice_of(self.methods, measurements, self.verify_cost()),
+            "advice": advice_of(self.methods, timings, self.verify_cost()),
             "same_text": dict(self.judge.same_text),
             "unexplained": self.judge.unexplained,
             **measured_part(self.methods, self._whole, self.ceilings),
@@ -234,7 +234,7 @@ _ONLY_SETTINGS = (
 )  # fmt: skip
 
 
-def first_shape(args: argparse.Namespace, subjects: BenchModels) -> TreeShape:
+def first_shape(args: argparse.Namespace, models: BenchModels) -> TreeShape:
     """What `--profile` looks at: the first of `--shapes`, or the head's own."""
-    shape: TreeShape = args.shapes[0] if args.shapes else subjects.head.default_shape
+    shape: TreeShape = args.shapes[0] if args.shapes else models.head.default_shape
     return shape

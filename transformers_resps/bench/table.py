@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from .measurement import PLAIN
 from .results import ALL
+from .timing import PLAIN
 
 
 _COLUMNS = ("dataset", "method", "tokens/s", "ratio to plain", "95% interval", "tau", "nodes", "same text")

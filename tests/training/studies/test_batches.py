@@ -7,7 +7,7 @@ import torch
 
 from tests.targets import Architecture
 from training.studies.batches.__main__ import main
-from training.studies.batches.measuring import WAYS, BatchBench, Measurement, table
+from training.studies.batches.measuring import WAYS, BatchBench, GroupTiming, table
 from training.studies.experiment import Experiment
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 
@@ -28,11 +28,11 @@ def test_every_way_writes_the_same_tokens_and_is_timed() -> None:
 
 def test_rates_are_total_tokens_over_total_seconds() -> None:
     runs = [
-        Measurement("plain", 2, 0, 0, 20, 2.0, 2),
-        Measurement("plain", 2, 1, 0, 10, 4.0, 2),
-        Measurement("rows apart", 2, 0, 0, 20, 1.0, 2),
-        Measurement("rows apart", 2, 1, 0, 10, 2.0, 1),
-        Measurement("tree, one by one", 2, 0, 0, 30, 4.0, 2),
+        GroupTiming("plain", 2, 0, 0, 20, 2.0, 2),
+        GroupTiming("plain", 2, 1, 0, 10, 4.0, 2),
+        GroupTiming("rows apart", 2, 0, 0, 20, 1.0, 2),
+        GroupTiming("rows apart", 2, 1, 0, 10, 2.0, 1),
+        GroupTiming("tree, one by one", 2, 0, 0, 30, 4.0, 2),
     ]
     rows = {row["way"]: row for row in table(runs)}
     assert rows["plain"]["tokens_per_second"] == 5.0

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from tests.targets import Architecture
-from training.studies.static_caches.measuring import WAYS, Measurement, StaticBench, table
+from training.studies.static_caches.measuring import WAYS, CacheTiming, StaticBench, table
 from transformers_resps import DraftHead, TreeShape, attach
 
 
@@ -22,12 +22,12 @@ def test_every_way_writes_the_same_tokens_and_is_timed() -> None:
 
 def test_the_first_pass_counts_for_compiling_alone() -> None:
     runs = [
-        Measurement("plain, dynamic", 0, -1, 10, 5.0, True),
-        Measurement("plain, dynamic", 0, 0, 10, 5.0, True),
-        Measurement("tree, dynamic", 0, -1, 10, 4.0, True),
-        Measurement("tree, dynamic", 0, 0, 10, 4.0, True),
-        Measurement("tree, compiled", 0, -1, 10, 62.0, True),
-        Measurement("tree, compiled", 0, 0, 10, 2.0, False),
+        CacheTiming("plain, dynamic", 0, -1, 10, 5.0, True),
+        CacheTiming("plain, dynamic", 0, 0, 10, 5.0, True),
+        CacheTiming("tree, dynamic", 0, -1, 10, 4.0, True),
+        CacheTiming("tree, dynamic", 0, 0, 10, 4.0, True),
+        CacheTiming("tree, compiled", 0, -1, 10, 62.0, True),
+        CacheTiming("tree, compiled", 0, 0, 10, 2.0, False),
     ]
     rows = {row["way"]: row for row in table(runs)}
     assert rows["tree, compiled"] == {

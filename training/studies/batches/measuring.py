@@ -24,7 +24,7 @@ _ONE_BY_ONE = ("plain, one by one", "tree, one by one")
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class GroupTiming:
     """One group of prompts decoded once.
 
     Attributes:
@@ -70,7 +70,7 @@ class BatchBench:
         self._policies: dict[tuple[str, int], Policy] = {}
         self._ends = end_ids(target)
 
-    def run(self, prompts: Sequence[Tensor], sizes: Sequence[int], repeats: int) -> Iterator[Measurement]:
+    def run(self, prompts: Sequence[Tensor], sizes: Sequence[int], repeats: int) -> Iterator[GroupTiming]:
         """Warm up, then every way on every group of each size, beginning with another way each time."""
         self._decode("rows apart", prompts[: max(sizes)])
         for repeat in range(repeats):
@@ -79,14 +79,14 @@ class BatchBench:
                 for number, group in enumerate(groups):
                     yield from self._measure(group, number, repeat)
 
-    def _measure(self, group: Sequence[Tensor], number: int, repeat: int) -> Iterator[Measurement]:
+    def _measure(self, group: Sequence[Tensor], number: int, repeat: int) -> Iterator[GroupTiming]:
         ways = [way for way in WAYS if len(group) > 1 or way not in ("lockstep", *_ONE_BY_ONE)]
         first = (number + repeat) % len(ways)
         taken = {way: self._decode(way, group) for way in [*ways[first:], *ways[:first]]}
         plain, _ = taken["plain"]
         for way, (answers, seconds) in taken.items():
             same = sum(own == other for own, other in zip(answers, plain, strict=True))
-            yield Measurement(way, len(group), number, repeat, sum(map(len, answers)), seconds, same)
+            yield GroupTiming(way, len(group), number, repeat, sum(map(len, answers)), seconds, same)
 
     def _decode(self, way: str, group: Sequence[Tensor]) -> tuple[list[list[int]], float]:
         """The answers of a group, each up to its end token, and the seconds they took."""
@@ -112,7 +112,7 @@ class BatchBench:
         return [up_to_end(row, self._ends) for row in sequences[:, ids.shape[1] :].tolist()]
 
 
-def table(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+def table(measurements: Sequence[GroupTiming]) -> list[dict[str, Any]]:
     """One row per batch size and way: tokens per second, and the ratios to the plain batch and to trees one by one."""
     rows = []
     for size in sorted({m.batch_size for m in measurements}):
@@ -134,5 +134,5 @@ def table(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     return rows
 
 
-def _rate(measurements: Sequence[Measurement]) -> float:
+def _rate(measurements: Sequence[GroupTiming]) -> float:
     return sum(m.tokens for m in measurements) / sum(m.seconds for m in measurements)

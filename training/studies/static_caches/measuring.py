@@ -22,7 +22,7 @@ WAYS: dict[str, tuple[bool, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class CacheTiming:
     """One prompt decoded once.
 
     Attributes:
@@ -69,7 +69,7 @@ class StaticBench:
         if settings is not None:
             settings._compile_all_devices = True  # plain `generate` compiles on a CPU only with it
 
-    def run(self, prompts: Sequence[Tensor], repeats: int) -> Iterator[Measurement]:
+    def run(self, prompts: Sequence[Tensor], repeats: int) -> Iterator[CacheTiming]:
         """Every way on every prompt, beginning with another way each time; before that once to compile."""
         ways = [way for way, (_, cache) in WAYS.items() if cache != "compiled" or self._compile_config is not None]
         slots = max(map(len, prompts)) + self._max_new_tokens  # one size for all, so that no prompt compiles anew
@@ -79,7 +79,7 @@ class StaticBench:
                 taken = {way: self._decode(way, prompt, slots) for way in [*ways[first:], *ways[:first]]}
                 expected, _ = taken["plain, dynamic"]
                 for way, (answer, seconds) in taken.items():
-                    yield Measurement(way, number, repeat, len(answer), seconds, answer == expected)
+                    yield CacheTiming(way, number, repeat, len(answer), seconds, answer == expected)
 
     def _decode(self, way: str, prompt: Tensor, slots: int) -> tuple[list[int], float]:
         drafts, cache = WAYS[way]
@@ -97,7 +97,7 @@ class StaticBench:
         return answer, self._clock() - started
 
 
-def table(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+def table(measurements: Sequence[CacheTiming]) -> list[dict[str, Any]]:
     """One row per way: tokens per second, the ratios to plain and to the same decoding with a cache that grows, the
     share of equal texts, and the seconds of the first pass beyond those of a later one: what compiling took.
     """

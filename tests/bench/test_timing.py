@@ -3,8 +3,8 @@ from itertools import cycle
 
 import pytest
 
-from transformers_resps.bench.measurement import (
-    Measurement,
+from transformers_resps.bench.timing import (
+    AnswerTiming,
     bootstrap_interval,
     compare,
     plain_spread,
@@ -16,8 +16,8 @@ from transformers_resps.bench.measurement import (
 
 def measured(
     method: str, prompt: str, tokens: int, seconds: float, repeat: int = 0, forwards: int = 10
-) -> Measurement:
-    return Measurement(method, prompt, repeat, tokens, forwards, seconds)
+) -> AnswerTiming:
+    return AnswerTiming(method, prompt, repeat, tokens, forwards, seconds)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_the_interval_is_paired_and_covers_the_ratios_of_the_prompts() -> None:
     assert bootstrap_interval(own, base) == (low, high)  # the same every time
 
 
-def plain_answers(seconds: list[float], *, prompts: bool, prefill: float = 0.0) -> list[Measurement]:
+def plain_answers(seconds: list[float], *, prompts: bool, prefill: float = 0.0) -> list[AnswerTiming]:
     return [
         replace(
             measured("plain", f"x/{number if prompts else 0}", 11, value + prefill, 0 if prompts else number),

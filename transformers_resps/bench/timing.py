@@ -26,7 +26,7 @@ class Timed(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class AnswerTiming:
     """One turn of one prompt answered once.
 
     Attributes:
@@ -100,10 +100,10 @@ def rate(timed: Iterable[Timed]) -> float:
     return sum(one.tokens for one in kept) / sum(one.seconds for one in kept)
 
 
-def summarise(measurements: Sequence[Measurement], method: str) -> Summary:
+def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
     """One method against plain decoding, over all prompts and repeats."""
-    own = [m for m in measurements if m.method == method]
-    interval = compare(measurements, method, PLAIN)
+    own = [m for m in timings if m.method == method]
+    interval = compare(timings, method, PLAIN)
     repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
     temperatures = {m.temperature for m in own}
     return Summary(
@@ -118,11 +118,11 @@ def summarise(measurements: Sequence[Measurement], method: str) -> Summary:
     )
 
 
-def compare(measurements: Sequence[Measurement], method: str, base: str) -> Interval:
+def compare(timings: Sequence[AnswerTiming], method: str, base: str) -> Interval:
     """The rate of one method over that of another, on the prompts that both have answered as often."""
-    per_prompt = {name: dict[str, list[Measurement]]() for name in (method, base)}
-    keys = [{place_of(m) for m in measurements if m.method == name} for name in (method, base)]
-    for m in measurements:
+    per_prompt = {name: dict[str, list[AnswerTiming]]() for name in (method, base)}
+    keys = [{place_of(m) for m in timings if m.method == name} for name in (method, base)]
+    for m in timings:
         if m.method in per_prompt and place_of(m) in keys[0] & keys[1]:
             per_prompt[m.method].setdefault(m.prompt, []).append(m)
     prompts = sorted(per_prompt[base])
@@ -131,7 +131,7 @@ def compare(measurements: Sequence[Measurement], method: str, base: str) -> Inte
     return Interval(rate(m for part in own for m in part) / rate(m for part in other for m in part), low, high)
 
 
-def place_of(m: Measurement) -> tuple[Hashable, ...]:
+def place_of(m: AnswerTiming) -> tuple[Hashable, ...]:
     """What one run of each method shares: prompt, turn, temperature, repeat."""
     return m.prompt, m.turn, m.temperature, m.repeat
 
@@ -146,7 +146,7 @@ def bootstrap_interval(
     """The middle 95% of the ratio `rate(own) / rate(base)` over prompts drawn with replacement.
 
     Args:
-        own: measurements of each prompt, all its turns and repeats together.
+        own: answers to each prompt, all its turns and repeats together.
         base: of the same prompts in the same order, so that a draw is paired.
         draws: samples of prompts.
         choose: indices of one sample, given the number of prompts; seeded random ones when `None`.
@@ -171,14 +171,14 @@ def bootstrap_interval(
     return ratios[int(0.025 * draws)], ratios[min(int(0.975 * draws), draws - 1)]
 
 
-def plain_spread(measurements: Iterable[Measurement]) -> float | None:
+def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
     """How noisy the machine was: interquartile range over median of plain decoding's rates; `None` below four.
 
     Prefill is left out, and each rate is divided by the mean of its own text's repeats, so that long prompts do not
     look like noise. In the middle of the second repeat only texts that were repeated count, or, while they are few,
     the means of all. Answers of fewer than eight tokens do not count.
     """
-    told = [m for m in measurements if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
+    told = [m for m in timings if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
     texts = [
         [(m.tokens - 1) / (m.seconds - m.prefill_seconds) for m in part]
         for part in grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
@@ -194,9 +194,9 @@ def plain_spread(measurements: Iterable[Measurement]) -> float | None:
     return (high - low) / middle
 
 
-def grouped(measurements: Iterable[Measurement], key: Callable[[Measurement], Hashable]) -> list[list[Measurement]]:
+def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:
     """Measurements with the same key, in the order in which the keys come first."""
-    found: dict[Hashable, list[Measurement]] = defaultdict(list)
-    for m in measurements:
+    found: dict[Hashable, list[AnswerTiming]] = defaultdict(list)
+    for m in timings:
         found[key(m)].append(m)
     return list(found.values())
