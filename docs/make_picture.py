@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from examples.demo.target import load_target, prepared_target
+from examples.demo.target import load_smollm2, prepared_target
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.inspection import examine, page_data_of
+from transformers_resps.inspection import examine, page_data
 from transformers_resps.telemetry.detokenize import decoder
 
 
@@ -32,13 +32,13 @@ COLOURS = {  # fill, border, text; light on any background
 
 def best_step() -> dict[str, Any]:
     """The step of the answer that keeps the most drafted tokens, as the page of `resps inspect` tells it."""
-    model, tokenizer = load_target(torch.float32)
+    model, tokenizer = load_smollm2(torch.float32)
     head = DraftHead.from_pretrained(HEAD, target=attach(model))
     tokenizer = AutoTokenizer.from_pretrained(prepared_target())
     messages = [{"role": "user", "content": QUESTION}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     found = examine(model, head, FixedPolicy(SHAPE), ids["input_ids"][0], settings={"max_new_tokens": 48})
-    steps = page_data_of(found, decoder(tokenizer), QUESTION, {})["steps"]
+    steps = page_data(found, decoder(tokenizer), QUESTION, {})["steps"]
     best: dict[str, Any] = max(steps[1:], key=lambda step: len(step["tokens"]))
     return best
 

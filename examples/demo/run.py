@@ -14,14 +14,14 @@ from transformers.utils import logging as transformers_logging
 
 from transformers_resps.generation.attach import attach
 from transformers_resps.head import DraftHead
-from transformers_resps.inspection import facts_of, page, page_data_of
+from transformers_resps.inspection import facts_of, page, page_data
 from transformers_resps.policy import FixedPolicy
 from transformers_resps.target.prepacking import prepack
 from transformers_resps.telemetry.detokenize import decoder
 
 from .answering import Comparison, compare
 from .report import divergence_line, table, verdict
-from .target import load_target
+from .target import load_smollm2
 
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -32,7 +32,7 @@ class Demo:
     """A target in one dtype, its head, and the terminal they answer in."""
 
     def __init__(self, console: Console, head_path: str, dtype: torch.dtype, max_new_tokens: int) -> None:
-        model, tokenizer = load_target(dtype)
+        model, tokenizer = load_smollm2(dtype)
         self.console, self.max_new_tokens = console, max_new_tokens
         self.model, self.tokenizer = attach(prepack(model)), tokenizer  # both decode with packed weights
         self.head = DraftHead.from_pretrained(head_path, target=model)
@@ -66,7 +66,7 @@ class Demo:
         """Every step of an answer, to look at in a browser; nothing is decoded again."""
         assert result.examination is not None
         facts = facts_of(self.model, self.head, FixedPolicy(self.head.default_shape), "greedy")
-        story = page_data_of(result.examination, decoder(self.tokenizer), prompt, facts)
+        story = page_data(result.examination, decoder(self.tokenizer), prompt, facts)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(page(story), encoding="utf-8")
 

@@ -53,7 +53,7 @@ def _settle(made: Path, folder: Path) -> None:
             raise
 
 
-def load_target(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The target, ready to decode, and its tokenizer."""
     folder = prepared_target()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)

@@ -139,7 +139,7 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.real
 def test_the_demo_runs_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target, _ = demo_target.load_target(torch.bfloat16)
+    target, _ = demo_target.load_smollm2(torch.bfloat16)
     DraftHead.from_target(target, draft_vocab_size=4096, default_tree=[4, 2, 2]).save_pretrained(tmp_path / "head")
     page = tmp_path / "results" / "demo.html"
     assert main(["--head", str(tmp_path / "head"), "--max-new-tokens", "6", "--page", str(page)]) == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from examples.demo.run import PROMPTS
-from examples.demo.target import load_target
+from examples.demo.target import load_smollm2
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.testing import explain_divergence
@@ -24,7 +24,7 @@ SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "repetition_pe
 
 @cache
 def loaded(dtype: torch.dtype) -> tuple[Any, Any, DraftHead]:
-    target, tokenizer = load_target(dtype)
+    target, tokenizer = load_smollm2(dtype)
     return attach(target), tokenizer, DraftHead.from_pretrained(HEAD, target=target)
 
 

@@ -11,7 +11,7 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from transformers_resps.inspection import page, page_data_of
+from transformers_resps.inspection import page, page_data
 
 from .examples import FACTS, decode, examination
 from .test_page import SPITE, spiteful_story
@@ -96,7 +96,7 @@ def browser(driver: Any, tmp_path: Path) -> Iterator[Page]:
 
 
 def story() -> dict[str, Any]:
-    return page_data_of(examination(), decode, "what?", FACTS)
+    return page_data(examination(), decode, "what?", FACTS)
 
 
 def long_story() -> dict[str, Any]:
@@ -137,7 +137,7 @@ def test_the_tree_shows_every_node_its_fate_and_its_probabilities(browser: Page)
         ["root root", "h"],
         ["accepted both", "e", "50%", "50%"],
         ["accepted both", "l", "40%", "20%"],
-        ["own", "p"],
+        ["bonus", "p"],
         ["rejected lookup", "i", "50%", "30%"],
         ["rejected head", "a", "25%", "25%"],
     ]

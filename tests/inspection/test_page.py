@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from transformers_resps.inspection import page, page_data_of
+from transformers_resps.inspection import page, page_data
 
 from .examples import FACTS, decode, examination
 
@@ -41,7 +41,7 @@ def parsed(text: str) -> Elements:
 
 def spiteful_story() -> dict[str, Any]:
     """Spite wherever a text can stand."""
-    return page_data_of(examination(), lambda token_ids: SPITE * len(token_ids), SPITE, FACTS | {"target": SPITE})
+    return page_data(examination(), lambda token_ids: SPITE * len(token_ids), SPITE, FACTS | {"target": SPITE})
 
 
 def test_the_story_arrives_whole() -> None:
@@ -50,19 +50,19 @@ def test_the_story_arrives_whole() -> None:
 
 
 def test_no_text_becomes_an_element() -> None:
-    assert parsed(page(spiteful_story())).tags == parsed(page(page_data_of(examination(), decode, "", FACTS))).tags
+    assert parsed(page(spiteful_story())).tags == parsed(page(page_data(examination(), decode, "", FACTS))).tags
     assert "img" not in parsed(page(spiteful_story())).tags
 
 
 def test_nothing_is_fetched() -> None:
-    text = page(page_data_of(examination(), decode, "what?", FACTS))
+    text = page(page_data(examination(), decode, "what?", FACTS))
     assert not re.findall(r"https?:|//[a-z]|@import|url\(|fetch\(|XMLHttp|WebSocket|import\(", text)
     assert {name for name, _ in parsed(text).attributes} & {"src", "srcset", "action", "onload"} == set()
     assert [value for name, value in parsed(text).attributes if name == "href"] == ["data:,"]
 
 
 def test_the_content_policy_allows_this_style_and_script_and_no_other() -> None:
-    text = page(page_data_of(examination(), decode, "what?", FACTS))
+    text = page(page_data(examination(), decode, "what?", FACTS))
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
     style = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     script = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
@@ -76,5 +76,5 @@ def test_the_content_policy_allows_this_style_and_script_and_no_other() -> None:
 
 
 def test_without_scripts_prompt_and_answer_can_still_be_read() -> None:
-    text = page(page_data_of(examination(), decode, "a < b?", FACTS))
+    text = page(page_data(examination(), decode, "a < b?", FACTS))
     assert "<pre>a &lt; b?</pre>" in text and "<pre>helpz</pre>" in text

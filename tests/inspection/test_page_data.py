@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from transformers_resps.inspection import page_data_of
+from transformers_resps.inspection import page_data
 from transformers_resps.testing import Divergence
 
 from .examples import FACTS, decode, examination
 
 
-STORY = page_data_of(examination(), decode, "what?", FACTS)
+STORY = page_data(examination(), decode, "what?", FACTS)
 
 
 def test_totals_are_tokens_over_seconds() -> None:
@@ -41,7 +41,7 @@ def test_nodes_have_the_probability_after_their_parent_and_of_the_whole_path() -
 def test_a_looked_up_node_beyond_the_track_record_has_no_probability() -> None:
     found = examination()
     found.steps[0].prefix_accept_probs = [0.9]
-    last = page_data_of(found, decode, "", FACTS)["steps"][1]["nodes"][4]
+    last = page_data(found, decode, "", FACTS)["steps"][1]["nodes"][4]
     assert last["path"] is None and last["probability"] is None
 
 
@@ -57,18 +57,18 @@ def test_a_step_says_what_the_policy_saw_and_decided() -> None:
 
 def test_equal_texts_and_texts_that_part_are_told_apart() -> None:
     assert STORY["sameText"] == {"same": True}
-    parted = page_data_of(examination("hexpz"), decode, "", FACTS)["sameText"]
+    parted = page_data(examination("hexpz"), decode, "", FACTS)["sameText"]
     assert parted == {"same": False, "position": 2, "plain": "x", "own": "l"}
-    ended = page_data_of(examination("hel"), decode, "", FACTS)["sameText"]
+    ended = page_data(examination("hel"), decode, "", FACTS)["sameText"]
     assert ended == {"same": False, "position": 3, "plain": None, "own": "p"}
 
 
 def test_a_near_tie_is_told_with_its_gap() -> None:
     near = Divergence(2, 23, 11, 20.0, 19.875, 20.0, torch.bfloat16)
-    told = page_data_of(examination("hexpz", near), decode, "", FACTS)["sameText"]
+    told = page_data(examination("hexpz", near), decode, "", FACTS)["sameText"]
     assert (told["gap"], told["spacing"], told["dtype"], told["explained"]) == (0.125, 0.125, "bfloat16", True)
     early = Divergence(3, None, 15, -math.inf, 20.0, 20.0, torch.bfloat16)
-    assert "gap" not in page_data_of(examination("hel", early), decode, "", FACTS)["sameText"]
+    assert "gap" not in page_data(examination("hel", early), decode, "", FACTS)["sameText"]
 
 
 def test_a_story_is_json_to_the_last_value() -> None:

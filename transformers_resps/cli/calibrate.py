@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
+from ..bench.models import load_target
 from ..bench.options import model
 from ..calibration.cost_table import CostTable
 from ..calibration.measuring import calibrate
 from ..head import DraftHead
-from ..target.prepacking import prepack
-from .target import add_target_options, load_target
+from .options import add_target_options
 
 
 def add_command(commands: Any) -> None:
@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
 
 def calibrate_costs(args: argparse.Namespace) -> int:
     """Print the cost table, measured now or before."""
-    target = prepack(load_target(args)) if args.pack else load_target(args)
+    target = load_target(args.target, args.dtype, args.device, packed=args.pack)
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
     table = calibrate(target, head, refresh=args.refresh)
     for key, value in table.identity.items():

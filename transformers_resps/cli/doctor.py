@@ -8,14 +8,15 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..bench.models import load_target
 from ..bench.options import model, positive
 from ..bench.prompts import to_tokens
 from ..data.conversations import Conversation, load_conversations
 from ..data.examples import make_example
 from ..doctor import Cell, Diagnosis, LabelledText, diagnose, write_answers
 from ..head import DraftHead
+from .options import add_target_options
 from .questions import default_questions, up_to
-from .target import add_target_options, load_target
 
 
 def add_command(commands: Any) -> None:
@@ -54,7 +55,7 @@ def add_command(commands: Any) -> None:
 def doctor(args: argparse.Namespace) -> int:
     """Print how well the head agrees with its target under each reading; 1 when another reading is better."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = load_target(args)
+    target = load_target(args.target, args.dtype, args.device)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
     conversations = list(islice(load_conversations(args.dataset, args.split), args.answers)) if args.dataset else []
     answers = answered(conversations, tokenizer, args.max_length, args.max_new_tokens)

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..bench.models import load_target
 from ..bench.options import model, positive, temperature
 from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
 from ..generation.attach import attach
 from ..head import DraftHead
-from ..inspection import Examination, examine, facts_of, page, page_data_of
+from ..inspection import Examination, examine, facts_of, page, page_data
 from ..policy import default_policy
 from ..telemetry.detokenize import decoder
-from .target import add_target_options, load_target
+from .options import add_target_options
 
 
 def add_command(commands: Any) -> None:
@@ -42,7 +43,7 @@ def inspect(args: argparse.Namespace) -> int:
         raise ValueError("`--prompt` is empty. Pass a question in quotes.")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = attach(load_target(args))
+    target = attach(load_target(args.target, args.dtype, args.device))
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
     named = read_policy(args.policy, head)
     policy = default_policy() if isinstance(named, str) else named
@@ -51,7 +52,7 @@ def inspect(args: argparse.Namespace) -> int:
     found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
     decoding = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature > 0 else "greedy"
     facts = facts_of(target, head, policy, decoding)
-    args.output.write_text(page(page_data_of(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
+    args.output.write_text(page(page_data(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
     print(f"{found.report}\nSame text as plain decoding: {same_text(found)}.\nThe page: {args.output}")
     return 0 if is_explained(found, target.dtype) else 1
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ..bench.models import load_target
 from ..bench.options import model, positive
 from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
@@ -15,8 +16,8 @@ from ..data.conversations import load_conversations
 from ..head import DraftHead
 from ..testing import NotLosslessError, assert_lossless
 from ..testing.rounding import move_of_gaps
+from .options import add_target_options
 from .questions import default_questions, up_to
-from .target import add_target_options, load_target
 
 
 def add_command(commands: Any) -> None:
@@ -50,7 +51,7 @@ def add_command(commands: Any) -> None:
 def verify(args: argparse.Namespace) -> int:
     """Print the report; 1 when the output is not the model's own."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = load_target(args)
+    target = load_target(args.target, args.dtype, args.device)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
     policy = None if args.policy is None else read_policy(args.policy, head)
     prompts = read_prompts(args, tokenizer)

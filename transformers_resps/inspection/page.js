@@ -69,8 +69,8 @@
 
   const summary = (step, index) => {
     const accepted = step.tokens.slice(0, -1).map((token) => token.text).join("");
-    const own = step.tokens.at(-1)?.text ?? "";
-    return `Step ${index}: ${accepted ? `accepted ${quoted(accepted)}, then ` : ""}bonus token ${quoted(own)}`;
+    const bonus = step.tokens.at(-1)?.text ?? "";
+    return `Step ${index}: ${accepted ? `accepted ${quoted(accepted)}, then ` : ""}bonus token ${quoted(bonus)}`;
   };
   steps.forEach((step, index) => {
     answer.append(element("span", {
@@ -126,7 +126,7 @@
     return element("span", { name: "chip", text: visible(text) || "·", attributes: { title: quoted(text) } });
   }
 
-  function treeNode(nodes, index, children, own) {
+  function treeNode(nodes, index, children, bonus) {
     const node = nodes[index];
     const fate = index === 0 ? "root" : node.accepted ? "accepted" : "rejected";
     const row = element("div", { name: "node", children: [chip(node.text)] });
@@ -142,10 +142,10 @@
         element("span", { name: "number", text: percent(node.path) }),
       );
     }
-    const below = children[index].map((child) => treeNode(nodes, child, children, own));
-    if (own.after === index) {
-      const last = element("div", { name: "node", children: [chip(own.text), element("span", { name: "note", text: "bonus token, picked by the target" })] });
-      below.unshift(element("li", { name: "own", children: [last] }));
+    const below = children[index].map((child) => treeNode(nodes, child, children, bonus));
+    if (bonus.after === index) {
+      const last = element("div", { name: "node", children: [chip(bonus.text), element("span", { name: "note", text: "bonus token, picked by the target" })] });
+      below.unshift(element("li", { name: "bonus", children: [last] }));
     }
     const item = element("li", { name: `${fate} ${node.source}`, children: [row] });
     if (below.length) item.append(element("ul", { children: below }));
@@ -165,13 +165,13 @@
     nodes.forEach((node, index) => index && children[node.parent].push(index));
     for (const list of children) list.sort((a, b) => nodes[b].accepted - nodes[a].accepted || (nodes[b].path ?? 0) - (nodes[a].path ?? 0));
     const after = nodes.reduce((last, node, index) => node.accepted && node.depth >= nodes[last].depth ? index : last, 0);
-    const own = { after, text: step.tokens.at(-1)?.text ?? "" };
+    const bonus = { after, text: step.tokens.at(-1)?.text ?? "" };
     const deepest = Math.max(...nodes.map((node) => node.depth)) + 1;
     tree.style.setProperty("--indent", `${Math.max(8, Math.min(20, 130 / deepest))}px`);
     const sources = [step.headNodes && `${step.headNodes} from the head`, step.lookupNodes && `${step.lookupNodes} looked up (dashed)`];
     key.textContent = nodes.length === 1 ? "Nothing drafted: a plain step." : `${sources.filter(Boolean).join(", ")}; ${kept(step)} accepted.`;
     const titles = element("div", { name: "node titles", children: [element("span", { text: "alone" }), element("span", { text: "path" })] });
-    tree.replaceChildren(...(nodes.length > 1 ? [titles] : []), element("ul", { children: [treeNode(nodes, 0, children, own)] }));
+    tree.replaceChildren(...(nodes.length > 1 ? [titles] : []), element("ul", { children: [treeNode(nodes, 0, children, bonus)] }));
   }
 
   let selected = 0;

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def page(story: dict[str, Any]) -> str:
-    """The page about one `page_data_of` an examination."""
+    """Write the page that shows `story`, an examination as `page_data` gives it."""
     style, script = _asset("page.css"), _asset("page.js")
     return Template(_asset("page.html")).substitute(
         title=escape(f"{story['facts']['target']}, step by step"),

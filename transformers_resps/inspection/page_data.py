@@ -10,7 +10,7 @@ from .examination import Examination
 from .recorder import RecordedStep
 
 
-def page_data_of(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> dict[str, Any]:
+def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> dict[str, Any]:
     """What happened, in the words and numbers of the page.
 
     Args:

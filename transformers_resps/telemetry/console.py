@@ -23,14 +23,14 @@ class StepLine:
         shape: in words.
         verified: nodes of the target forward.
         accepted: text of each drafted token that was kept.
-        own: text of the bonus token, the target's own pick.
+        bonus: text of the token that the target picked itself.
         seconds: of drafting, of verifying, of the rest.
     """
 
     shape: str
     verified: int
     accepted: list[str]
-    own: str
+    bonus: str
     seconds: tuple[float, float, float]
 
 
@@ -47,7 +47,7 @@ def _text(lines: Sequence[StepLine]) -> Text:
     text = Text()
     for line in lines:
         text.append(_shown("".join(line.accepted), keep_lines=True), ACCEPTED)
-        text.append(_shown(line.own, keep_lines=True))
+        text.append(_shown(line.bonus, keep_lines=True))
     return text
 
 
@@ -61,7 +61,7 @@ def _table(lines: Sequence[StepLine]) -> Table:
     for number, line in enumerate(lines):
         milliseconds = [f"{1e3 * seconds:.1f}" for seconds in line.seconds]
         accepted = Text("·").join(Text(_shown(piece)) for piece in line.accepted)
-        table.add_row(str(number), line.shape, str(line.verified), *milliseconds, accepted, Text(_shown(line.own)))
+        table.add_row(str(number), line.shape, str(line.verified), *milliseconds, accepted, Text(_shown(line.bonus)))
     return table
 
 

@@ -150,7 +150,7 @@ class SpeculationReport:
                 shape="prefill" if number == 0 else str(step.shape),
                 verified=step.verified,
                 accepted=texts[:-1],
-                own="".join(texts[-1:]),
+                bonus="".join(texts[-1:]),
                 seconds=(step.draft_seconds, step.verify_seconds, step.rest_seconds),
             )
             for number, (step, texts) in enumerate(zip(self.steps, self._texts(tokenizer, row), strict=True))
