@@ -13,8 +13,7 @@ from tests.targets import ARCHITECTURES, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
 from transformers_resps.decoding.batch import Batch
-from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.drafting.prompt_lookup import Match
+from transformers_resps.drafting.prompt_lookup import Match, mean_accept_probs
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
@@ -123,6 +122,5 @@ def test_lookups_count_as_much_as_the_rows_that_they_help() -> None:
     for lengths, expected in (((9, 9), [0.6, 0.3]), ((13, 9), [0.692, 0.439]), ((9, 13), [0.508, 0.161])):
         batch = SimpleNamespace(in_lockstep=False, shortest=min(lengths))
         batch._texts, batch._decoded = [SimpleNamespace(length=length) for length in lengths], [0, 1]
-        batch.row_weights = Batch.row_weights.fget(batch)  # type: ignore[attr-defined]  # of a property
-        decoding: Any = SimpleNamespace(_matches=lambda: matches, batch=batch)
-        assert TreeDecoding._prefix_accept_probs(decoding) == pytest.approx(expected, abs=0.001)
+        row_weights = Batch.row_weights.fget(batch)  # type: ignore[attr-defined]  # of a property
+        assert mean_accept_probs(matches, row_weights) == pytest.approx(expected, abs=0.001)

@@ -17,6 +17,7 @@ from typing import Any
 from training.studies.experiment import Experiment, add_options
 from transformers_resps import FixedPolicy, Policy, SpeculationReport, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.decoding.proposal import Proposal
 from transformers_resps.generation import mixin
 from transformers_resps.generation.sequences import left_padded
 from transformers_resps.policy import default_policy
@@ -65,11 +66,12 @@ class PlantedClock:
 class PricedDecoding(TreeDecoding):
     """Decodes as ever, and pays the prices."""
 
-    def _draft(self, shape: TreeShape) -> tuple[DraftTree, int]:
-        drafted = super()._draft(shape)
-        if self._pool is not None:
-            self._clock.now += draft_seconds(len(self._pool.tokens), int(self._pool.levels[-1]))  # type: ignore[attr-defined]
-        return drafted
+    def _propose(self) -> Proposal:
+        proposal = super()._propose()
+        if proposal.pool is not None:
+            levels = int(proposal.pool.levels[-1])
+            self._clock.now += draft_seconds(len(proposal.pool.tokens), levels)  # type: ignore[attr-defined]
+        return proposal
 
     def _verify(self, tree: DraftTree) -> tuple[Any, Features]:
         self._clock.now += verify_seconds(*tree.tokens.shape)  # type: ignore[attr-defined]  # a `PlantedClock`

@@ -5,18 +5,16 @@ One `TreeDecoding` lives for one call of `generate`.
 
 import time
 from collections.abc import Callable
-from itertools import zip_longest
-from operator import mul
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from ..drafting.candidate_generator import MAX_UNREAD, TreeCandidateGenerator
-from ..drafting.prompt_lookup import BatchLookup, Match
+from ..drafting.candidate_generator import TreeCandidateGenerator
 from ..head import BoundHead
-from ..policy import Observation, Policy, choose_shape, count_nodes
+from ..policy import Policy
 from ..target.attention import last_position, tree_attention_mask, tree_positions
 from ..target.features import Features
 from ..target.forward import TargetForward, wait_for
@@ -32,9 +30,10 @@ from ..target.tree_cache import (
     keep_rows,
 )
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
-from ..tree import CandidatePool, DraftTree, TreeShape
+from ..tree import CandidatePool, DraftTree
 from .acceptance import Acceptance
 from .batch import Batch
+from .proposal import Proposal, Proposer
 
 
 class TreeDecoding:
@@ -76,19 +75,18 @@ class TreeDecoding:
         self.report = SpeculationReport(batch_size=batch_size)
         self._past = past = cached_length(cache)
         self._forward, self._buckets = forward, forward.buckets
-        self._draft_rows = 0 if head is None else head.head.config.draft_rows
         # The features of cached positions are gone: the head's own text starts after them.
         unread = None if attention_mask is None else attention_mask[:, past:]
-        self._generator = None if head is None else TreeCandidateGenerator(head, batch_size, unread)
+        self._drafter = None if head is None else TreeCandidateGenerator(head, batch_size, unread)
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
-        self._lookup = BatchLookup([0] * batch_size if known is None else leading_pads(known))
+        pads = [0] * batch_size if known is None else leading_pads(known)
+        self._proposer = Proposer(policy, self._drafter, batch, pads)
         self._prefix = SlotMap(attention_mask)
         self._prefix.extend([past] * batch_size)
         self._positions = position_ids
         self._root_positions = position_ids[:, -1].expand(batch_size) + 1  # [b]
         self._max_length = max_length
         self._last_position = last_position(target.config, int(self._root_positions.max()))
-        self._pool: CandidatePool | None = None  # of this step, from the head
         self._prompt_seconds = 0.0
         self._clock = clock
 
@@ -116,31 +114,29 @@ class TreeDecoding:
         make_room(self.cache)
         wait_for(outputs.logits)
         verified = self._clock()
-        tree = DraftTree.root_only(prompt[:, -1])
-        acceptance = self.batch.accept(tree, outputs.logits[:, -1:])
+        proposal = Proposal.plain(prompt[:, -1])
+        acceptance = self.batch.accept(proposal.tree, outputs.logits[:, -1:])
         if not self.batch.finished:
             self._read_prompt(features)
         self._drop_finished()
-        self._record(TreeShape.plain(), 0, tree, acceptance, started, (self._prompt_seconds, verified - started))
+        self._record(proposal, acceptance, started, (self._prompt_seconds, verified - started))
 
     def _read_prompt(self, features: list[Features]) -> None:
         """Head and lookup read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
         started = self._clock()
-        if self.policy.uses_lookup:
-            self._matches()
-        if self._generator is not None:
+        if self._drafter is not None:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
-            self._generator.observe(states, self.batch.input_ids[:, -states.shape[1] :])
-            self._generator.read()
+            self._drafter.observe(states, self.batch.input_ids[:, -states.shape[1] :])
+        self._proposer.read_prompt()
+        if self._drafter is not None:
             wait_for(states)
         self._prompt_seconds = self._clock() - started
 
     def step(self) -> None:
         """One target forward and the work around it."""
         started = self._clock()
-        observation = self._observe()
-        shape = choose_shape(self.policy, observation, self._draft_rows)
-        tree, drafted_count = self._draft(shape)
+        proposal = self._propose()
+        tree = proposal.tree
         started += self._compile(tree)
         drafted = self._clock()
         outputs, features = self._verify(tree)
@@ -150,7 +146,7 @@ class TreeDecoding:
         self._keep(tree, acceptance, features)
         self._drop_finished()
         seconds = (drafted - started, verified - drafted)
-        record = self._record(shape, drafted_count, tree, acceptance, started, seconds)
+        record = self._record(proposal, acceptance, started, seconds)
         self.policy.on_verified(tree, acceptance.path, acceptance.tokens)
         self.policy.observe(record)
 
@@ -159,12 +155,11 @@ class TreeDecoding:
         crop_to(self.cache, self._prefix.length)
         settle(self.cache)
 
-    def _observe(self) -> Observation:
-        features = None if self._generator is None else self._generator.newest_features
-        length, step, room = self._prefix.length + 1, len(self.report.steps) - 1, self._room() + 1
-        return Observation(
-            features, length, step, room, self._prefix_accept_probs, self._prompt_seconds, self.batch.row_weights
-        )
+    def _propose(self) -> Proposal:
+        root = self.batch.newest.to(self._root_positions.device)
+        step, length = len(self.report.steps) - 1, self._prefix.length
+        proposal = self._proposer.propose(root, step, length + 1, self._room() + 1, self._prompt_seconds)
+        return replace(proposal, tree=self._buckets.fitted(proposal.tree, length))
 
     def _room(self) -> int:
         """Levels below the root that the limit of the shortest text and the target's positions allow."""
@@ -172,35 +167,6 @@ class TreeDecoding:
         if self._last_position is not None:
             room = min(room, self._last_position - int(self._root_positions.max()))
         return room
-
-    def _matches(self) -> list[Match]:
-        self._lookup.extend(self.batch.since(self._lookup.lengths))
-        return self._lookup.matches()
-
-    def _prefix_accept_probs(self) -> list[float]:
-        found = [match.prefix_accept_probs for match in self._matches()]
-        if self.batch.in_lockstep:
-            return min(found, key=lambda prefix_accept_probs: prefix_accept_probs[:1])
-        row_weights = self.batch.row_weights
-        return [sum(map(mul, row_weights, chances)) / len(found) for chances in zip_longest(*found, fillvalue=0.0)]
-
-    def _draft(self, shape: TreeShape) -> tuple[DraftTree, int]:
-        """The tree to verify, and how many candidates it was chosen from."""
-        root = self.batch.newest.to(self._root_positions.device)
-        tree, drafted, self._pool = DraftTree.root_only(root), 0, None
-        if shape.asks_head and self._generator is not None:
-            self._pool = pool = self._generator.draft(shape, self.policy)
-            drafted = pool.tokens.shape[1]
-            total_tokens = min(shape.total_tokens, count_nodes(self.policy, pool.scores, pool.levels))
-            if total_tokens > 1:
-                tree = DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens)
-        elif self._generator is not None:
-            self._generator.read(at_least=MAX_UNREAD)
-        if shape.lookup:
-            chains = [match.tokens[: shape.lookup] for match in self._matches()]
-            tree = tree.with_chains(chains)
-            drafted += max(map(len, chains))
-        return self._buckets.fitted(tree, self._prefix.length), drafted
 
     def _compile(self, tree: DraftTree) -> float:
         """Seconds of compiling a forward of this size. Charged to a step, no policy would try that size again."""
@@ -240,12 +206,12 @@ class TreeDecoding:
             self._prefix.extend(counts)
             compact_ragged(self.cache, path, tree.node_count, slots, self._prefix.length)
             self._root_positions = self._root_positions + torch.tensor(counts, device=path.device)
-        if self._generator is None:
+        if self._drafter is None:
             return
         states = features.concatenated()
         if tree.node_count > 1:
             states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
-        self._generator.observe(states, acceptance.tokens, counts)
+        self._drafter.observe(states, acceptance.tokens, counts)
 
     def _drop_finished(self) -> None:
         """Stop decoding rows that have ended."""
@@ -255,42 +221,34 @@ class TreeDecoding:
         self._prefix.keep_rows(rows)
         keep_rows(self.cache, rows, self._prefix.length)
         self._root_positions = self._root_positions[rows]
-        self._lookup.keep_rows(rows)
-        if self._generator is not None:
-            self._generator.keep_rows(rows)
+        self._proposer.keep_rows(rows)
 
     def _record(
-        self,
-        shape: TreeShape,
-        drafted: int,
-        tree: DraftTree,
-        acceptance: Acceptance,
-        started: float,
-        seconds: tuple[float, float],
+        self, proposal: Proposal, acceptance: Acceptance, started: float, seconds: tuple[float, float]
     ) -> StepRecord:
         """Note a step that began at `started`; `seconds` are those of drafting and verifying."""
         emitted = acceptance.emitted
         record = StepRecord(
-            shape=shape,
-            drafted=drafted,
-            verified=tree.node_count,
+            shape=proposal.shape,
+            drafted=proposal.candidates + proposal.looked_up,
+            verified=proposal.tree.node_count,
             accepted=RowCounts(max(count - 1, 0) for count in emitted),
             emitted=RowCounts(emitted),
             draft_seconds=seconds[0],
             verify_seconds=seconds[1],
-            drafted_match=self._drafted_match(acceptance),
+            drafted_match=self._drafted_match(proposal.pool, acceptance),
             step_seconds=self._clock() - started,
         )
         self.report.steps.append(record)
         return record
 
-    def _drafted_match(self, acceptance: Acceptance) -> RowCounts:
+    def _drafted_match(self, pool: CandidatePool | None, acceptance: Acceptance) -> RowCounts:
         """Tokens of the step that the pool holds as a path: of each row that advances on its own, of rows in lockstep
         the least. A finished row, which writes padding, is no evidence.
         """
-        if self._pool is None or not self.policy.needs_drafted_match:
+        if pool is None or not self.policy.needs_drafted_match:
             return RowCounts([0])
-        found = map(min, self._pool.drafted_match(acceptance.tokens), acceptance.counts)
+        found = map(min, pool.drafted_match(acceptance.tokens), acceptance.counts)
         if self.batch.in_lockstep:
             return RowCounts([min(count for count, gained in zip(found, acceptance.gained, strict=True) if gained)])
         return RowCounts(next(found) if count else 0 for count in acceptance.emitted)

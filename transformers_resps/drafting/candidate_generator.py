@@ -9,6 +9,7 @@ from ..head import Attend, BoundHead, HeadCache
 from ..policy import Level, Policy, wants_level
 from ..target.slots import SlotMap
 from ..tree import CandidatePool, TreeShape
+from .drafter import Drafter
 from .pool_growth import Frontier, grow_pool
 
 
@@ -29,7 +30,7 @@ class _Pairs:
         return _Pairs(self.features[rows, :most], self.tokens[rows, :most], counts)
 
 
-class TreeCandidateGenerator:
+class TreeCandidateGenerator(Drafter):
     """Drafts candidate pools with one head, for one call of `generate`.
 
     Args:
@@ -41,6 +42,7 @@ class TreeCandidateGenerator:
     def __init__(self, head: BoundHead, batch_size: int, prompt_mask: Tensor | None) -> None:
         self._head = head
         module = head.head
+        self.draft_rows = module.config.draft_rows
         self._device, self._dtype = module.device, module.dtype
         self._cache = HeadCache(module.config, batch_size, self._dtype, self._device)
         self._prefix = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))

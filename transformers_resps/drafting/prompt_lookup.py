@@ -3,7 +3,10 @@
 The index grows with the text and is never rebuilt; a query costs microseconds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from operator import mul
 
 
 LONGEST_KEY = 4  # tokens; longer matches are measured from the text itself
@@ -150,6 +153,12 @@ class BatchLookup:
     def matches(self) -> list[Match]:
         """The match of every row."""
         return [row.match() for row in self._rows]
+
+
+def mean_accept_probs(matches: Sequence[Match], row_weights: Sequence[float]) -> list[float]:
+    """Means of `prefix_accept_probs` over rows that advance on their own, weighted by `row_weights`."""
+    columns = zip_longest(*(match.prefix_accept_probs for match in matches), fillvalue=0.0)
+    return [sum(map(mul, row_weights, chances)) / len(matches) for chances in columns]
 
 
 def _class_of(length: int) -> int:

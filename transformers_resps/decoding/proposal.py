@@ -1,0 +1,130 @@
+"""What a step verifies, and how it is decided: the policy chooses, the drafter and the text so far propose.
+
+The one decision path of a step, live and on recorded texts.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..drafting.candidate_generator import MAX_UNREAD
+from ..drafting.drafter import Drafter
+from ..drafting.prompt_lookup import BatchLookup, Match, mean_accept_probs
+from ..policy import Observation, Policy, choose_shape, count_nodes
+from ..tree import CandidatePool, DraftTree, TreeShape
+
+
+class TextSoFar(Protocol):
+    """The committed tokens of the rows that are decoded, as a `Batch` has them."""
+
+    @property
+    def in_lockstep(self) -> bool: ...
+
+    @property
+    def row_weights(self) -> list[float]: ...
+
+    def since(self, starts: list[int]) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a step verifies, and what it was chosen from.
+
+    Attributes:
+        shape: that the policy chose, cut to the room that was left.
+        tree: the nodes to verify.
+        pool: the drafter's candidates; `None` if it was not asked.
+        looked_up: nodes of the longest looked-up chain.
+    """
+
+    shape: TreeShape
+    tree: DraftTree
+    pool: CandidatePool | None = None
+    looked_up: int = 0
+
+    @property
+    def candidates(self) -> int:
+        """Nodes that the drafter scored."""
+        return 0 if self.pool is None else self.pool.tokens.shape[1]
+
+    @classmethod
+    def plain(cls, root: Tensor) -> "Proposal":
+        """The root `[b]` alone."""
+        return cls(TreeShape.plain(), DraftTree.root_only(root))
+
+
+class Proposer:
+    """Decides what each step of a call verifies.
+
+    Args:
+        policy: chooses the shape, says after each level whether to go on, and counts the nodes to verify.
+        drafter: `None` to draft by lookup alone.
+        text: grows from step to step; lookup reads it.
+        pads: padding tokens before each row's prompt.
+    """
+
+    def __init__(self, policy: Policy, drafter: Drafter | None, text: TextSoFar, pads: list[int]) -> None:
+        self._policy, self._drafter, self._text = policy, drafter, text
+        self._lookup = BatchLookup(pads)
+
+    def read_prompt(self) -> None:
+        """Let lookup and drafter read the prompt, before any step."""
+        if self._policy.uses_lookup:
+            self._matches()
+        if self._drafter is not None:
+            self._drafter.read()
+
+    def propose(
+        self, root: Tensor, step: int, context_length: int, room: int, prompt_seconds: float = 0.0
+    ) -> Proposal:
+        """The tree below the newest tokens.
+
+        Args:
+            root: `[b]` the newest tokens, where the target reads them.
+            step: 0 for the first.
+            context_length: positions so far, the root and padding included.
+            room: tokens that the text may still gain.
+            prompt_seconds: see `Observation`.
+
+        Raises:
+            ValueError: no step can follow a decision of the policy.
+        """
+        features = None if self._drafter is None else self._drafter.newest_features
+        observation = Observation(
+            features, context_length, step, room, self._prefix_accept_probs, prompt_seconds, self._text.row_weights
+        )
+        shape = choose_shape(self._policy, observation, 0 if self._drafter is None else self._drafter.draft_rows)
+        tree, pool, looked_up = DraftTree.root_only(root), self._draft(shape), 0
+        if pool is not None:
+            total_tokens = min(shape.total_tokens, count_nodes(self._policy, pool.scores, pool.levels))
+            if total_tokens > 1:
+                tree = DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens)
+        if shape.lookup:
+            chains = [match.tokens[: shape.lookup] for match in self._matches()]
+            tree, looked_up = tree.with_chains(chains), max(map(len, chains))
+        return Proposal(shape, tree, pool, looked_up)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Propose for these rows only, from now on."""
+        self._lookup.keep_rows(rows)
+        if self._drafter is not None:
+            self._drafter.keep_rows(rows)
+
+    def _draft(self, shape: TreeShape) -> CandidatePool | None:
+        if self._drafter is None:
+            return None
+        if shape.asks_head:
+            return self._drafter.draft(shape, self._policy)
+        self._drafter.read(at_least=MAX_UNREAD)
+        return None
+
+    def _matches(self) -> list[Match]:
+        self._lookup.extend(self._text.since(self._lookup.lengths))
+        return self._lookup.matches()
+
+    def _prefix_accept_probs(self) -> list[float]:
+        matches = self._matches()
+        if self._text.in_lockstep:
+            return min((match.prefix_accept_probs for match in matches), key=lambda probs: probs[:1])
+        return mean_accept_probs(matches, self._text.row_weights)
