@@ -25,9 +25,9 @@ from ..target.tree_cache import buffer_length, stop_recording
 from ..telemetry.report import SpeculationReport
 from .checks import check_forward_arguments, check_lengths, check_synced
 from .defaults import SpeculationDefaults
+from .generate_inputs import GenerateInputs
 from .lockstep import advance_together, coupling
 from .request import AUTO, Request, draft_head, is_plain, read_request
-from .stock_call import StockCall
 
 
 @dataclass
@@ -172,63 +172,65 @@ class ReSpSGenerationMixin(GenerationMixin):
             check_synced(model_kwargs.get("synced_gpus"))
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
             check_forward_arguments(input_ids, model_kwargs)
-            call = StockCall(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
-            self._fit_cache(call)
-            stack.callback(stop_recording, call.cache)
-            return self._answer(request, call)
+            inputs = GenerateInputs(
+                input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+            )
+            self._fit_cache(inputs)
+            stack.callback(stop_recording, inputs.cache)
+            return self._answer(request, inputs)
 
-    def _answer(self, request: Request, call: StockCall) -> Any:
-        batch = self._make_batch(request.lockstep, call)
-        report = self._decode(request, batch, call)
-        report.answers = batch.input_ids[:, call.input_ids.shape[1] :].tolist()
-        if not call.config.return_dict_in_generate:
+    def _answer(self, request: Request, inputs: GenerateInputs) -> Any:
+        batch = self._make_batch(request.lockstep, inputs)
+        report = self._decode(request, batch, inputs)
+        report.answers = batch.input_ids[:, inputs.input_ids.shape[1] :].tolist()
+        if not inputs.config.return_dict_in_generate:
             return batch.input_ids
         kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
-        kept[CACHE_KEYWORD] = call.cache if len(batch) == 1 or call.is_cache_given else None
+        kept[CACHE_KEYWORD] = inputs.cache if len(batch) == 1 or inputs.is_cache_given else None
         return SpeculativeOutput(**kept, speculation=report)
 
-    def _fit_cache(self, call: StockCall) -> None:
+    def _fit_cache(self, inputs: GenerateInputs) -> None:
         """Refuse a cache that is too short; in place of a static one of `generate` make one with room for trees."""
         target = cast(PreTrainedModel, self)
-        if call.config.cache_implementation == "static":
-            call.model_kwargs[CACHE_KEYWORD] = static_cache(target.config, call.cache, call.max_length)
-        position_count = call.model_kwargs["position_ids"].shape[1]
-        check_lengths(target, call.cache, call.input_ids.shape[1], position_count, call.max_length)
+        if inputs.config.cache_implementation == "static":
+            inputs.model_kwargs[CACHE_KEYWORD] = static_cache(target.config, inputs.cache, inputs.max_length)
+        position_count = inputs.model_kwargs["position_ids"].shape[1]
+        check_lengths(target, inputs.cache, inputs.input_ids.shape[1], position_count, inputs.max_length)
 
-    def _make_batch(self, lockstep: bool | None, call: StockCall) -> Batch:
+    def _make_batch(self, lockstep: bool | None, inputs: GenerateInputs) -> Batch:
         """The texts of the call: one for each row if nothing can tell, else one of all rows."""
-        if len(call.input_ids) == 1:
-            return Batch([call.text(call.input_ids)], drops_finished=False)
+        if len(inputs.input_ids) == 1:
+            return Batch([inputs.text(inputs.input_ids)], drops_finished=False)
         asked = {
-            "`output_scores`": call.keeps_scores,
-            "`output_logits`": call.keeps_logits,
-            "a streamer": call.streamer is not None,
-            "a cache of your own": call.is_cache_given,
-            "a static cache": buffer_length(call.cache) is not None,
+            "`output_scores`": inputs.keeps_scores,
+            "`output_logits`": inputs.keeps_logits,
+            "a streamer": inputs.streamer is not None,
+            "a cache of your own": inputs.is_cache_given,
+            "a static cache": buffer_length(inputs.cache) is not None,
         }
-        coupled = coupling(cast(PreTrainedModel, self), call.logits_processor, call.stopping_criteria, asked)
-        if advance_together(lockstep, call.config.do_sample, coupled):
-            return Batch([call.text(call.input_ids)], drops_finished=coupled is None)
-        return Batch([call.text(row) for row in call.input_ids.split(1)], drops_finished=True)
+        coupled = coupling(cast(PreTrainedModel, self), inputs.logits_processor, inputs.stopping_criteria, asked)
+        if advance_together(lockstep, inputs.config.do_sample, coupled):
+            return Batch([inputs.text(inputs.input_ids)], drops_finished=coupled is None)
+        return Batch([inputs.text(row) for row in inputs.input_ids.split(1)], drops_finished=True)
 
-    def _decode(self, request: Request, batch: Batch, call: StockCall) -> SpeculationReport:
+    def _decode(self, request: Request, batch: Batch, inputs: GenerateInputs) -> SpeculationReport:
         """Prefill, then one step after another until all texts are finished."""
-        target, model_kwargs = cast(PreTrainedModel, self), call.model_kwargs
-        with self._forward_of(request, call) as forward, ExitStack() as stack:
+        target, model_kwargs = cast(PreTrainedModel, self), inputs.model_kwargs
+        with self._forward_of(request, inputs) as forward, ExitStack() as stack:
             decoding = TreeDecoding(
                 target,
                 request.head,
                 request.policy,
                 batch,
-                cache=call.cache,
+                cache=inputs.cache,
                 attention_mask=model_kwargs["attention_mask"],
                 position_ids=model_kwargs["position_ids"],
                 forward=forward,
-                max_length=call.max_length,
+                max_length=inputs.max_length,
             )
             stack.callback(decoding.close)
             decoding.prefill(
-                call.config.prefill_chunk_size,
+                inputs.config.prefill_chunk_size,
                 {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs},
             )
             with cast(Any, target)._optimize_model_for_decode():
@@ -236,16 +238,16 @@ class ReSpSGenerationMixin(GenerationMixin):
                     decoding.step()
         return decoding.report
 
-    def _forward_of(self, request: Request, call: StockCall) -> TargetForward:
+    def _forward_of(self, request: Request, inputs: GenerateInputs) -> TargetForward:
         """Compiled where plain `generate` would compile, and wherever the caller says how."""
         target: Any = self
-        config = call.config
+        config = inputs.config
         layers = None if request.head is None else request.head.head.config.feature_layers or []
         if config.compile_config is not None:  # plain `generate` heeds it on a GPU only, unless this is set
             config.compile_config = copy.copy(config.compile_config)
             config.compile_config._compile_all_devices = True
-        given = (target, layers, call.cache)
-        if target._valid_auto_compile_criteria(call.model_kwargs, config):
+        given = (target, layers, inputs.cache)
+        if target._valid_auto_compile_criteria(inputs.model_kwargs, config):
             return CompiledForward(*given, target.get_compiled_call(config.compile_config))
         return CompiledForward(*given, target) if is_compiled(target) else TargetForward(*given)
 

@@ -1,4 +1,4 @@
-"""What stock `generate` hands to the method that decodes, under its own names."""
+"""What Transformers has prepared of a call when decoding begins."""
 
 import math
 import sys
@@ -13,8 +13,8 @@ from ..decoding.text import Text
 
 
 @dataclass(frozen=True, slots=True)
-class StockCall:
-    """A call of `generate`, prepared by Transformers.
+class GenerateInputs:
+    """The inputs of one call of `generate`, as stock `generate` hands them to the method that decodes.
 
     Attributes:
         input_ids: `[b, s]` the prompts.
