@@ -105,7 +105,7 @@ class Bench:
             keywords["policy"] = copy.deepcopy(keywords["policy"])
 
         def generated() -> tuple[list[int], Any]:
-            with SpeculationDefaults.set_aside():  # plain decoding is plain, whatever the model was attached with
+            with SpeculationDefaults.suspended():  # plain decoding is plain, whatever the model was attached with
                 output = self.model.generate(
                     input_ids,
                     attention_mask=torch.ones_like(input_ids),

@@ -165,7 +165,7 @@ def _overhead(target: PreTrainedModel, head: DraftHead | None, room: int) -> flo
     prompt = torch.ones(1, prompt_tokens, dtype=torch.long, device=target.device)
     shape = TreeShape(1, 0, 1, 3) if head is None else TreeShape(4, 2, 2, 3)
     try:
-        with SpeculationDefaults.set_aside():
+        with SpeculationDefaults.suspended():
             report = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),

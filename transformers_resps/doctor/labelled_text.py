@@ -35,7 +35,7 @@ def write_answers(
         some = [prompt.to(target.device) for prompt in prompts[first : first + batch]]
         ids, mask = left_padded(some)
         width = ids.shape[1]
-        with SpeculationDefaults.set_aside():
+        with SpeculationDefaults.suspended():
             written = target.generate(  # type: ignore[operator]  # PreTrainedModel does not declare GenerationMixin
                 ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0
             ).cpu()

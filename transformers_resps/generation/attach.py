@@ -4,7 +4,7 @@ The class is a subclass of the model's own, made in memory: same name, same modu
 """
 
 import functools
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import GenerationMixin
@@ -61,17 +61,19 @@ def attach(
         inner.__class__ = _attached_class(base)
     defaults = SpeculationDefaults(assistant_model, policy, lockstep, eval_mode)
     if defaults != SpeculationDefaults():
-        defaults.keep(inner)
+        cast(ReSpSGenerationMixin, inner).speculation_defaults = defaults
     return model
 
 
 def detach(model: Model) -> Model:
     """Undo `attach`: the same object, of its own class again, without defaults."""
     inner = unwrapped(model)
+    if isinstance(inner, ReSpSGenerationMixin):
+        inner.speculation_defaults = SpeculationDefaults()
     if vars(type(inner)).get("__reduce_ex__") is _reduce:  # leave a user's own subclass of the mixin alone
+        del inner.speculation_defaults
         inner.__class__ = type(inner).__mro__[2]
         PolicyCache.forget(inner)
-    SpeculationDefaults.forget(inner)
     return model
 
 

@@ -1,4 +1,4 @@
-"""What `attach` was given: head, policy and rows for every call of `generate` that names none.
+"""What `attach` was given: keywords for every call of `generate` that leaves them out.
 
 For callers that pass no keyword through, such as the trainers of TRL.
 """
@@ -14,8 +14,7 @@ from .evaluation_mode import EvaluationMode
 from .request import draft_head
 
 
-_ATTRIBUTE = "_resps_defaults"
-_are_set_aside: ContextVar[bool] = ContextVar("resps_defaults_are_set_aside", default=False)
+_are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +35,19 @@ class SpeculationDefaults:
     eval_mode: bool = False
     mode: EvaluationMode = field(default_factory=EvaluationMode, compare=False, repr=False)
 
-    def keep(self, target: Any) -> None:
-        """Hold for `target` from now on, instead of earlier ones."""
-        target.__dict__[_ATTRIBUTE] = self
-
-    @classmethod
-    def of(cls, target: Any) -> "SpeculationDefaults":
-        """Those of a model; empty ones where `attach` was given nothing, and while they are set aside."""
-        kept: SpeculationDefaults | None = None if _are_set_aside.get() else target.__dict__.get(_ATTRIBUTE)
-        return cls() if kept is None else kept
-
-    @staticmethod
-    def forget(target: Any) -> None:
-        target.__dict__.pop(_ATTRIBUTE, None)
-
     @staticmethod
     @contextmanager
-    def set_aside() -> Iterator[None]:
-        """Inside, no model has any: a call that names nothing is plain. Other threads do not notice."""
-        token = _are_set_aside.set(True)
+    def suspended() -> Iterator[None]:
+        """Inside, those of no model are in force: a call that names nothing is plain. Other threads do not notice."""
+        token = _are_suspended.set(True)
         try:
             yield
         finally:
-            _are_set_aside.reset(token)
+            _are_suspended.reset(token)
+
+    def in_force(self) -> "SpeculationDefaults":
+        """These; none while they are suspended."""
+        return SpeculationDefaults() if _are_suspended.get() else self
 
     def fill(self, assistant_model: Any, policy: Any, lockstep: Any) -> tuple[Any, Any, Any]:
         """The three keywords of a call, each replaced by its default where it is `None`.

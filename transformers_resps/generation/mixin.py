@@ -48,7 +48,13 @@ _request: ContextVar[Request | None] = ContextVar("resps_request", default=None)
 
 
 class ReSpSGenerationMixin(GenerationMixin):
-    """`generate` with draft trees; put in front of a model's class by `attach`."""
+    """`generate` with draft trees; put in front of a model's class by `attach`.
+
+    Attributes:
+        speculation_defaults: what `attach` was given.
+    """
+
+    speculation_defaults = SpeculationDefaults()
 
     def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
         self,
@@ -121,9 +127,9 @@ class ReSpSGenerationMixin(GenerationMixin):
         target = cast(PreTrainedModel, self)
         with ExitStack() as stack:
             if is_plain(*asked[:2]):
-                stack.enter_context(SpeculationDefaults.set_aside())  # calls within this one are plain, too
+                stack.enter_context(SpeculationDefaults.suspended())  # calls within this one are plain, too
                 asked = (asked[0], None, asked[2])
-            defaults = SpeculationDefaults.of(target)
+            defaults = self.speculation_defaults.in_force()
             assistant_model, policy, lockstep = defaults.fill(*asked)
             head = draft_head(assistant_model)
             if defaults.eval_mode:

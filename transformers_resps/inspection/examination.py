@@ -82,7 +82,7 @@ def examine(
             return output, tokens, time.perf_counter() - started
 
     recorder = Recorder(policy)
-    with SpeculationDefaults.set_aside():
+    with SpeculationDefaults.suspended():
         _, plain_ids, plain_seconds = answer()
         output, own_ids, seconds = answer(assistant_model=head, policy=recorder)
     divergence = None if settings["do_sample"] else explain_divergence(model, prompt_ids, plain_ids, own_ids)

@@ -101,15 +101,17 @@ class ModelUnderTest:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Afterwards the model is as it was before, and so is the global random generator."""
-        was_attached = isinstance(self.target, ReSpSGenerationMixin)
-        defaults = SpeculationDefaults.of(self.target)
+        target: Any = self.target
+        defaults = target.speculation_defaults if isinstance(target, ReSpSGenerationMixin) else None
         try:
-            with self._forked(), SpeculationDefaults.set_aside(), EvaluationMode().held(self.model):
+            with self._forked(), SpeculationDefaults.suspended(), EvaluationMode().held(self.model):
                 yield
         finally:
-            (attach if was_attached else detach)(self.model)
-            if was_attached:
-                defaults.keep(self.target)  # detaching in between has forgotten them
+            if defaults is None:
+                detach(self.model)
+            else:
+                attach(self.model)
+                target.speculation_defaults = defaults  # detaching in between has forgotten them
 
     @contextmanager
     def without_settings(self) -> Iterator[None]:
