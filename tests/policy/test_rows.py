@@ -105,7 +105,7 @@ def test_the_next_batch_begins_with_what_steps_cost_before_rows_had_ended() -> N
         guard.observe(record(2, (2, 0, 0, 0), 0.3))
     assert guard._known.verify_seconds(2) < 0.5
     guard.choose(observation(4, 0))
-    assert guard._known.verify_seconds(2) == 1.5 and guard._plain_seconds == 1.0
+    assert guard._known.verify_seconds(2) == 1.5 and guard._plain.seconds == 1.0
 
 
 def test_two_trees_tell_what_further_nodes_cost() -> None:

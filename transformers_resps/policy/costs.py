@@ -6,7 +6,6 @@ measurement rescales all sizes.
 """
 
 import bisect
-import copy
 
 
 # Weights of a surprise (measured over expected seconds, minus one): for the machine's speed, and for this size alone.
@@ -94,9 +93,17 @@ class RunningCosts:
         self._verify = {nodes: seconds * factor for nodes, seconds in self._verify.items()}
         self._asked.clear()
 
+    def copy(self) -> "RunningCosts":
+        """The same costs, which from now on learn on their own."""
+        copied = RunningCosts()
+        copied.go_back_to(self)
+        return copied
+
     def go_back_to(self, earlier: "RunningCosts") -> None:
         """Forget what was learned since `earlier`, a copy of these costs."""
-        self.__dict__.update(copy.deepcopy(earlier.__dict__))
+        self._verify, self._trees, self._draft = dict(earlier._verify), list(earlier._trees), dict(earlier._draft)
+        self._rest, self._guessed_slope = earlier._rest, earlier._guessed_slope
+        self._asked.clear()
 
     @property
     def sizes(self) -> int:
