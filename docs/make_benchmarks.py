@@ -106,14 +106,14 @@ def by_dataset(found: list[Results], value: str, temperature: str) -> str:
 
 
 def head_alone(found: list[Results]) -> str:
-    """Of `training/studies/measure_tau.py`."""
+    """Of `training.studies.measure_tau`."""
     measured = [(one, row) for one in found for row in one.data["rows"]]
     rows = [[o.target, o.link, r["shape"], *map(two, r["tau"].values()), two(r["mean"])] for o, r in measured]
     return table(["target", "results file", "tree"], [*DATASETS.values(), "mean"], rows)
 
 
 def bad_head(found: list[Results]) -> str:
-    """Of `training/studies/guard_speed.py`."""
+    """Of `training.studies.guard_speed`."""
     rows = [
         [named(row["head"]), named(row["policy"]), ("no", "yes")[row["kept"]], two(row["tau"]), two(row["to_plain"])]
         for one in found
@@ -123,12 +123,12 @@ def bad_head(found: list[Results]) -> str:
 
 
 def batches(found: list[Results], *sizes: str) -> str:
-    """Of `training.studies.batches` and `training/studies/planted_batches.py`: ratios to the same plain batch."""
+    """Of `training.studies.batches` and `training.studies.planted_batches`: ratios to the same plain batch."""
     rows = []
     for one in found:
         cells: dict[tuple[str, str], dict[str, float]] = {}
         for row in one.data["rows"]:
-            kind = (one.asked["shape"] or "auto", row["way"]) if "way" in row else (row["policy"], "rows apart")
+            kind = (one.asked["shape"] or "auto", row["way"]) if "way" in row else (row["policy"], "ragged")
             cells.setdefault(kind, {})[str(row["batch_size"])] = row["to_plain_batch"]
         start = [DATASETS[Path(one.asked["dataset"]).stem], one.link]
         for (tree, way), own in cells.items():

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.targets import Architecture
-from training.studies.batches.__main__ import main
-from training.studies.batches.measuring import WAYS, BatchBench, GroupTiming, table
+from training.studies.batches import WAYS, BatchBench, GroupTiming, main, table
 from training.studies.experiment import Experiment
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 
@@ -30,15 +29,15 @@ def test_rates_are_total_tokens_over_total_seconds() -> None:
     runs = [
         GroupTiming("plain", 2, 0, 0, 20, 2.0, 2),
         GroupTiming("plain", 2, 1, 0, 10, 4.0, 2),
-        GroupTiming("rows apart", 2, 0, 0, 20, 1.0, 2),
-        GroupTiming("rows apart", 2, 1, 0, 10, 2.0, 1),
+        GroupTiming("ragged", 2, 0, 0, 20, 1.0, 2),
+        GroupTiming("ragged", 2, 1, 0, 10, 2.0, 1),
         GroupTiming("tree, one by one", 2, 0, 0, 30, 4.0, 2),
     ]
     rows = {row["way"]: row for row in table(runs)}
     assert rows["plain"]["tokens_per_second"] == 5.0
-    assert rows["rows apart"]["to_plain_batch"] == 2.0
-    assert rows["rows apart"]["to_one_by_one"] == 10.0 / 7.5
-    assert rows["rows apart"]["same_text"] == 0.75
+    assert rows["ragged"]["to_plain_batch"] == 2.0
+    assert rows["ragged"]["to_one_by_one"] == 10.0 / 7.5
+    assert rows["ragged"]["same_text"] == 0.75
 
 
 def test_sizes_that_no_group_fills_are_refused_in_one_line(

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from tests.bench.conversations import save_models, save_rows
-from training.studies.batches.__main__ import main as batches
-from training.studies.static_caches.__main__ import main as static_caches
+from tests.bench.conversations import save_rows, save_subjects
+from training.studies.batches import main as batches
+from training.studies.static_caches import main as static_caches
 from transformers_resps import DraftHead
 
 
 @pytest.mark.parametrize(
     ("command", "options", "ways"),
     [
-        (batches, ["--batch-sizes", "1", "2", "9"], {"plain", "rows apart", "lockstep", "tree, one by one"}),
+        (batches, ["--batch-sizes", "1", "2", "9"], {"plain", "ragged", "lockstep", "tree, one by one"}),
         (static_caches, ["--backend", "none", "--shape", "4,2,2"], {"plain, static", "tree, dynamic", "tree, static"}),
     ],
     ids=["batches", "static_caches"],
@@ -30,7 +30,7 @@ def test_every_way_is_measured_printed_and_kept_with_where_it_was(
     tiny_head: DraftHead,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    target, head = save_models(tmp_path, tiny_target, tiny_head)
+    target, head = save_subjects(tmp_path, tiny_target, tiny_head)
     file = save_rows(tmp_path / "mine.jsonl", [["defg", "hi"], ["klkl"], ["mnop"]])
     given = [target, head, "--dataset", file, "--limit", "2", "--max-new-tokens", "6", "--repeats", "1"]
     assert command([*given, *options, "--output", str(tmp_path / "out")]) == 0

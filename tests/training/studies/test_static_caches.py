@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from tests.targets import Architecture
-from training.studies.static_caches.measuring import WAYS, CacheTiming, StaticBench, table
+from training.studies.static_caches import WAYS, CacheTiming, StaticBench, table
 from transformers_resps import DraftHead, TreeShape, attach
 
 

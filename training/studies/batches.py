@@ -1,5 +1,18 @@
-"""Decode groups of prompts in several ways, in turn."""
+"""Measure what draft trees gain in batches: ragged, in lockstep, and each row alone.
 
+Question: what do draft trees gain in a batch, with ragged rows and in lockstep?
+Answer: less the larger the batch. With a chain of three drafted tokens ragged rows reach 1.86x plain decoding at batch
+size 1, 1.29x at 4 and 1.13x at 8; in lockstep 0.82x and 0.67x (SmolLM2, GSM8K; docs/benchmarks.md).
+
+    python -m training.studies.batches TARGET HEAD --dataset prompts.jsonl --dtype bfloat16 --pack --shape 4,3,1
+
+Method: greedy, every way in turn on the same groups of prompts: plain, ragged, in lockstep, and every
+row alone. Run it on a quiet machine. Without `--shape` every way and batch size has its own `policy="auto"`, which
+learns from group to group, as in a user's process.
+"""
+
+import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,13 +22,16 @@ from torch import Tensor
 
 from transformers_resps.generation.sequences import end_ids, left_padded, up_to_end
 from transformers_resps.head import DraftHead
-from transformers_resps.policy import Policy
+from transformers_resps.policy import FixedPolicy, Policy, default_policy
+from transformers_resps.tree import TreeShape
+
+from .experiment import Experiment, add_options, execute
 
 
 # Way -> what it adds to the call with a head; `None` decodes plainly. The last two give every row a call of its own.
 WAYS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "rows apart": {"lockstep": None},
+    "ragged": {"lockstep": None},
     "lockstep": {"lockstep": True},
     "plain, one by one": None,
     "tree, one by one": {},
@@ -72,7 +88,7 @@ class BatchBench:
 
     def run(self, prompts: Sequence[Tensor], sizes: Sequence[int], repeats: int) -> Iterator[GroupTiming]:
         """Warm up, then every way on every group of each size, beginning with another way each time."""
-        self._decode("rows apart", prompts[: max(sizes)])
+        self._decode("ragged", prompts[: max(sizes)])
         for repeat in range(repeats):
             for size in sizes:
                 groups = [prompts[start : start + size] for start in range(0, len(prompts) - size + 1, size)]
@@ -136,3 +152,47 @@ def table(measurements: Sequence[GroupTiming]) -> list[dict[str, Any]]:
 
 def _rate(measurements: Sequence[GroupTiming]) -> float:
     return sum(m.tokens for m in measurements) / sum(m.seconds for m in measurements)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m training.studies.batches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, "results/batches")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 8])
+    return execute(parser, arguments, run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decode, write, print."""
+    from rich.progress import track  # of the extra `bench`
+
+    given = Experiment.load(args)
+    bench = BatchBench(given.target, given.head, lambda: policy_of(args.shape), args.max_new_tokens)
+    sizes = [size for size in args.batch_sizes if size <= len(given.prompts)]
+    if not sizes:
+        raise ValueError(
+            f"The batch sizes {args.batch_sizes} are above the number of prompts, {len(given.prompts)}. Pass smaller "
+            "`--batch-sizes`, or a larger `--limit` and a dataset of as many rows."
+        )
+    runs = list(track(bench.run(given.prompts, sizes, args.repeats), "Decoding"))
+    rows = table(runs)
+    file = given.write(args, rows, runs)
+    print("| batch | way | tokens/s | to plain batch | to trees one by one | same text |")
+    print("|---:|---|---:|---:|---:|---:|")
+    for row in rows:
+        alone = "" if row["to_one_by_one"] is None else f"{row['to_one_by_one']:.2f}"
+        rates = f"{row['tokens_per_second']:.1f} | {row['to_plain_batch']:.2f} | {alone} | {row['same_text']:.0%}"
+        print(f"| {row['batch_size']} | {row['way']} | {rates} |")
+    print(f"\nWritten to {file}")
+    return 0
+
+
+def policy_of(chosen: TreeShape | None) -> Policy:
+    """One shape for every step, or a fresh default policy."""
+    return default_policy() if chosen is None else FixedPolicy(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Measures batches in turn: plain, ragged, in lockstep, and every row alone."""
