@@ -131,7 +131,7 @@ def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.Mo
 
 
 LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "docs/api.md"))]
-LINKED += [*sorted((ROOT / "training").glob("*.md")), *sorted((ROOT / "model_cards").glob("*/README.md"))]
+LINKED += [*sorted((ROOT / "training").rglob("*.md")), *sorted((ROOT / "model_cards").glob("*/README.md"))]
 
 
 def anchors(page: Path) -> set[str]:

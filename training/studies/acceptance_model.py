@@ -1,8 +1,7 @@
-"""The strongest model of acceptance that we can fit: which drafted node will the target accept.
+"""Part of the study `headroom`: the strongest model of acceptance that we can fit.
 
-Used by the study `headroom.py` to find out how much of the oracle's gain is predictable at all. It is a measuring
-instrument, too slow to decode with. Every input is known before the decision that uses it. Shapes: t positions, p pool
-nodes, c looked-up tokens, f inputs.
+It predicts which drafted nodes the target will accept, from inputs that are known before the decision. It is a
+measuring instrument, too slow to decode with. Shapes: t positions, p pool nodes, c looked-up tokens, f inputs.
 """
 
 from collections.abc import Sequence

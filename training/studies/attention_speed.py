@@ -1,10 +1,16 @@
-"""What one layer's attention costs, by Transformers' ways and by ours, where heads share keys.
+"""Time one layer's attention, by Transformers' ways and by ours.
+
+Question: is our attention faster than that of Transformers where heads share keys (GQA)?
+Answer: yes, on a CPU. A lone token takes a quarter to a tenth of the time, several tokens with a mask a half to three
+quarters.
 
     python -m training.studies.attention_speed
 
-Random numbers in the sizes of SmolLM2-135M in bfloat16; keys and values of thirty layers in turn, as in a model.
+Method: one layer with random numbers, in the sizes of SmolLM2-135M in bfloat16; keys and values of thirty layers in
+turn, as in a model.
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from statistics import median
@@ -49,6 +55,7 @@ def milliseconds(way: Way, rows: int, tokens: int, past: int) -> float:
 
 @torch.inference_mode()
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     print("| rows, tokens, context | copies | `enable_gqa` | ours |\n|---|---:|---:|---:|")
     for place in PLACES:

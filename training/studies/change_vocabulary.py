@@ -1,12 +1,14 @@
 """Give a head another draft vocabulary, without training.
 
+Question: may a head get another draft vocabulary without training?
+Answer: yes, if its output head was frozen. Its rows are the target's own, so any other rows of the target fit the same
+hidden states. Count tokens on the target's outputs and on other conversations: a vocabulary counted from few tokens
+misses words of the next text, and acceptance cannot exceed its coverage (`LOG.md` has the table).
+
     python -m training.studies.change_vocabulary --target work/smollm2 --head model_cards/smollm2-135m-instruct-head \
         --texts work/answers2.jsonl sharegpt.json --size 12288 --output work/head-start
 
-Possible for heads trained with a frozen output head: their rows are the target's own, so any other rows fit the same
-hidden states. A vocabulary counted from a few hundred thousand tokens misses words that the next text needs, and no
-acceptance can be above its coverage; counts of other people's conversations cost a minute. Every file has the same
-weight, whatever its size.
+Every file of `--texts` has the same weight, whatever its size.
 """
 
 import argparse

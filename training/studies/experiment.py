@@ -1,4 +1,7 @@
-"""What the smaller benchmarks share: one target, its head, some prompts, and a results file."""
+"""Part of the studies `batches`, `static_caches`, `guard_speed` and `planted_batches`: options, models and results.
+
+Each decodes some prompts with one target and its head, and writes `results.json`.
+"""
 
 import argparse
 import json

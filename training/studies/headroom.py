@@ -1,10 +1,14 @@
-r"""What can a policy win? Fixed shapes, a fitted model of acceptance, the online policy and the oracle, on recordings.
+r"""Compare fixed trees, a fitted model of acceptance, the online policy and the oracle on recorded texts.
+
+Question: how much can a policy gain, and how much of that can be predicted?
+Answer: with head and lookup the oracle is 21 to 51% above the best fixed tree, a fitted model of acceptance 1 to 9%.
+`policy="auto"` reaches the fitted model and, greedily, the best tree of each prompt. A second drafter gains more than
+a better choice of trees. Tables: `HEADROOM.md`.
 
     python -m training.studies.headroom --recordings work/recordings
 
-Reads what `training/prompts/recordings.py` recorded and the cost tables of a quiet machine: nothing is timed. Shapes
-are searched, and models fitted, on `fit/` alone; all figures are of `evaluate/`. Prints the tables of
-`training/studies/HEADROOM.md`.
+Method: replays what `training/prompts/recordings.py` recorded with the cost tables of a quiet machine: nothing is
+timed. Trees are searched and models fitted on `fit/` alone; all figures are of `evaluate/`.
 """
 
 import argparse
@@ -185,7 +189,7 @@ def print_tables(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recordings", type=Path, default=Path("work/recordings"))
     parser.add_argument("--costs", type=Path, nargs="+", default=[Path(file) for file in COSTS])
     parser.add_argument("--temperatures", nargs="+", default=["0", "1"], choices=["0", "1"])

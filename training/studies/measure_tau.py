@@ -1,9 +1,14 @@
-"""Tau of one fixed tree on the first prompts of each file, greedy: how good a head is, whatever the machine.
+"""Measure the mean acceptance length (tau) of one fixed tree, whatever the machine.
+
+Question: how good is a head, whatever the machine?
+Answer: without prompt lookup, SmolLM2's head reaches a mean acceptance length (tau) of 2.47 with the tree 16/5/4, and
+Qwen's 2.09 with 16/6/6 (docs/benchmarks.md).
 
     python -m training.studies.measure_tau work/smollm2 model_cards/smollm2-135m-instruct-head --shapes 16,5,4 \
         --dataset eval/mt_bench.jsonl eval/gsm8k.jsonl --limit 20 --output work/tau.json
 
-Nothing is timed, so other work may run beside it. Of a conversation the first turn is answered.
+Method: one fixed tree, greedy, on the first prompts of each file; of a conversation the first turn is answered.
+Nothing is timed, so other work may run at the same time.
 """
 
 import argparse

@@ -1,12 +1,15 @@
-r"""What "auto" loses to slow moments of the machine: recorded texts, decoded again under clocks with planted noise.
+r"""Replay "auto" under clocks with planted noise.
+
+Question: what does "auto" lose to slow moments of the machine, from whose seconds it learns costs?
+Answer: at most 0.03 of a ratio of 1.3 to 2.3, with slow stretches or with 2 in 100 forwards that take five times as
+long (`HEADROOM.md`).
 
     python -m training.studies.noisy_clocks --recordings work/recordings/fit/0 \
         --costs model_cards/smollm2-135m-instruct-head/results.json --output noisy_clocks.json
 
-Policies learn prices from seconds, and where others use the machine, too, those are wrong: for a while everything is
-slower, or one forward is interrupted. The policy sees noisy seconds; speeds are in the true ones of the cost table, so
-that they differ only by what noise made it decide. In those of plain steps, prefill left out; several orders of the
-texts, one policy for all texts of an order.
+Method: replays recorded texts under a clock with planted noise. The policy sees noisy seconds, and its score is in the
+true ones of the cost table, so only its decisions differ. Ratios to plain steps without prefill, over several orders
+of the texts; one policy for all texts of an order.
 """
 
 import argparse
@@ -97,7 +100,7 @@ def speed(texts: list[RecordedText], table: CostTable, noise: Noise, make: Calla
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recordings", type=Path, nargs="+", required=True, help="folders of one target's texts")
     parser.add_argument("--costs", type=Path, required=True, help="a results.json, or a file of cost tables")
     parser.add_argument("--orders", type=int, default=6)

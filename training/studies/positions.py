@@ -1,7 +1,6 @@
-"""What is known at every position of recorded texts before a decision, and what the text went on with.
+"""Part of the study `headroom`: what is known at each position of recorded texts before a decision, and what followed.
 
-Used by the offline studies of `training/`. Knows recordings and lookups. Shapes: t positions, p pool nodes,
-c looked-up tokens, f inputs.
+Shapes: t positions, p pool nodes, c looked-up tokens, f inputs.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
-"""Decide with a fitted model of acceptance, as well as we can: how much of the oracle's gain is predictable.
+"""Part of the study `headroom`: decides with a fitted model of acceptance, as well as we can.
 
-Level by level: stop and verify the nodes that pay, or have another level drafted. What a further level will be worth
-is fitted, too, from the last level backwards (as Longstaff and Schwartz, 2001, price an option), and like the model of
-acceptance it sees only what is known by then. A second is worth the tokens that it brings in this text.
+It tells how much of the oracle's gain is predictable. Level by level it stops and verifies the nodes that pay, or has
+another level drafted. What a further level will be worth is fitted too, from the last level backwards (as Longstaff
+and Schwartz, 2001, price an option), from inputs that are known by then. A second is worth the tokens that it brings
+in this text.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where the seconds of offline studies come from: cost tables that were measured when the machine was quiet."""
+"""Part of the studies `headroom`, `ablations` and `noisy_clocks`: reads the cost tables that replace their clock."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,12 @@
-"""Prompts that chat logs hold few of, made from their texts: to summarise a text, to complete a function.
+"""Make prompts that chat logs hold few of: summarise this text, complete this function.
+
+Question: how does a head learn tasks that chat logs hold few of?
+Answer: from prompts made out of the logs' own texts and answered by the target. 256 summaries and a wider tree raised
+the tau of Qwen's head on CNN/DM from 1.41 to 1.47 (`LOG.md`).
 
     python -m training.studies.task_prompts --target work/smollm2 --texts sharegpt.json --output work/tasks.jsonl
 
-Lengths in tokens are few on purpose: `generate_dataset.py` decodes prompts of one length together.
+Prompts have few different lengths in tokens, because `generate_dataset.py` decodes prompts of one length together.
 """
 
 import argparse

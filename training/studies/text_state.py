@@ -1,7 +1,7 @@
-"""The other state of Re-SpS's ablation: an embedding of the text so far, by all-MiniLM-L6-v2.
+"""Part of the study `ablations`: the other state of Re-SpS, an embedding of the text so far by all-MiniLM-L6-v2.
 
 The published code embeds the decoded context at every decision. Here every sixteenth position is embedded and stands
-for the next ones, too: on two cores an embedding takes longer than a step of the target.
+for the next ones too, because on two cores an embedding takes longer than a step of the target.
 """
 
 import copy
