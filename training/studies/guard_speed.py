@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.studies.experiment import Experiment, add_options
 from transformers_resps import BaselineGuard, DraftHead, FixedPolicy, Policy, TreeShape
 from transformers_resps.policy import Observation, ThroughputPolicy
 from transformers_resps.target.prepacking import prepack
+
+from .experiment import Experiment, add_options
 
 
 class HeadAlone(ThroughputPolicy):

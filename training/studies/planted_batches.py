@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .experiment import Experiment, add_options
 from transformers_resps import FixedPolicy, Policy, SpeculationReport, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.decoding.proposal import Proposal
@@ -26,6 +25,8 @@ from transformers_resps.generation.sequences import left_padded
 from transformers_resps.policy import default_policy
 from transformers_resps.target.features import Features
 from transformers_resps.tree import DraftTree
+
+from .experiment import Experiment, add_options
 
 
 # Milliseconds on two Zen 4 cores in a quiet moment, SmolLM2 in bfloat16, prepacked: its linear layers by rows of a

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from tests.bench.conversations import save_rows, save_subjects
+from tests.bench.conversations import save_models, save_rows
 from training.studies.batches import main as batches
 from training.studies.static_caches import main as static_caches
 from transformers_resps import DraftHead
@@ -30,7 +30,7 @@ def test_every_way_is_measured_printed_and_kept_with_where_it_was(
     tiny_head: DraftHead,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    target, head = save_subjects(tmp_path, tiny_target, tiny_head)
+    target, head = save_models(tmp_path, tiny_target, tiny_head)
     file = save_rows(tmp_path / "mine.jsonl", [["defg", "hi"], ["klkl"], ["mnop"]])
     given = [target, head, "--dataset", file, "--limit", "2", "--max-new-tokens", "6", "--repeats", "1"]
     assert command([*given, *options, "--output", str(tmp_path / "out")]) == 0
