@@ -30,17 +30,14 @@ from transformers_resps.bench.models import load_target
 from transformers_resps.bench.provenance import machine
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
-from transformers_resps.data.training_prompts import write_training_prompts
-from transformers_resps.trainers import (
-    Oracle,
-    OutcomeTable,
-    RecordedText,
-    StepCosts,
-    fitted_policy,
-    pair_identity,
-    replay,
-    replay_policy,
-)
+from transformers_resps.data import write_training_prompts
+from transformers_resps.head import pair_identity
+from transformers_resps.replay.fitted_policy import fitted_policy
+from transformers_resps.replay.oracle import Oracle
+from transformers_resps.replay.outcomes import OutcomeTable
+from transformers_resps.replay.recorded_text import RecordedText
+from transformers_resps.replay.replay_text import replay
+from transformers_resps.replay.replayed_decoding import StepCosts, replay_policy
 
 
 @dataclass

@@ -28,7 +28,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prompts.batched_answers import answer
-from transformers_resps.data.conversations import Conversation, read_conversations
+from transformers_resps.data import Conversation, read_conversations
 from transformers_resps.generation.sequences import end_ids
 from transformers_resps.target.prepacking import prepack
 

@@ -22,19 +22,21 @@ from publishing import head_metrics, recipe_of, write_run
 from transformers_resps import DraftHead
 from transformers_resps.bench.models import training_prompts_of
 from transformers_resps.bench.provenance import machine
-from transformers_resps.data.training_prompts import write_training_prompts
-from transformers_resps.trainers import (
-    CachedFeatures,
-    DraftHeadTrainer,
-    DraftHeadTrainingConfig,
+from transformers_resps.data import (
     Example,
-    ExampleDataset,
-    FrozenTarget,
     choose_draft_vocabulary,
     load_conversations,
     make_examples,
     split_examples,
     vocabulary_of,
+    write_training_prompts,
+)
+from transformers_resps.trainers import (
+    CachedFeatures,
+    DraftHeadTrainer,
+    DraftHeadTrainingConfig,
+    ExampleDataset,
+    FrozenTarget,
 )
 from transformers_resps.trainers.checkpoints import newest_checkpoint
 from transformers_resps.trainers.timing import Stopwatch

@@ -33,21 +33,12 @@ from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
-from transformers_resps.data.training_prompts import write_training_prompts
-from transformers_resps.head.fingerprint import parameter_fingerprint
+from transformers_resps.data import write_training_prompts
+from transformers_resps.head import pair_identity, parameter_fingerprint
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
-from transformers_resps.replay.replay_text import FORMAT
-from transformers_resps.trainers import (
-    LiveRollouts,
-    OutcomeTable,
-    PolicyTrainer,
-    PolicyTrainingConfig,
-    ReplayRollouts,
-    ReplayText,
-    StepSeconds,
-    pair_identity,
-    record_text,
-)
+from transformers_resps.replay.outcomes import OutcomeTable
+from transformers_resps.replay.replay_text import FORMAT, ReplayText, StepSeconds, record_text
+from transformers_resps.trainers import LiveRollouts, PolicyTrainer, PolicyTrainingConfig, ReplayRollouts
 from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
 
 

@@ -14,7 +14,7 @@ from transformers_resps import DraftHead
 from transformers_resps.bench import __main__ as command
 from transformers_resps.bench.protocol import Bench
 from transformers_resps.bench.session import Session
-from transformers_resps.data.training_prompts import write_training_prompts
+from transformers_resps.data import write_training_prompts
 from transformers_resps.head import pair_identity
 from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
 

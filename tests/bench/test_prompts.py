@@ -5,7 +5,7 @@ import pytest
 
 from tests.bench.conversations import dialogue, save_rows
 from transformers_resps.bench.prompts import Dialogue, check_apart, read_dialogues, spread, to_tokens
-from transformers_resps.data.training_prompts import fingerprint, read_training_prompts, write_training_prompts
+from transformers_resps.data import prompt_fingerprint, read_training_prompts, write_training_prompts
 
 
 def test_every_user_turn_follows_the_answers_that_are_given() -> None:
@@ -65,14 +65,14 @@ def test_a_dataset_without_questions_is_refused(tmp_path: Path) -> None:
 def test_prompts_that_were_learned_from_are_refused() -> None:
     rows = [dialogue("d/0", "new"), dialogue("d/1", "Known  question\n")]
     with pytest.raises(ValueError, match="1 of 2 prompts .* among the training prompts of head, for example d/1"):
-        check_apart(rows, {fingerprint("Known question")}, "the training prompts of head")
-    check_apart(rows[:1], {fingerprint("Known question")}, "the training prompts of head")
+        check_apart(rows, {prompt_fingerprint("Known question")}, "the training prompts of head")
+    check_apart(rows[:1], {prompt_fingerprint("Known question")}, "the training prompts of head")
 
 
 def test_training_prompts_are_kept_as_hashes_in_a_folder(tmp_path: Path) -> None:
     assert read_training_prompts(tmp_path) is None
     write_training_prompts(tmp_path, ["a  b", "c", "c"])
-    assert read_training_prompts(tmp_path) == {fingerprint("a b"), fingerprint("c")}
+    assert read_training_prompts(tmp_path) == {prompt_fingerprint("a b"), prompt_fingerprint("c")}
     assert "a b" not in (tmp_path / "training_prompts.json").read_text()
     (tmp_path / "training_prompts.json").write_text("[]")
     with pytest.raises(ValueError, match="is not what `write_training_prompts` writes"):

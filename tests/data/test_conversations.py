@@ -4,7 +4,7 @@ import sys
 import datasets
 import pytest
 
-from transformers_resps.trainers import load_conversations, read_conversations
+from transformers_resps.data import load_conversations, read_conversations
 from transformers_resps.trainers.warnings import USEFUL_TOKENS, warn_if_small
 
 

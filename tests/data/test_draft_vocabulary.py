@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transformers_resps.trainers import Example, choose_draft_vocabulary
+from transformers_resps.data import Example, choose_draft_vocabulary
 
 
 TEXT = Example(torch.tensor([3, 4, 5, 5]), torch.tensor([False, False, True, True]))

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from tests.tokenizers import letter_tokenizer
+from transformers_resps.data import Example, choose_draft_vocabulary, make_example, make_examples
 from transformers_resps.data.batches import IGNORED, TokenBudgetBatches, collate
-from transformers_resps.trainers import Example, choose_draft_vocabulary, make_example, make_examples
 
 
 TEMPLATE = (

@@ -14,16 +14,12 @@ from tests.decisions.planted import PlantedClock, decision
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, BaselineGuard, ThroughputPolicy
-from transformers_resps.trainers import (
-    Oracle,
-    OutcomeTable,
-    RecordedText,
-    StepCosts,
-    fitted_policy,
-    record_pools,
-    replay,
-    replay_policy,
-)
+from transformers_resps.replay.fitted_policy import fitted_policy
+from transformers_resps.replay.oracle import Oracle
+from transformers_resps.replay.outcomes import OutcomeTable
+from transformers_resps.replay.recorded_text import RecordedText, record_pools
+from transformers_resps.replay.replay_text import replay
+from transformers_resps.replay.replayed_decoding import StepCosts, replay_policy
 
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")

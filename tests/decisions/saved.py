@@ -23,7 +23,8 @@ from transformers_resps.policy import (
     ReSpSPolicy,
     ThroughputPolicy,
 )
-from transformers_resps.trainers import RecordedText, ReplayText, record_pools, replay
+from transformers_resps.replay.recorded_text import RecordedText, record_pools
+from transformers_resps.replay.replay_text import ReplayText, replay
 
 
 SAVED = Path(__file__).with_name("files")

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 from tests.training.publishing.tiny import TARGET, tiny_target
 from transformers_resps import AutoPolicy, DraftHead, DraftHeadConfig, FixedPolicy, TreeShape
 from transformers_resps.bench.models import training_prompts_of
-from transformers_resps.data.training_prompts import fingerprint, write_training_prompts
+from transformers_resps.data import prompt_fingerprint, write_training_prompts
 from transformers_resps.hub import Destination, upload
 from transformers_resps.policy import BaselineGuard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
 
@@ -197,9 +197,9 @@ def test_the_training_prompts_of_the_loaded_commit_are_fetched_for_the_benchmark
         upload({"training_prompts.json": tmp_path / "training_prompts.json"}, Destination(HEAD), "Publish")
         if words == ["first"]:
             DraftHead.from_pretrained(HEAD)
-    assert training_prompts_of(HEAD) == {fingerprint("first")}
+    assert training_prompts_of(HEAD) == {prompt_fingerprint("first")}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert training_prompts_of(HEAD) == {fingerprint("first")}
+    assert training_prompts_of(HEAD) == {prompt_fingerprint("first")}
 
 
 def test_nobody_is_left_to_believe_that_unknown_training_prompts_were_compared(head, caplog):

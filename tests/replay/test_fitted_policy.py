@@ -7,8 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.replay.fitted_policy import fit_platt_scaling
-from transformers_resps.trainers import RecordedText, fitted_policy, pair_identity, record_pools, replay
+from transformers_resps.head import pair_identity
+from transformers_resps.replay.fitted_policy import fit_platt_scaling, fitted_policy
+from transformers_resps.replay.recorded_text import RecordedText, record_pools
+from transformers_resps.replay.replay_text import replay
 from transformers_resps.tree import CandidatePool
 
 

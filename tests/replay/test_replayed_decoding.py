@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.policy import Level, Observation, Policy
+from transformers_resps.replay.recorded_text import RecordedText, record_pools
+from transformers_resps.replay.replayed_decoding import StepCosts, replay_policy
 from transformers_resps.telemetry.report import StepRecord
-from transformers_resps.trainers import RecordedText, StepCosts, record_pools, replay_policy
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])

@@ -4,7 +4,8 @@ import torch
 
 from tests.conftest import build_target
 from transformers_resps import DraftHead
-from transformers_resps.trainers import DraftHeadTrainingConfig, Example
+from transformers_resps.data import Example
+from transformers_resps.trainers import DraftHeadTrainingConfig
 
 
 def texts(count=12, vocabulary=64):

@@ -10,13 +10,8 @@ from transformers import TrainingArguments
 from tests.targets import Architecture
 from tests.trainers.test_policy_trainer import policy, task
 from transformers_resps import DraftHead, FixedPolicy
-from transformers_resps.trainers import (
-    DraftHeadTrainer,
-    DraftHeadTrainingConfig,
-    Example,
-    ExampleDataset,
-    PolicyTrainer,
-)
+from transformers_resps.data import Example
+from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig, ExampleDataset, PolicyTrainer
 
 
 TEXT = Example(torch.tensor([3, 4, 5, 6]), torch.tensor([False, False, True, True]))

@@ -5,14 +5,8 @@ import torch
 
 from tests.targets import Architecture
 from tests.trainers.heads import config, fresh, texts
-from transformers_resps.trainers import (
-    CachedFeatures,
-    DraftHeadTrainer,
-    Example,
-    ExampleDataset,
-    FrozenTarget,
-    feature_cache,
-)
+from transformers_resps.data import Example
+from transformers_resps.trainers import CachedFeatures, DraftHeadTrainer, ExampleDataset, FrozenTarget, feature_cache
 
 
 def test_cached_features_train_the_same_head_as_the_target_itself(tmp_path):

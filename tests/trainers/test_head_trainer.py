@@ -7,7 +7,8 @@ from transformers import PhiConfig, PhiForCausalLM
 from tests.conftest import build_target
 from tests.trainers.heads import bits, config, fresh, texts
 from transformers_resps import DraftHead
-from transformers_resps.trainers import DraftHeadTrainer, Example, ExampleDataset, FrozenTarget, save_head
+from transformers_resps.data import Example
+from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset, FrozenTarget, save_head
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -8,7 +8,8 @@ import torch
 from tests.trainers.test_policy_trainer import FEATURES, GRID, task
 from transformers_resps import ReSpSPolicy, TreeShape
 from transformers_resps.policy import ActionGrid, ReSpSConfig
-from transformers_resps.trainers import OutcomeTable, ReplayRollouts, TextOutcomes
+from transformers_resps.replay.outcomes import OutcomeTable, TextOutcomes
+from transformers_resps.trainers import ReplayRollouts
 
 
 OTHER = ActionGrid((*GRID.shapes[:2], TreeShape(16, 4, 4)))

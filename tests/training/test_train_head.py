@@ -13,8 +13,15 @@ import torch
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
-from transformers_resps.data.training_prompts import fingerprint, read_training_prompts, write_training_prompts
-from transformers_resps.trainers import DraftHeadTrainingConfig, Example, split_examples, vocabulary_of
+from transformers_resps.data import (
+    Example,
+    prompt_fingerprint,
+    read_training_prompts,
+    split_examples,
+    vocabulary_of,
+    write_training_prompts,
+)
+from transformers_resps.trainers import DraftHeadTrainingConfig
 
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +94,7 @@ def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
     state = json.loads((folder / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     both = [json.loads(line)["prompt"] for name in ("first", "second") for line in (folder / f"{name}.jsonl").open()]
-    assert read_training_prompts(folder / "run" / "head") == set(map(fingerprint, ["before", *both]))
+    assert read_training_prompts(folder / "run" / "head") == set(map(prompt_fingerprint, ["before", *both]))
     training = json.loads((folder / "run" / "head" / "metrics.json").read_text())["training"]
     assert training["steps"] == 4 and training["minutes"] >= 0  # a resumed run tells it too
 

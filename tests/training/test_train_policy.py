@@ -14,8 +14,9 @@ from trl import TrlParser
 
 from tests.targets import Architecture
 from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, TreeShape, attach
+from transformers_resps.head import pair_identity
 from transformers_resps.policy import ActionGrid
-from transformers_resps.trainers import PolicyTrainingConfig, pair_identity
+from transformers_resps.trainers import PolicyTrainingConfig
 
 
 ROOT = Path(__file__).parents[2]

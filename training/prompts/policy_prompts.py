@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from transformers_resps.trainers import load_conversations
+from transformers_resps.data import load_conversations
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_resps import DraftHead, attach
 from transformers_resps.bench.protocol import sampling
+from transformers_resps.data import load_conversations
 from transformers_resps.generation.sequences import end_ids, left_padded
-from transformers_resps.head.fingerprint import parameter_fingerprint
-from transformers_resps.trainers import RecordedText, load_conversations, record_pools
+from transformers_resps.head import parameter_fingerprint
+from transformers_resps.replay.recorded_text import RecordedText, record_pools
 
 
 DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for

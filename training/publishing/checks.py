@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from transformers_resps.bench.provenance import config_sha256, weights_sha256
 from transformers_resps.bench.results import read_results
-from transformers_resps.data.training_prompts import TRAINING_PROMPTS, read_training_prompts
+from transformers_resps.data import TRAINING_PROMPTS, read_training_prompts
 from transformers_resps.head import DraftHead
 from transformers_resps.hub import CARD, METRICS, RESULTS
 from transformers_resps.policy import AutoPolicy

@@ -25,7 +25,8 @@ import torch
 from transformers_resps import TreeShape
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
-from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, RecordedText, ReplayRollouts
+from transformers_resps.replay.recorded_text import RecordedText
+from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, ReplayRollouts
 
 from .headroom import COSTS, load_folder
 from .step_costs import outcome_table, read_tables

@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transformers_resps import DraftHead
 from transformers_resps.bench.models import training_prompts_of
-from transformers_resps.data.training_prompts import write_training_prompts
-from transformers_resps.trainers import load_conversations
+from transformers_resps.data import load_conversations, write_training_prompts
 
 
 _TEXTS_AT_ONCE = 256

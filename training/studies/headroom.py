@@ -23,7 +23,10 @@ from torch import Tensor
 from transformers_resps import TreeShape
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, BaselineGuard, Observation, PolicyWrapper, ThroughputPolicy
-from transformers_resps.trainers import Oracle, RecordedText, fitted_policy, replay_policy
+from transformers_resps.replay.fitted_policy import fitted_policy
+from transformers_resps.replay.oracle import Oracle
+from transformers_resps.replay.recorded_text import RecordedText
+from transformers_resps.replay.replayed_decoding import replay_policy
 
 from .acceptance_model import AcceptanceModel
 from .positions import LEVELS, SIGNALS, Positions, levels_of, read_positions

@@ -24,7 +24,8 @@ from typing import Any
 from transformers_resps import BaselineGuard, FixedPolicy, Policy, TreeShape
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ThroughputPolicy
-from transformers_resps.trainers import RecordedText, StepCosts, replay_policy
+from transformers_resps.replay.recorded_text import RecordedText
+from transformers_resps.replay.replayed_decoding import StepCosts, replay_policy
 
 from .headroom import load_folder
 from .step_costs import read_tables

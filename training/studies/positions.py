@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transformers_resps.drafting.prompt_lookup import LONGEST_MATCH, Lookup
-from transformers_resps.trainers import RecordedText
+from transformers_resps.replay.recorded_text import RecordedText
 from transformers_resps.tree import CandidatePool
 
 

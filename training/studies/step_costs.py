@@ -6,7 +6,10 @@ from typing import Any
 
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid
-from transformers_resps.trainers import OutcomeTable, RecordedText, StepCosts, replay
+from transformers_resps.replay.outcomes import OutcomeTable
+from transformers_resps.replay.recorded_text import RecordedText
+from transformers_resps.replay.replay_text import replay
+from transformers_resps.replay.replayed_decoding import StepCosts
 
 
 def read_tables(files: list[Path]) -> dict[str, CostTable]:

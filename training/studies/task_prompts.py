@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from transformers_resps.data.conversations import read_conversations
+from transformers_resps.data import read_conversations
 
 
 SUMMARISE = (

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from transformers_resps.trainers import OutcomeTable, RecordedText
+from transformers_resps.replay.outcomes import OutcomeTable
+from transformers_resps.replay.recorded_text import RecordedText
 
 
 TARGET = "work/smollm2"  # whose tokenizer decodes the recordings

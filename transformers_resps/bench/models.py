@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..data.training_prompts import TRAINING_PROMPTS, read_training_prompts
+from ..data import TRAINING_PROMPTS, read_training_prompts
 from ..generation.attach import attach
 from ..head import DraftHead, pair_identity
 from ..head.fingerprint import parameter_fingerprint

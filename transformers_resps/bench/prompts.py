@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.conversations import Conversation, load_conversations
-from ..data.training_prompts import fingerprint
+from ..data import Conversation, load_conversations, prompt_fingerprint
 
 
 _MAX_ROWS = 20_000  # read of one dataset
@@ -48,7 +47,7 @@ class Dialogue:
     @property
     def fingerprint(self) -> str:
         """Of the first turn, by which a prompt is recognised."""
-        return fingerprint(self.turns[0])
+        return prompt_fingerprint(self.turns[0])
 
 
 @dataclass(frozen=True, slots=True)

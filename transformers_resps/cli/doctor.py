@@ -11,8 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..bench.models import load_target
 from ..bench.options import model, positive
 from ..bench.prompts import to_tokens
-from ..data.conversations import Conversation, load_conversations
-from ..data.examples import make_example
+from ..data import Conversation, load_conversations, make_example
 from ..doctor import Cell, Diagnosis, LabelledText, diagnose, write_answers
 from ..head import DraftHead
 from .options import add_target_options

@@ -1,6 +1,6 @@
 """What a command asks a target: turns of conversations, or built-in questions."""
 
-from ..data.conversations import Conversation
+from ..data import Conversation
 
 
 # Fifty questions that any chat model answers at some length: every task with every subject.

@@ -12,7 +12,7 @@ from ..bench.models import load_target
 from ..bench.options import model, positive
 from ..bench.policies import read_policy
 from ..bench.prompts import to_tokens
-from ..data.conversations import load_conversations
+from ..data import load_conversations
 from ..head import DraftHead
 from ..testing import NotLosslessError, assert_lossless
 from ..testing.rounding import move_of_gaps

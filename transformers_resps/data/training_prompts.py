@@ -12,7 +12,7 @@ from pathlib import Path
 TRAINING_PROMPTS = "training_prompts.json"
 
 
-def fingerprint(text: str) -> str:
+def prompt_fingerprint(text: str) -> str:
     """Hash of a user's first turn, the same for any whitespace between its words."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
@@ -25,7 +25,7 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
         texts: the first user turns that it learned from.
         earlier: fingerprints of the prompts of the head that training started from.
     """
-    hashes = sorted({fingerprint(text) for text in texts}.union(earlier))
+    hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(
         json.dumps({"sha256_16": hashes}, separators=(",", ":")), encoding="utf-8"
     )

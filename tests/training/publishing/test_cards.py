@@ -12,7 +12,7 @@ from publishing.release import local_name
 from tests.training.publishing.artefacts import changed, head_folder, policy_folder
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
 from transformers_resps.bench.provenance import config_sha256
-from transformers_resps.data.training_prompts import read_training_prompts
+from transformers_resps.data import read_training_prompts
 from transformers_resps.policy import BaselineGuard, ThroughputPolicy
 
 

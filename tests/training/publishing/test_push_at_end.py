@@ -14,7 +14,7 @@ from tests.tokenizers import letter_tokenizer
 from tests.trainers.heads import config, fresh, texts
 from tests.training.publishing.artefacts import snapshot
 from transformers_resps import AutoPolicy, DraftHead
-from transformers_resps.data.training_prompts import fingerprint, read_training_prompts
+from transformers_resps.data import prompt_fingerprint, read_training_prompts
 from transformers_resps.hub import Destination, upload
 from transformers_resps.policy import BaselineGuard, ReSpSConfig, ReSpSPolicy
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
@@ -137,7 +137,7 @@ def test_the_head_script_ends_with_a_folder_that_lacks_the_benchmark_alone(hub, 
     assert f'DraftHead.from_pretrained("{REPO}"' in card
     assert "base_model: maker/tiny\n" in card and "Not measured yet" in card and "2 steps" in card
     assert [fault.split()[0] for fault in find_faults(folder, REPO)] == ["results.json"]
-    assert read_training_prompts(folder) == set(map(fingerprint, WORDS))
+    assert read_training_prompts(folder) == set(map(prompt_fingerprint, WORDS))
 
 
 def test_the_policy_script_likewise(hub, desk, monkeypatch):
@@ -151,7 +151,7 @@ def test_the_policy_script_likewise(hub, desk, monkeypatch):
     assert pushed == snapshot(folder)
     assert AutoPolicy.from_pretrained(REPO).to_config() == AutoPolicy.from_pretrained(folder).to_config()
     assert [fault.split()[0] for fault in find_faults(folder, REPO)] == ["results.json"]
-    assert read_training_prompts(folder) == set(map(fingerprint, WORDS))
+    assert read_training_prompts(folder) == set(map(prompt_fingerprint, WORDS))
 
 
 @pytest.mark.parametrize(

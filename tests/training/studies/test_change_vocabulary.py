@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tests.tokenizers import letter_tokenizer
 from training.studies import change_vocabulary
 from transformers_resps import DraftHead
-from transformers_resps.data.training_prompts import fingerprint, read_training_prompts, write_training_prompts
+from transformers_resps.data import prompt_fingerprint, read_training_prompts, write_training_prompts
 from transformers_resps.head import BoundHead
 
 
@@ -53,5 +53,5 @@ def test_every_file_weighs_the_same_and_special_tokens_are_forced_in(
     monkeypatch.setattr(sys, "argv", ["change_vocabulary.py", *words, "--size", "5", "--texts", *texts])
     SCRIPT["main"]()
     ids = DraftHead.from_pretrained(tmp_path / "new").draft_token_ids.tolist()
-    assert read_training_prompts(tmp_path / "new") == {fingerprint("known")}
+    assert read_training_prompts(tmp_path / "new") == {prompt_fingerprint("known")}
     assert "".join(letter_tokenizer().convert_ids_to_tokens(ids)) == "acdef"

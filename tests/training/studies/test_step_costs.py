@@ -10,7 +10,9 @@ from training.studies import step_costs
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid
-from transformers_resps.trainers import Oracle, record_pools, replay_policy
+from transformers_resps.replay.oracle import Oracle
+from transformers_resps.replay.recorded_text import record_pools
+from transformers_resps.replay.replayed_decoding import replay_policy
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])

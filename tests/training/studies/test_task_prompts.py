@@ -10,7 +10,7 @@ import pytest
 
 from tests.tokenizers import letter_tokenizer
 from training.studies import task_prompts
-from transformers_resps.data.conversations import read_conversations
+from transformers_resps.data import read_conversations
 
 
 CODE = '''Here you are:
