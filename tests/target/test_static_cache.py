@@ -11,8 +11,7 @@ from tests.conftest import FakeClock
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, DraftTree, FixedPolicy, Observation, Policy, TreeShape, attach
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.target.buckets import Buckets
-from transformers_resps.target.static_cache import StaticWindowLayer
+from transformers_resps.target.static_cache import Buckets, StaticWindowLayer
 
 
 STATIC = {"cache_implementation": "static"}

@@ -22,12 +22,12 @@ from transformers_resps import (
 )
 from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.batch import Batch
-from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.decoding.stop_conditions import StopConditions
 from transformers_resps.decoding.text import Text
 from transformers_resps.generation import mixin
 from transformers_resps.policy import PolicyCache
 from transformers_resps.target.forward import TargetForward
+from transformers_resps.target.tree_verifier import TreeVerifier
 from transformers_resps.testing import MAX_SPACINGS, spacing_at
 from transformers_resps.testing.distribution import check_distribution
 from transformers_resps.testing.kit import built_in_prompts
@@ -217,8 +217,8 @@ def test_a_lossy_rule_is_found_and_its_first_wrong_token_named(
 
 
 def draw_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    close = TreeDecoding.close
-    monkeypatch.setattr(TreeDecoding, "close", lambda self: (torch.rand(1), close(self)))
+    close = TreeVerifier.close
+    monkeypatch.setattr(TreeVerifier, "close", lambda self: (torch.rand(1), close(self)))
 
 
 def pad_with_another_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from transformers_resps import FixedPolicy, Policy, SpeculationReport, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.decoding.proposal import Proposal
@@ -24,6 +26,7 @@ from transformers_resps.generation import mixin
 from transformers_resps.generation.sequences import left_padded
 from transformers_resps.policy import default_policy
 from transformers_resps.target.features import Features
+from transformers_resps.target.tree_verifier import TreeVerifier
 from transformers_resps.tree import DraftTree
 
 from .experiment import Experiment, add_options
@@ -68,7 +71,7 @@ class PlantedClock:
 
 
 class PricedDecoding(TreeDecoding):
-    """Decodes as ever, and pays the prices."""
+    """Decodes as ever, and pays for drafting."""
 
     def _propose(self) -> Proposal:
         proposal = super()._propose()
@@ -77,9 +80,22 @@ class PricedDecoding(TreeDecoding):
             self._clock.now += draft_seconds(len(proposal.pool.tokens), levels)  # type: ignore[attr-defined]
         return proposal
 
-    def _verify(self, tree: DraftTree) -> tuple[Any, Features]:
-        self._clock.now += verify_seconds(*tree.tokens.shape)  # type: ignore[attr-defined]  # a `PlantedClock`
-        return super()._verify(tree)
+
+class PricedVerifier(TreeVerifier):
+    """Verifies as ever, and pays for it on `clock`."""
+
+    def __init__(self, *args: Any, clock: PlantedClock) -> None:
+        super().__init__(*args)
+        self._clock = clock
+
+    def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
+        self._clock.now += verify_seconds(*tree.tokens.shape)
+        return super().verify(tree)
+
+
+def planted(clock: PlantedClock) -> dict[str, Any]:
+    """What `generate` is to decode with, by the name that it has there."""
+    return {"TreeDecoding": partial(PricedDecoding, clock=clock), "TreeVerifier": partial(PricedVerifier, clock=clock)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +148,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 8])
     args = parser.parse_args()
     given = Experiment.load(args)
-    mixin.TreeDecoding = partial(PricedDecoding, clock=PlantedClock())  # type: ignore[assignment,misc]
+    for name, made in planted(PlantedClock()).items():
+        setattr(mixin, name, made)
     runs = [run for size in args.batch_sizes for run in measure(given, size, args.max_new_tokens)]
     rows = table(runs)
     given.write(args, rows, runs)

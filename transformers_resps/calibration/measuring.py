@@ -21,10 +21,9 @@ from ..generation.defaults import SpeculationDefaults
 from ..generation.mixin import ReSpSGenerationMixin
 from ..head import BoundHead, DraftHead
 from ..policy import FixedPolicy
-from ..target.attention import tree_attention_mask, tree_positions
 from ..target.forward import TargetForward
-from ..target.preallocated_cache import make_room, settle
-from ..target.tree_cache import check_cache, crop
+from ..target.tree_cache import crop
+from ..target.tree_verifier import TreeVerifier
 from ..tree import DraftTree, TreeShape
 from .cost_table import CostTable, identity_of
 
@@ -97,25 +96,18 @@ def _verify_row(target: PreTrainedModel, context: int, room: int, clock: Callabl
     """
     vocabulary = target.config.get_text_config().vocab_size
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    cache.activate_past_recording()
     places = torch.arange(context + max(NODES), device=target.device)[None]
-    tokens, root = places.remainder(vocabulary), places[0, context : context + 1]
+    tokens = places.remainder(vocabulary)
 
-    def verify(forward: TargetForward, nodes: int) -> None:
-        tree = DraftTree.from_parents(tokens[:, :nodes], torch.zeros_like(tokens[:, :nodes]))
-        mask = None if nodes == 1 else tree_attention_mask(target.config, cache, None, tree, target.dtype)
-        outputs, _ = forward.verify(tree.tokens, mask, tree_positions(tree, root))
-        outputs.logits[0, -1, 0].item()  # wait for the device
-        forward.undo(tree)
+    def verify(verifier: TreeVerifier, nodes: int) -> None:
+        logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], torch.zeros_like(tokens[:, :nodes])))
+        logits[0, -1, 0].item()  # wait for the device
+        verifier.undo()
 
-    with TargetForward(target, None, cache) as forward:
-        forward.read(tokens[:, :context], None, places[:, :context])
-        check_cache(cache)
-        make_room(cache)
+    with TreeVerifier(TargetForward(target, None, cache), places[:, :context]) as verifier:
+        verifier.prefill(tokens[:, :context])
         fitting = [nodes for nodes in NODES if nodes <= max(room, 1)]
-        row = {nodes: _median(lambda nodes=nodes: verify(forward, nodes), clock) for nodes in fitting}  # type: ignore[misc]
-        settle(cache)
-        return row
+        return {nodes: _median(lambda nodes=nodes: verify(verifier, nodes), clock) for nodes in fitting}  # type: ignore[misc]
 
 
 @torch.no_grad()
@@ -125,14 +117,14 @@ def _plain_seconds(target: PreTrainedModel, context: int, clock: Callable[[], fl
     cache.activate_past_recording()
     places = torch.arange(context + 1, device=target.device)[None]
     tokens = places.remainder(target.config.get_text_config().vocab_size)
+    options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
 
     def decode() -> None:
-        options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}
         target(input_ids=tokens[:, -1:], position_ids=places[:, -1:], **options).logits[0, -1, 0].item()
         crop(cache, 1)
 
-    with TargetForward(target, None, cache) as forward:
-        forward.read(tokens[:, :-1], None, places[:, :-1])
+    target(input_ids=tokens[:, :-1], position_ids=places[:, :-1], **options)
+    crop(cache, 0)
     return _median(decode, clock)
 
 

@@ -22,6 +22,7 @@ from ..policy import Policy, PolicyCache
 from ..target.forward import CompiledForward, TargetForward, is_compiled
 from ..target.static_cache import static_cache
 from ..target.tree_cache import buffer_length, stop_recording
+from ..target.tree_verifier import TreeVerifier
 from ..telemetry.report import SpeculationReport
 from .checks import check_forward_arguments, check_lengths, check_synced
 from .defaults import SpeculationDefaults
@@ -222,19 +223,11 @@ class ReSpSGenerationMixin(GenerationMixin):
     def _decode(self, request: Request, batch: Batch, inputs: GenerateInputs) -> SpeculationReport:
         """Prefill, then one step after another until all texts are finished."""
         target, model_kwargs = cast(PreTrainedModel, self), inputs.model_kwargs
-        with self._forward_of(request, inputs) as forward, ExitStack() as stack:
+        mask = model_kwargs["attention_mask"]
+        with TreeVerifier(self._forward_of(request, inputs), model_kwargs["position_ids"], mask) as verifier:
             decoding = TreeDecoding(
-                target,
-                request.head,
-                request.policy,
-                batch,
-                cache=inputs.cache,
-                attention_mask=model_kwargs["attention_mask"],
-                position_ids=model_kwargs["position_ids"],
-                forward=forward,
-                max_length=inputs.max_length,
+                verifier, request.head, request.policy, batch, attention_mask=mask, max_length=inputs.max_length
             )
-            stack.callback(decoding.close)
             decoding.prefill(
                 inputs.config.prefill_chunk_size,
                 {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs},

@@ -6,9 +6,8 @@ Architectures that the tests compare with plain decoding are not checked.
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..target.attention import tree_attention_mask, tree_positions
 from ..target.forward import TargetForward
-from ..target.tree_cache import check_cache, compact
+from ..target.tree_verifier import TreeVerifier
 from ..tree import DraftTree
 
 
@@ -54,20 +53,15 @@ def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
     vocabulary = target.config.get_text_config().vocab_size
     tokens = torch.arange(1, 11, device=target.device).remainder(vocabulary)[None]
     prompt, nodes, after = tokens[:, :4], tokens[:, 4:9], tokens[:, 9:]
-    parents = torch.tensor([[0, 0, 0, 1, 2]], device=target.device)
-    tree = DraftTree.from_parents(nodes, parents)
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    cache.activate_past_recording()
-    forward = TargetForward(target, None, cache)
-    forward.read(prompt, None, torch.arange(4, device=target.device)[None])
-    check_cache(cache)
-    roots = torch.full((1,), 4, device=target.device)
-    mask = tree_attention_mask(target.config, cache, None, tree, target.dtype)
-    verified, _ = forward.verify(nodes, mask, tree_positions(tree, roots))
+    tree = DraftTree.from_parents(nodes, torch.tensor([[0, 0, 0, 1, 2]], device=target.device))
     path = torch.tensor([[0, 2, 4]], device=target.device)
-    compact(cache, path, 5)
-    last, _ = forward.read(after, None, torch.full_like(after, 7))
-    branch = torch.cat([prompt, nodes[:, [0, 2, 4]], after], dim=1)
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    with TreeVerifier(TargetForward(target, None, cache), torch.arange(4, device=target.device)[None]) as verifier:
+        verifier.prefill(prompt)
+        verified, _ = verifier.verify(tree)
+        verifier.keep(path, [3])
+        last, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
+    branch = torch.cat([prompt, nodes.gather(1, path), after], dim=1)
     expected = target(input_ids=branch, use_cache=False).logits[:, 4:]
-    found = torch.cat([verified.logits[:, [0, 2, 4]], last.logits], dim=1)
+    found = torch.cat([verified[:, path[0]], last], dim=1)
     return float((found - expected).abs().max()), float(expected.abs().max())

@@ -8,8 +8,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ..compat import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
-from ..tree import DraftTree
-from .buckets import Buckets
 from .features import Features, FeatureTap
 from .gqa_attention import use_gqa_attention
 from .static_cache import let_buffers_change
@@ -31,8 +29,7 @@ class TargetForward:
     """
 
     def __init__(self, target: PreTrainedModel, layers: list[int] | None, cache: Cache) -> None:
-        self.buckets = Buckets(buffer_length(cache))
-        self._target, self._cache = target, cache
+        self.target, self.cache = target, cache
         self._tap = None if layers is None else FeatureTap(target, layers)
 
     def __enter__(self) -> "TargetForward":
@@ -46,26 +43,22 @@ class TargetForward:
 
     def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
         """The outputs over a prompt, or a part of one, and the features there; all `[b, t]`, the mask as needed."""
-        outputs, features = self._run(self._target, self._inputs(tokens, mask, positions) | options)
-        crop(self._cache, 0)
+        outputs, features = self._run(self.target, self._inputs(tokens, mask, positions) | options)
+        crop(self.cache, 0)
         return outputs, features
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
         """The outputs and the features over the nodes of a tree, padding included."""
-        with use_gqa_attention(self._target):
-            return self._run(self._target, self._inputs(tokens, mask, positions))
+        with use_gqa_attention(self.target):
+            return self._run(self.target, self._inputs(tokens, mask, positions))
 
-    def is_first(self, tree: DraftTree) -> bool:
-        """Whether the coming forward, the first over a tree of this size, takes longer than all that follow."""
+    def must_compile(self, batch_size: int, node_count: int) -> bool:
+        """Whether the coming forward, the first over trees of this size, takes longer than all that follow."""
         return False
-
-    def undo(self, tree: DraftTree) -> None:
-        """Forget the forward over `tree`, the newest one."""
-        crop(self._cache, self.buckets.rows(tree))
 
     def _inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        return inputs | {CACHE_KEYWORD: self._cache, "use_cache": True, "return_dict": True}
+        return inputs | {CACHE_KEYWORD: self.cache, "use_cache": True, "return_dict": True}
 
     def _run(self, call: Any, inputs: dict[str, Any]) -> tuple[Any, Features]:
         with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
@@ -104,7 +97,7 @@ class CompiledForward(TargetForward):
 
     def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
         read = super().read(tokens, mask, positions, **options)
-        let_buffers_change(self._cache)
+        let_buffers_change(self.cache)
         return read
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
@@ -113,12 +106,12 @@ class CompiledForward(TargetForward):
         self._known.add(self._size(*tokens.shape))  # not before: compiling takes minutes, and may be interrupted
         return ran
 
-    def is_first(self, tree: DraftTree) -> bool:
+    def must_compile(self, batch_size: int, node_count: int) -> bool:
         """Until a forward of that size has run."""
-        return self._size(len(tree.tokens), self.buckets.rows(tree)) not in self._known
+        return self._size(batch_size, node_count) not in self._known
 
-    def _size(self, batch_size: int, rows: int) -> tuple[int | None, ...]:
-        return (*self._layers, rows, batch_size, self.buckets.slots)
+    def _size(self, batch_size: int, node_count: int) -> tuple[int | None, ...]:
+        return (*self._layers, node_count, batch_size, buffer_length(self.cache))
 
     def _run(self, call: Any, inputs: dict[str, Any]) -> tuple[Any, Features]:
         asked = {"output_hidden_states": self._layers if SELECTS_HIDDEN_STATES else True} if self._layers else {}

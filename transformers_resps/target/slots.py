@@ -17,10 +17,11 @@ class SlotMap:
 
     Args:
         padding: `[b, s]`, 0 where a slot of the prompt holds padding; `None` when none does.
+        length: entries that every row already has.
     """
 
-    def __init__(self, padding: Tensor | None) -> None:
-        self.length = 0  # of the longest row
+    def __init__(self, padding: Tensor | None, length: int = 0) -> None:
+        self.length = length  # of the longest row
         self._padding = None if padding is None else padding.bool()
         self._ends: list[int] | None = None  # of each row, where they differ
 

@@ -8,14 +8,15 @@ equal those of one-token decoding bit for bit.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..target.attention import tree_attention_mask, tree_positions
+from ..compat import CACHE_KEYWORD
 from ..target.forward import TargetForward
-from ..target.tree_cache import crop
+from ..target.tree_verifier import TreeVerifier
 from ..tree import DraftTree
 from .divergence import spacing_at
 
@@ -76,12 +77,13 @@ def _decode(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int) -> tup
 
     The first is left out: both sides read the prompt in one forward.
     """
-    forward, _, token = _prefill(target, prompt)
+    options: Any = {CACHE_KEYWORD: DynamicCache(config=target.config.get_text_config(decoder=True))}
+    options |= {"use_cache": True, "logits_to_keep": 1}
+    token = target(input_ids=prompt[None], **options).logits[0, -1].argmax()
     answer, rows = [], []
-    for place in range(len(prompt), len(prompt) + max_new_tokens):
+    for _ in range(max_new_tokens):
         answer.append(token)
-        outputs, _ = forward.read(token[None, None], None, torch.tensor([[place]], device=target.device))
-        logits = outputs.logits[0, -1]
+        logits = target(input_ids=token[None, None], **options).logits[0, -1]
         rows.append(logits.cpu())
         token = logits.argmax()
     return torch.stack(answer), rows
@@ -95,33 +97,23 @@ def _read(target: PreTrainedModel, prompt: Tensor, answer: Tensor, node_count: i
     if node_count == 0:
         text = torch.cat([prompt, answer])[None]
         return list(target(input_ids=text, use_cache=False, logits_to_keep=len(answer)).logits[0].cpu())
-    forward, cache, _ = _prefill(target, prompt)
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    positions = torch.arange(len(prompt), device=target.device)[None]
     rows: list[Tensor] = []
-    for tree, start in _chains(answer, node_count):
-        root = torch.tensor([len(prompt) + start], device=target.device)
-        mask = None if tree.node_count == 1 else tree_attention_mask(target.config, cache, None, tree, target.dtype)
-        outputs, _ = forward.verify(tree.tokens, mask, tree_positions(tree, root))
-        crop(cache, 0)
-        rows += outputs.logits[0].cpu()
+    with TreeVerifier(TargetForward(target, None, cache), positions) as verifier:
+        verifier.prefill(prompt[None], logits_to_keep=1)
+        for tree in _chains(answer, node_count):
+            logits, _ = verifier.verify(tree)
+            verifier.keep(torch.arange(tree.node_count, device=target.device)[None], [tree.node_count])
+            rows += logits[0].cpu()
     return rows
 
 
-def _chains(answer: Tensor, node_count: int) -> Iterator[tuple[DraftTree, int]]:
-    """The answer in trees, and where each starts."""
-    for start in range(0, len(answer), node_count):
-        tokens = answer[None, start : start + node_count]
+def _chains(answer: Tensor, node_count: int) -> Iterator[DraftTree]:
+    """The answer in trees, one after the other."""
+    for tokens in answer[None].split(node_count, dim=1):
         order = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        yield DraftTree.from_parents(tokens, (order - 1).clamp(min=0)), start
-
-
-def _prefill(target: PreTrainedModel, prompt: Tensor) -> tuple[TargetForward, DynamicCache, Tensor]:
-    """Forwards after the prompt, their cache, and the token that the target writes first."""
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    cache.activate_past_recording()
-    forward = TargetForward(target, None, cache)
-    positions = torch.arange(len(prompt), device=target.device)[None]
-    outputs, _ = forward.read(prompt[None], None, positions, logits_to_keep=1)
-    return forward, cache, outputs.logits[0, -1].argmax()
+        yield DraftTree.from_parents(tokens, (order - 1).clamp(min=0))
 
 
 def _moves(node_count: int, pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Moves:

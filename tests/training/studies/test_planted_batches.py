@@ -23,8 +23,8 @@ def test_steps_cost_what_the_formula_says_and_nothing_else(monkeypatch: pytest.M
     given = Experiment(
         target, DraftHead.from_target(target, 48).eval(), [torch.arange(3, 3 + n) for n in (5, 7, 4, 6)]
     )
-    clocked = script.partial(script.PricedDecoding, clock=script.PlantedClock())
-    monkeypatch.setattr(mixin, "TreeDecoding", clocked)
+    for name, made in script.planted(script.PlantedClock()).items():
+        monkeypatch.setattr(mixin, name, made)
     runs = script.measure(given, 2, 6)
     plain = [run for run in runs if run.policy == "plain"]
     assert [run.seconds for run in plain] == pytest.approx([5 * script.verify_seconds(2, 1)] * 2)

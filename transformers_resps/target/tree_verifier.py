@@ -1,0 +1,167 @@
+"""The target's side of decoding one batch: prefill, then verify a tree and keep its accepted path, step after step."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tree import DraftTree
+from .attention import last_position, tree_attention_mask, tree_positions
+from .features import Features
+from .forward import TargetForward
+from .preallocated_cache import make_room, settle
+from .slots import SlotMap
+from .static_cache import Buckets
+from .tree_cache import (
+    buffer_length,
+    cached_length,
+    check_cache,
+    compact,
+    compact_ragged,
+    crop,
+    crop_to,
+    has_windows,
+    keep_rows,
+)
+
+
+class TreeVerifier:
+    """Owns the target's cache while a batch is decoded, and knows where every row ends.
+
+    Use it in `with`: at the end, even after an interruption, the cache is a stock one and holds only what was kept.
+
+    Args:
+        forward: the target's, over the cache to decode with.
+        position_ids: `[b or 1, s]` of the prompt; s counts what the cache already holds.
+        attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
+    """
+
+    def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        target, self._cache = forward.target, forward.cache
+        # Plain decoding leaves the text where the caller put it, and so do we; the target reads on its own device.
+        self.device = position_ids.device if target.device.type == "meta" else target.device
+        self._forward, self._config, self._dtype = forward, target.config, target.dtype
+        self._buckets = Buckets(buffer_length(self._cache))
+        self._slots = SlotMap(
+            None if attention_mask is None else attention_mask.to(self.device), cached_length(self._cache)
+        )
+        self._positions = position_ids.to(self.device)
+        self._root_positions = self._positions[:, -1] + 1  # [b]
+        self._last_position = last_position(target.config, int(self._root_positions.max()))
+        self._unkept = 0  # nodes of the newest forward, padding included
+
+    def __enter__(self) -> "TreeVerifier":
+        self._forward.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.close()
+        finally:
+            self._forward.__exit__(*exception)
+
+    @property
+    def length(self) -> int:
+        """Cached positions of the longest row."""
+        return self._slots.length
+
+    @property
+    def levels_left(self) -> int:
+        """Levels below the root that the target's positions allow."""
+        if self._last_position is None:
+            return sys.maxsize
+        return self._last_position - int(self._root_positions.max())
+
+    def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: int) -> tuple[Tensor, list[Features]]:
+        """Read what the cache lacks of the prompt.
+
+        Args:
+            tokens: `[b, t]` the end of the prompt, with at least one token that the cache lacks.
+            chunk_size: tokens of one forward; `None` reads all at once.
+            options: `logits_to_keep` of the target's forward.
+
+        Returns:
+            The logits `[b, any, v]` of the last tokens, and the features of each forward.
+
+        Raises:
+            ValueError: the target's cache cannot hold a tree.
+        """
+        tokens, end = tokens.to(self.device), self._positions.shape[1]
+        offset, features = end - tokens.shape[1], []
+        self._cache.activate_past_recording()
+        for start in range(self.length, end, chunk_size or end):
+            stop = min(start + (chunk_size or end), end)
+            outputs, caught = self._forward.read(
+                tokens[:, start - offset : stop - offset],
+                self._prefix_mask(stop),
+                self._positions[:, start:stop],
+                **options,
+            )
+            self._slots.extend([stop - start] * len(tokens))
+            features.append(caught)
+        check_cache(self._cache)
+        make_room(self._cache)
+        self._root_positions = self._root_positions.expand(len(tokens))
+        return outputs.logits, features
+
+    def fitted(self, tree: DraftTree) -> DraftTree:
+        """The first nodes, as many as a static cache has slots for."""
+        return self._buckets.fitted(tree, self.length)
+
+    def must_compile(self, tree: DraftTree) -> bool:
+        """Whether the coming forward, the first over a tree of this size, takes longer than all that follow."""
+        return self._forward.must_compile(len(tree.tokens), self._buckets.rows(tree))
+
+    def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
+        """The logits `[b, n or more, v]` and the features of all nodes, padding last; `keep` or `undo` comes next.
+
+        A lone root gets plain decoding's mask, but in a static cache.
+        """
+        tree = self._buckets.padded(tree)
+        ends = None if self._slots.is_even else self._slots.ends(tree.tokens.device)
+        if self._buckets.slots is None and tree.node_count == 1 and (ends is None or not has_windows(self._cache)):
+            mask: Any = self._prefix_mask(self.length + 1)
+        else:
+            prefix_mask = self._prefix_mask(self.length)
+            mask = tree_attention_mask(self._config, self._cache, prefix_mask, tree, self._dtype, ends)
+        outputs, features = self._forward.verify(tree.tokens, mask, tree_positions(tree, self._root_positions))
+        self._unkept = tree.node_count
+        return outputs.logits, features
+
+    def undo(self) -> None:
+        """Forget the newest tree."""
+        crop(self._cache, self._unkept)
+
+    def keep(self, path: Tensor, counts: list[int]) -> None:
+        """Keep the accepted nodes of the newest tree, and forget its others.
+
+        Args:
+            path: `[b, m]` node indices, ascending, the root first; a row that keeps fewer repeats its last.
+            counts: of the nodes, those that each row keeps.
+        """
+        if self._slots.is_even and min(counts) == max(counts):
+            compact(self._cache, path, self._unkept)
+            self._slots.extend(counts)
+            self._root_positions = self._root_positions + counts[0]
+        else:
+            slots = self._slots.slots(counts, path.device)
+            self._slots.extend(counts)
+            compact_ragged(self._cache, path, self._unkept, slots, self.length)
+            self._root_positions = self._root_positions + torch.tensor(counts, device=path.device)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Decode these rows only, from now on."""
+        self._slots.keep_rows(rows)
+        keep_rows(self._cache, rows, self.length)
+        self._root_positions = self._root_positions[rows]
+
+    def close(self) -> None:
+        """Leave only what was kept in the cache, in stock layers: the caller may reuse it."""
+        crop_to(self._cache, self.length)
+        settle(self._cache)
+
+    def _prefix_mask(self, length: int) -> Tensor | None:
+        """The two-dimensional mask of the first `length` positions, as `generate` makes it; `None` when all count."""
+        visible = self._slots.visible(length, self.device)
+        return None if visible is None else visible.long()
