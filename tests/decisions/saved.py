@@ -44,9 +44,9 @@ def write(folder: Path) -> None:
     head.save_pretrained(folder / "head")
     torch.manual_seed(2)
     re_sps = ReSpSPolicy(ReSpSConfig(head.config.features_width, ActionGrid(SHAPES), hidden_size=8, persistence=2))
-    odds = AcceptanceModel([PlattScaling(0.1 * level, 1.0 + 0.05 * level) for level in range(4)])
+    acceptance = AcceptanceModel([PlattScaling(0.1 * level, 1.0 + 0.05 * level) for level in range(4)])
     FixedPolicy(TreeShape(6, 3, 2, 4)).save_pretrained(folder / "fixed")
-    BaselineGuard(ThroughputPolicy(top_k=3, odds=odds)).save_pretrained(folder / "guard")
+    BaselineGuard(ThroughputPolicy(top_k=3, acceptance=acceptance)).save_pretrained(folder / "guard")
     re_sps.save_pretrained(folder / "resps")
     CostTable({16: {1: 0.03, 4: 0.04}}, {2: 0.002}, {"device": "planted"}, 0.001, {16: 0.029}).save(
         folder / "costs.json"

@@ -228,8 +228,8 @@ def saved(target: PreTrainedModel, head: DraftHead, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("saved")
     head.save_pretrained(folder / "head")
     FixedPolicy(TreeShape(8, 3, 2)).save_pretrained(folder / "policy")
-    odds = AcceptanceModel([PlattScaling(0.1, 0.9)] * 4)
-    BaselineGuard(ThroughputPolicy(odds=odds)).save_pretrained(folder / "policy-throughput")
+    acceptance = AcceptanceModel([PlattScaling(0.1, 0.9)] * 4)
+    BaselineGuard(ThroughputPolicy(acceptance=acceptance)).save_pretrained(folder / "policy-throughput")
     ReSpSPolicy(ReSpSConfig(head.config.features_width)).save_pretrained(folder / "policy-resps")
     CostTable({128: {1: 0.1, 8: 0.3}}, {1: 0.05}, {"device": "cpu"}).save(folder / "costs.json")
     return folder

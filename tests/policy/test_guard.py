@@ -70,7 +70,7 @@ def test_no_answer_of_a_bad_head_is_slower_than_097_of_plain(
 
 def fitted() -> BaselineGuard:
     """As loaded: it knows a head, and no machine."""
-    return BaselineGuard(ThroughputPolicy(odds=AcceptanceModel([PlattScaling(0.1, 0.9)] * 4)))
+    return BaselineGuard(ThroughputPolicy(acceptance=AcceptanceModel([PlattScaling(0.1, 0.9)] * 4)))
 
 
 def test_a_fitted_policy_need_not_find_out_whether_the_head_is_any_good() -> None:

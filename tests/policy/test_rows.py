@@ -49,7 +49,7 @@ def test_every_row_that_advances_on_its_own_tells_what_the_head_foresaw() -> Non
     assert any(0 in step.emitted for step in report.steps), "no row ended early"
 
 
-def odds_after(outcome: Callable[[int], StepRecord]) -> float:
+def prob_after(outcome: Callable[[int], StepRecord]) -> float:
     """What a policy thinks of a node that the head gives one half, after forty drafts of such nodes for eight rows."""
     policy, half = ThroughputPolicy(), [math.log(0.5)]
     policy.observe(record(1, (1,) * 8, 1.0))
@@ -57,21 +57,21 @@ def odds_after(outcome: Callable[[int], StepRecord]) -> float:
         policy.choose(observation(8, step))
         policy.size(torch.tensor([half] * 8), ONE)
         policy.observe(outcome(step))
-    return policy.odds.of(half, 1)[0]
+    return policy.acceptance.of(half, 1)[0]
 
 
-def test_odds_follow_the_mean_row_where_rows_advance_apart() -> None:
+def test_probabilities_follow_the_mean_row_where_rows_advance_apart() -> None:
     """Each of eight rows is right half the time, as the head says. That all of them are is another matter."""
 
     def half_of_them(step: int) -> StepRecord:
         right = tuple((row + step) % 2 for row in range(8))
         return record(2, tuple(1 + one for one in right), 1.2, drafted_match=RowCounts(right))
 
-    assert odds_after(half_of_them) == pytest.approx(0.5, rel=0.1)
+    assert prob_after(half_of_them) == pytest.approx(0.5, rel=0.1)
 
 
 def test_rows_in_lockstep_have_one_outcome() -> None:
-    assert odds_after(lambda step: record(2, (1,) * 8, 1.2, drafted_match=RowCounts([0]))) < 0.25
+    assert prob_after(lambda step: record(2, (1,) * 8, 1.2, drafted_match=RowCounts([0]))) < 0.25
 
 
 def test_the_more_rows_the_fewer_children() -> None:

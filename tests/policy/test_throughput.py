@@ -88,45 +88,47 @@ def test_what_was_learned_stays_between_calls_and_comes_near_the_best_fixed_chai
         assert mean >= share * fixed * verify(1)
 
 
-def test_odds_of_fewer_levels_than_are_asked_for_are_refused() -> None:
-    with pytest.raises(ValueError, match="one map for each of 4 levels, got 1. Fill up"):
+def test_scalings_of_fewer_levels_than_are_asked_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="one scaling for each of 4 levels, got 1. Fill up"):
         AcceptanceModel([PlattScaling()])
 
 
 def test_a_head_that_claims_too_much_is_believed_less_with_every_outcome() -> None:
-    odds = AcceptanceModel()
-    before = odds.of([math.log(0.6)], 1)[0]
+    acceptance = AcceptanceModel()
+    before = acceptance.of([math.log(0.6)], 1)[0]
     assert before == pytest.approx(0.6)
     for _ in range(60):
-        odds.learn([odds.of([math.log(0.6)], 1)[0]], drafted_match=0, emitted=1)
-    assert odds.of([math.log(0.6)], 1)[0] < 0.12
+        acceptance.learn([acceptance.of([math.log(0.6)], 1)[0]], drafted_match=0, emitted=1)
+    assert acceptance.of([math.log(0.6)], 1)[0] < 0.12
     for _ in range(200):
-        odds.learn([odds.of([math.log(0.3)], 1)[0]], drafted_match=1, emitted=1)
-    assert odds.of([math.log(0.3)], 1)[0] > 0.85, "and one that claims too little, more"
+        acceptance.learn([acceptance.of([math.log(0.3)], 1)[0]], drafted_match=1, emitted=1)
+    assert acceptance.of([math.log(0.3)], 1)[0] > 0.85, "and one that claims too little, more"
 
 
 def test_what_follows_the_steps_own_tokens_is_no_evidence() -> None:
-    odds = AcceptanceModel()
-    odds.learn([0.5, 0.3], drafted_match=1, emitted=1)
-    assert odds.hit_rate(2) == AcceptanceModel().hit_rate(2) and odds.hit_rate(1) > AcceptanceModel().hit_rate(1)
+    acceptance = AcceptanceModel()
+    acceptance.learn([0.5, 0.3], drafted_match=1, emitted=1)
+    assert acceptance.hit_rate(2) == AcceptanceModel().hit_rate(2) and acceptance.hit_rate(
+        1
+    ) > AcceptanceModel().hit_rate(1)
 
 
 def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Path) -> None:
-    maps = [PlattScaling(-0.3, 0.8), PlattScaling(0.1, 0.7), PlattScaling(), PlattScaling(0.0, 0.5)]
-    policy = BaselineGuard(ThroughputPolicy(depth=4, top_k=2, most_nodes=9, odds=AcceptanceModel(maps)))
+    scalings = [PlattScaling(-0.3, 0.8), PlattScaling(0.1, 0.7), PlattScaling(), PlattScaling(0.0, 0.5)]
+    policy = BaselineGuard(ThroughputPolicy(depth=4, top_k=2, most_nodes=9, acceptance=AcceptanceModel(scalings)))
     policy.save_pretrained(tmp_path)
     loaded = AutoPolicy.from_pretrained(tmp_path)
     assert isinstance(loaded, BaselineGuard) and isinstance(loaded.policy, ThroughputPolicy)
     assert loaded.to_config() == policy.to_config()
     scores = [-0.1, -1.0, -3.0]
     for level in range(1, 6):
-        assert loaded.policy.odds.of(scores, level) == pytest.approx(policy.policy.odds.of(scores, level))
+        assert loaded.policy.acceptance.of(scores, level) == pytest.approx(policy.policy.acceptance.of(scores, level))
     with pytest.raises(ValueError, match="guarded Unsaved has no `save_pretrained`.*Subclass"):
         BaselineGuard(Unsaved()).save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "odds",
+    "saved",
     [
         [[0.0, 1e30]] * 4,
         [[-1e30, 1.0]] * 4,
@@ -138,10 +140,10 @@ def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Pa
     ],
     ids=["slope", "intercept", "nan", "three levels", "three columns", "one number", "missing"],
 )
-def test_weights_that_no_fit_gives_are_refused(odds: list[list[float]] | None, tmp_path: Path) -> None:
+def test_weights_that_no_fit_gives_are_refused(saved: list[list[float]] | None, tmp_path: Path) -> None:
     BaselineGuard(ThroughputPolicy()).save_pretrained(tmp_path)
-    saved = {"other": torch.zeros(1)} if odds is None else {"odds": torch.tensor(odds)}
-    save_file(saved, tmp_path / "model.safetensors")
+    tensors = {"other": torch.zeros(1)} if saved is None else {"odds": torch.tensor(saved)}
+    save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="of a throughput policy hold .*must hold an intercept.*Download or save"):
         AutoPolicy.from_pretrained(tmp_path)
 
@@ -158,8 +160,10 @@ def test_more_nodes_than_can_be_priced_are_refused(most_nodes: int) -> None:
         ThroughputPolicy(most_nodes=most_nodes)
 
 
-@pytest.mark.parametrize("values", [{"costs": CostTable({128: {1: 0.1}}, {}, {})}, {"costs": {1: 2.0}}, {"odds": 3}])
-def test_costs_and_odds_of_another_kind_are_refused(values: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "values", [{"costs": CostTable({128: {1: 0.1}}, {}, {})}, {"costs": {1: 2.0}}, {"acceptance": 3}]
+)
+def test_costs_and_acceptance_of_another_kind_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="needs `RunningCosts` and `AcceptanceModel`.*got costs=.*Pass `table"):
         ThroughputPolicy(**values)
 

@@ -14,7 +14,7 @@ from transformers_resps.replay.replay_text import replay
 from transformers_resps.tree import CandidatePool
 
 
-def test_the_odds_that_outcomes_were_drawn_from_are_found() -> None:
+def test_the_probabilities_that_outcomes_were_drawn_from_are_found() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(20_000, generator=generator).mul(0.98).add(0.01).log()
     logits = -0.4 + 0.7 * (scores - torch.log1p(-scores.exp()))
@@ -39,18 +39,18 @@ def test_a_node_is_accepted_when_the_text_follows_its_whole_path() -> None:
     policy = fitted_policy([text], top_k=2)
     first = fit_platt_scaling(scores[0, :2], torch.tensor([True, False]))
     second = fit_platt_scaling(scores[0, 2:5], torch.tensor([True, False, False]))
-    assert policy.odds.maps[:2] == (first, second) and policy.odds.maps[3] == fit_platt_scaling(
+    assert policy.acceptance.scalings[:2] == (first, second) and policy.acceptance.scalings[3] == fit_platt_scaling(
         torch.empty(0), torch.empty(0)
     )
     short = RecordedText(torch.tensor([1, 2, 5]), 1, torch.zeros(1, 3), {2: pool})  # of level 2 it tells nothing
-    assert fitted_policy([short], top_k=2).odds.maps[1] == policy.odds.maps[3]
+    assert fitted_policy([short], top_k=2).acceptance.scalings[1] == policy.acceptance.scalings[3]
 
 
 def test_a_recording_without_such_pools_is_refused(tiny_target: PreTrainedModel, tiny_head: DraftHead) -> None:
     text = record_pools(tiny_target, tiny_head, torch.arange(3, 15), 4, depths={2: 3})
     identity = pair_identity(tiny_target, tiny_head)
     fitted = fitted_policy([text], top_k=2, **identity)
-    assert fitted.odds.maps[0].slope > 0 and fitted.to_config().items() >= identity.items()
+    assert fitted.acceptance.scalings[0].slope > 0 and fitted.to_config().items() >= identity.items()
     with pytest.raises(ValueError, match=r"pools of top_k \[2\], but 4 is to be fitted.*record_pools"):
         fitted_policy([text])
     for texts, came in (([], "no texts"), ([replay(text)], "a ReplayText")):

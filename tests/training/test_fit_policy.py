@@ -51,7 +51,7 @@ def test_prompts_become_a_policy_that_lacks_only_its_measurements(
     assert recordings == {file: file.stat().st_mtime_ns for file in recordings}
     policy = AutoPolicy.from_pretrained(made)
     assert isinstance(policy, BaselineGuard) and isinstance(policy.policy, ThroughputPolicy)
-    assert any(one.slope != 1.0 for one in policy.policy.odds.maps)
+    assert any(one.slope != 1.0 for one in policy.policy.acceptance.scalings)
     prompt, head = torch.tensor([[5, 6, 7, 3]]), DraftHead.from_pretrained("head")
     target: Any = Architecture("llama").build("sdpa").float()
     plain = target.generate(prompt, max_new_tokens=12, do_sample=False)

@@ -1,6 +1,6 @@
 """Probability that a drafted node is accepted: the head's scores, calibrated.
 
-A head is over- or underconfident, and more so on another domain. There are two corrections: a logistic map per level,
+A head is over- or underconfident, and more so on another domain. There are two corrections: Platt scaling per level,
 fitted offline on recorded sequences, and one factor, applied once per level, that follows the outcomes while decoding.
 A separate factor for each level would rest on too few outcomes.
 
@@ -25,7 +25,10 @@ _FIRST_CHILD, _FIRST_CHILD_SLOPE, _LATER_CHILDREN = 0.5, 0.43, (0.16, 0.075)  # 
 
 @dataclass(frozen=True, slots=True)
 class PlattScaling:
-    """`sigmoid(intercept + slope * logit(path probability))`; the identity by default."""
+    """`sigmoid(intercept + slope * logit(path probability))`; the identity by default.
+
+    Source: Platt 1999; for networks Guo et al. 2017 (arXiv 1706.04599).
+    """
 
     intercept: float = 0.0
     slope: float = 1.0
@@ -46,35 +49,35 @@ class AcceptanceModel:
     """Probabilities of acceptance by score and level.
 
     Args:
-        maps: one for each of the first `LEVELS` levels.
+        scalings: one for each of the first `LEVELS` levels.
 
     Raises:
-        ValueError: there are more or fewer maps.
+        ValueError: there are more or fewer.
     """
 
-    def __init__(self, maps: Sequence[PlattScaling] = (PlattScaling(),) * LEVELS) -> None:
-        self.maps = tuple(maps)
-        if len(self.maps) != LEVELS:
+    def __init__(self, scalings: Sequence[PlattScaling] = (PlattScaling(),) * LEVELS) -> None:
+        self.scalings = tuple(scalings)
+        if len(self.scalings) != LEVELS:
             raise ValueError(
-                f"`AcceptanceModel` needs one map for each of {LEVELS} levels, got {len(self.maps)}. Fill up with "
-                "`PlattScaling()`, the identity."
+                f"`AcceptanceModel` needs one scaling for each of {LEVELS} levels, got {len(self.scalings)}. Fill up "
+                "with `PlattScaling()`, the identity."
             )
         self._right = _PRIOR_WEIGHT  # decayed sums of outcomes and of what was expected of them
         self._expected = _PRIOR_WEIGHT
         self._hits = [_PRIOR_HITS * _HIT_PRIOR_WEIGHT] * LEVELS
         self._seen = [_HIT_PRIOR_WEIGHT] * LEVELS
-        is_fitted = not all(one.is_identity for one in self.maps)
+        is_fitted = not all(one.is_identity for one in self.scalings)
         self._drafts = _ENOUGH if is_fitted else 0.0  # decayed number of drafts whose outcome was seen
 
     @property
     def rest_on_outcomes(self) -> bool:
-        """Whether enough outcomes were seen, here or when the maps were fitted."""
+        """Whether enough outcomes were seen, here or when the scalings were fitted."""
         return self._drafts >= _ENOUGH
 
     def of(self, scores: Sequence[float], level: int) -> list[float]:
         """Probability that each path of `level` nodes is accepted, from its log probability under the head."""
         index = min(level, LEVELS)
-        calibrated, factor = self.maps[index - 1], (self._right / self._expected) ** index
+        calibrated, factor = self.scalings[index - 1], (self._right / self._expected) ** index
         exp = math.exp if calibrated.is_identity else calibrated
         return [min(factor * exp(score), 1.0) if score > MIN_SCORE else 0.0 for score in scores]
 
@@ -83,9 +86,13 @@ class AcceptanceModel:
         index = min(level, LEVELS) - 1
         return self._hits[index] / self._seen[index]
 
-    def children_of(self, odds: Sequence[float], level: int, width: int) -> list[float]:
-        """What nodes of `odds` at `level` would bring if each got `width` children: the children's probabilities, of
-        three at most.
+    def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
+        """Probabilities of the children that nodes would get, before these are drafted.
+
+        Args:
+            probs: of the nodes.
+            level: of the nodes.
+            width: children per node; three at most count.
 
         The head stays about as confident as it was. On recordings of two heads the first child holds half to nine
         tenths of what all children hit, rising with the mean probability of a node on the way to it; the next two
@@ -94,29 +101,29 @@ class AcceptanceModel:
         all_children, root = self.hit_rate(level + 1), 1.0 / level
         second, third = (all_children * share for share in _LATER_CHILDREN)
         children: list[float] = []
-        for node in odds:
+        for node in probs:
             first = all_children * (_FIRST_CHILD + _FIRST_CHILD_SLOPE * node**root)
             children += (node * first, node * second, node * third)[:width]
         return children
 
-    def learn(self, masses: Sequence[float], drafted_match: int, emitted: int) -> None:
+    def learn(self, level_probs: Sequence[float], drafted_match: int, emitted: int) -> None:
         """Take in one draft's outcome.
 
         Args:
-            masses: the sum of `of` over each level of the pool: the probability that the level holds the right path.
+            level_probs: the sum of `of` over each level of the pool: the probability that it holds the right path.
             drafted_match: levels that held it.
             emitted: tokens of the step; what follows them was not seen.
         """
         self._drafts = self._drafts * _HIT_MEMORY + 1.0
         above = 1.0
-        for level, mass in enumerate(masses, start=1):
+        for level, prob in enumerate(level_probs, start=1):
             if level > emitted or drafted_match < level - 1:
                 return
             index, right = min(level, LEVELS) - 1, float(drafted_match >= level)
-            expected = min(mass / above, 1.0) if above > 0 else 0.0
+            expected = min(prob / above, 1.0) if above > 0 else 0.0
             claimed = expected * self._expected / max(self._right, 1e-3)  # without the factor itself
             self._right = self._right * _MEMORY + right
             self._expected = self._expected * _MEMORY + min(max(claimed, 0.01), 1.0)
             self._hits[index] = self._hits[index] * _HIT_MEMORY + right
             self._seen[index] = self._seen[index] * _HIT_MEMORY + 1.0
-            above = mass
+            above = prob

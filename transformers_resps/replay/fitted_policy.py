@@ -1,6 +1,6 @@
 """Fit a `ThroughputPolicy` to recorded texts: calibrate a head's scores, level by level.
 
-Knows recordings and odds: nothing of costs, which belong to a machine. Shapes: t positions, p pool nodes.
+Costs are not fitted: they belong to a machine. Shapes: t positions, p pool nodes.
 """
 
 from collections.abc import Sequence
@@ -43,15 +43,15 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any
         )
     nodes = [_outcomes(text, top_k) for text in texts]
     levels, scores, accepted = (torch.cat([part[place] for part in nodes]) for place in range(3))
-    maps = []
+    scalings = []
     for level in range(1, LEVELS + 1):
         here = levels >= level if level == LEVELS else levels == level
-        maps.append(fit_platt_scaling(scores[here], accepted[here]))
-    return ThroughputPolicy(top_k=top_k, odds=AcceptanceModel(maps), **identity)
+        scalings.append(fit_platt_scaling(scores[here], accepted[here]))
+    return ThroughputPolicy(top_k=top_k, acceptance=AcceptanceModel(scalings), **identity)
 
 
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
-    """The maximum-likelihood map, by Newton's method; without outcomes it leaves the head's probabilities as they are.
+    """The maximum-likelihood scaling, by Newton's method; without outcomes the identity.
 
     Args:
         scores: `[n]` log probability of each node's path under the head.
@@ -62,9 +62,9 @@ def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
     prior = torch.tensor([0.0, 1.0], dtype=torch.float64)
     found = prior.clone()
     for _ in range(_STEPS):
-        odds = (inputs @ found).sigmoid()
-        slope = inputs.T @ (odds - accepted.double()) + _PRIOR * (found - prior)
-        curvature = (inputs * (odds * (1 - odds))[:, None]).T @ inputs + _PRIOR * torch.eye(2, dtype=torch.float64)
+        probs = (inputs @ found).sigmoid()
+        slope = inputs.T @ (probs - accepted.double()) + _PRIOR * (found - prior)
+        curvature = (inputs * (probs * (1 - probs))[:, None]).T @ inputs + _PRIOR * torch.eye(2, dtype=torch.float64)
         found = found - torch.linalg.solve(curvature, slope).clamp(-1.0, 1.0)
     return PlattScaling(float(found[0]), max(float(found[1]), _MIN_SLOPE))
 
