@@ -11,7 +11,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.target.preallocated_cache import RoomyLayer, entries_of, make_room, settle
+from transformers_resps.target.preallocated_cache import (
+    PreallocatedLayer,
+    entries_of,
+    preallocate,
+    restore_stock_layers,
+)
 from transformers_resps.target.tree_cache import compact
 
 
@@ -37,8 +42,8 @@ def change(cache: DynamicCache, what: str, path: Tensor) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_it_holds_what_a_stock_layer_holds(seed: int) -> None:
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    stock, roomy = filled(layers=11), filled(layers=11)
-    make_room(roomy)
+    stock, preallocated = filled(layers=11), filled(layers=11)
+    preallocate(preallocated)
     for _ in range(60):
         layer: Any = stock.layers[0]
         rows, length = layer.keys.shape[0], layer.get_seq_length()
@@ -47,20 +52,22 @@ def test_it_holds_what_a_stock_layer_holds(seed: int) -> None:
             count = chance.choice([1, 7, 200, 700])
             for index in range(11):
                 states = torch.randn(2, rows, 2, count, 4, generator=generator)
-                for found, expected in zip(roomy.update(*states, index), stock.update(*states, index), strict=True):
+                for found, expected in zip(
+                    preallocated.update(*states, index), stock.update(*states, index), strict=True
+                ):
                     assert torch.equal(found, expected)
         path = torch.tensor([[0, *sorted(chance.sample(range(1, 5), 2))] for _ in range(rows)])
-        for cache in (stock, roomy):
+        for cache in (stock, preallocated):
             if what != "update" and length > 5:
                 change(cache, what, path)
-        for found, expected in zip(roomy.layers, stock.layers, strict=True):
+        for found, expected in zip(preallocated.layers, stock.layers, strict=True):
             assert torch.equal(found.keys, expected.keys) and torch.equal(found.values, expected.values)
-        assert roomy.get_seq_length() == stock.get_seq_length()
+        assert preallocated.get_seq_length() == stock.get_seq_length()
 
 
 def test_the_past_is_copied_once_in_256_positions() -> None:
     cache = filled()
-    make_room(cache)
+    preallocate(cache)
     places = set()
     for _ in range(500):
         cache.update(*torch.zeros(2, 3, 2, 2, 4), 0)
@@ -72,7 +79,7 @@ def test_the_past_is_copied_once_in_256_positions() -> None:
 def test_few_tensors_hold_the_entries_of_all_layers_also_after_they_moved() -> None:
     cache = filled(layers=11)
     cache.layers[3].values = cache.layers[3].values[..., :2]  # as where values have fewer numbers than keys
-    make_room(cache)
+    preallocate(cache)
     assert [len(part) for part in entries_of(cache.layers)] == [8, 8, 1, 1, 2, 2]
     cache.batch_select_indices(torch.tensor([0, 2]))
     assert [part.shape[:2] for part in entries_of(cache.layers)] == [(1, 2)] * 22
@@ -85,10 +92,10 @@ def test_only_filled_layers_with_full_attention_change_and_all_become_stock_agai
     cache = filled()
     cache.layers += [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)]
     kinds = [type(layer) for layer in cache.layers]
-    make_room(cache)
-    assert [type(layer) for layer in cache.layers] == [RoomyLayer, *kinds[1:]]
+    preallocate(cache)
+    assert [type(layer) for layer in cache.layers] == [PreallocatedLayer, *kinds[1:]]
     cache.update(*torch.zeros(2, 3, 2, 2, 4), 0)
-    settle(cache)
+    restore_stock_layers(cache)
     assert [type(layer) for layer in cache.layers] == kinds
     assert set(vars(cache.layers[0])) == set(vars(filled().layers[0]))
 

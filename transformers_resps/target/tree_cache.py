@@ -1,6 +1,6 @@
 """The target's cache: which kinds can hold a tree, and how to keep the accepted nodes.
 
-With `roomy_cache` and `static_cache` the only files that touch the inside of Transformers' caches.
+With `preallocated_cache` and `static_cache` the only files that touch the inside of Transformers' caches.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ from ..tree import DraftTree
 from .attention import last_position, tree_attention_mask, tree_positions
 from .features import Features
 from .forward import TargetForward
-from .preallocated_cache import make_room, settle
+from .preallocated_cache import preallocate, restore_stock_layers
 from .slots import SlotMap
 from .static_cache import Buckets
 from .tree_cache import (
@@ -101,7 +101,7 @@ class TreeVerifier:
             self._slots.extend([stop - start] * len(tokens))
             features.append(caught)
         check_cache(self._cache)
-        make_room(self._cache)
+        preallocate(self._cache)
         self._root_positions = self._root_positions.expand(len(tokens))
         return outputs.logits, features
 
@@ -159,7 +159,7 @@ class TreeVerifier:
     def close(self) -> None:
         """Leave only what was kept in the cache, in stock layers: the caller may reuse it."""
         crop_to(self._cache, self.length)
-        settle(self._cache)
+        restore_stock_layers(self._cache)
 
     def _prefix_mask(self, length: int) -> Tensor | None:
         """The two-dimensional mask of the first `length` positions, as `generate` makes it; `None` when all count."""
