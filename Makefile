@@ -104,7 +104,7 @@ fix: .venv/dev/.filled
 	.venv/dev/bin/ruff format
 	.venv/dev/bin/ruff check --fix
 
-# Minutes: plants bugs in copies of the package, one at a time.
+# Minutes: plants bugs, one at a time, each in a process of its own.
 mutants: .venv/dev/.filled
 	$(DEV) -m tests.mutations
 

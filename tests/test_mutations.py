@@ -1,31 +1,40 @@
 """The planted bugs have a place; `python -m tests.mutations` tells whether the tests notice them."""
 
-from pathlib import Path
-
 import pytest
 
-from tests.mutations import MUTATIONS, ROOT, Mutation, copy_of
+from tests.mutations.bugs import MUTATIONS, no_end
+from tests.mutations.planted import Blame
+from tests.mutations.planting import Mutation, plant, resolve
+from transformers_resps.decoding import acceptance, batch
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.bug)
-def test_a_bug_still_has_its_place(mutation: Mutation, tmp_path: Path) -> None:
-    original = (ROOT / "transformers_resps" / mutation.file).read_text(encoding="utf-8")
-    (tmp_path / mutation.file).parent.mkdir(exist_ok=True)
-    (tmp_path / mutation.file).write_text(original, encoding="utf-8")
-    mutation.plant(tmp_path)
-    planted = (tmp_path / mutation.file).read_text(encoding="utf-8")
-    assert planted != original
-    compile(planted, mutation.file, "exec")
+def test_a_bug_takes_the_place_of_a_function(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, right = resolve(mutation.symbol)
+    mutation.plant(monkeypatch.setattr)
+    *_, planted = resolve(mutation.symbol)
+    assert planted is not right and type(planted) is type(right)
 
 
-def test_a_bug_whose_place_is_gone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tree.py").write_text("nothing", encoding="utf-8")
-    with pytest.raises(ValueError, match="has 0 times `right`, but the bug 'old' needs it once"):
-        Mutation("old", "tree.py", "right", "wrong", "tests").plant(tmp_path)
+@pytest.mark.parametrize("symbol", ["tree:DraftTree.gone", "tree:Gone.from_pool", "gone:DraftTree"])
+def test_a_symbol_that_is_gone_is_named(symbol: str) -> None:
+    with pytest.raises(LookupError, match=f"has no `{symbol}`. The bug 'old' needs it"):
+        Mutation("old", symbol, no_end, "tests").plant()
 
 
-def test_copies_leave_the_working_tree_alone(tmp_path: Path) -> None:
-    package = copy_of(tmp_path)
-    MUTATIONS[0].plant(package)
-    assert package.is_relative_to(tmp_path)
-    assert MUTATIONS[0].right in (ROOT / "transformers_resps" / MUTATIONS[0].file).read_text(encoding="utf-8")
+def test_a_parameter_that_is_gone_is_named() -> None:
+    with pytest.raises(TypeError, match="`tree:_merged` has no parameter 'count', 'text', 'token'. The bug 'old'"):
+        Mutation("old", "tree:_merged", no_end, "tests").plant()
+
+
+def test_a_bug_is_planted_wherever_its_function_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant("decoding.acceptance:accept", lambda accept: lambda tree, logits, text: None, monkeypatch.setattr)
+    assert acceptance.accept is batch.accept is resolve("decoding.acceptance:accept")[-1]
+    assert acceptance.accept(None, None, None) is None
+
+
+def test_a_bug_that_fails_itself_is_not_counted_as_caught() -> None:
+    mutation = next(mutation for mutation in MUTATIONS if "processors" in mutation.bug)
+    call = pytest.CallInfo.from_call(lambda: mutation.wrong(print)(None, None, None, None), "call")
+    with pytest.raises(pytest.exit.Exception, match="the bug itself raised KeyError"):
+        Blame().pytest_exception_interact(call)

@@ -1,6 +1,5 @@
 """The kit on what is right, and on changes that are not lossless: it must cry, and say where."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from tests.conftest import build_target
+from tests.mutations.planting import plant
 from transformers_resps import (
     DraftHead,
     FixedPolicy,
@@ -193,20 +193,16 @@ def keeps_drafts_too_often(tree: DraftTree, logits: torch.Tensor, text: Text) ->
     return accept(tree, logits, text)
 
 
-def plant(lossy: Accept, monkeypatch: pytest.MonkeyPatch) -> None:
+def plant_rule(lossy: Accept, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the acceptance rule wherever the package uses it."""
-    users = [module for name, module in sys.modules.items() if name.startswith("transformers_resps.")]
-    users = [module for module in users if getattr(module, "accept", None) is accept]
-    assert len(users) > 1
-    for module in users:
-        monkeypatch.setattr(module, "accept", lossy)
+    plant("decoding.acceptance:accept", lambda accept: lossy, monkeypatch.setattr)
 
 
 @pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_nobody_picked, keeps_drafts_too_often])
 def test_a_lossy_rule_is_found_and_its_first_wrong_token_named(
     lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(lossy, monkeypatch)
+    plant_rule(lossy, monkeypatch)
     with pytest.raises(NotLosslessError) as raised:
         assert_lossless(target, head, WIDE, **SHORT)
     report, page = raised.value.report, str(raised.value)
@@ -305,7 +301,7 @@ def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
         noise = MAX_SPACINGS / 2 * (2 * torch.rand(logits.shape, generator=generator) - 1)
         return accept(tree, logits.float() + noise * spacing, text)
 
-    plant(rounds_otherwise, monkeypatch)
+    plant_rule(rounds_otherwise, monkeypatch)
     report = assert_lossless(target, head, WIDE, seeds=4, max_new_tokens=24)
     sampled = [difference for check in report.texts[2:] for difference in check.differences]
     assert sampled and all(0 < difference.divergence.spacings <= MAX_SPACINGS for difference in sampled)
@@ -319,7 +315,7 @@ def test_half_precision_excuses_no_lossy_rule(
     target.bfloat16()
     head.bfloat16()
     assert_lossless(target, head, WIDE, **SHORT)
-    plant(lossy, monkeypatch)
+    plant_rule(lossy, monkeypatch)
     with pytest.raises(NotLosslessError, match="NOT explained by rounding"):
         assert_lossless(target, head, WIDE, **SHORT)
 
@@ -331,7 +327,7 @@ def test_the_distribution_alone_finds_a_rule_that_favours_drafts(
     prompts = built_in_prompts(19)
     sound = check_distribution(ModelUnderTest(target, head, WIDE), prompts, 24)
     assert sound.passed and sound.has_power
-    plant(lossy, monkeypatch)
+    plant_rule(lossy, monkeypatch)
     found = check_distribution(ModelUnderTest(target, head, WIDE), prompts, 24)
     assert not found.passed and found.fit.total_variation > 3 * sound.fit.total_variation
 

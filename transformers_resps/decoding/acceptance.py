@@ -68,12 +68,22 @@ def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
         picks.append(tokens)
         if text.finished or tree.node_count == 1:
             break
-        found = [own.get(at) for own, at in zip(children, zip(nodes, tokens.tolist(), strict=True), strict=True)]
-        if any(live and node is None for live, node in zip(text.live.tolist(), found, strict=True)):
+        following = _next_nodes(children, nodes, tokens.tolist(), text.live.tolist())
+        if following is None:
             break
-        nodes = [node or 0 for node in found]
+        nodes = following
     walked = torch.tensor(path, device=logits.device).T
     return Acceptance(walked, torch.stack(picks, dim=1).to(logits.device), [len(path)] * len(rows), emitted.tolist())
+
+
+def _next_nodes(
+    children: list[dict[tuple[int, int], int]], nodes: list[int], tokens: list[int], live: list[bool]
+) -> list[int] | None:
+    """The children of `nodes` that carry the picks `tokens`; `None` if a live row's pick was not drafted."""
+    found = [own.get(at) for own, at in zip(children, zip(nodes, tokens, strict=True), strict=True)]
+    if any(is_live and node is None for is_live, node in zip(live, found, strict=True)):
+        return None
+    return [node or 0 for node in found]
 
 
 def accept_greedy(tree: DraftTree, logits: Tensor, texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:

@@ -1,0 +1,269 @@
+"""The planted bugs: each function takes the right one and returns the wrong one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from transformers_resps.tree import CandidatePool, DraftTree
+
+from .planting import Function, Mutation
+
+
+def _on_tree(change: Callable[[DraftTree], DraftTree]) -> Callable[[Function], Function]:
+    """The tree's mask, of another tree."""
+
+    def wrong_of(tree_attention_mask: Function) -> Function:
+        def wrong(config: Any, cache: Any, prefix_mask: Any, tree: DraftTree, *rest: Any) -> Any:
+            return tree_attention_mask(config, cache, prefix_mask, change(tree), *rest)
+
+        return wrong
+
+    return wrong_of
+
+
+# --- trees ----------------------------------------------------------------------------------------------------------
+
+
+def order_by_score(from_pool: Function) -> Function:
+    def wrong(cls: type[DraftTree], root: Tensor, pool: CandidatePool, total_tokens: int) -> DraftTree:
+        order = pool.scores.sort(dim=-1, descending=True, stable=True).indices
+        rank = torch.cat([torch.full_like(order[:, :1], -1), order.argsort(dim=-1)], dim=1)  # -1 stays -1
+        parents = rank.gather(1, pool.parents.gather(1, order) + 1)
+        by_score = (pool.tokens.gather(1, order), parents, pool.scores.gather(1, order))
+        return from_pool(cls, root, CandidatePool(*by_score, pool.levels), total_tokens)
+
+    return wrong
+
+
+def children_of_any_node(children: Function) -> Function:
+    def wrong(self: DraftTree) -> list[dict[tuple[int, int], int]]:
+        return [
+            {(0, at[1]): own[at] for at in sorted(own, key=own.__getitem__, reverse=True)} for own in children(self)
+        ]
+
+    return wrong
+
+
+def root_among_its_children(children: Function) -> Function:
+    def wrong(self: DraftTree) -> list[dict[tuple[int, int], int]]:
+        return [own | {(0, root): 0} for own, root in zip(children(self), self.tokens[:, 0].tolist(), strict=True)]
+
+    return wrong
+
+
+def one_level_too_few(derive: Function) -> Function:
+    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, most_levels: int) -> DraftTree:
+        return derive(cls, tokens, parents, scores, most_levels - 1)
+
+    return wrong
+
+
+def nodes_without_themselves(derive: Function) -> Function:
+    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, most_levels: int) -> DraftTree:
+        tree = derive(cls, tokens, parents, scores, most_levels)
+        return replace(tree, ancestors=tree.ancestors & ~torch.eye(tree.node_count, dtype=torch.bool))
+
+    return wrong
+
+
+def chain_as_a_star(merged: Function) -> Function:
+    def wrong(tokens: list[int], parents: list[int], chain: list[int]) -> tuple[list[int], list[int]]:
+        count = len(parents)
+        tokens, parents = merged(tokens, parents, chain)
+        parents[count:] = [0] * (len(parents) - count)
+        return tokens, parents
+
+    return wrong
+
+
+def followed_through_cousins(followed: Function) -> Function:
+    def wrong(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
+        nodes: list[int] = []
+        for token in path:
+            node = nodes[-1] if nodes else root
+            found = followed(tokens, [node] * len(tokens), [token], node)  # as if all were its children
+            if not found:
+                break
+            nodes += found
+        return nodes
+
+    return wrong
+
+
+# --- acceptance -----------------------------------------------------------------------------------------------------
+
+
+def descend_from_the_root(next_nodes: Function) -> Function:
+    def wrong(children: Any, nodes: list[int], tokens: list[int], live: list[bool]) -> list[int] | None:
+        return next_nodes(children, [0] * len(nodes), tokens, live)
+
+    return wrong
+
+
+def one_row_is_enough(next_nodes: Function) -> Function:
+    def wrong(children: Any, nodes: list[int], tokens: list[int], live: list[bool]) -> list[int] | None:
+        rows = [own.get(at) for own, at in zip(children, zip(nodes, tokens, strict=True), strict=True)]
+        return None if all(node is None for node in rows) else [node or 0 for node in rows]
+
+    return wrong
+
+
+def pick_at_the_root(accept: Function) -> Function:
+    def wrong(tree: DraftTree, logits: Tensor, text: Any) -> Any:
+        return accept(tree, logits[:, :1].expand_as(logits), text)
+
+    return wrong
+
+
+class _Endless:
+    """A text that never says that it is finished."""
+
+    finished = False
+
+    def __init__(self, text: Any) -> None:
+        self._text = text
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._text, name)
+
+
+def go_on_after_the_end(accept: Function) -> Function:
+    def wrong(tree: DraftTree, logits: Tensor, text: Any) -> Any:
+        return accept(tree, logits, _Endless(text))
+
+    return wrong
+
+
+def no_end(is_end: Function) -> Function:
+    def wrong(text: Any, token: int, count: int) -> bool:
+        return False
+
+    return wrong
+
+
+def one_end_token_of_several(of: Function) -> Function:
+    def wrong(cls: Any, criteria: Any) -> Any:
+        conditions = of(cls, criteria)
+        return conditions and replace(conditions, token_ids=frozenset(sorted(conditions.token_ids)[:1]))
+
+    return wrong
+
+
+def sample_unprocessed(init: Function) -> Function:
+    def wrong(self: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **options: Any) -> None:
+        kept = LogitsProcessorList() if options["do_sample"] else logits_processor
+        init(self, input_ids, kept, stopping_criteria, **options)
+
+    return wrong
+
+
+# --- the target's cache and attention -------------------------------------------------------------------------------
+
+
+def ask_the_first_row_alone(compact: Function) -> Function:
+    def wrong(cache: Any, path: Tensor, node_count: int) -> None:
+        is_in_place = torch.equal(path[0], torch.arange(path.shape[1]))
+        compact(cache, path[:1].expand_as(path) if is_in_place else path, node_count)
+
+    return wrong
+
+
+def keep_the_root_alone(compact: Function) -> Function:
+    def wrong(cache: Any, path: Tensor, node_count: int) -> None:
+        compact(cache, path[:, :1], node_count)
+
+    return wrong
+
+
+def move_from_the_prefix(move_forward: Function) -> Function:
+    def wrong(states: Tensor, path: Tensor, start: int) -> None:
+        if len(path) > 1:
+            move_forward(states, path, start)
+        else:
+            states[..., start : start + path.shape[1], :] = states.index_select(3, path[0])
+
+    return wrong
+
+
+def see_the_text_as_padding(tree_attention_mask: Function) -> Function:
+    def wrong(config: Any, cache: Any, prefix_mask: Tensor | None, *rest: Any) -> Any:
+        return tree_attention_mask(config, cache, None if prefix_mask is None else 1 - prefix_mask, *rest)
+
+    return wrong
+
+
+def count_nodes_as_positions(tree_positions: Function) -> Function:
+    def wrong(tree: DraftTree, root_positions: Tensor) -> Tensor:
+        return root_positions[:, None] + torch.arange(tree.node_count)
+
+    return wrong
+
+
+def one_position_more(window_of: Function) -> Function:
+    def wrong(cache: Any, layer_index: int) -> int | None:
+        window = window_of(cache, layer_index)
+        return None if window is None else window + 1
+
+    return wrong
+
+
+def none_before_the_prefix_fills_it(window_of: Function) -> Function:
+    def wrong(cache: Any, layer_index: int) -> int | None:
+        window = window_of(cache, layer_index)
+        return None if window is None or cache.get_seq_length() <= window - 1 else window
+
+    return wrong
+
+
+_TREES = "tests/decoding/test_any_tree.py::test_"
+POOL = _TREES + "a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
+CHILD = _TREES + "a_child_is_the_first_that_carries_the_token"
+SIGHT = _TREES + "a_node_sees_the_prefix_and_its_own_path"
+WINDOW = _TREES + "a_sliding_layer_shows_the_end_of_a_nodes_own_text"
+CHAIN = _TREES + "a_merged_chain_adds_its_texts_and_nothing_else"
+WALK = _TREES + "acceptance_is_the_brute_force_walk"
+ROWS = _TREES + "rows_commit_what_the_shortest_run_allows"
+KEPT = _TREES + "the_cache_keeps_the_accepted_path_and_forgets_the_rest"
+GREEDY = "tests/decoding/test_accept_greedy.py"
+CALLS = "tests/generation/test_any_call.py"
+
+MUTATIONS = (
+    Mutation("kept nodes stand in order of score", "tree:DraftTree.from_pool", order_by_score, POOL),
+    Mutation("a child of any node will do", "tree:DraftTree.children", children_of_any_node, CHILD),
+    Mutation("the root is its own child", "tree:DraftTree.children", root_among_its_children, CHILD),
+    Mutation("the deepest nodes lack an ancestor", "tree:DraftTree._derive", one_level_too_few, POOL),
+    Mutation("a node is no ancestor of itself", "tree:DraftTree._derive", nodes_without_themselves, SIGHT),
+    Mutation("a merged chain becomes a star", "tree:_merged", chain_as_a_star, CHAIN),
+    Mutation("a merged chain is shared with cousins", "tree:_followed", followed_through_cousins, CHAIN),
+    Mutation("each pick is sought below the root", "decoding.acceptance:_next_nodes", descend_from_the_root, WALK),
+    Mutation("every pick is the root's", "decoding.acceptance:accept", pick_at_the_root, WALK),
+    Mutation("acceptance goes on after the end", "decoding.acceptance:accept", go_on_after_the_end, WALK),
+    Mutation("one row with the draft is enough", "decoding.acceptance:_next_nodes", one_row_is_enough, ROWS),
+    Mutation("greedy rows pass their end", "decoding.acceptance:_is_end", no_end, GREEDY),
+    Mutation(
+        "one end token of several is heeded",
+        "decoding.stop_conditions:StopConditions.of",
+        one_end_token_of_several,
+        GREEDY,
+    ),
+    Mutation("sampling forgets the processors", "decoding.text:Text.__init__", sample_unprocessed, CALLS),
+    Mutation("only the first row's path is moved", "target.tree_cache:compact", ask_the_first_row_alone, KEPT),
+    Mutation("the path is looked up in the prefix", "target.tree_cache:_move_forward", move_from_the_prefix, KEPT),
+    Mutation("only the root is kept", "target.tree_cache:compact", keep_the_root_alone, KEPT),
+    Mutation(
+        "nodes see their children",
+        "target.attention:tree_attention_mask",
+        _on_tree(lambda tree: replace(tree, ancestors=tree.ancestors.mT)),
+        SIGHT,
+    ),
+    Mutation(
+        "padding is seen, and the text is not", "target.attention:tree_attention_mask", see_the_text_as_padding, SIGHT
+    ),
+    Mutation("positions count nodes", "target.attention:tree_positions", count_nodes_as_positions, SIGHT),
+    Mutation("a window is one too wide", "target.tree_cache:window_of", one_position_more, WINDOW),
+    Mutation("a window is noticed too late", "target.tree_cache:window_of", none_before_the_prefix_fills_it, WINDOW),
+)
