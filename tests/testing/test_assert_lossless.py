@@ -67,12 +67,12 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
 
 def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: DraftHead) -> None:
     """Tau of a batch is that of its rows alone."""
-    prompts, subject = [torch.tensor([3, 4]), torch.tensor([5, 6])], ModelUnderTest(target, head, WIDE)
-    with subject.undisturbed():
-        first = subject.plain(prompts, max_new_tokens=12).answers[0]
+    prompts, model = [torch.tensor([3, 4]), torch.tensor([5, 6])], ModelUnderTest(target, head, WIDE)
+    with model.undisturbed():
+        first = model.plain(prompts, max_new_tokens=12).answers[0]
         end = {"eos_token_id": int(first[1]), "max_new_tokens": 12, "do_sample": False}
-        alone = [compare_one_by_one(subject, "", [Call(0, prompt, 0, end)]) for prompt in prompts]
-        together = compare_batch(subject, "", prompts, end)
+        alone = [compare_one_by_one(model, "", [Call(0, prompt, 0, end)]) for prompt in prompts]
+        together = compare_batch(model, "", prompts, end)
     assert min(check.tokens for check in alone) < max(check.tokens for check in alone)
     assert together.target_forwards == sum(check.target_forwards for check in alone)
 
@@ -122,9 +122,7 @@ def test_a_target_with_an_adapter_is_examined(target: Any, head: DraftHead) -> N
     assert assert_lossless(wrapped, head, WIDE, **SHORT).is_lossless
 
 
-@pytest.mark.parametrize(
-    "prompts", [[], ["a text"], [[3]], [[3, 19]], [[3, -1]], [[[3, 4]]], [[0.5, 1.0]], [None], [{}], [[True, False]]]
-)
+@pytest.mark.parametrize("prompts", [[], "a text", ["a text"], [[3]], [[3, 19]], [[3, -1]], [[[3, 4]]], [[0.5, 1.0]]])
 def test_an_unusable_prompt_is_refused(target: Any, head: DraftHead, prompts: Any) -> None:
     with pytest.raises(ValueError, match="prompt"):
         assert_lossless(target, head, WIDE, prompts)
@@ -146,8 +144,6 @@ def test_what_auto_has_learned_with_a_model_survives_its_examination(target: Any
         ({"model": None}, "needs a loaded causal LM, got None"),
         ({"model": "gpt2"}, "needs a loaded causal LM, got 'gpt2'"),
         ({"head": "head"}, "`head` must be a loaded .*got 'head'"),
-        ({"prompts": 5}, "`prompts` must be a list .*got 5"),
-        ({"seeds": "a"}, "must be integers"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""The lossless check: where two outputs differ, whether rounding explains it, and a test of the whole engine."""
+"""The lossless check: compare the output with a head and a policy to the model's own."""
 
 from .divergence import MAX_SPACINGS, Divergence, explain_divergence, spacing_at
 from .kit import assert_lossless

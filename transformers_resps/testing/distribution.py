@@ -1,4 +1,4 @@
-"""Tests whether sampled tokens follow the target's distribution, on the first tokens of many sampled answers.
+"""Test whether sampled tokens follow the target's distribution, on the first tokens of many sampled answers.
 
 The exact distribution comes from plain forwards over the texts that were written. Trees can bend a distribution only
 towards or away from what they draft, so the bins are the drafted tokens of each place, best first, and the rest of the
@@ -68,18 +68,18 @@ class DistributionCheck:
         return f"{self.fit}: {self.verdict}\n  control, with a wrong rule: {self.control}: {found}"
 
 
-def check_distribution(subject: ModelUnderTest, prompts: Sequence[Tensor], answers: int) -> DistributionCheck:
+def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], answers: int) -> DistributionCheck:
     """Sample the first `TOKENS` tokens of `answers` answers, over `prompts` `[s]` in turn, each with its own seed.
 
     Temperature 1, no processors and no end token, whatever the model's settings say.
     """
     generator = torch.Generator().manual_seed(0)
     rows, own, wrong, accepted = [], [], [], 0
-    with subject.without_settings():
-        reader = DraftReader(subject.target, subject.head)
+    with model.without_settings():
+        reader = DraftReader(model.target, model.head)
         for seed in range(answers):
             prompt = prompts[seed % len(prompts)]
-            written, report = subject.speculative([prompt], seed, max_new_tokens=TOKENS, **SAMPLED)
+            written, report = model.speculative([prompt], seed, max_new_tokens=TOKENS, **SAMPLED)
             [answer] = written.answers
             accepted += len(answer) - report.target_forwards
             for place in reader.read(prompt, answer, DRAFTED):

@@ -1,7 +1,4 @@
-"""Where two answers differ first, and whether rounding explains it.
-
-It knows stock models and tokens only, so that it can judge heads, trees and policies.
-"""
+"""Find where two answers differ first, and judge whether rounding explains it."""
 
 import math
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""What the target would draw, and what a drafter would propose, at every place of a text.
+"""Compute what the target would draw, and what a drafter would propose, at every place of a text.
 
-Computed from the text alone, so that a test can compare the engine with it.
+From the text alone, so that the engine can be compared with it.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Place:
 
 
 class DraftReader:
-    """Reads texts with a target and what drafts for it: the head, or without one lookups."""
+    """Reads texts with a target and its drafter: the head, or prompt lookup without one."""
 
     def __init__(self, target: PreTrainedModel, head: DraftHead | None) -> None:
         self._target = target

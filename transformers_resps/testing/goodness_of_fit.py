@@ -1,9 +1,10 @@
-"""Were these tokens drawn from those distributions? Chi-square and total variation.
+"""Test whether tokens were drawn from given distributions, by chi-square.
 
-One token per place, and every place has a distribution of its own, given what was written before it. Tokens fall into
-bins that are chosen per place from the text before it alone. Under the hypothesis that every token was drawn from its
-place's distribution, the counts minus their expectations are a sum of martingale differences, whose covariance is the
-sum of those of the places; so the quadratic form of counts and covariance is asymptotically chi-square.
+There is one token per place, and every place has a distribution of its own, given what was written before it. Tokens
+fall into bins that are chosen per place from the text before it alone. Under the hypothesis that every token was drawn
+from its place's distribution, the counts minus their expectations are a sum of martingale differences, whose
+covariance is the sum of those of the places; so the quadratic form of counts and covariance is asymptotically
+chi-square.
 """
 
 from dataclasses import dataclass

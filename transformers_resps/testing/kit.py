@@ -1,4 +1,4 @@
-"""`assert_lossless`: checks that the output with a head and a policy is the model's own."""
+"""`assert_lossless`: check that the output with a head and a policy is the model's own."""
 
 import platform
 import time
@@ -67,59 +67,63 @@ def assert_lossless(
         ValueError: a prompt, a number, the model or the head is unusable, or `generate` refuses it or the policy.
     """
     started = time.perf_counter()
-    _check_kinds(model, head, policy, prompts, seeds, max_new_tokens)
-    subject = ModelUnderTest(model, head, "auto" if head is None and policy is None else policy)
-    vocabulary = subject.target.config.get_text_config().vocab_size
-    ids = [_usable(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
+    _check_kinds(model, head, policy)
+    under_test = ModelUnderTest(model, head, "auto" if head is None and policy is None else policy)
+    vocabulary = under_test.target.config.get_text_config().vocab_size
+    ids = [_token_ids(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
     if not ids or seeds < 1 or max_new_tokens < 2:
         raise ValueError(
             f"Got {len(ids)} prompts, seeds={seeds} and max_new_tokens={max_new_tokens}, but at least one prompt, one "
             "seed and two new tokens are needed. Leave them out for the defaults."
         )
     limit = {"max_new_tokens": max_new_tokens}
-    with subject.undisturbed():
+    with under_test.undisturbed():
         texts = (
-            compare_one_by_one(
-                subject, "greedy", [Call(index, prompt, 0, GREEDY | limit) for index, prompt in enumerate(ids)]
-            ),
-            compare_batch(subject, "greedy, in a padded batch", ids, GREEDY | limit),
-            compare_one_by_one(subject, "sampled, temperature 1", _calls(ids, seeds, SAMPLED | limit)),
-            compare_one_by_one(
-                subject,
-                "sampled, temperature 0.8, top_k 50, top_p 0.9, repetition penalty 1.1",
-                _calls(ids, seeds, PROCESSED | limit),
-            ),
-            *_with_stress_shapes(subject, ids, seeds, limit),
+            *_with_the_policy(under_test, ids, seeds, limit),
+            *_with_stress_shapes(under_test, ids, seeds, limit),
         )
-        distribution = check_distribution(subject, ids, _DISTRIBUTION_ANSWERS * seeds)
-    report = LosslessReport(_facts(subject), texts, distribution, time.perf_counter() - started)
+        distribution = check_distribution(under_test, ids, _DISTRIBUTION_ANSWERS * seeds)
+    report = LosslessReport(_facts(under_test), texts, distribution, time.perf_counter() - started)
     if not report.is_lossless:
         raise NotLosslessError(report)
     return report
 
 
-def _with_stress_shapes(
-    subject: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]
+def _with_the_policy(
+    model: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]
 ) -> Iterator[TextCheck]:
-    """The same checks with built-in trees, which the policy may never draft, and without early ends; and with every
-    end token that a text could have.
+    greedy = [Call(index, prompt, 0, GREEDY | limit) for index, prompt in enumerate(ids)]
+    processed = "sampled, temperature 0.8, top_k 50, top_p 0.9, repetition penalty 1.1"
+    yield compare_one_by_one(model, "greedy", greedy)
+    yield compare_batch(model, "greedy, in a padded batch", ids, GREEDY | limit)
+    yield compare_one_by_one(model, "sampled, temperature 1", _calls(ids, seeds, SAMPLED | limit))
+    yield compare_one_by_one(model, processed, _calls(ids, seeds, PROCESSED | limit))
+
+
+def _with_stress_shapes(
+    model: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]
+) -> Iterator[TextCheck]:
+    """Built-in trees, which the policy may never draft, without early ends; and with every end token that a text could
+    have.
     """
-    own = replace(subject, policy=ChangingTrees(subject.head is not None))
+    stressed = replace(model, policy=ChangingTrees(model.head is not None))
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
     in_chunks = GREEDY | limit | {"prefill_chunk_size": 5}
-    if subject.target.dtype not in HALF_PRECISIONS:
-        yield compare_batch(own, "sampled, in a padded batch", ids, SAMPLED | limit)
-    with subject.without_settings():
-        yield compare_batch(own, "greedy, in a padded batch, built-in trees", ids, GREEDY | limit)
-        yield compare_one_by_one(own, "sampled, built-in trees", _calls(ids, seeds, PENALISED | limit))
-        yield compare_one_by_one(own, "greedy, a prompt in chunks", [Call(longest, ids[longest], 0, in_chunks)])
-        yield compare_one_by_one(own, "greedy, ends inside trees", list(_ending_calls(own, ids, GREEDY | limit)))
+    if model.target.dtype not in HALF_PRECISIONS:
+        yield compare_batch(stressed, "sampled, in a padded batch", ids, SAMPLED | limit)
+    with model.without_settings():
+        yield compare_batch(stressed, "greedy, in a padded batch, built-in trees", ids, GREEDY | limit)
+        yield compare_one_by_one(stressed, "sampled, built-in trees", _calls(ids, seeds, PENALISED | limit))
+        yield compare_one_by_one(stressed, "greedy, a prompt in chunks", [Call(longest, ids[longest], 0, in_chunks)])
+        yield compare_one_by_one(
+            stressed, "greedy, ends inside trees", list(_ending_calls(model, ids, GREEDY | limit))
+        )
 
 
-def _ending_calls(subject: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
+def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
     """Each prompt once for every token that its answer may end with, beside the last of them."""
     for index, prompt in enumerate(ids):
-        answer = subject.plain([prompt], **settings).answers[0][:_ENDS].tolist()
+        answer = model.plain([prompt], **settings).answers[0][:_ENDS].tolist()
         for place, token in enumerate(answer):
             if token not in answer[:place]:
                 yield Call(index, prompt, 0, settings | {"eos_token_id": [answer[-1], token]})
@@ -137,7 +141,7 @@ def built_in_prompts(vocabulary: int) -> list[Tensor]:
     return [ids[:2], ids[2:11], ids[11:35], ids[35:44].repeat(2)]
 
 
-def _check_kinds(model: Any, head: Any, policy: Any, prompts: Any, *numbers: Any) -> None:
+def _check_kinds(model: Any, head: Any, policy: Any) -> None:
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
         raise ValueError(
             f"`assert_lossless` needs a loaded causal LM, got {_short(model)}. Pass "
@@ -150,12 +154,6 @@ def _check_kinds(model: Any, head: Any, policy: Any, prompts: Any, *numbers: Any
         )
     if is_plain(head, policy):
         raise ValueError("`policy='plain'` drafts nothing, so there is nothing to compare. Pass another policy.")
-    if not isinstance(prompts, list | tuple | Tensor | None):
-        raise ValueError(
-            f"`prompts` must be a list with the token ids of each prompt, `[ids, ids, ...]`, got {prompts!r}."
-        )
-    if not all(isinstance(number, int) for number in numbers):
-        raise ValueError(f"`seeds` and `max_new_tokens` must be integers, got {numbers}.")
 
 
 def _short(given: Any) -> str:
@@ -163,22 +161,15 @@ def _short(given: Any) -> str:
     return type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
 
 
-def _usable(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
+def _token_ids(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
     """A prompt as `[s]` token ids.
 
     Raises:
         ValueError: it is a text, has another form, or holds ids that the model does not know.
     """
-    try:
-        ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
-    except (TypeError, ValueError, RuntimeError):
-        ids = torch.empty(0)
-    if (
-        ids.dim() != 1
-        or len(ids) < 2
-        or ids.dtype not in (torch.int32, torch.int64)
-        or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
-    ):
+    ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
+    is_row = ids.dim() == 1 and len(ids) > 1 and ids.dtype in (torch.int32, torch.int64)
+    if not is_row or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(
             f"A prompt must be one row of at least two token ids below {vocabulary}, got {prompt!r}. Pass "
             "`tokenizer(text)['input_ids']`."
@@ -186,13 +177,13 @@ def _usable(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
     return ids
 
 
-def _facts(subject: ModelUnderTest) -> dict[str, str]:
+def _facts(model: ModelUnderTest) -> dict[str, str]:
     """What a reader of the report needs to repeat it."""
-    known = identity_of(subject.target, subject.head)
+    known = identity_of(model.target, model.head)
     facts = {"transformers-resps": version("transformers-resps"), "python": platform.python_version()}
     facts |= {name: str(known[name]) for name in ("transformers", "torch", "device", "threads", "dtype", "target")}
     facts["head"] = "none, drafts by lookup"
-    if subject.head is not None:
-        facts["head"] = f"{subject.head.name_or_path or 'without a name'}, {known['head']}"
-    facts["policy"] = "the head's default tree" if subject.policy is None else str(subject.policy)
+    if model.head is not None:
+        facts["head"] = f"{model.head.name_or_path or 'without a name'}, {known['head']}"
+    facts["policy"] = "the head's default tree" if model.policy is None else str(model.policy)
     return facts

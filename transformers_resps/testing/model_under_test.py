@@ -1,4 +1,4 @@
-"""The model under test, decoding plainly and with a head and a policy."""
+"""Call `generate` on the model under test, plainly and with a head and a policy, and leave it as it was."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,12 +26,12 @@ class Written:
 
     Attributes:
         answers: `[t]` of each prompt, up to its first end token.
-        behind: `[b, t]` all tokens after the prompts, padding included.
+        generated: `[b, t]` all tokens after the prompts, padding included.
         random_state: of the generator that draws, afterwards.
     """
 
     answers: list[Tensor]
-    behind: Tensor
+    generated: Tensor
     random_state: Tensor
 
 
@@ -54,16 +54,16 @@ class ModelUnderTest:
         """The model that `generate` runs on."""
         return cast(PreTrainedModel, unwrapped(self.model))
 
-    def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> "Written":
-        """By stock `generate` of the detached model, for prompts `[s]`."""
+    def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
+        """Call stock `generate` of the detached model, for prompts `[s]`."""
         self._detach()
         torch.manual_seed(seed)
         return self._written(self._generate(prompts, **settings).sequences, prompts)
 
     def speculative(
         self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any
-    ) -> tuple["Written", SpeculationReport]:
-        """By the same call with the head and the policy."""
+    ) -> tuple[Written, SpeculationReport]:
+        """The same call with the head and the policy."""
         attach(self.model)
         torch.manual_seed(seed)
         output = self._generate(prompts, assistant_model=self.head, policy=self.policy, **settings)
@@ -76,11 +76,11 @@ class ModelUnderTest:
             sequences = self._generate([text], **settings | {"max_new_tokens": 1}).sequences
         return int(sequences[0, -1])
 
-    def _written(self, sequences: Tensor, prompts: Sequence[Tensor]) -> "Written":
-        behind, ends = sequences[:, max(len(prompt) for prompt in prompts) :], end_ids(self.target)
+    def _written(self, sequences: Tensor, prompts: Sequence[Tensor]) -> Written:
+        generated, ends = sequences[:, max(len(prompt) for prompt in prompts) :], end_ids(self.target)
         on_gpu = self.target.device.type == "cuda"
         drawn = torch.cuda.get_rng_state(self.target.device) if on_gpu else torch.get_rng_state()
-        return Written([up_to_end(row, ends) for row in behind], behind, drawn)
+        return Written([up_to_end(row, ends) for row in generated], generated, drawn)
 
     def _generate(self, prompts: Sequence[Tensor], **settings: Any) -> Any:
         """One call; prompts of unequal lengths are padded on the left."""

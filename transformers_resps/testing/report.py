@@ -1,4 +1,4 @@
-"""What a lossless check found: a page that can be pasted into an issue."""
+"""The report of a lossless check: printed, a page that can be pasted into an issue."""
 
 from dataclasses import dataclass
 

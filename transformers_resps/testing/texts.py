@@ -1,4 +1,4 @@
-"""Token for token: the answers of `generate` with and without a head, compared and judged.
+"""Compare the answers of `generate` with and without a head, token for token.
 
 In fp32 and fp64 they must be equal. In half precision rounding may change a pick, and later tokens cannot be compared;
 so only the first divergence is judged. With sampling the same seed gives both sides the same random numbers up to that
@@ -101,55 +101,56 @@ class Call:
     settings: dict[str, Any]
 
 
-def compare_one_by_one(subject: ModelUnderTest, name: str, calls: Sequence[Call]) -> TextCheck:
+def compare_one_by_one(model: ModelUnderTest, name: str, calls: Sequence[Call]) -> TextCheck:
     """Each call alone in its batch."""
-    plain = [subject.plain([call.prompt], call.seed, **call.settings) for call in calls]
+    plain = [model.plain([call.prompt], call.seed, **call.settings) for call in calls]
     differences, mismatches, tokens, forwards = [], [], 0, 0
     for call, expected in zip(calls, plain, strict=True):
-        found, report = subject.speculative([call.prompt], call.seed, **call.settings)
+        found, report = model.speculative([call.prompt], call.seed, **call.settings)
         tokens, forwards = tokens + len(found.answers[0]), forwards + report.target_forwards
-        differences += judge(subject, call, expected.answers[0], found.answers[0])
-        mismatches += [f"prompt {call.index}, seed {call.seed}: {odd}" for odd in odd_beside(expected, found)]
+        differences += _judged(model, call, expected.answers[0], found.answers[0])
+        mismatches += [f"prompt {call.index}, seed {call.seed}: {one}" for one in _mismatches_beside(expected, found)]
     return TextCheck(name, len(calls), tokens, forwards, tuple(differences), tuple(mismatches))
 
 
-def compare_batch(
-    subject: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]
-) -> TextCheck:
+def compare_batch(model: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
     """All prompts in one left-padded batch. In half precision greedily only: one row's draw cannot be judged."""
-    plain = subject.plain(prompts, **settings)
-    found, report = subject.speculative(prompts, **settings)
+    plain = model.plain(prompts, **settings)
+    found, report = model.speculative(prompts, **settings)
     differences: list[Difference] = []
     for index, prompt in enumerate(prompts):
-        differences += judge(subject, Call(index, prompt, 0, settings), plain.answers[index], found.answers[index])
+        differences += _judged(model, Call(index, prompt, 0, settings), plain.answers[index], found.answers[index])
     tokens = sum(len(answer) for answer in found.answers)
     forwards = sum(step.decoded_rows for step in report.steps)
-    return TextCheck(name, len(prompts), tokens, forwards, tuple(differences), tuple(odd_beside(plain, found)))
+    return TextCheck(name, len(prompts), tokens, forwards, tuple(differences), tuple(_mismatches_beside(plain, found)))
 
 
-def odd_beside(plain: Written, found: Written) -> list[str]:
+def _mismatches_beside(plain: Written, found: Written) -> list[str]:
     """What differs although all answers are equal: tokens after their ends, the state of the random generator."""
     if not all(torch.equal(own, other) for own, other in zip(plain.answers, found.answers, strict=True)):
         return []
-    odd = [] if torch.equal(plain.behind, found.behind) else ["other tokens after the end of an answer"]
-    same = torch.equal(plain.random_state, found.random_state)
-    return odd if same else [*odd, "a different number of random numbers was drawn"]
+    mismatches = []
+    if not torch.equal(plain.generated, found.generated):
+        mismatches.append("other tokens after the end of an answer")
+    if not torch.equal(plain.random_state, found.random_state):
+        mismatches.append("a different number of random numbers was drawn")
+    return mismatches
 
 
-def judge(subject: ModelUnderTest, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:
+def _judged(model: ModelUnderTest, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:
     """The first divergence of two answers `[t]`, `[t']`, judged against the dtype; empty when they are equal."""
-    divergence = explain_divergence(subject.target, call.prompt, plain, found)
+    divergence = explain_divergence(model.target, call.prompt, plain, found)
     if divergence is None:
         return []
     if divergence.dtype in HALF_PRECISIONS:
         pair = (divergence.plain_token, divergence.speculative_token)
-        needed = [_spacings_until_picked(token, subject, call, plain, divergence) for token in pair]
+        needed = [_spacings_until_picked(token, model, call, plain, divergence) for token in pair]
         divergence = replace(divergence, needed=max(needed))
     return [Difference(call.index, call.seed, divergence)]
 
 
 def _spacings_until_picked(
-    token: int | None, subject: ModelUnderTest, call: Call, plain: Tensor, divergence: Divergence
+    token: int | None, model: ModelUnderTest, call: Call, plain: Tensor, divergence: Divergence
 ) -> float:
     """How far the logit of `token` must rise, in spacings, before plain decoding picks it at the divergence.
 
@@ -161,12 +162,12 @@ def _spacings_until_picked(
     place = divergence.position
     torch.manual_seed(call.seed)
     if place:  # brings the random generator to where it was
-        subject.plain([call.prompt], call.seed, **call.settings | {"max_new_tokens": place})
+        model.plain([call.prompt], call.seed, **call.settings | {"max_new_tokens": place})
     prefix = torch.cat([call.prompt, plain[:place].to(call.prompt.device)])
     spacings = 0.0
     while spacings <= MAX_SPACINGS:
         raised = {(token,): spacings * divergence.spacing}
-        if subject.pick(prefix, **call.settings | {"sequence_bias": raised}) == token:
+        if model.pick(prefix, **call.settings | {"sequence_bias": raised}) == token:
             return spacings
         spacings = 2 * spacings or 1.0
     return math.inf
