@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import parse
 from torch import Tensor
 
 from prompts.policy_prompts import PromptArguments, name_of
 from prompts.recordings import load, record
 from publishing import recipe_of, write_run
+from runs.command_line import parse
 from transformers_resps import BaselineGuard, DraftHead, attach
 from transformers_resps.bench.headroom import shapes_for
 from transformers_resps.bench.models import load_target

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
 from publishing import head_metrics, recipe_of, write_run
+from runs.checkpoints import newest_checkpoint
+from runs.command_line import parse
+from runs.timing import TimingCallback
 from transformers_resps import DraftHead
 from transformers_resps.bench.models import training_prompts_of
 from transformers_resps.bench.provenance import machine
@@ -38,8 +40,6 @@ from transformers_resps.trainers import (
     ExampleDataset,
     FrozenTarget,
 )
-from transformers_resps.trainers.checkpoints import newest_checkpoint
-from transformers_resps.trainers.timing import Stopwatch
 
 
 @dataclass
@@ -238,8 +238,8 @@ def main() -> None:
     earlier = script.head and training_prompts_of(script.head)
     to_train, to_evaluate = datasets_of(script, head, target, train, held_out)
     trainer = DraftHeadTrainer(head, target, args, to_train, to_evaluate, peft_config=adapters.config())
-    stopwatch = Stopwatch(checkpoint)
-    trainer.add_callback(stopwatch)
+    timing = TimingCallback(checkpoint)
+    trainer.add_callback(timing)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -252,7 +252,7 @@ def main() -> None:
     trainer.save_artefact()
     write_training_prompts(trainer.artefact_folder, first_questions(script), earlier=earlier or ())
     metrics = metrics_of(head, evaluation, args.tau_texts, train, len(held_out))
-    metrics["training"] = training_facts(trainer, len(train), stopwatch.seconds)
+    metrics["training"] = training_facts(trainer, len(train), timing.seconds)
     write_run(trainer.artefact_folder, metrics, recipe, name=args.hub_model_id if args.push_to_hub else None)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")

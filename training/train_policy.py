@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import parse
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prompts.policy_prompts import PromptArguments, Prompts, name_of
 from publishing import recipe_of, write_run
+from runs.checkpoints import check_resumable, newest_checkpoint
+from runs.command_line import parse
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.bench.models import load_target
 from transformers_resps.bench.protocol import sampling
@@ -39,7 +40,6 @@ from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay.outcomes import OutcomeTable
 from transformers_resps.replay.replay_text import FORMAT, ReplayText, StepSeconds, record_text
 from transformers_resps.trainers import LiveRollouts, PolicyTrainer, PolicyTrainingConfig, ReplayRollouts
-from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
 
 
 @dataclass

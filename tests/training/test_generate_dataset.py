@@ -7,7 +7,6 @@ import torch
 
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
-from transformers_resps.trainers.checkpoints import newest_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -56,16 +55,6 @@ def test_answers_made_otherwise_are_not_added_to_a_file(tmp_path):
     message = r"made with dtype auto, seed 1, but this command has dtype float32, seed 0.*another `--output`"
     with pytest.raises(ValueError, match=message):
         generate_dataset.check_provenance(asked("--dtype", "float32"))
-
-
-def test_the_newest_whole_checkpoint_is_resumed(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    for step, is_whole in ((90, True), (100, True), (110, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if is_whole:
-            (folder / "trainer_state.json").write_text("{}")
-    assert newest_checkpoint(tmp_path).endswith("checkpoint-100")
 
 
 def test_texts_beyond_the_context_and_files_without_questions_are_refused(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""How long a training took, over all the runs that it was resumed in. Knows Transformers' callbacks and one file."""
+"""Measure how long a training takes, over all the runs that it is resumed in."""
 
 import json
 import time
@@ -13,8 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 _SECONDS = "seconds.json"
 
 
-class Stopwatch(TrainerCallback):
-    """Runs while the trainer trains, and is saved in every checkpoint: a resumed run continues it.
+class TimingCallback(TrainerCallback):
+    """Counts the seconds of training. Every checkpoint holds them, so a resumed run continues the count.
 
     Steps that a kill undid are not counted.
 
@@ -27,7 +27,7 @@ class Stopwatch(TrainerCallback):
     """
 
     def __init__(self, checkpoint: str | Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds = 0.0 if checkpoint is None else _kept(Path(checkpoint))
+        self.seconds = 0.0 if checkpoint is None else _seconds_in(Path(checkpoint))
         self._clock, self._last = clock, clock()
 
     def on_train_begin(
@@ -56,6 +56,6 @@ class Stopwatch(TrainerCallback):
         self._last = now
 
 
-def _kept(checkpoint: Path) -> float | None:
+def _seconds_in(checkpoint: Path) -> float | None:
     file = checkpoint / _SECONDS
     return float(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None

@@ -1,29 +1,32 @@
-"""Which checkpoint a killed run resumes from, and whether it may. Knows what Transformers' Trainer writes."""
+"""Find the checkpoint that a killed run resumes from, and check that the run may resume from it."""
 
 import json
 from pathlib import Path
 
 
-_BEGAN_WITH = "run.json"
+_FACTS = "run.json"
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in an output folder: `trainer_state.json` is the last file of one."""
-    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    """The newest complete checkpoint in an output folder: `trainer_state.json` is the last file that is written.
+
+    Transformers' `get_last_checkpoint` would also return one that a kill left incomplete, which cannot be loaded.
+    """
+    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
-    """Refuse to resume from checkpoints that were trained on something else.
+    """Check that the checkpoints in an output folder were trained on what this run trains on.
 
     Args:
-        folder: the output folder, where a new run writes its facts.
+        folder: the output folder. Its `run.json` keeps the facts.
         facts: name of each input of the run -> a hash of it.
 
     Raises:
         ValueError: names the inputs that differ.
     """
-    file = Path(folder) / _BEGAN_WITH
+    file = Path(folder) / _FACTS
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else facts
     changed = [name for name, value in facts.items() if before.get(name) != value]
     if changed and (checkpoint := newest_checkpoint(folder)):
