@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from tests.trainers.heads import bits, config, fresh, texts
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
-from transformers_resps.trainers.graceful_stop import Interruption
+from transformers_resps.trainers.graceful_stop import graceful_stop
 
 
 class Stop(TrainerCallback):
@@ -98,8 +98,13 @@ def default_ctrl_c():
 
 
 @pytest.mark.usefixtures("default_ctrl_c")
-def test_a_second_ctrl_c_ends_at_once():
-    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    target, head = fresh()
+    trainer = DraftHeadTrainer(head, target, config(tmp_path), ExampleDataset(texts()))
+    came_to = []
+    with pytest.raises(KeyboardInterrupt), graceful_stop(trainer):
         signal.raise_signal(signal.SIGINT)
-        assert interruption.is_requested
+        came_to.append("after the first")
         signal.raise_signal(signal.SIGINT)
+        came_to.append("after the second")
+    assert came_to == ["after the first"]

@@ -1,7 +1,4 @@
-"""Trainers whose product is a folder beside the checkpoints, which is also what they push.
-
-Knows Transformers' Trainer and the Hub: nothing of what is trained.
-"""
+"""Trainers whose product is a folder beside the checkpoints, which is also what they push."""
 
 import logging
 from collections.abc import Callable
@@ -13,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import RESULTS, Destination, Existing, make_repository, upload
+from .graceful_stop import graceful_stop
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -23,20 +21,6 @@ _UNMEASURED = Existing(refuse=(RESULTS,))
 def _is_saved_with_weights(file: Path) -> bool:
     """Not a recipe, card or metrics that an earlier run left in the folder."""
     return file.name == "config.json" or file.suffix == ".safetensors"
-
-
-def check_kinds(trainer: str, **given: tuple[Any, type[Any]]) -> None:
-    """Refuse arguments of a wrong type early; `given` maps each name to its value and the type it must have.
-
-    Raises:
-        ValueError: names the first.
-    """
-    for name, (value, kind) in given.items():
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"{trainer} got a {type(value).__name__} as `{name}`, but it needs a `{kind.__name__}`. Make one as "
-                "docs/train-a-head.md and docs/tune-a-policy.md show."
-            )
 
 
 class ArtefactTrainer(Trainer):
@@ -52,6 +36,20 @@ class ArtefactTrainer(Trainer):
     @property
     def artefact_folder(self) -> Path:
         return Path(cast(str, self.args.output_dir)) / self.artefact_name
+
+    @property
+    def steps_per_update(self) -> int:
+        """Optimiser steps that belong together: Ctrl-C stops the run after the last of them."""
+        return 1
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers. At Ctrl-C, the step is finished and a checkpoint saved first.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
+        with graceful_stop(self, self.steps_per_update):
+            return super().train(*args, **kwargs)
 
     def save_artefact(self) -> None:
         """Write the current head or policy into `artefact_folder`."""

@@ -1,52 +1,30 @@
-"""Ctrl-C ends a training run after the step it is in, with a checkpoint. Knows Transformers' Trainer and signals."""
+"""End a training run at Ctrl-C after the step it is in, with a checkpoint.
+
+Transformers' own `enable_jit_checkpoint` does so for SIGTERM.
+"""
 
 import signal
 import threading
-from collections.abc import Callable
-from types import FrameType, TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-Handler = Callable[[int, FrameType | None], Any] | int | None
-
-
-class Interruption(TrainerCallback):
-    """Inside `with`, the first Ctrl-C makes the trainer save a checkpoint and stop; a second one stops it at once.
-
-    Python hands signals to its main thread only, so elsewhere nothing changes.
+class GracefulStopCallback(TrainerCallback):
+    """Saves a checkpoint and stops, once asked to.
 
     Args:
         steps: optimiser steps that belong together; the run stops after the last of them.
 
     Attributes:
-        is_requested: Ctrl-C was pressed.
+        is_requested: set it to stop.
     """
 
-    def __init__(self, steps: int = 1) -> None:
+    def __init__(self, steps: int) -> None:
         self.is_requested = False
         self._steps = steps
-        self._before: Handler = None
-
-    def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.is_requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -57,23 +35,37 @@ class Interruption(TrainerCallback):
         return control
 
 
-def until_interrupted(trainer: Trainer, train: Callable[[], Any], steps: int = 1) -> Any:
-    """Run `train` and return its result; Ctrl-C in a run of one process finishes its steps and saves a checkpoint.
+@contextmanager
+def graceful_stop(trainer: Trainer, steps: int = 1) -> Iterator[None]:
+    """Inside, the first Ctrl-C makes `trainer` save a checkpoint and stop; a second one stops it at once.
+
+    Nothing changes where Python does not get the signal, outside its main thread, nor in a run of several processes:
+    each would stop at a step of its own, and wait for the others.
 
     Args:
-        trainer: the trainer.
-        train: starts its training.
+        trainer: the trainer, about to train.
         steps: optimiser steps that belong together.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed, after the checkpoint.
     """
-    if trainer.accelerator.num_processes > 1:  # each would stop at a step of its own, and wait for the others
-        return train()
-    with Interruption(steps) as interruption:
-        trainer.add_callback(interruption)
-        output = train()
-        trainer.remove_callback(interruption)
-    if interruption.is_requested:
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if trainer.accelerator.num_processes > 1 or not in_main_thread or before is None:
+        yield
+        return
+    callback = GracefulStopCallback(steps)
+
+    def request(*_: Any) -> None:
+        callback.is_requested = True
+        signal.signal(signal.SIGINT, before)
+
+    trainer.add_callback(callback)
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        trainer.remove_callback(callback)
+    if callback.is_requested:
         raise KeyboardInterrupt
-    return output

@@ -1,9 +1,10 @@
 """The settings of `DraftHeadTrainer`."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
+
+from .checks import check_setting
 
 
 @dataclass
@@ -64,11 +65,6 @@ class DraftHeadTrainingConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # levels run outside the wrapper, which would count them as unused
         for name, least in (("steps", 1), ("tokens_per_batch", 2), ("loss_chunk_size", 1)):
-            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
-        _check("step_decay", self.step_decay, 0 < self.step_decay <= 1, "above 0 and at most 1")
-        _check("optimizer", self.optimizer, self.optimizer in ("muon", "adamw"), "`muon` or `adamw`")
-
-
-def _check(name: str, value: Any, is_valid: bool, needed: str) -> None:
-    if not is_valid:
-        raise ValueError(f"`{name}` is {value!r}, but it must be {needed}. See `DraftHeadTrainingConfig`.")
+            check_setting(self, name, getattr(self, name) >= least, f"at least {least}")
+        check_setting(self, "step_decay", 0 < self.step_decay <= 1, "above 0 and at most 1")
+        check_setting(self, "optimizer", self.optimizer in ("muon", "adamw"), "`muon` or `adamw`")

@@ -17,9 +17,9 @@ from ..compat import unwrapped
 from ..data.batches import IGNORED, TokenBudgetBatches, collate
 from ..data.examples import check_token_ids
 from ..head import BoundHead, DraftHead, DraftHeadConfig
-from .artefact_trainer import ArtefactTrainer, check_kinds
+from .artefact_trainer import ArtefactTrainer
+from .checks import check_kinds
 from .feature_cache import ExampleDataset
-from .graceful_stop import until_interrupted
 from .head_config import DraftHeadTrainingConfig
 from .metrics import LevelMeter
 from .muon import Muon
@@ -94,9 +94,9 @@ class DraftHeadTrainer(ArtefactTrainer):
         self._clock: tuple[float, int] | None = None  # when the metrics began that are due next, and at which step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; Ctrl-C saves a checkpoint first (`until_interrupted`)."""
-        self._clock, train = None, super().train
-        return until_interrupted(self, lambda: train(*args, **kwargs))
+        """As in `ArtefactTrainer`."""
+        self._clock = None
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self,

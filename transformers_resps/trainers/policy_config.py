@@ -1,9 +1,10 @@
 """The settings of `PolicyTrainer`."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
+
+from .checks import check_setting
 
 
 OBJECTIVES = ("full_information", "ppo", "max_entropy_ppo")
@@ -80,20 +81,19 @@ class PolicyTrainingConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # Transformers is untyped
-        _check("objective", self.objective, self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
-        _check("reward", self.reward, self.reward in REWARDS, f"one of {', '.join(REWARDS)}")
+        check_setting(self, "objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        check_setting(self, "reward", self.reward in REWARDS, f"one of {', '.join(REWARDS)}")
         for name in ("updates", "texts_per_update", "persistence", "epochs", "minibatches"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            check_setting(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("discount", "gae_decay"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        _check(
-            "max_steps", self.max_steps, self.max_steps in (-1, self._steps(self.updates)), "left out: set `updates`"
-        )
-        accumulated = self.gradient_accumulation_steps
-        _check("gradient_accumulation_steps", accumulated, accumulated == 1, "1: choose `minibatches` instead")
+            check_setting(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        steps = self._steps(self.updates)
+        check_setting(self, "max_steps", self.max_steps in (-1, steps), "left out: set `updates`")
+        is_whole = self.gradient_accumulation_steps == 1
+        check_setting(self, "gradient_accumulation_steps", is_whole, "1: choose `minibatches` instead")
         self.remove_unused_columns = False
         self.per_device_train_batch_size = 1
-        self.max_steps = self._steps(self.updates)
+        self.max_steps = steps
         self.save_steps = self._steps(self.save_updates)
         self.logging_steps = self._steps(self.logging_updates)
         self.eval_steps = self._steps(self.eval_updates)
@@ -107,8 +107,3 @@ class PolicyTrainingConfig(TrainingArguments):
 
     def _steps(self, updates: int) -> int:
         return updates * self.epochs * self.minibatches
-
-
-def _check(name: str, value: Any, is_valid: bool, needed: str) -> None:
-    if not is_valid:
-        raise ValueError(f"`{name}` is {value!r}, but it must be {needed}. See `PolicyTrainingConfig`.")

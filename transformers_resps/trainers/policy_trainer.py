@@ -8,12 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..policy import ReSpSPolicy
 from ..replay.outcomes import HeldOutcomes
-from .artefact_trainer import ArtefactTrainer, check_kinds
-from .graceful_stop import until_interrupted
+from .artefact_trainer import ArtefactTrainer
+from .checks import check_kinds
 from .policy_config import PolicyTrainingConfig
 from .ppo import clipped_surrogate, entropy, expected_gain, gae, gains, relative_gains, standardized, value_loss
 from .rollouts import ReplayRollouts, Rollouts
@@ -62,8 +61,8 @@ class PolicyTrainer(ArtefactTrainer):
         super().__init__(
             model=policy.network,
             args=args,
-            train_dataset=_Steps(args.max_steps),
-            eval_dataset=None if eval_rollouts is None else _Steps(1),
+            train_dataset=cast(Any, range(args.max_steps)),  # what is learned from is decided while training
+            eval_dataset=None if eval_rollouts is None else cast(Any, range(1)),
             data_collator=_collate,
             **kwargs,
         )
@@ -72,10 +71,10 @@ class PolicyTrainer(ArtefactTrainer):
         self._update = -1
         self._sums: dict[str, list[float]] = defaultdict(list)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; Ctrl-C finishes the update first, as part of one cannot be resumed exactly."""
-        train = super().train
-        return until_interrupted(self, lambda: train(*args, **kwargs), self.args.steps_per_update)
+    @property
+    def steps_per_update(self) -> int:
+        """Optimiser steps in an update: part of one cannot be resumed exactly."""
+        return self.args.steps_per_update
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -208,19 +207,6 @@ class PolicyTrainer(ArtefactTrainer):
     def save_artefact(self) -> None:
         """Write the policy into `OUTPUT_DIR/policy`."""
         self.policy.save_pretrained(self.artefact_folder)
-
-
-class _Steps(Dataset[int]):
-    """One item per optimiser step: what is learned from is decided while training."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index
 
 
 def _collate(steps: list[int]) -> dict[str, Tensor]:
