@@ -89,18 +89,22 @@ def attend(
     return attended.reshape(batch_size, heads, count, -1)
 
 
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
 @contextmanager
 def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
     """Inside, `target` attends by `grouped_attention` if it would by `sdpa` on a CPU.
 
-    Calls in other threads may see either name, so both give the same result, up to rounding.
+    A layer asks its config for the name at each forward, so the name changes for the forward over a tree alone:
+    prompts, and whoever else runs the target between two steps, attend by `sdpa` bit for bit. Calls in other threads
+    may see either name, so both give the same result, up to rounding.
     """
     config = target.config.get_text_config()
     if target.device.type != "cpu" or config._attn_implementation != STOCK:
         yield
         return
-    AttentionInterface.register(GROUPED, grouped_attention)
-    AttentionMaskInterface.register(GROUPED, sdpa_mask)
     config._attn_implementation = GROUPED
     try:
         yield

@@ -40,6 +40,8 @@ class PrepackedLinear(nn.Linear):
     Parameters, names and what is saved stay those of `nn.Linear`.
     """
 
+    _kept: _Packed | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, up to rounding."""
         weight = self._parameters.get("weight")  # ten times as fast as `self.weight`; none if parametrised
@@ -50,13 +52,17 @@ class PrepackedLinear(nn.Linear):
             or input.dtype is not weight.dtype
         ):
             return super().forward(input)
-        kept: _Packed | None = self.__dict__.get("_kept")
+        kept = self._kept
         if kept is None or not kept.is_of(weight):
-            kept = self.__dict__["_kept"] = _Packed(weight) if _can_pack(weight) else None
+            kept = self._kept = _Packed(weight) if _can_pack(weight) else None
         if kept is None:
             return super().forward(input)
         bias = self._parameters["bias"]
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, kept.blocks, bias, "none", [], ""))
+
+    def forget(self) -> None:
+        """Free the packed copy; it is made anew where it is needed."""
+        self.__dict__.pop("_kept", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the packed copy, which is made anew where it is needed: oneDNN tensors cannot be pickled."""
@@ -84,9 +90,11 @@ def prepack(module: Module) -> Module:
         raise ValueError(f"`prepack` needs a model, a head or another `nn.Module`, got {module!r:.80}.")
     for layer in module.modules():
         if type(layer) is nn.Linear:
+            # A new object in its parent would lack what others have put on this one: hooks and their handles, the
+            # `forward` of accelerate's offloading, references in lists. `torch.nn.utils.parametrize` does it so, too.
             layer.__class__ = PrepackedLinear
         elif type(layer) is PrepackedLinear:
-            layer.__dict__.pop("_kept", None)
+            layer.forget()
     return module
 
 
@@ -101,7 +109,7 @@ def unprepack(module: Module) -> Module:
     """
     for layer in module.modules():
         if type(layer) is PrepackedLinear:
-            layer.__dict__.pop("_kept", None)
+            layer.forget()
             layer.__class__ = nn.Linear  # type: ignore[assignment]  # back to its own class
     return module
 

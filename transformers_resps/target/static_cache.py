@@ -11,7 +11,7 @@ from .tree_cache import check_cache, window_of
 
 
 # Slots after the longest text, for its last trees. A larger tree is cut there, which costs speed only.
-_ROOM = 64
+_SPARE = 64
 
 
 class StaticWindowLayer(StaticLayer):
@@ -47,7 +47,7 @@ def static_cache(config: PretrainedConfig, given: Cache, max_length: int) -> Cac
     dynamic = DynamicCache(config=config.get_text_config(decoder=True))
     check_cache(dynamic)
     lengths = [layer.max_cache_len for layer in given.layers if isinstance(layer, StaticLayer)]
-    size = max(max_length - 1, *lengths) + _ROOM  # the newest token is in no cache
+    size = max(max_length - 1, *lengths) + _SPARE  # the newest token is in no cache
     return Cache(
         layers=[_buffer(layer, window_of(dynamic, index), size) for index, layer in enumerate(dynamic.layers)]
     )
