@@ -73,6 +73,7 @@ def test_a_command_stops_with_one_line(
 def test_a_smaller_benchmark_stops_with_one_line(
     module: str, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delitem(sys.modules, f"training.studies.{module}", raising=False)
     monkeypatch.setattr(sys, "argv", [module, "target", "head", "--dataset", "prompts.jsonl"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module(f"training.studies.{module}", run_name="__main__", alter_sys=False)

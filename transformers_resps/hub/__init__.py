@@ -1,7 +1,7 @@
 """Downloads from and uploads to the Hub."""
 
 from .download import RepositoryFiles
-from .metadata import GENERAL_TAGS, as_hub_id, front_matter, shareable
+from .metadata import GENERAL_TAGS, as_hub_id, card_data, shareable
 from .pushing import CARD, METRICS, RESULTS, plain_card, push_saved
 from .upload import Destination, Existing, make_repository, upload
 
@@ -15,7 +15,7 @@ __all__ = [
     "Existing",
     "RepositoryFiles",
     "as_hub_id",
-    "front_matter",
+    "card_data",
     "make_repository",
     "plain_card",
     "push_saved",

@@ -27,15 +27,15 @@ def shareable(config: Any) -> Any:
     return {**told, "name_or_path": Path(name).resolve().name} if name and Path(name).is_dir() else told
 
 
-def front_matter(
+def card_data(
     target: str | None,
     tags: Sequence[str],
     *,
     license: str | None = None,
     languages: Sequence[str] = (),
     datasets: Sequence[str] = (),
-) -> str:
-    """The metadata block, between its `---`.
+) -> ModelCardData:
+    """The metadata of a card.
 
     `base_model_relation` is `adapter`. Of the four values that the Hub knows (adapter, finetune, merge, quantized) it
     is the one for weights that are of use only beside the unchanged weights of the base model. Where it is left out,
@@ -48,7 +48,7 @@ def front_matter(
         languages: ISO codes.
         datasets: Hub ids.
     """
-    data = ModelCardData(
+    return ModelCardData(
         library_name=LIBRARY,
         pipeline_tag="text-generation",
         base_model=target,
@@ -58,4 +58,3 @@ def front_matter(
         datasets=list(datasets) or None,
         tags=list(tags),
     )
-    return f"---\n{data.to_yaml()}\n---\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .metadata import GENERAL_TAGS, as_hub_id, front_matter
+from .metadata import GENERAL_TAGS, as_hub_id, card_data
 from .upload import Destination, Existing, upload
 
 
@@ -45,6 +45,6 @@ def plain_card(kind: str, tag: str, target: str | None, use: str) -> str:
     hub_id = as_hub_id(target)
     of = f" for {hub_id}" if hub_id else ""
     return (
-        f"{front_matter(hub_id, ['eagle3', tag, *GENERAL_TAGS])}\n# A {kind}{of}\n\n"
+        f"---\n{card_data(hub_id, ['eagle3', tag, *GENERAL_TAGS]).to_yaml()}\n---\n\n# A {kind}{of}\n\n"
         f"```python\n{use}\n```\n\nNothing was measured for this card.\n"
     )
