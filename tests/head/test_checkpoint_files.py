@@ -1,6 +1,5 @@
-"""Files: damaged, hostile, missing, from the Hub's cache."""
+"""Files: damaged, missing, from the Hub's cache, and pickles that would run code."""
 
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -44,25 +43,6 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(target: PreTrainedM
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize(
-    "shard", ["../model.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", "x\\y.safetensors"]
-)
-def test_an_index_cannot_name_files_outside_the_checkpoint(
-    shard: str, ours: bool, target: PreTrainedModel, tmp_path: Path
-) -> None:
-    save(tmp_path, random_tensors(BASE))  # one level up, where a path could reach it
-    folder = tmp_path / "head"
-    if ours:
-        DraftHead.from_target(target, 16).save_pretrained(folder)
-        (folder / "model.safetensors").unlink()
-    else:
-        write_config(folder, BASE.config)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"fc.weight": shard}}))
-    with pytest.raises(ValueError, match="must be a plain .safetensors or .bin file"):
-        DraftHead.from_pretrained(folder, target=target)
-
-
 def tear(path: Path, keep: float) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * keep)])
@@ -81,10 +61,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "no config": lambda folder: (folder / "config.json").unlink(),
     "config is no JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "config is a list": lambda folder: (folder / "config.json").write_text("[]"),
     "missing shard": lambda folder: (folder / "model-00002.safetensors").unlink(),
     "torn .bin": lambda folder: tear(as_bin(folder, random_tensors(BASE)), 0.5),
-    ".bin of a list": lambda folder: as_bin(folder, [torch.zeros(2)]),
 }
 
 
@@ -97,10 +75,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         ("no weights", "no weights"),
         ("no config", "no config.json"),
         ("config is no JSON", "is not JSON"),
-        ("config is a list", "holds a list"),
         ("missing shard", "names the shard model-00002.safetensors, which is not there"),
         ("torn .bin", "damaged"),
-        (".bin of a list", "does not map names to tensors"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(kind: str, message: str, target: PreTrainedModel, tmp_path: Path) -> None:
@@ -161,17 +137,3 @@ def test_a_state_dict_needs_a_config_and_no_files(target: PreTrainedModel, tmp_p
     ):
         with pytest.raises(ValueError, match="Got the name .*Pass a name alone, or None with `config="):
             DraftHead.from_pretrained(name, target=target, **given)
-
-
-def test_a_config_of_ours_without_a_number_or_nested_too_deep_is_refused(
-    target: PreTrainedModel, tmp_path: Path
-) -> None:
-    DraftHead.from_target(target, 16).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("hidden_size", "num_key_value_heads", "vocab_size", "hidden_act"):
-        (tmp_path / "config.json").write_text(json.dumps({**config, name: None}))
-        with pytest.raises(ValueError, match=f"`{name}=None`, but a head needs a value there"):
-            DraftHead.from_pretrained(tmp_path, target=target)
-    (tmp_path / "config.json").write_text('{"source":' + "[" * 100_000)
-    with pytest.raises(ValueError, match="is not JSON.*Download it again"):
-        DraftHead.from_pretrained(tmp_path, target=target)

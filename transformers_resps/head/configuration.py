@@ -5,11 +5,22 @@ from copy import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from ..hub import shareable
+from ..tree import TreeShape
 
 
 ROPE_BASE = 10000.0  # the default: RoFormer (arXiv 2104.09864) section 3.2.2
+# The kinds of RoPE that Transformers has and a head can have, and what each needs.
+_ROPE_NEEDS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "yarn": {"factor"},
+    "longrope": {"long_factor", "short_factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 
 
 def default_feature_layers(layer_count: int) -> list[int]:
@@ -65,6 +76,9 @@ class DraftHeadConfig(PreTrainedConfig):
         pad_token_id: the target's.
         tie_word_embeddings: always false: a head stores no copy of what it uses of its target.
 
+    Raises:
+        ValueError: no head can have such a value; the message names the field.
+
     Source: EAGLE-3 (arXiv 2503.01840) section 3; the flags are those of published checkpoints.
     """
 
@@ -105,6 +119,7 @@ class DraftHeadConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_numbers()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
@@ -115,6 +130,8 @@ class DraftHeadConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_BASE}
         if self.default_tree is None:
             self.default_tree = [60, 8, 10]
+        self._check_parts()
+        self.feature_layers = sorted(self.feature_layers)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def save_pretrained(
@@ -135,3 +152,64 @@ class DraftHeadConfig(PreTrainedConfig):
         """Width F of the concatenated features: `target_hidden_size` times the number of feature layers."""
         assert self.feature_layers is not None and self.target_hidden_size is not None
         return len(self.feature_layers) * self.target_hidden_size
+
+    def _check_numbers(self) -> None:
+        for name, kind in DraftHeadConfig.__annotations__.items():
+            value = getattr(self, name)
+            is_positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            if kind is bool:
+                is_right, needed = isinstance(value, bool), "True or False"
+            elif kind is float:
+                is_right, needed = is_positive, "a positive number"
+            elif kind in (int, int | None) and not name.endswith("_token_id"):
+                is_right, needed = is_positive and isinstance(value, int), "a positive integer"
+            else:
+                continue
+            if not is_right and not (value is None and kind == int | None):
+                raise ValueError(f"A draft head got `{name}={value!r}`, but it must be {needed}. Correct it.")
+
+    def _check_parts(self) -> None:
+        assert self.feature_layers is not None and self.default_tree is not None and self.rope_parameters is not None
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"A draft head got the activation {self.hidden_act!r}, which Transformers does not know. Pass "
+                "`hidden_act=` with the right one."
+            )
+        layers = self.feature_layers
+        are_numbers = all(isinstance(layer, int) and layer >= 0 for layer in layers)
+        if not layers or not are_numbers or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"A draft head got the feature layers {layers!r}, but they must be a list of distinct integers, at "
+                "least 0. Pass `feature_layers=[...]`, counted as in `output_hidden_states`."
+            )
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError(
+                "A draft head got both `norm_before_fc` and `fc_norm`, but features are normed once. Keep the one "
+                "that it was trained with."
+            )
+        if not 3 <= len(self.default_tree) <= 4:
+            raise ValueError(
+                f"A draft head got `default_tree={self.default_tree!r}`, but it must be a list of total_tokens, "
+                "depth, top_k and optionally lookup. Write it like [60, 8, 10]."
+            )
+        TreeShape(*self.default_tree)
+        _check_rope(self.rope_parameters)
+
+
+def _check_rope(rope: dict[str, Any]) -> None:
+    """Refuse RoPE of an unknown kind, without its numbers, or that rotates a part of each attention head."""
+    kind = rope.get("rope_type") or rope.get("type", "default")
+    if kind not in _ROPE_NEEDS:
+        raise ValueError(
+            f"A draft head got RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct `rope_parameters`."
+        )
+    missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
+    if missing:
+        raise ValueError(f"RoPE of the kind {kind!r} needs {missing}. Add them to the head's `rope_parameters`.")
+    if not rope.get("rope_theta", ROPE_BASE) > 0:
+        raise ValueError(f"A draft head got `rope_theta={rope['rope_theta']!r}`, but it must be a positive number.")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"The head rotates {rope['partial_rotary_factor']} of each attention head (`partial_rotary_factor`), but "
+            "only full rotation is supported. Use another head."
+        )

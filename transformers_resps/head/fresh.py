@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .configuration import DraftHeadConfig, default_feature_layers
-from .formats import check_fields, check_overrides, check_rope
 from .identity import check_is_model, target_identity
 
 
@@ -28,15 +27,19 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
     """
     check_is_model(target)
     vocab_size = target.config.get_text_config().vocab_size
-    check_fields({"draft_vocab_size": size}, _WHERE)
-    if size is not None and size > vocab_size:
+    if size is not None and not (isinstance(size, int) and 1 <= size <= vocab_size):
         raise ValueError(
-            f"`draft_vocab_size` is {size}, but the target has {vocab_size} tokens. "
+            f"`draft_vocab_size` is {size!r}, but the target has {vocab_size} tokens. "
             f"Pass a number from 1 to {vocab_size}, or None for all of them."
         )
     if ids is None:
         return None if size is None else torch.arange(size)
-    ordered = _integers(ids).sort().values
+    ordered = torch.as_tensor(ids).cpu().sort().values
+    if ordered.dim() != 1 or not len(ordered) or ordered.is_floating_point() or ordered.dtype == torch.bool:
+        raise ValueError(
+            f"`draft_token_ids` is {ordered.dtype} of shape {list(ordered.shape)}, but must be a list or tensor `[d]` "
+            "of integers, at least one. Pass target ids, or None for the lowest `draft_vocab_size`."
+        )
     distinct = len(ordered.unique())
     if distinct != len(ordered) or size not in (None, len(ordered)):
         raise ValueError(
@@ -48,22 +51,7 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
             f"`draft_token_ids` go from {int(ordered[0])} to {int(ordered[-1])}, but the target's ids go from 0 to "
             f"{vocab_size - 1}. Pass ids of the target's own tokenizer."
         )
-    return ordered
-
-
-def _integers(ids: Any) -> Tensor:
-    try:
-        tensor = torch.as_tensor(ids).cpu()
-    except (TypeError, ValueError, RuntimeError):  # what torch raises for things that are no numbers
-        tensor = torch.zeros(0)
-    is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    if not is_integer or tensor.dim() != 1 or not len(tensor):
-        got = f"a {tensor.dtype} of shape {list(tensor.shape)}" if isinstance(ids, Tensor) else repr(ids)[:80]
-        raise ValueError(
-            f"`draft_token_ids` is {got}, but must be a list or tensor `[d]` of integers, at least one. Pass target "
-            "ids, or None for the lowest `draft_vocab_size`."
-        )
-    return tensor.long()
+    return ordered.long()
 
 
 def fresh_config(
@@ -80,38 +68,29 @@ def fresh_config(
             f"{_WHERE} got {unknown}, which it does not know. Check the spelling: it takes the fields of "
             f"`DraftHeadConfig`, {sorted(DraftHeadConfig.__annotations__)}."
         )
-    check_overrides({**overrides, "feature_layers": feature_layers}, _WHERE)
-    if overrides.get("rope_parameters"):
-        check_rope({"rope_type": "default", **overrides["rope_parameters"]})
-    layer_count = target.config.get_text_config().num_hidden_layers
-    layers = sorted(default_feature_layers(layer_count) if feature_layers is None else feature_layers)
-    if layers[-1] > layer_count:
-        raise ValueError(
-            f"{_WHERE} got the feature layers {layers}, but this target has the hidden states 0 to {layer_count}. "
-            "Pass `feature_layers=[...]`, counted as in `output_hidden_states`, or None for EAGLE-3's."
-        )
     config = DraftHeadConfig(
         **{
             **_target_sizes(target),
-            "feature_layers": layers,
+            "feature_layers": default_feature_layers(_depth(target)) if feature_layers is None else feature_layers,
             "draft_vocab_size": draft_vocab_size,
             "owns_output_head": draft_vocab_size is not None,
             **overrides,
         }
     )
-    _check_usable(config, target)
+    for came, mend in _misfits(config, target):
+        raise ValueError(f"{_WHERE} got {came}. {mend}.")
     return config
 
 
-def _check_usable(config: DraftHeadConfig, target: PreTrainedModel) -> None:
-    """Refuse fields that are valid alone, but not together or not with this target."""
-    for came, mend in (*_misfits(config, _target_sizes(target)), *_impossible_layers(config)):
-        raise ValueError(f"{_WHERE} got {came}. {mend}.")
-
-
-def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the head cannot read or borrow from its target, as (what came and what is needed, what to do)."""
-    width = theirs["hidden_size"]
+def _misfits(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """Fields that are valid alone, but not together or not with this target: (what came and is needed, what to do)."""
+    theirs, layers = _target_sizes(target), config.feature_layers or [0]
+    width, heads, shared = theirs["hidden_size"], config.num_attention_heads, config.num_key_value_heads
+    if layers[-1] > _depth(target):
+        yield (
+            f"the feature layers {layers}, but this target has the hidden states 0 to {_depth(target)}",
+            "Count them as in `output_hidden_states`, or leave them out for EAGLE-3's",
+        )
     if config.target_hidden_size != width:
         yield f"`target_hidden_size={config.target_hidden_size}`, but the target's is {width}", "Leave it out"
     if config.vocab_size != theirs["vocab_size"]:
@@ -129,11 +108,6 @@ def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[
             "`owns_output_head=False`, but a draft vocabulary needs an output head of its own",
             "Leave out one of them",
         )
-
-
-def _impossible_layers(config: DraftHeadConfig) -> Iterator[tuple[str, str]]:
-    """Sizes that no attention can have, as in `_misfits`."""
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared:
         yield (
             f"`num_attention_heads={heads}` and `num_key_value_heads={shared}`, but queries share keys evenly",
@@ -141,6 +115,11 @@ def _impossible_layers(config: DraftHeadConfig) -> Iterator[tuple[str, str]]:
         )
     if not config.head_dim or config.head_dim % 2:
         yield f"`head_dim={config.head_dim}`, but RoPE rotates pairs", "Pass an even `head_dim`"
+
+
+def _depth(target: PreTrainedModel) -> int:
+    depth: int = target.config.get_text_config().num_hidden_layers
+    return depth
 
 
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:

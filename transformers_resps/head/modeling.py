@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from ..tree import TreeShape
 from .configuration import DraftHeadConfig
-from .formats import canonical_head, check_exact, export_head, given_checkpoint, read_checkpoint, split_keywords
+from .formats import canonical_head, check_exact, export_head, given_checkpoint, read_checkpoint
 from .fresh import draft_vocabulary, fresh_config, start_from
 from .identity import check_is_model, target_identity
 from .layer import Attend, DraftLayer
+from .loading_options import split_keywords
 from .publishing import PublishableHead
 from .rotary import RotaryEmbedding
 
@@ -203,8 +204,6 @@ class DraftHead(PublishableHead):
             checkpoint = read_checkpoint(name, **hub)
             if stated is not None:  # as `AutoModel` passes it
                 checkpoint = replace(checkpoint, config=stated.to_dict())
-        if checkpoint.commit is not None:  # a branch that moves meanwhile must not mix two heads
-            hub |= {"revision": checkpoint.commit, "force_download": False}
         config, tensors = canonical_head(checkpoint, target, overrides)
         with torch.device("meta"):
             wanted = cls(config)
@@ -212,12 +211,9 @@ class DraftHead(PublishableHead):
         if target is not None:
             wanted.check_target(target)
             loading.setdefault("dtype", target.dtype)
-        if checkpoint.is_canonical and name is not None:
-            head = super().from_pretrained(name, config=config, **hub, **loading)
-        else:
-            loading.setdefault("dtype", tensors["fc.weight"].dtype)
-            head = super().from_pretrained(None, config=config, state_dict=tensors, **loading)
-            head.name_or_path = head.config.name_or_path = stated.name_or_path if name is None else checkpoint.name
+        loading.setdefault("dtype", tensors["fc.weight"].dtype)
+        head = super().from_pretrained(None, config=config, state_dict=tensors, **loading)
+        head.name_or_path = head.config.name_or_path = stated.name_or_path if name is None else checkpoint.name
         if target is not None and "device_map" not in loading:
             head.to(device=target.device)  # type: ignore[call-arg]  # wrapped by Transformers
         return head
@@ -265,6 +261,9 @@ class DraftHead(PublishableHead):
             **{key: ours[key] for key in ("num_hidden_layers", "model_type") if key in ours},
         }
         wrong = [f"{key} {needed[key]} (this target: {theirs[key]})" for key in needed if needed[key] != theirs[key]]
+        layers = self.config.feature_layers or [0]
+        if layers[-1] > theirs["num_hidden_layers"]:
+            wrong.append(f"the hidden states {layers} (this target: 0 to {theirs['num_hidden_layers']})")
         if wrong:
             raise ValueError(
                 f"This head was made for {ours.get('name_or_path') or 'another target'}, not for "

@@ -1,12 +1,10 @@
-"""What the publishers mean by the same words: layer ids, RoPE, norms. Knows configs only."""
+"""What the publishers mean by the same words: layer ids, RoPE, norms."""
 
 import logging
-import math
 from typing import Any
 
 from ..configuration import ROPE_BASE, default_feature_layers
 from .publishers import Publisher
-from .validation import check_layers
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -14,34 +12,15 @@ logger = logging.getLogger(f"transformers.{__name__}")
 _ID_FIELDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
 # Files whose ids count the boundary before a layer, as `hidden_states` of Transformers do; all others count the layer.
 _BOUNDARY = {Publisher.EAGLE, Publisher.SPECULATORS}
-_ROPE_NEEDS: dict[str, set[str]] = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "yarn": {"factor"},
-    "longrope": {"long_factor", "short_factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
 _ANGELSLIM_BASE = 10000.0
 
 
-def published_layer_ids(config: dict[str, Any]) -> list[int] | None:
-    """The layer ids as written, ascending; `None` when the config leaves them to the default.
+def published_layer_ids(config: dict[str, Any]) -> tuple[str, list[int] | None]:
+    """The field that has the layer ids, and the ids, ascending; `None` when the config leaves them to the default.
 
     Their order has no meaning: NVIDIA ModelOpt wrote them through a set, while features are in depth order.
     """
-    return _published(config)[1]
-
-
-def _published(config: dict[str, Any]) -> tuple[str, list[int] | None]:
-    """The field that has the ids, and the ids."""
-    eagle = config.get("eagle_config")
-    for place in (eagle if isinstance(eagle, dict) else {}, config):
-        for field in _ID_FIELDS:
-            if place.get(field):
-                check_layers(place[field], f"`{field}`")
-                return field, sorted(place[field])
-    return "", None
+    return next(((field, sorted(config[field])) for field in _ID_FIELDS if config.get(field)), ("", None))
 
 
 def feature_layers(
@@ -59,9 +38,9 @@ def feature_layers(
         source: where from, for messages.
 
     Raises:
-        ValueError: there are not `count` of them, one is out of range, or their meaning is uncertain.
+        ValueError: there are not `count` of them, or their meaning is uncertain.
     """
-    given, (field, published) = config.get("feature_layers"), _published(config)
+    given, (field, published) = config.get("feature_layers"), published_layer_ids(config)
     if given is not None:
         layers = sorted(given)
     elif published is not None:
@@ -83,7 +62,6 @@ def feature_layers(
             "Load a head made for this target (this one may need another hidden size), or pass "
             f"`feature_layers=[...]` with {count} distinct ids, counted as in `output_hidden_states`."
         )
-    check_range(layers, layer_count, source)
     return layers
 
 
@@ -125,33 +103,18 @@ def _of_layers(ids: list[int], layer_count: int | None, source: str, is_certain:
     return ids
 
 
-def check_range(layers: list[int], layer_count: int | None, source: str) -> None:
-    """Refuse hidden states `layers`, ascending, that a target of `layer_count` layers does not have.
-
-    Raises:
-        ValueError: names both.
-    """
-    if layer_count is not None and layers[-1] > layer_count:
-        raise ValueError(
-            f"{source} reads the hidden states {layers}, but this target has 0 to {layer_count} (0 is the embedding "
-            "output). Load the head of this target, or pass `feature_layers=[...]`, counted as in "
-            "`output_hidden_states`."
-        )
-
-
 def rope_parameters(config: dict[str, Any], publisher: Publisher, overrides: dict[str, Any]) -> dict[str, Any]:
     """RoPE in the form of Transformers 5, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
     AngelSlim trains with base 10000 whatever its config says, so that is what is used unless overridden.
 
     Raises:
-        ValueError: the config contradicts itself, or names a kind of RoPE that Transformers does not have.
+        ValueError: the config contradicts itself.
     """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if isinstance(rope.get("full_attention"), dict):  # per layer type, as Transformers 5 writes it
-        rope = dict(rope["full_attention"])
-    kind = rope.pop("type", None)
-    kind = rope.get("rope_type") or kind or "default"
+    rope = dict(rope.get("full_attention") or rope)  # per layer type, as Transformers 5 writes it
+    legacy_kind = rope.pop("type", None)
+    kind = rope.get("rope_type") or legacy_kind or "default"
     if kind == "mrope" or "mrope_section" in rope:  # equal to plain RoPE where all tokens are text
         rope = {key: value for key, value in rope.items() if not key.startswith("mrope")}
         kind = "default" if kind == "mrope" else kind
@@ -166,38 +129,7 @@ def rope_parameters(config: dict[str, Any], publisher: Publisher, overrides: dic
         if theta != _ANGELSLIM_BASE:
             logger.warning("AngelSlim trains with RoPE base 10000; the config's %s is ignored.", theta)
         theta = _ANGELSLIM_BASE
-    rope = {**rope, "rope_type": kind, "rope_theta": float(theta)}
-    check_rope(rope)
-    return rope
-
-
-def check_rope(rope: dict[str, Any]) -> None:
-    """Refuse RoPE parameters, in the form of Transformers 5, of an unknown type or with values that are no numbers.
-
-    Raises:
-        ValueError: names them.
-    """
-    kind = rope["rope_type"]
-    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
-        raise ValueError(
-            f"The config asks for RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct it."
-        )
-    missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
-    if missing:
-        raise ValueError(
-            f"RoPE of the kind {kind!r} needs {missing}, which the config lacks. Add them to config.json."
-        )
-    for key in ("rope_theta", "factor", "original_max_position_embeddings"):
-        value = rope.get(key)
-        if value is None and (key != "rope_theta" or key not in rope):
-            continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ValueError(f"RoPE has `{key}={value!r}`, but it must be a positive number. Correct config.json.")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"The config rotates {rope['partial_rotary_factor']} of each attention head (`partial_rotary_factor`), "
-            "but only full rotation is supported. Use another head."
-        )
+    return {**rope, "rope_type": kind, "rope_theta": float(theta)}
 
 
 def norm_flags(config: dict[str, Any], publisher: Publisher, source: str) -> dict[str, bool]:
@@ -206,10 +138,7 @@ def norm_flags(config: dict[str, Any], publisher: Publisher, source: str) -> dic
     `norm_output` means the latter only in speculators files; in SpecForge's it says that logits are normed, which
     they always are.
     """
-    eagle = config.get("eagle_config")
     before = config.get("norm_before_residual")
-    if before is None and isinstance(eagle, dict):
-        before = eagle.get("norm_before_residual")
     if before is None and publisher is Publisher.SPECULATORS:
         logger.warning(
             "%s: true is used for the missing `norm_before_residual`. Try `resps doctor` if few tokens are accepted.",

@@ -13,6 +13,11 @@ from ..configuration import ROPE_BASE, DraftHeadConfig
 
 
 FORMATS = ("resps", "specforge", "speculators")
+_LAYER_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range", "attention_bias"),
+    *("mlp_bias", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 def export_head(head: PreTrainedModel, config: DraftHeadConfig, folder: Path, layout: str) -> None:
@@ -39,11 +44,9 @@ def export_head(head: PreTrainedModel, config: DraftHeadConfig, folder: Path, la
 
 
 def _published_tensors(state: dict[str, Tensor], config: DraftHeadConfig, layout: str) -> dict[str, Tensor]:
+    first = "midlayer." if layout == "specforge" else "layers.0."
     tensors = {
-        name.replace("layers.0.", "midlayer.", 1) if layout == "specforge" else name: tensor.detach()
-        .cpu()
-        .contiguous()
-        for name, tensor in state.items()
+        name.replace("layers.0.", first, 1): tensor.detach().cpu().contiguous() for name, tensor in state.items()
     }
     if "d2t" in tensors:
         allowed = torch.zeros(config.vocab_size, dtype=torch.bool)
@@ -59,22 +62,7 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "model_type": "qwen3" if config.qk_norm else "llama",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "vocab_size": config.vocab_size,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
+        **{field: getattr(config, field) for field in _LAYER_FIELDS},
         "tie_word_embeddings": False,
         "rope_theta": theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,

@@ -9,17 +9,18 @@ from transformers import PreTrainedModel
 from ..configuration import DraftHeadConfig
 from ..identity import target_identity
 from .checkpoint import Checkpoint
-from .conventions import check_range, check_rope, feature_layers, norm_flags, published_layer_ids, rope_parameters
+from .conventions import feature_layers, norm_flags, published_layer_ids, rope_parameters
 from .publishers import Publisher, flat_config, publisher_of, target_name
 from .shapes import feature_count, read_sizes
 from .tensor_names import canonical_names, check_complete
 from .unsupported import check_is_eagle3
-from .validation import PUBLISHED_ONLY, check_fields, check_one_norm, check_overrides
-from .vocabulary import check_ids, draft_offsets, whole_numbers
+from .vocabulary import draft_offsets
 
 
 _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Corrections of what publishers write and our own config says otherwise, or not at all.
+PUBLISHED_ONLY = {"rope_theta", "sliding_window"}
 
 
 def canonical_head(
@@ -35,54 +36,23 @@ def canonical_head(
     Raises:
         ValueError: it is no EAGLE-3 head, contradicts itself, or does not fit the target.
     """
+    ours = {key: value for key, value in overrides.items() if key not in PUBLISHED_ONLY}
     if checkpoint.is_canonical:
-        return _own(checkpoint, target, overrides)
+        fields = checkpoint.config | ours
+        if overrides.get("rope_theta") is not None:
+            rope = fields.get("rope_parameters") or {"rope_type": "default"}
+            fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}
+        return DraftHeadConfig.from_dict(fields), checkpoint.tensors
     tensors = canonical_names(checkpoint.tensors, checkpoint.name)
     publisher = publisher_of(checkpoint.config, tensors)
-    config = {**flat_config(checkpoint.config), **overrides}
-    check_fields(config, f"The config of {checkpoint.name}")
+    stated = flat_config(checkpoint.config) | overrides
+    config = {key: value for key, value in stated.items() if value is not None}
     check_is_eagle3(config, tensors, checkpoint.name)
     check_complete(tensors, checkpoint.name)
+    _check_window(config, target, checkpoint.name)
     fields = _fields(config, publisher, tensors, target, overrides, checkpoint.name)
     tensors = _shared_with_target(fields, tensors, config, target, checkpoint.name)
-    return DraftHeadConfig(**{**fields, **_free(overrides)}), tensors
-
-
-def _own(
-    checkpoint: Checkpoint, target: PreTrainedModel | None, overrides: dict[str, Any]
-) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
-    where = f"The config of {checkpoint.name}"
-    fields = {**checkpoint.config, **_free(overrides)}
-    check_overrides(fields, where)
-    if overrides.get("rope_theta") is not None:
-        rope = fields.get("rope_parameters") or {"rope_type": "default"}
-        fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}
-    if fields.get("rope_parameters") is not None:
-        check_rope({"rope_type": "default", **fields["rope_parameters"]})
-    layers = {name.split(".")[1] for name in checkpoint.tensors if name.startswith("layers.")}
-    said = fields.get("num_hidden_layers", 1)
-    if said != len(layers):
-        raise ValueError(
-            f"{where} says that the head has {said} layers, but the file holds {len(layers)}. Download the head again."
-        )
-    if fields.get("feature_layers") is not None:
-        fields["feature_layers"] = sorted(fields["feature_layers"])
-    config = DraftHeadConfig.from_dict(fields)
-    if target is not None and config.feature_layers is not None:
-        check_range(config.feature_layers, target.config.get_text_config().num_hidden_layers, checkpoint.name)
-    if "d2t" in checkpoint.tensors:
-        offsets = whole_numbers(checkpoint.tensors["d2t"], checkpoint.name)
-        check_ids(torch.arange(len(offsets)) + offsets, config.vocab_size, checkpoint.name)
-    return config, checkpoint.tensors
-
-
-def _free(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Corrections that are fields of our config, in the form it keeps them."""
-    return {
-        key: sorted(value) if key == "feature_layers" and value is not None else value
-        for key, value in overrides.items()
-        if key not in PUBLISHED_ONLY
-    }
+    return DraftHeadConfig(**fields | ours), tensors
 
 
 def _fields(
@@ -94,16 +64,14 @@ def _fields(
     source: str,
 ) -> dict[str, Any]:
     sizes = read_sizes(config, tensors, target, source)
-    check_one_norm(sizes, source)
     identity = _identity(config, target)
-    ids = published_layer_ids(config)
-    if target is None and config.get("target_hidden_size") is None and ids is not None:
-        width = tensors["fc.weight"].shape[1]
-        sizes["target_hidden_size"] = width // len(ids) if width % len(ids) == 0 else sizes["target_hidden_size"]
+    _, ids = published_layer_ids(config)
+    width = tensors["fc.weight"].shape[1]
+    if target is None and "target_hidden_size" not in config and ids is not None and width % len(ids) == 0:
+        sizes["target_hidden_size"] = width // len(ids)
     count = feature_count(tensors, sizes["target_hidden_size"], source)
-    _check_window(config, target, source)
     return {
-        **{key: default if config.get(key) is None else config[key] for key, default in _COPIED.items()},
+        **{key: config.get(key, default) for key, default in _COPIED.items()},
         **{key: config.get(key) for key in _TOKEN_IDS},
         **sizes,
         **norm_flags(config, publisher, source),
@@ -117,10 +85,8 @@ def _fields(
 def _check_window(config: dict[str, Any], target: PreTrainedModel | None, source: str) -> None:
     """Draft trees see the whole prefix: a window must be as long as the target's longest sequence, or be ignored."""
     window = config.get("sliding_window")
-    if not window or not config.get("use_sliding_window", True):
-        return
-    layers = config.get("layer_types")
-    if layers is not None and "sliding_attention" not in layers:
+    layers = config.get("layer_types", ["sliding_attention"])
+    if not window or not config.get("use_sliding_window", True) or "sliding_attention" not in layers:
         return
     longest = getattr(target.config.get_text_config(), "max_position_embeddings", None) if target else None
     if longest is None or longest > window:
@@ -155,33 +121,29 @@ def _shared_with_target(
     source: str,
 ) -> dict[str, Tensor]:
     """Drop what the head borrows from its target, and set in `fields` what it keeps."""
-    tensors = dict(tensors)
     offsets = draft_offsets(tensors, fields["draft_vocab_size"], fields["vocab_size"], source)
-    for name in ("t2d", "d2t", "hot_token_id"):
-        tensors.pop(name, None)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
     if offsets is None:
         fields["draft_vocab_size"] = None
     else:
         tensors["d2t"] = offsets
     same_width = fields["hidden_size"] == fields["target_hidden_size"]
-    fields["owns_embedding"] = (
-        config.get("owns_embedding") or not same_width or bool(config.get("embed_requires_grad"))
-    )
+    is_trained = config.get("owns_embedding") or config.get("embed_requires_grad")
+    fields["owns_embedding"] = not same_width or bool(is_trained)
     if not fields["owns_embedding"]:
         tensors.pop("embed_tokens.weight", None)  # the target's own, or a stale copy of it
-    borrowed = config.get("owns_output_head") is False or _is_targets_output(tensors.get("lm_head.weight"), target)
     if "lm_head.weight" not in tensors:
         borrowed = offsets is None and same_width
+    else:
+        borrowed = config.get("owns_output_head") is False or _is_targets_output(tensors["lm_head.weight"], target)
     if borrowed:
         tensors.pop("lm_head.weight", None)
     fields["owns_output_head"] = not borrowed
     return tensors
 
 
-def _is_targets_output(weight: Tensor | None, target: PreTrainedModel | None) -> bool:
-    if target is None:
-        return False
-    output = target.get_output_embeddings()
-    if weight is None or output is None or weight.shape != output.weight.shape:
+def _is_targets_output(weight: Tensor, target: PreTrainedModel | None) -> bool:
+    output = None if target is None else target.get_output_embeddings()
+    if output is None or weight.shape != output.weight.shape:
         return False
     return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))

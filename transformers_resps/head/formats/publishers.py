@@ -1,4 +1,4 @@
-"""Whose layout a checkpoint has, from tensor names first and config second. Knows no sizes."""
+"""Whose layout a checkpoint has, from tensor names first and config second."""
 
 from enum import StrEnum
 from typing import Any
@@ -17,7 +17,8 @@ class Publisher(StrEnum):
     DEEPSPEC = "deepspec"
 
 
-_MODELOPT_FIELDS = {"use_input_layernorm_in_first_layer", "use_last_layernorm", "use_mtp_layernorm"}
+# What NVIDIA's ModelOpt can leave out of a head's layer or add to it, and what EAGLE-3's layer has.
+MODELOPT_LAYER = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False}
 
 
 def publisher_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> Publisher:
@@ -27,7 +28,7 @@ def publisher_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> Publishe
         config: `config.json` as published.
         tensors: under our names; only the names count.
     """
-    architectures = [str(name) for name in config.get("architectures") or []]
+    architectures = config.get("architectures") or []
     if {"speculators_model_type", "transformer_layer_config"} & set(config):
         return Publisher.SPECULATORS
     is_full = "d2t" not in tensors and "layers.0.self_attn.q_norm.weight" in tensors
@@ -36,7 +37,7 @@ def publisher_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> Publishe
     if "Eagle3LlamaForCausalLM" in architectures or "modal_type" in config:
         return Publisher.ANGELSLIM
     eagle = config.get("eagle_config")
-    if isinstance(eagle, dict) and _MODELOPT_FIELDS & set(eagle):
+    if MODELOPT_LAYER.keys() & (eagle or {}):
         return Publisher.MODELOPT
     if eagle is not None or "LlamaForCausalLMEagle3" in architectures:
         return Publisher.SPECFORGE
@@ -44,25 +45,15 @@ def publisher_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> Publishe
 
 
 def flat_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with speculators' nested `transformer_layer_config` lifted to the top, where it does not clash.
+    """What the config states, with speculators' `transformer_layer_config` and others' `eagle_config` at the top.
 
-    Raises:
-        ValueError: the nested config is not an object.
+    A field that is null counts as left out.
     """
-    nested = config.get("transformer_layer_config")
-    if nested is None:
-        return dict(config)
-    if not isinstance(nested, dict):
-        raise ValueError(
-            f"`transformer_layer_config` is {nested!r}, but must be the JSON object that describes the layer. "
-            "Correct config.json."
-        )
-    return {**nested, **{key: value for key, value in config.items() if key != "transformer_layer_config"}}
+    nested = (config.get("transformer_layer_config") or {}, config.get("eagle_config") or {})
+    return {key: value for part in (*nested, config) for key, value in part.items() if value is not None}
 
 
 def target_name(config: dict[str, Any]) -> str | None:
     """The target that speculators' `speculators_config` names."""
-    speculators = config.get("speculators_config")
-    verifier = speculators.get("verifier") if isinstance(speculators, dict) else None
-    name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
-    return name if isinstance(name, str) else None
+    name: str | None = config.get("speculators_config", {}).get("verifier", {}).get("name_or_path")
+    return name

@@ -1,6 +1,4 @@
-"""Tensor names: every published spelling -> ours. Knows no config."""
-
-from collections.abc import Iterator
+"""Tensor names: every published spelling -> ours."""
 
 import torch
 from torch import Tensor
@@ -70,26 +68,19 @@ def _canonical(name: str) -> str | None:
 
 def layer_count(tensors: dict[str, Tensor]) -> int:
     """Decoder layers in the file, by the highest index."""
-    indices = [
-        int(name.split(".")[1]) for name in tensors if name.startswith("layers.") and name.split(".")[1].isdigit()
-    ]
-    return max(indices, default=0) + 1
-
-
-def required_names(layers: int) -> Iterator[str]:
-    """The tensors that every EAGLE-3 head of `layers` decoder layers has."""
-    yield from ("fc.weight", "norm.weight", "layers.0.hidden_norm.weight")
-    for index in range(layers):
-        yield from (f"layers.{index}.{part}.weight" for part in _LAYER)
+    return 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=0)
 
 
 def check_complete(tensors: dict[str, Tensor], source: str) -> None:
-    """Refuse a file without one of the tensors that every head has.
+    """Refuse a file without one of the tensors that every EAGLE-3 head has.
 
     Raises:
         ValueError: lists what is missing.
     """
-    missing = [name for name in required_names(layer_count(tensors)) if name not in tensors]
+    layers = range(layer_count(tensors))
+    required = ["fc.weight", "norm.weight", "layers.0.hidden_norm.weight"]
+    required += [f"layers.{index}.{part}.weight" for index in layers for part in _LAYER]
+    missing = [name for name in required if name not in tensors]
     if missing:
         raise ValueError(_inexact(source, missing, []))
 
