@@ -3,7 +3,7 @@
 import copy
 import gc
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,21 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, attach, detach
+from transformers_resps import AutoPolicy, DraftHead, ReSpSGenerationMixin, ReSpSPolicy, attach, detach
+from transformers_resps.generation.attach import attached, detached
 from transformers_resps.head import pair_identity
 from transformers_resps.policy import BaselineGuard, PolicyCache, ReSpSConfig, ThroughputPolicy
 from transformers_resps.policy.identity import check_same
+
+
+class Head:
+    """Whatever drafts."""
+
+
+def lent(cache: PolicyCache, head: object | None, key: Hashable) -> Any:
+    """The policy that a call would get now."""
+    with cache.borrow(head, key) as policy:
+        return policy
 
 
 def test_auto_goes_on_with_what_it_learned_with_the_same_head(
@@ -27,22 +38,27 @@ def test_auto_goes_on_with_what_it_learned_with_the_same_head(
             target.generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=20, do_sample=False),
             plain,
         )
-    kept, place = PolicyCache.of(target), PolicyCache.place(target, len(prompt["input_ids"]))
-    policy = kept.take(tiny_head, place)
+    cache, key = target.policy_cache, PolicyCache.key(target, len(prompt["input_ids"]))
+    policy = lent(cache, tiny_head, key)
     assert policy.policy.costs.knows_plain, "it learned"
-    assert kept.take(tiny_head, place) is not policy, "a call at the same time gets another"
-    kept.give_back(tiny_head, place, policy)
-    assert kept.take(None, place) is not policy
-    other_dtype = PolicyCache.place(target.double(), len(prompt["input_ids"]))
-    other_rows = PolicyCache.place(target.float(), len(prompt["input_ids"]) + 1)
-    assert kept.take(tiny_head, other_dtype) is not policy, "costs hold for a dtype"
-    assert kept.take(tiny_head, other_rows) is not policy, "and for as many rows"
-    assert kept.take(tiny_head, place) is policy
-    kept.give_back(tiny_head, place, policy)
-    assert pickle.loads(pickle.dumps(kept)).take(tiny_head, place) is not policy
-    assert "_resps_kept_policies" in copy.deepcopy(target).__dict__
+    assert lent(cache, None, key) is not policy
+    other_dtype = PolicyCache.key(target.double(), len(prompt["input_ids"]))
+    other_rows = PolicyCache.key(target.float(), len(prompt["input_ids"]) + 1)
+    assert lent(cache, tiny_head, other_dtype) is not policy, "costs hold for a dtype"
+    assert lent(cache, tiny_head, other_rows) is not policy, "and for as many rows"
+    assert lent(cache, tiny_head, key) is policy
+    assert lent(pickle.loads(pickle.dumps(cache)), tiny_head, key) is not policy
+    assert lent(copy.deepcopy(target).policy_cache, tiny_head, key) is not policy
     detach(target)
-    assert "_resps_kept_policies" not in target.__dict__
+    assert "policy_cache" not in target.__dict__
+    assert lent(attach(target).policy_cache, tiny_head, key) is not policy
+
+
+def test_a_call_at_the_same_time_borrows_another_policy() -> None:
+    cache, head = PolicyCache(), Head()
+    with cache.borrow(head, "here") as policy, cache.borrow(head, "here") as other:
+        assert other is not policy
+    assert lent(cache, head, "here") in (policy, other)
 
 
 def test_a_refused_call_loses_nothing_that_was_learned(
@@ -50,24 +66,34 @@ def test_a_refused_call_loses_nothing_that_was_learned(
 ) -> None:
     target: Any = attach(tiny_target)
     target.generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=8)
-    kept, place = PolicyCache.of(target), PolicyCache.place(target, len(prompt["input_ids"]))
-    policy = kept.take(tiny_head, place)
-    kept.give_back(tiny_head, place, policy)
+    key = PolicyCache.key(target, len(prompt["input_ids"]))
+    policy = lent(target.policy_cache, tiny_head, key)
     with pytest.raises(ValueError, match="num_beams"):
         target.generate(**prompt, assistant_model=tiny_head, policy="auto", num_beams=2)
-    assert PolicyCache.of(target).take(tiny_head, place) is policy
+    assert lent(target.policy_cache, tiny_head, key) is policy
+
+
+def test_what_was_learned_stays_while_a_model_is_attached_or_detached_for_a_moment(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead
+) -> None:
+    target: Any = tiny_target
+    with attached(target):
+        policy = lent(target.policy_cache, tiny_head, "here")
+    assert not isinstance(target, ReSpSGenerationMixin)
+    attach(target, policy="auto")
+    with detached(target):
+        assert not isinstance(target, ReSpSGenerationMixin)
+    assert lent(target.policy_cache, tiny_head, "here") is policy
+    assert target.speculation_defaults.policy == "auto"
 
 
 def test_a_head_that_is_gone_takes_what_was_learned_with_it() -> None:
-    class Head:
-        pass
-
-    kept, head = PolicyCache(), Head()
-    kept.give_back(head, "here", kept.take(head, "here"))
-    assert len(kept._policies) == 1
+    cache, head = PolicyCache(), Head()
+    lent(cache, head, "here")
+    assert len(cache._policies) == 1
     del head
     gc.collect()
-    assert len(kept._policies) == 0
+    assert len(cache._policies) == 0
 
 
 @pytest.mark.parametrize("wrap", [lambda policy: policy, BaselineGuard], ids=["bare", "guarded"])

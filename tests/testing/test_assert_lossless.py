@@ -131,11 +131,12 @@ def test_an_unusable_prompt_is_refused(target: Any, head: DraftHead, prompts: An
 def test_what_auto_has_learned_with_a_model_survives_its_examination(target: Any, head: DraftHead) -> None:
     attach(target)
     target.generate(torch.tensor([[3, 4, 5]]), assistant_model=head, policy="auto", max_new_tokens=12)
-    place = PolicyCache.place(target, 1)
-    policy = PolicyCache.of(target).take(head, place)
-    PolicyCache.of(target).give_back(head, place, policy)
+    key = PolicyCache.key(target, 1)
+    with target.policy_cache.borrow(head, key) as policy:
+        pass
     assert_lossless(target, head, "auto", **SHORT)
-    assert PolicyCache.of(target).take(head, place) is policy
+    with target.policy_cache.borrow(head, key) as known:
+        assert known is policy
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 
 from ..calibration.cost_table import CostTable
 from ..calibration.measuring import calibrate
-from ..policy.policy_cache import PolicyCache
 from ..tree import TreeShape
 from .advice import NAMED_NODES
 from .headroom import BestFixed, Replayer, ceiling_of, shapes_for
@@ -138,7 +137,7 @@ class Session:
         schedule.check_room(self.bench)
         self._say("Warming up")
         self.bench.warm_up(schedule.first_prompt(self.dialogues[0]), self.methods)
-        PolicyCache.forget(target)  # "auto" keeps what it learns from answer to answer, and starts knowing nothing
+        target.policy_cache.clear()  # "auto" keeps what it learns from answer to answer, and starts knowing nothing
         self.judge = Judge(target, self.methods)
         return schedule
 

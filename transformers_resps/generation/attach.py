@@ -4,6 +4,8 @@ The class is a subclass of the model's own, made in memory: same name, same modu
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -69,12 +71,46 @@ def detach(model: Model) -> Model:
     """Undo `attach`: the same object, of its own class again, without defaults."""
     inner = unwrapped(model)
     if isinstance(inner, ReSpSGenerationMixin):
-        inner.speculation_defaults = SpeculationDefaults()
+        inner.speculation_defaults, inner.policy_cache = SpeculationDefaults(), PolicyCache()
     if vars(type(inner)).get("__reduce_ex__") is _reduce:  # leave a user's own subclass of the mixin alone
-        del inner.speculation_defaults
+        del inner.speculation_defaults, inner.policy_cache
         inner.__class__ = type(inner).__mro__[2]
-        PolicyCache.forget(inner)
     return model
+
+
+@contextmanager
+def attached(model: Model) -> Iterator[Model]:
+    """Inside, `model` is attached; afterwards it is as it was.
+
+    It keeps what "auto" has learned, for the next time.
+    """
+    inner: Any = unwrapped(model)
+    if isinstance(inner, ReSpSGenerationMixin):
+        yield model
+        return
+    attach(model)
+    try:
+        yield model
+    finally:
+        learned = inner.policy_cache
+        detach(model)
+        inner.policy_cache = learned
+
+
+@contextmanager
+def detached(model: Model) -> Iterator[Model]:
+    """Inside, `model` is detached; afterwards it is as it was, with its defaults and what "auto" has learned."""
+    inner: Any = unwrapped(model)
+    if not isinstance(inner, ReSpSGenerationMixin):
+        yield model
+        return
+    kept = inner.speculation_defaults, inner.policy_cache
+    detach(model)
+    try:
+        yield model
+    finally:
+        attach(model)
+        inner.speculation_defaults, inner.policy_cache = kept
 
 
 def _check_head(assistant_model: Any, target: Any) -> None:

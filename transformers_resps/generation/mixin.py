@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor
@@ -28,7 +29,7 @@ from .checks import check_forward_arguments, check_lengths, check_synced
 from .defaults import SpeculationDefaults
 from .generate_inputs import GenerateInputs
 from .lockstep import advance_together, coupling
-from .request import AUTO, Request, draft_head, is_plain, read_request
+from .request import Request, draft_head, is_plain, read_request
 
 
 @dataclass
@@ -56,6 +57,11 @@ class ReSpSGenerationMixin(GenerationMixin):
     """
 
     speculation_defaults = SpeculationDefaults()
+
+    @cached_property
+    def policy_cache(self) -> PolicyCache:
+        """What `policy="auto"` has learned on this model."""
+        return PolicyCache()
 
     def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
         self,
@@ -135,14 +141,17 @@ class ReSpSGenerationMixin(GenerationMixin):
             head = draft_head(assistant_model)
             if defaults.eval_mode:
                 stack.enter_context(defaults.mode.held(target, head))
-            request = read_request(target, assistant_model, policy, lockstep, config, arguments, prompts)
+
+            def borrow() -> Policy:
+                key = PolicyCache.key(target, 1 if prompts is None else len(prompts))
+                return stack.enter_context(self.policy_cache.borrow(head, key))
+
+            request = read_request(target, assistant_model, policy, lockstep, config, arguments, borrow)
             token = _request.set(request)
             try:
                 yield {} if assistant_model is None else {"assistant_model": head or assistant_model}
             finally:
                 _request.reset(token)
-                if request is not None and policy == AUTO:
-                    PolicyCache.of(self).give_back(head, request.place, request.policy)
 
     def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
         """Where stock `generate` goes when it is given an assistant.

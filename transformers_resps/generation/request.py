@@ -3,7 +3,7 @@
 Knows nothing of how it is decoded.
 """
 
-from collections.abc import Hashable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..compat import unwrapped
 from ..head import BoundHead, DraftHead, pair_identity
-from ..policy import FixedPolicy, Policy, PolicyCache
+from ..policy import FixedPolicy, Policy
 from .checks import check_model, check_settings
 from .layer_checks import check_draws
 from .tree_probe import check_tree_attention
@@ -29,13 +29,11 @@ class Request:
         head: drafts; `None` to draft by lookup alone.
         policy: decides.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
-        place: where `policy` was kept, and goes back to.
     """
 
     head: BoundHead | None
     policy: Policy
     lockstep: bool | None
-    place: Hashable
 
 
 def draft_head(assistant_model: Any) -> DraftHead | None:
@@ -51,7 +49,7 @@ def read_request(
     lockstep: bool | None,
     config: GenerationConfig | None,
     arguments: Mapping[str, Any],
-    prompts: Sized | None,
+    borrow: Callable[[], Policy],
 ) -> Request | None:
     """What a call asks for; `None` when it is a stock one.
 
@@ -62,7 +60,7 @@ def read_request(
         lockstep: of the call.
         config: the `generation_config` of the call.
         arguments: all its other keyword arguments.
-        prompts: of the call.
+        borrow: lends the policy that "auto" stands for.
 
     Raises:
         ValueError: it asks for what a tree cannot do.
@@ -87,11 +85,10 @@ def read_request(
     if head is not None:
         check_draws(head)
     check_tree_attention(target)
-    place = PolicyCache.place(target, 1 if prompts is None else len(prompts))
-    policy = _resolve_policy(policy, head, target, place)  # last: a refused call must not lose what "auto" has learned
+    policy = _resolve_policy(policy, head, borrow)
     if policy.has_identity:
         policy.check_identity(**pair_identity(target, head))
-    return Request(bound, policy, lockstep, place)
+    return Request(bound, policy, lockstep)
 
 
 def is_plain(assistant_model: Any, policy: Any) -> bool:
@@ -129,11 +126,11 @@ def check_kinds(assistant_model: Any, policy: Any, lockstep: Any) -> None:
         )
 
 
-def _resolve_policy(policy: Any, head: DraftHead | None, target: PreTrainedModel, place: Hashable) -> Policy:
+def _resolve_policy(policy: Any, head: DraftHead | None, borrow: Callable[[], Policy]) -> Policy:
     if policy is None and head is not None:
         return FixedPolicy(head.default_shape)
     if policy == AUTO:
-        return PolicyCache.of(target).take(head, place)
+        return borrow()
     if head is None and policy.needs_head:
         raise ValueError(
             f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..compat import unwrapped
-from ..generation.attach import attach, detach
+from ..generation.attach import attach, detach, detached
 from ..generation.defaults import SpeculationDefaults
 from ..generation.evaluation_mode import EvaluationMode
 from ..generation.mixin import ReSpSGenerationMixin
 from ..generation.sequences import end_ids, left_padded, up_to_end
 from ..head import DraftHead
-from ..policy import Policy, PolicyCache
+from ..policy import Policy
 from ..telemetry.report import SpeculationReport
 
 
@@ -56,9 +56,9 @@ class ModelUnderTest:
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
         """Call stock `generate` of the detached model, for prompts `[s]`."""
-        self._detach()
-        torch.manual_seed(seed)
-        return self._written(self._generate(prompts, **settings).sequences, prompts)
+        with detached(self.model):
+            torch.manual_seed(seed)
+            return self._written(self._generate(prompts, **settings).sequences, prompts)
 
     def speculative(
         self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any
@@ -71,8 +71,7 @@ class ModelUnderTest:
 
     def pick(self, text: Tensor, **settings: Any) -> int:
         """What plain decoding writes after `text` `[s]`, from the random generator's present state, which stays."""
-        self._detach()
-        with self._forked():
+        with detached(self.model), self._forked():
             sequences = self._generate([text], **settings | {"max_new_tokens": 1}).sequences
         return int(sequences[0, -1])
 
@@ -93,25 +92,16 @@ class ModelUnderTest:
             **settings,
         )
 
-    def _detach(self) -> None:
-        """What "auto" has learned with the model is kept."""
-        with PolicyCache.set_aside(self.target):
-            detach(self.model)
-
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Afterwards the model is as it was before, and so is the global random generator."""
-        target: Any = self.target
-        defaults = target.speculation_defaults if isinstance(target, ReSpSGenerationMixin) else None
+        was_attached = isinstance(self.target, ReSpSGenerationMixin)
         try:
             with self._forked(), SpeculationDefaults.suspended(), EvaluationMode().held(self.model):
                 yield
         finally:
-            if defaults is None:
+            if not was_attached:
                 detach(self.model)
-            else:
-                attach(self.model)
-                target.speculation_defaults = defaults  # detaching in between has forgotten them
 
     @contextmanager
     def without_settings(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from tests.conftest import build_target
 from tests.training.publishing.artefacts import policy_folder
 from tests.training.publishing.tiny import tiny_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, ReSpSGenerationMixin, TreeShape, attach
+from transformers_resps.generation.attach import attached
 from transformers_resps.hub import Destination
 from transformers_resps.policy import PolicyCache
 
@@ -87,13 +88,16 @@ def test_an_attached_model_stays_attached(where, target, head, prompt):
 def test_auto_goes_on_learning_from_call_to_call(target, head, prompt):
     from publishing.custom_generate.generate import generate
 
-    place = PolicyCache.place(target, 1)
+    def learned():
+        with attached(target), target.policy_cache.borrow(head, PolicyCache.key(target, 1)) as policy:
+            return policy
+
     for _ in range(2):
         generate(target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
-    learned = PolicyCache.of(target).take(head, place)
-    PolicyCache.of(target).give_back(head, place, learned)
+    before = learned()
+    assert before.policy.costs.knows_plain
     generate(target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
-    assert PolicyCache.of(target).take(head, place) is learned
+    assert learned() is before
     assert not isinstance(target, ReSpSGenerationMixin)
 
 
