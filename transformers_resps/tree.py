@@ -1,6 +1,4 @@
-"""Draft trees: the shape a policy asks for, the pool a drafter scores, the tree a target verifies.
-
-Knows torch only: nothing of models, caches or policies.
+"""Draft trees: the shape that a policy asks for, the pool that a drafter scores, the tree that the target verifies.
 
 Shape legend, used in the whole package: b batch rows, n tree nodes, m nodes of the accepted path, p pool nodes, w
 nodes of one drafted level, e entries drafted before it, k `top_k`; s cached positions, t positions of one pass, q
@@ -21,7 +19,7 @@ class TreeShape:
 
     Args:
         total_tokens: number of nodes that the target verifies, root included; at least 1.
-        depth: number of levels that the head drafts, and so the most of its tokens that a step can accept; at least 0.
+        depth: number of levels that the head drafts. A step accepts at most one token of each; at least 0.
         top_k: number of children of a node, and of nodes of a level that get children; at least 1.
         lookup: maximum number of further nodes from prompt lookup, on top of `total_tokens`; at least 0.
 
@@ -38,17 +36,17 @@ class TreeShape:
     lookup: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("total_tokens", 1), ("depth", 0), ("top_k", 1), ("lookup", 0)):
+        for name, minimum in (("total_tokens", 1), ("depth", 0), ("top_k", 1), ("lookup", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(
-                    f"TreeShape got `{name}={value!r}`, but it must be an integer of at least {least}. "
+                    f"TreeShape got `{name}={value!r}`, but it must be an integer of at least {minimum}. "
                     "`TreeShape(1, 0, 1)` is a plain step, without drafting."
                 )
 
     @classmethod
     def from_eagle(cls, total_token: int, depth: int, top_k: int) -> "TreeShape":
-        """The shape that EAGLE and Re-SpS write as total_token/depth/top_k; they count one level less.
+        """Convert the shape that EAGLE and Re-SpS write as total_token/depth/top_k; they count one level less.
 
         Their 60/7/10 drafts 8 levels (`topK_genrate` in SafeAILab/EAGLE: one extend pass and `depth` loops).
         """
@@ -68,10 +66,12 @@ class TreeShape:
 
     @property
     def asks_head(self) -> bool:
+        """Whether the head drafts."""
         return self.total_tokens > 1 and self.depth > 0
 
     @property
     def is_plain(self) -> bool:
+        """Whether nothing is drafted."""
         return not self.asks_head and self.lookup == 0
 
     def within(self, depth: int) -> "TreeShape":
@@ -84,7 +84,7 @@ class TreeShape:
 
 @dataclass(frozen=True, slots=True)
 class CandidatePool:
-    """Scored continuations of the root, every parent before its children.
+    """The continuations of the root that a drafter proposes, every parent before its children.
 
     Attributes:
         tokens: `[b, p]` target vocabulary ids.
@@ -99,11 +99,11 @@ class CandidatePool:
     levels: Tensor
 
     def drafted_match(self, tokens: Tensor) -> list[int]:
-        """How many of each row's `tokens` `[b, m]`, from the first, lie on a path below the root."""
+        """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
         return _drafted_match(self, tokens, -1)
 
     def nodes_along(self, path: Tensor) -> Tensor:
-        """The nodes below the root along a path of tokens `[b, m]`, -1 where it has left the pool: `[b, m]`."""
+        """Follow `path`, tokens `[b, m]`, from the root down: the nodes `[b, m]`, -1 after it has left the pool."""
         node, nodes = torch.full_like(path[:, :1], -1), []
         inside = torch.ones_like(node, dtype=torch.bool)
         for tokens in path.split(1, dim=1):
@@ -115,7 +115,7 @@ class CandidatePool:
 
 @dataclass(frozen=True, slots=True)
 class DraftTree:
-    """The nodes of one target forward; node 0 is the root, the newest token, not yet in the target's cache.
+    """The nodes of one target forward. Node 0 is the root: the newest token, which is not in the target's cache yet.
 
     Attributes:
         tokens: `[b, n]` target vocabulary ids.
@@ -144,7 +144,7 @@ class DraftTree:
 
     @classmethod
     def from_parents(cls, tokens: Tensor, parents: Tensor, scores: Tensor | None = None) -> "DraftTree":
-        """A tree from `[b, n]` tokens and parents, in which every parent comes before its children.
+        """Build a tree from `[b, n]` tokens and parents; every parent comes before its children.
 
         Raises:
             ValueError: a parent does not come before its child.
@@ -162,10 +162,10 @@ class DraftTree:
 
     @classmethod
     def from_pool(cls, root: Tensor, pool: CandidatePool, total_tokens: int) -> "DraftTree":
-        """The root `[b]` and the best `total_tokens - 1` nodes of the pool.
+        """Build the tree of the root `[b]` and the best `total_tokens - 1` nodes of the pool.
 
-        The sort is stable and a parent comes before its children and never scores less, so the kept nodes are closed
-        under parents even when scores tie.
+        No kept node lacks its parent, even when scores tie: the sort is stable, and a parent comes before its children
+        and never scores less.
 
         Source: EAGLE-2 (arXiv 2406.16858) section 4.2, reranking.
         """
@@ -184,21 +184,21 @@ class DraftTree:
         )
 
     @classmethod
-    def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, most_levels: int) -> "DraftTree":
+    def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
         node_count = tokens.shape[1]
         ancestors = torch.eye(node_count, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
         if node_count > 1:
             index = parents[..., None].expand(-1, -1, node_count)
             own = ancestors
-            for _ in range(most_levels):
+            for _ in range(level_count):
                 ancestors = own | ancestors.gather(1, index)
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores)
 
     def with_chains(self, chains: list[list[int]]) -> "DraftTree":
         """Add one chain of tokens below the root per row; nodes that the tree already has are shared.
 
-        Rows that gain fewer nodes are filled up with copies of the root's first child. They change nothing, because
-        acceptance finds the first one.
+        Rows that gain fewer nodes are filled up with copies of the root's first child. Acceptance never reaches them,
+        because it takes the first child that carries a token.
         """
         rows = [
             _merged(tokens, parents, chain)
@@ -218,14 +218,14 @@ class DraftTree:
         return self._derive(all_tokens, all_parents, scores, levels)
 
     def first(self, count: int) -> "DraftTree":
-        """The first `count` nodes: parents come before their children, so it is a tree."""
+        """Keep the first `count` nodes: a tree as well, because parents come before their children."""
         tokens, parents, depths = (part[:, :count] for part in (self.tokens, self.parents, self.depths))
         return DraftTree(tokens, parents, depths, self.ancestors[:, :count, :count], self.scores[:, :count])
 
     def padded(self, node_count: int) -> "DraftTree":
-        """Filled up to `node_count` nodes for the target's forward; not to be used for acceptance.
+        """Fill up to `node_count` nodes for the target's forward. Acceptance needs the tree without padding.
 
-        A padding node stands at the root's position and sees itself alone in the tree. No node sees it.
+        A padding node stands at the root's position and sees only itself in the tree. No other node sees it.
         """
         missing = node_count - self.node_count
         if missing == 0:
@@ -241,12 +241,13 @@ class DraftTree:
         return DraftTree(self.tokens[own], self.parents[own], self.depths[own], self.ancestors[own], self.scores[own])
 
     def drafted_match(self, tokens: Tensor) -> list[int]:
-        """How many of each row's `tokens` `[b, m]`, from the first, lie on a path below the root."""
+        """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
         return _drafted_match(self, tokens, 0)
 
     def children(self) -> list[dict[tuple[int, int], int]]:
-        """For each row: (node, token) -> the node's first child with that token. No tensors, because acceptance looks
-        up a few entries, one after the other.
+        """Map, for each row, (node, token) to the node's first child with that token.
+
+        Dicts, because acceptance looks up a few entries, one after the other.
         """
         rows = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
         last_to_first = range(self.node_count - 1, 0, -1)
@@ -259,9 +260,9 @@ def _drafted_match(nodes: CandidatePool | DraftTree, tokens: Tensor, root: int) 
 
 
 def _followed(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
-    """The nodes of one row that carry the tokens of a path below `root`, as far as they are there.
+    """The nodes of one row that carry the tokens of `path`, from a child of `root` down, as far as they are there.
 
-    Lists, since every step asks: of the few nodes of a step a tensor's operations take longer.
+    On lists: every step does this, and for its few nodes tensor operations would take longer.
     """
     node, nodes = root, []
     for token in path:

@@ -56,15 +56,15 @@ def root_among_its_children(children: Function) -> Function:
 
 
 def one_level_too_few(derive: Function) -> Function:
-    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, most_levels: int) -> DraftTree:
-        return derive(cls, tokens, parents, scores, most_levels - 1)
+    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> DraftTree:
+        return derive(cls, tokens, parents, scores, level_count - 1)
 
     return wrong
 
 
 def nodes_without_themselves(derive: Function) -> Function:
-    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, most_levels: int) -> DraftTree:
-        tree = derive(cls, tokens, parents, scores, most_levels)
+    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> DraftTree:
+        tree = derive(cls, tokens, parents, scores, level_count)
         return replace(tree, ancestors=tree.ancestors & ~torch.eye(tree.node_count, dtype=torch.bool))
 
     return wrong
