@@ -1,77 +1,76 @@
 """Trees against brute force."""
 
+from itertools import product
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.trees import VOCABULARY, batches, path_of, pools, random_tokens, texts_of, trees
 from transformers_resps.tree import CandidatePool, DraftTree, TreeShape
 
 
-def random_pool(seed: int, batch_size: int = 2, levels: int = 3, ties: bool = False) -> CandidatePool:
-    """A pool as drafters make it; with `ties`, many log probabilities are exactly 0."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens, parents, scores, level_of = [], [], [], []
-    first, width = 0, 0
-    for level in range(1, levels + 1):
-        count = int(torch.randint(1, 7, (), generator=generator))
-        step = -torch.rand(batch_size, count, generator=generator)
-        if ties:
-            step = step * torch.randint(0, 2, step.shape, generator=generator)
-        if level == 1:
-            parent = torch.full((batch_size, count), -1)
-            score = step
-        else:
-            parent = first + torch.randint(0, width, (batch_size, count), generator=generator)
-            score = step + torch.cat(scores, dim=1).gather(1, parent)
-        first, width = sum(part.shape[1] for part in tokens), count
-        tokens.append(torch.randint(0, 9, (batch_size, count), generator=generator))
-        parents.append(parent)
-        scores.append(score)
-        level_of.append(torch.full((count,), level))
-        first = first if level > 1 else 0
-    return CandidatePool(*(torch.cat(part, dim=1) for part in (tokens, parents, scores)), torch.cat(level_of))
-
-
-def path_of(parents: list[int], node: int) -> list[int]:
-    path = [node]
-    while path[-1] != 0:
-        path.append(parents[path[-1]])
-    return path[::-1]
-
-
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("seed", range(40))
-def test_the_kept_nodes_are_the_best_and_closed_under_parents(seed: int, ties: bool) -> None:
-    pool = random_pool(seed, ties=ties)
-    count = pool.tokens.shape[1]
-    for total_tokens in range(2, count + 3):
-        tree = DraftTree.from_pool(torch.tensor([7, 8]), pool, total_tokens)
-        kept = min(total_tokens - 1, count)
-        assert tree.tokens.shape == (2, kept + 1)
-        for row in range(2):
-            best = sorted(range(count), key=lambda node: (-pool.scores[row, node].item(), node))[:kept]
-            order = [-1, *sorted(best)]
-            for node, index in enumerate(order[1:], start=1):
-                assert pool.parents[row, index] in order, "a node was kept without its parent"
-                assert tree.tokens[row, node] == pool.tokens[row, index]
-                assert order[tree.parents[row, node]] == pool.parents[row, index]
-                assert tree.scores[row, node] == pool.scores[row, index]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_ancestors_and_depths_are_those_of_the_paths(seed: int) -> None:
-    pool = random_pool(seed, levels=5)
-    tree = DraftTree.from_pool(torch.tensor([0, 1]), pool, 12)
-    for row in range(2):
-        parents = tree.parents[row].tolist()
+@settings(max_examples=500)
+@given(pools(), st.integers(2, 30))
+def test_a_tree_keeps_the_best_of_a_pool_and_orphans_nobody(pool: CandidatePool, total_tokens: int) -> None:
+    tree = DraftTree.from_pool(torch.tensor([7, 8]), pool, total_tokens)
+    for row, root in enumerate([7, 8]):
+        scores, above = pool.scores[row].tolist(), pool.parents[row].tolist()
+        best = sorted(sorted(range(len(scores)), key=lambda node: (-scores[node], node))[: total_tokens - 1])
+        order = [-1, *best]
+        assert tree.node_count == len(order)
+        assert tree.tokens[row].tolist() == [root] + pool.tokens[row, best].tolist()
+        assert [order[parent] for parent in tree.parents[row].tolist()[1:]] == [above[node] for node in best]
+        assert tree.scores[row].tolist() == [0.0] + [scores[node] for node in best]
+        assert tree.depths[row].tolist() == [0] + pool.levels[best].tolist()
         for node in range(tree.node_count):
-            path = path_of(parents, node)
-            assert tree.depths[row, node] == len(path) - 1
-            assert tree.ancestors[row, node].nonzero().squeeze(-1).tolist() == sorted(path)
+            path = path_of(tree.parents[row].tolist(), node)
+            assert tree.ancestors[row, node].nonzero().flatten().tolist() == sorted(path)
 
 
 def test_a_child_is_found_by_its_token_and_the_root_is_nobodys_child() -> None:
     tree = DraftTree.from_parents(torch.tensor([[5, 5, 6, 5]]), torch.tensor([[0, 0, 0, 1]]))
     assert tree.children() == [{(0, 5): 1, (0, 6): 2, (1, 5): 3}]
+
+
+@settings(max_examples=300)
+@given(st.one_of(trees(8), batches(8)))
+def test_a_child_is_the_first_that_carries_the_token(tree: DraftTree) -> None:
+    count = tree.node_count
+    for row, found in enumerate(tree.children()):
+        above, own = tree.parents[row].tolist(), tree.tokens[row].tolist()
+        for at in product(range(count), range(VOCABULARY)):
+            below = [node for node in range(1, count) if (above[node], own[node]) == at]
+            assert found.get(at) == (below[0] if below else None)
+
+
+@settings(max_examples=500)
+@given(trees(), st.lists(st.integers(0, VOCABULARY - 1), max_size=6))
+def test_a_merged_chain_adds_its_texts_and_nothing_else(tree: DraftTree, chain: list[int]) -> None:
+    merged = tree.with_chains([chain])
+    count = tree.node_count
+    assert texts_of(merged) == texts_of(tree) | {tuple(chain[:length]) for length in range(len(chain) + 1)}
+    assert torch.equal(merged.tokens[:, :count], tree.tokens) and torch.equal(merged.parents[:, :count], tree.parents)
+    assert merged.node_count - count <= len(chain)
+    rebuilt = DraftTree.from_parents(merged.tokens, merged.parents)
+    assert torch.equal(merged.ancestors, rebuilt.ancestors) and torch.equal(merged.depths, rebuilt.depths)
+    assert merged.scores.shape == merged.tokens.shape
+
+
+@settings(max_examples=300)
+@given(batches(), st.data())
+def test_chains_of_different_lengths_never_change_what_another_row_can_read(
+    tree: DraftTree, data: st.DataObject
+) -> None:
+    count = tree.node_count
+    chains = [data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=5)) for _ in tree.tokens]
+    merged = tree.with_chains(chains)
+    for row, chain in enumerate(chains):
+        expected = texts_of(tree, row) | {tuple(chain[:length]) for length in range(len(chain) + 1)}
+        filled = texts_of(merged, row) - expected
+        assert all(len(text) == 1 for text in filled), "a row is filled up with children of the root"
+        assert not filled or len(merged.tokens[row]) > count and not texts_of(tree, row) - {()}
 
 
 def test_parents_must_come_first() -> None:
@@ -95,23 +94,20 @@ def test_plain_shapes_draft_nothing() -> None:
     assert TreeShape(9, 4, 2).within(-1).is_plain
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_what_a_pool_foresaw_is_the_longest_path_along_the_tokens(seed: int) -> None:
-    pool = random_pool(seed)
-    tokens = torch.randint(0, 9, (2, 4), generator=torch.Generator().manual_seed(seed))
+@settings(max_examples=300)
+@given(pools(), random_tokens(2, 4))
+def test_the_drafted_match_is_the_longest_path_along_the_tokens(pool: CandidatePool, tokens: list[list[int]]) -> None:
     longest, path = [], torch.full((2, 4), -1)
-    for row in range(2):
-        nodes, run = {-1}, 0
-        for token in tokens[row].tolist():
-            found = [
-                i for i, p in enumerate(pool.parents[row].tolist()) if p in nodes and pool.tokens[row, i] == token
-            ]
+    for row, above in enumerate(pool.parents.tolist()):
+        node, run = -1, 0
+        for token in tokens[row]:
+            found = [i for i, parent in enumerate(above) if parent == node and pool.tokens[row, i] == token]
             if not found:
                 break
-            path[row, run] = found[0]
-            nodes, run = {found[0]}, run + 1  # siblings with one token do not happen: the first stands for both
+            path[row, run] = node = found[0]
+            run += 1
         longest.append(run)
-    assert pool.drafted_match(tokens) == longest
-    assert pool.nodes_along(tokens).tolist() == path.tolist()
+    assert pool.drafted_match(torch.tensor(tokens)) == longest
+    assert pool.nodes_along(torch.tensor(tokens)).tolist() == path.tolist()
     whole = DraftTree.from_pool(torch.tensor([1, 2]), pool, pool.tokens.shape[1] + 1)
-    assert whole.drafted_match(tokens) == longest
+    assert whole.drafted_match(torch.tensor(tokens)) == longest

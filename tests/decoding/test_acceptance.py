@@ -1,73 +1,101 @@
-"""Acceptance against brute force, and against the distribution it must preserve."""
+"""Acceptance against brute force, its fast path against the rule, and both against the distribution to preserve."""
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList, set_seed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    set_seed,
+)
 
-from transformers_resps.decoding.acceptance import accept
+from tests.trees import VOCABULARY, batches, random_tokens, trees
+from transformers_resps.decoding.acceptance import Acceptance, accept, accept_greedy
 from transformers_resps.decoding.text import Text
 from transformers_resps.tree import DraftTree
 
 
-def text_of(prompt: torch.Tensor, max_length: int = 99, do_sample: bool = False) -> Text:
-    criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])
-    return Text(prompt, LogitsProcessorList(), criteria, do_sample=do_sample, pad_token=None)
+def text_of(length: int, *criteria: StoppingCriteria, rows: int = 1, do_sample: bool = False) -> Text:
+    """Rows of zeros, without processors."""
+    prompt = torch.zeros(rows, length, dtype=torch.long)
+    ends = StoppingCriteriaList(criteria or [MaxLengthCriteria(99)])
+    return Text(prompt, LogitsProcessorList(), ends, do_sample=do_sample, pad_token=torch.tensor(0))
 
 
-def random_tree(generator: torch.Generator, vocabulary: int) -> DraftTree:
-    """Any tree: chains, stars, one node, duplicate tokens below different parents and below the same one."""
-    count = int(torch.randint(1, 12, (), generator=generator))
-    kind = int(torch.randint(0, 3, (), generator=generator))
-    parents = [0]
-    for node in range(1, count):
-        low = (node - 1, 0, 0)[kind]
-        high = (node, 1, node)[kind]
-        parents.append(int(torch.randint(low, high, (), generator=generator)))
-    tokens = torch.randint(0, vocabulary, (1, count), generator=generator)
-    return DraftTree.from_parents(tokens, torch.tensor([parents]))
+def logits_of(picks: list[list[int]]) -> torch.Tensor:
+    """`[b, n, v]` with the largest at the picks `[b, n]`."""
+    return torch.nn.functional.one_hot(torch.tensor(picks), VOCABULARY).float()
 
 
-def brute_force(tree: DraftTree, picks: list[int]) -> list[int]:
-    """The path, by trying every child in order."""
-    parents, tokens, path = tree.parents[0].tolist(), tree.tokens[0].tolist(), [0]
-    while True:
-        children = [n for n in range(1, len(tokens)) if parents[n] == path[-1] and tokens[n] == picks[path[-1]]]
-        if not children:
-            return path
-        path.append(children[0])
+def brute_force(tree: DraftTree, picks: list[int], most: int = 99) -> list[int]:
+    """Descend to the first child that carries the pick, until there is none or `most` tokens are written."""
+    above, tokens, path = tree.parents[0].tolist(), tree.tokens[0].tolist(), [0]
+    while len(path) < most:
+        below = [node for node in range(1, len(tokens)) if above[node] == path[-1] and tokens[node] == picks[path[-1]]]
+        if not below:
+            break
+        path.append(below[0])
+    return path
 
 
-def test_acceptance_is_the_brute_force_walk_on_a_thousand_trees() -> None:
-    generator = torch.Generator().manual_seed(0)
-    longest = 0
-    for _ in range(1000):
-        tree = random_tree(generator, vocabulary=3)
-        logits = torch.randn(1, tree.node_count, 3, generator=generator)
-        picks = logits.argmax(-1)[0].tolist()
-        path = brute_force(tree, picks)
-        text = text_of(torch.tensor([[0]]))
-        acceptance = accept(tree, logits, text)
-        assert acceptance.path[0].tolist() == path
-        assert acceptance.tokens[0].tolist() == [picks[node] for node in path]
-        assert text.input_ids[0].tolist() == [0, *(picks[node] for node in path)]
-        assert acceptance.emitted == [len(path)]
-        longest = max(longest, len(path))
-    assert longest > 3
+@settings(max_examples=800)
+@given(trees(), st.data())
+def test_acceptance_is_the_brute_force_walk(tree: DraftTree, data: st.DataObject) -> None:
+    [picks] = data.draw(random_tokens(1, tree.node_count))
+    most = data.draw(st.integers(1, 6))
+    text = text_of(1, MaxLengthCriteria(1 + most))
+    acceptance = accept(tree, logits_of([picks]), text)
+    path = brute_force(tree, picks, most)
+    assert acceptance.path[0].tolist() == path
+    assert acceptance.tokens[0].tolist() == [picks[node] for node in path]
+    assert text.input_ids[0].tolist() == [0] + [picks[node] for node in path]
+    assert acceptance.counts == acceptance.emitted == [len(path)]
+    assert text.finished == (len(path) == most)
 
 
-def test_acceptance_stops_where_the_text_is_finished() -> None:
-    tree = DraftTree.from_parents(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 0, 1, 2]]))
-    logits = torch.nn.functional.one_hot(torch.ones(1, 4, dtype=torch.long), 3).float()
-    assert accept(tree, logits, text_of(torch.zeros(1, 1, dtype=torch.long), max_length=3)).path.tolist() == [[0, 1]]
+@settings(max_examples=300)
+@given(batches(), st.data())
+def test_rows_commit_what_the_shortest_run_allows(tree: DraftTree, data: st.DataObject) -> None:
+    picks = data.draw(random_tokens(*tree.tokens.shape))
+    acceptance = accept(tree, logits_of(picks), text_of(1, rows=len(picks)))
+    paths = [brute_force(tree.row(row), own) for row, own in enumerate(picks)]
+    shortest = min(map(len, paths))
+    assert acceptance.path.tolist() == [path[:shortest] for path in paths]
+    assert acceptance.tokens.tolist() == [
+        [own[node] for node in path[:shortest]] for own, path in zip(picks, paths, strict=True)
+    ]
 
 
-def test_rows_advance_by_the_shortest_run() -> None:
-    tokens = torch.tensor([[0, 1, 2], [0, 1, 1]])
-    tree = DraftTree.from_parents(tokens, torch.tensor([[0, 0, 1], [0, 0, 1]]))
-    logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0], [1, 2, 0]]), 3).float()
-    acceptance = accept(tree, logits, text_of(torch.zeros(2, 1, dtype=torch.long)))
-    assert acceptance.path.tolist() == [[0, 1], [0, 1]], "row 1 proposed 1 after 1, the target says 2"
-    assert acceptance.tokens.tolist() == [[1, 2], [1, 2]]
+@settings(max_examples=800)
+@given(batches(rows=3), st.data())
+def test_greedy_rows_accept_what_each_would_alone(tree: DraftTree, data: st.DataObject) -> None:
+    """Several steps over random trees, with picks that tie, end tokens and lengths that stop rows anywhere."""
+    size = 3 * tree.node_count * VOCABULARY
+    numbers = data.draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
+    logits = torch.tensor(numbers).reshape(3, tree.node_count, VOCABULARY).bfloat16()
+    ends = data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=3, max_size=3))
+    criteria: list[StoppingCriteria] = [MaxLengthCriteria(data.draw(st.integers(5, 12)))]
+    criteria += [EosTokenCriteria(ends)] if ends else []
+    alone, together = ([text_of(length, *criteria) for length in lengths] for _ in range(2))
+    expected = [accept(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(alone)]
+    paths, picks = accept_greedy(tree, logits, together)
+    for row, found in enumerate(expected):
+        assert found.path[0].tolist() == paths[row] and found.tokens[0].tolist() == picks[row]
+        assert found.counts == found.emitted == [len(paths[row])]
+        assert torch.equal(alone[row].input_ids, together[row].input_ids)
+        assert torch.equal(alone[row].unfinished, together[row].unfinished)
+        assert alone[row].finished == together[row].finished
+
+
+def test_shorter_rows_repeat_their_last_number() -> None:
+    acceptance = Acceptance.from_rows([[0], [0, 3, 4]], [[5], [6, 7, 8]], [1, 3], torch.device("cpu"))
+    assert acceptance.path.tolist() == [[0, 0, 0], [0, 3, 4]] and acceptance.tokens.tolist() == [[5, 5, 5], [6, 7, 8]]
+    assert acceptance.counts == [1, 3]
 
 
 # --- the distribution -----------------------------------------------------------------------------------------------
@@ -82,9 +110,7 @@ def first_tokens(children: list[int]) -> torch.Tensor:
     tree = DraftTree.from_parents(torch.tensor([[0, *children]]), torch.zeros(1, len(children) + 1, dtype=torch.long))
     logits = TARGET.log().expand(1, len(children) + 1, -1)
     set_seed(0)
-    picks = [
-        int(accept(tree, logits, text_of(torch.tensor([[0]]), do_sample=True)).tokens[0, 0]) for _ in range(DRAWS)
-    ]
+    picks = [int(accept(tree, logits, text_of(1, do_sample=True)).tokens[0, 0]) for _ in range(DRAWS)]
     return torch.bincount(torch.tensor(picks), minlength=len(TARGET))
 
 

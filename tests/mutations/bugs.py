@@ -161,6 +161,13 @@ def sample_unprocessed(init: Function) -> Function:
     return wrong
 
 
+def decode_padding(drop_finished: Function) -> Function:
+    def wrong(self: Any) -> None:
+        return None
+
+    return wrong
+
+
 # --- the target's cache and attention -------------------------------------------------------------------------------
 
 
@@ -175,6 +182,13 @@ def ask_the_first_row_alone(compact: Function) -> Function:
 def keep_the_root_alone(compact: Function) -> Function:
     def wrong(cache: Any, path: Tensor, node_count: int) -> None:
         compact(cache, path[:, :1], node_count)
+
+    return wrong
+
+
+def keep_the_first_rows_path(compact_ragged: Function) -> Function:
+    def wrong(cache: Any, path: Tensor, *rest: Any) -> None:
+        compact_ragged(cache, path[:1].expand_as(path), *rest)
 
     return wrong
 
@@ -219,16 +233,18 @@ def none_before_the_prefix_fills_it(window_of: Function) -> Function:
     return wrong
 
 
-_TREES = "tests/decoding/test_any_tree.py::test_"
-POOL = _TREES + "a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
-CHILD = _TREES + "a_child_is_the_first_that_carries_the_token"
-SIGHT = _TREES + "a_node_sees_the_prefix_and_its_own_path"
-WINDOW = _TREES + "a_sliding_layer_shows_the_end_of_a_nodes_own_text"
-CHAIN = _TREES + "a_merged_chain_adds_its_texts_and_nothing_else"
-WALK = _TREES + "acceptance_is_the_brute_force_walk"
-ROWS = _TREES + "rows_commit_what_the_shortest_run_allows"
-KEPT = _TREES + "the_cache_keeps_the_accepted_path_and_forgets_the_rest"
-GREEDY = "tests/decoding/test_accept_greedy.py"
+POOL = "tests/test_tree.py::test_a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
+CHILD = "tests/test_tree.py::test_a_child_is_the_first_that_carries_the_token"
+CHAIN = "tests/test_tree.py::test_a_merged_chain_adds_its_texts_and_nothing_else"
+MATCH = "tests/test_tree.py::test_the_drafted_match_is_the_longest_path_along_the_tokens"
+WALK = "tests/decoding/test_acceptance.py::test_acceptance_is_the_brute_force_walk"
+ROWS = "tests/decoding/test_acceptance.py::test_rows_commit_what_the_shortest_run_allows"
+GREEDY = "tests/decoding/test_acceptance.py::test_greedy_rows_accept_what_each_would_alone"
+FINISHED = "tests/decoding/test_finished_rows.py::test_finished_rows_cost_nothing"
+SIGHT = "tests/target/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+WINDOW = "tests/target/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
+KEPT = "tests/target/test_tree_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
+RAGGED = "tests/target/test_tree_cache.py::test_accepted_nodes_are_placed_behind_each_rows_own_entries"
 CALLS = "tests/generation/test_any_call.py"
 
 MUTATIONS = (
@@ -239,6 +255,7 @@ MUTATIONS = (
     Mutation("a node is no ancestor of itself", "tree:DraftTree._derive", nodes_without_themselves, SIGHT),
     Mutation("a merged chain becomes a star", "tree:_merged", chain_as_a_star, CHAIN),
     Mutation("a merged chain is shared with cousins", "tree:_followed", followed_through_cousins, CHAIN),
+    Mutation("cousins count as drafted", "tree:_followed", followed_through_cousins, MATCH),
     Mutation("each pick is sought below the root", "decoding.acceptance:_next_nodes", descend_from_the_root, WALK),
     Mutation("every pick is the root's", "decoding.acceptance:accept", pick_at_the_root, WALK),
     Mutation("acceptance goes on after the end", "decoding.acceptance:accept", go_on_after_the_end, WALK),
@@ -250,9 +267,13 @@ MUTATIONS = (
         one_end_token_of_several,
         GREEDY,
     ),
+    Mutation("finished rows are decoded on", "decoding.batch:Batch.drop_finished", decode_padding, FINISHED),
     Mutation("sampling forgets the processors", "decoding.text:Text.__init__", sample_unprocessed, CALLS),
     Mutation("only the first row's path is moved", "target.tree_cache:compact", ask_the_first_row_alone, KEPT),
     Mutation("the path is looked up in the prefix", "target.tree_cache:_move_forward", move_from_the_prefix, KEPT),
+    Mutation(
+        "ragged rows keep the first row's path", "target.tree_cache:compact_ragged", keep_the_first_rows_path, RAGGED
+    ),
     Mutation("only the root is kept", "target.tree_cache:compact", keep_the_root_alone, KEPT),
     Mutation(
         "nodes see their children",

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from tests.target.filled_cache import filled_cache
 from tests.targets import ARCHITECTURES, Architecture
+from tests.trees import parents, path_of
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
 from transformers_resps.target.tree_cache import compact, compact_ragged, keep_rows
@@ -40,6 +44,25 @@ def test_a_compacted_cache_equals_a_fresh_prefill(architecture: Architecture) ->
             kept = theirs.keys.shape[-2]
             torch.testing.assert_close(ours.keys[..., -kept:, :], theirs.keys, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(ours.values[..., -kept:, :], theirs.values, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=300)
+@given(st.lists(parents(), min_size=1, max_size=3), st.integers(0, 6), st.data())
+def test_the_cache_keeps_the_accepted_path_and_forgets_the_rest(
+    rows: list[list[int]], past: int, data: st.DataObject
+) -> None:
+    count = min(map(len, rows))
+    paths = [path_of(row[:count], data.draw(st.integers(0, count - 1))) for row in rows]
+    shortest = min(map(len, paths))
+    paths = [path[:shortest] for path in paths]
+    cache = filled_cache(past + count, len(rows))
+    before = cache.layers[0].keys.clone()
+    compact(cache, torch.tensor(paths), count)
+    assert cache.get_seq_length() == past + shortest
+    for row, path in enumerate(paths):
+        slots = [*range(past), *(past + node for node in path)]
+        assert torch.equal(cache.layers[0].keys[row], before[row, :, slots])
+        assert torch.equal(cache.layers[0].values[row], -before[row, :, slots])
 
 
 def test_the_mask_is_never_bool() -> None:

@@ -1,4 +1,4 @@
-"""Random pools and trees as strategies, and brute force on lists of parents."""
+"""Random trees and pools as Hypothesis strategies, and brute force on lists of parents."""
 
 import torch
 from hypothesis import strategies as st
@@ -32,22 +32,40 @@ def trees(draw: st.DrawFn, most_nodes: int = 14) -> DraftTree:
 
 
 @st.composite
-def pools(draw: st.DrawFn) -> CandidatePool:
+def batches(draw: st.DrawFn, most_nodes: int = 6, rows: int | None = None) -> DraftTree:
+    """Trees of two or three rows, or of as many as given, cut to one number of nodes."""
+    count = rows or draw(st.integers(2, 3))
+    alone = draw(st.lists(trees(most_nodes), min_size=count, max_size=count))
+    node_count = min(tree.node_count for tree in alone)
+    tokens, above = (
+        torch.cat([part[:, :node_count] for part in parts])
+        for parts in ([tree.tokens for tree in alone], [tree.parents for tree in alone])
+    )
+    return DraftTree.from_parents(tokens, above)
+
+
+@st.composite
+def pools(draw: st.DrawFn, rows: int = 2) -> CandidatePool:
     """As drafters make them, level by level: scores never above the parent's, and so coarse that they tie often."""
-    tokens, above, scores, levels = [], [], [], []
-    frontier = [(-1, 0.0)]
+    levels: list[int] = []
+    tokens, above, scores = ([[] for _ in range(rows)] for _ in range(3))
+    frontiers = [[(-1, 0.0)] for _ in range(rows)]
     for level in range(1, draw(st.integers(1, 4)) + 1):
-        following = []
-        for _ in range(draw(st.integers(1, 6))):
-            parent, score = draw(st.sampled_from(frontier))
-            score = score - draw(st.sampled_from([0.0, 0.0, 0.5, 1.0]))
-            following.append((len(tokens), score))
-            tokens.append(draw(st.integers(0, VOCABULARY - 1)))
-            above.append(parent)
-            scores.append(score)
-            levels.append(level)
-        frontier = following
-    return CandidatePool(torch.tensor([tokens]), torch.tensor([above]), torch.tensor([scores]), torch.tensor(levels))
+        nodes = range(len(levels), len(levels) + draw(st.integers(1, 6)))
+        for row in range(rows):
+            drafted = [draw(st.sampled_from(frontiers[row])) for _ in nodes]
+            above[row] += [parent for parent, _ in drafted]
+            scores[row] += [score - draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])) for _, score in drafted]
+            tokens[row] += [draw(st.integers(0, VOCABULARY - 1)) for _ in nodes]
+            frontiers[row] = [(node, scores[row][node]) for node in nodes]
+        levels += [level] * len(nodes)
+    return CandidatePool(*map(torch.tensor, (tokens, above, scores, levels)))
+
+
+def random_tokens(rows: int, count: int) -> st.SearchStrategy[list[list[int]]]:
+    """`[rows, count]` tokens."""
+    row = st.lists(st.integers(0, VOCABULARY - 1), min_size=count, max_size=count)
+    return st.lists(row, min_size=rows, max_size=rows)
 
 
 def path_of(row: list[int], node: int) -> list[int]:
