@@ -1,4 +1,4 @@
-"""What differs between installations: the release of Transformers, a PEFT wrapper, the extras.
+"""What differs between installations: the releases of Hugging Face's libraries, a PEFT wrapper, the extras.
 
 Each line about a release says when it can go.
 """
@@ -12,6 +12,12 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 
+try:
+    import httpx2 as httpx
+except ImportError:
+    import httpx  # type: ignore[no-redef,import-not-found]
+
+
 _DISTRIBUTION = "transformers-resps"
 _INSTALLED = Version(transformers.__version__)
 
@@ -21,6 +27,9 @@ CACHE_KEYWORD = "cache" if Version("5.24") <= _INSTALLED else "past_key_values"
 # Of some layers as `output_hidden_states` older releases leave out what enters the first, and count from there. Goes
 # when 5.23 is the lowest release we support.
 SELECTS_HIDDEN_STATES = Version("5.23") <= _INSTALLED
+
+# A broken connection, as huggingface_hub reports it. Goes when the lowest release we support has moved to httpx2.
+TransportError = httpx.HTTPError
 
 
 def unwrapped(model: Any) -> Any:

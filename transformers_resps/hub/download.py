@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from .transport import TransportError
+from ..compat import TransportError
 
 
 class RepositoryFiles:
@@ -97,20 +97,13 @@ def is_whole(path: Path) -> bool:
     if not path.is_symlink():  # a folder of the user's, or a cache without links
         return True
     blob = Path(os.readlink(path))  # one step: a blob shared between repositories is itself a link
-    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]+", blob.name):
+    if blob.parent.name != "blobs":
         return True
-    hashed = {64: _sha256, 40: _git_sha1}.get(len(blob.name))
-    return hashed is None or hashed(path) == blob.name
-
-
-def _sha256(path: Path) -> str:
-    return _hashed(path, hashlib.sha256())
-
-
-def _git_sha1(path: Path) -> str:
-    return _hashed(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
-
-
-def _hashed(path: Path, hasher: Any) -> str:
+    if re.fullmatch("[0-9a-f]{64}", blob.name):  # Git LFS
+        hasher = hashlib.sha256()
+    elif re.fullmatch("[0-9a-f]{40}", blob.name):  # Git
+        hasher = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    else:
+        return True
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hasher).hexdigest()
+        return hashlib.file_digest(file, lambda: hasher).hexdigest() == blob.name

@@ -10,13 +10,13 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from .transport import TransportError
+from ..compat import TransportError
 
 
 Answer = TypeVar("Answer")
 
 _BUSY = (429, 503)  # the Hub did nothing and asks to come back
-_TRIES, _LONGEST_WAIT_SECONDS = 5, 60.0
+_MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +158,14 @@ def _commit(
 
 def _patiently(call: Callable[[], Answer], sleep: Callable[[float], None]) -> Answer:
     wait = 1.0
-    for _ in range(_TRIES - 1):
+    for _ in range(_MAX_TRIES - 1):
         try:
             return call()
         except HfHubHTTPError as error:
             if error.response.status_code not in _BUSY:
                 raise
             asked = error.response.headers.get("Retry-After", "")
-        sleep(min(float(asked) if asked.isdigit() else wait, _LONGEST_WAIT_SECONDS))
+        sleep(min(float(asked) if asked.isdigit() else wait, _MAX_WAIT_SECONDS))
         wait *= 2
     return call()
 
