@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from publishing import check, files_of, publish, write_card, write_custom_generate
+from publishing import check_folder, files_of, publish, write_card, write_custom_generate
 from transformers_resps.hub import Destination
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         write_custom_generate(args.folder)
         print(f"written: {write_card(args.folder)}")
     elif args.dry_run:
-        check(args.folder, args.repo_id)
+        check_folder(args.folder, args.repo_id)
         for name, file in files_of(args.folder, args.repo_id).items():
             size = len(file) if isinstance(file, bytes) else file.stat().st_size
             print(f"{size:12,}  {name}")

@@ -3,14 +3,14 @@
 from .artefact import Artefact, UnreadableArtefactError, read_artefact
 from .card import render_card
 from .checks import find_faults
-from .release import check, files_of, publish, write_card, write_custom_generate
+from .release import check_folder, files_of, publish, write_card, write_custom_generate
 from .training_run import head_metrics, recipe_of, write_run
 
 
 __all__ = [
     "Artefact",
     "UnreadableArtefactError",
-    "check",
+    "check_folder",
     "files_of",
     "find_faults",
     "head_metrics",

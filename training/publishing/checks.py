@@ -80,13 +80,10 @@ def _file_faults(folder: Path, file: Path) -> Iterator[str]:
     most = _MAX_BYTES.get(file.suffix, _MAX_OTHER_BYTES)
     if file.stat().st_size > most:
         yield f"{name} has {file.stat().st_size:,} bytes, but the Hub takes at most {most:,}. Make it smaller."
-    yield from _SNIFFERS.get(file.suffix, _no_faults)(file)
+    if file.suffix in _SNIFFERS:
+        yield from _SNIFFERS[file.suffix](file)
     if file.suffix in _TEXTS:
         yield from private_facts(file.name, file.read_text(encoding="utf-8", errors="replace"))
-
-
-def _no_faults(file: Path) -> Iterator[str]:
-    yield from ()
 
 
 def _not_safetensors(file: Path) -> Iterator[str]:

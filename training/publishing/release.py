@@ -52,7 +52,7 @@ def publish(folder: Path, destination: Destination) -> str:
         ValueError: lists every fault.
         OSError: the Hub refused, or the connection broke; see `transformers_resps.hub.upload`.
     """
-    check(folder, destination.repo_id)
+    check_folder(folder, destination.repo_id)
     message = f"Publish {folder.resolve().name}"
     return upload(files_of(folder, destination.repo_id), destination, message, existing=Existing(remove=is_published))
 
@@ -63,7 +63,7 @@ def is_published(name: str) -> bool:
     return path.parts[0] == CUSTOM_GENERATE or (len(path.parts) == 1 and path.suffix in KINDS)
 
 
-def check(folder: Path, repo_id: str) -> None:
+def check_folder(folder: Path, repo_id: str) -> None:
     """Check a folder before it is published.
 
     Raises:

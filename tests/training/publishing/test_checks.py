@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from publishing import find_faults, write_card, write_custom_generate
-from publishing.release import check, local_name
+from publishing.release import check_folder, local_name
 from tests.training.publishing.artefacts import changed, complete, policy_folder
 from transformers_resps import FixedPolicy, TreeShape
 
@@ -210,7 +210,7 @@ def test_everything_wrong_is_told_at_once_with_what_to_do(folder):
     (folder / "run.sh").write_text("rm -r *")
     changed(folder, results={"partial": True})
     with pytest.raises(ValueError, match="cannot be published") as caught:
-        check(folder, "me/head")
+        check_folder(folder, "me/head")
     listed = [line for line in str(caught.value).splitlines() if line.startswith("- ")]
     assert len(listed) == 4  # and the card no longer fits
     assert str(caught.value).endswith("Fix these, then publish again.")
