@@ -93,7 +93,7 @@ def main() -> None:
     target = attach(load_target(script.target, script.target_dtype, device, packed=script.pack))
     head = DraftHead.from_pretrained(script.head, target=target)
     prompts = script.read_prompts()
-    prompts.check_room(target, script.max_new_tokens)
+    prompts.check_context(target, script.max_new_tokens)
     costs = calibrate(target, head, folder=Path(script.output_dir) / "costs")
     fitted_to = recorded(target, head, [*prompts.train, *prompts.watched], script, "fit")
     held_out = recorded(target, head, prompts.tested, script, "test")

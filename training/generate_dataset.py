@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from prompts.batched_answers import answer
+from runs.context import check_context
+from transformers_resps.bench.models import load_target
 from transformers_resps.data import Conversation, read_conversations
 from transformers_resps.generation.sequences import end_ids
-from transformers_resps.target.prepacking import prepack
 
 
 DECIDES_ANSWERS = ("target", "temperatures", "max_new_tokens", "dtype", "seed")
@@ -129,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_provenance(args: argparse.Namespace) -> None:
-    """Refuse to continue a file that was made with other settings."""
+    """Check that a file to continue was made with the same settings."""
     file = provenance_of(args.output)
     if not (args.output.exists() and file.exists()):
         return
@@ -157,22 +158,14 @@ def write_provenance(args: argparse.Namespace, prompts: list[Prompt]) -> None:
     provenance_of(args.output).write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
-def check_context(model: Any, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse lengths that do not fit into the target's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and max_prompt_tokens + max_new_tokens > context:
-        raise ValueError(
-            f"`--max-prompt-tokens {max_prompt_tokens}` and `--max-new-tokens {max_new_tokens}` allow "
-            f"{max_prompt_tokens + max_new_tokens} tokens, but the target reads at most {context}. Lower one of them."
-        )
-
-
 def main() -> None:
     args = make_parser().parse_args()
     check_provenance(args)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    model = prepack(AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(args.device).eval())
-    check_context(model, args.max_prompt_tokens, args.max_new_tokens)
+    model = load_target(args.target, args.dtype, args.device, packed=True)
+    asked, answered = args.max_prompt_tokens, args.max_new_tokens
+    needed = f"`--max-prompt-tokens {asked}` and `--max-new-tokens {answered}` allow {asked + answered} tokens"
+    check_context(model, asked + answered, needed, "Lower one of them.")
     prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed, args.matching)
     if not prompts:
         raise ValueError(

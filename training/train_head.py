@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
 from publishing import head_metrics, recipe_of, write_run
 from runs.checkpoints import newest_checkpoint
 from runs.command_line import parse
+from runs.context import check_context
 from runs.timing import TimingCallback
 from transformers_resps import DraftHead
-from transformers_resps.bench.models import training_prompts_of
+from transformers_resps.bench.models import load_target, training_prompts_of
 from transformers_resps.bench.provenance import machine
 from transformers_resps.data import (
     Example,
@@ -123,17 +124,6 @@ class AdapterArguments:
         )
 
 
-def load_target(script: HeadScriptArguments) -> PreTrainedModel:
-    """Load the target, and check that `max_length` fits into its context."""
-    target = AutoModelForCausalLM.from_pretrained(script.target, dtype=script.target_dtype)
-    context = target.config.get_text_config().max_position_embeddings
-    if script.max_length > context:
-        raise ValueError(
-            f"`max_length` is {script.max_length}, but the target reads at most {context} tokens. Lower `max_length`."
-        )
-    return target
-
-
 def read_examples(script: HeadScriptArguments, tokenizer: Any) -> tuple[list[Example], list[Example]]:
     """The examples to train on, and those of the first dataset to evaluate."""
     train: list[Example] = []
@@ -230,7 +220,8 @@ def main() -> None:
     set_seed(args.seed)
     checkpoint = newest_checkpoint(Path(args.output_dir))
     tokenizer = AutoTokenizer.from_pretrained(script.target)
-    target = load_target(script)
+    target = load_target(script.target, script.target_dtype, "cpu")
+    check_context(target, script.max_length, f"`max_length` is {script.max_length}", "Lower `max_length`.")
     train, held_out = read_examples(script, tokenizer)
     # A checkpoint of adapters does not contain the head.
     start = script.head if adapters.use_peft else checkpoint or script.head

@@ -211,7 +211,7 @@ def run() -> None:
     target = attach(load_target(script.target, script.target_dtype, str(args.device), packed=script.pack))
     head = DraftHead.from_pretrained(script.head, target=target)
     prompts = script.read_prompts()
-    prompts.check_room(target, script.max_new_tokens)
+    prompts.check_context(target, script.max_new_tokens)
     seconds = measure_costs(target, head, script, args)
     grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
     if script.drop_hopeless:

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
 from transformers_resps.data import (
-    Example,
     prompt_fingerprint,
     read_training_prompts,
-    split_examples,
-    vocabulary_of,
     write_training_prompts,
 )
 from transformers_resps.trainers import DraftHeadTrainingConfig
@@ -73,7 +71,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *datasets: str, **options
 def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
     layout: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = SCRIPT["AutoModelForCausalLM"].from_pretrained(folder / "target")
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
     ids = torch.tensor([2, 3, 4, 5, 9, 11])
     torch.manual_seed(7)
     given = DraftHead.from_target(target, draft_token_ids=ids, feature_layers=[1, 3], fc_norm=True)
@@ -102,7 +100,7 @@ def test_a_warm_start_keeps_what_the_head_is_and_a_checkpoint_wins_over_it(
 def test_adapters_for_a_domain_are_resumed_and_merged_into_the_head_that_is_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = SCRIPT["AutoModelForCausalLM"].from_pretrained(folder / "target")
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
     given = DraftHead.from_target(target, draft_token_ids=torch.tensor([2, 3, 4, 5, 9, 11]))
     given.save_pretrained(folder / "given")
     options = {"use_peft": True, "lora_r": 2, "lora_target_modules": "q_proj down_proj", "learning_rate": 0.1}
@@ -126,26 +124,6 @@ def test_a_head_of_another_target_is_refused_before_any_text_is_read_by_it(
     DraftHead.from_target(other, draft_vocab_size=12).save_pretrained(folder / "given")
     with pytest.raises(ValueError, match="This head was made for"):
         run(folder, monkeypatch, head=folder / "given")
-
-
-def text(prompt: list[int], answer: list[int]) -> Example:
-    mask = torch.arange(len(prompt) + len(answer)) >= len(prompt)
-    return Example(torch.tensor(prompt + answer), mask)
-
-
-def test_a_text_stays_on_its_side_whatever_is_added_and_with_any_answer() -> None:
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, 99, (400, 6), generator=generator).tolist()
-    texts = [text(prompt, [1, 2]) for prompt in prompts]
-    train, held_out = split_examples(texts[:200], 0.1)
-    assert len(train) + len(held_out) == 200 and 8 <= len(held_out) <= 35
-    more_train, more_held_out = split_examples(texts[::-1], 0.1)
-    assert {id(example) for example in train} <= {id(example) for example in more_train}
-    assert {id(example) for example in held_out} <= {id(example) for example in more_held_out}
-    again, _ = split_examples([text(prompt, [7, 8, 9]) for prompt in prompts], 0.1)
-    assert [example.prompt_place for example in again] == [
-        example.prompt_place for example in texts if example.prompt_place >= 0.1
-    ]
 
 
 def test_the_evaluated_texts_stay_the_same_when_a_file_is_added(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,17 +150,51 @@ def test_one_process_of_several_writes_the_artefact(folder: Path, monkeypatch: p
     assert (folder / "run" / "checkpoint-2").is_dir() and not (folder / "run" / "head" / "metrics.json").exists()
 
 
-def test_coverage_is_counted_by_hand_and_none_at_all_refused() -> None:
-    target = Architecture("llama").build("sdpa").float()
-    head = DraftHead.from_target(target, draft_token_ids=torch.tensor([4, 5]))
-    assert vocabulary_of(head, [text([4], [4, 5, 6, 7]), text([1], [7])]).coverage == pytest.approx(2 / 5)
-    with pytest.raises(ValueError, match="none of them occurs"):
-        vocabulary_of(head, [text([4, 5], [6, 7])])
-
-
 @pytest.mark.parametrize(
     "kind", [DraftHeadTrainingConfig, SCRIPT["HeadScriptArguments"], SCRIPT["AdapterArguments"]], ids=str
 )
 def test_every_setting_has_a_help(kind: Any) -> None:
     for one in dataclasses.fields(kind):
         assert one.metadata.get("help"), one.name
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"messages": []}],
+        [{"messages": [{"role": "user", "content": "def"}]}],
+        [{"prompt": "def"}, {"turns": ["gh", "jk"]}],
+    ],
+    ids=["no rows", "empty", "one turn", "no assistant turns"],
+)
+def test_a_dataset_that_nobody_answered_is_refused(
+    rows: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "first.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="has an assistant turn"):
+        run(folder, monkeypatch)
+    assert not (folder / "run" / "head").exists()
+
+
+def test_texts_longer_than_the_context_are_refused_before_any_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "first.jsonl").unlink()
+    with pytest.raises(ValueError, match="`max_length` is 99999, but the target reads at most .* Lower `max_length`"):
+        run(folder, monkeypatch, max_length=99999)
+
+
+def test_ctrl_c_says_from_where_the_same_command_resumes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = SCRIPT["DraftHeadTrainer"].train
+
+    def stopped(trainer: Any, **options: Any) -> None:
+        train(trainer, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SCRIPT["DraftHeadTrainer"], "train", stopped)
+    with pytest.raises(SystemExit, match="130"):
+        run(folder, monkeypatch)
+    assert f"Run the same command to resume from {folder / 'run' / 'checkpoint-2'}" in capsys.readouterr().out

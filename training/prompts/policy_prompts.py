@@ -1,4 +1,4 @@
-"""The prompts that a policy is made with: asked for, read, split by their hashes, checked against the context."""
+"""Read the prompts that a policy is made with, and split them by their hashes."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from runs.context import check_context
+from transformers_resps.bench.prompts import to_tokens
 from transformers_resps.data import load_conversations
 
 
@@ -50,8 +52,7 @@ class Prompts:
             if not asked:
                 continue
             turns = conversation[: asked[-1] + 1]
-            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+            tokens = to_tokens(turns, tokenizer)
             if len(tokens) <= max_prompt_tokens:
                 found[name_of(tokens)] = tokens
                 first_questions.add(conversation[asked[0]]["content"])
@@ -67,19 +68,16 @@ class Prompts:
         half = min(max(1, round(held_out * len(ordered) / 2)), (len(ordered) - 1) // 2)
         return cls(ordered[2 * half :], ordered[half : 2 * half], ordered[:half], first_questions)
 
-    def check_room(self, target: PreTrainedModel, max_new_tokens: int) -> None:
-        """Refuse before any work prompts that leave no room for their answers.
+    def check_context(self, target: PreTrainedModel, max_new_tokens: int) -> None:
+        """Check that the longest prompt leaves room for its answer.
 
         Raises:
-            ValueError: the longest does not.
+            ValueError: it does not.
         """
         longest = max(len(prompt) for part in (self.train, self.watched, self.tested) for prompt in part)
-        context = target.config.get_text_config().max_position_embeddings
-        if longest + max_new_tokens > context:
-            raise ValueError(
-                f"The longest prompt has {longest} tokens and its answer up to {max_new_tokens}, but the target reads "
-                f"at most {context}. Lower --max_prompt_tokens or --max_new_tokens."
-            )
+        needed = f"The longest prompt has {longest} tokens and its answer up to {max_new_tokens}"
+        remedy = "Lower --max_prompt_tokens or --max_new_tokens."
+        check_context(target, longest + max_new_tokens, needed, remedy)
 
 
 def name_of(tokens: Tensor) -> str:

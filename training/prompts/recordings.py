@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from transformers_resps import DraftHead, attach
+from transformers_resps.bench.models import load_target
+from transformers_resps.bench.prompts import to_tokens
 from transformers_resps.bench.protocol import sampling
 from transformers_resps.data import load_conversations
 from transformers_resps.generation.sequences import end_ids, left_padded
@@ -32,16 +34,15 @@ BATCH = 10  # answers written together
 TEMPERATURES = (0.0, 1.0)
 
 
-def read_prompts(source: str, tokenizer: Any, limit: int, most_tokens: int) -> list[Tensor]:
+def read_prompts(source: str, tokenizer: Any, limit: int, max_tokens: int) -> list[Tensor]:
     """The first user turns of a dataset, as `[s]` each, the first `limit` that are short enough."""
     prompts: dict[tuple[int, ...], Tensor] = {}
     for conversation in load_conversations(source):
         asked = next((message for message in conversation if message["role"] == "user"), None)
         if asked is None:
             continue
-        text = tokenizer.apply_chat_template([asked], add_generation_prompt=True, tokenize=False)
-        tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-        if len(tokens) <= most_tokens:
+        tokens = to_tokens([asked], tokenizer)
+        if len(tokens) <= max_tokens:
             prompts.setdefault(tuple(tokens.tolist()), tokens)
         if len(prompts) == limit:
             break
@@ -92,7 +93,7 @@ def record(
 
 
 def check_folder(folder: Path, target: str, made_with: str) -> None:
-    """Refuse to put recordings beside others: a folder is read as a whole, whatever its files are called.
+    """Check that a folder holds recordings of the same kind only: a study reads all of them.
 
     Raises:
         ValueError: those in it are of another target or head, or were made otherwise.
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("work/recordings"))
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target: Any = attach(AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype))
+    target: Any = attach(load_target(args.target, args.dtype, "cpu"))
     head = DraftHead.from_pretrained(args.head, target=target)
     jobs = [("fit", source, args.fit_limit) for source in args.fit]
     jobs += [("evaluate", source, args.limit) for source in args.evaluate]

@@ -12,6 +12,6 @@ def parse(*kinds: Any) -> tuple[Any, ...]:
         check_extra("train")
     except ValueError as error:
         sys.exit(str(error))
-    from trl import TrlParser
+    from trl import TrlParser  # type: ignore[attr-defined]  # TRL loads its names lazily
 
     return tuple(TrlParser(kinds).parse_args_and_config())  # type: ignore[no-untyped-call]
