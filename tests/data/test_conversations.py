@@ -5,7 +5,6 @@ import datasets
 import pytest
 
 from transformers_resps.data import load_conversations, read_conversations
-from transformers_resps.trainers.warnings import USEFUL_TOKENS, warn_if_small
 
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -114,11 +113,3 @@ def test_datasets_of_the_hub_need_their_package_and_say_so(monkeypatch):
 def test_a_missing_file_is_not_looked_for_on_the_hub():
     with pytest.raises(ValueError, match="There is no file"):
         list(load_conversations("nowhere.jsonl"))
-
-
-def test_a_run_too_small_to_be_useful_is_announced(caplog):
-    assert not warn_if_small(USEFUL_TOKENS)
-    assert not caplog.records
-    assert warn_if_small(1000)
-    assert "1,000 positions" in caplog.text
-    assert "generate_dataset.py" in caplog.text

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from tests.tokenizers import letter_tokenizer
-from transformers_resps.data import Example, choose_draft_vocabulary, make_example, make_examples
-from transformers_resps.data.batches import IGNORED, TokenBudgetBatches, collate
+from transformers_resps.data import Example, make_example, make_examples, split_examples
 
 
 TEMPLATE = (
@@ -45,16 +44,6 @@ def test_predicted_leaves_out_tokens_a_head_cannot_reach():
     assert example.predicted.tolist() == [False, False, True, False, True]
 
 
-def test_labels_hold_the_predicted_tokens_and_padding_has_none():
-    rows = [
-        {"input_ids": torch.tensor([5, 6, 7]), "loss_mask": torch.tensor([False, False, True])},
-        {"input_ids": torch.tensor([8, 9, 1, 2]), "loss_mask": torch.tensor([False, False, False, True])},
-    ]
-    batch = collate(rows)
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED], [IGNORED, IGNORED, IGNORED, 2]]
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [8, 9, 1, 2]]
-
-
 @pytest.mark.parametrize(
     "conversations",
     [[], [[]], [turns("de")], [turns("", "de")[1:]], [turns("d" * 50, "e")]],
@@ -81,31 +70,21 @@ def test_where_a_template_rewrites_earlier_turns_the_first_answer_is_used_and_co
         make_examples([turns("dd", "e")], tokenizer, max_length=20)
 
 
-def test_a_vocabulary_is_not_counted_from_tokens_of_another_tokenizer():
-    example = Example(torch.tensor([3, 9, 12]), torch.tensor([False, True, True]))
-    with pytest.raises(ValueError, match="token id 12, but the target's vocabulary has 12 tokens. They were"):
-        choose_draft_vocabulary([example], vocab_size=12, draft_vocab_size=4)
+def text(prompt: list[int], answer: list[int]) -> Example:
+    mask = torch.arange(len(prompt) + len(answer)) >= len(prompt)
+    return Example(torch.tensor(prompt + answer), mask)
 
 
-def test_vocabulary_is_the_most_frequent_tokens_with_the_forced_ones():
-    mask = torch.tensor([False, *[True] * 9])
-    example = Example(torch.tensor([3, 9, 9, 9, 5, 5, 7, 7, 1, 4]), mask)
-    vocabulary = choose_draft_vocabulary([example], vocab_size=12, draft_vocab_size=4, always=[11])
-    assert vocabulary.token_ids.tolist() == [5, 7, 9, 11]
-    assert vocabulary.coverage == pytest.approx(7 / 9)
-    with pytest.raises(ValueError, match="draft_vocab_size"):
-        choose_draft_vocabulary([example], vocab_size=12, draft_vocab_size=13)
-
-
-def test_batches_keep_to_the_budget_and_hold_every_text_once_per_epoch():
-    lengths = torch.randint(1, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = TokenBudgetBatches(lengths, 128, seed=3)
-    orders = []
-    for epoch in (0, 1):
-        batches.set_epoch(epoch)
-        order = list(batches)
-        assert len(order) == len(batches)
-        assert sorted(i for batch in order for i in batch) == list(range(200))
-        assert all(len(batch) * max(lengths[i] for i in batch) <= 128 for batch in order)
-        orders.append(order)
-    assert orders[0] != orders[1]
+def test_a_text_stays_on_its_side_whatever_is_added_and_with_any_answer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, 99, (400, 6), generator=generator).tolist()
+    texts = [text(prompt, [1, 2]) for prompt in prompts]
+    train, held_out = split_examples(texts[:200], 0.1)
+    assert len(train) + len(held_out) == 200 and 8 <= len(held_out) <= 35
+    more_train, more_held_out = split_examples(texts[::-1], 0.1)
+    assert {id(example) for example in train} <= {id(example) for example in more_train}
+    assert {id(example) for example in held_out} <= {id(example) for example in more_held_out}
+    again, _ = split_examples([text(prompt, [7, 8, 9]) for prompt in prompts], 0.1)
+    assert [example.prompt_place for example in again] == [
+        example.prompt_place for example in texts if example.prompt_place >= 0.1
+    ]
