@@ -1,4 +1,4 @@
-"""Small Llamas that end their answers or never do, and a head."""
+"""Tiny Llamas, with an end token and without, and a head."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rows of unequal lengths, and calls over them."""
+"""Padded prompts of unequal lengths, calls over them, and how unevenly their rows advanced."""
 
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ WIDE = TreeShape(40, 3, VOCABULARY)
 
 
 class AnyShape(Policy):
-    """Another tree at every step, with lookups and plain steps among them."""
+    """Draws another shape at every step, with lookups and plain steps among them."""
 
     needs_head = False
 
@@ -29,7 +29,7 @@ class AnyShape(Policy):
 
 
 def prompts(seed: int, rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:
-    """Random rows, padded on the left to different lengths."""
+    """Random prompts, padded on the left to one length."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
     pads = torch.randint(0, length, (rows, 1), generator=generator)
@@ -38,7 +38,7 @@ def prompts(seed: int, rows: int = 4, length: int = 9) -> dict[str, torch.Tensor
 
 
 def uneven_steps(report: Any) -> int:
-    """Steps in which two rows gained different numbers of tokens and went on afterwards."""
+    """Count steps in which two rows gained different numbers of tokens and went on afterwards."""
     return sum(
         len({count for count, later in zip(step.emitted, following.emitted, strict=True) if later}) > 1
         for step, following in pairwise(report.steps)

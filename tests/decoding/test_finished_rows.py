@@ -1,4 +1,4 @@
-"""Rows that have finished while others go on."""
+"""Rows that have finished while others go on: no forward, no draft, no record of them."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_the_head_drafts_for_unfinished_rows_only(target: PreTrainedModel, head:
 
 
 def test_a_finished_row_that_stays_says_nothing_about_the_head(target: PreTrainedModel) -> None:
-    """A head that proposes every token but the padding, so it foresees whatever a row that goes on writes."""
+    """A head that proposes every token but the padding, so it drafts whatever a row that goes on writes."""
     drafter = DraftHead.from_target(target, draft_token_ids=torch.arange(1, VOCABULARY))
     options = {"output_scores": True, "suppress_tokens": [0], "eos_token_id": [2, 6]}  # the first keeps rows together
     policy = FixedPolicy(TreeShape(VOCABULARY, 1, VOCABULARY))

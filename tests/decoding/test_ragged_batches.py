@@ -1,4 +1,4 @@
-"""Rows of a batch that advance each on its own: the plain call is the oracle, and so is every row alone."""
+"""Ragged batches, whose rows advance each on its own: plain `generate` is the oracle, and so is every row alone."""
 
 import math
 from types import SimpleNamespace
@@ -76,7 +76,7 @@ def test_rows_of_a_batch_write_what_they_write_alone(target: PreTrainedModel, he
         assert sum(step.emitted[row] for step in together.speculation.steps) == len(answer)
 
 
-def test_lookups_alone_serve_rows_that_advance_apart(target: PreTrainedModel) -> None:
+def test_lookups_alone_serve_a_ragged_batch(target: PreTrainedModel) -> None:
     ids = torch.tensor([[3, 4, 5, 6] * 4, list(range(1, 17)), [7, 8] * 8])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     plain = target.generate(**inputs, max_new_tokens=40)
@@ -85,8 +85,8 @@ def test_lookups_alone_serve_rows_that_advance_apart(target: PreTrainedModel) ->
     assert uneven_steps(tree.speculation) > 0
 
 
-def test_the_row_that_lags_behind_is_the_most_urgent(endless: PreTrainedModel) -> None:
-    """Four tokens behind are e times as urgent; the mean row counts once."""
+def test_the_row_that_lags_behind_weighs_most(endless: PreTrainedModel) -> None:
+    """Four tokens behind count e times as much; the mean weight is one."""
 
     class Asked(FixedPolicy):
         row_weights: list[list[float]] = []
@@ -106,7 +106,7 @@ def test_the_row_that_lags_behind_is_the_most_urgent(endless: PreTrainedModel) -
     assert uneven_steps(report) > 0
 
 
-def test_rows_in_lockstep_are_all_as_urgent(endless: PreTrainedModel) -> None:
+def test_rows_in_lockstep_weigh_the_same(endless: PreTrainedModel) -> None:
     class Asked(FixedPolicy):
         def choose(self, observation: Observation) -> TreeShape:
             assert list(observation.row_weights) == [1.0] * 4

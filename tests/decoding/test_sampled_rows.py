@@ -1,4 +1,4 @@
-"""Sampled rows: together they keep the seed, apart the distribution."""
+"""Sampled rows: in lockstep they keep the seed, in a ragged batch the distribution."""
 
 from collections import Counter
 from typing import Any
@@ -13,7 +13,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_sampled_rows_stay_together_and_keep_the_seed(target: PreTrainedModel, head: DraftHead, seed: int) -> None:
+def test_sampled_rows_in_lockstep_keep_the_seed(target: PreTrainedModel, head: DraftHead, seed: int) -> None:
     options = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "eos_token_id": [2, 6]}
     set_seed(seed)
     plain = target.generate(**prompts(seed), max_new_tokens=24, **options)
@@ -23,7 +23,7 @@ def test_sampled_rows_stay_together_and_keep_the_seed(target: PreTrainedModel, h
     assert uneven_steps(tree.speculation) == 0
 
 
-def test_sampled_rows_that_advance_apart_keep_the_distribution() -> None:
+def test_sampled_rows_of_a_ragged_batch_keep_the_distribution() -> None:
     """Two tokens after each of two prompts, against the exact distribution: chi-square over all pairs."""
     tiny = attach(Architecture("llama", {"vocab_size": 5}).build("sdpa"))
     starts = torch.tensor([[1, 2, 4], [0, 3, 1]])

@@ -22,12 +22,12 @@ class Blame:
             pytest.exit(f"the bug itself raised {call.excinfo.exconly()}", returncode=BROKEN)
 
 
-def main(number: int, tests: str) -> int:
+def main(number: int, tests: list[str]) -> int:
     """Plant, then run pytest; returns its exit status."""
     if number:
         bugs.MUTATIONS[number - 1].plant()
-    return pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", tests], plugins=[Blame()])
+    return pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests], plugins=[Blame()])
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
