@@ -12,10 +12,10 @@ def test_every_row_goes_on_at_its_own_end() -> None:
     prefix = SlotMap(torch.tensor([[0, 1], [1, 1], [1, 1]]))
     prefix.extend([2, 2, 2])
     assert prefix.is_even and prefix.length == 2
-    assert prefix.slots([1, 3, 2], CPU).tolist() == [[2, 2, 2], [2, 3, 4], [2, 3, 3]]
+    assert prefix.next_slots([1, 3, 2], CPU).tolist() == [[2, 2, 2], [2, 3, 4], [2, 3, 3]]
     prefix.extend([1, 3, 2])
     assert not prefix.is_even and prefix.length == 5
-    assert prefix.slots([2, 1, 1], CPU).tolist() == [[3, 4], [5, 5], [4, 4]]
+    assert prefix.next_slots([2, 1, 1], CPU).tolist() == [[3, 4], [5, 5], [4, 4]]
     seen = prefix.visible(6, CPU)
     assert seen is not None
     assert seen.int().tolist() == [[0, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1]]

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from transformers_resps.target.forward import TargetForward
 from transformers_resps.target.tree_verifier import TreeVerifier
 from transformers_resps.tree import DraftTree
 
@@ -28,9 +26,7 @@ def answer(
     generator = torch.Generator(device=model.device).manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))  # row of the batch -> index of the prompt
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    positions = torch.arange(input_ids.shape[1], device=model.device)[None]
-    with TreeVerifier(TargetForward(model, None, cache), positions) as verifier:
+    with TreeVerifier.of(model, input_ids.shape[1]) as verifier:
         logits, _ = verifier.prefill(input_ids, logits_to_keep=1)
         for step in range(max_new_tokens):
             tokens = _pick(logits[:, -1].float(), temperature, generator)

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from ..generation.defaults import SpeculationDefaults
 from ..generation.mixin import ReSpSGenerationMixin
 from ..head import BoundHead, DraftHead
 from ..policy import FixedPolicy
-from ..target.forward import TargetForward
 from ..target.tree_cache import crop
 from ..target.tree_verifier import TreeVerifier
 from ..tree import DraftTree, TreeShape
@@ -95,19 +95,16 @@ def _verify_row(target: PreTrainedModel, context: int, room: int, clock: Callabl
     The trees are stars: a mask's content costs nothing, its size does.
     """
     vocabulary = target.config.get_text_config().vocab_size
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    places = torch.arange(context + max(NODES), device=target.device)[None]
-    tokens = places.remainder(vocabulary)
-
-    def verify(verifier: TreeVerifier, nodes: int) -> None:
-        logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], torch.zeros_like(tokens[:, :nodes])))
-        logits[0, -1, 0].item()  # wait for the device
-        verifier.undo()
-
-    with TreeVerifier(TargetForward(target, None, cache), places[:, :context]) as verifier:
+    tokens = torch.arange(context + max(NODES), device=target.device)[None].remainder(vocabulary)
+    with TreeVerifier.of(target, context) as verifier:
         verifier.prefill(tokens[:, :context])
-        fitting = [nodes for nodes in NODES if nodes <= max(room, 1)]
-        return {nodes: _median(lambda nodes=nodes: verify(verifier, nodes), clock) for nodes in fitting}  # type: ignore[misc]
+
+        def verify(nodes: int) -> None:
+            logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], torch.zeros_like(tokens[:, :nodes])))
+            logits[0, -1, 0].item()  # wait for the device
+            verifier.undo()
+
+        return {nodes: _median(partial(verify, nodes), clock) for nodes in NODES if nodes <= max(room, 1)}
 
 
 @torch.no_grad()

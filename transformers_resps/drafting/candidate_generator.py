@@ -107,7 +107,7 @@ class TreeCandidateGenerator(Drafter):
             return torch.arange(start, start + width, device=self._device)[None], attend
         blocks = []
         for block in counts:
-            blocks.append(self._prefix.slots(block, self._device))
+            blocks.append(self._prefix.next_slots(block, self._device))
             self._prefix.extend(block)
         slots, end = torch.cat(blocks, dim=1), self._prefix.length
         self._cache.reserve(end)

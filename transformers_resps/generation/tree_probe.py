@@ -4,9 +4,8 @@ Architectures that the tests compare with plain decoding are not checked.
 """
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..target.forward import TargetForward
 from ..target.tree_verifier import TreeVerifier
 from ..tree import DraftTree
 
@@ -55,8 +54,7 @@ def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
     prompt, nodes, after = tokens[:, :4], tokens[:, 4:9], tokens[:, 9:]
     tree = DraftTree.from_parents(nodes, torch.tensor([[0, 0, 0, 1, 2]], device=target.device))
     path = torch.tensor([[0, 2, 4]], device=target.device)
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    with TreeVerifier(TargetForward(target, None, cache), torch.arange(4, device=target.device)[None]) as verifier:
+    with TreeVerifier.of(target, prompt.shape[1]) as verifier:
         verifier.prefill(prompt)
         verified, _ = verifier.verify(tree)
         verifier.keep(path, [3])

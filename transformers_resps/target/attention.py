@@ -15,10 +15,14 @@ def tree_positions(tree: DraftTree, root_positions: Tensor) -> Tensor:
 
 
 def last_position(config: PretrainedConfig, root_position: int) -> int | None:
-    """The deepest position a node may take, or `None` for no limit, given the target's config and the first root's.
+    """The largest position that a node may take; `None` where there is no limit.
 
-    A table of learned positions ends there; 'longrope' switches its frequencies for a whole forward as soon as one
-    position passes the original context, which plain decoding would do one token at a time.
+    A table of learned positions ends there. 'longrope' switches the frequencies of a whole forward as soon as one
+    position passes the original context; plain decoding does so one token at a time.
+
+    Args:
+        config: the target's.
+        root_position: of the first tree.
     """
     config = config.get_text_config()
     boundary = longrope_boundary(config)
@@ -28,9 +32,7 @@ def last_position(config: PretrainedConfig, root_position: int) -> int | None:
 
 
 def longrope_boundary(config: PretrainedConfig) -> int | None:
-    """The first position that has a whole forward take the other frequencies of 'longrope', or `None` for any other
-    rope, given the target's config.
-    """
+    """The first position at which 'longrope' switches the frequencies of a whole forward; `None` for other ropes."""
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
@@ -46,7 +48,7 @@ def tree_attention_mask(
     dtype: torch.dtype,
     ends: Tensor | None = None,
 ) -> Tensor | dict[str, Tensor]:
-    """The additive 4-D mask of a tree's forward.
+    """Make the additive 4-D mask of a tree's forward.
 
     Args:
         config: the target's.
@@ -57,9 +59,9 @@ def tree_attention_mask(
         ends: `[b, 1]` the slot after each row's last entry; `None` when all rows end with the cache.
 
     Returns:
-        `[b, 1, n, visible past + n]`, or `[b, 1, n, slots]` for a static cache, of zeros and the dtype's minimum, or a
-        dict of them by layer type where the target has several. A float mask on purpose: eager attention would add a
-        bool one to the scores.
+        `[b, 1, n, visible past + n]`, or `[b, 1, n, slots]` for a static cache: 0 where a node may look, else the
+        dtype's minimum. A dict of masks by layer type where the target has several types. A float mask on purpose:
+        eager attention would add a bool one to the scores.
     """
     layer_types = getattr(config.get_text_config(), "layer_types", None)
     if layer_types is None:
@@ -70,7 +72,7 @@ def tree_attention_mask(
 
 
 def _widened(mask: Tensor, cache: Cache) -> Tensor:
-    """A mask over all slots of a static cache; the slots after the tree are hidden."""
+    """Hide the slots of a static cache that follow the tree."""
     slots = buffer_length(cache)
     missing = 0 if slots is None else slots - mask.shape[-1]
     return pad(mask, (0, missing), value=torch.finfo(mask.dtype).min) if missing else mask

@@ -19,11 +19,11 @@ _recording: ContextVar[dict[int, Tensor] | None] = ContextVar("resps_features", 
 
 
 class FeatureTap:
-    """Catches the inputs of some decoder layers of `target`; inside `with`, and only during `record`.
+    """Catches hidden states of `target` by hooks, which are there inside `with` and catch only during `record`.
 
     Args:
         target: any decoder of Transformers.
-        layers: ascending, in the `output_hidden_states` convention: j is what enters layer j, the number of layers is
+        layers: ascending, in the `output_hidden_states` convention: j is what enters layer j. The number of layers is
             what leaves the last one, before the final norm.
 
     Raises:
@@ -56,7 +56,7 @@ class FeatureTap:
 
     @contextmanager
     def record(self) -> Iterator["Features"]:
-        """The features of the forward that runs inside."""
+        """Catch the features of the forward that runs inside."""
         features = Features(self._layers)
         token = _recording.set(features.caught)
         try:
@@ -73,7 +73,7 @@ class Features:
         self.caught: dict[int, Tensor] = {}
 
     def concatenated(self) -> Tensor:
-        """`[b, t, F]`, shallow to deep.
+        """Join the layers, shallow to deep: `[b, t, F]`.
 
         Raises:
             ValueError: a layer gave none.
@@ -109,7 +109,7 @@ class _Catch:
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """The outermost list with as many modules as the target has layers.
+    """Find the outermost list with as many modules as the target has layers.
 
     Raises:
         ValueError: there is no such list.

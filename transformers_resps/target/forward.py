@@ -1,4 +1,4 @@
-"""The target's forwards of one call, over prompts and over trees, with the features that a head reads."""
+"""Runs the target over prompts and over trees, and catches the features that a head reads."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +15,7 @@ from .tree_cache import buffer_length, crop
 
 
 def is_compiled(target: PreTrainedModel) -> bool:
-    """Whether the caller compiled it: `model.compile()`, or `model.forward = torch.compile(model.forward)`."""
+    """Tell whether the caller compiled it: `model.compile()`, or `model.forward = torch.compile(model.forward)`."""
     return target._compiled_call_impl is not None or hasattr(target.forward, "_torchdynamo_orig_callable")
 
 
@@ -42,13 +42,13 @@ class TargetForward:
             self._tap.__exit__(*exception)
 
     def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
-        """The outputs over a prompt, or a part of one, and the features there; all `[b, t]`, the mask as needed."""
+        """Run over a prompt or a part of it: tokens and positions `[b, t]`. Returns the outputs and the features."""
         outputs, features = self._run(self.target, self._inputs(tokens, mask, positions) | options)
         crop(self.cache, 0)
         return outputs, features
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
-        """The outputs and the features over the nodes of a tree, padding included."""
+        """Run over the nodes of a tree, padding included: `[b, n]`. Returns the outputs and the features."""
         with use_gqa_attention(self.target):
             return self._run(self.target, self._inputs(tokens, mask, positions))
 
@@ -101,13 +101,13 @@ class CompiledForward(TargetForward):
         return read
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
-        inputs = self._inputs(_settled(tokens), _settled(mask), _settled(positions))
+        inputs = self._inputs(_static(tokens), _static(mask), _static(positions))
         ran = self._run(self._call, inputs)
         self._known.add(self._size(*tokens.shape))  # not before: compiling takes minutes, and may be interrupted
         return ran
 
     def must_compile(self, batch_size: int, node_count: int) -> bool:
-        """Until a forward of that size has run."""
+        """True until a forward of that size has run."""
         return self._size(batch_size, node_count) not in self._known
 
     def _size(self, batch_size: int, node_count: int) -> tuple[int | None, ...]:
@@ -120,13 +120,13 @@ class CompiledForward(TargetForward):
         return outputs, features
 
 
-def _settled(part: Any) -> Any:
-    """A tensor, or a dict of some, that differs from others of its size in its values alone, strides included.
+def _static(part: Any) -> Any:
+    """Copy a tensor, or a dict of some, so that nothing but its values differs from others of its size.
 
     Marked static: after a second size `torch.compile` would try one forward for all sizes, which is slower.
     """
     if isinstance(part, dict):
-        return {name: _settled(value) for name, value in part.items()}
+        return {name: _static(value) for name, value in part.items()}
     part = part.clone(memory_format=torch.contiguous_format)
     torch._dynamo.mark_static(part)
     return part

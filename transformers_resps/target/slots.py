@@ -1,6 +1,6 @@
-"""Which cache slots each row of a batch fills, and where its next entries go.
+"""Maps the rows of a batch to cache slots: which of them a row fills, and where its next entries go.
 
-Used for the target's cache and for the head's.
+The target's cache and the head's use it.
 """
 
 from collections.abc import Sequence
@@ -55,8 +55,8 @@ class SlotMap:
             return torch.full((1, 1), self.length, device=device)
         return torch.tensor(self._ends, device=device)[:, None]
 
-    def slots(self, counts: Sequence[int], device: torch.device) -> Tensor:
-        """Where the next entries go: `[b, max(counts)]`; a row that gets fewer repeats the slot of its last."""
+    def next_slots(self, counts: Sequence[int], device: torch.device) -> Tensor:
+        """The slots of the next entries: `[b, max(counts)]`; a row that gets fewer repeats the slot of its last."""
         order = torch.arange(max(counts), device=device)
         last = torch.tensor(counts, device=device)[:, None] - 1
         return self.ends(device) + torch.minimum(order, last)
@@ -77,7 +77,7 @@ class SlotMap:
 
 
 def leading_pads(padding: Tensor) -> list[int]:
-    """Padding before each row's prompt, from `[b, s]` with 0 where a slot holds padding."""
+    """Count the padding before each row's prompt, in `[b, s]` with 0 where a slot holds padding."""
     leading: list[int] = padding.int().argmax(dim=-1).tolist()
     return leading
 

@@ -33,7 +33,7 @@ class StaticWindowLayer(StaticLayer):
 
 
 def static_cache(config: PretrainedConfig, given: Cache, max_length: int) -> Cache:
-    """An empty static cache in which a text and its trees have room.
+    """Make an empty static cache for a text and its trees.
 
     Args:
         config: the target's.
@@ -54,8 +54,9 @@ def static_cache(config: PretrainedConfig, given: Cache, max_length: int) -> Cac
 
 
 def let_buffers_change(cache: Cache) -> None:
-    """Let what was compiled with these buffers serve the next call's too: PyTorch 2.9 would expect the same buffers,
-    and compile again at every call.
+    """Let code that was compiled with these buffers serve the next call's too.
+
+    PyTorch 2.9 would expect the same buffers, and compile again at every call.
     """
     for layer in cache.layers:
         if isinstance(layer, StaticLayer) and layer.is_initialized:
@@ -64,7 +65,7 @@ def let_buffers_change(cache: Cache) -> None:
 
 
 def _buffer(layer: Any, window: int | None, size: int) -> Any:
-    """What stands for a dynamic layer. A layer that shares another one's keys has none of its own."""
+    """Make what stands for a dynamic layer. A layer that shares another one's keys has none of its own."""
     if window is not None:
         return StaticWindowLayer(size, window)
     return StaticLayer(size) if isinstance(layer, CacheLayerMixin) else layer

@@ -1,4 +1,4 @@
-"""The target's cache: which kinds can hold a tree, and how to keep the accepted nodes.
+"""Keeps the accepted nodes of a tree in the target's cache, and refuses caches that cannot hold a tree.
 
 With `preallocated_cache` and `static_cache` the only files that touch the inside of Transformers' caches.
 """
@@ -44,14 +44,14 @@ def check_cache(cache: Cache) -> None:
 
 
 def stop_recording(cache: Cache) -> None:
-    """Let sliding layers forget again what has left their window: the caller may reuse the cache."""
+    """Let sliding layers forget at once what leaves their window, as in stock: the caller may reuse the cache."""
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = False
 
 
 def crop_to(cache: Cache, length: int) -> None:
-    """Forget, in each layer, all but the first `length` positions; a forward may have been interrupted."""
+    """Forget all but the first `length` positions of each layer; a forward may have been interrupted."""
     layers: list[Any] = cache.layers
     for layer in layers:
         surplus = int(layer.get_seq_length()) - length if _states(layer) else 0
@@ -70,7 +70,7 @@ def buffer_length(cache: Cache) -> int | None:
 
 
 def crop(cache: Cache, count: int) -> None:
-    """Forget the newest `count` positions, and with 0 what sliding layers remember for that alone."""
+    """Forget the newest `count` positions. Sliding layers then forget what has left their window, also with 0."""
     if buffer_length(cache) is None:
         cache.crop(-count)
         return

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from ..tree import DraftTree
 from .attention import last_position, tree_attention_mask, tree_positions
@@ -50,6 +51,12 @@ class TreeVerifier:
         self._root_positions = self._positions[:, -1] + 1  # [b]
         self._last_position = last_position(target.config, int(self._root_positions.max()))
         self._unkept = 0  # nodes of the newest forward, padding included
+
+    @classmethod
+    def of(cls, target: PreTrainedModel, prompt_length: int) -> "TreeVerifier":
+        """For prompts of one length, without padding and without a head; the cache is a new, dynamic one."""
+        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+        return cls(TargetForward(target, None, cache), torch.arange(prompt_length, device=target.device)[None])
 
     def __enter__(self) -> "TreeVerifier":
         self._forward.__enter__()
@@ -145,7 +152,7 @@ class TreeVerifier:
             self._slots.extend(counts)
             self._root_positions = self._root_positions + counts[0]
         else:
-            slots = self._slots.slots(counts, path.device)
+            slots = self._slots.next_slots(counts, path.device)
             self._slots.extend(counts)
             compact_ragged(self._cache, path, self._unkept, slots, self.length)
             self._root_positions = self._root_positions + torch.tensor(counts, device=path.device)

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
-from ..target.forward import TargetForward
 from ..target.tree_verifier import TreeVerifier
 from ..tree import DraftTree
 from .divergence import spacing_at
@@ -97,10 +96,8 @@ def _read(target: PreTrainedModel, prompt: Tensor, answer: Tensor, node_count: i
     if node_count == 0:
         text = torch.cat([prompt, answer])[None]
         return list(target(input_ids=text, use_cache=False, logits_to_keep=len(answer)).logits[0].cpu())
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    positions = torch.arange(len(prompt), device=target.device)[None]
     rows: list[Tensor] = []
-    with TreeVerifier(TargetForward(target, None, cache), positions) as verifier:
+    with TreeVerifier.of(target, len(prompt)) as verifier:
         verifier.prefill(prompt[None], logits_to_keep=1)
         for tree in _chains(answer, node_count):
             logits, _ = verifier.verify(tree)
