@@ -122,9 +122,17 @@ def test_a_policy_with_a_stock_assistant_is_refused(target: PreTrainedModel) -> 
         target.generate(PROMPT, policy=FixedPolicy(TreeShape(8, 3, 2)), assistant_model=target)
 
 
+class LooksLikeAPolicy:
+    """Has the methods, and none of the attributes."""
+
+    choose = grow = size = observe = lambda *arguments: None
+
+
 def test_an_object_that_is_no_policy_is_refused(target: PreTrainedModel, head: DraftHead) -> None:
     with pytest.raises(ValueError, match="object of a subclass of `Policy`, got <object.*write `choose`"):
         target.generate(PROMPT, assistant_model=head, policy=object())
+    with pytest.raises(ValueError, match="Subclass `transformers_resps.Policy`"):
+        target.generate(PROMPT, assistant_model=head, policy=LooksLikeAPolicy())
     with pytest.raises(ValueError, match="pass an object, not the class"):
         target.generate(PROMPT, assistant_model=head, policy=FixedPolicy)
     with pytest.raises(ValueError, match=r"needs a `TreeShape`, got \(8, 3, 2\). Pass"):

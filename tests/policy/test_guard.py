@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -237,3 +238,9 @@ def test_a_guard_is_not_guarded_once_more_by_a_file() -> None:
     nested = {"policy": {"policy_type": "guard", "policy": {"policy_type": "fixed", "shape": [4, 2, 2, 0]}}}
     with pytest.raises(ValueError, match="holds another guard, but only one is supported"):
         BaselineGuard.from_saved(nested, {})
+
+
+@pytest.mark.parametrize("policy", [None, "auto", FixedPolicy])
+def test_a_guard_of_no_policy_is_refused(policy: Any) -> None:
+    with pytest.raises(ValueError, match=r"`BaselineGuard` needs an object of a subclass.*got .*Pass a policy"):
+        BaselineGuard(policy)

@@ -11,7 +11,7 @@ import torch
 from tests.decoding.rows import prompts, speculate
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, attach
-from transformers_resps.policy import BaselineGuard, FixedPolicy, Observation, RunningCosts, ThroughputPolicy
+from transformers_resps.policy import BaselineGuard, FixedPolicy, Observation, ThroughputPolicy
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 
@@ -108,14 +108,6 @@ def test_the_next_batch_begins_with_what_steps_cost_before_rows_had_ended() -> N
     assert guard._known.verify_seconds(2) == 1.5 and guard._plain.seconds == 1.0
 
 
-def test_two_trees_tell_what_further_nodes_cost() -> None:
-    """Before that a guess does: between a plain step and a tree lies the cost of a mask, too."""
-    costs = RunningCosts()
-    for nodes, seconds in ((1, 1.0), (2, 1.1), (4, 1.5)):
-        costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify_seconds(8) == pytest.approx(1.5 + 4 * 0.2)
-
-
 def test_prices_are_read_anew_as_soon_as_a_tree_of_another_size_was_timed() -> None:
     """Guessed, eight nodes are cheap; the first tree of four shows what they are."""
     policy = ThroughputPolicy()
@@ -141,15 +133,6 @@ def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
 
     assert nodes([4.5] + [0.5] * 7) == 2
     assert nodes([1.0] * 8) == nodes([0.1] + [7.9 / 7] * 7) == nodes([]) == 1
-
-
-def test_a_further_node_of_each_row_is_thought_dear_in_a_batch() -> None:
-    """Before anything but plain steps was measured: eight rows are eight nodes."""
-    alone, together = RunningCosts(), RunningCosts()
-    alone.add(1, 0, 1.0, 0.0, 1.0)
-    together.add(1, 0, 1.0, 0.0, 1.0, rows=8)
-    assert alone.verify_seconds(3) == pytest.approx(1.08)
-    assert together.verify_seconds(3) == pytest.approx(1.36)
 
 
 @pytest.mark.parametrize(("rows", "drafts"), [(5, False), (4, True)])

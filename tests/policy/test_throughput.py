@@ -18,7 +18,6 @@ from transformers_resps.policy import (
     Observation,
     PlattScaling,
     Policy,
-    RunningCosts,
     ThroughputPolicy,
     default_policy,
 )
@@ -88,31 +87,6 @@ def test_what_was_learned_stays_between_calls_and_comes_near_the_best_fixed_chai
         assert mean >= share * fixed * verify(1)
 
 
-def test_scalings_of_fewer_levels_than_are_asked_for_are_refused() -> None:
-    with pytest.raises(ValueError, match="one scaling for each of 4 levels, got 1. Fill up"):
-        AcceptanceModel([PlattScaling()])
-
-
-def test_a_head_that_claims_too_much_is_believed_less_with_every_outcome() -> None:
-    acceptance = AcceptanceModel()
-    before = acceptance.of([math.log(0.6)], 1)[0]
-    assert before == pytest.approx(0.6)
-    for _ in range(60):
-        acceptance.learn([acceptance.of([math.log(0.6)], 1)[0]], drafted_match=0, emitted=1)
-    assert acceptance.of([math.log(0.6)], 1)[0] < 0.12
-    for _ in range(200):
-        acceptance.learn([acceptance.of([math.log(0.3)], 1)[0]], drafted_match=1, emitted=1)
-    assert acceptance.of([math.log(0.3)], 1)[0] > 0.85, "and one that claims too little, more"
-
-
-def test_what_follows_the_steps_own_tokens_is_no_evidence() -> None:
-    acceptance = AcceptanceModel()
-    acceptance.learn([0.5, 0.3], drafted_match=1, emitted=1)
-    assert acceptance.hit_rate(2) == AcceptanceModel().hit_rate(2) and acceptance.hit_rate(
-        1
-    ) > AcceptanceModel().hit_rate(1)
-
-
 def test_a_fitted_policy_is_saved_with_its_guard_and_loaded_by_type(tmp_path: Path) -> None:
     scalings = [PlattScaling(-0.3, 0.8), PlattScaling(0.1, 0.7), PlattScaling(), PlattScaling(0.0, 0.5)]
     policy = BaselineGuard(ThroughputPolicy(depth=4, top_k=2, most_nodes=9, acceptance=AcceptanceModel(scalings)))
@@ -148,12 +122,6 @@ def test_weights_that_no_fit_gives_are_refused(saved: list[list[float]] | None, 
         AutoPolicy.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("numbers", [(0.0, 200.0), (-1e30, 1.0), (1e30, 1.0), (0.0, 1e30), (0.0, -1e30)])
-def test_a_steep_map_is_still_a_probability(numbers: tuple[float, float]) -> None:
-    for score in (0.0, -0.1, -1.0, -7.0):
-        assert 0.0 <= PlattScaling(*numbers)(score) <= 1.0
-
-
 @pytest.mark.parametrize("most_nodes", [10**6, 4096, -1, "a", True, 2.0, None])
 def test_more_nodes_than_can_be_priced_are_refused(most_nodes: int) -> None:
     with pytest.raises(ValueError, match="got `most_nodes=.*must be an integer from 0 to 4095.*Leave it out"):
@@ -168,63 +136,14 @@ def test_costs_and_acceptance_of_another_kind_are_refused(values: dict[str, Any]
         ThroughputPolicy(**values)
 
 
-@pytest.mark.parametrize("policy", [None, "auto", FixedPolicy])
-def test_a_guard_of_no_policy_is_refused(policy: Any) -> None:
-    with pytest.raises(ValueError, match=r"`BaselineGuard` needs an object of a subclass.*got .*Pass a policy"):
-        BaselineGuard(policy)
-
-
 class Unsaved(Policy):
     def choose(self, observation: Observation) -> TreeShape:
         return TreeShape.plain()
 
 
-def test_costs_are_interpolated_and_never_fall_with_more_nodes() -> None:
-    costs = RunningCosts()
-    for nodes, seconds in ((1, 1.0), (2, 1.9), (8, 1.6), (16, 2.0)):
-        costs.add(nodes, 0, seconds, 0.0, seconds)
-    two, eight = costs.verify_seconds(2), costs.verify_seconds(8)
-    assert two == eight == 1.6, "measured here: two nodes can cost more than eight, and then eight are the better buy"
-    assert costs.verify_seconds(12) == pytest.approx(1.8)
-    assert costs.verify_seconds(24) > costs.verify_seconds(16)
-
-
-def test_a_plain_step_may_cost_more_than_a_small_tree() -> None:
-    costs = RunningCosts()
-    for nodes, seconds in ((1, 47.0), (4, 39.0), (8, 45.0)):
-        costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify_seconds(1) == 47.0
-    assert [costs.verify_seconds(nodes) for nodes in (2, 3, 4, 6, 8)] == [39.0, 39.0, 39.0, 42.0, 45.0]
-    assert costs.verify_seconds(12) == 51.0, "trees tell what further nodes cost, not the plain step"
-
-
 def test_small_trees_are_used_where_they_cost_less_than_a_plain_step() -> None:
     machine = Machine(lambda nodes: 1.0 if nodes == 1 else 0.8 + 0.03 * nodes, level_seconds=0.02, hit=0.15)
     assert machine.run(BaselineGuard(ThroughputPolicy()), 300) > 1.1
-
-
-def test_a_forward_that_took_far_less_than_a_smaller_one_did_makes_the_smaller_one_cheaper() -> None:
-    costs = RunningCosts()
-    for nodes, seconds in ((1, 3.0), (4, 4.0), (8, 4.0), *[(8, 1.5)] * 4):
-        costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify_seconds(1) < costs.verify_seconds(4) == costs.verify_seconds(8) < 1.9
-
-
-def test_what_was_measured_in_a_slow_moment_is_not_thought_dear_afterwards() -> None:
-    costs = RunningCosts()
-    for speed, nodes in ((1.0, 1), (1.0, 4), (1.0, 8), *[(1.5, 8)] * 20, *[(1.0, 1)] * 12):
-        seconds = speed * (1.0 + 0.02 * (nodes - 1))
-        costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify_seconds(1) == pytest.approx(1.0, abs=0.01)
-    assert costs.verify_seconds(4) == pytest.approx(1.06, rel=0.15), "nobody measured it then"
-    assert costs.verify_seconds(8) == pytest.approx(1.14, rel=0.25), "1.71 in the seconds of then"
-
-
-def test_an_interruption_of_any_length_changes_what_is_known_by_little() -> None:
-    costs = RunningCosts()
-    for nodes, seconds in ((1, 1.0), (4, 1.2), (4, 1e6)):
-        costs.add(nodes, 0, seconds, 0.0, seconds)
-    assert costs.verify_seconds(4) < 1.5 and costs.verify_seconds(4) / costs.verify_seconds(1) < 1.3
 
 
 def test_a_clock_that_jumps_or_stands_still_is_survived() -> None:

@@ -1,8 +1,10 @@
 """What a policy tells of itself holds for whatever is wrapped around it."""
 
+import torch
+
 from transformers_resps.inspection.recorder import Recorder
 from transformers_resps.policy import BaselineGuard, FixedPolicy, Observation, Policy, RunningCosts, ThroughputPolicy
-from transformers_resps.tree import TreeShape
+from transformers_resps.tree import DraftTree, TreeShape
 
 
 class Silent(Policy):
@@ -27,6 +29,19 @@ def test_what_a_policy_tells_goes_through_every_wrapper() -> None:
     assert policy.has_identity and policy.target_identity == {"vocab_size": 16}
     fixed = FixedPolicy(TreeShape(4, 2, 2))
     assert not BaselineGuard(fixed).uses_lookup and not BaselineGuard(fixed).needs_drafted_match
+
+
+def test_a_wrapped_policy_is_shown_what_was_verified() -> None:
+    class Watching(FixedPolicy):
+        seen = 0
+
+        def on_verified(self, tree: DraftTree, path: torch.Tensor, tokens: torch.Tensor) -> None:
+            self.seen += tree.node_count
+
+    policy = Watching(TreeShape(4, 2, 2))
+    root = torch.tensor([3])
+    BaselineGuard(policy).on_verified(DraftTree.root_only(root), torch.zeros(1, 1, dtype=torch.long), root[:, None])
+    assert policy.seen == 1
 
 
 def test_a_recorder_looks_up_whatever_its_policy_does() -> None:
