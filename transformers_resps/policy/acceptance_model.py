@@ -70,7 +70,7 @@ class AcceptanceModel:
         self._drafts = _ENOUGH if is_fitted else 0.0  # decayed number of drafts whose outcome was seen
 
     @property
-    def rest_on_outcomes(self) -> bool:
+    def is_confident(self) -> bool:
         """Whether enough outcomes were seen, here or when the scalings were fitted."""
         return self._drafts >= _ENOUGH
 

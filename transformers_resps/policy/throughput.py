@@ -131,7 +131,7 @@ class ThroughputPolicy(SavedPolicy):
     @property
     def is_confident(self) -> bool:
         """Whether its estimates rest on observed outcomes."""
-        return self.acceptance.rest_on_outcomes
+        return self.acceptance.is_confident
 
     def choose(self, observation: Observation) -> TreeShape:
         step = self._step = _Step(observation.row_weights)
