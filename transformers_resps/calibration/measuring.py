@@ -17,9 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 from ..compat import CACHE_KEYWORD
 from ..drafting.candidate_generator import TreeCandidateGenerator
 from ..generation.attach import attach, detach
-from ..generation.checks import check_model
 from ..generation.defaults import SpeculationDefaults
 from ..generation.mixin import ReSpSGenerationMixin
+from ..generation.model_checks import check_model
 from ..head import BoundHead, DraftHead
 from ..policy import FixedPolicy
 from ..target.tree_cache import crop

@@ -25,7 +25,7 @@ from ..target.static_cache import static_cache
 from ..target.tree_cache import buffer_length, stop_recording
 from ..target.tree_verifier import TreeVerifier
 from ..telemetry.report import SpeculationReport
-from .checks import check_forward_arguments, check_lengths, check_synced
+from .call_checks import check_forward_arguments, check_lengths, check_synced
 from .defaults import SpeculationDefaults
 from .generate_inputs import GenerateInputs
 from .lockstep import advance_together, coupling

@@ -1,7 +1,4 @@
-"""What one call of `generate` asks of us, read and refused before any work.
-
-Knows nothing of how it is decoded.
-"""
+"""What one call of `generate` asks for, read and checked before any work."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,8 +9,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..compat import unwrapped
 from ..head import BoundHead, DraftHead, pair_identity
 from ..policy import FixedPolicy, Policy
-from .checks import check_model, check_settings
-from .layer_checks import check_draws
+from .call_checks import check_settings
+from .model_checks import check_draws, check_model
 from .tree_probe import check_tree_attention
 
 
@@ -70,8 +67,8 @@ def read_request(
     if head is None and policy is None:
         if lockstep is not None:
             raise ValueError(
-                f"Got lockstep={lockstep!r} without a draft head or a policy, but only draft trees let the rows of a "
-                "batch advance apart. Leave out `lockstep`."
+                f"Got lockstep={lockstep!r} without a draft head or a policy, but only draft trees make a batch "
+                "ragged. Leave out `lockstep`."
             )
         return None
     if head is None and assistant_model is not None:

@@ -1,9 +1,8 @@
-"""Refuses, before any work, what draft trees do not support.
+"""The errors for calls of `generate` that draft trees do not support, raised before any work.
 
-Stock `generate` would ignore or misroute most of these when it is given an assistant.
+Stock `generate` would ignore or misroute most of these settings when it is given an assistant.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,9 +12,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from ..compat import CACHE_KEYWORD
 from ..target.attention import longrope_boundary
 from ..target.forward import is_compiled
-from ..target.gqa_attention import GROUPED, STOCK
 from ..target.tree_cache import buffer_length, cached_length, check_cache, window_of
-from .layer_checks import check_draws, check_layers
 
 
 # Setting -> whether a value asks for something that trees do not support. Order: decoding, assistants, outputs.
@@ -73,10 +70,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
         if arguments.get(name) is not None and arguments[name] is not False:
             raise _refusal(f"`{name}`", f"Leave out `{name}`")
     if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
-        raise _refusal(
-            f"use_cache={arguments.get('use_cache', False)!r}",
-            "Set `use_cache=True`",
-        )
+        raise _refusal(f"use_cache={arguments.get('use_cache', False)!r}", "Set `use_cache=True`")
     _check_cache_settings(setting, is_compiled(model))
     _check_user_cache(model, arguments)
 
@@ -195,56 +189,3 @@ def _refusal(came: str, way_out: str) -> ValueError:
         f"Draft trees do not support {came}. {way_out.rstrip('.')}, or call `generate` with `policy='plain'` and "
         "without a head."
     )
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse a target whose architecture or attention cannot verify a draft tree.
-
-    Raises:
-        ValueError: names the architecture and the reason.
-    """
-    config = model.config.get_text_config()
-    name = f"{type(model).__name__} ({config.model_type})"
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} is an encoder-decoder, but draft trees need a decoder-only model. Call `generate` without a head "
-            "and a policy."
-        )
-    wrapper = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
-    if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
-        raise _refusal("virtual tokens of a PEFT adapter", "Disable the adapter")
-    reason = _architecture_reason(model)
-    if reason is not None:
-        raise ValueError(
-            f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without a head and a "
-            "policy, or with `prompt_lookup_num_tokens` if the model supports it."
-        )
-    check_layers(model, name)
-    check_draws(model)
-    attention = config._attn_implementation
-    if attention not in (STOCK, GROUPED, "eager"):
-        raise ValueError(
-            f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa' or 'eager'. Call "
-            "`model.set_attn_implementation('sdpa')` first."
-        )
-
-
-def _architecture_reason(model: PreTrainedModel) -> str | None:
-    config = model.config.get_text_config()
-    if getattr(model, "_is_stateful", False):
-        return "keeps a recurrent state"
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        return "encodes positions by cache slot (alibi)"
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        return "counts the window of its local layers in cache slots"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return "takes no `position_ids`"
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    odd = layer_types - {"full_attention", "sliding_attention"}
-    if odd:
-        return f"has layers of the kind {sorted(odd)}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
-    if "dynamic" in kinds:
-        return "rescales all rotary positions as the text grows (rope_type 'dynamic')"
-    return None

@@ -7,16 +7,12 @@ import torch
 from transformers import (
     CompileConfig,
     GenerationConfig,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
     LlamaConfig,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
     PreTrainedModel,
     QuantizedCache,
     StaticCache,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from tests.targets import Architecture
@@ -140,15 +136,6 @@ def test_an_object_that_is_no_policy_is_refused(target: PreTrainedModel, head: D
     assert not isinstance(object(), Policy)
 
 
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_an_attention_without_tree_masks_is_refused(attention: str) -> None:
-    target = attach(Architecture("llama").build("sdpa"))
-    head = DraftHead.from_target(target)
-    target.config._attn_implementation_internal = attention
-    with pytest.raises(ValueError, match=f"{attention}.*set_attn_implementation"):
-        target.generate(PROMPT, assistant_model=head)
-
-
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -170,39 +157,6 @@ def test_the_head_of_another_architecture_is_refused(head: DraftHead) -> None:
         stranger.generate(PROMPT, assistant_model=head)
 
 
-STATEFUL = {
-    "mamba": ({}, "recurrent state"),
-    "bloom": ({"n_layer": 4, "n_head": 4}, "alibi"),
-    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 4}, "alibi"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 48}, "conv"),
-    "llama": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
-}
-
-
-@pytest.mark.parametrize("model_type", STATEFUL)
-def test_an_architecture_that_cannot_branch_is_refused(model_type: str) -> None:
-    config, message = STATEFUL[model_type]
-    target = attach(Architecture(model_type, config).build("eager"))
-    text = target.config.get_text_config()
-    head = DraftHead.from_target(
-        Architecture("llama", {"num_hidden_layers": text.num_hidden_layers, "hidden_size": text.hidden_size}).build(
-            "sdpa"
-        )
-    )
-    head.config.target = None
-    with pytest.raises(ValueError, match=message):
-        target.generate(PROMPT, assistant_model=head, max_new_tokens=4)
-
-
-def test_windows_counted_in_cache_slots_are_refused() -> None:
-    """GPT-Neo's local layers, which a short probe would not find out."""
-    config = GPTNeoConfig(
-        vocab_size=19, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
-    )
-    with pytest.raises(ValueError, match="local layers in cache slots"):
-        attach(GPTNeoForCausalLM(config)).generate(PROMPT, policy="auto", max_new_tokens=2)
-
-
 def test_ranks_that_must_step_together_are_refused(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock `generate` sets `synced_gpus` by itself under ZeRO-3 and FSDP."""
     stock = type(target)._speculate
@@ -217,13 +171,6 @@ def test_a_head_on_another_device_says_where_it_is(target: PreTrainedModel) -> N
     head = DraftHead.from_target(target).to("meta")
     with pytest.raises(ValueError, match="The head is on meta, but .* on cpu"):
         target.generate(PROMPT, assistant_model=head, max_new_tokens=2)
-
-
-def test_an_encoder_decoder_is_refused(head: DraftHead) -> None:
-    config = T5Config(vocab_size=19, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    target = attach(T5ForConditionalGeneration(config))
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        target.generate(PROMPT, assistant_model=head)
 
 
 def test_only_models_that_generate_can_be_attached() -> None:
