@@ -81,12 +81,12 @@ VARIANTS = {
 
 
 def without_drafting(table: CostTable) -> CostTable:
-    """What the code of Re-SpS times: drafting takes no time."""
+    """The costs that the code of Re-SpS times: drafting is free."""
     return replace(table, draft={})
 
 
 def train(variant: Variant, rollouts: ReplayRollouts, seed: int = 0) -> ReSpSPolicy:
-    """A policy trained on replayed texts."""
+    """Train a policy on replayed texts."""
     width = rollouts.table.features.shape[1]
     use = {"grid": GRID, "persistence": variant.in_use}
     config = ReSpSConfig.paper(width, **use) if variant.is_paper else ReSpSConfig(width, **use)
@@ -112,7 +112,7 @@ def train(variant: Variant, rollouts: ReplayRollouts, seed: int = 0) -> ReSpSPol
 
 
 def score(policy: ReSpSPolicy, scored: ReplayRollouts) -> tuple[torch.Tensor, int]:
-    """Seconds of each text `[texts]` as in use, and how many actions were used."""
+    """Return the seconds of each text `[texts]` as in use, and how many actions were used."""
     use, seconds, used = policy.config, [], set()
     generator = torch.Generator().manual_seed(0) if use.sample else None
     for text in range(len(scored.table)):
@@ -146,7 +146,7 @@ class Corpus:
         return [text for texts in self.evaluate.values() for text in texts]
 
     def speeds(self, seconds: torch.Tensor, plain: torch.Tensor) -> dict[str, float]:
-        """In those of plain decoding, by benchmark and over all."""
+        """Return the ratios to plain decoding, by benchmark and over all."""
         names = [name for name, texts in self.evaluate.items() for _ in texts]
         masks = {name: torch.tensor([name == one for one in names]) for name in self.evaluate}
         masks["all"] = torch.ones(len(names), dtype=torch.bool)
@@ -154,7 +154,7 @@ class Corpus:
 
 
 def ablate(corpus: Corpus, costs: CostTable) -> list[dict[str, Any]]:
-    """One row for each variant, fixed shapes first."""
+    """Train and score every variant: one row each, fixed trees first."""
     scored = outcome_table(corpus.scored, GRID, costs)
     held_out, rows = ReplayRollouts(scored), []
     fixed = held_out.oracle.fixed_seconds
@@ -180,7 +180,7 @@ def ablate(corpus: Corpus, costs: CostTable) -> list[dict[str, Any]]:
 
 
 def tune(corpus: Corpus, costs: CostTable) -> list[dict[str, Any]]:
-    """What training on one domain adds there and costs elsewhere: two rows for each set of fitting texts."""
+    """Train on each domain and score on all: what it adds there and costs elsewhere."""
     held_out, rows = ReplayRollouts(outcome_table(corpus.scored, GRID, costs)), []
     plain = held_out.oracle.fixed_seconds[:, GRID.index_of(TreeShape.plain())]
     for name, texts in {**corpus.fit, "both": corpus.fitting}.items():

@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def fit_net(inputs: Tensor, targets: Tensor, seed: int, *, is_odds: bool) -> Net:
-    """Of log odds, or of values; by all rows at once, kept small by weight decay."""
+    """Fit log odds or values to all rows at once; weight decay keeps the weights small."""
     net, loss_of = Net(inputs, seed), F.binary_cross_entropy_with_logits if is_odds else F.mse_loss
     weights = [net.linear.weight, net.hidden[0].weight, net.hidden[2].weight]
     optimizer = torch.optim.LBFGS(
@@ -106,10 +106,10 @@ class AcceptanceModel:
         if self._sees_agreement:
             on = positions.on_chain.float()
             above = torch.where(parents < 0, 1.0, on.gather(1, parents.clamp(min=0)))
-            hazard = positions.hazards[:, :LEVELS][:, self.levels - 1] * above
+            accept_prob = positions.accept_probs[:, :LEVELS][:, self.levels - 1] * above
             rival = on.unflatten(1, (count, TOP_K)).amax(-1).repeat_interleave(TOP_K, 1)
-            logit = torch.where(hazard > 0, hazard.clamp(0.02, 0.98).logit(), 0.0)
-            beside, past = rival * above * (1 - on), (1 - rival) * above * (hazard > 0)
+            logit = torch.where(accept_prob > 0, accept_prob.clamp(0.02, 0.98).logit(), 0.0)
+            beside, past = rival * above * (1 - on), (1 - rival) * above * (accept_prob > 0)
             parts.append(
                 torch.stack(
                     [part * by for part in (on * above, beside, past) for by in (1.0, logit, own[..., 1])], dim=-1
@@ -134,8 +134,8 @@ class AcceptanceModel:
 
     def _chain_inputs(self, positions: Positions, drafted: int) -> Tensor:
         """`[t, c, f]` of each looked-up token that the head did not draft, when it drafted so many levels."""
-        hazards, offsets = positions.hazards, torch.arange(1, CHAIN + 1)[None]
-        columns = [hazards, offsets / CHAIN]
+        accept_probs, offsets = positions.accept_probs, torch.arange(1, CHAIN + 1)[None]
+        columns = [accept_probs, offsets / CHAIN]
         if self._sees_agreement:
             is_asked, shared = float(drafted > 0), positions.shared(self.levels, drafted)
             agreed = shared.sum(-1, keepdim=True)
@@ -148,12 +148,12 @@ class AcceptanceModel:
                 torch.full((1, 1), drafted / LEVELS),
                 positions.log_probs[:, :1] * is_asked,
             ]
-        own = torch.stack([column.expand_as(hazards) for column in columns], dim=-1)
+        own = torch.stack([column.expand_as(accept_probs) for column in columns], dim=-1)
         return torch.cat([own, self.known(positions)[:, None].expand(-1, CHAIN, -1)], dim=-1)
 
     def _chain_rows(self, fit: Positions) -> tuple[Tensor, Tensor, Tensor]:
         offsets = torch.arange(CHAIN)[None]
-        reached = (offsets <= fit.followed[:, None]) & (fit.hazards > 0) & (offsets < fit.lefts[:, None] - 1)
+        reached = (offsets <= fit.followed[:, None]) & (fit.accept_probs > 0) & (offsets < fit.lefts[:, None] - 1)
         right = (offsets < fit.followed[:, None]).float()
         owner = fit.text_of[:, None].expand_as(reached)
         inputs, targets, owners = [], [], []
@@ -165,16 +165,16 @@ class AcceptanceModel:
         return torch.cat(inputs), torch.cat(targets), torch.cat(owners)
 
     @torch.no_grad()
-    def node_odds(self, positions: Positions, *, is_fit: bool) -> Tensor:
+    def node_probs(self, positions: Positions, *, is_fit: bool) -> Tensor:
         """`[t, p]` probability that each pool node is accepted."""
-        hazards = self._mean(self._nodes, self._node_inputs(positions), positions, is_fit)
-        return self._along_paths(positions, hazards.clamp(1e-4, 0.999).log()).exp()
+        accept_probs = self._mean(self._nodes, self._node_inputs(positions), positions, is_fit)
+        return self._along_paths(positions, accept_probs.clamp(1e-4, 0.999).log()).exp()
 
     @torch.no_grad()
-    def chain_hazards(self, positions: Positions, drafted: int, *, is_fit: bool) -> Tensor:
+    def chain_accept_probs(self, positions: Positions, drafted: int, *, is_fit: bool) -> Tensor:
         """`[t, c]` probability of each looked-up token given those before it, where the head did not draft it."""
         inputs = self._chain_inputs(positions, drafted)
-        return self._mean(self._chains, inputs, positions, is_fit) * (positions.hazards > 0)
+        return self._mean(self._chains, inputs, positions, is_fit) * (positions.accept_probs > 0)
 
     def _mean(self, nets: list[Net], inputs: Tensor, positions: Positions, is_fit: bool) -> Tensor:
         predicted = torch.stack([net(inputs).sigmoid() for net in nets])  # [folds, t, n]

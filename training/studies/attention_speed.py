@@ -29,18 +29,18 @@ Way = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def copied(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Transformers' for several tokens with a mask."""
+    """Attend as Transformers does for several tokens with a mask: keys and values are copied."""
     key, value = (repeat_kv(states, HEADS // KEY_HEADS) for states in (key, value))
     return scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def shared(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """PyTorch's own sharing, which Transformers takes where there is no mask."""
+    """Attend with PyTorch's shared keys, as Transformers does where there is no mask."""
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
 def milliseconds(way: Way, rows: int, tokens: int, past: int) -> float:
-    """Median over repeats, of one layer."""
+    """Return the median time of one layer."""
     query = torch.randn(rows, tokens, HEADS, HEAD_SIZE, dtype=torch.bfloat16).transpose(1, 2)
     keys, values = torch.randn(2, LAYERS, rows, KEY_HEADS, past + tokens, HEAD_SIZE, dtype=torch.bfloat16)
     mask = torch.zeros(rows, 1, tokens, past + tokens, dtype=torch.bfloat16)

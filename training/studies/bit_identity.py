@@ -48,7 +48,7 @@ def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 class Attending:
-    """One layer's attention over a chain of nodes behind a past.
+    """One layer's attention over a chain of nodes after cached positions.
 
     Args:
         attention: of Transformers.
@@ -120,7 +120,7 @@ def main() -> None:
             report(f"{name}, linear {inputs} to {outputs}, packed", linear_cases(prepack(layer), dtype))
         report(f"{name}, {LONE}", Attending(sdpa_attention_forward, dtype).cases(LONE))
         for attention in (sdpa_attention_forward, eager_attention_forward):
-            for variant in ("a mask of zeros", "masked keys behind", "a tree"):
+            for variant in ("a mask of zeros", "masked keys after it", "a tree"):
                 kind = attention.__name__.split("_")[0]
                 report(f"{name}, {kind} attention, {variant}", Attending(attention, dtype).cases(variant))
 

@@ -32,7 +32,7 @@ from transformers_resps.doctor import write_answers
 
 
 def faults(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Name, fields of the config that are changed, and what the doctor must say (nothing for the good head)."""
+    """Yield name, changed fields of the config, and what the doctor must say (nothing for the good head)."""
     layers, rope, before = config["feature_layers"], config["rope_parameters"], config["norm_before_residual"]
     yield "none", {}, ""
     for shift in (1, -1):
@@ -48,7 +48,7 @@ def faults(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def answer(target_name: str, count: int, max_new_tokens: int, file: Path) -> None:
-    """Questions of the doctor's own, evenly over all fifty, answered greedily."""
+    """Write greedy answers to the doctor's own questions, spread evenly over all fifty."""
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     target = AutoModelForCausalLM.from_pretrained(target_name, dtype=torch.float32)
     questions = default_questions(50)[:: 50 // count][:count]
@@ -61,7 +61,7 @@ def answer(target_name: str, count: int, max_new_tokens: int, file: Path) -> Non
 
 
 def examine(command: list[str], head: Path, changed: dict[str, Any], folder: Path) -> tuple[int, str]:
-    """The exit status and the verdict on a copy of `head` with these fields in its config."""
+    """Return exit status and verdict on a copy of `head` with these fields in its config."""
     copy = shutil.copytree(head, folder / "copy", dirs_exist_ok=True)
     config = json.loads((head / "config.json").read_text(encoding="utf-8")) | changed
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")

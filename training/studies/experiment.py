@@ -24,7 +24,7 @@ from transformers_resps.hub import RESULTS
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """What is decoded.
+    """The models and prompts of a study.
 
     Attributes:
         target: attached.
@@ -38,7 +38,7 @@ class Experiment:
 
     @classmethod
     def load(cls, args: argparse.Namespace) -> "Experiment":
-        """What the options of `add_options` name.
+        """Load what the options of `add_options` name.
 
         Raises:
             ValueError: something is missing, or the head does not fit the target.
@@ -49,7 +49,7 @@ class Experiment:
         return cls(models.target, models.head, [to_tokens(one.asked([]), models.tokenizer) for one in dialogues])
 
     def write(self, args: argparse.Namespace, rows: list[dict[str, Any]], runs: Sequence[Any]) -> Path:
-        """`results.json`: machine, code, options, the table's rows and every run."""
+        """Write `results.json`: machine, code, options, the table's rows and every run."""
         facts = {**machine(self.target), **code(), "arguments": vars(args), "rows": rows}
         args.output.mkdir(parents=True, exist_ok=True)
         file: Path = args.output / RESULTS
@@ -70,7 +70,7 @@ def execute(
 
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """Those of every experiment; `output` is the default folder of its results."""
+    """Add the options of every experiment; `output` is the default folder of its results."""
     parser.add_argument("target", type=model, help="folder or Hub id of the target")
     parser.add_argument("head", type=model, help="folder or Hub id of a draft head for the target")
     parser.add_argument("--dataset", type=Path, required=True, help=".jsonl with turns, messages or prompt")

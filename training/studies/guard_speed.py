@@ -28,7 +28,7 @@ from .experiment import Experiment, add_options
 
 
 class HeadAlone(ThroughputPolicy):
-    """Ours, blind to the text so far."""
+    """Drafts as "auto" does, without prompt lookup."""
 
     uses_lookup = False
 
@@ -64,7 +64,7 @@ class GuardTiming:
 
 
 def untrained(target: Any, head: DraftHead) -> DraftHead:
-    """A head of the same sizes with random weights; its embedding and vocabulary are real."""
+    """Make a head of the same sizes with random weights; its embedding and vocabulary are real."""
     torch.manual_seed(0)
     made = DraftHead.from_target(
         target, draft_token_ids=head.draft_token_ids, feature_layers=head.config.feature_layers
@@ -73,7 +73,7 @@ def untrained(target: Any, head: DraftHead) -> DraftHead:
 
 
 def timed(target: Any, prompt: Tensor, max_new_tokens: int, **speculation: Any) -> tuple[int, float, float]:
-    """New tokens, seconds and tokens per forward of one greedy call."""
+    """Time one greedy call: new tokens, seconds, and tokens per forward."""
     started = time.perf_counter()
     out = target.generate(
         prompt[None],
@@ -89,7 +89,7 @@ def timed(target: Any, prompt: Tensor, max_new_tokens: int, **speculation: Any) 
 
 
 def measure(given: Experiment, heads: dict[str, DraftHead], max_new_tokens: int, repeats: int) -> list[GuardTiming]:
-    """Every setting and prompt; plain right before or after, in turn."""
+    """Time every setting and prompt, with plain decoding right before or after, in turn."""
     timed(given.target, given.prompts[0], max_new_tokens)
     found = []
     for name, policy_name, kept in SETTINGS:
@@ -106,7 +106,7 @@ def measure(given: Experiment, heads: dict[str, DraftHead], max_new_tokens: int,
 
 
 def table(runs: Sequence[GuardTiming]) -> list[dict[str, Any]]:
-    """Per head, policy and keeping: tokens per second to plain ones."""
+    """One row for each setting: the ratio to plain decoding, and tau."""
     rows = []
     for key in dict.fromkeys((run.head, run.policy, run.kept) for run in runs):
         own = [run for run in runs if (run.head, run.policy, run.kept) == key]

@@ -28,7 +28,7 @@ from transformers_resps.bench.provenance import code, machine
 
 
 def tokens_and_forwards(models: BenchModels, prompts: list[Tensor], tree: TreeShape, most: int) -> tuple[int, int]:
-    """What all answers together emitted, and the target's forwards that it took, prompts' included."""
+    """Count the tokens of all answers and the target's forwards, prefill included."""
     emitted = forwards = 0
     for prompt in prompts:
         out: Any = models.target.generate(

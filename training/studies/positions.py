@@ -32,7 +32,7 @@ class Positions:
         parents: `[t, p]` places in the pool, -1 for the root.
         right: `[t, p]` bool, on the text's own path.
         on_chain: `[t, p]` bool, the looked-up continuation passes through it.
-        hazards: `[t, c]` the track record's word on each looked-up token, given those before it; 0 without one.
+        accept_probs: `[t, c]` how often such looked-up tokens were accepted, given those before; 0 without one.
         chain_places: `[t, c]` its place in the pool, -1 where the head did not draft it.
         followed: `[t]` how many looked-up tokens the text follows.
         lefts: `[t]` tokens that the text still gains.
@@ -45,7 +45,7 @@ class Positions:
     parents: Tensor
     right: Tensor
     on_chain: Tensor
-    hazards: Tensor
+    accept_probs: Tensor
     chain_places: Tensor
     followed: Tensor
     lefts: Tensor
@@ -61,7 +61,7 @@ class Positions:
 
 
 def read_positions(texts: Sequence[RecordedText]) -> Positions:
-    """All positions of `texts`, one text behind the other."""
+    """Read all positions of `texts`, one text after the other."""
     parts = [_read_text(text, index) for index, text in enumerate(texts)]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     known = {signal: columns.pop(signal) for signal in SIGNALS}
@@ -80,7 +80,7 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
     pool = CandidatePool(tokens, parents, scores, levels)
     parent_scores = scores.gather(1, parents.clamp(min=0)).masked_fill(parents < 0, 0.0)
     path = pool.nodes_along(text.upcoming(LEVELS))
-    chains, hazards, lengths = chains_of(text)
+    chains, accept_probs, lengths = chains_of(text)
     places = pool.nodes_along(chains)
     right, on_chain = ((nodes[..., None] == torch.arange(len(levels))).any(1) for nodes in (path, places))
     drafted_match = (path >= 0).sum(-1)
@@ -101,14 +101,16 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
     return {
         "scores": torch.stack([contexts / _CONTEXT_SCALE, place / 100.0], dim=1),
         "recent": torch.stack(earlier, dim=1),
-        "lookup": torch.cat([lengths[:, None] / LONGEST_MATCH, (lengths[:, None] > 0).float(), hazards[:, :4]], dim=1),
+        "lookup": torch.cat(
+            [lengths[:, None] / LONGEST_MATCH, (lengths[:, None] > 0).float(), accept_probs[:, :4]], dim=1
+        ),
         "agreement": torch.zeros(count, 0),  # it is about nodes: nothing of it is known before drafting
         "features": F.layer_norm(features, features.shape[2:]).flatten(1),
         "log_probs": (scores - parent_scores).clamp(min=-12.0, max=-1e-4),
         "parents": parents,
         "right": right,
         "on_chain": on_chain,
-        "hazards": hazards,
+        "accept_probs": accept_probs,
         "chain_places": places,
         "followed": followed,
         "lefts": count - place,
@@ -118,18 +120,18 @@ def _read_text(text: RecordedText, index: int) -> dict[str, Tensor]:
 
 
 def chains_of(text: RecordedText) -> tuple[Tensor, Tensor, Tensor]:
-    """Looked-up tokens `[t, c]` (-2 for none), their hazards `[t, c]`, lengths of the matches `[t]`."""
+    """Look up tokens `[t, c]` (-2 for none), their acceptance probabilities `[t, c]`, lengths of the matches `[t]`."""
     tokens, lookup = text.input_ids.tolist(), Lookup()
-    chains, hazards, lengths = [], [], []
+    chains, accept_probs, lengths = [], [], []
     for root in range(text.prompt_length, text.prompt_length + len(text)):
         lookup.extend(tokens[lookup.length : root + 1])
         match = lookup.match()
         tokens_ahead, alive = match.tokens[:CHAIN], [1.0, *match.prefix_accept_probs[:CHAIN]]
         chains.append([*tokens_ahead, *[-2] * (CHAIN - len(tokens_ahead))])
-        hazard = [after / before for before, after in zip(alive, alive[1:], strict=False)]
-        hazards.append([*hazard, *[0.0] * (CHAIN - len(hazard))])
+        accept_prob = [after / before for before, after in zip(alive, alive[1:], strict=False)]
+        accept_probs.append([*accept_prob, *[0.0] * (CHAIN - len(accept_prob))])
         lengths.append(float(match.length))
-    return torch.tensor(chains), torch.tensor(hazards), torch.tensor(lengths)
+    return torch.tensor(chains), torch.tensor(accept_probs), torch.tensor(lengths)
 
 
 def _window(hits: Tensor, width: int, delay: int) -> Tensor:

@@ -38,22 +38,22 @@ class Steps:
 
 
 class Decider:
-    """Fitted on some texts, decides at the positions of others.
+    """Decisions at the positions of some texts, fitted on others.
 
     Args:
         model: of acceptance, fitted on the same texts.
         fit: their positions.
         costs: of this machine.
-        most_levels: 0 decides over looked-up nodes alone.
+        max_levels: 0 decides over looked-up nodes alone.
     """
 
-    def __init__(self, model: AcceptanceModel, fit: Positions, costs: CostTable, most_levels: int = LEVELS) -> None:
-        self._model, self._costs, self._most_levels = model, costs, most_levels
-        drafts = [self._drafted(fit, level, is_fit=True) for level in range(most_levels + 1)]
+    def __init__(self, model: AcceptanceModel, fit: Positions, costs: CostTable, max_levels: int = LEVELS) -> None:
+        self._model, self._costs, self._max_levels = model, costs, max_levels
+        drafts = [self._drafted(fit, level, is_fit=True) for level in range(max_levels + 1)]
         verify = self._verify_seconds(fit)
         self._nets = []
         coming: Tensor | None = None  # value of the best that can follow a level
-        for level in reversed(range(most_levels)):
+        for level in reversed(range(max_levels)):
             ahead = self._values(drafts[level + 1], verify)[0]
             coming = ahead if coming is None else torch.maximum(ahead, coming)
             here = self._values(drafts[level], verify)[0]
@@ -68,7 +68,7 @@ class Decider:
 
     def seconds(self, positions: Positions) -> Tensor:
         """Seconds of each text `[texts]`, prefill left out."""
-        drafts = [self._drafted(positions, level, is_fit=False) for level in range(self._most_levels + 1)]
+        drafts = [self._drafted(positions, level, is_fit=False) for level in range(self._max_levels + 1)]
         steps = self._steps(positions, drafts, self._verify_seconds(positions))
         return _walk(steps, positions, self._start)
 
@@ -80,24 +80,24 @@ class Decider:
         return rate
 
     def _drafted(self, positions: Positions, drafted: int, *, is_fit: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """After so many levels: expected and right nodes among the best n, both `[t, n + 1]`, and odds `[t, p]`."""
+        """After some levels: expected and right nodes of the best n, both `[t, n + 1]`, and probabilities `[t, p]`."""
         model, levels = self._model, self._model.levels
         count = len(positions)
-        odds, right = torch.zeros(count, 0), torch.zeros(count, 0, dtype=torch.bool)
+        probs, right = torch.zeros(count, 0), torch.zeros(count, 0, dtype=torch.bool)
         by_level = torch.zeros(count, len(levels))
         if drafted:
-            by_level = model.node_odds(positions, is_fit=is_fit) * (levels <= drafted)
-            odds, right = by_level, positions.right
+            by_level = model.node_probs(positions, is_fit=is_fit) * (levels <= drafted)
+            probs, right = by_level, positions.right
         if not model.is_blind:
             places = positions.chain_places
             is_drafted = positions.shared(levels, drafted)
-            hazards = model.chain_hazards(positions, drafted, is_fit=is_fit).clamp(max=0.999)
+            accept_probs = model.chain_accept_probs(positions, drafted, is_fit=is_fit).clamp(max=0.999)
             agreed = torch.where(is_drafted, by_level.gather(1, places.clamp(min=0)), 1.0).amin(-1, keepdim=True)
-            paths = hazards.masked_fill(is_drafted, 1.0).cumprod(-1) * agreed
-            odds = torch.cat([odds, paths.masked_fill(is_drafted, 0.0)], dim=1)
+            paths = accept_probs.masked_fill(is_drafted, 1.0).cumprod(-1) * agreed
+            probs = torch.cat([probs, paths.masked_fill(is_drafted, 0.0)], dim=1)
             chain = (torch.arange(CHAIN) < positions.followed[:, None]) & ~is_drafted
             right = torch.cat([right, chain], dim=1)
-        best = odds.sort(dim=1, descending=True, stable=True)
+        best = probs.sort(dim=1, descending=True, stable=True)
         kept = best.values[:, :MAX_NODES]
         hits = (right.gather(1, best.indices[:, :MAX_NODES]) & (kept > 0)).float()
         zero = torch.zeros(count, 1)
@@ -130,9 +130,9 @@ class Decider:
 
     def _inputs(self, positions: Positions, draft: tuple[Tensor, Tensor, Tensor], here: Tensor) -> Tensor:
         """What the value of another level is fitted to: `[t, r, f]`."""
-        expected, _, odds = draft
-        masses = torch.stack([odds[:, self._model.levels == level].sum(1) for level in range(1, LEVELS + 1)], dim=1)
-        deepest = torch.stack([odds[:, self._model.levels == level].amax(1) for level in range(1, LEVELS + 1)], dim=1)
+        expected, _, probs = draft
+        masses = torch.stack([probs[:, self._model.levels == level].sum(1) for level in range(1, LEVELS + 1)], dim=1)
+        deepest = torch.stack([probs[:, self._model.levels == level].amax(1) for level in range(1, LEVELS + 1)], dim=1)
         fixed = torch.cat([self._model.known(positions), masses, deepest, expected[:, [1, 4, 8]]], dim=1)
         rates = torch.tensor(_RATES).expand_as(here)
         own = torch.stack([here, rates], dim=-1)
@@ -145,7 +145,7 @@ class Decider:
         emitted, seconds = torch.zeros(shape), torch.zeros(shape)
         for level, draft in enumerate(drafts):
             here, nodes = self._values(draft, verify)
-            if level < self._most_levels:
+            if level < self._max_levels:
                 more = self._nets[level](self._inputs(positions, draft, here).flatten(0, 1)).view(shape) > 0
                 more &= positions.lefts[:, None] - 1 > level
             else:

