@@ -1,7 +1,6 @@
-"""The kit on what is right, and on changes that are not lossless: it must cry, and say where."""
+"""The kit passes a sound engine; of an engine with a planted fault it says what differs, and where."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from tests.conftest import build_target
-from tests.mutations.planting import plant
+from tests.mutations.bugs import one_end_token_of_several
+from tests.mutations.planting import Function, plant
 from transformers_resps import (
     DraftHead,
     FixedPolicy,
@@ -21,13 +21,8 @@ from transformers_resps import (
     attach,
 )
 from transformers_resps.decoding.acceptance import Acceptance, accept
-from transformers_resps.decoding.batch import Batch
-from transformers_resps.decoding.stop_conditions import StopConditions
 from transformers_resps.decoding.text import Text
-from transformers_resps.generation import mixin
 from transformers_resps.policy import PolicyCache
-from transformers_resps.target.forward import TargetForward
-from transformers_resps.target.tree_verifier import TreeVerifier
 from transformers_resps.testing import MAX_SPACINGS, spacing_at
 from transformers_resps.testing.distribution import check_distribution
 from transformers_resps.testing.kit import built_in_prompts
@@ -209,69 +204,53 @@ def test_a_lossy_rule_is_found_and_its_first_wrong_token_named(
     assert difference.divergence.position >= 1, "the first token is picked before anything is drafted"
 
 
-def draw_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    close = TreeVerifier.close
-    monkeypatch.setattr(TreeVerifier, "close", lambda self: (torch.rand(1), close(self)))
+def draw_once_more(close: Function) -> Function:
+    return lambda self: (torch.rand(1), close(self))
 
 
-def pad_with_another_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    padded = Batch._padded
-
-    def other(text: Text, length: int) -> torch.Tensor:
+def pad_with_another_token(padded: Function) -> Function:
+    def wrong(text: Text, length: int) -> torch.Tensor:
         row = padded(text, length).clone()
         row[:, text.length :] = 5
         return row
 
-    monkeypatch.setattr(Batch, "_padded", staticmethod(other))
+    return wrong
 
 
-def let_sampled_rows_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixin, "advance_together", lambda lockstep, do_sample, reason: False)
+def never_in_lockstep(advance_together: Function) -> Function:
+    return lambda lockstep, do_sample, reason: False
 
 
-def forget_where_a_chunk_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = TargetForward.read
-
-    def shifted(self: TargetForward, tokens: Any, mask: Any, positions: Any, **options: Any) -> Any:
+def forget_where_a_chunk_began(read: Function) -> Function:
+    def wrong(self: Any, tokens: Any, mask: Any, positions: Any, **options: Any) -> Any:
         return read(self, tokens, mask, positions + (positions.min() > 0).long(), **options)
 
-    monkeypatch.setattr(TargetForward, "read", shifted)
+    return wrong
 
 
-def heed_one_end_token_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = StopConditions.of
-
-    def one_of(criteria: Any) -> StopConditions | None:
-        ends = of(criteria)
-        return ends and replace(ends, token_ids=frozenset(sorted(ends.token_ids)[:1]))
-
-    monkeypatch.setattr(StopConditions, "of", one_of)
-
-
-def hide_ancestors_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_chains = DraftTree.with_chains
-
-    def blind(self: DraftTree, chains: Any) -> DraftTree:
+def hide_ancestors_of_a_chain(with_chains: Function) -> Function:
+    def wrong(self: DraftTree, chains: Any) -> DraftTree:
         tree = with_chains(self, chains)
         tree.ancestors[:, 1:, 0] = False
         return tree
 
-    monkeypatch.setattr(DraftTree, "with_chains", blind)
+    return wrong
 
 
 @pytest.mark.parametrize(
-    ("fault", "check"),
+    ("symbol", "wrong", "check"),
     [
-        (draw_once_more, "sampled, temperature 1"),
-        (pad_with_another_token, "greedy, in a padded batch"),
-        (let_sampled_rows_go, "sampled, in a padded batch"),
-        (forget_where_a_chunk_began, "greedy, a prompt in chunks"),
-        (heed_one_end_token_of_several, "greedy, ends inside trees"),
-        (hide_ancestors_of_a_chain, "greedy, in a padded batch, built-in trees"),
+        ("target.tree_verifier:TreeVerifier.close", draw_once_more, "sampled, temperature 1"),
+        ("decoding.batch:Batch._padded", pad_with_another_token, "greedy, in a padded batch"),
+        ("generation.lockstep:advance_together", never_in_lockstep, "sampled, in a padded batch"),
+        ("target.forward:TargetForward.read", forget_where_a_chunk_began, "greedy, a prompt in chunks"),
+        ("decoding.stop_conditions:StopConditions.of", one_end_token_of_several, "greedy, ends inside trees"),
+        ("tree:DraftTree.with_chains", hide_ancestors_of_a_chain, "greedy, in a padded batch, built-in trees"),
     ],
 )
 def test_a_fault_outside_acceptance_and_the_policys_own_trees_is_found(
-    fault: Callable[[pytest.MonkeyPatch], None],
+    symbol: str,
+    wrong: Callable[[Function], Function],
     check: str,
     target: Any,
     head: DraftHead,
@@ -279,7 +258,7 @@ def test_a_fault_outside_acceptance_and_the_policys_own_trees_is_found(
 ) -> None:
     target.generation_config.eos_token_id = [2, 7, 11]
     assert_lossless(target, head, FixedPolicy(TreeShape(3, 2, 2)), **SHORT)
-    fault(monkeypatch)
+    plant(symbol, wrong, monkeypatch.setattr)
     with pytest.raises(NotLosslessError) as refusal:
         assert_lossless(target, head, FixedPolicy(TreeShape(3, 2, 2)), **SHORT)
     assert check in [found.name for found in refusal.value.report.texts if not found.passed]

@@ -73,7 +73,7 @@ class Batch:
         return [weight * len(weights) / total for weight in weights]
 
     def since(self, starts: list[int]) -> list[list[int]]:
-        """What each decoded row holds from its position in `starts` on."""
+        """The tokens of each decoded row from its position in `starts` on."""
         if self.in_lockstep:
             found: list[list[int]] = self._texts[0].decoded_ids[:, starts[0] :].tolist()
             return found
@@ -96,7 +96,7 @@ class Batch:
         return Acceptance.from_rows(paths, picks, emitted, logits.device)
 
     def drop_finished(self) -> list[int] | None:
-        """Decode finished rows no more.
+        """Stop decoding finished rows.
 
         Returns:
             Of the rows decoded so far, those that go on; `None` when all do.

@@ -1,4 +1,4 @@
-"""What stops a text, where that is known without asking the criteria."""
+"""Read from stopping criteria when a text ends, so that plain greedy decoding need not ask them for each token."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaLi
 
 @dataclass(frozen=True, slots=True)
 class StopConditions:
-    """What stops a text.
+    """When a text ends, and how long it may get before a criterion logs a warning.
 
     Attributes:
         token_ids: any of them, once picked.
-        length: positions.
+        length: positions that it may reach.
         warning_free_length: positions up to which the criteria log nothing: Transformers warns of longer texts.
     """
 
@@ -21,7 +21,7 @@ class StopConditions:
 
     @classmethod
     def of(cls, criteria: StoppingCriteriaList) -> "StopConditions | None":
-        """`None` where anything but end tokens and a length may stop a text."""
+        """Read them; `None` where anything but end tokens and a length may stop a text."""
         lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
         tokens = [one for one in criteria if type(one) is EosTokenCriteria]
         if not lengths or len(lengths) + len(tokens) < len(criteria):

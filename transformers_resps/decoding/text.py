@@ -1,4 +1,4 @@
-"""The texts that a call writes: each committed token costs exactly the calls of plain decoding."""
+"""The texts that a call writes: a token is committed with exactly the calls of plain decoding."""
 
 from typing import Any, cast
 
@@ -61,8 +61,8 @@ class Text:
 
     @property
     def live(self) -> Tensor:
-        """Of the decoded rows, those whose tokens have to be drafted, `[b]` bool: finished rows only if there is no
-        end token, or if their padding is kept.
+        """Which decoded rows count, `[b]` bool: all but finished ones; those too if there is no end token, or if their
+        padding is kept.
         """
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
@@ -81,7 +81,7 @@ class Text:
         return values if self._decoded is None else values[self._decoded]
 
     def drop_finished(self) -> list[int] | None:
-        """Finished rows are decoded no more: only padding is to come.
+        """Stop decoding finished rows: only padding is to come.
 
         Returns:
             Of the rows decoded so far, those that go on; `None` when all do.
@@ -102,7 +102,7 @@ class Text:
         return conditions is not None and self.length + count <= conditions.warning_free_length
 
     def extend(self, tokens: list[int], *, finished: bool) -> None:
-        """Append the picks of `accept_greedy`."""
+        """Append the tokens of this one row that `accept_greedy` has picked."""
         self.input_ids = torch.cat([self.input_ids, torch.tensor([tokens], device=self.input_ids.device)], dim=1)
         if finished:
             self.unfinished, self.finished = torch.zeros_like(self.unfinished), True
