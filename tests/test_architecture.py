@@ -26,7 +26,7 @@ ROOMS = {
     "testing": "compat tree target head telemetry policy drafting generation calibration",
     "__init__": "tree target head telemetry policy generation calibration testing",
     "data": "head",
-    "replay": "tree target head telemetry policy drafting",
+    "replay": "tree target head telemetry policy drafting decoding",
     "bench": "compat hub tree target head telemetry policy generation calibration testing data replay",
     "trainers": "compat hub tree target head telemetry policy drafting generation data replay",
     "doctor": "target head generation trainers",

@@ -32,12 +32,7 @@ from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.data import write_training_prompts
 from transformers_resps.head import pair_identity
-from transformers_resps.replay.fitted_policy import fitted_policy
-from transformers_resps.replay.oracle import Oracle
-from transformers_resps.replay.outcomes import OutcomeTable
-from transformers_resps.replay.recorded_text import RecordedText
-from transformers_resps.replay.replay_text import replay
-from transformers_resps.replay.replayed_decoding import StepCosts, replay_policy
+from transformers_resps.replay import Oracle, OutcomeTable, RecordedText, ReplayText, fitted_policy, replay_policy
 
 
 @dataclass
@@ -69,15 +64,13 @@ def compare(fitted_to: list[RecordedText], held_out: list[RecordedText], costs: 
     """Compare the fitted policy with the best fixed shape, found on the same recordings, and with the oracle."""
     grid = shapes_for("cpu")
     searched, tested = (
-        Oracle(OutcomeTable([replay(text).outcomes(grid, costs.step_seconds) for text in texts]))
+        Oracle(OutcomeTable([ReplayText.from_recording(text).outcomes(grid, costs) for text in texts]))
         for texts in (fitted_to, held_out)
     )
     headroom = tested.headroom(searched.best_fixed)
     policy, seconds = BaselineGuard(fitted_policy(fitted_to)), 0.0  # keeps learning, as in use
     for text in held_out:
-        seconds += replay_policy(
-            text, policy, StepCosts(costs.verify_seconds, costs.draft_seconds, costs.overhead)
-        ).seconds
+        seconds += replay_policy(text, policy, costs).seconds
     return {
         "tokens_per_second": headroom.tokens / seconds,
         "best_fixed_tokens_per_second": headroom.tokens / headroom.fixed_seconds,

@@ -37,8 +37,8 @@ from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.data import write_training_prompts
 from transformers_resps.head import pair_identity, parameter_fingerprint
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
-from transformers_resps.replay.outcomes import OutcomeTable
-from transformers_resps.replay.replay_text import FORMAT, ReplayText, StepSeconds, record_text
+from transformers_resps.replay import OutcomeTable, ReplayText, record_text
+from transformers_resps.replay.replay_text import FORMAT
 from transformers_resps.trainers import LiveRollouts, PolicyTrainer, PolicyTrainingConfig, ReplayRollouts
 
 
@@ -141,8 +141,8 @@ class Recorder:
 
 def measure_costs(
     target: PreTrainedModel, head: DraftHead, script: PolicyScriptArguments, args: PolicyTrainingConfig
-) -> StepSeconds:
-    """Seconds of a step on this machine; a resumed run keeps the costs that it started with.
+) -> CostTable:
+    """What steps cost on this machine; a resumed run keeps the costs that it started with.
 
     One process measures while the others wait: together they would slow each other and learn different costs.
 
@@ -155,9 +155,7 @@ def measure_costs(
             calibrate(target, head).save(file)
     table = CostTable.load(file)
     table.check_here(target, head)
-    if script.reward_includes_drafting:
-        return table.step_seconds
-    return lambda shape, context: table.step_seconds(shape, context) - table.draft_seconds(shape.top_k, shape.depth)
+    return table if script.reward_includes_drafting else replace(table, draft={})
 
 
 def make_policy(
@@ -184,7 +182,7 @@ def paying_shapes(grid: ActionGrid, seconds: Callable[[TreeShape], float]) -> Ac
     return kept
 
 
-def facts_of(prompts: Prompts, recorder: Recorder, seconds: StepSeconds) -> dict[str, str]:
+def facts_of(prompts: Prompts, recorder: Recorder, costs: CostTable) -> dict[str, str]:
     """Hashes of what a run learns from: a checkpoint is resumed only with the same."""
     shapes, longest = recorder.grid, recorder.script.max_prompt_tokens
     return {
@@ -192,7 +190,7 @@ def facts_of(prompts: Prompts, recorder: Recorder, seconds: StepSeconds) -> dict
         "head": recorder.head.fingerprint(),
         "prompts": digest([list(map(name_of, part)) for part in (prompts.train, prompts.watched, prompts.tested)]),
         "shapes": digest(shapes.to_list()),
-        "costs": digest([[seconds(shape, context) for shape in shapes.shapes] for context in (0, longest)]),
+        "costs": digest([[costs.step_seconds(shape, context) for shape in shapes.shapes] for context in (0, longest)]),
     }
 
 
@@ -212,15 +210,15 @@ def run() -> None:
     head = DraftHead.from_pretrained(script.head, target=target)
     prompts = script.read_prompts()
     prompts.check_context(target, script.max_new_tokens)
-    seconds = measure_costs(target, head, script, args)
+    costs = measure_costs(target, head, script, args)
     grid = ActionGrid.paper() if script.grid == "paper" else ActionGrid.small()
     if script.drop_hopeless:
-        grid = paying_shapes(grid, lambda shape: seconds(shape, script.max_prompt_tokens // 2))
+        grid = paying_shapes(grid, lambda shape: costs.step_seconds(shape, script.max_prompt_tokens // 2))
     policy = make_policy(script, target, head, grid, args.seed)
     recorder = Recorder(target, head, script, grid, args)
     with args.main_process_first(desc="comparing with the run that is resumed"):
-        check_resumable(args.output_dir, facts_of(prompts, recorder, seconds))
-    trainer, metrics = train(policy, recorder, prompts, seconds)
+        check_resumable(args.output_dir, facts_of(prompts, recorder, costs))
+    trainer, metrics = train(policy, recorder, prompts, costs)
     if not trainer.is_world_process_zero():
         return
     policy.save_pretrained(trainer.artefact_folder)
@@ -235,13 +233,13 @@ def run() -> None:
 
 
 def train(
-    policy: ReSpSPolicy, recorder: Recorder, prompts: Prompts, seconds: StepSeconds
+    policy: ReSpSPolicy, recorder: Recorder, prompts: Prompts, costs: CostTable
 ) -> tuple[PolicyTrainer, dict[str, float]]:
     """The trainer after training, and the policy's metrics on the test prompts."""
     script, args, grid = recorder.script, recorder.args, recorder.grid
 
     def replayed(some: list[Tensor]) -> ReplayRollouts:
-        return ReplayRollouts(OutcomeTable([text.outcomes(grid, seconds) for text in recorder.record(some)]))
+        return ReplayRollouts(OutcomeTable([text.outcomes(grid, costs) for text in recorder.record(some)]))
 
     if script.live:
         settings = generation_settings(script)

@@ -14,12 +14,15 @@ from tests.decisions.planted import PlantedClock, decision
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, BaselineGuard, ThroughputPolicy
-from transformers_resps.replay.fitted_policy import fitted_policy
-from transformers_resps.replay.oracle import Oracle
-from transformers_resps.replay.outcomes import OutcomeTable
-from transformers_resps.replay.recorded_text import RecordedText, record_pools
-from transformers_resps.replay.replay_text import replay
-from transformers_resps.replay.replayed_decoding import StepCosts, replay_policy
+from transformers_resps.replay import (
+    Oracle,
+    OutcomeTable,
+    RecordedText,
+    ReplayText,
+    fitted_policy,
+    record_pools,
+    replay_policy,
+)
 
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -74,7 +77,6 @@ def recordings(target: Any, head: DraftHead, prompts: list[torch.Tensor]) -> lis
 def replays(texts: list[RecordedText], card: str) -> Iterator[tuple[str, Any]]:
     """What policies decide on recordings, in the seconds of a cost table, and what every shape would have taken."""
     table = cost_table(card)
-    costs = StepCosts(table.verify_seconds, table.draft_seconds, table.overhead)
     policies: dict[str, Policy] = {
         "auto": BaselineGuard(ThroughputPolicy()),
         "fitted": BaselineGuard(fitted_policy(texts[::2])),
@@ -84,10 +86,10 @@ def replays(texts: list[RecordedText], card: str) -> Iterator[tuple[str, Any]]:
     }
     for name, policy in policies.items():
         for place, text in enumerate(texts):
-            steps = replay_policy(text, policy, costs).steps
+            steps = replay_policy(text, policy, table).steps
             made = [[*decision(step), step.step_seconds.hex()] for step in steps]
             yield f"{name}, text {place}", {"steps": len(made), "decisions": digest(made)}
-    oracle = Oracle(OutcomeTable([replay(text).outcomes(GRID, table.step_seconds) for text in texts]))
+    oracle = Oracle(OutcomeTable([ReplayText.from_recording(text).outcomes(GRID, table) for text in texts]))
     seconds = [oracle.fixed_seconds.tolist(), oracle.best_seconds.tolist()]
     yield "every shape", {"best fixed": str(GRID[oracle.best_fixed]), "seconds": digest(seconds)}
 

@@ -23,8 +23,7 @@ from transformers_resps.policy import (
     ReSpSPolicy,
     ThroughputPolicy,
 )
-from transformers_resps.replay.recorded_text import RecordedText, record_pools
-from transformers_resps.replay.replay_text import ReplayText, replay
+from transformers_resps.replay import RecordedText, ReplayText, record_pools
 
 
 SAVED = Path(__file__).with_name("files")
@@ -54,7 +53,7 @@ def write(folder: Path) -> None:
     text = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=24)[0]
     recorded = record_pools(model, head, text, PROMPT.shape[1], depths={1: 3, 2: 3})
     recorded.save(folder / "recorded.safetensors")
-    replay(recorded).save(folder / "replay.safetensors")
+    ReplayText.from_recording(recorded).save(folder / "replay.safetensors")
     (folder / "read.json").write_text(json.dumps(read(folder), indent=1) + "\n", encoding="utf-8")
     save_file({"drafted": drafted(folder)}, folder / "drafted.safetensors")
 

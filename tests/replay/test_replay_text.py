@@ -14,12 +14,12 @@ from tests.targets import Architecture
 from transformers_resps import DraftHead, DraftTree, TreeShape, attach
 from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 from transformers_resps.head import BoundHead
-from transformers_resps.policy import ActionGrid, Observation, Policy
+from transformers_resps.policy import ActionGrid, CostModel, Observation, Policy
 from transformers_resps.replay.oracle import Oracle
 from transformers_resps.replay.outcomes import OutcomeTable, TextOutcomes
-from transformers_resps.replay.prefix_pools import PrefixPools
+from transformers_resps.replay.position_pools import PositionPools
 from transformers_resps.replay.recorded_text import RecordedText, record_pools
-from transformers_resps.replay.replay_text import ReplayText, path_ranks, record_text, replay
+from transformers_resps.replay.replay_text import ReplayText, path_ranks, record_text
 from transformers_resps.target.features import FeatureTap
 
 
@@ -37,6 +37,21 @@ def target() -> PreTrainedModel:
 def head(target: PreTrainedModel, request: pytest.FixtureRequest) -> DraftHead:
     torch.manual_seed(1)
     return DraftHead.from_target(target, draft_vocab_size=request.param).double().eval()
+
+
+class SecondsPerNode(CostModel):
+    """A second a node, and more the longer the text is."""
+
+    overhead = 0.0
+
+    def __init__(self, per_position: float = 0.0) -> None:
+        self.per_position = per_position
+
+    def verify_seconds(self, nodes: int, context: int) -> float:
+        return nodes + context * self.per_position
+
+    def draft_seconds(self, width: int, levels: int) -> float:
+        return 0.0
 
 
 class Drawn(Policy):
@@ -76,7 +91,7 @@ def test_replayed_and_live_steps_agree_for_random_shapes(
         spare = len(PROMPT) + 60 - len(text)
         replay = record_text(target, head, text, len(PROMPT), grid=LOOKING, spare_room=spare)
         assert len(replay) == len(text) - len(PROMPT) - 1
-        nodes = replay.outcomes(LOOKING, lambda shape, context: float(shape.total_tokens + shape.lookup)).seconds
+        nodes = replay.outcomes(LOOKING, SecondsPerNode()).seconds
         for (context, shape), step in zip(policy.asked, out.speculation.steps[1:], strict=True):
             place = context - replay.context_length
             assert int(replay.emitted(shape)[place]) == step.emitted, (context, shape)
@@ -92,7 +107,7 @@ def test_pools_drafted_together_are_those_of_live_drafting(target: PreTrainedMod
     with torch.no_grad(), FeatureTap(target, head.config.feature_layers or []) as tap, tap.record() as caught:
         target(text)
         features = caught.concatenated()
-        pools = PrefixPools(bound, features[:, :-1], text[:, 1:])
+        pools = PositionPools(bound, features[:, :-1], text[:, 1:])
         together = list(pools.draft(torch.arange(8, 39), 3, 4))
         for prefixes, pool in together:
             for row, prefix in enumerate(prefixes.tolist()):
@@ -109,7 +124,7 @@ def test_ranks_say_what_the_longest_path_of_the_selected_tree_says(target: PreTr
     bound = BoundHead(head, target)
     with torch.no_grad(), FeatureTap(target, head.config.feature_layers or []) as tap, tap.record() as caught:
         target(text[None])
-        pools = PrefixPools(bound, caught.concatenated()[:, :-1], text[None, 1:])
+        pools = PositionPools(bound, caught.concatenated()[:, :-1], text[None, 1:])
         (prefixes, pool), *_ = pools.draft(torch.arange(8, 44), 3, 3)
     upcoming = torch.stack([text[prefix + 1 : prefix + 4] for prefix in prefixes])
     ranks = path_ranks(pool, upcoming)
@@ -125,7 +140,7 @@ def test_files_that_are_no_recordings_are_refused(
 ) -> None:
     pools = record_pools(target, head, torch.arange(3, 17), 8, depths={2: 2})
     file = tmp_path / "text.safetensors"
-    (pools if kind is RecordedText else replay(pools)).save(file)
+    (pools if kind is RecordedText else ReplayText.from_recording(pools)).save(file)
     assert len(kind.load(file)) == 5
     with safe_open(file, "pt") as opened:
         tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
@@ -153,7 +168,7 @@ def test_a_saved_recording_comes_back(target: PreTrainedModel, head: DraftHead, 
     for shape in LOOKING.shapes:
         assert torch.equal(loaded.emitted(shape), replay.emitted(shape))
     assert torch.equal(loaded.features, replay.features) and loaded.spare_room == 3
-    costs = loaded.outcomes(GRID, lambda shape, context: shape.total_tokens + context / 1000)
+    costs = loaded.outcomes(GRID, SecondsPerNode(per_position=0.001))
     assert costs.seconds[0].tolist() == [shape.total_tokens for shape in GRID.shapes]
     assert costs.seconds[-1, 0] == pytest.approx(1 + 16 / 1000)
     with pytest.raises(ValueError, match=r"recorded for top_k \[1, 2, 3\] and up to 4 levels. Record it again"):

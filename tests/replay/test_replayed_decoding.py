@@ -8,14 +8,14 @@ from transformers import PreTrainedModel
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.calibration import CostTable
 from transformers_resps.policy import Level, Observation, Policy
-from transformers_resps.replay.recorded_text import RecordedText, record_pools
-from transformers_resps.replay.replayed_decoding import StepCosts, replay_policy
+from transformers_resps.replay import RecordedText, record_pools, replay_policy
 from transformers_resps.telemetry.report import StepRecord
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
-COSTS = StepCosts(lambda nodes, context: 1.0 + 0.1 * nodes, lambda width, levels: 0.05 * levels, 0.01)
+COSTS = CostTable({1: {1: 1.1, 11: 2.1}}, {1: 0.05}, {}, 0.01)
 
 
 class Restless(Policy):

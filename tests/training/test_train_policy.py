@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from trl import TrlParser
 
 from tests.targets import Architecture
-from transformers_resps import AutoPolicy, DraftHead, ReSpSPolicy, TreeShape, attach
+from transformers_resps import AutoPolicy, CostTable, DraftHead, ReSpSPolicy, TreeShape, attach
 from transformers_resps.head import pair_identity
 from transformers_resps.policy import ActionGrid
 from transformers_resps.trainers import PolicyTrainingConfig
@@ -140,7 +140,7 @@ def test_a_policy_can_be_trained_live_on_the_papers_preset(folder: Path, monkeyp
 
 def test_a_machine_on_which_nothing_can_pay_is_told_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ruinous(*_: Any) -> Any:
-        return lambda shape, context: 1.0 if shape.is_plain else 100.0
+        return CostTable({1: {1: 1.0, 2: 100.0}}, {}, {})
 
     monkeypatch.setitem(SCRIPT["main"].__globals__, "measure_costs", ruinous)
     with pytest.raises(ValueError, match="None of the .* could pay on this machine.*policy='auto'"):

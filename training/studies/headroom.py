@@ -23,15 +23,12 @@ from torch import Tensor
 from transformers_resps import TreeShape
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, BaselineGuard, Observation, PolicyWrapper, ThroughputPolicy
-from transformers_resps.replay.fitted_policy import fitted_policy
-from transformers_resps.replay.oracle import Oracle
-from transformers_resps.replay.recorded_text import RecordedText
-from transformers_resps.replay.replayed_decoding import replay_policy
+from transformers_resps.replay import Oracle, RecordedText, fitted_policy, replay_policy
 
 from .acceptance_model import AcceptanceModel
 from .positions import LEVELS, SIGNALS, Positions, levels_of, read_positions
 from .predictable import Decider
-from .step_costs import outcome_table, read_tables, step_costs
+from .step_costs import outcome_table, read_tables
 
 
 SOURCES = ("head", "lookup", "both")
@@ -128,10 +125,10 @@ def online(
     texts: list[RecordedText], warm: list[RecordedText], policy: ThroughputPolicy, sources: str, table: CostTable
 ) -> Tensor:
     """Seconds of each text under the guarded online policy, after it has decoded `warm`."""
-    guarded, costs = BaselineGuard(Only(policy, sources)), step_costs(table)
+    guarded = BaselineGuard(Only(policy, sources))
     for text in warm:
-        replay_policy(text, guarded, costs)
-    return torch.tensor([replay_policy(text, guarded, costs).seconds for text in texts], dtype=torch.float64)
+        replay_policy(text, guarded, table)
+    return torch.tensor([replay_policy(text, guarded, table).seconds for text in texts], dtype=torch.float64)
 
 
 def study(corpus: Corpus, sources: str, table: CostTable) -> list[dict[str, Any]]:

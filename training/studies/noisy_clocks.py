@@ -23,9 +23,8 @@ from typing import Any
 
 from transformers_resps import BaselineGuard, FixedPolicy, Policy, TreeShape
 from transformers_resps.calibration.cost_table import CostTable
-from transformers_resps.policy import ThroughputPolicy
-from transformers_resps.replay.recorded_text import RecordedText
-from transformers_resps.replay.replayed_decoding import StepCosts, replay_policy
+from transformers_resps.policy import CostModel, ThroughputPolicy
+from transformers_resps.replay import RecordedText, replay_policy
 
 from .headroom import load_folder
 from .step_costs import read_tables
@@ -62,26 +61,23 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 
 
-class NoisyClock:
+class NoisyClock(CostModel):
     """Prices of a table as a policy sees them on a noisy machine; `seconds` are the true ones so far."""
 
     def __init__(self, table: CostTable, noise: Noise, seed: int) -> None:
         self._table, self._noise, self._random = table, noise, random.Random(seed)
         self._slowness, self._factor = 0.0, 1.0
-        self.seconds = 0.0
+        self.overhead, self.seconds = table.overhead, 0.0
 
-    def step_costs(self) -> StepCosts:
-        return StepCosts(self._verify, self._draft, self._table.overhead)
-
-    def _verify(self, nodes: int, context: int) -> float:
+    def verify_seconds(self, nodes: int, context: int) -> float:
         noise, true = self._noise, self._table.verify_seconds(nodes, context)
         fresh = math.sqrt(1.0 - noise.memory**2) * noise.slowness
         self._slowness = noise.memory * self._slowness + self._random.gauss(0.0, fresh)
         self._factor = math.exp(self._slowness + self._random.gauss(0.0, noise.jitter))
-        self.seconds += true + self._table.overhead
+        self.seconds += true + self.overhead
         return true * self._factor * (INTERRUPTION if self._random.random() < noise.interrupted else 1.0)
 
-    def _draft(self, width: int, levels: int) -> float:
+    def draft_seconds(self, width: int, levels: int) -> float:
         true = self._table.draft_seconds(width, levels)
         self.seconds += true
         return true * self._factor
@@ -93,7 +89,7 @@ def speed(texts: list[RecordedText], table: CostTable, noise: Noise, make: Calla
     for seed in range(orders):
         clock, policy = NoisyClock(table, noise, seed), make()
         for text in random.Random(seed).sample(texts, len(texts)):
-            replay_policy(text, policy, clock.step_costs())
+            replay_policy(text, policy, clock)
             places = range(text.prompt_length, text.prompt_length + len(text))
             plain += sum(table.verify_seconds(1, place) + table.overhead for place in places)
         seconds += clock.seconds

@@ -6,10 +6,7 @@ from typing import Any
 
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid
-from transformers_resps.replay.outcomes import OutcomeTable
-from transformers_resps.replay.recorded_text import RecordedText
-from transformers_resps.replay.replay_text import replay
-from transformers_resps.replay.replayed_decoding import StepCosts
+from transformers_resps.replay import OutcomeTable, RecordedText, ReplayText
 
 
 def read_tables(files: list[Path]) -> dict[str, CostTable]:
@@ -28,11 +25,6 @@ def _table(values: dict[str, Any]) -> CostTable:
     return CostTable(verify, draft, {}, float(values["overhead"] or 0.0))
 
 
-def step_costs(table: CostTable) -> StepCosts:
-    """For `replay_policy`."""
-    return StepCosts(table.verify_seconds, table.draft_seconds, table.overhead)
-
-
 def outcome_table(texts: list[RecordedText], grid: ActionGrid, table: CostTable) -> OutcomeTable:
     """Compute the outcome of every action at every position of every text."""
-    return OutcomeTable([replay(text).outcomes(grid, table.step_seconds) for text in texts])
+    return OutcomeTable([ReplayText.from_recording(text).outcomes(grid, table) for text in texts])

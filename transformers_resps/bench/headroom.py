@@ -75,7 +75,7 @@ class Replayer:
         text = torch.cat([prompt.cpu(), answer.cpu()])
         spare = self.max_new_tokens - len(answer)
         recorded: ReplayText = record_text(self.target, self.head, text, len(prompt), grid=self.grid, spare_room=spare)
-        return OutcomeTable([recorded.outcomes(self.grid, self.costs.step_seconds)])
+        return OutcomeTable([recorded.outcomes(self.grid, self.costs)])
 
     def answer(self, prompt: Tensor, temperature: float) -> Tensor:
         """The target's own answer, with trees: the text is that of plain decoding."""

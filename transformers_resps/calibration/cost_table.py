@@ -15,14 +15,13 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..head import DraftHead
-from ..policy import RunningCosts
+from ..policy import CostModel, RunningCosts
 from ..target.prepacking import is_prepacked
-from ..tree import TreeShape
 from .device import device_name
 
 
 @dataclass(frozen=True)
-class CostTable:
+class CostTable(CostModel):
     """What the steps of decoding cost on one machine: medians in seconds. `calibrate` measures one.
 
     Attributes:
@@ -63,13 +62,7 @@ class CostTable:
         return _interpolate(self.plain, context) if self.plain else self.verify_seconds(1, context)
 
     def draft_seconds(self, width: int, levels: int) -> float:
-        """Seconds of drafting `levels` levels of `width` nodes."""
         return levels * _interpolate(self.draft, width) if self.draft else 0.0
-
-    def step_seconds(self, shape: TreeShape, context: int) -> float:
-        """Seconds of a whole step: drafting, the target's forward over all nodes, and the overhead."""
-        verify = self.verify_seconds(shape.total_tokens + shape.lookup, context)
-        return self.draft_seconds(shape.top_k, shape.depth) + verify + self.overhead
 
     def running(self, context: int) -> RunningCosts:
         """Starting costs for a `ThroughputPolicy` at `context` positions; it corrects them while it decodes."""

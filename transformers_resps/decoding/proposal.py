@@ -3,6 +3,7 @@
 The one decision path of a step, live and on recorded texts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +23,7 @@ class TextSoFar(Protocol):
     def in_lockstep(self) -> bool: ...
 
     @property
-    def row_weights(self) -> list[float]: ...
+    def row_weights(self) -> Sequence[float]: ...
 
     def since(self, starts: list[int]) -> list[list[int]]: ...
 

@@ -3,6 +3,7 @@
 from .acceptance_model import AcceptanceModel, PlattScaling
 from .action_grid import ActionGrid
 from .auto import AutoPolicy
+from .cost_model import CostModel
 from .costs import RunningCosts
 from .decisions import ask_shape, choose_shape, count_nodes, wants_level
 from .fixed import FixedPolicy
@@ -20,6 +21,7 @@ __all__ = [
     "AutoPolicy",
     "FixedPolicy",
     "BaselineGuard",
+    "CostModel",
     "PolicyCache",
     "Level",
     "PlattScaling",

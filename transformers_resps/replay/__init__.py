@@ -1,1 +1,26 @@
 """Recorded texts, and what any policy would have done on them; no model runs."""
+
+from .fitted_policy import fitted_policy
+from .oracle import Headroom, Oracle
+from .outcomes import OutcomeTable, TextOutcomes
+from .recorded_drafter import RecordedDrafter
+from .recorded_text import RecordedText, record_pools
+from .replay_text import ReplayText, record_text
+from .replayed_decoding import ReplayedStep, decode_again, replay_policy
+
+
+__all__ = [
+    "Headroom",
+    "Oracle",
+    "OutcomeTable",
+    "RecordedDrafter",
+    "RecordedText",
+    "ReplayText",
+    "ReplayedStep",
+    "TextOutcomes",
+    "decode_again",
+    "fitted_policy",
+    "record_pools",
+    "record_text",
+    "replay_policy",
+]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..head import BoundHead, DraftHead
 from ..target.features import FeatureTap
 from ..tree import CandidatePool
-from .prefix_pools import PrefixPools
+from .position_pools import PositionPools
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def record_pools(
     with FeatureTap(target, head.config.feature_layers or []) as tap, tap.record() as caught:
         target.get_decoder()(input_ids=text, use_cache=False)
     features = caught.concatenated()[:, :-1]
-    drafter = PrefixPools(BoundHead(head, target), features, text[:, 1:])
+    drafter = PositionPools(BoundHead(head, target), features, text[:, 1:])
     prefixes = torch.arange(prompt_length, length - 1)  # the root's place; it is the last token of the text so far
     pools = {
         top_k: _joined([pool for _, pool in drafter.draft(prefixes, top_k, depth)]) for top_k, depth in depths.items()

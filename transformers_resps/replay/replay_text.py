@@ -8,7 +8,7 @@ draws.
 Knows target, head and trees: nothing of policies' networks or losses. Shapes: t positions, d levels, F features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..drafting.prompt_lookup import Lookup
 from ..head import DraftHead
-from ..policy import ActionGrid
+from ..policy import ActionGrid, CostModel
 from ..tree import CandidatePool, TreeShape
 from .outcomes import TextOutcomes
 from .recorded_text import RecordedText, open_recording, record_pools
@@ -30,13 +30,11 @@ _NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
 _CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
 _TENSORS = ("features", "ranks", "chain_ranks", "lookups", "proposed")
 
-# Seconds of a step: (shape, positions of the text before it) -> seconds.
-StepSeconds = Callable[[TreeShape, int], float]
-
 
 @dataclass(frozen=True, slots=True)
 class ReplayText:
-    """One recorded text, reduced to what gives the outcome of every shape at every position; made by `record_text`.
+    """One recorded text, reduced to what gives the outcome of every shape at every position; made by `record_text`, or
+    of a recording by `from_recording`.
 
     Attributes:
         features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
@@ -61,6 +59,17 @@ class ReplayText:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @classmethod
+    def from_recording(cls, text: RecordedText) -> "ReplayText":
+        """Reduce a recording to what gives the outcome of every shape."""
+        upcoming = text.upcoming(text.depth)
+        chains, followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length, text.depth)
+        ranks, chain_ranks = (
+            torch.stack([path_ranks(pool, path) for pool in text.pools.values()], dim=1) for path in (upcoming, chains)
+        )
+        top_ks, start = tuple(text.pools), text.prompt_length + 1
+        return cls(text.features, ranks, chain_ranks, followed, proposed, top_ks, start, text.spare_room)
 
     def emitted(self, shape: TreeShape) -> Tensor:
         """Tokens `[t]` that a step of `shape` adds at each position, at most those that are left.
@@ -93,31 +102,31 @@ class ReplayText:
         kept = (rows < shape.total_tokens - 1) & (torch.arange(1, rows.shape[-1] + 1) <= depth[:, None])
         return kept.int().cumprod(-1).sum(-1)
 
-    def outcomes(self, grid: ActionGrid, seconds: StepSeconds) -> TextOutcomes:
+    def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
         """The outcome of every action of `grid` at every position.
 
         Args:
             grid: shapes no deeper and with no other `top_k` than recorded.
-            seconds: gives the seconds of a step; called once for every 16 positions of context. A shape pays for the
+            costs: give the seconds of a step; asked once for every 16 positions of context. A shape pays for the
                 looked-up nodes that the head's tree does not hold already.
 
         Returns:
             Tokens and seconds of every action at every position.
         """
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
-        taken = torch.stack([self._seconds(shape, seconds) for shape in grid.shapes], dim=1)
+        taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
         return TextOutcomes(self.features, emitted, taken, grid)
 
-    def _seconds(self, shape: TreeShape, seconds: StepSeconds) -> Tensor:
+    def _seconds(self, shape: TreeShape, costs: CostModel) -> Tensor:
         """`[t]` fp64."""
         buckets = (self.context_length + torch.arange(len(self))) // _CONTEXT_BUCKET
         contexts, bucket_of = buckets.unique(return_inverse=True)
         found = [replace(shape, lookup=count) for count in range(shape.lookup + 1)]
-        costs = [[seconds(one, int(context) * _CONTEXT_BUCKET) for one in found] for context in contexts]
+        seconds = [[costs.step_seconds(one, int(context) * _CONTEXT_BUCKET) for one in found] for context in contexts]
         added = self.proposed.clamp(max=shape.lookup)
         if shape.asks_head:
             added = (added - self._kept(self.chain_ranks, shape)).clamp(min=0)
-        return torch.tensor(costs, dtype=torch.float64)[bucket_of, added]
+        return torch.tensor(seconds, dtype=torch.float64)[bucket_of, added]
 
     def save(self, file: str | Path) -> None:
         """Write one safetensors file."""
@@ -173,18 +182,8 @@ def record_text(
     asking = [shape for shape in grid.shapes if shape.asks_head]
     depth = max((shape.depth for shape in asking), default=0)
     depths = {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
-    return replay(record_pools(target, head, input_ids, prompt_length, depths=depths, spare_room=spare_room))
-
-
-def replay(text: RecordedText) -> ReplayText:
-    """Reduce a recording to what gives the outcome of every shape."""
-    upcoming = text.upcoming(text.depth)
-    chains, followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length, text.depth)
-    ranks, chain_ranks = (
-        torch.stack([path_ranks(pool, path) for pool in text.pools.values()], dim=1) for path in (upcoming, chains)
-    )
-    top_ks, start = tuple(text.pools), text.prompt_length + 1
-    return ReplayText(text.features, ranks, chain_ranks, followed, proposed, top_ks, start, text.spare_room)
+    recording = record_pools(target, head, input_ids, prompt_length, depths=depths, spare_room=spare_room)
+    return ReplayText.from_recording(recording)
 
 
 def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:

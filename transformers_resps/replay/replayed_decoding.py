@@ -1,122 +1,113 @@
-"""Any policy on recorded texts: it decides as in `generate`, and a cost table replaces the clock.
+"""Known texts, decoded again without their target: what the text says next is what the target would pick.
 
-Knows recordings, policies and costs: no model. The time of the policy's own arithmetic is not counted.
+Each step is decided by the code that decides it in `generate`. A recording stands in for the head, and a cost model
+for the clock; the time of the policy's own arithmetic is not counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..drafting.prompt_lookup import Lookup
-from ..policy import Level, Observation, Policy, ask_shape, count_nodes, wants_level
+from ..decoding.proposal import Proposal, Proposer
+from ..drafting.drafter import Drafter
+from ..policy import CostModel, Policy
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
-from ..tree import CandidatePool, DraftTree, TreeShape
+from .recorded_drafter import RecordedDrafter
 from .recorded_text import RecordedText
 
 
 @dataclass(frozen=True, slots=True)
-class StepCosts:
-    """The costs of a step, in seconds, for `replay_policy`.
+class ReplayedStep:
+    """One step of decoding a text again.
 
     Attributes:
-        verify_seconds: (nodes, positions of context) -> seconds of the target's forward.
-        draft_seconds: (width, levels) -> seconds of the head.
-        overhead_seconds: seconds of everything else in a step.
+        root: place of the newest token before the step.
+        proposal: what the step would have verified.
+        accepted: drafted tokens that the text follows; one token more is emitted.
     """
 
-    verify_seconds: Callable[[int, int], float]
-    draft_seconds: Callable[[int, int], float]
-    overhead_seconds: float = 0.0
+    root: int
+    proposal: Proposal
+    accepted: int
 
 
-def replay_policy(text: RecordedText, policy: Policy, costs: StepCosts) -> SpeculationReport:
+class _Beginning:
+    """The first `length` tokens of a text, as if there were no more."""
+
+    in_lockstep = True
+    row_weights: Sequence[float] = (1.0,)
+
+    def __init__(self, tokens: list[int], length: int) -> None:
+        self._tokens, self.length = tokens, length
+
+    def since(self, starts: list[int]) -> list[list[int]]:
+        return [self._tokens[starts[0] : self.length]]
+
+
+def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterator[ReplayedStep]:
+    """Decide the steps from the output's second token to its end, one after the other.
+
+    Args:
+        text: its pools are not read.
+        policy: decides; the caller lets it learn from each step before asking for the next.
+        drafter: has observed nothing from the prompt's last position on.
+
+    Raises:
+        ValueError: no step can follow a decision of the policy.
+    """
+    beginning = _Beginning(text.input_ids.tolist(), text.prompt_length + 1)
+    proposer = Proposer(policy, drafter, beginning, [0])
+    place = observed = step = 0
+    while place < len(text):
+        root, left = text.prompt_length + place, len(text) - place
+        beginning.length = root + 1
+        newest = slice(text.prompt_length + observed, root + 1)
+        drafter.observe(text.features[None, observed : place + 1], text.input_ids[None, newest])
+        if step == 0:
+            proposer.read_prompt()
+        proposal = proposer.propose(text.input_ids[root : root + 1], step, root + 1, left + text.spare_room)
+        accepted = min(proposal.tree.drafted_match(text.input_ids[None, root + 1 :])[0], left - 1)
+        yield ReplayedStep(root, proposal, accepted)
+        step, observed, place = step + 1, place + 1, place + accepted + 1
+
+
+def replay_policy(text: RecordedText, policy: Policy, costs: CostModel) -> SpeculationReport:
     """Simulate `policy` on a recorded text, without models; prefill is left out.
 
     Args:
         text: the recording.
         policy: decides at every step as in `generate`.
-        costs: give the seconds of each step.
+        costs: give the seconds of each step, for instance a `CostTable`.
 
     Returns:
-        The report that `generate` would have given, with the seconds of `costs`.
+        The report that `generate` would have given, with the seconds of `costs`. Nodes that were looked up are not
+        among those `drafted`.
 
     Raises:
         ValueError: the policy returns something that is no shape, or asks for one that was not recorded.
     """
-    return _ReplayedDecoding(text, policy, costs).run()
+    report = SpeculationReport()
+    for step in decode_again(text, policy, RecordedDrafter(text)):
+        record = _record(text, step, costs)
+        policy.observe(record)
+        report.steps.append(record)
+    return report
 
 
-class _ReplayedDecoding:
-    def __init__(self, text: RecordedText, policy: Policy, costs: StepCosts) -> None:
-        self._text, self._policy, self._costs = text, policy, costs
-        self._tokens: list[int] = text.input_ids.tolist()
-        self._lookup = Lookup()
-        self._levels = 0  # that the head drafted in this step
-
-    def run(self) -> SpeculationReport:
-        report, place = SpeculationReport(), 0
-        while place < len(self._text):
-            record = self._step(place, len(report.steps))
-            self._policy.observe(record)
-            report.steps.append(record)
-            place += record.emitted_total
-        return report
-
-    def _step(self, place: int, step: int) -> StepRecord:
-        root = self._text.prompt_length + place  # of which everything up to itself is committed
-        self._lookup.extend(self._tokens[self._lookup.length : root + 1])
-        left = len(self._text) - place
-        features = self._text.features[place : place + 1]
-        observation = Observation(features, root + 1, step, left + self._text.spare_room, self._prefix_accept_probs)
-        shape = ask_shape(self._policy, observation).within(observation.room - 1)
-        pool = self._drafted(shape, place) if shape.asks_head else None
-        tree = self._tree(shape, root, pool)
-        upcoming = self._text.input_ids[None, root + 1 :]
-        accepted = min(tree.drafted_match(upcoming)[0], left - 1)
-        verify = self._costs.verify_seconds(tree.node_count, root)
-        draft = self._costs.draft_seconds(shape.top_k, self._levels) if pool is not None else 0.0
-        return StepRecord(
-            shape,
-            0 if pool is None else pool.tokens.shape[1],
-            tree.node_count,
-            RowCounts([accepted]),
-            RowCounts([accepted + 1]),
-            draft,
-            verify,
-            draft + verify + self._costs.overhead_seconds,
-            RowCounts([0] if pool is None else pool.drafted_match(upcoming[:, : accepted + 1])),
-        )
-
-    def _prefix_accept_probs(self) -> list[float]:
-        return self._lookup.match().prefix_accept_probs
-
-    def _drafted(self, shape: TreeShape, place: int) -> CandidatePool:
-        """The pool of this position, as deep as the policy lets it grow."""
-        top_k = min(shape.top_k, shape.total_tokens - 1)
-        pool = self._text.pools.get(top_k)
-        if pool is None or shape.depth > int(pool.levels[-1]):
-            raise ValueError(
-                f"The policy asks for {shape}, but the text was recorded for top_k {sorted(self._text.pools)} and up "
-                f"to {self._text.depth} levels. Record it again with `record_pools(..., depths=...)`."
-            )
-        self._levels, ends = 1, int((pool.levels == 1).sum())
-        scores = frontier = pool.scores[place : place + 1, :ends]
-        while self._levels < shape.depth and wants_level(self._policy, Level(self._levels, frontier)):
-            self._levels += 1
-            ends = int((pool.levels <= self._levels).sum())
-            level = pool.scores[place : place + 1, scores.shape[1] : ends]
-            frontier = level.topk(min(top_k, level.shape[1])).values
-            scores = pool.scores[place : place + 1, :ends]
-        cut = slice(place, place + 1)
-        return CandidatePool(pool.tokens[cut, :ends], pool.parents[cut, :ends], scores, pool.levels[:ends])
-
-    def _tree(self, shape: TreeShape, root: int, pool: CandidatePool | None) -> DraftTree:
-        """As `TreeDecoding` builds it."""
-        newest = self._text.input_ids[root : root + 1]
-        tree = DraftTree.root_only(newest)
-        if pool is not None:
-            total_tokens = min(shape.total_tokens, count_nodes(self._policy, pool.scores, pool.levels))
-            if total_tokens > 1:
-                tree = DraftTree.from_pool(newest, pool, total_tokens)
-        if shape.lookup:
-            tree = tree.with_chains([self._lookup.match().tokens[: shape.lookup]])
-        return tree
+def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRecord:
+    proposal, pool, emitted = step.proposal, step.proposal.pool, step.accepted + 1
+    verify = costs.verify_seconds(proposal.tree.node_count, step.root)
+    draft, match = 0.0, 0
+    if pool is not None:
+        draft = costs.draft_seconds(proposal.shape.top_k, int(pool.levels[-1]))
+        match = pool.drafted_match(text.input_ids[None, step.root + 1 :][:, :emitted])[0]
+    return StepRecord(
+        shape=proposal.shape,
+        drafted=proposal.candidates,
+        verified=proposal.tree.node_count,
+        accepted=RowCounts([step.accepted]),
+        emitted=RowCounts([emitted]),
+        draft_seconds=draft,
+        verify_seconds=verify,
+        step_seconds=draft + verify + costs.overhead,
+        drafted_match=RowCounts([match]),
+    )

@@ -1,6 +1,7 @@
-"""Tau of a head on existing texts: the engine's own drafting, without a target forward."""
+"""Mean acceptance length of a head on existing texts: the engine's own drafting, without a target forward."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch import Tensor
 from ..drafting.candidate_generator import TreeCandidateGenerator
 from ..head import BoundHead
 from ..policy import FixedPolicy
-from ..tree import DraftTree, TreeShape
+from ..replay import RecordedText, decode_again
+from ..tree import TreeShape
 
 
 @torch.no_grad()
@@ -26,26 +28,18 @@ def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: T
     Returns:
         Tau, at least 1; 1 without texts.
     """
-    emitted = forwards = 0
+    policy, emitted = FixedPolicy(replace(shape, lookup=0)), []
     for text in texts:
-        begins = int((~text["loss_mask"]).nonzero()[-1]) + 1 if not text["loss_mask"].all() else 1
-        steps = _steps(bound, text, begins, shape)
-        emitted += sum(steps)
-        forwards += len(steps)
-    return emitted / forwards if forwards else 1.0
+        known, generator = _begun(bound, text, spare_room=shape.depth)
+        emitted += [step.accepted + 1 for step in decode_again(known, policy, generator)]
+    return sum(emitted) / len(emitted) if emitted else 1.0
 
 
-def _steps(bound: BoundHead, text: dict[str, Tensor], root: int, shape: TreeShape) -> list[int]:
-    """Tokens emitted at each step, from `root` on, the newest token that is not yet in the target's cache."""
-    tokens, features = text["input_ids"][None], text["features"][None]
-    generator, policy = TreeCandidateGenerator(bound, 1, None), FixedPolicy(shape)
-    generator.observe(features[:, :root], tokens[:, 1 : root + 1])
-    steps = []
-    while root < tokens.shape[1] - 1:
-        tree = DraftTree.from_pool(tokens[:, root], generator.draft(shape, policy), shape.total_tokens)
-        accepted = tree.drafted_match(tokens[:, root + 1 :])[0]
-        end = min(root + accepted + 1, tokens.shape[1] - 1)
-        steps.append(end - root)
-        generator.observe(features[:, root:end], tokens[:, root + 1 : end + 1])
-        root = end
-    return steps
+def _begun(bound: BoundHead, text: dict[str, Tensor], spare_room: int) -> tuple[RecordedText, TreeCandidateGenerator]:
+    """A text whose prompt the head has observed, but for the last position; `spare_room` lets no tree be cut."""
+    tokens, features, mask = text["input_ids"], text["features"], text["loss_mask"]
+    begins = int((~mask).nonzero()[-1]) + 1 if not mask.all() else 1
+    generator = TreeCandidateGenerator(bound, 1, None)
+    if begins > 1:
+        generator.observe(features[None, : begins - 1], tokens[None, 1:begins])
+    return RecordedText(tokens, begins, features[begins - 1 : len(tokens) - 2], {}, spare_room), generator

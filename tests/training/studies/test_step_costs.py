@@ -10,9 +10,7 @@ from training.studies import step_costs
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid
-from transformers_resps.replay.oracle import Oracle
-from transformers_resps.replay.recorded_text import record_pools
-from transformers_resps.replay.replayed_decoding import replay_policy
+from transformers_resps.replay import Oracle, record_pools, replay_policy
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
@@ -28,10 +26,9 @@ def test_a_fixed_shape_takes_as_long_on_the_table_as_when_it_decodes_the_text_ag
     looping = torch.cat([tokens, tokens[20:60], tokens[20:40]])  # so that looked-up nodes are found, and followed
     text = record_pools(tiny_target, tiny_head, looping, len(PROMPT), depths={1: 6, 4: 6}, spare_room=50)
     table = step_costs.outcome_table([text], ActionGrid(SHAPES), TABLE)
-    costs = step_costs.step_costs(TABLE)
     for shape, seconds in zip(SHAPES, Oracle(table).fixed_seconds[0].tolist(), strict=True):
-        report = replay_policy(text, FixedPolicy(shape), costs)
+        report = replay_policy(text, FixedPolicy(shape), TABLE)
         assert seconds == pytest.approx(report.seconds), str(shape)
-    merged = [step.verified for step in replay_policy(text, FixedPolicy(SHAPES[3]), costs).steps]
+    merged = [step.verified for step in replay_policy(text, FixedPolicy(SHAPES[3]), TABLE).steps]
     assert len(set(merged)) > 2, "nodes that both propose are shared at some steps and not at others"
     sys.modules.pop("positions", None)

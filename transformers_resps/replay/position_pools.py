@@ -20,7 +20,7 @@ from ..tree import CandidatePool
 _MAX_QUERIES = 256  # nodes in one pass of the head
 
 
-class PrefixPools:
+class PositionPools:
     """Drafts from every position of a text.
 
     Args:
