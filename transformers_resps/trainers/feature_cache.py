@@ -30,7 +30,8 @@ from .target_features import FrozenTarget
 logger = logging.getLogger(f"transformers.{__name__}")
 
 _BLOCK = 64  # texts per file
-_OPEN_FILES = 256
+_MAX_OPEN_FILES = 256
+_TOKENS_PER_FORWARD = 4096  # in a batch of the target, padding included
 
 
 class ExampleDataset(Dataset[dict[str, Tensor]]):
@@ -62,7 +63,6 @@ class CachedFeatures(ExampleDataset):
         folder: where the files are kept; those of other texts or another target are left alone.
         target: computes missing features.
         dtype: of the stored features; bf16 needs half the disk of fp32 and is what heads are served in.
-        tokens_per_forward: tokens in a batch of the target, padding included.
 
     Raises:
         ValueError: the examples were made with another tokenizer.
@@ -76,12 +76,10 @@ class CachedFeatures(ExampleDataset):
         target: FrozenTarget,
         *,
         dtype: torch.dtype = torch.bfloat16,
-        tokens_per_forward: int = 4096,
     ) -> None:
         super().__init__(examples)
         check_token_ids(examples, target.model.config.get_text_config().vocab_size)
         self._folder, self._target, self._dtype = Path(folder), target, dtype
-        self._tokens_per_forward = tokens_per_forward
         self._folder.mkdir(parents=True, exist_ok=True)
         identity = {"layers": target.feature_layers, "dtype": str(dtype), "target": _fingerprint(target.model)}
         self._identity = json.dumps(identity, sort_keys=True)
@@ -94,7 +92,7 @@ class CachedFeatures(ExampleDataset):
         block, row = divmod(index, _BLOCK)
         path = self._paths[block]
         if path not in self._open:
-            if len(self._open) >= _OPEN_FILES:
+            if len(self._open) >= _MAX_OPEN_FILES:
                 self._open.popitem(last=False)
             self._open[path] = _opened(path)
         file = self._open[path]
@@ -122,7 +120,7 @@ class CachedFeatures(ExampleDataset):
     def _write(self, path: Path, block: list[Example]) -> None:
         tensors: dict[str, Tensor] = {}
         lengths = [len(example.input_ids) for example in block]
-        for rows in TokenBudgetBatches(lengths, self._tokens_per_forward, shuffle=False):
+        for rows in TokenBudgetBatches(lengths, _TOKENS_PER_FORWARD, shuffle=False):
             part = [block[row] for row in rows]
             batch = collate([{"input_ids": e.input_ids, "loss_mask": e.predicted} for e in part])
             device = self._target.model.device

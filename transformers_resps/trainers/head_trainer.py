@@ -1,7 +1,4 @@
-"""Train a draft head on a target's own distribution.
-
-Knows Transformers' Trainer; the maths is in `training_time_test` and `soft_cross_entropy`.
-"""
+"""Train a draft head on a target's own distribution; the maths is in `training_time_test` and `soft_cross_entropy`."""
 
 import copy
 import time
@@ -22,7 +19,7 @@ from .checks import check_kinds
 from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
 from .metrics import LevelMeter
-from .muon import Muon
+from .muon import Muon, parameter_groups
 from .simulated_decoding import simulated_tau
 from .soft_cross_entropy import soft_cross_entropy
 from .target_features import FrozenTarget, TargetFeatures
@@ -248,16 +245,8 @@ class DraftHeadTrainer(ArtefactTrainer):
         """Muon for the matrices and AdamW for the rest, or AdamW for all."""
         if self.optimizer is None:
             trained = cast(nn.Module, model or self.model)
-            named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
-            uses_muon = self.args.optimizer == "muon"
-            matrices = [p for n, p in named if uses_muon and p.ndim == 2 and "lm_head" not in n and "embed" not in n]
-            chosen = {id(p) for p in matrices}
-            groups = [
-                {"params": matrices, "matrices": True},
-                {"params": [p for _, p in named if id(p) not in chosen], "matrices": False},
-            ]
             self.optimizer = Muon(
-                [group for group in groups if group["params"]],
+                parameter_groups(trained, use_muon=self.args.optimizer == "muon"),
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 weight_decay=self.args.weight_decay,

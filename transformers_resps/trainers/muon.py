@@ -1,14 +1,15 @@
 """Muon for the matrices, AdamW for everything else, in one optimiser: one state dict, one schedule.
 
-`torch.optim.Muon` runs its iteration in bf16, ten times slower than fp32 on processors without bf16 arithmetic, and
-takes matrices only.
+`torch.optim.Muon` takes matrices only, and always iterates in bf16: on the matrices of a draft head it takes 3.4 times
+as long as this one on a processor without bf16 instructions, 0.7 times with them, and its updates differ by up to 1%
+(the study `muon_speed`).
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -53,6 +54,16 @@ def _step(gram: Tensor) -> Tensor:
     step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
     step.diagonal().add_(a)
     return step
+
+
+def parameter_groups(model: nn.Module, *, use_muon: bool) -> list[dict[str, Any]]:
+    """Groups of a model's trained parameters for `Muon`; embeddings, output rows and vectors go to AdamW."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [], "matrices": is_matrix} for is_matrix in (True, False)]
+    for name, parameter in trained:
+        is_matrix = use_muon and parameter.ndim == 2 and "lm_head" not in name and "embed" not in name
+        groups[0 if is_matrix else 1]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 class Muon(Optimizer):
