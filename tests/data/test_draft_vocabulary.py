@@ -21,13 +21,13 @@ def test_forced_tokens_are_the_targets(odd: int) -> None:
 
 def test_labels_are_no_tokens() -> None:
     labels = Example(torch.tensor([3, -100, 5]), TEXT.loss_mask[:3])
-    with pytest.raises(ValueError, match="token id -100, but .* 19 tokens.*or are labels: tokenize them"):
+    with pytest.raises(ValueError, match="token id -100, but .* 19 tokens.*or holds labels: tokenize it"):
         choose_draft_vocabulary([labels], 19, 8)
 
 
 def test_a_vocabulary_is_not_counted_from_tokens_of_another_tokenizer():
     example = Example(torch.tensor([3, 9, 12]), torch.tensor([False, True, True]))
-    with pytest.raises(ValueError, match="token id 12, but the target's vocabulary has 12 tokens. They were"):
+    with pytest.raises(ValueError, match="token id 12, but the target's vocabulary has 12 tokens. It was"):
         choose_draft_vocabulary([example], vocab_size=12, draft_vocab_size=4)
 
 

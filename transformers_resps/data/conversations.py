@@ -1,6 +1,7 @@
 """Read conversations in the usual file layouts, as lists of `messages`.
 
-Knows file layouts only: nothing of tokenizers, templates or models.
+Files are read without `datasets`, which reads none that is cut off and is not part of the base install. TRL's
+`maybe_convert_to_chatml` would keep ShareGPT's names of roles.
 """
 
 import json
@@ -34,7 +35,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
     path = Path(path)
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _json_list_rows(path)
     for number, row in enumerate(rows):
-        yield _messages(row, f"{path}, row {number}")
+        yield _conversation(row, f"{path}, row {number}")
 
 
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
@@ -67,7 +68,7 @@ def load_conversations(source: str | Path, split: str = "train") -> Iterator[Con
         ) from error
     name, _, config = str(source).partition(":")
     for number, row in enumerate(load_dataset(name, config or None, split=split)):
-        yield _messages(row, f"{source}, row {number}")
+        yield _conversation(row, f"{source}, row {number}")
 
 
 def _jsonl_rows(path: Path) -> Iterator[Any]:
@@ -120,61 +121,59 @@ def _is_at_the_end(error: json.JSONDecodeError) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()) - 6
 
 
-def _messages(row: Any, where: str) -> Conversation:
+def _conversation(row: Any, where: str) -> Conversation:
+    try:
+        return _messages(row)
+    except ValueError as error:
+        raise ValueError(f"{where} {error} Fix or remove that row.") from None
+
+
+def _messages(row: Any) -> Conversation:
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {row!r}, but a conversation is a JSON object. Fix or remove that row.")
+        raise ValueError(f"is {row!r}, but a conversation is a JSON object.")
     if "messages" in row:
-        return _as_messages(row["messages"], "user", where)
+        return _as_messages(row["messages"], "user")
     if "conversations" in row:
-        turns = _objects(row["conversations"], "`conversations`", where)
-        if all("role" in turn for turn in turns):
-            return _as_messages(turns, "user", where)
-        if not all({"from", "value"} <= set(turn) for turn in turns):
-            raise ValueError(
-                f"{where} has `conversations` with turns that lack `from` or `value`. Fix or remove that row."
-            )
-        return [
-            {"role": _SHAREGPT_ROLES[str(turn["from"])], "content": _text(turn["value"], where)}
-            for turn in turns
-            if str(turn["from"]) in _SHAREGPT_ROLES
-        ]
+        return _from_sharegpt(_objects(row["conversations"], "`conversations`"))
     if "turns" in row:
         if not isinstance(row["turns"], list):
-            raise ValueError(f"{where} has `turns` that are {row['turns']!r}, but they must be a list. Fix that row.")
-        return [{"role": "user", "content": _text(turn, where)} for turn in row["turns"]]
+            raise ValueError(f"has `turns` that are {row['turns']!r}, but they must be a list.")
+        return [{"role": "user", "content": _text(turn)} for turn in row["turns"]]
     for question, answer in (("prompt", "completion"), ("question", "answer")):
         if question in row:
-            asked = _as_messages(row[question], "user", where)
-            answered = row.get(answer)
-            return asked + ([] if answered is None else _as_messages(answered, "assistant", where))
+            asked, answered = _as_messages(row[question], "user"), row.get(answer)
+            return asked + ([] if answered is None else _as_messages(answered, "assistant"))
     raise ValueError(
-        f"{where} has the fields {sorted(row)}, but a conversation needs `messages`, `prompt` (and `completion`), "
-        "`turns`, `question` (and `answer`), or ShareGPT's `conversations`. Rename the fields."
+        f"has the fields {sorted(row)}, but a conversation needs `messages`, `prompt` (and `completion`), `turns`, "
+        "`question` (and `answer`), or ShareGPT's `conversations`."
     )
 
 
-def _as_messages(value: Any, role: str, where: str) -> Conversation:
+def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
+    if all("role" in turn for turn in turns):
+        return _as_messages(turns, "user")
+    if not all({"from", "value"} <= set(turn) for turn in turns):
+        raise ValueError("has `conversations` with turns that lack `from` or `value`.")
+    known = [turn for turn in turns if str(turn["from"]) in _SHAREGPT_ROLES]
+    return [{"role": _SHAREGPT_ROLES[turn["from"]], "content": _text(turn["value"])} for turn in known]
+
+
+def _as_messages(value: Any, role: str) -> Conversation:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    for message in _objects(value, "messages", where):
+    for message in _objects(value, "messages"):
         if not {"role", "content"} <= set(message):
-            raise ValueError(
-                f"{where} has a message with the fields {sorted(message)}, but it needs `role` and `content`. "
-                "Fix or remove that row."
-            )
-    return [{"role": str(m["role"]), "content": _text(m["content"], where)} for m in value]
+            raise ValueError(f"has a message with the fields {sorted(message)}, but it needs `role` and `content`.")
+    return [{"role": str(message["role"]), "content": _text(message["content"])} for message in value]
 
 
-def _objects(value: Any, name: str, where: str) -> list[dict[str, Any]]:
+def _objects(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise ValueError(
-            f"{where} has {name} that are {str(value)[:60]}, but they must be a list of JSON objects. "
-            "Fix or remove that row."
-        )
+        raise ValueError(f"has {name} that are {str(value)[:60]}, but they must be a list of JSON objects.")
     return value
 
 
-def _text(content: Any, where: str) -> str:
+def _text(content: Any) -> str:
     """A string as it is, or the text parts of a list of parts; a number, as some answers are, in digits."""
     if isinstance(content, (str, int, float)):
         return str(content)
@@ -182,7 +181,4 @@ def _text(content: Any, where: str) -> str:
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         return "".join(part["text"] for part in content)
-    raise ValueError(
-        f"{where} has the content {str(content)[:60]}, but only text can be trained on, no images or tool calls. "
-        "Fix or remove that row."
-    )
+    raise ValueError(f"has the content {str(content)[:60]}, but only text can be trained on, no images or tool calls.")

@@ -1,6 +1,7 @@
-"""Conversations as token ids, with a mask over the tokens that the assistant wrote.
+"""Tokenize conversations, with a mask over the tokens that the assistant wrote.
 
-Knows tokenizers and chat templates: nothing of models.
+Transformers and TRL find these tokens by `{% generation %}` marks in the chat template. Most templates have none, so
+here they are what an assistant turn adds to the rendered text.
 """
 
 import hashlib
@@ -141,23 +142,20 @@ def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
 
 
 def check_token_ids(examples: Iterable[Example], vocab_size: int) -> None:
-    """Refuse texts of another tokenizer, before the target's embedding fails with an unclear error.
+    """Check that texts hold tokens of the target, whose embedding would fail with an unclear error.
 
     Raises:
-        ValueError: names the odd id and `vocab_size`; or there is a text without tokens.
+        ValueError: an id is outside the vocabulary, or there is a text without tokens.
     """
-    examples = list(examples)
-    empty = [number for number, example in enumerate(examples) if not len(example.input_ids)]
-    if empty:
-        raise ValueError(f"Text {empty[0]} has no tokens. Leave out empty texts.")
-    ids = [int(odd) for example in examples for odd in (example.input_ids.min(), example.input_ids.max())]
-    lowest, highest = min(ids, default=0), max(ids, default=0)
-    if lowest < 0 or highest >= vocab_size:
-        raise ValueError(
-            f"The texts hold token id {lowest if lowest < 0 else highest}, but the target's vocabulary has "
-            f"{vocab_size} tokens. They were made with another model's tokenizer, or are labels: tokenize "
-            "them with the target's own."
-        )
+    for number, example in enumerate(examples):
+        if not len(example.input_ids):
+            raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
+        odd = example.input_ids[(example.input_ids < 0) | (example.input_ids >= vocab_size)]
+        if len(odd):
+            raise ValueError(
+                f"Text {number} holds token id {int(odd[0])}, but the target's vocabulary has {vocab_size} tokens. "
+                "It was made with another model's tokenizer, or holds labels: tokenize it with the target's own."
+            )
 
 
 def split_examples(examples: Iterable[Example], share: float) -> tuple[list[Example], list[Example]]:

@@ -1,7 +1,4 @@
-"""Which prompts something was trained on, kept as hashes beside its weights, so that they are not measured on.
-
-Knows texts and one file: nothing of tokenizers or models.
-"""
+"""Keep the prompts that something was trained on, as hashes beside its weights, so that they are not measured on."""
 
 import hashlib
 import json
@@ -13,7 +10,7 @@ TRAINING_PROMPTS = "training_prompts.json"
 
 
 def prompt_fingerprint(text: str) -> str:
-    """Hash of a user's first turn, the same for any whitespace between its words."""
+    """A hash of a user's first turn, the same for any whitespace between its words."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
