@@ -28,6 +28,7 @@ from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay.recorded_text import RecordedText
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, ReplayRollouts
 
+from .experiment import print_table
 from .headroom import COSTS, load_folder
 from .step_costs import outcome_table, read_tables
 from .text_state import embeds_text, seen_as, text_states
@@ -191,14 +192,6 @@ def tune(corpus: Corpus, costs: CostTable) -> list[dict[str, Any]]:
         fixed = corpus.speeds(held_out.oracle.fixed_seconds[:, best], plain)
         rows.append({"trained on": f"{name}: best fixed {GRID[best]}", "texts": len(texts), "actions": 1, **fixed})
     return rows
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    print("\n| " + " | ".join(columns) + " |\n|---" + "|---:" * (len(columns) - 1) + "|")
-    for row in rows:
-        cells = [row.get(name, "") for name in columns]
-        print("| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
 
 
 def main() -> None:

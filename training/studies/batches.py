@@ -177,15 +177,7 @@ def run(args: argparse.Namespace) -> int:
             "`--batch-sizes`, or a larger `--limit` and a dataset of as many rows."
         )
     runs = list(track(bench.run(given.prompts, sizes, args.repeats), "Decoding"))
-    rows = table(runs)
-    file = given.write(args, rows, runs)
-    print("| batch | way | tokens/s | to plain batch | to trees one by one | same text |")
-    print("|---:|---|---:|---:|---:|---:|")
-    for row in rows:
-        alone = "" if row["to_one_by_one"] is None else f"{row['to_one_by_one']:.2f}"
-        rates = f"{row['tokens_per_second']:.1f} | {row['to_plain_batch']:.2f} | {alone} | {row['same_text']:.0%}"
-        print(f"| {row['batch_size']} | {row['way']} | {rates} |")
-    print(f"\nWritten to {file}")
+    given.report(args, table(runs), runs)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Part of the studies `batches`, `static_caches`, `guard_speed` and `planted_batches`: options, models and results.
 
-Each decodes some prompts with one target and its head, and writes `results.json`.
+Each decodes some prompts with one target and its head, prints a table (as `ablations` does) and writes `results.json`.
 """
 
 import argparse
@@ -48,13 +48,23 @@ class Experiment:
         dialogues = spread(read_dialogues(str(args.dataset)), args.limit)
         return cls(models.target, models.head, [to_tokens(one.asked([]), models.tokenizer) for one in dialogues])
 
-    def write(self, args: argparse.Namespace, rows: list[dict[str, Any]], runs: Sequence[Any]) -> Path:
-        """Write `results.json`: machine, code, options, the table's rows and every run."""
+    def report(self, args: argparse.Namespace, rows: list[dict[str, Any]], runs: Sequence[Any]) -> None:
+        """Print the rows, and write `results.json`: machine, code, options, the rows and every run."""
+        print_table(rows)
         facts = {**machine(self.target), **code(), "arguments": vars(args), "rows": rows}
         args.output.mkdir(parents=True, exist_ok=True)
         file: Path = args.output / RESULTS
         file.write_text(json.dumps(facts | {"runs": [asdict(run) for run in runs]}, indent=1, default=str), "utf-8")
-        return file
+        print(f"\nWritten to {file}")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print rows as Markdown, a column for each of their keys."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        cells = ["" if (cell := row.get(name)) is None else cell for name in columns]
+        print(f"| {' | '.join(f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in cells)} |")
 
 
 def execute(

@@ -128,13 +128,7 @@ def main() -> None:
     if args.pack:
         prepack(heads[UNTRAINED])
     runs = measure(given, heads, args.max_new_tokens, args.repeats)
-    rows = table(runs)
-    file = given.write(args, rows, runs)
-    print("| head | policy | kept between calls | to plain | tau |\n|---|---|---|---:|---:|")
-    for row in rows:
-        kept = "yes" if row["kept"] else "no"
-        print(f"| {row['head']} | {row['policy']} | {kept} | {row['to_plain']:.3f} | {row['tau']:.2f} |")
-    print(f"\nWritten to {file}")
+    given.report(args, table(runs), runs)
 
 
 if __name__ == "__main__":

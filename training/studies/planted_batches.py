@@ -151,11 +151,7 @@ def main() -> None:
     for name, made in planted(PlantedClock()).items():
         setattr(mixin, name, made)
     runs = [run for size in args.batch_sizes for run in measure(given, size, args.max_new_tokens)]
-    rows = table(runs)
-    given.write(args, rows, runs)
-    print("| batch | policy | to plain |\n|---:|---|---:|")
-    for row in rows:
-        print(f"| {row['batch_size']} | {row['policy']} | {row['to_plain_batch']:.2f} |")
+    given.report(args, table(runs), runs)
 
 
 if __name__ == "__main__":

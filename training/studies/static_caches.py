@@ -159,14 +159,7 @@ def run(args: argparse.Namespace) -> int:
     shape = args.shape or given.head.default_shape
     bench = StaticBench(given.target, given.head, shape, args.max_new_tokens, config)
     runs = list(track(bench.run(given.prompts, args.repeats), "Decoding"))
-    rows = table(runs)
-    file = given.write(args, rows, runs)
-    print("| way | tokens/s | to plain | to a cache that grows | same text | compiling, s |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for row in rows:
-        rates = f"{row['tokens_per_second']:.1f} | {row['to_plain']:.2f} | {row['to_dynamic']:.2f}"
-        print(f"| {row['way']} | {rates} | {row['same_text']:.0%} | {row['first_pass_extra_seconds']:.0f} |")
-    print(f"\nWritten to {file}")
+    given.report(args, table(runs), runs)
     return 0
 
 
