@@ -30,8 +30,8 @@ from runs.checkpoints import check_resumable, newest_checkpoint
 from runs.command_line import parse
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.bench.models import load_target
-from transformers_resps.bench.protocol import sampling
 from transformers_resps.bench.provenance import machine
+from transformers_resps.bench.runs import sampling
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.data import write_training_prompts

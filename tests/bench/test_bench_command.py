@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from tests.bench.conversations import save_models, save_rows
 from transformers_resps import DraftHead
 from transformers_resps.bench import __main__ as command
-from transformers_resps.bench.protocol import Bench
-from transformers_resps.bench.session import Session
+from transformers_resps.bench.runs import Bench
 from transformers_resps.data import write_training_prompts
 from transformers_resps.head import pair_identity
 from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
@@ -91,10 +90,10 @@ def test_after_ctrl_c_the_same_command_goes_on(
 
 
 def test_ctrl_c_while_preparing_is_no_traceback(bench: BenchCommand, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(self: Session) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Session, "prepare", stopped)
+    monkeypatch.setattr("transformers_resps.bench.session.calibrate", stopped)
     assert bench() == 130
 
 
@@ -157,8 +156,3 @@ def test_a_malformed_option_ends_with_a_usage_message(option: list[str], capsys:
     with pytest.raises(SystemExit):
         command.main(["target", "head", "--dataset", "x.jsonl", *option])
     assert option[0] in capsys.readouterr().err
-
-
-def test_a_profile_is_printed(bench: BenchCommand, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench("--profile") == 0
-    assert "overhead_share" in capsys.readouterr().out

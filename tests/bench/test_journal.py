@@ -3,11 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench.conversations import dialogue
 from transformers_resps.bench.journal import JOURNAL, Journal
-from transformers_resps.bench.protocol import Cell, Run
+from transformers_resps.bench.runs import Run
 from transformers_resps.bench.steps import Step
-from transformers_resps.bench.timing import AnswerTiming
+from transformers_resps.bench.timing import AnswerTiming, Cell
 
 
 SETTINGS = {"target": "t", "temperatures": [0.0]}
@@ -17,36 +16,36 @@ RUN = Run(
 
 
 def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
-    journal = Journal.open(tmp_path, SETTINGS)
+    journal = Journal(tmp_path, SETTINGS)
     journal.keep(RUN)
     journal.note("best", {"shape": [4, 2, 2]})
-    again = Journal.open(tmp_path, SETTINGS)
-    found = again.find(Cell(dialogue("d/3", "x"), 2, 0.5, 1), "auto")
+    again = Journal(tmp_path, SETTINGS)
+    found = again.find(Cell("d/3", 2, 0.5, 1), "auto")
     assert found is not None and found.timing == RUN.timing and found.steps == RUN.steps
     assert found.token_ids.tolist() == [4, 5]
     assert again.notes == {"best": {"shape": [4, 2, 2]}}
-    for other in (Cell(dialogue("d/3", "x"), 1, 0.5, 1), Cell(dialogue("d/3", "x"), 2, 0.0, 1)):
+    for other in (Cell("d/3", 1, 0.5, 1), Cell("d/3", 2, 0.0, 1)):
         assert again.find(other, "auto") is None
 
 
 def test_a_line_that_a_kill_cut_off_is_measured_again(tmp_path: Path) -> None:
-    Journal.open(tmp_path, SETTINGS).keep(RUN)
+    Journal(tmp_path, SETTINGS).keep(RUN)
     file = tmp_path / JOURNAL
     file.write_text(file.read_text() + '{"method": "au')
-    again = Journal.open(tmp_path, SETTINGS)
+    again = Journal(tmp_path, SETTINGS)
     assert len(again.runs) == 1
     again.keep(RUN)
     assert all(line.endswith("}") for line in file.read_text().splitlines())
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    Journal.open(tmp_path, SETTINGS)
+    Journal(tmp_path, SETTINGS)
     with pytest.raises(ValueError, match=r"other settings: temperatures \[0.0\] \(now \[1.0\]\)\. .*--output"):
-        Journal.open(tmp_path, {**SETTINGS, "temperatures": [1.0]})
+        Journal(tmp_path, {**SETTINGS, "temperatures": [1.0]})
 
 
 def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
     file = tmp_path / JOURNAL
     file.write_text("{nonsense\n{}\n")
     with pytest.raises(ValueError, match="is damaged .* Delete it"):
-        Journal.open(tmp_path, SETTINGS)
+        Journal(tmp_path, SETTINGS)

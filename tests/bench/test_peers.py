@@ -18,7 +18,7 @@ from transformers_resps.bench.judging import Judge
 from transformers_resps.bench.methods import Method, peers, plain
 from transformers_resps.bench.peers import PEERS, load_peers, peer_versions
 from transformers_resps.bench.prompts import Prompt
-from transformers_resps.bench.protocol import Bench
+from transformers_resps.bench.runs import Bench
 
 
 PROMPT = Prompt("a/0", torch.tensor([1, 30, 31, 30, 31, 30]))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.conversations import dialogue, save_rows
-from transformers_resps.bench.prompts import Dialogue, check_apart, read_dialogues, spread, to_tokens
+from transformers_resps.bench.prompts import Dialogue, read_dialogues, spread, to_tokens
 from transformers_resps.data import prompt_fingerprint, read_training_prompts, write_training_prompts
 
 
@@ -60,13 +60,6 @@ def test_a_dataset_without_questions_is_refused(tmp_path: Path) -> None:
         read_dialogues(str(file))
     with pytest.raises(ValueError, match="has no rows"):
         read_dialogues(save_rows(tmp_path / "empty.jsonl", []))
-
-
-def test_prompts_that_were_learned_from_are_refused() -> None:
-    rows = [dialogue("d/0", "new"), dialogue("d/1", "Known  question\n")]
-    with pytest.raises(ValueError, match="1 of 2 prompts .* among the training prompts of head, for example d/1"):
-        check_apart(rows, {prompt_fingerprint("Known question")}, "the training prompts of head")
-    check_apart(rows[:1], {prompt_fingerprint("Known question")}, "the training prompts of head")
 
 
 def test_training_prompts_are_kept_as_hashes_in_a_folder(tmp_path: Path) -> None:

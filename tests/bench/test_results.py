@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from transformers_resps.bench.advice import advice_of
 from transformers_resps.bench.headroom import ceiling_of
 from transformers_resps.bench.methods import Method
 from transformers_resps.bench.plots import draw_plots
-from transformers_resps.bench.protocol import Run
-from transformers_resps.bench.results import advice_of, measured_part, read_results, write_results
+from transformers_resps.bench.results import measured_part, read_results, write_results
+from transformers_resps.bench.runs import Run
 from transformers_resps.bench.steps import BUCKETS, Step, bucket_of, summarise_steps
 from transformers_resps.bench.table import markdown_table
 from transformers_resps.bench.timing import AnswerTiming

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from transformers_resps import cli
+from transformers_resps.bench.config import BenchConfig
 
 
 @pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench"])
@@ -18,10 +18,10 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[SimpleNamespace] = []
-    monkeypatch.setattr("transformers_resps.bench.__main__.run", lambda args: seen.append(args) or 1)
+    seen: list[BenchConfig] = []
+    monkeypatch.setattr("transformers_resps.bench.__main__.run", lambda config: seen.append(config) or 1)
     assert cli.main(["bench", "target", "head", "--dataset", "x.jsonl"]) == 1
-    assert len(seen) == 1
+    assert seen == [BenchConfig("target", "head", ["x.jsonl"])]
 
 
 @pytest.mark.parametrize(

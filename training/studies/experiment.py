@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from transformers_resps.bench.models import load_models
+from transformers_resps.bench.config import BenchConfig, default_device
+from transformers_resps.bench.models import BenchModels
 from transformers_resps.bench.options import device, dtype, model, positive, shape
-from transformers_resps.bench.prompts import read_dialogues, spread, to_tokens
+from transformers_resps.bench.prompts import read_dialogues, spread
 from transformers_resps.bench.provenance import code, machine
 from transformers_resps.compat import check_extra
 from transformers_resps.head import DraftHead
@@ -43,10 +43,20 @@ class Experiment:
         Raises:
             ValueError: something is missing, or the head does not fit the target.
         """
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        models = load_models(args.target, args.head, [], dtype=args.dtype, device=device, packed=args.pack)
-        dialogues = spread(read_dialogues(str(args.dataset)), args.limit)
-        return cls(models.target, models.head, [to_tokens(one.asked([]), models.tokenizer) for one in dialogues])
+        dataset = str(args.dataset)
+        models = BenchModels.load(
+            BenchConfig(
+                args.target,
+                args.head,
+                [dataset],
+                policies=(),
+                dtype=args.dtype,
+                device=args.device or default_device(),
+                pack=args.pack,
+            )
+        )
+        dialogues = spread(read_dialogues(dataset), args.limit)
+        return cls(models.target, models.head, [one.prompt(models.tokenizer).input_ids for one in dialogues])
 
     def report(self, args: argparse.Namespace, rows: list[dict[str, Any]], runs: Sequence[Any]) -> None:
         """Print the rows, and write `results.json`: machine, code, options, the rows and every run."""

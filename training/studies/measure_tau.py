@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from transformers_resps import FixedPolicy, TreeShape
-from transformers_resps.bench.models import BenchModels, load_models
+from transformers_resps.bench.config import BenchConfig
+from transformers_resps.bench.models import BenchModels
 from transformers_resps.bench.options import positive, shape
-from transformers_resps.bench.prompts import read_dialogues, to_tokens
-from transformers_resps.bench.protocol import sampling
+from transformers_resps.bench.prompts import read_dialogues
 from transformers_resps.bench.provenance import code, machine
+from transformers_resps.bench.runs import sampling
 
 
 def tokens_and_forwards(models: BenchModels, prompts: list[Tensor], tree: TreeShape, most: int) -> tuple[int, int]:
@@ -56,14 +57,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, default=Path("results/tau.json"))
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = load_models(args.target, args.head, [], dtype=args.dtype, device=device, packed=True)
+    models = BenchModels.load(
+        BenchConfig(args.target, args.head, args.dataset, policies=(), dtype=args.dtype, pack=True)
+    )
     rows = []
     for tree in args.shapes:
         taus: dict[str, float] = {}
         for source in args.dataset:
             dialogues = read_dialogues(source)[: args.limit]
-            prompts = [to_tokens(dialogue.asked([]), models.tokenizer) for dialogue in dialogues]
+            prompts = [dialogue.prompt(models.tokenizer).input_ids for dialogue in dialogues]
             emitted, forwards = tokens_and_forwards(models, prompts, tree, args.max_new_tokens)
             taus[Path(source).stem] = round(emitted / forwards, 3)
             print(f"{tree} {Path(source).stem}: {taus[Path(source).stem]}", flush=True)

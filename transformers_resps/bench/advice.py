@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .timing import Interval
+from .methods import Method
+from .timing import PLAIN, AnswerTiming, Interval, compare, rate
 
 
 NAMED_NODES = 8  # whose verification the sentence names
@@ -24,6 +25,25 @@ class Standing:
     effort: int
     to_plain: Interval
     to_fastest: Interval
+
+
+def advice_of(methods: Sequence[Method], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
+    """One sentence over all datasets and temperatures together."""
+    others = [method for method in methods if method.name != PLAIN]
+    if not timings:
+        return advise([], verify_cost, 0)
+    rates = {method.name: rate(m for m in timings if m.method == method.name) for method in others}
+    fastest = max(rates, key=lambda name: rates[name], default=PLAIN)
+    standings = [
+        Standing(
+            method.name,
+            method.effort,
+            compare(timings, method.name, PLAIN),
+            compare(timings, method.name, fastest),
+        )
+        for method in others
+    ]
+    return advise(standings, verify_cost, len({m.prompt for m in timings}))
 
 
 def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: int) -> str:

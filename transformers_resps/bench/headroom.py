@@ -19,7 +19,7 @@ from ..replay.outcomes import OutcomeTable
 from ..replay.replay_text import ReplayText, record_text
 from ..tree import TreeShape
 from .methods import ORACLE
-from .protocol import sampling
+from .runs import sampling
 from .timing import AnswerTiming
 
 

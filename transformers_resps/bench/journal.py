@@ -3,34 +3,36 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-from .protocol import Cell, Run
+from .runs import Run
 from .steps import Step
-from .timing import AnswerTiming
+from .timing import AnswerTiming, Cell
 
 
 JOURNAL = "journal.jsonl"
-_Key = tuple[str, int, float, int, str]  # prompt, turn, temperature, repeat, method
 
 
 class Journal:
-    """The runs and notes of one output folder.
+    """Keeps the runs and notes of one output folder; it is begun if there is none.
 
     Args:
-        file: its first line holds the settings it is valid for.
-        settings: JSON values.
+        folder: holds the file.
+        settings: JSON values, the first line of the file.
+
+    Attributes:
+        notes: findings in JSON values, by name.
 
     Raises:
         ValueError: the file was written with other settings; names each that differs.
     """
 
-    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
-        self.file = file
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.file = file = folder / JOURNAL
         self.notes: dict[str, Any] = {}
-        self._runs: dict[_Key, Run] = {}
+        self._runs: dict[tuple[Cell, str], Run] = {}
         lines = self._whole_lines()
         if lines:
             _check_settings(file, lines[0]["settings"], json.loads(json.dumps(settings)))
@@ -43,11 +45,6 @@ class Journal:
             else:
                 self._remember(_run_of(line))
 
-    @classmethod
-    def open(cls, folder: Path, settings: dict[str, Any]) -> Self:
-        """The journal of an output folder, begun if there is none."""
-        return cls(folder / JOURNAL, settings)
-
     @property
     def runs(self) -> list[Run]:
         """In the order in which they were made."""
@@ -55,7 +52,7 @@ class Journal:
 
     def find(self, cell: Cell, method: str) -> Run | None:
         """The run of `method` in `cell`, if it was made."""
-        return self._runs.get((cell.dialogue.name, cell.turn, cell.temperature, cell.repeat, method))
+        return self._runs.get((cell, method))
 
     def keep(self, run: Run) -> None:
         """Write a run down."""
@@ -68,8 +65,7 @@ class Journal:
         self.notes[name] = value
 
     def _remember(self, run: Run) -> None:
-        m = run.timing
-        self._runs[m.prompt, m.turn, m.temperature, m.repeat, m.method] = run
+        self._runs[run.timing.cell, run.timing.method] = run
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as file:

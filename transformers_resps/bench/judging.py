@@ -9,7 +9,7 @@ import torch
 from ..testing import explain_divergence
 from .methods import Method
 from .prompts import Prompt
-from .protocol import Run
+from .runs import Run
 from .timing import PLAIN
 
 

@@ -8,13 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..head import DraftHead
-from ..policy import FixedPolicy, Policy, ReSpSPolicy
+from ..policy import FixedPolicy, Policy
 from ..tree import TreeShape
 from .timing import PLAIN
 
 
-PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING = "prompt-lookup", "eagle", "best-fixed", "oracle"
-CHOICES = (PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING)  # what `--methods` takes; plain decoding is always measured
 ORACLE = "oracle (ceiling)"
 EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGLE counts them
 # Of a library with its own loop: prompt `[1, s]`, most new tokens, temperature, end tokens -> answer `[t]`.
@@ -81,14 +79,6 @@ def policies(head: DraftHead, loaded: Mapping[str, Policy | str]) -> list[Method
         Method(name, {"assistant_model": head, "policy": policy}, effort=4 if policy == "auto" else 5)
         for name, policy in loaded.items()
     ]
-
-
-def policy_name(source: str, policy: Policy | str) -> str:
-    """`auto`; `Re-SpS NAME` for a learned policy of a folder or repository `NAME`; otherwise `policy NAME`."""
-    if isinstance(policy, str):
-        return policy
-    last = source.rstrip("/").rpartition("/")[2]
-    return f"Re-SpS {last}" if isinstance(policy, ReSpSPolicy) else f"policy {last}"
 
 
 def shape_name(shape: TreeShape) -> str:

@@ -1,20 +1,19 @@
-"""What is measured: a target, its head, the policies, perhaps a draft model. Loaded and checked against each other."""
+"""Load the models of a benchmark, and check that they fit together."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..data import TRAINING_PROMPTS, read_training_prompts
 from ..generation.attach import attach
-from ..head import DraftHead, pair_identity
+from ..head import DraftHead
 from ..head.fingerprint import parameter_fingerprint
 from ..policy import Policy
 from ..target.prepacking import is_prepacked, prepack
-from .methods import policy_name
-from .policies import named_tree, read_policy
+from .config import BenchConfig
+from .policies import load_policies
 from .provenance import config_sha256, file_of, weights_sha256
 
 
@@ -23,7 +22,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 @dataclass(frozen=True, slots=True)
 class BenchModels:
-    """All that is measured, loaded, and known to fit together.
+    """A target, its head, policies and perhaps a draft model, which fit together.
 
     Attributes:
         target: attached.
@@ -43,50 +42,40 @@ class BenchModels:
     identity: dict[str, Any]
     trained_on: dict[str, set[str] | None]
 
+    @classmethod
+    def load(cls, config: BenchConfig) -> Self:
+        """Load what `config` names.
+
+        Raises:
+            ValueError: something is not there, or does not fit the target.
+        """
+        target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
+        tokenizer = AutoTokenizer.from_pretrained(config.target)
+        head = DraftHead.from_pretrained(config.head, target=target)
+        policies = load_policies(config.policies, target, head)
+        small = None if config.draft_model is None else load_draft_model(config.draft_model, target)
+        named = dict(zip(policies, config.policies, strict=True))
+        sources = {"head": config.head} | {name: source for name, source in named.items() if source != "auto"}
+        identity = {
+            "target": config.target,
+            "packed": is_prepacked(target),
+            "target_parameters": target.num_parameters(),
+            "target_fingerprint": parameter_fingerprint(target),
+            "head": config.head,
+            "policies": named,
+            "draft_model": config.draft_model,
+            "weights_sha256": {name: weights_sha256(source) for name, source in sources.items()},
+            "config_sha256": {name: config_sha256(source) for name, source in sources.items()},
+        }
+        trained_on = {name: training_prompts_of(source) for name, source in sources.items()}
+        return cls(target, tokenizer, head, policies, small, identity, trained_on)
+
 
 def load_target(name: str, dtype: str | None, device: str, *, packed: bool = False) -> Any:
     """Load a target onto its device; without a dtype in float32 on a CPU, and elsewhere in its own."""
     chosen = dtype or ("float32" if device == "cpu" else "auto")
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
     return prepack(model.to(device)) if packed else model.to(device)
-
-
-def load_models(
-    target_name: str,
-    head_name: str,
-    policy_names: Sequence[str],
-    *,
-    draft_model: str | None = None,
-    dtype: str | None = None,
-    device: str = "cpu",
-    packed: bool = False,
-) -> BenchModels:
-    """Load everything.
-
-    Raises:
-        ValueError: something is not there, or does not fit the target.
-    """
-    target = attach(load_target(target_name, dtype, device, packed=packed))
-    tokenizer = AutoTokenizer.from_pretrained(target_name)
-    head = DraftHead.from_pretrained(head_name, target=target)
-    policies = load_policies(policy_names, target, head)
-    small = None if draft_model is None else load_draft_model(draft_model, target)
-    sources = {"head": head_name} | {
-        name: source for name, source in zip(policies, policy_names, strict=True) if source != "auto"
-    }
-    identity = {
-        "target": target_name,
-        "packed": is_prepacked(target),
-        "target_parameters": target.num_parameters(),
-        "target_fingerprint": parameter_fingerprint(target),
-        "head": head_name,
-        "policies": dict(zip(policies, policy_names, strict=True)),
-        "draft_model": draft_model,
-        "weights_sha256": {name: weights_sha256(source) for name, source in sources.items()},
-        "config_sha256": {name: config_sha256(source) for name, source in sources.items()},
-    }
-    trained_on = {name: training_prompts_of(source) for name, source in sources.items()}
-    return BenchModels(target, tokenizer, head, policies, small, identity, trained_on)
 
 
 def training_prompts_of(source: str) -> set[str] | None:
@@ -104,31 +93,6 @@ def training_prompts_of(source: str) -> set[str] | None:
         )
         return None
     return read_training_prompts(file.parent)
-
-
-def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[str, Policy | str]:
-    """Name in the table -> policy.
-
-    Raises:
-        ValueError: there is no such policy, two have one name, or one was trained for another target or head.
-    """
-    found: dict[str, Policy | str] = {}
-    for source in names:
-        if named_tree(source) is not None:
-            raise ValueError(
-                f"`--policy {source}` is a tree, but `--policy` takes 'auto', folders or Hub ids. Pass `--shapes "
-                f"{source}`."
-            )
-        policy = read_policy(source, head)
-        if isinstance(policy, Policy) and policy.has_identity:
-            policy.check_identity(**pair_identity(target, head))
-        name = policy_name(source, policy)
-        if name in found:
-            raise ValueError(
-                f"Two policies have the name {name!r}. Pass each policy once, and give their folders different names."
-            )
-        found[name] = policy
-    return found
 
 
 def load_draft_model(name: str, target: Any) -> PreTrainedModel:

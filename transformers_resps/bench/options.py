@@ -1,36 +1,43 @@
-"""The options of the benchmark; light enough for `resps --help`."""
+"""The command line of the benchmark, and the types of arguments that other commands share."""
 
 import argparse
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from ..tree import TreeShape
-from .methods import CHOICES
+from .config import CHOICES, BenchConfig
 from .peers import PEERS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add them to `parser`."""
+    """Give `parser` an option for each field of `BenchConfig`."""
+    parser.argument_default = argparse.SUPPRESS  # what is left out keeps the default of `BenchConfig`
     parser.add_argument("target", type=model, help="folder or Hub id of the target")
     parser.add_argument("head", type=model, help="folder or Hub id of a draft head for the target")
     add_methods(parser)
     add_prompts(parser)
     add_conditions(parser)
-    parser.add_argument(
-        "--output", type=Path, default=Path("results/bench"), help="folder for results, table and plots"
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="instead, show where time and memory of the first tree go"
-    )
+    parser.add_argument("--output", type=Path, help="folder for results, table and plots; default: results/bench")
+
+
+def read_options(args: argparse.Namespace) -> BenchConfig:
+    """What the parsed options of `add_options` ask for."""
+    given = vars(args)
+    return BenchConfig(**{field.name: given[field.name] for field in fields(BenchConfig) if field.name in given})
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
     """The methods to compare."""
     what = parser.add_argument_group("methods to compare (plain decoding is always included)")
     what.add_argument(
-        "--policy", nargs="+", default=["auto"], metavar="POLICY", help="'auto', folders or Hub ids; default: auto"
+        "--policy",
+        nargs="+",
+        dest="policies",
+        metavar="POLICY",
+        help="'auto', folders or Hub ids; default: auto",
     )
     what.add_argument(
         "--methods",
@@ -40,14 +47,13 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
         "fastest on other prompts, an upper bound for all policies; default: all four",
     )
     what.add_argument(
-        "--shapes", nargs="+", type=shape, default=[], help="also these fixed trees: total_tokens,depth,top_k[,lookup]"
+        "--shapes", nargs="+", type=shape, help="also these fixed trees: total_tokens,depth,top_k[,lookup]"
     )
     what.add_argument("--draft-model", metavar="ID", help="also Transformers' assisted generation with this model")
     what.add_argument(
         "--peers",
         nargs="+",
         choices=PEERS,
-        default=[],
         help="also these installed libraries; they draft with --draft-model, otherwise by lookup",
     )
 
@@ -59,13 +65,12 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         nargs="+",
         required=True,
+        dest="datasets",
         metavar="FILE_OR_ID",
         help=".jsonl or .json with turns, messages or prompt, or a Hub id; all user turns are answered",
     )
-    on.add_argument("--split", default="test", help="of datasets from the Hub; default: test")
-    on.add_argument(
-        "--limit", type=positive, default=10, help="prompts per dataset, spread evenly over it; default: 10"
-    )
+    on.add_argument("--split", help="of datasets from the Hub; default: test")
+    on.add_argument("--limit", type=positive, help="prompts per dataset, spread evenly over it; default: 10")
     on.add_argument(
         "--search-dataset",
         metavar="FILE_OR_ID",
@@ -74,13 +79,18 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def add_conditions(parser: argparse.ArgumentParser) -> None:
-    """The conditions of the measurement."""
+    """The conditions of the benchmark."""
     how = parser.add_argument_group("conditions")
     how.add_argument(
-        "--temperature", nargs="+", type=temperature, default=[0.0], metavar="T", help="0 (the default) is greedy"
+        "--temperature",
+        nargs="+",
+        type=temperature,
+        dest="temperatures",
+        metavar="T",
+        help="0 (the default) is greedy",
     )
-    how.add_argument("--max-new-tokens", type=positive, default=128)
-    how.add_argument("--repeats", type=positive, default=3)
+    how.add_argument("--max-new-tokens", type=positive, help="of an answer; default: 128")
+    how.add_argument("--repeats", type=positive, help="of everything; default: 3")
     how.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     how.add_argument("--device", type=device, help="default: cuda if available, otherwise cpu")
     how.add_argument(

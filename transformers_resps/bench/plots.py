@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import ALL
-from .steps import BUCKETS
+from .steps import BUCKETS, STEPS_PER_BIN
 from .timing import PLAIN
 
 
@@ -16,7 +16,6 @@ _GREY = "#777777"
 _MARKS = "os^Dv<>p"
 _DOTS = 120  # per inch
 _SHADES = 64  # colours of a file: a quarter of the bytes, and nothing to see of it
-_STEPS_PER_BIN = 8
 
 
 def draw_plots(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -106,11 +105,11 @@ def sizes_over_time(results: dict[str, Any]) -> Any:
     panels = figure.subplots(len(told), 1, sharex=True, squeeze=False)[:, 0]
     shades = ("#BBBBBB", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00")
     for axes, (name, sizes) in zip(panels, told.items(), strict=True):
-        starts = [number * _STEPS_PER_BIN for number in range(len(sizes))]
+        starts = [number * STEPS_PER_BIN for number in range(len(sizes))]
         base = [0.0] * len(sizes)
         for bucket, (label, shade) in enumerate(zip(BUCKETS, shades, strict=True)):
             shares = [100 * part[bucket] / max(sum(part), 1) for part in sizes]
-            axes.bar(starts, shares, _STEPS_PER_BIN * 0.92, base, align="edge", color=shade, label=label)
+            axes.bar(starts, shares, STEPS_PER_BIN * 0.92, base, align="edge", color=shade, label=label)
             base = [low + share for low, share in zip(base, shares, strict=True)]
         axes.set_title(name, fontsize=10)
         axes.set_ylabel("% of steps")

@@ -1,10 +1,12 @@
-"""What a command's `--policy` names."""
+"""Load the policies that a command names."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ..head import DraftHead
-from ..policy import AutoPolicy, FixedPolicy, Policy
+from ..head import DraftHead, pair_identity
+from ..policy import AutoPolicy, FixedPolicy, Policy, ReSpSPolicy
 from ..tree import TreeShape
 from .options import shape
 
@@ -23,6 +25,39 @@ def read_policy(text: str | None, head: DraftHead | None) -> Policy | str:
         return "auto"
     tree = named_tree(text)
     return AutoPolicy.from_pretrained(text) if tree is None else FixedPolicy(tree)
+
+
+def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[str, Policy | str]:
+    """Name in the table -> policy.
+
+    Raises:
+        ValueError: there is no such policy, two have one name, or one was trained for another target or head.
+    """
+    found: dict[str, Policy | str] = {}
+    for source in names:
+        if named_tree(source) is not None:
+            raise ValueError(
+                f"`--policy {source}` is a tree, but `--policy` takes 'auto', folders or Hub ids. Pass `--shapes "
+                f"{source}`."
+            )
+        policy = read_policy(source, head)
+        if isinstance(policy, Policy) and policy.has_identity:
+            policy.check_identity(**pair_identity(target, head))
+        name = policy_name(source, policy)
+        if name in found:
+            raise ValueError(
+                f"Two policies have the name {name!r}. Pass each policy once, and give their folders different names."
+            )
+        found[name] = policy
+    return found
+
+
+def policy_name(source: str, policy: Policy | str) -> str:
+    """`auto`; `Re-SpS NAME` for a learned policy of a folder or repository `NAME`; otherwise `policy NAME`."""
+    if isinstance(policy, str):
+        return policy
+    last = source.rstrip("/").rpartition("/")[2]
+    return f"Re-SpS {last}" if isinstance(policy, ReSpSPolicy) else f"policy {last}"
 
 
 def named_tree(text: str) -> TreeShape | None:

@@ -1,4 +1,4 @@
-"""Conversations to answer, and where they come from."""
+"""The conversations of a dataset, and their turns as prompts in tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +44,10 @@ class Dialogue:
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
 
+    def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> "Prompt":
+        """The turn after `answers`, with all before it, in tokens."""
+        return Prompt(self.name, to_tokens(self.asked(answers), tokenizer), len(answers) + 1)
+
     @property
     def fingerprint(self) -> str:
         """Of the first turn, by which a prompt is recognised."""
@@ -73,17 +77,6 @@ def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
     return found
 
 
-def check_stems(sources: Sequence[str]) -> None:
-    """Raises ValueError when two datasets would have one name in the table."""
-    stems = [Path(source).stem for source in sources]
-    odd = sorted({stem for stem in stems if stems.count(stem) > 1 or stem == "all"})
-    if odd:
-        raise ValueError(
-            f"The names of datasets must differ, and none may be `all`, got {', '.join(odd)}. Give the files other "
-            "names."
-        )
-
-
 def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
     """Up to `limit` of them, evenly over the file."""
     count = min(limit, len(dialogues))
@@ -95,17 +88,3 @@ def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
     if tokenizer.chat_template is None:
         return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
     return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-
-
-def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> None:
-    """Refuse to evaluate on prompts that were learned from or searched on.
-
-    Raises:
-        ValueError: names the first of them and how many there are.
-    """
-    shared = [dialogue.name for dialogue in evaluated if dialogue.fingerprint in others]
-    if shared:
-        raise ValueError(
-            f"{len(shared)} of {len(evaluated)} prompts to evaluate are among {what}, for example {shared[0]}. Pass a "
-            "dataset with other prompts."
-        )

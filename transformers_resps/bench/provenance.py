@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from ..hub import RepositoryFiles
 PACKAGE = Path(__file__).parent.parent
 _CONFIG = "config.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", _CONFIG)  # the first kind that is there, all its parts
-_BLOCK = 2**24  # bytes
 _UNTOLD = {"default_tree", "transformers_version", "name_or_path"}  # says nothing of how weights are used
 
 
@@ -98,8 +95,7 @@ def weights_sha256(id_or_folder: str | Path) -> str | None:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
-            while block := opened.read(_BLOCK):
-                digest.update(block)
+            hashlib.file_digest(opened, lambda: digest)  # goes on with the same one
     return digest.hexdigest()
 
 
@@ -117,25 +113,6 @@ def config_sha256(id_or_folder: str | Path) -> str | None:
         object_hook=lambda values: {name: value for name, value in values.items() if name not in _UNTOLD},
     )
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def other_load(seconds: float = 1.0) -> float | None:
-    """CPUs that other processes use while this one waits for `seconds`; `None` where the system does not tell.
-
-    The load average would include this command's own last run.
-    """
-    counters = Path("/proc/stat")
-    if not counters.exists():
-        return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-    def idle_and_all() -> tuple[int, int]:
-        numbers = [int(part) for part in counters.read_text().split("\n", 1)[0].split()[1:9]]
-        return numbers[3] + numbers[4], sum(numbers)  # idle and waiting for a disk; all
-
-    idle, total = idle_and_all()
-    time.sleep(seconds)
-    idle, total = (after - before for after, before in zip(idle_and_all(), (idle, total), strict=True))
-    return (1 - idle / total) * (os.cpu_count() or 1) if total else None
 
 
 def _git(*arguments: str) -> str | None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..hub import RESULTS
-from .advice import Standing, advise
 from .methods import Method
-from .protocol import Run
+from .noise import plain_spread
+from .runs import Run
 from .same_texts import same_texts
 from .steps import summarise_steps
-from .timing import PLAIN, AnswerTiming, compare, grouped, plain_spread, rate, summarise
+from .timing import AnswerTiming, grouped, summarise
 
 
 SCHEMA_VERSION = 2
@@ -60,25 +60,6 @@ def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[st
     present = dict.fromkeys(m.method for m in timings)
     ordered = [name for name in names if name in present] + [name for name in present if name not in names]
     return [{**asdict(summarise(timings, name)), "measured": name in names} for name in ordered]
-
-
-def advice_of(methods: Sequence[Method], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
-    """One sentence over all datasets and temperatures together."""
-    others = [method for method in methods if method.name != PLAIN]
-    if not timings:
-        return advise([], verify_cost, 0)
-    rates = {method.name: rate(m for m in timings if m.method == method.name) for method in others}
-    fastest = max(rates, key=lambda name: rates[name], default=PLAIN)
-    standings = [
-        Standing(
-            method.name,
-            method.effort,
-            compare(timings, method.name, PLAIN),
-            compare(timings, method.name, fastest),
-        )
-        for method in others
-    ]
-    return advise(standings, verify_cost, len({m.prompt for m in timings}))
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:

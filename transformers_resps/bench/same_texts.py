@@ -8,8 +8,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from .protocol import Run
-from .timing import compare, place_of
+from .runs import Run
+from .timing import compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def same_texts(runs: Sequence[Run], names: Sequence[str]) -> list[SameTexts]:
     """All pairs of `names` that wrote a text alike, in their order."""
     cells: dict[Hashable, dict[str, Run]] = {}
     for run in runs:
-        cells.setdefault(place_of(run.timing), {})[run.timing.method] = run
+        cells.setdefault(run.timing.cell, {})[run.timing.method] = run
     found = []
     for base, method in combinations(names, 2):
         pairs = [(cell[base], cell[method]) for cell in cells.values() if base in cell and method in cell]

@@ -1,25 +1,18 @@
-"""One benchmark from its settings to its results. It prints nothing."""
+"""Run one benchmark from its settings to its results. It prints nothing."""
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from ..calibration.cost_table import CostTable
 from ..calibration.measuring import calibrate
-from ..tree import TreeShape
-from .advice import NAMED_NODES
+from .advice import NAMED_NODES, advice_of
+from .config import BEST_FIXED, CEILING, CHOICES, EAGLE, PROMPT_LOOKUP, BenchConfig
 from .headroom import BestFixed, Replayer, ceiling_of, shapes_for
-from .journal import JOURNAL, Journal
+from .journal import Journal
 from .judging import Judge
 from .methods import (
-    BEST_FIXED,
-    CEILING,
-    CHOICES,
-    EAGLE,
-    PROMPT_LOOKUP,
     Method,
     check_distinct,
     draft_model,
@@ -34,23 +27,26 @@ from .methods import (
 from .models import BenchModels
 from .noise import check_spread
 from .peers import load_peers, peer_versions
-from .prompts import Dialogue, Prompt, check_apart, check_stems, read_dialogues, spread, to_tokens
-from .protocol import Bench, Run, Schedule
+from .prompts import Prompt
 from .provenance import code, machine
-from .results import SCHEMA_VERSION, advice_of, measured_part
+from .results import SCHEMA_VERSION, measured_part
+from .runs import Bench, Run
+from .schedule import Schedule
+from .selection import Selection
 from .timing import PLAIN, AnswerTiming
 
 
-_MAX_SEARCHED = 8  # prompts, shared among the datasets
 _ADVICE_CONTEXT = 128  # positions
 
 
 class Session:
-    """Everything between the command line and the files.
+    """A benchmark that is ready to be timed, and what came of it so far.
+
+    Making one takes minutes: it measures the cost of steps, finds the best fixed tree, and warms up.
 
     Args:
-        args: of `add_options`.
-        models: loaded.
+        config: what to measure.
+        models: as `config` names them.
         say: told what is being done, in a few words.
 
     Raises:
@@ -58,182 +54,133 @@ class Session:
             impossible.
     """
 
-    def __init__(self, args: argparse.Namespace, models: BenchModels, say: Callable[[str], None]) -> None:
-        self.args, self.models, self._say = args, models, say
-        self.selected = CHOICES if args.methods is None else tuple(args.methods)
-        check_stems(args.dataset)
-        sources = {source: read_dialogues(source, args.split) for source in args.dataset}
-        self.dialogues = [dialogue for rows in sources.values() for dialogue in spread(rows, args.limit)]
-        self.searched = self._search_dialogues(list(sources.values())) if BEST_FIXED in self.selected else []
-        if not self.searched:  # only if it was not asked for by name
-            self.selected = tuple(name for name in self.selected if name != BEST_FIXED)
-        self._check_prompts()
-        self.peers = load_peers(args.peers, models.target, models.draft_model)
+    def __init__(self, config: BenchConfig, models: BenchModels, say: Callable[[str], None]) -> None:
+        self.config, self.models = config, models
+        target = models.target
+        self.prompts = Selection.of(config, models.trained_on)
+        chosen = CHOICES if config.methods is None else config.methods
+        self.selected = [name for name in chosen if name != BEST_FIXED or self.prompts.searched]
+        others = peers(load_peers(config.peers, target, models.draft_model))
+        self.facts = {**models.identity, **machine(target), **code(), "peers": peer_versions(config.peers)}
         self.settings = self._settings()
-        self.journal = Journal.open(args.output, self.settings)
-        if args.accept_noise:  # what was measured so stays so when the run is resumed
+        self.journal = Journal(config.output, self.facts | self.settings)
+        if config.accept_noise:  # what was measured so stays so when the run is resumed
             self.journal.note("accepted_noise", True)
-        self.bench = Bench(models.target, args.max_new_tokens)
-        self.costs: CostTable | None = None
-        self.replayer: Replayer | None = None
-        self.methods: list[Method] = []
-        self.ceilings: list[AnswerTiming] = []
-        self._whole: list[Run] = []
-
-    def _search_dialogues(self, sources: list[list[Dialogue]]) -> list[Dialogue]:
-        """Prompts that are not evaluated: of `--search-dataset`, or what the limit leaves of the datasets.
-
-        Where it leaves none, the best fixed tree is left out, unless it was asked for by name.
-        """
-        if self.args.search_dataset:
-            return spread(read_dialogues(self.args.search_dataset, self.args.split), _MAX_SEARCHED)
-        evaluated = {dialogue.fingerprint for dialogue in self.dialogues}
-        rest = [[dialogue for dialogue in rows if dialogue.fingerprint not in evaluated] for rows in sources]
-        each = max(1, _MAX_SEARCHED // len(sources))
-        found = [dialogue for rows in rest if rows for dialogue in spread(rows, each)]
-        if not found and self.args.methods is not None:
-            raise ValueError(
-                "All prompts are evaluated, and none is left to find the best fixed tree on. Lower --limit, pass "
-                "--search-dataset, or choose --methods without best-fixed."
-            )
-        return found
-
-    def _check_prompts(self) -> None:
-        check_apart(self.dialogues, {d.fingerprint for d in self.searched}, "those of --search-dataset")
-        for name, hashes in self.models.trained_on.items():
-            check_apart(self.dialogues, hashes or set(), f"the training prompts of {name}")
-
-    def _settings(self) -> dict[str, Any]:
-        """What must stay the same for all figures of one table."""
-        args = self.args
-        return {
-            **self.models.identity,
-            **machine(self.models.target),
-            **code(),
-            "peers": peer_versions(args.peers),
-            "methods": list(self.selected),
-            "shapes": [shape_name(shape) for shape in args.shapes],
-            "datasets": list(args.dataset),
-            "split": args.split,
-            "prompts": {dialogue.name: dialogue.fingerprint for dialogue in self.dialogues},
-            "searched": {dialogue.name: dialogue.fingerprint for dialogue in self.searched},
-            "temperatures": list(args.temperature),
-            "max_new_tokens": args.max_new_tokens,
-            "repeats": args.repeats,
-        }
-
-    def prepare(self) -> Schedule:
-        """Measure costs, find the best fixed tree, and warm up; then all is ready to be timed."""
-        target, head = self.models.target, self.models.head
-        self._say("Measuring the cost of steps")
-        self.costs = calibrate(target, head, folder=self.args.output / "costs")
-        if not {BEST_FIXED, CEILING}.isdisjoint(self.selected):
-            grid = shapes_for(target.device.type)
-            self.replayer = Replayer(target, head, grid, self.costs, self.args.max_new_tokens)
-        self.methods = self._choose_methods()
-        schedule = Schedule(
-            self.dialogues, self.methods, self.args.temperature, self.args.repeats, self.models.tokenizer
+        self.bench = Bench(target, config.max_new_tokens)
+        say("Measuring the cost of steps")
+        self.costs = calibrate(target, models.head, folder=config.output / "costs")
+        shapes = shapes_for(target.device.type)
+        self.replayer = Replayer(target, models.head, shapes, self.costs, config.max_new_tokens)
+        best = self._find_best_fixed(say) if BEST_FIXED in self.selected else None
+        self.methods = self._choose_methods(others, best)
+        self.schedule = Schedule(
+            self.bench, self.prompts.evaluated, self.methods, config.temperatures, config.repeats, models.tokenizer
         )
-        schedule.check_room(self.bench)
-        self._say("Warming up")
-        self.bench.warm_up(schedule.first_prompt(self.dialogues[0]), self.methods)
+        say("Warming up")
+        self.bench.warm_up(self.prompts.evaluated[0].prompt(models.tokenizer), self.methods)
         target.policy_cache.clear()  # "auto" keeps what it learns from answer to answer, and starts knowing nothing
         self.judge = Judge(target, self.methods)
-        return schedule
+        self.runs: list[Run] = []
+        self.ceilings: list[AnswerTiming] = []
 
-    def _choose_methods(self) -> list[Method]:
-        head = self.models.head
-        found = [plain()]
-        if PROMPT_LOOKUP in self.selected:
-            found.append(prompt_lookup())
-        if self.models.draft_model is not None:
-            found.append(draft_model(self.models.draft_model))
-        found += peers(self.peers)
-        if EAGLE in self.selected:
-            found += eagle_trees(head)
-        found += [fixed_tree(head, shape) for shape in self.args.shapes]
-        best = self.best_fixed()
+    def _settings(self) -> dict[str, Any]:
+        """What must stay the same for all figures of one table, besides `facts`."""
+        config = self.config
+        return {
+            "methods": self.selected,
+            "shapes": [shape_name(shape) for shape in config.shapes],
+            "datasets": list(config.datasets),
+            "split": config.split,
+            "prompts": {dialogue.name: dialogue.fingerprint for dialogue in self.prompts.evaluated},
+            "searched": {dialogue.name: dialogue.fingerprint for dialogue in self.prompts.searched},
+            "temperatures": list(config.temperatures),
+            "max_new_tokens": config.max_new_tokens,
+            "repeats": config.repeats,
+        }
+
+    def _find_best_fixed(self, say: Callable[[str], None]) -> BestFixed:
+        """Found once, then read from the journal."""
+        if "best_fixed" not in self.journal.notes:
+            searched, tokenizer = self.prompts.searched, self.models.tokenizer
+
+            def prompts() -> Iterator[tuple[str, Tensor]]:
+                for number, dialogue in enumerate(searched, start=1):
+                    say(f"Looking for the best fixed tree, prompt {number} of {len(searched)}")
+                    yield dialogue.name, dialogue.prompt(tokenizer).input_ids
+
+            best = self.replayer.find_best_fixed(prompts(), min(self.config.temperatures))
+            self.journal.note("best_fixed", best.to_dict())
+        return BestFixed.from_dict(self.journal.notes["best_fixed"])
+
+    def _choose_methods(self, others: list[Method], best: BestFixed | None) -> list[Method]:
+        """In the order of the table."""
+        head, small = self.models.head, self.models.draft_model
+        found = [
+            plain(),
+            *([prompt_lookup()] if PROMPT_LOOKUP in self.selected else []),
+            *([] if small is None else [draft_model(small)]),
+            *others,
+            *(eagle_trees(head) if EAGLE in self.selected else []),
+            *(fixed_tree(head, shape) for shape in self.config.shapes),
+        ]
         if best is not None:
             found.append(fixed_tree(head, best.shape, f"best fixed {shape_name(best.shape).removeprefix('tree ')}"))
         found += policies(head, self.models.policies)
         check_distinct(found)
         return found
 
-    def best_fixed(self) -> BestFixed | None:
-        """Found once, then read from the journal."""
-        if BEST_FIXED not in self.selected or self.replayer is None:
-            return None
-        if "best_fixed" not in self.journal.notes:
-            tokenizer = self.models.tokenizer
-
-            def prompts() -> Iterator[tuple[str, torch.Tensor]]:
-                for number, dialogue in enumerate(self.searched, start=1):
-                    self._say(f"Looking for the best fixed tree, prompt {number} of {len(self.searched)}")
-                    yield dialogue.name, to_tokens(dialogue.asked([]), tokenizer)
-
-            best = self.replayer.find_best_fixed(prompts(), min(self.args.temperature))
-            self.journal.note("best_fixed", best.to_dict())
-        return BestFixed.from_dict(self.journal.notes["best_fixed"])
-
-    def add(self, prompt: Prompt, runs: list[Run]) -> None:
-        """Judge a cell, see how far the oracle would have come, and whether the machine is still quiet.
+    def run(self) -> Iterator[tuple[Prompt, list[Run]]]:
+        """Yield each prompt and its runs, judged.
 
         Raises:
             BusyMachine: plain decoding's rates spread too widely, and noise is not accepted.
         """
-        self._whole += runs
-        self.judge.add(prompt, runs)
-        answer = next(run for run in runs if run.timing.method == PLAIN)
-        if CEILING in self.selected and self.replayer is not None:
-            m = answer.timing
-            seed = m.repeat if m.temperature else 0  # greedy repeats write one text
-            key = f"ceiling {m.prompt} turn {m.turn} temperature {m.temperature:g} seed {seed}"
-            if key not in self.journal.notes:
-                self.journal.note(key, self.replayer.ceiling(prompt.input_ids, answer.token_ids))
-            self.ceilings.append(ceiling_of(m, self.journal.notes[key]))
-        if not self.args.accept_noise:
-            check_spread([run.timing for run in self._whole], str(self.args.output / JOURNAL))
+        for prompt, runs in self.schedule.run(self.journal):
+            self.runs += runs
+            self.judge.add(prompt, runs)
+            if CEILING in self.selected:
+                self.ceilings.append(self._ceiling(prompt, runs))
+            if not self.config.accept_noise:
+                check_spread([run.timing for run in self.runs], str(self.journal.file))
+            yield prompt, runs
 
-    def results(self, command: list[str], load: float | None, cut: set[str], *, partial: bool) -> dict[str, Any]:
-        """All of `results.json`."""
-        timings = [run.timing for run in self._whole]
-        facts = {name: value for name, value in self.settings.items() if name not in _ONLY_SETTINGS}
+    def _ceiling(self, prompt: Prompt, runs: list[Run]) -> AnswerTiming:
+        """How far the oracle would have come with the plain text."""
+        answer = next(run for run in runs if run.timing.method == PLAIN)
+        m = answer.timing
+        seed = m.repeat if m.temperature else 0  # greedy repeats write one text
+        key = f"ceiling {m.prompt} turn {m.turn} temperature {m.temperature:g} seed {seed}"
+        if key not in self.journal.notes:
+            self.journal.note(key, self.replayer.ceiling(prompt.input_ids, answer.token_ids))
+        return ceiling_of(m, self.journal.notes[key])
+
+    def results(self, command: list[str], load: float | None, *, partial: bool) -> dict[str, Any]:
+        """All of `results.json`.
+
+        Args:
+            command: as typed.
+            load: processors that others used before the start.
+            partial: whether it was stopped.
+        """
+        timings = [run.timing for run in self.runs]
+        trained_on = self.models.trained_on
         return {
             "schema_version": SCHEMA_VERSION,
             "partial": partial,
             "command": command,
-            **facts,
-            "settings": {name: self.settings[name] for name in _ONLY_SETTINGS},
-            "training_prompts": {
-                name: None if hashes is None else len(hashes) for name, hashes in self.models.trained_on.items()
-            },
+            **self.facts,
+            "settings": self.settings,
+            "training_prompts": {name: None if hashes is None else len(hashes) for name, hashes in trained_on.items()},
             "noise": {"accepted": "accepted_noise" in self.journal.notes, "load_before": load},
-            "costs": self._costs(),
+            "costs": {name: part for name, part in asdict(self.costs).items() if name != "identity"},
             "best_fixed": self.journal.notes.get("best_fixed"),
-            "cut_short": sorted(cut),
-            "advice": advice_of(self.methods, timings, self.verify_cost()),
+            "cut_short": sorted(self.schedule.cut),
+            "advice": advice_of(self.methods, timings, self._verify_cost()),
             "same_text": dict(self.judge.same_text),
             "unexplained": self.judge.unexplained,
-            **measured_part(self.methods, self._whole, self.ceilings),
+            **measured_part(self.methods, self.runs, self.ceilings),
         }
 
-    def _costs(self) -> dict[str, Any]:
-        assert self.costs is not None
-        return {name: part for name, part in asdict(self.costs).items() if name != "identity"}
-
-    def verify_cost(self) -> float | None:
+    def _verify_cost(self) -> float:
         """Of a forward over `NAMED_NODES` nodes, in forwards of plain decoding."""
-        if self.costs is None:
-            return None
         return self.costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / self.costs.plain_seconds(_ADVICE_CONTEXT)
-
-
-_ONLY_SETTINGS = (
-    "methods", "shapes", "datasets", "split", "prompts", "searched", "temperatures", "max_new_tokens", "repeats",
-)  # fmt: skip
-
-
-def first_shape(args: argparse.Namespace, models: BenchModels) -> TreeShape:
-    """What `--profile` looks at: the first of `--shapes`, or the head's own."""
-    shape: TreeShape = args.shapes[0] if args.shapes else models.head.default_shape
-    return shape

@@ -10,7 +10,7 @@ from ..telemetry.report import SpeculationReport
 
 BUCKETS = ("plain", "2 to 4", "5 to 8", "9 to 16", "17 to 32", "above 32")  # nodes verified
 _MAX_NODES = (1, 4, 8, 16, 32)
-_STEPS_PER_BIN = 8
+STEPS_PER_BIN = 8
 
 
 class Step(NamedTuple):
@@ -68,10 +68,10 @@ def summarise_steps(answers: Sequence[Sequence[Step]], tokens: int, seconds: flo
     prefill = sum(steps[0].step_seconds for steps in answers)
     draft, verify = (sum(getattr(step, part) for step in decoding) for part in ("draft_seconds", "verify_seconds"))
     most = max(len(steps) - 1 for steps in answers)
-    sizes = [[0] * len(BUCKETS) for _ in range(0, most, _STEPS_PER_BIN)]
+    sizes = [[0] * len(BUCKETS) for _ in range(0, most, STEPS_PER_BIN)]
     for steps in answers:
         for number, step in enumerate(steps[1:]):
-            sizes[number // _STEPS_PER_BIN][bucket_of(step.verified)] += 1
+            sizes[number // STEPS_PER_BIN][bucket_of(step.verified)] += 1
     shapes = Counter(shape_text(step.shape) for step in decoding)
     return StepSummary(
         mean_nodes=sum(step.verified for step in decoding) / len(decoding) if decoding else 1.0,

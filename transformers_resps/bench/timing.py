@@ -1,18 +1,16 @@
-"""What was measured, and the rates that follow from it."""
+"""How long answers took, and the rates that follow."""
 
 import random
 from collections import defaultdict
 from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import quantiles
-from typing import Protocol
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 from ..generation.sequences import up_to_end
 
 
 PLAIN = "plain"
-_MIN_TOKENS = 8  # of an answer that counts for the machine's noise
-_MIN_REPEATED = 8  # rates of texts that were repeated, before those that were not are left out
 
 
 class Timed(Protocol):
@@ -25,9 +23,18 @@ class Timed(Protocol):
     def seconds(self) -> float: ...
 
 
+class Cell(NamedTuple):
+    """What is answered once by each method."""
+
+    prompt: str
+    turn: int
+    temperature: float
+    repeat: int
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerTiming:
-    """One turn of one prompt answered once.
+    """How long one method took to answer one turn of one prompt.
 
     Attributes:
         method: its name in the table.
@@ -50,6 +57,10 @@ class AnswerTiming:
     turn: int = 1
     temperature: float = 0.0
     prefill_seconds: float = 0.0
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.prompt, self.turn, self.temperature, self.repeat)
 
     @property
     def dataset(self) -> str:
@@ -120,78 +131,36 @@ def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
 
 def compare(timings: Sequence[AnswerTiming], method: str, base: str) -> Interval:
     """The rate of one method over that of another, on the prompts that both have answered as often."""
-    per_prompt = {name: dict[str, list[AnswerTiming]]() for name in (method, base)}
-    keys = [{place_of(m) for m in timings if m.method == name} for name in (method, base)]
-    for m in timings:
-        if m.method in per_prompt and place_of(m) in keys[0] & keys[1]:
-            per_prompt[m.method].setdefault(m.prompt, []).append(m)
-    prompts = sorted(per_prompt[base])
-    own, other = ([per_prompt[name][prompt] for prompt in prompts] for name in (method, base))
+    both = {m.cell for m in timings if m.method == method} & {m.cell for m in timings if m.method == base}
+    kept = sorted((m for m in timings if m.cell in both), key=lambda m: m.prompt)
+    own, other = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
     low, high = bootstrap_interval(own, other)
-    return Interval(rate(m for part in own for m in part) / rate(m for part in other for m in part), low, high)
-
-
-def place_of(m: AnswerTiming) -> tuple[Hashable, ...]:
-    """What one run of each method shares: prompt, turn, temperature, repeat."""
-    return m.prompt, m.turn, m.temperature, m.repeat
+    return Interval(rate(chain.from_iterable(own)) / rate(chain.from_iterable(other)), low, high)
 
 
 def bootstrap_interval(
-    own: Sequence[Sequence[Timed]],
-    base: Sequence[Sequence[Timed]],
-    *,
-    draws: int = 2000,
-    choose: Callable[[int], list[int]] | None = None,
+    own: Sequence[Sequence[Timed]], base: Sequence[Sequence[Timed]], *, draws: int = 2000
 ) -> tuple[float, float]:
     """The middle 95% of the ratio `rate(own) / rate(base)` over prompts drawn with replacement.
 
     Args:
         own: answers to each prompt, all its turns and repeats together.
         base: of the same prompts in the same order, so that a draw is paired.
-        draws: samples of prompts.
-        choose: indices of one sample, given the number of prompts; seeded random ones when `None`.
+        draws: samples of prompts, the same ones in every call.
     """
-    if choose is None:
-        generator = random.Random(0)
-
-        def choose(count: int) -> list[int]:
-            return generator.choices(range(count), k=count)
-
     totals = [
         [(sum(m.tokens for m in part), sum(m.seconds for m in part)) for part in prompts] for prompts in (own, base)
     ]
+    generator = random.Random(0)
     ratios = []
     for _ in range(draws):
-        drawn = choose(len(own))
+        drawn = generator.choices(range(len(own)), k=len(own))
         (tokens, seconds), (base_tokens, base_seconds) = (
             (sum(prompts[i][0] for i in drawn), sum(prompts[i][1] for i in drawn)) for prompts in totals
         )
         ratios.append(tokens / seconds / (base_tokens / base_seconds))
     ratios.sort()
     return ratios[int(0.025 * draws)], ratios[min(int(0.975 * draws), draws - 1)]
-
-
-def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
-    """How noisy the machine was: interquartile range over median of plain decoding's rates; `None` below four.
-
-    Prefill is left out, and each rate is divided by the mean of its own text's repeats, so that long prompts do not
-    look like noise. In the middle of the second repeat only texts that were repeated count, or, while they are few,
-    the means of all. Answers of fewer than eight tokens do not count.
-    """
-    told = [m for m in timings if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
-    texts = [
-        [(m.tokens - 1) / (m.seconds - m.prefill_seconds) for m in part]
-        for part in grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
-    ]
-    repeated = [own for own in texts if len(own) > 1]
-    if len(repeated) == len(texts) or sum(map(len, repeated)) >= _MIN_REPEATED:
-        rates = [value / (sum(own) / len(own)) for own in repeated for value in own]
-    else:
-        rates = [sum(own) / len(own) for own in texts]
-    if len(rates) < 4:
-        return None
-    low, middle, high = quantiles(rates, n=4, method="inclusive")
-    return (high - low) / middle
 
 
 def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..bench.options import add_options
+from ..bench.options import add_options, read_options
 
 
 def add_command(commands: Any) -> None:
@@ -17,4 +17,4 @@ def bench(args: argparse.Namespace) -> int:
     """0; 1 when rounding does not explain a difference from plain decoding; 130 after Ctrl-C."""
     from ..bench.__main__ import run  # needs the extra `bench`
 
-    return run(args)
+    return run(read_options(args))

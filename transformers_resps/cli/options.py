@@ -2,8 +2,7 @@
 
 import argparse
 
-import torch
-
+from ..bench.config import default_device
 from ..bench.options import device, dtype, model
 
 
@@ -11,4 +10,4 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     """TARGET, `--dtype` and `--device`."""
     parser.add_argument("target", type=model, help="folder or Hub id of the target")
     parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default=default_device())

@@ -1,0 +1,106 @@
+"""Answer one prompt with one method, and take the time."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..generation.defaults import SpeculationDefaults
+from ..generation.sequences import end_ids
+from ..target.features import decoder_layers
+from .methods import Method
+from .prompts import Prompt
+from .steps import Step, steps_of
+from .timing import AnswerTiming, token_count
+
+
+_WARM_UP_TOKENS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How long an answer took, the text `[t]` it wrote, and the steps it took where they are told."""
+
+    timing: AnswerTiming
+    token_ids: Tensor
+    steps: list[Step] = field(default_factory=list)
+
+
+class Bench:
+    """One target that answers with up to `max_new_tokens`, timed by `clock`."""
+
+    def __init__(self, model: Any, max_new_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.model, self.max_new_tokens, self._clock = model, max_new_tokens, clock
+        self._end_ids = end_ids(model)
+        self._forwards: list[float] = []  # when each began
+        # Not of the model: another library may run its layers without it.
+        decoder_layers(model)[0].register_forward_pre_hook(self._note_forward)
+
+    def warm_up(self, prompt: Prompt, methods: Sequence[Method]) -> None:
+        """A few tokens with every method."""
+        few = min(_WARM_UP_TOKENS, self.max_new_tokens)
+        for method in methods:
+            self.decode(prompt, method, max_new_tokens=few)
+
+    def decode(
+        self,
+        prompt: Prompt,
+        method: Method,
+        repeat: int = 0,
+        temperature: float = 0.0,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Run:
+        """One answer, with the repeat as its seed."""
+        most = max_new_tokens or self.max_new_tokens
+        input_ids = prompt.input_ids[None].to(self.model.device)
+        write = self._prepared(method, input_ids, most, temperature)
+        torch.manual_seed(repeat)
+        self._forwards = []
+        started = self._clock()
+        answer, report = write()
+        seconds = self._clock() - started
+        count = token_count(answer, self._end_ids, most)
+        prefill = self._forwards[1] - started if len(self._forwards) > 1 else seconds
+        measured = AnswerTiming(
+            method.name, prompt.name, repeat, count, len(self._forwards), seconds, prompt.turn, temperature, prefill
+        )
+        return Run(measured, torch.tensor(answer[:count]), [] if report is None else steps_of(report))
+
+    def _prepared(
+        self, method: Method, input_ids: Tensor, most: int, temperature: float
+    ) -> Callable[[], tuple[list[int], Any]]:
+        """All that is timed: the answer, read from the device, and its report where there is one."""
+        if method.answer is not None:
+            answer, ends = method.answer, sorted(self._end_ids)
+            return lambda: (answer(input_ids, most, temperature, ends).tolist(), None)
+        keywords = {**method.keywords, **sampling(temperature)}
+        if "policy" in keywords:  # each answer meets it as it was loaded; "auto" learns on
+            keywords["policy"] = copy.deepcopy(keywords["policy"])
+
+        def generated() -> tuple[list[int], Any]:
+            with SpeculationDefaults.suspended():  # plain decoding is plain, whatever the model was attached with
+                output = self.model.generate(
+                    input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    max_new_tokens=most,
+                    return_dict_in_generate=True,
+                    **keywords,
+                )
+            return output.sequences[0, input_ids.shape[1] :].tolist(), getattr(output, "speculation", None)
+
+        return generated
+
+    def _note_forward(self, *_: Any) -> None:
+        self._forwards.append(self._clock())
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Keywords of `generate`: greedy at 0, otherwise the target's whole distribution at that temperature."""
+    if temperature == 0:
+        return {"do_sample": False, "repetition_penalty": 1.0}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
