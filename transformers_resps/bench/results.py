@@ -1,4 +1,4 @@
-"""`results.json`: what was measured, on what, with which command. The schema is in docs/bench-results-schema.md."""
+"""Writes and reads `results.json`. The schema is in docs/bench-results-schema.md."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .methods import Method
 from .noise import plain_spread
 from .runs import Run
 from .same_texts import same_texts
-from .steps import summarise_steps
+from .steps import StepSummary, summarise_steps
 from .timing import AnswerTiming, grouped, summarise
 
 
@@ -21,7 +21,7 @@ _DIGITS = 7  # significant: a second to the microsecond and better
 
 
 def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequence[AnswerTiming]) -> dict[str, Any]:
-    """Everything in the results that follows from the runs.
+    """Return everything in the results that follows from the runs.
 
     Args:
         methods: in the order of the table.
@@ -34,7 +34,7 @@ def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequ
         "plain_spread": plain_spread(timings),
         "summaries": summaries_of(timings, names, ceilings),
         "pooled": _rows([*timings, *ceilings], names),
-        "same_texts": [asdict(pair) for pair in same_texts(runs, names)],
+        "same_texts": same_texts(runs, names),
         "steps": {name: asdict(found) for name in names if (found := _steps_of(runs, name)) is not None},
         "measurements": [asdict(timing) for timing in timings],
         "ceilings": [asdict(ceiling) for ceiling in ceilings],
@@ -44,7 +44,7 @@ def measured_part(methods: Sequence[Method], runs: Sequence[Run], ceilings: Sequ
 def summaries_of(
     timings: Sequence[AnswerTiming], names: Sequence[str], ceilings: Sequence[AnswerTiming]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Dataset, and `all`, -> rows by temperature and method, each a `Summary` and whether it was `measured`."""
+    """Return dataset, and `all`, -> rows by temperature and method: a `Summary`, and whether it was `measured`."""
     datasets = list(dict.fromkeys(m.dataset for m in timings))
     found: dict[str, list[dict[str, Any]]] = {}
     for dataset in [*datasets, ALL]:
@@ -56,7 +56,7 @@ def summaries_of(
 
 
 def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One for each method; those that were not measured come last."""
+    """Return a row for each method; those that were not measured come last."""
     present = dict.fromkeys(m.method for m in timings)
     ordered = [name for name in names if name in present] + [name for name in present if name not in names]
     return [{**asdict(summarise(timings, name)), "measured": name in names} for name in ordered]
@@ -74,7 +74,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> Path:
 
 
 def _compact(part: Any) -> str:
-    """JSON without blanks, an item of a list of objects on each line."""
+    """Return JSON without blanks, an item of a list of objects on each line."""
     if isinstance(part, list) and part and all(isinstance(item, dict) for item in part):
         return "[\n" + ",\n".join(map(_compact, part)) + "\n]"
     return json.dumps(_rounded(part), separators=(",", ":"))
@@ -89,7 +89,7 @@ def _rounded(part: Any) -> Any:
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """What `write_results` wrote.
+    """Read what `write_results` wrote.
 
     Raises:
         ValueError: it is of another schema, or no such file at all.
@@ -107,9 +107,9 @@ def read_results(file: Path) -> dict[str, Any]:
     return results
 
 
-def _steps_of(runs: Sequence[Run], name: str) -> Any:
+def _steps_of(runs: Sequence[Run], name: str) -> StepSummary | None:
     told = [run for run in runs if run.timing.method == name and run.steps]
     if not told:
         return None
-    tokens, seconds = (sum(getattr(run.timing, part) for run in told) for part in ("tokens", "seconds"))
-    return summarise_steps([run.steps for run in told], int(tokens), seconds)
+    tokens, seconds = sum(run.timing.tokens for run in told), sum(run.timing.seconds for run in told)
+    return summarise_steps([run.steps for run in told], tokens, seconds)

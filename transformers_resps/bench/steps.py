@@ -1,4 +1,4 @@
-"""What the steps of many answers have in common: where their time went, how many nodes they verified, and when."""
+"""Sums up the steps of many answers: where their time went, how many nodes they verified, and when."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
 
 def steps_of(report: SpeculationReport) -> list[Step]:
-    """All steps of an answer, the prefill first."""
+    """Return all steps of an answer, the prefill first."""
     return [
         Step(
             (step.shape.total_tokens, step.shape.depth, step.shape.top_k, step.shape.lookup),
@@ -41,7 +41,7 @@ def steps_of(report: SpeculationReport) -> list[Step]:
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """All answers of one method.
+    """The steps of all answers of one method, summed up.
 
     Attributes:
         mean_nodes: verified in a step, prefill left out.
@@ -63,10 +63,10 @@ class StepSummary:
 
 
 def summarise_steps(answers: Sequence[Sequence[Step]], tokens: int, seconds: float) -> StepSummary:
-    """Of answers with `tokens` in all that took `seconds` in all."""
+    """Sum up answers with `tokens` in all that took `seconds` in all."""
     decoding = [step for steps in answers for step in steps[1:]]
     prefill = sum(steps[0].step_seconds for steps in answers)
-    draft, verify = (sum(getattr(step, part) for step in decoding) for part in ("draft_seconds", "verify_seconds"))
+    draft, verify = sum(step.draft_seconds for step in decoding), sum(step.verify_seconds for step in decoding)
     most = max(len(steps) - 1 for steps in answers)
     sizes = [[0] * len(BUCKETS) for _ in range(0, most, STEPS_PER_BIN)]
     for steps in answers:
@@ -85,11 +85,11 @@ def summarise_steps(answers: Sequence[Sequence[Step]], tokens: int, seconds: flo
 
 
 def bucket_of(nodes: int) -> int:
-    """Index into `BUCKETS`."""
+    """Return the index into `BUCKETS`."""
     return sum(nodes > most for most in _MAX_NODES)
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """`8/4/2+6`."""
+    """Return a shape as `8/4/2+6`."""
     total_tokens, depth, top_k, lookup = shape
     return f"{total_tokens}/{depth}/{top_k}" + (f"+{lookup}" if lookup else "")

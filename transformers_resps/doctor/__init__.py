@@ -1,4 +1,4 @@
-"""The doctor: finds the settings that a head must be read with."""
+"""The doctor finds the settings that a head must be read with."""
 
 from .diagnosis import Cell, Diagnosis, Reading, Tally
 from .labelled_text import LabelledText, write_answers

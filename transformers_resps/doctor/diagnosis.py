@@ -1,7 +1,7 @@
-"""What the doctor found: how well the head agrees with its target under each reading, and which is right."""
+"""Compares how well a head agrees with its target under each reading, and says which reading is right."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def accepted(self) -> float:
-        """Drafted tokens that a chain as long as `agreement` keeps, per position."""
+        """Drafted tokens per position that the target accepts of a chain as long as `agreement`."""
         return sum(tally.kept for tally in self.tallies) / self.positions
 
     @property
@@ -67,7 +67,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found.
+    """How well the head agrees under every reading, and the verdict.
 
     A reading is better if its chains keep more tokens beyond noise. If they keep no fewer, it is better if it gives
     the target's tokens a higher likelihood beyond noise: this shows a wrong RoPE base before it costs many tokens.
@@ -90,7 +90,7 @@ class Diagnosis:
             if self._is_better(cell, best):
                 best = cell
         equal = [cell for cell in self.cells if not self._is_better(best, cell)]
-        return min(equal, key=lambda cell: (self._changes(cell), -cell.log_prob))
+        return min(equal, key=lambda cell: (len(self._changes(cell)), -cell.log_prob))
 
     def _is_better(self, cell: Cell, other: Cell) -> bool:
         gain, error = self.gain(cell, other)
@@ -100,38 +100,32 @@ class Diagnosis:
         likelier, doubt = self._mean(nats, cell)
         return gain >= -error and likelier > max(_SURE * doubt, _MIN_NATS)
 
-    def _changes(self, cell: Cell) -> int:
-        ours, theirs = self.configured.reading, cell.reading
-        return sum(getattr(ours, field.name) != getattr(theirs, field.name) for field in fields(Reading))
+    def _changes(self, cell: Cell) -> dict[str, Any]:
+        """Return the settings in which a reading differs from the configured one."""
+        configured = asdict(self.configured.reading)
+        return {name: value for name, value in asdict(cell.reading).items() if value != configured[name]}
 
     def gain(self, cell: Cell, over: Cell | None = None) -> tuple[float, float]:
-        """Accepted tokens per position above another cell (the configured one), and the standard error of that."""
+        """Return the tokens accepted per position above another cell (the configured one), and their error."""
         other = over or self.configured
         return self._mean([a.kept - b.kept for a, b in zip(cell.tallies, other.tallies, strict=True)], cell)
 
     def _mean(self, differences: list[float] | list[int], cell: Cell) -> tuple[float, float]:
-        """Mean per position of differences that were summed per answer, and its standard error over answers."""
+        """Return the mean per position of differences summed per answer, and its standard error over answers."""
         answers, mean = len(differences), sum(differences) / cell.positions
         spread = sum((d - mean * t.positions) ** 2 for d, t in zip(differences, cell.tallies, strict=True))
         return mean, math.sqrt(spread * answers / (answers - 1)) / cell.positions
 
     @property
     def is_healthy(self) -> bool:
-        """No other reading is better beyond noise."""
+        """Whether no other reading is better beyond noise."""
         return self.best is self.configured
 
     @property
     def overrides(self) -> dict[str, Any]:
         """What to pass to `DraftHead.from_pretrained`; empty when healthy."""
-        best, configured = self.best.reading, self.configured.reading
-        found: dict[str, Any] = {}
-        if best.feature_layers != configured.feature_layers:
-            found["feature_layers"] = list(best.feature_layers)
-        if best.rope_theta != configured.rope_theta:
-            found["rope_theta"] = best.rope_theta
-        if best.norm_before_residual != configured.norm_before_residual:
-            found["norm_before_residual"] = best.norm_before_residual
-        return found
+        changes = self._changes(self.best)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
     @property
     def verdict(self) -> str:

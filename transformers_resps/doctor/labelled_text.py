@@ -1,4 +1,4 @@
-"""Texts whose ends the target wrote."""
+"""Collects texts whose ends the target wrote."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

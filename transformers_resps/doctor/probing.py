@@ -1,4 +1,4 @@
-"""Is a head read as it was trained? Teacher-forced agreement under every likely error in its config."""
+"""Measures a head's teacher-forced agreement with its target under every likely error in its config."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Labelle
 def _scores(
     target: PreTrainedModel, readings: list[Reading], drafters: list[BoundHead], answers: list[LabelledText]
 ) -> list[list["_Scores"]]:
-    """Of each reading, with the head read so, those of all answers."""
+    """Return the scores of all answers, for each reading."""
     layers = sorted({layer for reading in readings for layer in reading.feature_layers})
     scores: list[list[_Scores]] = [[] for _ in readings]
     with FeatureTap(target, layers) as tap:
@@ -77,7 +77,7 @@ def _scores(
 
 
 def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Reading]:
-    """The configured reading first; then the others that this target has layers for."""
+    """Yield the configured reading first, then the others that this target has layers for."""
     assert config.feature_layers is not None and config.rope_parameters is not None
     layer_count = target.config.get_text_config().num_hidden_layers
     theirs = getattr(target.config.get_text_config(), "rope_parameters", None) or {}
@@ -93,14 +93,14 @@ def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Read
 
 
 def _drafter(head: DraftHead, reading: Reading, target: PreTrainedModel) -> BoundHead:
-    """Not packed: each would have a copy of the weights, which so many rows at once do not need."""
+    """Read the head so. Not prepacked: each would copy the weights, which so many rows at once do not need."""
     drafter = BoundHead(_read_as(head, reading), target)
     unprepack(drafter.head)
     return drafter
 
 
 def _read_as(head: DraftHead, reading: Reading) -> DraftHead:
-    """The same weights, shared and not copied, under another config."""
+    """Return a head with the same weights, shared and not copied, under another config."""
     config = DraftHeadConfig.from_dict(head.config.to_dict())
     config.feature_layers = list(reading.feature_layers)
     config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": reading.rope_theta}
@@ -127,7 +127,7 @@ class _Batch:
 
 
 def _batches(answers: list[LabelledText]) -> Iterator[_Batch]:
-    """Answers of like length together, up to `_BATCH_TOKENS` tokens."""
+    """Yield answers of like length together, up to `_BATCH_TOKENS` tokens."""
     waiting: list[LabelledText] = []
     for answer in sorted(answers, key=lambda answer: len(answer.tokens)):
         if waiting and (len(waiting) + 1) * len(answer.tokens) > _BATCH_TOKENS:
@@ -148,7 +148,7 @@ def _pad(answers: list[LabelledText]) -> _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Scores:
-    """Of one answer.
+    """How the head scores on one answer.
 
     Attributes:
         hits: `[depths, positions]` bool: the head's most likely token is the target's.
@@ -160,7 +160,7 @@ class _Scores:
 
 
 def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -> Iterator[_Scores]:
-    """The answers of a batch, one by one."""
+    """Score the answers of a batch, one by one."""
     start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
     scored = batch.scored[:, start:].to(features.device)
     embeddings = drafter.embed(batch.tokens.to(features.device))
