@@ -1,4 +1,4 @@
-"""TimedAnswer five prompts plain and with a draft head, and show that the text is the same.
+"""Answer five prompts plain and with a draft head, and show that the text is the same.
 
     make demo          # or, with the extra `demo`: python -m examples.demo
 

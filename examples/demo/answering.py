@@ -1,7 +1,4 @@
-"""One prompt answered twice, plain and with a draft head, and what both took.
-
-Knows models, heads and clocks; nothing of terminals.
-"""
+"""Answers one prompt twice, plain and with a draft head, and takes the time of both."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +23,7 @@ Show = Callable[[str, list[int], float], None]  # method, tokens so far, tokens 
 
 @dataclass(frozen=True, slots=True)
 class TimedAnswer:
-    """What one call of `generate` wrote.
+    """What one call of `generate` wrote, and how long it took.
 
     Attributes:
         token_ids: `[t]`, without the prompt.
@@ -42,7 +39,7 @@ class TimedAnswer:
 
     @property
     def tokens(self) -> int:
-        """How many."""
+        """Number of new tokens."""
         return len(self.token_ids)
 
 
@@ -59,12 +56,12 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """The texts are equal, or rounding explains where they part."""
+        """Whether the texts are equal, or rounding explains where they part."""
         return self.divergence is None or self.divergence.explained
 
 
 class _Watch(BaseStreamer):
-    """Hands every new token on and notes when it came."""
+    """A streamer that hands every new token on and notes when it came."""
 
     def __init__(self, method: str, show: Show) -> None:
         self.method, self.show = method, show
@@ -87,7 +84,7 @@ class _Watch(BaseStreamer):
 def compare(
     kind: str, model: PreTrainedModel, head: DraftHead, prompt_ids: Tensor, max_new_tokens: int, show: Show
 ) -> Comparison:
-    """TimedAnswer `prompt_ids` `[s]` plain, then with the head's default tree, and judge the difference."""
+    """Answer `prompt_ids` `[s]` plain, then with the head's default tree, and judge the difference."""
     recorder = Recorder(FixedPolicy(head.default_shape))
     plain = _answer("plain", model, {}, prompt_ids, max_new_tokens, show)
     drafting = {"assistant_model": head, "policy": recorder}

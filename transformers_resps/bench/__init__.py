@@ -1,1 +1,1 @@
-"""The benchmark: methods in turn, prompt by prompt, in one process; total tokens over total seconds."""
+"""Compares methods in turn, prompt by prompt, in one process: total tokens over total seconds."""

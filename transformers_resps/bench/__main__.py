@@ -53,7 +53,7 @@ def run(config: BenchConfig) -> int:
 
 
 def measure(config: BenchConfig, models: BenchModels, load_before: float | None) -> int:
-    """Decode everything in turn; what is there at Ctrl-C is reported as partial."""
+    """Decode everything in turn, and report; after Ctrl-C what is there is reported as partial."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -83,7 +83,7 @@ def measure(config: BenchConfig, models: BenchModels, load_before: float | None)
 
 
 def report(results: dict[str, Any], config: BenchConfig) -> None:
-    """Table, plots, what went wrong, and what to do."""
+    """Print and save the table, draw the plots, and say what went wrong and what to do."""
     from .plots import draw_plots  # needs matplotlib
 
     table = markdown_table(results)

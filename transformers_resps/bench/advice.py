@@ -1,4 +1,4 @@
-"""One sentence: what to use on this machine."""
+"""Says in one sentence what to use on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Standing:
 
 
 def advice_of(methods: Sequence[Method], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
-    """One sentence over all datasets and temperatures together."""
+    """Say what to use, over all datasets and temperatures together."""
     others = [method for method in methods if method.name != PLAIN]
     if not timings:
         return advise([], verify_cost, 0)
@@ -47,7 +47,7 @@ def advice_of(methods: Sequence[Method], timings: Sequence[AnswerTiming], verify
 
 
 def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: int) -> str:
-    """What to use. A difference whose 95% interval holds 1 is none.
+    """Say what to use. A difference whose 95% interval holds 1 is none.
 
     Args:
         standings: of every measured method but plain decoding.

@@ -14,7 +14,7 @@ CHOICES = (PROMPT_LOOKUP, EAGLE, BEST_FIXED, CEILING)  # what `--methods` takes;
 
 
 def default_device() -> str:
-    """A GPU where there is one."""
+    """Return a GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""What can be gained at most: the best fixed shape, found on other prompts, and the fastest sequence of shapes.
+"""Finds what can be gained at most: by the best fixed shape, and by the fastest sequence of shapes.
 
 Both come from replaying texts that the target wrote, with the cost table of this machine.
 """
@@ -28,7 +28,7 @@ _LOOKUPS = (0, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class BestFixed:
-    """The shape that is fastest over other prompts.
+    """The shape that is fastest over prompts that are not evaluated.
 
     Attributes:
         shape: never a plain step: plain decoding is measured anyway.
@@ -69,7 +69,7 @@ class Replayer:
     max_new_tokens: int
 
     def replay(self, prompt: Tensor, answer: Tensor) -> OutcomeTable | None:
-        """What every shape would have done at every position; `None` for an answer of fewer than two tokens."""
+        """Find what every shape would have done at every position; `None` for an answer of fewer than two tokens."""
         if len(answer) < 2:
             return None
         text = torch.cat([prompt.cpu(), answer.cpu()])
@@ -78,7 +78,7 @@ class Replayer:
         return OutcomeTable([recorded.outcomes(self.grid, self.costs)])
 
     def answer(self, prompt: Tensor, temperature: float) -> Tensor:
-        """The target's own answer, with trees: the text is that of plain decoding."""
+        """Return the target's own answer `[t]` to a prompt `[s]`, decoded with trees, which is faster."""
         inputs = prompt[None].to(self.target.device)
         torch.manual_seed(0)
         sequences = self.target.generate(
@@ -92,7 +92,7 @@ class Replayer:
         return sequences[0, len(prompt) :].cpu()  # type: ignore[no-any-return]
 
     def find_best_fixed(self, prompts: Iterable[tuple[str, Tensor]], temperature: float) -> BestFixed:
-        """The fastest shape over these prompts together; one prompt at a time is in memory.
+        """Find the fastest shape over all of these prompts, holding one at a time in memory.
 
         Raises:
             ValueError: no prompt was answered with two tokens or more.
@@ -111,7 +111,7 @@ class Replayer:
         return choose_best_fixed(totals, self.grid, names)
 
     def ceiling(self, prompt: Tensor, answer: Tensor) -> float:
-        """Seconds of the fastest sequence of shapes over those of plain decoding, for an answer, prefill left out."""
+        """Return the seconds of the fastest sequence of shapes over those of plain decoding, prefill left out."""
         table = self.replay(prompt, answer)
         if table is None:
             return 1.0
@@ -121,14 +121,14 @@ class Replayer:
 
 
 def choose_best_fixed(totals: Tensor, grid: ActionGrid, prompts: Sequence[str]) -> BestFixed:
-    """The drafting shape with the least seconds `[a]`, next to the plain step."""
+    """Choose the drafting shape with the least seconds; `totals` is `[a]`, for each shape of `grid`."""
     plain = grid.index_of(TreeShape.plain())
     best = min((action for action in range(len(grid)) if action != plain), key=lambda action: float(totals[action]))
     return BestFixed(grid[best], list(prompts), float(totals[plain] / totals[best]), len(grid))
 
 
 def ceiling_of(plain: AnswerTiming, share: float) -> AnswerTiming:
-    """The oracle's estimated timing: prefill as measured, and a share of plain decoding's other time.
+    """Estimate the oracle's timing: prefill as measured, and a share of plain decoding's other time.
 
     Its forwards are not known: they count as plain decoding's.
     """
@@ -140,7 +140,7 @@ def ceiling_of(plain: AnswerTiming, share: float) -> AnswerTiming:
 
 
 def shapes_for(device_type: str) -> ActionGrid:
-    """A plain step, lookups, trees, and both together: small ones on a CPU, up to 60 nodes elsewhere."""
+    """Return a plain step, lookups, trees, and both together: small ones on a CPU, up to 60 nodes elsewhere."""
     trees = ActionGrid.small()
     if device_type != "cpu":
         trees = ActionGrid.from_bins((4, 8, 16, 32, 60), (2, 4, 6, 8), (1, 2, 4, 10))

@@ -1,4 +1,4 @@
-"""Everything measured so far, in a file that survives an interruption: the same command continues from it."""
+"""Keeps everything measured so far in a file, from which the same command continues after an interruption."""
 
 import json
 from dataclasses import asdict
@@ -47,11 +47,11 @@ class Journal:
 
     @property
     def runs(self) -> list[Run]:
-        """In the order in which they were made."""
+        """All runs, in the order in which they were made."""
         return list(self._runs.values())
 
     def find(self, cell: Cell, method: str) -> Run | None:
-        """The run of `method` in `cell`, if it was made."""
+        """Return the run of `method` in `cell`, if it was made."""
         return self._runs.get((cell, method))
 
     def keep(self, run: Run) -> None:
@@ -72,7 +72,7 @@ class Journal:
             file.write(json.dumps(line) + "\n")
 
     def _whole_lines(self) -> list[dict[str, Any]]:
-        """All lines; an incomplete last line, left by a kill, is removed.
+        """Read all lines, and remove an incomplete last line, which a kill leaves.
 
         Raises:
             ValueError: another line is damaged.

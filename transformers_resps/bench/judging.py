@@ -1,4 +1,4 @@
-"""Whether every text is the one that plain decoding wrote."""
+"""Checks that every text is the one that plain decoding wrote."""
 
 from collections import Counter
 from collections.abc import Sequence

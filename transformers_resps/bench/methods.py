@@ -21,7 +21,7 @@ AnswerFn = Callable[[Tensor, int, float, Sequence[int]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A name and what it adds to the keywords of `generate`.
+    """One way to decode: a name, and what it adds to the keywords of `generate`.
 
     Attributes:
         name: in the table.
@@ -40,33 +40,33 @@ class Method:
 
 
 def plain() -> Method:
-    """What all others are compared with."""
+    """Return plain decoding, with which all others are compared."""
     return Method(PLAIN)
 
 
 def prompt_lookup() -> Method:
-    """Transformers' own prompt lookup, with the ten tokens of its documentation."""
+    """Return Transformers' own prompt lookup, with the ten tokens of its documentation."""
     return Method("prompt lookup", {"prompt_lookup_num_tokens": 10}, effort=1, seed_exact=False)
 
 
 def draft_model(model: PreTrainedModel) -> Method:
-    """Transformers' own assisted generation with a small model."""
+    """Return Transformers' own assisted generation with a small model."""
     return Method("draft model", {"assistant_model": model}, effort=2, seed_exact=False)
 
 
 def peers(answers: Mapping[str, AnswerFn]) -> list[Method]:
-    """One method for each other library; to use it a user must leave `generate`."""
+    """Return a method for each other library; to use it a user must leave `generate`."""
     return [Method(name, effort=6, seed_exact=False, answer=answer) for name, answer in answers.items()]
 
 
 def fixed_tree(head: DraftHead, shape: TreeShape, name: str | None = None) -> Method:
-    """One shape at every step; one of lookups alone needs no head."""
+    """Return the method that drafts one shape at every step; a shape of lookups alone needs no head."""
     assistant = {"assistant_model": head} if shape.asks_head else {}
     return Method(name or shape_name(shape), {**assistant, "policy": FixedPolicy(shape)}, effort=3)
 
 
 def eagle_trees(head: DraftHead) -> list[Method]:
-    """The trees that EAGLE-3 publishes."""
+    """Return the trees that EAGLE-3 publishes."""
     return [
         fixed_tree(head, TreeShape.from_eagle(*numbers), f"EAGLE-3 {'/'.join(map(str, numbers))}")
         for numbers in EAGLE_TREES
@@ -74,7 +74,7 @@ def eagle_trees(head: DraftHead) -> list[Method]:
 
 
 def policies(head: DraftHead, loaded: Mapping[str, Policy | str]) -> list[Method]:
-    """One method for each policy, by its name."""
+    """Return a method for each policy, by its name."""
     return [
         Method(name, {"assistant_model": head, "policy": policy}, effort=4 if policy == "auto" else 5)
         for name, policy in loaded.items()
@@ -82,7 +82,7 @@ def policies(head: DraftHead, loaded: Mapping[str, Policy | str]) -> list[Method
 
 
 def shape_name(shape: TreeShape) -> str:
-    """`tree 8/4/2`, and `+6` for nodes that lookup may add."""
+    """Return `tree 8/4/2`, and `+6` for nodes that lookup may add."""
     name = f"tree {shape.total_tokens}/{shape.depth}/{shape.top_k}"
     return f"{name}+{shape.lookup}" if shape.lookup else name
 

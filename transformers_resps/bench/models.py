@@ -79,7 +79,7 @@ def load_target(name: str, dtype: str | None, device: str, *, packed: bool = Fal
 
 
 def training_prompts_of(source: str) -> set[str] | None:
-    """Fingerprints of the prompts that a head or policy learned from; `None`, and a warning, if they were not kept.
+    """Read the fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
 
     Raises:
         ValueError: the file is damaged.
@@ -96,7 +96,7 @@ def training_prompts_of(source: str) -> set[str] | None:
 
 
 def load_draft_model(name: str, target: Any) -> PreTrainedModel:
-    """A small model for Transformers' assisted generation.
+    """Load a small model for Transformers' assisted generation.
 
     Raises:
         ValueError: it has another vocabulary than the target.

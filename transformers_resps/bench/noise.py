@@ -1,4 +1,4 @@
-"""Whether the machine is quiet enough to measure on."""
+"""Checks that the machine is quiet enough to measure on."""
 
 import os
 import time
@@ -22,7 +22,7 @@ class BusyMachine(ValueError):  # noqa: N818  # a state of the machine
 
 
 def other_load(seconds: float = 1.0) -> float | None:
-    """CPUs that other processes use while this one waits for `seconds`; `None` where the system does not tell.
+    """Return how many CPUs others use while this process waits for `seconds`; `None` if the system does not tell.
 
     The load average would include this command's own last run.
     """
@@ -41,7 +41,7 @@ def other_load(seconds: float = 1.0) -> float | None:
 
 
 def check_load(load: float | None) -> None:
-    """Refuse to start.
+    """Refuse to start on a busy machine.
 
     Args:
         load: CPUs that other processes use; `None` when unknown.
@@ -57,7 +57,7 @@ def check_load(load: float | None) -> None:
 
 
 def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
-    """How noisy the machine was: interquartile range over median of plain decoding's rates; `None` below four.
+    """Return the noise: interquartile range over median of plain decoding's rates; `None` below four of them.
 
     Prefill is left out, and each rate is divided by the mean of its own text's repeats, so that long prompts do not
     look like noise. In the middle of the second repeat only texts that were repeated count, or, while they are few,
@@ -80,7 +80,7 @@ def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
 
 
 def check_spread(timings: Sequence[AnswerTiming], journal: str) -> None:
-    """Refuse to go on.
+    """Refuse to go on where plain decoding's rates show noise.
 
     Raises:
         BusyMachine: the rates of plain decoding spread more than `MAX_SPREAD`.

@@ -24,13 +24,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace) -> BenchConfig:
-    """What the parsed options of `add_options` ask for."""
+    """Return what the parsed options of `add_options` ask for."""
     given = vars(args)
     return BenchConfig(**{field.name: given[field.name] for field in fields(BenchConfig) if field.name in given})
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
-    """The methods to compare."""
+    """Add the methods to compare."""
     what = parser.add_argument_group("methods to compare (plain decoding is always included)")
     what.add_argument(
         "--policy",
@@ -59,7 +59,7 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
-    """The prompts."""
+    """Add where prompts come from."""
     on = parser.add_argument_group("prompts")
     on.add_argument(
         "--dataset",
@@ -79,7 +79,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def add_conditions(parser: argparse.ArgumentParser) -> None:
-    """The conditions of the benchmark."""
+    """Add the conditions of the benchmark."""
     how = parser.add_argument_group("conditions")
     how.add_argument(
         "--temperature",
@@ -101,14 +101,14 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
 
 
 def model(text: str) -> str:
-    """An existing folder, or what may be a Hub id."""
+    """Accept an existing folder, or what may be a Hub id."""
     if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no folder and no Hub id (NAME or OWNER/NAME). Check the path.")
     return text
 
 
 def temperature(text: str) -> float:
-    """A finite number from 0 on."""
+    """Accept a finite number from 0 on."""
     try:
         value = float(text)
     except ValueError:
@@ -121,7 +121,7 @@ def temperature(text: str) -> float:
 
 
 def shape(text: str) -> TreeShape:
-    """`8,4,2` -> total_tokens, depth, top_k; a fourth number is `lookup`."""
+    """Read total_tokens, depth and top_k from `8,4,2`; a fourth number is `lookup`."""
     try:
         return TreeShape(*(int(part) for part in text.split(",")))
     except (TypeError, ValueError) as error:
@@ -131,14 +131,14 @@ def shape(text: str) -> TreeShape:
 
 
 def dtype(text: str) -> str:
-    """The name of a dtype that models are loaded in, or auto."""
+    """Accept the name of a dtype that models are loaded in, or auto."""
     if text not in ("auto", "float64", "float32", "bfloat16", "float16"):
         raise argparse.ArgumentTypeError(f"{text!r} is no supported dtype. Write auto, float32, bfloat16 or float16.")
     return text
 
 
 def device(text: str) -> str:
-    """An available device that computes."""
+    """Accept an available device that computes."""
     if text.startswith("meta"):
         raise argparse.ArgumentTypeError(f"{text!r} is no device that computes. Write cpu, or leave it out.")
     try:
@@ -151,7 +151,7 @@ def device(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number above zero."""
+    """Accept a whole number above zero."""
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no integer above 0.")
     return int(text)

@@ -1,4 +1,4 @@
-"""Other libraries that decode the same target with their own loops. Each is imported when it is asked for.
+"""Lets other libraries decode the same target with their own loops; each is imported when it is asked for.
 
 They draft with the draft model where there is one, and otherwise with what followed earlier in the text. Neither takes
 processors or streamers.
@@ -22,7 +22,7 @@ _DRAFTED_TOKENS = 4  # of a step, the default of both libraries
 
 
 def load_peers(names: Sequence[str], target: Any, draft_model: PreTrainedModel | None) -> dict[str, AnswerFn]:
-    """Name in the table -> how it answers.
+    """Return name in the table -> how it answers.
 
     Args:
         names: of `PEERS`.
@@ -48,12 +48,12 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def peer_versions(names: Sequence[str]) -> dict[str, str]:
-    """Of the libraries that are compared."""
+    """Return the versions of the libraries that are compared."""
     return {name: version(name) for name in names}
 
 
 def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
-    """Chains of drafts from a model, or from the last match (flashspec's `composite-g6-f2` with both)."""
+    """Verify chains drafted by a model, or by the last match (flashspec's `composite-g6-f2` with both)."""
     from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
     from flashspec.engine.hf_drafter import HuggingFaceDrafter
     from flashspec.engine.ngram import NgramDrafter
@@ -82,7 +82,7 @@ def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
 
 
 def _economize(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
-    """Its `decode`: its `generate` fails since Transformers 5.24 renamed `past_key_values`.
+    """Call its `decode`: its `generate` fails since Transformers 5.24 renamed `past_key_values`.
 
     Raises:
         ValueError: it cannot decode this target.

@@ -1,4 +1,4 @@
-"""Five plots of a `results.json`."""
+"""Draws five plots of a `results.json`."""
 
 import io
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def ratios(results: dict[str, Any]) -> Any:
-    """Speed over plain decoding with 95% intervals: a block of methods for each benchmark, a panel per temperature."""
+    """Plot speed over plain decoding with 95% intervals: a block of methods per benchmark, a panel per temperature."""
     summaries = results["summaries"]
     temperatures = sorted({row["temperature"] for row in summaries[ALL]})
     methods = [row["method"] for row in summaries[ALL] if row["temperature"] == temperatures[0]]
@@ -74,7 +74,7 @@ def ratios(results: dict[str, Any]) -> Any:
 
 
 def tau_and_nodes(results: dict[str, Any]) -> Any:
-    """Tokens per target forward against the nodes that a forward verifies."""
+    """Plot tokens per target forward against the nodes that a forward verifies."""
     taus = _taus(results)
     told = {name: steps for name, steps in results["steps"].items() if name in taus}
     if not told:
@@ -96,7 +96,7 @@ def tau_and_nodes(results: dict[str, Any]) -> Any:
 
 
 def sizes_over_time(results: dict[str, Any]) -> Any:
-    """How many nodes the steps verified, from an answer's first step to its last: one panel for each policy."""
+    """Plot how many nodes the steps verified, from an answer's first step to its last: one panel for each policy."""
     told = {name: steps["sizes"] for name, steps in results["steps"].items() if len(steps["shapes"]) > 1}
     told = {name: sizes for name, sizes in told.items() if any(map(sum, sizes))}
     if not told:
@@ -123,7 +123,7 @@ def sizes_over_time(results: dict[str, Any]) -> Any:
 
 
 def time_parts(results: dict[str, Any]) -> Any:
-    """Milliseconds per token, and what they are spent on where the method tells."""
+    """Plot milliseconds per token, and what they are spent on where the method tells."""
     rows = [row for row in results["pooled"] if row["measured"]]
     parts = ("prefill", "verify", "draft", "rest")
     figure = _figure(8, 1.6 + 0.4 * len(rows))
@@ -150,7 +150,7 @@ def time_parts(results: dict[str, Any]) -> Any:
 
 
 def costs(results: dict[str, Any]) -> Any:
-    """What a target forward costs by the nodes that it verifies, and a level of the head by its width."""
+    """Plot what a target forward costs by the nodes that it verifies, and a level of the head by its width."""
     verify, draft = results["costs"]["verify"], results["costs"]["draft"]
     figure = _figure(7, 4.6)
     axes = figure.subplots()
@@ -173,7 +173,7 @@ def costs(results: dict[str, Any]) -> Any:
 
 
 def _figure(width: float, height: float) -> Any:
-    """One that belongs to no window and no global state."""
+    """Make a figure that belongs to no window and no global state."""
     from matplotlib.figure import Figure  # the extra `bench`
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -185,7 +185,7 @@ def _interval(axes: Any, row: dict[str, Any], place: float, style: dict[str, Any
 
 
 def _style(results: dict[str, Any], method: str) -> dict[str, Any]:
-    """The same colour and mark for a method in every plot."""
+    """Choose colour and mark: the same for a method in every plot."""
     if method.startswith("oracle"):
         return {"color": _GREY, "marker": "*"}
     number = [row["method"] for row in results["pooled"] if row["method"] != PLAIN].index(method)

@@ -1,4 +1,4 @@
-"""Load the policies that a command names."""
+"""Loads the policies that a command names."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .options import shape
 
 
 def read_policy(text: str | None, head: DraftHead | None) -> Policy | str:
-    """A fixed tree from its numbers, a saved policy from its folder or Hub id, or "auto" as it is.
+    """Return a fixed tree from its numbers, a saved policy from its folder or Hub id, or "auto" as it is.
 
     Without a text it is the head's default tree, and without a head "auto".
 
@@ -28,7 +28,7 @@ def read_policy(text: str | None, head: DraftHead | None) -> Policy | str:
 
 
 def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[str, Policy | str]:
-    """Name in the table -> policy.
+    """Load the benchmark's policies: name in the table -> policy.
 
     Raises:
         ValueError: there is no such policy, two have one name, or one was trained for another target or head.
@@ -53,7 +53,7 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
 
 
 def policy_name(source: str, policy: Policy | str) -> str:
-    """`auto`; `Re-SpS NAME` for a learned policy of a folder or repository `NAME`; otherwise `policy NAME`."""
+    """Return `auto`, `Re-SpS NAME` for a learned policy of a folder or repository `NAME`, or `policy NAME`."""
     if isinstance(policy, str):
         return policy
     last = source.rstrip("/").rpartition("/")[2]
@@ -61,7 +61,7 @@ def policy_name(source: str, policy: Policy | str) -> str:
 
 
 def named_tree(text: str) -> TreeShape | None:
-    """`8,4,2` -> total_tokens, depth, top_k; `None` for what has no commas or is a folder.
+    """Read the shape that `8,4,2` names; `None` for what has no commas or is a folder.
 
     Raises:
         ValueError: it has commas, but is no shape.

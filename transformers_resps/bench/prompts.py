@@ -1,4 +1,4 @@
-"""The conversations of a dataset, and their turns as prompts in tokens."""
+"""Reads the conversations of a dataset, and turns them into prompts in tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,26 +31,26 @@ class Dialogue:
 
     @classmethod
     def of(cls, name: str, messages: Conversation) -> "Dialogue":
-        """Raises ValueError when there is no user turn."""
+        """Take the user turns of `messages`. Raises ValueError when there is none."""
         users = [place for place, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise ValueError(f"{name} has no user turn. Remove that row, or give it `turns`, `messages` or `prompt`.")
         return cls(name, messages[: users[0]], tuple(messages[place]["content"] for place in users))
 
     def asked(self, answers: Sequence[str]) -> Conversation:
-        """The conversation up to the turn after `answers`, one for each turn before it."""
+        """Return the conversation up to the turn after `answers`, one for each turn before it."""
         messages = [*self.opening]
         for turn, answer in zip(self.turns, answers, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
 
     def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> "Prompt":
-        """The turn after `answers`, with all before it, in tokens."""
+        """Return the turn after `answers`, with all before it, in tokens."""
         return Prompt(self.name, to_tokens(self.asked(answers), tokenizer), len(answers) + 1)
 
     @property
     def fingerprint(self) -> str:
-        """Of the first turn, by which a prompt is recognised."""
+        """Hash of the first turn, by which a prompt is recognised."""
         return prompt_fingerprint(self.turns[0])
 
 
@@ -64,7 +64,7 @@ class Prompt:
 
 
 def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
-    """All conversations of a file, or of a split of a dataset of the Hub, in order.
+    """Read all conversations of a file, or of a split of a dataset of the Hub, in order.
 
     Raises:
         ValueError: it is not there, it is empty, or a row is no conversation.
@@ -78,13 +78,13 @@ def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
 
 
 def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
-    """Up to `limit` of them, evenly over the file."""
+    """Choose up to `limit` of them, evenly over the file."""
     count = min(limit, len(dialogues))
     return [dialogues[index * len(dialogues) // count] for index in range(count)]
 
 
 def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
-    """Token ids `[s]`, through the chat template where there is one."""
+    """Return token ids `[s]`, through the chat template where there is one."""
     if tokenizer.chat_template is None:
         return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
     return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

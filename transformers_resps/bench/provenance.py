@@ -1,4 +1,4 @@
-"""What was measured, with what, on what: everything needed to repeat it."""
+"""Says what was measured, with what code, on what machine: everything needed to repeat it."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ _UNTOLD = {"default_tree", "transformers_version", "name_or_path"}  # says nothi
 
 
 def command_line() -> list[str]:
-    """As it was typed, with `resps` for however it was started."""
+    """Return the command as it was typed, with `resps` or `python -m transformers_resps.bench` first."""
     return ["resps", *sys.argv[1:]] if Path(sys.argv[0]).name == "resps" else [
         "python", "-m", "transformers_resps.bench", *sys.argv[1:]
     ]  # fmt: skip
 
 
 def machine(model: Any) -> dict[str, Any]:
-    """Device, dtype, threads and versions."""
+    """Return device, dtype, threads and versions."""
     return {
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -46,7 +46,7 @@ def machine(model: Any) -> dict[str, Any]:
 
 
 def code() -> dict[str, Any]:
-    """The commit of the checkout that this package runs from, whether files differ from it, and a hash of them all.
+    """Return the commit that this package runs from, whether its files differ from it, and a hash of them all.
 
     Outside a checkout `commit` is `None` and `dirty` is false.
     """
@@ -59,7 +59,7 @@ def code() -> dict[str, Any]:
 
 
 def folder_of(id_or_folder: str | Path) -> Path | None:
-    """Where the files of a head, policy or target lie: a folder, or what the Hub's cache holds of a repository."""
+    """Find the files of a head, policy or target: a folder, or what the Hub's cache holds of a repository."""
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     try:
@@ -69,7 +69,7 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """A file of a head or policy that loading it did not fetch: of its folder, or of the commit that was loaded.
+    """Fetch a file of a head or policy that loading it did not: from its folder, or the commit that was loaded.
 
     Raises:
         OSError, ConnectionError, ValueError: as `RepositoryFiles.fetch`.
@@ -83,9 +83,7 @@ def file_of(id_or_folder: str | Path, name: str) -> Path | None:
 
 
 def weights_sha256(id_or_folder: str | Path) -> str | None:
-    """Hash of the weights' file, or of all their files; of `config.json` where there are none; `None` where there is
-    neither.
-    """
+    """Hash the file of the weights, or all their files; where there are none, `config.json`, or else `None`."""
     folder = folder_of(id_or_folder)
     if folder is None:
         return None
@@ -100,7 +98,7 @@ def weights_sha256(id_or_folder: str | Path) -> str | None:
 
 
 def config_sha256(id_or_folder: str | Path) -> str | None:
-    """Hash of what `config.json` says about the use of the weights, whatever its layout; `None` where there is none.
+    """Hash what `config.json` says about the use of the weights, whatever its layout; `None` where there is none.
 
     Without `default_tree`: the benchmark passes every tree, and the best of them becomes the default afterwards; and
     without names of targets and heads, which differ from machine to machine.

@@ -1,4 +1,4 @@
-"""Answer one prompt with one method, and take the time."""
+"""Answers one prompt with one method, and takes the time."""
 
 import copy
 import time
@@ -23,7 +23,7 @@ _WARM_UP_TOKENS = 12
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How long an answer took, the text `[t]` it wrote, and the steps it took where they are told."""
+    """One answer: how long it took, its text `[t]`, and its steps where they are told."""
 
     timing: AnswerTiming
     token_ids: Tensor
@@ -41,7 +41,7 @@ class Bench:
         decoder_layers(model)[0].register_forward_pre_hook(self._note_forward)
 
     def warm_up(self, prompt: Prompt, methods: Sequence[Method]) -> None:
-        """A few tokens with every method."""
+        """Decode a few tokens with every method."""
         few = min(_WARM_UP_TOKENS, self.max_new_tokens)
         for method in methods:
             self.decode(prompt, method, max_new_tokens=few)
@@ -55,7 +55,7 @@ class Bench:
         *,
         max_new_tokens: int | None = None,
     ) -> Run:
-        """One answer, with the repeat as its seed."""
+        """Answer once, with the repeat as the seed."""
         most = max_new_tokens or self.max_new_tokens
         input_ids = prompt.input_ids[None].to(self.model.device)
         write = self._prepared(method, input_ids, most, temperature)
@@ -74,7 +74,7 @@ class Bench:
     def _prepared(
         self, method: Method, input_ids: Tensor, most: int, temperature: float
     ) -> Callable[[], tuple[list[int], Any]]:
-        """All that is timed: the answer, read from the device, and its report where there is one."""
+        """Return all that is timed: it gives the answer, read from the device, and its report where there is one."""
         if method.answer is not None:
             answer, ends = method.answer, sorted(self._end_ids)
             return lambda: (answer(input_ids, most, temperature, ends).tolist(), None)
@@ -100,7 +100,7 @@ class Bench:
 
 
 def sampling(temperature: float) -> dict[str, Any]:
-    """Keywords of `generate`: greedy at 0, otherwise the target's whole distribution at that temperature."""
+    """Return keywords of `generate`: greedy at 0, otherwise the target's whole distribution at that temperature."""
     if temperature == 0:
         return {"do_sample": False, "repetition_penalty": 1.0}
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

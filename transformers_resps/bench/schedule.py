@@ -1,4 +1,4 @@
-"""Answer every conversation with every method, in turn."""
+"""Answers every conversation with every method, in turn."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Choose the prompts of a benchmark, so that none was learned from or searched on."""
+"""Chooses the prompts of a benchmark, so that none was learned from or searched on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Selection:
 
 
 def _to_search(config: BenchConfig, sources: list[list[Dialogue]], evaluated: list[Dialogue]) -> list[Dialogue]:
-    """Those of `--search-dataset`, or what the limit leaves of the datasets."""
+    """Choose from `--search-dataset`, or from what the limit leaves of the datasets."""
     if config.search_dataset:
         return spread(read_dialogues(config.search_dataset, config.split), _MAX_SEARCHED)
     taken = {dialogue.fingerprint for dialogue in evaluated}

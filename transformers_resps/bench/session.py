@@ -1,4 +1,4 @@
-"""Run one benchmark from its settings to its results. It prints nothing."""
+"""Runs one benchmark from its settings to its results. It prints nothing."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -84,7 +84,7 @@ class Session:
         self.ceilings: list[AnswerTiming] = []
 
     def _settings(self) -> dict[str, Any]:
-        """What must stay the same for all figures of one table, besides `facts`."""
+        """Return what must stay the same for all figures of one table, besides `facts`."""
         config = self.config
         return {
             "methods": self.selected,
@@ -99,7 +99,7 @@ class Session:
         }
 
     def _find_best_fixed(self, say: Callable[[str], None]) -> BestFixed:
-        """Found once, then read from the journal."""
+        """Find it once, then read it from the journal."""
         if "best_fixed" not in self.journal.notes:
             searched, tokenizer = self.prompts.searched, self.models.tokenizer
 
@@ -113,7 +113,7 @@ class Session:
         return BestFixed.from_dict(self.journal.notes["best_fixed"])
 
     def _choose_methods(self, others: list[Method], best: BestFixed | None) -> list[Method]:
-        """In the order of the table."""
+        """Return them in the order of the table."""
         head, small = self.models.head, self.models.draft_model
         found = [
             plain(),
@@ -145,7 +145,7 @@ class Session:
             yield prompt, runs
 
     def _ceiling(self, prompt: Prompt, runs: list[Run]) -> AnswerTiming:
-        """How far the oracle would have come with the plain text."""
+        """Estimate how fast the oracle would have written the plain text."""
         answer = next(run for run in runs if run.timing.method == PLAIN)
         m = answer.timing
         seed = m.repeat if m.temperature else 0  # greedy repeats write one text
@@ -155,7 +155,7 @@ class Session:
         return ceiling_of(m, self.journal.notes[key])
 
     def results(self, command: list[str], load: float | None, *, partial: bool) -> dict[str, Any]:
-        """All of `results.json`.
+        """Return all of `results.json`.
 
         Args:
             command: as typed.
@@ -182,5 +182,5 @@ class Session:
         }
 
     def _verify_cost(self) -> float:
-        """Of a forward over `NAMED_NODES` nodes, in forwards of plain decoding."""
+        """Return the cost of a forward over `NAMED_NODES` nodes, in forwards of plain decoding."""
         return self.costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / self.costs.plain_seconds(_ADVICE_CONTEXT)

@@ -1,4 +1,4 @@
-"""`results.json` as a Markdown table."""
+"""Writes `results.json` as a Markdown table."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _COLUMNS = ("dataset", "method", "tokens/s", "ratio to plain", "95% interval", "
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """One row per dataset, temperature and method; ceilings are in italics, since they are estimated."""
+    """Return a row per dataset, temperature and method; ceilings are in italics, since they are estimated."""
     several = len(results["settings"]["temperatures"]) > 1
     columns = [*_COLUMNS[:1], "temperature", *_COLUMNS[1:]] if several else list(_COLUMNS)
     left = columns.index("method") + 1
@@ -29,7 +29,7 @@ def _cells(dataset: str, row: dict[str, Any], results: dict[str, Any]) -> list[s
 
 
 def summary_cells(row: dict[str, Any]) -> list[str]:
-    """Method, tokens per second, ratio to plain, its interval and tau of one row of `summaries`."""
+    """Return method, tokens per second, ratio to plain, its interval and tau of one row of `summaries`."""
     return [
         method_cell(row),
         f"{row['tokens_per_second']:.1f}",
@@ -40,17 +40,17 @@ def summary_cells(row: dict[str, Any]) -> list[str]:
 
 
 def method_cell(row: dict[str, Any]) -> str:
-    """The method; in italics if it is estimated, not measured."""
+    """Return the method; in italics if it is estimated, not measured."""
     return str(row["method"]) if row["measured"] else f"*{row['method']}*"
 
 
 def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
-    """How many answers equal those of plain decoding; empty over several temperatures, which are counted together."""
+    """Count answers that equal plain decoding's; empty over several temperatures, which are counted together."""
     if not row["measured"] or len(results["settings"]["temperatures"]) > 1:
         return ""
     return f"{results['same_text'][row['method']]} of {results['same_text'].get(PLAIN, 0)}"
 
 
 def table_row(cells: list[str]) -> str:
-    """One line of Markdown."""
+    """Return one line of Markdown."""
     return f"| {' | '.join(cells)} |"

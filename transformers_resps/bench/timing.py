@@ -1,4 +1,4 @@
-"""How long answers took, and the rates that follow."""
+"""Holds how long answers took, and computes the rates that follow."""
 
 import random
 from collections import defaultdict
@@ -24,7 +24,7 @@ class Timed(Protocol):
 
 
 class Cell(NamedTuple):
-    """What is answered once by each method."""
+    """A place that each method answers once."""
 
     prompt: str
     turn: int
@@ -101,18 +101,18 @@ class Summary:
 
 
 def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int:
-    """Tokens of an answer, counted alike for every method: up to the first end token, and never above `most`."""
+    """Count the tokens of an answer, alike for every method: up to the first end token, and never above `most`."""
     return min(len(up_to_end(token_ids, end_ids)), most)
 
 
 def rate(timed: Iterable[Timed]) -> float:
-    """Total tokens over total seconds."""
+    """Return total tokens over total seconds."""
     kept = list(timed)
     return sum(one.tokens for one in kept) / sum(one.seconds for one in kept)
 
 
 def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
-    """One method against plain decoding, over all prompts and repeats."""
+    """Compare one method with plain decoding, over all prompts and repeats."""
     own = [m for m in timings if m.method == method]
     interval = compare(timings, method, PLAIN)
     repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
@@ -130,7 +130,7 @@ def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
 
 
 def compare(timings: Sequence[AnswerTiming], method: str, base: str) -> Interval:
-    """The rate of one method over that of another, on the prompts that both have answered as often."""
+    """Return the rate of one method over that of another, on the cells that both have answered."""
     both = {m.cell for m in timings if m.method == method} & {m.cell for m in timings if m.method == base}
     kept = sorted((m for m in timings if m.cell in both), key=lambda m: m.prompt)
     own, other = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
@@ -141,7 +141,7 @@ def compare(timings: Sequence[AnswerTiming], method: str, base: str) -> Interval
 def bootstrap_interval(
     own: Sequence[Sequence[Timed]], base: Sequence[Sequence[Timed]], *, draws: int = 2000
 ) -> tuple[float, float]:
-    """The middle 95% of the ratio `rate(own) / rate(base)` over prompts drawn with replacement.
+    """Return the middle 95% of `rate(own) / rate(base)` over prompts drawn with replacement.
 
     Args:
         own: answers to each prompt, all its turns and repeats together.
@@ -164,7 +164,7 @@ def bootstrap_interval(
 
 
 def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:
-    """Measurements with the same key, in the order in which the keys come first."""
+    """Group timings of the same key, in the order in which the keys come first."""
     found: dict[Hashable, list[AnswerTiming]] = defaultdict(list)
     for m in timings:
         found[key(m)].append(m)

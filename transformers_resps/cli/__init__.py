@@ -1,4 +1,4 @@
-"""The command `resps`. Parses and prints; what is printed is worked out elsewhere. One file per subcommand."""
+"""The command `resps`: parses and prints what other rooms work out. One file per subcommand."""
 
 import argparse
 import sys
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The subcommands and their options."""
+    """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:

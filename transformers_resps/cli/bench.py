@@ -1,4 +1,4 @@
-"""`resps bench`: every method in turn, on your prompts."""
+"""`resps bench`: compares methods on your prompts."""
 
 import argparse
 from typing import Any
@@ -7,14 +7,14 @@ from ..bench.options import add_options, read_options
 
 
 def add_command(commands: Any) -> None:
-    """`resps bench TARGET HEAD --dataset FILE`."""
+    """Add `resps bench TARGET HEAD --dataset FILE`."""
     parser = commands.add_parser("bench", help="policies, trees and plain decoding in turn, and which of them to use")
     add_options(parser)
     parser.set_defaults(run=bench)
 
 
 def bench(args: argparse.Namespace) -> int:
-    """0; 1 when rounding does not explain a difference from plain decoding; 130 after Ctrl-C."""
+    """Return 0; 1 when rounding does not explain a difference from plain decoding; 130 after Ctrl-C."""
     from ..bench.__main__ import run  # needs the extra `bench`
 
     return run(read_options(args))

@@ -1,4 +1,4 @@
-"""`resps calibrate`: what steps cost on this machine."""
+"""`resps calibrate`: measures what steps cost on this machine."""
 
 import argparse
 from typing import Any
@@ -12,7 +12,7 @@ from .options import add_target_options
 
 
 def add_command(commands: Any) -> None:
-    """`resps calibrate TARGET [HEAD]`."""
+    """Add `resps calibrate TARGET [HEAD]`."""
     parser = commands.add_parser(
         "calibrate", help="measure what steps cost on this machine, and whether drafting can pay"
     )
@@ -46,7 +46,7 @@ def calibrate_costs(args: argparse.Namespace) -> int:
 
 
 def what_must_be_accepted(table: CostTable) -> str:
-    """Two sentences: how many drafted tokens must be accepted for drafting to pay."""
+    """Say in two sentences how many drafted tokens must be accepted for drafting to pay."""
     context = min(table.verify)
     plain = table.plain_seconds(context)
     costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in (2, 4, 8)}

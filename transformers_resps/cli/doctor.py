@@ -1,4 +1,4 @@
-"""`resps doctor`: is a head read with the settings it was trained with."""
+"""`resps doctor`: checks that a head is read with the settings it was trained with."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from .questions import default_questions, up_to
 
 
 def add_command(commands: Any) -> None:
-    """`resps doctor TARGET HEAD`."""
+    """Add `resps doctor TARGET HEAD`."""
     parser = commands.add_parser("doctor", help="check that a head is read with the settings it was trained with")
     parser.set_defaults(run=doctor)
     add_target_options(parser)
@@ -70,7 +70,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def corrections(settings: Sequence[str]) -> dict[str, Any]:
-    """`FIELD=VALUE` strings, values in JSON, as overrides.
+    """Read `FIELD=VALUE` strings, values in JSON, as overrides of the head's config.
 
     Raises:
         ValueError: a setting has no `=`, or its value is not JSON.
@@ -91,7 +91,7 @@ def corrections(settings: Sequence[str]) -> dict[str, Any]:
 def answered(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
 ) -> list[LabelledText]:
-    """Every conversation into its first assistant turn; those without one are left out."""
+    """Cut every conversation after its first assistant turn; those without one are left out."""
     found = []
     for conversation in conversations:
         turns = up_to(conversation, "assistant")
@@ -105,7 +105,7 @@ def answered(
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
-    """A table, best reading first, and the verdict."""
+    """Print a table, best reading first, and the verdict."""
     depths = range(1, len(diagnosis.configured.agreement) + 1)
     columns = "".join(f"  depth {depth}" for depth in depths)
     configured = diagnosis.configured
@@ -117,7 +117,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
 
 
 def row(cell: Cell, diagnosis: Diagnosis) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     reading = cell.reading
     marks = (">" if cell is diagnosis.configured else " ") + ("*" if cell is diagnosis.best else " ")
     numbers = "".join(f"{share:9.3f}" for share in cell.agreement)

@@ -1,4 +1,4 @@
-"""`resps inspect`: one output as an HTML page, step by step."""
+"""`resps inspect`: shows one output as an HTML page, step by step."""
 
 import argparse
 from pathlib import Path
@@ -21,7 +21,7 @@ from .options import add_target_options
 
 
 def add_command(commands: Any) -> None:
-    """`resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
+    """Add `resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
     parser = commands.add_parser("inspect", help="write one output as an HTML page: trees, decisions, times")
     parser.set_defaults(run=inspect)
     add_target_options(parser)
@@ -58,7 +58,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of `generate` for both answers."""
+    """Return keywords of `generate` for both answers."""
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     return {"max_new_tokens": args.max_new_tokens, **sampling}
 
@@ -74,7 +74,7 @@ def warm_up(target: PreTrainedModel, head: DraftHead | None, prompt_ids: Tensor)
 
 
 def same_text(found: Examination) -> str:
-    """Yes, or where they differ first."""
+    """Say yes, or where the texts differ first."""
     if found.parts_at is None:
         return "yes"
     why = f" ({found.divergence})" if found.divergence is not None else ""
@@ -82,7 +82,7 @@ def same_text(found: Examination) -> str:
 
 
 def is_explained(found: Examination, dtype: torch.dtype) -> bool:
-    """The texts are equal, or a half precision may round them apart; of sampled texts no more can be said."""
+    """Tell whether texts are equal or may be rounded apart; of sampled texts in half precision no more can be said."""
     if found.parts_at is None:
         return True
     return found.divergence.explained if found.divergence is not None else dtype in (torch.bfloat16, torch.float16)

@@ -7,7 +7,7 @@ from ..bench.options import device, dtype, model
 
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
-    """TARGET, `--dtype` and `--device`."""
+    """Add TARGET, `--dtype` and `--device`."""
     parser.add_argument("target", type=model, help="folder or Hub id of the target")
     parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     parser.add_argument("--device", type=device, default=default_device())

@@ -1,4 +1,4 @@
-"""What a command asks a target: turns of conversations, or built-in questions."""
+"""Questions for a target: turns of conversations, or built-in ones."""
 
 from ..data import Conversation
 
@@ -20,12 +20,12 @@ _SUBJECTS = ("bicycles", "the ocean", "cooking", "public libraries", "numbers")
 
 
 def up_to(conversation: Conversation, role: str) -> Conversation:
-    """The conversation to the end of its first turn of `role`; empty when it has none."""
+    """Cut a conversation after its first turn of `role`; empty when it has none."""
     roles = [message["role"] for message in conversation]
     return conversation[: roles.index(role) + 1] if role in roles else []
 
 
 def default_questions(most: int) -> list[Conversation]:
-    """Up to fifty one-turn conversations."""
+    """Return up to fifty one-turn conversations."""
     texts = [task.format(subject) for subject in _SUBJECTS for task in _TASKS]
     return [[{"role": "user", "content": text}] for text in texts[:most]]

@@ -1,4 +1,4 @@
-"""`resps verify`: is the output with a head and a policy the model's own."""
+"""`resps verify`: checks that the output with a head and a policy is the model's own."""
 
 import argparse
 from itertools import islice
@@ -21,7 +21,7 @@ from .questions import default_questions, up_to
 
 
 def add_command(commands: Any) -> None:
-    """`resps verify TARGET [HEAD] [POLICY]`."""
+    """Add `resps verify TARGET [HEAD] [POLICY]`."""
     parser = commands.add_parser(
         "verify", help="check that the output with a draft head is the model's own; prints a report"
     )
@@ -68,7 +68,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int) -> int:
-    """One line per number of nodes; always 0, for nothing is judged."""
+    """Print one line per number of nodes; always 0, for nothing is judged."""
     print(f"Tree forwards against one-token decoding, {target.dtype}, {torch.get_num_threads()} threads:\n")
     for moved in move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0]):
         print(f"{f'{moved.nodes} nodes' if moved.nodes else 'all at once'}: {moved}")
@@ -76,7 +76,7 @@ def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int) -> i
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
-    """`--prompts` questions, those of `--dataset` or built-in ones, as token ids `[s]`.
+    """Return `--prompts` questions, those of `--dataset` or built-in ones, as token ids `[s]`.
 
     Raises:
         ValueError: the dataset has no user turns.

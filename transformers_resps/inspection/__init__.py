@@ -1,4 +1,4 @@
-"""One call of `generate`, recorded and written as an HTML page."""
+"""Records one call of `generate` and writes it as an HTML page."""
 
 from .examination import Examination, examine
 from .facts import facts_of

@@ -1,4 +1,4 @@
-"""One prompt answered plainly and with draft trees, with every step recorded."""
+"""Answers one prompt plainly and with draft trees, and records every step."""
 
 import time
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .recorder import RecordedStep, Recorder
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """Both answers, and all steps of the second.
+    """Both answers to one prompt, and all steps of the second.
 
     Attributes:
         prompt_ids: `[s]`.

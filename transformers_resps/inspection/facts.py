@@ -1,4 +1,4 @@
-"""What a page says about models and machine. Names only, no local paths: pages are shared."""
+"""Says what a page tells about models and machine. Names only, no local paths: pages are shared."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..policy import Policy
 
 
 def facts_of(model: PreTrainedModel, head: DraftHead | None, policy: Policy, decoding: str) -> dict[str, str]:
-    """In the order of the page.
+    """Return facts by name, in the order of the page.
 
     Args:
         model: the target.
@@ -36,6 +36,6 @@ def facts_of(model: PreTrainedModel, head: DraftHead | None, policy: Policy, dec
 
 
 def _name(model: Any) -> str:
-    """The Hub id, or the last part of a local path."""
+    """Return the Hub id, or the last part of a local path."""
     name = str(model.config.name_or_path or type(model).__name__)
     return Path(name).resolve().name if Path(name).exists() else name

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: no network, no fonts, no other scripts.
+"""Writes one HTML file that needs nothing else: no network, no fonts, no other scripts.
 
 The values travel as JSON that cannot end its own element, and the script writes them as text only. A content policy
 names the page's style and script by hash, so that nothing else would run even if it got in.
@@ -33,11 +33,11 @@ def _asset(name: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that is safe inside a script element: ASCII, without a character that HTML knows."""
+    """Write JSON that is safe inside a script element: ASCII, without a character that HTML knows."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _hash(text: str) -> str:
-    """As a content policy writes it: of the exact text between the tags."""
+    """Hash the exact text between the tags, as a content policy writes it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""An examination as JSON values: all that the page shows, texts not yet escaped."""
+"""Turns an examination into JSON values: all that the page shows, texts not yet escaped."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from .recorder import RecordedStep
 
 
 def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> dict[str, Any]:
-    """What happened, in the words and numbers of the page.
+    """Return what happened, in the words and numbers of the page.
 
     Args:
         examination: both answers.
@@ -57,7 +57,7 @@ def _totals(examination: Examination) -> dict[str, float]:
 
 
 def _same_text(examination: Examination, decode: Decode) -> dict[str, Any]:
-    """Yes or no, and why not."""
+    """Say whether both texts are the same, and where they differ first."""
     position, found = examination.parts_at, examination.divergence
     if position is None:
         return {"same": True}
@@ -114,7 +114,7 @@ def _shape(shape: TreeShape) -> dict[str, Any]:
 
 
 def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[str, Any]]:
-    """The tree, root first: text, parent, probability after the parent and of the path, source, fate."""
+    """Return the nodes, root first: text, parent, probability after the parent and of the path, source, fate."""
     tree = step.tree
     tokens, parents, depths = (field[0].tolist() for field in (tree.tokens, tree.parents, tree.depths))
     paths = [math.exp(score) for score in tree.scores[0].tolist()]
@@ -142,7 +142,7 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[st
 
 
 def _mark_sources(step: dict[str, Any]) -> None:
-    """Accepted tokens carry the source of their node: the path's nodes come in the order of the tokens."""
+    """Give accepted tokens the source of their node: the path's nodes come in the order of the tokens."""
     path = [node for node in step["nodes"][1:] if node["accepted"]]
     for token, node in zip(step["tokens"], path, strict=False):
         if token["source"] == "head":

@@ -1,4 +1,4 @@
-"""Record what a policy sees and decides, and the tree that results."""
+"""Records what a policy sees and decides, and the tree that results."""
 
 from dataclasses import dataclass, field
 

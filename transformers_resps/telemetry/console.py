@@ -1,4 +1,4 @@
-"""Steps as lines of a terminal, drawn by `rich`."""
+"""Prints steps as lines of a terminal, drawn by `rich`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class StepLine:
 
 
 def print_steps(lines: Sequence[StepLine], headline: str, console: Console | None = None) -> None:
-    """The text with accepted tokens in colour, a table of all steps, and a line about all of them."""
+    """Print the text with accepted tokens in colour, a table of all steps, and a line about all of them."""
     console = console or Console()
     console.print(_text(lines))
     console.print(Text("\nEvery step: nodes verified, milliseconds, tokens added"), soft_wrap=True)
@@ -52,7 +52,7 @@ def _text(lines: Sequence[StepLine]) -> Text:
 
 
 def _table(lines: Sequence[StepLine]) -> Table:
-    """The texts have columns of their own, so that nothing depends on colour."""
+    """Make the table; texts have columns of their own, so that nothing depends on colour."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("step", "shape", "nodes", "draft", "verify", "rest"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The text that each token adds: joined, the pieces are the whole text."""
+"""Finds the text that each token adds; joined, the pieces are the whole text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ _UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a charact
 
 
 def decoder(tokenizer: Any) -> Decode:
-    """How `tokenizer` writes tokens, special ones included and spaces untouched."""
+    """Return how `tokenizer` writes tokens, special ones included and spaces untouched."""
 
     def decode(token_ids: Sequence[int]) -> str:
         text: str = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -20,7 +20,7 @@ def decoder(tokenizer: Any) -> Decode:
 
 
 def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[str]:
-    """What each token adds to the text.
+    """Return what each token adds to the text.
 
     Decoding one token alone loses leading spaces and cuts characters apart, so each is decoded together with the piece
     before it. A token that only begins a character adds nothing; the token that completes it adds all of it.
@@ -38,5 +38,5 @@ def detokenize_incrementally(token_ids: Sequence[int], decode: Decode) -> list[s
 
 
 def decode_after(previous: int, token_id: int, decode: Decode) -> str:
-    """What one token would add after another."""
+    """Return what one token would add after another."""
     return decode([previous, token_id])[len(decode([previous])) :]
