@@ -2,8 +2,17 @@
 
 import torch
 
+from tests.policy.machine import Machine
 from transformers_resps.inspection.recorder import Recorder
-from transformers_resps.policy import BaselineGuard, FixedPolicy, Observation, Policy, RunningCosts, ThroughputPolicy
+from transformers_resps.policy import (
+    BaselineGuard,
+    FixedPolicy,
+    Observation,
+    Policy,
+    PolicyWrapper,
+    RunningCosts,
+    ThroughputPolicy,
+)
 from transformers_resps.tree import DraftTree, TreeShape
 
 
@@ -42,6 +51,12 @@ def test_a_wrapped_policy_is_shown_what_was_verified() -> None:
     root = torch.tensor([3])
     BaselineGuard(policy).on_verified(DraftTree.root_only(root), torch.zeros(1, 1, dtype=torch.long), root[:, None])
     assert policy.seen == 1
+
+
+def test_a_wrapper_that_changes_nothing_decides_as_the_wrapped_policy() -> None:
+    bare, wrapped = Machine(0.02, 0.02, hit=0.7), Machine(0.02, 0.02, hit=0.7)
+    assert bare.run(ThroughputPolicy(), 100) == wrapped.run(PolicyWrapper(ThroughputPolicy()), 100)
+    assert bare.shapes == wrapped.shapes and bare.verified == wrapped.verified
 
 
 def test_a_recorder_looks_up_whatever_its_policy_does() -> None:

@@ -110,8 +110,8 @@ class Only(PolicyWrapper):
     """Hides a source from a policy."""
 
     def __init__(self, policy: ThroughputPolicy, sources: str) -> None:
-        self.policy, self.sources = policy, sources
-        self.grow, self.size, self.observe = policy.grow, policy.size, policy.observe  # type: ignore[method-assign]
+        super().__init__(policy)
+        self.sources = sources
 
     def choose(self, observation: Observation) -> TreeShape:
         if self.sources == "lookup":

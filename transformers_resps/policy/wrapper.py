@@ -1,17 +1,18 @@
 # mypy: disable-error-code="override"
 # Properties take the place of attributes: what the wrapped policy tells of itself may change.
-"""The base class of a policy that decides with the help of another one."""
+"""The base class of policies around another one."""
 
 from torch import Tensor
 
-from ..tree import DraftTree
+from ..telemetry.report import StepRecord
+from ..tree import DraftTree, TreeShape
 from .costs import RunningCosts
 from .identity import Identity
-from .policy import Policy
+from .policy import Level, Observation, Policy
 
 
 class PolicyWrapper(Policy):
-    """Tells of itself what the wrapped `policy` tells; a subclass makes the decisions.
+    """Decides as the wrapped `policy`, and tells of itself what that one tells; a subclass overrides what it changes.
 
     Args:
         policy: the wrapped one.
@@ -55,5 +56,17 @@ class PolicyWrapper(Policy):
     def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
         self.policy.check_identity(target=target, head=head)
 
+    def choose(self, observation: Observation) -> TreeShape:
+        return self.policy.choose(observation)
+
+    def grow(self, level: Level) -> bool:
+        return self.policy.grow(level)
+
+    def size(self, scores: Tensor, levels: Tensor) -> int:
+        return self.policy.size(scores, levels)
+
     def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
         self.policy.on_verified(tree, path, tokens)
+
+    def observe(self, record: StepRecord) -> None:
+        self.policy.observe(record)
