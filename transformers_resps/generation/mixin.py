@@ -30,6 +30,7 @@ from .defaults import SpeculationDefaults
 from .generate_inputs import GenerateInputs
 from .lockstep import advance_together, coupling
 from .request import Request, draft_head, is_plain, read_request
+from .tree_probe import check_tree_attention
 
 
 @dataclass
@@ -54,9 +55,11 @@ class ReSpSGenerationMixin(GenerationMixin):
 
     Attributes:
         speculation_defaults: what `attach` was given.
+        has_verified_trees: whether this model was seen to verify draft trees, or is of an architecture that does.
     """
 
     speculation_defaults = SpeculationDefaults()
+    has_verified_trees = False
 
     @cached_property
     def policy_cache(self) -> PolicyCache:
@@ -147,6 +150,9 @@ class ReSpSGenerationMixin(GenerationMixin):
                 return stack.enter_context(self.policy_cache.borrow(head, key))
 
             request = read_request(target, assistant_model, policy, lockstep, config, arguments, borrow)
+            if request is not None and not self.has_verified_trees:
+                check_tree_attention(target)
+                self.has_verified_trees = True
             token = _request.set(request)
             try:
                 yield {} if assistant_model is None else {"assistant_model": head or assistant_model}

@@ -11,7 +11,6 @@ from ..head import BoundHead, DraftHead, pair_identity
 from ..policy import FixedPolicy, Policy
 from .call_checks import check_settings
 from .model_checks import check_draws, check_model
-from .tree_probe import check_tree_attention
 
 
 AUTO = "auto"  # our default policy, which learns while it decodes
@@ -81,7 +80,6 @@ def read_request(
     bound = None if head is None else BoundHead(head, target)
     if head is not None:
         check_draws(head)
-    check_tree_attention(target)
     policy = _resolve_policy(policy, head, borrow)
     if policy.has_identity:
         policy.check_identity(**pair_identity(target, head))

@@ -1,4 +1,4 @@
-"""Checks once per model that its architecture can verify a draft tree.
+"""Checks that a model's architecture can verify a draft tree.
 
 Architectures that the tests compare with plain decoding are not checked.
 """
@@ -26,7 +26,7 @@ def check_tree_attention(target: PreTrainedModel) -> None:
         ValueError: a node's logits depend on its siblings, or the forward fails on a tree's mask.
     """
     model_type = target.config.get_text_config().model_type
-    if model_type in _COMPARED or getattr(target, "_resps_probed", False):
+    if model_type in _COMPARED:
         return
     try:
         error, scale = _tree_error(target)
@@ -40,7 +40,6 @@ def check_tree_attention(target: PreTrainedModel) -> None:
             f"{type(target).__name__} ({model_type}) gives logits that differ by {error:.3g} between a draft tree and "
             "the same tokens alone, so trees would change its output. Call `generate` without a head and a policy."
         )
-    target._resps_probed = True  # type: ignore[assignment]  # nn.Module promises tensors and modules only
 
 
 @torch.no_grad()
