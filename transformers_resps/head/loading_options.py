@@ -45,4 +45,6 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees support "
             "no window. Pass `sliding_window=None` to ignore the head's own."
         )
+    if "torch_dtype" in loading:
+        loading["dtype"] = loading.pop("torch_dtype")
     return hub, loading, overrides

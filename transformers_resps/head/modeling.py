@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..tree import TreeShape
 from .configuration import DraftHeadConfig
-from .formats import canonical_head, check_exact, export_head, given_checkpoint, read_checkpoint
+from .formats import canonical_head, check_exact, export_head, read_checkpoint
 from .fresh import draft_vocabulary, fresh_config, start_from
 from .identity import check_is_model, target_identity
 from .layer import Attend, DraftLayer
@@ -194,16 +193,8 @@ class DraftHead(PublishableHead):
         hub, loading, overrides = split_keywords(keywords)
         if target is not None:
             check_is_model(target)
-        if "torch_dtype" in loading:
-            loading["dtype"] = loading.pop("torch_dtype")
-        stated, given = loading.pop("config", None), loading.pop("state_dict", None)
-        name = pretrained_model_name_or_path
-        if name is None or given is not None:
-            checkpoint = given_checkpoint(name, stated, given)
-        else:
-            checkpoint = read_checkpoint(name, **hub)
-            if stated is not None:  # as `AutoModel` passes it
-                checkpoint = replace(checkpoint, config=stated.to_dict())
+        name, stated = pretrained_model_name_or_path, loading.pop("config", None)
+        checkpoint = read_checkpoint(name, stated, loading.pop("state_dict", None), **hub)
         config, tensors = canonical_head(checkpoint, target, overrides)
         with torch.device("meta"):
             wanted = cls(config)

@@ -47,48 +47,26 @@ class Checkpoint:
         return self.config.get("model_type") == DraftHeadConfig.model_type
 
 
-def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
-    """Read `config.json` and the weights of a Hub id or folder.
+def read_checkpoint(
+    name: str | os.PathLike[str] | None, config: PreTrainedConfig | None, tensors: Any, **hub: Any
+) -> Checkpoint:
+    """Read `config.json` and the weights of a Hub id or folder, or take both as the caller gives them.
 
     Args:
-        name: Hub id, or a folder.
+        name: Hub id, or a folder; `None` where the caller gives a config and a state dict.
+        config: instead of the one in the files.
+        tensors: the state dict, or `None`.
         hub: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`, `subfolder`, as in
             `huggingface_hub.hf_hub_download`.
 
     Raises:
-        ValueError: a file is missing or damaged, or holds more than tensors.
+        ValueError: a file is missing or damaged, or holds more than tensors; or there is not either a name or a
+            config with a state dict.
         OSError: the Hub refuses.
     """
-    if Path(name).is_file():
-        raise ValueError(
-            f"{name} is a file, but `from_pretrained` needs the folder with config.json and the weights. "
-            f"Pass {Path(name).parent} instead."
-        )
-    fetch = _in_folder(Path(name), hub) if Path(name).is_dir() else RepositoryFiles(str(name), **hub).fetch
-    path = fetch("config.json")
-    if path is None:
-        raise ValueError(
-            f"There is no config.json in {name}, which must be a folder or Hub repository with config.json and "
-            "model.safetensors (or pytorch_model.bin). Check the name, `revision`, and whether you are offline."
-        )
-    config = _read_json(path)
-    for single in _WEIGHTS:
-        if (whole := fetch(single)) is not None:
-            return Checkpoint(str(name), config, _read_tensors(whole))
-        if (index := fetch(f"{single}.index.json")) is not None:
-            return Checkpoint(str(name), config, _read_shards(index, fetch))
-    raise ValueError(
-        f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their .index.json. "
-        "Check that the download is complete, and whether you are offline."
-    )
-
-
-def given_checkpoint(name: Any, config: Any, tensors: Any) -> Checkpoint:
-    """A checkpoint from a config and a state dict that the caller passes instead of a name.
-
-    Raises:
-        ValueError: one of the two is missing, or there is a name as well.
-    """
+    if name is not None and tensors is None:
+        found, weights = _read_files(os.fspath(name), hub)
+        return Checkpoint(str(name), found if config is None else config.to_dict(), weights)
     if name is not None or not isinstance(config, PreTrainedConfig) or not isinstance(tensors, Mapping):
         raise ValueError(
             f"Got the name {name!r}, a config of type {type(config).__name__} and a state dict of type "
@@ -96,6 +74,31 @@ def given_checkpoint(name: Any, config: Any, tensors: Any) -> Checkpoint:
             "`state_dict=...`."
         )
     return Checkpoint("the given state dict", config.to_dict(), dict(tensors))
+
+
+def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(
+            f"{name} is a file, but `from_pretrained` needs the folder with config.json and the weights. "
+            f"Pass {folder.parent} instead."
+        )
+    fetch = _in_folder(folder, hub) if folder.is_dir() else RepositoryFiles(name, **hub).fetch
+    path = fetch("config.json")
+    if path is None:
+        raise ValueError(
+            f"There is no config.json in {name}, which must be a folder or Hub repository with config.json and "
+            "model.safetensors (or pytorch_model.bin). Check the name, `revision`, and whether you are offline."
+        )
+    for single in _WEIGHTS:
+        if (whole := fetch(single)) is not None:
+            return _read_json(path), _read_tensors(whole)
+        if (index := fetch(f"{single}.index.json")) is not None:
+            return _read_json(path), _read_shards(index, fetch)
+    raise ValueError(
+        f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their .index.json. "
+        "Check that the download is complete, and whether you are offline."
+    )
 
 
 def _in_folder(folder: Path, hub: dict[str, Any]) -> Fetch:
