@@ -1,0 +1,80 @@
+"""What a step verifies, with a drafter that is no head: by hand."""
+
+import torch
+
+from transformers_resps import Policy, TreeShape
+from transformers_resps.decoding.proposal import Proposer
+from transformers_resps.drafting.drafter import Drafter
+from transformers_resps.policy import FixedPolicy, Observation
+from transformers_resps.tree import CandidatePool
+
+
+class OneChild(Drafter):
+    """Proposes the tokens 7 and 8 below every root, and 9 below the first of them."""
+
+    draft_rows = 2
+
+    def __init__(self) -> None:
+        self.newest_features = torch.zeros(1, 4)
+        self.read_after: list[int] = []
+
+    def observe(self, features: torch.Tensor, tokens: torch.Tensor, counts: list[int] | None = None) -> None:
+        raise AssertionError("observed by the loop alone")
+
+    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
+        tokens, parents = torch.tensor([[7, 8, 9]]), torch.tensor([[-1, -1, 0]])
+        return CandidatePool(tokens, parents, torch.tensor([[-0.1, -2.0, -0.2]]), torch.tensor([1, 1, 2]))
+
+    def read(self, at_least: int = 1) -> None:
+        self.read_after.append(at_least)
+
+
+class Text:
+    in_lockstep = True
+    row_weights = (1.0,)
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def since(self, starts: list[int]) -> list[list[int]]:
+        return [self.tokens[starts[0] :]]
+
+
+class Sized(FixedPolicy):
+    """Verifies three nodes of any pool; keeps what it saw."""
+
+    seen: Observation
+
+    def choose(self, observation: Observation) -> TreeShape:
+        self.seen = observation
+        return super().choose(observation)
+
+    def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
+        return 3
+
+
+def test_the_best_nodes_of_the_pool_and_what_followed_before_make_one_tree() -> None:
+    policy = Sized(TreeShape(8, 2, 2, lookup=2))
+    proposer = Proposer(policy, OneChild(), Text([1, 2, 7, 5, 1, 2]), [0])
+    proposer.read_prompt()
+    proposal = proposer.propose(torch.tensor([2]), step=4, context_length=6, room=10)
+    assert proposal.tree.tokens.tolist() == [[2, 7, 9, 5]]
+    assert proposal.tree.parents.tolist() == [[0, 0, 1, 1]]
+    assert (proposal.candidates, proposal.looked_up) == (3, 2)
+    assert (policy.seen.step, policy.seen.context_length, policy.seen.room) == (4, 6, 10)
+    assert len(policy.seen.prefix_accept_probs()) > 2
+
+
+def test_a_shape_is_cut_to_the_room_and_a_plain_step_asks_no_drafter() -> None:
+    policy, drafter = Sized(TreeShape(8, 2, 2)), OneChild()
+    proposal = Proposer(policy, drafter, Text([1, 2]), [0]).propose(torch.tensor([2]), 0, 2, room=1)
+    assert proposal.shape.depth == 0 and proposal.pool is None
+    assert proposal.tree.tokens.tolist() == [[2]]
+    assert drafter.read_after and min(drafter.read_after) > 1, "it may let a few positions wait"
+
+
+def test_without_a_drafter_lookup_alone_proposes() -> None:
+    policy = FixedPolicy(TreeShape(8, 2, 2, lookup=2))
+    proposal = Proposer(policy, None, Text([1, 2, 7, 5, 1, 2]), [0]).propose(torch.tensor([2]), 0, 6, room=10)
+    assert proposal.shape == TreeShape(1, 0, 1, 2)
+    assert proposal.tree.tokens.tolist() == [[2, 7, 5]]
