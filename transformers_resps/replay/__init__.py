@@ -2,7 +2,7 @@
 
 from .fitted_policy import fitted_policy
 from .oracle import Headroom, Oracle
-from .outcomes import OutcomeTable, TextOutcomes
+from .outcomes import HeldOutcomes, OutcomeTable, TextOutcomes
 from .recorded_drafter import RecordedDrafter
 from .recorded_text import RecordedText, record_pools
 from .replay_text import ReplayText, record_text
@@ -11,6 +11,7 @@ from .replayed_decoding import ReplayedStep, decode_again, replay_policy
 
 __all__ = [
     "Headroom",
+    "HeldOutcomes",
     "Oracle",
     "OutcomeTable",
     "RecordedDrafter",

@@ -1,6 +1,6 @@
 """Fit a `ThroughputPolicy` to recorded texts: calibrate a head's scores, level by level.
 
-Costs are not fitted: they belong to a machine. Shapes: t positions, p pool nodes.
+Costs are not fitted: they belong to a machine.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""The upper bound of any policy: the fastest sequence of shapes for recorded texts, by dynamic programming.
-
-Knows outcome tables only.
-"""
+"""The upper bound of any policy: the fastest sequence of shapes for recorded texts, by dynamic programming."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -3,7 +3,7 @@
 What a head drafts depends on the prefix alone, never on earlier trees: its cache holds true features only. So the
 nodes of many roots go through the head in one pass, each seeing its own prefix and its own ancestors.
 
-Knows the head: nothing of outcomes or policies. Shapes: r roots, w nodes that get children.
+Tensor shapes: r roots, w nodes that get children.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,9 @@
 """One recorded text, with everything the drafters would have proposed before each of its tokens.
 
 The target runs over the text once and the head drafts from every position. From a recording the outcome of every shape
-is known (`replay`) and any policy can decide again (`replay_policy`), without a model and without a clock.
+is known (`ReplayText`) and any policy can decide again (`replay_policy`), without a model and without a clock.
 
-Knows target, head and pools: nothing of policies' networks or losses. Shapes: t positions, p pool nodes, F features.
+Tensor shapes: t positions, p pool nodes, F features.
 """
 
 from collections.abc import Iterator, Sequence

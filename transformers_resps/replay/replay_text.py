@@ -1,11 +1,10 @@
-"""Replay: what any tree would have emitted at every position of a recorded text.
+"""What a tree of any shape would have emitted at every position of a recorded text.
 
-The target runs over the text once and the head drafts from every position. A tree's outcome is the longest of its
-paths that the text follows, so one recording gives the outcome of all shapes: no clock, no noise, no exploration. It
-is exact for greedy decoding, and correct in distribution for sampling, because a tree does not depend on the target's
-draws.
+A tree's outcome is the longest of its paths that the text follows, so one recording gives the outcome of all shapes:
+no clock, no noise, no exploration. It is exact for greedy decoding, and correct in distribution for sampling, because
+a tree does not depend on the target's draws.
 
-Knows target, head and trees: nothing of policies' networks or losses. Shapes: t positions, d levels, F features.
+Tensor shapes: t positions, d levels, F features.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""Live decisions: `generate` runs and its steps are timed.
-
-Knows one call of the engine: `generate(..., assistant_model=head, policy=...)`.
-"""
+"""Decisions to learn from, taken in real decoding: `generate` runs and its steps are timed."""
 
 import math
 from collections import defaultdict, deque
@@ -18,9 +15,10 @@ from ..compat import unwrapped
 from ..generation.mixin import ReSpSGenerationMixin
 from ..head import DraftHead
 from ..policy import Observation, Policy, ReSpSPolicy
-from ..replay.outcomes import Decisions, HeldOutcomes, joined
+from ..replay import HeldOutcomes
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
+from .decisions import Decisions
 
 
 _JUMP = 10.0  # times a shape's usual seconds: the machine slept, or the clock was set
@@ -134,7 +132,7 @@ class LiveRollouts:
                 f"None of the {sum(part.dropped for part in parts)} decisions over {len(parts)} prompts took a "
                 "positive, steady time. Check the clock of this machine, or pass prompts with longer answers."
             )
-        return joined(parts)
+        return Decisions.joined(parts)
 
     def _packed(self, decisions: list[_Decision]) -> Decisions:
         """The decisions of one text whose steps all took a plausible time."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..policy import ReSpSPolicy
-from ..replay.outcomes import HeldOutcomes
+from ..replay import HeldOutcomes
 from .artefact_trainer import ArtefactTrainer
 from .checks import check_kinds
 from .policy_config import PolicyTrainingConfig

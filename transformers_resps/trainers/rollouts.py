@@ -1,7 +1,4 @@
-"""Decisions to learn from: on replayed texts, without a clock, or live with `generate`.
-
-Knows policies and outcomes: nothing of losses or trainers.
-"""
+"""Where decisions to learn from come from; here on replayed texts, without a model and without a clock."""
 
 from typing import Protocol
 
@@ -9,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..policy import ReSpSPolicy
-from ..replay.oracle import Oracle
-from ..replay.outcomes import Decisions, OutcomeTable
+from ..replay import Oracle, OutcomeTable
+from .decisions import Decisions
 
 
 class Rollouts(Protocol):
