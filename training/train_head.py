@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers_resps import DraftHead
 from transformers_resps.bench.models import load_target, training_prompts_of
 from transformers_resps.bench.provenance import machine
 from transformers_resps.data import (
+    Conversation,
     Example,
     choose_draft_vocabulary,
     load_conversations,
@@ -124,13 +125,17 @@ class AdapterArguments:
         )
 
 
+def conversations_of(script: HeadScriptArguments) -> Iterator[tuple[str, Iterator[Conversation]]]:
+    """Each dataset's name and as many of its conversations as `limits` says."""
+    for name, limit in zip_longest(script.datasets, script.limits[: len(script.datasets)]):
+        yield name, islice(load_conversations(name, script.dataset_split), limit or None)
+
+
 def read_examples(script: HeadScriptArguments, tokenizer: Any) -> tuple[list[Example], list[Example]]:
     """The examples to train on, and those of the first dataset to evaluate."""
     train: list[Example] = []
     held_out: list[Example] = []
-    for index, name in enumerate(script.datasets):
-        limit = script.limits[index] if index < len(script.limits) else 0
-        conversations = islice(load_conversations(name, script.dataset_split), limit or None)
+    for index, (name, conversations) in enumerate(conversations_of(script)):
         examples = make_examples(conversations, tokenizer, script.max_length)
         kept, others = split_examples(examples, script.eval_share if script.eval_conversations else 0.0)
         train += kept
@@ -142,9 +147,8 @@ def read_examples(script: HeadScriptArguments, tokenizer: Any) -> tuple[list[Exa
 
 def first_questions(script: HeadScriptArguments) -> Iterator[str]:
     """The first user turn of every conversation, held-out ones included."""
-    for index, name in enumerate(script.datasets):
-        limit = script.limits[index] if index < len(script.limits) else 0
-        for conversation in islice(load_conversations(name, script.dataset_split), limit or None):
+    for _, conversations in conversations_of(script):
+        for conversation in conversations:
             yield from [message["content"] for message in conversation if message["role"] == "user"][:1]
 
 

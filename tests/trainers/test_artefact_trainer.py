@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from tests.targets import Architecture
-from tests.trainers.test_policy_trainer import policy, task
+from tests.trainers.policies import policy, task
 from transformers_resps import DraftHead, FixedPolicy
 from transformers_resps.data import Example
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig, ExampleDataset, PolicyTrainer

@@ -1,8 +1,8 @@
-from transformers_resps.trainers.warnings import USEFUL_TOKENS, warn_if_small
+from transformers_resps.trainers.warnings import MIN_USEFUL_TOKENS, warn_if_small
 
 
 def test_a_run_too_small_to_be_useful_is_announced(caplog):
-    assert not warn_if_small(USEFUL_TOKENS)
+    assert not warn_if_small(MIN_USEFUL_TOKENS)
     assert not caplog.records
     assert warn_if_small(1000)
     assert "1,000 positions" in caplog.text

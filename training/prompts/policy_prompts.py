@@ -95,7 +95,7 @@ class PromptArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
     target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
     pack: bool = field(default=False, metadata={"help": "With packed weights, as `resps bench --pack` will measure."})
-    limit: int = field(default=200, metadata={"help": "Most prompts taken from the dataset; 0 for all."})
+    limit: int = field(default=200, metadata={"help": "Maximum number of prompts; 0 for all."})
     held_out: float = field(
         default=0.3,
         metadata={
@@ -103,7 +103,7 @@ class PromptArguments:
         },
     )
     max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer in tokens."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Maximum length of an answer in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "Of the answers; 0 is greedy."})
     card: dict[str, Any] = field(
         default_factory=dict,

@@ -18,7 +18,7 @@ from .artefact_trainer import ArtefactTrainer
 from .checks import check_kinds
 from .feature_cache import ExampleDataset
 from .head_config import DraftHeadTrainingConfig
-from .metrics import LevelMeter
+from .metrics import LevelMeter, Pace
 from .muon import Muon, parameter_groups
 from .simulated_decoding import simulated_tau
 from .soft_cross_entropy import soft_cross_entropy
@@ -88,11 +88,11 @@ class DraftHeadTrainer(ArtefactTrainer):
         target.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
         self.target = FrozenTarget(target, list(bound.head.config.feature_layers or []))
         self._meters = {"train": LevelMeter(args.steps), "eval": LevelMeter(args.steps)}
-        self._clock: tuple[float, int] | None = None  # when the metrics began that are due next, and at which step
+        self._pace = Pace()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `ArtefactTrainer`."""
-        self._clock = None
+        self._pace = Pace()
         return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -103,8 +103,8 @@ class DraftHeadTrainer(ArtefactTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted loss of all levels, per predicted token of the optimiser step."""
-        if model.training and self._clock is None:  # only here a resumed run knows its step
-            self._clock = (time.monotonic(), self.state.global_step)
+        if model.training:
+            self._pace.start(self.state.global_step)  # not earlier: a resumed run knows its step only here
         loss, losses, hits, predicted = self._levels(model, inputs)
         self._meters["train" if model.training else "eval"].add(losses, hits, predicted, inputs["input_ids"].numel())
         count = predicted[0] if num_items_in_batch is None else num_items_in_batch
@@ -195,19 +195,9 @@ class DraftHeadTrainer(ArtefactTrainer):
             prefix = "eval_" if is_eval else ""
             logs |= {prefix + key: value for key, value in meter.read().items()}
             if not is_eval:
-                logs |= self._pace(meter.tokens)
+                logs |= self._pace.read(meter.tokens, self.state.global_step, self.state.max_steps)
             meter.reset()
         super().log(logs, start_time)
-
-    def _pace(self, tokens: int) -> dict[str, float]:
-        now = time.monotonic()
-        before, step = self._clock or (now, self.state.global_step)
-        self._clock = (now, self.state.global_step)
-        done = self.state.global_step - step
-        if done <= 0:
-            return {}
-        left = (self.state.max_steps - self.state.global_step) * (now - before) / done
-        return {"tokens_per_second": round(tokens / (now - before), 1), "minutes_left": round(left / 60, 1)}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of a token budget."""

@@ -1,4 +1,6 @@
-"""Running averages per draft level. Knows numbers only."""
+"""What is logged while a head is trained: agreement per draft level, speed, time left."""
+
+import time
 
 import torch
 from torch import Tensor
@@ -32,3 +34,23 @@ class LevelMeter:
         return {"loss_1": round(first_loss, 4)} | {
             f"top1_{level}": round(share, 4) for level, share in enumerate(agreement, start=1)
         }
+
+
+class Pace:
+    """The speed of a run since the last line of metrics, and when it will end."""
+
+    def __init__(self) -> None:
+        self._since: tuple[float, int] | None = None  # seconds and step
+
+    def start(self, step: int) -> None:
+        """Note when the first step that is measured begins; later calls do nothing."""
+        self._since = self._since or (time.monotonic(), step)
+
+    def read(self, tokens: int, step: int, max_steps: int) -> dict[str, float]:
+        """`tokens_per_second` and `minutes_left` after the `tokens` since the last line; empty after no step."""
+        now = time.monotonic()
+        (before, first), self._since = self._since or (now, step), (now, step)
+        if step <= first:
+            return {}
+        left = (max_steps - step) * (now - before) / (step - first)
+        return {"tokens_per_second": round(tokens / (now - before), 1), "minutes_left": round(left / 60, 1)}

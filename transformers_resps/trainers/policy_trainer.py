@@ -1,6 +1,6 @@
 """Train a Re-SpS policy, by PPO or with the outcome of every action.
 
-Knows Transformers' Trainer; the maths is in `ppo`, the texts in `rollouts` and `live_rollouts`.
+The maths is in `ppo`; `rollouts` and `live_rollouts` make the decisions.
 """
 
 from collections import defaultdict

@@ -1,7 +1,4 @@
-"""The maths of policy optimisation, as pure functions.
-
-Knows tensors only: nothing of networks, rollouts or trainers. Shapes: n decisions, a actions.
-"""
+"""The maths of policy optimisation, as pure functions of tensors. Shapes: n decisions, a actions."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,4 @@
-"""The loss of all draft levels at once, in chunks: no `[positions, draft vocab]` tensor outlives its chunk.
-
-Knows nothing of heads, batches or trainers.
-"""
+"""Compute the loss of all draft levels in chunks: no `[positions, draft vocab]` tensor outlives its chunk."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,4 @@
-"""What a head learns from: the target's features, its last hidden state and its picks.
-
-Knows the target: nothing of heads' weights, datasets or trainers.
-"""
+"""Read what a head learns from: the target's features, its last hidden states and its picks."""
 
 from dataclasses import dataclass
 

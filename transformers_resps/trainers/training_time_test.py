@@ -1,7 +1,4 @@
-"""EAGLE-3's training-time test: the head reads its own output for K levels, as it will when it drafts.
-
-Knows heads and tensors only: nothing of datasets, targets or trainers.
-"""
+"""EAGLE-3's training-time test: the head reads its own output for K levels, as it will when it drafts."""
 
 import torch
 import torch.nn.functional as F
