@@ -30,8 +30,8 @@ def record(nodes: int, emitted: tuple[int, ...], seconds: float, **more: Any) ->
     return StepRecord(shape, nodes - 1, nodes, accepted, RowCounts(emitted), 0.0, seconds, seconds, **more)
 
 
-def test_every_row_that_advances_on_its_own_tells_what_the_head_foresaw() -> None:
-    """A head that proposes all tokens but one: a row foresees nothing where it writes that one."""
+def test_every_row_of_a_ragged_batch_tells_how_much_the_head_drafted() -> None:
+    """A head that proposes all tokens but one: a row finds nothing drafted where it writes that one."""
     target = attach(Architecture("llama", {"eos_token_id": 2}).build("sdpa"))
     drafter = DraftHead.from_target(target, draft_token_ids=torch.arange(1, VOCABULARY))
     policy = FixedPolicy(TreeShape(VOCABULARY, 1, VOCABULARY))

@@ -1,4 +1,4 @@
-"""Odds that recorded texts tell: against draws from known ones, and the recordings of a head."""
+"""Acceptance that recorded texts tell: against draws from known ones, and the recordings of a head."""
 
 import math
 
