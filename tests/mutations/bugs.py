@@ -1,6 +1,5 @@
 """The planted bugs: each function takes the right one and returns the wrong one."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +10,6 @@ from transformers import LogitsProcessorList
 from transformers_resps.tree import CandidatePool, DraftTree
 
 from .planting import Function, Mutation
-
-
-def _on_tree(change: Callable[[DraftTree], DraftTree]) -> Callable[[Function], Function]:
-    """The tree's mask, of another tree."""
-
-    def wrong_of(tree_attention_mask: Function) -> Function:
-        def wrong(config: Any, cache: Any, prefix_mask: Any, tree: DraftTree, *rest: Any) -> Any:
-            return tree_attention_mask(config, cache, prefix_mask, change(tree), *rest)
-
-        return wrong
-
-    return wrong_of
 
 
 # --- trees ----------------------------------------------------------------------------------------------------------
@@ -187,8 +174,8 @@ def keep_the_root_alone(compact: Function) -> Function:
 
 
 def keep_the_first_rows_path(compact_ragged: Function) -> Function:
-    def wrong(cache: Any, path: Tensor, *rest: Any) -> None:
-        compact_ragged(cache, path[:1].expand_as(path), *rest)
+    def wrong(cache: Any, path: Tensor, *rest: Any, **options: Any) -> None:
+        compact_ragged(cache, path[:1].expand_as(path), *rest, **options)
 
     return wrong
 
@@ -203,9 +190,18 @@ def move_from_the_prefix(move_forward: Function) -> Function:
     return wrong
 
 
+def see_children(tree_attention_mask: Function) -> Function:
+    def wrong(config: Any, cache: Any, prefix_mask: Any, tree: DraftTree, *rest: Any, **options: Any) -> Any:
+        upside_down = replace(tree, ancestors=tree.ancestors.mT)
+        return tree_attention_mask(config, cache, prefix_mask, upside_down, *rest, **options)
+
+    return wrong
+
+
 def see_the_text_as_padding(tree_attention_mask: Function) -> Function:
-    def wrong(config: Any, cache: Any, prefix_mask: Tensor | None, *rest: Any) -> Any:
-        return tree_attention_mask(config, cache, None if prefix_mask is None else 1 - prefix_mask, *rest)
+    def wrong(config: Any, cache: Any, prefix_mask: Tensor | None, *rest: Any, **options: Any) -> Any:
+        inverted = None if prefix_mask is None else 1 - prefix_mask
+        return tree_attention_mask(config, cache, inverted, *rest, **options)
 
     return wrong
 
@@ -275,12 +271,7 @@ MUTATIONS = (
         "ragged rows keep the first row's path", "target.tree_cache:compact_ragged", keep_the_first_rows_path, RAGGED
     ),
     Mutation("only the root is kept", "target.tree_cache:compact", keep_the_root_alone, KEPT),
-    Mutation(
-        "nodes see their children",
-        "target.attention:tree_attention_mask",
-        _on_tree(lambda tree: replace(tree, ancestors=tree.ancestors.mT)),
-        SIGHT,
-    ),
+    Mutation("nodes see their children", "target.attention:tree_attention_mask", see_children, SIGHT),
     Mutation(
         "padding is seen, and the text is not", "target.attention:tree_attention_mask", see_the_text_as_padding, SIGHT
     ),
