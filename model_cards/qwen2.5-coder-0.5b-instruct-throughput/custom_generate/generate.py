@@ -5,16 +5,10 @@ model.generate(**inputs, custom_generate=REPO_ID, trust_remote_code=True, assist
 
 from typing import Any
 
-from transformers_resps import ReSpSGenerationMixin, attach, detach
-from transformers_resps.policy import KeptPolicies
+from transformers_resps.generation.attach import attached
 
 
 def generate(model: Any, **arguments: Any) -> Any:
     """As `generate` of an attached model; one that was not attached keeps nothing but what "auto" has learned."""
-    was_attached = isinstance(model, ReSpSGenerationMixin)
-    try:
-        return attach(model).generate(**arguments)
-    finally:
-        if not was_attached:
-            with KeptPolicies.set_aside(model):
-                detach(model)
+    with attached(model):
+        return model.generate(**arguments)
