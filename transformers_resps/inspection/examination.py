@@ -13,6 +13,7 @@ from ..head import DraftHead
 from ..policy import Policy
 from ..telemetry.report import SpeculationReport
 from ..testing import Divergence, explain_divergence
+from ..testing.divergence import first_difference
 from .recorder import RecordedStep, Recorder
 
 
@@ -41,11 +42,7 @@ class Examination:
     @property
     def parts_at(self) -> int | None:
         """The first token in which the answers differ; `None` when they are equal."""
-        plain, own = self.plain_ids.tolist(), self.report.answers[0]
-        if plain == own:
-            return None
-        shared = min(len(plain), len(own))
-        return next((i for i in range(shared) if plain[i] != own[i]), shared)
+        return first_difference(self.plain_ids.tolist(), self.report.answers[0])
 
 
 def examine(

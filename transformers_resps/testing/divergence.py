@@ -1,7 +1,9 @@
 """Find where two answers differ first, and judge whether rounding explains it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -98,10 +100,9 @@ def explain_divergence(
     It judges bare logits: with a logits processor, or sampling, the gap says nothing.
     """
     plain, speculative = plain_ids.tolist(), speculative_ids.tolist()
-    if plain == speculative:
+    position = first_difference(plain, speculative)
+    if position is None:
         return None
-    shared = min(len(plain), len(speculative))
-    position = next((i for i in range(shared) if plain[i] != speculative[i]), shared)
     prefix = torch.cat([prompt_ids, plain_ids[:position].to(prompt_ids.device)])[None]  # [1, s + position]
     logits = model(input_ids=prefix.to(model.device), use_cache=False, logits_to_keep=1).logits[0, -1].float()
 
@@ -119,6 +120,12 @@ def explain_divergence(
         best_logit=float(logits.max()),
         dtype=model.dtype,
     )
+
+
+def first_difference(answer: Sequence[int], other: Sequence[int]) -> int | None:
+    """Return the first index at which two answers differ, which may be the end of one; `None` when they are equal."""
+    pairs = enumerate(zip_longest(answer, other))
+    return next((position for position, (token, another) in pairs if token != another), None)
 
 
 def spacing_at(value: float, dtype: torch.dtype) -> float:
