@@ -10,9 +10,9 @@ import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from transformers_resps.bench.prompts import to_tokens
 from transformers_resps.generation.attach import attach
 from transformers_resps.head import DraftHead
 from transformers_resps.inspection import facts_of, page, page_data
@@ -37,11 +37,8 @@ class Demo:
         self.console, self.max_new_tokens = console, max_new_tokens
         self.model, self.tokenizer = attach(prepack(model)), tokenizer  # both decode with packed weights
         self.head = DraftHead.from_pretrained(head_path, target=model)
-        self._compare("warm-up", self.prompt_ids([{"role": "user", "content": "Hello"}]), 8, lambda *_: None)
-
-    def prompt_ids(self, messages: list[dict[str, str]]) -> Tensor:
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return torch.tensor(ids)
+        hello = to_tokens([{"role": "user", "content": "Hello"}], tokenizer)
+        compare("warm-up", self.model, self.head, hello, 8, lambda *_: None)
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Decode without the end token."""
@@ -59,7 +56,8 @@ class Demo:
                 lines = Text("  |  ".join(progress.values()), style="cyan")
                 live.update(Group(Text(self.text_of(tokens)), lines), refresh=self.console.is_terminal)
 
-            result = self._compare(row["kind"], self.prompt_ids(row["messages"]), self.max_new_tokens, show)
+            prompt_ids = to_tokens(row["messages"], self.tokenizer)
+            result = compare(row["kind"], self.model, self.head, prompt_ids, self.max_new_tokens, show)
         self.console.print()
         return result
 
@@ -70,9 +68,6 @@ class Demo:
         story = page_data(result.examination, decoder(self.tokenizer), prompt, facts)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(page(story), encoding="utf-8")
-
-    def _compare(self, kind: str, prompt_ids: Tensor, max_new_tokens: int, show: Any) -> Comparison:
-        return compare(kind, self.model, self.head, prompt_ids, max_new_tokens, show)
 
 
 def run(args: argparse.Namespace) -> int:
