@@ -85,7 +85,7 @@ class TreeDecoding:
         self._prompt_seconds = self._clock() - started
 
     def step(self) -> None:
-        """One target forward and the work around it."""
+        """Observe, choose and draft; verify; accept; keep; record. It takes one forward of the target."""
         started = self._clock()
         proposal = self._propose()
         tree = proposal.tree
@@ -103,6 +103,7 @@ class TreeDecoding:
         self.policy.observe(record)
 
     def _propose(self) -> Proposal:
+        """Let the policy choose and the drafter draft what this step verifies."""
         root = self.batch.newest.to(self._verifier.device)
         step, length = len(self.report.steps) - 1, self._verifier.length + 1
         proposal = self._proposer.propose(root, step, length, self._room() + 1, self._prompt_seconds)
