@@ -1,1 +1,1 @@
-"""Who proposes tokens: a head's pool, grown level by level, and lookup in the text so far."""
+"""Who proposes tokens: the interface of all drafters, a head's pool, and lookup in the text so far."""

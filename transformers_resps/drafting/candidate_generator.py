@@ -51,14 +51,8 @@ class TreeCandidateGenerator(Drafter):
         self.newest_features = torch.empty(0)  # [b, F]
 
     def observe(self, features: Tensor, tokens: Tensor, counts: list[int] | None = None) -> None:
-        """Take in newly committed positions.
-
-        Args:
-            features: `[b, t, F]` of the positions.
-            tokens: `[b, t]` the token after each of them.
-            counts: how many of them are each row's, the rest repeating its last; `None` for all.
-
-        They are read when a draft needs them or enough of them wait, so plain steps cost the head almost nothing.
+        """As `Drafter.observe`. They are read when a draft needs them or enough of them wait, so plain steps cost the
+        head almost nothing.
         """
         self._unread.append(_Pairs(features, tokens, counts or [tokens.shape[1]] * len(tokens)))
         self.newest_features = features[:, -1]
