@@ -143,7 +143,7 @@ def test_an_assistant_of_transformers_own_takes_none(model: Any, prompt: torch.T
     assert found.sequences.tolist() == expected.sequences.tolist() and not hasattr(found, "speculation")
 
 
-def test_rows_of_a_sampled_batch_advance_apart_by_default(model: Any, prompt: torch.Tensor) -> None:
+def test_a_sampled_batch_is_ragged_by_default(model: Any, prompt: torch.Tensor) -> None:
     rows = torch.stack([prompt[0], prompt[0].flip(0), torch.full_like(prompt[0], 9)])
     settings = {**REPORTED, "do_sample": True, "temperature": 0.02}
     together = attach(model, policy=LOOKUP).generate(rows, **settings).speculation

@@ -11,7 +11,7 @@ from tests.decoding.rows import WIDE, prompts, speculate, uneven_steps
 from tests.targets import VOCABULARY
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy
-from transformers_resps.generation.lockstep import advance_together
+from transformers_resps.generation.lockstep import is_lockstep
 
 
 __all__ = ["endless", "head", "target"]  # fixtures
@@ -89,12 +89,12 @@ def test_a_caller_may_keep_greedy_rows_together(target: PreTrainedModel, head: D
     assert apart.speculation.target_forwards < together.speculation.target_forwards
 
 
-def test_rows_advance_together_where_sampling_or_the_caller_or_a_reason_says_so() -> None:
-    assert not advance_together(None, do_sample=False, reason=None)
-    assert advance_together(None, do_sample=True, reason=None)
-    assert advance_together(True, do_sample=False, reason=None)
-    assert not advance_together(False, do_sample=True, reason=None)
-    assert advance_together(None, do_sample=False, reason="a processor")
+def test_rows_is_lockstep_where_sampling_or_the_caller_or_a_reason_says_so() -> None:
+    assert not is_lockstep(None, do_sample=False, reason=None)
+    assert is_lockstep(None, do_sample=True, reason=None)
+    assert is_lockstep(True, do_sample=False, reason=None)
+    assert not is_lockstep(False, do_sample=True, reason=None)
+    assert is_lockstep(None, do_sample=False, reason="a processor")
 
 
 def test_lockstep_without_trees_is_refused(target: PreTrainedModel) -> None:

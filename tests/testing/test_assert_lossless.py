@@ -217,7 +217,7 @@ def pad_with_another_token(padded: Function) -> Function:
     return wrong
 
 
-def never_in_lockstep(advance_together: Function) -> Function:
+def never_in_lockstep(is_lockstep: Function) -> Function:
     return lambda lockstep, do_sample, reason: False
 
 
@@ -242,7 +242,7 @@ def hide_ancestors_of_a_chain(with_chains: Function) -> Function:
     [
         ("target.tree_verifier:TreeVerifier.close", draw_once_more, "sampled, temperature 1"),
         ("decoding.batch:Batch._padded", pad_with_another_token, "greedy, in a padded batch"),
-        ("generation.lockstep:advance_together", never_in_lockstep, "sampled, in a padded batch"),
+        ("generation.lockstep:is_lockstep", never_in_lockstep, "sampled, in a padded batch"),
         ("target.forward:TargetForward.read", forget_where_a_chunk_began, "greedy, a prompt in chunks"),
         ("decoding.stop_conditions:StopConditions.of", one_end_token_of_several, "greedy, ends inside trees"),
         ("tree:DraftTree.with_chains", hide_ancestors_of_a_chain, "greedy, in a padded batch, built-in trees"),

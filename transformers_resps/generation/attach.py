@@ -80,7 +80,7 @@ def detach(model: Model) -> Model:
 
 @contextmanager
 def attached(model: Model) -> Iterator[Model]:
-    """Inside, `model` is attached; afterwards it is as it was.
+    """Attach `model` inside the `with` block; afterwards it is as it was.
 
     It keeps what "auto" has learned, for the next time.
     """
@@ -99,7 +99,7 @@ def attached(model: Model) -> Iterator[Model]:
 
 @contextmanager
 def detached(model: Model) -> Iterator[Model]:
-    """Inside, `model` is detached; afterwards it is as it was, with its defaults and what "auto" has learned."""
+    """Detach `model` inside the `with` block; afterwards it has its defaults and what "auto" learned again."""
     inner: Any = unwrapped(model)
     if not isinstance(inner, ReSpSGenerationMixin):
         yield model

@@ -38,7 +38,7 @@ class SpeculationDefaults:
     @staticmethod
     @contextmanager
     def suspended() -> Iterator[None]:
-        """Inside, those of no model are in force: a call that names nothing is plain. Other threads do not notice."""
+        """Ignore all models' defaults inside the `with` block, in this thread: calls without keywords are plain."""
         token = _are_suspended.set(True)
         try:
             yield
@@ -46,7 +46,7 @@ class SpeculationDefaults:
             _are_suspended.reset(token)
 
     def in_force(self) -> "SpeculationDefaults":
-        """These; none while they are suspended."""
+        """Return these defaults, or empty ones while they are suspended."""
         return SpeculationDefaults() if _are_suspended.get() else self
 
     def fill(self, assistant_model: Any, policy: Any, lockstep: Any) -> tuple[Any, Any, Any]:

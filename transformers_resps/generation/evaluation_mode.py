@@ -1,4 +1,4 @@
-"""Layers that train, in evaluation mode for the time of a call."""
+"""Evaluation mode for the time of a call, for models that train."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ class EvaluationMode:
 
     @contextmanager
     def held(self, *models: Any) -> Iterator[None]:
-        """Inside, no layer of `models`, of which some may be `None`, is in training mode."""
+        """Keep all layers of `models` in evaluation mode inside the `with` block; `None` is skipped."""
         with self._lock:
             self._calls += 1
             modules = [module for model in models if model is not None for module in model.modules()]

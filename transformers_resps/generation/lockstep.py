@@ -1,4 +1,4 @@
-"""When the rows of a batch must advance in lockstep.
+"""Whether the rows of a batch advance in lockstep.
 
 A batch may be ragged only if nothing in the call can notice: plain decoding shows every processor and criterion all
 rows at once, at the same length. What is not known to treat each row separately requires lockstep.
@@ -27,13 +27,13 @@ _PROCESSORS_BY_ROW = frozenset(
 _CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria", "EosTokenCriteria"})
 
 
-def coupling(
+def lockstep_reason(
     target: PreTrainedModel,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     asked: dict[str, bool],
 ) -> str | None:
-    """What requires lockstep for the rows of this call, or `None` when nothing does.
+    """Say what in a call requires lockstep; `None` when nothing does.
 
     Args:
         target: the model.
@@ -58,8 +58,8 @@ def coupling(
     return None
 
 
-def advance_together(lockstep: bool | None, do_sample: bool, reason: str | None) -> bool:
-    """Whether rows advance together.
+def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> bool:
+    """Decide whether the rows of a call advance in lockstep.
 
     Args:
         lockstep: what the caller asks for; with `None`, a greedy batch is ragged and a sampled one in lockstep, since

@@ -28,7 +28,7 @@ from ..telemetry.report import SpeculationReport
 from .call_checks import check_forward_arguments, check_lengths, check_synced
 from .defaults import SpeculationDefaults
 from .generate_inputs import GenerateInputs
-from .lockstep import advance_together, coupling
+from .lockstep import is_lockstep, lockstep_reason
 from .request import Request, draft_head, is_plain, read_request
 from .tree_probe import check_tree_attention
 
@@ -212,7 +212,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         return SpeculativeOutput(**kept, speculation=report)
 
     def _fit_cache(self, inputs: GenerateInputs) -> None:
-        """Refuse a cache that is too short; in place of a static one of `generate` make one with room for trees."""
+        """Check that cache and text fit; replace a static cache of `generate` by one with room for trees."""
         target = cast(PreTrainedModel, self)
         if inputs.config.cache_implementation == "static":
             inputs.model_kwargs[CACHE_KEYWORD] = static_cache(target.config, inputs.cache, inputs.max_length)
@@ -220,7 +220,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         check_lengths(target, inputs.cache, inputs.input_ids.shape[1], position_count, inputs.max_length)
 
     def _make_batch(self, lockstep: bool | None, inputs: GenerateInputs) -> Batch:
-        """The texts of the call: one for each row if nothing can tell, else one of all rows."""
+        """Make one text of each row, a ragged batch, or one of all rows where they advance in lockstep."""
         if len(inputs.input_ids) == 1:
             return Batch([inputs.text(inputs.input_ids)], drops_finished=False)
         asked = {
@@ -230,9 +230,10 @@ class ReSpSGenerationMixin(GenerationMixin):
             "a cache of your own": inputs.is_cache_given,
             "a static cache": buffer_length(inputs.cache) is not None,
         }
-        coupled = coupling(cast(PreTrainedModel, self), inputs.logits_processor, inputs.stopping_criteria, asked)
-        if advance_together(lockstep, inputs.config.do_sample, coupled):
-            return Batch([inputs.text(inputs.input_ids)], drops_finished=coupled is None)
+        target = cast(PreTrainedModel, self)
+        reason = lockstep_reason(target, inputs.logits_processor, inputs.stopping_criteria, asked)
+        if is_lockstep(lockstep, inputs.config.do_sample, reason):
+            return Batch([inputs.text(inputs.input_ids)], drops_finished=reason is None)
         return Batch([inputs.text(row) for row in inputs.input_ids.split(1)], drops_finished=True)
 
     def _decode(self, request: Request, batch: Batch, inputs: GenerateInputs) -> SpeculationReport:

@@ -47,7 +47,7 @@ def read_request(
     arguments: Mapping[str, Any],
     borrow: Callable[[], Policy],
 ) -> Request | None:
-    """What a call asks for; `None` when it is a stock one.
+    """Read what a call asks for and check it; `None` for a stock call.
 
     Args:
         target: the model.

@@ -14,7 +14,7 @@ class BoundHead:
     """The head, the target's embedding table and the output rows of the draft vocabulary.
 
     Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target. The
-    head's layers are packed: a level has few rows.
+    head's layers are prepacked, because a level has few rows.
 
     Raises:
         ValueError: the head belongs to another target, or is on another device.

@@ -123,7 +123,7 @@ def _depth(target: PreTrainedModel) -> int:
 
 
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
-    """The head's layer repeats the target's own proportions."""
+    """The sizes of a head whose layer has the proportions of the target's layers."""
     config = target.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -146,7 +146,7 @@ def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def start_from(head: PreTrainedModel, target: PreTrainedModel, rows: Tensor | None) -> None:
-    """Start from the deepest feature unchanged and the target's own output rows: the head trains faster.
+    """Set the initial weights: the deepest feature unchanged and the target's output rows, which train faster.
 
     Args:
         head: a fresh `DraftHead`.

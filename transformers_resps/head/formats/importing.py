@@ -120,7 +120,7 @@ def _shared_with_target(
     target: PreTrainedModel | None,
     source: str,
 ) -> dict[str, Tensor]:
-    """Drop what the head borrows from its target, and set in `fields` what it keeps."""
+    """Leave out the tensors that the head borrows from its target, and set in `fields` what it keeps."""
     offsets = draft_offsets(tensors, fields["draft_vocab_size"], fields["vocab_size"], source)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in ("t2d", "d2t", "hot_token_id")}
     if offsets is None:
