@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from tests.trainers.policies import FEATURES, GRID, config, policy, task
 from transformers_resps.policy import AutoPolicy, ReSpSConfig, ReSpSPolicy
-from transformers_resps.replay.outcomes import OutcomeTable, TextOutcomes
+from transformers_resps.replay import OutcomeTable, TextOutcomes
 from transformers_resps.trainers.policy_config import PolicyTrainingConfig
 from transformers_resps.trainers.policy_trainer import PolicyTrainer
 from transformers_resps.trainers.rollouts import ReplayRollouts

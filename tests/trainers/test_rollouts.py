@@ -8,7 +8,7 @@ import torch
 from tests.trainers.test_policy_trainer import FEATURES, GRID, task
 from transformers_resps import ReSpSPolicy, TreeShape
 from transformers_resps.policy import ActionGrid, ReSpSConfig
-from transformers_resps.replay.outcomes import OutcomeTable, TextOutcomes
+from transformers_resps.replay import OutcomeTable, TextOutcomes
 from transformers_resps.trainers import ReplayRollouts
 
 

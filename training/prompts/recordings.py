@@ -26,7 +26,7 @@ from transformers_resps.bench.runs import sampling
 from transformers_resps.data import load_conversations
 from transformers_resps.generation.sequences import end_ids, left_padded
 from transformers_resps.head import parameter_fingerprint
-from transformers_resps.replay.recorded_text import RecordedText, record_pools
+from transformers_resps.replay import RecordedText, record_pools
 
 
 DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for
