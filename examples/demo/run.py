@@ -65,9 +65,9 @@ class Demo:
         """Write every step of an answer, to look at in a browser; nothing is decoded again."""
         assert result.examination is not None
         facts = facts_of(self.model, self.head, FixedPolicy(self.head.default_shape), "greedy")
-        story = page_data(result.examination, decoder(self.tokenizer), prompt, facts)
+        data = page_data(result.examination, decoder(self.tokenizer), prompt, facts)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(page(story), encoding="utf-8")
+        file.write_text(page(data), encoding="utf-8")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -209,7 +209,7 @@ def test_readings_share_the_weights_and_keep_no_packed_copies(
     monkeypatch.setattr(probing, "BoundHead", bound)
     diagnose(target, head, answers)
     assert len(heads) > 10
-    assert not any(is_prepacked(one) or "_kept" in vars(layer) for one in heads for layer in one.modules())
+    assert not any(is_prepacked(one) or "_prepacked" in vars(layer) for one in heads for layer in one.modules())
     assert all(one.fc.weight.data_ptr() == head.fc.weight.data_ptr() for one in heads)
 
 

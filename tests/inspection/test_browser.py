@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from transformers_resps.inspection import page, page_data
 
 from .examples import FACTS, decode, examination
-from .test_page import SPITE, spiteful_story
+from .test_page import SPITE, spiteful_data
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -35,9 +35,9 @@ class Page:
     def __init__(self, driver: Any, folder: Path) -> None:
         self.driver, self._folder = driver, folder
 
-    def open(self, story: dict[str, Any], width: int = 1280, height: int = 900, scheme: str = "light") -> "Page":
+    def open(self, data: dict[str, Any], width: int = 1280, height: int = 900, scheme: str = "light") -> "Page":
         file = self._folder / "page.html"
-        file.write_text(page(story), encoding="utf-8")
+        file.write_text(page(data), encoding="utf-8")
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -95,13 +95,13 @@ def browser(driver: Any, tmp_path: Path) -> Iterator[Page]:
     assert driver.get_log("browser") == []
 
 
-def story() -> dict[str, Any]:
+def data() -> dict[str, Any]:
     return page_data(examination(), decode, "what?", FACTS)
 
 
-def long_story() -> dict[str, Any]:
+def long_data() -> dict[str, Any]:
     """Eighty steps, texts without spaces, a name that does not fit a phone, a deep chain and wide numbers."""
-    made = story()
+    made = data()
     made["facts"] |= {"target": "organisation/" + "n" * 80, "policy": "Policy(" + "x" * 90 + ")"}
     made["prompt"] = "w" * 200
     made["sameText"] = {"same": False, "position": 2, "plain": "x" * 60, "own": "y" * 60}
@@ -118,7 +118,7 @@ def long_story() -> dict[str, Any]:
 
 
 def test_it_opens_at_the_step_that_won_most(browser: Page) -> None:
-    browser.open(story())
+    browser.open(data())
     assert browser.title == "Step 1 of 2: 2 accepted"
     assert browser.text("#answer") == "helpz"
     assert browser.text("#prompt") == "what?"
@@ -127,7 +127,7 @@ def test_it_opens_at_the_step_that_won_most(browser: Page) -> None:
 
 
 def test_the_tree_shows_every_node_its_fate_and_its_probabilities(browser: Page) -> None:
-    browser.open(story())
+    browser.open(data())
     rows = browser.ask(
         "[...document.querySelectorAll('#tree li')].map((item) => [item.className, "
         "item.querySelector('.chip').textContent, "
@@ -145,14 +145,14 @@ def test_the_tree_shows_every_node_its_fate_and_its_probabilities(browser: Page)
 
 
 def test_what_the_policy_saw_and_decided_and_the_seconds_are_told(browser: Page) -> None:
-    browser.open(story())
+    browser.open(data())
     assert browser.texts("#seen dd") == ["8 tokens", "0", "20 tokens", "90% 60% 30%"]
     assert browser.texts("#decided dd") == ["4/2/2+3", "2 of 2", "9 nodes", "5 nodes"]
     assert browser.texts("#times b") == ["10.0 ms", "30.0 ms", "5.0 ms", "45.0 ms"]
 
 
 def test_pointing_at_a_step_shows_it_and_leaving_brings_the_kept_one_back(browser: Page) -> None:
-    browser.open(story())
+    browser.open(data())
     browser.point_at(browser.step(2))
     assert browser.title == "Step 2 of 2: plain"
     assert browser.text("#tree-key") == "Nothing drafted: a plain step."
@@ -161,7 +161,7 @@ def test_pointing_at_a_step_shows_it_and_leaving_brings_the_kept_one_back(browse
 
 
 def test_a_click_keeps_a_step(browser: Page) -> None:
-    browser.open(story())
+    browser.open(data())
     browser.step(0).click()
     browser.point_at(browser.driver.find_element(By.ID, "title"))
     assert browser.title == "Step 0 of 2: prefill"
@@ -174,13 +174,13 @@ def test_a_click_keeps_a_step(browser: Page) -> None:
 
 
 def test_a_bar_is_a_step_too(browser: Page) -> None:
-    browser.open(story())
+    browser.open(data())
     browser.driver.find_elements(By.CSS_SELECTOR, "#bars > span")[2].click()
     assert browser.title == "Step 2 of 2: plain"
 
 
 def test_the_keyboard_reaches_every_step_and_the_focus_is_seen(browser: Page) -> None:
-    browser.open(story())
+    browser.open(data())
     browser.press(*[Keys.TAB] * 2)  # the prompt, then the answer's one stop
     assert browser.ask("document.activeElement.dataset.step") == "1"
     seen = []
@@ -195,7 +195,7 @@ def test_the_keyboard_reaches_every_step_and_the_focus_is_seen(browser: Page) ->
 
 
 def test_a_reader_of_screens_is_told_what_a_step_did(browser: Page) -> None:
-    browser.open(story())
+    browser.open(data())
     assert browser.step(1).aria_role == "option"
     assert browser.step(1).accessible_name == "Step 1: accepted “el”, then bonus token “p”"
     assert browser.ask("document.querySelector('#answer').getAttribute('role')") == "listbox"
@@ -206,7 +206,7 @@ def test_a_reader_of_screens_is_told_what_a_step_did(browser: Page) -> None:
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_nothing_leaves_the_page_sideways(browser: Page, width: int) -> None:
-    browser.open(long_story(), width=width, height=740)
+    browser.open(long_data(), width=width, height=740)
     for number in (1, 2, 0):
         browser.tap(number)
         assert browser.title.startswith(f"Step {number} of")
@@ -226,7 +226,7 @@ def test_nothing_leaves_the_page_sideways(browser: Page, width: int) -> None:
 
 @pytest.mark.parametrize("width", [360, 1280])
 def test_choosing_steps_moves_nothing_of_the_text(browser: Page, width: int) -> None:
-    browser.open(story(), width=width, height=740)
+    browser.open(data(), width=width, height=740)
     places = (
         "[...document.querySelectorAll('[role=option], #bars, h2, footer')].map((part) => "
         "[part.getBoundingClientRect().left, part.getBoundingClientRect().top + scrollY].join())"
@@ -240,7 +240,7 @@ def test_choosing_steps_moves_nothing_of_the_text(browser: Page, width: int) -> 
 
 
 def test_spite_stays_text(browser: Page) -> None:
-    browser.open(spiteful_story())
+    browser.open(spiteful_data())
     assert browser.ask("document.images.length") == 0
     assert browser.ask("document.scripts.length") == 2
     assert browser.ask("document.title") == f"{SPITE}, step by step"
@@ -251,7 +251,7 @@ def test_spite_stays_text(browser: Page) -> None:
 def test_dark_and_light_follow_the_reader_and_both_can_be_read(browser: Page) -> None:
     papers = set()
     for scheme in ("light", "dark"):
-        browser.open(story(), scheme=scheme)
+        browser.open(data(), scheme=scheme)
         paper = colour(browser.ask("getComputedStyle(document.body).backgroundColor"))
         papers.add(paper)
         for selector in ("#answer", ".eyebrow", "footer", "#figures dd", "#prompt", "#seen dt"):

@@ -39,19 +39,19 @@ def parsed(text: str) -> Elements:
     return elements
 
 
-def spiteful_story() -> dict[str, Any]:
+def spiteful_data() -> dict[str, Any]:
     """Spite wherever a text can stand."""
     return page_data(examination(), lambda token_ids: SPITE * len(token_ids), SPITE, FACTS | {"target": SPITE})
 
 
 def test_the_story_arrives_whole() -> None:
-    story = spiteful_story()
-    assert json.loads(parsed(page(story)).content["script#story"]) == story
+    data = spiteful_data()
+    assert json.loads(parsed(page(data)).content["script#page-data"]) == data
 
 
 def test_no_text_becomes_an_element() -> None:
-    assert parsed(page(spiteful_story())).tags == parsed(page(page_data(examination(), decode, "", FACTS))).tags
-    assert "img" not in parsed(page(spiteful_story())).tags
+    assert parsed(page(spiteful_data())).tags == parsed(page(page_data(examination(), decode, "", FACTS))).tags
+    assert "img" not in parsed(page(spiteful_data())).tags
 
 
 def test_nothing_is_fetched() -> None:

@@ -101,7 +101,7 @@ def test_copies_and_pickles_of_a_packed_layer_work_and_carry_no_packed_weight(la
     with torch.no_grad():
         wanted = prepack(layer)(x)
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert "_kept" not in twin.__dict__
+            assert "_prepacked" not in twin.__dict__
             assert torch.equal(twin(x), wanted)
 
 

@@ -53,7 +53,7 @@ def fit_net(inputs: Tensor, targets: Tensor, seed: int, *, is_odds: bool) -> Net
     return net.eval()
 
 
-class AcceptanceModel:
+class FittedAcceptance:
     """Probabilities of acceptance, fitted on the positions of some texts.
 
     Each of two networks leaves half of the texts out: those are predicted by it alone, so that what is fitted on

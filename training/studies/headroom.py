@@ -25,7 +25,7 @@ from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, BaselineGuard, Observation, PolicyWrapper, ThroughputPolicy
 from transformers_resps.replay import Oracle, RecordedText, fitted_policy, replay_policy
 
-from .acceptance_model import AcceptanceModel
+from .acceptance_model import FittedAcceptance
 from .positions import LEVELS, SIGNALS, Positions, levels_of, read_positions
 from .predictable import Decider
 from .step_costs import outcome_table, read_tables
@@ -85,7 +85,7 @@ class Corpus:
     benchmarks: list[str]
     fit_positions: Positions
     positions: Positions
-    models: dict[tuple[str, ...], AcceptanceModel] = field(default_factory=dict)
+    models: dict[tuple[str, ...], FittedAcceptance] = field(default_factory=dict)
 
     @classmethod
     def load(cls, recordings: Path, temperature: str) -> "Corpus":
@@ -100,7 +100,7 @@ class Corpus:
         if sources == "head":
             signals = tuple(signal for signal in signals if signal not in ("lookup", "agreement"))
         if signals not in self.models:
-            self.models[signals] = AcceptanceModel(self.fit_positions, levels_of(self.fit[0]), signals)
+            self.models[signals] = FittedAcceptance(self.fit_positions, levels_of(self.fit[0]), signals)
         model = self.models[signals]
         decider = Decider(model, self.fit_positions, costs, 0 if sources == "lookup" else LEVELS)
         return decider.seconds(self.positions)

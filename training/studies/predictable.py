@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transformers_resps.calibration.cost_table import CostTable
 
-from .acceptance_model import AcceptanceModel, fit_net
+from .acceptance_model import FittedAcceptance, fit_net
 from .positions import CHAIN, LEVELS, TOP_K, Positions
 
 
@@ -47,7 +47,7 @@ class Decider:
         max_levels: 0 decides over looked-up nodes alone.
     """
 
-    def __init__(self, model: AcceptanceModel, fit: Positions, costs: CostTable, max_levels: int = LEVELS) -> None:
+    def __init__(self, model: FittedAcceptance, fit: Positions, costs: CostTable, max_levels: int = LEVELS) -> None:
         self._model, self._costs, self._max_levels = model, costs, max_levels
         drafts = [self._drafted(fit, level, is_fit=True) for level in range(max_levels + 1)]
         verify = self._verify_seconds(fit)

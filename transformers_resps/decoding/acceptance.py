@@ -1,6 +1,6 @@
-"""The acceptance rule: walk the tree in commit order.
+"""The acceptance rule: follow the tree in commit order.
 
-At every committed position the walk makes exactly the calls that plain sampling makes (Transformers' `_sample`):
+At every committed position it makes exactly the calls that plain sampling makes (Transformers' `_sample`):
 the user's logits processors with the text so far, one pick by the target, the stopping criteria, the streamer. It
 then descends if a child carries the pick, and stops otherwise. So every token is the target's own draw given its
 prefix, in the order and with the random numbers of plain decoding: lossless for any tree that was built without
@@ -72,8 +72,8 @@ def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
         if following is None:
             break
         nodes = following
-    walked = torch.tensor(path, device=logits.device).T
-    return Acceptance(walked, torch.stack(picks, dim=1).to(logits.device), [len(path)] * len(rows), emitted.tolist())
+    followed = torch.tensor(path, device=logits.device).T
+    return Acceptance(followed, torch.stack(picks, dim=1).to(logits.device), [len(path)] * len(rows), emitted.tolist())
 
 
 def _next_nodes(

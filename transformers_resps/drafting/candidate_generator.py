@@ -45,7 +45,7 @@ class TreeCandidateGenerator(Drafter):
         self.draft_rows = module.config.draft_rows
         self._device, self._dtype = module.device, module.dtype
         self._cache = HeadCache(module.config, batch_size, self._dtype, self._device)
-        self._prefix = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
+        self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
         self._unread: list[_Pairs] = []
         self._newest = torch.empty(0)  # [b, 1, h] output at the last true pair, before the final norm
         self.newest_features = torch.empty(0)  # [b, F]
@@ -62,7 +62,7 @@ class TreeCandidateGenerator(Drafter):
         self._unread = [pairs.of_rows(rows) for pairs in self._unread]
         self.newest_features = self.newest_features[rows]
         self._newest = self._newest[rows]
-        self._prefix.keep_rows(rows)
+        self._slots.keep_rows(rows)
         self._cache.keep_rows(rows)
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
@@ -92,22 +92,22 @@ class TreeCandidateGenerator(Drafter):
 
         Rotary attention is relative, so slots serve as positions, padding included.
         """
-        start = self._prefix.length
-        if self._prefix.is_even and all(min(block) == max(block) for block in counts):
-            self._prefix.extend([width] * len(counts[0]))
+        start = self._slots.length
+        if self._slots.is_even and all(min(block) == max(block) for block in counts):
+            self._slots.extend([width] * len(counts[0]))
             self._cache.reserve(start + width)
             mask = self._pair_mask(start, width)
             attend = self._cache.attend_from(start, mask, is_causal=mask is None and width > 1)
             return torch.arange(start, start + width, device=self._device)[None], attend
         blocks = []
         for block in counts:
-            blocks.append(self._prefix.next_slots(block, self._device))
-            self._prefix.extend(block)
-        slots, end = torch.cat(blocks, dim=1), self._prefix.length
+            blocks.append(self._slots.next_slots(block, self._device))
+            self._slots.extend(block)
+        slots, end = torch.cat(blocks, dim=1), self._slots.length
         self._cache.reserve(end)
         looking = slots[:, -self._queries(width) :, None]
         causal = torch.arange(end, device=self._device) <= looking
-        seen = self._prefix.visible(end, self._device)
+        seen = self._slots.visible(end, self._device)
         mask = causal if seen is None else causal & seen[:, None]
         return slots, self._cache.attend_at(slots, end, mask[:, None])
 
@@ -116,7 +116,7 @@ class TreeCandidateGenerator(Drafter):
         causal attention will do.
         """
         length, queries = start + count, self._queries(count)
-        seen = self._prefix.visible(length, self._device)
+        seen = self._slots.visible(length, self._device)
         if seen is None and (start == 0 or queries == 1):
             return None
         causal = torch.ones(queries, length, dtype=torch.bool, device=self._device).tril(length - queries)[None, None]
@@ -132,14 +132,14 @@ class TreeCandidateGenerator(Drafter):
     def _run(self, frontier: Frontier, depth: int) -> Tensor:
         """One pass of the head over a level: all its nodes share a position and see only prefix and ancestors."""
         batch_size, width, entries = frontier.visible.shape
-        length = self._prefix.length
+        length = self._slots.length
         self._cache.reserve(length + entries)
-        seen, mask = self._prefix.visible(length, self._device), None
+        seen, mask = self._slots.visible(length, self._device), None
         if width > 1 or seen is not None:
             prefix = frontier.visible.new_ones(1, length) if seen is None else seen
             prefix = prefix[:, None].expand(batch_size, width, -1)
             mask = torch.cat([prefix, frontier.visible], dim=-1)[:, None]
-        positions = (self._prefix.ends(self._device) + depth - 1).expand(-1, width)
+        positions = (self._slots.ends(self._device) + depth - 1).expand(-1, width)
         attend = self._cache.attend_from(length + entries - width, mask)
         output: Tensor = self._head.head(frontier.hidden, self._head.embed(frontier.tokens), positions, attend)
         return output

@@ -1,7 +1,7 @@
 // Shows the step under the cursor. Values reach the page as text only: nothing here parses HTML.
 "use strict";
 (() => {
-  const story = JSON.parse(document.getElementById("story").textContent);
+  const data = JSON.parse(document.getElementById("page-data").textContent);
   const byId = (id) => document.getElementById(id);
   const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
   const percent = (value) => value === null ? "–" : value > 0 && value < 0.005 ? "<1%" : `${Math.round(100 * value)}%`;
@@ -37,7 +37,7 @@
   }
 
   // ---- the whole run ------------------------------------------------------------------------------------------
-  const { totals, sameText, facts, steps } = story;
+  const { totals, sameText, facts, steps } = data;
   const kept = (step) => step.tokens.length - 1;
   byId("title").append(facts.target, element("small", { text: facts.head ? `with ${facts.head}` : "with prompt lookup" }));
 
@@ -58,8 +58,8 @@
     ["same text as plain", sameText.same ? "yes" : "no", sameText.same ? `all ${plural(totals.emitted, "token")} are equal` : whyParted()],
   ]);
   definitions(byId("facts"), Object.entries(facts));
-  byId("prompt").textContent = story.prompt;
-  byId("prompt-title").textContent = `Prompt, ${plural(story.promptTokens, "token")}`;
+  byId("prompt").textContent = data.prompt;
+  byId("prompt-title").textContent = `Prompt, ${plural(data.promptTokens, "token")}`;
 
   const answer = byId("answer");
   const bars = byId("bars");

@@ -13,18 +13,18 @@ from string import Template
 from typing import Any
 
 
-def page(story: dict[str, Any]) -> str:
-    """Write the page that shows `story`, an examination as `page_data` gives it."""
+def page(data: dict[str, Any]) -> str:
+    """Write the page that shows `data`, an examination as `page_data` gives it."""
     style, script = _asset("page.css"), _asset("page.js")
     return Template(_asset("page.html")).substitute(
-        title=escape(f"{story['facts']['target']}, step by step"),
+        title=escape(f"{data['facts']['target']}, step by step"),
         style_hash=_hash(style),
         script_hash=_hash(script),
         style=style,
         script=script,
-        story=_json(story),
-        prompt=escape(story["prompt"]),
-        answer=escape("".join(token["text"] for step in story["steps"] for token in step["tokens"])),
+        data=_json(data),
+        prompt=escape(data["prompt"]),
+        answer=escape("".join(token["text"] for step in data["steps"] for token in step["tokens"])),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a step costs: the interface of every price list, measured or planted."""
+"""What a step costs, by its size and context: the interface of tables, measured or planted."""
 
 from abc import ABC, abstractmethod
 

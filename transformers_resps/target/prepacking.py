@@ -21,7 +21,7 @@ Module = TypeVar("Module", bound=nn.Module)
 _ROWS = 8
 
 
-class _Packed:
+class _PrepackedWeight:
     """A weight in oneDNN's layout, as long as it does not change."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -40,7 +40,7 @@ class PrepackedLinear(nn.Linear):
     Parameters, names and what is saved stay those of `nn.Linear`.
     """
 
-    _kept: _Packed | None = None
+    _prepacked: _PrepackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, up to rounding."""
@@ -52,21 +52,21 @@ class PrepackedLinear(nn.Linear):
             or input.dtype is not weight.dtype
         ):
             return super().forward(input)
-        kept = self._kept
-        if kept is None or not kept.is_of(weight):
-            kept = self._kept = _Packed(weight) if _can_pack(weight) else None
-        if kept is None:
+        prepacked = self._prepacked
+        if prepacked is None or not prepacked.is_of(weight):
+            prepacked = self._prepacked = _PrepackedWeight(weight) if _can_prepack(weight) else None
+        if prepacked is None:
             return super().forward(input)
         bias = self._parameters["bias"]
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, kept.blocks, bias, "none", [], ""))
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, prepacked.blocks, bias, "none", [], ""))
 
     def forget(self) -> None:
         """Free the packed copy; it is made anew where it is needed."""
-        self.__dict__.pop("_kept", None)
+        self.__dict__.pop("_prepacked", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the packed copy, which is made anew where it is needed: oneDNN tensors cannot be pickled."""
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}
 
 
 def prepack(module: Module) -> Module:
@@ -116,7 +116,7 @@ def unprepack(module: Module) -> Module:
 
 def is_prepacked(module: nn.Module) -> bool:
     """Whether any layer of `module` multiplies by packed weights."""
-    return any(type(layer) is PrepackedLinear and _can_pack(layer.weight) for layer in module.modules())
+    return any(type(layer) is PrepackedLinear and _can_prepack(layer.weight) for layer in module.modules())
 
 
 @cache
@@ -125,7 +125,7 @@ def _multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _can_pack(weight: Tensor) -> bool:
+def _can_prepack(weight: Tensor) -> bool:
     """An inference tensor does not tell when it changes, so its packed copy could grow stale."""
     return (
         (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16()))

@@ -50,7 +50,7 @@ class TreeVerifier:
         self._positions = position_ids.to(self.device)
         self._root_positions = self._positions[:, -1] + 1  # [b]
         self._last_position = last_position(target.config, int(self._root_positions.max()))
-        self._unkept = 0  # nodes of the newest forward, padding included
+        self._newest_nodes = 0  # nodes of the newest forward, padding included
 
     @classmethod
     def of(cls, target: PreTrainedModel, prompt_length: int) -> "TreeVerifier":
@@ -133,12 +133,12 @@ class TreeVerifier:
             prefix_mask = self._prefix_mask(self.length)
             mask = tree_attention_mask(self._config, self._cache, prefix_mask, tree, self._dtype, ends)
         outputs, features = self._forward.verify(tree.tokens, mask, tree_positions(tree, self._root_positions))
-        self._unkept = tree.node_count
+        self._newest_nodes = tree.node_count
         return outputs.logits, features
 
     def undo(self) -> None:
         """Forget the newest tree."""
-        crop(self._cache, self._unkept)
+        crop(self._cache, self._newest_nodes)
 
     def keep(self, path: Tensor, counts: list[int]) -> None:
         """Keep the accepted nodes of the newest tree, and forget its others.
@@ -148,13 +148,13 @@ class TreeVerifier:
             counts: of the nodes, those that each row keeps.
         """
         if self._slots.is_even and min(counts) == max(counts):
-            compact(self._cache, path, self._unkept)
+            compact(self._cache, path, self._newest_nodes)
             self._slots.extend(counts)
             self._root_positions = self._root_positions + counts[0]
         else:
             slots = self._slots.next_slots(counts, path.device)
             self._slots.extend(counts)
-            compact_ragged(self._cache, path, self._unkept, slots, self.length)
+            compact_ragged(self._cache, path, self._newest_nodes, slots, self.length)
             self._root_positions = self._root_positions + torch.tensor(counts, device=path.device)
 
     def keep_rows(self, rows: list[int]) -> None:

@@ -8,14 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tests.inspection.test_page import parsed
 from tests.targets import ARCHITECTURES
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.bench.prompts import Dialogue, to_tokens
 from transformers_resps.cli import main
 from transformers_resps.inspection import Examination, examine
-
-from .test_page import parsed
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +30,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def inspected(output: Path, *arguments: str) -> dict[str, object]:
-    """The story of the page that the command writes."""
+    """The data of the page that the command writes."""
     assert main(["inspect", *arguments, "--output", str(output), "--max-new-tokens", "24"]) == 0
-    found: dict[str, object] = json.loads(parsed(output.read_text(encoding="utf-8")).content["script#story"])
+    found: dict[str, object] = json.loads(parsed(output.read_text(encoding="utf-8")).content["script#page-data"])
     return found
 
 
@@ -41,9 +40,9 @@ def test_it_writes_the_page_and_says_how_it_went(
     folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "page.html"
-    story = inspected(output, *folders, "--prompt", "dedede")
-    assert story["prompt"] == "dedede" and story["sameText"] == {"same": True}
-    facts = story["facts"]
+    data = inspected(output, *folders, "--prompt", "dedede")
+    assert data["prompt"] == "dedede" and data["sameText"] == {"same": True}
+    facts = data["facts"]
     assert isinstance(facts, dict)
     assert (facts["target"], facts["head"], facts["decoding"]) == ("letters", "letters-head", "greedy")
     assert str(tmp_path.parent) not in output.read_text(encoding="utf-8")
@@ -59,14 +58,14 @@ def test_it_writes_the_page_and_says_how_it_went(
 def test_a_policy_is_named_by_its_numbers_or_as_auto(
     folders: tuple[str, str], tmp_path: Path, given: str, policy: str
 ) -> None:
-    story = inspected(tmp_path / "page.html", *folders, "--prompt", "dedede", "--policy", given)
-    assert story["facts"]["policy"] == policy  # type: ignore[index]
+    data = inspected(tmp_path / "page.html", *folders, "--prompt", "dedede", "--policy", given)
+    assert data["facts"]["policy"] == policy  # type: ignore[index]
 
 
 def test_a_saved_policy_is_loaded(folders: tuple[str, str], tmp_path: Path) -> None:
     FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(tmp_path / "policy")
-    story = inspected(tmp_path / "p.html", *folders, "--prompt", "de", "--policy", str(tmp_path / "policy"))
-    assert story["facts"]["policy"] == "FixedPolicy(5/2/2)"  # type: ignore[index]
+    data = inspected(tmp_path / "p.html", *folders, "--prompt", "de", "--policy", str(tmp_path / "policy"))
+    assert data["facts"]["policy"] == "FixedPolicy(5/2/2)"  # type: ignore[index]
 
 
 def test_the_target_reads_the_prompt_that_the_benchmark_gives_it(
@@ -85,15 +84,15 @@ def test_the_target_reads_the_prompt_that_the_benchmark_gives_it(
 
 
 def test_without_a_head_it_shows_lookup_drafts(folders: tuple[str, str], tmp_path: Path) -> None:
-    story = inspected(tmp_path / "page.html", folders[0], "--prompt", "dedede")
-    assert "head" not in story["facts"]  # type: ignore[operator]
+    data = inspected(tmp_path / "page.html", folders[0], "--prompt", "dedede")
+    assert "head" not in data["facts"]  # type: ignore[operator]
 
 
 def test_sampled_answers_are_compared_with_the_same_seed(folders: tuple[str, str], tmp_path: Path) -> None:
     sampled = ("--prompt", "dedede", "--temperature", "0.8", "--seed", "5")
-    story = inspected(tmp_path / "page.html", *folders, *sampled)
-    assert story["sameText"] == {"same": True}
-    assert story["facts"]["decoding"] == "temperature 0.8, seed 5"  # type: ignore[index]
+    data = inspected(tmp_path / "page.html", *folders, *sampled)
+    assert data["sameText"] == {"same": True}
+    assert data["facts"]["decoding"] == "temperature 0.8, seed 5"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
