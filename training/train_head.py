@@ -193,7 +193,7 @@ def metrics_of(
     tree = str(replace(head.default_shape, lookup=0))  # the tree of `simulated_tau`
     return {
         **head_metrics(evaluation, tree, held_out, tau_texts),
-        "draft_vocab_size": head.config.draft_rows,
+        "draft_vocab_size": head.config.proposable_tokens,
         "coverage": vocabulary_of(head, train).coverage,
     }
 

@@ -12,7 +12,7 @@ from transformers_resps.tree import CandidatePool
 class OneChild(Drafter):
     """Proposes the tokens 7 and 8 below every root, and 9 below the first of them."""
 
-    draft_rows = 2
+    proposable_tokens = 2
 
     def __init__(self) -> None:
         self.newest_features = torch.zeros(1, 4)

@@ -29,7 +29,7 @@ class TreeDecoding:
 
     Args:
         verifier: the target's side, open.
-        head: drafts; `None` to draft by lookup alone.
+        bound: the head that drafts; `None` to draft by lookup alone.
         policy: decides.
         batch: starts as the prompts and gains the answers.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache holds, which
@@ -41,7 +41,7 @@ class TreeDecoding:
     def __init__(
         self,
         verifier: TreeVerifier,
-        head: BoundHead | None,
+        bound: BoundHead | None,
         policy: Policy,
         batch: Batch,
         *,
@@ -53,7 +53,7 @@ class TreeDecoding:
         self.report = SpeculationReport(batch_size=len(batch))
         # The features of cached positions are gone: the head's own text starts after them.
         unread = None if attention_mask is None else attention_mask[:, verifier.length :]
-        self._drafter = None if head is None else TreeCandidateGenerator(head, len(batch), unread)
+        self._drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread)
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
         pads = [0] * len(batch) if known is None else leading_pads(known)
         self._proposer = Proposer(policy, self._drafter, batch, pads)
@@ -106,10 +106,10 @@ class TreeDecoding:
         """Let the policy choose and the drafter draft what this step verifies."""
         root = self.batch.newest.to(self._verifier.device)
         step, length = len(self.report.steps) - 1, self._verifier.length + 1
-        proposal = self._proposer.propose(root, step, length, self._room() + 1, self._prompt_seconds)
+        proposal = self._proposer.propose(root, step, length, self._levels_left() + 1, self._prompt_seconds)
         return replace(proposal, tree=self._verifier.fitted(proposal.tree))
 
-    def _room(self) -> int:
+    def _levels_left(self) -> int:
         """Levels below the root that the limit of the shortest text and the target's positions allow."""
         return min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
 

@@ -95,7 +95,9 @@ class Proposer:
         observation = Observation(
             features, context_length, step, room, self._prefix_accept_probs, prompt_seconds, self._text.row_weights
         )
-        shape = choose_shape(self._policy, observation, 0 if self._drafter is None else self._drafter.draft_rows)
+        shape = choose_shape(
+            self._policy, observation, 0 if self._drafter is None else self._drafter.proposable_tokens
+        )
         tree, pool, looked_up = DraftTree.root_only(root), self._draft(shape), 0
         if pool is not None:
             total_tokens = min(shape.total_tokens, count_nodes(self._policy, pool.scores, pool.levels))

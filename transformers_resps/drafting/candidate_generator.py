@@ -34,15 +34,15 @@ class TreeCandidateGenerator(Drafter):
     """Drafts candidate pools with one head, for one call of `generate`.
 
     Args:
-        head: with its target's embedding and output rows.
+        bound: the head, with its target's embedding and output rows.
         batch_size: rows decoded together.
         prompt_mask: `[b, s]`, 0 where the prompt is padding; `None` when there is none.
     """
 
-    def __init__(self, head: BoundHead, batch_size: int, prompt_mask: Tensor | None) -> None:
-        self._head = head
-        module = head.head
-        self.draft_rows = module.config.draft_rows
+    def __init__(self, bound: BoundHead, batch_size: int, prompt_mask: Tensor | None) -> None:
+        self._bound = bound
+        module = bound.head
+        self.proposable_tokens = module.config.proposable_tokens
         self._device, self._dtype = module.device, module.dtype
         self._cache = HeadCache(module.config, batch_size, self._dtype, self._device)
         self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
@@ -73,7 +73,7 @@ class TreeCandidateGenerator(Drafter):
         def goes_on(depth: int, scores: Tensor) -> bool:
             return wants_level(policy, Level(depth, scores))
 
-        return grow_pool(self._head, self._newest, top_k, shape.depth, self._run, goes_on)
+        return grow_pool(self._bound, self._newest, top_k, shape.depth, self._run, goes_on)
 
     def read(self, at_least: int = 1) -> None:
         """Extend the head's cache by the pairs committed since it was last read, in one pass, if `at_least` wait."""
@@ -83,8 +83,8 @@ class TreeCandidateGenerator(Drafter):
         tokens = torch.cat([pairs.tokens.to(self._device) for pairs in self._unread], dim=1)
         positions, attend = self._place([pairs.counts for pairs in self._unread], tokens.shape[1])
         self._unread.clear()
-        self._newest = self._head.head(
-            self._head.head.fuse(features), self._head.embed(tokens), positions, attend, newest_only=True
+        self._newest = self._bound.head(
+            self._bound.head.fuse(features), self._bound.embed(tokens), positions, attend, newest_only=True
         )
 
     def _place(self, counts: list[list[int]], width: int) -> tuple[Tensor, Attend]:
@@ -127,7 +127,7 @@ class TreeCandidateGenerator(Drafter):
 
     def _queries(self, count: int) -> int:
         """Of `count` pairs read at once, those that need queries: only the output of the newest is used."""
-        return 1 if self._head.head.config.num_hidden_layers == 1 else count
+        return 1 if self._bound.head.config.num_hidden_layers == 1 else count
 
     def _run(self, frontier: Frontier, depth: int) -> Tensor:
         """One pass of the head over a level: all its nodes share a position and see only prefix and ancestors."""
@@ -141,5 +141,5 @@ class TreeCandidateGenerator(Drafter):
             mask = torch.cat([prefix, frontier.visible], dim=-1)[:, None]
         positions = (self._slots.ends(self._device) + depth - 1).expand(-1, width)
         attend = self._cache.attend_from(length + entries - width, mask)
-        output: Tensor = self._head.head(frontier.hidden, self._head.embed(frontier.tokens), positions, attend)
+        output: Tensor = self._bound.head(frontier.hidden, self._bound.embed(frontier.tokens), positions, attend)
         return output

@@ -13,11 +13,11 @@ class Drafter(ABC):
 
     Attributes:
         newest_features: `[b, F]` the target's features at the newest position that it has processed.
-        draft_rows: how many tokens it can propose after a node.
+        proposable_tokens: how many tokens it can propose after a node.
     """
 
     newest_features: Tensor
-    draft_rows: int
+    proposable_tokens: int
 
     @abstractmethod
     def observe(self, features: Tensor, tokens: Tensor, counts: list[int] | None = None) -> None:

@@ -33,7 +33,7 @@ class Frontier:
 
 
 def grow_pool(
-    head: BoundHead,
+    bound: BoundHead,
     newest: Tensor,
     top_k: int,
     depth: int,
@@ -43,7 +43,7 @@ def grow_pool(
     """Up to `depth` levels, at least one, of `top_k` children per node, or as many as the head can propose.
 
     Args:
-        head: with its target's embedding and output rows.
+        bound: the head, with its target's embedding and output rows.
         newest: `[b, 1, h]` its output at the last pair before the root.
         top_k: also nodes of a level that get children.
         depth: most levels.
@@ -53,31 +53,31 @@ def grow_pool(
     Source: EAGLE-2 (arXiv 2406.16858) section 4.1: the best `top_k` nodes of a level, by path probability, get
     children; all children are candidates.
     """
-    tokens, scores = (part[:, 0] for part in _children(head, newest, top_k))  # [b, k]
+    tokens, scores = (part[:, 0] for part in _children(bound, newest, top_k))  # [b, k]
     pool = [(tokens, torch.full_like(tokens, -1), scores)]
     if depth > 1:
-        frontier = _first(head.head.feedback(newest), tokens, scores)
+        frontier = _first(bound.head.feedback(newest), tokens, scores)
     for level in range(1, depth):
         if not goes_on(level, frontier.scores):
             break
         output = run(frontier, level)
-        tokens, scores = _children(head, output, top_k)  # [b, w, k]
+        tokens, scores = _children(bound, output, top_k)  # [b, w, k]
         scores = scores + frontier.scores[..., None]
         parents = frontier.indices[..., None].expand_as(tokens)
         pool.append((tokens.flatten(1), parents.flatten(1), scores.flatten(1)))
         if level + 1 < depth:
             first = sum(part[0].shape[1] for part in pool[:-1])
-            frontier = _next(frontier, head.head.feedback(output), tokens, scores, first)
+            frontier = _next(frontier, bound.head.feedback(output), tokens, scores, first)
     levels = [torch.full((part[0].shape[1],), level) for level, part in enumerate(pool, start=1)]
     joined = [torch.cat(parts, dim=1) for parts in zip(*pool, strict=True)]
     return CandidatePool(joined[0], joined[1], joined[2], torch.cat(levels))
 
 
-def _children(head: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _children(bound: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, w, k]`."""
-    log_probs = head.logits(output).log_softmax(dim=-1)
+    log_probs = bound.logits(output).log_softmax(dim=-1)
     scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
-    return head.target_ids(draft_ids), scores
+    return bound.target_ids(draft_ids), scores
 
 
 def _first(hidden: Tensor, tokens: Tensor, scores: Tensor) -> Frontier:

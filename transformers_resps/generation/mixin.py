@@ -166,7 +166,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         """
         request = _request.get()
         stock: Any = super()
-        if request is None or request.head is None or kwargs.get("assistant_model") is not request.head.head:
+        if request is None or request.bound is None or kwargs.get("assistant_model") is not request.bound.head:
             return stock._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
         return self._speculate(request, *args, **kwargs)
 
@@ -174,7 +174,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         """Where stock `generate` goes without an assistant; a policy alone drafts by lookup."""
         request = _request.get()
         stock: Any = super()
-        if request is None or request.head is not None:
+        if request is None or request.bound is not None:
             return stock._sample(*args, **kwargs)
         return self._speculate(request, *args, **kwargs)
 
@@ -242,7 +242,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         mask = model_kwargs["attention_mask"]
         with TreeVerifier(self._forward_of(request, inputs), model_kwargs["position_ids"], mask) as verifier:
             decoding = TreeDecoding(
-                verifier, request.head, request.policy, batch, attention_mask=mask, max_length=inputs.max_length
+                verifier, request.bound, request.policy, batch, attention_mask=mask, max_length=inputs.max_length
             )
             decoding.prefill(
                 inputs.config.prefill_chunk_size,
@@ -257,7 +257,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         """Compiled where plain `generate` would compile, and wherever the caller says how."""
         target: Any = self
         config = inputs.config
-        layers = None if request.head is None else request.head.head.config.feature_layers or []
+        layers = None if request.bound is None else request.bound.head.config.feature_layers or []
         if config.compile_config is not None:  # plain `generate` heeds it on a GPU only, unless this is set
             config.compile_config = copy.copy(config.compile_config)
             config.compile_config._compile_all_devices = True

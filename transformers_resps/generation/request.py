@@ -22,12 +22,12 @@ class Request:
     """What one call of `generate` asked for; it cannot travel through Transformers' own preparation.
 
     Attributes:
-        head: drafts; `None` to draft by lookup alone.
+        bound: the head that drafts; `None` to draft by lookup alone.
         policy: decides.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
     """
 
-    head: BoundHead | None
+    bound: BoundHead | None
     policy: Policy
     lockstep: bool | None
 

@@ -143,7 +143,7 @@ class DraftHeadConfig(PreTrainedConfig):
         super(DraftHeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
-    def draft_rows(self) -> int:
+    def proposable_tokens(self) -> int:
         """Number of tokens the head can propose: d, or v without a draft vocabulary."""
         return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 

@@ -55,7 +55,7 @@ class DraftHead(PublishableHead):
         self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.owns_output_head:
-            self.lm_head = nn.Linear(config.hidden_size, config.draft_rows, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.proposable_tokens, bias=False)
         if config.draft_vocab_size is not None:
             # Offsets, as published: the target id of draft id i is i + d2t[i].
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))

@@ -11,21 +11,21 @@ MAX_NODES = 4096
 MAX_CANDIDATES = 2**20
 
 
-def choose_shape(policy: Policy, observation: Observation, draft_rows: int) -> TreeShape:
+def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
     """The shape that `policy` chooses, no deeper than there is room.
 
     Args:
         policy: chooses.
         observation: what it sees.
-        draft_rows: number of tokens that the head can propose; 0 without a head.
+        proposable_tokens: number of tokens that the head can propose; 0 without a head.
 
     Raises:
         ValueError: the choice is no shape, or is larger than `MAX_NODES` and `MAX_CANDIDATES` allow.
     """
     shape = ask_shape(policy, observation).within(observation.room - 1)
-    if draft_rows == 0:
+    if proposable_tokens == 0:
         return TreeShape(1, 0, 1, shape.lookup)
-    width = min(shape.top_k, shape.total_tokens - 1, draft_rows)
+    width = min(shape.top_k, shape.total_tokens - 1, proposable_tokens)
     candidates = width + (shape.depth - 1) * width**2 if shape.asks_head else 0
     if candidates > MAX_CANDIDATES or min(shape.total_tokens, candidates + 1) > MAX_NODES:
         raise ValueError(

@@ -24,21 +24,21 @@ class PositionPools:
     """Drafts from every position of a text.
 
     Args:
-        head: with its target's embedding and output rows.
+        bound: the head, with its target's embedding and output rows.
         features: `[1, s, F]` of the text's first s positions.
         tokens: `[1, s]` the token after each of them.
     """
 
-    def __init__(self, head: BoundHead, features: Tensor, tokens: Tensor) -> None:
-        self._head = head
-        module = head.head
+    def __init__(self, bound: BoundHead, features: Tensor, tokens: Tensor) -> None:
+        self._bound = bound
+        module = bound.head
         device, count = module.device, tokens.shape[1]
         self._length = count
         self._cache = HeadCache(module.config, 1, module.dtype, device)
         self._cache.reserve(count)
         self._outputs: Tensor = module(
             module.fuse(features.to(device, module.dtype)),
-            head.embed(tokens.to(device)),
+            bound.embed(tokens.to(device)),
             torch.arange(count, device=device)[None],
             self._cache.attend_from(0, None, is_causal=count > 1),
         )[0]  # [s, h]
@@ -49,10 +49,10 @@ class PositionPools:
         Yields:
             Some of the prefixes, `[r]`, and their pools, which `TreeCandidateGenerator.draft` would give there.
         """
-        width = min(top_k, self._head.head.config.draft_rows)
+        width = min(top_k, self._bound.head.config.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             newest = self._outputs[part - 1][:, None]  # [r, 1, h]
-            yield part, grow_pool(self._head, newest, width, depth, partial(self._run, part))
+            yield part, grow_pool(self._bound, newest, width, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int) -> Tensor:
         """One pass over a level of all roots, laid out one root after the other in a single row: `[r, w, h]`."""
@@ -64,9 +64,9 @@ class PositionPools:
         nodes = [(part[:, :, None] & same_root).flatten(2).flatten(0, 1) for part in levels]  # [r * w, r * w]
         start = self._length + (len(nodes) - 1) * roots * width
         self._cache.reserve(start + roots * width)
-        output: Tensor = self._head.head(
+        output: Tensor = self._bound.head(
             frontier.hidden.flatten(0, 1)[None],
-            self._head.embed(frontier.tokens.flatten()[None]),
+            self._bound.embed(frontier.tokens.flatten()[None]),
             (prefixes + drafted - 1).repeat_interleave(width)[None],
             self._cache.attend_from(start, torch.cat([prefix, *nodes], dim=1)[None, None]),
         )

@@ -17,7 +17,7 @@ class RecordedDrafter(Drafter):
 
     def __init__(self, text: RecordedText) -> None:
         self._text, self._place = text, -1
-        self.draft_rows = max(text.pools)
+        self.proposable_tokens = max(text.pools)
 
     def observe(self, features: Tensor, tokens: Tensor, counts: list[int] | None = None) -> None:
         self._place += tokens.shape[1]

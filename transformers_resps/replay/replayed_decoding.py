@@ -30,7 +30,7 @@ class ReplayedStep:
     accepted: int
 
 
-class _Beginning:
+class _TextPrefix:
     """The first `length` tokens of a text, as if there were no more."""
 
     in_lockstep = True
@@ -54,7 +54,7 @@ def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterat
     Raises:
         ValueError: no step can follow a decision of the policy.
     """
-    beginning = _Beginning(text.input_ids.tolist(), text.prompt_length + 1)
+    beginning = _TextPrefix(text.input_ids.tolist(), text.prompt_length + 1)
     proposer = Proposer(policy, drafter, beginning, [0])
     place = observed = step = 0
     while place < len(text):

@@ -39,7 +39,7 @@ class DraftReader:
 
     def __init__(self, target: PreTrainedModel, head: DraftHead | None) -> None:
         self._target = target
-        self._head = None if head is None else BoundHead(head, target)
+        self._bound = None if head is None else BoundHead(head, target)
 
     @torch.inference_mode()
     def read(self, prompt: Tensor, answer: Tensor, drafts: int) -> list[Place]:
@@ -49,12 +49,12 @@ class DraftReader:
         """
         device = self._target.device
         text = torch.cat([prompt.to(device), answer.to(device)])
-        if self._head is None:
+        if self._bound is None:
             logits = self._logits(text[:-1], len(answer))
             drafted = _looked_up(text.tolist(), len(prompt))
         else:
             with (
-                FeatureTap(self._target, self._head.head.config.feature_layers or []) as tap,
+                FeatureTap(self._target, self._bound.head.config.feature_layers or []) as tap,
                 tap.record() as features,
             ):
                 logits = self._logits(text[:-1], len(answer))
@@ -71,8 +71,8 @@ class DraftReader:
         self, features: Tensor, text: Tensor, start: int, drafts: int
     ) -> list[tuple[list[int], list[float]]]:
         """The head's best children of each token from `start` on, as its first level has them."""
-        assert self._head is not None
-        generator = TreeCandidateGenerator(self._head, 1, None)
+        assert self._bound is not None
+        generator = TreeCandidateGenerator(self._bound, 1, None)
         shape, policy = TreeShape(drafts + 1, 1, drafts), FixedPolicy(TreeShape.plain())
         found: list[tuple[list[int], list[float]]] = [([], [])]
         read = 0

@@ -30,12 +30,14 @@ def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: T
     """
     policy, emitted = FixedPolicy(replace(shape, lookup=0)), []
     for text in texts:
-        known, generator = _begun(bound, text, spare_room=shape.depth)
+        known, generator = _after_prompt(bound, text, spare_room=shape.depth)
         emitted += [step.accepted + 1 for step in decode_again(known, policy, generator)]
     return sum(emitted) / len(emitted) if emitted else 1.0
 
 
-def _begun(bound: BoundHead, text: dict[str, Tensor], spare_room: int) -> tuple[RecordedText, TreeCandidateGenerator]:
+def _after_prompt(
+    bound: BoundHead, text: dict[str, Tensor], spare_room: int
+) -> tuple[RecordedText, TreeCandidateGenerator]:
     """A text whose prompt the head has observed, but for the last position; `spare_room` lets no tree be cut."""
     tokens, features, mask = text["input_ids"], text["features"], text["loss_mask"]
     begins = int((~mask).nonzero()[-1]) + 1 if not mask.all() else 1

@@ -74,7 +74,7 @@ def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
     """`feature_layers` is our own field: without it, ids that look like another convention's would be read shifted."""
     return {
         "feature_layers": config.feature_layers,
-        "draft_vocab_size": config.draft_rows,
+        "draft_vocab_size": config.proposable_tokens,
         "owns_embedding": config.owns_embedding,
         "target_hidden_size": config.target_hidden_size,
         "norm_before_residual": config.norm_before_residual,
@@ -98,7 +98,7 @@ def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
         **_layer_config(config),
         **_shared_fields(config),
         # SGLang borrows the target's output head if there is no number; with one it runs rows that it never loads
-        "draft_vocab_size": config.draft_rows if config.owns_output_head else None,
+        "draft_vocab_size": config.proposable_tokens if config.owns_output_head else None,
         "architectures": ["LlamaForCausalLMEagle3"],
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in config.feature_layers],
