@@ -70,7 +70,8 @@ fresh: build
 test-matrix: .venv/dev/.filled $(TRANSFORMERS_RELEASES:%=.matrix/transformers-%)
 	@for release in $(TRANSFORMERS_RELEASES); do \
 		echo "transformers $$release"; \
-		PYTHONPATH=.matrix/transformers-$$release $(DEV) -m pytest $(CONTRACT) $(TEST_OPTIONS) || exit 1; done
+		OMP_NUM_THREADS=1 PYTHONPATH=.matrix/transformers-$$release $(DEV) -m pytest -n $(WORKERS) $(CONTRACT) \
+			$(TEST_OPTIONS) || exit 1; done
 	$(MAKE) test-newest-torch
 
 # The index's newest torch may be newer than what this machine's pip is told to take. It brings 4 GB of CUDA along; delete
@@ -81,7 +82,7 @@ test-newest-torch: .venv/dev/.filled .matrix/torch-newest
 
 # The index has no torch of that age for processors alone: this one brings 7 GB of CUDA along.
 test-lowest-torch: .venv/dev/.filled .matrix/torch-$(LOWEST_TORCH)
-	PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(DEV) -m pytest $(CONTRACT) $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(DEV) -m pytest -n $(WORKERS) $(CONTRACT) $(TEST_OPTIONS)
 
 test-endurance: .venv/dev/.filled
 	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/generation/test_memory.py $(TEST_OPTIONS)
