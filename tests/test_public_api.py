@@ -38,6 +38,12 @@ def test_every_public_name_exists_and_says_what_it_is(name: str) -> None:
     assert inspect.getdoc(getattr(transformers_resps, name))
 
 
+def test_names_of_version_0_1_still_import() -> None:
+    from transformers_resps import BaselineGuard, Guard, pack, prepack, unpack, unprepack
+
+    assert (Guard, pack, unpack) == (BaselineGuard, prepack, unprepack)
+
+
 def test_the_version_is_kept_in_one_place() -> None:
     sources = (ROOT / "transformers_resps").rglob("*.py")
     assert not [file for file in sources if "__version__ =" in file.read_text(encoding="utf-8")]
