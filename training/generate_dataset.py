@@ -10,6 +10,12 @@ Prompts of the same length are decoded together. Without padding no mask is need
 have ended leave the batch.
 """
 
+from runs.announcement import announce
+
+
+if __name__ == "__main__":
+    announce(__doc__)
+
 import argparse
 import hashlib
 import json

@@ -8,6 +8,12 @@ Nothing is uploaded unless the folder is complete, measured with these weights, 
 into one commit. Exit status: 0; 1 if something is wrong with the folder; 2 if the Hub refused.
 """
 
+from runs.announcement import announce
+
+
+if __name__ == "__main__":
+    announce(__doc__)
+
 import argparse
 import sys
 from pathlib import Path

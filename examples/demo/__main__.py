@@ -9,8 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from transformers_resps.compat import check_extra
-
 
 HEAD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-head"
 
@@ -24,6 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--page", type=Path, default=Path("results/demo.html"), help="where the last answer is written, step by step"
     )
     args = parser.parse_args(arguments)
+    print("demo: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
+    from transformers_resps.compat import check_extra  # takes seconds
+
     try:
         check_extra("demo")
         from .run import run  # needs the extra

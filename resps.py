@@ -1,0 +1,20 @@
+"""The command `resps`: says what it does, then loads the libraries that it needs.
+
+It stands beside the package because importing the package imports PyTorch and Transformers, which takes seconds.
+"""
+
+import sys
+
+
+def main() -> int:
+    """Run a subcommand; returns the exit status."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if command is not None:
+        print(f"resps {command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
+    from transformers_resps.cli import main as run  # takes seconds
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
