@@ -31,10 +31,10 @@ from runs.command_line import parse
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.bench.models import load_target
 from transformers_resps.bench.provenance import machine
-from transformers_resps.bench.runs import sampling
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.calibration.measuring import calibrate
 from transformers_resps.data import write_training_prompts
+from transformers_resps.generation.sampling import sampling
 from transformers_resps.head import pair_identity, parameter_fingerprint
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay import OutcomeTable, ReplayText, record_text

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from transformers_resps.bench.prompts import to_tokens
+from transformers_resps.data import to_tokens
 from transformers_resps.generation.attach import attach
 from transformers_resps.head import DraftHead
 from transformers_resps.inspection import facts_of, page, page_data

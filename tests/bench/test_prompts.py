@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.bench.conversations import dialogue, save_rows
-from transformers_resps.bench.prompts import Dialogue, read_dialogues, spread, to_tokens
-from transformers_resps.data import prompt_fingerprint, read_training_prompts, write_training_prompts
+from transformers_resps.bench.prompts import Dialogue, read_dialogues, spread
+from transformers_resps.data import prompt_fingerprint, read_training_prompts, to_tokens, write_training_prompts
 
 
 def test_every_user_turn_follows_the_answers_that_are_given() -> None:

@@ -4,9 +4,7 @@ import pytest
 
 from transformers_resps.bench.timing import (
     AnswerTiming,
-    bootstrap_interval,
     compare,
-    rate,
     summarise,
     token_count,
 )
@@ -24,10 +22,6 @@ def measured(
 )
 def test_tokens_count_to_the_first_end_token_and_the_budget(answer: list[int], most: int, count: int) -> None:
     assert token_count(answer, {2}, most) == count
-
-
-def test_the_rate_is_total_over_total_not_a_mean_of_rates() -> None:
-    assert rate([measured("a", "x", 10, 1.0), measured("a", "y", 10, 4.0)]) == 4.0
 
 
 def test_a_summary_compares_with_plain_decoding_on_the_same_prompts() -> None:
@@ -56,12 +50,3 @@ def test_the_turns_of_a_conversation_are_drawn_together() -> None:
     turns = [replace(measured(m, "x", 10, s), turn=t) for t in (1, 2) for m, s in (("plain", 8.0), ("tree", 4.0 * t))]
     interval = compare(turns, "tree", "plain")
     assert interval.low == interval.ratio == interval.high == pytest.approx(16 / 12)  # one prompt: nothing to draw
-
-
-def test_the_interval_is_paired_and_covers_the_ratios_of_the_prompts() -> None:
-    own = [[measured("tree", "x", 10, 1.0)], [measured("tree", "y", 10, 10.0)]]
-    base = [[measured("plain", "x", 10, 3.0)], [measured("plain", "y", 10, 10.0)]]
-    low, high = bootstrap_interval(own, base)
-    assert 1.0 <= low < high <= 3.0
-    assert bootstrap_interval(own, own) == (1.0, 1.0)  # both of one draw
-    assert bootstrap_interval(own, base) == (low, high)  # the same every time

@@ -12,8 +12,9 @@ from tests.inspection.test_page import parsed
 from tests.targets import ARCHITECTURES
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
-from transformers_resps.bench.prompts import Dialogue, to_tokens
+from transformers_resps.bench.prompts import Dialogue
 from transformers_resps.cli import main
+from transformers_resps.data import to_tokens
 from transformers_resps.inspection import Examination, examine
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from runs.context import check_context
-from transformers_resps.bench.prompts import to_tokens
-from transformers_resps.data import load_conversations
+from transformers_resps.data import load_conversations, to_tokens
 
 
 @dataclass(frozen=True)

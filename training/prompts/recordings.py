@@ -21,9 +21,8 @@ from transformers import AutoTokenizer
 
 from transformers_resps import DraftHead, attach
 from transformers_resps.bench.models import load_target
-from transformers_resps.bench.prompts import to_tokens
-from transformers_resps.bench.runs import sampling
-from transformers_resps.data import load_conversations
+from transformers_resps.data import load_conversations, to_tokens
+from transformers_resps.generation.sampling import sampling
 from transformers_resps.generation.sequences import end_ids, left_padded
 from transformers_resps.head import parameter_fingerprint
 from transformers_resps.replay import RecordedText, record_pools

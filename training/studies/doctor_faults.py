@@ -26,8 +26,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_resps import cli
-from transformers_resps.bench.prompts import to_tokens
 from transformers_resps.cli.questions import default_questions
+from transformers_resps.data import to_tokens
 from transformers_resps.doctor import write_answers
 
 

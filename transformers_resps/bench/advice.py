@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..telemetry.rates import rate
 from .methods import Method
-from .timing import PLAIN, AnswerTiming, Interval, compare, rate
+from .timing import PLAIN, AnswerTiming, Interval, compare
 
 
 NAMED_NODES = 8  # whose verification the sentence names

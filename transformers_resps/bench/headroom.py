@@ -5,13 +5,13 @@ Both come from replaying texts that the target wrote, with the cost table of thi
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calibration.cost_table import CostTable
+from ..generation.sampling import sampling
 from ..head import DraftHead
 from ..policy import ActionGrid
 from ..replay.oracle import Oracle
@@ -19,7 +19,6 @@ from ..replay.outcomes import OutcomeTable
 from ..replay.replay_text import ReplayText, record_text
 from ..tree import TreeShape
 from .methods import ORACLE
-from .runs import sampling
 from .timing import AnswerTiming
 
 
@@ -144,9 +143,4 @@ def shapes_for(device_type: str) -> ActionGrid:
     trees = ActionGrid.small()
     if device_type != "cpu":
         trees = ActionGrid.from_bins((4, 8, 16, 32, 60), (2, 4, 6, 8), (1, 2, 4, 10))
-    return ActionGrid(
-        tuple(
-            TreeShape(shape.total_tokens, shape.depth, shape.top_k, lookup)
-            for shape, lookup in product(trees.shapes, _LOOKUPS)
-        )
-    )
+    return trees.with_lookups(_LOOKUPS)

@@ -6,10 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..data import Conversation, load_conversations, prompt_fingerprint
+from ..data import Conversation, load_conversations, prompt_fingerprint, to_tokens
 
 
 _MAX_ROWS = 20_000  # read of one dataset
@@ -81,10 +80,3 @@ def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
     """Choose up to `limit` of them, evenly over the file."""
     count = min(limit, len(dialogues))
     return [dialogues[index * len(dialogues) // count] for index in range(count)]
-
-
-def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
-    """Return token ids `[s]`, through the chat template where there is one."""
-    if tokenizer.chat_template is None:
-        return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
-    return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

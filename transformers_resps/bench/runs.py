@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..generation.defaults import SpeculationDefaults
+from ..generation.sampling import sampling
 from ..generation.sequences import end_ids
 from ..target.features import decoder_layers
 from .methods import Method
@@ -97,10 +98,3 @@ class Bench:
 
     def _note_forward(self, *_: Any) -> None:
         self._forwards.append(self._clock())
-
-
-def sampling(temperature: float) -> dict[str, Any]:
-    """Return keywords of `generate`: greedy at 0, otherwise the target's whole distribution at that temperature."""
-    if temperature == 0:
-        return {"do_sample": False, "repetition_penalty": 1.0}
-    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

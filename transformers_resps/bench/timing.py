@@ -1,26 +1,16 @@
-"""Holds how long answers took, and computes the rates that follow."""
+"""Holds how long answers took, and compares methods."""
 
-import random
 from collections import defaultdict
 from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ..generation.sequences import up_to_end
+from ..telemetry.rates import bootstrap_interval, rate
 
 
 PLAIN = "plain"
-
-
-class Timed(Protocol):
-    """Anything with a number of tokens and the seconds that they took."""
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def seconds(self) -> float: ...
 
 
 class Cell(NamedTuple):
@@ -105,12 +95,6 @@ def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int
     return min(len(up_to_end(token_ids, end_ids)), most)
 
 
-def rate(timed: Iterable[Timed]) -> float:
-    """Return total tokens over total seconds."""
-    kept = list(timed)
-    return sum(one.tokens for one in kept) / sum(one.seconds for one in kept)
-
-
 def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
     """Compare one method with plain decoding, over all prompts and repeats."""
     own = [m for m in timings if m.method == method]
@@ -136,31 +120,6 @@ def compare(timings: Sequence[AnswerTiming], method: str, base: str) -> Interval
     own, other = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
     low, high = bootstrap_interval(own, other)
     return Interval(rate(chain.from_iterable(own)) / rate(chain.from_iterable(other)), low, high)
-
-
-def bootstrap_interval(
-    own: Sequence[Sequence[Timed]], base: Sequence[Sequence[Timed]], *, draws: int = 2000
-) -> tuple[float, float]:
-    """Return the middle 95% of `rate(own) / rate(base)` over prompts drawn with replacement.
-
-    Args:
-        own: answers to each prompt, all its turns and repeats together.
-        base: of the same prompts in the same order, so that a draw is paired.
-        draws: samples of prompts, the same ones in every call.
-    """
-    totals = [
-        [(sum(m.tokens for m in part), sum(m.seconds for m in part)) for part in prompts] for prompts in (own, base)
-    ]
-    generator = random.Random(0)
-    ratios = []
-    for _ in range(draws):
-        drawn = generator.choices(range(len(own)), k=len(own))
-        (tokens, seconds), (base_tokens, base_seconds) = (
-            (sum(prompts[i][0] for i in drawn), sum(prompts[i][1] for i in drawn)) for prompts in totals
-        )
-        ratios.append(tokens / seconds / (base_tokens / base_seconds))
-    ratios.sort()
-    return ratios[int(0.025 * draws)], ratios[min(int(0.975 * draws), draws - 1)]
 
 
 def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:

@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..bench.models import load_target
 from ..bench.options import model, positive
-from ..bench.prompts import to_tokens
-from ..data import Conversation, load_conversations, make_example
+from ..data import Conversation, load_conversations, make_example, to_tokens
 from ..doctor import Cell, Diagnosis, LabelledText, diagnose, write_answers
 from ..head import DraftHead
 from .options import add_target_options

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..bench.models import load_target
 from ..bench.options import model, positive, temperature
 from ..bench.policies import read_policy
-from ..bench.prompts import to_tokens
+from ..data import to_tokens
 from ..generation.attach import attach
 from ..head import DraftHead
 from ..inspection import Examination, examine, facts_of, page, page_data

@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 from ..bench.models import load_target
 from ..bench.options import model, positive
 from ..bench.policies import read_policy
-from ..bench.prompts import to_tokens
-from ..data import load_conversations
+from ..data import load_conversations, to_tokens
 from ..head import DraftHead
 from ..testing import NotLosslessError, assert_lossless
 from ..testing.rounding import move_of_gaps

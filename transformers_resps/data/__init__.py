@@ -3,6 +3,7 @@
 from .conversations import Conversation, load_conversations, read_conversations
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
 from .examples import Example, make_example, make_examples, split_examples
+from .prompt_tokens import to_tokens
 from .training_prompts import TRAINING_PROMPTS, prompt_fingerprint, read_training_prompts, write_training_prompts
 
 
@@ -19,6 +20,7 @@ __all__ = [
     "read_conversations",
     "read_training_prompts",
     "split_examples",
+    "to_tokens",
     "vocabulary_of",
     "write_training_prompts",
 ]

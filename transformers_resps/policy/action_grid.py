@@ -80,6 +80,15 @@ class ActionGrid:
         ]
         return cls(tuple(dict.fromkeys([TreeShape.plain(), *shapes])))
 
+    def with_lookups(self, lookups: Sequence[int]) -> "ActionGrid":
+        """Every shape with every number of looked-up nodes in `lookups`."""
+        return ActionGrid(
+            tuple(
+                TreeShape(shape.total_tokens, shape.depth, shape.top_k, lookup)
+                for shape, lookup in product(self.shapes, lookups)
+            )
+        )
+
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
         """The shapes that could pay: at their best they emit `depth + 1` tokens faster than as many plain steps.
 
