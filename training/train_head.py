@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
 from publishing import head_metrics, recipe_of, write_run
-from runs.checkpoints import newest_checkpoint
 from runs.command_line import parse
 from runs.context import check_context
 from runs.timing import TimingCallback
@@ -42,6 +41,7 @@ from transformers_resps.trainers import (
     ExampleDataset,
     FrozenTarget,
 )
+from transformers_resps.trainers.checkpoints import newest_checkpoint
 
 
 @dataclass
@@ -244,7 +244,7 @@ def main() -> None:
     evaluation = trainer.evaluate() if held_out else {}
     if not trainer.is_world_process_zero():
         return
-    trainer.save_artefact()
+    trainer.save_model()
     write_training_prompts(trainer.artefact_folder, first_questions(script), earlier=earlier or ())
     metrics = metrics_of(head, evaluation, args.tau_texts, train, len(held_out))
     metrics["training"] = training_facts(trainer, len(train), timing.seconds)

@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 
 from prompts.policy_prompts import PromptArguments, Prompts, name_of
 from publishing import recipe_of, write_run
-from runs.checkpoints import check_resumable, newest_checkpoint
 from runs.command_line import parse
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.bench.models import load_target
@@ -40,6 +39,7 @@ from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay import OutcomeTable, ReplayText, record_text
 from transformers_resps.replay.replay_text import FORMAT
 from transformers_resps.trainers import LiveRollouts, PolicyTrainer, PolicyTrainingConfig, ReplayRollouts
+from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
 
 
 @dataclass
@@ -221,7 +221,7 @@ def run() -> None:
     trainer, metrics = train(policy, recorder, prompts, costs)
     if not trainer.is_world_process_zero():
         return
-    policy.save_pretrained(trainer.artefact_folder)
+    trainer.save_model()
     write_training_prompts(trainer.artefact_folder, prompts.first_questions)
     facts = {"steps": trainer.state.global_step, "texts": len(prompts.train), "device": machine(target)["device"]}
     told = {name.removeprefix("test_"): value for name, value in metrics.items()}

@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 
 from tests.trainers.heads import bits, config, fresh, texts
 from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
-from transformers_resps.trainers.graceful_stop import graceful_stop
 
 
 class Stop(TrainerCallback):
@@ -87,24 +86,3 @@ def test_ctrl_c_writes_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(tmp_p
     DraftHeadTrainer(resumed_head, target, args, ExampleDataset(texts())).train(resume_from_checkpoint=True)
     expected = bits(head)
     assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())
-
-
-@pytest.fixture
-def default_ctrl_c():
-    """A shell's background job ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("default_ctrl_c")
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    target, head = fresh()
-    trainer = DraftHeadTrainer(head, target, config(tmp_path), ExampleDataset(texts()))
-    came_to = []
-    with pytest.raises(KeyboardInterrupt), graceful_stop(trainer):
-        signal.raise_signal(signal.SIGINT)
-        came_to.append("after the first")
-        signal.raise_signal(signal.SIGINT)
-        came_to.append("after the second")
-    assert came_to == ["after the first"]

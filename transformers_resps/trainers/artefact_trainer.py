@@ -1,16 +1,23 @@
 """Trainers whose product is a folder beside the checkpoints, which is also what they push."""
 
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import nn
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import RESULTS, Destination, Existing, make_repository, upload
-from .graceful_stop import graceful_stop
+from .checkpoints import newest_checkpoint
+from .interruption import interruptible
+from .progress import TrainingProgress
+from .schedules import fit_schedule
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -24,7 +31,10 @@ def _is_saved_with_weights(file: Path) -> bool:
 
 
 class ArtefactTrainer(Trainer):
-    """Trainer that keeps the newest head or policy in `OUTPUT_DIR/artefact_name` and pushes that folder to the Hub.
+    """Trainer whose product is a head or a policy, in `OUTPUT_DIR/artefact_name`; it pushes that folder to the Hub.
+
+    The folder is written when the run has reached `max_steps`, or early stopping ended it. Until then the newest state
+    is in `OUTPUT_DIR/artefact_name-unfinished`, written at each checkpoint.
 
     Transformers' own trainer would push the whole output folder: weights in training precision, and
     `training_args.bin`, which is a pickle. With `hub_strategy="end"` there is one push, at the end; otherwise there is
@@ -33,27 +43,88 @@ class ArtefactTrainer(Trainer):
 
     artefact_name: ClassVar[str]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._replace_callbacks()
+
+    def _replace_callbacks(self) -> None:
+        """Transformers' `enable_jit_checkpoint` saves in the middle of a step, and what resumes there differs."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback):
+                callback.on_train_end(self.args, self.state, self.control)  # gives its signal back
+        self.remove_callback(JITCheckpointCallback)
+        if any(type(callback) in (ProgressCallback, PrinterCallback) for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)  # a notebook's table stays
+            self.remove_callback(PrinterCallback)
+            self.add_callback(TrainingProgress())
+
     @property
     def artefact_folder(self) -> Path:
+        """Where the product of a finished run is."""
         return Path(cast(str, self.args.output_dir)) / self.artefact_name
 
     @property
+    def unfinished_folder(self) -> Path:
+        """Where the newest state of a run is that has not ended."""
+        return self.artefact_folder.with_name(f"{self.artefact_name}-unfinished")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run reached `max_steps`, or early stopping ended it; true before `train`."""
+        return self.state.global_step >= self.state.max_steps or any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+        )
+
+    @property
     def steps_per_update(self) -> int:
-        """Optimiser steps that belong together: Ctrl-C stops the run after the last of them."""
+        """Optimiser steps that belong together: an interrupted run stops after the last of them."""
         return 1
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers. At Ctrl-C, the step is finished and a checkpoint saved first.
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; then `artefact_folder` is written. At SIGINT or SIGTERM a checkpoint is saved first.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; `True` for the newest complete one in `output_dir`.
+            args: see `transformers.Trainer.train`.
+            kwargs: see there.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed.
+            SystemExit: SIGTERM was received.
         """
-        with graceful_stop(self, self.steps_per_update):
-            return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:  # a kill may have left a newer one incomplete
+            resume_from_checkpoint = newest_checkpoint(cast(str, self.args.output_dir)) or True
+        with interruptible(self, self.steps_per_update):
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self.is_finished and self.args.should_save:
+                self._finish()
+        return result
 
-    def save_artefact(self) -> None:
-        """Write the current head or policy into `artefact_folder`."""
+    def write_artefact(self, folder: Path) -> None:
+        """Write the current head or policy into `folder`, as it is served."""
         raise NotImplementedError
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the head or policy as it is served, by default into `artefact_folder`.
+
+        Raises:
+            ValueError: no folder was passed, and the run has not finished.
+        """
+        if _internal_call:  # a checkpoint, in training precision
+            super().save_model(output_dir, _internal_call=True)
+        elif self.args.should_save:
+            if output_dir is None:
+                self._check_finished("saved")
+            self.write_artefact(Path(output_dir) if output_dir else self.artefact_folder)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As in Transformers, but a schedule longer than the run is shortened, with a warning."""
+        fit_schedule(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def push_to_hub(  # type: ignore[override]  # only those of Trainer's parameters that apply to a folder
         self, commit_message: str | None = "End of training", **where: Any
@@ -68,21 +139,37 @@ class ArtefactTrainer(Trainer):
             The address of the commit; `None` in all but one of several processes.
 
         Raises:
+            ValueError: the run has not finished.
             OSError: the Hub refused, the connection broke, or the repository was published with measurements.
                 Nothing was committed.
         """
-        return self._push(commit_message or "End of training", lambda file: True, **where)
-
-    def _push(self, message: str, belongs: Callable[[Path], bool], **where: Any) -> str | None:
-        """Upload the files of the folder that belong to the commit; one of several processes does."""
+        self._check_finished("pushed")
         if not self.is_world_process_zero():
             return None
-        self.save_artefact()
-        folder = self.artefact_folder
+        self.save_model()
+        return self._push(self.artefact_folder, commit_message or "End of training", lambda file: True, **where)
+
+    def _check_finished(self, what: str) -> None:
+        if not self.is_finished:
+            raise ValueError(
+                f"The run stopped at step {self.state.global_step} of {self.state.max_steps}, so its "
+                f"{self.artefact_name} is not {what}. Train on with `resume_from_checkpoint=True`; the newest state "
+                f"is in {self.unfinished_folder}."
+            )
+
+    def _finish(self) -> None:
+        """Write the product beside its place, then move it there file by file: a kill leaves no half-written file."""
+        self.write_artefact(self.unfinished_folder)
+        self.artefact_folder.mkdir(parents=True, exist_ok=True)
+        for file in _files(self.unfinished_folder):
+            place = self.artefact_folder / file.relative_to(self.unfinished_folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        shutil.rmtree(self.unfinished_folder)
+
+    def _push(self, folder: Path, message: str, belongs: Callable[[Path], bool], **where: Any) -> str | None:
         files: dict[str, Path | bytes] = {
-            file.relative_to(folder).as_posix(): file
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and belongs(file)
+            file.relative_to(folder).as_posix(): file for file in _files(folder) if belongs(file)
         }
         return upload(files, self._destination(**where), message, existing=_UNMEASURED)
 
@@ -108,12 +195,17 @@ class ArtefactTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            self.save_artefact()
-        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            self.write_artefact(self.unfinished_folder)
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
+            message = f"Training in progress, step {self.state.global_step}"
             try:
-                self._push(f"Training in progress, step {self.state.global_step}", _is_saved_with_weights)
+                self._push(self.unfinished_folder, message, _is_saved_with_weights)
             except OSError as error:  # the next checkpoint is pushed again; hours of training must not end here
                 logger.warning("Step %d was not pushed: %s", self.state.global_step, error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Does nothing: `_save_checkpoint` pushes in place of Transformers."""
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())

@@ -30,8 +30,8 @@ from .warnings import warn_if_small
 class DraftHeadTrainer(ArtefactTrainer):
     """Trains a `DraftHead` on a target's outputs: EAGLE-3's training-time test with a soft cross-entropy loss.
 
-    Checkpoints hold the head alone and load with `DraftHead.from_pretrained`; `OUTPUT_DIR/head` is always the newest
-    one, in bf16.
+    Checkpoints hold the head alone and load with `DraftHead.from_pretrained`; `OUTPUT_DIR/head` is the head of
+    the finished run, in bf16.
 
     Args:
         model: the head, or a PEFT model of it.
@@ -244,9 +244,9 @@ class DraftHeadTrainer(ArtefactTrainer):
             )
         return self.optimizer
 
-    def save_artefact(self) -> None:
-        """Write the head in bf16 into `OUTPUT_DIR/head`."""
-        save_head(self.accelerator.unwrap_model(self.model), self.artefact_folder)
+    def write_artefact(self, folder: Path) -> None:
+        """Write the head in bf16."""
+        save_head(self.accelerator.unwrap_model(self.model), folder)
 
 
 def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -4,6 +4,7 @@ The maths is in `ppo`; `rollouts` and `live_rollouts` make the decisions.
 """
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from .rollouts import ReplayRollouts, Rollouts
 class PolicyTrainer(ArtefactTrainer):
     """Trains a `ReSpSPolicy` on recorded texts or on live decoding.
 
-    Checkpoints hold the policy's network; `OUTPUT_DIR/policy` is always the newest policy, loadable by
+    Checkpoints hold the policy's network; `OUTPUT_DIR/policy` is the policy of the finished run, loadable by
     `AutoPolicy.from_pretrained`. On replayed texts, a killed and resumed run ends as an uninterrupted one: the random
     numbers of an update depend only on the seed and the update's number.
 
@@ -204,9 +205,9 @@ class PolicyTrainer(ArtefactTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def save_artefact(self) -> None:
-        """Write the policy into `OUTPUT_DIR/policy`."""
-        self.policy.save_pretrained(self.artefact_folder)
+    def write_artefact(self, folder: Path) -> None:
+        """Write the policy."""
+        self.policy.save_pretrained(folder)
 
 
 def _collate(steps: list[int]) -> dict[str, Tensor]:
