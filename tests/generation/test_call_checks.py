@@ -101,10 +101,14 @@ def test_a_policy_without_a_head_says_what_is_missing(target: PreTrainedModel) -
         target.generate(PROMPT, policy=FixedPolicy(TreeShape(8, 3, 2)))
 
 
-@pytest.mark.parametrize("given", ["path/to/head", DraftHead], ids=str)
-def test_the_name_or_class_of_an_assistant_is_refused(given: Any, target: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="must be a loaded model or head, got .*DraftHead.from_pretrained"):
-        target.generate(torch.tensor([[3, 4]]), assistant_model=given)
+def test_the_class_of_an_assistant_is_refused(target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="or a loaded model or head, got .*DraftHead.from_pretrained"):
+        target.generate(torch.tensor([[3, 4]]), assistant_model=DraftHead)
+
+
+def test_a_folder_that_is_none_is_named(target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="path/to/head is neither a folder nor a Hub id"):
+        target.generate(torch.tensor([[3, 4]]), assistant_model="path/to/head")
 
 
 @pytest.mark.parametrize("given", [0, "no", torch.tensor(False)], ids=str)

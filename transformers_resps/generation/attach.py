@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..compat import unwrapped
-from ..policy import Policy, PolicyCache
+from ..head import DraftHead
+from ..policy import AutoPolicy, Policy, PolicyCache
 from .defaults import SpeculationDefaults
 from .mixin import ReSpSGenerationMixin
+from .named import NamedHeads, is_name
 from .request import check_kinds, draft_head, is_plain
 
 
@@ -37,8 +39,8 @@ def attach(
 
     Args:
         model: any decoder-only model of Transformers, or a PEFT model around one.
-        assistant_model: a `DraftHead` of this model.
-        policy: a `Policy`, or "auto", which needs no head.
+        assistant_model: a `DraftHead` of this model, or its folder or Hub id.
+        policy: a `Policy`, its folder or Hub id, or "auto", which needs no head.
         lockstep: as in `generate`; `False` lets the sampled rows of a batch advance each on its own.
         eval_mode: run every call in evaluation mode, without dropout, also while the model trains.
 
@@ -56,6 +58,10 @@ def attach(
             f"Got a {type(inner).__name__}, but only models with `generate` can be attached. Load it with "
             "`AutoModelForCausalLM.from_pretrained(...)`."
         )
+    if is_name(policy):
+        policy = AutoPolicy.from_pretrained(cast(str, policy))
+    if is_name(assistant_model):
+        assistant_model = DraftHead.from_pretrained(assistant_model, target=cast(PreTrainedModel, inner))
     if assistant_model is not None:
         _check_head(assistant_model, inner)
     if not isinstance(inner, ReSpSGenerationMixin):
@@ -71,9 +77,10 @@ def detach(model: Model) -> Model:
     """Undo `attach`: the same object, of its own class again, without defaults."""
     inner = unwrapped(model)
     if isinstance(inner, ReSpSGenerationMixin):
-        inner.speculation_defaults, inner.policy_cache = SpeculationDefaults(), PolicyCache()
+        inner.speculation_defaults = SpeculationDefaults()
+        inner.policy_cache, inner.named_heads = PolicyCache(), NamedHeads()
     if vars(type(inner)).get("__reduce_ex__") is _reduce:  # leave a user's own subclass of the mixin alone
-        del inner.speculation_defaults, inner.policy_cache
+        del inner.speculation_defaults, inner.policy_cache, inner.named_heads
         inner.__class__ = type(inner).__mro__[2]
     return model
 
@@ -82,7 +89,7 @@ def detach(model: Model) -> Model:
 def attached(model: Model) -> Iterator[Model]:
     """Attach `model` inside the `with` block; afterwards it is as it was.
 
-    It keeps what "auto" has learned, for the next time.
+    It keeps what "auto" has learned and the heads that were loaded by name, for the next time.
     """
     inner: Any = unwrapped(model)
     if isinstance(inner, ReSpSGenerationMixin):
@@ -92,9 +99,9 @@ def attached(model: Model) -> Iterator[Model]:
     try:
         yield model
     finally:
-        learned = inner.policy_cache
+        kept = inner.policy_cache, inner.named_heads
         detach(model)
-        inner.policy_cache = learned
+        inner.policy_cache, inner.named_heads = kept
 
 
 @contextmanager
@@ -104,13 +111,13 @@ def detached(model: Model) -> Iterator[Model]:
     if not isinstance(inner, ReSpSGenerationMixin):
         yield model
         return
-    kept = inner.speculation_defaults, inner.policy_cache
+    kept = inner.speculation_defaults, inner.policy_cache, inner.named_heads
     detach(model)
     try:
         yield model
     finally:
         attach(model)
-        inner.speculation_defaults, inner.policy_cache = kept
+        inner.speculation_defaults, inner.policy_cache, inner.named_heads = kept
 
 
 def _check_head(assistant_model: Any, target: Any) -> None:

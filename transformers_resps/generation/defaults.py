@@ -11,7 +11,7 @@ from typing import Any
 
 from ..policy import Policy
 from .evaluation_mode import EvaluationMode
-from .request import draft_head
+from .request import is_stock_assistant
 
 
 _are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", default=False)
@@ -45,6 +45,11 @@ class SpeculationDefaults:
         finally:
             _are_suspended.reset(token)
 
+    @staticmethod
+    def are_suspended() -> bool:
+        """Whether they are ignored in this thread now."""
+        return _are_suspended.get()
+
     def in_force(self) -> "SpeculationDefaults":
         """Return these defaults, or empty ones while they are suspended."""
         return SpeculationDefaults() if _are_suspended.get() else self
@@ -54,7 +59,7 @@ class SpeculationDefaults:
 
         A call with an assistant of Transformers' own takes none of them.
         """
-        if assistant_model is not None and draft_head(assistant_model) is None:
+        if is_stock_assistant(assistant_model):
             return assistant_model, policy, lockstep
         assistant_model = self.assistant_model if assistant_model is None else assistant_model
         policy = self.policy if policy is None else policy

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -19,7 +19,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..compat import CACHE_KEYWORD
 from ..decoding.batch import Batch
 from ..decoding.loop import TreeDecoding
-from ..policy import Policy, PolicyCache
+from ..policy import AutoPolicy, Policy, PolicyCache
+from ..policy.policy_cache import default_policy
 from ..target.forward import CompiledForward, TargetForward, is_compiled
 from ..target.static_cache import static_cache
 from ..target.tree_cache import buffer_length, stop_recording
@@ -29,7 +30,8 @@ from .call_checks import check_forward_arguments, check_lengths, check_synced
 from .defaults import SpeculationDefaults
 from .generate_inputs import GenerateInputs
 from .lockstep import is_lockstep, lockstep_reason
-from .request import Request, draft_head, is_plain, read_request
+from .named import AUTO, NamedHeads, configured, is_name
+from .request import Request, draft_head, is_plain, is_stock_assistant, read_request
 from .tree_probe import check_tree_attention
 
 
@@ -63,8 +65,13 @@ class ReSpSGenerationMixin(GenerationMixin):
 
     @cached_property
     def policy_cache(self) -> PolicyCache:
-        """What `policy="auto"` has learned on this model."""
+        """What `policy="auto"`, and policies that calls named, have learned on this model."""
         return PolicyCache()
+
+    @cached_property
+    def named_heads(self) -> NamedHeads:
+        """The heads that calls named by a folder or a Hub id."""
+        return NamedHeads()
 
     def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
         self,
@@ -86,12 +93,15 @@ class ReSpSGenerationMixin(GenerationMixin):
     ) -> Any:
         """`GenerationMixin.generate`, and faster with a draft head or a policy.
 
-        All parameters of the stock method hold. These three default to what `attach` was given:
+        All parameters of the stock method hold. The next three default to what `attach` was given, `policy` and
+        `lockstep` before that to what `generation_config` says. A folder or a Hub id is loaded once and kept as long
+        as the model lives.
 
-        - `assistant_model`: a `DraftHead` drafts trees; any other assistant is Transformers' own assisted decoding.
-        - `policy`: shapes the trees. `None` uses the head's default tree. "auto" weighs every node against its cost,
-          drafts by lookup alone where there is no head, and keeps what it learned as long as model and head live.
-          "plain" is stock decoding, whatever `attach` was given.
+        - `assistant_model`: a `DraftHead`, or its folder or Hub id, drafts trees; any other assistant is Transformers'
+          own assisted decoding.
+        - `policy`: shapes the trees; an object, or the folder or Hub id of a saved one. `None` uses the head's default
+          tree. "auto" weighs every node against its cost, drafts by lookup alone where there is no head, and keeps
+          what it learned as long as model and head live. "plain" is stock decoding, whatever `attach` was given.
         - `lockstep`: whether the rows of a batch advance together, as far as the row that accepts least. By default
           sampled rows do, so that the same seed gives the same tokens, and greedy rows do not. `False` lets sampled
           rows advance each on its own: faster, with the distribution of plain decoding and other draws.
@@ -136,18 +146,23 @@ class ReSpSGenerationMixin(GenerationMixin):
         """
         target = cast(PreTrainedModel, self)
         with ExitStack() as stack:
+            if not (SpeculationDefaults.are_suspended() or is_stock_assistant(asked[0])):
+                asked = asked[0], *configured(*asked[1:], config, target.generation_config)
             if is_plain(*asked[:2]):
                 stack.enter_context(SpeculationDefaults.suspended())  # calls within this one are plain, too
                 asked = (asked[0], None, asked[2])
             defaults = self.speculation_defaults.in_force()
             assistant_model, policy, lockstep = defaults.fill(*asked)
+            if is_name(assistant_model):
+                assistant_model = self.named_heads.load(assistant_model, target)
             head = draft_head(assistant_model)
             if defaults.eval_mode:
                 stack.enter_context(defaults.mode.held(target, head))
 
-            def borrow() -> Policy:
-                key = PolicyCache.key(target, 1 if prompts is None else len(prompts))
-                return stack.enter_context(self.policy_cache.borrow(head, key))
+            def borrow(name: str) -> Policy:
+                key = PolicyCache.key(target, 1 if prompts is None else len(prompts), name)
+                make = default_policy if name == AUTO else partial(AutoPolicy.from_pretrained, name)
+                return stack.enter_context(self.policy_cache.borrow(head, key, make))
 
             request = read_request(target, assistant_model, policy, lockstep, config, arguments, borrow)
             if request is not None and not self.has_verified_trees:

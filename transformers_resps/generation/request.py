@@ -1,5 +1,6 @@
 """What one call of `generate` asks for, read and checked before any work."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,7 @@ from ..head import BoundHead, DraftHead, pair_identity
 from ..policy import FixedPolicy, Policy
 from .call_checks import check_settings
 from .model_checks import check_draws, check_model
-
-
-AUTO = "auto"  # our default policy, which learns while it decodes
-PLAIN = "plain"  # stock decoding, whatever `attach` was given
+from .named import AUTO, PLAIN, check_policy_name, is_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +36,11 @@ def draft_head(assistant_model: Any) -> DraftHead | None:
     return inner if isinstance(inner, DraftHead) else None
 
 
+def is_stock_assistant(assistant_model: Any) -> bool:
+    """Whether a call drafts in Transformers' own way: its assistant is neither a head nor the name of one."""
+    return assistant_model is not None and not is_name(assistant_model) and draft_head(assistant_model) is None
+
+
 def read_request(
     target: PreTrainedModel,
     assistant_model: Any,
@@ -45,7 +48,7 @@ def read_request(
     lockstep: bool | None,
     config: GenerationConfig | None,
     arguments: Mapping[str, Any],
-    borrow: Callable[[], Policy],
+    borrow: Callable[[str], Policy],
 ) -> Request | None:
     """Read what a call asks for and check it; `None` for a stock call.
 
@@ -56,7 +59,7 @@ def read_request(
         lockstep: of the call.
         config: the `generation_config` of the call.
         arguments: all its other keyword arguments.
-        borrow: lends the policy that "auto" stands for.
+        borrow: lends the policy that "auto", a folder or a Hub id stands for.
 
     Raises:
         ValueError: it asks for what a tree cannot do.
@@ -94,7 +97,7 @@ def is_plain(assistant_model: Any, policy: Any) -> bool:
     """
     if not (isinstance(policy, str) and policy == PLAIN):
         return False
-    if draft_head(assistant_model) is not None:
+    if assistant_model is not None and not is_stock_assistant(assistant_model):
         raise ValueError("`policy='plain'` decodes without a draft head. Leave out one of the two.")
     return True
 
@@ -105,27 +108,29 @@ def check_kinds(assistant_model: Any, policy: Any, lockstep: Any) -> None:
     Raises:
         ValueError: names the keyword and what it takes.
     """
-    if isinstance(assistant_model, str | type):
+    if isinstance(assistant_model, type):
         raise ValueError(
-            f"`assistant_model` must be a loaded model or head, got {assistant_model!r}. Pass "
+            f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {assistant_model!r}. Pass "
             "`DraftHead.from_pretrained(...)`."
         )
     if not isinstance(lockstep, bool | None):
         raise ValueError(f"`lockstep` must be True, False or None, got {lockstep!r}.")
-    if policy is None or (isinstance(policy, str) and policy == AUTO):
-        return
-    if not isinstance(policy, Policy):
+    if is_name(policy):
+        check_policy_name(policy)
+    elif not (policy is None or (isinstance(policy, str) and policy == AUTO) or isinstance(policy, Policy)):
         raise ValueError(
-            f"`policy` must be 'auto', 'plain' or an object of a subclass of `Policy`, got {policy!r}. Subclass "
-            "`transformers_resps.Policy`, write `choose`, and pass an object, not the class."
+            f"`policy` must be 'auto', 'plain', a folder, a Hub id or an object of a subclass of `Policy`, got "
+            f"{policy!r}. Subclass `transformers_resps.Policy`, write `choose`, and pass an object, not the class."
         )
 
 
-def _resolve_policy(policy: Any, head: DraftHead | None, borrow: Callable[[], Policy]) -> Policy:
+def _resolve_policy(policy: Any, head: DraftHead | None, borrow: Callable[[str], Policy]) -> Policy:
     if policy is None and head is not None:
         return FixedPolicy(head.default_shape)
-    if policy == AUTO:
-        return borrow()
+    if isinstance(policy, str) and policy == AUTO:
+        return borrow(AUTO)
+    if is_name(policy):
+        policy = borrow(os.fspath(policy))
     if head is None and policy.needs_head:
         raise ValueError(
             f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "

@@ -1,6 +1,6 @@
-"""What `policy="auto"` means, and what it learned between calls of `generate`."""
+"""What `policy="auto"` means, and what named policies learned between calls of `generate`."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ class _NoHead:
 
 
 class PolicyCache:
-    """The default policies of one target, one for each head and key, kept as long as target and head exist.
+    """The policies of one target that calls named, one for each head and key, kept as long as target and head exist.
 
     What a policy learned affects speed, never the output. An attached model owns one as `policy_cache`.
     """
@@ -32,18 +32,20 @@ class PolicyCache:
         self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
 
     @staticmethod
-    def key(target: Any, rows: int) -> Hashable:
-        """What the cost of a step depends on: device, dtype and threads now, and rows of the batch."""
-        return target.device, target.dtype, torch.get_num_threads(), rows
+    def key(target: Any, rows: int, name: str = "auto") -> Hashable:
+        """The policy's name, and what a step's cost depends on: device, dtype and threads now, rows of the batch."""
+        return name, target.device, target.dtype, torch.get_num_threads(), rows
 
     @contextmanager
-    def borrow(self, head: object | None, key: Hashable) -> Iterator[Policy]:
-        """Lend the policy that learned with `head` under this key, or a fresh one, and keep it afterwards.
+    def borrow(
+        self, head: object | None, key: Hashable, make: Callable[[], Policy] = default_policy
+    ) -> Iterator[Policy]:
+        """Lend the policy that learned with `head` under this key, or one that `make` makes, and keep it afterwards.
 
         A second call that runs at the same time, for instance in another thread, gets a fresh one.
         """
         policies = self._policies.setdefault(self._no_head if head is None else head, {})
-        policy = policies.pop(key, None) or default_policy()
+        policy = policies.pop(key, None) or make()
         try:
             yield policy
         finally:
