@@ -81,7 +81,7 @@ def compare(fitted_to: list[RecordedText], held_out: list[RecordedText], costs: 
 
 def main() -> None:
     (script,) = parse(FitArguments)
-    recipe = recipe_of(sys.argv, asdict(script), is_pushed=False)
+    recipe = recipe_of(sys.argv, asdict(script))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = attach(load_target(script.target, script.target_dtype, device, packed=script.pack))
     head = DraftHead.from_pretrained(script.head, target=target)

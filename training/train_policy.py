@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prompts.policy_prompts import PromptArguments, Prompts, name_of
-from publishing import recipe_of, write_run
+from publishing import check_publishable, recipe_of, write_run
 from runs.command_line import parse
 from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.bench.models import load_target
@@ -204,7 +204,8 @@ def main() -> None:
 
 def run() -> None:
     script, args = parse(PolicyScriptArguments, PolicyTrainingConfig)
-    recipe = recipe_of(sys.argv, asdict(script), is_pushed=args.push_to_hub)
+    recipe = recipe_of(sys.argv, asdict(script))
+    check_publishable(recipe, args, script.target)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     target = attach(load_target(script.target, script.target_dtype, str(args.device), packed=script.pack))
     head = DraftHead.from_pretrained(script.head, target=target)
