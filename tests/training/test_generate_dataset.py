@@ -3,33 +3,10 @@ import sys
 
 import generate_dataset
 import pytest
-import torch
 
 from tests.conftest import build_target
+from tests.targets import VOCABULARY
 from tests.tokenizers import letter_tokenizer
-
-
-@pytest.mark.parametrize(
-    ("model_type", "attention"),
-    [("llama", "eager"), ("gemma2", "eager"), ("llama", "sdpa"), ("mistral", "sdpa"), ("gemma3_text", "sdpa")],
-)
-def test_batched_answers_equal_plain_generate(model_type, attention):
-    """Rows that end early leave the batch; windowed caches fall back to the stock layers."""
-    extra = {} if model_type == "llama" else {"sliding_window": 8, "head_dim": 8}
-    model = build_target(model_type, initializer_range=0.4, attn_implementation=attention, **extra)
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 64, (7,), generator=generator).tolist() for _ in range(12)]
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
-        expected.append(out[0, 7:].tolist())
-    ends = {2} | {tokens[len(tokens) // 2] for tokens in expected[:2]}  # so that some rows end early
-    answers = generate_dataset.answer(model, prompts, 0.0, 20, ends, seed=0)
-    for answer, plain in zip(answers, expected, strict=True):
-        length = next((i for i, token in enumerate(plain) if token in ends), len(plain) - 1) + 1
-        assert answer == plain[:length]
-    assert model.config._attn_implementation == attention
 
 
 def test_a_line_cut_off_by_a_kill_is_written_anew(tmp_path):
@@ -81,3 +58,56 @@ def test_only_prompts_in_which_the_pattern_is_found_are_answered(tmp_path):
 
     assert chosen(r"\bef\b") == {"d ef", "EF"}
     assert chosen("") == {"d ef", "def", "EF"}
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """`asked(*options)` runs the command in a folder with twelve prompts, and returns the rows it wrote."""
+    build_target(vocab_size=VOCABULARY, initializer_range=0.6).save_pretrained(tmp_path / "target")
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "target")
+    rows = [
+        {"prompt": "defghijklmnop"[number % 7 :][: 3 + number % 5] + "qrstuvwxyzab"[number]} for number in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def run(*options, output="out.jsonl"):
+        given = ["--target", tmp_path / "target", "--prompts", tmp_path / "rows.jsonl", "--output", tmp_path / output]
+        given += ["--max-new-tokens", 8, "--max-prompt-tokens", 20, "--device", "cpu", "--dtype", "float32", *options]
+        monkeypatch.setattr(sys, "argv", ["generate_dataset.py", *map(str, given)])
+        generate_dataset.main()
+        return [json.loads(line) for line in (tmp_path / output).read_text().splitlines()]
+
+    return run
+
+
+def test_the_temperatures_are_shared_out_over_the_prompts_and_not_over_the_batches(asked):
+    rows = asked("--temperatures", "0", "0", "0.8", "--batch-size", "64")
+    assert sorted(row["temperature"] for row in rows) == [0.0] * 8 + [0.8] * 4
+
+
+def test_a_stopped_run_goes_on_with_the_answers_of_a_whole_one(asked, tmp_path, monkeypatch):
+    whole = asked("--batch-size", "3")
+    calls, answer = [], generate_dataset.answer
+
+    def stopped(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(*given)
+
+    monkeypatch.setattr(generate_dataset, "answer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        asked("--batch-size", "3", output="again.jsonl")
+    assert asked("--batch-size", "3", output="again.jsonl") == whole
+    assert asked("--batch-size", "3", output="again.jsonl") == whole and len(calls) == 3 + 3
+
+
+def test_without_a_terminal_each_batch_is_a_line(asked, capsys):
+    asked("--batch-size", "4")
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0] == "Answering 12 prompts in 3 batches; 0 are answered already."
+    assert [line.partition(",")[0] for line in lines[1:]] == ["4/12 prompts", "8/12 prompts", "12/12 prompts"]
+    assert "Answering" not in printed.err

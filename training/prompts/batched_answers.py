@@ -1,50 +1,71 @@
-"""Many prompts of one length, answered at once: what one processor decodes fastest.
+"""Prompts of unequal lengths, answered together.
 
-No padding means no mask, keys are written in place, heads that share keys are never copied, and rows that have ended
-leave the batch.
+Greedy batches decode with `policy="auto"`: every row advances on its own, rows that ended leave the batch, and drafts
+are verified where they cost less than they give, which is in small batches. Sampled batches decode plain: their rows
+would have to advance in lockstep, which leaves drafts little to gain, and so a seed gives the same answers in every
+dtype.
 """
 
-from collections.abc import Container
-from typing import Any
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from transformers_resps.target.tree_verifier import TreeVerifier
-from transformers_resps.tree import DraftTree
-
-
-_MAX_SHARE = 0.85  # of the rows that are decoded; leaving copies the others' cache, so several leave at once
+from transformers_resps import DraftHead
+from transformers_resps.generation.sampling import sampling
+from transformers_resps.generation.sequences import end_ids, left_padded, up_to_end
 
 
-@torch.inference_mode()
+Prompt = TypeVar("Prompt")
+
+
+def batches(
+    prompts: Sequence[Prompt],
+    length: Callable[[Prompt], int],
+    temperatures: Sequence[float],
+    batch_size: int,
+    seed: int,
+) -> list[tuple[float, list[Prompt]]]:
+    """Prompts of one temperature and similar lengths, in random order: a run that stops early has seen every length.
+
+    Each prompt gets the next of `temperatures`, so the shares are the same whatever the batches are.
+    """
+    found = []
+    for temperature in dict.fromkeys(temperatures):
+        own = [
+            prompt for place, prompt in enumerate(prompts) if temperatures[place % len(temperatures)] == temperature
+        ]
+        own.sort(key=length)
+        count = -(-len(own) // batch_size)
+        ends = [len(own) * number // count for number in range(count + 1)] if own else []
+        found += [(temperature, own[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
 def answer(
-    model: Any, prompts: list[list[int]], temperature: float, max_new_tokens: int, eos_ids: Container[int], seed: int
+    model: Any,
+    head: DraftHead | None,
+    prompts: Sequence[list[int]],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
 ) -> list[list[int]]:
-    """Decode all `prompts` (of one length) at once; each answer is cut after its first end token."""
-    input_ids = torch.tensor(prompts, device=model.device)
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    answers: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))  # row of the batch -> index of the prompt
-    with TreeVerifier.of(model, input_ids.shape[1]) as verifier:
-        logits, _ = verifier.prefill(input_ids, logits_to_keep=1)
-        for step in range(max_new_tokens):
-            tokens = _pick(logits[:, -1].float(), temperature, generator)
-            for row, token in enumerate(tokens.tolist()):
-                if not answers[alive[row]] or answers[alive[row]][-1] not in eos_ids:
-                    answers[alive[row]].append(token)
-            running = [row for row, index in enumerate(alive) if answers[index][-1] not in eos_ids]
-            if not running or step + 1 == max_new_tokens:
-                break
-            if len(running) <= _MAX_SHARE * len(alive):
-                verifier.keep_rows(running)
-                tokens, alive = tokens[running], [alive[row] for row in running]
-            logits, _ = verifier.verify(DraftTree.root_only(tokens))
-            verifier.keep(torch.zeros_like(tokens)[:, None], [1] * len(tokens))
-    return answers
+    """The answers of an attached model to prompts of any lengths, each up to its first end token.
 
-
-def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+    At temperature 0 each is what plain `generate` writes to its prompt alone, exactly in float32.
+    """
+    ids, mask = left_padded([torch.tensor(prompt, device=model.device) for prompt in prompts])
+    drafting = {"policy": "auto", "assistant_model": head} if temperature == 0 else {"policy": "plain"}
+    ends = end_ids(model)
+    torch.manual_seed(seed)
+    written = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=min(ends, default=0),
+        **sampling(temperature),
+        **drafting,
+    )
+    return [up_to_end(row, ends) for row in written[:, ids.shape[1] :].tolist()]
