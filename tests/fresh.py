@@ -25,7 +25,7 @@ TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of the desk: the READ
 HEAD = "model_cards/smollm2-135m-instruct-head"
 PROMPTS = ("Why is the sky blue?", "List three colours.", "What is 12 times 7?", "Name a planet.", "Hello.", "Why?")
 DECODING = f"{TARGET} {HEAD}"
-TRAINED = f"--target {TARGET} --head {HEAD} --dataset prompts.jsonl --max_new_tokens 12 --limit 6"
+TRAINED = f"--target {TARGET} --head {HEAD} --dataset prompts.jsonl --max_completion_length 12 --limit 6"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def bare_jobs() -> list[Job]:
         ),
         *[
             Job(f"python {ROOT}/training/{name}.py", status=1, says="pip install 'transformers-resps[train]'")
-            for name in ("train_head", "train_policy", "fit_policy")
+            for name in ("train_head", "train_policy")
         ],
     ]
 
@@ -73,11 +73,11 @@ def train_jobs() -> list[Job]:
         ),
         Job(
             f"python {ROOT}/training/train_policy.py --config {ROOT}/training/recipes/policy.yaml {TRAINED} "
-            "--output_dir policy-run --updates 2 --eval_updates 2 --save_updates 2 --drop_hopeless False"
+            "--output_dir policy-run --max_steps 8 --eval_steps 8 --save_steps 8 --drop_hopeless False"
         ),
         Job(
-            f"python {ROOT}/training/fit_policy.py --config {ROOT}/training/recipes/throughput_policy.yaml {TRAINED} "
-            "--output_dir fit-run"
+            f"python {ROOT}/training/train_policy.py --config {ROOT}/training/recipes/throughput_policy.yaml "
+            f"{TRAINED} --output_dir fit-run"
         ),
     ]
 

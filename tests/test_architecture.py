@@ -28,7 +28,7 @@ ROOMS = {
     "data": "head",
     "replay": "tree target head telemetry policy drafting decoding",
     "bench": "compat hub tree target head telemetry policy generation calibration testing data replay",
-    "trainers": "compat hub tree target head telemetry policy drafting generation data replay",
+    "trainers": "compat hub tree target head telemetry policy drafting generation calibration data replay",
     "doctor": "target head generation trainers",
     "inspection": "tree head telemetry policy generation calibration testing",
     "cli": "head telemetry policy generation calibration testing data bench doctor inspection",

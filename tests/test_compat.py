@@ -81,7 +81,7 @@ def test_a_smaller_benchmark_stops_with_one_line(
     assert "\n" not in said and "'transformers-resps[bench]'" in said
 
 
-@pytest.mark.parametrize("script", ["train_head", "train_policy", "fit_policy"])
+@pytest.mark.parametrize("script", ["train_head", "train_policy"])
 def test_a_training_script_stops_with_one_line(
     script: str, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

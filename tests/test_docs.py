@@ -14,7 +14,6 @@ import torch
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, cli
 
-from .hub import rehearse
 from .targets import Architecture
 from .tokenizers import letter_tokenizer
 
@@ -38,9 +37,8 @@ QUICKLY = {
     "train_head.py": "--max_steps 2 --steps 2 --tokens_per_batch 64 --draft_vocab_size 12 --eval_conversations 1 "
     "--eval_strategy no --save_steps 2 --target_dtype float32 --feature_cache_dir features --warmup_steps 0 "
     "--lr_scheduler_type linear --lr_scheduler_kwargs {}",
-    "train_policy.py": "--updates 2 --max_new_tokens 12 --limit 6 --eval_updates 2 --save_updates 2 "
+    "train_policy.py": "--max_steps 8 --max_completion_length 12 --limit 6 --eval_steps 8 --save_steps 8 "
     "--target_dtype float32 --drop_hopeless False",
-    "fit_policy.py": "--max_new_tokens 12 --limit 6 --target_dtype float32",
 }
 
 
@@ -106,8 +104,6 @@ def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.Mo
             assert cli.main([*arguments, *quickly]) in (0, 1)  # 1: looked, and did not like the random head
         case ["python", "-m", "transformers_resps.bench", *arguments]:
             assert cli.main(["bench", *arguments, *shlex.split(QUICKLY["resps bench"])]) in (0, 1)
-        case ["python", "-m", "tests.hub.rehearse", *command]:
-            assert rehearse.main(command) in (0, 1)  # 1: of other weights than its results
         case ["python", script, "--help"]:
             monkeypatch.setattr(sys, "argv", [script, "--help"])
             with pytest.raises(SystemExit, match="0"):

@@ -33,8 +33,10 @@ def task(texts: int, seed: int) -> ReplayRollouts:
 
 
 def config(folder: Path, **changes: Any) -> PolicyTrainingConfig:
-    settings = {"updates": 30, "persistence": 1, "learning_rate": 5e-3, "texts_per_update": 4}
-    return PolicyTrainingConfig(str(folder), **{"disable_tqdm": True, "use_cpu": True, **settings, **changes})
+    """Updates of eight steps, of which there are 30."""
+    settings = {"max_steps": 240, "num_ppo_epochs": 4, "num_mini_batches": 2, "learning_rate": 5e-3}
+    quick = {"per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
+    return PolicyTrainingConfig(str(folder), **{**settings, **quick, **changes})
 
 
 def policy(**changes: Any) -> ReSpSPolicy:

@@ -8,10 +8,9 @@ import torch
 from transformers import TrainingArguments
 
 from tests.targets import Architecture
-from tests.trainers.policies import policy, task
-from transformers_resps import DraftHead, FixedPolicy
+from transformers_resps import DraftHead
 from transformers_resps.data import Example
-from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig, ExampleDataset, PolicyTrainer
+from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig, ExampleDataset
 
 
 TEXT = Example(torch.tensor([3, 4, 5, 6]), torch.tensor([False, False, True, True]))
@@ -34,12 +33,3 @@ def test_a_trainer_of_heads_names_what_it_cannot_use(tmp_path: Path, changes: di
     given["args"] = given["args"](str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=message):
         DraftHeadTrainer(**given)
-
-
-def test_a_trainer_of_policies_names_what_it_cannot_use(tmp_path: Path) -> None:
-    arguments: Any = TrainingArguments(str(tmp_path), use_cpu=True)
-    with pytest.raises(ValueError, match="got a TrainingArguments as `args`, but it needs a `PolicyTrainingConfig`"):
-        PolicyTrainer(policy(), arguments, task(1, 0))
-    other: Any = FixedPolicy(policy().config.grid[1])
-    with pytest.raises(ValueError, match="got a FixedPolicy as `policy`, but it needs a `ReSpSPolicy`"):
-        PolicyTrainer(other, arguments, task(1, 0))

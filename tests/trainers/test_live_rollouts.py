@@ -15,7 +15,7 @@ from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.policy import ActionGrid, Observation, ReSpSConfig, ReSpSPolicy
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.trainers.live_rollouts import DecisionRecorder, LiveRollouts
-from transformers_resps.trainers.policy_trainer import PolicyTrainer
+from transformers_resps.trainers.rollout_trainer import RolloutTrainer
 
 
 WIDE = ActionGrid((TreeShape.plain(), TreeShape(73, 2, 8)))  # every token has 8 candidates: always two accepted
@@ -69,9 +69,9 @@ def test_planted_costs_in_live_decoding_are_obeyed(
     plant_costs(monkeypatch, small_vocabulary, node_seconds, level_seconds)
     learner, rollouts = live(small_vocabulary, includes_drafting=includes_drafting)
     settings = config(
-        tmp_path, objective="max_entropy_ppo", reward="mean_rate", updates=12, minibatches=1, learning_rate=2e-3
+        tmp_path, objective="max_entropy_ppo", max_steps=48, save_steps=48, num_mini_batches=1, learning_rate=2e-3
     )
-    trainer = PolicyTrainer(learner, settings, rollouts)
+    trainer = RolloutTrainer(learner, settings, rollouts, reward_func="mean_rate")
     trainer.train()
     decisions = rollouts.collect(learner, 2, 1, torch.Generator().manual_seed(0), greedy=True)
     assert (decisions.actions == wanted).all()
@@ -130,7 +130,7 @@ def test_bad_input_is_refused_by_name(tmp_path: Path, small_vocabulary: tuple[Pr
     attach(target)
     learner, rollouts = live(small_vocabulary)
     with pytest.raises(ValueError, match="'full_information' with LiveRollouts.*objective='ppo'"):
-        PolicyTrainer(learner, config(tmp_path), rollouts)
+        RolloutTrainer(learner, config(tmp_path), rollouts)
 
 
 def test_a_policy_that_reads_other_features_is_refused(small_vocabulary: tuple[PreTrainedModel, DraftHead]) -> None:

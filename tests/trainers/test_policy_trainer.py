@@ -1,181 +1,316 @@
-"""Policy training: known best actions are found, runs resume exactly, planted costs are obeyed."""
+"""Prompts become a policy: recorded, measured and judged inside the trainer, as a user of TRL would call it."""
 
-import dataclasses
+import inspect
+import json
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
-from tests.trainers.policies import FEATURES, GRID, config, policy, task
-from transformers_resps.policy import AutoPolicy, ReSpSConfig, ReSpSPolicy
-from transformers_resps.replay import OutcomeTable, TextOutcomes
-from transformers_resps.trainers.policy_config import PolicyTrainingConfig
-from transformers_resps.trainers.policy_trainer import PolicyTrainer
-from transformers_resps.trainers.rollouts import ReplayRollouts
-
-
-def known_best_seconds(rollouts: ReplayRollouts) -> float:
-    """Seconds of all texts when every step takes the action that is best in its context."""
-    table = rollouts.table
-    best = (table.emitted - 1.9 * table.seconds).argmax(-1)  # near the rate that this choice attains itself
-    total = 0.0
-    for start, stop in zip(table.starts.tolist(), table.stops.tolist(), strict=True):
-        while start < stop:
-            total += float(table.seconds[start, best[start]])
-            start += int(table.emitted[start, best[start]])
-    return total
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"objective": "full_information"},
-        {"objective": "ppo"},
-        {"objective": "max_entropy_ppo"},
-        {"objective": "max_entropy_ppo", "reward": "mean_rate", "normalize": False},
-    ],
-    ids=lambda changes: "-".join(map(str, changes.values())),
+from tests.conftest import FakeClock
+from tests.targets import Architecture
+from tests.tokenizers import letter_tokenizer
+from transformers_resps import (
+    AutoPolicy,
+    BaselineGuard,
+    CostTable,
+    DraftHead,
+    FixedPolicy,
+    ReSpSPolicy,
+    ThroughputPolicy,
+    TreeShape,
+    attach,
+    detach,
 )
-def test_each_objective_learns_the_known_best_actions(tmp_path: Path, changes: dict[str, Any]) -> None:
-    learner = policy(normalize=changes.pop("normalize", True))
-    held_out = task(20, seed=1)
-    trainer = PolicyTrainer(learner, config(tmp_path, **changes), task(40, seed=0), held_out)
+from transformers_resps.calibration.cost_table import identity_of
+from transformers_resps.data import prompt_fingerprint, read_training_prompts
+from transformers_resps.head import pair_identity
+from transformers_resps.policy import ActionGrid, ReSpSConfig
+from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, measured_costs
+from transformers_resps.trainers.recording import Recorder
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
+GRID = ActionGrid((TreeShape.plain(), TreeShape(4, 3, 1), TreeShape(6, 2, 2)))
+WORDS = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr")
+TRAIN = Dataset.from_list([{"prompt": [{"role": "user", "content": word}]} for word in WORDS[:4]])
+HELD_OUT = Dataset.from_list([{"prompt": f"{word}d"} for word in WORDS[4:]])
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, DraftHead]:
+    """A tiny target with a tokenizer, and its head, loaded from `target/` and `head/`; costs are planted."""
+
+    def planted(target: Any, head: DraftHead) -> CostTable:
+        seconds = {nodes: 1.0 + 0.05 * nodes for nodes in range(1, 17)}
+        return CostTable({1: seconds, 64: seconds}, {1: 0.1, 4: 0.2}, identity_of(target, head))
+
+    monkeypatch.setattr(measured_costs, "calibrate", planted)
+    monkeypatch.chdir(tmp_path)
+    target: Any = Architecture("llama").build("sdpa").float()
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for part in (target, tokenizer):
+        part.save_pretrained("target")
+    torch.manual_seed(1)
+    DraftHead.from_target(target, draft_vocab_size=12).save_pretrained("head")
+    loaded = type(target).from_pretrained("target", dtype=torch.float32)
+    return loaded, DraftHead.from_pretrained("head", target=loaded)
+
+
+def config(**changes: Any) -> PolicyTrainingConfig:
+    short = {"max_steps": 16, "save_steps": 8, "logging_steps": 8, "per_device_train_batch_size": 2}
+    quick = {"max_completion_length": 24, "use_cpu": True, "disable_tqdm": True, "report_to": "none"}
+    return PolicyTrainingConfig("run", **{**short, **quick, **changes})
+
+
+def resps(pair: tuple[Any, DraftHead], **changes: Any) -> ReSpSPolicy:
+    return ReSpSPolicy(ReSpSConfig(pair[1].config.features_width, GRID, persistence=1, **changes))
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    policy = AutoPolicy.from_pretrained(folder)
+    assert isinstance(policy, ReSpSPolicy)
+    return policy.network.state_dict()
+
+
+def test_the_signature_is_that_of_trls_grpo_trainer() -> None:
+    theirs, ours = (list(inspect.signature(trainer.__init__).parameters) for trainer in (GRPOTrainer, PolicyTrainer))
+    shared = ["self", "model", "args", "train_dataset", "eval_dataset", "processing_class", "callbacks"]
+    assert [name for name in theirs if name in ours] == shared == ours[: len(shared)]
+    named = inspect.signature(PolicyTrainer.__init__).parameters
+    assert {name for name, one in named.items() if one.kind is one.KEYWORD_ONLY} == {"target", "head", "reward_func"}
+    assert all(named[name].default is None for name in shared[2:])
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_prompts_become_a_re_sps_policy_of_the_target_and_the_head(pair: tuple[Any, DraftHead], by_name: bool) -> None:
+    target, head = ("target", "head") if by_name else pair
+    trainer = PolicyTrainer("resps", config(), TRAIN, HELD_OUT, target=target, head=head)
     trainer.train()
-    metrics = trainer.evaluate()
-    best = known_best_seconds(held_out)
-    tokens = int((held_out.table.stops - held_out.table.starts).sum())
-    assert tokens / metrics["eval_tokens_per_second"] < 1.05 * best
-    assert metrics["eval_gain_over_best_fixed"] > 1.2
-    assert metrics["eval_distinct_actions"] == 3
-    logged = {key for entry in trainer.state.log_history for key in entry}
-    assert {"tokens_per_second", "entropy", "distinct_actions", "oracle_regret"} <= logged
-    assert ("reward" if changes.get("reward") else "gain_regret") in logged
-    loaded = AutoPolicy.from_pretrained(tmp_path / "policy")
-    assert isinstance(loaded, ReSpSPolicy)
-    for name, weight in learner.network.state_dict().items():
-        assert torch.equal(weight, loaded.network.state_dict()[name])
+    policy = AutoPolicy.from_pretrained("run/policy")
+    assert isinstance(policy, ReSpSPolicy)
+    policy.check_identity(**pair_identity(*pair))
+    assert TreeShape.plain() in policy.config.grid.shapes and len(policy.config.grid) > 1
+    assert read_training_prompts("run/policy") == set(map(prompt_fingerprint, [*WORDS[:4], "jklmd", "nopqrd"]))
+    told = json.loads(Path("run/policy/metrics.json").read_text())
+    assert told["gain_over_best_fixed"] == trainer.evaluate()["eval_gain_over_best_fixed"]
+    assert told["gain_over_best_fixed_low"] <= told["gain_over_best_fixed"] <= told["gain_over_best_fixed_high"]
+    assert "judged on 2 held-out texts, which prove little" in told["verdict"]
+    prompt = torch.tensor([[5, 6, 7, 3]])
+    plain = pair[0].generate(prompt, max_new_tokens=20, do_sample=False)
+    out = attach(pair[0]).generate(prompt, assistant_model=pair[1], policy=policy, max_new_tokens=20, do_sample=False)
+    assert torch.equal(out, plain)
+
+
+def test_prompts_fit_what_auto_means(pair: tuple[Any, DraftHead], caplog: pytest.LogCaptureFixture) -> None:
+    trainer = PolicyTrainer("auto", config(), TRAIN, HELD_OUT, target=pair[0], head=pair[1])
+    trainer.train()
+    policy = AutoPolicy.from_pretrained("run/policy")
+    assert isinstance(policy, BaselineGuard) and isinstance(policy.policy, ThroughputPolicy)
+    assert any(one.slope != 1.0 for one in policy.policy.acceptance.scalings)
+    policy.check_identity(**pair_identity(*pair))
+    assert caplog.text.count("may not be worth using") == 1
+    assert json.loads(Path("run/policy/metrics.json").read_text())["held_out_texts"] == 2
+    sizes = PolicyTrainer(ThroughputPolicy(3, 2, 5), config(), TRAIN, target=pair[0], head=pair[1])
+    sizes.train()
+    refitted = AutoPolicy.from_pretrained("run/policy").to_config()["policy"]  # type: ignore[attr-defined]
+    assert (refitted["depth"], refitted["top_k"], refitted["most_nodes"]) == (3, 2, 5)
+    again = PolicyTrainer("run/policy", config(), TRAIN, target=pair[0], head=pair[1])
+    assert isinstance(again.policy, ThroughputPolicy)
 
 
 class KilledError(Exception):
     pass
 
 
-class Kill(TrainerCallback):
-    """What a power cut does after some optimiser steps."""
+class Stop(TrainerCallback):
+    """As a kill after a checkpoint would."""
 
-    def __init__(self, after: int) -> None:
-        self._after = after
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self._after:
-            raise KilledError
-
-
-@pytest.mark.parametrize("objective", ["full_information", "ppo"])
-def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, objective: str) -> None:
-    changes = {"objective": objective, "updates": 6, "save_updates": 2, "persistence": 2}
-    whole, broken, resumed = policy(), policy(), ReSpSPolicy(ReSpSConfig(FEATURES, GRID, persistence=1), seed=3)
-    PolicyTrainer(whole, config(tmp_path / "whole", **changes), task(9, 0)).train()
-    settings = config(tmp_path / "broken", **changes)
-    with pytest.raises(KilledError):
-        PolicyTrainer(broken, settings, task(9, 0), callbacks=[Kill(after=21)]).train()
-    torch.manual_seed(123)  # whatever else the new process did
-    PolicyTrainer(resumed, settings, task(9, 0)).train(resume_from_checkpoint=True)
-    for name, weight in whole.network.state_dict().items():
-        assert torch.equal(weight, resumed.network.state_dict()[name]), name
-
-
-class PressCtrlC(TrainerCallback):
-    """In the middle of an update, as a user would."""
+    def __init__(self, step: int) -> None:
+        self._step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 9:
-            signal.raise_signal(signal.SIGINT)
+        control.should_training_stop = state.global_step >= self._step
 
 
-def test_ctrl_c_finishes_the_update_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
-    changes = {"objective": "ppo", "updates": 4, "persistence": 2, "save_strategy": "no"}
-    whole, stopped, resumed = policy(), policy(), ReSpSPolicy(ReSpSConfig(FEATURES, GRID, persistence=1), seed=3)
-    PolicyTrainer(whole, config(tmp_path / "whole", **changes), task(9, 0)).train()
-    settings = config(tmp_path / "stopped", **changes)
-    assert 9 % settings.steps_per_update
-    trainer = PolicyTrainer(stopped, settings, task(9, 0), callbacks=[PressCtrlC()])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert 9 < trainer.state.global_step < settings.max_steps
-    assert trainer.state.global_step % settings.steps_per_update == 0
-    PolicyTrainer(resumed, settings, task(9, 0)).train(resume_from_checkpoint=True)
-    for name, weight in whole.network.state_dict().items():
-        assert torch.equal(weight, resumed.network.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("objective", ["full_information", "ppo"])
-@pytest.mark.parametrize(("deep_seconds", "wanted"), [(1.0, 2), (50.0, 0)], ids=["free", "ruinous"])
-def test_planted_costs_on_replayed_texts_are_obeyed(
-    tmp_path: Path, objective: str, deep_seconds: float, wanted: int
+def test_a_run_killed_while_recording_and_again_while_training_ends_as_an_uninterrupted_one(
+    pair: tuple[Any, DraftHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = task(12, seed=0).table
-    seconds = torch.tensor([1.0, 1.0 + (deep_seconds - 1.0) / 2, deep_seconds])
-    texts = [
-        TextOutcomes(table.features[start:stop], table.emitted[start:stop], seconds.expand(stop - start, 3))
-        for start, stop in zip(table.starts.tolist(), table.stops.tolist(), strict=True)
+    keywords: Any = {"target": pair[0], "head": pair[1]}
+    answer, answered = Recorder._answer, list[int]()
+
+    def killed_at_the_third(recorder: Any, prompt: torch.Tensor) -> Any:
+        answered.append(len(prompt))
+        if len(answered) == 3:
+            raise KilledError
+        return answer(recorder, prompt)
+
+    monkeypatch.setattr(Recorder, "_answer", killed_at_the_third)
+    with pytest.raises(KilledError):
+        PolicyTrainer(resps(pair), config(), TRAIN, HELD_OUT, **keywords).train(resume_from_checkpoint=True)
+    assert len(list(Path("run/replay").iterdir())) == 2 and not Path("run/policy").exists()
+    stopped = PolicyTrainer(resps(pair), config(), TRAIN, HELD_OUT, callbacks=[Stop(8)], **keywords)
+    stopped.train(resume_from_checkpoint=True)
+    assert len(answered) == 3 + 4 and not Path("run/policy").exists() and Path("run/policy-unfinished").exists()
+    PolicyTrainer(resps(pair), config(), TRAIN, HELD_OUT, **keywords).train(resume_from_checkpoint=True)
+    assert len(answered) == 7
+    resumed = weights("run/policy")
+    Path("run").rename("resumed")
+    PolicyTrainer(resps(pair), config(), TRAIN, HELD_OUT, **keywords).train()
+    assert all(torch.equal(value, resumed[name]) for name, value in weights("run/policy").items())
+
+
+def test_a_checkpoint_of_other_prompts_or_costs_is_not_resumed(pair: tuple[Any, DraftHead]) -> None:
+    keywords: Any = {"target": pair[0], "head": pair[1]}
+    PolicyTrainer(resps(pair), config(), TRAIN, **keywords).train()
+    with pytest.raises(ValueError, match="checkpoint-16 was trained with other prompts than now"):
+        PolicyTrainer(resps(pair), config(max_steps=24), HELD_OUT, **keywords).train(resume_from_checkpoint=True)
+    costs = Path("run/costs.json")
+    dearer = json.loads(costs.read_text())
+    costs.write_text(json.dumps(dearer | {"overhead": 1.0}))
+    with pytest.raises(ValueError, match="checkpoint-16 was trained with other costs than now"):
+        PolicyTrainer(resps(pair), config(max_steps=24), TRAIN, **keywords).train(resume_from_checkpoint=True)
+    costs.write_text(json.dumps(dearer | {"identity": dearer["identity"] | {"device": "a laptop"}}))
+    with pytest.raises(ValueError, match=r"table was measured with device 'a laptop' \(here: .*Run `calibrate"):
+        PolicyTrainer(resps(pair), config(max_steps=24), TRAIN, **keywords).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("objective", ["full_information", "ppo"])
+def test_a_reward_of_ones_own_is_maximised(pair: tuple[Any, DraftHead], objective: str) -> None:
+    seen = []
+
+    def plain_steps(*, emitted: torch.Tensor, seconds: torch.Tensor, **rest: Any) -> torch.Tensor:
+        seen.append((emitted.shape, sorted(rest)))
+        return -seconds  # the cheapest step is a plain one
+
+    args = config(objective=objective, max_steps=160, save_strategy="no", learning_rate=1e-2)
+    trainer = PolicyTrainer(resps(pair), args, TRAIN, target=pair[0], head=pair[1], reward_func=plain_steps)
+    trainer.train()
+    comparison = trainer.compared(TRAIN)
+    assert comparison.distinct_actions == 1 and comparison.own == [
+        (one.tokens, pytest.approx(one.tokens * 1.05)) for one in comparison.own
     ]
-    learner = policy()
-    trainer = PolicyTrainer(
-        learner, config(tmp_path, objective=objective, updates=20), ReplayRollouts(OutcomeTable(texts))
-    )
-    trainer.train()
-    picked = learner.network.logits(table.features).argmax(-1)
-    pays = (table.emitted[:, 2] > table.emitted[:, 1]) if wanted else torch.ones(len(picked), dtype=torch.bool)
-    assert (picked[pays] == wanted).float().mean() > 0.95
-
-
-def test_training_goes_on_with_a_single_replayed_text(tmp_path: Path) -> None:
-    trainer = PolicyTrainer(policy(), config(tmp_path, updates=2, objective="ppo"), task(1, seed=0))
-    trainer.train()
-    assert all(weight.isfinite().all() for weight in trainer.policy.network.parameters())
-
-
-def test_bad_input_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="0 replayed texts.*at least one text"):
-        OutcomeTable([])
-    with pytest.raises(ValueError, match=r"width 12 and 3 actions, but the policy reads width 9 and has 3.*Record"):
-        learner = ReSpSPolicy(ReSpSConfig(9, GRID))
-        PolicyTrainer(learner, config(tmp_path), task(1, 0)).train()
-    with pytest.raises(ValueError, match="`eval_rollouts` is missing.*held-out"):
-        PolicyTrainer(policy(), config(tmp_path), task(1, 0)).evaluate()
-    features, ones = torch.zeros(4, 2), torch.ones(4, 3, dtype=torch.long)
-    for seconds in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="positive, finite time. Measure the costs again"):
-            TextOutcomes(features, ones, torch.full((4, 3), seconds))
-    with pytest.raises(ValueError, match="2 to 2 tokens in a text of 4.*Clip"):
-        TextOutcomes(features, 2 * ones, torch.ones(4, 3))
-    with pytest.raises(ValueError, match="the same number of positions"):
-        TextOutcomes(features, ones[:3], torch.ones(4, 3))
+    assert {tuple(names) for _, names in seen} == {("mean_rates", "persistence", "rate")}
+    assert len({len(shape) for shape, _ in seen}) == 2, "of the actions taken, and of every action"
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("reward", "message"),
     [
-        {"objective": "dqn"},
-        {"reward": "tokens"},
-        {"persistence": 0},
-        {"discount": 2.0},
-        {"max_steps": 7},
-        {"gradient_accumulation_steps": 2},
+        ("tokens", "`reward_func` is 'tokens', but must be 'tokens_per_second' or 'mean_rate', or a function"),
+        (lambda **_: 1.0, r"returned a float for outcomes of shape \["),
+        (lambda emitted, **_: emitted.sum(), r"returned shape \[\] for outcomes of shape"),
+        (lambda emitted, **_: emitted * math.nan, "returned infinite values or NaN for outcomes"),
     ],
-    ids=lambda changes: next(iter(changes)),
 )
-def test_settings_out_of_range_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    name, value = next(iter(changes.items()))
-    with pytest.raises(ValueError, match=f"`{name}` is {value!r}, but it must be .* See `PolicyTrainingConfig`"):
-        config(tmp_path, **changes)
+def test_another_reward_is_refused(pair: tuple[Any, DraftHead], reward: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PolicyTrainer(resps(pair), config(), TRAIN, target=pair[0], head=pair[1], reward_func=reward).train()
 
 
-def test_every_setting_has_a_help() -> None:
-    for one in dataclasses.fields(PolicyTrainingConfig):
-        assert one.metadata.get("help"), one.name
+def test_a_policy_learns_by_decoding(
+    pair: tuple[Any, DraftHead], monkeypatch: pytest.MonkeyPatch, fake_clock: FakeClock
+) -> None:
+    from transformers_resps.decoding.loop import TreeDecoding
+
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", fake_clock)
+    pair[0].register_forward_pre_hook(lambda *_: fake_clock.advance(1.0))
+    args = config(live_rollouts=True, objective="max_entropy_ppo", preset="paper", drop_hopeless=False)
+    trainer = PolicyTrainer("resps", args, TRAIN, target=pair[0], head=pair[1], reward_func="mean_rate")
+    trainer.train()
+    policy = AutoPolicy.from_pretrained("run/policy")
+    assert isinstance(policy, ReSpSPolicy) and policy.config.sample and not policy.config.normalize
+    assert not Path("run/replay").exists() and "dropped" in trainer.state.log_history[0]
+    with pytest.raises(ValueError, match="objective` is 'full_information', but it must be 'ppo' or.*live_rollouts"):
+        config(live_rollouts=True)
+    with pytest.raises(ValueError, match="A `ThroughputPolicy` is fitted to recorded answers"):
+        PolicyTrainer("auto", args, TRAIN, target=pair[0], head=pair[1])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (datasets.DatasetDict({"train": TRAIN}), r"a DatasetDict of the splits train.*`dataset\['train'\]`"),
+        (TRAIN.to_iterable_dataset(), r"an `IterableDataset`.*Take the first n.*dataset.take"),
+        ([{"prompt": "a"}], "is a list, but must be a `datasets.Dataset`"),
+        (TRAIN.select([]), "has no rows"),
+        (TRAIN.rename_column("prompt", "text"), "has the columns text, but needs `prompt` or `messages`"),
+        (Dataset.from_list([{"prompt": 3}]), "Row 0 of `train_dataset` has '3' as `prompt`, but it must be a string"),
+        (Dataset.from_list([{"messages": "a"}]), "has 'a' as `messages`, but it must be a list of messages"),
+        (Dataset.from_list([{"messages": [{"role": "system", "content": "a"}]}]), "no turn of the user"),
+        (
+            Dataset.from_list([{"prompt": "f" * 6000}]),
+            "has 6000 tokens and its answer up to 24, but the target reads at",
+        ),
+    ],
+)
+def test_a_dataset_that_holds_no_prompts_is_refused_in_one_line(
+    pair: tuple[Any, DraftHead], dataset: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        PolicyTrainer(resps(pair), config(), dataset, target=pair[0], head=pair[1])
+    assert "\n" not in str(refused.value) and "`train_dataset`" in str(refused.value)
+
+
+def other_tokenizer() -> Any:
+    shifted = letter_tokenizer()
+    model = json.loads(shifted.backend_tokenizer.to_str())
+    size = len(model["model"]["vocab"])
+    model["model"]["vocab"] = {token: (place + 1) % size for token, place in model["model"]["vocab"].items()}
+    return type(shifted)(tokenizer_object=type(shifted.backend_tokenizer).from_str(json.dumps(model)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": "head"}, "`target` is 'head', which is a draft head. Pass it as `head`"),
+        ({"head": "target"}, "`head` is 'target', which holds no draft head"),
+        ({"target": 3}, "`target` is a int, but must be the model that decodes"),
+        ({"head": None}, "`head` is a NoneType, but must be a `DraftHead`"),
+        ({"processing_class": other_tokenizer()}, "the tokenizer of another model: .* of the target's"),
+        ({"model": FixedPolicy(TreeShape(4, 2, 2))}, "`model` is a FixedPolicy, but must be a `ReSpSPolicy` or a"),
+        ({"args": object()}, "got a object as `args`, but it needs a `PolicyTrainingConfig`"),
+        ({"rollouts": object()}, "has no `rollouts` any more. Write `train_dataset` instead"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    pair: tuple[Any, DraftHead], changes: dict[str, Any], message: str
+) -> None:
+    given = {"model": "resps", "args": config(), "train_dataset": TRAIN, "target": pair[0], "head": pair[1]}
+    with pytest.raises(ValueError, match=message):
+        PolicyTrainer(**(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("updates", "`max_steps`"), ("texts_per_update", "`per_device_train_batch_size`"), ("reward", "`reward_func`")],
+)
+def test_a_setting_under_its_old_name_is_refused_with_the_new_one(name: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=f"`PolicyTrainingConfig` has no `{name}` any more. Write {instead}"):
+        PolicyTrainingConfig("run", **{name: 1})
+
+
+def test_steps_that_are_no_whole_updates_are_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`max_steps` is 18, but it must be whole updates of 4 steps .*: 16 or 20"):
+        config(max_steps=18)
+    with pytest.raises(ValueError, match="`save_steps` is 3, but it must be whole updates .*: 4"):
+        config(save_steps=3)
+    with pytest.raises(ValueError, match="`save_strategy` is .*but it must be 'steps', 'best' or 'no'"):
+        config(save_strategy="epoch")
+    assert config(save_steps=3, save_strategy="no").steps_per_update == 4
+
+
+def test_nothing_to_learn_from_or_to_judge_by_is_told(pair: tuple[Any, DraftHead]) -> None:
+    trainer = PolicyTrainer(resps(pair), config(), target=attach(detach(pair[0])), head=pair[1])
+    with pytest.raises(ValueError, match="`train_dataset` is missing"):
+        trainer.train()
+    with pytest.raises(ValueError, match="no `eval_dataset`, but evaluation needs held-out prompts"):
+        trainer.evaluate()
+    assert trainer.evaluate(HELD_OUT)["eval_held_out_texts"] == 2

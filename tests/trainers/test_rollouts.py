@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.trainers.test_policy_trainer import FEATURES, GRID, task
+from tests.trainers.policies import FEATURES, GRID, task
 from transformers_resps import ReSpSPolicy, TreeShape
 from transformers_resps.policy import ActionGrid, ReSpSConfig
 from transformers_resps.replay import OutcomeTable, TextOutcomes

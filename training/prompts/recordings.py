@@ -8,14 +8,10 @@ may be fitted to in `fit/`.
 """
 
 import argparse
-import hashlib
-import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -23,13 +19,11 @@ from transformers_resps import DraftHead, attach
 from transformers_resps.bench.models import load_target
 from transformers_resps.data import load_conversations, to_tokens
 from transformers_resps.generation.sampling import sampling
-from transformers_resps.generation.sequences import end_ids, left_padded
 from transformers_resps.head import parameter_fingerprint
-from transformers_resps.replay import RecordedText, record_pools
+from transformers_resps.trainers.recording import Recorder, pools_of
 
 
 DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for
-BATCH = 10  # answers written together
 TEMPERATURES = (0.0, 1.0)
 
 
@@ -48,47 +42,15 @@ def read_prompts(source: str, tokenizer: Any, limit: int, max_tokens: int) -> li
     return list(prompts.values())
 
 
-def name_of(prompt: Tensor, temperature: float, made_with: str) -> str:
-    """Changes with all that changes a recording."""
-    return hashlib.sha256(f"{prompt.tolist()} {sampling(temperature)} {made_with}".encode()).hexdigest()[:16]
-
-
-def answers(target: Any, prompts: list[Tensor], temperature: float, max_new_tokens: int) -> Iterator[Tensor]:
-    """Prompt and answer `[s]` of each prompt, the end token left out; written in batches, as plain `generate` does."""
-    ends = end_ids(target)
-    for batch in _batched(prompts):
-        padded, mask = left_padded(batch)
-        torch.manual_seed(0)
-        written = target.generate(padded, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling(temperature))
-        for prompt, row in zip(batch, written[:, padded.shape[1] :].tolist(), strict=True):
-            kept = list(itertools.takewhile(lambda token: token not in ends, row))
-            yield torch.cat([prompt, torch.tensor(kept, dtype=torch.long)])
-
-
-def _batched(prompts: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    for start in range(0, len(prompts), BATCH):
-        yield tuple(prompts[start : start + BATCH])
-
-
 def record(
     target: Any, head: DraftHead, prompts: list[Tensor], temperature: float, folder: Path, max_new_tokens: int
 ) -> None:
-    """One file per prompt with an answer of at least four tokens."""
+    """One file per prompt with an answer of at least two tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     made_with = json.dumps([head.fingerprint(), max_new_tokens, list(DEPTHS.items()), str(target.dtype)])
     check_folder(folder, parameter_fingerprint(target), made_with)
-    files = {name_of(prompt, temperature, made_with): prompt for prompt in prompts}
-    known = {path.stem for path in folder.glob("*.safetensors")}
-    missing = {name: prompt for name, prompt in files.items() if name not in known}
-    texts = answers(target, list(missing.values()), temperature, max_new_tokens)
-    for (name, prompt), text in zip(missing.items(), texts, strict=True):
-        answered = len(text) - len(prompt)
-        if answered < 4:
-            continue
-        room = max_new_tokens - answered
-        recorded = record_pools(target, head, text, len(prompt), depths=DEPTHS, spare_room=room)
-        recorded.save(folder / f"{name}.tmp")
-        (folder / f"{name}.tmp").rename(folder / f"{name}.safetensors")
+    generation = {"max_new_tokens": max_new_tokens, **sampling(temperature)}
+    Recorder(target, head, pools_of(DEPTHS), folder, generation).record(prompts, folder.name)
 
 
 def check_folder(folder: Path, target: str, made_with: str) -> None:
@@ -105,11 +67,6 @@ def check_folder(folder: Path, target: str, made_with: str) -> None:
             "all of a folder. Pass another --output, or delete that folder."
         )
     file.write_text(facts, encoding="utf-8")
-
-
-def load(folder: Path, limit: int | None = None) -> list[RecordedText]:
-    """All recordings of a folder, in the order of their names."""
-    return [RecordedText.load(file) for file in sorted(folder.glob("*.safetensors"))[:limit]]
 
 
 def main() -> None:

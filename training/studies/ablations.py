@@ -26,7 +26,7 @@ from transformers_resps import TreeShape
 from transformers_resps.calibration.cost_table import CostTable
 from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay.recorded_text import RecordedText
-from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, ReplayRollouts
+from transformers_resps.trainers import PolicyTrainingConfig, ReplayRollouts, RolloutTrainer
 
 from .experiment import print_table
 from .headroom import COSTS, load_folder
@@ -36,8 +36,8 @@ from .text_state import embeds_text, seen_as, text_states
 
 # The published actions start at 32 nodes, where a step costs two plain ones here: all variants pick from small trees.
 GRID = ActionGrid.small()
-PPO = {"epochs": 4, "minibatches": 2, "updates": 30}
-FULL = {"epochs": 1, "minibatches": 4, "updates": 60}
+PPO = {"num_ppo_epochs": 4, "num_mini_batches": 2, "max_steps": 240}
+FULL = {"num_ppo_epochs": 1, "num_mini_batches": 4, "max_steps": 240}
 LEARNING_RATE = 1e-3  # published 3e-4; these are short trainings
 
 
@@ -47,7 +47,7 @@ class Variant:
 
     Attributes:
         objective: see `PolicyTrainingConfig`.
-        reward: likewise.
+        reward: see `PolicyTrainer`.
         persistence: steps of a decision in training.
         in_use: steps of a decision in use.
         is_paper: raw features and drawn actions, as published.
@@ -56,7 +56,7 @@ class Variant:
     """
 
     objective: str = "full_information"
-    reward: str = "gain"
+    reward: str = "tokens_per_second"
     persistence: int = 1
     in_use: int = 1
     is_paper: bool = False
@@ -96,11 +96,10 @@ def train(variant: Variant, rollouts: ReplayRollouts, seed: int = 0) -> ReSpSPol
         args = PolicyTrainingConfig(
             output_dir=folder,
             objective=variant.objective,
-            reward=variant.reward,
             persistence=variant.persistence,
-            texts_per_update=8,
+            per_device_train_batch_size=8,
             learning_rate=LEARNING_RATE,
-            logging_updates=1000,
+            logging_steps=1000,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -108,7 +107,7 @@ def train(variant: Variant, rollouts: ReplayRollouts, seed: int = 0) -> ReSpSPol
             seed=seed,
             **(FULL if variant.objective == "full_information" else PPO),
         )
-        PolicyTrainer(policy, args, rollouts).train()
+        RolloutTrainer(policy, args, rollouts, reward_func=variant.reward).train()
     return policy
 
 

@@ -19,7 +19,7 @@ _STEPS = 30  # of Newton's method; a handful suffice
 _MIN_SLOPE = 0.1  # a more probable path is never less likely to be accepted
 
 
-def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any) -> ThroughputPolicy:
+def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any) -> ThroughputPolicy:
     """Make a `ThroughputPolicy` whose acceptance probabilities are fitted to recorded texts.
 
     The policy goes on learning while it decodes.
@@ -27,7 +27,8 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any
     Args:
         texts: recorded with pools of `top_k`.
         top_k: children per node that the policy will ask for.
-        identity: `target` and `head` that made the texts, as from `pair_identity`; the policy then refuses others.
+        settings: other arguments of `ThroughputPolicy`: its sizes; `target` and `head` that made the texts, as from
+            `pair_identity`, so that it refuses others.
 
     Returns:
         The policy.
@@ -47,7 +48,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **identity: Any
     for level in range(1, LEVELS + 1):
         here = levels >= level if level == LEVELS else levels == level
         scalings.append(fit_platt_scaling(scores[here], accepted[here]))
-    return ThroughputPolicy(top_k=top_k, acceptance=AcceptanceModel(scalings), **identity)
+    return ThroughputPolicy(top_k=top_k, acceptance=AcceptanceModel(scalings), **settings)
 
 
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:

@@ -6,6 +6,7 @@ from .head_trainer import DraftHeadTrainer, save_head
 from .live_rollouts import LiveRollouts
 from .policy_config import PolicyTrainingConfig
 from .policy_trainer import PolicyTrainer
+from .rollout_trainer import RolloutTrainer
 from .rollouts import ReplayRollouts, Rollouts
 from .simulated_decoding import simulated_tau
 from .target_features import FrozenTarget
@@ -21,6 +22,7 @@ __all__ = [
     "PolicyTrainer",
     "PolicyTrainingConfig",
     "ReplayRollouts",
+    "RolloutTrainer",
     "Rollouts",
     "save_head",
     "simulated_tau",

@@ -44,6 +44,14 @@ class Decisions:
         return float(self.outcomes.emitted.sum() / self.outcomes.seconds.sum())
 
     @property
+    def seconds_of_texts(self) -> Tensor:
+        """`[texts]` fp64."""
+        texts = torch.cat([torch.zeros(1, dtype=torch.long), self.ends.long().cumsum(0)])[:-1]
+        return torch.zeros(int(self.ends.sum()), dtype=torch.float64).index_add(
+            0, texts, self.outcomes.seconds.double()
+        )
+
+    @property
     def oracle_regret(self) -> float | None:
         """Time lost compared with the fastest sequence of shapes, as a share of the fastest time."""
         if self.oracle_seconds is None:

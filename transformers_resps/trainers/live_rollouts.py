@@ -69,7 +69,7 @@ class DecisionRecorder(Policy):
 
 
 class LiveRollouts:
-    """Rollouts for `PolicyTrainer` from real decoding, timed on this machine.
+    """Rollouts from real decoding, timed on this machine.
 
     Args:
         target: an attached model.
@@ -106,6 +106,9 @@ class LiveRollouts:
         self._includes_drafting = includes_drafting
         self._generation = generation
         self._usual: dict[TreeShape, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+
+    def __len__(self) -> int:
+        return len(self._prompts)
 
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False

@@ -1,25 +1,49 @@
 """The settings of `PolicyTrainer`."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from transformers import TrainingArguments
 
 from .checks import check_setting
+from .renamed import check_renamed
 
 
 OBJECTIVES = ("full_information", "ppo", "max_entropy_ppo")
-REWARDS = ("gain", "mean_rate")
+GRIDS = ("small", "paper")
+PRESETS = ("repaired", "paper")
+_IN_STEPS = "{new}, in optimiser steps: an update takes `num_ppo_epochs` x `num_mini_batches` of them"
+RENAMED = {
+    "updates": _IN_STEPS.format(new="`max_steps`"),
+    "save_updates": _IN_STEPS.format(new="`save_steps`"),
+    "logging_updates": _IN_STEPS.format(new="`logging_steps`"),
+    "eval_updates": _IN_STEPS.format(new="`eval_steps`"),
+    "texts_per_update": "`per_device_train_batch_size`",
+    "epochs": "`num_ppo_epochs`",
+    "minibatches": "`num_mini_batches`",
+    "clip": "`cliprange`",
+    "value_coefficient": "`vf_coef`",
+    "entropy_coefficient": "`entropy_coef`",
+    "discount": "`gamma`",
+    "gae_decay": "`lam`",
+    "reward": "`reward_func` of the trainer, 'tokens_per_second' or 'mean_rate',",
+    "live": "`live_rollouts`",
+    "max_new_tokens": "`max_completion_length`",
+}
 
 
 @dataclass
 class PolicyTrainingConfig(TrainingArguments):
     """Settings of `PolicyTrainer`: Transformers' `TrainingArguments` and those of policy optimisation.
 
-    An update makes decisions over some texts, then takes `epochs * minibatches` optimiser steps on their outcomes.
-    `max_steps`, `save_steps`, `logging_steps` and `eval_steps` follow from this and cannot be set.
+    An update answers or replays `per_device_train_batch_size` prompts, then takes `num_ppo_epochs * num_mini_batches`
+    optimiser steps on what came of the decisions. `max_steps` and `save_steps` are whole updates. A `ThroughputPolicy`
+    is fitted in one go: only the settings of answers apply to it.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, is no whole number of updates, or had this name in an earlier
+            release.
 
     Source: Re-SpS (arXiv 2601.12212) and its code; training/recipes/policy_resps_paper.yaml has its values.
     """
@@ -27,51 +51,74 @@ class PolicyTrainingConfig(TrainingArguments):
     objective: str = field(
         default="full_information",
         metadata={
-            "help": "full_information: maximise the expected gain; needs the outcome of every action (replayed "
+            "help": "full_information: maximise the expected reward; needs the outcome of every action (replayed "
             "texts). ppo: clipped policy gradient on the outcomes of the actions taken. "
             "max_entropy_ppo: ppo with the entropy bonus of Re-SpS."
         },
     )
-    reward: str = field(
-        default="gain",
-        metadata={
-            "help": "gain: tokens minus seconds x the current rate; it maximises total tokens / total seconds. "
-            "mean_rate: mean of the steps' tokens per second, the reward of Re-SpS (equations 3 and 5)."
-        },
+    live_rollouts: bool = field(
+        default=False,
+        metadata={"help": "Learn by decoding instead of from recorded answers; for the two ppo objectives."},
     )
-    updates: int = field(default=200, metadata={"help": "Number of updates."})
-    texts_per_update: int = field(
-        default=8,
-        metadata={
-            "help": "Whole texts per update. The code of Re-SpS cuts after 64 decisions, which is about 8 outputs; "
-            "whole texts can be repeated exactly after a resume."
-        },
+    max_completion_length: int = field(default=128, metadata={"help": "Maximum length of an answer in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Of the answers; 0 is greedy."})
+    persistence: int = field(default=1, metadata={"help": "Steps a decision is held in training; Re-SpS: 10."})
+    num_ppo_epochs: int = field(
+        default=1, metadata={"help": "Passes over the decisions of an update; Re-SpS and TRL's PPO: 4."}
     )
-    persistence: int = field(default=10, metadata={"help": "Steps a decision is held in training; Re-SpS: 10."})
-    epochs: int = field(default=4, metadata={"help": "Passes over the decisions of an update."})
-    minibatches: int = field(default=2, metadata={"help": "Optimiser steps per pass."})
-    clip: float = field(default=0.2, metadata={"help": "PPO: how far the probability ratio may be from 1."})
-    entropy_coefficient: float | None = field(
+    num_mini_batches: int = field(default=4, metadata={"help": "Optimiser steps per pass; Re-SpS: 2."})
+    cliprange: float = field(default=0.2, metadata={"help": "PPO: how far the probability ratio may be from 1."})
+    entropy_coef: float | None = field(
         default=None,
         metadata={"help": "Weight of the entropy bonus; default 0.1, or 0.01 for ppo."},
     )
-    value_coefficient: float = field(default=0.5, metadata={"help": "PPO: weight of the critic's loss."})
-    discount: float = field(
+    vf_coef: float = field(default=0.5, metadata={"help": "PPO: weight of the critic's loss."})
+    gamma: float = field(
         default=0.0,
         metadata={
             "help": "PPO: weight of the next decision of the same text; 0 for none. The code of Re-SpS sets 0.95, "
             "but ends an episode after every decision, which is the same as 0."
         },
     )
-    gae_decay: float = field(
-        default=0.9, metadata={"help": "PPO: lambda of the advantage estimate; unused if discount is 0."}
-    )
-    save_updates: int = field(default=50, metadata={"help": "Updates between two checkpoints."})
-    logging_updates: int = field(default=10, metadata={"help": "Updates between two lines of metrics."})
-    eval_updates: int = field(
-        default=50, metadata={"help": "Updates between two evaluations, if eval_strategy is steps."}
+    lam: float = field(default=0.9, metadata={"help": "PPO: lambda of the advantage estimate; unused if gamma is 0."})
+    reward_includes_drafting: bool = field(
+        default=True, metadata={"help": "Count drafting as part of a step's time; Re-SpS does not."}
     )
 
+    grid: str = field(
+        default="small",
+        metadata={"help": "Of a new policy. small: plain and up to 16 nodes. paper: the 177 shapes of Re-SpS."},
+    )
+    drop_hopeless: bool = field(
+        default=True,
+        metadata={"help": "Of a new policy: leave out shapes that could not pay here if all drafts were accepted."},
+    )
+    preset: str = field(
+        default="repaired",
+        metadata={
+            "help": "Of a new policy. repaired: normalised features, likeliest action. paper: raw features, drawn at "
+            "1.5."
+        },
+    )
+    persistence_in_use: int = field(
+        default=1, metadata={"help": "Of a new policy: steps that a decision is kept in use; Re-SpS: 30."}
+    )
+
+    max_steps: int = field(default=800, metadata={"help": "Optimiser steps of the run, in whole updates."})
+    per_device_train_batch_size: int = field(
+        default=8,
+        metadata={
+            "help": "Prompts per update. The code of Re-SpS cuts after 64 decisions, which is about 8 outputs; whole "
+            "texts can be repeated exactly after a resume."
+        },
+    )
+    save_steps: float = field(default=80, metadata={"help": "Steps between two checkpoints, in whole updates."})
+    logging_steps: float = field(
+        default=40, metadata={"help": "Steps between two lines of metrics: ten updates of the default size."}
+    )
+    eval_steps: float | None = field(
+        default=80, metadata={"help": "Steps between two evaluations, if eval_strategy is steps."}
+    )
     learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of Adam; Re-SpS: 3e-4."})
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Any learning rate schedule of Transformers."}
@@ -79,31 +126,45 @@ class PolicyTrainingConfig(TrainingArguments):
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Adam's epsilon, as in stable-baselines3."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; Re-SpS: 0.5."})
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_renamed("PolicyTrainingConfig", kwargs, RENAMED)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # Transformers is untyped
-        check_setting(self, "objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
-        check_setting(self, "reward", self.reward in REWARDS, f"one of {', '.join(REWARDS)}")
-        for name in ("updates", "texts_per_update", "persistence", "epochs", "minibatches"):
+        for name, allowed in (("objective", OBJECTIVES), ("grid", GRIDS), ("preset", PRESETS)):
+            check_setting(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        counts = ("persistence", "persistence_in_use", "num_ppo_epochs", "num_mini_batches", "max_steps")
+        for name in (*counts, "per_device_train_batch_size"):
             check_setting(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("discount", "gae_decay"):
+        check_setting(self, "max_completion_length", self.max_completion_length >= 2, "at least 2")
+        check_setting(self, "temperature", self.temperature >= 0, "at least 0")
+        for name in ("gamma", "lam"):
             check_setting(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        steps = self._steps(self.updates)
-        check_setting(self, "max_steps", self.max_steps in (-1, steps), "left out: set `updates`")
         is_whole = self.gradient_accumulation_steps == 1
-        check_setting(self, "gradient_accumulation_steps", is_whole, "1: choose `minibatches` instead")
+        check_setting(self, "gradient_accumulation_steps", is_whole, "1: choose `num_mini_batches` instead")
+        knows_all = self.objective == "full_information"
+        needed = "'ppo' or 'max_entropy_ppo' with `live_rollouts`, which show the outcome of the taken action alone"
+        check_setting(self, "objective", not (knows_all and self.live_rollouts), needed)
+        self._check_updates()
         self.remove_unused_columns = False
-        self.per_device_train_batch_size = 1
-        self.max_steps = steps
-        self.save_steps = self._steps(self.save_updates)
-        self.logging_steps = self._steps(self.logging_updates)
-        self.eval_steps = self._steps(self.eval_updates)
-        if self.entropy_coefficient is None:
-            self.entropy_coefficient = 0.01 if self.objective == "ppo" else 0.1
+        if self.entropy_coef is None:
+            self.entropy_coef = 0.01 if self.objective == "ppo" else 0.1
 
     @property
     def steps_per_update(self) -> int:
         """Optimiser steps in an update."""
-        return self._steps(1)
+        return self.num_ppo_epochs * self.num_mini_batches
 
-    def _steps(self, updates: int) -> int:
-        return updates * self.epochs * self.minibatches
+    def _check_updates(self) -> None:
+        """Part of an update cannot be resumed exactly, so no run and no checkpoint ends in one."""
+        saves = str(self.save_strategy.value)  # type: ignore[attr-defined]  # an enum by now
+        check_setting(self, "save_strategy", saves != "epoch", "'steps', 'best' or 'no': an epoch ends in an update")
+        for name in ("max_steps", {"steps": "save_steps", "best": "eval_steps"}.get(saves, "max_steps")):
+            steps = getattr(self, name)
+            if 0 < steps < 1:
+                steps = math.ceil(self.max_steps * steps)  # as Transformers reads a share
+            below = int(steps) // self.steps_per_update * self.steps_per_update
+            nearest = " or ".join(str(near) for near in (below, below + self.steps_per_update) if near)
+            needed = f"whole updates of {self.steps_per_update} steps (num_ppo_epochs x num_mini_batches): {nearest}"
+            check_setting(self, name, steps == below, needed)

@@ -1,214 +1,194 @@
-"""Train a Re-SpS policy, by PPO or with the outcome of every action.
+"""Train a policy on prompts, in the manner of TRL: the recording and the measuring happen inside."""
 
-The maths is in `ppo`; `rollouts` and `live_rollouts` make the decisions.
-"""
-
-from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
-from ..policy import ReSpSPolicy
-from ..replay import HeldOutcomes
-from .artefact_trainer import ArtefactTrainer
+from ..data import write_training_prompts
+from ..head import DraftHead
+from ..policy import BaselineGuard, ReSpSPolicy, SavedPolicy, ThroughputPolicy
+from .checkpoints import check_resumable, newest_checkpoint
 from .checks import check_kinds
+from .pair import Pair
+from .policy_comparison import PolicyComparison
 from .policy_config import PolicyTrainingConfig
-from .ppo import clipped_surrogate, entropy, expected_gain, gae, gains, relative_gains, standardized, value_loss
-from .rollouts import ReplayRollouts, Rollouts
+from .policy_data import PolicyData
+from .renamed import check_renamed
+from .rewards import RewardFunc
+from .rollout_trainer import RolloutTrainer
+from .starting_policy import loaded_policy, new_resps_policy
+from .throughput_fit import compare, fit, recorded_depths
 
 
-class PolicyTrainer(ArtefactTrainer):
-    """Trains a `ReSpSPolicy` on recorded texts or on live decoding.
+RENAMED = {"policy": "`model`", "rollouts": "`train_dataset`", "eval_rollouts": "`eval_dataset`"}
 
-    Checkpoints hold the policy's network; `OUTPUT_DIR/policy` is the policy of the finished run, loadable by
-    `AutoPolicy.from_pretrained`. On replayed texts, a killed and resumed run ends as an uninterrupted one: the random
-    numbers of an update depend only on the seed and the update's number.
 
-    Logged for each update: `tokens_per_second`; `reward`, if it is `mean_rate`; `entropy` in nats; `distinct_actions`,
-    how many actions are the likeliest one of some decision. On replayed texts also `gain_regret`, the tokens per step
-    lost compared with the best actions, and `oracle_regret`, the time lost compared with the fastest sequence of
-    shapes, as a share of the fastest time. Live also `dropped`, the decisions left out because the clock jumped.
+class PolicyTrainer(RolloutTrainer):
+    """Trains a policy for a target and its head on your prompts.
+
+    The target answers the prompts once, and it is recorded what every tree would have emitted at every position
+    (`OUTPUT_DIR/replay`). What steps cost is measured on this machine (`OUTPUT_DIR/costs.json`). Then a `ReSpSPolicy`
+    learns from both, without decoding; with `args.live_rollouts` it learns by decoding. A `ThroughputPolicy` is fitted
+    to the recorded answers in one go. Recordings and costs that are there are used again, so a run that was stopped at
+    any moment goes on with `train(resume_from_checkpoint=True)`, and ends as an uninterrupted one.
+
+    The finished policy is in `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. If there is an `eval_dataset`,
+    `metrics.json` beside it compares it with the best fixed tree, and a warning says if it is no better.
+
+    Logged for each update: `tokens_per_second`; `reward`, of another reward than the default; `entropy` in nats;
+    `distinct_actions`, how many actions are the likeliest one of some decision. On recorded texts also `gain_regret`,
+    the tokens per step lost compared with the best actions, and `oracle_regret`, the time lost compared with the
+    fastest sequence of shapes, as a share of the fastest time. Live also `dropped`, the decisions left out because the
+    clock jumped.
 
     Args:
-        policy: the policy, trained in place.
+        model: the policy: "resps" for a new `ReSpSPolicy` over the trees that can pay on this machine; "auto" for what
+            `policy="auto"` means in `generate`, to be fitted; or a `ReSpSPolicy` or `ThroughputPolicy`, guarded or
+            not, or its folder or Hub id. A `ReSpSPolicy` is trained in place.
         args: see `PolicyTrainingConfig`.
-        rollouts: where decisions come from: `ReplayRollouts`, or `LiveRollouts`, which are timed.
-        eval_rollouts: held-out replayed texts, for `evaluate`.
+        train_dataset: a `datasets.Dataset` with a column `prompt` (a string, taken as it is, or messages) or
+            `messages` (used up to the last question).
+        eval_dataset: held-out prompts, in the same columns.
+        processing_class: the target's tokenizer; `None` loads it from where the target came from.
+        callbacks: added to the usual ones.
+        target: the model that decodes, attached or not, or its folder or Hub id.
+        head: its draft head, or the folder or Hub id of it.
+        reward_func: what a `ReSpSPolicy` maximises. "tokens_per_second": total tokens over total seconds. "mean_rate":
+            mean of the steps' tokens per second, as in Re-SpS. Or a function that returns one reward per outcome, of
+            keywords `emitted`, `seconds` and `mean_rates` (tensors of one shape: tokens and seconds of an action while
+            it is held, and the mean of its steps' tokens per second), `rate` (tokens per second of the policy) and
+            `persistence` (steps that an action is held).
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
-        ValueError: the objective is `full_information` with live rollouts, or an argument has the wrong type.
+        ValueError: an argument is something else, or they do not fit together.
     """
-
-    args: PolicyTrainingConfig
-    artefact_name = "policy"
 
     def __init__(
         self,
-        policy: ReSpSPolicy,
-        args: PolicyTrainingConfig,
-        rollouts: Rollouts,
-        eval_rollouts: ReplayRollouts | None = None,
+        model: ReSpSPolicy | ThroughputPolicy | BaselineGuard | str,
+        args: PolicyTrainingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        *,
+        target: PreTrainedModel | str,
+        head: DraftHead | str,
+        reward_func: str | RewardFunc = "tokens_per_second",
         **kwargs: Any,
     ) -> None:
-        check_kinds("PolicyTrainer", policy=(policy, ReSpSPolicy), args=(args, PolicyTrainingConfig))
-        if args.objective == "full_information" and not rollouts.knows_all_outcomes:
+        check_renamed("PolicyTrainer", kwargs, RENAMED)
+        args = args or PolicyTrainingConfig(f"{_name_of(target)}-policy")
+        check_kinds("PolicyTrainer", args=(args, PolicyTrainingConfig))
+        self.data = PolicyData(Pair.of(target, head, processing_class, args.device), args)
+        policy = loaded_policy(model, self.data.pair)
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        for name, dataset in given.items():
+            if dataset is not None:
+                self.data.add(name, dataset)
+        if isinstance(policy, ThroughputPolicy) and (args.live_rollouts or reward_func != "tokens_per_second"):
             raise ValueError(
-                f"Got objective='full_information' with {type(rollouts).__name__}, but live decoding shows only the "
-                "outcome of the action taken. Record the texts and pass `ReplayRollouts`, or set objective='ppo'."
+                "A `ThroughputPolicy` is fitted to recorded answers and maximises tokens per second. Leave out "
+                "`live_rollouts` and `reward_func`, or train `model='resps'`."
             )
-        super().__init__(
-            model=policy.network,
-            args=args,
-            train_dataset=cast(Any, range(args.max_steps)),  # what is learned from is decided while training
-            eval_dataset=None if eval_rollouts is None else cast(Any, range(1)),
-            data_collator=_collate,
-            **kwargs,
-        )
-        self.model_accepts_loss_kwargs = False
-        self.policy, self.rollouts, self.eval_rollouts = policy, rollouts, eval_rollouts
-        self._update = -1
-        self._sums: dict[str, list[float]] = defaultdict(list)
+        if policy is None:
+            policy = new_resps_policy(self.data.pair, args, self.data.costs, self.data.usual_context)
+        super().__init__(policy, args, reward_func=reward_func, callbacks=callbacks, **given, **kwargs)
 
-    @property
-    def steps_per_update(self) -> int:
-        """Optimiser steps in an update: part of one cannot be resumed exactly."""
-        return self.args.steps_per_update
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Record what is not recorded yet, then train; see `ArtefactTrainer.train`.
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of one optimiser step: a minibatch of the current update."""
-        index = self._minibatch()
-        logits, values = model(self._decisions.features[index])
-        log_probs = logits.log_softmax(-1)
-        if self.args.objective == "full_information":
-            loss = -expected_gain(logits, self._relative_gains[index].to(logits))
-        else:
-            actions = self._decisions.actions[index].to(logits.device)
-            taken = log_probs.gather(1, actions[:, None]).squeeze(1)
-            old, advantages, returns = (part[index].to(logits) for part in self._targets)
-            loss = -clipped_surrogate(taken, old, advantages, self.args.clip)
-            loss = loss + self.args.value_coefficient * value_loss(values, returns)
-        bonus = entropy(logits).mean()
-        self._note(entropy=bonus.item())
-        loss = loss - cast(float, self.args.entropy_coefficient) * bonus
-        return (loss, {}) if return_outputs else loss
-
-    def _minibatch(self) -> Tensor:
-        """Indices of the decisions of the current optimiser step; a new update decides first."""
-        update, step = divmod(self.state.global_step, self.args.steps_per_update)
-        if update != self._update:
-            self._start(update)
-        epoch, part = divmod(step, self.args.minibatches)
-        order = torch.randperm(len(self._decisions), generator=self._generator(update, 1 + epoch))
-        parts = order.tensor_split(min(self.args.minibatches, len(order)))
-        return parts[part % len(parts)]
-
-    def _start(self, update: int) -> None:
-        """Make the decisions of an update and compute what each was worth."""
-        self._update = update
-        args = self.args
-        self._decisions = self.rollouts.collect(
-            self.policy,
-            args.texts_per_update,
-            args.persistence,
-            self._generator(update, 0),
-            greedy=args.objective == "full_information",  # there is nothing left to explore
-        )
-        with torch.no_grad():
-            logits, values = (part.cpu() for part in self.policy.network(self._decisions.features))
-        decisions, likeliest = self._decisions, logits.argmax(-1)
-        if decisions.all_outcomes is not None:
-            # The rate of the actions that would be taken in use, at the positions visited
-            all_rewards = self._rewards(decisions.all_outcomes, self._rate(decisions.all_outcomes.of(likeliest)))
-            self._relative_gains = relative_gains(all_rewards)
-            lost = all_rewards.max(-1).values - all_rewards.gather(1, likeliest[:, None]).squeeze(1)
-            self._note(gain_regret=float(lost.mean()) if args.reward == "gain" else None)
-        if args.objective != "full_information":
-            rewards = self._rewards(decisions.outcomes, self._rate(decisions.outcomes))
-            values = values.to(rewards)
-            advantages = gae(rewards, values, decisions.ends, discount=args.discount, decay=args.gae_decay)
-            self._targets = (decisions.log_probs, standardized(advantages), advantages + values)
-        self._note(
-            reward=float(decisions.outcomes.mean_rates.mean()) if args.reward == "mean_rate" else None,
-            tokens_per_second=decisions.tokens_per_second,
-            distinct_actions=len(likeliest.unique()),
-            oracle_regret=decisions.oracle_regret,
-            dropped=None if self.rollouts.knows_all_outcomes else decisions.dropped,
-        )
-
-    def _rate(self, outcomes: HeldOutcomes) -> Tensor:
-        """Lambda: all tokens over all seconds, and on replayed texts no less than the best fixed shape attains.
-
-        The best policy is at least as fast, so a lower rate would only send the first updates the wrong way.
-        """
-        rate = outcomes.emitted.sum() / outcomes.seconds.sum()
-        if isinstance(self.rollouts, ReplayRollouts):
-            rate = rate.clamp(min=self.rollouts.oracle.best_fixed_rate)
-        return rate
-
-    def _rewards(self, outcomes: HeldOutcomes, rate: Tensor) -> Tensor:
-        if self.args.reward == "mean_rate":
-            return outcomes.mean_rates
-        return gains(outcomes.emitted, outcomes.seconds, rate, self.args.persistence)
-
-    def _note(self, **values: float | None) -> None:
-        """Keep the values that are not `None` for the next line of metrics."""
-        for name, value in values.items():
-            if value is not None:
-                self._sums[name].append(value)
-
-    def _generator(self, update: int, purpose: int) -> torch.Generator:
-        """Random numbers that depend only on the seed and these two."""
-        seed = (self.args.seed * 1_000_003 + update) * 1_009 + purpose
-        return torch.Generator().manual_seed(seed % 2**63)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of what was noted since the last line."""
-        logs |= {name: sum(values) / len(values) for name, values in self._sums.items()}
-        self._sums.clear()
-        super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Run the policy on all held-out texts, with the persistence and sampling of `policy.config`.
-
-        Returns:
-            With the prefix `eval_`: `tokens_per_second`; `best_fixed_tokens_per_second` of the fixed shape that is
-            fastest on the training texts (on the held-out ones if training is live); `gain_over_best_fixed`, their
-            ratio; `oracle_regret`; `distinct_actions`.
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; `True` for the newest one in `output_dir`, or for none if
+                the run was stopped before it wrote one.
+            args: see `transformers.Trainer.train`.
+            kwargs: see there.
 
         Raises:
-            ValueError: no texts were held out.
+            ValueError: there is no `train_dataset`, or a checkpoint in the output folder was trained on other inputs.
+            KeyboardInterrupt: Ctrl-C was pressed.
+            SystemExit: SIGTERM was received.
         """
-        if self.eval_rollouts is None:
-            raise ValueError("`eval_rollouts` is missing, but evaluation needs held-out texts. Pass `ReplayRollouts`.")
-        held_out, training = self.eval_rollouts, self.rollouts
-        texts = torch.arange(len(held_out.table))
-        use = self.policy.config
-        generator = self._generator(0, 0) if use.sample else None
-        decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
-        fixed = training.oracle.best_fixed if isinstance(training, ReplayRollouts) else None
-        headroom = held_out.oracle.headroom(fixed)
-        fixed_rate = headroom.tokens / headroom.fixed_seconds
-        metrics = {
-            "tokens_per_second": decisions.tokens_per_second,
-            "best_fixed_tokens_per_second": fixed_rate,
-            "gain_over_best_fixed": decisions.tokens_per_second / fixed_rate,
-            "oracle_regret": cast(float, decisions.oracle_regret),
-            "distinct_actions": len(decisions.actions.unique()),
-        }
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        super().log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        data, folder = self.data, str(self.args.output_dir)
+        if "train_dataset" not in data.prompts:
+            raise ValueError("`train_dataset` is missing, but training needs prompts. Pass a dataset of them.")
+        if isinstance(self.policy, ReSpSPolicy):
+            grid = self.policy.config.grid
+            with self.args.main_process_first(desc="comparing with the run that is resumed"):
+                check_resumable(folder, data.facts(grid))
+            self.rollouts = data.live() if self.args.live_rollouts else data.replays("train_dataset", grid)
+            if "eval_dataset" in data.prompts:
+                data.replays("eval_dataset", grid)
+            newest = newest_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+            result: TrainOutput = super().train(newest, *args, **kwargs)
+        else:
+            result = self._fit(_unguarded(self.policy))
+        self._is_trained = self.is_finished
+        if self._is_trained and "eval_dataset" in data.prompts:
+            self.judge(self.compared())
+        return result
+
+    def _fit(self, policy: ThroughputPolicy) -> TrainOutput:
+        """Fit the policy to the recorded answers."""
+        texts = self.data.texts("train_dataset", recorded_depths(policy))
+        self.policy = fit(policy, texts, self.data.pair)
+        metrics: dict[str, float] = {"texts": len(texts), "tokens": sum(map(len, texts))}
+        self.log(dict(metrics))
+        if self.args.should_save:
+            self._finish()
+        return TrainOutput(0, 0.0, metrics)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Compare the policy with the best fixed tree and the oracle on held-out prompts, recorded if they are not
+        yet, with the costs of this machine. After training, `metrics.json` in the policy's folder tells the result.
+
+        Args:
+            eval_dataset: prompts; `None` for those of the trainer.
+            ignore_keys: not used.
+            metric_key_prefix: stands before each name.
+
+        Returns:
+            With the prefix: `tokens_per_second`; `best_fixed_tokens_per_second`, of the fixed tree that is fastest on
+            the training prompts (on the held-out ones if training is live); `gain_over_best_fixed`, their ratio, and
+            its 95% interval over texts, `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`,
+            how many trees it chose; `held_out_texts`.
+
+        Raises:
+            ValueError: there are no prompts.
+        """
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def compared(self, eval_dataset: Any = None) -> PolicyComparison:
+        """As `evaluate`, but logs nothing."""
+        data, held_out = self.data, "eval_dataset" if eval_dataset is None else "test"
+        if eval_dataset is not None:
+            data.add(held_out, eval_dataset)
+        if held_out not in data.prompts:
+            raise ValueError("There is no `eval_dataset`, but evaluation needs held-out prompts. Pass some.")
+        searched = held_out if self.args.live_rollouts or "train_dataset" not in data.prompts else "train_dataset"
+        if isinstance(self.policy, ReSpSPolicy):
+            grid = self.policy.config.grid
+            return self.compared_on(data.replays(held_out, grid), data.replays(searched, grid))
+        depths = recorded_depths(_unguarded(self.policy))
+        return compare(self.policy, data.texts(searched, depths), data.texts(held_out, depths), data.costs)
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the policy."""
-        self.policy.save_pretrained(folder)
+        """Write the policy with the identity of its target and head, and hashes of the prompts that it has seen."""
+        policy = self.policy
+        if isinstance(policy, ReSpSPolicy):
+            policy = ReSpSPolicy(replace(policy.config, **self.data.pair.identity), policy.network)
+        policy.save_pretrained(folder)
+        write_training_prompts(folder, self.data.first_questions)
 
 
-def _collate(steps: list[int]) -> dict[str, Tensor]:
-    return {"step": torch.tensor(steps)}
+def _unguarded(policy: SavedPolicy) -> ThroughputPolicy:
+    return cast(ThroughputPolicy, policy.policy if isinstance(policy, BaselineGuard) else policy)
+
+
+def _name_of(target: PreTrainedModel | str) -> str:
+    name = target if isinstance(target, str) else getattr(target.config, "name_or_path", "") or "target"
+    return name.rstrip("/").split("/")[-1]

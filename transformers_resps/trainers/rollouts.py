@@ -11,7 +11,11 @@ from .decisions import Decisions
 
 
 class Rollouts(Protocol):
-    """Where `PolicyTrainer` gets its decisions from: `ReplayRollouts` or `LiveRollouts`."""
+    """Where a trainer of policies gets its decisions from: `ReplayRollouts` or `LiveRollouts`."""
+
+    def __len__(self) -> int:
+        """How many texts there are to decide over."""
+        ...
 
     @property
     def knows_all_outcomes(self) -> bool:
@@ -37,7 +41,7 @@ class Rollouts(Protocol):
 
 
 class ReplayRollouts:
-    """Rollouts for `PolicyTrainer` on recorded texts: no model runs, and the same seed gives the same decisions.
+    """Rollouts on recorded texts: no model runs, and the same seed gives the same decisions.
 
     Args:
         table: outcomes of every action at every position.
@@ -48,6 +52,9 @@ class ReplayRollouts:
     def __init__(self, table: OutcomeTable) -> None:
         self.table = table
         self.oracle = Oracle(table)
+
+    def __len__(self) -> int:
+        return len(self.table)
 
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False

@@ -46,18 +46,6 @@ def test_a_checkpoint_pushes_the_head_and_no_pickle_nor_what_an_earlier_run_left
     assert DraftHead.from_pretrained(REPO).fc.weight.dtype == torch.bfloat16
 
 
-def test_a_checkpoint_of_a_head_goes_to_the_hub_in_its_targets_precision_and_without_the_rest(hub, tmp_path):
-    one = trainer(tmp_path, max_steps=6, hub_strategy="end")
-    one.train()
-    checkpoint = tmp_path / "checkpoint-3"
-    assert (checkpoint / "training_args.bin").is_file()
-    head = DraftHead.from_pretrained(checkpoint, target=one.target.model.bfloat16())
-    head.push_to_hub("tester/early")
-    files = set(hub.repositories["tester/early"].files)
-    assert files == {".gitattributes", "README.md", "config.json", "model.safetensors"}
-    assert DraftHead.from_pretrained("tester/early").dtype == torch.bfloat16
-
-
 def test_at_the_end_alone_if_asked(hub, tmp_path):
     one = trainer(tmp_path, max_steps=3, hub_strategy="end")
     one.train()
@@ -154,8 +142,8 @@ def test_the_head_script_ends_with_a_folder_that_lacks_the_benchmark_alone(hub, 
 
 def test_the_policy_script_likewise(hub, desk, monkeypatch):
     settings = (
-        "target: target\nhead: given\ndataset: answers.jsonl\ntarget_dtype: float32\nmax_new_tokens: 12\nupdates: 1\n"
-        "drop_hopeless: false\n"
+        "target: target\nhead: given\ndataset: answers.jsonl\ntarget_dtype: float32\nmax_completion_length: 12\n"
+        "max_steps: 4\ndrop_hopeless: false\n"
     )
     train("train_policy.py", settings, monkeypatch)
     folder = desk / "run" / "policy"
@@ -163,7 +151,8 @@ def test_the_policy_script_likewise(hub, desk, monkeypatch):
     assert pushed == snapshot(folder)
     assert AutoPolicy.from_pretrained(REPO).to_config() == AutoPolicy.from_pretrained(folder).to_config()
     assert [fault.split()[0] for fault in find_faults(folder, REPO)] == ["results.json"]
-    assert read_training_prompts(folder) == set(map(prompt_fingerprint, WORDS))
+    seen = read_training_prompts(folder)
+    assert seen < set(map(prompt_fingerprint, WORDS)) and len(seen) == len(WORDS) - 1  # one is for the final figure
 
 
 @pytest.mark.parametrize(
@@ -173,7 +162,7 @@ def test_the_policy_script_likewise(hub, desk, monkeypatch):
 def test_what_cannot_be_published_is_told_before_anything_is_loaded(tmp_path, monkeypatch, script, settings):
     monkeypatch.chdir(tmp_path)
     private = f"target: /home/alice/target\n{settings}"
-    with pytest.raises(ValueError, match=r"(?s)not be published:.*/home/alice/target.*without `push_to_hub`"):
+    with pytest.raises(ValueError, match=r"publish private facts. .*/home/alice/target.*without `push_to_hub`"):
         train(script, private, monkeypatch)
     with pytest.raises(ValueError, match=r"The `card` of the recipe .*`languages` is 'en'"):
         train(script, f"target: nowhere\n{settings}", monkeypatch, CARD.replace("[en]", "en"))
