@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
-from publishing import head_metrics, recipe_of, write_run
+from publishing import check_publishable, head_metrics, recipe_of, write_run
 from runs.command_line import parse
 from runs.context import check_context
 from runs.timing import TimingCallback
@@ -215,7 +215,8 @@ def datasets_of(
 
 def main() -> None:
     script, adapters, args = parse(HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig)
-    recipe = recipe_of(sys.argv, {**asdict(script), **asdict(adapters)}, is_pushed=args.push_to_hub)
+    recipe = recipe_of(sys.argv, {**asdict(script), **asdict(adapters)})
+    check_publishable(recipe, args, script.target_name or script.target)
     if adapters.use_peft and script.head is None:
         raise ValueError(
             "`use_peft` is set, but adapters need a head to start from. Pass `head`, or leave `use_peft` out."

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from transformers import AutoTokenizer
 
 from prompts.policy_prompts import PromptArguments
-from publishing import recipe_of, write_run
+from publishing import check_publishable, recipe_of, write_run
 from runs.command_line import parse
 from transformers_resps.bench.models import load_target
 from transformers_resps.bench.provenance import machine
@@ -57,7 +57,8 @@ def main() -> None:
 
 def run() -> None:
     script, args = parse(PolicyScriptArguments, PolicyTrainingConfig, renamed=RENAMED)
-    recipe = recipe_of(sys.argv, asdict(script), is_pushed=args.push_to_hub)
+    recipe = recipe_of(sys.argv, asdict(script))
+    check_publishable(recipe, args, script.target)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     target = load_target(script.target, script.target_dtype, str(args.device), packed=script.pack)
     tokenizer = AutoTokenizer.from_pretrained(script.target)

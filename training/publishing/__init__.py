@@ -3,6 +3,7 @@
 from .artefact import Artefact, UnreadableArtefactError, read_artefact
 from .card import render_card
 from .checks import find_faults
+from .publishable import check_publishable
 from .release import check_folder, files_of, publish, write_card, write_custom_generate
 from .training_run import head_metrics, recipe_of, write_run
 
@@ -11,6 +12,7 @@ __all__ = [
     "Artefact",
     "UnreadableArtefactError",
     "check_folder",
+    "check_publishable",
     "files_of",
     "find_faults",
     "head_metrics",

@@ -17,13 +17,13 @@ from .artefact import CONFIG, RECIPE, WEIGHTS, Artefact, read_artefact
 from .card import render_card
 from .custom_code import CUSTOM_GENERATE, is_ours
 from .privacy import private_facts
+from .publishable import card_faults
 
 
 _MAX_BYTES = {".safetensors": 5 << 30}  # the Hub's limit for one upload over HTTP
 _MAX_OTHER_BYTES = 10 << 20  # the Hub's limit for files outside Git LFS
 KINDS = {".json", ".yaml", ".md", ".png", ".safetensors"}
 _TEXTS = {".json", ".yaml"}
-_CARD_NEEDS = ("license", "target_license", "languages", "data")
 
 
 def find_faults(folder: Path, *names: str) -> list[str]:
@@ -142,12 +142,8 @@ def _training_prompt_faults(folder: Path) -> Iterator[str]:
 def _content_faults(artefact: Artefact, names: tuple[str, ...]) -> Iterator[str]:
     """Faults of the contents, once all files could be read."""
     folder = artefact.folder
-    if artefact.target is None:
-        yield f"No file names the target. Put `target: HUB_ID` under `card` in {RECIPE}."
-    elif artefact.target_id is None:
-        yield f"The target {artefact.target!r} is not a Hub id. Put `target: HUB_ID` under `card` in {RECIPE}."
-    if (folder / RECIPE).is_file() and (unsaid := [name for name in _CARD_NEEDS if not artefact.said.get(name)]):
-        yield f"The `card` of {RECIPE} lacks {', '.join(unsaid)}. Add them."
+    if (folder / RECIPE).is_file():
+        yield from card_faults(artefact.said, artefact.target, RECIPE)
     if (folder / METRICS).is_file() and not artefact.metrics.get("training"):
         yield f"{METRICS} has no `training`. Copy the file that the training script wrote."
     if (folder / WEIGHTS).is_file():  # a policy without weights has learned nothing

@@ -10,7 +10,6 @@ import yaml
 from transformers_resps.hub import METRICS
 
 from .artefact import RECIPE, check_card
-from .privacy import private_facts
 from .release import write_card, write_custom_generate
 
 
@@ -33,24 +32,18 @@ def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, t
     return metrics
 
 
-def recipe_of(command: list[str], settings: dict[str, Any], *, is_pushed: bool) -> str:
+def recipe_of(command: list[str], settings: dict[str, Any]) -> str:
     """Make `recipe.yaml` when a run starts, so that later edits of its config do not matter.
 
     Args:
         command: as typed. The recipe is the file after its `--config`, with the command above it.
         settings: the recipe of a run without `--config`.
-        is_pushed: the run uploads its result, so the recipe must contain nothing private.
 
     Raises:
-        ValueError: its `card` is invalid, or it is uploaded and contains private paths or names.
+        ValueError: its `card` is invalid.
     """
     recipe = _recipe(command, settings)
     check_card((yaml.safe_load(recipe) or {}).get("card"), "the recipe")
-    if is_pushed and (private := list(private_facts("The command or its config", recipe))):
-        raise ValueError(
-            f"`push_to_hub` would publish private facts. {' '.join(private)} Or train without `push_to_hub`, and "
-            "publish the folder later with training/publish.py."
-        )
     return recipe
 
 

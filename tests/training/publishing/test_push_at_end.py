@@ -162,7 +162,7 @@ def test_the_policy_script_likewise(hub, desk, monkeypatch):
 def test_what_cannot_be_published_is_told_before_anything_is_loaded(tmp_path, monkeypatch, script, settings):
     monkeypatch.chdir(tmp_path)
     private = f"target: /home/alice/target\n{settings}"
-    with pytest.raises(ValueError, match=r"publish private facts. .*/home/alice/target.*without `push_to_hub`"):
+    with pytest.raises(ValueError, match=r"(?s)not be published:.*/home/alice/target.*without `push_to_hub`"):
         train(script, private, monkeypatch)
     with pytest.raises(ValueError, match=r"The `card` of the recipe .*`languages` is 'en'"):
         train(script, f"target: nowhere\n{settings}", monkeypatch, CARD.replace("[en]", "en"))
