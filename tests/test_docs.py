@@ -14,6 +14,7 @@ import torch
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, cli
 
+from .hub import rehearse
 from .targets import Architecture
 from .tokenizers import letter_tokenizer
 
@@ -104,6 +105,8 @@ def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.Mo
             assert cli.main([*arguments, *quickly]) in (0, 1)  # 1: looked, and did not like the random head
         case ["python", "-m", "transformers_resps.bench", *arguments]:
             assert cli.main(["bench", *arguments, *shlex.split(QUICKLY["resps bench"])]) in (0, 1)
+        case ["python", "-m", "tests.hub.rehearse", *command]:
+            assert rehearse.main(command) in (0, 1)  # 1: of other weights than its results
         case ["python", script, "--help"]:
             monkeypatch.setattr(sys, "argv", [script, "--help"])
             with pytest.raises(SystemExit, match="0"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is in `__all__` of a part
 from transformers import TrainingArguments
 
 from transformers_resps.hub import RESULTS, Destination, Existing, as_hub_id, make_repository

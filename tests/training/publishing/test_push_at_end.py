@@ -46,6 +46,18 @@ def test_a_checkpoint_pushes_the_head_and_no_pickle_nor_what_an_earlier_run_left
     assert DraftHead.from_pretrained(REPO).fc.weight.dtype == torch.bfloat16
 
 
+def test_a_checkpoint_of_a_head_goes_to_the_hub_in_its_targets_precision_and_without_the_rest(hub, tmp_path):
+    one = trainer(tmp_path, max_steps=6, hub_strategy="end")
+    one.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    assert (checkpoint / "training_args.bin").is_file()
+    head = DraftHead.from_pretrained(checkpoint, target=one.target.model.bfloat16())
+    head.push_to_hub("tester/early")
+    files = set(hub.repositories["tester/early"].files)
+    assert files == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert DraftHead.from_pretrained("tester/early").dtype == torch.bfloat16
+
+
 def test_at_the_end_alone_if_asked(hub, tmp_path):
     one = trainer(tmp_path, max_steps=3, hub_strategy="end")
     one.train()

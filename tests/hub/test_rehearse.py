@@ -1,0 +1,30 @@
+"""A publication is rehearsed as docs/publish.md says: by the commands a user types, in processes of their own."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.hub.rehearse import main
+from tests.training.publishing.artefacts import changed
+
+
+PUBLISH = ["python", str(Path(__file__).parents[2] / "training" / "publish.py")]
+
+
+def test_what_would_be_published_is_listed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*PUBLISH, str(folder), "me/head", "--private"]) == 0
+    told = capfd.readouterr().out
+    assert "published: http://127.0.0.1" in told and "me/head (private) would hold:" in told
+    assert "model.safetensors" in told and "custom_generate/generate.py" in told
+
+
+def test_a_refusal_keeps_its_exit_status(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    changed(folder, results={"partial": True})
+    assert main([*PUBLISH, str(folder), "me/head"]) == 1
+    told = capfd.readouterr()
+    assert "Nothing was published" in told.out and "is partial" in told.err
+
+
+def test_without_a_command_the_use_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "python -m tests.hub.rehearse" in capsys.readouterr().err
