@@ -19,10 +19,10 @@ def test_the_newest_output_alone_is_the_last_of_all_outputs(
         mask[0, :, 1:, 0] = False
     outputs = []
     with torch.no_grad():
-        for newest_only in (False, True):
+        for wanted in (slice(None), slice(-1, None)):
             cache = HeadCache(head.config, 2, torch.float32, head.device)
             attend = cache.attend_from(0, mask, is_causal=mask is None)
-            outputs.append(head(hidden, embeddings, torch.arange(9)[None], attend, newest_only=newest_only))
+            outputs.append(head(hidden, embeddings, torch.arange(9)[None], attend, wanted=wanted))
             follow = cache.attend_from(9, None)
             outputs.append(head(hidden[:, :1], embeddings[:, :1], torch.tensor([[9]]), follow))
     torch.testing.assert_close(outputs[2], outputs[0][:, -1:])

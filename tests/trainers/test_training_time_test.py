@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from transformers_resps import DraftHead, DraftHeadConfig
-from transformers_resps.trainers.training_time_test import unroll
+from transformers_resps.trainers.training_time_test import pack, unroll
 
 
 LENGTH, STEPS = 11, 4
@@ -52,27 +52,44 @@ def dense_levels(head, features, embeddings, steps):
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("start", [0, 4])
+SLOTS = {"all": None, "a part": [[2, 3, 7, 9], [0, 1, 9, 10]]}
+
+
+@pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
 @pytest.mark.parametrize(
     "overrides", [{}, {"num_hidden_layers": 2, "num_key_value_heads": 4}, {"feedback_post_norm": True}]
 )
-def test_levels_equal_a_dense_mask(start, overrides):
+def test_levels_and_gradients_equal_those_of_a_dense_mask(overrides, slots):
     head = small_head(**overrides)
     features = torch.randn(2, LENGTH, 96, dtype=torch.double)
     embeddings = torch.randn(2, LENGTH, 32, dtype=torch.double)
-    expected = dense_levels(head, features, embeddings, STEPS)[:, :, start:]
-    actual = unroll(head, features, embeddings, STEPS, start)
-    torch.testing.assert_close(actual, expected)
-
-
-def test_gradients_equal_those_of_a_dense_mask():
-    head = small_head()
-    features = torch.randn(1, LENGTH, 96, dtype=torch.double)
-    embeddings = torch.randn(1, LENGTH, 32, dtype=torch.double)
-    probe = torch.randn(STEPS, 1, LENGTH, 32, dtype=torch.double)
-    gradients = []
-    for levels in (dense_levels, unroll):
+    wanted = None if slots is None else torch.tensor(slots)
+    rows = (slice(None),) if wanted is None else (torch.arange(2)[:, None], wanted)
+    found, gradients = [], []
+    for levels in (
+        dense_levels(head, features, embeddings, STEPS)[:, *rows],
+        unroll(head, features, embeddings, STEPS, wanted),
+    ):
         head.zero_grad()
-        (levels(head, features, embeddings, STEPS) * probe).sum().backward()
+        torch.manual_seed(1)
+        (levels * torch.randn_like(levels)).sum().backward()
+        found.append(levels.detach())
         gradients.append([p.grad.clone() for n, p in head.named_parameters() if "lm_head" not in n])
-    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*gradients)
+
+
+def test_every_text_gets_the_slots_that_its_losses_need():
+    """The second text needs fewer: it gets one more than it needs."""
+    rows = torch.tensor([0, 0, 0, 1])
+    slots = torch.tensor([[5, 6, 7, 1], [4, 5, 6, 0], [3, 4, 5, -1]])
+    packed, columns = pack(rows, slots, torch.Size([2, 9]))
+    assert packed[0].tolist() == [3, 4, 5, 6, 7] and packed[1, :2].tolist() == [0, 1]
+    assert torch.equal(packed, packed.sort(-1).values) and all(len(set(text)) == 5 for text in packed.tolist())
+    assert torch.equal(packed[rows, columns], slots.clamp(min=0))
+
+
+def test_a_batch_whose_losses_need_nothing_still_gets_a_slot():
+    """Distributed training waits for a gradient of every process."""
+    packed, columns = pack(torch.zeros(0, dtype=torch.long), torch.zeros(3, 0, dtype=torch.long), torch.Size([2, 9]))
+    assert packed.shape == (2, 1) and columns.shape == (3, 0)

@@ -164,7 +164,8 @@ def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -
     start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
     scored = batch.scored[:, start:].to(features.device)
     embeddings = drafter.embed(batch.tokens.to(features.device))
-    hidden = unroll(drafter.head, features, embeddings, DEPTHS, start)  # normed [depths, b, slots, h]
+    slots = torch.arange(start, batch.scored.shape[1], device=features.device).expand(len(scored), -1)
+    hidden = unroll(drafter.head, features, embeddings, DEPTHS, slots)  # normed [depths, b, slots, h]
     draft_ids = drafter.head.draft_token_ids
     hits, log_probs = [], []
     for depth in range(DEPTHS):

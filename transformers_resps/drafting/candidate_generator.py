@@ -84,7 +84,7 @@ class TreeCandidateGenerator(Drafter):
         positions, attend = self._place([pairs.counts for pairs in self._unread], tokens.shape[1])
         self._unread.clear()
         self._newest = self._bound.head(
-            self._bound.head.fuse(features), self._bound.embed(tokens), positions, attend, newest_only=True
+            self._bound.head.fuse(features), self._bound.embed(tokens), positions, attend, wanted=slice(-1, None)
         )
 
     def _place(self, counts: list[list[int]], width: int) -> tuple[Tensor, Attend]:

@@ -11,8 +11,10 @@ from .configuration import DraftHeadConfig
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
-# those of the last q <= t positions
+# those of the q <= t wanted positions
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Which positions of `[b, t]` get an output: a part of them, or `[b, q]` positions of each text
+Wanted = slice | Tensor
 
 
 class DraftAttention(nn.Module):
@@ -36,17 +38,23 @@ class DraftAttention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: slice) -> Tensor:
+    def forward(self, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: Wanted) -> Tensor:
         """`[b, t, width]` -> `[b, q, h]` at the `wanted` positions; `rope` is cosine and sine, `[b, t, head_dim]`."""
         heads = (-1, self.head_dim)
-        queries = self.q_norm(self.q_proj(states[:, wanted]).unflatten(-1, heads)).transpose(1, 2)
+        queries = self.q_norm(self.q_proj(_at(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
         values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
-        cosine, sine = (part[:, None] for part in rope)
-        queries = _rotated(queries, cosine[:, :, wanted], sine[:, :, wanted])
-        keys = _rotated(keys, cosine, sine)
+        queries = _rotated(queries, *(_at(part, wanted)[:, None] for part in rope))
+        keys = _rotated(keys, *(part[:, None] for part in rope))
         attended = attend(self.layer_index, queries, keys, values)
         return self.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module is untyped
+
+
+def _at(states: Tensor, wanted: Wanted) -> Tensor:
+    """`[b, t, n]` -> `[b, q, n]`."""
+    if isinstance(wanted, slice):
+        return states[:, wanted]
+    return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _rotated(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ class DraftLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(
-        self, hidden: Tensor, embeddings: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: slice
+        self, hidden: Tensor, embeddings: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: Wanted
     ) -> Tensor:
         """`[b, t, h]` hidden states and token embeddings -> `[b, q, h]` at the `wanted` positions."""
         residual = hidden
@@ -80,5 +88,5 @@ class DraftLayer(nn.Module):
             states = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)  # embedding first, as published
         else:
             states = self.input_layernorm(hidden)
-        residual = residual[:, wanted] + self.self_attn(states, rope, attend, wanted)
+        residual = _at(residual, wanted) + self.self_attn(states, rope, attend, wanted)
         return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped

@@ -15,7 +15,7 @@ from .configuration import DraftHeadConfig
 from .formats import canonical_head, check_exact, export_head, read_checkpoint
 from .fresh import draft_vocabulary, fresh_config, start_from
 from .identity import check_is_model, target_identity
-from .layer import Attend, DraftLayer
+from .layer import Attend, DraftLayer, Wanted
 from .loading_options import split_keywords
 from .publishing import PublishableHead
 from .rotary import RotaryEmbedding
@@ -82,7 +82,13 @@ class DraftHead(PublishableHead):
         return cast(Tensor, self.fc(features))
 
     def forward(
-        self, hidden: Tensor, embeddings: Tensor, positions: Tensor, attend: Attend, *, newest_only: bool = False
+        self,
+        hidden: Tensor,
+        embeddings: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        wanted: Wanted = slice(None),
     ) -> Tensor:
         """Run the head's layers over all positions in parallel.
 
@@ -91,16 +97,16 @@ class DraftHead(PublishableHead):
             embeddings: `[b, t, h]` embeddings of the token after each feature.
             positions: `[b, t]` RoPE positions.
             attend: attention over the keys and values that the caller keeps (see `HeadCache`).
-            newest_only: compute the output of the last position only. The other positions of a prompt then give only
-                their keys and values, which is a third of the work.
+            wanted: the positions whose output is computed, a slice or `[b, q]` of each text. The others
+                give only their keys and values, which is a third of the work.
 
         Returns:
-            `[b, t or 1, h]` hidden states, before the final norm.
+            `[b, q, h]` hidden states, before the final norm.
         """
         rope = self.rotary_emb(hidden, positions)
         for layer in self.layers:
-            wanted = slice(-1, None) if newest_only and layer is self.layers[-1] else slice(None)
-            hidden = layer(hidden, embeddings, rope, attend, wanted)
+            is_last = layer is self.layers[-1]
+            hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))
         return hidden
 
     def feedback(self, hidden: Tensor) -> Tensor:

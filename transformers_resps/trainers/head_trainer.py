@@ -23,7 +23,7 @@ from .muon import Muon, parameter_groups
 from .simulated_decoding import simulated_tau
 from .soft_cross_entropy import soft_cross_entropy
 from .target_features import FrozenTarget, TargetFeatures
-from .training_time_test import unroll
+from .training_time_test import pack, unroll
 from .warnings import warn_if_small
 
 
@@ -117,23 +117,24 @@ class DraftHeadTrainer(ArtefactTrainer):
         bound = BoundHead(unwrapped(self.accelerator.unwrap_model(model)), self.target.model)
         read = self._read(inputs)
         rows, places = (inputs["labels"] != IGNORED).nonzero(as_tuple=True)  # the n predicted tokens
-        start = max(int(places.min()) - 1 - self.args.steps, 0)
-        hidden = unroll(
-            bound.head,
-            read.features.to(bound.head.dtype),
-            bound.embed(inputs["input_ids"]),
-            self.args.steps,
-            start,
-            first_pass=model,
-        )
         levels = torch.arange(self.args.steps, device=places.device)[:, None]
         slots = places - 2 - levels  # [k, n]
         exists = slots >= 0
         token_ids = bound.head.draft_token_ids
         learnt = torch.isin(read.picks[rows, places - 1], token_ids)  # other picks have no loss at any level
         rows, places, slots = rows[learnt], places[learnt], slots[:, learnt]
+        packed, columns = pack(rows, slots, read.picks.shape)
+        with self.accelerator.autocast():
+            hidden = unroll(
+                bound.head,
+                read.features.to(bound.head.dtype),
+                bound.embed(inputs["input_ids"]),
+                self.args.steps,
+                packed,
+                first_pass=model,
+            )
         loss, losses, hits = soft_cross_entropy(
-            hidden[levels, rows, slots.clamp(min=start) - start],  # [k, m, h]
+            hidden[levels, rows, columns],  # [k, m, h]
             bound.output_weight,
             self.target.teacher(read.hidden[rows, places - 1], token_ids),
             (self.args.step_decay**levels * exists[:, learnt]).float(),
