@@ -25,7 +25,7 @@ ROOMS = {
     "calibration": "compat tree target head policy drafting generation",
     "testing": "compat tree target head telemetry policy drafting generation calibration",
     "__init__": "tree target head telemetry policy generation calibration testing",
-    "data": "head",
+    "data": "hub head",
     "replay": "tree target head telemetry policy drafting decoding",
     "bench": "compat hub tree target head telemetry policy generation calibration testing data replay",
     "trainers": "compat hub tree target head telemetry policy drafting generation calibration data replay",

@@ -6,9 +6,11 @@ from transformers import PreTrainedTokenizerFast
 from tests.targets import VOCABULARY
 
 
-def letter_tokenizer() -> PreTrainedTokenizerFast:
-    """Token 3 is "d", and so on; 0 pads, 2 ends."""
-    vocabulary = {chr(ord("a") + index): index for index in range(VOCABULARY)}
+def letter_tokenizer(first: str = "a") -> PreTrainedTokenizerFast:
+    """Token 3 is "d", and so on; 0 pads, 2 ends. With another `first` letter every id is another letter's."""
+    letters = [chr(ord("a") + index) for index in range(VOCABULARY)]
+    start = letters.index(first)
+    vocabulary = {letter: index for index, letter in enumerate(letters[start:] + letters[:start])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -1,32 +1,35 @@
 """A small target, its head, and texts and settings for a training of seconds."""
 
 import torch
+from datasets import Dataset
 
 from tests.conftest import build_target
 from transformers_resps import DraftHead
-from transformers_resps.data import Example
 from transformers_resps.trainers import DraftHeadTrainingConfig
 
 
 def texts(count=12, vocabulary=64):
+    """A dataset of token ids; the first five of each are the prompt."""
     generator = torch.Generator().manual_seed(0)
-    examples = []
+    rows = []
     for _ in range(count):
         length = int(torch.randint(9, 24, (1,), generator=generator))
-        mask = torch.arange(length) >= 5
-        examples.append(Example(torch.randint(3, vocabulary, (length,), generator=generator), mask))
-    return examples
+        ids = torch.randint(3, vocabulary, (length,), generator=generator)
+        rows.append({"input_ids": ids.tolist(), "completion_mask": [int(place >= 5) for place in range(length)]})
+    return Dataset.from_list(rows)
 
 
 def config(folder, **overrides):
     return DraftHeadTrainingConfig(
         **{
             "output_dir": str(folder),
-            "steps": 3,
+            "ttt_steps": 3,
             "tokens_per_batch": 64,
+            "max_length": 64,
             "max_steps": 6,
             "save_steps": 3,
             "logging_steps": 1,
+            "bf16": False,
             "report_to": [],
             "use_cpu": True,
             "disable_tqdm": True,

@@ -2,39 +2,42 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.targets import Architecture
 from tests.trainers.heads import config, fresh, texts
-from transformers_resps.data import Example
-from transformers_resps.trainers import CachedFeatures, DraftHeadTrainer, ExampleDataset, FrozenTarget, feature_cache
+from transformers_resps.data import prepare_dataset
+from transformers_resps.trainers import DraftHeadTrainer, FrozenTarget, feature_cache
+from transformers_resps.trainers.feature_cache import CachedFeatures
+
+
+def prepared(dataset):
+    return prepare_dataset(dataset, "texts", None, max_length=64, vocab_size=64)
 
 
 def test_cached_features_train_the_same_head_as_the_target_itself(tmp_path):
     losses = []
-    for cached in (False, True):
+    for folder in (None, str(tmp_path / "features")):
         target, head = fresh()
-        examples = sorted(texts(), key=lambda example: len(example.input_ids))
-        dataset = ExampleDataset(examples)
-        if cached:
-            frozen = FrozenTarget(target, head.config.feature_layers)
-            dataset = CachedFeatures(examples, tmp_path / "features", frozen, dtype=torch.float32)
-        trainer = DraftHeadTrainer(head, target, config(tmp_path / str(cached), max_steps=3), dataset)
+        args = config(tmp_path / str(bool(folder)), max_steps=3, feature_cache_dir=folder, eval_strategy="epoch")
+        trainer = DraftHeadTrainer(head, args, texts(), texts(2), target=target.double())
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # they are kept in bf16
 
 
 def test_a_fine_tune_with_the_same_output_head_does_not_meet_the_features_of_its_base(tmp_path):
     """As a merged LoRA; nor does the same target in another dtype, which rounds otherwise."""
     target, head = fresh()
     frozen = FrozenTarget(target, head.config.feature_layers)
-    base = CachedFeatures(texts(2), tmp_path, frozen)[0]["features"]
+    base = CachedFeatures(prepared(texts(2)), tmp_path, frozen)[0]["features"]
     with torch.no_grad():
         target.model.layers[0].mlp.down_proj.weight += 0.1
-    tuned = CachedFeatures(texts(2), tmp_path, frozen)[0]["features"]
+    tuned = CachedFeatures(prepared(texts(2)), tmp_path, frozen)[0]["features"]
     assert not torch.equal(base, tuned) and len(list(tmp_path.iterdir())) == 2
     target.bfloat16()
-    CachedFeatures(texts(2), tmp_path, frozen)
+    CachedFeatures(prepared(texts(2)), tmp_path, frozen)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -43,8 +46,8 @@ def test_other_predicted_tokens_of_the_same_texts_have_picks_of_their_own(tmp_pa
     target, head = fresh()
     frozen = FrozenTarget(target, head.config.feature_layers)
     few = texts(3)
-    all_of_them = [Example(text.input_ids, torch.arange(len(text.input_ids)) >= 1) for text in few]
-    CachedFeatures(few, tmp_path, frozen)
+    all_of_them = prepared(few.remove_columns("completion_mask"))
+    CachedFeatures(prepared(few), tmp_path, frozen)
     again = CachedFeatures(all_of_them, tmp_path, frozen)
     assert torch.equal(again[0]["picks"], CachedFeatures(all_of_them, tmp_path / "new", frozen)[0]["picks"])
 
@@ -52,7 +55,7 @@ def test_other_predicted_tokens_of_the_same_texts_have_picks_of_their_own(tmp_pa
 def test_the_cache_goes_on_from_whole_files_and_says_what_a_full_disk_needs(tmp_path, monkeypatch):
     target, head = fresh()
     frozen = FrozenTarget(target, head.config.feature_layers)
-    examples = texts(130)
+    examples = prepared(texts(130))
 
     def full(tensors, path):
         if len(list(tmp_path.glob("*.safetensors"))) == 2:
@@ -80,23 +83,17 @@ def test_processes_that_fill_one_cache_write_different_files(tmp_path, monkeypat
     monkeypatch.setattr(feature_cache, "save_file", note)
     for process in (7, 8):
         monkeypatch.setattr(feature_cache.os, "getpid", lambda process=process: process)
-        CachedFeatures(texts(2), tmp_path / str(process), frozen)
+        CachedFeatures(prepared(texts(2)), tmp_path / str(process), frozen)
     assert len(names) == 2
-
-
-def test_features_are_not_cached_of_texts_of_another_tokenizer(tmp_path):
-    target, head = fresh()
-    with pytest.raises(ValueError, match="another model's tokenizer"):
-        CachedFeatures(texts(vocabulary=99), tmp_path, FrozenTarget(target, head.config.feature_layers))
 
 
 def test_a_damaged_file_is_named_and_what_to_do(tmp_path):
     target = FrozenTarget(Architecture("llama").build("sdpa"), [1, 2])
-    example = Example(torch.tensor([3, 4, 5, 6]), torch.tensor([False, False, True, True]))
-    cached = CachedFeatures([example], tmp_path, target)
+    rows = prepared(Dataset.from_list([{"input_ids": [3, 4, 5, 6]}]))
+    cached = CachedFeatures(rows, tmp_path, target)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(ValueError, match=f"{file.name} is gone or damaged.*Delete it and start again"):
         cached[0]
     file.unlink()
-    assert CachedFeatures([example], tmp_path, target)[0]["picks"].shape == (4,)
+    assert CachedFeatures(rows, tmp_path, target)[0]["picks"].shape == (4,)

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.trainers.heads import bits, config, fresh, texts
-from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
+from transformers_resps.trainers import DraftHeadTrainer
 
 
 class Stop(TrainerCallback):
@@ -34,13 +34,13 @@ class PressCtrlC(TrainerCallback):
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     target, head = fresh()
-    whole = DraftHeadTrainer(head, target, config(tmp_path / "whole", max_steps=7), ExampleDataset(texts()))
+    whole = DraftHeadTrainer(head, config(tmp_path / "whole", max_steps=7), texts(), target=target)
     whole.train()
 
     for callbacks, resume in (([Stop(3)], None), ([], True)):
         target, resumed_head = fresh()
         args = config(tmp_path / "killed", max_steps=7)
-        resumed = DraftHeadTrainer(resumed_head, target, args, ExampleDataset(texts()), callbacks=callbacks)
+        resumed = DraftHeadTrainer(resumed_head, args, texts(), callbacks=callbacks, target=target)
         resumed.train(resume_from_checkpoint=resume)
     assert resumed.state.global_step == whole.state.global_step == 7
     expected = bits(head)
@@ -65,7 +65,7 @@ def test_a_resumed_run_tells_the_time_left_by_its_own_steps(tmp_path, monkeypatc
         )
         target, head = fresh()
         args = config(tmp_path, max_steps=5)
-        trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts()), callbacks=[clock, *callbacks])
+        trainer = DraftHeadTrainer(head, args, texts(), callbacks=[clock, *callbacks], target=target)
         trainer.train(resume_from_checkpoint=resume)
         told = [entry["minutes_left"] for entry in trainer.state.log_history if "minutes_left" in entry]
         assert told[-2 if resume else 0] == first
@@ -73,16 +73,16 @@ def test_a_resumed_run_tells_the_time_left_by_its_own_steps(tmp_path, monkeypatc
 
 def test_ctrl_c_writes_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(tmp_path):
     target, head = fresh()
-    DraftHeadTrainer(head, target, config(tmp_path / "whole", max_steps=5), ExampleDataset(texts())).train()
+    DraftHeadTrainer(head, config(tmp_path / "whole", max_steps=5), texts(), target=target).train()
 
     target, stopped_head = fresh()
     args = config(tmp_path / "stopped", max_steps=5, save_strategy="no")
-    stopped = DraftHeadTrainer(stopped_head, target, args, ExampleDataset(texts()), callbacks=[PressCtrlC(1)])
+    stopped = DraftHeadTrainer(stopped_head, args, texts(), callbacks=[PressCtrlC(1)], target=target)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     assert stopped.state.global_step == 2 and signal.getsignal(signal.SIGINT) is before
     target, resumed_head = fresh()
-    DraftHeadTrainer(resumed_head, target, args, ExampleDataset(texts())).train(resume_from_checkpoint=True)
+    DraftHeadTrainer(resumed_head, args, texts(), target=target).train(resume_from_checkpoint=True)
     expected = bits(head)
     assert all(torch.equal(value, expected[name]) for name, value in bits(resumed_head).items())

@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 
 from tests.trainers.heads import config, fresh, texts
-from transformers_resps.trainers import DraftHeadTrainer, ExampleDataset
+from transformers_resps.trainers import DraftHeadTrainer
 
 
 def train(folder: Path, accumulation: int) -> None:
     target, head = fresh()
     best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_tau", "tau_texts": 2}
     args = config(folder, max_steps=2, gradient_accumulation_steps=accumulation, save_strategy="no", **best)
-    trainer = DraftHeadTrainer(head, target, args, ExampleDataset(texts(16)), ExampleDataset(texts(4)))
+    trainer = DraftHeadTrainer(head, args, texts(16), texts(4), target=target)
     trainer.train()
     assert trainer.state.best_metric  # looked for in every process
     if trainer.accelerator.is_main_process:

@@ -17,12 +17,12 @@ def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, t
     """Make `metrics.json` of a head from the result of its trainer's `evaluate`.
 
     Args:
-        evaluation: with `eval_top1_1`, `eval_top1_2`, ... and optionally `eval_tau`.
+        evaluation: with `eval_accuracy_1`, `eval_accuracy_2`, ... and optionally `eval_tau`.
         tree: total_tokens/depth/top_k of the tree that tau was simulated with.
         held_out_texts: number of sequences evaluated.
         tau_texts: number of these that tau was simulated on.
     """
-    prefix = "eval_top1_"
+    prefix = "eval_accuracy_"
     agreement = {name.removeprefix(prefix): value for name, value in evaluation.items() if name.startswith(prefix)}
     metrics: dict[str, Any] = {}
     if agreement:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.bench.models import training_prompts_of
-from transformers_resps.data import load_conversations, write_training_prompts
+from transformers_resps.data import load_conversations, training_prompts_of, write_training_prompts
 
 
 _TEXTS_AT_ONCE = 256

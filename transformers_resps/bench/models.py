@@ -1,12 +1,11 @@
 """Load the models of a benchmark, and check that they fit together."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..data import TRAINING_PROMPTS, read_training_prompts
+from ..data import training_prompts_of
 from ..generation.attach import attach
 from ..head import DraftHead
 from ..head.fingerprint import parameter_fingerprint
@@ -14,10 +13,7 @@ from ..policy import Policy
 from ..target.prepacking import is_prepacked, prepack
 from .config import BenchConfig
 from .policies import load_policies
-from .provenance import config_sha256, file_of, weights_sha256
-
-
-logger = logging.getLogger(f"transformers.{__name__}")
+from .provenance import config_sha256, weights_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +72,6 @@ def load_target(name: str, dtype: str | None, device: str, *, packed: bool = Fal
     chosen = dtype or ("float32" if device == "cpu" else "auto")
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
     return prepack(model.to(device)) if packed else model.to(device)
-
-
-def training_prompts_of(source: str) -> set[str] | None:
-    """Read the fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    file = file_of(source, TRAINING_PROMPTS)
-    if file is None:
-        logger.warning(
-            "%s has no %s, so it may have been trained on prompts that it will be measured on.",
-            source,
-            TRAINING_PROMPTS,
-        )
-        return None
-    return read_training_prompts(file.parent)
 
 
 def load_draft_model(name: str, target: Any) -> PreTrainedModel:

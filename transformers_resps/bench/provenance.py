@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 
 from ..calibration.device import device_name
-from ..hub import RepositoryFiles
+from ..hub import folder_of
 
 
 PACKAGE = Path(__file__).parent.parent
@@ -56,30 +55,6 @@ def code() -> dict[str, Any]:
         files.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
     changed = commit and _git("status", "--porcelain", "--untracked-files=no", "--", ".")
     return {"commit": commit, "dirty": bool(changed), "code_sha256": files.hexdigest()}
-
-
-def folder_of(id_or_folder: str | Path) -> Path | None:
-    """Find the files of a head, policy or target: a folder, or what the Hub's cache holds of a repository."""
-    if Path(id_or_folder).is_dir():
-        return Path(id_or_folder)
-    try:
-        return Path(str(snapshot_download(str(id_or_folder), local_files_only=True)))
-    except (OSError, ValueError):  # neither a folder nor whole in the cache: loading it says what is wrong
-        return None
-
-
-def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """Fetch a file of a head or policy that loading it did not: from its folder, or the commit that was loaded.
-
-    Raises:
-        OSError, ConnectionError, ValueError: as `RepositoryFiles.fetch`.
-    """
-    folder = folder_of(id_or_folder)
-    if folder is None:
-        return None
-    if Path(id_or_folder).is_dir():
-        return folder / name if (folder / name).is_file() else None
-    return RepositoryFiles(str(id_or_folder), revision=folder.name).fetch(name)  # a snapshot is named after its commit
 
 
 def weights_sha256(id_or_folder: str | Path) -> str | None:

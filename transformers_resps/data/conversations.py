@@ -132,7 +132,7 @@ def _messages(row: Any) -> Conversation:
     if not isinstance(row, dict):
         raise ValueError(f"is {row!r}, but a conversation is a JSON object.")
     if "messages" in row:
-        return _as_messages(row["messages"], "user")
+        return as_messages(row["messages"], "user")
     if "conversations" in row:
         return _from_sharegpt(_objects(row["conversations"], "`conversations`"))
     if "turns" in row:
@@ -141,8 +141,8 @@ def _messages(row: Any) -> Conversation:
         return [{"role": "user", "content": _text(turn)} for turn in row["turns"]]
     for question, answer in (("prompt", "completion"), ("question", "answer")):
         if question in row:
-            asked, answered = _as_messages(row[question], "user"), row.get(answer)
-            return asked + ([] if answered is None else _as_messages(answered, "assistant"))
+            asked, answered = as_messages(row[question], "user"), row.get(answer)
+            return asked + ([] if answered is None else as_messages(answered, "assistant"))
     raise ValueError(
         f"has the fields {sorted(row)}, but a conversation needs `messages`, `prompt` (and `completion`), `turns`, "
         "`question` (and `answer`), or ShareGPT's `conversations`."
@@ -151,15 +151,24 @@ def _messages(row: Any) -> Conversation:
 
 def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
     if all("role" in turn for turn in turns):
-        return _as_messages(turns, "user")
+        return as_messages(turns, "user")
     if not all({"from", "value"} <= set(turn) for turn in turns):
         raise ValueError("has `conversations` with turns that lack `from` or `value`.")
     known = [turn for turn in turns if str(turn["from"]) in _SHAREGPT_ROLES]
     return [{"role": _SHAREGPT_ROLES[turn["from"]], "content": _text(turn["value"])} for turn in known]
 
 
-def _as_messages(value: Any, role: str) -> Conversation:
-    if isinstance(value, str):
+def as_messages(value: Any, role: str | None) -> Conversation:
+    """Check a list of messages, and keep their roles and texts.
+
+    Args:
+        value: the list.
+        role: of a string, which then is one message; `None` refuses strings.
+
+    Raises:
+        ValueError: says what it has in place of messages; the caller says where.
+    """
+    if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     for message in _objects(value, "messages"):
         if not {"role", "content"} <= set(message):

@@ -86,9 +86,9 @@ def vocabulary_of(head: DraftHead, examples: Iterable[Example]) -> DraftVocabula
 
 def _answer_counts(examples: Iterable[Example], vocab_size: int) -> Tensor:
     """How often the assistant wrote each token, `[v]`."""
-    counts, examples = torch.zeros(vocab_size, dtype=torch.long), list(examples)
-    check_token_ids(examples, vocab_size)
-    for example in examples:
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for number, example in enumerate(examples):
+        check_token_ids([example], vocab_size, first_number=number)
         counts += torch.bincount(example.input_ids[example.loss_mask], minlength=vocab_size)
     return counts
 

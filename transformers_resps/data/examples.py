@@ -4,8 +4,6 @@ Transformers and TRL find these tokens by `{% generation %}` marks in the chat t
 here they are what an assistant turn adds to the rendered text.
 """
 
-import hashlib
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from .conversations import Conversation
 
 
-logger = logging.getLogger(f"transformers.{__name__}")
-
-
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenized conversation to train on.
+    """One tokenized text to train on.
 
     Attributes:
         input_ids: `[t]` token ids.
@@ -33,12 +28,6 @@ class Example:
     loss_mask: Tensor
 
     @property
-    def prompt_place(self) -> float:
-        """A number in [0, 1) that depends only on the tokens before the first answer."""
-        prompt = self.input_ids[: int(self.loss_mask.int().argmax())]
-        return int.from_bytes(hashlib.sha256(prompt.numpy().tobytes()).digest()[:6]) / 2**48
-
-    @property
     def predicted(self) -> Tensor:
         """`[t]` bool: the assistant's tokens that a head can predict: all but those at the first two positions."""
         mask = self.loss_mask.clone()
@@ -46,60 +35,9 @@ class Example:
         return mask
 
 
-def make_examples(
-    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Example]:
-    """Tokenize all conversations that have an assistant turn within `max_length` tokens.
-
-    Assistant turns before the first user turn are left out. If the chat template rewrites earlier turns, as templates
-    do that drop old reasoning, only the first answer of the conversation is used; a warning counts these.
-
-    Args:
-        conversations: as from `load_conversations`.
-        tokenizer: the target's, with its chat template.
-        max_length: in tokens; longer conversations are cut.
-
-    Returns:
-        One example for each conversation that has a token to learn.
-
-    Raises:
-        ValueError: no conversation has one, or the chat template does not append answers to their questions.
-    """
-    examples, seen, rewritten = [], 0, 0
-    for conversation in conversations:
-        seen += 1
-        asked = _from_first_question(conversation)
-        if any(message["role"] == "assistant" for message in asked):
-            first = asked[: next(i for i, m in enumerate(asked) if m["role"] == "assistant") + 1]
-            try:
-                example = make_example(asked, tokenizer, max_length)
-            except ValueError:
-                if len(first) == len(asked):
-                    raise
-                example, rewritten = make_example(first, tokenizer, max_length), rewritten + 1
-            if example.predicted.any():
-                examples.append(example)
-    if rewritten:
-        logger.warning(
-            "The chat template rewrites earlier turns in %d of %d conversations: only their first answers are used.",
-            rewritten,
-            seen,
-        )
-    if not examples:
-        raise ValueError(
-            f"None of the {seen} conversations has an assistant turn that begins within `max_length={max_length}` "
-            "tokens. Pass conversations with answers (training/generate_dataset.py makes them), or raise `max_length`."
-        )
-    return examples
-
-
-def _from_first_question(conversation: Conversation) -> Conversation:
-    roles = [message["role"] for message in conversation]
-    first = roles.index("user") if "user" in roles else len(roles)
-    return [message for message in conversation[:first] if message["role"] != "assistant"] + conversation[first:]
-
-
-def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
+def make_example(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int, *, learn_from: int = 0
+) -> Example:
     """Tokenize one conversation and mask the tokens that the assistant wrote.
 
     These are what an assistant turn adds to the rendered text after the generation prompt.
@@ -108,6 +46,7 @@ def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         conversation: a list of messages.
         tokenizer: the target's, with its chat template.
         max_length: in tokens; a longer conversation is cut.
+        learn_from: index of the first message whose tokens are marked; those before it are the prompt.
 
     Returns:
         The example.
@@ -118,7 +57,7 @@ def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
     pieces: list[tuple[str, bool]] = []
     text = ""
     for index, message in enumerate(conversation):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < learn_from:
             continue
         asked = _render(tokenizer, conversation[:index], add_generation_prompt=True)
         answered = _render(tokenizer, conversation[: index + 1], add_generation_prompt=False)
@@ -141,13 +80,18 @@ def make_example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
     return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]))
 
 
-def check_token_ids(examples: Iterable[Example], vocab_size: int) -> None:
+def check_token_ids(examples: Iterable[Example], vocab_size: int, *, first_number: int = 0) -> None:
     """Check that texts hold tokens of the target, whose embedding would fail with an unclear error.
+
+    Args:
+        examples: the texts.
+        vocab_size: the target's vocabulary size.
+        first_number: number of the first text, for the error.
 
     Raises:
         ValueError: an id is outside the vocabulary, or there is a text without tokens.
     """
-    for number, example in enumerate(examples):
+    for number, example in enumerate(examples, start=first_number):
         if not len(example.input_ids):
             raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
         odd = example.input_ids[(example.input_ids < 0) | (example.input_ids >= vocab_size)]
@@ -156,26 +100,6 @@ def check_token_ids(examples: Iterable[Example], vocab_size: int) -> None:
                 f"Text {number} holds token id {int(odd[0])}, but the target's vocabulary has {vocab_size} tokens. "
                 "It was made with another model's tokenizer, or holds labels: tokenize it with the target's own."
             )
-
-
-def split_examples(examples: Iterable[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Split examples into those to train on and those held out.
-
-    The prompt alone decides: an example stays on its side when the dataset grows, and all answers to one prompt are on
-    the same side.
-
-    Args:
-        examples: all examples.
-        share: about how much to hold out, 0 to 1.
-
-    Returns:
-        The training examples and the held-out ones.
-    """
-    training: list[Example] = []
-    held_out: list[Example] = []
-    for example in examples:
-        (held_out if example.prompt_place < share else training).append(example)
-    return training, sorted(held_out, key=lambda example: example.prompt_place)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, add_generation_prompt: bool) -> str:

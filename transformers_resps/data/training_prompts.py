@@ -2,9 +2,14 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..hub import file_of
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 TRAINING_PROMPTS = "training_prompts.json"
 
@@ -43,3 +48,20 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
         raise ValueError(
             f"{file} is not what `write_training_prompts` writes ({error!r}). Write it again, or delete it."
         ) from error
+
+
+def training_prompts_of(source: str) -> set[str] | None:
+    """Read the fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = file_of(source, TRAINING_PROMPTS)
+    if file is None:
+        logger.warning(
+            "%s has no %s, so it may have been trained on prompts that it will be measured on.",
+            source,
+            TRAINING_PROMPTS,
+        )
+        return None
+    return read_training_prompts(file.parent)

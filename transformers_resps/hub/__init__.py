@@ -1,6 +1,7 @@
 """Downloads from and uploads to the Hub."""
 
 from .download import RepositoryFiles
+from .loaded import file_of, folder_of
 from .metadata import GENERAL_TAGS, as_hub_id, card_data, shareable
 from .pushing import CARD, METRICS, RESULTS, plain_card, push_saved
 from .upload import Destination, Existing, make_repository, upload
@@ -16,6 +17,8 @@ __all__ = [
     "RepositoryFiles",
     "as_hub_id",
     "card_data",
+    "file_of",
+    "folder_of",
     "make_repository",
     "plain_card",
     "push_saved",

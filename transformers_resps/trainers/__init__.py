@@ -1,8 +1,8 @@
 """Trainers of draft heads and policies, in the manner of TRL."""
 
-from .feature_cache import CachedFeatures, ExampleDataset
 from .head_config import DraftHeadTrainingConfig
-from .head_trainer import DraftHeadTrainer, save_head
+from .head_saving import save_head
+from .head_trainer import DraftHeadTrainer
 from .live_rollouts import LiveRollouts
 from .policy_config import PolicyTrainingConfig
 from .policy_trainer import PolicyTrainer
@@ -13,10 +13,8 @@ from .target_features import FrozenTarget
 
 
 __all__ = [
-    "CachedFeatures",
     "DraftHeadTrainer",
     "DraftHeadTrainingConfig",
-    "ExampleDataset",
     "FrozenTarget",
     "LiveRollouts",
     "PolicyTrainer",

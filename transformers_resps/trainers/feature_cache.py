@@ -7,9 +7,7 @@ dataset computes the new ones only.
 
 import hashlib
 import json
-import logging
 import os
-import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -18,75 +16,54 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from ..data.batches import IGNORED, TokenBudgetBatches, collate
-from ..data.examples import Example, check_token_ids
+from ..data.examples import Example
+from ..data.texts import PreparedTexts
 from ..head.fingerprint import parameter_fingerprint
 from .target_features import FrozenTarget
 
-
-logger = logging.getLogger(f"transformers.{__name__}")
 
 _BLOCK = 64  # texts per file
 _MAX_OPEN_FILES = 256
 _TOKENS_PER_FORWARD = 4096  # in a batch of the target, padding included
 
 
-class ExampleDataset(Dataset[dict[str, Tensor]]):
-    """Dataset for `DraftHeadTrainer`, which then runs the target on each batch.
+class CachedFeatures(PreparedTexts):
+    """Texts with the target's features on disk, so that training does not run the target.
 
-    Args:
-        examples: the tokenized conversations.
-    """
-
-    def __init__(self, examples: list[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        example = self.examples[index]
-        return {"input_ids": example.input_ids, "loss_mask": example.predicted}
-
-
-class CachedFeatures(ExampleDataset):
-    """Dataset for `DraftHeadTrainer` with the target's features on disk, so that training does not run the target.
-
-    Missing features are computed when the dataset is made. A row has also `features` `[t, F]`, `hidden`
+    Missing features are computed when the object is made. A row has also `features` `[t, F]`, `hidden`
     `[t, target hidden]` and `picks` `[t]`, see `TargetFeatures`.
 
     Args:
-        examples: the tokenized conversations.
+        rows: a dataset from `prepare_dataset`.
         folder: where the files are kept; those of other texts or another target are left alone.
         target: computes missing features.
         dtype: of the stored features; bf16 needs half the disk of fp32 and is what heads are served in.
 
     Raises:
-        ValueError: the examples were made with another tokenizer.
         OSError: the disk is full; files already written stay usable.
     """
 
     def __init__(
         self,
-        examples: list[Example],
+        rows: Any,
         folder: str | Path,
         target: FrozenTarget,
         *,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        super().__init__(examples)
-        check_token_ids(examples, target.model.config.get_text_config().vocab_size)
+        super().__init__(rows)
         self._folder, self._target, self._dtype = Path(folder), target, dtype
         self._folder.mkdir(parents=True, exist_ok=True)
         identity = {"layers": target.feature_layers, "dtype": str(dtype), "target": _fingerprint(target.model)}
         self._identity = json.dumps(identity, sort_keys=True)
-        blocks = [self.examples[start : start + _BLOCK] for start in range(0, len(examples), _BLOCK)]
-        self._paths = [self._folder / f"{self._key(block)}.safetensors" for block in blocks]
+        starts = range(0, len(self), _BLOCK)
+        self._paths = [self._folder / f"{self._key(self._block(start))}.safetensors" for start in starts]
         self._open: OrderedDict[Path, Any] = OrderedDict()
-        self._fill(blocks)
+        self._fill()
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         block, row = divmod(index, _BLOCK)
@@ -100,6 +77,9 @@ class CachedFeatures(ExampleDataset):
             name: file.get_tensor(f"{row}.{name}") for name in ("features", "hidden", "picks")
         }
 
+    def _block(self, start: int) -> list[Example]:
+        return [self.example(index) for index in range(start, min(start + _BLOCK, len(self)))]
+
     def _key(self, block: list[Example]) -> str:
         digest = hashlib.sha256(self._identity.encode())
         for example in block:
@@ -107,15 +87,14 @@ class CachedFeatures(ExampleDataset):
             digest.update(example.predicted.numpy().tobytes() + b"|")  # picks are there for predicted tokens alone
         return digest.hexdigest()[:24]
 
-    def _fill(self, blocks: list[list[Example]]) -> None:
+    def _fill(self) -> None:
         missing = [index for index, path in enumerate(self._paths) if not path.exists()]
-        started, tokens = time.monotonic(), 0
-        for done, index in enumerate(missing, start=1):
-            self._write(self._paths[index], blocks[index])
-            tokens += sum(len(example.input_ids) for example in blocks[index])
-            if done % 10 == 0 or done == len(missing):
-                rate = tokens / (time.monotonic() - started)
-                logger.info("features: %d of %d files, %.0f tokens/s", done, len(missing), rate)
+        blocks = {index: self.lengths[index * _BLOCK : (index + 1) * _BLOCK] for index in missing}
+        total = sum(map(sum, blocks.values()))
+        with tqdm(total=total, desc="Caching features", unit=" tokens", disable=not missing) as progress:
+            for index, lengths in blocks.items():
+                self._write(self._paths[index], self._block(index * _BLOCK))
+                progress.update(sum(lengths))
 
     def _write(self, path: Path, block: list[Example]) -> None:
         tensors: dict[str, Tensor] = {}

@@ -1,42 +1,95 @@
 """The settings of `DraftHeadTrainer`."""
 
 from dataclasses import dataclass, field
+from typing import Any, Self
 
+import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from .checks import check_setting
+from .precision import prefers_bf16
+from .renamed import check_renamed
+
+
+MUON = "muon"
+
+_RENAMED = {"steps": "`ttt_steps`", "step_decay": "`ttt_step_decay`", "optimizer": "`optim`"}
+_BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+_TRANSFORMERS_BATCH_SIZE = 8
+_LEAST = {"ttt_steps": 1, "tokens_per_batch": 2, "loss_chunk_size": 1, "draft_vocab_size": 0, "tau_texts": 0}
 
 
 @dataclass
 class DraftHeadTrainingConfig(TrainingArguments):
     """Settings of `DraftHeadTrainer`: Transformers' `TrainingArguments` and those of EAGLE-3's training-time test.
 
-    Batches are filled up to `tokens_per_batch`, so `per_device_train_batch_size` is not used.
+    Batches are filled up to `tokens_per_batch`; `per_device_train_batch_size` and `per_device_eval_batch_size` are
+    refused.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, or has an earlier name.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code. Draft
-    levels are called `steps` here, as in published recipes.
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code.
     """
+
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "target_init_kwargs",
+    ]
 
     learning_rate: float = field(
         default=2e-3,
         metadata={"help": "Peak learning rate of both Muon and AdamW (Muon's updates are scaled to fit)."},
     )
-    logging_steps: float = field(default=20, metadata={"help": "Optimiser steps between two lines of metrics."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between two lines of metrics."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; EAGLE-3 uses 0.5."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any learning rate schedule of Transformers."})
-    bf16: bool = field(
-        default=False,
-        metadata={"help": "Autocast to bf16: faster on GPUs, slower than fp32 on CPUs without bf16."},
+    bf16: bool | None = field(  # type: ignore[assignment]  # as in TRL
+        default=None, metadata={"help": "Autocast to bf16; by default where that is faster on this machine."}
     )
-    steps: int = field(
-        default=7, metadata={"help": "Levels of the training-time test: how deep the head learns to draft."}
+    optim: OptimizerNames | str = field(
+        default=MUON,
+        metadata={
+            "help": "muon: orthogonalised momentum for the matrices, AdamW for the rest. Or any optimiser of "
+            "Transformers, such as adamw_torch."
+        },
     )
-    step_decay: float = field(default=0.8, metadata={"help": "Weight of the loss of level k is step_decay ** k."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of squares; EAGLE-3 uses 0.95."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "For a head that the trainer loads or makes: fields of DraftHeadConfig, such as default_tree and "
+            "intermediate_size, and loading arguments, such as revision."
+        },
+    )
+    target_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For a target that the trainer loads, such as dtype and revision; dtype is auto."},
+    )
+    draft_vocab_size: int = field(
+        default=8192,
+        metadata={
+            "help": "Tokens that a new head can propose, those that the answers in the training data use most; 0 for "
+            "all."
+        },
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Maximum length of a text in tokens; longer ones are cut. None: no maximum."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the datasets."})
+    feature_cache_dir: str | None = field(
+        default=None, metadata={"help": "Cache the target's features in this folder, and read them in every epoch."}
+    )
     tokens_per_batch: int = field(
         default=2048, metadata={"help": "Tokens per batch and device, padding included; texts are not split."}
+    )
+    ttt_steps: int = field(
+        default=7, metadata={"help": "Levels of the training-time test: how deep the head learns to draft."}
+    )
+    ttt_step_decay: float = field(
+        default=0.8, metadata={"help": "Weight of the loss of level k is ttt_step_decay ** k."}
     )
     loss_chunk_size: int = field(
         default=1024,
@@ -52,19 +105,36 @@ class DraftHeadTrainingConfig(TrainingArguments):
         default=8,
         metadata={"help": "Held-out texts for simulating the default tree's tau at each evaluation; 0 for none."},
     )
-    optimizer: str = field(
-        default="muon",
-        metadata={"help": "muon: orthogonalised momentum for the matrices, AdamW for the rest. adamw: AdamW for all."},
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of squares; EAGLE-3 uses 0.95."})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse earlier names before `__init__` refuses them without saying how they are called now."""
+        check_renamed(cls.__name__, kwargs, _RENAMED)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and prefers_bf16(use_cpu=self.use_cpu)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # as it is anyway; Transformers refuses bf16 on a CPU that was not asked for
+        optim, self.optim = self.optim, OptimizerNames.ADAMW_TORCH if self.optim == MUON else self.optim
         super().__post_init__()  # type: ignore[no-untyped-call]  # untyped upstream
+        self.optim = MUON if optim == MUON else self.optim
         self.remove_unused_columns = False
         self.label_names = ["labels"]
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # levels run outside the wrapper, which would count them as unused
-        for name, least in (("steps", 1), ("tokens_per_batch", 2), ("loss_chunk_size", 1)):
+        self._check()
+
+    def _check(self) -> None:
+        for name in _BATCH_SIZES:
+            is_default = getattr(self, name) == _TRANSFORMERS_BATCH_SIZE
+            check_setting(self, name, is_default, "left out: `tokens_per_batch` says how large a batch is")
+        for name, least in (
+            ("ttt_steps", 1),
+            ("tokens_per_batch", 2),
+            ("loss_chunk_size", 1),
+            ("draft_vocab_size", 0),
+        ):
             check_setting(self, name, getattr(self, name) >= least, f"at least {least}")
-        check_setting(self, "step_decay", 0 < self.step_decay <= 1, "above 0 and at most 1")
-        check_setting(self, "optimizer", self.optimizer in ("muon", "adamw"), "`muon` or `adamw`")
+        check_setting(self, "ttt_step_decay", 0 < self.ttt_step_decay <= 1, "above 0 and at most 1")
+        check_setting(self, "max_length", self.max_length is None or self.max_length > 2, "above 2, or none")

@@ -1,6 +1,5 @@
 """Train a draft head on a target's own distribution; the maths is in `training_time_test` and `soft_cross_entropy`."""
 
-import copy
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -8,16 +7,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from ..compat import unwrapped
-from ..data.batches import IGNORED, TokenBudgetBatches, collate
-from ..data.examples import check_token_ids
-from ..head import BoundHead, DraftHead, DraftHeadConfig
+from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
+from ..data.batches import IGNORED, collate
+from ..data.texts import PreparedTexts, StreamedBatches, tensors_of
+from ..head import BoundHead, DraftHead
 from .artefact_trainer import ArtefactTrainer
-from .checks import check_kinds
-from .feature_cache import ExampleDataset
-from .head_config import DraftHeadTrainingConfig
+from .head_arguments import check_arguments, default_folder
+from .head_config import MUON, DraftHeadTrainingConfig
+from .head_saving import save_head
+from .head_start import start_head
+from .head_texts import counted_examples, positions_seen, token_budget_loader
 from .metrics import LevelMeter, Pace
 from .muon import Muon, parameter_groups
 from .simulated_decoding import simulated_tau
@@ -30,20 +33,27 @@ from .warnings import warn_if_small
 class DraftHeadTrainer(ArtefactTrainer):
     """Trains a `DraftHead` on a target's outputs: EAGLE-3's training-time test with a soft cross-entropy loss.
 
-    Checkpoints hold the head alone and load with `DraftHead.from_pretrained`; `OUTPUT_DIR/head` is the head of
-    the finished run, in bf16.
+    The signature is that of TRL's `SFTTrainer`, and the target. Datasets have the columns `messages`; `prompt` and
+    `completion`; `text`; or `input_ids` with `assistant_masks` or `completion_mask`. Conversations get the tokenizer's
+    chat template and are learned from where the assistant speaks; prompts are not learned from.
+
+    Checkpoints hold the head alone and load with `DraftHead.from_pretrained`; `OUTPUT_DIR/head` is the head of the
+    finished run, in bf16, with the fingerprints of the prompts that it learned from.
 
     Args:
-        model: the head, or a PEFT model of it.
-        target: the model it drafts for; it is neither trained nor saved.
-        args: see `DraftHeadTrainingConfig`.
-        train_dataset: `ExampleDataset` (the target runs on each batch) or `CachedFeatures`.
-        eval_dataset: the same kinds, with held-out texts.
-        peft_config: trains adapters instead, for instance `LoraConfig`.
+        model: the head, a PEFT model of it, its folder or Hub id; `None` for a new head, whose draft vocabulary is
+            counted over the training data.
+        args: see `DraftHeadTrainingConfig`; by default they write into `TARGET-head`.
+        train_dataset: a `Dataset`, or an `IterableDataset`, which needs `max_steps`.
+        eval_dataset: held-out texts: one of these, or a dict of them.
+        processing_class: the target's tokenizer; by default the one that lies where the target came from.
+        callbacks: as in Transformers.
+        peft_config: trains adapters instead, for instance `LoraConfig`; they are merged into the saved head.
+        target: the model it drafts for, or its folder or Hub id; it is neither trained nor saved.
         kwargs: passed to `transformers.Trainer`.
 
     Raises:
-        ValueError: the head was made for another target, or an argument has the wrong type.
+        ValueError: the head was made for another target, or an argument cannot be used.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
     """
@@ -53,42 +63,49 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     def __init__(
         self,
-        model: DraftHead,
-        target: PreTrainedModel,
-        args: DraftHeadTrainingConfig,
-        train_dataset: ExampleDataset | None = None,
-        eval_dataset: ExampleDataset | None = None,
-        *,
+        model: DraftHead | str | None,
+        args: DraftHeadTrainingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
+        *,
+        target: PreTrainedModel | str,
         **kwargs: Any,
     ) -> None:
-        _check_arguments(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = cast(DraftHead, get_peft_model(model, peft_config))
-        bound = BoundHead(unwrapped(model), target)
-        if bound.head.config.owns_output_head and args.freeze_output_head:
-            _check_trained_rows(bound.head.config)
-            bound.head.lm_head.requires_grad_(False)
-        if not (bound.head.config.owns_output_head or args.freeze_output_head):
-            raise ValueError(
-                "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
-                "trained. Leave it true, or start from a head with a draft vocabulary of its own."
-            )
+        args = DraftHeadTrainingConfig(default_folder(target)) if args is None else args
+        check_arguments(model, args, train_dataset, peft_config)
+        set_seed(args.seed)
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        start = start_head(model, target, args, processing_class, peft_config, **given)
+        self._preparation, self._origin = start.texts, start.origin
+        self.tokenizer = start.texts.tokenizer
         super().__init__(
-            model=model,
+            model=start.model,
             args=args,
             data_collator=kwargs.pop("data_collator", collate),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=start.train_rows,
+            eval_dataset=start.eval_rows,
+            callbacks=callbacks,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's count of predicted tokens
-        target.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
-        self.target = FrozenTarget(target, list(bound.head.config.feature_layers or []))
-        self._meters = {"train": LevelMeter(args.steps), "eval": LevelMeter(args.steps)}
+        start.target.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
+        self.target = FrozenTarget(start.target, list(start.head.config.feature_layers or []))
+        self._meters = {"train": LevelMeter(args.ttt_steps), "eval": LevelMeter(args.ttt_steps)}
         self._pace = Pace()
+        self._train_texts: PreparedTexts | StreamedBatches | None = None
+
+    @property
+    def head(self) -> DraftHead:
+        """The head in training, without adapters' or processes' wrappers."""
+        head: DraftHead = unwrapped(self.accelerator.unwrap_model(self.model))
+        return head
+
+    def draft_vocabulary(self) -> DraftVocabulary:
+        """The tokens that the head can propose, and the share of the training data's answers that they cover."""
+        return vocabulary_of(self.head, counted_examples(self.train_dataset))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `ArtefactTrainer`."""
@@ -117,7 +134,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         bound = BoundHead(unwrapped(self.accelerator.unwrap_model(model)), self.target.model)
         read = self._read(inputs)
         rows, places = (inputs["labels"] != IGNORED).nonzero(as_tuple=True)  # the n predicted tokens
-        levels = torch.arange(self.args.steps, device=places.device)[:, None]
+        levels = torch.arange(self.args.ttt_steps, device=places.device)[:, None]
         slots = places - 2 - levels  # [k, n]
         exists = slots >= 0
         token_ids = bound.head.draft_token_ids
@@ -129,7 +146,7 @@ class DraftHeadTrainer(ArtefactTrainer):
                 bound.head,
                 read.features.to(bound.head.dtype),
                 bound.embed(inputs["input_ids"]),
-                self.args.steps,
+                self.args.ttt_steps,
                 packed,
                 first_pass=model,
             )
@@ -137,7 +154,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             hidden[levels, rows, columns],  # [k, m, h]
             bound.output_weight,
             self.target.teacher(read.hidden[rows, places - 1], token_ids),
-            (self.args.step_decay**levels * exists[:, learnt]).float(),
+            (self.args.ttt_step_decay**levels * exists[:, learnt]).float(),
             self.args.loss_chunk_size,
             bound.output_bias,
         )
@@ -148,29 +165,38 @@ class DraftHeadTrainer(ArtefactTrainer):
             return TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
         return self.target.read(inputs["input_ids"], inputs["labels"] != IGNORED)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss and top-1 agreement on the held-out texts, and `eval_tau` of the default tree on some of them."""
-        metrics = super().evaluate(*args, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Transformers, with agreement per level, and tau of the default tree on some of the texts."""
+        self._meters["eval"].reset()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        found, _ = self._meters["eval"].read(self._over_processes)
         if self.args.tau_texts:  # in every process: each of them looks for the best metric
             started = time.monotonic()
-            metrics["eval_tau"] = self.measure_tau()
-            self.log({"eval_tau": metrics["eval_tau"], "eval_tau_seconds": round(time.monotonic() - started, 1)})
-        return metrics
+            found |= {"tau": self._tau(dataloader.dataset), "tau_seconds": round(time.monotonic() - started, 1)}
+        cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{key}": v for key, v in found.items()})
+        return output
 
     def measure_tau(self) -> float:
         """Simulated tau of the default tree on `tau_texts` held-out texts, evenly spread over their lengths."""
-        dataset = self.eval_dataset
-        if not isinstance(dataset, ExampleDataset):
-            return 1.0
-        by_length = sorted(range(len(dataset)), key=lambda index: len(dataset.examples[index].input_ids))
-        count = min(self.args.tau_texts, len(dataset))
-        chosen = [by_length[index * len(dataset) // count] for index in range(count)]
-        head = unwrapped(self.accelerator.unwrap_model(self.model))
+        return self._tau(self.get_eval_dataloader().dataset)
+
+    def _tau(self, texts: Any) -> float:
+        head, count = self.head, self.args.tau_texts
+        if isinstance(texts, PreparedTexts):
+            rows = map(texts.__getitem__, texts.spread(count))
+        else:
+            rows = map(tensors_of, texts.examples(count))
         is_training = head.training
         head.train(False)
         bound = BoundHead(head, self.target.model)
-        texts = (self._with_features(dataset[index]) for index in chosen)
-        tau = round(simulated_tau(bound, texts, head.default_shape), 3)
+        tau = round(simulated_tau(bound, map(self._with_features, rows), head.default_shape), 3)
         head.train(is_training)
         return tau
 
@@ -189,55 +215,50 @@ class DraftHeadTrainer(ArtefactTrainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add top-1 agreement per level, tokens per second and time left to Trainer's own metrics."""
-        is_eval = any(key.startswith("eval_") for key in logs)
-        meter = self._meters["eval" if is_eval else "train"]
-        if meter.tokens:
-            prefix = "eval_" if is_eval else ""
-            logs |= {prefix + key: value for key, value in meter.read().items()}
-            if not is_eval:
-                logs |= self._pace.read(meter.tokens, self.state.global_step, self.state.max_steps)
-            meter.reset()
+        """Add agreement per level, tokens per second and time left to Trainer's own metrics of training."""
+        if "loss" in logs:
+            found, tokens = self._meters["train"].read(self._over_processes)
+            logs |= found | self._pace.read(tokens, self.state.global_step, self.state.max_steps)
+            self._meters["train"].reset()
         super().log(logs, start_time)
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return sums
+        return cast(Tensor, self.accelerator.reduce(sums.to(self.args.device), "sum")).cpu()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of a token budget."""
         if self.train_dataset is None:
-            raise ValueError("`train_dataset` is missing, but training needs texts. Pass an `ExampleDataset`.")
-        return self._loader(self.train_dataset, shuffle=True)
+            raise ValueError("`train_dataset` is missing, but training needs texts. Pass a `Dataset`.")
+        if self._train_texts is None:
+            self._train_texts = self._preparation.texts(self.train_dataset, self.target)
+        if not self._origin:
+            warn_if_small(positions_seen(self._train_texts, self.args))
+        return self._loader(self._train_texts, shuffle=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Batches of a token budget, in a fixed order."""
-        dataset = eval_dataset if isinstance(eval_dataset, ExampleDataset) else self.eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = cast(Any, self.eval_dataset)[dataset]
         if dataset is None:
-            raise ValueError(
-                "`eval_dataset` is missing, but evaluation needs held-out texts. Pass an `ExampleDataset`."
-            )
-        return self._loader(dataset, shuffle=False)
+            raise ValueError("`eval_dataset` is missing, but evaluation needs held-out texts. Pass a `Dataset`.")
+        rows = self._preparation.prepare(dataset, "eval_dataset")
+        return self._loader(self._preparation.texts(rows, self.target), shuffle=False)
 
-    def _loader(self, dataset: Any, *, shuffle: bool) -> DataLoader[Any]:
-        lengths = [len(example.input_ids) for example in dataset.examples]
-        if shuffle:
-            steps_hold = self.args.max_steps * self.args.tokens_per_batch * self.args.gradient_accumulation_steps
-            steps_hold *= self.args.world_size
-            warn_if_small(steps_hold if self.args.max_steps > 0 else int(self.args.num_train_epochs * sum(lengths)))
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        batches = TokenBudgetBatches(lengths, self.args.tokens_per_batch, seed=seed, shuffle=shuffle)
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
+    def _loader(self, texts: PreparedTexts | StreamedBatches, *, shuffle: bool) -> DataLoader[Any]:
+        loader = token_budget_loader(texts, self.args, cast(Any, self.data_collator), shuffle=shuffle)
         return cast(DataLoader[Any], self.accelerator.prepare(loader))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Muon for the matrices and AdamW for the rest, or AdamW for all."""
+        """Muon for the matrices and AdamW for the rest, or any optimiser of Transformers."""
+        if self.args.optim != MUON or self.optimizer_cls_and_kwargs is not None:
+            return super().create_optimizer(model)
         if self.optimizer is None:
             trained = cast(nn.Module, model or self.model)
             self.optimizer = Muon(
-                parameter_groups(trained, use_muon=self.args.optimizer == "muon"),
+                parameter_groups(trained, use_muon=True),
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 weight_decay=self.args.weight_decay,
@@ -246,31 +267,16 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self.optimizer
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the head in bf16."""
+        """Write the head in bf16, and the fingerprints of the prompts it learned from."""
         save_head(self.accelerator.unwrap_model(self.model), folder)
+        earlier = training_prompts_of(self._origin) if self._origin else None
+        write_training_prompts(folder, self._questions(), earlier=earlier or ())
 
-
-def save_head(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a head to `folder` in `dtype`, with adapters merged; the model in memory stays unchanged."""
-    head = copy.deepcopy(model)
-    if hasattr(head, "merge_and_unload"):
-        head = head.merge_and_unload()
-    head.to(dtype).save_pretrained(folder)
-
-
-def _check_trained_rows(config: DraftHeadConfig) -> None:
-    """A fresh head of another width than its target has random output rows."""
-    if config.hidden_size != config.target_hidden_size and config.source is None:
-        raise ValueError(
-            f"`freeze_output_head` is true, but this head's output rows are {config.hidden_size} wide, the target's "
-            f"{config.target_hidden_size}, so they cannot be copied and must be trained. "
-            "Pass `freeze_output_head=False`."
-        )
-
-
-def _check_arguments(model: Any, args: Any, **datasets: ExampleDataset | None) -> None:
-    given = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-    kinds: dict[str, Any] = {"model": (unwrapped(model), DraftHead), "args": (args, DraftHeadTrainingConfig)}
-    check_kinds("DraftHeadTrainer", **kinds, **{name: (dataset, ExampleDataset) for name, dataset in given.items()})
-    for dataset in given.values():
-        check_token_ids(dataset.examples, unwrapped(model).config.vocab_size)
+    def _questions(self) -> set[str]:
+        """The first user turns of all texts, held-out ones included."""
+        found = set(self._train_texts.questions) if isinstance(self._train_texts, StreamedBatches) else set()
+        held_out: Any = self.eval_dataset
+        for rows in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
+            if hasattr(rows, "__len__"):
+                found |= {question for question in rows["question"] if question is not None}
+        return found

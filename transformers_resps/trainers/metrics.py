@@ -1,6 +1,7 @@
 """What is logged while a head is trained: agreement per draft level, speed, time left."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,21 +20,26 @@ class LevelMeter:
     def reset(self) -> None:
         """Forget everything."""
         self._sums = torch.zeros(3, self._levels, dtype=torch.float64)  # losses, hits, predicted tokens
-        self.tokens = 0
+        self._tokens = 0
 
     def add(self, losses: Tensor, hits: Tensor, predicted: Tensor, tokens: int) -> None:
         """Add a batch: per level `[k]` the summed loss, hits and predicted tokens; and the tokens of the batch."""
         self._sums += torch.stack([losses, hits, predicted]).detach().to("cpu", torch.float64)
-        self.tokens += tokens
+        self._tokens += tokens
 
-    def read(self) -> dict[str, float]:
-        """`loss_1`, `top1_1`, `top1_2`, ... for levels counted from 1."""
-        losses, hits, predicted = self._sums
+    def read(self, over_processes: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[dict[str, float], int]:
+        """`loss_1`, `accuracy_1`, `accuracy_2`, ... for levels counted from 1, and the tokens of all batches.
+
+        Args:
+            over_processes: adds up a tensor over all processes.
+        """
+        everything = over_processes(torch.cat([self._sums.flatten(), torch.tensor([float(self._tokens)])]))
+        losses, hits, predicted = everything[:-1].view_as(self._sums)
         agreement = (hits / predicted.clamp(min=1)).tolist()
         first_loss = float(losses[0] / predicted[0].clamp(min=1))
         return {"loss_1": round(first_loss, 4)} | {
-            f"top1_{level}": round(share, 4) for level, share in enumerate(agreement, start=1)
-        }
+            f"accuracy_{level}": round(share, 4) for level, share in enumerate(agreement, start=1)
+        }, int(everything[-1])
 
 
 class Pace:

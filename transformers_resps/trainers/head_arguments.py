@@ -1,0 +1,79 @@
+"""Check what a `DraftHeadTrainer` is given, before it loads or reads anything."""
+
+from pathlib import Path
+from typing import Any
+
+from ..compat import unwrapped
+from ..head import DraftHead, DraftHeadConfig
+from .checks import check_kinds
+from .head_config import DraftHeadTrainingConfig
+from .head_texts import check_dataset
+
+
+def default_folder(target: Any) -> str:
+    """Where a run without `args` writes, named after its target as in TRL."""
+    name = target if isinstance(target, str) else getattr(getattr(target, "config", None), "name_or_path", "")
+    return f"{Path(name).name or 'draft'}-head"
+
+
+def freeze_output_head(head: DraftHead, is_frozen: bool) -> None:
+    """Freeze the output rows of a head, or leave them to be trained.
+
+    Raises:
+        ValueError: they cannot be frozen, or not be trained.
+    """
+    config: DraftHeadConfig = head.config
+    if not (config.owns_output_head or is_frozen):
+        raise ValueError(
+            "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
+            "trained. Leave it true, or start from a head with a draft vocabulary of its own."
+        )
+    if not (config.owns_output_head and is_frozen):
+        return
+    if config.hidden_size != config.target_hidden_size and config.source is None:
+        raise ValueError(
+            f"`freeze_output_head` is true, but this head's output rows are {config.hidden_size} wide, the target's "
+            f"{config.target_hidden_size}, so they cannot be copied and must be trained. "
+            "Pass `freeze_output_head=False`."
+        )
+    head.lm_head.requires_grad_(False)
+
+
+def check_arguments(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> None:
+    """Check what `DraftHeadTrainer` is given before anything is loaded.
+
+    Raises:
+        ValueError: an argument has the wrong type, or two of them contradict each other.
+    """
+    check_kinds("DraftHeadTrainer", args=(args, DraftHeadTrainingConfig))
+    if model is not None and not isinstance(model, str):
+        check_kinds("DraftHeadTrainer", model=(unwrapped(model), DraftHead))
+        if args.model_init_kwargs:
+            raise ValueError("`model_init_kwargs` is set, but `model` is a loaded head. Leave one of them out.")
+    if model is None and train_dataset is None and args.draft_vocab_size:
+        raise ValueError(
+            "`model` and `train_dataset` are missing, but the draft vocabulary of a new head is counted over the "
+            "training data. Pass `train_dataset`, or `draft_vocab_size=0`."
+        )
+    if peft_config is not None and (model is None or hasattr(model, "get_base_model")):
+        raise ValueError(
+            "`peft_config` is set, but adapters need a head to start from that has none yet. Pass the head as `model`."
+        )
+    if train_dataset is not None:
+        check_dataset(train_dataset, "train_dataset")
+        if not hasattr(train_dataset, "__len__"):
+            _check_stream(args)
+
+
+def _check_stream(args: DraftHeadTrainingConfig) -> None:
+    if args.max_steps <= 0:
+        raise ValueError(
+            "`train_dataset` is an `IterableDataset`, whose length is not known before its end. Set `max_steps`."
+        )
+    if args.feature_cache_dir is not None:
+        raise ValueError(
+            "`feature_cache_dir` is set, but features of an `IterableDataset` are not cached. Leave it out, or pass a "
+            "`Dataset`."
+        )
+    accelerator: Any = args.accelerator_config
+    accelerator.dispatch_batches = False  # batches differ in size, and cannot be cut in one process

@@ -1,0 +1,141 @@
+"""What a training starts from: the target, its tokenizer, and a head that is loaded or new."""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from ..data import Example, choose_draft_vocabulary
+from ..head import DraftHead, DraftHeadConfig
+from .checks import check_kinds
+
+
+_ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
+
+
+def load_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The target itself, or the one with this name, in its own dtype.
+
+    Args:
+        target: a loaded model, a folder or a Hub id.
+        init_kwargs: for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: it is a draft head, or something else.
+        OSError: nothing is there.
+    """
+    if not isinstance(target, str):
+        check_kinds("target", target=(target, PreTrainedModel))
+        if isinstance(target, DraftHead):
+            raise ValueError("`target` is a `DraftHead`, but must be the model that the head drafts for.")
+        if init_kwargs:
+            raise ValueError("`target_init_kwargs` is set, but `target` is a loaded model. Leave one of them out.")
+        return target
+    given = init_kwargs or {}
+    hub = {name: given[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in given}
+    told, _ = PreTrainedConfig.get_config_dict(target, **hub)
+    if _describes_head(told):
+        raise ValueError(
+            f"`target` is {target!r}, which is a draft head. Pass the model that the head drafts for as `target`, and "
+            "the head as `model`."
+        )
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **given}))
+
+
+def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was given, if it is the target's, or else the target's own, if it is where the target was.
+
+    Args:
+        target: the loaded model.
+        given: a tokenizer, a processor with one, or `None`.
+
+    Raises:
+        ValueError: it belongs to another model.
+    """
+    if given is None:
+        return _tokenizer_at(target.config.name_or_path)
+    tokenizer: Any = getattr(given, "tokenizer", None) if isinstance(given, ProcessorMixin) else given
+    check_kinds("processing_class", processing_class=(tokenizer, PreTrainedTokenizerBase))
+    own = _tokenizer_at(target.config.name_or_path, local_files_only=True)
+    if own is not None:
+        ids, ours = tokenizer.get_vocab(), own.get_vocab()
+        is_other = sum(ids.get(token) != number for token, number in ours.items()) > _ODD_SHARE * len(ours)
+    else:  # its end tokens are all that the target says of its tokens
+        special, ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder), end_tokens(target)
+        is_other = bool(special and ends) and not special & ends
+    if is_other:
+        raise ValueError(
+            f"`processing_class` ({tokenizer.name_or_path or type(tokenizer).__name__}) is another model's tokenizer: "
+            f"it gives other ids to the tokens of {target.config.name_or_path or type(target).__name__}. Pass the "
+            "target's own, or leave `processing_class` out."
+        )
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def end_tokens(target: PreTrainedModel) -> set[int]:
+    """Ids that end a text, as the target's configs say."""
+    found: set[int] = set()
+    for config in (target.config.get_text_config(), target.generation_config):
+        ids = None if config is None else config.eos_token_id
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    return found
+
+
+def load_head(name: str, target: PreTrainedModel, init_kwargs: dict[str, Any] | None) -> DraftHead:
+    """The head in a folder or on the Hub, in float32 unless `init_kwargs` says otherwise."""
+    return DraftHead.from_pretrained(name, target=target, **{"dtype": torch.float32, **(init_kwargs or {})})
+
+
+def new_head(
+    target: PreTrainedModel,
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase | None,
+    draft_vocab_size: int,
+    init_kwargs: dict[str, Any] | None,
+) -> DraftHead:
+    """A head for `target` in float32, whose draft vocabulary is counted over the answers in `examples`.
+
+    Args:
+        target: the loaded model.
+        examples: the training texts; not read for a vocabulary of all tokens.
+        tokenizer: its special tokens are always in the vocabulary.
+        draft_vocab_size: how many tokens; 0 for all.
+        init_kwargs: fields of `DraftHeadConfig`.
+
+    Raises:
+        ValueError: no head of this target can have such a config.
+    """
+    given = {"fc_norm": True, "default_tree": [8, 4, 2], **(init_kwargs or {})}
+    if "draft_vocab_size" in given:
+        raise ValueError("`model_init_kwargs` has `draft_vocab_size`. Set `draft_vocab_size` of the config instead.")
+    everything: int = target.config.get_text_config().vocab_size
+    ids = None
+    if draft_vocab_size:
+        always = end_tokens(target) | set([] if tokenizer is None else tokenizer.all_special_ids)
+        ids = choose_draft_vocabulary(examples, everything, draft_vocab_size, always).token_ids
+    head = DraftHead.from_target(target, draft_token_ids=ids, **given)
+    return cast(DraftHead, head.to(torch.float32))  # type: ignore[arg-type]  # wrapped by Transformers
+
+
+def _describes_head(config: dict[str, Any]) -> bool:
+    """By what the published formats of heads have and models have not."""
+    kinds = [config.get("model_type"), *(config.get("architectures") or ())]
+    is_named = any(kind == DraftHeadConfig.model_type or "eagle" in str(kind).lower() for kind in kinds)
+    return is_named or "draft_vocab_size" in config or "speculators_model_type" in config
+
+
+def _tokenizer_at(name: str | None, **where: Any) -> PreTrainedTokenizerBase | None:
+    if not name:
+        return None
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **where))
+    except (OSError, ValueError):  # the target was loaded from elsewhere, or has none
+        return None
