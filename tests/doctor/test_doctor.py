@@ -1,6 +1,7 @@
 """Faults planted in a good head are found, named and mended; a good head is left alone."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers_resps.doctor import (
     Tally,
     diagnose,
     probing,
+    refined,
     write_answers,
 )
 from transformers_resps.head import BoundHead, DraftHead, HeadCache
@@ -234,3 +236,94 @@ def test_the_command_prints_a_table_and_leaves_by_the_verdict(
     assert main([*command, "--set", "rope_theta"]) == 2
     assert main(["doctor", str(tmp_path), str(tmp_path)]) == 2
     assert "resps doctor:" in capsys.readouterr().err
+
+
+def test_the_first_verdict_is_of_few_short_answers_and_the_last_is_that_of_all(
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]],
+) -> None:
+    target, folder, answers = pair
+    asked = []
+
+    def source(first: int, end: int, most: int) -> list[LabelledText]:
+        asked.append((first, end, most))
+        return [
+            LabelledText(text.tokens[: text.prompt_length + most], text.prompt_length) for text in answers[first:end]
+        ]
+
+    head = DraftHead.from_pretrained(folder, target=target, feature_layers=[2, 3, 4], norm_before_residual=True)
+    found = list(refined(target, head, source, 24, 60))
+    assert asked == [(0, 8, 48), (0, 10, 60), (10, 20, 60), (20, 24, 60)][: len(asked)]
+    assert [one.answers for one in found] == [8, 10, 20, 24][: len(found)]
+    whole = diagnose(target, head, answers)
+    assert found[-1].overrides == whole.overrides and found[-1].is_settled is (len(found) == 3)
+    assert len(found[1].cells) < len(found[0].cells) and found[1].configured.reading == whole.configured.reading
+
+
+def cells(*kept: list[int]) -> Diagnosis:
+    """Of readings whose chains keep so many tokens at 40 positions of each answer; nats that tell nothing."""
+    readings = [Reading((2, 4, 5), base, False) for base in (1e4, 1e5, 1e6)]
+    tallies = [tuple(Tally(40, number, -90.0) for number in row) for row in kept]
+    return Diagnosis(tuple(Cell(r, (0.5, 0.4), t) for r, t in zip(readings, tallies, strict=False)))
+
+
+def test_a_verdict_of_too_little_evidence_says_so_first() -> None:
+    alike = [30, 33, 31, 36, 30, 33, 31, 36]
+    scattered = [36, 27, 34, 33, 24, 36, 31, 35]
+    assert cells(alike, alike).verdict.startswith("The head is read as it was trained")
+    assert cells(alike[:7], alike[:7]).verdict.startswith(
+        "Too little evidence: 7 answers of 280 positions. So far: The"
+    )
+    doubtful = cells(alike, scattered)
+    error = doubtful.gain(doubtful.cells[1])[1]
+    assert doubtful.is_healthy and doubtful.possible_gain == pytest.approx(-0.0125 + 3 * error)
+    assert doubtful.verdict.startswith(
+        f"Too little evidence: other settings might accept {doubtful.possible_gain:.2f}"
+    )
+    assert cells(alike, [number + 9 for number in alike]).verdict.startswith("The head is read wrongly")
+
+
+def test_it_is_settled_when_more_answers_would_change_nothing() -> None:
+    alike = [30, 33, 31, 36] * 5
+    worse, scattered = [number - 9 for number in alike], [36, 27, 34, 33] * 5
+    assert cells(alike, worse).is_settled and cells(worse, alike).is_settled
+    assert not cells(alike[:16], worse[:16]).is_settled  # too early
+    assert not cells(alike, scattered).is_settled and not cells(worse, alike, scattered).is_settled
+
+
+def test_only_readings_that_are_far_worse_are_not_followed() -> None:
+    base = [30, 33, 31, 36, 30, 33, 31, 36]
+    found = cells(base, [k + 1 for k in base], [k - 9 for k in base])
+    assert found.worth_following == tuple(cell.reading for cell in found.cells)  # as likely, so it may be better
+    unlikely = replace(found.cells[2], tallies=tuple(replace(t, log_prob=-150.0) for t in found.cells[2].tallies))
+    dropped = Diagnosis((*found.cells[:2], unlikely))
+    assert dropped.worth_following == tuple(cell.reading for cell in found.cells[:2])
+    turned = Diagnosis((unlikely, *found.cells[:2]))
+    assert turned.worth_following == tuple(cell.reading for cell in turned.cells)  # the configured one is kept
+    few = Diagnosis(tuple(replace(cell, tallies=cell.tallies[:7]) for cell in dropped.cells))
+    assert len(few.worth_following) == 3
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_ctrl_c_after_the_first_verdict_prints_the_last_one(
+    rounds: int,
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target, folder, _ = pair
+    target.save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    calls = []
+
+    def stopped(*given: Any) -> list[LabelledText]:
+        calls.append(given)
+        if len(calls) > rounds:
+            raise KeyboardInterrupt
+        return write_answers(*given)
+
+    monkeypatch.setattr("transformers_resps.cli.doctor.write_answers", stopped)
+    assert main(["doctor", str(tmp_path), str(folder), "--device", "cpu", "--answers", "12"]) == 130
+    printed = capsys.readouterr()
+    assert ("stopped" in printed.err) is (rounds == 0)
+    assert printed.out.count("8/12 answers: ") == rounds and printed.out.count("* best") == rounds

@@ -2,13 +2,15 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 import torch
 from transformers.utils.logging import tqdm
+
+from transformers_resps.telemetry.progress import moving
 
 
 class PromptProgress:
@@ -19,16 +21,12 @@ class PromptProgress:
         before: of them, those that an earlier run answered.
         is_terminal: show the bar.
         clock: in seconds.
-
-    Attributes:
-        shown: prompts that the bar shows as answered.
     """
 
     def __init__(
         self, total: int, before: int, *, is_terminal: bool, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._total, self._before, self._answered, self._tokens = total, before, before, 0
-        self.shown = before
         self._clock, self._started, self._is_terminal = clock, clock(), is_terminal
         self._bar: Any = tqdm(
             desc="Answering", total=total, initial=before, unit="prompt", disable=not is_terminal, file=sys.stderr
@@ -40,26 +38,9 @@ class PromptProgress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    @contextmanager
-    def watch(self, model: torch.nn.Module, prompts: int, most_steps: int) -> Iterator[None]:
+    def watch(self, model: torch.nn.Module, prompts: int, most_steps: int) -> AbstractContextManager[None]:
         """Inside, the bar moves by the prompts of a batch, evenly over the steps that it takes at most."""
-        first, steps = self.shown, 0
-
-        def move(*_: Any) -> None:
-            nonlocal steps
-            steps += 1
-            self._show(first + prompts * min(steps, most_steps) // most_steps)
-
-        handle = model.register_forward_hook(move)
-        try:
-            yield
-            self._show(first + prompts)
-        finally:
-            handle.remove()
-
-    def _show(self, prompts: int) -> None:
-        self._bar.update(prompts - self.shown)
-        self.shown = prompts
+        return moving(self._bar, model, prompts, most_steps)
 
     def add(self, prompts: int, tokens: int) -> None:
         """Count a batch that is written: its prompts, and the tokens of its answers."""

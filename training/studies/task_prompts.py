@@ -6,7 +6,7 @@ the tau of Qwen's head on CNN/DM from 1.41 to 1.47 (`LOG.md`).
 
     python -m training.studies.task_prompts --target work/smollm2 --texts sharegpt.json --output work/tasks.jsonl
 
-Prompts have few different lengths in tokens, because `generate_dataset.py` decodes prompts of one length together.
+Prompts have few different lengths in tokens, so that batches of `generate_dataset.py` need little padding.
 """
 
 import argparse

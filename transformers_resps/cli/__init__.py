@@ -14,8 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        0; 1 when what was examined is not as it should be; 2 when it could not be examined; 130 when `resps bench` was
-        stopped with Ctrl-C.
+        0; 1 when what was examined is not as it should be; 2 when it could not be examined; 130 after Ctrl-C.
     """
     args = make_parser().parse_args(arguments)
     try:
@@ -23,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"resps {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"resps {args.command}: stopped.", file=sys.stderr)
+        return 130
     return status
 
 

@@ -3,16 +3,20 @@
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from ..bench.models import load_target
 from ..bench.options import model, positive
 from ..data import Conversation, load_conversations, make_example, to_tokens
-from ..doctor import Cell, Diagnosis, LabelledText, diagnose, write_answers
+from ..doctor import Cell, Diagnosis, LabelledText, Source, refined, write_answers
 from ..head import DraftHead
+from ..telemetry.progress import moving
 from .options import add_target_options
 from .questions import default_questions, up_to
 
@@ -51,21 +55,62 @@ def add_command(commands: Any) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Print how well the head agrees with its target under each reading; 1 when another reading is better."""
+    """Print how well the head agrees with its target under each reading; 1 when another reading is better.
+
+    The first verdict comes soon, from few and short answers; 130 when Ctrl-C ends what follows.
+    """
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
     conversations = list(islice(load_conversations(args.dataset, args.split), args.answers)) if args.dataset else []
     answers = answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
-    if not answers:
-        questions = [asked for row in conversations if (asked := up_to(row, "user"))]
-        questions = questions or default_questions(args.answers)
-        print(f"The target answers {len(questions)} questions ...")
-        prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
-        answers = write_answers(target, prompts, args.max_new_tokens)
-    diagnosis = diagnose(target, head, answers)
-    print_diagnosis(diagnosis)
-    return 0 if diagnosis.is_healthy else 1
+    questions = [asked for row in conversations if (asked := up_to(row, "user"))] or default_questions(args.answers)
+    prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
+    count, found = len(answers or prompts), None
+    print(f"A first verdict from a few short answers, then better ones, from up to {count}.", flush=True)
+    with tqdm(desc="Answers", total=count, unit="answer", disable=None) as bar:
+        source = written(target, prompts, bar) if not answers else given(answers, bar)
+        try:
+            for found in refined(target, head, source, count, args.max_new_tokens):
+                bar.clear()
+                print(f"{found.answers}/{count} answers: {found.verdict}", flush=True)
+        except KeyboardInterrupt:
+            if found is None:
+                raise
+            bar.close()
+            print_diagnosis(found)
+            return 130
+    assert found is not None
+    print_diagnosis(found)
+    return int(not found.is_healthy)
+
+
+def written(target: PreTrainedModel, prompts: list[Tensor], bar: Any) -> Source:
+    """Let the target write answers when they are asked for; the bar moves with them, and back after the first look."""
+    place = 0
+
+    def source(first: int, end: int, most: int) -> list[LabelledText]:
+        nonlocal place
+        bar.update(first - place)
+        with moving(bar, target, end - first, most):
+            found = write_answers(target, prompts[first:end], most)
+        place = end
+        return found
+
+    return source
+
+
+def given(answers: list[LabelledText], bar: Any) -> Source:
+    """Cut answers of a dataset where they are asked for."""
+    place = 0
+
+    def source(first: int, end: int, most: int) -> list[LabelledText]:
+        nonlocal place
+        bar.update(first - place)
+        place = first
+        return [replace(text, tokens=text.tokens[: text.prompt_length + most]) for text in answers[first:end]]
+
+    return source
 
 
 def corrections(settings: Sequence[str]) -> dict[str, Any]:

@@ -9,6 +9,10 @@ from typing import Any
 _SURE = 3.0  # standard errors; more than two because the best of some twenty cells is looked at
 _MIN_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
 _MIN_NATS = 0.02  # per chain, likewise
+_HOPELESS = 5.0  # standard errors by which a reading is worse that is not looked at again
+_MUCH = 0.05  # accepted tokens per chain that another reading might add: more is too much for a verdict
+_FEW_ANSWERS = 8  # fewer do not tell how much they differ
+_SETTLING_ANSWERS = 20  # before it may be over: early answers decide by chance more often
 _STRANGER = 0.05  # agreement at depth 1 below which a head was not made for its target
 
 
@@ -96,9 +100,51 @@ class Diagnosis:
         gain, error = self.gain(cell, other)
         if abs(gain) > max(_SURE * error, _MIN_GAIN):
             return gain > 0
-        nats = [a.log_prob - b.log_prob for a, b in zip(cell.tallies, other.tallies, strict=True)]
-        likelier, doubt = self._mean(nats, cell)
+        likelier, doubt = self._likelier(cell, other)
         return gain >= -error and likelier > max(_SURE * doubt, _MIN_NATS)
+
+    def _might_be_better(self, cell: Cell, other: Cell) -> bool:
+        """Whether more answers might still show that a reading is better."""
+        gain, error = self.gain(cell, other)
+        likelier, doubt = self._likelier(cell, other)
+        most = gain + _SURE * error
+        return most > _MIN_GAIN or (most >= 0 and likelier + _SURE * doubt > _MIN_NATS)
+
+    @cached_property
+    def possible_gain(self) -> float:
+        """Tokens per position that another reading than the best might accept more: the upper end of its interval."""
+        gains = (self.gain(cell, self.best) for cell in self.cells if cell is not self.best)
+        return max((gain + _SURE * error for gain, error in gains), default=0.0)
+
+    @property
+    def answers(self) -> int:
+        """Answers scored."""
+        return len(self.configured.tallies)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether more answers would hardly change the best reading."""
+        others = (cell for cell in self.cells if cell is not self.best)
+        enough = self.answers >= _SETTLING_ANSWERS
+        return enough and not any(self._might_be_better(cell, self.best) for cell in others)
+
+    @property
+    def has_evidence(self) -> bool:
+        """Whether the answers are enough for a verdict: no other reading might be much better than the best."""
+        return self.answers >= _FEW_ANSWERS and self.possible_gain <= _MUCH
+
+    @property
+    def worth_following(self) -> tuple[Reading, ...]:
+        """The configured reading and all that are not far worse than the best; all while there are few answers."""
+        if self.answers < _FEW_ANSWERS:
+            return tuple(cell.reading for cell in self.cells)
+        kept = [self.configured]
+        for cell in self.cells[1:]:
+            gain, error = self.gain(cell, self.best)
+            nats, doubt = self._likelier(cell, self.best)
+            if cell is self.best or gain >= -_HOPELESS * error or nats >= -_HOPELESS * doubt:
+                kept.append(cell)
+        return tuple(cell.reading for cell in kept)
 
     def _changes(self, cell: Cell) -> dict[str, Any]:
         """Return the settings in which a reading differs from the configured one."""
@@ -109,6 +155,11 @@ class Diagnosis:
         """Return the tokens accepted per position above another cell (the configured one), and their error."""
         other = over or self.configured
         return self._mean([a.kept - b.kept for a, b in zip(cell.tallies, other.tallies, strict=True)], cell)
+
+    def _likelier(self, cell: Cell, other: Cell) -> tuple[float, float]:
+        """Return the nats per position above another cell, and their error."""
+        nats = [a.log_prob - b.log_prob for a, b in zip(cell.tallies, other.tallies, strict=True)]
+        return self._mean(nats, cell)
 
     def _mean(self, differences: list[float] | list[int], cell: Cell) -> tuple[float, float]:
         """Return the mean per position of differences summed per answer, and its standard error over answers."""
@@ -129,9 +180,19 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """The result in one or two sentences."""
-        depths = len(self.configured.agreement)
-        configured = f"{self.configured.accepted:.2f} of {depths} drafted tokens accepted"
+        """The result in one or two sentences; the first ones say so when the evidence is too little."""
+        accepted = f"{self.configured.accepted:.2f} of {len(self.configured.agreement)} drafted tokens accepted"
+        if not self.has_evidence:
+            return f"Too little evidence: {self._doubt}. So far: {self._finding(accepted)}"
+        return self._finding(accepted)
+
+    @property
+    def _doubt(self) -> str:
+        if self.answers < _FEW_ANSWERS:
+            return f"{self.answers} answers of {self.configured.positions} positions"
+        return f"other settings might accept {self.possible_gain:.2f} tokens more"
+
+    def _finding(self, configured: str) -> str:
         if not self.is_healthy:
             passed = ", ".join(f"{key}={value!r}" for key, value in self.overrides.items())
             gain, error = self.gain(self.best)

@@ -23,9 +23,8 @@ _BASES = (1e4, 1e6)
 _BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at once
 
 
-@torch.no_grad()
-def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[LabelledText]) -> Diagnosis:
-    """Compare the configured reading of `head` with its likely corrections, on answers of `target`.
+class Probe:
+    """Scores a head under several readings, on answers that come bit by bit.
 
     It tries the feature layers as read, one deeper and one shallower; the RoPE base as read, 1e4, 1e6 and the
     target's; and the residual of the first layer before and after its norm. Nothing is generated: at depth k the head
@@ -34,28 +33,71 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Labelle
     Args:
         target: the model the head was made for.
         head: as loaded.
-        answers: some 50 are enough; only the target's own tokens are scored.
+        readings: the configured one and some of the others; all when `None`.
 
     Raises:
-        ValueError: the head belongs to another target, or fewer than two answers are long enough to score.
+        ValueError: the head belongs to another target.
 
     Source: the training-time test of EAGLE-3 (arXiv 2503.01840), section 3.2.
     """
-    long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= DEPTHS]
-    if len(long_enough) < 2:
-        raise ValueError(
-            f"{len(long_enough)} of {len(answers)} answers have at least {DEPTHS} tokens of the target, but at least "
-            "2 are needed. Pass about 50 answers."
-        )
-    readings = list(_readings(head.config, target))
-    drafters = [_drafter(head, reading, target) for reading in readings]
-    was_training = target.training
-    target.train(False)
-    try:
-        scores = _scores(target, readings, drafters, long_enough)
-    finally:
-        target.train(was_training)
-    return Diagnosis(tuple(_cell(reading, found) for reading, found in zip(readings, scores, strict=True)))
+
+    def __init__(self, target: PreTrainedModel, head: DraftHead, readings: Sequence[Reading] | None = None) -> None:
+        self._target = target
+        self._readings = list(_readings(head.config, target) if readings is None else readings)
+        self._drafters = [_drafter(head, reading, target) for reading in self._readings]
+        self._scores: list[list[_Scores]] = [[] for _ in self._readings]
+        self._seen = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether two answers were long enough to score, which a diagnosis needs."""
+        return len(self._scores[0]) > 1
+
+    @torch.no_grad()
+    def add(self, answers: Sequence[LabelledText]) -> None:
+        """Score more answers; only the target's own tokens count, and those of too short answers do not."""
+        self._seen += len(answers)
+        long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= DEPTHS]
+        if not long_enough:
+            return
+        was_training = self._target.training
+        self._target.train(False)
+        try:
+            found = _scores(self._target, self._readings, self._drafters, long_enough)
+        finally:
+            self._target.train(was_training)
+        for known, new in zip(self._scores, found, strict=True):
+            known += new
+
+    def diagnosis(self) -> Diagnosis:
+        """Compare the readings on all answers so far.
+
+        Raises:
+            ValueError: fewer than two answers were long enough to score.
+        """
+        if not self.is_ready:
+            raise ValueError(
+                f"{len(self._scores[0])} of {self._seen} answers have at least {DEPTHS} tokens of the target, but at "
+                "least 2 are needed. Pass about 50 answers."
+            )
+        cells = zip(self._readings, self._scores, strict=True)
+        return Diagnosis(tuple(_cell(reading, scores) for reading, scores in cells))
+
+
+def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[LabelledText]) -> Diagnosis:
+    """Compare the configured reading of `head` with its likely corrections, on answers of `target`; see `Probe`.
+
+    Args:
+        target: the model the head was made for.
+        head: as loaded.
+        answers: some 50 are enough.
+
+    Raises:
+        ValueError: the head belongs to another target, or fewer than two answers are long enough to score.
+    """
+    probe = Probe(target, head)
+    probe.add(answers)
+    return probe.diagnosis()
 
 
 def _scores(
