@@ -1,8 +1,8 @@
 """Time a step of `torch.optim.Muon` and of ours on the matrices of a draft head.
 
 Question: is `torch.optim.Muon` as fast as ours, with the same updates?
-Answer: where the CPU has bfloat16 units it takes 0.67 times as long as ours (0.46 to 0.97), without them 3.4 times
-(3.1 to 3.7); EPYC with AVX-512, one thread, torch 2.13, SmolLM2's sizes. The updates differ by less than 1%, because
+Answer: no. It takes 1.25 times as long as ours (1.15 to 1.42) where the CPU has bfloat16 units, without them 6.5 times
+(6.3 to 6.6); EPYC with AVX-512, one thread, torch 2.13, SmolLM2's sizes. The updates differ by less than 1%, because
 torch's rounds to bfloat16.
 
     python -m training.studies.muon_speed
