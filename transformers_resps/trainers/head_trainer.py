@@ -150,14 +150,14 @@ class DraftHeadTrainer(ArtefactTrainer):
                 packed,
                 first_pass=model,
             )
-        loss, losses, hits = soft_cross_entropy(
-            hidden[levels, rows, columns],  # [k, m, h]
-            bound.output_weight,
-            self.target.teacher(read.hidden[rows, places - 1], token_ids),
-            (self.args.ttt_step_decay**levels * exists[:, learnt]).float(),
-            self.args.loss_chunk_size,
-            bound.output_bias,
-        )
+            loss, losses, hits = soft_cross_entropy(
+                hidden[levels, rows, columns],  # [k, m, h]
+                bound.output_weight,
+                self.target.teacher(read.hidden[rows, places - 1], token_ids),
+                (self.args.ttt_step_decay**levels * exists[:, learnt]).float(),
+                self.args.loss_chunk_size,
+                bound.output_bias,
+            )
         return loss, losses, hits, exists.sum(-1)
 
     def _read(self, inputs: dict[str, Tensor]) -> TargetFeatures:

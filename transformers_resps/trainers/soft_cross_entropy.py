@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+_CACHED_ROWS = 32  # positions whose fp32 logits stay in a CPU's cache from one pass over them to the next
+
+
 @dataclass(frozen=True, slots=True)
 class Teacher:
     """The target's distribution over the draft vocabulary, in factored form.
@@ -29,12 +32,13 @@ class Teacher:
     def probabilities(self, rows: slice) -> Tensor:
         """fp32 `[c, d]` of the positions `rows`, renormalised over the draft vocabulary."""
         logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-        return logits.div_(logits.sum(-1, keepdim=True))
+        for part in _cached_parts(logits):
+            if self.scale != 1.0:
+                part.mul_(self.scale)
+            if self.softcap is not None:
+                part.div_(self.softcap).tanh_().mul_(self.softcap)
+            part.copy_(part.softmax(-1))
+        return logits
 
 
 def soft_cross_entropy(
@@ -55,13 +59,20 @@ def soft_cross_entropy(
         chunk_size: positions whose logits are alive at once: 2 fp32 buffers `[chunk_size, d]`.
         bias: `[d]` of the output rows, if they are borrowed and have one; not trained.
 
+    Under autocast to bf16 the head's products are in bf16; the teacher's are always in its own dtype, and what is
+    summed over the draft vocabulary in fp32.
+
     Returns:
         The weighted sum of the losses; per level its unweighted sum `[k]` and the count of rows whose best token is
         the target's `[k]`, both over the rows of non-zero weight and without gradient.
 
     Source: EAGLE-3 (arXiv 2503.01840) section 3.2; gradients are formed with the logits, as in fused linear losses.
     """
-    return _SoftCrossEntropy.apply(hidden, weight, teacher, row_weights, chunk_size, bias)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
+        weight, bias = weight.bfloat16(), bias if bias is None else bias.bfloat16()
+    with torch.autocast(device, enabled=False):
+        return _SoftCrossEntropy.apply(hidden, weight, teacher, row_weights, chunk_size, bias)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -85,21 +96,17 @@ class _SoftCrossEntropy(torch.autograd.Function):
             probabilities = teacher.probabilities(rows)  # [c, d]
             best = probabilities.argmax(-1)
             for level in range(len(hidden)):
-                states, factors = hidden[level, rows], row_weights[level, rows]
-                counted = (factors != 0).float()
-                logits = F.linear(states.to(weight.dtype), weight, bias).float()  # [c, d]
-                hits[level] += ((logits.argmax(-1) == best) * counted).sum()
-                normaliser = logits.logsumexp(-1, keepdim=True)
-                loss = normaliser.squeeze(-1) - torch.linalg.vecdot(probabilities, logits)
-                losses[level] += (loss * counted).sum()
+                states, factors = hidden[level, rows].to(weight.dtype), row_weights[level, rows]
+                logits = F.linear(states, weight, bias)  # [c, d]
+                loss, is_hit = _compared(logits, probabilities, best)
+                losses[level] += (loss * (factors != 0)).sum()
+                hits[level] += (is_hit & (factors != 0)).sum()
                 total += (loss * factors).sum()
-                if hidden_grad is None and weight_grad is None:
-                    continue
-                slopes = logits.sub_(normaliser).exp_().sub_(probabilities).mul_(factors[:, None]).to(weight.dtype)
+                slopes, factors = logits, factors[:, None]
                 if hidden_grad is not None:
-                    hidden_grad[level, rows] = (slopes @ weight).to(hidden.dtype)
+                    hidden_grad[level, rows] = (slopes @ weight) * factors
                 if weight_grad is not None:
-                    weight_grad += slopes.T @ states.to(weight.dtype)
+                    weight_grad += slopes.T @ (states * factors).to(weight.dtype)
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         ctx.mark_non_differentiable(losses, hits)
         return total, losses, hits
@@ -110,3 +117,23 @@ class _SoftCrossEntropy(torch.autograd.Function):
         hidden_grad = None if hidden_grad is None else hidden_grad * slope.to(hidden_grad.dtype)
         weight_grad = None if weight_grad is None else weight_grad * slope.to(weight_grad.dtype)
         return hidden_grad, weight_grad, None, None, None, None
+
+
+def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy `[c]` in fp32, and whether `best` is the most likely; leaves the slopes in `logits` `[c, d]`."""
+    losses, tops = [], []
+    for part, wanted in zip(_cached_parts(logits), _cached_parts(probabilities), strict=True):
+        exact = part.float()
+        top = exact.argmax(-1, keepdim=True)
+        predicted = exact.softmax(-1)
+        normaliser = exact.gather(-1, top) - predicted.gather(-1, top).log()  # the highest one never underflows
+        losses.append(normaliser.squeeze(-1) - torch.linalg.vecdot(wanted, exact))
+        tops.append(top.squeeze(-1))
+        part.copy_(predicted.sub_(wanted))
+    return torch.cat(losses), torch.cat(tops) == best
+
+
+def _cached_parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Views of `[c, d]`, small enough for a CPU's cache."""
+    parts: tuple[Tensor, ...] = rows.split(_CACHED_ROWS if rows.device.type == "cpu" else max(len(rows), 1))
+    return parts

@@ -93,7 +93,7 @@ def unroll(
     memory = UnrolledAttention(slots, length)
     tokens = F.pad(embeddings, (0, 0, 0, levels))
     hidden = (first_pass or head)(
-        head.fuse(features), tokens[:, 1 : length + 1], positions, memory.first_level, wanted=slots
+        head.fuse(features).to(head.dtype), tokens[:, 1 : length + 1], positions, memory.first_level, wanted=slots
     )
     outputs = [head.norm(hidden)]
     texts = torch.arange(batch, device=slots.device)[:, None]
