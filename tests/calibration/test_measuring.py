@@ -1,5 +1,6 @@
 """Cost tables: planted costs are found, kept, and believed only where they were measured."""
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -12,9 +13,10 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 from tests.conftest import FakeClock
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
-from transformers_resps.calibration.cost_table import CostTable
+from transformers_resps.calibration.cost_table import CostTable, Range
 from transformers_resps.calibration.measuring import CONTEXTS, NODES, WIDTHS, calibrate
 from transformers_resps.cli import main
+from transformers_resps.cli.calibrate import what_must_be_accepted
 from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 
 
@@ -53,6 +55,7 @@ def test_planted_costs_are_found(
     table = calibrate(target, head, folder=tmp_path, clock=clock)
     hook.remove()
     assert table.draft == pytest.approx(dict.fromkeys(WIDTHS, 0.25))
+    assert table.draft_range == {width: pytest.approx((0.25, 0.25)) for width in WIDTHS}
     assert set(table.verify) == set(CONTEXTS) and set(table.draft) == set(WIDTHS)
     for row in table.verify.values():
         assert row == {nodes: 1.0 if nodes == 1 else 3.0 + nodes for nodes in NODES}
@@ -68,6 +71,55 @@ def test_planted_costs_are_found(
     assert costs.knows_plain and costs.verify_seconds(1) == 1.0 and costs.verify_seconds(8) == 11.0
 
 
+def test_the_spread_of_the_repeats_is_kept(target: Any, tmp_path: Path) -> None:
+    clock, calls = FakeClock(), itertools.count()
+    hook = plant(target, clock, lambda tokens: 1.0 + 0.25 * (next(calls) % 3))
+    table = calibrate(target, folder=tmp_path, clock=clock)
+    hook.remove()
+    for context, row in table.verify.items():
+        assert table.verify_range[context].keys() == row.keys()
+        assert set(row.values()) == {1.25} and set(table.verify_range[context].values()) == {(1.125, 1.375)}
+        assert table.plain[context] == 1.75 and table.plain_range[context] == (1.625, 1.875)
+    assert CostTable.load(next(tmp_path.iterdir())) == table
+
+
+def test_a_table_without_ranges_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"verify": {"9": {"1": 0.5}}, "draft": {}, "identity": {}}))
+    table = CostTable.load(path)
+    assert table.verify == {9: {1: 0.5}} and table.verify_range == {} and table.plain_range == {}
+    path.write_text(json.dumps({"verify": {"9": {"1": 0.5}}, "draft": {}, "identity": {}, "plain_range": {"9": [1]}}))
+    with pytest.raises(ValueError, match="Delete it and run"):
+        CostTable.load(path)
+
+
+def spreading(plain: Range, two: Range) -> CostTable:
+    """A forward over two nodes costs 1.2 plain ones, over more 1.4."""
+    row = {1: 1.0, 2: 1.2, 4: 1.4, 8: 1.4}
+    ranges = {nodes: (seconds, seconds) for nodes, seconds in row.items()} | {2: two}
+    return CostTable({9: row}, {}, {}, 0.0, {9: 1.0}, {9: ranges}, {}, {9: plain})
+
+
+def test_a_spread_above_the_differences_is_told_first() -> None:
+    quiet = what_must_be_accepted(spreading((0.9, 1.1), (1.2, 1.3)))
+    assert quiet.startswith("Cost of verifying, in plain forwards: 2 nodes 1.2,") and "can pay" in quiet
+    for noisy in (spreading((0.9, 1.4), (1.2, 1.2)), spreading((1.0, 1.0), (1.0, 1.5))):
+        told = what_must_be_accepted(noisy)
+        assert told.startswith(
+            "TOO NOISY TO TELL: repeats of one forward differ by 0.5 plain forwards, the costs by 0.4"
+        )
+        assert "can pay" not in told and "4 nodes 1.4" in told
+    even = {nodes: 1.0 for nodes in (1, 2, 4, 8)}
+    free = CostTable({9: even}, {}, {}, 0.0, {}, {9: dict.fromkeys(even, (0.97, 1.04))})
+    assert "can pay" in what_must_be_accepted(free), "costs may be equal, and a small spread changes nothing"
+
+
+def test_the_measurement_shows_how_far_it_is(target: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calibrate(target, folder=tmp_path)
+    shown = capsys.readouterr().err
+    assert "Measuring what steps cost:   0%" in shown and "23/23" in shown
+
+
 def test_the_command_prints_the_table_and_what_it_means(
     target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,8 +127,8 @@ def test_the_command_prints_the_table_and_what_it_means(
     monkeypatch.setattr("transformers_resps.calibration.measuring.HF_HOME", str(tmp_path))
     assert main(["calibrate", str(tmp_path / "target")]) == 0
     printed = capsys.readouterr().out
-    assert "  nodes" in printed and "outside its forwards" in printed and "a step must accept more than" in printed
-    assert "\n  plain  " in printed
+    assert "  nodes" in printed and "outside its forwards" in printed and "Cost of verifying, in plain" in printed
+    assert "\n  plain  " in printed and " to " in printed
     assert "packed        False" in printed
     assert main(["calibrate", str(tmp_path / "target"), "--pack"]) == 0
     assert "packed        True" in capsys.readouterr().out
@@ -84,6 +136,7 @@ def test_the_command_prints_the_table_and_what_it_means(
 
 def test_a_table_is_measured_once_and_kept(target: Any, head: DraftHead, tmp_path: Path) -> None:
     first = calibrate(target, head, folder=tmp_path)
+    assert all(first.draft_range[width][0] <= first.draft[width] <= first.draft_range[width][1] for width in WIDTHS)
     assert calibrate(target, head, folder=tmp_path) == first
     assert len(list(tmp_path.iterdir())) == 1
     assert calibrate(target, None, folder=tmp_path).draft == {}

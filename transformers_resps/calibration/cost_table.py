@@ -6,6 +6,7 @@ A table and not a line, because costs are not even monotone: on some CPUs two no
 import json
 import math
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from ..target.prepacking import is_prepacked
 from .device import device_name
 
 
+Range = tuple[float, float]  # seconds: the middle half of the repeats lies between them
+
+
 @dataclass(frozen=True)
 class CostTable(CostModel):
     """What the steps of decoding cost on one machine: medians in seconds. `calibrate` measures one.
@@ -31,6 +35,10 @@ class CostTable(CostModel):
         overhead: seconds of a step outside its forwards: acceptance, caches, policy.
         plain: context positions -> seconds of a forward of plain `generate`, with the attention and cache of
             Transformers; empty in tables of earlier versions.
+        verify_range: context positions -> nodes -> first and third quartile of the repeats of which `verify` holds the
+            median, in seconds; like the next two empty in tables of earlier versions.
+        draft_range: likewise of `draft`.
+        plain_range: likewise of `plain`.
 
     Raises:
         ValueError: no forward is in the table, a size is below 1, or a cost is no positive number of seconds.
@@ -41,12 +49,19 @@ class CostTable(CostModel):
     identity: dict[str, Any]
     overhead: float = 0.0
     plain: dict[int, float] = field(default_factory=dict)
+    verify_range: dict[int, dict[int, Range]] = field(default_factory=dict)
+    draft_range: dict[int, Range] = field(default_factory=dict)
+    plain_range: dict[int, Range] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = self.verify.values() if isinstance(self.verify, dict) else [None]
         is_measured = bool(rows) and all(row and _is_row(row) for row in rows) and all(map(_is_size, self.verify))
         has_overhead = _is_time(self.overhead) or self.overhead == 0
         are_rows = _is_row(self.draft) and _is_row(self.plain)
+        ranges = [self.draft_range, self.plain_range, *self.verify_range.values()]
+        are_rows = are_rows and all(
+            _is_row(dict(zip(row, ends, strict=True))) for row in ranges for ends in _ends(row)
+        )
         if not is_measured or not are_rows or not has_overhead or not isinstance(self.identity, dict):
             raise ValueError(
                 "The cost table is empty, or holds sizes below 1 or costs that are no positive numbers of seconds. "
@@ -118,7 +133,10 @@ class CostTable(CostModel):
             verify = {int(c): {int(n): float(s) for n, s in row.items()} for c, row in read["verify"].items()}
             draft = {int(w): float(s) for w, s in read["draft"].items()}
             plain = {int(c): float(s) for c, s in read.get("plain", {}).items()}
-            table = cls(verify, draft, dict(read["identity"]), float(read.get("overhead", 0.0)), plain)
+            ranges = {int(c): _ranges(row) for c, row in read.get("verify_range", {}).items()}
+            others = (_ranges(read.get(name, {})) for name in ("draft_range", "plain_range"))
+            overhead = float(read.get("overhead", 0.0))
+            table = cls(verify, draft, dict(read["identity"]), overhead, plain, ranges, *others)
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(_no_table(path, repr(error)[:200])) from error
         return table
@@ -153,6 +171,16 @@ def _interpolate(row: dict[int, float], at: int) -> float:
     low, high = known[place - 1], known[place]
     slope = (row[high] - row[low]) / (high - low)
     return row[high] + (at - high) * max(slope, 0.0) if at > high else row[low] + (at - low) * slope
+
+
+def _ranges(row: dict[str, Any]) -> dict[int, Range]:
+    """As read from JSON, where sizes are texts and pairs are lists."""
+    return {int(size): (float(low), float(high)) for size, (low, high) in row.items()}
+
+
+def _ends(row: dict[int, Range]) -> Iterator[tuple[float, ...]]:
+    """All first quartiles, then all third ones."""
+    yield from zip(*row.values(), strict=True)
 
 
 def _is_row(row: Any) -> bool:

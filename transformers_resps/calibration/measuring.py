@@ -5,14 +5,15 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from ..compat import CACHE_KEYWORD
 from ..drafting.candidate_generator import TreeCandidateGenerator
@@ -25,7 +26,7 @@ from ..policy import FixedPolicy
 from ..target.tree_cache import crop
 from ..target.tree_verifier import TreeVerifier
 from ..tree import DraftTree, TreeShape
-from .cost_table import CostTable, identity_of
+from .cost_table import CostTable, Range, identity_of
 
 
 CONTEXTS = (128, 768)
@@ -70,12 +71,43 @@ def calibrate(
         return table
     room = getattr(target.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     contexts = sorted({max(min(context, room - max(NODES) - 1), 1) for context in CONTEXTS})
-    verify = {context: _verify_row(target, context, room - context, clock) for context in contexts}
-    draft = {} if head is None else _draft_row(target, head, clock)
-    plain = {context: _plain_seconds(target, context, clock) for context in contexts}
-    table = CostTable(verify, draft, identity, _overhead(target, head, room), plain)
+    nodes = {context: [count for count in NODES if count <= max(room - context, 1)] for context in contexts}
+    total = sum(map(len, nodes.values())) + (0 if head is None else 2 * len(WIDTHS)) + len(contexts) + 1
+    with tqdm(total=total, desc="Measuring what steps cost", unit="measurement") as bar:
+        watch = _Stopwatch(clock, bar.update)
+        verify = {context: _verify_row(target, context, counts, watch) for context, counts in nodes.items()}
+        draft = {} if head is None else _draft_row(target, head, watch)
+        plain = {context: _plain(target, context, watch) for context in contexts}
+        overhead = _overhead(target, head, room)
+        bar.update()
+    verify_range = {context: _ranges(row) for context, row in verify.items()}
+    medians = {context: _medians(row) for context, row in verify.items()}
+    table = CostTable(
+        medians, _medians(draft), identity, overhead, _medians(plain), verify_range, _ranges(draft), _ranges(plain)
+    )
     table.save(path)
     return table
+
+
+class _Measured(NamedTuple):
+    """Seconds: the median of the repeats, and their first and third quartile."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, taken: Sequence[float]) -> "_Measured":
+        low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def _medians(row: dict[int, _Measured]) -> dict[int, float]:
+    return {size: measured.median for size, measured in row.items()}
+
+
+def _ranges(row: dict[int, _Measured]) -> dict[int, Range]:
+    return {size: (measured.low, measured.high) for size, measured in row.items()}
 
 
 def _check_pair(target: Any, head: Any) -> None:
@@ -89,8 +121,10 @@ def _check_pair(target: Any, head: Any) -> None:
 
 
 @torch.no_grad()
-def _verify_row(target: PreTrainedModel, context: int, room: int, clock: Callable[[], float]) -> dict[int, float]:
-    """Nodes -> seconds at one context length, with `room` positions after it.
+def _verify_row(
+    target: PreTrainedModel, context: int, counts: Sequence[int], watch: "_Stopwatch"
+) -> dict[int, _Measured]:
+    """Nodes, of `counts` -> seconds at one context length.
 
     The trees are stars: a mask's content costs nothing, its size does.
     """
@@ -104,11 +138,11 @@ def _verify_row(target: PreTrainedModel, context: int, room: int, clock: Callabl
             logits[0, -1, 0].item()  # wait for the device
             verifier.undo()
 
-        return {nodes: _median(partial(verify, nodes), clock) for nodes in NODES if nodes <= max(room, 1)}
+        return {nodes: _Measured.of(watch.time(partial(verify, nodes))) for nodes in counts}
 
 
 @torch.no_grad()
-def _plain_seconds(target: PreTrainedModel, context: int, clock: Callable[[], float]) -> float:
+def _plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _Measured:
     """Of a forward as plain `generate` makes it."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     cache.activate_past_recording()
@@ -122,11 +156,11 @@ def _plain_seconds(target: PreTrainedModel, context: int, clock: Callable[[], fl
 
     target(input_ids=tokens[:, :-1], position_ids=places[:, :-1], **options)
     crop(cache, 0)
-    return _median(decode, clock)
+    return _Measured.of(watch.time(decode))
 
 
 @torch.no_grad()
-def _draft_row(target: PreTrainedModel, head: DraftHead, clock: Callable[[], float]) -> dict[int, float]:
+def _draft_row(target: PreTrainedModel, head: DraftHead, watch: "_Stopwatch") -> dict[int, _Measured]:
     """Width -> seconds of one more level: the difference between drafting three levels and one, halved."""
     bound = BoundHead(head, target)
     generator = TreeCandidateGenerator(bound, 1, None)
@@ -138,9 +172,14 @@ def _draft_row(target: PreTrainedModel, head: DraftHead, clock: Callable[[], flo
     def draft(width: int, depth: int) -> None:
         generator.draft(TreeShape(width + 1, depth, width), policy).scores[0, -1].item()
 
-    def level(width: int) -> float:
-        several, one = _median(lambda: draft(width, 3), clock), _median(lambda: draft(width, 1), clock)
+    def of_one(several: float, one: float) -> float:
         return (several - one) / 2 if several > one else several / 3  # noise hides what a tiny head takes
+
+    def level(width: int) -> _Measured:
+        several, one = watch.time(lambda: draft(width, 3)), watch.time(lambda: draft(width, 1))
+        each = [of_one(*pair) for pair in zip(several, one, strict=False)]  # a slow machine may have repeated one less
+        median, found = of_one(statistics.median(several), statistics.median(one)), _Measured.of(each)
+        return _Measured(median, min(median, found.low), max(median, found.high))
 
     return {width: level(width) for width in WIDTHS}
 
@@ -172,22 +211,34 @@ def _overhead(target: PreTrainedModel, head: DraftHead | None, room: int) -> flo
     return float(max(statistics.median(rests), 0.0))
 
 
-def _median(run: Callable[[], None], clock: Callable[[], float]) -> float:
-    """Median seconds of `run`, after one warm-up.
+class _Stopwatch:
+    """Times what is repeated.
 
-    Raises:
-        ValueError: no time passes on the clock.
+    Args:
+        clock: returns seconds.
+        done: called after each measurement, to move a progress bar.
     """
-    run()
-    taken: list[float] = []
-    while len(taken) < _REPEATS and (len(taken) < 3 or sum(taken) < _SECONDS_PER_CELL):
-        started = clock()
+
+    def __init__(self, clock: Callable[[], float], done: Callable[[], Any]) -> None:
+        self._clock, self._done = clock, done
+
+    def time(self, run: Callable[[], None]) -> list[float]:
+        """Seconds of each repeat of `run`, after one warm-up.
+
+        Raises:
+            ValueError: no time passes on the clock.
+        """
         run()
-        taken.append(clock() - started)
-    median = statistics.median(taken)
-    if not median > 0.0:
-        raise ValueError(
-            f"`clock` measured {median} seconds for a forward, but it must advance. Leave it out for "
-            "`time.perf_counter`, or pass a clock of its resolution."
-        )
-    return median
+        taken: list[float] = []
+        while len(taken) < _REPEATS and (len(taken) < 3 or sum(taken) < _SECONDS_PER_CELL):
+            started = self._clock()
+            run()
+            taken.append(self._clock() - started)
+        median = statistics.median(taken)
+        if not median > 0.0:
+            raise ValueError(
+                f"`clock` measured {median} seconds for a forward, but it must advance. Leave it out for "
+                "`time.perf_counter`, or pass a clock of its resolution."
+            )
+        self._done()
+        return taken
