@@ -58,6 +58,11 @@ def test_what_cannot_be_examined_has_status_2(folders: tuple[str, str], capsys: 
     assert "has no user turns" in capsys.readouterr().err
 
 
+def test_a_check_in_which_no_draft_was_accepted_has_status_2(folders: tuple[str, str], capsys: Any) -> None:
+    assert main(["verify", *folders, "1,0,1", *QUICK]) == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("NOTHING WAS TESTED: no drafted token of the policy")
+
+
 def test_rounding_is_one_line_per_number_of_nodes(folders: tuple[str, str], capsys: Any) -> None:
     assert main(["verify", folders[0], "--rounding", "--dtype", "bfloat16", *QUICK]) == 0
     page = capsys.readouterr().out

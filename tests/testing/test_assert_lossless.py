@@ -80,8 +80,22 @@ def test_lookup_alone_is_examined_too(target: Any) -> None:
 
 def test_a_policy_that_never_drafts_has_no_power_and_is_told_so(target: Any, head: DraftHead) -> None:
     report = assert_lossless(target, head, FixedPolicy(TreeShape.plain()), **SHORT)
-    assert not report.distribution.has_power
-    assert "no drafted token was ever accepted" in str(report) and "no power" in report.verdict
+    assert not report.distribution.has_power and not report.is_tested
+    assert "no drafted token was ever accepted" in str(report)
+    assert report.verdict.startswith("NOTHING WAS TESTED: no drafted token of the policy was accepted, so its answers")
+    assert any(check.accepted for check in report.texts), "built-in trees were tested"
+
+
+def test_a_comparison_in_which_nothing_was_accepted_is_counted_in_the_headline(target: Any, head: DraftHead) -> None:
+    report = assert_lossless(target, head, WIDE, [torch.tensor([3, 4, 5])], seeds=4, max_new_tokens=2)
+    idle = [check for check in report.texts if check.is_of_policy and check.tokens == check.target_forwards]
+    assert idle and report.distribution.has_power and report.is_tested
+    assert f"no draft was accepted in {len(idle)} of the comparisons" in report.verdict
+
+
+def test_how_far_it_is_is_shown(target: Any, head: DraftHead, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_lossless(target, head, WIDE, seeds=1, max_new_tokens=2)
+    assert "Comparing with plain decoding:   0%|          | 0/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("attached", "training"), [(False, True), (True, False)])

@@ -48,7 +48,7 @@ def add_command(commands: Any) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Print the report; 1 when the output is not the model's own."""
+    """Print the report; 1 when the output is not the model's own, 2 when no draft was accepted, so nothing tested."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
@@ -63,7 +63,7 @@ def verify(args: argparse.Namespace) -> int:
         print(error.report)
         return 1
     print(report)
-    return 0
+    return 0 if report.is_tested else 2
 
 
 def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int) -> int:

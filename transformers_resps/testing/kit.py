@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from ..calibration.cost_table import identity_of
 from ..generation.request import is_plain
@@ -77,7 +78,9 @@ def assert_lossless(
             "seed and two new tokens are needed. Leave them out for the defaults."
         )
     limit = {"max_new_tokens": max_new_tokens}
-    with under_test.undisturbed():
+    total = 2 * len(ids) + 4 * seeds + 4 + len(ids) * min(_ENDS, max_new_tokens) + _DISTRIBUTION_ANSWERS * seeds
+    with under_test.undisturbed(), tqdm(total=total, desc="Comparing with plain decoding", unit="call") as bar:
+        under_test = replace(under_test, done=bar.update)
         texts = (
             *_with_the_policy(under_test, ids, seeds, limit),
             *_with_stress_shapes(under_test, ids, seeds, limit),
@@ -106,6 +109,11 @@ def _with_stress_shapes(
     """Built-in trees, which the policy may never draft, without early ends; and with every end token that a text could
     have.
     """
+    for check in _stressed(model, ids, seeds, limit):
+        yield replace(check, is_of_policy=False)
+
+
+def _stressed(model: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]) -> Iterator[TextCheck]:
     stressed = replace(model, policy=ChangingTrees(model.head is not None))
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
     in_chunks = GREEDY | limit | {"prefill_chunk_size": 5}

@@ -1,6 +1,6 @@
 """Call `generate` on the model under test, plainly and with a head and a policy, and leave it as it was."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -43,11 +43,13 @@ class ModelUnderTest:
         model: as the user holds it, perhaps with an adapter around it.
         head: `None` to draft by lookup alone.
         policy: as `generate` takes it.
+        done: called after each call with the policy, to move a progress bar.
     """
 
     model: Any
     head: DraftHead | None
     policy: Policy | str | None
+    done: Callable[[], Any] = lambda: None
 
     @property
     def target(self) -> PreTrainedModel:
@@ -67,6 +69,7 @@ class ModelUnderTest:
         attach(self.model)
         torch.manual_seed(seed)
         output = self._generate(prompts, assistant_model=self.head, policy=self.policy, **settings)
+        self.done()
         return self._written(output.sequences, prompts), output.speculation
 
     def pick(self, text: Tensor, **settings: Any) -> int:

@@ -28,11 +28,22 @@ class LosslessReport:
         return self.distribution.passed and all(check.passed for check in self.texts)
 
     @property
+    def is_tested(self) -> bool:
+        """Whether drafted tokens of the policy were accepted; otherwise its answers are plain decoding's own."""
+        return self.distribution.has_power or any(check.accepted for check in self.texts if check.is_of_policy)
+
+    @property
     def verdict(self) -> str:
         if not self.is_lossless:
             failed = [check.name for check in self.texts if not check.passed]
             failed += [] if self.distribution.passed else [self.distribution.name]
             return f"NOT LOSSLESS: {', '.join(failed)}"
+        if not self.is_tested:
+            beside = "" if any(check.accepted for check in self.texts) else ", nor of the built-in trees"
+            return (
+                f"NOTHING WAS TESTED: no drafted token of the policy was accepted{beside}, so its answers were plain "
+                "decoding's own. Pass a trained head, or prompts that it can draft for"
+            )
         differing = sum(len(check.differences) for check in self.texts)
         exact = (
             "every answer is the plain one"
@@ -40,7 +51,9 @@ class LosslessReport:
             else f"every answer is the plain one, except for {differing} that differ at a near-tie"
         )
         blind = "" if self.distribution.has_power else "; the distribution test had no power"
-        return f"LOSSLESS: {exact}{blind}"
+        idle = [check.name for check in self.texts if check.is_of_policy and not check.accepted]
+        untested = f"; no draft was accepted in {len(idle)} of the comparisons" if idle else ""
+        return f"LOSSLESS: {exact}{untested}{blind}"
 
     def __str__(self) -> str:
         width = max(map(len, self.facts))

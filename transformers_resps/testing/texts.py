@@ -54,6 +54,7 @@ class TextCheck:
         target_forwards: number of target forwards they took, per row.
         differences: one for each answer that differs.
         mismatches: other differences from plain decoding, in calls whose answers are all equal.
+        is_of_policy: whether the policy under test drafted, not built-in trees.
     """
 
     name: str
@@ -62,6 +63,12 @@ class TextCheck:
     target_forwards: int
     differences: tuple[Difference, ...]
     mismatches: tuple[str, ...] = ()
+    is_of_policy: bool = True
+
+    @property
+    def accepted(self) -> bool:
+        """Whether any drafted token was accepted; otherwise this compared plain decoding with itself."""
+        return self.tokens > self.target_forwards
 
     @property
     def passed(self) -> bool:
@@ -77,7 +84,7 @@ class TextCheck:
         if not self.passed:
             return "NOT lossless"
         equal = "equal" if not self.differences else "equal except for near-ties"
-        return equal if self.tokens > self.target_forwards else f"{equal}, but no drafted token was ever accepted"
+        return equal if self.accepted else f"{equal}, but no drafted token was ever accepted"
 
     def __str__(self) -> str:
         equal = self.answers - len(self.differences)
@@ -103,9 +110,9 @@ class Call:
 
 def compare_one_by_one(model: ModelUnderTest, name: str, calls: Sequence[Call]) -> TextCheck:
     """Each call alone in its batch."""
-    plain = [model.plain([call.prompt], call.seed, **call.settings) for call in calls]
     differences, mismatches, tokens, forwards = [], [], 0, 0
-    for call, expected in zip(calls, plain, strict=True):
+    for call in calls:
+        expected = model.plain([call.prompt], call.seed, **call.settings)
         found, report = model.speculative([call.prompt], call.seed, **call.settings)
         tokens, forwards = tokens + len(found.answers[0]), forwards + report.target_forwards
         differences += _judged(model, call, expected.answers[0], found.answers[0])
