@@ -237,13 +237,13 @@ def test_a_policy_learns_by_decoding(
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (datasets.DatasetDict({"train": TRAIN}), r"a DatasetDict of the splits train.*`dataset\['train'\]`"),
+        (datasets.DatasetDict({"train": TRAIN}), r"a DatasetDict of the splits \['train'\].*`dataset\['train'\]`"),
         (TRAIN.to_iterable_dataset(), r"an `IterableDataset`.*Take the first n.*dataset.take"),
-        ([{"prompt": "a"}], "is a list, but must be a `datasets.Dataset`"),
-        (TRAIN.select([]), "has no rows"),
-        (TRAIN.rename_column("prompt", "text"), "has the columns text, but needs `prompt` or `messages`"),
-        (Dataset.from_list([{"prompt": 3}]), "Row 0 of `train_dataset` has '3' as `prompt`, but it must be a string"),
-        (Dataset.from_list([{"messages": "a"}]), "has 'a' as `messages`, but it must be a list of messages"),
+        ([{"prompt": "a"}], "is a list, but must be a `Dataset` of the package"),
+        (TRAIN.select([]), "is empty"),
+        (TRAIN.rename_column("prompt", "text"), r"has the columns \['text'\], but needs `prompt` or `messages`"),
+        (Dataset.from_list([{"prompt": 3}]), "Row 0 of `train_dataset` has messages that are 3, but they must be"),
+        (Dataset.from_list([{"messages": "a"}]), "has messages that are a, but they must be a list"),
         (Dataset.from_list([{"messages": [{"role": "system", "content": "a"}]}]), "no turn of the user"),
         (
             Dataset.from_list([{"prompt": "f" * 6000}]),
@@ -270,11 +270,11 @@ def other_tokenizer() -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": "head"}, "`target` is 'head', which is a draft head. Pass it as `head`"),
+        ({"target": "head"}, "`target` is 'head', which is a draft head. Pass the model"),
         ({"head": "target"}, "`head` is 'target', which holds no draft head"),
-        ({"target": 3}, "`target` is a int, but must be the model that decodes"),
-        ({"head": None}, "`head` is a NoneType, but must be a `DraftHead`"),
-        ({"processing_class": other_tokenizer()}, "the tokenizer of another model: .* of the target's"),
+        ({"target": 3}, "got a int as `target`, but it needs a `PreTrainedModel`"),
+        ({"head": None}, "got a NoneType as `head`, but it needs a `DraftHead`"),
+        ({"processing_class": other_tokenizer()}, "is another model's tokenizer: it gives other ids"),
         ({"model": FixedPolicy(TreeShape(4, 2, 2))}, "`model` is a FixedPolicy, but must be a `ReSpSPolicy` or a"),
         ({"args": object()}, "got a object as `args`, but it needs a `PolicyTrainingConfig`"),
         ({"rollouts": object()}, "has no `rollouts` any more. Write `train_dataset` instead"),

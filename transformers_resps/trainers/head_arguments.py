@@ -5,9 +5,8 @@ from typing import Any
 
 from ..compat import unwrapped
 from ..head import DraftHead, DraftHeadConfig
-from .checks import check_kinds
+from .checks import check_dataset, check_kinds
 from .head_config import DraftHeadTrainingConfig
-from .head_texts import check_dataset
 
 
 def default_folder(target: Any) -> str:
@@ -60,7 +59,7 @@ def check_arguments(model: Any, args: Any, train_dataset: Any, peft_config: Any)
             "`peft_config` is set, but adapters need a head to start from that has none yet. Pass the head as `model`."
         )
     if train_dataset is not None:
-        check_dataset(train_dataset, "train_dataset")
+        check_dataset(train_dataset, "train_dataset", may_stream=True)
         if not hasattr(train_dataset, "__len__"):
             _check_stream(args)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..data import Example, prepare_dataset
 from ..data.batches import TokenBudgetBatches
 from ..data.texts import PreparedTexts, StreamedBatches
+from .checks import check_dataset
 from .feature_cache import CachedFeatures
 from .head_config import DraftHeadTrainingConfig
 from .loading import load_tokenizer
@@ -62,7 +63,7 @@ class HeadTexts:
             return None
         if isinstance(dataset, Mapping) and name != "train_dataset":
             return {split: self.prepare(part, f"{name}[{split!r}]") for split, part in dataset.items()}
-        check_dataset(dataset, name)
+        check_dataset(dataset, name, may_stream=True)
         with self._args.main_process_first(desc=f"tokenizing {name}"):
             return prepare_dataset(
                 dataset,
@@ -80,27 +81,6 @@ class HeadTexts:
         if self._args.feature_cache_dir is None:
             return PreparedTexts(rows)
         return CachedFeatures(rows, self._args.feature_cache_dir, target)
-
-
-def check_dataset(dataset: Any, name: str) -> None:
-    """Check that a dataset is of a class that can be prepared.
-
-    Raises:
-        ValueError: names its class, or its splits.
-    """
-    import datasets
-
-    if isinstance(dataset, Mapping):
-        splits = [str(split) for split in dataset]
-        raise ValueError(
-            f"`{name}` is a {type(dataset).__name__} of the splits {splits}, but must be one of them. Pass, for "
-            f"instance, `dataset[{splits[0] if splits else 'train'!r}]`."
-        )
-    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        raise ValueError(
-            f"`{name}` is a {type(dataset).__name__}, but must be a `Dataset` or `IterableDataset` of the package "
-            "`datasets`. Make one with `Dataset.from_list(rows)` or `load_dataset`."
-        )
 
 
 def counted_examples(rows: Any) -> Iterator[Example]:

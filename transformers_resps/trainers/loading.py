@@ -41,11 +41,10 @@ def load_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | Non
         return target
     given = init_kwargs or {}
     hub = {name: given[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in given}
-    told, _ = PreTrainedConfig.get_config_dict(target, **hub)
-    if _describes_head(told):
+    if holds_head(target, **hub):
         raise ValueError(
             f"`target` is {target!r}, which is a draft head. Pass the model that the head drafts for as `target`, and "
-            "the head as `model`."
+            "the head by its own argument."
         )
     return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **given}))
 
@@ -125,8 +124,17 @@ def new_head(
     return cast(DraftHead, head.to(torch.float32))  # type: ignore[arg-type]  # wrapped by Transformers
 
 
-def _describes_head(config: dict[str, Any]) -> bool:
-    """By what the published formats of heads have and models have not."""
+def holds_head(name: str, **hub: Any) -> bool:
+    """Tell a draft head from a model, by what the published formats of heads have and models have not.
+
+    Args:
+        name: a folder or Hub id.
+        hub: where: `revision`, `subfolder`, `token` and `cache_dir`.
+
+    Raises:
+        OSError: nothing is there.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(name, **hub)
     kinds = [config.get("model_type"), *(config.get("architectures") or ())]
     is_named = any(kind == DraftHeadConfig.model_type or "eagle" in str(kind).lower() for kind in kinds)
     return is_named or "draft_vocab_size" in config or "speculators_model_type" in config

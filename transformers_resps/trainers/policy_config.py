@@ -48,6 +48,8 @@ class PolicyTrainingConfig(TrainingArguments):
     Source: Re-SpS (arXiv 2601.12212) and its code; training/recipes/policy_resps_paper.yaml has its values.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "target_init_kwargs"]
+
     objective: str = field(
         default="full_information",
         metadata={
@@ -85,6 +87,10 @@ class PolicyTrainingConfig(TrainingArguments):
         default=True, metadata={"help": "Count drafting as part of a step's time; Re-SpS does not."}
     )
 
+    target_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For a target that the trainer loads, such as dtype and revision; dtype is auto."},
+    )
     grid: str = field(
         default="small",
         metadata={"help": "Of a new policy. small: plain and up to 16 nodes. paper: the 177 shapes of Re-SpS."},

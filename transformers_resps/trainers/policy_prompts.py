@@ -1,7 +1,6 @@
 """The prompts that a policy learns from: a dataset in TRL's columns, in tokens."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +8,8 @@ from torch import Tensor, tensor
 from transformers import PreTrainedModel
 
 from ..data import to_tokens
-
-
-_REMEDY = 'Make one with `Dataset.from_list([{"prompt": "..."}])` or `load_dataset(..., split="train")`.'
+from ..data.conversations import as_messages
+from .checks import check_dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +50,15 @@ class PolicyPrompts:
         Raises:
             ValueError: it is something else, is empty, or a row holds something else.
         """
-        rows = _checked(dataset, name)
+        _check(dataset, name)
         found: dict[str, Tensor] = {}
         questions = set()
         column = "prompt" if "prompt" in dataset.column_names else "messages"
-        for number, row in enumerate(rows):
-            tokens, question = _read(row[column], column, tokenizer, f"Row {number} of `{name}`")
+        for number, row in enumerate(dataset):
+            try:
+                tokens, question = _read(row[column], column, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"Row {number} of `{name}` {error}") from None
             found[name_of(tokens)] = tokens
             questions.add(question)
         return cls(list(found.values()), questions)
@@ -82,51 +83,32 @@ def name_of(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
-def _checked(dataset: Any, name: str) -> Any:
-    """The dataset, if it is one of prompts.
+def _check(dataset: Any, name: str) -> None:
+    """Check that a dataset has rows, and prompts in them.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it has not.
     """
-    import datasets
-
-    if isinstance(dataset, Mapping):  # also a `DatasetDict`
-        raise ValueError(
-            f"`{name}` is a {type(dataset).__name__} of the splits {', '.join(map(str, dataset))}, but a policy is "
-            f"trained on one. Pass for example `dataset[{next(iter(dataset), 'train')!r}]`."
-        )
-    if isinstance(dataset, datasets.IterableDataset):
-        raise ValueError(
-            f"`{name}` is an `IterableDataset`, but a policy learns from a few prompts many times. Take the first n: "
-            "`Dataset.from_list(list(dataset.take(200)))`."
-        )
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(f"`{name}` is a {type(dataset).__name__}, but must be a `datasets.Dataset`. {_REMEDY}")
+    check_dataset(dataset, name, may_stream=False)
     if not len(dataset):
-        raise ValueError(f"`{name}` has no rows, but a policy learns from prompts. {_REMEDY}")
+        raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")
     if not {"prompt", "messages"} & set(dataset.column_names):
         raise ValueError(
-            f"`{name}` has the columns {', '.join(dataset.column_names)}, but needs `prompt` or `messages`. Rename "
-            "one with `dataset.rename_column`."
+            f"`{name}` has the columns {sorted(dataset.column_names)}, but needs `prompt` or `messages`. Rename one "
+            "with `dataset.rename_column`."
         )
-    return dataset
 
 
-def _read(value: Any, column: str, tokenizer: Any, where: str) -> tuple[Tensor, str]:
-    """A prompt in tokens `[s]`, and its first question."""
+def _read(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
+    """A prompt in tokens `[s]`, and its first question.
+
+    Raises:
+        ValueError: says what it is instead.
+    """
     if isinstance(value, str) and column == "prompt" and value.strip():
         return tensor(tokenizer(value)["input_ids"]), value
-    if not isinstance(value, list) or not all(map(_is_message, value)):
-        kinds = "a string or a list of messages" if column == "prompt" else "a list of messages"
-        raise ValueError(
-            f"{where} has {str(value)[:60]!r} as `{column}`, but it must be {kinds}, each "
-            '`{"role": "user", "content": "..."}`.'
-        )
-    asked = [place for place, message in enumerate(value) if message["role"] == "user"]
+    messages = as_messages(value, None)
+    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
     if not asked:
-        raise ValueError(f"{where} has no turn of the user, so there is nothing to answer. Leave it out.")
-    return to_tokens(value[: asked[-1] + 1], tokenizer), str(value[asked[0]]["content"])
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+        raise ValueError("has no turn of the user, so there is nothing to answer. Leave it out.")
+    return to_tokens(messages[: asked[-1] + 1], tokenizer), messages[asked[0]]["content"]

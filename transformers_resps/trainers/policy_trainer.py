@@ -84,7 +84,7 @@ class PolicyTrainer(RolloutTrainer):
         check_renamed("PolicyTrainer", kwargs, RENAMED)
         args = args or PolicyTrainingConfig(f"{_name_of(target)}-policy")
         check_kinds("PolicyTrainer", args=(args, PolicyTrainingConfig))
-        self.data = PolicyData(Pair.of(target, head, processing_class, args.device), args)
+        self.data = PolicyData(Pair.of(target, head, processing_class, args), args)
         policy = loaded_policy(model, self.data.pair)
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         for name, dataset in given.items():
