@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 from prompts.policy_prompts import PromptArguments
 from publishing import check_publishable, recipe_of, write_run
 from runs.command_line import parse
+from runs.refusal import run
 from transformers_resps.bench.models import load_target
 from transformers_resps.bench.provenance import machine
 from transformers_resps.hub import METRICS
@@ -49,24 +50,24 @@ class PolicyScriptArguments(PromptArguments):
 
 def main() -> None:
     try:
-        run()
+        train()
     except KeyboardInterrupt:
         print("Stopped. Run the same command to resume.")
         sys.exit(130)
 
 
-def run() -> None:
+def train() -> None:
     script, args = parse(PolicyScriptArguments, PolicyTrainingConfig, renamed=RENAMED)
     recipe = recipe_of(sys.argv, asdict(script))
     check_publishable(recipe, args, script.target)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     target = load_target(script.target, script.target_dtype, str(args.device), packed=script.pack)
     tokenizer = AutoTokenizer.from_pretrained(script.target)
-    train, watched, tested = script.read_prompts(tokenizer)
+    learned, watched, tested = script.read_prompts(tokenizer)
     trainer = PolicyTrainer(
         script.policy,
         args,
-        train,
+        learned,
         watched,
         tokenizer,
         target=target,
@@ -80,7 +81,7 @@ def run() -> None:
     folder, where = trainer.artefact_folder, machine(target)
     found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     steps = {"steps": trainer.state.global_step} if trainer.state.global_step else {}
-    found["training"] = {**steps, "texts": len(train), "dtype": where["dtype"], "device": where["device"]}
+    found["training"] = {**steps, "texts": len(learned), "dtype": where["dtype"], "device": where["device"]}
     write_run(folder, found, recipe, name=args.hub_model_id if args.push_to_hub else None)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
@@ -89,4 +90,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

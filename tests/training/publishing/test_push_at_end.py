@@ -124,7 +124,7 @@ output_dir: run
 def train(script: str, settings: str, monkeypatch, card: str = CARD) -> None:
     Path("config.yaml").write_text(settings + card)
     monkeypatch.setattr(sys, "argv", [f"training/{script}", "--config", "config.yaml"])
-    runpy.run_path(str(TRAINING / script), run_name="__main__")
+    runpy.run_path(str(TRAINING / script), run_name="script")["main"]()
 
 
 def test_the_head_script_ends_with_a_folder_that_lacks_the_benchmark_alone(hub, desk, monkeypatch):
