@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     results = [demo.run(row, f"{number}/{len(rows)} {row['kind']}") for number, row in enumerate(rows, start=1)]
 
     parted = [row for row, result in zip(rows, results, strict=True) if result.divergence]
+    console.print("Loading it again, in float32.")
     exact = Demo(console, args.head, torch.float32, args.max_new_tokens)
     again = (parted or rows)[0]
     results.append(exact.run(again, f"{again['kind']} again, in float32, where the text must be equal"))

@@ -114,3 +114,26 @@ def test_what_cannot_be_inspected_is_refused_by_name(
     assert main(["inspect", *folders, *arguments, "--output", str(tmp_path / "page.html")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_bar_moves_by_the_steps_of_both_answers(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            assert options["total"] == 48
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            assert sum(moved) == 48 and max(moved[:24]) == 1
+
+        def update(self, n: int) -> None:
+            moved.append(n)
+
+    monkeypatch.setattr("transformers_resps.cli.inspect.tqdm", Bar)
+    inspected(tmp_path / "page.html", *folders, "--prompt", "dedede")
+    assert moved

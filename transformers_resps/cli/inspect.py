@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from ..bench.models import load_target
 from ..bench.options import model, positive, temperature
@@ -17,6 +18,7 @@ from ..head import DraftHead
 from ..inspection import Examination, examine, facts_of, page, page_data
 from ..policy import default_policy
 from ..telemetry.detokenize import decoder
+from ..telemetry.progress import moving
 from .options import add_target_options
 
 
@@ -49,7 +51,10 @@ def inspect(args: argparse.Namespace) -> int:
     policy = default_policy() if isinstance(named, str) else named
     prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
     warm_up(target, head, prompt_ids)
-    found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
+    both = 2 * args.max_new_tokens  # plain, then with drafts, which takes fewer steps
+    bar = tqdm(desc="Answering twice", total=both, unit="token", disable=None)
+    with bar, moving(bar, target, both, both):
+        found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
     decoding = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature > 0 else "greedy"
     facts = facts_of(target, head, policy, decoding)
     args.output.write_text(page(page_data(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")

@@ -206,4 +206,5 @@ class Diagnosis:
                 f"No settings make this head agree with this target ({configured}). It was trained for another "
                 "target, or too little."
             )
-        return f"The head is read as it was trained: {configured}, and no other settings are better."
+        others = ", and no other settings are better" if self.has_evidence else ""
+        return f"The head is read as it was trained: {configured}{others}."
