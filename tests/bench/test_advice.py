@@ -52,5 +52,11 @@ def test_without_a_cost_table_the_advice_names_no_cost() -> None:
     assert "verification" not in advise([standing("auto", 4, (0.9, 0.8, 0.95))], None, 10)
 
 
-def test_one_prompt_gives_no_advice() -> None:
-    assert "One prompt" in advise([standing("auto", 4, (2.0, 2.0, 2.0))], 2.1, 1)
+def test_one_prompt_gives_no_advice_and_a_few_are_told_first() -> None:
+    fast = [standing("auto", 4, (2.0, 1.9, 2.1))]
+    assert advise(fast, 2.1, 1).startswith("NOT ENOUGH EVIDENCE: one prompt says nothing about others.")
+    few = advise(fast, 2.1, 2)
+    assert few.startswith("NOT ENOUGH EVIDENCE: 2 prompts") and few.endswith("on these: Use auto: 2.00 times plain "
+        "decoding (1.90 to 2.10).")  # fmt: skip
+    assert advise(fast, 2.1, 8).startswith("Use auto")
+    assert advise([], None, 2).startswith("Nothing was compared")

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.bench.models import load_policies
+from transformers_resps.bench.names import short_name
 from transformers_resps.bench.policies import read_policy
 
 
@@ -37,6 +38,30 @@ def test_a_folder_names_the_policy_in_it_whatever_it_is_called(
 def test_what_names_nothing_is_refused(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         read_policy(text, None)
+
+
+def test_a_folder_of_a_run_is_called_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("gsm8k-run/policy", "policy-run/policy-unfinished", "mine"):
+        FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(tmp_path / folder)
+    assert short_name("you/policy") == "you" and short_name("you/chat-policy") == "chat-policy"
+    assert short_name(str(tmp_path / "mine")) == "mine" and short_name("runs/head/checkpoint-20") == "runs"
+    monkeypatch.chdir(tmp_path / "gsm8k-run" / "policy")
+    assert short_name(".") == short_name("../policy/") == "gsm8k-run"
+    assert short_name("policy") == "policy", "nothing stands before it"
+
+
+def test_two_policies_never_have_one_name(
+    tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = ["old/gsm8k/policy", "new/gsm8k", "chat/policy", "policy-run/policy"]
+    for folder in folders:
+        FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(folder)
+    found = load_policies(["auto", *folders], tiny_target, tiny_head)
+    assert list(found) == ["auto", "policy old/gsm8k/policy", "policy new/gsm8k", "policy chat", "policy-run"]
+    for same in ("chat/policy", "chat/policy/", "./chat/policy"):
+        with pytest.raises(ValueError, match="twice. Pass each policy once"):
+            load_policies(["chat/policy", same], tiny_target, tiny_head)
 
 
 def test_the_benchmark_says_where_its_trees_go(tiny_target: PreTrainedModel, tiny_head: DraftHead) -> None:

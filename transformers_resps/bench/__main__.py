@@ -54,26 +54,20 @@ def run(config: BenchConfig) -> int:
 
 def measure(config: BenchConfig, models: BenchModels, load_before: float | None) -> int:
     """Decode everything in turn, and report; after Ctrl-C what is there is reported as partial."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Loading", total=None)
+    try:
+        session = Session(config, models)
+    except KeyboardInterrupt:
+        print("Stopped before anything was measured. The same command goes on from here.", file=sys.stderr)
+        return 130
+    partial = True
+    with transformers_logging.tqdm(total=session.schedule.total, desc="Decoding", unit="answer") as bar:
         try:
-            session = Session(config, models, lambda doing: progress.update(task, description=doing))
-        except KeyboardInterrupt:
-            console.print("Stopped before anything was measured. The same command goes on from here.")
-            return 130
-        partial = True
-        try:
-            progress.update(task, description="Decoding", total=session.schedule.total)
-            for prompt, runs in session.run():
-                progress.update(task, description=prompt.name, advance=len(runs), total=session.schedule.total)
+            for prompt, _ in session.run(bar.update):
+                bar.total = session.schedule.total  # less, once a conversation is cut short
+                bar.set_postfix_str(prompt.name)
             partial = False
         except KeyboardInterrupt:
-            console.print("Stopped. The same command goes on from here.")
+            print("Stopped. The same command goes on from here.", file=sys.stderr)
         finally:
             results = session.results(command_line(), load_before, partial=partial)
             file = write_results(config.output, results)

@@ -9,6 +9,7 @@ from .timing import PLAIN, AnswerTiming, Interval, compare
 
 
 NAMED_NODES = 8  # whose verification the sentence names
+MIN_PROMPTS = 8  # an interval over fewer is narrower than what it stands for: a bootstrap draws from what it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,19 @@ def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: in
         prompts: that the intervals are over; one prompt gives no interval.
     """
     if prompts < 2:
-        return "One prompt says nothing about others: measure more with --limit."
+        return (
+            f"NOT ENOUGH EVIDENCE: one prompt says nothing about others. Measure {MIN_PROMPTS} or more with --limit."
+        )
+    said = _choice(standings, verify_cost)
+    if standings and prompts < MIN_PROMPTS:
+        return (
+            f"NOT ENOUGH EVIDENCE: {prompts} prompts say little about others. Measure {MIN_PROMPTS} or more with "
+            f"--limit; on these: {said}"
+        )
+    return said
+
+
+def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
     if not standings:
         return "Nothing was compared with plain decoding: choose with --methods, --policy or --shapes."
     fastest = max(standings, key=lambda standing: standing.to_plain.ratio)

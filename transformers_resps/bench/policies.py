@@ -8,6 +8,7 @@ from typing import Any
 from ..head import DraftHead, pair_identity
 from ..policy import AutoPolicy, FixedPolicy, Policy, ReSpSPolicy
 from ..tree import TreeShape
+from .names import distinct_names
 from .options import shape
 
 
@@ -31,10 +32,11 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
     """Load the benchmark's policies: name in the table -> policy.
 
     Raises:
-        ValueError: there is no such policy, two have one name, or one was trained for another target or head.
+        ValueError: there is no such policy, one is named twice, or one was trained for another target or head.
     """
     found: dict[str, Policy | str] = {}
-    for source in names:
+    places: set[str | Path] = set()
+    for source, called in zip(names, distinct_names(names), strict=True):
         if named_tree(source) is not None:
             raise ValueError(
                 f"`--policy {source}` is a tree, but `--policy` takes 'auto', folders or Hub ids. Pass `--shapes "
@@ -43,21 +45,21 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
         policy = read_policy(source, head)
         if isinstance(policy, Policy) and policy.has_identity:
             policy.check_identity(**pair_identity(target, head))
-        name = policy_name(source, policy)
-        if name in found:
-            raise ValueError(
-                f"Two policies have the name {name!r}. Pass each policy once, and give their folders different names."
-            )
-        found[name] = policy
+        place = Path(source).resolve() if Path(source).is_dir() else source
+        if place in places:
+            raise ValueError(f"`--policy` names {source} twice. Pass each policy once.")
+        places.add(place)
+        found[policy_name(called, policy)] = policy
     return found
 
 
-def policy_name(source: str, policy: Policy | str) -> str:
-    """Return `auto`, `Re-SpS NAME` for a learned policy of a folder or repository `NAME`, or `policy NAME`."""
+def policy_name(called: str, policy: Policy | str) -> str:
+    """Return `auto`, `Re-SpS NAME` for a learned policy that `distinct_names` calls `NAME`, or `policy NAME`."""
     if isinstance(policy, str):
         return policy
-    last = source.rstrip("/").rpartition("/")[2]
-    return f"Re-SpS {last}" if isinstance(policy, ReSpSPolicy) else f"policy {last}"
+    if isinstance(policy, ReSpSPolicy):
+        return f"Re-SpS {called}"
+    return called if called.startswith("policy") else f"policy {called}"
 
 
 def named_tree(text: str) -> TreeShape | None:

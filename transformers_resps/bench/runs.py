@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from ..generation.defaults import SpeculationDefaults
 from ..generation.sampling import sampling
@@ -44,7 +45,7 @@ class Bench:
     def warm_up(self, prompt: Prompt, methods: Sequence[Method]) -> None:
         """Decode a few tokens with every method."""
         few = min(_WARM_UP_TOKENS, self.max_new_tokens)
-        for method in methods:
+        for method in tqdm(methods, desc="Warming up", unit="method"):
             self.decode(prompt, method, max_new_tokens=few)
 
     def decode(

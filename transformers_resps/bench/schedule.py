@@ -1,6 +1,6 @@
 """Answers every conversation with every method, in turn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .journal import Journal
@@ -63,20 +63,30 @@ class Schedule:
                     f"{self._max_length + most}. Lower --max-new-tokens, or leave that prompt out."
                 )
 
-    def run(self, journal: Journal) -> Iterator[tuple[Prompt, list[Run]]]:
+    def run(self, journal: Journal, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
         """Yield each prompt and its runs, in the order of `methods`; what `journal` has is not made again.
 
         Each repeat and conversation begins with the next method, so that none always comes first.
+
+        Args:
+            journal: keeps the runs.
+            done: called after each run, to move a progress bar.
         """
         for repeat in range(self.repeats):
             for number, dialogue in enumerate(self.dialogues):
                 first = (number + repeat) % len(self.methods)
                 order = [*self.methods[first:], *self.methods[:first]]
                 for temperature in self.temperatures:
-                    yield from self._converse(journal, dialogue, temperature, repeat, order)
+                    yield from self._converse(journal, dialogue, temperature, repeat, order, done)
 
     def _converse(
-        self, journal: Journal, dialogue: Dialogue, temperature: float, repeat: int, order: Sequence[Method]
+        self,
+        journal: Journal,
+        dialogue: Dialogue,
+        temperature: float,
+        repeat: int,
+        order: Sequence[Method],
+        done: Callable[[], Any],
     ) -> Iterator[tuple[Prompt, list[Run]]]:
         answers: list[str] = []
         for turn in range(1, len(dialogue.turns) + 1):
@@ -93,5 +103,6 @@ class Schedule:
                     run = self.bench.decode(prompt, method, repeat, temperature)
                     journal.keep(run)
                 runs[method.name] = run
+                done()
             answers.append(self.tokenizer.decode(runs[PLAIN].token_ids, skip_special_tokens=True))
             yield prompt, [runs[method.name] for method in self.methods]

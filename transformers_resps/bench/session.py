@@ -1,10 +1,11 @@
-"""Runs one benchmark from its settings to its results. It prints nothing."""
+"""Runs one benchmark from its settings to its results."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from ..calibration.measuring import calibrate
 from .advice import NAMED_NODES, advice_of
@@ -47,14 +48,13 @@ class Session:
     Args:
         config: what to measure.
         models: as `config` names them.
-        say: told what is being done, in a few words.
 
     Raises:
         ValueError: the evaluation would not be fair, the output folder belongs to other settings, or an option is
             impossible.
     """
 
-    def __init__(self, config: BenchConfig, models: BenchModels, say: Callable[[str], None]) -> None:
+    def __init__(self, config: BenchConfig, models: BenchModels) -> None:
         self.config, self.models = config, models
         target = models.target
         self.prompts = Selection.of(config, models.trained_on)
@@ -67,16 +67,14 @@ class Session:
         if config.accept_noise:  # what was measured so stays so when the run is resumed
             self.journal.note("accepted_noise", True)
         self.bench = Bench(target, config.max_new_tokens)
-        say("Measuring the cost of steps")
         self.costs = calibrate(target, models.head, folder=config.output / "costs")
         shapes = shapes_for(target.device.type)
         self.replayer = Replayer(target, models.head, shapes, self.costs, config.max_new_tokens)
-        best = self._find_best_fixed(say) if BEST_FIXED in self.selected else None
+        best = self._find_best_fixed() if BEST_FIXED in self.selected else None
         self.methods = self._choose_methods(others, best)
         self.schedule = Schedule(
             self.bench, self.prompts.evaluated, self.methods, config.temperatures, config.repeats, models.tokenizer
         )
-        say("Warming up")
         self.bench.warm_up(self.prompts.evaluated[0].prompt(models.tokenizer), self.methods)
         target.policy_cache.clear()  # "auto" keeps what it learns from answer to answer, and starts knowing nothing
         self.judge = Judge(target, self.methods)
@@ -98,14 +96,13 @@ class Session:
             "repeats": config.repeats,
         }
 
-    def _find_best_fixed(self, say: Callable[[str], None]) -> BestFixed:
+    def _find_best_fixed(self) -> BestFixed:
         """Find it once, then read it from the journal."""
         if "best_fixed" not in self.journal.notes:
             searched, tokenizer = self.prompts.searched, self.models.tokenizer
 
             def prompts() -> Iterator[tuple[str, Tensor]]:
-                for number, dialogue in enumerate(searched, start=1):
-                    say(f"Looking for the best fixed tree, prompt {number} of {len(searched)}")
+                for dialogue in tqdm(searched, desc="Looking for the best fixed tree", unit="prompt"):
                     yield dialogue.name, dialogue.prompt(tokenizer).input_ids
 
             best = self.replayer.find_best_fixed(prompts(), min(self.config.temperatures))
@@ -129,13 +126,13 @@ class Session:
         check_distinct(found)
         return found
 
-    def run(self) -> Iterator[tuple[Prompt, list[Run]]]:
-        """Yield each prompt and its runs, judged.
+    def run(self, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
+        """Yield each prompt and its runs, judged; `done` is called after each run.
 
         Raises:
             BusyMachine: plain decoding's rates spread too widely, and noise is not accepted.
         """
-        for prompt, runs in self.schedule.run(self.journal):
+        for prompt, runs in self.schedule.run(self.journal, done):
             self.runs += runs
             self.judge.add(prompt, runs)
             if CEILING in self.selected:
