@@ -57,9 +57,8 @@ def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: in
         prompts: that the intervals are over; one prompt gives no interval.
     """
     if prompts < 2:
-        return (
-            f"NOT ENOUGH EVIDENCE: one prompt says nothing about others. Measure {MIN_PROMPTS} or more with --limit."
-        )
+        little = "one prompt says" if prompts else "no prompt was answered, which says"
+        return f"NOT ENOUGH EVIDENCE: {little} nothing about others. Measure {MIN_PROMPTS} or more with --limit."
     said = _choice(standings, verify_cost)
     if standings and prompts < MIN_PROMPTS:
         return (
