@@ -267,18 +267,21 @@ def cells(*kept: list[int]) -> Diagnosis:
 
 
 def test_a_verdict_of_too_little_evidence_says_so_first() -> None:
-    alike = [30, 33, 31, 36, 30, 33, 31, 36]
-    scattered = [36, 27, 34, 33, 24, 36, 31, 35]
+    alike = [30, 33, 31, 36] * 3
+    scattered = [42, 21, 34, 33, 18, 42, 31, 35, 36, 27, 34, 33]
     assert cells(alike, alike).verdict.startswith("The head is read as it was trained")
-    assert cells(alike[:7], alike[:7]).verdict.startswith(
-        "Too little evidence: 7 answers of 280 positions. So far: The"
+    assert cells(alike[:9], alike[:9]).verdict.startswith(
+        "Too little evidence: 9 answers of 360 positions. So far: The"
     )
     doubtful = cells(alike, scattered)
-    error = doubtful.gain(doubtful.cells[1])[1]
-    assert doubtful.is_healthy and doubtful.possible_gain == pytest.approx(-0.0125 + 3 * error)
+    gain, error = doubtful.gain(doubtful.cells[1])
+    assert doubtful.is_healthy and doubtful.possible_gain == pytest.approx(gain + 3 * error)
     assert doubtful.verdict.startswith(
         f"Too little evidence: other settings might accept {doubtful.possible_gain:.2f}"
     )
+    assert "no other settings are better" not in doubtful.verdict
+    longer = cells([k + 400 for k in alike], [k + 400 for k in scattered])  # the same doubt in longer steps
+    assert longer.possible_gain == pytest.approx(doubtful.possible_gain) and longer.has_evidence
     assert cells(alike, [number + 9 for number in alike]).verdict.startswith("The head is read wrongly")
 
 

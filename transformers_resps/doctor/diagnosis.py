@@ -10,8 +10,9 @@ _SURE = 3.0  # standard errors; more than two because the best of some twenty ce
 _MIN_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
 _MIN_NATS = 0.02  # per chain, likewise
 _HOPELESS = 5.0  # standard errors by which a reading is worse that is not looked at again
-_MUCH = 0.05  # accepted tokens per chain that another reading might add: more is too much for a verdict
-_FEW_ANSWERS = 8  # fewer do not tell how much they differ
+_MUCH = 0.05  # of the tokens of a step, which another reading might add: more is too much for a verdict
+_FEW_ANSWERS = 10  # fewer are too little for a verdict
+_DROPPING_ANSWERS = 8  # fewer do not tell how much answers differ
 _SETTLING_ANSWERS = 20  # before it may be over: early answers decide by chance more often
 _STRANGER = 0.05  # agreement at depth 1 below which a head was not made for its target
 
@@ -131,12 +132,12 @@ class Diagnosis:
     @property
     def has_evidence(self) -> bool:
         """Whether the answers are enough for a verdict: no other reading might be much better than the best."""
-        return self.answers >= _FEW_ANSWERS and self.possible_gain <= _MUCH
+        return self.answers >= _FEW_ANSWERS and self.possible_gain <= _MUCH * (1 + self.best.accepted)
 
     @property
     def worth_following(self) -> tuple[Reading, ...]:
         """The configured reading and all that are not far worse than the best; all while there are few answers."""
-        if self.answers < _FEW_ANSWERS:
+        if self.answers < _DROPPING_ANSWERS:
             return tuple(cell.reading for cell in self.cells)
         kept = [self.configured]
         for cell in self.cells[1:]:
