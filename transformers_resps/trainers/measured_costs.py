@@ -1,6 +1,5 @@
 """What steps cost on the machine that a policy is trained on: measured once for each run."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +7,6 @@ from ..calibration.cost_table import CostTable
 from ..calibration.measuring import calibrate
 from .pair import Pair
 from .policy_config import PolicyTrainingConfig
-
-
-logger = logging.getLogger(f"transformers.{__name__}")
 
 
 def measured_costs(pair: Pair, args: PolicyTrainingConfig) -> CostTable:
@@ -24,7 +20,6 @@ def measured_costs(pair: Pair, args: PolicyTrainingConfig) -> CostTable:
     file = Path(str(args.output_dir)) / "costs.json"
     with args.main_process_first(desc="measuring what steps cost"):
         if not file.is_file():
-            logger.warning("Measuring what steps cost on this machine, for less than a minute ...")
             calibrate(pair.target, pair.head).save(file)
     table = CostTable.load(file)
     table.check_here(pair.target, pair.head)
