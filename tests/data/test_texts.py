@@ -20,10 +20,9 @@ def test_a_text_is_learned_from_where_a_head_can_predict():
 
 def test_some_texts_are_spread_over_all_lengths():
     held_out = PreparedTexts(prepared(texts(12)))
-    assert [held_out.lengths[index] for index in held_out.spread(3)] == [
-        sorted(held_out.lengths)[i] for i in (0, 4, 8)
-    ]
-    assert len(held_out.spread(99)) == 12
+    lengths = [len(text["input_ids"]) for text in held_out.some(3)]
+    assert lengths == [sorted(held_out.lengths)[place] for place in (0, 4, 8)]
+    assert len(list(held_out.some(99))) == 12
 
 
 def test_a_stream_is_cut_into_batches_of_the_budget_that_hold_every_text_once(monkeypatch):

@@ -53,11 +53,11 @@ class PreparedTexts(Dataset[dict[str, Tensor]]):
         """All texts, in order."""
         return map(example_in, self._rows)
 
-    def spread(self, count: int) -> list[int]:
-        """Indices of up to `count` texts, evenly spread over their lengths."""
+    def some(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """Up to `count` texts, evenly spread over their lengths."""
         by_length = sorted(range(len(self)), key=lambda index: self.lengths[index])
         count = min(count, len(self))
-        return [by_length[index * len(self) // count] for index in range(count)]
+        return (self[by_length[index * len(self) // count]] for index in range(count))
 
 
 class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
@@ -90,3 +90,7 @@ class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
     def examples(self, count: int) -> Iterator[Example]:
         """The first `count` texts."""
         return map(example_in, islice(self._rows, count))
+
+    def some(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """The first `count` texts, as rows of a batch."""
+        return map(tensors_of, self.examples(count))

@@ -1,5 +1,6 @@
 """Check what a `DraftHeadTrainer` is given, before it loads or reads anything."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def check_arguments(model: Any, args: Any, train_dataset: Any, peft_config: Any)
         check_kinds("DraftHeadTrainer", model=(unwrapped(model), DraftHead))
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` is set, but `model` is a loaded head. Leave one of them out.")
+    if args.log_drafts and find_spec("rich") is None:
+        raise ValueError("`log_drafts` needs the package `rich`. Run `pip install 'transformers-resps[train]'`.")
     if model is None and train_dataset is None and args.draft_vocab_size:
         raise ValueError(
             "`model` and `train_dataset` are missing, but the draft vocabulary of a new head is counted over the "

@@ -17,7 +17,14 @@ MUON = "muon"
 _RENAMED = {"steps": "`ttt_steps`", "step_decay": "`ttt_step_decay`", "optimizer": "`optim`"}
 _BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
 _TRANSFORMERS_BATCH_SIZE = 8
-_LEAST = {"ttt_steps": 1, "tokens_per_batch": 2, "loss_chunk_size": 1, "draft_vocab_size": 0, "tau_texts": 0}
+_LEAST = {
+    "ttt_steps": 1,
+    "tokens_per_batch": 2,
+    "loss_chunk_size": 1,
+    "draft_vocab_size": 0,
+    "tau_texts": 0,
+    "num_drafts_to_print": 1,
+}
 
 
 @dataclass
@@ -104,6 +111,13 @@ class DraftHeadTrainingConfig(TrainingArguments):
     tau_texts: int = field(
         default=8,
         metadata={"help": "Held-out texts for simulating the default tree's tau at each evaluation; 0 for none."},
+    )
+    log_drafts: bool = field(
+        default=False,
+        metadata={"help": "Print a table of sample drafts with every line of metrics, as TRL does of completions."},
+    )
+    num_drafts_to_print: int = field(
+        default=4, metadata={"help": "Texts in that table: of the held-out ones, if there are any."}
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

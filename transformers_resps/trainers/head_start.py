@@ -62,6 +62,8 @@ def start_head(
     if head is not None:
         unwrapped(head).check_target(loaded)
     texts = HeadTexts(loaded, processing_class, args)
+    if args.log_drafts and texts.tokenizer is None:
+        raise ValueError("`log_drafts` is set, but there is no tokenizer. Pass the target's as `processing_class`.")
     rows, held_out = (texts.prepare(datasets[name], name) for name in ("train_dataset", "eval_dataset"))
     if head is None:
         examples = [] if rows is None else counted_examples(rows)

@@ -1,6 +1,8 @@
 """Train a draft head on a target's own distribution; the maths is in `training_time_test` and `soft_cross_entropy`."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput, set_seed
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, collate
-from ..data.texts import PreparedTexts, StreamedBatches, tensors_of
+from ..data.texts import PreparedTexts, StreamedBatches
 from ..head import BoundHead, DraftHead
 from .artefact_trainer import ArtefactTrainer
+from .draft_table import DraftTable
 from .head_arguments import check_arguments, default_folder
 from .head_config import MUON, DraftHeadTrainingConfig
 from .head_saving import save_head
@@ -96,6 +99,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         self._meters = {"train": LevelMeter(args.ttt_steps), "eval": LevelMeter(args.ttt_steps)}
         self._pace = Pace()
         self._train_texts: PreparedTexts | StreamedBatches | None = None
+        self._table: DraftTable | None = None
 
     @property
     def head(self) -> DraftHead:
@@ -188,17 +192,27 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self._tau(self.get_eval_dataloader().dataset)
 
     def _tau(self, texts: Any) -> float:
-        head, count = self.head, self.args.tau_texts
-        if isinstance(texts, PreparedTexts):
-            rows = map(texts.__getitem__, texts.spread(count))
-        else:
-            rows = map(tensors_of, texts.examples(count))
-        is_training = head.training
+        rows = map(self._with_features, texts.some(self.args.tau_texts))
+        with self._drafting() as bound:
+            return round(simulated_tau(bound, rows, bound.head.default_shape), 3)
+
+    @contextmanager
+    def _drafting(self) -> Iterator[BoundHead]:
+        """The head as it decodes, in evaluation mode."""
+        head, is_training = self.head, self.head.training
         head.train(False)
-        bound = BoundHead(head, self.target.model)
-        tau = round(simulated_tau(bound, map(self._with_features, rows), head.default_shape), 3)
+        yield BoundHead(head, self.target.model)
         head.train(is_training)
-        return tau
+
+    def _print_drafts(self) -> None:
+        if self._table is None:
+            rows: Any = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+            rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+            some = PreparedTexts(rows) if hasattr(rows, "__len__") else StreamedBatches(rows, 0)
+            texts = [self._with_features(text) for text in some.some(self.args.num_drafts_to_print)]
+            self._table = DraftTable(texts, cast(PreTrainedTokenizerBase, self.tokenizer))
+        with self._drafting() as bound:
+            self._table.print(bound, self.state.global_step)
 
     def _with_features(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
         row = {name: tensor.to(self.args.device) for name, tensor in row.items()}
@@ -221,6 +235,8 @@ class DraftHeadTrainer(ArtefactTrainer):
             logs |= found | self._pace.read(tokens, self.state.global_step, self.state.max_steps)
             self._meters["train"].reset()
         super().log(logs, start_time)
+        if "loss" in logs and self.args.log_drafts and self.is_world_process_zero():
+            self._print_drafts()
 
     def _over_processes(self, sums: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

@@ -30,17 +30,22 @@ def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: T
     """
     policy, emitted = FixedPolicy(replace(shape, lookup=0)), []
     for text in texts:
-        known, generator = _after_prompt(bound, text, spare_room=shape.depth)
+        known, generator = after_prompt(bound, text, spare_room=shape.depth)
         emitted += [step.accepted + 1 for step in decode_again(known, policy, generator)]
     return sum(emitted) / len(emitted) if emitted else 1.0
 
 
-def _after_prompt(
+def output_start(text: dict[str, Tensor]) -> int:
+    """Where the output of a text begins, see `simulated_tau`."""
+    mask = text["loss_mask"]
+    return 1 if mask.all() else int((~mask).nonzero()[-1]) + 1
+
+
+def after_prompt(
     bound: BoundHead, text: dict[str, Tensor], spare_room: int
 ) -> tuple[RecordedText, TreeCandidateGenerator]:
     """A text whose prompt the head has observed, but for the last position; `spare_room` lets no tree be cut."""
-    tokens, features, mask = text["input_ids"], text["features"], text["loss_mask"]
-    begins = int((~mask).nonzero()[-1]) + 1 if not mask.all() else 1
+    tokens, features, begins = text["input_ids"], text["features"], output_start(text)
     generator = TreeCandidateGenerator(bound, 1, None)
     if begins > 1:
         generator.observe(features[None, : begins - 1], tokens[None, 1:begins])
