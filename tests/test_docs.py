@@ -35,8 +35,8 @@ QUICKLY = {
     "resps verify": "--dtype float32 --seeds 2 --max-new-tokens 6",
     "resps inspect": "--dtype float32 --max-new-tokens 6",
     "generate_dataset.py": "--max-new-tokens 6 --limit 4",
-    "train_head.py": "--max_steps 2 --steps 2 --tokens_per_batch 64 --draft_vocab_size 12 --eval_conversations 1 "
-    "--eval_strategy no --save_steps 2 --target_dtype float32 --feature_cache_dir features --warmup_steps 0 "
+    "train_head.py": "--max_steps 2 --ttt_steps 2 --tokens_per_batch 64 --draft_vocab_size 12 --eval_conversations 1 "
+    "--eval_strategy no --save_steps 2 --bf16 False --feature_cache_dir features --warmup_steps 0 "
     "--lr_scheduler_type linear --lr_scheduler_kwargs {}",
     "train_policy.py": "--max_steps 8 --max_completion_length 12 --limit 6 --eval_steps 8 --save_steps 8 "
     "--target_dtype float32 --drop_hopeless False",
@@ -58,8 +58,14 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer.save_pretrained(tmp_path / "target")
     words = ("fghi", "gh", "hifgh", "ifgf", "jklm", "nopqr", "defg", "mnbd")
     rows = [{"prompt_id": word, "prompt": word, "completion": 3 * word} for word in words]
-    for name in ("prompts.jsonl", "answers.jsonl", "other.jsonl"):
+    for name in ("prompts.jsonl", "other.jsonl"):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    roles = (("user", "prompt"), ("assistant", "completion"))
+    answers = [
+        {"prompt_id": row["prompt"], "messages": [{"role": role, "content": row[said]} for role, said in roles]}
+        for row in rows
+    ]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
     copytree(ROOT / "model_cards" / "smollm2-135m-instruct-head", tmp_path / "artefact")
     (tmp_path / "training").symlink_to(ROOT / "training")
     monkeypatch.chdir(tmp_path)
@@ -70,6 +76,8 @@ def tiny(text: str) -> str:
     """The names of the docs, as they are called on the desk."""
     text = re.sub(r"HuggingFaceTB/SmolLM2-135M-Instruct|\bTARGET\b", "target", text)
     text = re.sub(r"\bFOLDER\b", "artefact", text)
+    text = re.sub(r"max_steps=\d+", "max_steps=2", text)
+    text = re.sub(r"draft_vocab_size=\d+", "draft_vocab_size=12", text)
     return re.sub(r"model_cards/smollm2-135m-instruct-head|\bHEAD\b", "given", text)
 
 

@@ -5,6 +5,12 @@
 Ctrl-C and SIGTERM write a checkpoint. The same command resumes from the newest checkpoint in `output_dir`.
 """
 
+from runs.announcement import announce
+
+
+if __name__ == "__main__":
+    announce(__doc__)
+
 import logging
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +22,7 @@ from datasets import Dataset
 
 from publishing import check_publishable, head_metrics, recipe_of, write_run
 from runs.command_line import parse
+from runs.refusal import run
 from runs.timing import TimingCallback
 from transformers_resps.bench.provenance import machine
 from transformers_resps.data import Conversation, load_conversations, split_conversations
@@ -176,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
