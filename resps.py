@@ -8,9 +8,8 @@ import sys
 
 def main() -> int:
     """Run a subcommand; returns the exit status."""
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    if command is not None:
-        print(f"resps {command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
+    command = " ".join(["resps", *sys.argv[1:2]])
+    print(f"{command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
     from transformers_resps.cli import main as run  # takes seconds
 
     return run()

@@ -163,6 +163,7 @@ def write_provenance(args: argparse.Namespace, prompts: list[Prompt]) -> None:
 
 def selected(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
     """The prompts that the command asks for."""
+    print(f"Reading at most {args.limit} prompts ...", flush=True)
     prompts = read_prompts(args.prompts, tokenizer, args.max_prompt_tokens, args.limit, args.seed, args.matching)
     if not prompts:
         raise ValueError(

@@ -108,6 +108,9 @@ def test_without_a_terminal_each_batch_is_a_line(asked, capsys):
     asked("--batch-size", "4")
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert lines[0] == "Answering 12 prompts in 3 batches; 0 are answered already."
-    assert [line.partition(",")[0] for line in lines[1:]] == ["4/12 prompts", "8/12 prompts", "12/12 prompts"]
+    assert lines[:2] == [
+        "Reading at most 4000 prompts ...",
+        "Answering 12 prompts in 3 batches; 0 are answered already.",
+    ]
+    assert [line.partition(",")[0] for line in lines[2:]] == ["4/12 prompts", "8/12 prompts", "12/12 prompts"]
     assert "Answering" not in printed.err

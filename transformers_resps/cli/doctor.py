@@ -67,7 +67,9 @@ def doctor(args: argparse.Namespace) -> int:
     questions = [asked for row in conversations if (asked := up_to(row, "user"))] or default_questions(args.answers)
     prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
     count, found = len(answers or prompts), None
-    print(f"A first verdict from a few short answers, then better ones, from up to {count}.", flush=True)
+    print(
+        f"A few short answers give a first verdict, up to {count} long ones better ones; Ctrl-C ends it.", flush=True
+    )
     with tqdm(desc="Answers", total=count, unit="answer", disable=None) as bar:
         source = written(target, prompts, bar) if not answers else given(answers, bar)
         try:
