@@ -11,7 +11,7 @@ import torch
 from transformers_resps.bench.advice import advice_of
 from transformers_resps.bench.headroom import ceiling_of
 from transformers_resps.bench.methods import Method
-from transformers_resps.bench.plots import draw_plots
+from transformers_resps.bench.plots import costs, draw_plots, ratios, sizes_over_time, tau_and_nodes, time_parts
 from transformers_resps.bench.results import measured_part, read_results, write_results
 from transformers_resps.bench.runs import Run
 from transformers_resps.bench.steps import BUCKETS, Step, bucket_of, summarise_steps
@@ -52,6 +52,10 @@ def results_of(runs: list[Run], **changes: Any) -> dict[str, Any]:
     names = [method.name for method in METHODS]
     return {
         "schema_version": 2,
+        "target": "work/tiny",
+        "head": "runs/chat/head",
+        "dtype": "float32",
+        "device": "Ash Tray 9",
         "settings": {"temperatures": sorted({run.timing.temperature for run in runs})},
         "same_text": dict.fromkeys(names, 6),
         "costs": {"verify": {"128": {"1": 0.01, "8": 0.02}, "768": {"1": 0.02, "8": 0.03}}, "draft": {"1": 0.001}},
@@ -161,6 +165,58 @@ def test_every_plot_is_drawn(tmp_path: Path, temperatures: tuple[float, ...]) ->
     files = draw_plots(results, tmp_path)
     assert [file.name for file in files] == ["ratios.png", "tau.png", "sizes.png", "time.png", "costs.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+@pytest.mark.parametrize("draw", [ratios, tau_and_nodes, sizes_over_time, time_parts, costs])
+def test_a_plot_has_a_title_and_cuts_nothing_off(draw: Any) -> None:
+    runs = [
+        replace(run, timing=replace(run.timing, method=long_name(run.timing.method))) for run in made_up((0.0, 1.0))
+    ]
+    figure = draw(results_of(runs))
+    figure.canvas.draw()
+    assert figure.get_suptitle().strip()
+    assert "tiny with chat, float32, Ash Tray 9" in [text.get_text() for text in figure.texts]
+    [legend] = figure.legends
+    drawn, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= drawn.x0 and drawn.x1 <= page.x1 and page.y0 <= drawn.y0
+    for axes in figure.axes:
+        (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
+        for line in axes.get_lines():
+            if line.get_transform() == axes.transData:  # not a line across the whole plot
+                assert all(left <= x <= right for x in line.get_xdata())
+                assert all(low <= y <= high for y in line.get_ydata())
+
+
+def long_name(method: str) -> str:
+    return f"policy-of-a-run-with-quite-a-long-name-{method}" if method == "prompt lookup" else method
+
+
+def test_auto_has_its_own_colour_whatever_stands_beside_it() -> None:
+    whole = results_of(made_up())
+    alone = results_of([run for run in made_up() if run.timing.method in ("plain", "auto")])
+    colours = [
+        {line.get_label(): line.get_color() for line in tau_and_nodes(found).axes[0].get_lines()}
+        for found in (whole, alone)
+    ]
+    assert colours[0]["auto"] == colours[1]["auto"] == "#0072B2"
+    assert list(colours[0].values()).count("#0072B2") == 1
+
+
+def test_marks_at_one_place_do_not_hide_each_other() -> None:
+    lines = tau_and_nodes(results_of(made_up())).axes[0].get_lines()
+    marks = [line for line in lines if line.get_label() != "plain"]
+    assert len({line.get_marker() for line in marks}) == len(marks) > 1
+    assert all(line.get_fillstyle() == "none" for line in marks)
+
+
+def test_costs_have_error_bars_where_the_spread_is_known() -> None:
+    told = results_of(made_up())
+    assert "repeats" not in costs(told).get_suptitle()
+    told["costs"]["verify_range"] = {"128": {"1": [0.008, 0.011], "8": [0.02, 0.025]}}
+    figure = costs(told)
+    [bars] = figure.axes[0].containers[0].lines[2]
+    assert [tuple(round(y, 6) for _, y in ends) for ends in bars.get_segments()] == [(8.0, 11.0), (20.0, 25.0)]
+    assert "middle half of its repeats" in figure.get_suptitle()
 
 
 def test_a_plot_without_data_is_left_out(tmp_path: Path) -> None:
