@@ -233,6 +233,8 @@ def test_the_command_prints_a_table_and_leaves_by_the_verdict(
     status = main([*command, "--set", "feature_layers=[2,3,4]"])
     printed = capsys.readouterr().out
     assert re.search(r">[ *]2, 3, 4 +10000 +no +0\.\d+", printed) and status in (0, 1)
+    tried, shown = 12, len(re.findall(r"^[> ][* ]\d, \d, \d ", printed, re.MULTILINE))
+    assert ("readings were far worse" in printed) is (shown < tried)
     assert main([*command, "--set", "rope_theta"]) == 2
     assert main(["doctor", str(tmp_path), str(tmp_path)]) == 2
     assert "resps doctor:" in capsys.readouterr().err

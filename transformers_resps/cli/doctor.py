@@ -66,7 +66,7 @@ def doctor(args: argparse.Namespace) -> int:
     answers = answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
     questions = [asked for row in conversations if (asked := up_to(row, "user"))] or default_questions(args.answers)
     prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
-    count, found = len(answers or prompts), None
+    count, tried, found = len(answers or prompts), 0, None
     print(
         f"A few short answers give a first verdict, up to {count} long ones better ones; Ctrl-C ends it.", flush=True
     )
@@ -74,16 +74,17 @@ def doctor(args: argparse.Namespace) -> int:
         source = written(target, prompts, bar) if not answers else given(answers, bar)
         try:
             for found in refined(target, head, source, count, args.max_new_tokens):
+                tried = max(tried, len(found.cells))
                 bar.clear()
                 print(f"{found.answers}/{count} answers: {found.verdict}", flush=True)
         except KeyboardInterrupt:
             if found is None:
                 raise
             bar.close()
-            print_diagnosis(found)
+            print_diagnosis(found, tried)
             return 130
     assert found is not None
-    print_diagnosis(found)
+    print_diagnosis(found, tried)
     return int(not found.is_healthy)
 
 
@@ -150,8 +151,8 @@ def answered(
     return found
 
 
-def print_diagnosis(diagnosis: Diagnosis) -> None:
-    """Print a table, best reading first, and the verdict."""
+def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
+    """Print a table, best reading first, and the verdict; `tried` readings had the first answers."""
     depths = range(1, len(diagnosis.configured.agreement) + 1)
     columns = "".join(f"  depth {depth}" for depth in depths)
     configured = diagnosis.configured
@@ -159,7 +160,9 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     print(f"  {'feature layers':24}{'RoPE base':>10}  {'norm before residual':20}{columns}  accepted  log likelihood")
     for cell in sorted(diagnosis.cells, key=lambda cell: -cell.accepted):
         print(row(cell, diagnosis))
-    print(f"\n  > as configured   * best\n\n{diagnosis.verdict}")
+    dropped = tried - len(diagnosis.cells)
+    left_out = f"   {dropped} readings were far worse on the first answers" if dropped else ""
+    print(f"\n  > as configured   * best{left_out}\n\n{diagnosis.verdict}")
 
 
 def row(cell: Cell, diagnosis: Diagnosis) -> str:
