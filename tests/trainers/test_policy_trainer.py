@@ -126,6 +126,15 @@ def test_prompts_fit_what_auto_means(pair: tuple[Any, DraftHead], caplog: pytest
     assert isinstance(again.policy, ThroughputPolicy)
 
 
+def test_a_guarded_policy_keeps_its_guard(pair: tuple[Any, DraftHead]) -> None:
+    guarded = BaselineGuard(resps(pair))
+    PolicyTrainer(guarded, config(max_steps=8), TRAIN, target=pair[0], head=pair[1]).train()
+    made = AutoPolicy.from_pretrained("run/policy")
+    assert isinstance(made, BaselineGuard) and isinstance(made.policy, ReSpSPolicy)
+    made.policy.check_identity(**pair_identity(*pair), grid=GRID)
+    assert made.policy.config.target is not None
+
+
 class KilledError(Exception):
     pass
 

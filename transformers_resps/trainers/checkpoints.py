@@ -35,4 +35,6 @@ def check_resumable(folder: str | Path, facts: dict[str, str]) -> None:
             "Pass another --output_dir, or the same inputs as that run."
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    written = file.with_suffix(".tmp")
+    written.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    written.replace(file)  # a kill or a full disk leaves the old one

@@ -85,7 +85,7 @@ class PolicyTrainer(RolloutTrainer):
         args = args or PolicyTrainingConfig(f"{_name_of(target)}-policy")
         check_kinds("PolicyTrainer", args=(args, PolicyTrainingConfig))
         self.data = PolicyData(Pair.of(target, head, processing_class, args), args)
-        policy = loaded_policy(model, self.data.pair)
+        policy, self._is_guarded = loaded_policy(model, self.data.pair)
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         for name, dataset in given.items():
             if dataset is not None:
@@ -177,10 +177,11 @@ class PolicyTrainer(RolloutTrainer):
         return compare(self.policy, data.texts(searched, depths), data.texts(held_out, depths), data.costs)
 
     def write_artefact(self, folder: Path) -> None:
-        """Write the policy with the identity of its target and head, and hashes of the prompts that it has seen."""
+        """Write the policy for its target and head, in its guard if it came in one, and hashes of its prompts."""
         policy = self.policy
         if isinstance(policy, ReSpSPolicy):
             policy = ReSpSPolicy(replace(policy.config, **self.data.pair.identity), policy.network)
+            policy = BaselineGuard(policy) if self._is_guarded else policy
         policy.save_pretrained(folder)
         write_training_prompts(folder, self.data.first_questions)
 

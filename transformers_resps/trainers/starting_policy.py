@@ -13,21 +13,25 @@ from .policy_config import PolicyTrainingConfig
 Trainable = ReSpSPolicy | ThroughputPolicy
 
 
-def loaded_policy(model: Any, pair: Pair) -> Trainable | None:
-    """The policy that is given as an object, a folder or a Hub id; `None` for a new `ReSpSPolicy`.
+def loaded_policy(model: Any, pair: Pair) -> tuple[Trainable | None, bool]:
+    """The policy that is given as an object, a folder or a Hub id, and whether it is saved in a guard.
 
     Args:
         model: as in `PolicyTrainer`.
         pair: that it is trained with.
 
+    Returns:
+        The policy without its guard, `None` for a new `ReSpSPolicy`; and whether there was a guard.
+
     Raises:
         ValueError: it is something else, or was trained with another target or head.
     """
     if model == "resps":
-        return None
+        return None, False
     if model == "auto":
-        return ThroughputPolicy()
+        return ThroughputPolicy(), True
     policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
+    is_guarded = isinstance(policy, BaselineGuard)
     if isinstance(policy, BaselineGuard):
         policy = policy.policy
     if not isinstance(policy, Trainable):
@@ -36,7 +40,7 @@ def loaded_policy(model: Any, pair: Pair) -> Trainable | None:
             "folder or Hub id of one. Pass 'resps' for a new Re-SpS policy, or 'auto' to fit what policy='auto' means."
         )
     policy.check_identity(**pair.identity)
-    return policy
+    return policy, is_guarded
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
