@@ -284,7 +284,10 @@ def test_a_verdict_of_too_little_evidence_says_so_first() -> None:
     assert "no other settings are better" not in doubtful.verdict
     longer = cells([k + 400 for k in alike], [k + 400 for k in scattered])  # the same doubt in longer steps
     assert longer.possible_gain == pytest.approx(doubtful.possible_gain) and longer.has_evidence
-    assert cells(alike, [number + 9 for number in alike]).verdict.startswith("The head is read wrongly")
+    better = [number + 9 for number in alike]
+    assert cells(alike, better).verdict.startswith("The head is read wrongly")
+    wrong = cells(alike, better, [number + 9 for number in scattered]).verdict  # surely wrong, but which is right?
+    assert wrong.startswith("The head is read wrongly") and "With more answers, other settings might accept" in wrong
 
 
 def test_it_is_settled_when_more_answers_would_change_nothing() -> None:

@@ -181,17 +181,18 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """The result in one or two sentences; the first ones say so when the evidence is too little."""
+        """The result in one or two sentences; it begins with the doubt when the evidence is too little."""
         accepted = f"{self.configured.accepted:.2f} of {len(self.configured.agreement)} drafted tokens accepted"
-        if not self.has_evidence:
-            return f"Too little evidence: {self._doubt}. So far: {self._finding(accepted)}"
-        return self._finding(accepted)
-
-    @property
-    def _doubt(self) -> str:
+        finding = self._finding(accepted)
+        if self.has_evidence:
+            return finding
         if self.answers < _FEW_ANSWERS:
-            return f"{self.answers} answers of {self.configured.positions} positions"
-        return f"other settings might accept {self.possible_gain:.2f} tokens more"
+            counts = f"{self.answers} answers of {self.configured.positions} positions"
+            return f"Too little evidence: {counts}. So far: {finding}"
+        doubt = f"other settings might accept {self.possible_gain:.2f} tokens more"
+        if self.is_healthy:
+            return f"Too little evidence: {doubt}. So far: {finding}"
+        return f"{finding} With more answers, {doubt}."
 
     def _finding(self, configured: str) -> str:
         if not self.is_healthy:
