@@ -70,6 +70,7 @@ def test_long_texts_are_cut_and_prepared_ones_pass() -> None:
         ([{"text": [3, 4]}], r"Row 0 of `train_dataset`: has the text \[3, 4\], but it must be a string"),
         ([{"messages": "def"}], "Row 0 of `train_dataset`: has messages that are def, but they must be a list"),
         ([{"messages": [{"role": "user"}]}], r"has a message with the fields \['role'\], but it needs"),
+        ([{"messages": [{"role": "user", "content": "", "tool_calls": [{"id": 1}]}]}], "with `tool_calls`, but"),
         ([{"prompt": "def", "completion": turns("d")}], "Row 0 of `train_dataset`: has the completion .*both lists"),
         ([{"input_ids": "def"}], "Row 0 of `train_dataset`: has `input_ids` that are def, but they must be a list"),
         ([{"input_ids": [3, 4, 5], "labels": [3]}], "has 3 `input_ids`, but 1 `labels`"),
@@ -102,3 +103,13 @@ def test_where_a_template_rewrites_earlier_turns_the_first_answer_is_used_and_co
         prepared([{"messages": turns("dd", "e")}], templated(THOUGHTLESS))
     with pytest.raises(ValueError, match="turn by turn"):
         prepared([{"messages": turns("d", "e")}], templated(REWRITING))
+
+
+@pytest.mark.parametrize("tools", [[{"name": "kl"}], '[{"name": "kl"}]'], ids=["list", "json"])
+def test_tools_and_settings_of_a_row_reach_the_chat_template(tools: Any) -> None:
+    template = (
+        "{% for t in tools %}{{ t.name }}{% endfor %}{{ more }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    row = {"messages": turns("de", "fg"), "tools": tools, "chat_template_kwargs": {"more": "n"}}
+    (made,) = prepared([row], templated(template))
+    assert read(made) == ("klndefg", "fg")

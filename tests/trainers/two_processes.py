@@ -11,7 +11,7 @@ def train(folder: Path, accumulation: int) -> None:
     target, head = fresh()
     best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_tau", "tau_texts": 2}
     args = config(folder, max_steps=2, gradient_accumulation_steps=accumulation, save_strategy="no", **best)
-    trainer = DraftHeadTrainer(head, args, texts(16), texts(4), target=target)
+    trainer = DraftHeadTrainer(head, args, texts(16), texts(4).to_iterable_dataset(), target=target)
     trainer.train()
     assert trainer.state.best_metric  # looked for in every process
     if trainer.accelerator.is_main_process:

@@ -173,6 +173,8 @@ def as_messages(value: Any, role: str | None) -> Conversation:
     for message in _objects(value, "messages"):
         if not {"role", "content"} <= set(message):
             raise ValueError(f"has a message with the fields {sorted(message)}, but it needs `role` and `content`.")
+        if message.get("tool_calls"):
+            raise ValueError("has a message with `tool_calls`, but only text can be trained on.")
     return [{"role": str(message["role"]), "content": _text(message["content"])} for message in value]
 
 

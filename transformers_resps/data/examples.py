@@ -36,7 +36,12 @@ class Example:
 
 
 def make_example(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int, *, learn_from: int = 0
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    learn_from: int = 0,
+    **template: Any,
 ) -> Example:
     """Tokenize one conversation and mask the tokens that the assistant wrote.
 
@@ -47,6 +52,7 @@ def make_example(
         tokenizer: the target's, with its chat template.
         max_length: in tokens; a longer conversation is cut.
         learn_from: index of the first message whose tokens are marked; those before it are the prompt.
+        template: more for the chat template, such as `tools`.
 
     Returns:
         The example.
@@ -59,8 +65,8 @@ def make_example(
     for index, message in enumerate(conversation):
         if message["role"] != "assistant" or index < learn_from:
             continue
-        asked = _render(tokenizer, conversation[:index], add_generation_prompt=True)
-        answered = _render(tokenizer, conversation[: index + 1], add_generation_prompt=False)
+        asked = _render(tokenizer, conversation[:index], add_generation_prompt=True, **template)
+        answered = _render(tokenizer, conversation[: index + 1], add_generation_prompt=False, **template)
         if not asked.startswith(text) or not answered.startswith(asked):
             raise ValueError(
                 f"The chat template does not render conversations turn by turn: turn {index + 1} changes the text "
@@ -102,8 +108,6 @@ def check_token_ids(examples: Iterable[Example], vocab_size: int, *, first_numbe
             )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, add_generation_prompt: bool) -> str:
-    rendered: Any = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, **how: Any) -> str:
+    rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False, **how)
     return str(rendered)

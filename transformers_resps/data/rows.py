@@ -1,5 +1,6 @@
 """Rows of a dataset, in the columns that TRL reads, as examples to learn from."""
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -65,7 +66,7 @@ def example_of(
         return _tokenized(row, max_length), False
     assert tokenizer is not None
     if kind == "messages":
-        return _conversation(as_messages(row["messages"], None), tokenizer, max_length)
+        return _conversation(as_messages(row["messages"], None), tokenizer, max_length, _template(row))
     if kind == "text":
         ids = _ids(row["text"], "text", tokenizer)[:max_length]
         return Example(_integers(ids), torch.ones(len(ids), dtype=torch.bool)), False
@@ -75,7 +76,8 @@ def example_of(
         ids = (asked + answered)[:max_length]
         return Example(_integers(ids), torch.arange(len(ids)) >= len(asked)), False
     prompt, completion = (as_messages(row[column], None) for column in ("prompt", "completion"))
-    return make_example(prompt + completion, tokenizer, max_length, learn_from=len(prompt)), False
+    conversation, begins = prompt + completion, len(prompt)
+    return make_example(conversation, tokenizer, max_length, learn_from=begins, **_template(row)), False
 
 
 def question_of(row: Row, kind: str) -> str | None:
@@ -88,20 +90,27 @@ def question_of(row: Row, kind: str) -> str | None:
     return next((turn["content"] for turn in as_messages(asked, None) if turn["role"] == "user"), None)
 
 
+def _template(row: Row) -> Row:
+    """What TRL's columns `tools` and `chat_template_kwargs` give to the chat template."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
+
+
 def _conversation(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Row
 ) -> tuple[Example, bool]:
     """Assistant turns before the first user turn are left out."""
     roles = [message["role"] for message in conversation]
     first = roles.index("user") if "user" in roles else len(roles)
     asked = [turn for turn in conversation[:first] if turn["role"] != "assistant"] + conversation[first:]
     try:
-        return make_example(asked, tokenizer, max_length), False
+        return make_example(asked, tokenizer, max_length, **template), False
     except ValueError:
         answer = next(i for i, turn in enumerate(asked) if turn["role"] == "assistant")
         if answer + 1 == len(asked):
             raise
-        return make_example(asked[: answer + 1], tokenizer, max_length), True
+        return make_example(asked[: answer + 1], tokenizer, max_length, **template), True
 
 
 def _tokenized(row: Row, max_length: int) -> Example:

@@ -77,5 +77,3 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
             "`feature_cache_dir` is set, but features of an `IterableDataset` are not cached. Leave it out, or pass a "
             "`Dataset`."
         )
-    accelerator: Any = args.accelerator_config
-    accelerator.dispatch_batches = False  # batches differ in size, and cannot be cut in one process

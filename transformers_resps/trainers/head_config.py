@@ -135,6 +135,8 @@ class DraftHeadTrainingConfig(TrainingArguments):
         self.optim = MUON if optim == MUON else self.optim
         self.remove_unused_columns = False
         self.label_names = ["labels"]
+        accelerator: Any = self.accelerator_config
+        accelerator.dispatch_batches = False  # those of a stream differ in size: no process can cut them for all
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # levels run outside the wrapper, which would count them as unused
         self._check()

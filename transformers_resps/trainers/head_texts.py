@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -90,6 +91,21 @@ def counted_examples(rows: Any) -> Iterator[Example]:
     if isinstance(rows, datasets.IterableDataset):
         return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS)
     return PreparedTexts(rows).examples()
+
+
+def some_texts(rows: Any, count: int) -> Iterator[dict[str, Tensor]]:
+    """Up to `count` texts of a prepared dataset, or of the first of several, as rows of a batch."""
+    if isinstance(rows, Mapping):
+        rows = next(iter(rows.values()))
+    return (PreparedTexts(rows) if hasattr(rows, "__len__") else StreamedBatches(rows, 0)).some(count)
+
+
+def questions_in(rows: Any) -> set[str]:
+    """The first user turns of a prepared dataset, or of several; of a stream there are none before it is read."""
+    if isinstance(rows, Mapping):
+        return set().union(*map(questions_in, rows.values()))
+    found = rows["question"] if rows is not None and hasattr(rows, "__len__") else ()
+    return {question for question in found if question is not None}
 
 
 def positions_seen(texts: PreparedTexts | StreamedBatches, args: DraftHeadTrainingConfig) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
+from transformers.utils.logging import tqdm
 
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
@@ -23,7 +24,7 @@ from .head_arguments import check_arguments, default_folder
 from .head_config import MUON, DraftHeadTrainingConfig
 from .head_saving import save_head
 from .head_start import start_head
-from .head_texts import counted_examples, positions_seen, token_budget_loader
+from .head_texts import counted_examples, positions_seen, questions_in, some_texts, token_budget_loader
 from .metrics import LevelMeter, Pace
 from .muon import Muon, parameter_groups
 from .simulated_decoding import simulated_tau
@@ -192,9 +193,11 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self._tau(self.get_eval_dataloader().dataset)
 
     def _tau(self, texts: Any) -> float:
-        rows = map(self._with_features, texts.some(self.args.tau_texts))
-        with self._drafting() as bound:
-            return round(simulated_tau(bound, rows, bound.head.default_shape), 3)
+        is_shared_out = not isinstance(texts, PreparedTexts | StreamedBatches)  # a stream, in several processes
+        rows = map(self._with_features, (texts.dataset if is_shared_out else texts).some(self.args.tau_texts))
+        bar = tqdm(rows, "Simulating tau", leave=False, disable=self.args.disable_tqdm)
+        with self._drafting() as bound, bar:
+            return round(simulated_tau(bound, bar, bound.head.default_shape), 3)
 
     @contextmanager
     def _drafting(self) -> Iterator[BoundHead]:
@@ -207,9 +210,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def _print_drafts(self) -> None:
         if self._table is None:
             rows: Any = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-            rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
-            some = PreparedTexts(rows) if hasattr(rows, "__len__") else StreamedBatches(rows, 0)
-            texts = [self._with_features(text) for text in some.some(self.args.num_drafts_to_print)]
+            texts = list(map(self._with_features, some_texts(rows, self.args.num_drafts_to_print)))
             self._table = DraftTable(texts, cast(PreTrainedTokenizerBase, self.tokenizer))
         with self._drafting() as bound:
             self._table.print(bound, self.state.global_step)
@@ -286,13 +287,6 @@ class DraftHeadTrainer(ArtefactTrainer):
         """Write the head in bf16, and the fingerprints of the prompts it learned from."""
         save_head(self.accelerator.unwrap_model(self.model), folder)
         earlier = training_prompts_of(self._origin) if self._origin else None
-        write_training_prompts(folder, self._questions(), earlier=earlier or ())
-
-    def _questions(self) -> set[str]:
-        """The first user turns of all texts, held-out ones included."""
-        found = set(self._train_texts.questions) if isinstance(self._train_texts, StreamedBatches) else set()
-        held_out: Any = self.eval_dataset
-        for rows in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
-            if hasattr(rows, "__len__"):
-                found |= {question for question in rows["question"] if question is not None}
-        return found
+        streamed = self._train_texts.questions if isinstance(self._train_texts, StreamedBatches) else set()
+        asked = streamed | questions_in(self.train_dataset) | questions_in(self.eval_dataset)
+        write_training_prompts(folder, asked, earlier=earlier or ())
