@@ -1,7 +1,10 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from transformers_resps.trainers import precision
+from tests.trainers.heads import bits, config, fresh, texts
+from tests.trainers.test_resuming import Stop
+from transformers_resps.trainers import DraftHeadTrainer, precision
 from transformers_resps.trainers.precision import prefers_bf16
 
 
@@ -56,3 +59,36 @@ def test_another_accelerator_is_asked_through_transformers(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(precision, "is_torch_bf16_gpu_available", lambda: True)
     assert prefers_bf16() is True
+
+
+def test_a_head_learns_in_bf16_on_a_cpu_what_it_learns_in_fp32(tmp_path):
+    heads, losses = {}, {}
+    for bf16 in (False, True):
+        target, head = fresh()
+        trainer = DraftHeadTrainer(head, config(tmp_path / str(bf16), bf16=bf16), texts(), target=target)
+        losses[bf16] = trainer.train().training_loss
+        heads[bf16] = bits(head)
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=2e-3)
+    start = bits(fresh()[1])
+    for name, exact in heads[False].items():
+        if not torch.equal(exact, start[name]):
+            learned, moved = heads[True][name] - exact, exact - start[name]
+            assert learned.norm() < 0.3 * moved.norm(), name
+
+
+def test_a_run_in_bf16_keeps_fp32_weights_and_resumes_bit_for_bit(tmp_path):
+    target, head = fresh()
+    args = config(tmp_path / "whole", bf16=True, max_steps=5)
+    DraftHeadTrainer(head, args, texts(), target=target).train()
+    for callbacks, resume in (([Stop(3)], None), ([], True)):
+        target, resumed = fresh()
+        args = config(tmp_path / "stopped", bf16=True, max_steps=5)
+        trainer = DraftHeadTrainer(resumed, args, texts(), callbacks=callbacks, target=target)
+        trainer.train(resume_from_checkpoint=resume)
+    expected = bits(head)
+    assert all(torch.equal(value, expected[name]) for name, value in bits(resumed).items())
+    kept = load_file(tmp_path / "whole" / "checkpoint-5" / "model.safetensors")
+    assert {value.dtype for name, value in kept.items() if name != "d2t"} == {torch.float32}
+    states = trainer.optimizer.state_dict()["state"].values()
+    assert {value.dtype for state in states for value in state.values()} == {torch.float32}
