@@ -8,10 +8,12 @@ instead, and a row's result hardly depends on how many are multiplied with it: o
 of rows (SmolLM2's forward on Zen 4: 41 ms over one token and 51 ms over eight; packed 34 and 35 ms).
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -67,6 +69,22 @@ class PrepackedLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Without the packed copy, which is made anew where it is needed: oneDNN tensors cannot be pickled."""
         return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}
+
+
+def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """Pack a weight `[n, m]` for several products without gradients, where that is faster.
+
+    Args:
+        weight: must not change while the result is used.
+        bias: `[n]`, in the weight's dtype.
+
+    Returns:
+        `[..., m]` -> `[..., n]`, in the weight's dtype.
+    """
+    if not _can_prepack(weight):
+        return lambda input: F.linear(input, weight, bias)
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+    return lambda input: cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, blocks, bias, "none", [], ""))
 
 
 def prepack(module: Module) -> Module:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..target.prepacking import packed_linear
+
 
 _CACHED_ROWS = 32  # positions whose fp32 logits stay in a CPU's cache from one pass over them to the next
 
@@ -91,13 +93,14 @@ class _SoftCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         losses, hits = row_weights.new_zeros(len(hidden)), row_weights.new_zeros(len(hidden))
         total = row_weights.new_zeros(())
+        logits_of = packed_linear(weight, bias)
         for start in range(0, hidden.shape[1], chunk_size):
             rows = slice(start, start + chunk_size)
             probabilities = teacher.probabilities(rows)  # [c, d]
             best = probabilities.argmax(-1)
             for level in range(len(hidden)):
                 states, factors = hidden[level, rows].to(weight.dtype), row_weights[level, rows]
-                logits = F.linear(states, weight, bias)  # [c, d]
+                logits = logits_of(states)  # [c, d]
                 loss, is_hit = _compared(logits, probabilities, best)
                 losses[level] += (loss * (factors != 0)).sum()
                 hits[level] += (is_hit & (factors != 0)).sum()
