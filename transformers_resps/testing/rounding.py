@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from ..compat import CACHE_KEYWORD
 from ..target.tree_verifier import TreeVerifier
@@ -63,7 +64,7 @@ def move_of_gaps(
         node_counts: nodes of the trees, chains as they are; 0 for one forward over prompt and answer, without cache.
     """
     rows: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in node_counts}
-    for prompt in prompts:
+    for prompt in tqdm(prompts, desc="Comparing forwards", unit="prompt"):
         answer, plain = _decode(target, prompt.to(target.device), max_new_tokens)
         for count in node_counts:
             logits = _read(target, prompt.to(target.device), answer, count)
