@@ -212,7 +212,8 @@ def test_marks_at_one_place_do_not_hide_each_other() -> None:
 def test_costs_have_error_bars_where_the_spread_is_known() -> None:
     told = results_of(made_up())
     assert "repeats" not in costs(told).get_suptitle()
-    told["costs"]["verify_range"] = {"128": {"1": [0.008, 0.011], "8": [0.02, 0.025]}}
+    told["costs"] = {"verify": {128: {1: 0.01, 8: 0.02}}, "draft": {}}  # sizes are numbers before they are in a file
+    told["costs"]["verify_range"] = {128: {1: [0.008, 0.011], 8: [0.02, 0.025]}}
     figure = costs(told)
     [bars] = figure.axes[0].containers[0].lines[2]
     assert [tuple(round(y, 6) for _, y in ends) for ends in bars.get_segments()] == [(8.0, 11.0), (20.0, 25.0)]

@@ -1,6 +1,7 @@
 """Draws five plots of a `results.json`."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def costs(results: dict[str, Any]) -> Any:
 
     Bars hold the middle half of the repeats, where the results have it.
     """
-    told = results["costs"]
+    told = json.loads(json.dumps(results["costs"]))  # sizes as texts, as a file has them
     ranges = told.get("verify_range", {})
     repeats = ", and the middle half of its repeats" if ranges else ""
     figure = _figure(7, 5.2, f"What a forward costs{repeats}", results)
