@@ -323,3 +323,11 @@ def test_nothing_to_learn_from_or_to_judge_by_is_told(pair: tuple[Any, DraftHead
     with pytest.raises(ValueError, match="no `eval_dataset`, but evaluation needs held-out prompts"):
         trainer.evaluate()
     assert trainer.evaluate(HELD_OUT)["eval_held_out_texts"] == 2
+
+
+def test_a_policy_that_is_judged_on_what_it_learned_is_doubted(pair: tuple[Any, DraftHead]) -> None:
+    trainer = PolicyTrainer(resps(pair), config(max_steps=8), TRAIN, target=pair[0], head=pair[1])
+    trainer.train()
+    both = datasets.concatenate_datasets([TRAIN.select([0, 2]), TRAIN.select([0])])
+    assert "2 of the held-out prompts are among those that it was trained on" in trainer.compared(both).verdict
+    assert trainer.compared(HELD_OUT).learned_prompts == 0

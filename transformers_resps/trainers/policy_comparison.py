@@ -20,12 +20,14 @@ class PolicyComparison:
         fixed: of the same texts, in the same order, with the best fixed tree of the training texts.
         oracle_seconds: the least that all texts together could have taken.
         distinct_actions: how many different trees the policy chose.
+        learned_prompts: how many of the held-out prompts it was trained on.
     """
 
     own: Sequence[Timing]
     fixed: Sequence[Timing]
     oracle_seconds: float
     distinct_actions: int
+    learned_prompts: int = 0
 
     @property
     def gain(self) -> float:
@@ -63,6 +65,8 @@ class PolicyComparison:
             )
         if self.distinct_actions == 1:
             found.append("it chose one tree everywhere, which a `FixedPolicy` does as well")
+        if self.learned_prompts:
+            found.append(f"{self.learned_prompts} of the held-out prompts are among those that it was trained on")
         if len(self.own) < FEW_TEXTS:
             count = len(self.own)
             found.append(f"it was judged on {count} held-out text{'s' * (count != 1)}, which prove little")

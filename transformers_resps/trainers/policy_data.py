@@ -69,6 +69,11 @@ class PolicyData:
     def _questions_of(self, name: str) -> set[str]:
         return self.prompts[name].first_questions if name in self.prompts else set()
 
+    def learned(self, name: str) -> int:
+        """How many prompts of a dataset are in `train_dataset`, too."""
+        learned = self.prompts.get("train_dataset")
+        return 0 if learned is None else len({*self.prompts[name].names} & {*learned.names})
+
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
         """The outcome of every shape of `grid` at every position of the answers."""
         if name not in self._replays:

@@ -172,9 +172,12 @@ class PolicyTrainer(RolloutTrainer):
         searched = held_out if self.args.live_rollouts or "train_dataset" not in data.prompts else "train_dataset"
         if isinstance(self.policy, ReSpSPolicy):
             grid = self.policy.config.grid
-            return self.compared_on(data.replays(held_out, grid), data.replays(searched, grid))
-        depths = recorded_depths(_unguarded(self.policy))
-        return compare(self.policy, data.texts(searched, depths), data.texts(held_out, depths), data.costs)
+            comparison = self.compared_on(data.replays(held_out, grid), data.replays(searched, grid))
+        else:
+            depths = recorded_depths(_unguarded(self.policy))
+            texts = (data.texts(searched, depths), data.texts(held_out, depths))
+            comparison = compare(self.policy, *texts, data.costs)
+        return replace(comparison, learned_prompts=data.learned(held_out))
 
     def write_artefact(self, folder: Path) -> None:
         """Write the policy for its target and head, in its guard if it came in one, and hashes of its prompts."""
