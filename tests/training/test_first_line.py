@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
     ("command", "said"),
     [
         ("training/generate_dataset.py", "generate_dataset.py: Let the target answer prompts"),
+        ("training/train_head.py", "train_head.py: Train a draft head"),
+        ("training/train_policy.py", "train_policy.py: "),
         ("training/publish.py", "publish.py: Check the folder of a head or a policy"),
         ("resps.py doctor target head", "resps doctor: loading PyTorch and Transformers"),
         ("resps.py --help", "resps --help: loading PyTorch and Transformers"),
