@@ -31,9 +31,10 @@ settings.load_profile(os.environ.get("RESPS_HYPOTHESIS_PROFILE", "resps"))
 
 @pytest.fixture(autouse=True)
 def heard_logging() -> None:
-    """`caplog` sees what our loggers, below Transformers', say; whatever an earlier test set."""
+    """`caplog` sees our loggers, below Transformers', and progress bars are on, whatever an earlier test set."""
     transformers.logging.enable_propagation()
     transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_progress_bar()
 
 
 class FakeClock:
