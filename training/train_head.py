@@ -12,6 +12,7 @@ if __name__ == "__main__":
     announce(__doc__)
 
 import logging
+import os
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, zip_longest
@@ -102,6 +103,12 @@ class AdapterArguments:
         )
 
 
+def say(text: str) -> None:
+    """Print what the run does, once in a run of several processes."""
+    if os.environ.get("RANK", "0") == "0":  # as torchrun and accelerate say it
+        print(text, flush=True)
+
+
 def read_conversations(script: HeadScriptArguments) -> tuple[list[Conversation], list[Conversation]]:
     """The conversations to train on, and those of the first dataset to evaluate."""
     train: list[Conversation] = []
@@ -111,19 +118,19 @@ def read_conversations(script: HeadScriptArguments) -> tuple[list[Conversation],
         kept, others = split_conversations(found, script.eval_share if script.eval_conversations else 0.0)
         train += kept
         held_out = held_out if index else others[: script.eval_conversations]
-        print(f"{name}: {len(kept)} conversations to train on, {len(others)} held out", flush=True)
+        say(f"{name}: {len(kept)} conversations to train on, {len(others)} held out")
     return train, held_out
 
 
 def make_trainer(script: HeadScriptArguments, adapters: AdapterArguments, args: Any) -> DraftHeadTrainer:
     """The trainer of the head in `script.head`, or of a new one, on the conversations."""
     train, held_out = (Dataset.from_list([{"messages": one} for one in part]) for part in read_conversations(script))
-    print(f"loading {script.target}" + (f" and starting from {script.head}" if script.head else ""), flush=True)
+    say(f"loading {script.target}" + (f" and starting from {script.head}" if script.head else ""))
     trainer = DraftHeadTrainer(
         script.head, args, train, held_out or None, peft_config=adapters.config(), target=script.target
     )
     vocabulary = trainer.draft_vocabulary()
-    print(f"draft vocabulary: {len(vocabulary.token_ids)} tokens cover {vocabulary.coverage:.2%} of the answers")
+    say(f"draft vocabulary: {len(vocabulary.token_ids)} tokens cover {vocabulary.coverage:.2%} of the answers")
     if script.target_name is not None:
         config = trainer.head.config
         config.target = {**(config.target or {}), "name_or_path": script.target_name}
@@ -165,12 +172,12 @@ def main() -> None:
     timing = TimingCallback(checkpoint)
     trainer.add_callback(timing)
     if checkpoint:
-        print(f"resuming from {checkpoint}")
+        say(f"resuming from {checkpoint}")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (KeyboardInterrupt, SystemExit) as stop:
         resumed = newest_checkpoint(Path(args.output_dir)) or "the beginning"
-        print(f"Stopped. Run the same command to resume from {resumed}.")
+        say(f"Stopped. Run the same command to resume from {resumed}.")
         sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
     evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if not trainer.is_world_process_zero():

@@ -83,12 +83,12 @@ class DraftTable:
         from rich.panel import Panel
         from rich.table import Table
 
-        table = Table("Prompt", "Target wrote", "Head drafted", "Tau", header_style="bold", expand=True)
+        table = Table("Prompt", "Answer", "Head drafted", "Tau", header_style="bold", expand=True)
         table.columns[-1].justify = "right"
         for text in self._texts:
             table.add_row(*self._row(bound, text))
             table.add_section()
-        title = f"Step {step}: [green]accepted[/] and [red strike]rejected[/] tokens, a step a line"
+        title = f"Step {step}: [green]accepted[/] and [red strike]rejected[/] tokens; | separates steps"
         Console().print(Panel(table, title=title))
 
     def _row(self, bound: BoundHead, text: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -98,10 +98,10 @@ class DraftTable:
         steps = drafted_steps(bound, text, bound.head.default_shape)
         drafts = Text()
         for one in steps:
+            drafts.append("|" if drafts else "", "dim")
             drafts.append(self._words(one.accepted), "green")
             if one.rejected is not None:
                 drafts.append(self._words([one.rejected]), "red strike")
-            drafts.append("\n")
         emitted = sum(len(one.accepted) + 1 for one in steps)
         return (
             Text(self._words(tokens[max(begins - _PROMPT_TOKENS, 0) : begins]), "yellow"),

@@ -195,7 +195,8 @@ class DraftHeadTrainer(ArtefactTrainer):
     def _tau(self, texts: Any) -> float:
         is_shared_out = not isinstance(texts, PreparedTexts | StreamedBatches)  # a stream, in several processes
         rows = map(self._with_features, (texts.dataset if is_shared_out else texts).some(self.args.tau_texts))
-        bar = tqdm(rows, "Simulating tau", leave=False, disable=self.args.disable_tqdm)
+        is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        bar = tqdm(rows, "Simulating tau", self.args.tau_texts, leave=False, disable=is_quiet)
         with self._drafting() as bound, bar:
             return round(simulated_tau(bound, bar, bound.head.default_shape), 3)
 
@@ -250,7 +251,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             raise ValueError("`train_dataset` is missing, but training needs texts. Pass a `Dataset`.")
         if self._train_texts is None:
             self._train_texts = self._preparation.texts(self.train_dataset, self.target)
-        if not self._origin:
+        if not self._origin and self.is_world_process_zero():
             warn_if_small(positions_seen(self._train_texts, self.args))
         return self._loader(self._train_texts, shuffle=True)
 
