@@ -183,7 +183,7 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     metrics = {**metrics_of(trainer, evaluation), "training": training_facts(trainer, timing.seconds)}
-    write_run(trainer.artefact_folder, metrics, recipe, name=args.hub_model_id if args.push_to_hub else None)
+    write_run(trainer.artefact_folder, metrics, recipe, name=trainer.hub_model_id)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
     print(evaluation)

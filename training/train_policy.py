@@ -82,7 +82,7 @@ def train() -> None:
     found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     steps = {"steps": trainer.state.global_step} if trainer.state.global_step else {}
     found["training"] = {**steps, "texts": len(learned), "dtype": where["dtype"], "device": where["device"]}
-    write_run(folder, found, recipe, name=args.hub_model_id if args.push_to_hub else None)
+    write_run(folder, found, recipe, name=trainer.hub_model_id)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
     print(json.dumps(metrics, indent=2))
