@@ -37,7 +37,7 @@ def test_processes_share_the_recording_and_read_what_all_have_recorded(
     prompts = [torch.tensor([number]) for number in range(5)]
     for index in (1, 0):
         state = SimpleNamespace(process_index=index, num_processes=2, wait_for_everyone=lambda: waited.append(1))
-        monkeypatch.setattr(recording, "PartialState", lambda state=state: state)
+        monkeypatch.setattr("accelerate.PartialState", lambda state=state: state)
         recorded = Scripted(None, None, form, tmp_path, GENERATION).record(prompts)  # type: ignore[arg-type]
     assert answered == [1, 3, 0, 2, 4] and len(waited) == 2
     assert [int(text["prompt"]) for text in recorded] == [0, 1, 2, 3]  # the last answer was too short

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
@@ -86,6 +85,8 @@ class Recorder(Generic[Recorded]):
         Raises:
             ValueError: no prompt has such an answer.
         """
+        from accelerate import PartialState  # of the extra `train`; heads are checked without it
+
         self.folder.mkdir(parents=True, exist_ok=True)
         state = PartialState()
         share = prompts[state.process_index :: state.num_processes]
