@@ -15,6 +15,7 @@ from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from tests.trainers.heads import config, fresh, texts
 from transformers_resps import DraftHead
+from transformers_resps.target.prepacking import PrepackedLinear
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
 
 
@@ -165,3 +166,12 @@ def test_a_new_head_can_propose_what_the_answers_use_most(tmp_path: Path) -> Non
     everything = DraftHeadTrainer(None, config(tmp_path, draft_vocab_size=0), texts(), target=target)
     assert everything.head.config.draft_vocab_size is None
     assert isinstance(everything.head, DraftHead)
+
+
+def test_the_callers_target_keeps_its_layers_and_one_that_was_named_is_prepacked(tmp_path: Path) -> None:
+    target, head = fresh()
+    DraftHeadTrainer(head, config(tmp_path), texts(), target=target)
+    assert not any(isinstance(module, PrepackedLinear) for module in target.modules())
+    target.save_pretrained(tmp_path / "target")
+    named = DraftHeadTrainer(head, config(tmp_path), texts(), target=str(tmp_path / "target"))
+    assert any(isinstance(module, PrepackedLinear) for module in named.target.model.modules())

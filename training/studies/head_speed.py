@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from transformers_resps import DraftHead
+from transformers_resps import DraftHead, prepack
 from transformers_resps.data.batches import IGNORED, TokenBudgetBatches, collate
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig, FrozenTarget
 
@@ -142,6 +142,8 @@ def work(setting: Setting) -> None:
         batches = [with_features(batch, frozen) for batch in batches]
     tokens = [batch["input_ids"].numel() for batch in batches]
     named = {field.name for field in fields(DraftHeadTrainingConfig)}
+    if "ttt_steps" in named and target.dtype is torch.float32:
+        prepack(target)  # as the trainer does with a target that it loads; the older tree did not
     with tempfile.TemporaryDirectory() as folder:
         args = DraftHeadTrainingConfig(
             output_dir=folder,

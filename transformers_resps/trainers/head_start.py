@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 
 from ..compat import unwrapped
 from ..data import vocabulary_of
 from ..head import BoundHead, DraftHead
+from ..target.prepacking import prepack
 from .head_arguments import freeze_output_head
 from .head_config import DraftHeadTrainingConfig
 from .head_texts import HeadTexts, counted_examples
@@ -58,6 +60,8 @@ def start_head(
     """
     given = cast(Any, args.model_init_kwargs)
     loaded = load_target(target, cast(Any, args.target_init_kwargs))
+    if isinstance(target, str) and loaded.dtype is torch.float32:
+        prepack(loaded)  # a sixth faster on a CPU, not in bf16; a model of the caller's stays as it is
     head = load_head(model, loaded, given) if isinstance(model, str) else model
     if head is not None:
         unwrapped(head).check_target(loaded)

@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..target.features import FeatureTap
-from ..target.prepacking import prepack
 from .soft_cross_entropy import Teacher
 
 
@@ -33,8 +32,6 @@ class TargetFeatures:
 class FrozenTarget:
     """The target that a head learns from: in evaluation mode, without gradients, not part of the trained module.
 
-    On a CPU in fp32 its linear layers are prepacked, which takes as much memory again as their weights.
-
     Args:
         model: any causal language model of Transformers.
         feature_layers: as in `DraftHeadConfig`.
@@ -50,8 +47,6 @@ class FrozenTarget:
                 "Load the target with AutoModelForCausalLM."
             )
         self.model = model.eval().requires_grad_(False)
-        if model.dtype is torch.float32:
-            prepack(model)  # a sixth faster on a CPU; in bf16 the packed layers are hardly faster for so many tokens
         self.feature_layers = feature_layers
         config = model.config.get_text_config()
         self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
