@@ -49,14 +49,6 @@ class PolicyScriptArguments(PromptArguments):
 
 
 def main() -> None:
-    try:
-        train()
-    except KeyboardInterrupt:
-        print("Stopped. Run the same command to resume.")
-        sys.exit(130)
-
-
-def train() -> None:
     script, args = parse(PolicyScriptArguments, PolicyTrainingConfig, renamed=RENAMED)
     recipe = recipe_of(sys.argv, asdict(script))
     check_publishable(recipe, args, script.target)

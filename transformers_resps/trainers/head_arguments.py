@@ -1,19 +1,12 @@
 """Check what a `DraftHeadTrainer` is given, before it loads or reads anything."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from ..compat import unwrapped
 from ..head import DraftHead, DraftHeadConfig
 from .checks import check_dataset, check_kinds
 from .head_config import DraftHeadTrainingConfig
-
-
-def default_folder(target: Any) -> str:
-    """Where a run without `args` writes, named after its target as in TRL."""
-    name = target if isinstance(target, str) else getattr(getattr(target, "config", None), "name_or_path", "")
-    return f"{Path(name).name or 'draft'}-head"
 
 
 def freeze_output_head(head: DraftHead, is_frozen: bool) -> None:

@@ -20,11 +20,12 @@ from ..data.texts import PreparedTexts, StreamedBatches
 from ..head import BoundHead, DraftHead
 from .artefact_trainer import ArtefactTrainer
 from .draft_table import DraftTable
-from .head_arguments import check_arguments, default_folder
+from .head_arguments import check_arguments
 from .head_config import MUON, DraftHeadTrainingConfig
 from .head_saving import save_head
 from .head_start import start_head
 from .head_texts import counted_examples, positions_seen, questions_in, some_texts, token_budget_loader
+from .loading import default_folder
 from .metrics import LevelMeter, Pace
 from .muon import Muon, parameter_groups
 from .simulated_decoding import simulated_tau
@@ -78,7 +79,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         target: PreTrainedModel | str,
         **kwargs: Any,
     ) -> None:
-        args = DraftHeadTrainingConfig(default_folder(target)) if args is None else args
+        args = DraftHeadTrainingConfig(default_folder(target, self.artefact_name)) if args is None else args
         check_arguments(model, args, train_dataset, peft_config)
         set_seed(args.seed)
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}

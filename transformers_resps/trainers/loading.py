@@ -1,6 +1,7 @@
 """What a training starts from: the target, its tokenizer, and a head that is loaded or new."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,12 @@ from .checks import check_kinds
 
 
 _ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
+
+
+def default_folder(target: Any, artefact_name: str) -> str:
+    """Where a run without `args` writes, named after its target as in TRL."""
+    name = target if isinstance(target, str) else getattr(getattr(target, "config", None), "name_or_path", "")
+    return f"{Path(name).name or 'target'}-{artefact_name}"
 
 
 def load_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:

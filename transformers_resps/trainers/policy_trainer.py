@@ -12,6 +12,7 @@ from ..head import DraftHead
 from ..policy import BaselineGuard, ReSpSPolicy, SavedPolicy, ThroughputPolicy
 from .checkpoints import check_resumable, newest_checkpoint
 from .checks import check_kinds
+from .loading import default_folder
 from .pair import Pair
 from .policy_comparison import PolicyComparison
 from .policy_config import PolicyTrainingConfig
@@ -82,7 +83,7 @@ class PolicyTrainer(RolloutTrainer):
         **kwargs: Any,
     ) -> None:
         check_renamed("PolicyTrainer", kwargs, RENAMED)
-        args = args or PolicyTrainingConfig(f"{_name_of(target)}-policy")
+        args = args or PolicyTrainingConfig(default_folder(target, self.artefact_name))
         check_kinds("PolicyTrainer", args=(args, PolicyTrainingConfig))
         self.data = PolicyData(Pair.of(target, head, processing_class, args), args)
         policy, self._is_guarded = loaded_policy(model, self.data.pair)
@@ -191,8 +192,3 @@ class PolicyTrainer(RolloutTrainer):
 
 def _unguarded(policy: SavedPolicy) -> ThroughputPolicy:
     return cast(ThroughputPolicy, policy.policy if isinstance(policy, BaselineGuard) else policy)
-
-
-def _name_of(target: PreTrainedModel | str) -> str:
-    name = target if isinstance(target, str) else getattr(target.config, "name_or_path", "") or "target"
-    return name.rstrip("/").split("/")[-1]
