@@ -76,7 +76,7 @@ def tiny(text: str) -> str:
     """The names of the docs, as they are called on the desk."""
     text = re.sub(r"HuggingFaceTB/SmolLM2-135M-Instruct|\bTARGET\b", "target", text)
     text = re.sub(r"\bFOLDER\b", "artefact", text)
-    text = re.sub(r"max_steps=\d+", "max_steps=2", text)
+    text = re.sub(r"max_steps=\d+", "max_steps=4", text)
     text = re.sub(r"draft_vocab_size=\d+", "draft_vocab_size=12", text)
     return re.sub(r"model_cards/smollm2-135m-instruct-head|\bHEAD\b", "given", text)
 

@@ -32,6 +32,7 @@ from transformers_resps.bench.provenance import machine
 from transformers_resps.hub import METRICS
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig
 from transformers_resps.trainers.checkpoints import newest_checkpoint
+from transformers_resps.trainers.loading import check_target_name
 from transformers_resps.trainers.policy_config import RENAMED
 
 
@@ -53,6 +54,7 @@ def main() -> None:
     recipe = recipe_of(sys.argv, asdict(script))
     check_publishable(recipe, args, script.target)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    check_target_name(script.target)
     target = load_target(script.target, script.target_dtype, str(args.device), packed=script.pack)
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     learned, watched, tested = script.read_prompts(tokenizer)

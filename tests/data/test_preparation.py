@@ -92,6 +92,12 @@ def test_text_without_a_tokenizer_is_refused() -> None:
         prepare_dataset(Dataset.from_list([{"text": "de"}]), "texts", None, max_length=9, vocab_size=19)
 
 
+def test_rows_that_are_left_out_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"messages": turns("d", "ef")}, {"messages": turns("d")}, {"messages": []}]
+    assert len(prepared(rows, templated())) == 1
+    assert "2 of 3 rows of `train_dataset` have no assistant turn" in caplog.text
+
+
 def test_where_a_template_rewrites_earlier_turns_the_first_answer_is_used_and_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
+from tests.conftest import build_target
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from tests.trainers.heads import config, fresh, texts
@@ -35,6 +36,7 @@ def test_the_signature_is_that_of_trls_trainer_and_the_target() -> None:
     ("changes", "message"),
     [
         ({"model": 3}, "got a int as `model`, but it needs a `DraftHead`"),
+        ({"model": build_target()}, "`model` is a LlamaForCausalLM, .*Pass this model as `target`, and `None`"),
         (
             {"args": TrainingArguments("x", use_cpu=True)},
             "got a TrainingArguments as `args`, but it needs a `DraftHead",
@@ -53,6 +55,32 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, changes: dict[str, Any], m
     given: dict[str, Any] = {"model": head, "target": target, "args": config(tmp_path), "train_dataset": texts()}
     with pytest.raises(ValueError, match=message):
         DraftHeadTrainer(**given | changes)
+
+
+def test_a_model_where_a_head_belongs_is_named(tmp_path: Path) -> None:
+    target, _ = fresh()
+    target.save_pretrained(tmp_path / "target")
+    with pytest.raises(ValueError, match="which holds no draft head.*or `None` for a new head"):
+        DraftHeadTrainer(str(tmp_path / "target"), config(tmp_path), texts(), target=target)
+
+
+def test_a_checkpoint_of_another_head_is_named(tmp_path: Path) -> None:
+    for size in (48, 40):
+        target, head = fresh(size)
+        trainer = DraftHeadTrainer(head, config(tmp_path, max_steps=3), texts(), target=target)
+        if size == 48:
+            trainer.train()
+    with pytest.raises(ValueError, match="holds a head with draft_vocab_size 48, but this run trains one with 40"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_adapters_of_all_linear_layers_are_saved_and_resumed(tmp_path: Path) -> None:
+    for resume in (None, True):
+        target, head = fresh()
+        adapters = LoraConfig(r=2, target_modules="all-linear")
+        args = config(tmp_path, max_steps=3 if resume is None else 6)
+        DraftHeadTrainer(head, args, texts(), peft_config=adapters, target=target).train(resume_from_checkpoint=resume)
+    assert DraftHead.from_pretrained(tmp_path / "head", target=target) is not None
 
 
 def test_a_dict_of_splits_is_refused_naming_them(tmp_path: Path) -> None:

@@ -113,10 +113,23 @@ def run(folder: Path, event: str, resume: str = "new", launcher: tuple[str, ...]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
+def test_a_finished_run_that_is_started_again_trains_nothing(tmp_path, whole):
+    for _ in range(2):
+        again = trainer(tmp_path, lr_scheduler_type="linear")
+        again.train(resume_from_checkpoint=newest_checkpoint(tmp_path))
+    assert again.state.global_step == 12 and not (tmp_path / "checkpoint-13").exists()
+    assert all(torch.equal(value, whole[name]) for name, value in weights(tmp_path).items())
+    assert all(torch.equal(value, whole[name]) for name, value in again.model.state_dict().items())
+    longer = trainer(tmp_path, max_steps=14)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 14
+
+
 @pytest.mark.parametrize("event", ["kill", "full disk"])
 def test_a_sudden_end_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path, whole, event):
     ended = run(tmp_path, event)
     assert ended.returncode != 0 and not (tmp_path / "toy").exists()
+    assert event == "kill" or "Free disk space and start the run again" in ended.stderr.splitlines()[-1]
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
     check_resumes(tmp_path, whole)
 

@@ -286,7 +286,7 @@ def other_tokenizer() -> Any:
         ({"processing_class": other_tokenizer()}, "is another model's tokenizer: it gives other ids"),
         ({"model": FixedPolicy(TreeShape(4, 2, 2))}, "`model` is a FixedPolicy, but must be a `ReSpSPolicy` or a"),
         ({"args": object()}, "got a object as `args`, but it needs a `PolicyTrainingConfig`"),
-        ({"rollouts": object()}, "has no `rollouts` any more. Write `train_dataset` instead"),
+        ({"rollouts": object()}, "has no `rollouts`. Write `train_dataset` instead"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(
@@ -302,7 +302,7 @@ def test_what_does_not_belong_together_is_refused(
     [("updates", "`max_steps`"), ("texts_per_update", "`per_device_train_batch_size`"), ("reward", "`reward_func`")],
 )
 def test_a_setting_under_its_old_name_is_refused_with_the_new_one(name: str, instead: str) -> None:
-    with pytest.raises(ValueError, match=f"`PolicyTrainingConfig` has no `{name}` any more. Write {instead}"):
+    with pytest.raises(ValueError, match=f"`PolicyTrainingConfig` has no `{name}`. Write {instead}"):
         PolicyTrainingConfig("run", **{name: 1})
 
 

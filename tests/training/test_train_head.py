@@ -209,7 +209,7 @@ def test_ctrl_c_says_from_where_the_same_command_resumes(
 def test_an_option_under_its_earlier_name_is_refused_with_its_name_now(
     option: str, value: Any, now: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=f"no `{option}` any more. Write {now}"):
+    with pytest.raises(ValueError, match=f"no `{option}`. Write {now}"):
         run(folder, monkeypatch, **{option: value})
 
 

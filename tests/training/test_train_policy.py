@@ -139,10 +139,10 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused(folder: Path, mo
 def test_an_option_or_recipe_of_an_earlier_release_is_refused_with_the_new_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="`train_policy.py` has no `updates` any more. Write `max_steps`, in optim"):
+    with pytest.raises(ValueError, match="`train_policy.py` has no `updates`. Write `max_steps`, in optim"):
         run(folder, monkeypatch, updates=4)
     (folder / "old.yaml").write_text("reward: mean_rate\n")
-    with pytest.raises(ValueError, match="has no `reward` any more. Write `reward_func`"):
+    with pytest.raises(ValueError, match="has no `reward`. Write `reward_func`"):
         run(folder, monkeypatch, config=folder / "old.yaml")
 
 

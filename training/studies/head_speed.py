@@ -1,11 +1,10 @@
 """Time the steps of head training, of two source trees in turn.
 
 Question: how many tokens a second does a head train, where does the time go, and which of two versions is faster?
-Answer: SmolLM2 with 5 levels, one thread of a busy EPYC with AVX512-BF16, steps of 1,000 tokens, ab51592 against
-2fcfab3, in tokens per processor second: bfloat16 574 with cached features (1.49x) and 286 with the target in each step
-(1.25x), float32 403 (1.26x) and 192 (1.18x). From float32, the earlier default, to bfloat16 it is 1.77x with cached
-features. Matrix products are 70% of a step in bfloat16 and over 80% in float32; without a cache most of them are the
-target's.
+Answer: SmolLM2 with 5 levels, EPYC with AVX512-BF16, two threads, steps of 1,000 tokens, ab51592 against 2fcfab3,
+medians of pairs: in bfloat16 1.45x with cached features (853 tokens/s) and 1.22x with the target per step (442), in
+float32 1.22x (638) and 1.20x (329). Matrix products are 70% of a step in bfloat16 and over 80% in float32; without a
+cache most of them are the target's.
 
     python -m training.studies.head_speed --target TARGET --texts gsm8k.jsonl --against /tmp/old
     python -m training.studies.head_speed --target TARGET --texts gsm8k.jsonl --dtype bfloat16 --profile

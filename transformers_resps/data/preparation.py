@@ -85,6 +85,15 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
             f"`max_length={max_length}` tokens. Pass texts with answers (training/generate_dataset.py makes them), or "
             "raise `max_length`."
         )
+    if dropped := rows - len(prepared):
+        logger.warning(
+            "%d of %d rows of `%s` have no assistant turn, or completion, that begins within %d tokens: they are left "
+            "out.",
+            dropped,
+            rows,
+            name,
+            max_length,
+        )
     if shortened := sum(prepared["is_shortened"]):
         logger.warning(
             "The chat template rewrites earlier turns in %d of %d conversations of `%s`: only their first answers are "

@@ -109,6 +109,10 @@ class DraftHead(PublishableHead):
             hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))
         return hidden
 
+    def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
+        """The embeddings of the head's own; `None` where it reads the target's."""
+        return self.embed_tokens if self.config.owns_embedding else None  # type: ignore[no-any-return]
+
     def feedback(self, hidden: Tensor) -> Tensor:
         """What the next level reads in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
         return cast(Tensor, self.norm(hidden)) if self.config.feedback_post_norm else hidden

@@ -8,16 +8,18 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from ..hub import RESULTS, Destination, Existing, make_repository, upload
 from .checkpoints import newest_checkpoint
 from .interruption import interruptible
 from .progress import TrainingProgress
 from .schedules import fit_schedule
+from .writing import written
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -97,10 +99,27 @@ class ArtefactTrainer(Trainer):
         if resume_from_checkpoint is True:  # a kill may have left a newer one incomplete
             resume_from_checkpoint = newest_checkpoint(cast(str, self.args.output_dir)) or True
         with interruptible(self, self.steps_per_update):
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            result = self._restored(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+            if result is None:
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
             if self.is_finished and self.args.should_save:
                 self._finish()
         return result
+
+    def _restored(self, checkpoint: str) -> TrainOutput | None:
+        """The end of a run that has taken all its steps before: Transformers would take one more."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
+            return None
+        state.is_local_process_zero, state.is_world_process_zero = (
+            self.is_local_process_zero(),
+            self.is_world_process_zero(),
+        )
+        self.state = state
+        is_best_kept = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self._load_from_checkpoint(state.best_model_checkpoint if is_best_kept else checkpoint)
+        logger.warning("The run has taken its %d steps before: nothing is trained.", state.global_step)
+        return TrainOutput(state.global_step, 0.0, {})
 
     def write_artefact(self, folder: Path) -> None:
         """Write the current head or policy into `folder`, as it is served."""
@@ -159,7 +178,8 @@ class ArtefactTrainer(Trainer):
 
     def _finish(self) -> None:
         """Write the product beside its place, then move it there file by file: a kill leaves no half-written file."""
-        self.write_artefact(self.unfinished_folder)
+        with written(self.unfinished_folder):
+            self.write_artefact(self.unfinished_folder)
         self.artefact_folder.mkdir(parents=True, exist_ok=True)
         for file in _files(self.unfinished_folder):
             place = self.artefact_folder / file.relative_to(self.unfinished_folder)
@@ -193,9 +213,10 @@ class ArtefactTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            self.write_artefact(self.unfinished_folder)
+        with written(cast(str, self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self.write_artefact(self.unfinished_folder)
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
             message = f"Training in progress, step {self.state.global_step}"
             try:

@@ -1,7 +1,10 @@
 """Check what a `DraftHeadTrainer` is given, before it loads or reads anything."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..compat import unwrapped
 from ..head import DraftHead, DraftHeadConfig
@@ -40,6 +43,11 @@ def check_arguments(model: Any, args: Any, train_dataset: Any, peft_config: Any)
     """
     check_kinds("DraftHeadTrainer", args=(args, DraftHeadTrainingConfig))
     if model is not None and not isinstance(model, str):
+        if isinstance(unwrapped(model), PreTrainedModel) and not isinstance(unwrapped(model), DraftHead):
+            raise ValueError(
+                f"`model` is a {type(unwrapped(model)).__name__}, but must be the draft head to train. Pass this "
+                "model as `target`, and `None` as `model` for a new head."
+            )
         check_kinds("DraftHeadTrainer", model=(unwrapped(model), DraftHead))
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` is set, but `model` is a loaded head. Leave one of them out.")
@@ -70,3 +78,21 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
             "`feature_cache_dir` is set, but features of an `IterableDataset` are not cached. Leave it out, or pass a "
             "`Dataset`."
         )
+
+
+def check_checkpoint(checkpoint: str, config: DraftHeadConfig) -> None:
+    """Check that a run may go on from a checkpoint: that its head has the sizes of this one.
+
+    Raises:
+        ValueError: it has another draft vocabulary or other layers.
+    """
+    if not (Path(checkpoint) / "config.json").is_file():  # of adapters, which hold no head
+        return
+    saved = DraftHeadConfig.from_pretrained(checkpoint)
+    for name in ("draft_vocab_size", "feature_layers", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        before, now = getattr(saved, name), getattr(config, name)
+        if before != now:
+            raise ValueError(
+                f"{checkpoint} holds a head with {name} {before}, but this run trains one with {now}. Pass the "
+                "settings of that run, or another `output_dir`."
+            )

@@ -14,7 +14,12 @@ from .renamed import check_renamed
 
 MUON = "muon"
 
-_RENAMED = {"steps": "`ttt_steps`", "step_decay": "`ttt_step_decay`", "optimizer": "`optim`"}
+_RENAMED = {
+    "steps": "`ttt_steps` (draft levels) or `max_steps` (length of the run)",
+    "updates": "`max_steps`",
+    "step_decay": "`ttt_step_decay`",
+    "optimizer": "`optim`",
+}
 _BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
 _TRANSFORMERS_BATCH_SIZE = 8
 _LEAST = {

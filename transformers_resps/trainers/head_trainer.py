@@ -20,14 +20,14 @@ from ..data.texts import PreparedTexts, StreamedBatches
 from ..head import BoundHead, DraftHead
 from .artefact_trainer import ArtefactTrainer
 from .draft_table import DraftTable
-from .head_arguments import check_arguments
+from .head_arguments import check_arguments, check_checkpoint
 from .head_config import MUON, DraftHeadTrainingConfig
 from .head_saving import save_head
 from .head_start import start_head
 from .head_texts import counted_examples, positions_seen, questions_in, some_texts, token_budget_loader
 from .loading import default_folder
 from .metrics import LevelMeter, Pace
-from .muon import Muon, parameter_groups
+from .muon import muon_for
 from .simulated_decoding import simulated_tau
 from .soft_cross_entropy import soft_cross_entropy
 from .target_features import FrozenTarget, TargetFeatures
@@ -102,6 +102,10 @@ class DraftHeadTrainer(ArtefactTrainer):
         self._pace = Pace()
         self._train_texts: PreparedTexts | StreamedBatches | None = None
         self._table: DraftTable | None = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_checkpoint(resume_from_checkpoint, self.head.config)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     @property
     def head(self) -> DraftHead:
@@ -180,6 +184,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in Transformers, with agreement per level, and tau of the default tree on some of the texts."""
+        began = time.monotonic()
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found, _ = self._meters["eval"].read(self._over_processes)
@@ -187,6 +192,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             started = time.monotonic()
             found |= {"tau": self._tau(dataloader.dataset), "tau_seconds": round(time.monotonic() - started, 1)}
         cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{key}": v for key, v in found.items()})
+        self._pace.pause(time.monotonic() - began)
         return output
 
     def measure_tau(self) -> float:
@@ -275,14 +281,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         if self.args.optim != MUON or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(model)
         if self.optimizer is None:
-            trained = cast(nn.Module, model or self.model)
-            self.optimizer = Muon(
-                parameter_groups(trained, use_muon=True),
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                weight_decay=self.args.weight_decay,
-                eps=self.args.adam_epsilon,
-            )
+            self.optimizer = muon_for(cast(nn.Module, model or self.model), self.args)
         return self.optimizer
 
     def write_artefact(self, folder: Path) -> None:

@@ -19,6 +19,7 @@ from ..head import DraftHead, DraftHeadConfig
 from .checks import check_kinds
 
 
+_PLACES = ("revision", "subfolder", "token", "cache_dir")  # loading arguments that say where
 _ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
 
 
@@ -47,13 +48,22 @@ def load_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | Non
             raise ValueError("`target_init_kwargs` is set, but `target` is a loaded model. Leave one of them out.")
         return target
     given = init_kwargs or {}
-    hub = {name: given[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in given}
+    check_target_name(target, **{name: given[name] for name in _PLACES if name in given})
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **given}))
+
+
+def check_target_name(target: str, **hub: Any) -> None:
+    """Check that the folder or Hub id of a target holds no head.
+
+    Raises:
+        ValueError: it does.
+        OSError: nothing is there.
+    """
     if holds_head(target, **hub):
         raise ValueError(
             f"`target` is {target!r}, which is a draft head. Pass the model that the head drafts for as `target`, and "
             "the head by its own argument."
         )
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **given}))
 
 
 def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedTokenizerBase | None:
@@ -96,8 +106,21 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
 
 
 def load_head(name: str, target: PreTrainedModel, init_kwargs: dict[str, Any] | None) -> DraftHead:
-    """The head in a folder or on the Hub, in float32 unless `init_kwargs` says otherwise."""
-    return DraftHead.from_pretrained(name, target=target, **{"dtype": torch.float32, **(init_kwargs or {})})
+    """The head in a folder or on the Hub, in float32 unless `init_kwargs` says otherwise.
+
+    Raises:
+        ValueError: it holds no head, or one of another target.
+    """
+    given = {"dtype": torch.float32, **(init_kwargs or {})}
+    try:
+        return DraftHead.from_pretrained(name, target=target, **given)
+    except ValueError as error:
+        if holds_head(name, **{place: given[place] for place in _PLACES if place in given}):
+            raise
+        raise ValueError(
+            f"`model` is {name!r}, which holds no draft head. Pass the folder or Hub id of one, or `None` for a new "
+            "head; the model that it drafts for is `target`."
+        ) from error
 
 
 def new_head(

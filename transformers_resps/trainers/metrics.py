@@ -52,6 +52,11 @@ class Pace:
         """Note when the first step that is measured begins; later calls do nothing."""
         self._since = self._since or (time.monotonic(), step)
 
+    def pause(self, seconds: float) -> None:
+        """Leave out seconds in which nothing was trained."""
+        if self._since is not None:
+            self._since = self._since[0] + seconds, self._since[1]
+
     def read(self, tokens: int, step: int, max_steps: int) -> dict[str, float]:
         """`tokens_per_second` and `minutes_left` after the `tokens` since the last line; empty after no step."""
         now = time.monotonic()

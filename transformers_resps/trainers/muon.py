@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import TrainingArguments
 
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Keller Jordan, "Muon" (2024)
@@ -58,12 +59,12 @@ def _through_eigenvalues(matrix: Tensor) -> Tensor:
     return total @ matrix if is_wide else matrix @ total
 
 
-def parameter_groups(model: nn.Module, *, use_muon: bool) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Groups of a model's trained parameters for `Muon`; embeddings, output rows and vectors go to AdamW."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [], "matrices": is_matrix} for is_matrix in (True, False)]
     for name, parameter in trained:
-        is_matrix = use_muon and parameter.ndim == 2 and "lm_head" not in name and "embed" not in name
+        is_matrix = parameter.ndim == 2 and "lm_head" not in name and "embed" not in name
         groups[0 if is_matrix else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
@@ -135,3 +136,14 @@ class Muon(Optimizer):
         if parameter.ndim >= 2:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - first**step))
+
+
+def muon_for(model: nn.Module, args: TrainingArguments) -> Muon:
+    """Muon for a model's matrices and AdamW for its other parameters, with the settings of a training."""
+    return Muon(
+        parameter_groups(model),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.weight_decay,
+        eps=args.adam_epsilon,
+    )

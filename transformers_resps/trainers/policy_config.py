@@ -15,6 +15,7 @@ GRIDS = ("small", "paper")
 PRESETS = ("repaired", "paper")
 _IN_STEPS = "{new}, in optimiser steps: an update takes `num_ppo_epochs` x `num_mini_batches` of them"
 RENAMED = {
+    "steps": "`max_steps`",
     "updates": _IN_STEPS.format(new="`max_steps`"),
     "save_updates": _IN_STEPS.format(new="`save_steps`"),
     "logging_updates": _IN_STEPS.format(new="`logging_steps`"),

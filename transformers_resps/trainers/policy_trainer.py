@@ -24,7 +24,13 @@ from .starting_policy import loaded_policy, new_resps_policy
 from .throughput_fit import compare, fit, recorded_depths
 
 
-RENAMED = {"policy": "`model`", "rollouts": "`train_dataset`", "eval_rollouts": "`eval_dataset`"}
+RENAMED = {
+    "policy": "`model`",
+    "rollouts": "`train_dataset`",
+    "eval_rollouts": "`eval_dataset`",
+    "tokenizer": "`processing_class`",
+    "reward_funcs": "`reward_func`",
+}
 
 
 class PolicyTrainer(RolloutTrainer):

@@ -18,6 +18,7 @@ from ..policy import ActionGrid
 from ..replay import RecordedText, ReplayText, record_pools, record_text
 from ..replay.replay_text import FORMAT
 from .policy_prompts import name_of
+from .writing import written
 
 
 class _Recording(Protocol):
@@ -95,8 +96,9 @@ class Recorder(Generic[Recorded]):
             text = self._answer(prompt)
             if text is not None:
                 unfinished = self._file(prompt).with_suffix(f".{os.getpid()}")
-                text.save(unfinished)
-                unfinished.replace(self._file(prompt))
+                with written(unfinished.parent):
+                    text.save(unfinished)
+                    unfinished.replace(self._file(prompt))
         state.wait_for_everyone()
         found = [self.form.kind.load(file) for file in map(self._file, prompts) if file.is_file()]
         if not found:

@@ -16,4 +16,4 @@ def check_renamed(owner: str, given: Iterable[str], renamed: Mapping[str, str]) 
     """
     for name in given:
         if name in renamed:
-            raise ValueError(f"`{owner}` has no `{name}` any more. Write {renamed[name]} instead.")
+            raise ValueError(f"`{owner}` has no `{name}`. Write {renamed[name]} instead.")
