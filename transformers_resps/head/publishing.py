@@ -29,6 +29,10 @@ class PublishableHead(PreTrainedModel):
         Raises:
             OSError: the Hub refused, or the connection broke; nothing was committed.
         """
-        use = f'head = DraftHead.from_pretrained("{repo_id}", target=model)'
-        card = plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
+        card = self.plain_card(repo_id)
         return push_saved(self.save_pretrained, card, Destination(repo_id, **where), commit_message)
+
+    def plain_card(self, repo_id: str) -> str:
+        """A card for a repository that has none: what it is, its target, and how to load it."""
+        use = f'head = DraftHead.from_pretrained("{repo_id}", target=model)'
+        return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)

@@ -111,13 +111,15 @@ class SavedPolicy(Policy):
             ConnectionError: the connection broke; either everything was committed or nothing.
             ValueError: `repo_id` is no Hub id.
         """
+        message = commit_message or f"Upload {type(self).__name__}"
+        return push_saved(self.save_pretrained, self.plain_card(repo_id), Destination(repo_id, **where), message)
+
+    def plain_card(self, repo_id: str) -> str:
+        """A card for a repository that has none: what it is, its target, and how to load it."""
         config = self.to_config()
         trained = config.get("policy", config)  # a guard holds the config of the guarded policy
         target = (trained.get("target") or {}).get("name_or_path")
-        use = f'policy = AutoPolicy.from_pretrained("{repo_id}")'
-        card = plain_card("policy", "draft-policy", target, use)
-        message = commit_message or f"Upload {type(self).__name__}"
-        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), message)
+        return plain_card("policy", "draft-policy", target, f'policy = AutoPolicy.from_pretrained("{repo_id}")')
 
 
 def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -14,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from ..hub import RESULTS, Destination, Existing, make_repository, upload
+from ..hub import CARD, RESULTS, Destination, Existing, make_repository, upload
 from .checkpoints import newest_checkpoint
 from .interruption import interruptible
 from .progress import TrainingProgress
@@ -125,6 +126,10 @@ class ArtefactTrainer(Trainer):
         """Write the current head or policy into `folder`, as it is served."""
         raise NotImplementedError
 
+    def plain_card(self, repo_id: str) -> str:
+        """The card of a repository that has no other."""
+        raise NotImplementedError
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the head or policy as it is served, by default into `artefact_folder`.
 
@@ -148,7 +153,7 @@ class ArtefactTrainer(Trainer):
     def push_to_hub(  # type: ignore[override]  # only those of Trainer's parameters that apply to a folder
         self, commit_message: str | None = "End of training", **where: Any
     ) -> Any:
-        """Push the head's or policy's folder to `args.hub_model_id`, in one commit.
+        """Push the head's or policy's folder to `args.hub_model_id`, in one commit; a plain card if there is none.
 
         Args:
             commit_message: subject of the commit.
@@ -166,7 +171,8 @@ class ArtefactTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.save_model()
-        return self._push(self.artefact_folder, commit_message or "End of training", lambda file: True, **where)
+        card = self.plain_card(self._destination().repo_id).encode()
+        return self._push(self.artefact_folder, commit_message or "End of training", lambda file: True, card, **where)
 
     def _check_finished(self, what: str) -> None:
         if not self.is_finished:
@@ -187,11 +193,17 @@ class ArtefactTrainer(Trainer):
             file.replace(place)
         shutil.rmtree(self.unfinished_folder)
 
-    def _push(self, folder: Path, message: str, belongs: Callable[[Path], bool], **where: Any) -> str | None:
+    def _push(
+        self, folder: Path, message: str, belongs: Callable[[Path], bool], card: bytes | None = None, **where: Any
+    ) -> str | None:
+        """Upload the files that belong to the commit, and `card` where neither folder nor repository has one."""
         files: dict[str, Path | bytes] = {
             file.relative_to(folder).as_posix(): file for file in _files(folder) if belongs(file)
         }
-        return upload(files, self._destination(**where), message, existing=_UNMEASURED)
+        existing = _UNMEASURED
+        if card is not None and CARD not in files:
+            files[CARD], existing = card, replace(_UNMEASURED, keep=(CARD,))
+        return upload(files, self._destination(**where), message, existing=existing)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository before training, so that a refusal costs no work.

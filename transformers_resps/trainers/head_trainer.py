@@ -284,6 +284,10 @@ class DraftHeadTrainer(ArtefactTrainer):
             self.optimizer = muon_for(cast(nn.Module, model or self.model), self.args)
         return self.optimizer
 
+    def plain_card(self, repo_id: str) -> str:
+        """The head's own."""
+        return self.head.plain_card(repo_id)
+
     def write_artefact(self, folder: Path) -> None:
         """Write the head in bf16, and the fingerprints of the prompts it learned from."""
         save_head(self.accelerator.unwrap_model(self.model), folder)

@@ -247,6 +247,10 @@ class RolloutTrainer(ArtefactTrainer):
             file = self.artefact_folder / METRICS
             file.write_text(json.dumps(comparison.report(), indent=2) + "\n", encoding="utf-8")
 
+    def plain_card(self, repo_id: str) -> str:
+        """The policy's own."""
+        return self.policy.plain_card(repo_id)
+
     def write_artefact(self, folder: Path) -> None:
         """Write the policy."""
         self.policy.save_pretrained(folder)

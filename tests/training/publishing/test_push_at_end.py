@@ -63,7 +63,11 @@ def test_at_the_end_alone_if_asked(hub, tmp_path):
     one.train()
     assert set(hub.repositories[REPO].files) == {".gitattributes"}
     assert one.push_to_hub().startswith(hub.endpoint)
-    assert "model.safetensors" in hub.repositories[REPO].files
+    pushed = hub.repositories[REPO].files
+    assert "model.safetensors" in pushed and f'DraftHead.from_pretrained("{REPO}"' in pushed["README.md"].decode()
+    pushed["README.md"] = b"of the owner"
+    one.push_to_hub()
+    assert hub.repositories[REPO].files["README.md"] == b"of the owner"
 
 
 def test_a_hub_that_fails_in_the_middle_does_not_stop_the_training_but_the_end_is_told(hub, tmp_path, caplog):
