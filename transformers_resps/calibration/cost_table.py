@@ -21,7 +21,7 @@ from ..target.prepacking import is_prepacked
 from .device import device_name
 
 
-Range = tuple[float, float]  # seconds: the middle half of the repeats lies between them
+Range = tuple[float, float]  # seconds: lower and upper quartile of the repeats
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from .rows import column_kind, example_of, question_of
 
 
 if TYPE_CHECKING:  # of the extra `train`; a head can be checked and served without it
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset, Features, IterableDataset
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
@@ -60,7 +60,20 @@ def prepare_dataset(
             "target's as `processing_class`."
         )
     how = {"kind": kind, "name": name, "tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    features = datasets.Features(
+    given: Any = {"batched": True, "with_indices": True, "remove_columns": list(first), "fn_kwargs": how}
+    given["features"] = _prepared_features()
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(_tokenized, **given)
+    prepared = dataset.map(_tokenized, num_proc=num_proc, desc=f"Tokenizing {name}", **given)
+    _check_prepared(prepared, len(dataset), name, max_length)
+    return prepared
+
+
+def _prepared_features() -> "Features":
+    """The columns of a prepared dataset."""
+    import datasets
+
+    return datasets.Features(
         {
             "input_ids": datasets.List(datasets.Value("int32")),
             "loss_mask": datasets.List(datasets.Value("bool")),
@@ -69,13 +82,6 @@ def prepare_dataset(
             "is_shortened": datasets.Value("bool"),
         }
     )
-    given: Any = {"batched": True, "with_indices": True, "remove_columns": list(first), "fn_kwargs": how}
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(_tokenized, features=features, **given)
-    label = f"Tokenizing {name}"
-    prepared = dataset.map(_tokenized, features=features, num_proc=num_proc, desc=label, **given)
-    _check_prepared(prepared, len(dataset), name, max_length)
-    return prepared
 
 
 def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) -> None:

@@ -29,7 +29,7 @@ def prefers_bf16(*, use_cpu: bool = False) -> bool:
 
 
 def _cpu_flags() -> set[str]:
-    """Instruction sets, by Linux's names; empty where nobody tells."""
+    """Instruction sets, by Linux's names; empty where the system does not list them."""
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and newer
         return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     try:
