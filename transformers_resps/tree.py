@@ -123,6 +123,7 @@ class DraftTree:
         depths: `[b, n]` distance to the root.
         ancestors: `[b, n, n]` bool; `[i, j]` says that j lies on the path from the root to i, i included.
         scores: `[b, n]` fp32 cumulative draft log probability; 0 for the root, for looked-up and for padding nodes.
+        level_count: levels below the root, at most: an upper bound that is known without reading a tensor.
     """
 
     tokens: Tensor
@@ -130,6 +131,7 @@ class DraftTree:
     depths: Tensor
     ancestors: Tensor
     scores: Tensor
+    level_count: int
 
     @property
     def node_count(self) -> int:
@@ -140,7 +142,7 @@ class DraftTree:
         """The tree of a plain step, from the newest tokens `[b]`."""
         tokens = root[:, None]
         zeros = torch.zeros_like(tokens)
-        return cls(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool)[..., None], zeros.float())
+        return cls(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool)[..., None], zeros.float(), 0)
 
     @classmethod
     def from_parents(cls, tokens: Tensor, parents: Tensor, scores: Tensor | None = None) -> "DraftTree":
@@ -158,7 +160,7 @@ class DraftTree:
             )
         parents = parents.clone()
         parents[:, 0] = 0
-        return cls._derive(tokens, parents, torch.zeros(tokens.shape) if scores is None else scores, node_count)
+        return cls._derive(tokens, parents, torch.zeros(tokens.shape) if scores is None else scores, node_count - 1)
 
     @classmethod
     def from_pool(cls, root: Tensor, pool: CandidatePool, total_tokens: int) -> "DraftTree":
@@ -192,7 +194,7 @@ class DraftTree:
             own = ancestors
             for _ in range(level_count):
                 ancestors = own | ancestors.gather(1, index)
-        return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores)
+        return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
     def with_chains(self, chains: list[list[int]]) -> "DraftTree":
         """Add one chain of tokens below the root per row; nodes that the tree already has are shared.
@@ -214,13 +216,14 @@ class DraftTree:
         all_tokens = torch.tensor([row for row, _ in rows], device=self.tokens.device)
         all_parents = torch.tensor([row for _, row in rows], device=self.tokens.device)
         scores = pad(self.scores, (0, node_count - self.node_count))
-        levels = max(int(self.depths.max()), max(len(chain) for chain in chains))
+        levels = max(self.level_count, max(len(chain) for chain in chains))
         return self._derive(all_tokens, all_parents, scores, levels)
 
     def first(self, count: int) -> "DraftTree":
         """Keep the first `count` nodes: a tree as well, because parents come before their children."""
         tokens, parents, depths = (part[:, :count] for part in (self.tokens, self.parents, self.depths))
-        return DraftTree(tokens, parents, depths, self.ancestors[:, :count, :count], self.scores[:, :count])
+        levels = min(self.level_count, count - 1)
+        return DraftTree(tokens, parents, depths, self.ancestors[:, :count, :count], self.scores[:, :count], levels)
 
     def padded(self, node_count: int) -> "DraftTree":
         """Fill up to `node_count` nodes for the target's forward. Acceptance needs the tree without padding.
@@ -233,12 +236,13 @@ class DraftTree:
         tokens, parents, depths = (pad(part, (0, missing)) for part in (self.tokens, self.parents, self.depths))
         ancestors = torch.eye(node_count, dtype=torch.bool, device=self.tokens.device).repeat(len(self.tokens), 1, 1)
         ancestors[:, : self.node_count, : self.node_count] = self.ancestors
-        return DraftTree(tokens, parents, depths, ancestors, pad(self.scores, (0, missing)))
+        return DraftTree(tokens, parents, depths, ancestors, pad(self.scores, (0, missing)), self.level_count)
 
     def row(self, index: int) -> "DraftTree":
         """The tree of one row, as a batch of one."""
         own = slice(index, index + 1)
-        return DraftTree(self.tokens[own], self.parents[own], self.depths[own], self.ancestors[own], self.scores[own])
+        tokens, parents, depths = (part[own] for part in (self.tokens, self.parents, self.depths))
+        return DraftTree(tokens, parents, depths, self.ancestors[own], self.scores[own], self.level_count)
 
     def drafted_match(self, tokens: Tensor) -> list[int]:
         """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
