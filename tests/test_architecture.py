@@ -19,7 +19,7 @@ ROOMS = {
     "head": "hub tree target",
     "telemetry": "tree",
     "policy": "hub tree telemetry",
-    "drafting": "tree target head policy",
+    "drafting": "compat tree target head policy",
     "decoding": "tree target head telemetry policy drafting",
     "generation": "compat tree target head telemetry policy decoding",
     "calibration": "compat tree target head policy drafting generation",

@@ -1,14 +1,19 @@
 """Grow the candidates of a step: the head drafts level by level, the policy says when it is enough."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.candidate_generator import CandidateGenerator
 
+from ..compat import SELECTS_HIDDEN_STATES
 from ..head import Attend, BoundHead, HeadCache
-from ..policy import Level, Policy, wants_level
+from ..policy import FixedPolicy, Level, Policy, wants_level
+from ..target.features import Features
 from ..target.slots import SlotMap
 from ..tree import CandidatePool, TreeShape
+from .best_path import best_path
 from .drafter import Drafter
 from .pool_growth import Frontier, grow_pool
 
@@ -30,8 +35,10 @@ class _Pairs:
         return _Pairs(self.features[rows, :most], self.tokens[rows, :most], counts)
 
 
-class TreeCandidateGenerator(Drafter):
+class TreeCandidateGenerator(Drafter, CandidateGenerator):
     """Drafts candidate pools with one head, for one call of `generate`.
+
+    Our loop asks it for trees. Transformers' own loop of assisted decoding can run with it as well, and gets chains.
 
     Args:
         bound: the head, with its target's embedding and output rows.
@@ -39,9 +46,13 @@ class TreeCandidateGenerator(Drafter):
         prompt_mask: `[b, s]`, 0 where the prompt is padding; `None` when there is none.
     """
 
+    requires_model_outputs = True  # of Transformers' loop, which passes the target's hidden states
+
     def __init__(self, bound: BoundHead, batch_size: int, prompt_mask: Tensor | None) -> None:
         self._bound = bound
         module = bound.head
+        self._layers = module.config.feature_layers or []
+        self.model_kwargs_overrides = {"output_hidden_states": self._layers if SELECTS_HIDDEN_STATES else True}
         self.proposable_tokens = module.config.proposable_tokens
         self._device, self._dtype = module.device, module.dtype
         self._cache = HeadCache(module.config, batch_size, self._dtype, self._device)
@@ -74,6 +85,40 @@ class TreeCandidateGenerator(Drafter):
             return wants_level(policy, Level(depth, scores))
 
         return grow_pool(self._bound, self._newest, top_k, shape.depth, self._run, goes_on)
+
+    def get_candidates(  # type: ignore[override]  # Transformers passes more where `requires_model_outputs`
+        self, input_ids: Tensor, *, model_outputs: Any, is_first_iteration: bool, n_last_matches: int, **context: Any
+    ) -> tuple[Tensor, None]:
+        """The chain that Transformers' loop verifies next: the best path of the head's default tree.
+
+        Args:
+            input_ids: `[1, s]` the text so far.
+            model_outputs: of the last forward, with hidden states.
+            is_first_iteration: the prompt was not read yet; nothing is drafted.
+            n_last_matches: tokens of the last chain that were accepted.
+            context: not used.
+
+        Returns:
+            `[1, s + m]` the text and the chain, and no logits: the loop then compares tokens.
+
+        Raises:
+            ValueError: the head reads the last layer's output, which Transformers gives only after the final norm.
+        """
+        if is_first_iteration:
+            return input_ids, None
+        states = model_outputs.hidden_states
+        if self._layers[-1] == len(states) - 1:
+            raise ValueError(
+                f"The head reads hidden state {self._layers[-1]}, the last layer's output, which Transformers gives "
+                "only after the final norm. Call `transformers_resps.attach(model)`, and `generate` drafts trees."
+            )
+        features = Features(self._layers)
+        features.caught = {layer: states[layer] for layer in self._layers}
+        read = n_last_matches + 1 if self._slots.length or self._unread else input_ids.shape[1] - 1
+        self.observe(features.concatenated()[:, :read], input_ids[:, -read:])
+        shape = self._bound.head.default_shape
+        best = best_path(self.draft(shape, FixedPolicy(shape))).to(input_ids.device)
+        return torch.cat([input_ids, best], dim=1), None
 
     def read(self, at_least: int = 1) -> None:
         """Extend the head's cache by the pairs committed since it was last read, in one pass, if `at_least` wait."""
