@@ -1,0 +1,52 @@
+"""What a step may ask of an accelerator beside the target's forward, counted on a device that no machine has.
+
+Kernels and host synchronisations are means over the steps of one text; a copy between host and device synchronises,
+either way. When one of them comes back, `python -m tests.pretend "8/4/2"` shows the line.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+
+# Call -> kernels and synchronisations of a step, at most. Stock decoding stands beside ours.
+BUDGETS = {
+    "stock plain": (16, 1.0),
+    "stock prompt lookup": (39, 10.3),
+    "plain": (12, 7.0),
+    "8/4/2": (237, 9.9),
+    "60/8/10": (465, 14.8),
+    "8/4/2 sampled": (290, 12.4),
+    "auto": (234, 19.4),
+    "lookups": (15, 10.9),
+}
+
+
+@pytest.fixture(scope="module")
+def pretended() -> dict[str, Any]:
+    """All counts and texts, from one process."""
+    command = [sys.executable, "-m", "tests.pretend"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+@pytest.mark.parametrize("call", BUDGETS)
+def test_a_step_stays_within_its_budget(pretended: dict[str, Any], call: str) -> None:
+    kernels, waits = BUDGETS[call]
+    counted = pretended["counts"][call]
+    assert counted["kernels"] <= kernels, counted
+    assert counted["waits"] <= waits, counted
+
+
+def test_texts_on_the_device_are_those_of_plain_decoding(pretended: dict[str, Any]) -> None:
+    assert pretended["texts"], "nothing was written"
+    for call, (plain, drafted) in pretended["texts"].items():
+        assert drafted == plain, call

@@ -1,0 +1,15 @@
+"""Print counts and texts as JSON: `python -m tests.pretend ["8/4/2" ...]` counts the steps of these calls only.
+
+A process of its own, because PyTorch would take the pretend device for this machine's accelerator ever after.
+"""
+
+import dataclasses
+import json
+import sys
+
+from . import contract, steps
+
+
+counts = {name: dataclasses.asdict(steps.count(name)) for name in sys.argv[1:] or steps.CALLS}
+texts = {name: contract.texts(name) for name in ([] if sys.argv[1:] else contract.CALLS)}
+print(json.dumps({"counts": counts, "texts": texts}, indent=None if texts else 1))

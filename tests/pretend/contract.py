@@ -1,0 +1,48 @@
+"""The contract on the pretend device: its texts are those of plain decoding on the CPU."""
+
+from typing import Any
+
+import torch
+
+from transformers_resps import FixedPolicy, TreeShape
+
+from .counting import Count
+from .device import held, on_device
+from .pair import pair
+from .steps import generate, moved_pair, prompt
+
+
+_NEW_TOKENS = 24
+_TREE = {"with_head": True, "policy": FixedPolicy(TreeShape(12, 4, 3, lookup=4))}
+_SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20}
+# How the text is written, and what makes it a tree's.
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "greedy": ({}, _TREE),
+    "auto": ({}, {"with_head": True, "policy": "auto"}),
+    "lookups": ({}, {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup=8))}),
+    "sampled": (_SAMPLED, _TREE),
+    "processed": ({"repetition_penalty": 1.3}, _TREE),
+    "with an end": ({"eos_token_id": [5, 77]}, _TREE),
+    "in chunks": ({"prefill_chunk_size": 16}, _TREE),
+    "batch": ({"padded": True}, _TREE),
+    "batch with ends": ({"padded": True, "eos_token_id": [5, 77]}, _TREE),
+    "sampled batch": ({"padded": True} | _SAMPLED, _TREE),
+    "in static buffers": ({"cache_implementation": "static", "disable_compile": True}, _TREE),
+}
+
+
+def texts(name: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Write one of `CALLS` plainly on the CPU, and with trees on the device."""
+    writing, drafting = CALLS[name]
+    writing = dict(writing)
+    ids = prompt()
+    mask = torch.ones_like(ids)
+    if writing.pop("padded", False):
+        ids = torch.cat([ids, ids.roll(5, dims=1), ids.roll(17, dims=1)])
+        mask = (torch.arange(ids.shape[1]) >= torch.tensor([[0], [9], [30]])).long()
+        ids = ids * mask
+    writing["max_new_tokens"] = _NEW_TOKENS
+    plain = generate(pair(), ids, attention_mask=mask, **writing)
+    with Count():
+        drafted = generate(moved_pair(), on_device(ids), attention_mask=on_device(mask), **writing, **drafting)
+    return plain.tolist(), held(drafted).tolist()

@@ -1,0 +1,141 @@
+"""What a step asks of the pretend device beside the target's forward."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.decoding.loop import TreeDecoding
+
+from .counting import Count
+from .device import move, on_device
+from .pair import VOCABULARY, cycle, pair
+
+
+_NEW_TOKENS = 48
+_FORWARD_SECONDS, _READING_SECONDS = 8e-3, 2e-4
+
+CALLS: dict[str, dict[str, Any]] = {
+    "stock plain": {},
+    "stock prompt lookup": {"prompt_lookup_num_tokens": 8},
+    "plain": {"with_head": True, "policy": FixedPolicy(TreeShape.plain())},
+    "8/4/2": {"with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
+    "60/8/10": {"with_head": True, "policy": FixedPolicy(TreeShape(60, 8, 10))},
+    "8/4/2 sampled": {
+        "with_head": True,
+        "policy": FixedPolicy(TreeShape(8, 4, 2)),
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 8,
+    },
+    "auto": {"with_head": True, "policy": "auto"},
+    "lookups": {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup=8))},
+}
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """Means over the steps of one call.
+
+    Attributes:
+        kernels: launched beside the target's forward.
+        waits: host synchronisations beside the target's forward.
+        most_waits: of the step with most of them.
+        tokens: emitted.
+        sites: `kind file:line` -> synchronisations.
+    """
+
+    kernels: float
+    waits: float
+    most_waits: int
+    tokens: float
+    sites: dict[str, float]
+
+
+class _Steps:
+    """Follows the target's forwards: a step lasts from the beginning of one to the beginning of the next."""
+
+    def __init__(self, count: Count, target: LlamaForCausalLM) -> None:
+        self.count, self.begun = count, list[tuple[int, int]]()
+        self.forwards = self.readings = 0
+        target.register_forward_pre_hook(lambda *_: self._begin())
+        target.register_forward_hook(lambda *_: self._end())
+
+    def _begin(self) -> None:
+        self.forwards += 1
+        if self.forwards == 2:  # what follows the prompt is no step
+            self.count.sites.clear()
+        self.begun.append((self.count.kernels["step"], self.count.waits["step"]))
+        self.count.enter_region("target")
+
+    def _end(self) -> None:
+        self.count.enter_region("step")
+
+    def clock(self) -> float:
+        """Seconds that depend on no machine and on no count: a policy decides the same, whatever a step asks for."""
+        self.readings += 1
+        return self.forwards * _FORWARD_SECONDS + self.readings * _READING_SECONDS
+
+    def counted(self, new_tokens: int) -> StepCount:
+        each = [(end[0] - start[0], end[1] - start[1]) for start, end in pairwise(self.begun[1:])]
+        kernels, waits = zip(*each, strict=True)
+        sites = Counter({f"{kind} {where}": seen for (kind, where), seen in self.count.sites.items()})
+        return StepCount(
+            kernels=sum(kernels) / len(each),
+            waits=sum(waits) / len(each),
+            most_waits=max(waits),
+            tokens=new_tokens / self.forwards,
+            sites={site: seen / len(each) for site, seen in sites.most_common()},
+        )
+
+
+def prompt() -> torch.Tensor:
+    """`[1, s]` pieces of the cycle, so that lookups are right for a while, then its beginning."""
+    following, token, tokens = cycle().tolist(), 0, []
+    for place in range(70):
+        tokens.append(token)
+        token = following[token] if place % 6 else (token * 7 + place) % VOCABULARY
+    return torch.tensor([[*tokens, 0]])
+
+
+def generate(models: tuple[Any, DraftHead], ids: torch.Tensor, **call: Any) -> torch.Tensor:
+    """A call with the same seed everywhere; `with_head` drafts."""
+    options = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "attention_mask": None} | call
+    if options.pop("with_head", False):
+        options["assistant_model"] = models[1]
+    if options["attention_mask"] is None:
+        options["attention_mask"] = torch.ones_like(ids)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        made: torch.Tensor = models[0].generate(ids, **options)
+    return made
+
+
+def count(name: str) -> StepCount:
+    """Count the steps of one of `CALLS`."""
+    target, head = moved_pair()
+    counts = Count()
+    steps = _Steps(counts, target)
+    keywords: Any = TreeDecoding.__init__.__kwdefaults__
+    clock: Callable[[], float] = keywords["clock"]
+    keywords["clock"] = steps.clock
+    try:
+        ids = on_device(prompt())
+        with counts:
+            text = generate((target, head), ids, **CALLS[name])
+    finally:
+        keywords["clock"] = clock
+    return steps.counted(text.shape[1] - ids.shape[1])
+
+
+def moved_pair() -> tuple[LlamaForCausalLM, DraftHead]:
+    """Target and head on the device."""
+    target, head = pair()
+    move(target)
+    move(head)
+    return target, head
