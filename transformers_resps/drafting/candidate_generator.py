@@ -15,7 +15,8 @@ from ..target.slots import SlotMap
 from ..tree import CandidatePool, TreeShape
 from .best_path import best_path
 from .drafter import Drafter
-from .pool_growth import Frontier, grow_pool
+from .level_forward import LevelForward
+from .pool_growth import grow_pool
 
 
 MAX_UNREAD = 64  # pairs: their features weigh more than the head's keys, and one draft would have to read them all
@@ -84,7 +85,16 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         def goes_on(depth: int, scores: Tensor) -> bool:
             return wants_level(policy, Level(depth, scores))
 
-        return grow_pool(self._bound, self._newest, top_k, shape.depth, self._run, goes_on)
+        return grow_pool(self._bound, self._newest, top_k, shape.depth, self._levels(shape.depth, top_k), goes_on)
+
+    def _levels(self, depth: int, top_k: int) -> LevelForward:
+        """What runs the levels of a tree after all that was committed."""
+        length = self._slots.length
+        self._cache.reserve(length, (depth - 1) * top_k)
+        ahead = torch.arange(length, length + depth - 1, device=self._device)[None]
+        positions = ahead if self._slots.is_even else self._slots.ends(self._device) - length + ahead
+        text = self._slots.visible(length, self._device)
+        return LevelForward(self._bound, self._cache, positions, length, text)
 
     def get_candidates(  # type: ignore[override]  # Transformers passes more where `requires_model_outputs`
         self, input_ids: Tensor, *, model_outputs: Any, is_first_iteration: bool, n_last_matches: int, **context: Any
@@ -173,18 +183,3 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
     def _queries(self, count: int) -> int:
         """Of `count` pairs read at once, those that need queries: only the output of the newest is used."""
         return 1 if self._bound.head.config.num_hidden_layers == 1 else count
-
-    def _run(self, frontier: Frontier, depth: int) -> Tensor:
-        """One pass of the head over a level: all its nodes share a position and see only prefix and ancestors."""
-        batch_size, width, entries = frontier.visible.shape
-        length = self._slots.length
-        self._cache.reserve(length + entries)
-        seen, mask = self._slots.visible(length, self._device), None
-        if width > 1 or seen is not None:
-            prefix = frontier.visible.new_ones(1, length) if seen is None else seen
-            prefix = prefix[:, None].expand(batch_size, width, -1)
-            mask = torch.cat([prefix, frontier.visible], dim=-1)[:, None]
-        positions = (self._slots.ends(self._device) + depth - 1).expand(-1, width)
-        attend = self._cache.attend_from(length + entries - width, mask)
-        output: Tensor = self._bound.head(frontier.hidden, self._bound.embed(frontier.tokens), positions, attend)
-        return output

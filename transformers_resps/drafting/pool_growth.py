@@ -18,11 +18,12 @@ class Frontier:
     """The nodes of one level that get children next.
 
     Attributes:
-        indices: `[b, w]` in the pool.
+        indices: `[b or 1, w]` in the pool.
         tokens: `[b, w]`.
         scores: `[b, w]` as the pool has them.
         hidden: `[b, w, h]` what stands in for a feature: the parent's output.
-        visible: `[b, w, e + w]` bool; ancestors among the entries drafted before, and of this level the node itself.
+        visible: `[b, w, e + w]` bool; ancestors among the entries drafted before, the newest level first, and before
+            these, of its own level, the node itself.
     """
 
     indices: Tensor
@@ -53,24 +54,30 @@ def grow_pool(
     Source: EAGLE-2 (arXiv 2406.16858) section 4.1: the best `top_k` nodes of a level, by path probability, get
     children; all children are candidates.
     """
-    tokens, scores = (part[:, 0] for part in _children(bound, newest, top_k))  # [b, k]
-    pool = [(tokens, torch.full_like(tokens, -1), scores)]
+    tokens, scores = _children(bound, newest, top_k)  # [b, 1, k]
+    pool = [(tokens, torch.full_like(tokens[:1, :, :1], -1), scores)]
     if depth > 1:
-        frontier = _first(bound.head.feedback(newest), tokens, scores)
+        itself = torch.eye(tokens.shape[-1], dtype=torch.bool, device=tokens.device)
+        frontier = _first(bound.head.feedback(newest), tokens[:, 0], scores[:, 0], itself)
     for level in range(1, depth):
         if not goes_on(level, frontier.scores):
             break
         output = run(frontier, level)
         tokens, scores = _children(bound, output, top_k)  # [b, w, k]
         scores = scores + frontier.scores[..., None]
-        parents = frontier.indices[..., None].expand_as(tokens)
-        pool.append((tokens.flatten(1), parents.flatten(1), scores.flatten(1)))
+        pool.append((tokens, frontier.indices[..., None], scores))
         if level + 1 < depth:
-            first = sum(part[0].shape[1] for part in pool[:-1])
-            frontier = _next(frontier, bound.head.feedback(output), tokens, scores, first)
-    levels = [torch.full((part[0].shape[1],), level) for level, part in enumerate(pool, start=1)]
-    joined = [torch.cat(parts, dim=1) for parts in zip(*pool, strict=True)]
-    return CandidatePool(joined[0], joined[1], joined[2], torch.cat(levels))
+            first = sum(part[0].shape[1:].numel() for part in pool[:-1])
+            frontier = _next(frontier, bound.head.feedback(output), tokens, scores, first, itself)
+    return _joined(pool)
+
+
+def _joined(pool: list[tuple[Tensor, Tensor, Tensor]]) -> CandidatePool:
+    """The levels' tokens, parents and scores, each expandable to `[b, w, k]`, one after the other."""
+    rows = [(tokens, parents.expand_as(tokens), scores) for tokens, parents, scores in pool]
+    tokens, parents, scores = (torch.cat(parts, dim=1).flatten(1) for parts in zip(*rows, strict=True))
+    levels = [torch.full(part[0].shape[1:], level).flatten() for level, part in enumerate(pool, start=1)]
+    return CandidatePool(tokens, parents, scores, torch.cat(levels))
 
 
 def _children(bound: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -80,24 +87,19 @@ def _children(bound: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Ten
     return bound.target_ids(draft_ids), scores
 
 
-def _first(hidden: Tensor, tokens: Tensor, scores: Tensor) -> Frontier:
+def _first(hidden: Tensor, tokens: Tensor, scores: Tensor, itself: Tensor) -> Frontier:
     """All children `[b, k]` of the root, whose output is `hidden` `[b, 1, h]`."""
-    width = tokens.shape[1]
-    indices = torch.arange(width, device=tokens.device).expand_as(tokens)
-    return Frontier(indices, tokens, scores, hidden.expand(-1, width, -1), _itself(tokens))
+    rows, width = tokens.shape
+    indices = torch.arange(width, device=tokens.device)[None]
+    return Frontier(indices, tokens, scores, hidden.expand(-1, width, -1), itself.expand(rows, -1, -1))
 
 
-def _next(frontier: Frontier, hidden: Tensor, tokens: Tensor, scores: Tensor, first: int) -> Frontier:
+def _next(frontier: Frontier, hidden: Tensor, tokens: Tensor, scores: Tensor, first: int, itself: Tensor) -> Frontier:
     """The best children `[b, w, k]` of a frontier, wherever they hang; `first` is their first pool index."""
-    top_k = tokens.shape[-1]
+    rows, top_k = len(tokens), tokens.shape[-1]
     scores, best = scores.flatten(1).topk(top_k, dim=-1)
     origin = best.div(top_k, rounding_mode="floor")[..., None]  # [b, k, 1] position of the parent in the frontier
     tokens = tokens.flatten(1).gather(1, best)
     hidden = hidden.gather(1, origin.expand(-1, -1, hidden.shape[-1]))
     seen = frontier.visible.gather(1, origin.expand(-1, -1, frontier.visible.shape[-1]))
-    return Frontier(first + best, tokens, scores, hidden, torch.cat([seen, _itself(tokens)], dim=-1))
-
-
-def _itself(tokens: Tensor) -> Tensor:
-    """`[b, w, w]` bool: each node of a level sees, of the level, itself."""
-    return torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
+    return Frontier(first + best, tokens, scores, hidden, torch.cat([itself.expand(rows, -1, -1), seen], dim=-1))

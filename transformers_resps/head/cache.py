@@ -1,4 +1,4 @@
-"""The head's own keys and values: entries of true features, followed by those of the tree being drafted."""
+"""The head's own keys and values: entries of true features, and before them those of the tree being drafted."""
 
 import torch
 import torch.nn.functional as F
@@ -10,46 +10,63 @@ from .layer import Attend
 
 
 _GROWTH = 256  # positions added when the buffer is full
+_TREE_ROOM = 128  # entries of a tree at first
 
 
 class HeadCache:
     """Preallocated keys and values of every head layer; the caller keeps track of what each slot holds.
 
-    Entries of a tree are written after those that come from the target's features, and simply overwritten later
-    (EAGLE's stable keys), so dropping a tree costs nothing. Buffers start as zeros: a masked slot may be read.
+    The text's entries have the slots 0, 1, ..., those of a tree negative ones, so that both lie side by side and trees
+    stay where they are while the text grows. Entries of a tree are simply overwritten by the next (EAGLE's stable
+    keys), so dropping a tree costs nothing. Buffers start as zeros: a masked slot may be read.
     """
 
     def __init__(self, config: DraftHeadConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         assert config.head_dim is not None
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, _GROWTH, config.head_dim)
+        self._tree_room = _TREE_ROOM
+        slots = _TREE_ROOM + _GROWTH
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, slots, config.head_dim)
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def reserve(self, length: int) -> None:
-        """Make room for `length` positions, keeping what is there."""
-        missing = length - self._keys.shape[3]
-        if missing > 0:
-            extra = (*self._keys.shape[:3], missing + _GROWTH, self._keys.shape[4])
-            self._keys = torch.cat([self._keys, self._keys.new_zeros(extra)], dim=3)
-            self._values = torch.cat([self._values, self._values.new_zeros(extra)], dim=3)
+    @property
+    def capacity(self) -> int:
+        """Slots for entries of the text."""
+        return self._keys.shape[3] - self._tree_room
 
-    def attend_from(self, start: int, mask: Tensor | None, *, is_causal: bool = False) -> Attend:
-        """Attention that writes its keys at `[start, start + t)` and sees all entries before their end.
+    def reserve(self, length: int, tree: int = 0) -> None:
+        """Make room for `length` positions of text and `tree` entries of a tree, keeping the text."""
+        missing = length - self.capacity
+        if missing > 0:
+            self._keys, self._values = (F.pad(kept, (0, 0, 0, missing + _GROWTH)) for kept in (self._keys, self._values))
+        missing = tree - self._tree_room
+        if missing > 0:
+            self._keys, self._values = (F.pad(kept, (0, 0, missing, 0)) for kept in (self._keys, self._values))
+            self._tree_room = tree
+
+    def attend_from(
+        self, start: int, mask: Tensor | None, *, end: int | None = None, is_causal: bool = False
+    ) -> Attend:
+        """Attention that writes its keys at the slots `[start, start + t)`.
 
         Args:
-            start: where the new entries go.
-            mask: `[b or 1, 1, t, start + t]` bool, true where attended; `None` sees everything.
+            start: where the new entries go; below 0 for those of a tree.
+            mask: `[b or 1, 1 or heads that share keys, t, s]` bool, true where attended; `None` sees everything. The s
+                slots are those from 0, or from `start` if that is lower, to `end`.
+            end: slot after the last that is seen; `start + t` when `None`.
             is_causal: instead of a mask, for `start == 0`.
 
         Fewer queries than keys mean that only the newest position has a query.
         """
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            end = start + keys.shape[2]
-            self._keys[layer, :, :, start:end] = keys
-            self._values[layer, :, :, start:end] = values
+            stop = start + keys.shape[2]
+            here = slice(self._tree_room + start, self._tree_room + stop)
+            self._keys[layer, :, :, here] = keys
+            self._values[layer, :, :, here] = values
             newest_only = queries.shape[2] < keys.shape[2]  # the last query sees everything
-            return self._attended(layer, queries, end, mask, is_causal=is_causal and not newest_only)
+            seen = slice(min(start, 0), stop if end is None else end)
+            return self._attended(layer, queries, seen, mask, is_causal=is_causal and not newest_only)
 
         return attend
 
@@ -57,16 +74,18 @@ class HeadCache:
         """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and those before `end` seen."""
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            here = (self._tree_room + slots)[:, None, :, None]
             for kept, states in ((self._keys[layer], keys), (self._values[layer], values)):
-                kept.scatter_(2, slots[:, None, :, None].expand_as(states), states)
-            return self._attended(layer, queries, end, mask)
+                kept.scatter_(2, here.expand_as(states), states)
+            return self._attended(layer, queries, slice(0, end), mask)
 
         return attend
 
     def _attended(
-        self, layer: int, queries: Tensor, end: int, mask: Tensor | None, *, is_causal: bool = False
+        self, layer: int, queries: Tensor, seen: slice, mask: Tensor | None, *, is_causal: bool = False
     ) -> Tensor:
-        keys, values = self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
+        seen = slice(self._tree_room + seen.start, self._tree_room + seen.stop)
+        keys, values = self._keys[layer, :, :, seen], self._values[layer, :, :, seen]
         if is_causal:
             grouped = keys.shape[1] != queries.shape[1]
             return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)

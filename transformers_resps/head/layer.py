@@ -1,11 +1,11 @@
 """One decoder layer of a draft head; its attention is passed in, with the keys that the caller keeps."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaMLP, rotate_half
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .configuration import DraftHeadConfig
 
@@ -15,6 +15,33 @@ from .configuration import DraftHeadConfig
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # Which positions of `[b, t]` get an output: a part of them, or `[b, q]` positions of each text
 Wanted = slice | Tensor
+
+
+class Rope(NamedTuple):
+    """The angles by which RoPE turns queries and keys: `[b, t, hd]`, or `[b, 1, hd]` where all t share a position.
+
+    Attributes:
+        cosine: of each angle.
+        sine: of each angle; negative in the first half, where a vector's second half comes in.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+    @classmethod
+    def of(cls, cosine: Tensor, sine: Tensor) -> "Rope":
+        """From what `LlamaRotaryEmbedding` gives."""
+        first, second = sine.chunk(2, dim=-1)
+        return cls(cosine, torch.cat([-first, second], dim=-1))
+
+    def at(self, wanted: Wanted) -> "Rope":
+        """Those of some positions."""
+        return Rope(*(_at(part, wanted) for part in self))
+
+    def turn(self, states: Tensor) -> Tensor:
+        """`[b, heads, t, hd]` turned by the angles of its positions."""
+        half = states.shape[-1] // 2
+        return states * self.cosine[:, None] + states.roll(half, dims=-1) * self.sine[:, None]
 
 
 class DraftAttention(nn.Module):
@@ -38,14 +65,17 @@ class DraftAttention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: Wanted) -> Tensor:
-        """`[b, t, width]` -> `[b, q, h]` at the `wanted` positions; `rope` is cosine and sine, `[b, t, head_dim]`."""
+    def forward(self, states: Tensor, rope: Rope, attend: Attend, wanted: Wanted) -> Tensor:
+        """`[b, t, width]` -> `[b, q, h]` at the `wanted` positions."""
         heads = (-1, self.head_dim)
         queries = self.q_norm(self.q_proj(_at(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
         values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
-        queries = _rotated(queries, *(_at(part, wanted)[:, None] for part in rope))
-        keys = _rotated(keys, *(part[:, None] for part in rope))
+        if queries.shape[2] == keys.shape[2]:  # turned in one go
+            turned = rope.turn(torch.cat([queries, keys], dim=1))
+            queries, keys = turned[:, : queries.shape[1]], turned[:, queries.shape[1] :]
+        else:
+            queries, keys = rope.at(wanted).turn(queries), rope.turn(keys)
         attended = attend(self.layer_index, queries, keys, values)
         return self.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module is untyped
 
@@ -55,11 +85,6 @@ def _at(states: Tensor, wanted: Wanted) -> Tensor:
     if isinstance(wanted, slice):
         return states[:, wanted]
     return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
-
-
-def _rotated(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """`[b, heads, t, hd]` turned by the angles of its positions, `[b, 1, t, hd]`."""
-    return states * cosine + cast(Tensor, rotate_half(states)) * sine
 
 
 class DraftLayer(nn.Module):
@@ -77,7 +102,7 @@ class DraftLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(
-        self, hidden: Tensor, embeddings: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, wanted: Wanted
+        self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted
     ) -> Tensor:
         """`[b, t, h]` hidden states and token embeddings -> `[b, q, h]` at the `wanted` positions."""
         residual = hidden

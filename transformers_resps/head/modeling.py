@@ -15,7 +15,7 @@ from .configuration import DraftHeadConfig
 from .formats import canonical_head, check_exact, export_head, read_checkpoint
 from .fresh import draft_vocabulary, fresh_config, start_from
 from .identity import check_is_model, target_identity
-from .layer import Attend, DraftLayer, Wanted
+from .layer import Attend, DraftLayer, Rope, Wanted
 from .loading_options import split_keywords
 from .publishing import PublishableHead
 from .rotary import RotaryEmbedding
@@ -103,7 +103,17 @@ class DraftHead(PublishableHead):
         Returns:
             `[b, q, h]` hidden states, before the final norm.
         """
-        rope = self.rotary_emb(hidden, positions)
+        return self.run_layers(hidden, embeddings, self.rope(positions), attend, wanted)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """The angles of RoPE at positions `[b, t]`, which any number of `run_layers` may share."""
+        cosine, sine = self.rotary_emb(self.norm.weight, positions)
+        return Rope.of(cosine, sine)
+
+    def run_layers(
+        self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)
+    ) -> Tensor:
+        """As `forward`, at positions whose `rope` is known."""
         for layer in self.layers:
             is_last = layer is self.layers[-1]
             hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))

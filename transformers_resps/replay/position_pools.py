@@ -60,7 +60,7 @@ class PositionPools:
         slots = torch.arange(self._length, device=prefixes.device)
         prefix = (slots < prefixes[:, None])[:, None].expand(-1, width, -1).flatten(0, 1)  # [r * w, s]
         same_root = torch.eye(roots, dtype=torch.bool, device=prefixes.device)[:, None, :, None]
-        levels = frontier.visible.split(width, dim=-1)  # [r, w, w] each
+        levels = frontier.visible.split(width, dim=-1)[::-1]  # [r, w, w] each
         nodes = [(part[:, :, None] & same_root).flatten(2).flatten(0, 1) for part in levels]  # [r * w, r * w]
         start = self._length + (len(nodes) - 1) * roots * width
         self._cache.reserve(start + roots * width)

@@ -71,7 +71,8 @@ def attend(
         query: `[b, heads, q, hd]`.
         key: `[b, kv heads, t, hd]`.
         value: like `key`.
-        mask: `[b or 1, 1, q, t]`, true where attended or added to the scores; `None` sees everything.
+        mask: `[b or 1, 1, q, t]`, true where attended or added to the scores; `None` sees everything. Where the second
+            size is the number of heads that share keys, it is not copied.
         dropout: share of the weights.
         scaling: of the scores; `hd ** -0.5` when `None`.
 
