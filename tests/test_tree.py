@@ -29,6 +29,16 @@ def test_a_tree_keeps_the_best_of_a_pool_and_orphans_nobody(pool: CandidatePool,
             assert tree.ancestors[row, node].nonzero().flatten().tolist() == sorted(path)
 
 
+def test_a_tree_of_a_pool_is_built_without_asking_for_a_value() -> None:
+    """So that code which drafts and builds can be captured as one."""
+    pool = CandidatePool(
+        torch.tensor([[5, 6, 7]]), torch.tensor([[-1, -1, 1]]), torch.tensor([[-1.0, -0.1, -0.2]]), torch.empty(3)
+    )
+    build = torch.compile(DraftTree.from_pool, fullgraph=True, backend="eager")
+    tree = build(torch.tensor([4]), pool, 3, 2)
+    assert tree.tokens.tolist() == [[4, 6, 7]] and tree.parents.tolist() == [[0, 0, 1]]
+
+
 def test_a_child_is_found_by_its_token_and_the_root_is_nobodys_child() -> None:
     tree = DraftTree.from_parents(torch.tensor([[5, 5, 6, 5]]), torch.tensor([[0, 0, 0, 1]]))
     assert tree.children() == [{(0, 5): 1, (0, 6): 2, (1, 5): 3}]

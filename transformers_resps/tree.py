@@ -163,37 +163,43 @@ class DraftTree:
         return cls._derive(tokens, parents, torch.zeros(tokens.shape) if scores is None else scores, node_count - 1)
 
     @classmethod
-    def from_pool(cls, root: Tensor, pool: CandidatePool, total_tokens: int) -> "DraftTree":
+    def from_pool(
+        cls, root: Tensor, pool: CandidatePool, total_tokens: int, level_count: int | None = None
+    ) -> "DraftTree":
         """Build the tree of the root `[b]` and the best `total_tokens - 1` nodes of the pool.
 
         No kept node lacks its parent, even when scores tie: the sort is stable, and a parent comes before its children
         and never scores less.
 
+        Args:
+            root: the newest tokens.
+            pool: on the root's device.
+            total_tokens: nodes of the tree, root included; fewer where the pool has fewer.
+            level_count: levels of the pool; `None` reads them from it, which code that is traced cannot.
+
         Source: EAGLE-2 (arXiv 2406.16858) section 4.2, reranking.
         """
         kept = min(total_tokens - 1, pool.tokens.shape[1])
+        if kept and level_count is None:
+            level_count = int(pool.levels[-1])
         best = pool.scores.sort(dim=-1, descending=True, stable=True).indices[:, :kept].sort(dim=-1).values  # [b, n-1]
-        rank = torch.zeros(pool.tokens.shape[0], pool.tokens.shape[1] + 1, dtype=torch.long, device=best.device)
-        nodes = torch.arange(1, kept + 1, device=best.device).expand_as(best)
-        rank.scatter_(1, best + 1, nodes)  # pool index + 1 -> node; the root stays 0
-        parents = rank.gather(1, pool.parents.gather(1, best) + 1)
-        zero = torch.zeros_like(root)[:, None]
+        # A parent's node is its place among the kept ones, from 1 on; -1 comes before them all and finds the root.
+        parents = torch.searchsorted(best, pool.parents.gather(1, best), right=True)
         return cls._derive(
             torch.cat([root[:, None], pool.tokens.gather(1, best)], dim=1),
-            torch.cat([zero, parents], dim=1),
-            torch.cat([zero.float(), pool.scores.gather(1, best)], dim=1),
-            int(pool.levels[-1]) if kept else 0,
+            pad(parents, (1, 0)),
+            pad(pool.scores.gather(1, best), (1, 0)),
+            min(level_count or 0, kept),
         )
 
     @classmethod
     def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
-        node_count = tokens.shape[1]
-        ancestors = torch.eye(node_count, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
-        if node_count > 1:
-            index = parents[..., None].expand(-1, -1, node_count)
-            own = ancestors
-            for _ in range(level_count):
-                ancestors = own | ancestors.gather(1, index)
+        """Follow the parents: each squaring of the relation reaches twice as far."""
+        seen = torch.eye(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1, 1)
+        seen.scatter_(2, parents[..., None], 1.0)
+        for _ in range((level_count - 1).bit_length() if level_count else 0):
+            seen = (seen @ seen).clamp_(max=1.0)
+        ancestors = seen > 0
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
     def with_chains(self, chains: list[list[int]]) -> "DraftTree":

@@ -16,12 +16,14 @@ from .planting import Function, Mutation
 
 
 def order_by_score(from_pool: Function) -> Function:
-    def wrong(cls: type[DraftTree], root: Tensor, pool: CandidatePool, total_tokens: int) -> DraftTree:
+    def wrong(
+        cls: type[DraftTree], root: Tensor, pool: CandidatePool, total_tokens: int, level_count: int | None = None
+    ) -> DraftTree:
         order = pool.scores.sort(dim=-1, descending=True, stable=True).indices
         rank = torch.cat([torch.full_like(order[:, :1], -1), order.argsort(dim=-1)], dim=1)  # -1 stays -1
         parents = rank.gather(1, pool.parents.gather(1, order) + 1)
         by_score = (pool.tokens.gather(1, order), parents, pool.scores.gather(1, order))
-        return from_pool(cls, root, CandidatePool(*by_score, pool.levels), total_tokens)
+        return from_pool(cls, root, CandidatePool(*by_score, pool.levels), total_tokens, level_count)
 
     return wrong
 
@@ -42,9 +44,9 @@ def root_among_its_children(children: Function) -> Function:
     return wrong
 
 
-def one_level_too_few(derive: Function) -> Function:
+def half_the_levels(derive: Function) -> Function:
     def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> DraftTree:
-        return derive(cls, tokens, parents, scores, level_count - 1)
+        return derive(cls, tokens, parents, scores, level_count // 2)
 
     return wrong
 
@@ -247,7 +249,7 @@ MUTATIONS = (
     Mutation("kept nodes stand in order of score", "tree:DraftTree.from_pool", order_by_score, POOL),
     Mutation("a child of any node will do", "tree:DraftTree.children", children_of_any_node, CHILD),
     Mutation("the root is its own child", "tree:DraftTree.children", root_among_its_children, CHILD),
-    Mutation("the deepest nodes lack an ancestor", "tree:DraftTree._derive", one_level_too_few, POOL),
+    Mutation("the deepest nodes lack an ancestor", "tree:DraftTree._derive", half_the_levels, POOL),
     Mutation("a node is no ancestor of itself", "tree:DraftTree._derive", nodes_without_themselves, SIGHT),
     Mutation("a merged chain becomes a star", "tree:_merged", chain_as_a_star, CHAIN),
     Mutation("a merged chain is shared with cousins", "tree:_followed", followed_through_cousins, CHAIN),
