@@ -119,10 +119,34 @@ def test_nodes_fall_into_buckets(nodes: int, bucket: str) -> None:
 def test_the_table_has_a_row_for_everything_and_marks_what_nobody_measured() -> None:
     lines = markdown_table(results_of(made_up())).splitlines()
     assert len(lines) == 2 + 3 * 5
-    assert lines[2] == "| a | plain | 1.0 | 1.00 |  | 1.00 |  |  |"
-    assert "| all | auto | 3.0 | 3.00 | 3.00 to 3.00 | 2.40 | 9.2 | 6 of 6 |" in lines
+    assert lines[2] == "| a | plain | 1.0 | 1.00 |  | 1.00 | 1.00 |  |  |  |  |"
+    assert "| all | auto | 3.0 | 3.00 | 3.00 to 3.00 | 2.40 | 1.25 |  |  | 9.2 | 6 of 6 |" in lines
     assert lines[-1].startswith("| all | *oracle (ceiling)* | 3.8 |")
     assert "| dataset | temperature | method |" in markdown_table(results_of(made_up((0.0, 1.0))))
+
+
+def test_efficiency_is_the_share_of_tau_that_became_speed_against_each_plain() -> None:
+    runs = made_up()
+    for run in [run for run in runs if run.timing.method == "plain"]:
+        runs.append(Run(replace(run.timing, method="plain, compiled", seconds=8.0), run.token_ids))
+    names = [Method("plain"), Method("plain, compiled"), *METHODS[1:]]
+    rows = {row["method"]: row for row in measured_part(names, runs, [])["pooled"]}
+    assert rows["plain, compiled"]["ratio"] == 1.5 and rows["plain"]["compiled_ratio"] == pytest.approx(8 / 12)
+    auto = rows["auto"]
+    assert (auto["ratio"], auto["tau"], auto["compiled_ratio"]) == (3.0, 2.4, 2.0)
+    assert auto["efficiency"] == pytest.approx(3 / 2.4) and auto["compiled_efficiency"] == pytest.approx(2 / 2.4)
+    table = markdown_table({**results_of(runs), "summaries": {"a": list(rows.values())}})
+    assert "| a | auto | 3.0 | 3.00 | 3.00 to 3.00 | 2.40 | 1.25 | 2.00 | 0.83 | 9.2 |  |" in table.splitlines()
+
+
+def test_results_of_older_releases_are_shown_without_what_they_lack_and_a_refusal_in_one_line() -> None:
+    old = results_of(made_up())
+    for row in (row for rows in old["summaries"].values() for row in rows):
+        for name in ("efficiency", "compiled_ratio", "compiled_efficiency"):
+            del row[name]
+    assert "| all | auto | 3.0 | 3.00 | 3.00 to 3.00 | 2.40 |  |  |  | 9.2 | 6 of 6 |" in markdown_table(old)
+    last = markdown_table(old | {"not_compiled": "No C++ compiler was found."}).splitlines()[-1]
+    assert last == "plain, compiled: not measured. No C++ compiler was found."
 
 
 def test_the_advice_is_over_everything_that_was_measured() -> None:

@@ -39,6 +39,7 @@ class BenchConfig:
         repeats: of everything.
         dtype: of the target; `None` for float32 on a CPU, and elsewhere the target's own.
         device: that everything runs on.
+        compile: decode with every tree and policy once more, compiled; plain decoding is compiled anyway.
         pack: prepack the target's weights, for every method.
         threads: of the CPU; `None` leaves them to torch.
         accept_noise: measure on a busy machine too; the results say so.
@@ -61,6 +62,7 @@ class BenchConfig:
     repeats: int = 3
     dtype: str | None = None
     device: str = field(default_factory=default_device)
+    compile: bool = False
     pack: bool = False
     threads: int | None = None
     accept_noise: bool = False

@@ -1,7 +1,7 @@
 """The methods that are compared, and what each adds to the keywords of `generate`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..head import DraftHead
 from ..policy import FixedPolicy, Policy
 from ..tree import TreeShape
-from .timing import PLAIN
+from .timing import COMPILED, PLAIN
 
 
 ORACLE = "oracle (ceiling)"
@@ -38,10 +38,25 @@ class Method:
     seed_exact: bool = True
     answer: AnswerFn | None = None
 
+    @property
+    def reports_steps(self) -> bool:
+        """Whether the steps of an answer are told, as `generate` tells them with a policy."""
+        return "policy" in self.keywords
+
 
 def plain() -> Method:
     """Return plain decoding, with which all others are compared."""
     return Method(PLAIN)
+
+
+def compiled(method: Method) -> Method:
+    """Return one of our methods with its forwards compiled."""
+    return replace(method, name=method.name + COMPILED, keywords={**method.keywords, "compile": True})
+
+
+def compiled_plain() -> Method:
+    """Return plain decoding with the compilation and the caches of `compiled` trees."""
+    return compiled(Method(PLAIN, {"policy": FixedPolicy(TreeShape.plain())}))
 
 
 def prompt_lookup() -> Method:

@@ -96,6 +96,12 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too"
     )
+    how.add_argument(
+        "--compile",
+        action="store_true",
+        help="decode with every tree and policy twice, as it is and compiled; plain decoding is always compared both "
+        "ways",
+    )
     how.add_argument("--threads", type=positive, help="CPU threads; default: as torch chooses")
     how.add_argument("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
 

@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..generation.defaults import SpeculationDefaults
 from ..generation.sampling import sampling
 from ..generation.sequences import end_ids
 from ..target.features import decoder_layers
-from .methods import Method
+from .methods import Method, compiled_plain
 from .prompts import Prompt
 from .steps import Step, steps_of
 from .timing import AnswerTiming, token_count
@@ -38,15 +39,20 @@ class Bench:
     def __init__(self, model: Any, max_new_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.model, self.max_new_tokens, self._clock = model, max_new_tokens, clock
         self._end_ids = end_ids(model)
-        self._forwards: list[float] = []  # when each began
-        # Not of the model: another library may run its layers without it.
-        decoder_layers(model)[0].register_forward_pre_hook(self._note_forward)
 
     def warm_up(self, prompt: Prompt, methods: Sequence[Method]) -> None:
         """Decode a few tokens with every method."""
         few = min(_WARM_UP_TOKENS, self.max_new_tokens)
         for method in tqdm(methods, desc="Warming up", unit="method"):
             self.decode(prompt, method, max_new_tokens=few)
+
+    def compile_refusal(self, prompt: Prompt) -> str | None:
+        """Return why plain decoding cannot be compiled, or `None` after it was."""
+        try:
+            self.decode(prompt, compiled_plain(), max_new_tokens=2)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def decode(
         self,
@@ -62,14 +68,18 @@ class Bench:
         input_ids = prompt.input_ids[None].to(self.model.device)
         write = self._prepared(method, input_ids, most, temperature)
         torch.manual_seed(repeat)
-        self._forwards = []
-        started = self._clock()
-        answer, report = write()
-        seconds = self._clock() - started
+        with self._forwards_noted(method) as begun:
+            started = self._clock()
+            answer, report = write()
+            seconds = self._clock() - started
         count = token_count(answer, self._end_ids, most)
-        prefill = self._forwards[1] - started if len(self._forwards) > 1 else seconds
+        if report is None:
+            forwards, prefill = len(begun), begun[1] - started if len(begun) > 1 else seconds
+        else:
+            forwards = report.target_forwards
+            prefill = seconds - sum(step.step_seconds for step in report.steps[1:])
         measured = AnswerTiming(
-            method.name, prompt.name, repeat, count, len(self._forwards), seconds, prompt.turn, temperature, prefill
+            method.name, prompt.name, repeat, count, forwards, seconds, prompt.turn, temperature, prefill
         )
         return Run(measured, torch.tensor(answer[:count]), [] if report is None else steps_of(report))
 
@@ -97,5 +107,18 @@ class Bench:
 
         return generated
 
-    def _note_forward(self, *_: Any) -> None:
-        self._forwards.append(self._clock())
+    @contextmanager
+    def _forwards_noted(self, method: Method) -> Iterator[list[float]]:
+        """Yield when each forward began, unless the method reports its steps: a hook would be compiled with the layer.
+
+        The hook is not the model's: another library may run its layers without it.
+        """
+        begun: list[float] = []
+        if method.reports_steps:
+            yield begun
+            return
+        hook = decoder_layers(self.model)[0].register_forward_pre_hook(lambda *_: begun.append(self._clock()))
+        try:
+            yield begun
+        finally:
+            hook.remove()

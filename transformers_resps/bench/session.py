@@ -16,6 +16,8 @@ from .judging import Judge
 from .methods import (
     Method,
     check_distinct,
+    compiled,
+    compiled_plain,
     draft_model,
     eagle_trees,
     fixed_tree,
@@ -71,11 +73,13 @@ class Session:
         shapes = shapes_for(target.device.type)
         self.replayer = Replayer(target, models.head, shapes, self.costs, config.max_new_tokens)
         best = self._find_best_fixed() if BEST_FIXED in self.selected else None
+        first = self.prompts.evaluated[0].prompt(models.tokenizer)
+        self.not_compiled = self.bench.compile_refusal(first)
         self.methods = self._choose_methods(others, best)
         self.schedule = Schedule(
             self.bench, self.prompts.evaluated, self.methods, config.temperatures, config.repeats, models.tokenizer
         )
-        self.bench.warm_up(self.prompts.evaluated[0].prompt(models.tokenizer), self.methods)
+        self.bench.warm_up(first, self.methods)
         target.policy_cache.clear()  # "auto" keeps what it learns from answer to answer, and starts knowing nothing
         self.judge = Judge(target, self.methods)
         self.runs: list[Run] = []
@@ -87,6 +91,7 @@ class Session:
         return {
             "methods": self.selected,
             "shapes": [shape_name(shape) for shape in config.shapes],
+            "compile": config.compile,
             "datasets": list(config.datasets),
             "split": config.split,
             "prompts": {dialogue.name: dialogue.fingerprint for dialogue in self.prompts.evaluated},
@@ -111,18 +116,23 @@ class Session:
 
     def _choose_methods(self, others: list[Method], best: BestFixed | None) -> list[Method]:
         """Return them in the order of the table."""
-        head, small = self.models.head, self.models.draft_model
-        found = [
+        head, small, compiles = self.models.head, self.models.draft_model, self.not_compiled is None
+        stock = [
             plain(),
+            *([compiled_plain()] if compiles else []),
             *([prompt_lookup()] if PROMPT_LOOKUP in self.selected else []),
             *([] if small is None else [draft_model(small)]),
-            *others,
+        ]
+        own = [
             *(eagle_trees(head) if EAGLE in self.selected else []),
             *(fixed_tree(head, shape) for shape in self.config.shapes),
         ]
         if best is not None:
-            found.append(fixed_tree(head, best.shape, f"best fixed {shape_name(best.shape).removeprefix('tree ')}"))
-        found += policies(head, self.models.policies)
+            own.append(fixed_tree(head, best.shape, f"best fixed {shape_name(best.shape).removeprefix('tree ')}"))
+        own += policies(head, self.models.policies)
+        if self.config.compile and compiles:
+            own = [way for method in own for way in (method, compiled(method))]
+        found = [*stock, *others, *own]
         check_distinct(found)
         return found
 
@@ -171,6 +181,7 @@ class Session:
             "noise": {"accepted": "accepted_noise" in self.journal.notes, "load_before": load},
             "costs": {name: part for name, part in asdict(self.costs).items() if name != "identity"},
             "best_fixed": self.journal.notes.get("best_fixed"),
+            "not_compiled": self.not_compiled,
             "cut_short": sorted(self.schedule.cut),
             "advice": advice_of(self.methods, timings, self._verify_cost()),
             "same_text": dict(self.judge.same_text),

@@ -3,10 +3,12 @@
 from typing import Any
 
 from .results import ALL
-from .timing import PLAIN
+from .timing import COMPILED_PLAIN, PLAIN
 
 
-_COLUMNS = ("dataset", "method", "tokens/s", "ratio to plain", "95% interval", "tau", "nodes", "same text")
+_SPEED = ("tokens/s", "ratio to plain", "95% interval", "tau")
+_EFFICIENCY = ("ratio / tau", "ratio to compiled plain", "that / tau")
+_COLUMNS = ("dataset", "method", *_SPEED, *_EFFICIENCY, "nodes", "same text")
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -19,13 +21,23 @@ def markdown_table(results: dict[str, Any]) -> str:
         for row in rows:
             cells = _cells(dataset, row, results)
             lines.append(table_row([*cells[:1], f"{row['temperature']:g}", *cells[1:]] if several else cells))
+    if results.get("not_compiled"):
+        lines += ["", f"{COMPILED_PLAIN}: not measured. {results['not_compiled']}"]
     return "\n".join(lines)
 
 
 def _cells(dataset: str, row: dict[str, Any], results: dict[str, Any]) -> list[str]:
     steps = results["steps"].get(row["method"])
     nodes = f"{steps['mean_nodes']:.1f}" if steps and row["measured"] else ""
-    return [dataset, *summary_cells(row), nodes, same_text(row, results) if dataset == ALL else ""]
+    same = same_text(row, results) if dataset == ALL else ""
+    return [dataset, *summary_cells(row), *_efficiency_cells(row), nodes, same]
+
+
+def _efficiency_cells(row: dict[str, Any]) -> list[str]:
+    """Return what `_EFFICIENCY` names; empty where older results lack it, or where it is estimated."""
+    names = ("efficiency", "compiled_ratio", "compiled_efficiency")
+    told = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in names]
+    return ["" if value is None else f"{value:.2f}" for value in told]
 
 
 def summary_cells(row: dict[str, Any]) -> list[str]:

@@ -11,6 +11,8 @@ from ..telemetry.rates import bootstrap_interval, rate
 
 
 PLAIN = "plain"
+COMPILED = ", compiled"  # after the name of a method whose forwards are compiled
+COMPILED_PLAIN = PLAIN + COMPILED
 
 
 class Cell(NamedTuple):
@@ -76,6 +78,9 @@ class Summary:
         low: lower end of the ratio's 95% interval over prompts.
         high: upper end.
         tau: tokens per target forward.
+        efficiency: ratio over tau, the share of tau that became speed.
+        compiled_ratio: of its rate to that of compiled plain decoding; `None` where that was not measured.
+        compiled_efficiency: that over tau.
         spread: fastest over slowest repeat, minus one: the machine's noise.
         temperature: 0 is greedy; `None` over several.
     """
@@ -86,6 +91,9 @@ class Summary:
     low: float
     high: float
     tau: float
+    efficiency: float
+    compiled_ratio: float | None
+    compiled_efficiency: float | None
     spread: float
     temperature: float | None = 0.0
 
@@ -101,13 +109,19 @@ def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
     interval = compare(timings, method, PLAIN)
     repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
     temperatures = {m.temperature for m in own}
+    tau = sum(m.tokens for m in own) / sum(m.target_forwards for m in own)
+    has_compiled = any(m.method == COMPILED_PLAIN for m in timings)
+    compiled = compare(timings, method, COMPILED_PLAIN).ratio if has_compiled else None
     return Summary(
         method=method,
         tokens_per_second=rate(own),
         ratio=interval.ratio,
         low=interval.low,
         high=interval.high,
-        tau=sum(m.tokens for m in own) / sum(m.target_forwards for m in own),
+        tau=tau,
+        efficiency=interval.ratio / tau,
+        compiled_ratio=compiled,
+        compiled_efficiency=None if compiled is None else compiled / tau,
         spread=max(repeats) / min(repeats) - 1,
         temperature=temperatures.pop() if len(temperatures) == 1 else None,
     )
