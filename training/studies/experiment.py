@@ -1,4 +1,4 @@
-"""Part of the studies `batches`, `static_caches`, `guard_speed` and `planted_batches`: options, models and results.
+"""Part of the studies `batches`, `static_caches`, `guard_speed`, `planted_batches`, `engine_speed`: what they share.
 
 Each decodes some prompts with one target and its head, prints a table (as `ablations` does) and writes `results.json`.
 """
@@ -58,10 +58,10 @@ class Experiment:
         dialogues = spread(read_dialogues(dataset), args.limit)
         return cls(models.target, models.head, [one.prompt(models.tokenizer).input_ids for one in dialogues])
 
-    def report(self, args: argparse.Namespace, rows: list[dict[str, Any]], runs: Sequence[Any]) -> None:
-        """Print the rows, and write `results.json`: machine, code, options, the rows and every run."""
+    def report(self, args: argparse.Namespace, rows: list[dict[str, Any]], runs: Sequence[Any], **more: Any) -> None:
+        """Print the rows, and write `results.json`: machine, code, options, the rows, `more` and every run."""
         print_table(rows)
-        facts = {**machine(self.target), **code(), "arguments": vars(args), "rows": rows}
+        facts = {**machine(self.target), **code(), "arguments": vars(args), **more, "rows": rows}
         args.output.mkdir(parents=True, exist_ok=True)
         file: Path = args.output / RESULTS
         file.write_text(json.dumps(facts | {"runs": [asdict(run) for run in runs]}, indent=1, default=str), "utf-8")
