@@ -6,7 +6,8 @@ then descends if a child carries the pick, and stops otherwise. So every token i
 prefix, in the order and with the random numbers of plain decoding: lossless for any tree that was built without
 looking at the picks, and identical with the same seed. `min(1, p/q)` on chosen children is not (a test shows it).
 
-`accept_greedy` is the same rule for greedy decoding that nothing observes, without these calls.
+`accept_greedy` is the same rule for greedy decoding that nothing observes, without these calls. `accept_at_once` is
+the same rule where the calls keep no state: it makes them for all nodes, and reads the picks once.
 """
 
 from dataclasses import dataclass
@@ -117,6 +118,30 @@ def accept_greedy(tree: DraftTree, logits: Tensor, texts: list[Text]) -> tuple[l
     for text, own in zip(texts, picks, strict=True):
         text.extend(own, finished=_is_end(text, own[-1], len(own)))
     return paths, picks
+
+
+def accept_at_once(tree: DraftTree, logits: Tensor, text: Text) -> tuple[list[int], list[int]]:
+    """Accept as `accept` would for a text of one row that `picks_at_once`, with one read of the device.
+
+    Args:
+        tree: what was verified, of one row.
+        logits: `[1, n, v]` the target's, one row per node.
+        text: gains the picks.
+
+    Returns:
+        The nodes whose logits were used, root first, and the picks after them.
+    """
+    at_once = text.tree_picks(tree, logits)
+    above, tokens, picks = torch.stack([tree.parents[0], tree.tokens[0], at_once.tokens]).tolist()
+    children = {(above[node], tokens[node]): node for node in range(len(tokens) - 1, 0, -1)}
+    path: list[int] = []
+    following: int | None = 0
+    while following is not None:
+        path.append(following)
+        pick = picks[following]
+        following = None if _is_end(text, pick, len(path)) else children.get((following, pick))
+    text.follow(at_once, path, [picks[node] for node in path], finished=_is_end(text, pick, len(path)))
+    return path, [picks[node] for node in path]
 
 
 def _logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tree import DraftTree
-from .acceptance import Acceptance, accept, accept_greedy
+from .acceptance import Acceptance, accept, accept_at_once, accept_greedy
 from .text import Text
 
 
@@ -85,6 +85,9 @@ class Batch:
         texts = [self._texts[index] for index in self._decoded]
         if all(text.is_plain_greedy(tree.node_count) for text in texts):
             paths, picks = accept_greedy(tree, logits, texts)
+        elif len(texts) == 1 and texts[0].picks_at_once(tree, logits):
+            path, tokens = accept_at_once(tree, logits, texts[0])
+            paths, picks = [path], [tokens]
         elif self.in_lockstep:
             return accept(tree, logits, texts[0])
         else:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from ..tree import DraftTree
 from .stop_conditions import StopConditions
+from .tree_logits_processor import TreeLogitsProcessor
+from .tree_picks import TreePicks, can_pick_at_once
 
 
 class Text:
@@ -50,9 +53,10 @@ class Text:
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._streamer = streamer
         self._keep_padding = keep_padding
-        has_hooks = logits_processor or streamer is not None or keep_scores or keep_logits
-        is_greedy_row = len(input_ids) == 1 and not do_sample and not has_hooks
-        self.stop_conditions = StopConditions.of(stopping_criteria) if is_greedy_row else None
+        self._has_hooks = bool(logits_processor) or streamer is not None or keep_scores or keep_logits
+        self.stop_conditions = StopConditions.of(stopping_criteria) if len(input_ids) == 1 else None
+        is_stateless = TreeLogitsProcessor.supports(logits_processor)
+        self._tree_processor = TreeLogitsProcessor(logits_processor) if is_stateless else None
         self._decoded: Tensor | None = None  # rows that are still decoded; None for all
 
     @property
@@ -98,11 +102,42 @@ class Text:
         """Whether the next `count` tokens are those of the largest logits, up to what `stop_conditions` says: one row,
         no sampling, no hook that sees a token, no warning on the way.
         """
+        return self._ends_silently(count) and not self._do_sample and not self._has_hooks
+
+    def picks_at_once(self, tree: DraftTree, logits: Tensor) -> bool:
+        """Whether `tree_picks` may pick at every node of a tree before the path is known: of one row, with processors
+        and criteria that are known to be stateless, on a device that makes the host wait for each pick.
+        """
+        device = self.input_ids.device
+        is_known = self._ends_silently(tree.node_count) and self._tree_processor is not None
+        is_here = tree.tokens.device == device
+        return is_known and is_here and can_pick_at_once(device, self._do_sample, logits.shape[-1])
+
+    def _ends_silently(self, count: int) -> bool:
         conditions = self.stop_conditions
         return conditions is not None and self.length + count <= conditions.warning_free_length
 
+    def tree_picks(self, tree: DraftTree, logits: Tensor) -> TreePicks:
+        """What this one row would gain at every node of its tree; `logits` is `[1, n, v]`."""
+        assert self._tree_processor is not None
+        raw = logits[0].to(dtype=torch.float32, device=self.input_ids.device)
+        scores = self._tree_processor(self.input_ids, raw, tree)
+        return TreePicks.of(raw, scores, tree, do_sample=self._do_sample)
+
+    def follow(self, picks: TreePicks, path: list[int], tokens: list[int], *, finished: bool) -> None:
+        """Append the tokens that `picks` has at the nodes of `path`, and do what `commit` would have done for each."""
+        picks.settle(tokens)
+        if self.scores is not None:
+            self.scores += tuple(picks.scores[node : node + 1].clone() for node in path)
+        if self.logits is not None:
+            self.logits += tuple(picks.logits[node : node + 1].clone() for node in path)
+        self.extend(tokens, finished=finished)
+        if self._streamer is not None:
+            for token in tokens:
+                self._streamer.put(torch.tensor([token]))
+
     def extend(self, tokens: list[int], *, finished: bool) -> None:
-        """Append the tokens of this one row that `accept_greedy` has picked."""
+        """Append tokens to this one row."""
         self.input_ids = torch.cat([self.input_ids, torch.tensor([tokens], device=self.input_ids.device)], dim=1)
         if finished:
             self.unfinished, self.finished = torch.zeros_like(self.unfinished), True

@@ -6,24 +6,10 @@ rows at once, at the same length. What is not known to treat each row separately
 
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
+from ..decoding.tree_logits_processor import is_stateless
 from ..target.attention import longrope_boundary
 
 
-# By exact type, of Transformers' own module: a score depends on the row's own scores and its own text, and no call
-# keeps a state. SynthID and classifier-free guidance keep a state, prefix constraints are told the row.
-_PROCESSORS_BY_ROW = frozenset(
-    f"{name}{kind}"
-    for kind, names in {
-        "LogitsProcessor": (
-            *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "NoRepeatNGram", "SequenceBias", "NoBadWords"),
-            *("ForcedBOSToken", "ForcedEOSToken", "InfNanRemove", "SuppressTokensAtBegin", "SuppressTokens"),
-            "Watermark",
-        ),
-        "LogitsWarper": ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta"),
-        "": ("ExponentialDecayLengthPenalty", "LogitNormalization"),
-    }.items()
-    for name in names
-)
 _CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria", "EosTokenCriteria"})
 
 
@@ -42,10 +28,10 @@ def lockstep_reason(
         asked: name -> whether the caller asks for it; each is an output of all rows at once.
     """
     for processor in logits_processor:
-        if not _is_stock(processor, _PROCESSORS_BY_ROW) or _ignores_prompts(processor):
+        if not is_stateless(processor):
             return f"the logits processor {type(processor).__name__}, which may look at all rows at once"
     for criterion in stopping_criteria:
-        if not _is_stock(criterion, _CRITERIA_BY_ROW):
+        if not _is_by_row(criterion):
             return f"the stopping criterion {type(criterion).__name__}, which may look at all rows at once"
     kinds = {type(criterion).__name__ for criterion in stopping_criteria}
     if "EosTokenCriteria" not in kinds and kinds != {"MaxLengthCriteria"}:
@@ -75,11 +61,6 @@ def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> b
     return reason is not None or (do_sample if lockstep is None else lockstep)
 
 
-def _is_stock(part: object, names: frozenset[str]) -> bool:
-    kind = type(part)
-    return kind.__name__ in names and kind.__module__.startswith("transformers.generation.")
-
-
-def _ignores_prompts(processor: object) -> bool:
-    """Whether a repetition penalty has a prompt length for each row."""
-    return not isinstance(getattr(processor, "prompt_ignore_length", None), int | None)
+def _is_by_row(criterion: object) -> bool:
+    kind = type(criterion)
+    return kind.__name__ in _CRITERIA_BY_ROW and kind.__module__.startswith("transformers.generation.")

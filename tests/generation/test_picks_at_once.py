@@ -1,0 +1,99 @@
+"""What an accelerator does: texts of one row whose picks are told for all nodes at once, through `generate`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from tests.generation.answering import SAMPLING, WIDE, both
+from tests.generation.test_lossless import OPTIONS, CountingProcessor, StopAfter
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.decoding import batch, text
+
+
+IN_COMMIT_ORDER = {"prefix constraint", "watermark", "synthid", "guidance scale", "guidance scale, sampled"}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The nodes of every step that picked at once."""
+    seen: list[int] = []
+
+    def spied(tree: Any, logits: torch.Tensor, text: Any) -> Any:
+        seen.append(tree.node_count)
+        return accept_at_once(tree, logits, text)
+
+    accept_at_once = batch.accept_at_once
+    monkeypatch.setattr(batch, "accept_at_once", spied)
+    monkeypatch.setattr(text, "can_pick_at_once", lambda device, do_sample, vocabulary: True)
+    yield seen
+
+
+@pytest.mark.parametrize("shape", [WIDE, TreeShape(6, 5, 1, lookup=3), TreeShape(1, 0, 1)], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_texts_and_random_numbers_are_those_of_plain_decoding(
+    name: str, shape: TreeShape, target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, steps: list[int]
+) -> None:
+    found = []
+    for extra in ({}, {"assistant_model": head, "policy": FixedPolicy(shape)}):
+        set_seed(len(name))
+        found.append(target.generate(prompt, **{"max_new_tokens": 24} | OPTIONS[name] | extra).tolist())
+        found.append(torch.get_rng_state().tolist())
+    assert found[:2] == found[2:]
+    if name in IN_COMMIT_ORDER:
+        assert not steps
+    elif OPTIONS[name].get("do_sample"):
+        assert steps
+
+
+def test_scores_logits_and_streams_are_those_of_plain_decoding(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, steps: list[int]
+) -> None:
+    heard: list[list[int]] = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            heard[-1].extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            heard.append([])
+
+    heard.append([])
+    asked = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.3, "streamer": Streamer()}
+    plain, tree = both(target, head, prompt, **SAMPLING, **asked)
+    assert heard[0] == heard[1] == tree.sequences[0].tolist()
+    for ours, theirs in ((tree.scores, plain.scores), (tree.logits, plain.logits)):
+        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=1e-5, rtol=1e-5)
+    assert steps
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        {"logits_processor": lambda: LogitsProcessorList([CountingProcessor()])},
+        {"stopping_criteria": lambda: StoppingCriteriaList([StopAfter((15,))])},
+    ],
+    ids=["processor", "criterion"],
+)
+def test_what_is_unknown_is_asked_once_per_committed_token(
+    unknown: dict[str, Any], target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, steps: list[int]
+) -> None:
+    found = []
+    for extra in ({}, {"assistant_model": head, "policy": FixedPolicy(WIDE)}):
+        parts = {name: make() for name, make in unknown.items()}
+        set_seed(0)
+        text = target.generate(prompt, max_new_tokens=20, **SAMPLING, **parts, **extra)
+        calls = [part.calls for part in parts.get("logits_processor", ())]
+        found.append((text.tolist(), calls, torch.get_rng_state().tolist()))
+    assert found[0] == found[1]
+    assert not steps
+
+
+def test_rows_in_lockstep_draw_together(target: PreTrainedModel, head: DraftHead, steps: list[int]) -> None:
+    ids = torch.arange(3, 15).reshape(2, 6)
+    plain, tree = both(target, head, ids, **SAMPLING)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+    assert not steps

@@ -1,0 +1,89 @@
+"""The caller's logits processors over all nodes of a draft tree, each node with its own prefix."""
+
+from collections import Counter
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ..tree import DraftTree
+
+
+# By exact type, of Transformers' own module: a score depends on the row's own scores and its own text. A call keeps no
+# state and has no effect, except that a processor prepares its biases at the first, from the vocabulary's size alone.
+# SynthID and guidance keep a state, prefix constraints are told the row, the rest belongs to encoders and to speech.
+_READ_SCORES = frozenset(  # and nothing else
+    f"{name}Logits{kind}"
+    for kind, names in {
+        "Warper": ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta"),
+        "Processor": ("InfNanRemove", "SuppressTokens"),
+    }.items()
+    for name in names
+) | {"LogitNormalization"}
+_READ_TEXTS = frozenset(  # or their length
+    f"{name}LogitsProcessor"
+    for name in (
+        *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "NoRepeatNGram", "SequenceBias", "NoBadWords"),
+        *("ForcedBOSToken", "ForcedEOSToken", "SuppressTokensAtBegin"),
+    )
+) | {"ExponentialDecayLengthPenalty"}
+# As stateless as these, but it reads each text on the host, so that the nodes off the path would cost time.
+_READ_TEXTS_ON_HOST = frozenset({"WatermarkLogitsProcessor"})
+STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
+
+
+def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
+    """Whether what a processor makes of a row of scores depends on that row and its text alone: by its exact type."""
+    kind = type(processor)
+    is_stock = kind.__name__ in names and kind.__module__.startswith("transformers.generation.")
+    # A repetition penalty may have a prompt length for each row.
+    return is_stock and isinstance(getattr(processor, "prompt_ignore_length", None), int | None)
+
+
+class TreeLogitsProcessor(LogitsProcessor):
+    """Applies processors to all nodes of a tree: in one call where none reads a text, else in one call per level, as
+    the prefixes of a level have one length.
+
+    Processors that `supports` does not know are called in commit order, once per committed position: `Text.commit`.
+
+    Args:
+        processors: those of a call of `generate`, in their order.
+    """
+
+    def __init__(self, processors: LogitsProcessorList) -> None:
+        self._processors = processors
+        self._reads_texts = not all(is_stateless(one, _READ_SCORES) for one in processors)
+
+    @staticmethod
+    def supports(processors: LogitsProcessorList) -> bool:
+        """Whether a tree may be processed at once: every processor is known to be stateless."""
+        return all(is_stateless(one, _READ_SCORES | _READ_TEXTS) for one in processors)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, tree: DraftTree) -> Tensor:  # type: ignore[override]
+        """Process the scores of every node, as a call with the text that ends in that node would.
+
+        Args:
+            input_ids: `[1, s]` the text so far; it ends in the root.
+            scores: `[n, v]` the target's, one row per node.
+            tree: one row of n nodes.
+
+        Returns:
+            `[n, v]`.
+        """
+        if not self._reads_texts:
+            return self._process(tree.tokens.T, scores)
+        order = tree.depths[0].argsort(stable=True)
+        places = order.argsort()  # of each node in this order
+        parents, tokens = places[tree.parents[0, order]], tree.tokens[0, order, None]
+        prefixes, processed, begin, level_begin = input_ids, list[Tensor](), 0, 0
+        for _, size in sorted(Counter(tree.depths[0].tolist()).items()):
+            end = begin + size
+            if begin:
+                prefixes = torch.cat([prefixes[parents[begin:end] - level_begin], tokens[begin:end]], dim=1)
+            processed.append(self._process(prefixes, scores[order[begin:end]]))
+            level_begin, begin = begin, end
+        return torch.cat(processed)[places]
+
+    def _process(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self._processors(cast(Any, input_ids), cast(Any, scores))
