@@ -52,3 +52,8 @@ def test_transformers_may_warn_of_a_text_that_gets_too_long() -> None:
     text = text_of(MaxLengthCriteria(20, max_position_embeddings=9), EosTokenCriteria([4, 5]))
     assert text.stop_conditions == StopConditions(frozenset({4, 5}), 20, 9)
     assert text.is_plain_greedy(6) and not text.is_plain_greedy(7)
+
+
+@pytest.mark.parametrize("positions", [9, 12, None])
+def test_a_text_that_ends_in_time_is_warned_of_nowhere(positions: int | None) -> None:
+    assert text_of(MaxLengthCriteria(9, max_position_embeddings=positions)).is_plain_greedy(50)

@@ -40,7 +40,7 @@ class Draws:
         -1 where nothing can be drawn from a row.
         """
         best = (scores.softmax(dim=-1) / self.numbers[levels]).max(dim=-1)
-        return torch.where(best.values >= 0, best.indices, -1)
+        return best.indices.masked_fill(best.values.isnan(), -1)
 
     def give_back(self, used: int) -> None:
         """Set the generator as if only the first `used` positions had drawn."""

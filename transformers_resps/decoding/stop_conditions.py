@@ -19,6 +19,10 @@ class StopConditions:
     length: int
     warning_free_length: int
 
+    def are_silent(self, length: int) -> bool:
+        """Whether no criterion logs a warning of a text before it ends, or reaches `length` positions."""
+        return self.warning_free_length == self.length or length <= self.warning_free_length
+
     @classmethod
     def of(cls, criteria: StoppingCriteriaList) -> "StopConditions | None":
         """Read them; `None` where anything but end tokens and a length may stop a text."""

@@ -115,7 +115,7 @@ class Text:
 
     def _ends_silently(self, count: int) -> bool:
         conditions = self.stop_conditions
-        return conditions is not None and self.length + count <= conditions.warning_free_length
+        return conditions is not None and conditions.are_silent(self.length + count)
 
     def tree_picks(self, tree: DraftTree, logits: Tensor) -> TreePicks:
         """What this one row would gain at every node of its tree; `logits` is `[1, n, v]`."""
