@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..compat import SELECTS_HIDDEN_STATES
-from ..head import Attend, BoundHead, HeadCache
+from ..head import Attend, BoundHead, HeadCache, Rope
 from ..policy import FixedPolicy, Level, Policy, wants_level
 from ..target.features import Features
 from ..target.slots import SlotMap
@@ -79,22 +79,15 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
         """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node: see `grow_pool`."""
-        self.read()
         top_k = min(shape.top_k, max(shape.total_tokens - 1, 1))  # what ranks lower in its level is never kept
 
         def goes_on(depth: int, scores: Tensor) -> bool:
             return wants_level(policy, Level(depth, scores))
 
-        return grow_pool(self._bound, self._newest, top_k, shape.depth, self._levels(shape.depth, top_k), goes_on)
-
-    def _levels(self, depth: int, top_k: int) -> LevelForward:
-        """What runs the levels of a tree after all that was committed."""
-        length = self._slots.length
-        self._cache.reserve(length, (depth - 1) * top_k)
-        ahead = torch.arange(length, length + depth - 1, device=self._device)[None]
-        positions = ahead if self._slots.is_even else self._slots.ends(self._device) - length + ahead
-        text = self._slots.visible(length, self._device)
-        return LevelForward(self._bound, self._cache, positions, length, text)
+        rope, length = self._read(ahead=max(shape.depth - 1, 1)), self._slots.length
+        self._cache.reserve(length, tree=(shape.depth - 1) * top_k)
+        levels = LevelForward(self._bound, self._cache, rope, length, self._slots.visible(length, self._device))
+        return grow_pool(self._bound, self._newest, top_k, shape.depth, levels, goes_on)
 
     def get_candidates(  # type: ignore[override]  # Transformers passes more where `requires_model_outputs`
         self, input_ids: Tensor, *, model_outputs: Any, is_first_iteration: bool, n_last_matches: int, **context: Any
@@ -132,39 +125,55 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
 
     def read(self, at_least: int = 1) -> None:
         """Extend the head's cache by the pairs committed since it was last read, in one pass, if `at_least` wait."""
-        if sum(pairs.tokens.shape[1] for pairs in self._unread) < at_least:
-            return
-        features = torch.cat([pairs.features.to(self._device, self._dtype) for pairs in self._unread], dim=1)
-        tokens = torch.cat([pairs.tokens.to(self._device) for pairs in self._unread], dim=1)
-        positions, attend = self._place([pairs.counts for pairs in self._unread], tokens.shape[1])
-        self._unread.clear()
-        self._newest = self._bound.head(
-            self._bound.head.fuse(features), self._bound.embed(tokens), positions, attend, wanted=slice(-1, None)
-        )
+        if sum(pairs.tokens.shape[1] for pairs in self._unread) >= at_least:
+            self._read()
 
-    def _place(self, counts: list[list[int]], width: int) -> tuple[Tensor, Attend]:
-        """Where `width` unread pairs go, block by block: their positions `[b or 1, width]`, and the attention.
+    def _read(self, ahead: int = 0) -> Rope:
+        """Read all pairs that wait. Returns the angles of the `ahead` positions after them."""
+        counts, width = [pairs.counts for pairs in self._unread], sum(pairs.tokens.shape[1] for pairs in self._unread)
+        positions, attend = self._place(counts, width, ahead)
+        rope = self._bound.head.rope(positions)
+        if width:
+            features = _joined([pairs.features.to(self._device, self._dtype) for pairs in self._unread])
+            tokens = _joined([pairs.tokens.to(self._device) for pairs in self._unread])
+            self._unread.clear()
+            self._newest = self._bound.head.run_layers(
+                self._bound.head.fuse(features),
+                self._bound.embed(tokens),
+                rope.at(slice(width)),
+                attend,
+                wanted=slice(-1, None),
+            )
+        return rope.at(slice(width, None))
+
+    def _place(self, counts: list[list[int]], width: int, ahead: int) -> tuple[Tensor, Attend]:
+        """Where `width` unread pairs go, block by block, and `ahead` levels after them: their positions
+        `[b or 1, width + ahead]`, and the attention of the pairs.
 
         Rotary attention is relative, so slots serve as positions, padding included.
         """
-        start = self._slots.length
+        start, device = self._slots.length, self._device
         if self._slots.is_even and all(min(block) == max(block) for block in counts):
-            self._slots.extend([width] * len(counts[0]))
+            if width:
+                self._slots.extend([width] * len(counts[0]))
             self._cache.reserve(start + width)
             mask = self._pair_mask(start, width)
             attend = self._cache.attend_from(start, mask, is_causal=mask is None and width > 1)
-            return torch.arange(start, start + width, device=self._device)[None], attend
+            return torch.arange(start, start + width + ahead, device=device)[None], attend
         blocks = []
         for block in counts:
-            blocks.append(self._slots.next_slots(block, self._device))
+            blocks.append(self._slots.next_slots(block, device))
             self._slots.extend(block)
-        slots, end = torch.cat(blocks, dim=1), self._slots.length
+        levels = self._slots.ends(device) + torch.arange(ahead, device=device)  # [1, ahead] if the rows have met
+        positions = torch.cat([*blocks, levels.expand(len(counts[0]) if counts else -1, -1)], dim=1)
+        end = self._slots.length
+        slots = positions[:, :width]
         self._cache.reserve(end)
         looking = slots[:, -self._queries(width) :, None]
-        causal = torch.arange(end, device=self._device) <= looking
-        seen = self._slots.visible(end, self._device)
+        causal = torch.arange(end, device=device) <= looking
+        seen = self._slots.visible(end, device)
         mask = causal if seen is None else causal & seen[:, None]
-        return slots, self._cache.attend_at(slots, end, mask[:, None])
+        return positions, self._cache.attend_at(slots, end, mask[:, None])
 
     def _pair_mask(self, start: int, count: int) -> Tensor | None:
         """`[b or 1, 1, q, start + count]` causal, without padding, of the last q pairs that look; `None` where plain
@@ -183,3 +192,8 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
     def _queries(self, count: int) -> int:
         """Of `count` pairs read at once, those that need queries: only the output of the newest is used."""
         return 1 if self._bound.head.config.num_hidden_layers == 1 else count
+
+
+def _joined(blocks: list[Tensor]) -> Tensor:
+    """`[b, t, any]` of several blocks, without a copy of a lone one."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)

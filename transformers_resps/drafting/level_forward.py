@@ -3,28 +3,25 @@
 import torch
 from torch import Tensor
 
-from ..head import BoundHead, HeadCache
+from ..head import BoundHead, HeadCache, Rope
 from .pool_growth import Frontier
 
 
 class LevelForward:
     """One pass of the head over each level: all its nodes share a position and see only the text and their ancestors.
 
-    What the levels have in common is computed once: the angles of their positions, and what of the text is seen.
+    What the levels have in common is computed once, before them.
 
     Args:
         bound: the head, with its target's embedding and output rows.
         cache: holds the text's entries, and room for those of the tree.
-        positions: `[b or 1, depth - 1]` of the levels.
+        rope: the angles of the levels' positions, `[b or 1, depth - 1]`.
         length: slots of the text.
         text: `[b or 1, length]` bool, true where a slot is seen; `None` where all are.
     """
 
-    def __init__(
-        self, bound: BoundHead, cache: HeadCache, positions: Tensor, length: int, text: Tensor | None
-    ) -> None:
-        self._bound, self._cache, self._length, self._text = bound, cache, length, text
-        self._rope = bound.head.rope(positions)
+    def __init__(self, bound: BoundHead, cache: HeadCache, rope: Rope, length: int, text: Tensor | None) -> None:
+        self._bound, self._cache, self._rope, self._length, self._text = bound, cache, rope, length, text
         self._sharing = bound.head.config.num_attention_heads // bound.head.config.num_key_value_heads
 
     def __call__(self, frontier: Frontier, level: int) -> Tensor:

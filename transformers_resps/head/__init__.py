@@ -4,7 +4,7 @@ from .bound import BoundHead
 from .cache import HeadCache
 from .configuration import DraftHeadConfig
 from .fingerprint import pair_identity, parameter_fingerprint
-from .layer import Attend
+from .layer import Attend, Rope
 from .modeling import DraftHead
 
 
@@ -14,6 +14,7 @@ __all__ = [
     "DraftHead",
     "DraftHeadConfig",
     "HeadCache",
+    "Rope",
     "pair_identity",
     "parameter_fingerprint",
 ]

@@ -38,7 +38,9 @@ class HeadCache:
         """Make room for `length` positions of text and `tree` entries of a tree, keeping the text."""
         missing = length - self.capacity
         if missing > 0:
-            self._keys, self._values = (F.pad(kept, (0, 0, 0, missing + _GROWTH)) for kept in (self._keys, self._values))
+            self._keys, self._values = (
+                F.pad(kept, (0, 0, 0, missing + _GROWTH)) for kept in (self._keys, self._values)
+            )
         missing = tree - self._tree_room
         if missing > 0:
             self._keys, self._values = (F.pad(kept, (0, 0, missing, 0)) for kept in (self._keys, self._values))

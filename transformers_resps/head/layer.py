@@ -101,9 +101,7 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(
-        self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted) -> Tensor:
         """`[b, t, h]` hidden states and token embeddings -> `[b, q, h]` at the `wanted` positions."""
         residual = hidden
         if self.reads_embedding:
