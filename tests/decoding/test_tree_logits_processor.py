@@ -142,12 +142,13 @@ def test_a_subclass_may_do_anything(name: str) -> None:
 
 
 def test_a_prompt_length_for_each_row_belongs_to_rows() -> None:
-    penalty = logits_process.RepetitionPenaltyLogitsProcessor(1.5, torch.tensor([3]))
+    penalty = logits_process.RepetitionPenaltyLogitsProcessor(1.5)
+    penalty.prompt_ignore_length = torch.tensor([3])  # which not every constructor takes
     assert not TreeLogitsProcessor.supports(LogitsProcessorList([penalty]))
 
 
 def test_what_keeps_a_state_or_looks_at_rows_is_unknown() -> None:
-    known = {kind for name in STATELESS for kind in [kind_of(name)]}
+    known = {kind_of(name) for name in STATELESS}
     for kind in (
         PrefixConstrainedLogitsProcessor,
         SynthIDTextWatermarkLogitsProcessor,

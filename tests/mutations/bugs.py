@@ -239,6 +239,8 @@ WALK = "tests/decoding/test_acceptance.py::test_acceptance_is_the_brute_force_wa
 ROWS = "tests/decoding/test_acceptance.py::test_rows_commit_what_the_shortest_run_allows"
 GREEDY = "tests/decoding/test_acceptance.py::test_greedy_rows_accept_what_each_would_alone"
 FINISHED = "tests/decoding/test_finished_rows.py::test_finished_rows_cost_nothing"
+DRAWS = "tests/decoding/test_draws.py::test_a_path_through_the_levels_draws_what_multinomial_draws"
+NODES = "tests/decoding/test_tree_logits_processor.py::test_every_node_gets_what_its_own_text_gets"
 SIGHT = "tests/target/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
 WINDOW = "tests/target/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 KEPT = "tests/target/test_tree_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
@@ -267,6 +269,21 @@ MUTATIONS = (
     ),
     Mutation("finished rows are decoded on", "decoding.batch:Batch.drop_finished", decode_padding, FINISHED),
     Mutation("sampling forgets the processors", "decoding.text:Text.__init__", sample_unprocessed, CALLS),
+    Mutation(
+        "every level draws the root's numbers",
+        "decoding.draws:Draws.pick",
+        lambda pick: lambda self, scores, levels: pick(self, scores, levels * 0),
+        DRAWS,
+    ),
+    Mutation(
+        "unused numbers are lost", "decoding.draws:Draws.give_back", lambda give_back: lambda self, used: None, DRAWS
+    ),
+    Mutation(
+        "no processor reads texts",
+        "decoding.tree_logits_processor:is_stateless",
+        lambda is_stateless: lambda processor, names=None: True,
+        NODES,
+    ),
     Mutation("only the first row's path is moved", "target.tree_cache:compact", ask_the_first_row_alone, KEPT),
     Mutation("the path is looked up in the prefix", "target.tree_cache:_move_forward", move_from_the_prefix, KEPT),
     Mutation(
