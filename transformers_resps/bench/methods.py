@@ -2,21 +2,40 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..head import DraftHead
 from ..policy import FixedPolicy, Policy
+from ..telemetry import SpeculationReport
 from ..tree import TreeShape
 from .timing import COMPILED, PLAIN
 
 
 ORACLE = "oracle (ceiling)"
 EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGLE counts them
-# Of a library with its own loop: prompt `[1, s]`, most new tokens, temperature, end tokens -> answer `[t]`.
-AnswerFn = Callable[[Tensor, int, float, Sequence[int]], Tensor]
+
+
+class Answer(NamedTuple):
+    """What a method wrote, and what it tells of it; forwards are counted at the target's layers where it tells none.
+
+    Attributes:
+        token_ids: of the answer.
+        report: of `generate` with a policy.
+        target_forwards: of a library that runs layers of its own.
+        prefill_seconds: of the same.
+    """
+
+    token_ids: list[int]
+    report: SpeculationReport | None = None
+    target_forwards: int | None = None
+    prefill_seconds: float = 0.0
+
+
+# Of a library with its own loop: prompt `[1, s]`, most new tokens, temperature, end tokens -> its answer.
+AnswerFn = Callable[[Tensor, int, float, Sequence[int]], Answer]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Lets other libraries decode the same target with their own loops; each is imported when it is asked for.
 
-They draft with the draft model where there is one, and otherwise with what followed earlier in the text. Neither takes
-processors or streamers.
+They draft with the draft model where there is one, and otherwise with what followed earlier in the text; OpenVINO
+always with the text. None takes processors or streamers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .methods import AnswerFn
+from .methods import Answer, AnswerFn
+from .openvino import openvino
 
 
-PEERS = ("flashspec", "economize")  # what `--peers` takes
+MODULES = {"flashspec": "flashspec", "economize": "economize", "openvino": "openvino_genai"}
+PEERS = tuple(MODULES)  # what `--peers` takes
 _DRAFTED_TOKENS = 4  # of a step, the default of both libraries
 
 
@@ -34,12 +36,15 @@ def load_peers(names: Sequence[str], target: Any, draft_model: PreTrainedModel |
         ValueError: one cannot decode this target.
     """
     how = "lookup" if draft_model is None else "draft model"
-    return {f"{name} ({how})": _LOADERS[name](target, draft_model) for name in names}
+    found: dict[str, AnswerFn] = {}
+    for name in names:
+        found |= openvino(target) if name == "openvino" else {f"{name} ({how})": _LOADERS[name](target, draft_model)}
+    return found
 
 
 def check_installed(names: Sequence[str]) -> None:
     """Raises ValueError naming those of `names` that cannot be imported."""
-    missing = [name for name in names if find_spec(name) is None]
+    missing = [MODULES[name] for name in names if find_spec(MODULES[name]) is None]
     if missing:
         raise ValueError(
             f"--peers needs {' and '.join(missing)}, not installed here. Run `pip install "
@@ -49,7 +54,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 def peer_versions(names: Sequence[str]) -> dict[str, str]:
     """Return the versions of the libraries that are compared."""
-    return {name: version(name) for name in names}
+    return {name: version(MODULES[name]) for name in names}
 
 
 def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
@@ -74,9 +79,8 @@ def _flashspec(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
         )
         return SpeculativeEngine(config, [drafter], verifier)
 
-    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Tensor:
-        found: Tensor = engine(temperature).generate(input_ids, max_new_tokens, list(end_ids)).output_ids[0]
-        return found
+    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Answer:
+        return Answer(engine(temperature).generate(input_ids, max_new_tokens, list(end_ids)).output_ids[0].tolist())
 
     return answer
 
@@ -99,14 +103,12 @@ def _economize(target: Any, draft_model: PreTrainedModel | None) -> AnswerFn:
             f"economize cannot decode {type(target).__name__} ({error}). Leave it out of --peers."
         ) from error
 
-    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Tensor:
+    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Answer:
         seed = int(torch.randint(2**31, ()))  # of the seed that the bench has set
         selector = TopPSampler(temperature, seed=seed) if temperature else None
         decoding = DecodeConfig(_DRAFTED_TOKENS, verifier="rejection" if temperature else None)
-        found: Tensor = model.decode(
-            input_ids, max_new_tokens, decoding=decoding, selector=selector, stop=list(end_ids)
-        ).tokens
-        return found
+        found = model.decode(input_ids, max_new_tokens, decoding=decoding, selector=selector, stop=list(end_ids))
+        return Answer(found.tokens.tolist())
 
     return answer
 

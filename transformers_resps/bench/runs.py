@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..generation.defaults import SpeculationDefaults
 from ..generation.sampling import sampling
 from ..generation.sequences import end_ids
 from ..target.features import decoder_layers
-from .methods import Method, compiled_plain
+from .methods import Answer, Method, compiled_plain
 from .prompts import Prompt
 from .steps import Step, steps_of
 from .timing import AnswerTiming, token_count
@@ -70,31 +71,31 @@ class Bench:
         torch.manual_seed(repeat)
         with self._forwards_noted(method) as begun:
             started = self._clock()
-            answer, report = write()
+            answer = write()
             seconds = self._clock() - started
-        count = token_count(answer, self._end_ids, most)
-        if report is None:
-            forwards, prefill = len(begun), begun[1] - started if len(begun) > 1 else seconds
+        if answer.report is not None:
+            forwards = answer.report.target_forwards
+            prefill = seconds - sum(step.step_seconds for step in answer.report.steps[1:])
+        elif answer.target_forwards is not None:
+            forwards, prefill = answer.target_forwards, answer.prefill_seconds
         else:
-            forwards = report.target_forwards
-            prefill = seconds - sum(step.step_seconds for step in report.steps[1:])
+            forwards, prefill = len(begun), begun[1] - started if len(begun) > 1 else seconds
+        count = token_count(answer.token_ids, self._end_ids, most)
         measured = AnswerTiming(
             method.name, prompt.name, repeat, count, forwards, seconds, prompt.turn, temperature, prefill
         )
-        return Run(measured, torch.tensor(answer[:count]), [] if report is None else steps_of(report))
+        steps = [] if answer.report is None else steps_of(answer.report)
+        return Run(measured, torch.tensor(answer.token_ids[:count]), steps)
 
-    def _prepared(
-        self, method: Method, input_ids: Tensor, most: int, temperature: float
-    ) -> Callable[[], tuple[list[int], Any]]:
-        """Return all that is timed: it gives the answer, read from the device, and its report where there is one."""
+    def _prepared(self, method: Method, input_ids: Tensor, most: int, temperature: float) -> Callable[[], Answer]:
+        """Return all that is timed: it gives the answer, read from the device."""
         if method.answer is not None:
-            answer, ends = method.answer, sorted(self._end_ids)
-            return lambda: (answer(input_ids, most, temperature, ends).tolist(), None)
+            return partial(method.answer, input_ids, most, temperature, sorted(self._end_ids))
         keywords = {**method.keywords, **sampling(temperature)}
         if "policy" in keywords:  # each answer meets it as it was loaded; "auto" learns on
             keywords["policy"] = copy.deepcopy(keywords["policy"])
 
-        def generated() -> tuple[list[int], Any]:
+        def generated() -> Answer:
             with SpeculationDefaults.suspended():  # plain decoding is plain, whatever the model was attached with
                 output = self.model.generate(
                     input_ids,
@@ -103,7 +104,8 @@ class Bench:
                     return_dict_in_generate=True,
                     **keywords,
                 )
-            return output.sequences[0, input_ids.shape[1] :].tolist(), getattr(output, "speculation", None)
+            token_ids = output.sequences[0, input_ids.shape[1] :].tolist()
+            return Answer(token_ids, getattr(output, "speculation", None))
 
         return generated
 
