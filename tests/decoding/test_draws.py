@@ -9,20 +9,33 @@ from transformers_resps.decoding.draws import Draws, draws_alike
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 4099])
 def test_a_path_through_the_levels_draws_what_multinomial_draws(vocabulary: int) -> None:
-    scores = torch.randn(12, vocabulary, generator=torch.Generator().manual_seed(0)) * 2
+    compare_with_multinomial(vocabulary, torch.device("cpu"), torch.default_generator)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("vocabulary", [5, 4099, 49152, 151936])
+def test_a_gpu_draws_what_multinomial_draws(vocabulary: int) -> None:
+    assert draws_alike(torch.device("cuda", 0), vocabulary)
+    compare_with_multinomial(vocabulary, torch.device("cuda", 0), torch.cuda.default_generators[0])
+
+
+def compare_with_multinomial(vocabulary: int, device: torch.device, generator: torch.Generator) -> None:
+    """Several paths through the levels of one tree, for several seeds: tokens, and the generator afterwards."""
+    scores = torch.randn(12, vocabulary, generator=torch.Generator().manual_seed(0)).to(device) * 2
     scores[:, 0] = -torch.inf
-    levels = torch.tensor([0, 1, 1, 2, 1, 2, 3, 2, 3, 3, 2, 1])
+    levels = torch.tensor([0, 1, 1, 2, 1, 2, 3, 2, 3, 3, 2, 1], device=device)
     for seed in range(20):
         set_seed(seed)
         draws = Draws(4, scores)
         picks = draws.pick(scores, levels).tolist()
         for path in ([0, 1, 3, 6], [0, 2, 5, 9], [0, 11, 10], [0]):
             draws.give_back(len(path))
-            state = torch.get_rng_state()
+            state = generator.get_state()
             set_seed(seed)
             expected = [int(torch.multinomial(scores[node : node + 1].softmax(-1), 1)) for node in path]
             assert [picks[node] for node in path] == expected
-            assert torch.equal(torch.get_rng_state(), state)
+            assert torch.equal(generator.get_state(), state)
 
 
 def test_nothing_is_drawn_from_scores_that_allow_none() -> None:

@@ -92,6 +92,16 @@ def test_what_is_unknown_is_asked_once_per_committed_token(
     assert not steps
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_padding_of_a_static_cache_is_not_picked_at(
+    penalty: float, target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, steps: list[int]
+) -> None:
+    options = SAMPLING | {"cache_implementation": "static", "disable_compile": True, "repetition_penalty": penalty}
+    plain, tree = both(target, head, prompt, TreeShape(7, 3, 3), **options)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+    assert any(count not in (1, 2, 4, 8) for count in steps), "no tree was padded: nothing was shown"
+
+
 def test_rows_in_lockstep_draw_together(target: PreTrainedModel, head: DraftHead, steps: list[int]) -> None:
     ids = torch.arange(3, 15).reshape(2, 6)
     plain, tree = both(target, head, ids, **SAMPLING)

@@ -118,9 +118,9 @@ class Text:
         return conditions is not None and conditions.are_silent(self.length + count)
 
     def tree_picks(self, tree: DraftTree, logits: Tensor) -> TreePicks:
-        """What this one row would gain at every node of its tree; `logits` is `[1, n, v]`."""
+        """What this one row would gain at every node of its tree; `logits` is `[1, n or more, v]`, padding last."""
         assert self._tree_processor is not None
-        raw = logits[0].to(dtype=torch.float32, device=self.input_ids.device)
+        raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self.input_ids.device)
         scores = self._tree_processor(self.input_ids, raw, tree)
         return TreePicks.of(raw, scores, tree, do_sample=self._do_sample)
 
