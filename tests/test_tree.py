@@ -124,7 +124,7 @@ def test_the_drafted_match_is_the_longest_path_along_the_tokens(pool: CandidateP
             path[row, run] = node = found[0]
             run += 1
         longest.append(run)
-    assert pool.drafted_match(torch.tensor(tokens)) == longest
+    assert pool.drafted_match(tokens) == longest
     assert pool.nodes_along(torch.tensor(tokens)).tolist() == path.tolist()
     whole = DraftTree.from_pool(torch.tensor([1, 2]), pool, pool.tokens.shape[1] + 1)
-    assert whole.drafted_match(torch.tensor(tokens)) == longest
+    assert whole.drafted_match(tokens) == longest

@@ -98,7 +98,7 @@ class CandidatePool:
     scores: Tensor
     levels: Tensor
 
-    def drafted_match(self, tokens: Tensor) -> list[int]:
+    def drafted_match(self, tokens: list[list[int]]) -> list[int]:
         """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
         return _drafted_match(self, tokens, -1)
 
@@ -250,22 +250,26 @@ class DraftTree:
         tokens, parents, depths = (part[own] for part in (self.tokens, self.parents, self.depths))
         return DraftTree(tokens, parents, depths, self.ancestors[own], self.scores[own], self.level_count)
 
-    def drafted_match(self, tokens: Tensor) -> list[int]:
+    def drafted_match(self, tokens: list[list[int]]) -> list[int]:
         """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
         return _drafted_match(self, tokens, 0)
 
     def children(self) -> list[dict[tuple[int, int], int]]:
-        """Map, for each row, (node, token) to the node's first child with that token.
-
-        Dicts, because acceptance looks up a few entries, one after the other.
-        """
-        rows = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
-        last_to_first = range(self.node_count - 1, 0, -1)
-        return [{(parents[node], tokens[node]): node for node in last_to_first} for parents, tokens in rows]
+        """Map, for each row, (node, token) to the node's first child with that token."""
+        return first_children(self.parents.tolist(), self.tokens.tolist())
 
 
-def _drafted_match(nodes: CandidatePool | DraftTree, tokens: Tensor, root: int) -> list[int]:
-    rows = zip(nodes.tokens.tolist(), nodes.parents.tolist(), tokens.tolist(), strict=True)
+def first_children(parents: list[list[int]], tokens: list[list[int]]) -> list[dict[tuple[int, int], int]]:
+    """See `DraftTree.children`; from `[b, n]` parents and tokens.
+
+    Dicts, because acceptance looks up a few entries, one after the other.
+    """
+    nodes = range(len(tokens[0]) - 1, 0, -1)  # the first child last
+    return [{(above[node], own[node]): node for node in nodes} for above, own in zip(parents, tokens, strict=True)]
+
+
+def _drafted_match(nodes: CandidatePool | DraftTree, tokens: list[list[int]], root: int) -> list[int]:
+    rows = zip(nodes.tokens.tolist(), nodes.parents.tolist(), tokens, strict=True)
     return [len(_followed(*row, root)) for row in rows]
 
 

@@ -1,5 +1,7 @@
 """Acceptance against brute force, its fast path against the rule, and both against the distribution to preserve."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,8 @@ from transformers import (
 )
 
 from tests.trees import VOCABULARY, batches, random_tokens, trees
-from transformers_resps.decoding.acceptance import Acceptance, accept, accept_greedy
+from transformers_resps.decoding.acceptance import Acceptance, accept, accept_picks
+from transformers_resps.decoding.picks import Picks
 from transformers_resps.decoding.text import Text
 from transformers_resps.tree import DraftTree
 
@@ -71,8 +74,8 @@ def test_rows_commit_what_the_shortest_run_allows(tree: DraftTree, data: st.Data
 
 
 @settings(max_examples=800)
-@given(batches(rows=3), st.data())
-def test_greedy_rows_accept_what_each_would_alone(tree: DraftTree, data: st.DataObject) -> None:
+@given(batches(rows=3), st.sampled_from([Picks.asked, Picks.read]), st.data())
+def test_greedy_rows_accept_what_each_would_alone(tree: DraftTree, how: Any, data: st.DataObject) -> None:
     """Several steps over random trees, with picks that tie, end tokens and lengths that stop rows anywhere."""
     size = 3 * tree.node_count * VOCABULARY
     numbers = data.draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
@@ -83,7 +86,7 @@ def test_greedy_rows_accept_what_each_would_alone(tree: DraftTree, data: st.Data
     criteria += [EosTokenCriteria(ends)] if ends else []
     alone, together = ([text_of(length, *criteria) for length in lengths] for _ in range(2))
     expected = [accept(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(alone)]
-    paths, picks = accept_greedy(tree, logits, together)
+    paths, picks = accept_picks(how(tree, logits), together)
     for row, found in enumerate(expected):
         assert found.path[0].tolist() == paths[row] and found.tokens[0].tolist() == picks[row]
         assert found.counts == found.emitted == [len(paths[row])]

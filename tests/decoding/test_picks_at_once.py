@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from tests.trees import VOCABULARY, trees
-from transformers_resps.decoding.acceptance import accept, accept_at_once
+from transformers_resps.decoding.acceptance import accept, accept_picks
+from transformers_resps.decoding.picks import Picks
 from transformers_resps.decoding.text import Text
 from transformers_resps.tree import DraftTree
 
@@ -51,6 +52,12 @@ def text_of(processors: str, ends: list[int], length: int, *, do_sample: bool) -
         **hooks,
     )
     return text, hooks["streamer"]
+
+
+def accept_at_once(tree: DraftTree, logits: torch.Tensor, text: Text) -> tuple[list[int], list[int]]:
+    picks = Picks.read(tree, logits, text.tree_picks(tree, logits))
+    [path], [tokens] = accept_picks(picks, [text])
+    return path, tokens
 
 
 @settings(max_examples=400)

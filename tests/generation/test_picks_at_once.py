@@ -11,7 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 from tests.generation.answering import SAMPLING, WIDE, both
 from tests.generation.test_lossless import OPTIONS, CountingProcessor, StopAfter
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
-from transformers_resps.decoding import batch, text
+from transformers_resps.decoding import text
+from transformers_resps.decoding.picks import Picks
 
 
 IN_COMMIT_ORDER = {"prefix constraint", "watermark", "synthid", "guidance scale", "guidance scale, sampled"}
@@ -22,12 +23,12 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The nodes of every step that picked at once."""
     seen: list[int] = []
 
-    def spied(tree: Any, logits: torch.Tensor, text: Any) -> Any:
+    def spied(tree: Any, logits: torch.Tensor, processed: Any) -> Any:
         seen.append(tree.node_count)
-        return accept_at_once(tree, logits, text)
+        return read(tree, logits, processed)
 
-    accept_at_once = batch.accept_at_once
-    monkeypatch.setattr(batch, "accept_at_once", spied)
+    read = Picks.read
+    monkeypatch.setattr(Picks, "read", spied)
     monkeypatch.setattr(text, "can_pick_at_once", lambda device, do_sample, vocabulary: True)
     yield seen
 

@@ -161,16 +161,16 @@ def decode_padding(drop_finished: Function) -> Function:
 
 
 def ask_the_first_row_alone(compact: Function) -> Function:
-    def wrong(cache: Any, path: Tensor, node_count: int) -> None:
+    def wrong(cache: Any, path: Tensor, node_count: int, **options: Any) -> None:
         is_in_place = torch.equal(path[0], torch.arange(path.shape[1]))
-        compact(cache, path[:1].expand_as(path) if is_in_place else path, node_count)
+        compact(cache, path[:1].expand_as(path) if is_in_place else path, node_count, **options)
 
     return wrong
 
 
 def keep_the_root_alone(compact: Function) -> Function:
-    def wrong(cache: Any, path: Tensor, node_count: int) -> None:
-        compact(cache, path[:, :1], node_count)
+    def wrong(cache: Any, path: Tensor, node_count: int, **options: Any) -> None:
+        compact(cache, path[:, :1], node_count, **options)
 
     return wrong
 

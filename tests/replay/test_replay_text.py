@@ -130,7 +130,7 @@ def test_ranks_say_what_the_longest_path_of_the_selected_tree_says(target: PreTr
     ranks = path_ranks(pool, upcoming)
     for total in range(1, 22):
         tree = DraftTree.from_pool(text[prefixes], pool, total)
-        assert (ranks[:, 2] < total - 1).int().cumprod(-1).sum(-1).tolist() == tree.drafted_match(upcoming)
+        assert (ranks[:, 2] < total - 1).int().cumprod(-1).sum(-1).tolist() == tree.drafted_match(upcoming.tolist())
 
 
 @pytest.mark.parametrize("damage", ["cut", "no metadata", "other tensors", "older", "missing"])

@@ -6,8 +6,8 @@ then descends if a child carries the pick, and stops otherwise. So every token i
 prefix, in the order and with the random numbers of plain decoding: lossless for any tree that was built without
 looking at the picks, and identical with the same seed. `min(1, p/q)` on chosen children is not (a test shows it).
 
-`accept_greedy` is the same rule for greedy decoding that nothing observes, without these calls. `accept_at_once` is
-the same rule where the calls keep no state: it makes them for all nodes, and reads the picks once.
+`accept_picks` is the same rule without these calls: for greedy decoding that nothing observes, and where the calls
+keep no state, so that they could be made for all nodes.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..tree import DraftTree
+from .picks import Picks, logits_at
 from .text import Text
 
 
@@ -27,27 +28,42 @@ class Acceptance:
         path: `[b, m]` nodes whose logits were used, root first; meaningless in rows that had finished. A row that
             kept fewer repeats its last.
         tokens: `[b, m]` the picks after them; the last one is the next root.
-        counts: nodes that each row kept.
+        paths: what of `path` each row kept, on the host.
+        picks: likewise of `tokens`.
         emitted: tokens that each row of the call gained, decoded or not; padding after its end does not count.
     """
 
     path: Tensor
     tokens: Tensor
-    counts: list[int]
+    paths: list[list[int]]
+    picks: list[list[int]]
     emitted: list[int]
+
+    @property
+    def counts(self) -> list[int]:
+        """Nodes that each row kept."""
+        return list(map(len, self.paths))
+
+    @property
+    def is_front(self) -> bool:
+        """Whether every row kept the first nodes of the tree in their order, and as many as the others."""
+        return all(path == list(range(self.path.shape[1])) for path in self.paths)
 
     @property
     def gained(self) -> list[bool]:
         """Which of the decoded rows gained tokens: all, unless finished rows are decoded with them."""
-        every_row = len(self.emitted) == len(self.counts)
-        return [count > 0 for count in self.emitted] if every_row else [True] * len(self.counts)
+        every_row = len(self.emitted) == len(self.paths)
+        return [count > 0 for count in self.emitted] if every_row else [True] * len(self.paths)
 
     @classmethod
     def from_rows(
         cls, paths: list[list[int]], picks: list[list[int]], emitted: list[int], device: torch.device
     ) -> "Acceptance":
-        """Build it for rows that advanced each on its own, from their paths and the picks after each node."""
-        return cls(_filled(paths, device), _filled(picks, device), list(map(len, paths)), emitted)
+        """Build it for rows that advanced each on its own, from their paths and the picks after each node: the device
+        gets both in one copy.
+        """
+        path, tokens = torch.tensor([_filled(paths), _filled(picks)], device=device)
+        return cls(path, tokens, paths, picks, emitted)
 
 
 def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
@@ -65,7 +81,7 @@ def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
     while True:
         path.append(nodes)
         emitted = emitted + text.unfinished
-        tokens = text.commit(_logits_at(rows, nodes, logits))
+        tokens = text.commit(logits_at(rows, nodes, logits))
         picks.append(tokens)
         if text.finished or tree.node_count == 1:
             break
@@ -73,8 +89,10 @@ def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
         if following is None:
             break
         nodes = following
+    tokens = torch.stack(picks, dim=1)
     followed = torch.tensor(path, device=logits.device).T
-    return Acceptance(followed, torch.stack(picks, dim=1).to(logits.device), [len(path)] * len(rows), emitted.tolist())
+    paths = [list(own) for own in zip(*path, strict=True)]
+    return Acceptance(followed, tokens.to(logits.device), paths, tokens.tolist(), emitted.tolist())
 
 
 def _next_nodes(
@@ -87,68 +105,38 @@ def _next_nodes(
     return [node or 0 for node in found]
 
 
-def accept_greedy(tree: DraftTree, logits: Tensor, texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
-    """Accept as `accept` would for each row on its own, where all texts are plain greedy (`Text.is_plain_greedy`).
+def accept_picks(picks: Picks, texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
+    """Accept as `accept` would for each row on its own, from picks that need no call for each token.
 
-    The picks, their order and the ends are the same, without the calls for each token of each row: a batch of eight
-    roots takes 0.5 ms instead of 1.4.
+    The picks, their order and the ends are the same: a batch of eight roots takes 0.5 ms instead of 1.4.
 
     Args:
-        tree: what was verified.
-        logits: `[b, n, v]` the target's, one row per node.
-        texts: b of one row each; they gain the picks.
+        picks: the target's.
+        texts: b of one row each, whose ends `stop_conditions` tell; they gain the picks.
 
     Returns:
         Of each row, the nodes whose logits were used, root first, and the picks after them.
     """
-    children = tree.children()
     paths: list[list[int]] = [[] for _ in texts]
-    picks: list[list[int]] = [[] for _ in texts]
+    found: list[list[int]] = [[] for _ in texts]
     going = dict.fromkeys(range(len(texts)), 0)  # row -> the node it has come to
     while going:
         rows, nodes = list(going), list(going.values())
-        tokens = _logits_at(rows, nodes, logits).argmax(-1).tolist()
+        tokens = picks.at(rows, nodes)
         going = {}
         for row, node, token in zip(rows, nodes, tokens, strict=True):
             paths[row].append(node)
-            picks[row].append(token)
-            child = children[row].get((node, token))
-            if child is not None and not _is_end(texts[row], token, len(picks[row])):
+            found[row].append(token)
+            child = picks.children[row].get((node, token))
+            if child is not None and not _is_end(texts[row], token, len(found[row])):
                 going[row] = child
-    for text, own in zip(texts, picks, strict=True):
-        text.extend(own, finished=_is_end(text, own[-1], len(own)))
-    return paths, picks
-
-
-def accept_at_once(tree: DraftTree, logits: Tensor, text: Text) -> tuple[list[int], list[int]]:
-    """Accept as `accept` would for a text of one row that `picks_at_once`, with one read of the device.
-
-    Args:
-        tree: what was verified, of one row.
-        logits: `[1, n, v]` the target's, one row per node.
-        text: gains the picks.
-
-    Returns:
-        The nodes whose logits were used, root first, and the picks after them.
-    """
-    at_once = text.tree_picks(tree, logits)
-    above, tokens, picks = torch.stack([tree.parents[0], tree.tokens[0], at_once.tokens]).tolist()
-    children = {(above[node], tokens[node]): node for node in range(len(tokens) - 1, 0, -1)}
-    path: list[int] = []
-    following: int | None = 0
-    while following is not None:
-        path.append(following)
-        pick = picks[following]
-        following = None if _is_end(text, pick, len(path)) else children.get((following, pick))
-    text.follow(at_once, path, [picks[node] for node in path], finished=_is_end(text, pick, len(path)))
-    return path, [picks[node] for node in path]
-
-
-def _logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
-    """`[r, v]` of one node in each of r rows, of `[b, n, v]`; no copy where all rows stand at one node."""
-    if len(rows) == len(logits) and len(set(nodes)) == 1:
-        return logits[:, nodes[0]]
-    return logits[rows, nodes]
+    for text, path, own in zip(texts, paths, found, strict=True):
+        finished = _is_end(text, own[-1], len(own))
+        if picks.processed is None:
+            text.extend(own, finished=finished)
+        else:
+            text.follow(picks.processed, path, own, finished=finished)
+    return paths, found
 
 
 def _is_end(text: Text, token: int, count: int) -> bool:
@@ -157,7 +145,7 @@ def _is_end(text: Text, token: int, count: int) -> bool:
     return token in text.stop_conditions.token_ids or text.length + count >= text.stop_conditions.length
 
 
-def _filled(rows: list[list[int]], device: torch.device) -> Tensor:
-    """`[b, m]`; rows that are shorter repeat their last number."""
+def _filled(rows: list[list[int]]) -> list[list[int]]:
+    """Rows of one length: the shorter ones repeat their last number."""
     longest = max(map(len, rows))
-    return torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows], device=device)
+    return [row + row[-1:] * (longest - len(row)) for row in rows]

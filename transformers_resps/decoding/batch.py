@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..tree import DraftTree
-from .acceptance import Acceptance, accept, accept_at_once, accept_greedy
+from .acceptance import Acceptance, accept, accept_picks
+from .picks import Picks
 from .text import Text
 
 
@@ -32,7 +33,7 @@ class Batch:
 
     def __len__(self) -> int:
         """Rows of the call."""
-        return sum(len(text.input_ids) for text in self._texts)
+        return sum(map(len, self._texts))
 
     @property
     def in_lockstep(self) -> bool:
@@ -47,7 +48,7 @@ class Batch:
         """`[b]` the last token of every decoded row."""
         if self.in_lockstep:
             return self._texts[0].newest
-        return torch.cat([self._texts[index].newest for index in self._decoded])
+        return torch.cat([text.newest for text in self._decoded_texts])
 
     @property
     def length(self) -> int:
@@ -66,7 +67,7 @@ class Batch:
         The derivative of the rows' soft minimum; the same for all in lockstep.
         """
         if self.in_lockstep:
-            return [1.0] * len(self._texts[0].newest)
+            return [1.0] * self._texts[0].decoded_count
         lengths, shortest = [self._texts[index].length for index in self._decoded], self.shortest
         weights = [math.exp((shortest - length) / _PATIENCE) for length in lengths]
         total = sum(weights)
@@ -75,28 +76,46 @@ class Batch:
     def since(self, starts: list[int]) -> list[list[int]]:
         """The tokens of each decoded row from its position in `starts` on."""
         if self.in_lockstep:
-            found: list[list[int]] = self._texts[0].decoded_ids[:, starts[0] :].tolist()
-            return found
+            return self._texts[0].since(starts[0])
         texts = (self._texts[index] for index in self._decoded)
-        return [text.input_ids[0, start:].tolist() for text, start in zip(texts, starts, strict=True)]
+        return [text.since(start)[0] for text, start in zip(texts, starts, strict=True)]
 
-    def accept(self, tree: DraftTree, logits: Tensor) -> Acceptance:
-        """Commit what the target picks along the tree, of every decoded row; `logits` is `[b, n, v]`."""
-        texts = [self._texts[index] for index in self._decoded]
-        if all(text.is_plain_greedy(tree.node_count) for text in texts):
-            paths, picks = accept_greedy(tree, logits, texts)
-        elif len(texts) == 1 and texts[0].picks_at_once(tree, logits):
-            path, tokens = accept_at_once(tree, logits, texts[0])
-            paths, picks = [path], [tokens]
+    def read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
+        """All that `accept` needs to know of the target, in one read that waits for it; `None` where it asks for one
+        pick after the other. `logits` is `[b, n, v]`.
+        """
+        texts = self._decoded_texts
+        if self._is_plain_greedy(tree):
+            return None if logits.device.type == "cpu" else Picks.read(tree, logits)
+        if len(texts) == 1 and texts[0].picks_at_once(tree, logits):
+            return Picks.read(tree, logits, texts[0].tree_picks(tree, logits))
+        return None
+
+    def accept(self, tree: DraftTree, logits: Tensor, picks: Picks | None) -> Acceptance:
+        """Commit what the target picks along the tree, of every decoded row; `picks` are those of `read_picks`."""
+        texts = self._decoded_texts
+        if picks is None and self._is_plain_greedy(tree):
+            picks = Picks.asked(tree, logits)
+        if picks is not None:
+            paths, found = accept_picks(picks, texts)
         elif self.in_lockstep:
             return accept(tree, logits, texts[0])
         else:
             parts = [accept(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(texts)]
-            paths, picks = [part.path[0].tolist() for part in parts], [part.tokens[0].tolist() for part in parts]
+            paths, found = [part.paths[0] for part in parts], [part.picks[0] for part in parts]
         emitted = [0] * len(self._texts)
         for index, path in zip(self._decoded, paths, strict=True):
             emitted[index] = len(path)
-        return Acceptance.from_rows(paths, picks, emitted, logits.device)
+        if picks is not None and picks.tokens is not None and tree.node_count == 1:
+            return Acceptance(torch.zeros_like(picks.tokens), picks.tokens, paths, found, emitted)
+        return Acceptance.from_rows(paths, found, emitted, logits.device)
+
+    @property
+    def _decoded_texts(self) -> list[Text]:
+        return [self._texts[index] for index in self._decoded]
+
+    def _is_plain_greedy(self, tree: DraftTree) -> bool:
+        return all(text.is_plain_greedy(tree.node_count) for text in self._decoded_texts)
 
     def drop_finished(self) -> list[int] | None:
         """Stop decoding finished rows.

@@ -59,15 +59,14 @@ class TreeDecoding:
         self._proposer = Proposer(policy, self._drafter, batch, pads)
         self._max_length, self._clock = max_length, clock
         self._prompt_seconds = 0.0
+        self._root = batch.newest  # [b]
 
     def prefill(self, chunk_size: int | None, logits_to_keep: dict[str, int]) -> None:
         """Read the prompt, in chunks if asked, and commit the first token: step 0 of the report."""
         started = self._clock()
         logits, features = self._verifier.prefill(self.batch.input_ids, chunk_size, **logits_to_keep)
-        wait_for(logits)
-        verified = self._clock()
         proposal = Proposal.plain(self.batch.newest)
-        acceptance = self.batch.accept(proposal.tree, logits[:, -1:])
+        acceptance, verified = self._accept(proposal.tree, logits[:, -1:])
         if not self.batch.finished:
             self._read_prompt(features)
         self._drop_finished()
@@ -92,9 +91,7 @@ class TreeDecoding:
         started += self._compile(tree)
         drafted = self._clock()
         logits, features = self._verifier.verify(tree)
-        wait_for(logits)
-        verified = self._clock()
-        acceptance = self.batch.accept(tree, logits)
+        acceptance, verified = self._accept(tree, logits)
         self._keep(tree, acceptance, features)
         self._drop_finished()
         seconds = (drafted - started, verified - drafted)
@@ -104,7 +101,7 @@ class TreeDecoding:
 
     def _propose(self) -> Proposal:
         """Let the policy choose and the drafter draft what this step verifies."""
-        root = self.batch.newest.to(self._verifier.device)
+        root = self._root.to(self._verifier.device)
         step, length = len(self.report.steps) - 1, self._verifier.length + 1
         proposal = self._proposer.propose(root, step, length, self._levels_left() + 1, self._prompt_seconds)
         return replace(proposal, tree=self._verifier.fitted(proposal.tree))
@@ -123,14 +120,26 @@ class TreeDecoding:
         self._verifier.undo()
         return self._clock() - started
 
+    def _accept(self, tree: DraftTree, logits: Tensor) -> tuple[Acceptance, float]:
+        """Commit what the target picks. Returns when it had finished as well: reading its picks waits for it."""
+        picks = self.batch.read_picks(tree, logits)
+        if picks is None:
+            wait_for(logits)
+        verified = self._clock()
+        acceptance = self.batch.accept(tree, logits, picks)
+        self._root = acceptance.tokens[:, -1]
+        return acceptance, verified
+
     def _keep(self, tree: DraftTree, acceptance: Acceptance, features: Features) -> None:
         """The target's cache keeps the accepted path; the features of that path go to the head."""
-        path, counts = acceptance.path, acceptance.counts
-        self._verifier.keep(path, counts)
+        path, counts, is_front = acceptance.path, acceptance.counts, acceptance.is_front
+        self._verifier.keep(path, counts, is_front=is_front)
         if self._drafter is None:
             return
         states = features.concatenated()
-        if tree.node_count > 1:
+        if is_front:
+            states = states[:, : path.shape[1]]
+        else:
             states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
         self._drafter.observe(states, acceptance.tokens, counts)
 
@@ -139,6 +148,7 @@ class TreeDecoding:
         rows = self.batch.drop_finished()
         if rows is None:
             return
+        self._root = self._root[rows]
         self._verifier.keep_rows(rows)
         self._proposer.keep_rows(rows)
 
@@ -167,7 +177,7 @@ class TreeDecoding:
         """
         if pool is None or not self.policy.needs_drafted_match:
             return RowCounts([0])
-        found = map(min, pool.drafted_match(acceptance.tokens), acceptance.counts)
+        found = iter(pool.drafted_match(acceptance.picks))
         if self.batch.in_lockstep:
             return RowCounts([min(count for count, gained in zip(found, acceptance.gained, strict=True) if gained)])
         return RowCounts(next(found) if count else 0 for count in acceptance.emitted)

@@ -41,7 +41,9 @@ class Text:
         keep_logits: bool = False,
         keep_padding: bool = False,
     ) -> None:
-        self.input_ids = input_ids
+        self._ids = input_ids  # lacks the tokens of `_ahead`
+        self._ahead: list[int] = []  # of a single row
+        self._written: list[int] = []  # the newest tokens of a single row, as far as the host knows them
         self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         self.finished = False
         self.pad_token = pad_token
@@ -59,9 +61,26 @@ class Text:
         self._tree_processor = TreeLogitsProcessor(logits_processor) if is_stateless else None
         self._decoded: Tensor | None = None  # rows that are still decoded; None for all
 
+    def __len__(self) -> int:
+        """Rows of the call."""
+        return len(self._ids)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """`[b, s]` prompt and answer. Tokens that the host has committed are copied when somebody asks for them."""
+        if self._ahead:
+            ahead = torch.tensor([self._ahead], device=self._ids.device)
+            self._ids, self._ahead = torch.cat([self._ids, ahead], dim=1), []
+        return self._ids
+
     @property
     def length(self) -> int:
-        return int(self.input_ids.shape[1])
+        return int(self._ids.shape[1]) + len(self._ahead)
+
+    @property
+    def decoded_count(self) -> int:
+        """Rows that are still decoded."""
+        return len(self if self._decoded is None else self._decoded)
 
     @property
     def live(self) -> Tensor:
@@ -76,10 +95,13 @@ class Text:
         """`[b]` the last token of each decoded row."""
         return self._of_decoded(self.input_ids[:, -1])
 
-    @property
-    def decoded_ids(self) -> Tensor:
-        """`[b, s]` the decoded rows."""
-        return self._of_decoded(self.input_ids)
+    def since(self, start: int) -> list[list[int]]:
+        """The tokens of each decoded row from position `start` on."""
+        known_from = self.length - len(self._written)
+        if self._written and start >= known_from:
+            return [self._written[start - known_from :]]
+        found: list[list[int]] = self._of_decoded(self.input_ids[:, start:]).tolist()
+        return found
 
     def _of_decoded(self, values: Tensor) -> Tensor:
         return values if self._decoded is None else values[self._decoded]
@@ -94,7 +116,7 @@ class Text:
         if all(going_on):
             return None
         kept = [place for place, goes_on in enumerate(going_on) if goes_on]
-        rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
+        rows = torch.arange(len(self), device=self._ids.device)
         self._decoded = self._of_decoded(rows)[kept]
         return kept
 
@@ -108,7 +130,7 @@ class Text:
         """Whether `tree_picks` may pick at every node of a tree before the path is known: of one row, with processors
         and criteria that are known to be stateless, on a device that makes the host wait for each pick.
         """
-        device = self.input_ids.device
+        device = self._ids.device
         is_known = self._ends_silently(tree.node_count) and self._tree_processor is not None
         is_here = tree.tokens.device == device
         return is_known and is_here and can_pick_at_once(device, self._do_sample, logits.shape[-1])
@@ -120,7 +142,7 @@ class Text:
     def tree_picks(self, tree: DraftTree, logits: Tensor) -> TreePicks:
         """What this one row would gain at every node of its tree; `logits` is `[1, n or more, v]`, padding last."""
         assert self._tree_processor is not None
-        raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self.input_ids.device)
+        raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self._ids.device)
         scores = self._tree_processor(self.input_ids, raw, tree)
         return TreePicks.of(raw, scores, tree, do_sample=self._do_sample)
 
@@ -137,8 +159,9 @@ class Text:
                 self._streamer.put(torch.tensor([token]))
 
     def extend(self, tokens: list[int], *, finished: bool) -> None:
-        """Append tokens to this one row."""
-        self.input_ids = torch.cat([self.input_ids, torch.tensor([tokens], device=self.input_ids.device)], dim=1)
+        """Append tokens to this one row, on the host alone."""
+        self._ahead += tokens
+        self._written += tokens
         if finished:
             self.unfinished, self.finished = torch.zeros_like(self.unfinished), True
 
@@ -148,9 +171,9 @@ class Text:
         Returns:
             `[b]` the tokens of the decoded rows.
         """
-        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        logits = logits.to(copy=True, dtype=torch.float32, device=self._ids.device)
         if self._decoded is not None:  # a draw takes as many random numbers as in plain decoding
-            every_row = logits.new_zeros(len(self.input_ids), logits.shape[-1])
+            every_row = logits.new_zeros(len(self), logits.shape[-1])
             logits = every_row.index_copy_(0, self._decoded, logits)
         scores: Tensor = self._logits_processor(cast(torch.LongTensor, self.input_ids), cast(Any, logits))
         if self.scores is not None:
@@ -164,7 +187,7 @@ class Text:
         if self._pads:
             assert self.pad_token is not None
             tokens = tokens * self.unfinished + self.pad_token * (1 - self.unfinished)
-        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        self._ids, self._written = torch.cat([self.input_ids, tokens[:, None]], dim=-1), []
         self.unfinished = self.unfinished & ~self._stopping_criteria(
             cast(torch.LongTensor, self.input_ids), cast(Any, self.scores)
         )

@@ -65,7 +65,7 @@ def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterat
         if step == 0:
             proposer.read_prompt()
         proposal = proposer.propose(text.input_ids[root : root + 1], step, root + 1, left + text.spare_room)
-        accepted = min(proposal.tree.drafted_match(text.input_ids[None, root + 1 :])[0], left - 1)
+        accepted = min(proposal.tree.drafted_match(text.input_ids[None, root + 1 :].tolist())[0], left - 1)
         yield ReplayedStep(root, proposal, accepted)
         step, observed, place = step + 1, place + 1, place + accepted + 1
 
@@ -99,7 +99,7 @@ def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRec
     draft, match = 0.0, 0
     if pool is not None:
         draft = costs.draft_seconds(proposal.shape.top_k, int(pool.levels[-1]))
-        match = pool.drafted_match(text.input_ids[None, step.root + 1 :][:, :emitted])[0]
+        match = pool.drafted_match(text.input_ids[None, step.root + 1 :][:, :emitted].tolist())[0]
     return StepRecord(
         shape=proposal.shape,
         drafted=proposal.candidates,

@@ -113,19 +113,19 @@ def _states(layer: Any) -> tuple[Tensor, Tensor] | None:
     return None if keys is None or not keys.numel() else (keys, layer.values)
 
 
-def compact(cache: Cache, path: Tensor, node_count: int) -> None:
+def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = False) -> None:
     """Keep, of the last `node_count` positions, those of the accepted path.
 
     Args:
         cache: right after the tree's forward.
         path: `[b, m]` ascending node indices, the root first.
         node_count: nodes of the tree, padding included.
+        is_front: whether every path is known to hold the first nodes in their order, so that nothing moves.
 
     Rotary positions were applied by depth, so a moved entry needs no rotation.
     """
     kept = path.shape[1]
-    in_place = torch.arange(kept, device=path.device)
-    if 1 < kept < node_count and not bool((path == in_place).all()):  # asking waits for the device
+    if 1 < kept < node_count and not is_front:
         end = None if buffer_length(cache) is None else cached_length(cache)
         for states in entries_of(cache.layers):
             _move_forward(states, path, (states.shape[-2] if end is None else end) - node_count)
