@@ -129,7 +129,7 @@ def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedMode
         features = torch.cat([states.hidden_states[layer] for layer in (2, 3, 4)], dim=-1)
         picks = states.logits[0].argmax(-1)
         for slot in range(answer.prompt_length - 2, LENGTH - DEPTHS):
-            cache = HeadCache(head.config, 1, head.dtype, head.device)
+            cache = HeadCache.empty(head.config, 1, head.dtype, head.device)
             embedded = bound.embed(answer.tokens[None])
             order = torch.arange(LENGTH)[None]
             attend = cache.attend_from(0, None, is_causal=True)

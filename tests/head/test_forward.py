@@ -20,7 +20,7 @@ def test_the_newest_output_alone_is_the_last_of_all_outputs(
     outputs = []
     with torch.no_grad():
         for wanted in (slice(None), slice(-1, None)):
-            cache = HeadCache(head.config, 2, torch.float32, head.device)
+            cache = HeadCache.empty(head.config, 2, torch.float32, head.device)
             attend = cache.attend_from(0, mask, is_causal=mask is None)
             outputs.append(head(hidden, embeddings, torch.arange(9)[None], attend, wanted=wanted))
             follow = cache.attend_from(9, None)

@@ -56,7 +56,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         self.model_kwargs_overrides = {"output_hidden_states": self._layers if SELECTS_HIDDEN_STATES else True}
         self.proposable_tokens = module.config.proposable_tokens
         self._device, self._dtype = module.device, module.dtype
-        self._cache = HeadCache(module.config, batch_size, self._dtype, self._device)
+        self._cache = HeadCache.empty(module.config, batch_size, self._dtype, self._device)
         self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
         self._unread: list[_Pairs] = []
         self._newest = torch.empty(0)  # [b, 1, h] output at the last true pair, before the final norm

@@ -19,15 +19,34 @@ class HeadCache:
     The text's entries have the slots 0, 1, ..., those of a tree negative ones, so that both lie side by side and trees
     stay where they are while the text grows. Entries of a tree are simply overwritten by the next (EAGLE's stable
     keys), so dropping a tree costs nothing. Buffers start as zeros: a masked slot may be read.
+
+    Args:
+        keys: `[layers, b, kv heads, slots, hd]`.
+        values: like `keys`.
+        tree_room: how many of the slots, the first ones, are for a tree.
     """
 
-    def __init__(self, config: DraftHeadConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, tree_room: int) -> None:
+        self._keys, self._values, self._tree_room = keys, values, tree_room
+
+    @classmethod
+    def empty(cls, config: DraftHeadConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> "HeadCache":
+        """Made for a head and a batch; it grows when it is told to."""
         assert config.head_dim is not None
-        self._tree_room = _TREE_ROOM
         slots = _TREE_ROOM + _GROWTH
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, slots, config.head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return cls(keys, values, _TREE_ROOM)
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, `[layers, b, kv heads, tree_room + capacity, hd]`."""
+        return self._keys, self._values
+
+    @property
+    def tree_room(self) -> int:
+        """Slots for entries of a tree."""
+        return self._tree_room
 
     @property
     def capacity(self) -> int:

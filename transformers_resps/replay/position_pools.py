@@ -34,7 +34,7 @@ class PositionPools:
         module = bound.head
         device, count = module.device, tokens.shape[1]
         self._length = count
-        self._cache = HeadCache(module.config, 1, module.dtype, device)
+        self._cache = HeadCache.empty(module.config, 1, module.dtype, device)
         self._cache.reserve(count)
         self._outputs: Tensor = module(
             module.fuse(features.to(device, module.dtype)),

@@ -1,0 +1,104 @@
+"""Drafting as one function of fixed shape: it can be traced whole, and gives what drafting level by level gives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.targets import VOCABULARY, Architecture
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
+from transformers_resps.drafting.draft_function import DraftFunction
+from transformers_resps.head import BoundHead, HeadCache
+from transformers_resps.tree import DraftTree
+
+
+PAIRS = 4  # at most, at once
+LENGTHS = (5, 9, 14, 40)
+CASES: dict[str, tuple[dict[str, Any], TreeShape, str]] = {
+    "a tree": ({}, TreeShape(12, 3, 3), "aot_eager"),
+    "a chain of a head of two layers": ({"num_hidden_layers": 2}, TreeShape(4, 3, 1), "eager"),
+    "one level of a draft vocabulary": ({"draft_vocab_size": 11}, TreeShape(4, 1, 3), "eager"),
+}
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return Architecture("llama").build("sdpa")
+
+
+def traced(function: DraftFunction, graphs: list[int], backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The function as `torch.compile` runs it, without a break; the sizes of its graphs are noted."""
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    torch._dynamo.reset()
+    return torch.compile(lambda *tensors: function(*tensors), fullgraph=True, backend=counting)
+
+
+def pairs(head: DraftHead, rows: int, count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(rows, count, head.config.features_width, generator=generator, dtype=head.dtype)
+    return features, torch.randint(0, VOCABULARY, (rows, count), generator=generator)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_one_graph_drafts_what_levels_one_by_one_draft_at_every_length(target: PreTrainedModel, case: str) -> None:
+    torch.manual_seed(1)
+    head_options, shape, backend = CASES[case]
+    head = DraftHead.from_target(target, **head_options)
+    bound, graphs = BoundHead(head, target), list[int]()
+    generator = TreeCandidateGenerator(bound, 1, None)
+    cache = HeadCache.empty(head.config, 1, head.dtype, head.device)
+    function = DraftFunction(bound, shape, cache.tree_room)
+    draft = traced(function, graphs, backend)
+    features, tokens = pairs(head, 1, max(LENGTHS))
+    read = 0
+    for length in LENGTHS:
+        for start in range(read, length, PAIRS):
+            new = slice(start, min(start + PAIRS, length))
+            generator.observe(features[:, new], tokens[:, new])
+            missing = PAIRS - (new.stop - new.start)
+            slots = torch.tensor([[cache.capacity - 1] * missing + list(range(new.start, new.stop))])
+            states, read_tokens = torch.zeros(1, PAIRS, features.shape[2]).double(), torch.zeros_like(slots)
+            states[:, missing:], read_tokens[:, missing:] = features[:, new], tokens[:, new]
+            outputs = draft(states, read_tokens, slots, torch.ones(1, 1, dtype=torch.bool), *cache.buffers)
+        read = length
+        pool, tree = function.unpack(outputs)
+        expected = generator.draft(shape, FixedPolicy(shape))
+        ranked = DraftTree.from_pool(tokens[:, length - 1], expected, shape.total_tokens)
+        for ours, theirs in ((pool, expected), (tree, ranked)):
+            for name in type(theirs).__slots__:
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+    assert len(graphs) == 1  # no length is compiled again
+
+
+@torch.no_grad()
+def test_rows_of_unequal_lengths_and_padding_are_values_too(target: PreTrainedModel) -> None:
+    torch.manual_seed(1)
+    shape, lengths, pads = TreeShape(12, 3, 3), (6, 9), (0, 2)
+    head = DraftHead.from_target(target)
+    bound = BoundHead(head, target)
+    cache = HeadCache.empty(head.config, 2, head.dtype, head.device)
+    function = DraftFunction(bound, shape, cache.tree_room)
+    features, tokens = pairs(head, 2, 9)
+    shown = torch.arange(cache.capacity) >= torch.tensor(pads)[:, None]
+    dump, none = cache.capacity - 1, torch.zeros(2, 9, dtype=torch.long)
+    slots = torch.tensor([[dump] * (9 - length) + list(range(length)) for length in lengths])
+    ordered = [torch.cat([none[row, : 9 - length], tokens[row, :length]]) for row, length in enumerate(lengths)]
+    states = [
+        torch.nn.functional.pad(features[row, :length], (0, 0, 9 - length, 0)) for row, length in enumerate(lengths)
+    ]
+    pool, _ = function.unpack(function(torch.stack(states), torch.stack(ordered), slots, shown, *cache.buffers))
+    for row, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
+        alone = TreeCandidateGenerator(bound, 1, None)
+        alone.observe(features[row : row + 1, pad:length], tokens[row : row + 1, pad:length])
+        expected = alone.draft(shape, FixedPolicy(shape))
+        assert pool.tokens[row].tolist() == expected.tokens[0].tolist()
+        torch.testing.assert_close(pool.scores[row], expected.scores[0])
