@@ -11,8 +11,7 @@ from transformers import (
 
 from tests.conftest import FakeClock
 from tests.generation.answering import both
-from tests.targets import Architecture
-from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach
+from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding, wait_for
 from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 from transformers_resps.drafting.prompt_lookup import SuffixIndex
@@ -127,17 +126,6 @@ def test_any_number_of_nodes_a_policy_asks_for_is_survived(
     plain = target.generate(prompt, max_new_tokens=16)
     policy = Greedy(TreeShape(10**6, 3, 10**6))
     assert target.generate(prompt, assistant_model=head, policy=policy, max_new_tokens=16).tolist() == plain.tolist()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("do_sample", [False, True])
-def test_the_contract_holds_on_a_gpu(do_sample: bool) -> None:
-    model = attach(Architecture("llama").build("sdpa").cuda())
-    drafter = DraftHead.from_target(model)
-    plain, tree = both(model, drafter, torch.tensor([[5, 7, 11, 3, 9, 7, 11]]).cuda(), do_sample=do_sample)
-    assert tree.sequences.tolist() == plain.sequences.tolist()
-    assert tree.speculation.tau > 1
 
 
 def test_a_policy_may_stop_growing_and_choose_the_number_of_nodes(

@@ -8,9 +8,9 @@ Answer: not measured yet.
 
 Method: Llamas of random weights (`random_llama`) and a rigged head for each tau (`rigged_head`), which drafts as a
 trained head of EAGLE-3's sizes does, and is right as often as tau needs. Greedy, one prompt at a time, every way in
-turn, total tokens over total seconds. Chains draft `2 tau - 1` tokens; a tree yields what its first chain yields, and
-its further nodes show what width costs. Prompt lookup never finds a match in these texts: its row shows what looking
-costs. `auto` meets the head of the chains, and is not held to a tau. A first pass, which compiles, is thrown away.
+turn, total tokens over total seconds. Chains draft `2 tau - 1` tokens; trees are as deep, yield what their first chain
+yields, and show what width costs. Prompt lookup never finds a match in these texts: its row shows what looking costs.
+`auto` meets the same heads, and is not held to a tau. A first pass, which compiles, is thrown away.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from transformers_resps import TreeShape, attach
+from transformers_resps import DraftHead, TreeShape, attach
 from transformers_resps.bench.config import default_device
 from transformers_resps.bench.methods import (
     Method,
@@ -35,57 +35,49 @@ from transformers_resps.bench.methods import (
     prompt_lookup,
 )
 from transformers_resps.bench.noise import check_load, other_load, plain_spread
-from transformers_resps.bench.options import device, positive, shape
+from transformers_resps.bench.options import device, positive
 from transformers_resps.bench.prompts import Prompt
 from transformers_resps.bench.runs import Bench
 from transformers_resps.bench.timing import AnswerTiming, summarise
 from transformers_resps.target.prepacking import prepack
 
 from .experiment import Experiment, execute
-from .random_llama import SHAPES, random_llama
-from .rigged_head import RiggedHead, hit_rate_for
+from .random_llama import SHAPES, following, random_llama
+from .rigged_head import hit_rate_for, rigged_head
 
 
 DRAFT_VOCABULARY = 32_000  # as EAGLE-3 publishes its heads
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A method, with what its head is rigged to.
-
-    Attributes:
-        method: of `resps bench`.
-        head: that drafts; `None` for methods without one.
-        hit_rate: that is planted in it before each text.
-        tau: that this rate gives; `None` for "auto", which draws its own trees.
-    """
+class Way(NamedTuple):
+    """A method, and the tau that its head is rigged to; `None` for what drafts without one, or its own trees."""
 
     method: Method
-    head: RiggedHead | None = None
-    hit_rate: float = 0.0
     tau: float | None = None
 
 
-def ways_of(heads: dict[float, RiggedHead], trees: Sequence[TreeShape], compiles: bool) -> list[Way]:
+def chain_of(tau: float) -> TreeShape:
+    """The chain that yields `tau` at a middling rate."""
+    return TreeShape(round(2 * tau), round(2 * tau) - 1, 1)
+
+
+def ways_of(heads: dict[float, DraftHead], nodes: Sequence[int], compiles: bool) -> list[Way]:
     """Every way, in the order of the table.
 
     Args:
         heads: tau -> the head that is rigged to it.
-        trees: shapes besides the chain of each tau.
+        nodes: of trees besides the chain of each tau, as deep as that.
         compiles: whether ours are also decoded with, compiled.
     """
     found = [Way(plain()), *([Way(compiled_plain())] if compiles else []), Way(prompt_lookup())]
     for tau, head in heads.items():
-        chain = TreeShape(round(2 * tau), round(2 * tau) - 1, 1)
-        drafted: list[tuple[Method, float, float | None]] = [
-            (fixed_tree(head, one), hit_rate_for(tau, one.depth), tau) for one in (chain, *trees)
-        ]
-        drafted += [(auto, drafted[0][1], None) for auto in policies(head, {"auto": "auto"})]
-        for method, hit_rate, planted in drafted:
+        chain = chain_of(tau)
+        trees = (TreeShape(count, chain.depth, 4 if count < 32 else 10) for count in nodes)
+        own = [(fixed_tree(head, shape), tau) for shape in (chain, *trees)]
+        own += [(auto, None) for auto in policies(head, {"auto": "auto"})]
+        for method, planted in own:
             named = Method(f"{method.name}, tau {tau:g}", method.keywords)
-            found += [
-                Way(one, head, hit_rate, planted) for one in ((named, compiled(named)) if compiles else (named,))
-            ]
+            found += [Way(one, planted) for one in ((named, compiled(named)) if compiles else (named,))]
     return found
 
 
@@ -104,6 +96,14 @@ class EngineRun:
     planted: float | None
     timing: AnswerTiming
     same: bool
+
+
+def rig(target: Any, texts: Sequence[Tensor], tau: float) -> DraftHead:
+    """Make a head whose chain of `tau` yields as much on `texts`."""
+    hit_rate = hit_rate_for(tau, chain_of(tau).depth)
+    size = min(DRAFT_VOCABULARY, target.config.vocab_size)
+    after = following(target.config.vocab_size)
+    return rigged_head(target, after, hit_rate, tokens=torch.cat(list(texts)), draft_vocab_size=size).head
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +133,14 @@ class EngineBench:
         bench = Bench(attach(prepack(target) if args.pack else target), args.max_new_tokens)
         random = torch.Generator().manual_seed(0)
         texts = []
-        for _ in range(args.limit):
-            prompt = torch.randint(1, target.config.vocab_size, (args.prompt_tokens,), generator=random)
-            texts.append(torch.cat([prompt, bench.decode(Prompt("random/0", prompt), plain()).token_ids]))
-        reason = "Left out by --eager." if args.eager else bench.compile_refusal(Prompt("random/0", prompt))
-        size = min(DRAFT_VOCABULARY, target.config.vocab_size)
-        heads = {tau: RiggedHead.for_texts(target, texts, size) for tau in args.tau}
-        trees = args.trees or [TreeShape(8, 4, 2) if args.device == "cpu" else TreeShape(60, 8, 10)]
-        return cls(model, bench, ways_of(heads, trees, reason is None), texts, args.prompt_tokens, reason)
+        for number in range(args.limit):
+            ids = torch.randint(1, target.config.vocab_size, (args.prompt_tokens,), generator=random)
+            prompt = Prompt(f"random/{number}", ids)
+            texts.append(torch.cat([ids, bench.decode(prompt, plain()).token_ids]))
+        reason = "Left out by --eager." if args.eager else bench.compile_refusal(prompt)
+        heads = {tau: rig(target, texts, tau) for tau in args.tau}
+        nodes = args.nodes or [16 if args.device == "cpu" else 60]
+        return cls(model, bench, ways_of(heads, nodes, reason is None), texts, args.prompt_tokens, reason)
 
     def run(self, repeats: int) -> Iterator[EngineRun]:
         """Yield the runs, beginning each prompt with another way; those of repeat -1 warm up and compile."""
@@ -151,11 +151,9 @@ class EngineBench:
                     yield self._decode(way, number, repeat)
 
     def _decode(self, way: Way, number: int, repeat: int) -> EngineRun:
-        text = self.texts[number]
-        if way.head is not None:
-            way.head.plant(text, way.hit_rate, seed=len(self.texts) * (repeat + 1) + number)
-        run = self.bench.decode(Prompt(f"random/{number}", text[: self.prompt_tokens]), way.method, repeat)
-        same = run.token_ids.tolist() == text[self.prompt_tokens :].tolist()
+        prompt, answer = self.texts[number].tensor_split([self.prompt_tokens])
+        run = self.bench.decode(Prompt(f"random/{number}", prompt), way.method, repeat)
+        same = run.token_ids.tolist() == answer.tolist()
         return EngineRun(self.model, way.tau, run.timing, same)
 
 
@@ -194,8 +192,10 @@ def run(args: argparse.Namespace) -> int:
         refusals[model] = engine.not_compiled
         runs += found
     noise = {"accepted": args.accept_noise, "load_before": load}
-    given = Experiment(engine.bench.model, engine.ways[-1].head, [])
-    given.report(args, table(runs), runs, noise=noise, plain_spread=spreads, not_compiled=refusals)
+    last = engine.ways[-1].method.keywords["assistant_model"]
+    Experiment(engine.bench.model, last, []).report(
+        args, table(runs), runs, noise=noise, plain_spread=spreads, not_compiled=refusals
+    )
     return 0
 
 
@@ -209,14 +209,14 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--shape", nargs="+", choices=SHAPES, default=["0.1b"], help="sizes of the targets; default: 0.1b")
     add("--tau", nargs="+", type=float, default=[2.0, 3.0, 4.0], help="that heads are rigged to; default: 2 3 4")
-    add("--trees", nargs="+", type=shape, help="besides chains; default: 8,4,2 on a CPU, otherwise 60,8,10")
+    add("--nodes", nargs="+", type=positive, help="of trees besides chains; default: 16 on a CPU, otherwise 60")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--device", type=device, default=default_device(), help="default: cuda if available, otherwise cpu")
     add("--eager", action="store_true", help="compile nothing")
     add("--pack", action="store_true", help="prepack the target's weights, for every way")
-    add("--limit", type=positive, default=3, help="prompts; default: 3")
+    add("--limit", type=positive, default=4, help="prompts; default: 4")
     add("--prompt-tokens", type=positive, default=64, help="of a prompt; default: 64")
-    add("--max-new-tokens", type=positive, default=96, help="of an answer; default: 96")
+    add("--max-new-tokens", type=positive, default=128, help="of an answer; default: 128")
     add("--repeats", type=positive, default=3, help="of everything; default: 3")
     add("--threads", type=positive, help="CPU threads; default: as torch chooses")
     add("--accept-noise", action="store_true", help="measure even on a busy machine; the results say so")

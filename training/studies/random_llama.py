@@ -6,6 +6,7 @@ Models of random weights write near-ties, which half precision and compilation d
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 
@@ -45,6 +46,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 _LOUDNESS = 8.0  # of the embedding: what the layers of the largest shape add stays below
+_LOGIT = 20.0  # of the next token, at most
+
+
+def following(vocab_size: int, seed: int = 0) -> Tensor:
+    """The token after each, `[v]`: one cycle through the whole vocabulary."""
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed), device="cpu")
+    after = torch.empty_like(order)
+    after[order] = order.roll(-1)
+    return after
 
 
 @torch.no_grad()
@@ -53,8 +63,8 @@ def random_llama(
 ) -> PreTrainedModel:
     """Make a Llama that never ends a text and never repeats a token.
 
-    Its layers are random. Its output rows are its embedding rows in another order, which leads from each token to the
-    next and through all of the vocabulary, so that rounding decides nothing.
+    Its layers are random. Its output rows are the embedding rows of the token before, see `following`, so that
+    rounding decides nothing.
 
     Args:
         shape: of `SHAPES`.
@@ -74,8 +84,7 @@ def random_llama(
         torch.manual_seed(seed)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         rows = model.get_input_embeddings().weight.normal_(std=_LOUDNESS)
-        order = torch.randperm(config.vocab_size)
-        scale = 1 / (config.hidden_size * _LOUDNESS)
-        model.get_output_embeddings().weight[order.roll(-1)] = rows[order] * (20 * scale)
+        after = following(config.vocab_size, seed).to(device)
+        model.get_output_embeddings().weight[after] = rows * (_LOGIT / config.hidden_size / _LOUDNESS)
     made: PreTrainedModel = model.eval()
     return made

@@ -4,8 +4,7 @@ It lets an engine be measured at a known mean acceptance length.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +12,12 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.head import Attend
-from transformers_resps.head.layer import Wanted
+from transformers_resps.head import Attend, Rope
+from transformers_resps.head.layer import DraftLayer, Wanted
 
 
 SUREST = 0.999  # the highest probability of a first choice
-ECHO = 1e-4  # of the real output, so that no compiler leaves the layers out
+ECHO = 1e-4  # of the real output, so that no compiler leaves the layer out
 
 
 def tau_of(hit_rate: float, depth: int) -> float:
@@ -47,112 +46,104 @@ def hit_rate_for(tau: float, depth: int) -> float:
     return (low + high) / 2
 
 
-class RiggedHead(DraftHead):
-    """Runs as every head does, and then proposes the recorded text of one prompt, with errors planted at random.
+class RiggedLayer(DraftLayer):
+    """Runs as every layer does, and then says what the embedding of the newest token says."""
 
-    Charged is all that a trained head of these sizes costs: the reading of real features, each level's layers, output
-    rows and top-k, the growing and sizing of the tree; and beside it, per pass, one lookup by position and one
-    addition. The planted outputs replace what the layers say, so that any engine can draft with it, compiled or not.
+    def forward(self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted) -> Tensor:
+        """As `DraftLayer.forward`; the embeddings are the planted outputs."""
+        output = super().forward(hidden, embeddings, rope, attend, wanted)
+        if isinstance(wanted, slice):
+            return embeddings[:, wanted].add(output, alpha=ECHO)
+        places = wanted[..., None].expand(-1, -1, embeddings.shape[-1])
+        return embeddings.gather(1, places).add(output, alpha=ECHO)
 
-    At each position the first choice is right with the planted rate, whatever came before, and that rate is also its
-    probability: scores are calibrated. Where the first choice is wrong the right token is the last choice, so a tree
-    yields what its first chain yields, and its width is paid for nothing.
+
+class Rigged(NamedTuple):
+    """A head, and what was planted in it.
 
     Attributes:
-        outputs: `[positions, h]` what replaces the output at each position of the text; zero where nothing is known.
+        head: drafts.
+        hits: `[v]` bool: whether its first choice after each token is right.
     """
 
-    outputs: Tensor
-
-    @classmethod
-    def for_texts(
-        cls, target: PreTrainedModel, texts: Sequence[Tensor], draft_vocab_size: int | None = None, seed: int = 0
-    ) -> "RiggedHead":
-        """Make a head for `target` that can propose `texts`.
-
-        Args:
-            target: any causal model.
-            texts: `[s]` each, prompt and plain continuation.
-            draft_vocab_size: tokens that it can propose, those of `texts` among them; `None` for all.
-            seed: of its weights.
-        """
-        size = draft_vocab_size or target.config.get_text_config().vocab_size
-        used = torch.cat([text.cpu() for text in texts]).unique()
-        others = torch.arange(size)
-        others = others[~torch.isin(others, used)]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            made: Any = cls.from_target(target, draft_token_ids=torch.cat([used, others])[: max(size, len(used))])
-            made.lm_head.weight.data.normal_(std=_row_scale(*reversed(made.lm_head.weight.shape)))
-        made.norm.weight.data.fill_(1.0)
-        head: RiggedHead = made.eval()
-        # No buffer, which a compiler may take for a constant.
-        head.outputs = head.norm.weight.detach().new_zeros(max(map(len, texts)), head.config.hidden_size)
-        return head
-
-    @torch.no_grad()
-    def plant(self, text: Tensor, hit_rate: float, seed: int = 0) -> Tensor:
-        """Propose `text` from here on, in place of another.
-
-        Args:
-            text: `[s]` prompt and plain continuation, without padding.
-            hit_rate: probability that a first choice is right, alike at every position.
-            seed: of the errors.
-
-        Returns:
-            `[s]` bool: whether the first choice for each token is right.
-
-        Raises:
-            ValueError: the head has no room for the text, or cannot propose a token of it.
-        """
-        known, text = self.draft_token_ids.cpu(), text.cpu()
-        if len(text) > len(self.outputs) or not bool(torch.isin(text, known).all()):
-            raise ValueError(
-                f"The head was made for other texts than this one of {len(text)} tokens. Pass it to `for_texts`."
-            )
-        random = torch.Generator().manual_seed(seed)
-        rows = self.lm_head.weight.detach().float().cpu()
-        count, width = rows.shape
-        hits = torch.rand(len(text), generator=random) < hit_rate
-        right = torch.searchsorted(known, text)
-        wrong = (right + torch.randint(1, count, right.shape, generator=random)) % count
-        first = rows[torch.where(hits, right, wrong)]
-        along, length = normalize(first, dim=-1), first.norm(dim=-1, keepdim=True)
-        away = torch.where(hits[:, None], torch.randn(first.shape, generator=random), -rows[right])
-        away = normalize(away - (away * along).sum(-1, keepdim=True) * along, dim=-1)
-        wanted = _logit(min(max(hit_rate, 1 - SUREST), SUREST), count, float(rows.std()), width) / math.sqrt(width)
-        share = (wanted / length).clamp(0.0, 1.0)
-        planted = math.sqrt(width) * (share * along + (1 - share**2).sqrt() * away)
-        # The output at position t predicts token t + 2; see `DraftHead`.
-        self.outputs.zero_()
-        self.outputs[: len(text) - 2] = planted[2:].to(self.outputs)
-        return hits
-
-    def forward(
-        self,
-        hidden: Tensor,
-        embeddings: Tensor,
-        positions: Tensor,
-        attend: Attend,
-        *,
-        wanted: Wanted = slice(None),
-    ) -> Tensor:
-        """As `DraftHead.forward`, with the planted outputs."""
-        output = super().forward(hidden, embeddings, positions, attend, wanted=wanted)
-        is_part = isinstance(wanted, slice)
-        places = positions[:, wanted] if is_part else positions.expand(len(wanted), -1).gather(1, wanted)
-        return self.outputs[places.clamp(max=len(self.outputs) - 1)].add(output, alpha=ECHO)
+    head: DraftHead
+    hits: Tensor
 
 
-def _logit(probability: float, count: int, scale: float, width: int) -> float:
-    """Of a first choice among `count`, the others normal with variance `scale^2 width`, so that it is as probable."""
-    return math.log(probability / (1 - probability)) + math.log(count - 1) + scale**2 * width / 2
+@torch.no_grad()
+def rigged_head(
+    target: PreTrainedModel,
+    following: Tensor,
+    hit_rate: float,
+    *,
+    tokens: Tensor | None = None,
+    draft_vocab_size: int | None = None,
+    seed: int = 0,
+) -> Rigged:
+    """Make a head that knows what follows each token of `target`, with errors planted at random.
 
+    Charged is all that a trained head of these sizes costs: the reading of real features, each level's embedding,
+    layer, output rows and top-k, the growing and sizing of the tree; and one addition per pass. Its weights alone say
+    what it proposes, so it runs in any engine that runs heads, compiled or not.
 
-def _row_scale(width: int, count: int) -> float:
-    """Standard deviation of output rows, so that a row alone can be as sure as `SUREST`.
+    After each token the first choice is right with `hit_rate`, independently of all others, and that is also its
+    probability: scores are calibrated. Where the first choice is wrong the right token is the last choice, so a tree
+    yields what its first chain yields.
 
-    A normed hidden state along a row of scale s has the logit s width there: s width = `_logit(SUREST, ..., s, ...)`.
+    Args:
+        target: a model whose next token depends on the newest alone, such as `random_llama`.
+        following: `[v]` the token after each.
+        hit_rate: probability that a first choice is right.
+        tokens: `[n]` that it knows a first choice after; `None` for all.
+        draft_vocab_size: tokens that it can propose, those after `tokens` among them; `None` for all.
+        seed: of weights and errors, from a generator of its own.
     """
-    most = math.log(SUREST / (1 - SUREST)) + math.log(count - 1)
-    return 1 - math.sqrt(max(1 - 2 * most / width, 0.0))
+    vocab_size = len(following)
+    asked = torch.arange(vocab_size) if tokens is None else tokens.cpu().unique()
+    known, size = following[asked].unique(), draft_vocab_size or vocab_size
+    others = torch.arange(vocab_size)
+    others = others[~torch.isin(others, known)][: max(size - len(known), 0)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        draft_token_ids = torch.cat([known, others]).sort().values
+        head: Any = DraftHead.from_target(target, draft_token_ids=draft_token_ids, owns_embedding=True)
+        layer = RiggedLayer(head.config, len(head.layers) - 1).to(head.device, head.dtype)
+        layer.load_state_dict(head.layers[-1].state_dict())
+        head.layers[-1] = layer
+        head.lm_head.weight.normal_(std=_row_scale(len(draft_token_ids), head.config.hidden_size))
+    head.norm.weight.fill_(1.0)
+    random = torch.Generator().manual_seed(seed)
+    hits = torch.rand(vocab_size, generator=random) < hit_rate
+    right = torch.searchsorted(draft_token_ids, following[asked])
+    rows = head.lm_head.weight.float().cpu()
+    head.embed_tokens.weight.zero_()
+    outputs = _outputs(rows, right, hits[asked], hit_rate, random).to(head.embed_tokens.weight)
+    head.embed_tokens.weight[asked.to(head.device)] = outputs
+    return Rigged(head.eval(), hits)
+
+
+def _outputs(rows: Tensor, right: Tensor, hits: Tensor, hit_rate: float, random: torch.Generator) -> Tensor:
+    """Outputs `[n, h]` of which the output rows `[d, h]` make the planted first choices, as probable as `hit_rate`."""
+    count, width = rows.shape
+    wrong = (right + torch.randint(1, count, right.shape, generator=random)) % count
+    first = rows[torch.where(hits, right, wrong)]
+    along, length = normalize(first, dim=-1), first.norm(dim=-1, keepdim=True)
+    away = torch.where(hits[:, None], torch.randn(first.shape, generator=random), -rows[right])
+    away = normalize(away - (away * along).sum(-1, keepdim=True) * along, dim=-1)
+    probability = min(max(hit_rate, 1 - SUREST), SUREST)
+    wanted = _odds(probability, count) + float(rows.var()) * width / 2  # the others are normal, with that variance
+    share = (wanted / math.sqrt(width) / length).clamp(0.0, 1.0)
+    return math.sqrt(width) * (share * along + (1 - share**2).sqrt() * away)
+
+
+def _odds(probability: float, count: int) -> float:
+    """Logit of a choice of that probability, beside `count - 1` choices whose logits are 0."""
+    return math.log(probability / (1 - probability)) + math.log(count - 1)
+
+
+def _row_scale(count: int, width: int) -> float:
+    """Standard deviation s of output rows, such that a normed output along one of them is as sure as `SUREST`.
+
+    Its logit there is s width: s width = `_odds(SUREST)` + s^2 width / 2.
+    """
+    return 1 - math.sqrt(max(1 - 2 * _odds(SUREST, count) / width, 0.0))

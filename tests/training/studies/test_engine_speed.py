@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from training.studies.engine_speed import EngineRun, main, table, ways_of
 from training.studies.random_llama import random_llama
-from training.studies.rigged_head import RiggedHead
-from transformers_resps import TreeShape
+from transformers_resps import DraftHead
 from transformers_resps.bench.timing import AnswerTiming
 
 
@@ -18,23 +16,24 @@ def test_a_benchmark_of_a_tiny_engine_writes_everything(tmp_path: Path, capsys: 
     assert main([*words.split(), "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     drafted = [
-        f"{way}, tau {tau}" for tau in (2, 3) for way in (f"tree {2 * tau}/{2 * tau - 1}/1", "tree 8/4/2", "auto")
+        f"{way}, tau {tau}"
+        for tau in (2, 3)
+        for way in (f"tree {2 * tau}/{2 * tau - 1}/1", f"tree 16/{2 * tau - 1}/4", "auto")
     ]
     assert [row["way"] for row in found["rows"]] == ["plain", "prompt lookup", *drafted]
     assert all(row["same_text"] == 1.0 for row in found["rows"])
     assert [row["planted"] for row in found["rows"]] == [None, None, 2.0, 2.0, None, 3.0, 3.0, None]
     assert found["noise"]["accepted"] and found["not_compiled"] == {"tiny": "Left out by --eager."}
     assert {"commit", "device", "threads", "dtype", "plain_spread"} <= found.keys()
-    assert len(found["runs"]) == 8 * 2 * 2 and "| tiny | tree 8/4/2, tau 3 |" in capsys.readouterr().out
+    assert len(found["runs"]) == 8 * 2 * 2 and "| tiny | tree 16/5/4, tau 3 |" in capsys.readouterr().out
 
 
 def test_every_way_of_ours_is_also_compiled() -> None:
     target = random_llama("tiny")
-    head = RiggedHead.for_texts(target, [torch.arange(9)])
-    ways = ways_of({2.0: head}, [TreeShape(8, 4, 2)], compiles=True)
+    ways = ways_of({2.0: DraftHead.from_target(target)}, [60], compiles=True)
     assert [way.method.name for way in ways] == [
         "plain", "plain, compiled", "prompt lookup", "tree 4/3/1, tau 2", "tree 4/3/1, tau 2, compiled",
-        "tree 8/4/2, tau 2", "tree 8/4/2, tau 2, compiled", "auto, tau 2", "auto, tau 2, compiled",
+        "tree 60/3/10, tau 2", "tree 60/3/10, tau 2, compiled", "auto, tau 2", "auto, tau 2, compiled",
     ]  # fmt: skip
     for way in ways:
         assert way.method.keywords.get("compile", False) == way.method.name.endswith(", compiled")
