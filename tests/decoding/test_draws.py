@@ -29,13 +29,23 @@ def compare_with_multinomial(vocabulary: int, device: torch.device, generator: t
         set_seed(seed)
         draws = Draws(4, scores)
         picks = draws.pick(scores, levels).tolist()
+        drawn = generator.get_state()
         for path in ([0, 1, 3, 6], [0, 2, 5, 9], [0, 11, 10], [0]):
+            generator.set_state(drawn)
             draws.give_back(len(path))
             state = generator.get_state()
             set_seed(seed)
             expected = [int(torch.multinomial(scores[node : node + 1].softmax(-1), 1)) for node in path]
             assert [picks[node] for node in path] == expected
             assert torch.equal(generator.get_state(), state)
+
+
+def test_numbers_that_another_thread_has_drawn_since_are_not_drawn_again() -> None:
+    draws = Draws(3, torch.zeros(1, 7))
+    torch.rand(())
+    state = torch.get_rng_state()
+    draws.give_back(1)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_nothing_is_drawn_from_scores_that_allow_none() -> None:

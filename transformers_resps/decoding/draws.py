@@ -43,8 +43,9 @@ class Draws:
         return best.indices.masked_fill(best.values.isnan(), -1)
 
     def give_back(self, used: int) -> None:
-        """Set the generator as if only the first `used` positions had drawn."""
-        self._generator.set_state(self._states[used])
+        """Set the generator as if only the first `used` positions had drawn; not if another thread has drawn since."""
+        if torch.equal(self._generator.get_state(), self._states[-1]):
+            self._generator.set_state(self._states[used])
 
 
 @cache

@@ -1,4 +1,8 @@
-"""What a text would pick at every node of a tree, told before anybody knows which nodes it comes to."""
+"""What a text would pick at every node of a tree, told before anybody knows which nodes it comes to.
+
+For texts of one row. Rows in lockstep draw together, and those that have ended go on drawing: they are asked in commit
+order.
+"""
 
 from dataclasses import dataclass
 
