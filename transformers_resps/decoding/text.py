@@ -143,7 +143,8 @@ class Text:
         """What this one row would gain at every node of its tree; `logits` is `[1, n or more, v]`, padding last."""
         assert self._tree_processor is not None
         raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self._ids.device)
-        scores = self._tree_processor(self.input_ids, raw, tree)
+        read = self.input_ids if self._tree_processor.reads_texts else self._ids  # may lack the newest tokens
+        scores = self._tree_processor(read, raw, tree)
         return TreePicks.of(raw, scores, tree, do_sample=self._do_sample)
 
     def follow(self, picks: TreePicks, path: list[int], tokens: list[int], *, finished: bool) -> None:

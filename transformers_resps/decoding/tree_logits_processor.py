@@ -49,11 +49,14 @@ class TreeLogitsProcessor(LogitsProcessor):
 
     Args:
         processors: those of a call of `generate`, in their order.
+
+    Attributes:
+        reads_texts: whether any of them reads more than scores.
     """
 
     def __init__(self, processors: LogitsProcessorList) -> None:
         self._processors = processors
-        self._reads_texts = not all(is_stateless(one, _READ_SCORES) for one in processors)
+        self.reads_texts = not all(is_stateless(one, _READ_SCORES) for one in processors)
 
     @staticmethod
     def supports(processors: LogitsProcessorList) -> bool:
@@ -64,14 +67,14 @@ class TreeLogitsProcessor(LogitsProcessor):
         """Process the scores of every node, as a call with the text that ends in that node would.
 
         Args:
-            input_ids: `[1, s]` the text so far; it ends in the root.
+            input_ids: `[1, s]` the text so far; it ends in the root. Any tensor where no processor `reads_texts`.
             scores: `[n, v]` the target's, one row per node.
             tree: one row of n nodes.
 
         Returns:
             `[n, v]`.
         """
-        if not self._reads_texts:
+        if not self.reads_texts:
             return self._process(tree.tokens.T, scores)
         order = tree.depths[0].argsort(stable=True)
         places = order.argsort()  # of each node in this order
