@@ -40,7 +40,7 @@ MAX_FUNCTION_LINES = 40
 
 
 def module_of(file: Path) -> str:
-    """`head/layer.py` -> `head`, `tree.py` -> `tree`."""
+    """`head/layer.py` -> `head`, `compat.py` -> `compat`."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -86,7 +86,8 @@ def test_greedy_rows_accept_what_each_would_alone(tree: DraftTree, how: Any, dat
     criteria += [EosTokenCriteria(ends)] if ends else []
     alone, together = ([text_of(length, *criteria) for length in lengths] for _ in range(2))
     expected = [accept(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(alone)]
-    paths, picks = accept_picks(how(tree, logits), together)
+    acceptance = accept_picks(how(tree, logits), together)
+    paths, picks = acceptance.paths, acceptance.picks
     for row, found in enumerate(expected):
         assert found.path[0].tolist() == paths[row] and found.tokens[0].tolist() == picks[row]
         assert found.counts == found.emitted == [len(paths[row])]

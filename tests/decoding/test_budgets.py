@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[2]
 # Call -> kernels and synchronisations of a step, at most. Stock decoding stands beside ours.
 BUDGETS = {
     "stock plain": (16, 1.0),
-    "stock prompt lookup": (39, 10.3),
+    "stock prompt lookup": (42, 13.0),
     "plain": (8, 1.0),
-    "8/4/2": (180, 2.0),
-    "60/8/10": (311, 2.0),
-    "8/4/2 sampled": (198, 2.0),
-    "auto": (176, 8.5),
-    "lookups": (9, 3.3),
+    "8/4/2": (179, 1.3),
+    "60/8/10": (308, 1.4),
+    "8/4/2 sampled": (195, 1.3),
+    "auto": (120, 5.0),
+    "lookups": (9, 1.3),
 }
 
 

@@ -56,8 +56,8 @@ def text_of(processors: str, ends: list[int], length: int, *, do_sample: bool) -
 
 def accept_at_once(tree: DraftTree, logits: torch.Tensor, text: Text) -> tuple[list[int], list[int]]:
     picks = Picks.read(tree, logits, text.tree_picks(tree, logits))
-    [path], [tokens] = accept_picks(picks, [text])
-    return path, tokens
+    acceptance = accept_picks(picks, [text])
+    return acceptance.paths[0], acceptance.picks[0]
 
 
 @settings(max_examples=400)

@@ -95,12 +95,12 @@ class _Steps:
 
 
 def prompt() -> torch.Tensor:
-    """`[1, s]` pieces of the cycle, so that lookups are right for a while, then its beginning."""
-    following, token, tokens = cycle().tolist(), 0, []
-    for place in range(70):
-        tokens.append(token)
-        token = following[token] if place % 6 else (token * 7 + place) % VOCABULARY
-    return torch.tensor([[*tokens, 0]])
+    """`[1, s]` pieces of the coming text, so that lookups are right for a while, and its beginning."""
+    following, text = cycle().tolist(), [1]
+    while len(text) < VOCABULARY:
+        text.append(following[text[-1]])
+    pieces = [text[start : start + 5] for start in (40, 8, 24, 32, 16)]
+    return torch.tensor([[token for piece in pieces for token in piece] + text[:1]])
 
 
 def generate(models: tuple[Any, DraftHead], ids: torch.Tensor, **call: Any) -> torch.Tensor:

@@ -5,6 +5,7 @@ stops like a single prompt, so a row that accepts much does not wait for the oth
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -97,18 +98,17 @@ class Batch:
         if picks is None and self._is_plain_greedy(tree):
             picks = Picks.asked(tree, logits)
         if picks is not None:
-            paths, found = accept_picks(picks, texts)
+            acceptance = accept_picks(picks, texts)
         elif self.in_lockstep:
             return accept(tree, logits, texts[0])
         else:
             parts = [accept(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(texts)]
-            paths, found = [part.paths[0] for part in parts], [part.picks[0] for part in parts]
+            rows = [part.paths[0] for part in parts], [part.picks[0] for part in parts]
+            acceptance = Acceptance.from_rows(*rows, [], logits.device)
         emitted = [0] * len(self._texts)
-        for index, path in zip(self._decoded, paths, strict=True):
-            emitted[index] = len(path)
-        if picks is not None and picks.tokens is not None and tree.node_count == 1:
-            return Acceptance(torch.zeros_like(picks.tokens), picks.tokens, paths, found, emitted)
-        return Acceptance.from_rows(paths, found, emitted, logits.device)
+        for index, count in zip(self._decoded, acceptance.counts, strict=True):
+            emitted[index] = count
+        return replace(acceptance, emitted=emitted)
 
     @property
     def _decoded_texts(self) -> list[Text]:
@@ -132,6 +132,13 @@ class Batch:
             return None
         self._decoded = [self._decoded[place] for place in kept]
         return kept
+
+    def answers(self, start: int) -> list[list[int]]:
+        """What all rows hold from position `start` on, padded after their ends."""
+        if len(self) == 1:
+            return self.since([start])
+        found: list[list[int]] = self.input_ids[:, start:].tolist()
+        return found
 
     @property
     def input_ids(self) -> Tensor:

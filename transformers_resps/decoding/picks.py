@@ -27,7 +27,7 @@ class Picks:
         tokens: Tensor | None = None,
         processed: TreePicks | None = None,
     ) -> None:
-        self.children, self.tokens, self.processed = children, tokens, processed
+        self.children, self.tokens, self.processed, self.device = children, tokens, processed, logits.device
         self._rows, self._logits = rows, logits
 
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..drafting.candidate_generator import MAX_UNREAD
@@ -98,15 +99,27 @@ class Proposer:
         shape = choose_shape(
             self._policy, observation, 0 if self._drafter is None else self._drafter.proposable_tokens
         )
-        tree, pool, looked_up = DraftTree.root_only(root), self._draft(shape), 0
-        if pool is not None:
-            total_tokens = min(shape.total_tokens, count_nodes(self._policy, pool.scores, pool.levels))
-            if total_tokens > 1:
-                tree = DraftTree.from_pool(root.to(pool.tokens.device), pool, total_tokens)
+        pool, looked_up = self._draft(shape), 0
+        if pool is None and not shape.lookup:
+            return Proposal(shape, DraftTree.root_only(root))
+        if pool is not None and (shape.lookup or self._policy.needs_drafted_match):
+            pool = pool.on_host()  # one read for its size, the tree, the lookup and the outcome
+        tree = self._tree(root, pool, shape.total_tokens)
         if shape.lookup:
             chains = [match.tokens[: shape.lookup] for match in self._matches()]
             tree, looked_up = tree.with_chains(chains), max(map(len, chains))
-        return Proposal(shape, tree, pool, looked_up)
+        return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
+
+    def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int) -> DraftTree:
+        """The best nodes of a pool, where the pool is; without one the root, on the host."""
+        device = torch.device("cpu") if pool is None else pool.tokens.device
+        # the host need not know the root that the device has: `below` puts it there
+        known = root if device == root.device else root.new_zeros(root.shape, device=device)
+        if pool is not None:
+            total_tokens = min(total_tokens, count_nodes(self._policy, pool.scores, pool.levels))
+            if total_tokens > 1:
+                return DraftTree.from_pool(known, pool, total_tokens)
+        return DraftTree.root_only(known)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Propose for these rows only, from now on."""

@@ -42,7 +42,8 @@ class Text:
         keep_padding: bool = False,
     ) -> None:
         self._ids = input_ids  # lacks the tokens of `_ahead`
-        self._ahead: list[int] = []  # of a single row
+        self._ahead: list[Tensor] = []  # `[any]` each, of a single row
+        self.length = int(input_ids.shape[1])
         self._written: list[int] = []  # the newest tokens of a single row, as far as the host knows them
         self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         self.finished = False
@@ -67,15 +68,11 @@ class Text:
 
     @property
     def input_ids(self) -> Tensor:
-        """`[b, s]` prompt and answer. Tokens that the host has committed are copied when somebody asks for them."""
+        """`[b, s]` prompt and answer, put together when somebody asks for them."""
         if self._ahead:
-            ahead = torch.tensor([self._ahead], device=self._ids.device)
-            self._ids, self._ahead = torch.cat([self._ids, ahead], dim=1), []
+            ahead = torch.cat(self._ahead).to(self._ids.device)
+            self._ids, self._ahead = torch.cat([self._ids, ahead[None]], dim=1), []
         return self._ids
-
-    @property
-    def length(self) -> int:
-        return int(self._ids.shape[1]) + len(self._ahead)
 
     @property
     def decoded_count(self) -> int:
@@ -147,21 +144,22 @@ class Text:
         scores = self._tree_processor(read, raw, tree)
         return TreePicks.of(raw, scores, tree, do_sample=self._do_sample)
 
-    def follow(self, picks: TreePicks, path: list[int], tokens: list[int], *, finished: bool) -> None:
+    def follow(self, picks: TreePicks, path: list[int], tokens: list[int], there: Tensor, *, finished: bool) -> None:
         """Append the tokens that `picks` has at the nodes of `path`, and do what `commit` would have done for each."""
         picks.settle(tokens)
         if self.scores is not None:
             self.scores += tuple(picks.scores[node : node + 1].clone() for node in path)
         if self.logits is not None:
             self.logits += tuple(picks.logits[node : node + 1].clone() for node in path)
-        self.extend(tokens, finished=finished)
+        self.extend(tokens, there, finished=finished)
         if self._streamer is not None:
             for token in tokens:
                 self._streamer.put(torch.tensor([token]))
 
-    def extend(self, tokens: list[int], *, finished: bool) -> None:
-        """Append tokens to this one row, on the host alone."""
-        self._ahead += tokens
+    def extend(self, tokens: list[int], there: Tensor, *, finished: bool) -> None:
+        """Append tokens to this one row, which are `there` as well, where the target reads."""
+        self.length += len(tokens)
+        self._ahead.append(there)
         self._written += tokens
         if finished:
             self.unfinished, self.finished = torch.zeros_like(self.unfinished), True
@@ -189,6 +187,7 @@ class Text:
             assert self.pad_token is not None
             tokens = tokens * self.unfinished + self.pad_token * (1 - self.unfinished)
         self._ids, self._written = torch.cat([self.input_ids, tokens[:, None]], dim=-1), []
+        self.length += 1
         self.unfinished = self.unfinished & ~self._stopping_criteria(
             cast(torch.LongTensor, self.input_ids), cast(Any, self.scores)
         )

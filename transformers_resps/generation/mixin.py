@@ -219,7 +219,7 @@ class ReSpSGenerationMixin(GenerationMixin):
     def _answer(self, request: Request, inputs: GenerateInputs) -> Any:
         batch = self._make_batch(request.lockstep, inputs)
         report = self._decode(request, batch, inputs)
-        report.answers = batch.input_ids[:, inputs.input_ids.shape[1] :].tolist()
+        report.answers = batch.answers(inputs.input_ids.shape[1])
         if not inputs.config.return_dict_in_generate:
             return batch.input_ids
         kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}

@@ -155,8 +155,9 @@ def _allocate(layers: list[Any], length: int) -> None:
             SharedBuffer(sharing, max(length, *(layer.get_seq_length() for layer in sharing)) + _SPARE)
 
 
-def _fill(layer: DynamicLayer, keys: Any, values: Any) -> None:
-    layer.lazy_initialization(keys, values)
+def _fill(layer: Any, keys: Any, values: Any) -> None:
+    """As `lazy_initialization`, which would make empty tensors first: each waits for an accelerator."""
+    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
     layer.keys, layer.values = keys, values
 
 

@@ -1,10 +1,4 @@
-"""Draft trees: the shape that a policy asks for, the pool that a drafter scores, the tree that the target verifies.
-
-Shape legend, used in the whole package: b batch rows, n tree nodes, m nodes of the accepted path, p pool nodes, w
-nodes of one drafted level, e entries drafted before it, k `top_k`; s cached positions, t positions of one pass, q
-those of them that look at others; v vocabulary, d draft vocabulary, h hidden size, hd width of an attention head, F
-width of the features (layers that the head reads times the target's hidden size); a actions of a policy.
-"""
+"""The tree that the target verifies."""
 
 from dataclasses import dataclass
 
@@ -12,105 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-
-@dataclass(frozen=True, slots=True)
-class TreeShape:
-    """The size of a draft tree, which a policy chooses for each step.
-
-    Args:
-        total_tokens: number of nodes that the target verifies, root included; at least 1.
-        depth: number of levels that the head drafts. A step accepts at most one token of each; at least 0.
-        top_k: number of children of a node, and of nodes of a level that get children; at least 1.
-        lookup: maximum number of further nodes from prompt lookup, on top of `total_tokens`; at least 0.
-
-    `TreeShape(1, 0, 1)` is a plain step, `TreeShape(n + 1, n, 1)` a chain of n drafted tokens, and
-    `TreeShape(1, 0, 1, lookup=8)` uses prompt lookup without a head.
-
-    Raises:
-        ValueError: a size is below its minimum, or is not an integer.
-    """
-
-    total_tokens: int
-    depth: int
-    top_k: int
-    lookup: int = 0
-
-    def __post_init__(self) -> None:
-        for name, minimum in (("total_tokens", 1), ("depth", 0), ("top_k", 1), ("lookup", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(
-                    f"TreeShape got `{name}={value!r}`, but it must be an integer of at least {minimum}. "
-                    "`TreeShape(1, 0, 1)` is a plain step, without drafting."
-                )
-
-    @classmethod
-    def from_eagle(cls, total_token: int, depth: int, top_k: int) -> "TreeShape":
-        """Convert the shape that EAGLE and Re-SpS write as total_token/depth/top_k; they count one level less.
-
-        Their 60/7/10 drafts 8 levels (`topK_genrate` in SafeAILab/EAGLE: one extend pass and `depth` loops).
-        """
-        return cls(total_token, depth + 1, top_k)
-
-    @classmethod
-    def plain(cls) -> "TreeShape":
-        """The shape of a plain step: nothing is drafted, and the target decodes one token."""
-        return cls(1, 0, 1)
-
-    def __str__(self) -> str:
-        """`8/4/2` for total_tokens/depth/top_k, `8/4/2+6` with lookup nodes, `+6` for those alone, or `plain`."""
-        if self.is_plain:
-            return "plain"
-        head = f"{self.total_tokens}/{self.depth}/{self.top_k}" if self.asks_head else ""
-        return f"{head}+{self.lookup}" if self.lookup else head
-
-    @property
-    def asks_head(self) -> bool:
-        """Whether the head drafts."""
-        return self.total_tokens > 1 and self.depth > 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing is drafted."""
-        return not self.asks_head and self.lookup == 0
-
-    def within(self, depth: int) -> "TreeShape":
-        """The same shape with at most `depth` levels."""
-        if depth >= self.depth and depth >= self.lookup:
-            return self
-        depth = max(depth, 0)
-        return TreeShape(self.total_tokens, min(self.depth, depth), self.top_k, min(self.lookup, depth))
-
-
-@dataclass(frozen=True, slots=True)
-class CandidatePool:
-    """The continuations of the root that a drafter proposes, every parent before its children.
-
-    Attributes:
-        tokens: `[b, p]` target vocabulary ids.
-        parents: `[b, p]` index of the parent in the pool; -1 is the root.
-        scores: `[b, p]` fp32, cumulative log probability of the path; never above the parent's.
-        levels: `[p]`, 1 for children of the root.
-    """
-
-    tokens: Tensor
-    parents: Tensor
-    scores: Tensor
-    levels: Tensor
-
-    def drafted_match(self, tokens: list[list[int]]) -> list[int]:
-        """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
-        return _drafted_match(self, tokens, -1)
-
-    def nodes_along(self, path: Tensor) -> Tensor:
-        """Follow `path`, tokens `[b, m]`, from the root down: the nodes `[b, m]`, -1 after it has left the pool."""
-        node, nodes = torch.full_like(path[:, :1], -1), []
-        inside = torch.ones_like(node, dtype=torch.bool)
-        for tokens in path.split(1, dim=1):
-            hits = (self.tokens == tokens) & (self.parents == node) & inside
-            inside, node = hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True)
-            nodes.append(torch.where(inside, node, -1))
-        return torch.cat(nodes, dim=1)
+from .pool import CandidatePool, followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +121,18 @@ class DraftTree:
         levels = max(self.level_count, max(len(chain) for chain in chains))
         return self._derive(all_tokens, all_parents, scores, levels)
 
+    def below(self, root: Tensor) -> "DraftTree":
+        """The tree below the newest tokens `[b]`, on their device, in one copy; the tree's own root does not count."""
+        if self.node_count == 1:
+            return DraftTree.root_only(root)
+        numbers = torch.stack([self.tokens, self.parents, self.depths, self.scores.view(torch.int32).long()])
+        packed = torch.cat([numbers, self.ancestors.permute(1, 0, 2).long()])  # [4 + n, b, n]
+        packed = packed.to(root.device)
+        tokens, parents, depths, bits = packed[:4]
+        tokens[:, 0] = root
+        ancestors = packed[4:].permute(1, 0, 2).bool()
+        return DraftTree(tokens, parents, depths, ancestors, bits.int().view(torch.float32), self.level_count)
+
     def first(self, count: int) -> "DraftTree":
         """Keep the first `count` nodes: a tree as well, because parents come before their children."""
         tokens, parents, depths = (part[:, :count] for part in (self.tokens, self.parents, self.depths))
@@ -252,7 +160,8 @@ class DraftTree:
 
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
         """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
-        return _drafted_match(self, tokens, 0)
+        rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
+        return [len(followed(*row, 0)) for row in rows]
 
     def children(self) -> list[dict[tuple[int, int], int]]:
         """Map, for each row, (node, token) to the node's first child with that token."""
@@ -268,29 +177,9 @@ def first_children(parents: list[list[int]], tokens: list[list[int]]) -> list[di
     return [{(above[node], own[node]): node for node in nodes} for above, own in zip(parents, tokens, strict=True)]
 
 
-def _drafted_match(nodes: CandidatePool | DraftTree, tokens: list[list[int]], root: int) -> list[int]:
-    rows = zip(nodes.tokens.tolist(), nodes.parents.tolist(), tokens, strict=True)
-    return [len(_followed(*row, root)) for row in rows]
-
-
-def _followed(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
-    """The nodes of one row that carry the tokens of `path`, from a child of `root` down, as far as they are there.
-
-    On lists: every step does this, and for its few nodes tensor operations would take longer.
-    """
-    node, nodes = root, []
-    for token in path:
-        child = next((i for i, own in enumerate(tokens) if own == token and parents[i] == node and i > node), None)
-        if child is None:
-            break
-        nodes.append(child)
-        node = child
-    return nodes
-
-
 def _merged(tokens: list[int], parents: list[int], chain: list[int]) -> tuple[list[int], list[int]]:
     """Nodes of one row with a chain below the root; the new nodes come last."""
-    shared = _followed(tokens, parents, chain, 0)
+    shared = followed(tokens, parents, chain, 0)
     node = shared[-1] if shared else 0
     for token in chain[len(shared) :]:
         tokens.append(token)
