@@ -13,6 +13,8 @@ HEAD ?= model_cards/smollm2-135m-instruct-head
 DATASET ?= examples/demo/prompts.jsonl
 # Tiny models gain nothing from threads: tests run in processes of one thread each.
 WORKERS ?= auto
+GPU_SHAPES ?= 1b 8b
+GPU_OUTPUT ?= results/gpu
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 
 # The releases of Transformers that we support: lowest, middle, and the newest that the index has.
@@ -25,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check coverage fix docs bench build fresh test-matrix test-newest-torch test-lowest-torch
-.PHONY: test-endurance mutants browser
+.PHONY: test-endurance mutants browser gpu
 .DELETE_ON_ERROR:
 # An environment whose Python is gone is no environment.
 $(foreach name,demo dev,$(shell test -x .venv/$(name)/bin/python || rm -rf .venv/$(name)))
@@ -104,6 +106,16 @@ test-endurance: .venv/dev/.filled
 fix: .venv/dev/.filled
 	.venv/dev/bin/ruff format
 	.venv/dev/bin/ruff check --fix
+
+# Needs a CUDA device: the tests that wait for one, the engine with rigged heads, and SmolLM2 with its own head. The
+# two measurements write results.json into folders of GPU_OUTPUT.
+gpu: .venv/dev/.filled
+	@$(DEV) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs a CUDA device; torch sees none.")'
+	$(DEV) -m pytest -m gpu tests $(TEST_OPTIONS)
+	$(DEV) -m training.studies.engine_speed --device cuda --shape $(GPU_SHAPES) --tau 2 3 4 --dtype bfloat16 \
+		--output $(GPU_OUTPUT)/engine
+	$(DEV) -m transformers_resps.bench "$$($(DEV) -m examples.demo.target)" $(HEAD) --dataset $(DATASET) \
+		--device cuda --dtype bfloat16 --compile --output $(GPU_OUTPUT)/smollm2
 
 # Minutes: plants bugs, one at a time, each in a process of its own.
 mutants: .venv/dev/.filled

@@ -19,6 +19,7 @@ COLUMNS = ("prompt lookup", "EAGLE-3 60/5/10", "fixed tree", "`auto`")
 STARTS = ("prompt lookup", "EAGLE-3 60/5/10", ("best fixed", "tree"), "auto")  # of their methods
 WORDS = {"auto": "`auto`", "ours": "`auto`", "oracle (ceiling)": "*oracle*", "rows apart": "ragged", "given": "ours"}
 INTERVAL = "{low:.2f} to {high:.2f}"
+COMPILED = ", compiled"  # after the name of a method
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def two(value: float | None) -> str:
 
 def named(method: str) -> str:
     """A method or a head in the words of the page."""
+    if method.endswith(COMPILED):
+        return named(method.removesuffix(COMPILED)) + COMPILED
     if method.startswith("Re-SpS"):
         return "Re-SpS, published" if method.endswith("-paper") else "Re-SpS, repaired"
     return "`auto`, fitted" if method.startswith("policy ") else WORDS.get(method, method)
@@ -83,14 +86,16 @@ def named(method: str) -> str:
 
 def overview(found: list[Results], temperature: str) -> str:
     """Of `resps bench`, a row for each file: what decides, and how much faster than plain decoding."""
-    rows = []
+    compiled = [f"plain{COMPILED}", f"auto{COMPILED}"]
+    compiled = [method for method in compiled if any(method in one.summaries(temperature)["all"] for one in found)]
+    starts, rows = (*STARTS, "oracle", *compiled), []
     for one in found:
         methods, costs = one.summaries(temperature)["all"], one.data["costs"]["verify"]["128"]
         amount = f"{len(one.asked['prompts'])}, {one.asked['max_new_tokens']}, {one.asked['repeats']}"
         cells = [two(costs["8"] / costs["1"]), f"{methods['plain']['tokens_per_second']:.1f}"]
-        ratios = (next((r["ratio"] for m, r in methods.items() if m.startswith(s)), None) for s in (*STARTS, "oracle"))
+        ratios = (next((r["ratio"] for m, r in methods.items() if m.startswith(start)), None) for start in starts)
         rows.append([one.target, one.link, amount, *cells, *map(two, ratios), INTERVAL.format(**methods["auto"])])
-    right = ["8 nodes", "plain, tokens/s", *COLUMNS, "*oracle*", "`auto`, 95% interval"]
+    right = ["8 nodes", "plain, tokens/s", *COLUMNS, "*oracle*", *map(named, compiled), "`auto`, 95% interval"]
     return table(["target", "results file", "prompts, tokens, repeats"], right, rows)
 
 
@@ -98,11 +103,26 @@ def by_dataset(found: list[Results], value: str, temperature: str) -> str:
     """Of `resps bench`: `ratio` with its interval, or `tau` with what of it became speed."""
     [one] = found
     datasets, rows = one.summaries(temperature), []
+    has_compiled = value == "tau" and f"plain{COMPILED}" in datasets["all"]
     for method, whole in datasets["all"].items():
         if method != "plain" and (whole["measured"] or value == "ratio"):
-            last = INTERVAL.format(**whole) if value == "ratio" else two(whole["ratio"] / whole["tau"])
-            rows.append([named(method), *(two(methods[method][value]) for methods in datasets.values()), last])
-    return table(["method"], [*datasets, "95% interval" if value == "ratio" else "speed-up / tau"], rows)
+            last = [INTERVAL.format(**whole) if value == "ratio" else two(whole["ratio"] / whole["tau"])]
+            last += [two(whole["compiled_efficiency"])] if has_compiled else []
+            rows.append([named(method), *(two(methods[method][value]) for methods in datasets.values()), *last])
+    right = ["95% interval" if value == "ratio" else "speed-up / tau"]
+    return table(["method"], [*datasets, *right, *(["over compiled plain / tau"] if has_compiled else [])], rows)
+
+
+def engine(found: list[Results]) -> str:
+    """Of `training.studies.engine_speed`: what of a planted tau became speed, against plain decoding both ways."""
+    rows = []
+    for one in found:
+        for row in one.data["rows"]:
+            values = [row[name] for name in ("tau", "ratio", "efficiency", "compiled_ratio", "compiled_efficiency")]
+            rate = f"{row['tokens_per_second']:.1f}"
+            rows.append([row["model"], one.link, row["way"].removeprefix("tree "), rate, *map(two, values)])
+    ratios = ["ratio", "ratio / tau", "ratio to compiled plain", "that / tau"]
+    return table(["target", "results file", "method"], ["tokens/s", "tau", *ratios], rows)
 
 
 def head_alone(found: list[Results]) -> str:
@@ -172,7 +192,17 @@ def same_outputs(found: list[Results]) -> str:
     return table(["target", "results file"], ["new tokens", "outputs", *COLUMNS], rows)
 
 
-MAKERS = (overview, by_dataset, head_alone, bad_head, batches, static_caches, forward_costs, same_outputs)
+MAKERS = (
+    overview,
+    by_dataset,
+    head_alone,
+    engine,
+    bad_head,
+    batches,
+    static_caches,
+    forward_costs,
+    same_outputs,
+)
 
 
 def fill(mark: str) -> str:

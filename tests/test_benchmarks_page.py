@@ -41,3 +41,35 @@ def test_a_file_that_proves_nothing_is_refused_by_name(fact: dict[str, object], 
     file.write_text(json.dumps({"noise": {"accepted": False}, "partial": False} | fact))
     with pytest.raises(ValueError, match=r"results\.json is noisy or partial"):
         SCRIPT["Results"].load(str(file))
+
+
+def made_up(methods: dict[str, dict[str, object]]) -> object:
+    rows = [{"method": name, "temperature": 0.0, "measured": True, "low": 1.0, "high": 1.0} | row
+            for name, row in methods.items()]  # fmt: skip
+    asked = {"prompts": ["a/0"], "max_new_tokens": 8, "repeats": 1}
+    data = {"head": "runs/tiny-head", "settings": asked, "summaries": {"a": rows, "all": rows}}
+    return SCRIPT["Results"]("a/results.json", data | {"costs": {"verify": {"128": {"1": 1.0, "8": 2.0}}}})
+
+
+def test_compiled_methods_have_columns_where_a_file_has_them() -> None:
+    plain = {"ratio": 1.0, "tau": 1.0, "tokens_per_second": 9.0, "compiled_efficiency": 0.5}
+    methods = {"plain": plain, "auto": plain | {"ratio": 2.0, "tau": 2.5, "compiled_efficiency": 0.4}}
+    old = made_up(methods)
+    assert "compiled" not in SCRIPT["overview"]([old], "0") and "compiled" not in SCRIPT["by_dataset"](
+        [old], "tau", "0"
+    )
+    both = {"plain, compiled": plain | {"ratio": 2.0}, "auto, compiled": plain | {"ratio": 3.0}}
+    new = made_up({"plain": plain, **both, "auto": methods["auto"]})
+    head, _, *rows = SCRIPT["overview"]([old, new], "0").splitlines()
+    assert "| plain, compiled | `auto`, compiled | `auto`, 95% interval |" in head
+    assert rows[0].endswith("|  |  | 1.00 to 1.00 |") and rows[1].endswith("| 2.00 | 3.00 | 1.00 to 1.00 |")
+    head, *rows = SCRIPT["by_dataset"]([new], "tau", "0").splitlines()
+    assert head.endswith("| speed-up / tau | over compiled plain / tau |")
+    assert "| `auto` | 2.50 | 2.50 | 0.80 | 0.40 |" in rows
+
+
+def test_the_engine_has_a_row_for_each_way_and_blanks_where_nothing_was_compiled() -> None:
+    row = {"model": "1b", "way": "tree 8/7/1, tau 4", "tokens_per_second": 30.04, "tau": 4.0, "ratio": 3.0}
+    row |= {"efficiency": 0.75, "compiled_ratio": None, "compiled_efficiency": None}
+    table = SCRIPT["engine"]([SCRIPT["Results"]("a/engine.json", {"rows": [row]})]).splitlines()
+    assert table[-1] == "| 1b | [engine](../a/engine.json) | 8/7/1, tau 4 | 30.0 | 4.00 | 3.00 | 0.75 |  |  |"
