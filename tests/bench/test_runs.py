@@ -11,6 +11,8 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.bench.methods import fixed_tree, plain, policies
 from transformers_resps.bench.prompts import Prompt
 from transformers_resps.bench.runs import Bench
+from transformers_resps.target.tree_verifier import TreeVerifier
+from transformers_resps.tree import DraftTree
 
 
 SHAPE = TreeShape(4, 2, 2)
@@ -40,6 +42,22 @@ def test_prefill_ends_where_the_second_forward_begins(bench: Bench) -> None:
 def test_each_repeat_is_another_seed_and_nothing_else_changes(bench: Bench) -> None:
     texts = [bench.decode(PROMPT, plain(), repeat, 1.0).token_ids.tolist() for repeat in (0, 1, 2, 0)]
     assert texts[0] == texts[3] and texts[0] != texts[1] != texts[2]
+
+
+def test_an_answer_in_which_something_was_compiled_is_decoded_again(
+    bench: Bench, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the second and the third forward over a tree were the first of their sizes."""
+    asked, left = [], iter([False, True, True])
+
+    def must_compile(self: TreeVerifier, tree: DraftTree) -> bool:
+        asked.append(tree.node_count)
+        return next(left, False)
+
+    monkeypatch.setattr(TreeVerifier, "must_compile", must_compile)
+    run = bench.decode(PROMPT, fixed_tree(tiny_head, SHAPE))
+    assert len(asked) == 2 * (len(run.steps) - 1)
+    assert run.token_ids.tolist() == bench.decode(PROMPT, plain()).token_ids.tolist()
 
 
 def test_an_answer_meets_the_policy_as_it_was_loaded(bench: Bench, tiny_head: DraftHead) -> None:

@@ -15,6 +15,8 @@ from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, Tree
 from transformers_resps.decoding.loop import TreeDecoding, wait_for
 from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 from transformers_resps.drafting.prompt_lookup import SuffixIndex
+from transformers_resps.target.tree_verifier import TreeVerifier
+from transformers_resps.tree import DraftTree
 
 
 def test_the_report_adds_up(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:
@@ -84,6 +86,24 @@ def test_the_clock_is_read_after_the_device_has_finished(
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
     for step in both(target, head, prompt)[1].speculation.steps[1:]:
         assert (step.draft_seconds, step.verify_seconds, step.rest_seconds) == (0.0, 1.0, 0.0)
+
+
+def test_seconds_of_compiling_are_told_and_no_step_counts_them(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, verify = FakeClock(), TreeVerifier.verify
+
+    def slow_verify(self: TreeVerifier, tree: DraftTree) -> Any:
+        clock.advance(1.0)
+        return verify(self, tree)
+
+    first = iter([True, False, True])
+    monkeypatch.setattr(TreeVerifier, "must_compile", lambda self, tree: next(first, False))
+    monkeypatch.setattr(TreeVerifier, "verify", slow_verify)
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    report = both(target, head, prompt)[1].speculation
+    assert report.compile_seconds == report.to_dict()["compile_seconds"] == 2.0
+    assert {step.step_seconds for step in report.steps[1:]} == {1.0}
 
 
 @pytest.mark.parametrize(("device", "waits"), [("cpu", 0), ("cuda", 1), ("mps", 1)])

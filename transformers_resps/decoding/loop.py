@@ -118,7 +118,9 @@ class TreeDecoding:
         logits, _ = self._verifier.verify(tree)
         wait_for(logits)
         self._verifier.undo()
-        return self._clock() - started
+        seconds = self._clock() - started
+        self.report.compile_seconds += seconds
+        return seconds
 
     def _accept(self, tree: DraftTree, logits: Tensor) -> tuple[Acceptance, float]:
         """Commit what the target picks. Returns when it had finished as well: reading its picks waits for it."""

@@ -80,11 +80,13 @@ class SpeculationReport:
         steps: one record per step, in order.
         batch_size: number of rows decoded together.
         answers: the new token ids of each row, in the order of the steps; padded after a row's end.
+        compile_seconds: seconds of compiling or capturing forwards, which no step counts.
     """
 
     batch_size: int = 1
     steps: list[StepRecord] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
+    compile_seconds: float = 0.0
 
     @property
     def emitted(self) -> int:
@@ -123,6 +125,7 @@ class SpeculationReport:
             "tau": self.tau,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
+            "compile_seconds": self.compile_seconds,
             "steps": [step.to_dict() for step in self.steps],
         }
 
