@@ -22,6 +22,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lookups": ({}, {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup=8))}),
     "sampled": (_SAMPLED, _TREE),
     "processed": ({"repetition_penalty": 1.3}, _TREE),
+    "sampled and processed": (_SAMPLED | {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}, _TREE),
     "with an end": ({"eos_token_id": [5, 77]}, _TREE),
     "in chunks": ({"prefill_chunk_size": 16}, _TREE),
     "batch": ({"padded": True}, _TREE),

@@ -33,6 +33,14 @@ CALLS: dict[str, dict[str, Any]] = {
         "temperature": 0.7,
         "top_k": 8,
     },
+    "8/4/2 sampled, penalty": {
+        "with_head": True,
+        "policy": FixedPolicy(TreeShape(8, 4, 2)),
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 8,
+        "repetition_penalty": 1.05,
+    },
     "auto": {"with_head": True, "policy": "auto"},
     "lookups": {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup=8))},
 }

@@ -1,6 +1,7 @@
 """The caller's logits processors over all nodes of a draft tree, each node with its own prefix."""
 
 from collections import Counter
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -42,8 +43,8 @@ def is_stateless(processor: object, names: frozenset[str] = STATELESS) -> bool:
 
 
 class TreeLogitsProcessor(LogitsProcessor):
-    """Applies processors to all nodes of a tree: in one call where none reads a text, else in one call per level, as
-    the prefixes of a level have one length.
+    """Applies processors to all nodes of a tree: those that read scores alone in one call, others in one call per
+    level, as the prefixes of a level have one length.
 
     Processors that `supports` does not know are called in commit order, once per committed position: `Text.commit`.
 
@@ -55,8 +56,9 @@ class TreeLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, processors: LogitsProcessorList) -> None:
-        self._processors = processors
-        self.reads_texts = not all(is_stateless(one, _READ_SCORES) for one in processors)
+        groups = groupby(processors, lambda processor: not is_stateless(processor, _READ_SCORES))
+        self._groups = [(reads_texts, LogitsProcessorList(group)) for reads_texts, group in groups]
+        self.reads_texts = any(reads_texts for reads_texts, _ in self._groups)
 
     @staticmethod
     def supports(processors: LogitsProcessorList) -> bool:
@@ -74,19 +76,27 @@ class TreeLogitsProcessor(LogitsProcessor):
         Returns:
             `[n, v]`.
         """
-        if not self.reads_texts:
-            return self._process(tree.tokens.T, scores)
-        order = tree.depths[0].argsort(stable=True)
-        places = order.argsort()  # of each node in this order
-        parents, tokens = places[tree.parents[0, order]], tree.tokens[0, order, None]
-        prefixes, processed, begin, level_begin = input_ids, list[Tensor](), 0, 0
-        for _, size in sorted(Counter(tree.depths[0].tolist()).items()):
-            end = begin + size
-            if begin:
-                prefixes = torch.cat([prefixes[parents[begin:end] - level_begin], tokens[begin:end]], dim=1)
-            processed.append(self._process(prefixes, scores[order[begin:end]]))
-            level_begin, begin = begin, end
-        return torch.cat(processed)[places]
+        for reads_texts, processors in self._groups:
+            if reads_texts:
+                order, prefixes = _levels(input_ids, tree)
+                levels = zip(prefixes, scores[order].split([len(level) for level in prefixes]), strict=True)
+                scores = torch.cat([_processed(processors, *level) for level in levels])[order.argsort()]
+            else:
+                scores = _processed(processors, tree.tokens.T, scores)
+        return scores
 
-    def _process(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self._processors(cast(Any, input_ids), cast(Any, scores))
+
+def _levels(input_ids: Tensor, tree: DraftTree) -> tuple[Tensor, list[Tensor]]:
+    """The nodes `[n]` level by level, and of each level the texts `[nodes, s + depth]` that end in them."""
+    order = tree.depths[0].argsort(stable=True)
+    parents, tokens = order.argsort()[tree.parents[0, order]], tree.tokens[0, order, None]
+    prefixes, begin, level_begin = [input_ids], 1, 0
+    for _, size in sorted(Counter(tree.depths[0].tolist()).items())[1:]:
+        above = prefixes[-1][parents[begin : begin + size] - level_begin]
+        prefixes.append(torch.cat([above, tokens[begin : begin + size]], dim=1))
+        level_begin, begin = begin, begin + size
+    return order, prefixes
+
+
+def _processed(processors: LogitsProcessorList, input_ids: Tensor, scores: Tensor) -> Tensor:
+    return processors(cast(Any, input_ids), cast(Any, scores))
