@@ -5,7 +5,6 @@ One `TreeDecoding` lives for one call of `generate`.
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -103,8 +102,7 @@ class TreeDecoding:
         """Let the policy choose and the drafter draft what this step verifies."""
         root = self._root.to(self._verifier.device)
         step, length = len(self.report.steps) - 1, self._verifier.length + 1
-        proposal = self._proposer.propose(root, step, length, self._levels_left() + 1, self._prompt_seconds)
-        return replace(proposal, tree=self._verifier.fitted(proposal.tree))
+        return self._proposer.propose(root, step, length, self._levels_left() + 1, self._prompt_seconds)
 
     def _levels_left(self) -> int:
         """Levels below the root that the limit of the shortest text and the target's positions allow."""

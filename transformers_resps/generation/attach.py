@@ -14,10 +14,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from ..compat import unwrapped
 from ..head import DraftHead
 from ..policy import AutoPolicy, Policy, PolicyCache
+from ..target.slot_engine import SlotEngine
+from .compiling import CompileChoice
 from .defaults import SpeculationDefaults
 from .mixin import ReSpSGenerationMixin
 from .named import NamedHeads, is_name
-from .request import check_kinds, draft_head, is_plain
+from .request import Asked, check_kinds, draft_head, is_plain
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -29,6 +31,7 @@ def attach(
     assistant_model: Any = None,
     policy: Policy | str | None = None,
     lockstep: bool | None = None,
+    compile: CompileChoice | None = None,
     eval_mode: bool = False,
 ) -> Model:
     """Let `model.generate` take draft heads and policies. Same object, same weights.
@@ -42,6 +45,7 @@ def attach(
         assistant_model: a `DraftHead` of this model, or its folder or Hub id.
         policy: a `Policy`, its folder or Hub id, or "auto", which needs no head.
         lockstep: as in `generate`; `False` lets the sampled rows of a batch advance each on its own.
+        compile: as in `generate`; `True` or "auto" lets the target's steps run compiled.
         eval_mode: run every call in evaluation mode, without dropout, also while the model trains.
 
     Raises:
@@ -50,7 +54,7 @@ def attach(
     inner = unwrapped(model)
     if is_plain(None, policy):
         raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
-    check_kinds(assistant_model, policy, lockstep)
+    check_kinds(Asked(assistant_model, policy, lockstep, compile))
     if not isinstance(eval_mode, bool):
         raise ValueError(f"`eval_mode` must be True or False, got {eval_mode!r}.")
     if not isinstance(inner, GenerationMixin):
@@ -67,7 +71,7 @@ def attach(
     if not isinstance(inner, ReSpSGenerationMixin):
         base: Any = type(inner)
         inner.__class__ = _attached_class(base)
-    defaults = SpeculationDefaults(assistant_model, policy, lockstep, eval_mode)
+    defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, eval_mode)
     if defaults != SpeculationDefaults():
         cast(ReSpSGenerationMixin, inner).speculation_defaults = defaults
     return model
@@ -78,9 +82,9 @@ def detach(model: Model) -> Model:
     inner = unwrapped(model)
     if isinstance(inner, ReSpSGenerationMixin):
         inner.speculation_defaults = SpeculationDefaults()
-        inner.policy_cache, inner.named_heads = PolicyCache(), NamedHeads()
+        inner.policy_cache, inner.named_heads, inner.slot_engine = PolicyCache(), NamedHeads(), SlotEngine()
     if vars(type(inner)).get("__reduce_ex__") is _reduce:  # leave a user's own subclass of the mixin alone
-        del inner.speculation_defaults, inner.policy_cache, inner.named_heads
+        del inner.speculation_defaults, inner.policy_cache, inner.named_heads, inner.slot_engine
         inner.__class__ = type(inner).__mro__[2]
     return model
 
@@ -89,7 +93,7 @@ def detach(model: Model) -> Model:
 def attached(model: Model) -> Iterator[Model]:
     """Attach `model` inside the `with` block; afterwards it is as it was.
 
-    It keeps what "auto" has learned and the heads that were loaded by name, for the next time.
+    It keeps what "auto" has learned, the heads that were loaded by name and compiled code, for the next time.
     """
     inner: Any = unwrapped(model)
     if isinstance(inner, ReSpSGenerationMixin):
@@ -99,9 +103,9 @@ def attached(model: Model) -> Iterator[Model]:
     try:
         yield model
     finally:
-        kept = inner.policy_cache, inner.named_heads
+        kept = inner.policy_cache, inner.named_heads, inner.slot_engine
         detach(model)
-        inner.policy_cache, inner.named_heads = kept
+        inner.policy_cache, inner.named_heads, inner.slot_engine = kept
 
 
 @contextmanager
@@ -111,13 +115,13 @@ def detached(model: Model) -> Iterator[Model]:
     if not isinstance(inner, ReSpSGenerationMixin):
         yield model
         return
-    kept = inner.speculation_defaults, inner.policy_cache, inner.named_heads
+    kept = inner.speculation_defaults, inner.policy_cache, inner.named_heads, inner.slot_engine
     detach(model)
     try:
         yield model
     finally:
         attach(model)
-        inner.speculation_defaults, inner.policy_cache, inner.named_heads = kept
+        inner.speculation_defaults, inner.policy_cache, inner.named_heads, inner.slot_engine = kept
 
 
 def _check_head(assistant_model: Any, target: Any) -> None:

@@ -11,8 +11,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
 from ..target.attention import longrope_boundary
-from ..target.forward import is_compiled
-from ..target.tree_cache import buffer_length, cached_length, check_cache, window_of
+from ..target.tree_cache import cached_length, check_cache, window_of
 
 
 # Setting -> whether a value asks for something that trees do not support. Order: decoding, assistants, outputs.
@@ -71,17 +70,14 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
             raise _refusal(f"`{name}`", f"Leave out `{name}`")
     if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
         raise _refusal(f"use_cache={arguments.get('use_cache', False)!r}", "Set `use_cache=True`")
-    _check_cache_settings(setting, is_compiled(model))
+    _check_cache_settings(setting)
     _check_user_cache(model, arguments)
 
 
-def _check_cache_settings(setting: Callable[[str], Any], is_compiled: bool) -> None:
+def _check_cache_settings(setting: Callable[[str], Any]) -> None:
     implementation = setting("cache_implementation")
     if implementation not in (None, "dynamic", "static", "hybrid"):  # stock unsets "hybrid", an old default of the Hub
-        raise _refusal(f"cache_implementation={implementation!r}", "Leave it out, or set it to 'static'")
-    if (is_compiled or setting("compile_config") is not None) and implementation != "static":
-        asked = "a compiled target" if is_compiled else "`compile_config`"
-        raise _refusal(f"{asked} with a dynamic cache", "Set `cache_implementation='static'`")
+        raise _refusal(f"cache_implementation={implementation!r}", "Leave it out")
 
 
 def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
@@ -89,11 +85,6 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
     if cache is None:
         return
     check_cache(cache)
-    if buffer_length(cache) is not None:
-        raise _refusal(
-            "your own static cache (`StaticLayer`), which may lack slots for the last trees",
-            "Pass `cache_implementation='static'` instead of the cache",
-        )
     made = DynamicCache(config=model.config.get_text_config(decoder=True))
     needed = [window_of(made, index) for index in range(len(made.layers))]
     found = [window_of(cache, index) if index < len(cache.layers) else None for index in range(len(needed))]

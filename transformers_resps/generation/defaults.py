@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..policy import Policy
+from .compiling import CompileChoice
 from .evaluation_mode import EvaluationMode
-from .request import is_stock_assistant
+from .request import Asked, is_stock_assistant
 
 
 _are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", default=False)
@@ -25,6 +26,7 @@ class SpeculationDefaults:
         assistant_model: the draft head; `None` for none.
         policy: shapes the trees; `None` leaves it to the call.
         lockstep: whether the rows of a batch advance together; `None` leaves it to the call.
+        compile: whether the target's steps run compiled; likewise.
         eval_mode: every call runs in evaluation mode, also while the model trains.
         mode: of the model's layers, for `eval_mode`.
     """
@@ -32,6 +34,7 @@ class SpeculationDefaults:
     assistant_model: Any = None
     policy: Policy | str | None = None
     lockstep: bool | None = None
+    compile: CompileChoice | None = None
     eval_mode: bool = False
     mode: EvaluationMode = field(default_factory=EvaluationMode, compare=False, repr=False)
 
@@ -54,15 +57,17 @@ class SpeculationDefaults:
         """Return these defaults, or empty ones while they are suspended."""
         return SpeculationDefaults() if _are_suspended.get() else self
 
-    def fill(self, assistant_model: Any, policy: Any, lockstep: Any) -> tuple[Any, Any, Any]:
-        """The three keywords of a call, each replaced by its default where it is `None`.
+    def fill(self, asked: Asked) -> Asked:
+        """The keywords of a call, each replaced by its default where it is `None`.
 
         A call with an assistant of Transformers' own takes none of them.
         """
-        if is_stock_assistant(assistant_model):
-            return assistant_model, policy, lockstep
-        assistant_model = self.assistant_model if assistant_model is None else assistant_model
-        policy = self.policy if policy is None else policy
-        if lockstep is None and not (assistant_model is None and policy is None):
-            lockstep = self.lockstep
-        return assistant_model, policy, lockstep
+        if is_stock_assistant(asked.assistant_model):
+            return asked
+        filled = Asked(*(own if given is None else given for given, own in zip(asked, self._asked, strict=True)))
+        speculates = filled.assistant_model is not None or filled.policy is not None
+        return filled if speculates else filled._replace(lockstep=asked.lockstep, compile=asked.compile)
+
+    @property
+    def _asked(self) -> Asked:
+        return Asked(self.assistant_model, self.policy, self.lockstep, self.compile)

@@ -4,7 +4,6 @@ The mixin that `attach` puts in front of a model's class. Everything before the 
 and so does every call without a head.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -13,7 +12,14 @@ from functools import cached_property, partial
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..compat import CACHE_KEYWORD
@@ -21,18 +27,18 @@ from ..decoding.batch import Batch
 from ..decoding.loop import TreeDecoding
 from ..policy import AutoPolicy, Policy, PolicyCache
 from ..policy.policy_cache import default_policy
-from ..target.forward import CompiledForward, TargetForward, is_compiled
-from ..target.static_cache import static_cache
-from ..target.tree_cache import buffer_length, stop_recording
-from ..target.tree_verifier import TreeVerifier
+from ..target.slot_engine import SlotEngine
+from ..target.tree_cache import stop_recording
 from ..telemetry.report import SpeculationReport
 from .call_checks import check_forward_arguments, check_lengths, check_synced
+from .compiling import CompileChoice
 from .defaults import SpeculationDefaults
 from .generate_inputs import GenerateInputs
 from .lockstep import is_lockstep, lockstep_reason
 from .named import AUTO, NamedHeads, configured, is_name
-from .request import Request, draft_head, is_plain, is_stock_assistant, read_request
+from .request import Asked, Request, draft_head, is_plain, is_stock_assistant, read_request
 from .tree_probe import check_tree_attention
+from .verification import tree_verifier
 
 
 @dataclass
@@ -73,6 +79,11 @@ class ReSpSGenerationMixin(GenerationMixin):
         """The heads that calls named by a folder or a Hub id."""
         return NamedHeads()
 
+    @cached_property
+    def slot_engine(self) -> SlotEngine:
+        """The buffers and the compiled code of this model."""
+        return SlotEngine()
+
     def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
         self,
         inputs: Tensor | None = None,
@@ -89,11 +100,12 @@ class ReSpSGenerationMixin(GenerationMixin):
         *,
         policy: Policy | str | None = None,
         lockstep: bool | None = None,
+        compile: CompileChoice | None = None,
         **kwargs: Any,
     ) -> Any:
         """`GenerationMixin.generate`, and faster with a draft head or a policy.
 
-        All parameters of the stock method hold. The next three default to what `attach` was given, `policy` and
+        All parameters of the stock method hold. The next four default to what `attach` was given, `policy` and
         `lockstep` before that to what `generation_config` says. A folder or a Hub id is loaded once and kept as long
         as the model lives.
 
@@ -105,6 +117,9 @@ class ReSpSGenerationMixin(GenerationMixin):
         - `lockstep`: whether the rows of a batch advance together, as far as the row that accepts least. By default
           sampled rows do, so that the same seed gives the same tokens, and greedy rows do not. `False` lets sampled
           rows advance each on its own: faster, with the distribution of plain decoding and other draws.
+        - `compile`: whether the target's steps run compiled, on a CPU with the weights inside the code, on a GPU as
+          CUDA graphs. `True` compiles at the first step, for a minute or more; "auto" does when eager steps have taken
+          as long. What cannot be compiled runs as it is, with a warning. A `compile_config` means `True`.
 
         Returns:
             `[b, s + t]` token ids: those of the same call without head and policy, with the same seed. With
@@ -120,7 +135,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         given["negative_prompt_attention_mask"] = negative_prompt_attention_mask
         arguments = {name: value for name, value in given.items() if value is not None} | kwargs
         prompts = kwargs.get("input_ids") if inputs is None else inputs
-        asked = (assistant_model, policy, lockstep)
+        asked = Asked(assistant_model, policy, lockstep, compile)
         with self._requested(asked, generation_config, arguments, prompts) as assistant:
             # by name, and only what was given: a model class may have a `generate` of its own
             return super().generate(*([] if inputs is None else [inputs]), **arguments, **assistant)
@@ -128,7 +143,7 @@ class ReSpSGenerationMixin(GenerationMixin):
     @contextmanager
     def _requested(
         self,
-        asked: tuple[Any, Any, Any],
+        asked: Asked,
         config: GenerationConfig | None,
         arguments: dict[str, Any],
         prompts: Tensor | None,
@@ -136,7 +151,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         """Hold what a call asks for while stock `generate` runs.
 
         Args:
-            asked: its `assistant_model`, `policy` and `lockstep`.
+            asked: the keywords that stock `generate` does not have, and its assistant.
             config: its `generation_config`.
             arguments: all its other keyword arguments.
             prompts: `[b, s]`.
@@ -146,31 +161,33 @@ class ReSpSGenerationMixin(GenerationMixin):
         """
         target = cast(PreTrainedModel, self)
         with ExitStack() as stack:
-            if not (SpeculationDefaults.are_suspended() or is_stock_assistant(asked[0])):
-                asked = asked[0], *configured(*asked[1:], config, target.generation_config)
-            if is_plain(*asked[:2]):
+            if not (SpeculationDefaults.are_suspended() or is_stock_assistant(asked.assistant_model)):
+                policy, lockstep = configured(asked.policy, asked.lockstep, config, target.generation_config)
+                asked = asked._replace(policy=policy, lockstep=lockstep)
+            if is_plain(asked.assistant_model, asked.policy):
                 stack.enter_context(SpeculationDefaults.suspended())  # calls within this one are plain, too
-                asked = (asked[0], None, asked[2])
+                asked = asked._replace(policy=None)
             defaults = self.speculation_defaults.in_force()
-            assistant_model, policy, lockstep = defaults.fill(*asked)
-            if is_name(assistant_model):
-                assistant_model = self.named_heads.load(assistant_model, target)
-            head = draft_head(assistant_model)
+            asked = defaults.fill(asked)
+            if is_name(asked.assistant_model):
+                asked = asked._replace(assistant_model=self.named_heads.load(asked.assistant_model, target))
+            head = draft_head(asked.assistant_model)
             if defaults.eval_mode:
                 stack.enter_context(defaults.mode.held(target, head))
 
             def borrow(name: str) -> Policy:
-                key = PolicyCache.key(target, 1 if prompts is None else len(prompts), name)
+                key = PolicyCache.key(target, 1 if prompts is None else len(prompts), name, asked.compile)
                 make = default_policy if name == AUTO else partial(AutoPolicy.from_pretrained, name)
                 return stack.enter_context(self.policy_cache.borrow(head, key, make))
 
-            request = read_request(target, assistant_model, policy, lockstep, config, arguments, borrow)
+            request = read_request(target, asked, config, arguments, borrow)
             if request is not None and not self.has_verified_trees:
                 check_tree_attention(target)
                 self.has_verified_trees = True
             token = _request.set(request)
             try:
-                yield {} if assistant_model is None else {"assistant_model": head or assistant_model}
+                assistant = head or asked.assistant_model
+                yield {} if assistant is None else {"assistant_model": assistant}
             finally:
                 _request.reset(token)
 
@@ -227,10 +244,10 @@ class ReSpSGenerationMixin(GenerationMixin):
         return SpeculativeOutput(**kept, speculation=report)
 
     def _fit_cache(self, inputs: GenerateInputs) -> None:
-        """Check that cache and text fit; replace a static cache of `generate` by one with room for trees."""
+        """Check that cache and text fit; replace a static cache of `generate`, which cannot hold a tree."""
         target = cast(PreTrainedModel, self)
-        if inputs.config.cache_implementation == "static":
-            inputs.model_kwargs[CACHE_KEYWORD] = static_cache(target.config, inputs.cache, inputs.max_length)
+        if inputs.config.cache_implementation == "static":  # trees decode over slots, whatever reads the prompt
+            inputs.model_kwargs[CACHE_KEYWORD] = DynamicCache(config=target.config.get_text_config(decoder=True))
         position_count = inputs.model_kwargs["position_ids"].shape[1]
         check_lengths(target, inputs.cache, inputs.input_ids.shape[1], position_count, inputs.max_length)
 
@@ -243,7 +260,6 @@ class ReSpSGenerationMixin(GenerationMixin):
             "`output_logits`": inputs.keeps_logits,
             "a streamer": inputs.streamer is not None,
             "a cache of your own": inputs.is_cache_given,
-            "a static cache": buffer_length(inputs.cache) is not None,
         }
         target = cast(PreTrainedModel, self)
         reason = lockstep_reason(target, inputs.logits_processor, inputs.stopping_criteria, asked)
@@ -255,7 +271,8 @@ class ReSpSGenerationMixin(GenerationMixin):
         """Prefill, then one step after another until all texts are finished."""
         target, model_kwargs = cast(PreTrainedModel, self), inputs.model_kwargs
         mask = model_kwargs["attention_mask"]
-        with TreeVerifier(self._forward_of(request, inputs), model_kwargs["position_ids"], mask) as verifier:
+        layers = None if request.bound is None else request.bound.head.config.feature_layers or []
+        with tree_verifier(target, self.slot_engine, layers, request.compile, inputs) as verifier:
             decoding = TreeDecoding(
                 verifier, request.bound, request.policy, batch, attention_mask=mask, max_length=inputs.max_length
             )
@@ -266,20 +283,8 @@ class ReSpSGenerationMixin(GenerationMixin):
             with cast(Any, target)._optimize_model_for_decode():
                 while not batch.finished:
                     decoding.step()
+        self.slot_engine.note(decoding.report.seconds)
         return decoding.report
-
-    def _forward_of(self, request: Request, inputs: GenerateInputs) -> TargetForward:
-        """Compiled where plain `generate` would compile, and wherever the caller says how."""
-        target: Any = self
-        config = inputs.config
-        layers = None if request.bound is None else request.bound.head.config.feature_layers or []
-        if config.compile_config is not None:  # plain `generate` heeds it on a GPU only, unless this is set
-            config.compile_config = copy.copy(config.compile_config)
-            config.compile_config._compile_all_devices = True
-        given = (target, layers, inputs.cache)
-        if target._valid_auto_compile_criteria(inputs.model_kwargs, config):
-            return CompiledForward(*given, target.get_compiled_call(config.compile_config))
-        return CompiledForward(*given, target) if is_compiled(target) else TargetForward(*given)
 
 
 # What stock decoding methods are told and a tree has no use for.

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -11,8 +11,25 @@ from ..compat import unwrapped
 from ..head import BoundHead, DraftHead, pair_identity
 from ..policy import FixedPolicy, Policy
 from .call_checks import check_settings
+from .compiling import CompileChoice, check_compile
 from .model_checks import check_draws, check_model
 from .named import AUTO, PLAIN, check_policy_name, is_name
+
+
+class Asked(NamedTuple):
+    """The keywords of a call, as it gives them or as `attach` was told; `None` where neither says anything.
+
+    Attributes:
+        assistant_model: a draft head, its name, or an assistant of Transformers' own.
+        policy: a policy or its name.
+        lockstep: whether the rows of a batch advance together.
+        compile: whether the target's steps run compiled.
+    """
+
+    assistant_model: Any = None
+    policy: Any = None
+    lockstep: Any = None
+    compile: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +40,13 @@ class Request:
         bound: the head that drafts; `None` to draft by lookup alone.
         policy: decides.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
+        compile: whether the target's steps run compiled; `None` likewise.
     """
 
     bound: BoundHead | None
     policy: Policy
     lockstep: bool | None
+    compile: CompileChoice | None = None
 
 
 def draft_head(assistant_model: Any) -> DraftHead | None:
@@ -43,9 +62,7 @@ def is_stock_assistant(assistant_model: Any) -> bool:
 
 def read_request(
     target: PreTrainedModel,
-    assistant_model: Any,
-    policy: Any,
-    lockstep: bool | None,
+    asked: Asked,
     config: GenerationConfig | None,
     arguments: Mapping[str, Any],
     borrow: Callable[[str], Policy],
@@ -54,9 +71,7 @@ def read_request(
 
     Args:
         target: the model.
-        assistant_model: of the call.
-        policy: of the call.
-        lockstep: of the call.
+        asked: of the call.
         config: the `generation_config` of the call.
         arguments: all its other keyword arguments.
         borrow: lends the policy that "auto", a folder or a Hub id stands for.
@@ -64,13 +79,19 @@ def read_request(
     Raises:
         ValueError: it asks for what a tree cannot do.
     """
-    check_kinds(assistant_model, policy, lockstep)
+    check_kinds(asked)
+    assistant_model, policy, lockstep, compile = asked
     head = draft_head(assistant_model)
     if head is None and policy is None:
         if lockstep is not None:
             raise ValueError(
                 f"Got lockstep={lockstep!r} without a draft head or a policy, but only draft trees make a batch "
                 "ragged. Leave out `lockstep`."
+            )
+        if compile:
+            raise ValueError(
+                f"Got compile={compile!r} without a draft head or a policy, but only our own steps are compiled. Pass "
+                "`policy='auto'`, or `policy=FixedPolicy(TreeShape.plain())` for compiled plain decoding."
             )
         return None
     if head is None and assistant_model is not None:
@@ -86,7 +107,7 @@ def read_request(
     policy = _resolve_policy(policy, head, borrow)
     if policy.has_identity:
         policy.check_identity(**pair_identity(target, head))
-    return Request(bound, policy, lockstep)
+    return Request(bound, policy, lockstep, compile)
 
 
 def is_plain(assistant_model: Any, policy: Any) -> bool:
@@ -102,12 +123,13 @@ def is_plain(assistant_model: Any, policy: Any) -> bool:
     return True
 
 
-def check_kinds(assistant_model: Any, policy: Any, lockstep: Any) -> None:
+def check_kinds(asked: Asked) -> None:
     """Refuse keywords of the wrong kind.
 
     Raises:
         ValueError: names the keyword and what it takes.
     """
+    assistant_model, policy, lockstep, compile = asked
     if isinstance(assistant_model, type):
         raise ValueError(
             f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {assistant_model!r}. Pass "
@@ -115,6 +137,7 @@ def check_kinds(assistant_model: Any, policy: Any, lockstep: Any) -> None:
         )
     if not isinstance(lockstep, bool | None):
         raise ValueError(f"`lockstep` must be True, False or None, got {lockstep!r}.")
+    check_compile(compile)
     if is_name(policy):
         check_policy_name(policy)
     elif not (policy is None or (isinstance(policy, str) and policy == AUTO) or isinstance(policy, Policy)):

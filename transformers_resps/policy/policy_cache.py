@@ -32,9 +32,11 @@ class PolicyCache:
         self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
 
     @staticmethod
-    def key(target: Any, rows: int, name: str = "auto") -> Hashable:
-        """The policy's name, and what a step's cost depends on: device, dtype and threads now, rows of the batch."""
-        return name, target.device, target.dtype, torch.get_num_threads(), rows
+    def key(target: Any, rows: int, name: str = "auto", compile: bool | str | None = None) -> Hashable:
+        """The policy's name, and what a step's cost depends on: device, dtype and threads now, rows of the batch,
+        whether steps run compiled.
+        """
+        return name, target.device, target.dtype, torch.get_num_threads(), rows, compile or False
 
     @contextmanager
     def borrow(

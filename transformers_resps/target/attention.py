@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import Cache, PretrainedConfig
 
 from ..tree import DraftTree
-from .tree_cache import buffer_length, cached_length, visible_length, window_of
+from .tree_cache import cached_length, visible_length, window_of
 
 
 def tree_positions(tree: DraftTree, root_positions: Tensor) -> Tensor:
@@ -59,23 +58,14 @@ def tree_attention_mask(
         ends: `[b, 1]` the slot after each row's last entry; `None` when all rows end with the cache.
 
     Returns:
-        `[b, 1, n, visible past + n]`, or `[b, 1, n, slots]` for a static cache: 0 where a node may look, else the
-        dtype's minimum. A dict of masks by layer type where the target has several types. A float mask on purpose:
-        eager attention would add a bool one to the scores.
+        `[b, 1, n, visible past + n]`: 0 where a node may look, else the dtype's minimum. A dict of masks by layer type
+        where the target has several types. A float mask on purpose: eager attention adds a bool one to the scores.
     """
     layer_types = getattr(config.get_text_config(), "layer_types", None)
     if layer_types is None:
-        return _widened(_mask(cache, 0, prefix_mask, tree, dtype, ends), cache)
+        return _mask(cache, 0, prefix_mask, tree, dtype, ends)
     first = {kind: layer_types.index(kind) for kind in dict.fromkeys(layer_types)}
-    masks = {kind: _mask(cache, index, prefix_mask, tree, dtype, ends) for kind, index in first.items()}
-    return {kind: _widened(mask, cache) for kind, mask in masks.items()}
-
-
-def _widened(mask: Tensor, cache: Cache) -> Tensor:
-    """Hide the slots of a static cache that follow the tree."""
-    slots = buffer_length(cache)
-    missing = 0 if slots is None else slots - mask.shape[-1]
-    return pad(mask, (0, missing), value=torch.finfo(mask.dtype).min) if missing else mask
+    return {kind: _mask(cache, index, prefix_mask, tree, dtype, ends) for kind, index in first.items()}
 
 
 def _mask(

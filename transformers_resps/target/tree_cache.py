@@ -1,6 +1,6 @@
 """Keeps the accepted nodes of a tree in the target's cache, and refuses caches that cannot hold a tree.
 
-With `preallocated_cache` and `static_cache` the only files that touch the inside of Transformers' caches.
+With `preallocated_cache` and `slot_cache` the only files that touch the inside of Transformers' caches.
 """
 
 from typing import Any
@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import StaticLayer
 
 from .preallocated_cache import entries_of
 
 
 # By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
-_TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticWindowLayer", "DummyLayer")
-_HOMES = ("transformers.", f"{__package__}.")
+_TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 
 
 def check_cache(cache: Cache) -> None:
@@ -31,7 +29,7 @@ def check_cache(cache: Cache) -> None:
         )
     for layer in cache.layers:
         name = type(layer).__name__
-        if name not in _TREE_LAYERS or not type(layer).__module__.startswith(_HOMES):
+        if name not in _TREE_LAYERS or not type(layer).__module__.startswith("transformers."):
             raise ValueError(
                 f"The cache has a `{name}`, but only {', '.join(_TREE_LAYERS[:2])} can keep the accepted nodes of a "
                 "tree. Leave out the cache and `cache_implementation`, or the head and the policy."
@@ -56,7 +54,7 @@ def crop_to(cache: Cache, length: int) -> None:
     for layer in layers:
         surplus = int(layer.get_seq_length()) - length if _states(layer) else 0
         if surplus > 0:
-            _shorten(layer, surplus)
+            layer.crop(-surplus)
 
 
 def cached_length(cache: Cache) -> int:
@@ -64,32 +62,13 @@ def cached_length(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
-def buffer_length(cache: Cache) -> int | None:
-    """Slots of a static cache; `None` for a cache that grows."""
-    return next((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), None)
-
-
 def crop(cache: Cache, count: int) -> None:
     """Forget the newest `count` positions. Sliding layers then forget what has left their window, also with 0."""
-    if buffer_length(cache) is None:
-        cache.crop(-count)
-        return
-    for layer in cache.layers:
-        if isinstance(layer, StaticLayer) and layer.is_initialized:
-            _shorten(layer, count)
-
-
-def _shorten(layer: Any, count: int) -> None:
-    if isinstance(layer, StaticLayer):  # what follows the end is overwritten; its `crop` is new in 5.24
-        layer.cumulative_length.sub_(count)
-    else:
-        layer.crop(-count)
+    cache.crop(-count)
 
 
 def visible_length(cache: Cache, layer_index: int) -> int:
     """Past positions that layer `layer_index` still shows to a new token."""
-    if isinstance(cache.layers[layer_index], StaticLayer):
-        return cached_length(cache)
     states = _states(cache.layers[layer_index])
     window = window_of(cache, layer_index)
     kept = states[0].shape[-2] if states else 0
@@ -126,9 +105,8 @@ def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = Fal
     """
     kept = path.shape[1]
     if 1 < kept < node_count and not is_front:
-        end = None if buffer_length(cache) is None else cached_length(cache)
         for states in entries_of(cache.layers):
-            _move_forward(states, path, (states.shape[-2] if end is None else end) - node_count)
+            _move_forward(states, path, states.shape[-2] - node_count)
     crop(cache, node_count - kept)
 
 
@@ -157,7 +135,7 @@ def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, l
         states, window = _states(layer), window_of(cache, index)
         if states is not None and window is not None:
             most = min(length, window - 1)
-            _replace(layer, [_newest(part, path, node_count, counts, most) for part in states], length)
+            replace_entries(layer, [_newest(part, path, node_count, counts, most) for part in states], length)
         elif states is not None:
             layer.crop(-surplus)
 
@@ -171,7 +149,7 @@ def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
         states, window = _states(layer), window_of(cache, index)
         if states is not None and window is not None:
             most = min(length, window - 1)
-            _replace(layer, [part[:, :, part.shape[-2] - most :] for part in states], length)
+            replace_entries(layer, [part[:, :, part.shape[-2] - most :] for part in states], length)
         elif states is not None:
             layer.crop(-surplus)
 
@@ -184,10 +162,11 @@ def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most:
     return states.gather(2, _along_positions(torch.where(order < past, order.clamp(min=0), past + nodes), states))
 
 
-def _replace(layer: Any, states: list[Tensor], length: int) -> None:
-    """Give a sliding layer other entries, the last ones of `length` positions."""
+def replace_entries(layer: Any, states: list[Tensor], length: int) -> None:
+    """Give a layer other entries `[b, heads, s, hd]`, in a sliding one the last of `length` positions."""
     layer.keys, layer.values = states
-    layer.cumulative_length = length
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = length
 
 
 def _along_positions(positions: Tensor, states: Tensor) -> Tensor:

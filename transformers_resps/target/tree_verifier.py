@@ -13,9 +13,7 @@ from .features import Features
 from .forward import TargetForward
 from .preallocated_cache import preallocate, restore_stock_layers
 from .slots import SlotMap
-from .static_cache import Buckets
 from .tree_cache import (
-    buffer_length,
     cached_length,
     check_cache,
     compact,
@@ -43,7 +41,6 @@ class TreeVerifier:
         # Plain decoding leaves the text where the caller put it, and so do we; the target reads on its own device.
         self.device = position_ids.device if target.device.type == "meta" else target.device
         self._forward, self._config, self._dtype = forward, target.config, target.dtype
-        self._buckets = Buckets(buffer_length(self._cache))
         self._slots = SlotMap(
             None if attention_mask is None else attention_mask.to(self.device), cached_length(self._cache)
         )
@@ -76,9 +73,10 @@ class TreeVerifier:
     @property
     def levels_left(self) -> int:
         """Levels below the root that the target's positions allow."""
-        if self._last_position is None:
-            return sys.maxsize
-        return self._last_position - int(self._root_positions.max())
+        return self._levels_below(int(self._root_positions.max()))
+
+    def _levels_below(self, root_position: int) -> int:
+        return sys.maxsize if self._last_position is None else self._last_position - root_position
 
     def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: int) -> tuple[Tensor, list[Features]]:
         """Read what the cache lacks of the prompt.
@@ -108,26 +106,25 @@ class TreeVerifier:
             self._slots.extend([stop - start] * len(tokens))
             features.append(caught)
         check_cache(self._cache)
-        preallocate(self._cache)
         self._root_positions = self._root_positions.expand(len(tokens))
+        self._begin_steps()
         return outputs.logits, features
 
-    def fitted(self, tree: DraftTree) -> DraftTree:
-        """The first nodes, as many as a static cache has slots for."""
-        return self._buckets.fitted(tree, self.length)
+    def _begin_steps(self) -> None:
+        """Make the prompt's cache ready for trees."""
+        preallocate(self._cache)
 
     def must_compile(self, tree: DraftTree) -> bool:
-        """Whether the coming forward, the first over a tree of this size, takes longer than all that follow."""
-        return self._forward.must_compile(len(tree.tokens), self._buckets.rows(tree))
+        """Whether the coming forward, the first of its kind, takes longer than all that follow."""
+        return False
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         """The logits `[b, n or more, v]` and the features of all nodes, padding last; `keep` or `undo` comes next.
 
-        A lone root gets plain decoding's mask, but in a static cache.
+        A lone root gets plain decoding's mask.
         """
-        tree = self._buckets.padded(tree)
         ends = None if self._slots.is_even else self._slots.ends(tree.tokens.device)
-        if self._buckets.slots is None and tree.node_count == 1 and (ends is None or not has_windows(self._cache)):
+        if tree.node_count == 1 and (ends is None or not has_windows(self._cache)):
             mask: Any = self._prefix_mask(self.length + 1)
         else:
             prefix_mask = self._prefix_mask(self.length)

@@ -1,0 +1,67 @@
+"""Compiled functions: one code for all sizes, and never another module's weights."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transformers_resps.compilation.compiled_function import CompiledFunction
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counting:
+    """A backend that compiles nothing."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.count += 1
+        return graph.forward
+
+
+def through(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def function(rows: Tensor, buffer: Tensor) -> Tensor:
+        buffer[: len(rows)] = rows
+        return module(rows) + buffer.sum()  # type: ignore[no-any-return]
+
+    return function
+
+
+def compiled(module: nn.Module, backend: Any) -> CompiledFunction:
+    unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return CompiledFunction(
+        through(module), [(0,)], (0,), {"backend": backend, "fullgraph": True, "options": unguarded}
+    )
+
+
+@torch.no_grad()
+def test_it_compiles_once_for_all_sizes_from_two_on_and_writes_its_buffers() -> None:
+    backend, module = Counting(), nn.Linear(3, 2)
+    function = CompiledFunction(through(module), [(0,)], (0,), {"backend": backend, "fullgraph": True})
+    for rows, slots in ((2, 9), (5, 9), (4, 20), (7, 300)):
+        states, buffer = torch.randn(rows, 3), torch.zeros(slots, 3)
+        assert function.is_ready([states]) is (backend.count > 0)
+        found = function([states], [buffer])
+        torch.testing.assert_close(found, module(states) + states.sum())
+        assert torch.equal(buffer[:rows], states)
+    assert backend.count == 1
+    assert not function.is_ready([torch.randn(1, 3)])
+
+
+@torch.no_grad()
+def test_two_modules_behind_the_same_lines_keep_their_own_weights() -> None:
+    """Without guards on modules, code that is found by its lines alone would be the first module's."""
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    functions = [compiled(module, "inductor") for module in (first, second)]
+    states = torch.randn(4, 3)
+    for module, function in zip((first, second), functions, strict=True):
+        torch.testing.assert_close(function([states], [torch.zeros(9, 3)]), module(states) + states.sum())

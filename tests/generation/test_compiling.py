@@ -1,0 +1,376 @@
+"""Steps over slots, compiled or not: the same tokens, one compilation for all sizes, and eager after a fault."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig, PreTrainedModel, set_seed
+
+from tests.conftest import FakeClock
+from tests.decoding.rows import AnyShape, prompts
+from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
+from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
+from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.compilation import compiled_function
+from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.target import slot_engine
+
+
+STATIC = {"cache_implementation": "static"}
+
+
+class Cycle(Policy):
+    """Some shapes, one after the other; keeps the features it is shown."""
+
+    def __init__(self, *shapes: TreeShape) -> None:
+        self.shapes = shapes
+        self.features: list[torch.Tensor] = []
+
+    def choose(self, observation: Observation) -> TreeShape:
+        assert observation.features is not None
+        self.features.append(observation.features.clone())
+        return self.shapes[len(self.features) % len(self.shapes)]
+
+
+WIDE = Cycle(TreeShape.plain(), TreeShape(40, 3, VOCABULARY), TreeShape(7, 2, 4), TreeShape(20, 4, 3, lookup=3))
+_NAMES = ("llama", "mistral-window", "qwen2-mixed-windows", "gemma3_text", "gpt2", "deepseek_v3", "gpt_oss")
+_CASES = [architecture for architecture in ARCHITECTURES if str(architecture) in _NAMES]
+
+
+@pytest.mark.parametrize("architecture", _CASES, ids=str)
+def test_steps_over_slots_give_the_tokens_of_plain_generate(architecture: Architecture) -> None:
+    target = attach(architecture.build(architecture.attention[-1] if architecture.has_experts else "sdpa"))
+    torch.manual_seed(1)
+    head = DraftHead.from_target(target)
+    inputs = torch.randint(1, VOCABULARY, (3, 11))
+    mask = torch.ones_like(inputs)
+    mask[1, :4] = 0
+    accepted = 0
+    for rows, do_sample, chunk in ((1, False, None), (1, True, 4), (2, True, None), (3, False, None)):
+        options = {"attention_mask": mask[-rows:], "do_sample": do_sample, "max_new_tokens": 18}
+        set_seed(3)
+        expected = target.generate(inputs[-rows:] * mask[-rows:], **options)
+        set_seed(3)
+        options |= {"assistant_model": head, "policy": Cycle(*WIDE.shapes), "prefill_chunk_size": chunk, **STATIC}
+        out = target.generate(inputs[-rows:] * mask[-rows:], **options, return_dict_in_generate=True)
+        assert out.sequences.tolist() == expected.tolist()
+        accepted += out.speculation.emitted - out.speculation.target_forwards * rows
+    assert accepted > 0, "no drafted token was ever accepted: the comparison proved nothing"
+
+
+@pytest.fixture
+def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    return lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.fixture
+def target() -> PreTrainedModel:
+    return attach(Architecture("llama", {"num_hidden_layers": 2}).build("sdpa"))
+
+
+@pytest.fixture
+def head(target: PreTrainedModel) -> DraftHead:
+    torch.manual_seed(1)
+    return DraftHead.from_target(target, feature_layers=[0, 1])
+
+
+PROMPT = torch.tensor([[3, 4, 5, 3, 4]])
+
+
+def speculate(target: PreTrainedModel, head: DraftHead | None, policy: Any, **options: Any) -> Any:
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True} | options
+    return target.generate(PROMPT, assistant_model=head, policy=policy, **options)
+
+
+def plainly(target: PreTrainedModel, count: int = 20) -> list[list[int]]:
+    tokens: list[list[int]] = target.generate(PROMPT, max_new_tokens=count, do_sample=False).tolist()
+    return tokens
+
+
+def test_lookups_alone_work_over_slots(target: PreTrainedModel) -> None:
+    out = speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **STATIC)
+    assert out.sequences.tolist() == plainly(target)
+
+
+def test_a_text_that_outgrows_its_buffers_moves_to_larger_ones(target: PreTrainedModel, head: DraftHead) -> None:
+    out = speculate(target, head, FixedPolicy(TreeShape(60, 3, VOCABULARY)), **STATIC, max_new_tokens=200)
+    assert out.sequences.tolist() == plainly(target, 200)
+
+
+def test_a_call_goes_on_from_the_cache_of_one_over_slots() -> None:
+    """Full layers and windows: what comes back is a stock cache with all but the newest token."""
+    target = attach(Architecture("mistral", {"sliding_window": 8}).build("sdpa"))
+    head = DraftHead.from_target(target)
+    first = speculate(target, head, WIDE, **STATIC)
+    cache = first[CACHE_KEYWORD]
+    assert {layer.get_seq_length() for layer in cache.layers} == {24}
+    options = {
+        CACHE_KEYWORD: cache,
+        "attention_mask": torch.ones_like(first.sequences),
+        "assistant_model": head,
+        "policy": WIDE,
+        "max_new_tokens": 10,
+        "do_sample": False,
+    }
+    again = target.generate(first.sequences, **options)
+    assert again.tolist() == plainly(target, 30)
+
+
+class CountingBackend:
+    """Compiles nothing, but counts; tracing takes a hundred seconds of `clock`. `fault` is what compiling raises."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.count, self.clock = 0, clock
+        self.fault: BaseException | None = None
+        self.change: Callable[[Any], Any] | None = None  # of what compiled code returns
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        if self.fault is not None:
+            raise self.fault
+        self.count += 1
+        self.clock.advance(100.0)
+        change = self.change
+        return graph.forward if change is None else lambda *args: change(graph.forward(*args))
+
+
+@pytest.fixture
+def backend(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
+    """What `compile=True` compiles with."""
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", fake_clock)
+    found, stock = CountingBackend(fake_clock), torch.compile
+    monkeypatch.setattr(
+        compiled_function.torch,
+        "compile",
+        lambda function, **options: stock(function, backend=found, fullgraph=options["fullgraph"]),
+    )
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+SHAPES = (TreeShape.plain(), TreeShape(3, 2, 2), TreeShape(40, 3, 5), TreeShape(2, 1, 1))
+
+
+def test_all_sizes_are_compiled_once_and_its_seconds_are_no_steps(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    """Three calls, trees of many sizes, texts of several buffers. The features are those that hooks catch."""
+    eager, compiled = Cycle(*SHAPES), Cycle(*SHAPES)
+    speculate(target, head, eager)
+    out = speculate(target, head, compiled, compile=True)
+    assert out.sequences.tolist() == plainly(target)
+    assert backend.count == 1
+    assert len({step.verified for step in out.speculation.steps}) > 2
+    assert all(step.step_seconds == 0.0 for step in out.speculation.steps)
+    torch.testing.assert_close(torch.stack(compiled.features), torch.stack(eager.features))
+    for count in (12, 200):
+        again = speculate(target, head, Cycle(*SHAPES), compile=True, max_new_tokens=count)
+        assert again.sequences.tolist() == plainly(target, count)
+    assert backend.count == 1
+
+
+def test_batches_are_compiled_once_more_however_their_rows_end(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    for seed, do_sample in ((1, False), (2, True), (3, False)):
+        inputs = prompts(seed, rows=2 + seed)
+        options = {"do_sample": do_sample, "max_new_tokens": 30, "eos_token_id": [1, 2], "pad_token_id": 0}
+        set_seed(seed)
+        expected = target.generate(**inputs, **options)
+        set_seed(seed)
+        found = target.generate(**inputs, **options, assistant_model=head, policy=AnyShape(seed), compile=True)
+        assert found.tolist() == expected.tolist()
+    assert backend.count == 1
+
+
+def test_a_compilation_that_was_interrupted_is_no_steps_cost_in_the_next_call_either(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    backend.fault = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        speculate(target, head, FixedPolicy(TreeShape(3, 2, 2)), compile=True)
+    backend.fault = None
+    out = speculate(target, head, FixedPolicy(TreeShape(3, 2, 2)), compile=True)
+    assert backend.count == 1 and all(step.step_seconds == 0.0 for step in out.speculation.steps)
+
+
+_FAULTS = [torch.OutOfMemoryError("no memory"), RuntimeError("no C++ compiler"), OSError("disk full"), TypeError("?")]
+
+
+@pytest.mark.parametrize("fault", _FAULTS, ids=lambda fault: type(fault).__name__)
+def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, warnings_of: Any, fault: Exception
+) -> None:
+    backend.fault = fault
+    for _ in range(2):
+        out = speculate(target, head, Cycle(*SHAPES), compile=True)
+        assert out.sequences.tolist() == plainly(target)
+    assert [line for line in warnings_of() if "runs without compilation" in line and str(fault) in line]
+    assert len([line for line in warnings_of() if "runs without compilation" in line]) == 1
+
+
+def test_compiled_code_that_gives_other_logits_is_not_used(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, warnings_of: Any
+) -> None:
+    backend.change = lambda outputs: tuple(part * 1.01 for part in outputs)
+    out = speculate(target, head, Cycle(*SHAPES), compile=True)
+    assert out.sequences.tolist() == plainly(target)
+    assert any("its logits differ by" in line for line in warnings_of())
+
+
+def test_a_fault_in_the_middle_of_a_text_repeats_the_step_as_it_is(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, warnings_of: Any
+) -> None:
+    runs = 0
+
+    def fail_at_the_third(outputs: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return outputs
+
+    backend.change = fail_at_the_third
+    out = speculate(target, head, Cycle(*SHAPES), compile=True)
+    assert out.sequences.tolist() == plainly(target)
+    assert runs == 3 and any("no memory" in line for line in warnings_of())
+
+
+def _load(target: PreTrainedModel) -> None:
+    target.load_state_dict({name: value.flip(0) for name, value in target.state_dict().items()})
+
+
+def _through_data(target: PreTrainedModel) -> None:
+    target.model.layers[0].mlp.up_proj.weight.data.mul_(-2.0)
+
+
+@pytest.mark.parametrize("change", [_load, _through_data, lambda target: target.float()], ids=["load", "data", "to"])
+def test_weights_that_change_between_calls_are_compiled_anew(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, change: Callable[[Any], Any]
+) -> None:
+    before = speculate(target, head, Cycle(*SHAPES), compile=True).sequences.tolist()
+    change(target)
+    head.to(dtype=target.dtype)
+    after = speculate(target, head, Cycle(*SHAPES), compile=True).sequences.tolist()
+    assert after == plainly(target) and backend.count == 2
+    assert after != before or target.dtype is torch.float32
+
+
+def test_a_call_beside_another_runs_as_it_is(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    inner: list[Any] = []
+
+    class Meanwhile(Cycle):
+        def choose(self, observation: Observation) -> TreeShape:
+            if not inner:
+                thread = threading.Thread(
+                    target=lambda: inner.append(speculate(target, head, Cycle(*SHAPES), compile=True))
+                )
+                thread.start()
+                thread.join()
+            return super().choose(observation)
+
+    out = speculate(target, head, Meanwhile(*SHAPES), compile=True)
+    assert out.sequences.tolist() == inner[0].sequences.tolist() == plainly(target)
+    assert backend.count == 1
+
+
+def test_auto_compiles_when_decoding_has_taken_as_long(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    speculate(target, head, Cycle(*SHAPES), compile="auto")
+    assert backend.count == 0
+    target.slot_engine.note(60.0)
+    out = speculate(target, head, Cycle(*SHAPES), compile="auto")
+    assert backend.count == 1 and out.sequences.tolist() == plainly(target)
+
+
+def test_attach_and_compile_config_ask_for_it_too(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    speculate(target, head, Cycle(*SHAPES), compile_config=CompileConfig())
+    assert backend.count == 1
+    speculate(target, head, Cycle(*SHAPES), compile_config=CompileConfig(), disable_compile=True)
+    attach(target, assistant_model=head, policy=Cycle(*SHAPES), compile=True)
+    assert target.generate(PROMPT, max_new_tokens=20, do_sample=False).tolist() == plainly(detach(target))
+    assert backend.count == 1
+
+
+def test_a_copy_has_no_compiled_code(target: PreTrainedModel, head: DraftHead, backend: CountingBackend) -> None:
+    speculate(target, head, Cycle(*SHAPES), compile=True)
+    copied = copy.deepcopy(target)
+    assert target.slot_engine.is_compiled and not copied.slot_engine.is_compiled
+    out = speculate(copied, DraftHead.from_target(copied, feature_layers=[0, 1]), Cycle(*SHAPES), compile=True)
+    assert out.sequences.tolist() == plainly(target) and backend.count == 2
+
+
+def test_what_stands_against_compiling_is_said_and_the_text_is_right(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, warnings_of: Any
+) -> None:
+    deep = DraftHead.from_target(target, feature_layers=[0, 2])
+    out = speculate(target, deep, FixedPolicy(SHAPES[1]), compile=True)
+    assert out.sequences.tolist() == plainly(target)
+    assert any("the head reads the last layer's output" in line for line in warnings_of())
+    target.train()
+    speculate(target, head, FixedPolicy(SHAPES[1]), compile=True)
+    assert any("the model is in training mode" in line for line in warnings_of())
+    assert backend.count == 0
+
+
+def test_an_adapter_must_be_merged_before_its_model_is_compiled(
+    target: PreTrainedModel, backend: CountingBackend, warnings_of: Any
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = attach(peft.get_peft_model(target, config)).eval()
+    options = {"max_new_tokens": 12, "do_sample": False}
+    policy = FixedPolicy(TreeShape(1, 0, 1, lookup=4))
+    expected = adapted.generate(PROMPT, **options).tolist()
+    assert adapted.generate(PROMPT, policy=policy, compile=True, **options).tolist() == expected
+    assert any("an adapter is active; merge it first" in line for line in warnings_of())
+    assert backend.count == 0
+    adapted.merge_adapter()
+    assert adapted.generate(PROMPT, policy=policy, compile=True, **options).tolist() == expected
+    assert backend.count == 1
+    adapted.unmerge_adapter()
+    assert adapted.generate(PROMPT, policy=policy, compile=True, **options).tolist() == expected
+    assert backend.count == 1
+
+
+def test_a_target_that_the_caller_compiled_is_run_as_it_is(target: PreTrainedModel, head: DraftHead) -> None:
+    """Its features are outputs: hooks would be lost, since plain decoding has compiled the forward without them."""
+    torch._dynamo.reset()
+    target(PROMPT, output_hidden_states=[0])  # Transformers' own hooks, which it adds at the first such call
+    expected = plainly(target)
+    target.forward = torch.compile(target.forward, backend="eager")
+    assert plainly(target) == expected
+    out = speculate(target, head, Cycle(*SHAPES))
+    assert out.sequences.tolist() == expected
+    deep = DraftHead.from_target(target, feature_layers=[0, 2])
+    with pytest.raises(ValueError, match="reads hidden state 2.*after the final norm"):
+        speculate(target, deep, FixedPolicy(SHAPES[1]))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"compile": "always"}, "'auto' or None"), ({"compile": True}, "policy='auto'")]
+)
+def test_a_wrong_or_useless_compile_is_refused(target: PreTrainedModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        target.generate(PROMPT, **options)
+
+
+def test_inductor_compiles_a_target_with_its_weights_inside() -> None:
+    """The real compiler, on one layer: sizes and rows that were not there when it was compiled."""
+    target = attach(Architecture("llama", {"num_hidden_layers": 1}).build("sdpa").float())
+    torch.manual_seed(1)
+    head = DraftHead.from_target(target, feature_layers=[0])
+    for seed in range(3):
+        out = speculate(target, head, AnyShape(seed), compile=True, max_new_tokens=150)
+        assert out.sequences.tolist() == plainly(target, 150)
+    assert target.slot_engine.is_compiled
+    assert slot_engine.SlotEngine().is_compiled is False

@@ -1,0 +1,81 @@
+"""A function that `torch.compile` compiles with the weights inside, once for all sizes of its inputs.
+
+Inductor lays the weights out for few rows and puts them into the graph ("freezing"): SmolLM2's forward in bfloat16
+then runs near the memory limit of a CPU. They are constants from then on: see `WeightFingerprint`.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+# Of each tensor, the dimensions whose sizes change from call to call.
+DynamicSizes = Sequence[Sequence[int]]
+
+
+class CompiledFunction:
+    """Compiles at the first call; sizes in `dynamic` dimensions may then change at every call.
+
+    Args:
+        function: tensors -> tensors, without gradients and without branches on values.
+        dynamic: of its inputs. A size of 1 is compiled apart from all others.
+        dynamic_buffers: of every buffer.
+        options: of `torch.compile`, in place of inductor with freezing.
+
+    The guards on modules are left out, since checking hundreds of parameters takes as long as a layer. So the caller
+    must drop the object when a module that the function runs has changed.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        dynamic: DynamicSizes,
+        dynamic_buffers: Sequence[int] = (),
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if options is None:
+            filtered = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+            options = {"fullgraph": True, "options": {"freezing": True, "guard_filter_fn": filtered}}
+        self._call = torch.compile(_with_own_code(function), **options)
+        self._dynamic, self._dynamic_buffers = dynamic, dynamic_buffers
+        self._known: set[tuple[tuple[int, ...], ...]] = set()
+
+    def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
+        """Run `function(*inputs, *buffers)`; compile it first, where sizes are new."""
+        kind = self._kind(inputs)
+        if kind not in self._known:
+            sizes = [*self._dynamic, *[self._dynamic_buffers] * len(buffers)]
+            for part, dimensions in zip([*inputs, *buffers], sizes, strict=True):
+                for dimension in dimensions:
+                    if part.shape[dimension] > 1:
+                        torch._dynamo.mark_dynamic(part, dimension)
+        outputs = self._call(*inputs, *buffers)
+        self._known.add(kind)  # not before: compiling may be interrupted
+        return outputs
+
+    def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
+        """Whether inputs of these sizes run without compilation."""
+        return self._kind(inputs) in self._known
+
+    def _kind(self, inputs: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+        """What must be equal for two calls to run the same code: all sizes, the changing ones only as one or more."""
+        return tuple(
+            tuple(min(size, 2) if index in dimensions else size for index, size in enumerate(part.shape))
+            for part, dimensions in zip(inputs, self._dynamic, strict=True)
+        )
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of `function` with a code object of its own.
+
+    `torch.compile` finds compiled code by the code object and by guards. Two closures of one `def` share it, and
+    without guards on modules one model would run the other's weights.
+    """
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace()
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )

@@ -1,0 +1,161 @@
+"""What a target keeps from call to call for forwards over slots: the buffers and the compiled code."""
+
+import time
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..compilation.captured_function import CapturedFunction
+from ..compilation.compiled_function import CompiledFunction
+from ..compilation.weight_fingerprint import WeightFingerprint
+from .gqa_attention import use_gqa_attention
+from .slot_cache import SlotBuffers
+from .slot_forward import SlotForward, SlotInputs
+
+
+logger = logging.get_logger(__name__)
+
+_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
+_EXPECTED_SECONDS = 60.0  # of compiling a small model on two cores, until it was measured
+# The dimensions of `SlotInputs` and of the buffers that change, with several rows.
+_SIZES = SlotInputs((0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1), (0,))  # type: ignore[arg-type]
+_BUFFER_SIZES = (0, 1)
+# Share of the largest logit by which compiled and eager forwards may differ.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LOW_PRECISION_TOLERANCE = 0.1
+# What compiling, capturing and compiled code raise: out of memory, no compiler, code that cannot be traced, ...
+_FAULTS = (RuntimeError, ImportError, OSError, TypeError, AttributeError, AssertionError, NotImplementedError)
+
+
+class SlotEngine:
+    """Runs slot functions of one target. One call of `generate` uses it at a time.
+
+    An attached model owns one. A copied or pickled model starts anew.
+    """
+
+    def __init__(self, *, compiles: bool = True) -> None:
+        self.buffers = SlotBuffers()
+        self._compiles = compiles
+        self._functions: dict[Hashable, CompiledFunction | CapturedFunction] = {}
+        self._fingerprint: WeightFingerprint | None = None
+        self._compile_seconds, self._decoded_seconds = _EXPECTED_SECONDS, 0.0
+        self._warned: set[str] = set()
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type["SlotEngine"], tuple[()]]:
+        return SlotEngine, ()
+
+    @contextmanager
+    def borrow(self, target: PreTrainedModel) -> Iterator["SlotEngine"]:
+        """Lend this engine, without code that was compiled for other weights. While another call uses it, lend one
+        that does not compile.
+        """
+        if not self._lock.acquire(blocking=False):
+            yield SlotEngine(compiles=False)
+            return
+        try:
+            if self._fingerprint is not None and self._fingerprint != _fingerprint(target):
+                self._functions.clear()
+                self._compiles, self._fingerprint = True, None
+            yield self
+            if self._fingerprint is None and (self._functions or not self._compiles):
+                self._fingerprint = _fingerprint(target)
+        finally:
+            self._lock.release()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is compiled code."""
+        return bool(self._functions)
+
+    @property
+    def pays(self) -> bool:
+        """Whether compiled code is there, or decoding has taken as long as compiling will: the model lives on."""
+        return self.is_compiled or self._decoded_seconds >= self._compile_seconds
+
+    def note(self, seconds: float) -> None:
+        """Note that a call has decoded for so long."""
+        self._decoded_seconds += seconds
+
+    def node_count(self, device: torch.device, count: int) -> int:
+        """Nodes of a forward over a tree of `count`, padding included: few sizes where each is captured by itself.
+
+        On a CPU one code serves all sizes from two nodes on, and a second node costs nothing.
+        """
+        if device.type != "cuda":
+            return max(count, 2)
+        return next((size for size in _CAPTURED_SIZES if size >= count), -(-count // 64) * 64)
+
+    def must_compile(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> bool:
+        """Whether the coming forward, the first of its kind, takes longer than all that follow."""
+        made = self._functions.get(_kind(forward, inputs))
+        return self._compiles and (made is None or not made.is_ready(inputs, buffers))
+
+    def run(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run a forward compiled, or as it is where that fails."""
+        if not self._compiles:
+            return forward(inputs, buffers)
+        try:
+            with use_gqa_attention(forward.target):
+                if self.must_compile(forward, inputs, buffers):
+                    return self._first(forward, inputs, buffers)
+                outputs: tuple[Tensor, ...] = self._functions[_kind(forward, inputs)](inputs, buffers)
+                return outputs
+        except _FAULTS as fault:
+            self._give_up(_said(fault))
+        return forward(inputs, buffers)
+
+    def _first(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> tuple[Tensor, ...]:
+        """The first run of compiled code. It must give what the eager forward gives."""
+        expected = forward(inputs, buffers)  # first: Transformers adds the hooks that are compiled at an eager call
+        kind = _kind(forward, inputs)
+        if kind not in self._functions:
+            self._functions[kind] = _made(forward, inputs)
+        started = time.perf_counter()
+        outputs: tuple[Tensor, ...] = self._functions[kind](inputs, buffers)
+        self._compile_seconds = time.perf_counter() - started
+        error, scale = (float(part.abs().max()) for part in (outputs[0] - expected[0], expected[0]))
+        if not error <= _TOLERANCE.get(forward.target.dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
+            self._give_up(f"its logits differ by {error:.3g} from the eager ones, the largest of which is {scale:.3g}")
+            return expected
+        return outputs
+
+    def warn(self, reason: str) -> None:
+        """Warn, once for each reason, that the target's forward runs as it is."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning(f"The target's forward runs without compilation: {reason}.")
+
+    def _give_up(self, reason: str) -> None:
+        self._compiles = False
+        self._functions.clear()
+        self.warn(reason)
+
+
+def _said(fault: Exception) -> str:
+    """What went wrong, in one line: PyTorch adds advice for its developers, and names the backend first."""
+    lines = [line for line in str(fault).splitlines() if line.strip() and not line.endswith("raised:")]
+    return " ".join([f"{type(fault).__name__}:", *lines[:1]]).rstrip(".")
+
+
+def _fingerprint(target: PreTrainedModel) -> WeightFingerprint:
+    return WeightFingerprint(target, target.config.get_text_config()._attn_implementation)
+
+
+def _kind(forward: SlotForward, inputs: SlotInputs) -> Hashable:
+    """What compiled code can serve: a single row or several, and the features of one head."""
+    return len(inputs.tokens) > 1, *forward.feature_layers, str(forward.options)
+
+
+def _made(forward: SlotForward, inputs: SlotInputs) -> CompiledFunction | CapturedFunction:
+    if inputs.tokens.device.type == "cuda" and forward.options is None:
+        return CapturedFunction(forward.function)
+    if len(inputs.tokens) > 1:
+        return CompiledFunction(forward.function, _SIZES, _BUFFER_SIZES, forward.options)
+    dynamic = [tuple(size for size in sizes if size) for sizes in _SIZES]  # one row stays one row
+    return CompiledFunction(forward.function, dynamic, _BUFFER_SIZES[:1], forward.options)
