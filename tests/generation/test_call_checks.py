@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    CompileConfig,
     GenerationConfig,
     LlamaConfig,
     OpenAIGPTConfig,
@@ -61,7 +60,6 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "speculation type": ({"speculation_type": "dflash"}, "speculation_type"),
     "ensemble weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     "custom generate": ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
-    "compile config": ({"compile_config": CompileConfig()}, "`compile_config` with a dynamic cache"),
     "embeddings": ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
     "positions of three dimensions": ({"position_ids": torch.zeros(3, 1, 3, dtype=torch.long)}, "3 dimensions"),
     "other inputs of the forward": ({"labels": torch.zeros(1, 3, dtype=torch.long)}, "labels"),

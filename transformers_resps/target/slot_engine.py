@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
 _EXPECTED_SECONDS = 60.0  # of compiling a small model on two cores, until it was measured
 # The dimensions of `SlotInputs` and of the buffers that change, with several rows.
-_SIZES = SlotInputs((0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1), (0,))  # type: ignore[arg-type]
+_SIZES = ((0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1), (0,))
 _BUFFER_SIZES = (0, 1)
 # Share of the largest logit by which compiled and eager forwards may differ.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}

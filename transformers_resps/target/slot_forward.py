@@ -47,11 +47,13 @@ class SlotLayout:
         layers: list[Any] = cache.layers
         self._has_entries = [getattr(layer, "keys", None) is not None for layer in layers]
         self._placeholders = [layer for layer, own in zip(layers, self._has_entries, strict=True) if not own]
-        kinds = getattr(config.get_text_config(), "layer_types", None)
+        kinds: list[str] | None = getattr(config.get_text_config(), "layer_types", None)
         # layer type -> its sliding window; without types one mask serves all layers
         self.windows: dict[str | None, int | None] = {}
-        for kind in [None] if kinds is None else dict.fromkeys(kinds):
-            self.windows[kind] = window_of(cache, 0 if kind is None else kinds.index(kind))
+        if kinds is None:
+            self.windows[None] = window_of(cache, 0)
+        else:
+            self.windows |= {kind: window_of(cache, kinds.index(kind)) for kind in kinds}
 
     def cache(self, buffers: tuple[Tensor, ...], written: Tensor) -> Cache:
         """The cache of one forward that writes the slots `[b, n]`."""
