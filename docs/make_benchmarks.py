@@ -157,19 +157,6 @@ def batches(found: list[Results], *sizes: str) -> str:
     return table(["prompts", "results file", "tree", "rows"], [f"batch of {size}" for size in sizes], rows)
 
 
-def static_caches(found: list[Results]) -> str:
-    """Of `training.studies.static_caches`."""
-    rows = []
-    for one in found:
-        ways = {row["way"]: row for row in one.data["rows"]}
-        for way, name in (("plain", "plain"), ("tree", f"tree {one.asked['shape']}")):
-            growing, static, compiled = (ways[f"{way}, {cache}"] for cache in ("dynamic", "static", "compiled"))
-            rate, extra = f"{growing['tokens_per_second']:.1f}", f"{compiled['first_pass_extra_seconds']:.0f}"
-            rows.append([one.link, name, rate, two(static["to_dynamic"]), two(compiled["to_dynamic"]), extra])
-    right = ["growing cache, tokens/s", "static", "static and compiled", "seconds of compiling"]
-    return table(["results file", "decoding"], right, rows)
-
-
 def forward_costs(found: list[Results]) -> str:
     """Of `resps bench`: the costs that it measured before it began, relative to a forward over one node."""
     counts, rows = ("2", "4", "8", "16", "32"), []
@@ -192,17 +179,7 @@ def same_outputs(found: list[Results]) -> str:
     return table(["target", "results file"], ["new tokens", "outputs", *COLUMNS], rows)
 
 
-MAKERS = (
-    overview,
-    by_dataset,
-    head_alone,
-    engine,
-    bad_head,
-    batches,
-    static_caches,
-    forward_costs,
-    same_outputs,
-)
+MAKERS = (overview, by_dataset, head_alone, engine, bad_head, batches, forward_costs, same_outputs)
 
 
 def fill(mark: str) -> str:

@@ -69,7 +69,7 @@ def test_a_command_stops_with_one_line(
     assert f"'transformers-resps[{extra}]'" in said and not [line for line in earlier if "loading" not in line]
 
 
-@pytest.mark.parametrize("module", ["batches", "static_caches"])
+@pytest.mark.parametrize("module", ["batches"])
 def test_a_smaller_benchmark_stops_with_one_line(
     module: str, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """The target's side of a step: what it keeps is what plain decoding would have read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from transformers.cache_utils import DynamicLayer
 
 from tests.conftest import build_target
 from transformers_resps.target.forward import TargetForward
+from transformers_resps.target.slot_engine import SlotEngine
+from transformers_resps.target.slot_verifier import SlotTreeVerifier
 from transformers_resps.target.tree_verifier import TreeVerifier
 from transformers_resps.tree import DraftTree
 
@@ -34,9 +37,20 @@ def text_of(row: int, path: list[int]) -> list[int]:
     return [*PROMPTS[row].tolist(), *TREE.tokens[row, path].tolist()]
 
 
+def over_slots(target: PreTrainedModel, prompt_length: int) -> TreeVerifier:
+    forward = TargetForward(target, None, DynamicCache(config=target.config))
+    return SlotTreeVerifier(forward, SlotEngine(compiles=False), [], torch.arange(prompt_length)[None])
+
+
+@pytest.fixture(params=[TreeVerifier.of, over_slots], ids=["growing", "slots"])
+def opened(request: pytest.FixtureRequest) -> Callable[[PreTrainedModel, int], TreeVerifier]:
+    make: Callable[[PreTrainedModel, int], TreeVerifier] = request.param
+    return make
+
+
 @torch.no_grad()
-def test_each_node_is_verified_as_the_end_of_its_own_path(target: PreTrainedModel) -> None:
-    with TreeVerifier.of(target, 5) as verifier:
+def test_each_node_is_verified_as_the_end_of_its_own_path(target: PreTrainedModel, opened: Any) -> None:
+    with opened(target, 5) as verifier:
         last, _ = verifier.prefill(PROMPTS, logits_to_keep=1)
         found, _ = verifier.verify(TREE)
     for row in range(2):
@@ -47,19 +61,21 @@ def test_each_node_is_verified_as_the_end_of_its_own_path(target: PreTrainedMode
 
 @torch.no_grad()
 @pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
-def test_a_tree_after_kept_nodes_continues_each_rows_own_path(target: PreTrainedModel, counts: list[int]) -> None:
+def test_a_tree_after_kept_nodes_continues_each_rows_own_path(
+    target: PreTrainedModel, counts: list[int], opened: Any
+) -> None:
     """Rows that keep as many nodes, and rows that do not; then the second row goes on alone."""
     paths = [BRANCH[: counts[0]], CHAIN[: counts[1]]]
     padded = torch.tensor([path + path[-1:] * (3 - len(path)) for path in paths])
     texts = [text_of(row, path) for row, path in enumerate(paths)]
-    with TreeVerifier.of(target, 5) as verifier:
+    with opened(target, 5) as verifier:
         verifier.prefill(PROMPTS)
         verifier.verify(TREE)
         verifier.undo()
         verifier.verify(TREE)
-        verifier.keep(padded, counts)
+        verifier.keep(padded, paths)
         found, _ = verifier.verify(DraftTree.root_only(torch.tensor([30, 31])))
-        verifier.keep(torch.zeros(2, 1, dtype=torch.long), [1, 1])
+        verifier.keep(torch.zeros(2, 1, dtype=torch.long), [[0], [0]])
         verifier.keep_rows([1])
         alone, _ = verifier.verify(TREE.row(0))
         assert verifier.length == len(texts[1]) + 1

@@ -132,16 +132,16 @@ class TreeDecoding:
 
     def _keep(self, tree: DraftTree, acceptance: Acceptance, features: Features) -> None:
         """The target's cache keeps the accepted path; the features of that path go to the head."""
-        path, counts, is_front = acceptance.path, acceptance.counts, acceptance.is_front
-        self._verifier.keep(path, counts, is_front=is_front)
+        path = acceptance.path
+        self._verifier.keep(path, acceptance.paths)
         if self._drafter is None:
             return
         states = features.concatenated()
-        if is_front:
+        if acceptance.is_front:
             states = states[:, : path.shape[1]]
         else:
             states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
-        self._drafter.observe(states, acceptance.tokens, counts)
+        self._drafter.observe(states, acceptance.tokens, acceptance.counts)
 
     def _drop_finished(self) -> None:
         """Stop decoding rows that have ended."""

@@ -56,7 +56,7 @@ def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
     with TreeVerifier.of(target, prompt.shape[1]) as verifier:
         verifier.prefill(prompt)
         verified, _ = verifier.verify(tree)
-        verifier.keep(path, [3])
+        verifier.keep(path, path.tolist())
         last, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
     branch = torch.cat([prompt, nodes.gather(1, path), after], dim=1)
     expected = target(input_ids=branch, use_cache=False).logits[:, 4:]

@@ -61,7 +61,7 @@ class SlotTable:
             more = self._places.new_full((len(self._places), missing + size), HIDDEN)
             self._places = torch.cat([self._places, more], dim=1)
 
-    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+    def keep(self, paths: list[list[int]]) -> None:
         """Keep the nodes of each row's path, the root first, of the newest forward."""
         for row, path in enumerate(paths):
             offered, kept = self._offered[row], set(path)

@@ -75,9 +75,9 @@ class SlotTreeVerifier(TreeVerifier):
     def undo(self) -> None:
         """Forget the newest tree: its slots are still free."""
 
-    def keep(self, path: Tensor, counts: list[int]) -> None:
+    def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         """As `TreeVerifier.keep`."""
-        paths = [row[:count] for row, count in zip(path.tolist(), counts, strict=True)]
+        counts = list(map(len, paths))
         self._slots.extend(counts)
         self._positions_after = [at + count for at, count in zip(self._positions_after, counts, strict=True)]
         self._table.keep(_filled_up(paths, self._rows))

@@ -137,15 +137,16 @@ class TreeVerifier:
         """Forget the newest tree."""
         crop(self._cache, self._newest_nodes)
 
-    def keep(self, path: Tensor, counts: list[int], *, is_front: bool = False) -> None:
+    def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         """Keep the accepted nodes of the newest tree, and forget its others.
 
         Args:
             path: `[b, m]` node indices, ascending, the root first; a row that keeps fewer repeats its last.
-            counts: of the nodes, those that each row keeps.
-            is_front: whether every row is known to keep the first nodes in their order, so that nothing moves.
+            paths: the same on the host, without repetitions.
         """
+        counts = list(map(len, paths))
         if self._slots.is_even and min(counts) == max(counts):
+            is_front = paths == [list(range(counts[0]))] * len(paths)
             compact(self._cache, path, self._newest_nodes, is_front=is_front)
             self._slots.extend(counts)
             self._root_positions = self._root_positions + counts[0]

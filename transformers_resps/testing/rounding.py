@@ -102,7 +102,7 @@ def _read(target: PreTrainedModel, prompt: Tensor, answer: Tensor, node_count: i
         verifier.prefill(prompt[None], logits_to_keep=1)
         for tree in _chains(answer, node_count):
             logits, _ = verifier.verify(tree)
-            verifier.keep(torch.arange(tree.node_count, device=target.device)[None], [tree.node_count])
+            verifier.keep(torch.arange(tree.node_count, device=target.device)[None], [list(range(tree.node_count))])
             rows += logits[0].cpu()
     return rows
 

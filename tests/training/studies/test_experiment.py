@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from tests.bench.conversations import save_models, save_rows
 from training.studies.batches import main as batches
-from training.studies.static_caches import main as static_caches
 from transformers_resps import DraftHead
 
 
@@ -17,9 +16,8 @@ from transformers_resps import DraftHead
     ("command", "options", "ways"),
     [
         (batches, ["--batch-sizes", "1", "2", "9"], {"plain", "ragged", "lockstep", "tree, one by one"}),
-        (static_caches, ["--backend", "none", "--shape", "4,2,2"], {"plain, static", "tree, dynamic", "tree, static"}),
     ],
-    ids=["batches", "static_caches"],
+    ids=["batches"],
 )
 def test_every_way_is_measured_printed_and_kept_with_where_it_was(
     command: Callable[[list[str]], int],
