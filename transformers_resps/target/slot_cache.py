@@ -60,7 +60,7 @@ class SlotLayer(CacheLayerMixin):
 class SlotBuffers:
     """The buffers of all layers of a target, as large as any text needed so far; kept from call to call.
 
-    Every window of them is a tensor of its own on the same memory: compiled code takes no views.
+    Windows of them are kept: compiled code meets the same tensors again.
     """
 
     def __init__(self) -> None:
@@ -122,8 +122,11 @@ class SlotBuffers:
 
 
 def _front(part: Tensor, size: int) -> Tensor:
-    """The first `size` slots of a contiguous buffer, as a tensor that is no view."""
-    return part.new_empty(0).set_(part.untyped_storage(), 0, (size, *part.shape[1:]), part.stride())  # type: ignore[call-overload]
+    """The first `size` slots of a contiguous buffer; where code is compiled, as a tensor that is no view."""
+    if part.device.type != "cpu":
+        return part[:size]
+    storage, shape = part.untyped_storage(), (size, *part.shape[1:])
+    return part.new_empty(0).set_(storage, 0, shape, part.stride())  # type: ignore[call-overload, no-any-return]
 
 
 def filled_layers(cache: Cache) -> list[Any]:

@@ -103,9 +103,8 @@ class SlotTreeVerifier(TreeVerifier):
         super().close()
 
     @property
-    def levels_left(self) -> int:
-        """As `TreeVerifier.levels_left`."""
-        return self._levels_below(max(self._positions_after))
+    def _furthest_root(self) -> int:
+        return max(self._positions_after)
 
     def _prepared(self, tree: DraftTree) -> tuple[SlotInputs, list[Tensor]]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and the buffers that it sees."""

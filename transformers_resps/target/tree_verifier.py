@@ -73,10 +73,14 @@ class TreeVerifier:
     @property
     def levels_left(self) -> int:
         """Levels below the root that the target's positions allow."""
-        return self._levels_below(int(self._root_positions.max()))
+        if self._last_position is None:
+            return sys.maxsize
+        return self._last_position - self._furthest_root
 
-    def _levels_below(self, root_position: int) -> int:
-        return sys.maxsize if self._last_position is None else self._last_position - root_position
+    @property
+    def _furthest_root(self) -> int:
+        """The largest position of a root."""
+        return int(self._root_positions.max())
 
     def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: int) -> tuple[Tensor, list[Features]]:
         """Read what the cache lacks of the prompt.
