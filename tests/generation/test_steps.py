@@ -121,6 +121,14 @@ def test_the_default_tree_of_the_head_is_used_without_a_policy(target: PreTraine
     assert out.speculation.steps[1].verified == 4
 
 
+def test_plain_steps_need_no_head(target: PreTrainedModel, prompt: torch.Tensor) -> None:
+    out = target.generate(
+        prompt, policy=FixedPolicy(TreeShape.plain()), max_new_tokens=10, return_dict_in_generate=True
+    )
+    assert out.sequences.tolist() == target.generate(prompt, max_new_tokens=10).tolist()
+    assert {step.verified for step in out.speculation.steps} == {1}
+
+
 @pytest.mark.parametrize("answer", [None, (8, 3, 2), "auto"])
 def test_a_policy_that_chooses_no_shape_is_told_so(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, answer: Any

@@ -29,7 +29,7 @@ class FixedPolicy(SavedPolicy):
                 "example `TreeShape(8, 3, 2)`."
             )
         self.shape = shape
-        self.needs_head = shape.asks_head or shape.is_plain  # not for lookup nodes alone
+        self.needs_head = shape.asks_head
         self.uses_lookup = shape.lookup > 0
 
     def __repr__(self) -> str:
