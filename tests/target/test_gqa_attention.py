@@ -10,6 +10,8 @@ from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations import sdpa_attention
 
+from tests.pretend.counting import Count
+from tests.pretend.device import held, on_device
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
@@ -138,3 +140,28 @@ def test_what_only_stock_attention_understands_is_left_to_it(option: str, monkey
         torch.nn.Identity(), states, states[:, :2], states[:, :2], torch.zeros(1, 1, 3, 3), **{option: 1}
     )
     assert asked[0][option] == 1
+
+
+@pytest.mark.parametrize("heads_of_mask", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_on_an_accelerator_a_masks_rows_are_aligned_and_show_the_same(dtype: torch.dtype, heads_of_mask: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    query = torch.randn(2, 6, 5, 8, generator=generator)
+    key, value = torch.randn(2, 2, 2, 21, 8, generator=generator)
+    shown = torch.rand(2, 1, 5, 21, generator=generator) < 0.6
+    shown[..., 0] = True
+    mask = shown if dtype is torch.bool else torch.zeros(2, 1, 5, 21).masked_fill(~shown, float("-inf"))
+    mask = mask.repeat(1, heads_of_mask, 1, 1)
+    taken: list[Tensor] = []
+
+    def noting(*states: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+        taken.append(held(attn_mask))
+        return sdpa(*states, attn_mask=attn_mask, **options)
+
+    sdpa = functional.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch, Count():
+        patch.setattr(functional, "scaled_dot_product_attention", noting)
+        found = attend(*(on_device(part) for part in (query, key, value, mask)))
+    assert torch.equal(held(found), attend(query, key, value, mask))
+    if heads_of_mask == 1:
+        assert all(stride % 16 == 0 for stride in taken[0].stride()[:-1])
