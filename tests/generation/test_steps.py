@@ -160,6 +160,8 @@ def test_a_policy_may_stop_growing_and_choose_the_number_of_nodes(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
 ) -> None:
     class Careful(FixedPolicy):
+        grows = True
+
         told: list[Any] = []
 
         def grow(self, level: Any) -> bool:

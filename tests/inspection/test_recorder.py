@@ -54,6 +54,8 @@ def test_levels_are_those_that_were_drafted(
     tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor]
 ) -> None:
     class TwoLevels(FixedPolicy):
+        grows = True
+
         def grow(self, level: Any) -> bool:
             return bool(level.depth < 2)
 

@@ -22,6 +22,7 @@ class Machine:
         verify: nodes -> seconds of the target's forward, or seconds of each further node where a plain step takes 1.
         level_seconds: of the head.
         hit: what is true; the head claims `claimed`, by default the truth.
+        device: of the features.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class Machine:
         lookup_hit: float = 0.0,
         claimed: float | None = None,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
+        self.device = device
         self.verify = verify if callable(verify) else lambda nodes: 1.0 + verify * (nodes - 1)
         self.level_seconds, self.hit, self.lookup_hit = level_seconds, hit, lookup_hit
         self.claimed = hit if claimed is None else claimed
@@ -60,12 +63,16 @@ class Machine:
     def _step(self, policy: Policy, step: int, room: int) -> StepRecord:
         prefix_accept_probs = [self.lookup_hit ** (i + 1) for i in range(8)] if self.lookup_hit else []
         shape = policy.choose(
-            Observation(torch.zeros(1, 4), self.context + step, step, room, lambda: prefix_accept_probs)
+            Observation(
+                torch.zeros(1, 4, device=self.device), self.context + step, step, room, lambda: prefix_accept_probs
+            )
         ).within(room - 1)
         nodes, levels = 1, 0
         if shape.asks_head:
             levels, claim = 1, math.log(self.claimed)
-            while levels < shape.depth and policy.grow(Level(levels, torch.full((1, 1), claim * levels))):
+            while levels < shape.depth and (
+                not policy.grows or policy.grow(Level(levels, torch.full((1, 1), claim * levels)))
+            ):
                 levels += 1
             scores = torch.tensor([[claim * (i + 1) for i in range(levels)]])
             nodes = max(min(policy.size(scores, torch.arange(1, levels + 1)), shape.total_tokens, levels + 1), 1)

@@ -109,6 +109,7 @@ def test_what_no_step_could_follow_is_refused_as_live(
 ) -> None:
     text = recorded(target, head, FixedPolicy(TreeShape(9, 4, 3)))
     policy = FixedPolicy(TreeShape(9, 4, 3))
+    policy.grows = True
     monkeypatch.setattr(policy, method, lambda *_: answer)
     with pytest.raises(ValueError, match=refusal):
         replay_policy(text, policy, COSTS)

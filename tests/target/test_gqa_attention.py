@@ -10,12 +10,10 @@ from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations import sdpa_attention
 
-from tests.pretend.counting import Count
-from tests.pretend.device import held, on_device
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.attention import tree_attention_mask, tree_positions
-from transformers_resps.target.gqa_attention import GROUPED, attend, grouped_attention, use_gqa_attention
+from transformers_resps.target.gqa_attention import GROUPED, attend, grouped_attention, stacked, use_gqa_attention
 from transformers_resps.tree import DraftTree
 
 
@@ -142,26 +140,33 @@ def test_what_only_stock_attention_understands_is_left_to_it(option: str, monkey
     assert asked[0][option] == 1
 
 
-@pytest.mark.parametrize("heads_of_mask", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-def test_on_an_accelerator_a_masks_rows_are_aligned_and_show_the_same(dtype: torch.dtype, heads_of_mask: int) -> None:
+def test_a_mask_with_aligned_rows_shows_the_same(dtype: torch.dtype) -> None:
+    """As on accelerators, whose kernels copy any other."""
     generator = torch.Generator().manual_seed(5)
-    query = torch.randn(2, 6, 5, 8, generator=generator)
+    query = torch.randn(2, 2, 15, 8, generator=generator)
     key, value = torch.randn(2, 2, 2, 21, 8, generator=generator)
     shown = torch.rand(2, 1, 5, 21, generator=generator) < 0.6
     shown[..., 0] = True
     mask = shown if dtype is torch.bool else torch.zeros(2, 1, 5, 21).masked_fill(~shown, float("-inf"))
-    mask = mask.repeat(1, heads_of_mask, 1, 1)
-    taken: list[Tensor] = []
+    packed, aligned = (stacked(mask, 3, alignment) for alignment in (1, 16))
+    assert all(stride % 16 == 0 for stride in aligned.stride()[:-1])
+    for one in (aligned, stacked(mask.repeat(1, 3, 1, 1), 3, 16)):
+        assert torch.equal(one, packed) and one.shape == (2, 1, 15, 21)
+        sdpa = functional.scaled_dot_product_attention
+        assert torch.equal(sdpa(query, key, value, attn_mask=one), sdpa(query, key, value, attn_mask=packed))
 
-    def noting(*states: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
-        taken.append(held(attn_mask))
-        return sdpa(*states, attn_mask=attn_mask, **options)
 
-    sdpa = functional.scaled_dot_product_attention
-    with pytest.MonkeyPatch.context() as patch, Count():
-        patch.setattr(functional, "scaled_dot_product_attention", noting)
-        found = attend(*(on_device(part) for part in (query, key, value, mask)))
-    assert torch.equal(held(found), attend(query, key, value, mask))
-    if heads_of_mask == 1:
-        assert all(stride % 16 == 0 for stride in taken[0].stride()[:-1])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_device_decides_how_rows_are_laid_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    laid_out: list[tuple[int, ...]] = []
+
+    def noting(query: Tensor, *states: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+        laid_out.append(attn_mask.stride())
+        return query
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noting)
+    mask = torch.ones(1, 1, 5, 21, dtype=torch.bool, device=device)
+    query, key = torch.ones(1, 6, 5, 8, device=device), torch.ones(1, 2, 21, 8, device=device)
+    assert attend(query, key, key, mask).shape == query.shape
+    assert laid_out[0][2] == {"cpu": 21, "meta": 32}[device]

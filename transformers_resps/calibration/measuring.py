@@ -31,6 +31,7 @@ from .cost_table import CostTable, Range, identity_of
 
 CONTEXTS = (128, 768)
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_MORE_NODES = (48, 64, 96)  # beyond a CPU, where "auto" asks for them
 WIDTHS = (1, 2, 4, 8, 16, 32)
 _REPEATS = 5
 _SECONDS_PER_CELL = 1.0  # a slow machine gets fewer repeats, so that the whole takes less than a minute
@@ -70,8 +71,9 @@ def calibrate(
         table.check_here(target, head)
         return table
     room = getattr(target.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    contexts = sorted({max(min(context, room - max(NODES) - 1), 1) for context in CONTEXTS})
-    nodes = {context: [count for count in NODES if count <= max(room - context, 1)] for context in contexts}
+    sizes = NODES if target.device.type == "cpu" else NODES + _MORE_NODES
+    contexts = sorted({max(min(context, room - max(sizes) - 1), 1) for context in CONTEXTS})
+    nodes = {context: [count for count in sizes if count <= max(room - context, 1)] for context in contexts}
     total = sum(map(len, nodes.values())) + (0 if head is None else 2 * len(WIDTHS)) + len(contexts) + 1
     with tqdm(total=total, desc="Measuring what steps cost", unit="measurement") as bar:
         watch = _Stopwatch(clock, bar.update)
@@ -129,7 +131,7 @@ def _verify_row(
     The trees are stars: a mask's content costs nothing, its size does.
     """
     vocabulary = target.config.get_text_config().vocab_size
-    tokens = torch.arange(context + max(NODES), device=target.device)[None].remainder(vocabulary)
+    tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     with TreeVerifier.of(target, context) as verifier:
         verifier.prefill(tokens[:, :context])
 

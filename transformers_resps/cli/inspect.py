@@ -48,7 +48,7 @@ def inspect(args: argparse.Namespace) -> int:
     target = attach(load_target(args.target, args.dtype, args.device))
     head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
     named = read_policy(args.policy, head)
-    policy = default_policy() if isinstance(named, str) else named
+    policy = default_policy(target.device) if isinstance(named, str) else named
     prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
     warm_up(target, head, prompt_ids)
     both = 2 * args.max_new_tokens  # plain, then with drafts, which takes fewer steps

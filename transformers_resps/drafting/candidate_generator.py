@@ -79,10 +79,11 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
         """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node: see `grow_pool`."""
-        top_k = min(shape.top_k, max(shape.total_tokens - 1, 1))  # what ranks lower in its level is never kept
+        # What ranks lower in its level is never kept
+        top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), self.proposable_tokens)
 
         def goes_on(depth: int, scores: Tensor) -> bool:
-            return wants_level(policy, Level(depth, scores))
+            return not policy.grows or wants_level(policy, Level(depth, scores))
 
         rope, length = self._read(ahead=max(shape.depth - 1, 1)), self._slots.length
         self._cache.reserve(length, tree=(shape.depth - 1) * top_k)

@@ -177,7 +177,8 @@ class ReSpSGenerationMixin(GenerationMixin):
 
             def borrow(name: str) -> Policy:
                 key = PolicyCache.key(target, 1 if prompts is None else len(prompts), name, asked.compile)
-                make = default_policy if name == AUTO else partial(AutoPolicy.from_pretrained, name)
+                load = partial(AutoPolicy.from_pretrained, name)
+                make = partial(default_policy, target.device) if name == AUTO else load
                 return stack.enter_context(self.policy_cache.borrow(head, key, make))
 
             request = read_request(target, asked, config, arguments, borrow)

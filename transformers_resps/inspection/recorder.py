@@ -84,7 +84,7 @@ class Recorder(PolicyWrapper):
     def size(self, scores: Tensor, levels: Tensor) -> int:
         nodes = self.policy.size(scores, levels)
         step = self.steps[-1]
-        step.levels = max(step.levels, 1)
+        step.levels = int(levels[-1])
         step.head_nodes = max(1, min(int(nodes), scores.shape[-1] + 1, step.chosen.total_tokens))
         return nodes
 

@@ -10,6 +10,8 @@ Plain floats: the trees are so small that a tensor operation costs more than the
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 
 LEVELS = 4  # deeper levels share the last one's numbers
@@ -85,6 +87,10 @@ class AcceptanceModel:
         """Probability that the right token is among the children of a right path, at `level`."""
         index = min(level, LEVELS) - 1
         return self._hits[index] / self._seen[index]
+
+    def reach(self, depth: int) -> list[float]:
+        """Probability that each of the first `depth` levels holds the right path, before anything is drafted."""
+        return list(accumulate((self.hit_rate(level) for level in range(1, depth + 1)), mul))
 
     def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
         """Probabilities of the children that nodes would get, before these are drafted.

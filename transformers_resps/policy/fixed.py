@@ -20,6 +20,7 @@ class FixedPolicy(SavedPolicy):
     """
 
     policy_type = "fixed"
+    grows = False
     needs_drafted_match = False
 
     def __init__(self, shape: TreeShape) -> None:

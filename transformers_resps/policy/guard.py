@@ -171,7 +171,8 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if not shape.asks_head:
             return looked_up
         probes_head = self.probes_head
-        depth = 1 if probes_head else shape.depth  # a policy that does not probe pays for all levels at once
+        by_level = probes_head and self.grows
+        depth = 1 if by_level else shape.depth  # a policy that does not stop in between pays for all levels at once
         while depth and self._drafting(depth) > self._limits.total:
             depth -= 1
         nodes = min(shape.total_tokens, most - lookup) if depth else 1
@@ -182,7 +183,8 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             return looked_up
         self._levels, self._nodes = 1, nodes
         if probes_head:
-            return TreeShape(shape.total_tokens, shape.depth, shape.top_k, lookup)
+            deepest = shape.depth if by_level else depth if nodes > 1 else 1
+            return TreeShape(shape.total_tokens, deepest, shape.top_k, lookup)
         return TreeShape(nodes, depth, shape.top_k, lookup)
 
     def _verifying(self, nodes: int) -> float:

@@ -68,6 +68,8 @@ class Policy(ABC):
         uses_lookup: false if it never asks for lookup nodes nor calls `Observation.prefix_accept_probs`; the prompt is
             then not indexed.
         needs_drafted_match: false if it ignores `StepRecord.drafted_match`, which then stays 0.
+        grows: false if it never stops between two levels. `grow` is then not asked, and all levels are drafted in one
+            go, which accelerators are fast at. Read after each `choose`.
         probes_head: true if it learns from draft-only probes, of which nothing is verified. `BaselineGuard` reads it.
         costs: the costs of a step that it learns itself, which `BaselineGuard` then reads; `None` if it learns none.
         target_identity: the target that it was trained for, as `pair_identity` returns it; `None` for any.
@@ -77,6 +79,7 @@ class Policy(ABC):
     needs_head: bool = True
     uses_lookup: bool = True
     needs_drafted_match: bool = True
+    grows: bool = True
     probes_head: bool = False
     costs: RunningCosts | None = None
     target_identity: Identity | None = None
@@ -110,7 +113,7 @@ class Policy(ABC):
         """Return the shape of this step; `TreeShape.plain()` drafts nothing."""
 
     def grow(self, level: Level) -> bool:
-        """Return whether to draft another level, up to the chosen depth."""
+        """Return whether to draft another level, up to the chosen depth. Not asked if `grows` is false."""
         return True
 
     def size(self, scores: Tensor, levels: Tensor) -> int:

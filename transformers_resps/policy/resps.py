@@ -105,6 +105,7 @@ class ReSpSPolicy(SavedPolicy):
     """
 
     policy_type = "resps"
+    grows = False
     needs_drafted_match = False
 
     def __init__(self, config: ReSpSConfig, network: ActorCritic | None = None, *, seed: int = 0) -> None:

@@ -119,6 +119,7 @@ class ThroughputPolicy(SavedPolicy):
         self._prices = PriceList(self._largest.total_tokens + _MAX_LOOKED_UP)
         self._memory = ThroughputMemory()
         self._step = _Step()
+        self.grows = True
 
     def __repr__(self) -> str:
         return f"ThroughputPolicy(depth={self._largest.depth}, top_k={self._largest.top_k})"
@@ -148,7 +149,19 @@ class ThroughputPolicy(SavedPolicy):
             return TreeShape(1, 0, 1, step.lookup)
         # In a batch nodes are expensive: with four rows, chains are the fastest of our trees
         step.width = max(self._largest.top_k // len(observation.features), 1)
-        return TreeShape(self._largest.total_tokens, self._largest.depth, step.width, step.lookup)
+        # An accelerator would have to be waited for after every level, and no level could be launched ahead
+        self.grows = observation.features.device.type == "cpu"
+        depth = self._largest.depth if self.grows else self._planned_depth()
+        return TreeShape(self._largest.total_tokens, depth, step.width, step.lookup)
+
+    def _planned_depth(self) -> int:
+        """The depth whose expected gain is highest before anything is drafted, if each level needs one node."""
+        step, gains = self._step, list[float]()
+        worth = [(1.0 - step.lookup_hit) * prob for prob in self.acceptance.reach(self._largest.depth)]
+        for depth in range(1, self._largest.depth + 1):
+            _, gain = self._prices.best_prefix(worth[:depth], 1 + step.lookup, step.rate)
+            gains.append(gain - step.rate * self.costs.draft_seconds(depth))
+        return 1 + gains.index(max(gains))
 
     def grow(self, level: Level) -> bool:
         """Draft another level if the expected gain of its nodes is above the cost of drafting them."""

@@ -34,6 +34,10 @@ class PolicyWrapper(Policy):
         return self.policy.needs_drafted_match
 
     @property
+    def grows(self) -> bool:
+        return self.policy.grows
+
+    @property
     def probes_head(self) -> bool:
         return self.policy.probes_head
 

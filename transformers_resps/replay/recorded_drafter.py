@@ -39,7 +39,7 @@ class RecordedDrafter(Drafter):
         here = slice(self._place, self._place + 1)
         ends = pool.levels.bincount().cumsum(0).tolist()  # nodes of the first 0, 1, 2, ... levels
         levels, frontier = 1, pool.scores[here, : ends[1]]
-        while levels < shape.depth and wants_level(policy, Level(levels, frontier)):
+        while levels < shape.depth and (not policy.grows or wants_level(policy, Level(levels, frontier))):
             level = pool.scores[here, ends[levels] : ends[levels + 1]]
             frontier = level.topk(min(top_k, level.shape[1])).values
             levels += 1

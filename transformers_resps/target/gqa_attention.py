@@ -85,7 +85,7 @@ def attend(
     batch_size, heads, count = query.shape[:3]
     sharing = heads // key.shape[1]
     if mask is not None and sharing > 1 and count > 1:
-        mask = _stacked(mask, sharing)
+        mask = stacked(mask, sharing, 1 if mask.device.type == "cpu" else _ALIGNMENT)
     query = query.reshape(batch_size, key.shape[1], sharing * count, -1)
     attended = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
@@ -93,13 +93,22 @@ def attend(
     return attended.reshape(batch_size, heads, count, -1)
 
 
-def _stacked(mask: Tensor, sharing: int) -> Tensor:
-    """`[b, 1, q, t]` for each of the heads that share keys: `[b, 1, sharing * q, t]`."""
-    if mask.shape[1] == sharing or mask.device.type == "cpu":
-        return mask.expand(-1, sharing, -1, -1).flatten(1, 2)[:, None]
-    rows, _, count, length = mask.shape
-    aligned = mask.new_empty(rows, sharing, count, -(-length // _ALIGNMENT) * _ALIGNMENT)[..., :length]
-    return aligned.copy_(mask).flatten(1, 2)[:, None]
+def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
+    """A mask for each of the heads that share keys.
+
+    Args:
+        mask: `[b, 1 or sharing, q, t]`.
+        sharing: number of heads.
+        alignment: elements, of which each row begins at a multiple if the mask is copied.
+
+    Returns:
+        `[b, 1, sharing * q, t]`.
+    """
+    rows, given, count, length = mask.shape
+    if given < sharing:
+        padded = mask.new_empty(rows, sharing, count, -(-length // alignment) * alignment)
+        mask = padded[..., :length].copy_(mask)
+    return mask.flatten(1, 2)[:, None]
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
