@@ -206,7 +206,7 @@ def test_the_head_is_evaluated_as_well(model: Any, head: DraftHead, prompt: torc
     training = copy.deepcopy(head).train()
     attach(model, assistant_model=training, eval_mode=True)
     seen: set[bool] = set()
-    with watched(training, seen):
+    with watched(training.layers[0], seen):
         model.generate(prompt, max_new_tokens=4)
     assert seen == {False} and training.training
 
