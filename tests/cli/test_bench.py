@@ -13,6 +13,7 @@ from tests.bench.conversations import save_models, save_rows
 from transformers_resps import DraftHead
 from transformers_resps.bench import __main__ as command
 from transformers_resps.bench.runs import Bench
+from transformers_resps.compilation import compiled_function
 from transformers_resps.data import write_training_prompts
 from transformers_resps.head import pair_identity
 from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
@@ -24,8 +25,14 @@ BenchCommand = Callable[..., int]
 
 
 @pytest.fixture
-def bench(tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead) -> BenchCommand:
-    """`bench(*options)`: the exit status, with a dataset of five rows of which two are evaluated."""
+def bench(
+    tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> BenchCommand:
+    """`bench(*options)`: the exit status, with a dataset of five rows of which two are evaluated.
+
+    What is compiled runs as it is: real compilation takes half a minute.
+    """
+    monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)
     target, head = save_models(tmp_path, tiny_target, tiny_head)
     file = save_rows(tmp_path / "mine.jsonl", ROWS)
 
@@ -50,9 +57,9 @@ def test_a_benchmark_writes_everything(
     assert bench("--policy", "auto", str(tmp_path / "mine"), "--temperature", "0", "1") == 0
     found = results(tmp_path)
     methods = [row["method"] for row in found["pooled"]]
-    assert methods[:4] == ["plain", "prompt lookup", "EAGLE-3 60/5/10", "EAGLE-3 60/7/10"]
-    assert methods[4].startswith("best fixed ") and methods[5:] == ["auto", "Re-SpS mine", "oracle (ceiling)"]
-    assert len(found["measurements"]) == 3 * 2 * 7 and not found["partial"] and not found["unexplained"]
+    assert methods[:5] == ["plain", "plain, compiled", "prompt lookup", "EAGLE-3 60/5/10", "EAGLE-3 60/7/10"]
+    assert methods[5].startswith("best fixed ") and methods[6:] == ["auto", "Re-SpS mine", "oracle (ceiling)"]
+    assert len(found["measurements"]) == 3 * 2 * 8 and not found["partial"] and not found["unexplained"]
     assert found["same_text"]["Re-SpS mine"] == 6  # sampled or not, seed for seed
     for hashes in found["weights_sha256"], found["config_sha256"]:
         assert set(hashes) == {"head", "Re-SpS mine"} and all(hashes.values())
@@ -71,22 +78,48 @@ def test_after_ctrl_c_the_same_command_goes_on(
     def counted(self: Bench, *args: Any, **kwargs: Any) -> Any:
         if "max_new_tokens" not in kwargs:  # no warm-up
             calls.append(args)
-            if len(calls) == 5:
+            if len(calls) == 6:
                 raise KeyboardInterrupt
         return decode(self, *args, **kwargs)
 
     monkeypatch.setattr(Bench, "decode", counted)
-    options = ("--methods", "prompt-lookup")  # three methods, three turns
+    options = ("--methods", "prompt-lookup")  # four methods, three turns
     assert bench(*options) == 130
     stopped = results(tmp_path)
-    assert stopped["partial"] and len(stopped["measurements"]) == 3
+    assert stopped["partial"] and len(stopped["measurements"]) == 4
     assert bench(*options) == 0
-    assert len(calls) == 5 + 5  # four were kept
+    assert len(calls) == 6 + 7  # five were kept
     whole = results(tmp_path)
-    assert not whole["partial"] and len(whole["measurements"]) == 9
-    assert whole["measurements"][:3] == stopped["measurements"]
-    assert bench(*options) == 0 and len(calls) == 10
+    assert not whole["partial"] and len(whole["measurements"]) == 12
+    assert whole["measurements"][:4] == stopped["measurements"]
+    assert bench(*options) == 0 and len(calls) == 13
     assert bench(*options, "--max-new-tokens", "6") == 2  # other settings
+
+
+def test_trees_and_policies_are_measured_both_ways(
+    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--methods", "--shapes", "4,2,2", "--compile") == 0
+    found = results(tmp_path)
+    rows = {row["method"]: row for row in found["pooled"]}
+    assert list(rows) == ["plain", "plain, compiled", "tree 4/2/2", "tree 4/2/2, compiled", "auto", "auto, compiled"]
+    assert found["not_compiled"] is None and found["settings"]["compile"]
+    assert all(
+        row["compiled_efficiency"] == pytest.approx(row["compiled_ratio"] / row["tau"]) for row in rows.values()
+    )
+    assert found["same_text"] == dict.fromkeys(rows, 3) and "| ratio to compiled plain |" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compiled_is_told_in_a_line_and_the_rest_goes_on(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_compiler(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("No working C++ compiler was found.")
+
+    monkeypatch.setattr(compiled_function.torch, "compile", no_compiler)
+    assert bench("--methods", "--compile") == 0
+    assert [row["method"] for row in results(tmp_path)["pooled"]] == ["plain", "auto"]
+    assert "plain, compiled: not measured. RuntimeError: No working C++ compiler" in capsys.readouterr().out
 
 
 def test_ctrl_c_while_preparing_is_no_traceback(bench: BenchCommand, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from ..generation.defaults import SpeculationDefaults
 from ..generation.sampling import sampling
 from ..generation.sequences import end_ids
 from ..target.features import decoder_layers
+from ..target.slot_engine import SlotEngine
 from .methods import Answer, Method, compiled_plain
 from .prompts import Prompt
 from .steps import Step, steps_of
@@ -49,11 +50,9 @@ class Bench:
 
     def compile_refusal(self, prompt: Prompt) -> str | None:
         """Return why plain decoding cannot be compiled, or `None` after it was."""
-        try:
-            self.decode(prompt, compiled_plain(), max_new_tokens=2)
-        except ValueError as error:
-            return str(error)
-        return None
+        self.decode(prompt, compiled_plain(), max_new_tokens=2)
+        engine: SlotEngine = self.model.slot_engine
+        return None if engine.is_compiled else engine.obstacle
 
     def decode(
         self,

@@ -36,6 +36,9 @@ class SlotEngine:
     """Runs slot functions of one target. One call of `generate` uses it at a time.
 
     An attached model owns one. A copied or pickled model starts anew.
+
+    Attributes:
+        obstacle: what it warned of last; `None` if nothing has stood against compiling.
     """
 
     def __init__(self, *, compiles: bool = True) -> None:
@@ -45,6 +48,7 @@ class SlotEngine:
         self._fingerprint: WeightFingerprint | None = None
         self._compile_seconds, self._decoded_seconds = _EXPECTED_SECONDS, 0.0
         self._warned: set[str] = set()
+        self.obstacle: str | None = None
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type["SlotEngine"], tuple[()]]:
@@ -127,6 +131,7 @@ class SlotEngine:
 
     def warn(self, reason: str) -> None:
         """Warn, once for each reason, that the target's forward runs as it is."""
+        self.obstacle = reason
         if reason not in self._warned:
             self._warned.add(reason)
             logger.warning(f"The target's forward runs without compilation: {reason}.")
