@@ -36,11 +36,11 @@ def texts(name: str) -> tuple[list[list[int]], list[list[int]]]:
     """Write one of `CALLS` plainly on the CPU, and with trees on the device."""
     writing, drafting = CALLS[name]
     writing = dict(writing)
-    ids = prompt()
+    is_padded = writing.pop("padded", False)
+    ids = prompt(rows=3 if is_padded else 1)
     mask = torch.ones_like(ids)
-    if writing.pop("padded", False):
-        ids = torch.cat([ids, ids.roll(5, dims=1), ids.roll(17, dims=1)])
-        mask = (torch.arange(ids.shape[1]) >= torch.tensor([[0], [9], [30]])).long()
+    if is_padded:
+        mask = (torch.arange(ids.shape[1]) >= torch.tensor([[0], [9], [20]])).long()
         ids = ids * mask
     writing["max_new_tokens"] = _NEW_TOKENS
     plain = generate(pair(), ids, attention_mask=mask, **writing)

@@ -12,7 +12,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend:0")
-torch.get_device_module(DEVICE).default_generators = (torch.default_generator,)
 
 # What only allocates, or tells something of a tensor that the host knows.
 _LAUNCH_NOTHING = {"detach", "alias", "lift_fresh", "_unsafe_view", "is_nonzero", "sym_size", "_local_scalar_dense"}

@@ -41,6 +41,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "top_k": 8,
         "repetition_penalty": 1.05,
     },
+    "8/4/2 of three rows": {"rows": 3, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
     "auto": {"with_head": True, "policy": "auto"},
     "lookups": {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup=8))},
 }
@@ -102,13 +103,14 @@ class _Steps:
         )
 
 
-def prompt() -> torch.Tensor:
-    """`[1, s]` pieces of the coming text, so that lookups are right for a while, and its beginning."""
+def prompt(rows: int = 1) -> torch.Tensor:
+    """`[rows, s]` pieces of the coming text, so that lookups are right for a while, and its beginning."""
     following, text = cycle().tolist(), [1]
     while len(text) < VOCABULARY:
         text.append(following[text[-1]])
     pieces = [text[start : start + 5] for start in (40, 8, 24, 32, 16)]
-    return torch.tensor([[token for piece in pieces for token in piece] + text[:1]])
+    row = torch.tensor([token for piece in pieces for token in piece] + text[:1])
+    return torch.stack([row.roll(6 * place) for place in range(rows)])
 
 
 def generate(models: tuple[Any, DraftHead], ids: torch.Tensor, **call: Any) -> torch.Tensor:
@@ -133,9 +135,10 @@ def count(name: str) -> StepCount:
     clock: Callable[[], float] = keywords["clock"]
     keywords["clock"] = steps.clock
     try:
-        ids = on_device(prompt())
+        call = dict(CALLS[name])
+        ids = on_device(prompt(call.pop("rows", 1)))
         with counts:
-            text = generate((target, head), ids, **CALLS[name])
+            text = generate((target, head), ids, **call)
     finally:
         keywords["clock"] = clock
     return steps.counted(text.shape[1] - ids.shape[1])

@@ -71,6 +71,8 @@ def _generator(device: torch.device) -> torch.Generator | None:
     if device.type == "cpu":
         return torch.default_generator
     module = torch.get_device_module(device)
+    if not hasattr(module, "default_generators") and not hasattr(module, "get_rng_state"):
+        return torch.default_generator  # a backend without random numbers of its own takes the CPU's
     generators: tuple[torch.Generator, ...] = getattr(module, "default_generators", ())
     index = module.current_device() if device.index is None else device.index
     return generators[index] if index < len(generators) else None

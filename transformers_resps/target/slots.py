@@ -24,6 +24,7 @@ class SlotMap:
         self.length = length  # of the longest row
         self._padding = None if padding is None else padding.bool()
         self._ends: list[int] | None = None  # of each row, where they differ
+        self._copied_ends: Tensor | None = None  # `[b, 1]`, where they were asked for
 
     @property
     def is_even(self) -> bool:
@@ -41,6 +42,7 @@ class SlotMap:
     def _end_at(self, ends: list[int]) -> None:
         self.length = max(ends)
         self._ends = None if min(ends) == self.length else ends
+        self._copied_ends = None
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
@@ -53,13 +55,16 @@ class SlotMap:
         """The slot after each row's last entry: `[b, 1]`, or `[1, 1]` where it is the same for all."""
         if self._ends is None:
             return torch.full((1, 1), self.length, device=device)
-        return torch.tensor(self._ends, device=device)[:, None]
+        if self._copied_ends is None or self._copied_ends.device != device:
+            self._copied_ends = torch.tensor(self._ends, device=device)[:, None]
+        return self._copied_ends
 
     def next_slots(self, counts: Sequence[int], device: torch.device) -> Tensor:
         """The slots of the next entries: `[b, max(counts)]`; a row that gets fewer repeats the slot of its last."""
-        order = torch.arange(max(counts), device=device)
-        last = torch.tensor(counts, device=device)[:, None] - 1
-        return self.ends(device) + torch.minimum(order, last)
+        starts = self._ends or [self.length] * len(counts)
+        order = range(max(counts))
+        slots = [[start + min(at, count - 1) for at in order] for start, count in zip(starts, counts, strict=True)]
+        return torch.tensor(slots, device=device)
 
     def visible(self, length: int, device: torch.device) -> Tensor | None:
         """`[b, length]` bool, true where a slot holds an entry that the row may attend to; `None` if all do.

@@ -158,7 +158,7 @@ class TreeVerifier:
             slots = self._slots.next_slots(counts, path.device)
             self._slots.extend(counts)
             compact_ragged(self._cache, path, self._newest_nodes, slots, self.length)
-            self._root_positions = self._root_positions + torch.tensor(counts, device=path.device)
+            self._root_positions = self._root_positions + slots[:, -1] + 1 - slots[:, 0]
 
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on."""
