@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..drafting.candidate_generator import TreeCandidateGenerator
+from ..drafting.draft_engine import DraftEngine
 from ..head import BoundHead
 from ..policy import Policy
 from ..target.features import Features
@@ -34,6 +35,7 @@ class TreeDecoding:
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache holds, which
             the batch may lack.
         max_length: positions a text may reach.
+        draft_engine: lent to this call; `None` drafts level by level.
         clock: seconds; tests pass a fake one.
     """
 
@@ -46,13 +48,14 @@ class TreeDecoding:
         *,
         attention_mask: Tensor | None,
         max_length: int,
+        draft_engine: DraftEngine | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._verifier, self.policy, self.batch = verifier, policy, batch
         self.report = SpeculationReport(batch_size=len(batch))
         # The features of cached positions are gone: the head's own text starts after them.
         unread = None if attention_mask is None else attention_mask[:, verifier.length :]
-        self._drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread)
+        self._drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread, draft_engine)
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
         pads = [0] * len(batch) if known is None else leading_pads(known)
         self._proposer = Proposer(policy, self._drafter, batch, pads)

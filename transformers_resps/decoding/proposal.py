@@ -117,6 +117,9 @@ class Proposer:
         known = root if device == root.device else root.new_zeros(root.shape, device=device)
         if pool is not None:
             total_tokens = min(total_tokens, count_nodes(self._policy, pool.scores, pool.levels))
+            built = None if self._drafter is None else self._drafter.built_tree
+            if built is not None and built.node_count == total_tokens and built.tokens.device == device:
+                return built
             if total_tokens > 1:
                 return DraftTree.from_pool(known, pool, total_tokens)
         return DraftTree.root_only(known)

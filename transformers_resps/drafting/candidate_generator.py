@@ -1,9 +1,11 @@
 """Grow the candidates of a step: the head drafts level by level, the policy says when it is enough."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -14,6 +16,7 @@ from ..target.features import Features
 from ..target.slots import SlotMap
 from ..tree import CandidatePool, TreeShape
 from .best_path import best_path
+from .draft_engine import DraftEngine
 from .drafter import Drafter
 from .level_forward import LevelForward
 from .pool_growth import grow_pool
@@ -45,18 +48,25 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         bound: the head, with its target's embedding and output rows.
         batch_size: rows decoded together.
         prompt_mask: `[b, s]`, 0 where the prompt is padding; `None` when there is none.
+        engine: lent to this call, for drafts that no policy interrupts; `None` drafts level by level.
     """
 
     requires_model_outputs = True  # of Transformers' loop, which passes the target's hidden states
 
-    def __init__(self, bound: BoundHead, batch_size: int, prompt_mask: Tensor | None) -> None:
+    def __init__(
+        self, bound: BoundHead, batch_size: int, prompt_mask: Tensor | None, engine: DraftEngine | None = None
+    ) -> None:
         self._bound = bound
         module = bound.head
         self._layers = module.config.feature_layers or []
         self.model_kwargs_overrides = {"output_hidden_states": self._layers if SELECTS_HIDDEN_STATES else True}
         self.proposable_tokens = module.config.proposable_tokens
         self._device, self._dtype = module.device, module.dtype
-        self._cache = HeadCache.empty(module.config, batch_size, self._dtype, self._device)
+        self._engine = engine
+        if engine is None:
+            self._cache = HeadCache.empty(module.config, batch_size, self._dtype, self._device)
+        else:
+            self._cache = engine.cache(bound, batch_size)
         self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
         self._unread: list[_Pairs] = []
         self._newest = torch.empty(0)  # [b, 1, h] output at the last true pair, before the final norm
@@ -81,6 +91,11 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node: see `grow_pool`."""
         # What ranks lower in its level is never kept
         top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), self.proposable_tokens)
+        if self._engine is not None and not policy.grows:
+            pool = self._draft_at_once(self._engine, TreeShape(shape.total_tokens, shape.depth, top_k))
+            if pool is not None:
+                return pool
+        self.built_tree = None
 
         def goes_on(depth: int, scores: Tensor) -> bool:
             return not policy.grows or wants_level(policy, Level(depth, scores))
@@ -89,6 +104,36 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         self._cache.reserve(length, tree=(shape.depth - 1) * top_k)
         levels = LevelForward(self._bound, self._cache, rope, length, self._slots.visible(length, self._device))
         return grow_pool(self._bound, self._newest, top_k, shape.depth, levels, goes_on)
+
+    def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
+        """Read the pairs that wait and draft below them, in one launch; `None` where they are too many, or none.
+
+        The function takes as many pairs as a step can leave. Those that are missing go to the cache's last slot.
+        """
+        width, most = sum(pairs.tokens.shape[1] for pairs in self._unread), shape.depth + 1
+        if not 0 < width <= most:
+            return None
+        device, before = self._device, copy.copy(self._slots)
+        self._cache.reserve(self._slots.length + most + 1, tree=(shape.depth - 1) * shape.top_k)
+        slots = []
+        for pairs in self._unread:
+            slots.append(self._slots.next_slots(pairs.counts, device).expand(len(pairs.tokens), -1))
+            self._slots.extend(pairs.counts)
+        capacity, missing = self._cache.capacity, most - width
+        shown = self._slots.visible(capacity, device)
+        inputs = (
+            F.pad(_joined([pairs.features.to(device, self._dtype) for pairs in self._unread]), (0, 0, missing, 0)),
+            F.pad(_joined([pairs.tokens.to(device) for pairs in self._unread]), (missing, 0)),
+            F.pad(_joined(slots), (missing, 0), value=capacity - 1),
+            torch.ones(1, 1, dtype=torch.bool, device=device) if shown is None else shown,
+        )
+        drafted = engine.draft(self._bound, shape, self._cache, inputs)
+        if drafted is None:
+            self._slots = before
+            return None
+        self._unread.clear()
+        self._newest, pool, self.built_tree = drafted
+        return pool
 
     def get_candidates(  # type: ignore[override]  # Transformers passes more where `requires_model_outputs`
         self, input_ids: Tensor, *, model_outputs: Any, is_first_iteration: bool, n_last_matches: int, **context: Any

@@ -39,7 +39,8 @@ class DraftFunction:
             values: likewise.
 
         Returns:
-            The tensors of `CandidatePool` without its levels, then those of `DraftTree`; see `unpack`.
+            The head's output `[b, 1, h]` at the newest pair, the tensors of `CandidatePool` without its levels, then
+            those of `DraftTree`; see `unpack`.
         """
         head, cache, width = self._bound.head, HeadCache(keys, values, self._tree_room), tokens.shape[1]
         capacity, ends = cache.capacity, slots[:, -1:] + 1
@@ -60,12 +61,12 @@ class DraftFunction:
         pool = grow_pool(self._bound, newest, self._shape.top_k, self._shape.depth, levels)
         tree = DraftTree.from_pool(tokens[:, -1], pool, self._shape.total_tokens, self._shape.depth)
         ranked = tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.scores
-        return pool.tokens, pool.parents, pool.scores, *ranked
+        return newest, pool.tokens, pool.parents, pool.scores, *ranked
 
     def unpack(self, outputs: tuple[Tensor, ...]) -> tuple[CandidatePool, DraftTree]:
         """The pool and the tree that `outputs` hold."""
         width, depth = min(self._shape.top_k, self._bound.head.config.proposable_tokens), self._shape.depth
         levels = torch.arange(1, depth + 1).repeat_interleave(torch.tensor([width] + [width**2] * (depth - 1)))
-        pool_tokens, pool_parents, pool_scores, tokens, parents, depths, ancestors, scores = outputs
+        _, pool_tokens, pool_parents, pool_scores, tokens, parents, depths, ancestors, scores = outputs
         tree = DraftTree(tokens, parents, depths, ancestors, scores, min(depth, tokens.shape[1] - 1))
         return CandidatePool(pool_tokens, pool_parents, pool_scores, levels), tree

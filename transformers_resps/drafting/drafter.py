@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ..policy import Policy
-from ..tree import CandidatePool, TreeShape
+from ..tree import CandidatePool, DraftTree, TreeShape
 
 
 class Drafter(ABC):
@@ -14,10 +14,12 @@ class Drafter(ABC):
     Attributes:
         newest_features: `[b, F]` the target's features at the newest position that it has processed.
         proposable_tokens: how many tokens it can propose after a node.
+        built_tree: of all nodes that the newest draft was asked for; `None` where it gave the pool alone.
     """
 
     newest_features: Tensor
     proposable_tokens: int
+    built_tree: DraftTree | None = None
 
     @abstractmethod
     def observe(self, features: Tensor, tokens: Tensor, counts: list[int] | None = None) -> None:

@@ -13,14 +13,15 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from ..compat import unwrapped
 from ..head import DraftHead
-from ..policy import AutoPolicy, Policy, PolicyCache
-from ..target.slot_engine import SlotEngine
+from ..policy import AutoPolicy, Policy
 from .compiling import CompileChoice
 from .defaults import SpeculationDefaults
 from .mixin import ReSpSGenerationMixin
-from .named import NamedHeads, is_name
+from .named import is_name
 from .request import Asked, check_kinds, draft_head, is_plain
 
+
+_OF_THE_MIXIN = ("speculation_defaults", "policy_cache", "named_heads", "slot_engine", "draft_engine")
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -81,10 +82,8 @@ def detach(model: Model) -> Model:
     """Undo `attach`: the same object, of its own class again, without defaults."""
     inner = unwrapped(model)
     if isinstance(inner, ReSpSGenerationMixin):
-        inner.speculation_defaults = SpeculationDefaults()
-        inner.policy_cache, inner.named_heads, inner.slot_engine = PolicyCache(), NamedHeads(), SlotEngine()
+        _take(inner)
     if vars(type(inner)).get("__reduce_ex__") is _reduce:  # leave a user's own subclass of the mixin alone
-        del inner.speculation_defaults, inner.policy_cache, inner.named_heads, inner.slot_engine
         inner.__class__ = type(inner).__mro__[2]
     return model
 
@@ -103,9 +102,9 @@ def attached(model: Model) -> Iterator[Model]:
     try:
         yield model
     finally:
-        kept = inner.policy_cache, inner.named_heads, inner.slot_engine
+        kept = {name: value for name, value in _take(inner).items() if name != "speculation_defaults"}
         detach(model)
-        inner.policy_cache, inner.named_heads, inner.slot_engine = kept
+        vars(inner).update(kept)
 
 
 @contextmanager
@@ -115,13 +114,18 @@ def detached(model: Model) -> Iterator[Model]:
     if not isinstance(inner, ReSpSGenerationMixin):
         yield model
         return
-    kept = inner.speculation_defaults, inner.policy_cache, inner.named_heads, inner.slot_engine
+    kept = _take(inner)
     detach(model)
     try:
         yield model
     finally:
         attach(model)
-        inner.speculation_defaults, inner.policy_cache, inner.named_heads, inner.slot_engine = kept
+        vars(inner).update(kept)
+
+
+def _take(inner: Any) -> dict[str, Any]:
+    """Take from a model what the mixin gave it: the defaults, what policies learned, heads and compiled code."""
+    return {name: vars(inner).pop(name) for name in _OF_THE_MIXIN if name in vars(inner)}
 
 
 def _check_head(assistant_model: Any, target: Any) -> None:

@@ -25,6 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..compat import CACHE_KEYWORD
 from ..decoding.batch import Batch
 from ..decoding.loop import TreeDecoding
+from ..drafting.draft_engine import DraftEngine
 from ..policy import AutoPolicy, Policy, PolicyCache
 from ..policy.policy_cache import default_policy
 from ..target.slot_engine import SlotEngine
@@ -83,6 +84,11 @@ class ReSpSGenerationMixin(GenerationMixin):
     def slot_engine(self) -> SlotEngine:
         """The buffers and the compiled code of this model."""
         return SlotEngine()
+
+    @cached_property
+    def draft_engine(self) -> DraftEngine:
+        """The captured drafts of the head that this model used last."""
+        return DraftEngine()
 
     def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
         self,
@@ -273,9 +279,13 @@ class ReSpSGenerationMixin(GenerationMixin):
         target, model_kwargs = cast(PreTrainedModel, self), inputs.model_kwargs
         mask = model_kwargs["attention_mask"]
         layers = None if request.bound is None else request.bound.head.config.feature_layers or []
-        with tree_verifier(target, self.slot_engine, layers, request.compile, inputs) as verifier:
+        with (
+            tree_verifier(target, self.slot_engine, layers, request.compile, inputs) as verifier,
+            self.draft_engine.borrow(request.bound if verifier.is_compiled else None) as draft_engine,
+        ):
+            limits = {"attention_mask": mask, "max_length": inputs.max_length}
             decoding = TreeDecoding(
-                verifier, request.bound, request.policy, batch, attention_mask=mask, max_length=inputs.max_length
+                verifier, request.bound, request.policy, batch, **limits, draft_engine=draft_engine
             )
             decoding.prefill(
                 inputs.config.prefill_chunk_size,

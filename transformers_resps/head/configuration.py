@@ -148,6 +148,12 @@ class DraftHeadConfig(PreTrainedConfig):
         return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 
     @property
+    def has_fixed_rope(self) -> bool:
+        """Whether the angles of a position do not depend on how long the text is."""
+        rope = self.rope_parameters or {}
+        return (rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope")
+
+    @property
     def features_width(self) -> int:
         """Width F of the concatenated features: `target_hidden_size` times the number of feature layers."""
         assert self.feature_layers is not None and self.target_hidden_size is not None

@@ -43,7 +43,7 @@ class SlotEngine:
 
     def __init__(self, *, compiles: bool = True) -> None:
         self.buffers = SlotBuffers()
-        self._compiles = compiles
+        self.compiles = compiles
         self._functions: dict[Hashable, CompiledFunction | CapturedFunction] = {}
         self._fingerprint: WeightFingerprint | None = None
         self._compile_seconds, self._decoded_seconds = _EXPECTED_SECONDS, 0.0
@@ -65,9 +65,9 @@ class SlotEngine:
         try:
             if self._fingerprint is not None and self._fingerprint != _fingerprint(target):
                 self._functions.clear()
-                self._compiles, self._fingerprint = True, None
+                self.compiles, self._fingerprint = True, None
             yield self
-            if self._fingerprint is None and (self._functions or not self._compiles):
+            if self._fingerprint is None and (self._functions or not self.compiles):
                 self._fingerprint = _fingerprint(target)
         finally:
             self._lock.release()
@@ -98,11 +98,11 @@ class SlotEngine:
     def must_compile(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> bool:
         """Whether the coming forward, the first of its kind, takes longer than all that follow."""
         made = self._functions.get(_kind(forward, inputs))
-        return self._compiles and (made is None or not made.is_ready(inputs, buffers))
+        return self.compiles and (made is None or not made.is_ready(inputs, buffers))
 
     def run(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> tuple[Tensor, ...]:
         """Run a forward compiled, or as it is where that fails."""
-        if not self._compiles:
+        if not self.compiles:
             return forward(inputs, buffers)
         try:
             with use_gqa_attention(forward.target):
@@ -137,7 +137,7 @@ class SlotEngine:
             logger.warning(f"The target's forward runs without compilation: {reason}.")
 
     def _give_up(self, reason: str) -> None:
-        self._compiles = False
+        self.compiles = False
         self._functions.clear()
         self.warn(reason)
 

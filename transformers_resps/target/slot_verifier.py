@@ -42,7 +42,7 @@ class SlotTreeVerifier(TreeVerifier):
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(forward, position_ids, attention_mask)
-        self._engine, self._target = engine, forward.target
+        self._engine, self._target, self.is_compiled = engine, forward.target, engine.compiles
         self._feature_layers, self._options = feature_layers, options
         self._rows = 0  # of the buffers: those that are decoded, and copies of the last
         self._ready: tuple[DraftTree, SlotInputs, list[Tensor]] | None = None  # for the coming forward
@@ -55,7 +55,7 @@ class SlotTreeVerifier(TreeVerifier):
         self._forward_over_slots = SlotForward(self._target, layout, self._feature_layers, self._options)
         visible = self._slots.visible(length, torch.device("cpu"))
         self._table = SlotTable([[True] * length] * rows if visible is None else visible.tolist())
-        self._positions_after = self._root_positions.tolist()  # of each row's root
+        self._positions_after: list[int] = self._root_positions.tolist()  # of each row's root
         self._rows = rows
         self._engine.buffers.fill(filled_layers(self._cache), length, rows, _windowed(length + _WINDOW))
 

@@ -36,6 +36,8 @@ class TreeVerifier:
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
     """
 
+    is_compiled: bool = False  # whether its steps run compiled
+
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         target, self._cache = forward.target, forward.cache
         # Plain decoding leaves the text where the caller put it, and so do we; the target reads on its own device.
