@@ -38,7 +38,7 @@ class CompiledFunction:
     ) -> None:
         if options is None:
             filtered = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-            options = {"fullgraph": True, "options": {"freezing": True, "guard_filter_fn": filtered}}
+            options = {"fullgraph": True, "options": {"guard_filter_fn": filtered}}
         self._call = torch.compile(_with_own_code(function), **options)
         self._dynamic, self._dynamic_buffers = dynamic, dynamic_buffers
         self._known: set[tuple[tuple[int, ...], ...]] = set()
@@ -46,13 +46,16 @@ class CompiledFunction:
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         """Run `function(*inputs, *buffers)`; compile it first, where sizes are new."""
         kind = self._kind(inputs)
-        if kind not in self._known:
-            sizes = [*self._dynamic, *[self._dynamic_buffers] * len(buffers)]
-            for part, dimensions in zip([*inputs, *buffers], sizes, strict=True):
-                for dimension in dimensions:
-                    if part.shape[dimension] > 1:
-                        torch._dynamo.mark_dynamic(part, dimension)
-        outputs = self._call(*inputs, *buffers)
+        if kind in self._known:
+            return self._call(*inputs, *buffers)
+        sizes = [*self._dynamic, *[self._dynamic_buffers] * len(buffers)]
+        for part, dimensions in zip([*inputs, *buffers], sizes, strict=True):
+            for dimension in dimensions:
+                if part.shape[dimension] > 1:
+                    torch._dynamo.mark_dynamic(part, dimension)
+        # As an option of `torch.compile` it has no effect: weights become constants before options are read.
+        with torch._inductor.config.patch(freezing=True):
+            outputs = self._call(*inputs, *buffers)
         self._known.add(kind)  # not before: compiling may be interrupted
         return outputs
 
