@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoModel
 from .calibration.cost_table import CostTable
 from .calibration.measuring import calibrate
 from .generation.attach import attach, detach
-from .generation.mixin import ReSpSGenerationMixin, SpeculativeOutput
+from .generation.mixin import ReSpSGenerationMixin
+from .generation.output import SpeculativeOutput
 from .head import DraftHead, DraftHeadConfig
 from .policy import AutoPolicy, BaselineGuard, FixedPolicy, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
 from .target.prepacking import prepack, unprepack

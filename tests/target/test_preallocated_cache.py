@@ -97,7 +97,7 @@ def test_only_filled_layers_with_full_attention_change_and_all_become_stock_agai
     cache.update(*torch.zeros(2, 3, 2, 2, 4), 0)
     restore_stock_layers(cache)
     assert [type(layer) for layer in cache.layers] == kinds
-    assert set(vars(cache.layers[0])) == set(vars(filled().layers[0]))
+    assert set(vars(cache.layers[0])) == set(vars(filled().layers[0])) | {"dtype"}  # which releases before 5.24 read
 
 
 def test_a_call_hands_back_stock_layers_also_when_it_fails(

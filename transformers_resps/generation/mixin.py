@@ -7,7 +7,6 @@ and so does every call without a head.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -20,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..compat import CACHE_KEYWORD
 from ..decoding.batch import Batch
@@ -37,23 +35,10 @@ from .defaults import SpeculationDefaults
 from .generate_inputs import GenerateInputs
 from .lockstep import is_lockstep, lockstep_reason
 from .named import AUTO, NamedHeads, configured, is_name
+from .output import SpeculativeOutput
 from .request import Asked, Request, draft_head, is_plain, is_stock_assistant, read_request
 from .tree_probe import check_tree_attention
 from .verification import tree_verifier
-
-
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with a draft head and `return_dict_in_generate=True`.
-
-    Attributes:
-        speculation: every step's shape, tokens and seconds.
-
-    It carries the cache of a single text, from which a later call can go on. Of a batch only a cache that the caller
-    passed: finished rows of any other have lost their entries.
-    """
-
-    speculation: SpeculationReport | None = None
 
 
 _request: ContextVar[Request | None] = ContextVar("resps_request", default=None)
