@@ -22,6 +22,9 @@ BUDGETS = {
     "plain": (8, 1.0),
     "8/4/2": (179, 1.3),
     "60/8/10": (308, 1.4),
+    "8/4/2 captured": (11, 2.3),  # the draft is one launch, and so is what the target computes for a tree
+    "60/8/10 captured": (11, 2.4),
+    "auto captured": (26, 4.1),
     "8/4/2 sampled": (195, 1.3),
     "8/4/2 sampled, penalty": (255, 2.3),
     "8/4/2 of three rows": (225, 7.1),

@@ -1,16 +1,22 @@
 """What a step asks of the pretend device beside the target's forward."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaForCausalLM
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.compilation.captured_function import CapturedFunction
 from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.drafting.draft_engine import DraftEngine
+from transformers_resps.target.slot_forward import SlotForward
+from transformers_resps.target.slot_verifier import SlotTreeVerifier
 
 from .counting import Count
 from .device import move, on_device
@@ -26,6 +32,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "plain": {"with_head": True, "policy": FixedPolicy(TreeShape.plain())},
     "8/4/2": {"with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
     "60/8/10": {"with_head": True, "policy": FixedPolicy(TreeShape(60, 8, 10))},
+    "8/4/2 captured": {"captures": True, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
+    "60/8/10 captured": {"captures": True, "with_head": True, "policy": FixedPolicy(TreeShape(60, 8, 10))},
+    "auto captured": {"captures": True, "with_head": True, "policy": "auto"},
     "8/4/2 sampled": {
         "with_head": True,
         "policy": FixedPolicy(TreeShape(8, 4, 2)),
@@ -45,6 +54,38 @@ CALLS: dict[str, dict[str, Any]] = {
     "auto": {"with_head": True, "policy": "auto"},
     "lookups": {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup=8))},
 }
+
+
+class _Captured(CapturedFunction):
+    """Counts as a graph does: one copy of all inputs and one launch. Nothing in it may wait."""
+
+    def __init__(self, function: Callable[..., Any], count: Count) -> None:
+        self.function, self.count = function, count
+
+    def __call__(self, inputs: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> Any:
+        before = self.count.enter_region("captured")
+        outputs = self.function(*inputs, *buffers)
+        self.count.enter_region(before)
+        self.count.kernels[before] += 2
+        assert not self.count.waits["captured"], "a graph cannot wait for the host"
+        return outputs
+
+
+@contextmanager
+def _forward_over_slots_captured(count: Count) -> Iterator[None]:
+    """Inside, the forward over a tree is one launch with all that it computes from its inputs, masks above all."""
+    run = SlotForward.__call__
+
+    def launch(forward: SlotForward, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        before = count.enter_region("captured")
+        outputs = run(forward, *inputs)
+        count.enter_region(before)
+        count.kernels[before] += 2
+        return outputs
+
+    is_compiled = property(lambda verifier: True, lambda verifier, value: None)
+    with patch.object(SlotForward, "__call__", launch), patch.object(SlotTreeVerifier, "is_compiled", is_compiled):
+        yield
 
 
 @dataclass(frozen=True)
@@ -137,7 +178,11 @@ def count(name: str) -> StepCount:
     try:
         call = dict(CALLS[name])
         ids = on_device(prompt(call.pop("rows", 1)))
-        with counts:
+        with counts, ExitStack() as stack:
+            if call.pop("captures", False):
+                target.draft_engine = DraftEngine(lambda function: _Captured(function, counts), lambda bound: True)
+                call["cache_implementation"] = "static"
+                stack.enter_context(_forward_over_slots_captured(counts))
             text = generate((target, head), ids, **call)
     finally:
         keywords["clock"] = clock

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -68,6 +67,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         else:
             self._cache = engine.cache(bound, batch_size)
         self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
+        self._all_shown = torch.ones(1, 1, dtype=torch.bool, device=self._device)
         self._unread: list[_Pairs] = []
         self._newest = torch.empty(0)  # [b, 1, h] output at the last true pair, before the final norm
         self.newest_features = torch.empty(0)  # [b, F]
@@ -106,27 +106,19 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         return grow_pool(self._bound, self._newest, top_k, shape.depth, levels, goes_on)
 
     def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
-        """Read the pairs that wait and draft below them, in one launch; `None` where they are too many, or none.
-
-        The function takes as many pairs as a step can leave. Those that are missing go to the cache's last slot.
+        """Read the pairs that wait and draft below them, in one launch; `None` where they are none, or more than a step
+        leaves: each number of them is another function.
         """
-        width, most = sum(pairs.tokens.shape[1] for pairs in self._unread), shape.depth + 1
-        if not 0 < width <= most:
+        width, device, before = sum(pairs.tokens.shape[1] for pairs in self._unread), self._device, self._slots
+        if not 0 < width <= shape.depth + 1:
             return None
-        device, before = self._device, copy.copy(self._slots)
-        self._cache.reserve(self._slots.length + most + 1, tree=(shape.depth - 1) * shape.top_k)
-        slots = []
-        for pairs in self._unread:
-            slots.append(self._slots.next_slots(pairs.counts, device).expand(len(pairs.tokens), -1))
-            self._slots.extend(pairs.counts)
-        capacity, missing = self._cache.capacity, most - width
-        shown = self._slots.visible(capacity, device)
-        inputs = (
-            F.pad(_joined([pairs.features.to(device, self._dtype) for pairs in self._unread]), (0, 0, missing, 0)),
-            F.pad(_joined([pairs.tokens.to(device) for pairs in self._unread]), (missing, 0)),
-            F.pad(_joined(slots), (missing, 0), value=capacity - 1),
-            torch.ones(1, 1, dtype=torch.bool, device=device) if shown is None else shown,
-        )
+        self._cache.reserve(before.length + width, tree=(shape.depth - 1) * shape.top_k)
+        self._slots = copy.copy(before)
+        slots = self._next_slots([pairs.counts for pairs in self._unread]).expand(self._cache.rows, -1)
+        shown = self._slots.visible(self._cache.capacity, device)
+        features = _joined([pairs.features.to(device, self._dtype) for pairs in self._unread])
+        tokens = _joined([pairs.tokens.to(device) for pairs in self._unread])
+        inputs = features, tokens, slots, self._all_shown if shown is None else shown
         drafted = engine.draft(self._bound, shape, self._cache, inputs)
         if drafted is None:
             self._slots = before
@@ -134,6 +126,19 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         self._unread.clear()
         self._newest, pool, self.built_tree = drafted
         return pool
+
+    def _next_slots(self, counts: list[list[int]]) -> Tensor:
+        """`[b or 1, t]` where pairs go, block by block of `counts`."""
+        start = self._slots.length
+        if self._slots.is_even and all(min(block) == max(block) for block in counts):
+            width = sum(block[0] for block in counts)
+            self._slots.extend([width] * len(counts[0]))
+            return torch.arange(start, start + width, device=self._device)[None]
+        blocks = []
+        for block in counts:
+            blocks.append(self._slots.next_slots(block, self._device).expand(len(block), -1))
+            self._slots.extend(block)
+        return torch.cat(blocks, dim=1)
 
     def get_candidates(  # type: ignore[override]  # Transformers passes more where `requires_model_outputs`
         self, input_ids: Tensor, *, model_outputs: Any, is_first_iteration: bool, n_last_matches: int, **context: Any

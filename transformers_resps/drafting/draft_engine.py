@@ -94,7 +94,7 @@ class DraftEngine:
             self._functions.clear()
             logger.warning(f"Drafts run without a CUDA graph: {type(fault).__name__}, {str(fault).splitlines()[:1]}.")
             return None
-        return outputs[0].clone(), *function.unpack(outputs)
+        return outputs[0], *function.unpack(outputs)
 
 
 def _can_capture(bound: BoundHead) -> bool:

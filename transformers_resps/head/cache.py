@@ -44,6 +44,11 @@ class HeadCache:
         return self._keys, self._values
 
     @property
+    def rows(self) -> int:
+        """Texts."""
+        return self._keys.shape[1]
+
+    @property
     def tree_room(self) -> int:
         """Slots for entries of a tree."""
         return self._tree_room
