@@ -11,7 +11,7 @@ from tests.targets import VOCABULARY
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.cli import main
-from transformers_resps.decoding.text import Text
+from transformers_resps.target.tree_verifier import TreeVerifier
 
 
 QUICK = ["--seeds", "1", "--prompts", "1", "--max-new-tokens", "3", "--device", "cpu"]
@@ -40,12 +40,17 @@ def test_a_lossless_head_is_told_so_with_status_0(folders: tuple[str, str], caps
 def test_a_lossy_engine_is_told_so_with_status_1(
     folders: tuple[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = Text.commit
+    def with_second_best(method: str) -> None:
+        stock = getattr(TreeVerifier, method)
 
-    def second_best(text: Text, logits: torch.Tensor) -> torch.Tensor:
-        return commit(text, logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf))
+        def lossy(*given: Any, **options: Any) -> tuple[torch.Tensor, Any]:
+            logits, features = stock(*given, **options)
+            return logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf), features
 
-    monkeypatch.setattr(Text, "commit", second_best)
+        monkeypatch.setattr(TreeVerifier, method, lossy)
+
+    with_second_best("prefill")
+    with_second_best("verify")
     assert main(["verify", *folders, "10,2,9", *QUICK]) == 1
     page = capsys.readouterr().out
     assert "NOT LOSSLESS: greedy" in page and "position 0: plain wrote" in page

@@ -106,8 +106,9 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         return grow_pool(self._bound, self._newest, top_k, shape.depth, levels, goes_on)
 
     def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
-        """Read the pairs that wait and draft below them, in one launch; `None` where they are none, or more than a step
-        leaves: each number of them is another function.
+        """Read the pairs that wait and draft below them, in one launch. Each number of pairs is another function.
+
+        Returns `None` where they are none, or more than a step leaves.
         """
         width, device, before = sum(pairs.tokens.shape[1] for pairs in self._unread), self._device, self._slots
         if not 0 < width <= shape.depth + 1:
