@@ -283,7 +283,7 @@ def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
 ) -> None:
     target.bfloat16()
     head.bfloat16()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
 
     def rounds_otherwise(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
         """Moves every logit by up to half of what is excused, so that a gap moves by no more than that."""

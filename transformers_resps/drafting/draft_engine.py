@@ -1,12 +1,12 @@
 """Drafts of fixed shapes as one launch each: what a head keeps for them from call to call."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import logging
 
 from ..compilation.captured_function import CapturedFunction
 from ..compilation.weight_fingerprint import WeightFingerprint
@@ -15,7 +15,7 @@ from ..tree import CandidatePool, DraftTree, TreeShape
 from .draft_function import DraftFunction
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class DraftEngine:

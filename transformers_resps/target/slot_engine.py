@@ -1,5 +1,6 @@
 """What a target keeps from call to call for forwards over slots: the buffers and the compiled code."""
 
+import logging
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,6 @@ from threading import Lock
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..compilation.captured_function import CapturedFunction
 from ..compilation.compiled_function import CompiledFunction
@@ -18,7 +18,7 @@ from .slot_cache import SlotBuffers
 from .slot_forward import SlotForward, SlotInputs
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(f"transformers.{__name__}")
 
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
 _EXPECTED_SECONDS = 60.0  # of compiling a small model on two cores, until it was measured
