@@ -44,7 +44,7 @@ def plant_costs(
     target.register_forward_pre_hook(
         lambda module, args, kwargs: clock.advance(1 + node_seconds * kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    head.register_forward_pre_hook(lambda module, args: clock.advance(level_seconds))
+    head.layers[0].register_forward_pre_hook(lambda module, args: clock.advance(level_seconds))
     return clock
 
 

@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers_resps import FixedPolicy, Policy, SpeculationReport, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.decoding.proposal import Proposal
-from transformers_resps.generation import mixin
+from transformers_resps.generation import mixin, verification
 from transformers_resps.generation.sequences import left_padded
 from transformers_resps.policy import default_policy
 from transformers_resps.target.features import Features
@@ -93,9 +94,12 @@ class PricedVerifier(TreeVerifier):
         return super().verify(tree)
 
 
-def planted(clock: PlantedClock) -> dict[str, Any]:
-    """What `generate` is to decode with, by the name that it has there."""
-    return {"TreeDecoding": partial(PricedDecoding, clock=clock), "TreeVerifier": partial(PricedVerifier, clock=clock)}
+def planted(clock: PlantedClock) -> list[tuple[ModuleType, str, Any]]:
+    """What `generate` is to decode with: where it is named, its name there, and what takes its place."""
+    return [
+        (mixin, "TreeDecoding", partial(PricedDecoding, clock=clock)),
+        (verification, "TreeVerifier", partial(PricedVerifier, clock=clock)),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +152,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 8])
     args = parser.parse_args()
     given = Experiment.load(args)
-    for name, made in planted(PlantedClock()).items():
-        setattr(mixin, name, made)
+    for place, name, made in planted(PlantedClock()):
+        setattr(place, name, made)
     runs = [run for size in args.batch_sizes for run in measure(given, size, args.max_new_tokens)]
     given.report(args, table(runs), runs)
 

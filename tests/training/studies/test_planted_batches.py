@@ -9,7 +9,6 @@ from tests.conftest import build_target
 from training.studies import planted_batches
 from training.studies.experiment import Experiment
 from transformers_resps import DraftHead, attach
-from transformers_resps.generation import mixin
 
 
 def test_steps_cost_what_the_formula_says_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,8 +22,8 @@ def test_steps_cost_what_the_formula_says_and_nothing_else(monkeypatch: pytest.M
     given = Experiment(
         target, DraftHead.from_target(target, 48).eval(), [torch.arange(3, 3 + n) for n in (5, 7, 4, 6)]
     )
-    for name, made in script.planted(script.PlantedClock()).items():
-        monkeypatch.setattr(mixin, name, made)
+    for place, name, made in script.planted(script.PlantedClock()):
+        monkeypatch.setattr(place, name, made)
     runs = script.measure(given, 2, 6)
     plain = [run for run in runs if run.policy == "plain"]
     assert [run.seconds for run in plain] == pytest.approx([5 * script.verify_seconds(2, 1)] * 2)
