@@ -87,7 +87,7 @@ def test_picks_at_once_are_those_of_commit_order(
 
 
 def test_no_token_is_committed_where_none_can_be_drawn() -> None:
-    """As in plain decoding; and what lies off the path harms nobody."""
+    """As in plain decoding; nodes off the path change nothing."""
     tree = DraftTree.from_parents(torch.tensor([[0, 1, 2]]), torch.tensor([[0, 0, 0]]))
     logits = torch.full((1, 3, VOCABULARY), -torch.inf)
     logits[0, 0, 1] = 0.0

@@ -259,6 +259,23 @@ def test_weights_that_change_between_calls_are_compiled_anew(
     assert after != before or target.dtype is torch.float32
 
 
+def test_weights_that_change_after_a_call_that_was_cut_are_compiled_anew(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    class Cut(Cycle):
+        def choose(self, observation: Observation) -> TreeShape:
+            if len(self.features) == 2:
+                raise KeyboardInterrupt
+            return super().choose(observation)
+
+    with pytest.raises(KeyboardInterrupt):
+        speculate(target, head, Cut(*SHAPES), compile=True)
+    assert backend.count == 1
+    _through_data(target)
+    out = speculate(target, head, Cycle(*SHAPES), compile=True)
+    assert out.sequences.tolist() == plainly(target) and backend.count == 2
+
+
 def test_a_call_beside_another_runs_as_it_is(
     target: PreTrainedModel, head: DraftHead, backend: CountingBackend
 ) -> None:

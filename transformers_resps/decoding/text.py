@@ -68,7 +68,7 @@ class Text:
 
     @property
     def input_ids(self) -> Tensor:
-        """`[b, s]` prompt and answer, put together when somebody asks for them."""
+        """`[b, s]` prompt and answer, joined when they are read."""
         if self._ahead:
             ahead = torch.cat(self._ahead).to(self._ids.device)
             self._ids, self._ahead = torch.cat([self._ids, ahead[None]], dim=1), []

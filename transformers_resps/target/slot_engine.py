@@ -67,9 +67,9 @@ class SlotEngine:
                 self._functions.clear()
                 self.compiles, self._fingerprint = True, None
             yield self
-            if self._fingerprint is None and (self._functions or not self.compiles):
-                self._fingerprint = _fingerprint(target)
         finally:
+            if self._fingerprint is None and (self._functions or not self.compiles):  # also of a call that was cut
+                self._fingerprint = _fingerprint(target)
             self._lock.release()
 
     @property
@@ -119,6 +119,7 @@ class SlotEngine:
         expected = forward(inputs, buffers)  # first: Transformers adds the hooks that are compiled at an eager call
         kind = _kind(forward, inputs)
         if kind not in self._functions:
+            logger.warning("Compiling the target's forward, once. A small model takes about a minute on two cores.")
             self._functions[kind] = _made(forward, inputs)
         started = time.perf_counter()
         outputs: tuple[Tensor, ...] = self._functions[kind](inputs, buffers)
