@@ -67,13 +67,19 @@ class Acceptance:
 
     @classmethod
     def of_picks(cls, picks: Picks, paths: list[list[int]], found: list[list[int]]) -> "Acceptance":
-        """Build it of the rows that `picks` tell of, from what they kept. The first nodes need no copy."""
+        """Build it of the rows that `picks` tell of, from what they kept. A device that has the picks gets no copy."""
         emitted = list(map(len, paths))
+        if picks.tokens is None:
+            return cls.from_rows(paths, found, emitted, picks.device)
+        order = torch.arange(picks.tokens.shape[1], device=picks.device)
         front = list(range(max(emitted)))
-        if picks.tokens is not None and all(path == front for path in paths):
-            order = torch.arange(len(front), device=picks.device)
-            return cls(order.expand(len(paths), -1), picks.tokens[:, : len(front)], paths, found, emitted)
-        return cls.from_rows(paths, found, emitted, picks.device)
+        if all(path == front for path in paths):
+            path, tokens = order[: len(front)].expand(len(paths), -1), picks.tokens[:, : len(front)]
+        else:
+            nodes = order.split(1)
+            path = torch.cat([nodes[node] for row in _filled(paths) for node in row]).view(len(paths), -1)
+            tokens = picks.tokens.gather(1, path)
+        return cls(path, tokens, paths, found, emitted)
 
 
 def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:

@@ -114,8 +114,9 @@ class SlotBuffers:
 
     def entries(self, slots: list[list[int]]) -> list[Tensor]:
         """`[b, kv heads, s, hd]` of each row's `slots`, in their order; keys and values of each layer in turn."""
-        order = torch.arange(len(slots))[:, None]
-        return [part[torch.tensor(slots), order].transpose(1, 2) for part in self._parts]
+        places = torch.tensor(slots, device=self._parts[0].device)
+        order = torch.arange(len(slots), device=places.device)[:, None]
+        return [part[places, order].transpose(1, 2) for part in self._parts]
 
     def _own(self, parts: list[Tensor]) -> None:
         self._parts, self._windows = parts, {}
