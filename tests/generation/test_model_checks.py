@@ -73,10 +73,9 @@ def test_an_attention_without_tree_masks_is_refused(attention: str) -> None:
 
 
 STATEFUL = {
-    "mamba": ({}, "recurrent state"),
+    "mamba": ({}, "Mamba-1"),
     "bloom": ({"n_layer": 4, "n_head": 4}, "alibi"),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 4}, "alibi"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 48}, "conv"),
     "llama": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
 }
 

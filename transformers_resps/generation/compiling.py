@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..target.forward import are_outputs
+from ..target.known_mixers import is_recurrent
 
 
 AUTO: Literal["auto"] = "auto"
@@ -34,6 +35,8 @@ def compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
     devices = {parameter.device for parameter in target.parameters()}
     if target.training:
         return "the model is in training mode"
+    if is_recurrent(target):
+        return "the model has recurrent layers, which read a tree path by path"
     if not are_outputs(target, layers):
         return "the head reads the last layer's output, which a compiled forward gives only after the final norm"
     if any(_is_active_adapter(module) for module in target.modules()):

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
+from transformers.generation.configuration_utils import GenerationMode
 
 from ..compat import CACHE_KEYWORD
 from ..decoding.batch import Batch
@@ -182,6 +183,14 @@ class ReSpSGenerationMixin(GenerationMixin):
                 yield {} if assistant is None else {"assistant_model": assistant}
             finally:
                 _request.reset(token)
+
+    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, *args: Any) -> None:
+        """Stock refuses assistants for recurrent targets, whose states it cannot take back; for ours it need not."""
+        request, stock = _request.get(), cast(Any, super())
+        is_ours = request is not None and request.bound is not None and config.num_return_sequences == 1
+        if is_ours and mode == GenerationMode.ASSISTED_GENERATION:
+            mode = GenerationMode.SAMPLE if config.do_sample else GenerationMode.GREEDY_SEARCH
+        stock._validate_generation_mode(mode, config, *args)
 
     def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
         """Where stock `generate` goes when it is given an assistant.

@@ -8,7 +8,11 @@ from torch.nn import Dropout, Module
 from transformers import PreTrainedModel
 
 from ..target.gqa_attention import GROUPED, STOCK
+from ..target.known_mixers import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
 
+
+# "mlp" and "moe" are layers without attention.
+_LAYER_KINDS = RECURRENT_KINDS | {"full_attention", "sliding_attention", "hybrid", "mlp", "moe"}
 
 # Layers that round what they read: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
 _ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
@@ -72,16 +76,16 @@ def check_draws(model: Module) -> None:
 
 def _architecture_reason(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config()
-    if getattr(model, "_is_stateful", False):
-        return "keeps a recurrent state"
+    obstacle = recurrence_obstacle(model)
+    if obstacle is not None:
+        return obstacle
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return "encodes positions by cache slot (alibi)"
     if "local" in (getattr(config, "attention_layers", None) or ()):
         return "counts the window of its local layers in cache slots"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "takes no `position_ids`"
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    odd = layer_types - {"full_attention", "sliding_attention"}
+    odd = layer_kinds(model) - _LAYER_KINDS
     if odd:
         return f"has layers of the kind {sorted(odd)}"
     rope = getattr(config, "rope_parameters", None) or {}

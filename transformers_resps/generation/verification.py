@@ -7,6 +7,7 @@ from typing import Any
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from ..target.forward import TargetForward, are_outputs, is_compiled
+from ..target.known_mixers import is_recurrent
 from ..target.slot_engine import SlotEngine
 from ..target.slot_verifier import SlotTreeVerifier
 from ..target.tree_verifier import TreeVerifier
@@ -30,9 +31,17 @@ def tree_verifier(
         layers: the head's feature layers; `None` without a head.
         choice: the call's `compile`; `None` leaves it to its config.
         inputs: of the call.
+
+    Raises:
+        ValueError: a recurrent target was compiled, or has to decode over a static cache.
     """
-    forward = TargetForward(target, layers, inputs.cache)
     is_static = inputs.config.cache_implementation == "static" or is_compiled(target)
+    if is_static and is_recurrent(target):
+        raise ValueError(
+            f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
+            "Leave out `cache_implementation`, and use the model as it was before it was compiled."
+        )
+    forward = TargetForward(target, layers, inputs.cache)
     given = inputs.model_kwargs["position_ids"], inputs.model_kwargs["attention_mask"]
     choice = _configured(target, inputs.config) if choice is None else choice
     compiles = choice is True or (choice == AUTO and engine.pays)

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 
 from ..tree import DraftTree
+from .known_mixers import RECURRENT_KINDS
 from .tree_cache import cached_length, visible_length, window_of
 
 
@@ -27,7 +28,8 @@ def last_position(config: PretrainedConfig, root_position: int) -> int | None:
     boundary = longrope_boundary(config)
     if boundary is not None:
         return boundary - 1 if root_position < boundary else None
-    return None if getattr(config, "rope_parameters", None) else int(config.max_position_embeddings) - 1
+    most = getattr(config, "max_position_embeddings", None)
+    return None if getattr(config, "rope_parameters", None) or most is None else int(most) - 1
 
 
 def longrope_boundary(config: PretrainedConfig) -> int | None:
@@ -46,7 +48,7 @@ def tree_attention_mask(
     tree: DraftTree,
     dtype: torch.dtype,
     ends: Tensor | None = None,
-) -> Tensor | dict[str, Tensor]:
+) -> Tensor | dict[str, Tensor | None]:
     """Make the additive 4-D mask of a tree's forward.
 
     Args:
@@ -59,13 +61,18 @@ def tree_attention_mask(
 
     Returns:
         `[b, 1, n, visible past + n]`: 0 where a node may look, else the dtype's minimum. A dict of masks by layer type
-        where the target has several types. A float mask on purpose: eager attention adds a bool one to the scores.
+        where the target has several types; `None` for recurrent ones. A float mask on purpose: eager attention adds a
+        bool one to the scores.
     """
     layer_types = getattr(config.get_text_config(), "layer_types", None)
     if layer_types is None:
         return _mask(cache, 0, prefix_mask, tree, dtype, ends)
-    first = {kind: layer_types.index(kind) for kind in dict.fromkeys(layer_types)}
-    return {kind: _mask(cache, index, prefix_mask, tree, dtype, ends) for kind, index in first.items()}
+    masks: dict[str, Tensor | None] = dict.fromkeys(RECURRENT_KINDS)  # a node is no padding
+    for kind in dict.fromkeys(layer_types):
+        if kind not in masks:
+            mask = _mask(cache, layer_types.index(kind), prefix_mask, tree, dtype, ends)
+            masks |= {"full_attention": mask} if kind == "hybrid" else {kind: mask}
+    return masks
 
 
 def _mask(

@@ -8,6 +8,7 @@ from transformers import Cache, PreTrainedModel
 from ..compat import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 from .features import Features, FeatureTap
 from .gqa_attention import use_gqa_attention
+from .tree_cache import crop
 
 
 def is_compiled(target: PreTrainedModel) -> bool:
@@ -54,7 +55,7 @@ class TargetForward:
     def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
         """Run over a prompt or a part of it: tokens and positions `[b, t]`. Returns the outputs and the features."""
         outputs, features = self._run(self._inputs(tokens, mask, positions) | options)
-        self.cache.crop(0)
+        crop(self.cache, 0)
         return outputs, features
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:

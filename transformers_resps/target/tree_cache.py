@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from .preallocated_cache import entries_of
+from .recurrent_states import holds_state
 
 
 # By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
 _TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+_RECURRENT_LAYERS = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer")
 
 
 def check_cache(cache: Cache) -> None:
@@ -29,7 +32,7 @@ def check_cache(cache: Cache) -> None:
         )
     for layer in cache.layers:
         name = type(layer).__name__
-        if name not in _TREE_LAYERS or not type(layer).__module__.startswith("transformers."):
+        if name not in _TREE_LAYERS + _RECURRENT_LAYERS or not type(layer).__module__.startswith("transformers."):
             raise ValueError(
                 f"The cache has a `{name}`, but only {', '.join(_TREE_LAYERS[:2])} can keep the accepted nodes of a "
                 "tree. Leave out the cache and `cache_implementation`, or the head and the policy."
@@ -39,6 +42,13 @@ def check_cache(cache: Cache) -> None:
             "Draft trees cannot use an offloaded cache. Leave out `cache_implementation='offloaded'`, or the head and "
             "the policy."
         )
+
+
+def record_windows(cache: Cache) -> None:
+    """Let sliding layers keep what leaves their window until the next `crop`."""
+    for layer in cache.layers:
+        if hasattr(layer, "activate_past_recording") and not holds_state(layer):
+            layer.activate_past_recording()
 
 
 def stop_recording(cache: Cache) -> None:
@@ -54,7 +64,7 @@ def crop_to(cache: Cache, length: int) -> None:
     for layer in layers:
         surplus = int(layer.get_seq_length()) - length if _states(layer) else 0
         if surplus > 0:
-            layer.crop(-surplus)
+            _crop_entries(layer, surplus)
 
 
 def cached_length(cache: Cache) -> int:
@@ -63,8 +73,20 @@ def cached_length(cache: Cache) -> int:
 
 
 def crop(cache: Cache, count: int) -> None:
-    """Forget the newest `count` positions. Sliding layers then forget what has left their window, also with 0."""
-    cache.crop(-count)
+    """Forget the keys and values of the newest `count` positions; states stay.
+
+    Sliding layers then forget what has left their window, also with 0.
+    """
+    for layer in cache.layers:
+        _crop_entries(layer, count)
+
+
+def _crop_entries(layer: Any, count: int) -> None:
+    """Forget the newest `count` keys and values of a layer, which may hold a state beside them, or nothing else."""
+    if not holds_state(layer):
+        layer.crop(-count)
+    elif isinstance(layer, DynamicLayer):
+        DynamicLayer.crop(layer, -count)
 
 
 def visible_length(cache: Cache, layer_index: int) -> int:
@@ -137,21 +159,22 @@ def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, l
             most = min(length, window - 1)
             replace_entries(layer, [_newest(part, path, node_count, counts, most) for part in states], length)
         elif states is not None:
-            layer.crop(-surplus)
+            _crop_entries(layer, surplus)
 
 
 def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
     """Forget all rows but `rows`, of which the longest has `length` positions."""
-    cache.batch_select_indices(torch.tensor(rows))
+    order, layers = torch.tensor(rows), list[Any](cache.layers)
+    for layer in layers:
+        (layer.reorder_cache if holds_state(layer) else layer.batch_select_indices)(order)
     surplus = cached_length(cache) - length
-    layers: list[Any] = cache.layers if surplus else []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(layers if surplus else []):
         states, window = _states(layer), window_of(cache, index)
         if states is not None and window is not None:
             most = min(length, window - 1)
             replace_entries(layer, [part[:, :, part.shape[-2] - most :] for part in states], length)
         elif states is not None:
-            layer.crop(-surplus)
+            _crop_entries(layer, surplus)
 
 
 def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:

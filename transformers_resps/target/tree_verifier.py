@@ -12,6 +12,7 @@ from .attention import last_position, tree_attention_mask, tree_positions
 from .features import Features
 from .forward import TargetForward
 from .preallocated_cache import preallocate, restore_stock_layers
+from .recurrent_mixers import RecurrentMixers
 from .slots import SlotMap
 from .tree_cache import (
     cached_length,
@@ -22,6 +23,7 @@ from .tree_cache import (
     crop_to,
     has_windows,
     keep_rows,
+    record_windows,
 )
 
 
@@ -49,7 +51,8 @@ class TreeVerifier:
         self._positions = position_ids.to(self.device)
         self._root_positions = self._positions[:, -1] + 1  # [b]
         self._last_position = last_position(target.config, int(self._root_positions.max()))
-        self._newest_nodes = 0  # nodes of the newest forward, padding included
+        self._mixers = RecurrentMixers(target, self._cache)
+        self._newest_nodes = 0  # nodes of the newest forward, padding included; 0 once it is settled
 
     @classmethod
     def of(cls, target: PreTrainedModel, prompt_length: int) -> "TreeVerifier":
@@ -59,12 +62,14 @@ class TreeVerifier:
 
     def __enter__(self) -> "TreeVerifier":
         self._forward.__enter__()
+        self._mixers.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         try:
             self.close()
         finally:
+            self._mixers.__exit__()
             self._forward.__exit__(*exception)
 
     @property
@@ -100,15 +105,12 @@ class TreeVerifier:
         """
         tokens, end = tokens.to(self.device), self._positions.shape[1]
         offset, features = end - tokens.shape[1], []
-        self._cache.activate_past_recording()
+        record_windows(self._cache)
         for start in range(self.length, end, chunk_size or end):
             stop = min(start + (chunk_size or end), end)
-            outputs, caught = self._forward.read(
-                tokens[:, start - offset : stop - offset],
-                self._prefix_mask(stop),
-                self._positions[:, start:stop],
-                **options,
-            )
+            part, mask = tokens[:, start - offset : stop - offset], self._prefix_mask(stop)
+            with self._mixers.settings.of_prompt():
+                outputs, caught = self._forward.read(part, mask, self._positions[:, start:stop], **options)
             self._slots.extend([stop - start] * len(tokens))
             features.append(caught)
         check_cache(self._cache)
@@ -135,13 +137,17 @@ class TreeVerifier:
         else:
             prefix_mask = self._prefix_mask(self.length)
             mask = tree_attention_mask(self._config, self._cache, prefix_mask, tree, self._dtype, ends)
-        outputs, features = self._forward.verify(tree.tokens, mask, tree_positions(tree, self._root_positions))
+        positions = tree_positions(tree, self._root_positions)
+        with self._mixers.reading(tree):
+            outputs, features = self._forward.verify(tree.tokens, mask, positions)
         self._newest_nodes = tree.node_count
         return outputs.logits, features
 
     def undo(self) -> None:
         """Forget the newest tree."""
         crop(self._cache, self._newest_nodes)
+        self._mixers.drop()
+        self._newest_nodes = 0
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         """Keep the accepted nodes of the newest tree, and forget its others.
@@ -150,6 +156,7 @@ class TreeVerifier:
             path: `[b, m]` node indices, ascending, the root first; a row that keeps fewer repeats its last.
             paths: the same on the host, without repetitions.
         """
+        self._mixers.keep(path, paths)
         counts = list(map(len, paths))
         if self._slots.is_even and min(counts) == max(counts):
             is_front = paths == [list(range(counts[0]))] * len(paths)
@@ -161,6 +168,7 @@ class TreeVerifier:
             self._slots.extend(counts)
             compact_ragged(self._cache, path, self._newest_nodes, slots, self.length)
             self._root_positions = self._root_positions + slots[:, -1] + 1 - slots[:, 0]
+        self._newest_nodes = 0
 
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on."""
@@ -169,7 +177,12 @@ class TreeVerifier:
         self._root_positions = self._root_positions[rows]
 
     def close(self) -> None:
-        """Leave only what was kept in the cache, in stock layers: the caller may reuse it."""
+        """Leave only what was kept in the cache, in stock layers: the caller may reuse it.
+
+        A lone root that was verified stays, as after an interrupted plain step: no state can forget it.
+        """
+        if self._mixers and self._newest_nodes == 1:
+            self._slots.extend([1] * len(self._root_positions))
         crop_to(self._cache, self.length)
         restore_stock_layers(self._cache)
 
