@@ -23,7 +23,8 @@ from ..generation.mixin import ReSpSGenerationMixin
 from ..generation.model_checks import check_model
 from ..head import BoundHead, DraftHead
 from ..policy import FixedPolicy
-from ..target.tree_cache import crop
+from ..target.known_mixers import is_recurrent
+from ..target.tree_cache import crop, record_windows
 from ..target.tree_verifier import TreeVerifier
 from ..tree import DraftTree, TreeShape
 from .cost_table import CostTable, Range, identity_of
@@ -72,7 +73,8 @@ def calibrate(
         return table
     room = getattr(target.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     sizes = NODES if target.device.type == "cpu" else NODES + _MORE_NODES
-    contexts = sorted({max(min(context, room - max(sizes) - 1), 1) for context in CONTEXTS})
+    kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # see `_verify_row`
+    contexts = sorted({max(min(context, room - max(sizes) - 1 - kept), 1) for context in CONTEXTS})
     nodes = {context: [count for count in sizes if count <= max(room - context, 1)] for context in contexts}
     total = sum(map(len, nodes.values())) + (0 if head is None else 2 * len(WIDTHS)) + len(contexts) + 1
     with tqdm(total=total, desc="Measuring what steps cost", unit="measurement") as bar:
@@ -128,17 +130,23 @@ def _verify_row(
 ) -> dict[int, _Measured]:
     """Nodes, of `counts` -> seconds at one context length.
 
-    The trees are stars: a mask's content costs nothing, its size does.
+    The trees are stars: a mask's content costs nothing, its size does. Where recurrent layers read every path they are
+    chains, as "auto" drafts there, and two of their nodes are kept, since those layers read them again.
     """
     vocabulary = target.config.get_text_config().vocab_size
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     with TreeVerifier.of(target, context) as verifier:
         verifier.prefill(tokens[:, :context])
+        order = torch.arange(max(counts), device=target.device)[None]
+        parents = (order - 1).clamp(min=0) if verifier.reads_paths else torch.zeros_like(order)
 
         def verify(nodes: int) -> None:
-            logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], torch.zeros_like(tokens[:, :nodes])))
+            logits, _ = verifier.verify(DraftTree.from_parents(tokens[:, :nodes], parents[:, :nodes]))
+            if verifier.reads_paths:
+                verifier.keep(order[:, : min(nodes, 2)], [list(range(min(nodes, 2)))])
+            else:
+                verifier.undo()
             logits[0, -1, 0].item()  # wait for the device
-            verifier.undo()
 
         return {nodes: _Measured.of(watch.time(partial(verify, nodes))) for nodes in counts}
 
@@ -147,7 +155,7 @@ def _verify_row(
 def _plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _Measured:
     """Of a forward as plain `generate` makes it."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    cache.activate_past_recording()
+    record_windows(cache)
     places = torch.arange(context + 1, device=target.device)[None]
     tokens = places.remainder(target.config.get_text_config().vocab_size)
     options: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True}

@@ -58,7 +58,7 @@ class TreeDecoding:
         self._drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread, draft_engine)
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
         pads = [0] * len(batch) if known is None else leading_pads(known)
-        self._proposer = Proposer(policy, self._drafter, batch, pads)
+        self._proposer = Proposer(policy, self._drafter, batch, pads, reads_paths=verifier.reads_paths)
         self._max_length, self._clock = max_length, clock
         self._prompt_seconds = 0.0
         self._root = batch.newest  # [b]
@@ -94,7 +94,7 @@ class TreeDecoding:
         drafted = self._clock()
         logits, features = self._verifier.verify(tree)
         acceptance, verified = self._accept(tree, logits)
-        self._keep(tree, acceptance, features)
+        verified += self._keep(tree, acceptance, features)
         self._drop_finished()
         seconds = (drafted - started, verified - drafted)
         record = self._record(proposal, acceptance, started, seconds)
@@ -133,18 +133,24 @@ class TreeDecoding:
         self._root = acceptance.tokens[:, -1]
         return acceptance, verified
 
-    def _keep(self, tree: DraftTree, acceptance: Acceptance, features: Features) -> None:
-        """The target's cache keeps the accepted path; the features of that path go to the head."""
-        path = acceptance.path
+    def _keep(self, tree: DraftTree, acceptance: Acceptance, features: Features) -> float:
+        """The target's cache keeps the accepted path; the features of that path go to the head.
+
+        Returns:
+            Seconds in which recurrent layers read that path again, which is part of verifying it.
+        """
+        path, started = acceptance.path, self._clock() if self._verifier.reads_paths else 0.0
         self._verifier.keep(path, acceptance.paths)
+        seconds = self._clock() - started if self._verifier.reads_paths else 0.0
         if self._drafter is None:
-            return
+            return seconds
         states = features.concatenated()
         if acceptance.is_front:
             states = states[:, : path.shape[1]]
         else:
             states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
         self._drafter.observe(states, acceptance.tokens, acceptance.counts)
+        return seconds
 
     def _drop_finished(self) -> None:
         """Stop decoding rows that have ended."""

@@ -64,11 +64,20 @@ class Proposer:
         drafter: `None` to draft by lookup alone.
         text: grows from step to step; lookup reads it.
         pads: padding tokens before each row's prompt.
+        reads_paths: see `Observation`.
     """
 
-    def __init__(self, policy: Policy, drafter: Drafter | None, text: TextSoFar, pads: list[int]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        drafter: Drafter | None,
+        text: TextSoFar,
+        pads: list[int],
+        *,
+        reads_paths: bool = False,
+    ) -> None:
         self._policy, self._drafter, self._text = policy, drafter, text
-        self._lookup = BatchLookup(pads)
+        self._lookup, self._reads_paths = BatchLookup(pads), reads_paths
 
     def read_prompt(self) -> None:
         """Let lookup and drafter read the prompt, before any step."""
@@ -93,8 +102,9 @@ class Proposer:
             ValueError: no step can follow a decision of the policy.
         """
         features = None if self._drafter is None else self._drafter.newest_features
+        probs, weights = self._prefix_accept_probs, self._text.row_weights
         observation = Observation(
-            features, context_length, step, room, self._prefix_accept_probs, prompt_seconds, self._text.row_weights
+            features, context_length, step, room, probs, prompt_seconds, weights, self._reads_paths
         )
         shape = choose_shape(
             self._policy, observation, 0 if self._drafter is None else self._drafter.proposable_tokens

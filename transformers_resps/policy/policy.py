@@ -33,6 +33,8 @@ class Observation:
             same at every step, and in no record that `observe` gets.
         row_weights: how much one token of each row counts, 1.0 on average. Rows that lag weigh more, because a batch
             ends with its slowest row. Empty if all rows count the same.
+        reads_paths: whether the target has recurrent layers, which read every path from the root to a leaf: their work
+            grows with the leaves times the depth.
     """
 
     features: Tensor | None
@@ -42,6 +44,7 @@ class Observation:
     prefix_accept_probs: Callable[[], list[float]]
     prompt_seconds: float = 0.0
     row_weights: Sequence[float] = ()
+    reads_paths: bool = False
 
 
 @dataclass(frozen=True, slots=True)

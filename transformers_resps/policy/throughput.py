@@ -26,6 +26,7 @@ from .policy import Level, Observation
 from .price_list import PriceList
 from .saving import SavedPolicy, check_known
 from .throughput_memory import ThroughputMemory
+from .width_memory import WidthMemory
 
 
 _MAX_LOOKED_UP = 16  # nodes
@@ -45,6 +46,8 @@ class _Step:
         width: nodes of the head's first level.
         node_probs: probabilities of the nodes that got children, where the lookup fails; best first.
         level_probs: of each row, the probability that each drafted level holds the right path.
+        expected: tokens that the head's nodes add to the step.
+        reads_paths: see `Observation`.
     """
 
     row_weights: Sequence[float] = ()
@@ -54,6 +57,8 @@ class _Step:
     width: int = 0
     node_probs: list[float] = field(default_factory=list)
     level_probs: list[list[float]] = field(default_factory=list)
+    expected: float = 0.0
+    reads_paths: bool = False
 
     def mean(self, rows: list[list[float]]) -> list[float]:
         """Means over the rows' first nodes, second nodes and so on, weighted by `row_weights`."""
@@ -117,7 +122,7 @@ class ThroughputPolicy(SavedPolicy):
         self.acceptance = acceptance or AcceptanceModel()
         self._largest = TreeShape(most_nodes + 1, depth, top_k)
         self._prices = PriceList(self._largest.total_tokens + _MAX_LOOKED_UP)
-        self._memory = ThroughputMemory()
+        self._memory, self._widths = ThroughputMemory(), WidthMemory(top_k)
         self._step = _Step()
         self.grows = True
 
@@ -135,7 +140,7 @@ class ThroughputPolicy(SavedPolicy):
         return self.acceptance.is_confident
 
     def choose(self, observation: Observation) -> TreeShape:
-        step = self._step = _Step(observation.row_weights)
+        step = self._step = _Step(observation.row_weights, reads_paths=observation.reads_paths)
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
         step.rate = self.rate
@@ -149,6 +154,8 @@ class ThroughputPolicy(SavedPolicy):
             return TreeShape(1, 0, 1, step.lookup)
         # In a batch nodes are expensive: with four rows, chains are the fastest of our trees
         step.width = max(self._largest.top_k // len(observation.features), 1)
+        if step.reads_paths:
+            step.width = self._widths.choose(step.width)
         # An accelerator would have to be waited for after every level, and no level could be launched ahead
         self.grows = observation.features.device.type == "cpu"
         depth = self._largest.depth if self.grows else self._planned_depth()
@@ -197,6 +204,7 @@ class ThroughputPolicy(SavedPolicy):
         left = 1.0 - step.lookup_hit
         worth = [left * prob for prob in step.mean(best)]
         count, gain = self._prices.best_prefix(worth, 1 + step.lookup, step.rate)
+        step.expected = sum(worth[:count])
         self._memory.note_gain(gain - step.rate * self.costs.draft_seconds(len(bounds) - 1))
         return count + 1
 
@@ -206,6 +214,8 @@ class ThroughputPolicy(SavedPolicy):
         times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
         self.costs.add(record.verified, levels, *times, rows=record.decoded_rows)
         self._memory.add(record)
+        if self._step.reads_paths and levels and record.verified > 1:
+            self._widths.add(1.0 + self._step.expected, record.step_seconds)
         if levels:
             self._learn(record, level_probs)
 

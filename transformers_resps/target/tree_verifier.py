@@ -78,6 +78,11 @@ class TreeVerifier:
         return self._slots.length
 
     @property
+    def reads_paths(self) -> bool:
+        """Whether the target has recurrent layers, which read each path of a tree, and the accepted one once more."""
+        return bool(self._mixers)
+
+    @property
     def levels_left(self) -> int:
         """Levels below the root that the target's positions allow."""
         if self._last_position is None:
