@@ -25,7 +25,7 @@ BUDGETS = {
     "auto captured": (26, 3.7),
     "8/4/2 sampled": (195, 1.0),
     "8/4/2 sampled, penalty": (255, 2.0),
-    "8/4/2 of three rows": (222, 6.2),
+    "8/4/2 of three rows": (217, 4.4),
     "auto": (221, 2.7),
     "lookups": (9, 1.2),
 }

@@ -115,7 +115,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
             return None
         self._cache.reserve(before.length + width, tree=(shape.depth - 1) * shape.top_k)
         self._slots = copy.copy(before)
-        slots = self._next_slots([pairs.counts for pairs in self._unread]).expand(self._cache.rows, -1)
+        slots = self._slots.take([pairs.counts for pairs in self._unread], device).expand(self._cache.rows, -1)
         shown = self._slots.visible(self._cache.capacity, device)
         features = _joined([pairs.features.to(device, self._dtype) for pairs in self._unread])
         tokens = _joined([pairs.tokens.to(device) for pairs in self._unread])
@@ -127,19 +127,6 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         self._unread.clear()
         self._newest, pool, self.built_tree = drafted
         return pool
-
-    def _next_slots(self, counts: list[list[int]]) -> Tensor:
-        """`[b or 1, t]` where pairs go, block by block of `counts`."""
-        start = self._slots.length
-        if self._slots.is_even and all(min(block) == max(block) for block in counts):
-            width = sum(block[0] for block in counts)
-            self._slots.extend([width] * len(counts[0]))
-            return torch.arange(start, start + width, device=self._device)[None]
-        blocks = []
-        for block in counts:
-            blocks.append(self._slots.next_slots(block, self._device).expand(len(block), -1))
-            self._slots.extend(block)
-        return torch.cat(blocks, dim=1)
 
     def get_candidates(  # type: ignore[override]  # Transformers passes more where `requires_model_outputs`
         self, input_ids: Tensor, *, model_outputs: Any, is_first_iteration: bool, n_last_matches: int, **context: Any
@@ -182,8 +169,11 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
 
     def _read(self, ahead: int = 0) -> Rope:
         """Read all pairs that wait. Returns the angles of the `ahead` positions after them."""
-        counts, width = [pairs.counts for pairs in self._unread], sum(pairs.tokens.shape[1] for pairs in self._unread)
-        positions, attend = self._place(counts, width, ahead)
+        blocks, width = [pairs.counts for pairs in self._unread], sum(pairs.tokens.shape[1] for pairs in self._unread)
+        start, is_even = self._slots.length, self._slots.stays_even(blocks)
+        # Rotary attention is relative, so slots serve as positions, padding included.
+        positions = self._slots.take(blocks, self._device, ahead)
+        self._cache.reserve(self._slots.length)
         rope = self._bound.head.rope(positions)
         if width:
             features = _joined([pairs.features.to(self._device, self._dtype) for pairs in self._unread])
@@ -193,39 +183,24 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
                 self._bound.head.fuse(features),
                 self._bound.embed(tokens),
                 rope.at(slice(width)),
-                attend,
+                self._attend_from(start, width) if is_even else self._attend_at(positions[:, :width]),
                 wanted=slice(-1, None),
             )
         return rope.at(slice(width, None))
 
-    def _place(self, counts: list[list[int]], width: int, ahead: int) -> tuple[Tensor, Attend]:
-        """Where `width` unread pairs go, block by block, and `ahead` levels after them: their positions
-        `[b or 1, width + ahead]`, and the attention of the pairs.
+    def _attend_from(self, start: int, width: int) -> Attend:
+        """The attention of `width` pairs from the same slot on in each row."""
+        mask = self._pair_mask(start, width)
+        return self._cache.attend_from(start, mask, is_causal=mask is None and width > 1)
 
-        Rotary attention is relative, so slots serve as positions, padding included.
-        """
-        start, device = self._slots.length, self._device
-        if self._slots.is_even and all(min(block) == max(block) for block in counts):
-            if width:
-                self._slots.extend([width] * len(counts[0]))
-            self._cache.reserve(start + width)
-            mask = self._pair_mask(start, width)
-            attend = self._cache.attend_from(start, mask, is_causal=mask is None and width > 1)
-            return torch.arange(start, start + width + ahead, device=device)[None], attend
-        blocks = []
-        for block in counts:
-            blocks.append(self._slots.next_slots(block, device))
-            self._slots.extend(block)
-        levels = self._slots.ends(device) + torch.arange(ahead, device=device)  # [1, ahead] if the rows have met
-        positions = torch.cat([*blocks, levels.expand(len(counts[0]) if counts else -1, -1)], dim=1)
+    def _attend_at(self, slots: Tensor) -> Attend:
+        """The attention of pairs at each row's own slots, `[b, t]`."""
         end = self._slots.length
-        slots = positions[:, :width]
-        self._cache.reserve(end)
-        looking = slots[:, -self._queries(width) :, None]
-        causal = torch.arange(end, device=device) <= looking
-        seen = self._slots.visible(end, device)
+        looking = slots[:, -self._queries(slots.shape[1]) :, None]
+        causal = torch.arange(end, device=self._device) <= looking
+        seen = self._slots.visible(end, self._device)
         mask = causal if seen is None else causal & seen[:, None]
-        return positions, self._cache.attend_at(slots, end, mask[:, None])
+        return self._cache.attend_at(slots, end, mask[:, None])
 
     def _pair_mask(self, start: int, count: int) -> Tensor | None:
         """`[b or 1, 1, q, start + count]` causal, without padding, of the last q pairs that look; `None` where plain

@@ -59,12 +59,39 @@ class SlotMap:
             self._copied_ends = torch.tensor(self._ends, device=device)[:, None]
         return self._copied_ends
 
-    def next_slots(self, counts: Sequence[int], device: torch.device) -> Tensor:
-        """The slots of the next entries: `[b, max(counts)]`; a row that gets fewer repeats the slot of its last."""
-        starts = self._ends or [self.length] * len(counts)
-        order = range(max(counts))
-        slots = [[start + min(at, count - 1) for at in order] for start, count in zip(starts, counts, strict=True)]
-        return torch.tensor(slots, device=device)
+    def stays_even(self, blocks: Sequence[Sequence[int]]) -> bool:
+        """Whether all rows end at the same slot, and still do after each block of entries, as `take` gets them."""
+        return self.is_even and all(min(counts) == max(counts) for counts in blocks)
+
+    def take(self, blocks: Sequence[Sequence[int]], device: torch.device, ahead: int = 0) -> Tensor:
+        """Give each row further entries, block by block.
+
+        Args:
+            blocks: of each, one number of entries per row.
+            device: of the result.
+            ahead: slots after the last block that are told as well.
+
+        Returns:
+            The slots of all these entries, t, and the `ahead` ones after them: `[b, t + ahead]`, or `[1, t + ahead]`
+            where they are the same for all. A row that gets fewer entries of a block repeats the slot of its last.
+        """
+        if self.stays_even(blocks):
+            start = self.length
+            for counts in blocks:
+                self.extend(counts)
+            return torch.arange(start, self.length + ahead, device=device)[None]
+        ends = self._ends or [self.length] * len(blocks[0])
+        slots: list[list[int]] = [[] for _ in ends]
+        for counts in blocks:
+            for row, end, count in zip(slots, ends, counts, strict=True):
+                row += [end + min(at, count - 1) for at in range(max(counts))]
+            ends = [end + count for end, count in zip(ends, counts, strict=True)]
+            self.extend(counts)
+        # one write tells the device where the rows end as well
+        rows = [[*row, *range(end, end + max(ahead, 1))] for row, end in zip(slots, ends, strict=True)]
+        taken = torch.tensor(rows, device=device)
+        self._copied_ends = taken[:, len(slots[0]) : len(slots[0]) + 1]
+        return taken[:, : len(slots[0]) + ahead]
 
     def visible(self, length: int, device: torch.device) -> Tensor | None:
         """`[b, length]` bool, true where a slot holds an entry that the row may attend to; `None` if all do.

@@ -163,14 +163,13 @@ class TreeVerifier:
         """
         self._mixers.keep(path, paths)
         counts = list(map(len, paths))
-        if self._slots.is_even and min(counts) == max(counts):
+        if self._slots.stays_even([counts]):
             is_front = paths == [list(range(counts[0]))] * len(paths)
             compact(self._cache, path, self._newest_nodes, is_front=is_front)
             self._slots.extend(counts)
             self._root_positions = self._root_positions + counts[0]
         else:
-            slots = self._slots.next_slots(counts, path.device)
-            self._slots.extend(counts)
+            slots = self._slots.take([counts], path.device)
             compact_ragged(self._cache, path, self._newest_nodes, slots, self.length)
             self._root_positions = self._root_positions + slots[:, -1] + 1 - slots[:, 0]
         self._newest_nodes = 0
