@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trees import VOCABULARY, batches, path_of, pools, random_tokens, texts_of, trees
-from transformers_resps.tree import CandidatePool, DraftTree, TreeShape
+from transformers_resps.tree import CandidatePool, DraftTree, TreeShape, moved
 
 
 @settings(max_examples=500)
@@ -128,3 +128,9 @@ def test_the_drafted_match_is_the_longest_path_along_the_tokens(pool: CandidateP
     assert pool.nodes_along(torch.tensor(tokens)).tolist() == path.tolist()
     whole = DraftTree.from_pool(torch.tensor([1, 2]), pool, pool.tokens.shape[1] + 1)
     assert whole.drafted_match(tokens) == longest
+
+
+def test_tensors_that_move_together_stay_what_they_were() -> None:
+    parts = [torch.tensor([[7, 8]]).expand(2, -1), torch.tensor([-0.5, -torch.inf]), torch.eye(3, dtype=torch.bool)]
+    for part, there in zip(parts, moved(parts, torch.device("cpu")), strict=True):
+        assert there.dtype == part.dtype and there.is_contiguous() and torch.equal(there, part)

@@ -18,16 +18,16 @@ BUDGETS = {
     "stock plain": (16, 1.0),
     "stock prompt lookup": (42, 13.0),
     "plain": (8, 1.0),
-    "8/4/2": (180, 1.0),
-    "60/8/10": (308, 1.0),
+    "8/4/2": (170, 1.0),
+    "60/8/10": (299, 1.0),
     "8/4/2 captured": (11, 2.0),  # the draft is one launch, and so is what the target computes for a tree
     "60/8/10 captured": (12, 2.0),
-    "auto captured": (26, 3.7),
-    "8/4/2 sampled": (195, 1.0),
-    "8/4/2 sampled, penalty": (255, 2.0),
+    "auto captured": (22, 3.7),
+    "8/4/2 sampled": (184, 1.0),
+    "8/4/2 sampled, penalty": (245, 2.0),
     "8/4/2 of three rows": (217, 4.4),
-    "auto": (221, 2.7),
-    "lookups": (9, 1.2),
+    "auto": (208, 2.7),
+    "lookups": (8, 1.2),
 }
 
 

@@ -124,7 +124,7 @@ class Proposer:
         """The best nodes of a pool, where the pool is; without one the root, on the host."""
         device = torch.device("cpu") if pool is None else pool.tokens.device
         # the host need not know the root that the device has: `below` puts it there
-        known = root if device == root.device else root.new_zeros(root.shape, device=device)
+        known = root if device == root.device else torch.zeros(root.shape, dtype=root.dtype, device=device)
         if pool is not None:
             total_tokens = min(total_tokens, count_nodes(self._policy, pool.scores, pool.levels))
             built = None if self._drafter is None else self._drafter.built_tree

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..compat import SELECTS_HIDDEN_STATES
-from ..head import Attend, BoundHead, HeadCache, Rope
+from ..head import Attend, BoundHead, HeadCache, Rope, RopeWindow
 from ..policy import FixedPolicy, Level, Policy, wants_level
 from ..target.features import Features
 from ..target.slots import SlotMap
@@ -66,6 +66,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
             self._cache = HeadCache.empty(module.config, batch_size, self._dtype, self._device)
         else:
             self._cache = engine.cache(bound, batch_size)
+        self._ropes = RopeWindow(module)
         self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
         self._all_shown = torch.ones(1, 1, dtype=torch.bool, device=self._device)
         self._unread: list[_Pairs] = []
@@ -172,9 +173,14 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         blocks, width = [pairs.counts for pairs in self._unread], sum(pairs.tokens.shape[1] for pairs in self._unread)
         start, is_even = self._slots.length, self._slots.stays_even(blocks)
         # Rotary attention is relative, so slots serve as positions, padding included.
-        positions = self._slots.take(blocks, self._device, ahead)
+        if is_even:
+            for counts in blocks:
+                self._slots.extend(counts)
+            rope = self._ropes.at(start, self._slots.length + ahead)
+        else:
+            slots = self._slots.take(blocks, self._device, ahead)
+            rope = self._bound.head.rope(slots)
         self._cache.reserve(self._slots.length)
-        rope = self._bound.head.rope(positions)
         if width:
             features = _joined([pairs.features.to(self._device, self._dtype) for pairs in self._unread])
             tokens = _joined([pairs.tokens.to(self._device) for pairs in self._unread])
@@ -183,7 +189,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
                 self._bound.head.fuse(features),
                 self._bound.embed(tokens),
                 rope.at(slice(width)),
-                self._attend_from(start, width) if is_even else self._attend_at(positions[:, :width]),
+                self._attend_from(start, width) if is_even else self._attend_at(slots[:, :width]),
                 wanted=slice(-1, None),
             )
         return rope.at(slice(width, None))

@@ -6,6 +6,7 @@ from .configuration import DraftHeadConfig
 from .fingerprint import pair_identity, parameter_fingerprint
 from .layer import Attend, Rope
 from .modeling import DraftHead
+from .rope_window import RopeWindow
 
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DraftHeadConfig",
     "HeadCache",
     "Rope",
+    "RopeWindow",
     "pair_identity",
     "parameter_fingerprint",
 ]

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..tree import DraftTree
+from ..tree import DraftTree, moved
 from .features import Features
 from .forward import TargetForward
 from .slot_cache import filled_layers, give_back
@@ -121,9 +121,8 @@ class SlotTreeVerifier(TreeVerifier):
             buffers.grow(2 * size)
         roots = zip(self._table.lengths, _filled_up(self._positions_after, self._rows), strict=True)
         host = [torch.tensor(slots), self._table.places(size), torch.tensor(list(roots))]
-        if self.device.type != "cpu":  # one write
-            widths = [part.shape[1] for part in host]
-            host = list(torch.cat(host, dim=1).to(self.device, non_blocking=True).split(widths, dim=1))
+        if self.device.type != "cpu":
+            host = moved(host, self.device)
         padded = tree.padded(count)
         nodes = [_with_rows(part, self._rows) for part in (padded.tokens, padded.depths, padded.ancestors)]
         return SlotInputs(*nodes, *host), buffers.window(size)

@@ -9,6 +9,7 @@ width of the features (layers that the head reads times the target's hidden size
 from .draft_tree import DraftTree, first_children
 from .pool import CandidatePool
 from .shape import TreeShape
+from .transfer import moved
 
 
-__all__ = ["CandidatePool", "DraftTree", "TreeShape", "first_children"]
+__all__ = ["CandidatePool", "DraftTree", "TreeShape", "first_children", "moved"]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .pool import CandidatePool, followed
+from .transfer import moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +126,10 @@ class DraftTree:
         """The tree below the newest tokens `[b]`, on their device, in one copy; the tree's own root does not count."""
         if self.node_count == 1:
             return DraftTree.root_only(root)
-        numbers = torch.stack([self.tokens, self.parents, self.depths, self.scores.view(torch.int32).long()])
-        packed = torch.cat([numbers, self.ancestors.permute(1, 0, 2).long()])  # [4 + n, b, n]
-        packed = packed.to(root.device)
-        tokens, parents, depths, bits = packed[:4]
+        own = [self.tokens, self.parents, self.depths, self.scores, self.ancestors]
+        tokens, parents, depths, scores, ancestors = moved(own, root.device)
         tokens[:, 0] = root
-        ancestors = packed[4:].permute(1, 0, 2).bool()
-        return DraftTree(tokens, parents, depths, ancestors, bits.int().view(torch.float32), self.level_count)
+        return DraftTree(tokens, parents, depths, ancestors, scores, self.level_count)
 
     def first(self, count: int) -> "DraftTree":
         """Keep the first `count` nodes: a tree as well, because parents come before their children."""

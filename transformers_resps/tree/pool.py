@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .transfer import moved
+
 
 @dataclass(frozen=True, slots=True)
 class CandidatePool:
@@ -41,9 +43,9 @@ class CandidatePool:
         """The pool in the host's memory, in one read."""
         if self.tokens.device.type == "cpu":
             return self
-        bits = self.scores.view(torch.int32)
-        tokens, parents, scores = torch.stack([self.tokens, self.parents, bits.long()]).cpu()
-        return CandidatePool(tokens, parents, scores.int().view(torch.float32), self.levels.cpu())
+        host = torch.device("cpu")
+        tokens, parents, scores = moved([self.tokens, self.parents, self.scores], host)
+        return CandidatePool(tokens, parents, scores, self.levels.to(host))
 
 
 def followed(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
