@@ -16,6 +16,7 @@ from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, Tree
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.compilation import compiled_function
 from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.drafting.draft_engine import DraftEngine
 from transformers_resps.target import slot_engine
 
 
@@ -138,14 +139,17 @@ class CountingBackend:
 
 @pytest.fixture
 def backend(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
-    """What `compile=True` compiles with."""
-    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", fake_clock)
+    """What `compile=True` compiles the target with; levels of drafts run as they are."""
+    for timed in (TreeDecoding, DraftEngine):
+        monkeypatch.setitem(timed.__init__.__kwdefaults__, "clock", fake_clock)
     found, stock = CountingBackend(fake_clock), torch.compile
-    monkeypatch.setattr(
-        compiled_function.torch,
-        "compile",
-        lambda function, **options: stock(function, backend=found, fullgraph=options["fullgraph"]),
-    )
+
+    def compile_target(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        if function.__name__ == "level":
+            return function
+        return stock(function, backend=found, fullgraph=options["fullgraph"])
+
+    monkeypatch.setattr(compiled_function.torch, "compile", compile_target)
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()
@@ -381,13 +385,18 @@ def test_a_wrong_or_useless_compile_is_refused(target: PreTrainedModel, options:
         target.generate(PROMPT, **options)
 
 
-def test_inductor_compiles_a_target_with_its_weights_inside() -> None:
+def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """The real compiler, on one layer: sizes and rows that were not there when it was compiled."""
+    torch._dynamo.utils.counters.clear()
     target = attach(Architecture("llama", {"num_hidden_layers": 1}).build("sdpa").float())
     torch.manual_seed(1)
     head = DraftHead.from_target(target, feature_layers=[0])
-    for seed in range(3):
-        out = speculate(target, head, AnyShape(seed), compile=True, max_new_tokens=150)
+    for shapes in ((TreeShape(6, 3, 2), TreeShape(40, 3, 5), TreeShape(3, 2, 2)), (TreeShape(9, 5, 3),)):
+        out = speculate(target, head, Cycle(*shapes), compile=True, max_new_tokens=150)
         assert out.sequences.tolist() == plainly(target, 150)
     assert target.slot_engine.is_compiled
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert sum("Compiling" in line for line in caplog.messages) == len(caplog.messages) == 2
     assert slot_engine.SlotEngine().is_compiled is False

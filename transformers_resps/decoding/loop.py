@@ -35,7 +35,7 @@ class TreeDecoding:
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache holds, which
             the batch may lack.
         max_length: positions a text may reach.
-        draft_engine: lent to this call; `None` drafts level by level.
+        draft_engine: lent to this call; `None` drafts without compiled code.
         clock: seconds; tests pass a fake one.
     """
 
@@ -59,7 +59,7 @@ class TreeDecoding:
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
         pads = [0] * len(batch) if known is None else leading_pads(known)
         self._proposer = Proposer(policy, self._drafter, batch, pads, reads_paths=verifier.reads_paths)
-        self._max_length, self._clock = max_length, clock
+        self._draft_engine, self._max_length, self._clock = draft_engine, max_length, clock
         self._prompt_seconds = 0.0
         self._root = batch.newest  # [b]
 
@@ -112,14 +112,16 @@ class TreeDecoding:
         return min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
 
     def _compile(self, tree: DraftTree) -> float:
-        """Seconds of compiling a forward of this size. Charged to a step, no policy would try that size again."""
-        if not self._verifier.must_compile(tree):
-            return 0.0
-        started = self._clock()
-        logits, _ = self._verifier.verify(tree)
-        wait_for(logits)
-        self._verifier.undo()
-        seconds = self._clock() - started
+        """Seconds of compiling drafts and a forward of this size. Charged to a step, no policy would try that size
+        again.
+        """
+        seconds = 0.0 if self._draft_engine is None else self._draft_engine.take_compile_seconds()
+        if self._verifier.must_compile(tree):
+            started = self._clock()
+            logits, _ = self._verifier.verify(tree)
+            wait_for(logits)
+            self._verifier.undo()
+            seconds += self._clock() - started
         self.report.compile_seconds += seconds
         return seconds
 

@@ -47,7 +47,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         bound: the head, with its target's embedding and output rows.
         batch_size: rows decoded together.
         prompt_mask: `[b, s]`, 0 where the prompt is padding; `None` when there is none.
-        engine: lent to this call, for drafts that no policy interrupts; `None` drafts level by level.
+        engine: lent to this call; `None` drafts level by level, without compiled code.
     """
 
     requires_model_outputs = True  # of Transformers' loop, which passes the target's hidden states
@@ -92,7 +92,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node: see `grow_pool`."""
         # What ranks lower in its level is never kept
         top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), self.proposable_tokens)
-        if self._engine is not None and not policy.grows:
+        if self._engine is not None and self._engine.captures(self._bound) and not policy.grows:
             pool = self._draft_at_once(self._engine, TreeShape(shape.total_tokens, shape.depth, top_k))
             if pool is not None:
                 return pool
@@ -102,9 +102,10 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
             return not policy.grows or wants_level(policy, Level(depth, scores))
 
         rope, length = self._read(ahead=max(shape.depth - 1, 1)), self._slots.length
-        self._cache.reserve(length, tree=(shape.depth - 1) * top_k)
+        self._cache.reserve(length, tree=(shape.depth - 1) * top_k + 1)
         levels = LevelForward(self._bound, self._cache, rope, length, self._slots.visible(length, self._device))
-        return grow_pool(self._bound, self._newest, top_k, shape.depth, levels, goes_on)
+        run = levels if self._engine is None else self._engine.levels(levels)
+        return grow_pool(self._bound, self._newest, top_k, shape.depth, run, goes_on)
 
     def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
         """Read the pairs that wait and draft below them, in one launch. Each number of pairs is another function.

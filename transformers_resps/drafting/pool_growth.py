@@ -4,7 +4,7 @@ The caller runs a level through the head.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,10 @@ from ..head import BoundHead
 from ..tree import CandidatePool
 
 
-@dataclass(frozen=True, slots=True)
-class Frontier:
+class Frontier(NamedTuple):
     """The nodes of one level that get children next.
 
     Attributes:
-        indices: `[b or 1, w]` in the pool.
         tokens: `[b, w]`.
         scores: `[b, w]` as the pool has them.
         hidden: `[b, w, h]` what stands in for a feature: the parent's output.
@@ -26,11 +24,30 @@ class Frontier:
             these, of its own level, the node itself.
     """
 
-    indices: Tensor
     tokens: Tensor
     scores: Tensor
     hidden: Tensor
     visible: Tensor
+
+
+class Growth(NamedTuple):
+    """One more level.
+
+    Attributes:
+        tokens: `[b, w, k]` the children of each node of a frontier.
+        scores: `[b, w, k]` as the pool has them.
+        best: `[b, k]` which of the `w * k` children get children next; `None` where none do.
+        frontier: these.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    best: Tensor | None
+    frontier: Frontier | None
+
+
+# (frontier, its level, whether its children are the last) -> one more level
+RunLevel = Callable[[Frontier, int, bool], Growth]
 
 
 def grow_pool(
@@ -38,7 +55,7 @@ def grow_pool(
     newest: Tensor,
     top_k: int,
     depth: int,
-    run: Callable[[Frontier, int], Tensor],
+    run: RunLevel,
     goes_on: Callable[[int, Tensor], bool] = lambda depth, scores: True,
 ) -> CandidatePool:
     """Up to `depth` levels, at least one, of `top_k` children per node, or as many as the head can propose.
@@ -48,7 +65,7 @@ def grow_pool(
         newest: `[b, 1, h]` its output at the last pair before the root.
         top_k: also nodes of a level that get children.
         depth: most levels.
-        run: (frontier, its level) -> the head's output `[b, w, h]` over it.
+        run: passes a frontier through the head: see `branch`.
         goes_on: (levels drafted, scores `[b, w]` of the nodes that would get children) -> whether they do.
 
     Source: EAGLE-2 (arXiv 2406.16858) section 4.1: the best `top_k` nodes of a level, by path probability, get
@@ -57,19 +74,26 @@ def grow_pool(
     tokens, scores = _children(bound, newest, top_k)  # [b, 1, k]
     pool = [(tokens, torch.full_like(tokens[:1, :, :1], -1), scores)]
     if depth > 1:
-        itself = torch.eye(tokens.shape[-1], dtype=torch.bool, device=tokens.device)
-        frontier = _first(bound.head.feedback(newest), tokens[:, 0], scores[:, 0], itself)
+        indices, frontier = _first(bound.head.feedback(newest), tokens[:, 0], scores[:, 0])
+    first = 0  # pool index of a level's first child
     for level in range(1, depth):
         if not goes_on(level, frontier.scores):
             break
-        output = run(frontier, level)
-        tokens, scores = _children(bound, output, top_k)  # [b, w, k]
-        scores = scores + frontier.scores[..., None]
-        pool.append((tokens, frontier.indices[..., None], scores))
-        if level + 1 < depth:
-            first = sum(part[0].shape[1:].numel() for part in pool[:-1])
-            frontier = _next(frontier, bound.head.feedback(output), tokens, scores, first, itself)
+        first += pool[-1][0].shape[1:].numel()
+        growth = run(frontier, level, level + 1 == depth)
+        pool.append((growth.tokens, indices[..., None], growth.scores))
+        if growth.frontier is not None and growth.best is not None:
+            indices, frontier = first + growth.best, growth.frontier
     return _joined(pool)
+
+
+def branch(bound: BoundHead, frontier: Frontier, output: Tensor, is_last: bool) -> Growth:
+    """The children of a frontier, by the head's output `[b, w, h]` over it, and which of them get children."""
+    tokens, scores = _children(bound, output, frontier.tokens.shape[1])
+    scores = scores + frontier.scores[..., None]
+    if is_last:
+        return Growth(tokens, scores, None, None)
+    return Growth(tokens, scores, *_next(frontier, bound.head.feedback(output), tokens, scores))
 
 
 def _joined(pool: list[tuple[Tensor, Tensor, Tensor]]) -> CandidatePool:
@@ -87,19 +111,21 @@ def _children(bound: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Ten
     return bound.target_ids(draft_ids), scores
 
 
-def _first(hidden: Tensor, tokens: Tensor, scores: Tensor, itself: Tensor) -> Frontier:
-    """All children `[b, k]` of the root, whose output is `hidden` `[b, 1, h]`."""
+def _first(hidden: Tensor, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Frontier]:
+    """All children `[b, k]` of the root, whose output is `hidden` `[b, 1, h]`, and their pool indices."""
     rows, width = tokens.shape
-    indices = torch.arange(width, device=tokens.device)[None]
-    return Frontier(indices, tokens, scores, hidden.expand(-1, width, -1), itself.expand(rows, -1, -1))
+    itself = torch.eye(width, dtype=torch.bool, device=tokens.device)
+    frontier = Frontier(tokens, scores, hidden.expand(-1, width, -1), itself.expand(rows, -1, -1))
+    return torch.arange(width, device=tokens.device)[None], frontier
 
 
-def _next(frontier: Frontier, hidden: Tensor, tokens: Tensor, scores: Tensor, first: int, itself: Tensor) -> Frontier:
-    """The best children `[b, w, k]` of a frontier, wherever they hang; `first` is their first pool index."""
-    rows, top_k = len(tokens), tokens.shape[-1]
+def _next(frontier: Frontier, hidden: Tensor, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Frontier]:
+    """The best children `[b, w, k]` of a frontier, wherever they hang: which they are, and the next frontier."""
+    top_k = tokens.shape[-1]
     scores, best = scores.flatten(1).topk(top_k, dim=-1)
     origin = best.div(top_k, rounding_mode="floor")[..., None]  # [b, k, 1] position of the parent in the frontier
     tokens = tokens.flatten(1).gather(1, best)
     hidden = hidden.gather(1, origin.expand(-1, -1, hidden.shape[-1]))
     seen = frontier.visible.gather(1, origin.expand(-1, -1, frontier.visible.shape[-1]))
-    return Frontier(first + best, tokens, scores, hidden, torch.cat([itself.expand(rows, -1, -1), seen], dim=-1))
+    itself = frontier.visible[..., :top_k]  # every level begins with it
+    return best, Frontier(tokens, scores, hidden, torch.cat([itself, seen], dim=-1))

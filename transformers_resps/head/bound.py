@@ -36,6 +36,11 @@ class BoundHead:
         self.output_bias = cast(Tensor | None, getattr(output, "bias", None))  # some targets' heads have one
         self.draft_token_ids = None if head.config.draft_vocab_size is None else head.draft_token_ids
 
+    @property
+    def modules(self) -> nn.ModuleList:
+        """All whose weights drafting reads, the target's included."""
+        return nn.ModuleList([self.head, self.embed_tokens, self._output])
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Target ids `[b, t]` -> `[b, t, h]` in the head's dtype."""
         return cast(Tensor, self.embed_tokens(tokens)).to(self.head.dtype)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..drafting.pool_growth import Frontier, grow_pool
+from ..drafting.pool_growth import Frontier, Growth, branch, grow_pool
 from ..head import BoundHead, HeadCache
 from ..tree import CandidatePool
 
@@ -54,8 +54,8 @@ class PositionPools:
             newest = self._outputs[part - 1][:, None]  # [r, 1, h]
             yield part, grow_pool(self._bound, newest, width, depth, partial(self._run, part))
 
-    def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int) -> Tensor:
-        """One pass over a level of all roots, laid out one root after the other in a single row: `[r, w, h]`."""
+    def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
+        """One pass over a level of all roots, laid out one root after the other in a single row."""
         roots, width = frontier.tokens.shape
         slots = torch.arange(self._length, device=prefixes.device)
         prefix = (slots < prefixes[:, None])[:, None].expand(-1, width, -1).flatten(0, 1)  # [r * w, s]
@@ -70,4 +70,4 @@ class PositionPools:
             (prefixes + drafted - 1).repeat_interleave(width)[None],
             self._cache.attend_from(start, torch.cat([prefix, *nodes], dim=1)[None, None]),
         )
-        return output.view(roots, width, -1)
+        return branch(self._bound, frontier, output.view(roots, width, -1), is_last)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..compilation.agreement import disagreement
 from ..compilation.captured_function import CapturedFunction
 from ..compilation.compiled_function import CompiledFunction
+from ..compilation.faults import FAULTS, described
 from ..compilation.weight_fingerprint import WeightFingerprint
 from .gqa_attention import use_gqa_attention
 from .slot_cache import SlotBuffers
@@ -25,11 +27,6 @@ _EXPECTED_SECONDS = 60.0  # of compiling a small model on two cores, until it wa
 # The dimensions of `SlotInputs` and of the buffers that change, with several rows.
 _SIZES = ((0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1), (0,))
 _BUFFER_SIZES = (0, 1)
-# Share of the largest logit by which compiled and eager forwards may differ.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_LOW_PRECISION_TOLERANCE = 0.1
-# What compiling, capturing and compiled code raise: out of memory, no compiler, code that cannot be traced, ...
-_FAULTS = (RuntimeError, ImportError, OSError, TypeError, AttributeError, AssertionError, NotImplementedError)
 
 
 class SlotEngine:
@@ -110,8 +107,8 @@ class SlotEngine:
                     return self._first(forward, inputs, buffers)
                 outputs: tuple[Tensor, ...] = self._functions[_kind(forward, inputs)](inputs, buffers)
                 return outputs
-        except _FAULTS as fault:
-            self._give_up(_said(fault))
+        except FAULTS as fault:
+            self._give_up(described(fault))
         return forward(inputs, buffers)
 
     def _first(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> tuple[Tensor, ...]:
@@ -124,9 +121,9 @@ class SlotEngine:
         started = time.perf_counter()
         outputs: tuple[Tensor, ...] = self._functions[kind](inputs, buffers)
         self._compile_seconds = time.perf_counter() - started
-        error, scale = (float(part.abs().max()) for part in (outputs[0] - expected[0], expected[0]))
-        if not error <= _TOLERANCE.get(forward.target.dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
-            self._give_up(f"its logits differ by {error:.3g} from the eager ones, the largest of which is {scale:.3g}")
+        difference = disagreement(outputs[0], expected[0], forward.target.dtype)
+        if difference is not None:
+            self._give_up(f"its logits {difference}")
             return expected
         return outputs
 
@@ -141,12 +138,6 @@ class SlotEngine:
         self.compiles = False
         self._functions.clear()
         self.warn(reason)
-
-
-def _said(fault: Exception) -> str:
-    """What went wrong, in one line: PyTorch adds advice for its developers, and names the backend first."""
-    lines = [line for line in str(fault).splitlines() if line.strip() and not line.endswith("raised:")]
-    return " ".join([f"{type(fault).__name__}:", *lines[:1]]).rstrip(".")
 
 
 def _fingerprint(target: PreTrainedModel) -> WeightFingerprint:

@@ -1,0 +1,229 @@
+"""Compiled levels of a draft: what eager levels give, one compilation for all sizes, and eager after a fault."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.conftest import FakeClock
+from tests.drafting.test_draft_function import pairs
+from tests.targets import VOCABULARY, Architecture
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.compilation import compiled_function
+from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
+from transformers_resps.drafting.draft_engine import DraftEngine
+from transformers_resps.head import BoundHead
+from transformers_resps.target.slot_verifier import SlotTreeVerifier
+from transformers_resps.tree import CandidatePool
+
+
+TREES = (TreeShape(9, 2, 3), TreeShape(40, 4, 2), TreeShape(60, 3, VOCABULARY))
+CHAIN = TreeShape(5, 4, 1)
+
+
+class Compiler:
+    """Compiles nothing, which takes a hundred seconds of its clock, but counts; `backend` traces as well."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock, self.traces = clock, False
+        self.count = self.runs = 0
+        self.fault: Exception | None = None
+        self.change: Callable[[Any], Any] = lambda outputs: outputs
+        self._stock = torch.compile
+
+    def __call__(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        if self.traces:
+            return self._stock(function, backend=self._backend, fullgraph=options["fullgraph"])
+        fresh = [True]
+        return lambda *tensors: self._run(function, fresh, *tensors)
+
+    def _backend(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        self.count += 1
+        return graph.forward
+
+    def _run(self, function: Callable[..., Any], fresh: list[bool], *tensors: torch.Tensor) -> Any:
+        self.runs += 1
+        while fresh:
+            fresh.pop()
+            self.count += 1
+            self.clock.advance(100.0)
+        if self.fault is not None:
+            raise self.fault
+        return self.change(function(*tensors))
+
+
+@pytest.fixture
+def compiler(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
+    made = Compiler(fake_clock)
+    monkeypatch.setattr(compiled_function.torch, "compile", made)
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def target() -> PreTrainedModel:
+    return attach(Architecture("llama").build("sdpa"))
+
+
+@pytest.fixture
+def head(target: PreTrainedModel) -> DraftHead:
+    torch.manual_seed(1)
+    return DraftHead.from_target(target)
+
+
+class Both:
+    """Two generators that read the same text, one of which drafts with an engine."""
+
+    def __init__(
+        self, bound: BoundHead, engine: DraftEngine | None, rows: int, mask: torch.Tensor | None = None
+    ) -> None:
+        self.features, self.tokens = pairs(bound.head, rows, 150)
+        self.generators = [TreeCandidateGenerator(bound, rows, mask, lent) for lent in (engine, None)]
+        self.read = 0
+
+    def observe(self, count: int, counts: list[int] | None = None) -> None:
+        new = slice(self.read, self.read + count)
+        self.read += count
+        for generator in self.generators:
+            generator.observe(self.features[:, new], self.tokens[:, new], counts)
+
+    def drafts(self, shape: TreeShape) -> tuple[CandidatePool, CandidatePool]:
+        compiled, eager = (generator.draft(shape, FixedPolicy(shape)) for generator in self.generators)
+        return compiled, eager
+
+    def agree(self, shape: TreeShape) -> None:
+        compiled, eager = self.drafts(shape)
+        for name in CandidatePool.__slots__:
+            torch.testing.assert_close(getattr(compiled, name), getattr(eager, name))
+
+
+@torch.no_grad()
+def test_one_code_serves_trees_and_texts_of_all_sizes_and_another_chains(
+    target: PreTrainedModel, head: DraftHead, compiler: Compiler
+) -> None:
+    """From a text of a single token to one that outgrows the cache's first buffers, and sizes equal by chance."""
+    compiler.traces = True
+    bound = BoundHead(head, target)
+    with DraftEngine(clock=compiler.clock).borrow(bound) as engine:
+        both = Both(bound, engine, rows=1)
+        for length, shape in ((1, TREES[0]), (3, TREES[1]), (2, TREES[2]), (60, TREES[0]), (80, TREES[1])):
+            both.observe(length)
+            both.agree(shape)
+        assert compiler.count == 1
+        for _ in range(2):
+            both.observe(2)
+            both.agree(CHAIN)
+        assert compiler.count == 2
+
+
+@torch.no_grad()
+def test_ragged_and_padded_rows_are_compiled_once_and_what_is_left_of_them_is_not(
+    target: PreTrainedModel, head: DraftHead, compiler: Compiler
+) -> None:
+    compiler.traces = True
+    bound, mask = BoundHead(head, target), torch.tensor([[1] * 6, [0] * 3 + [1] * 3, [1] * 6])
+    with DraftEngine().borrow(bound) as engine:
+        both = Both(bound, engine, rows=3, mask=mask)
+        both.observe(6)
+        both.agree(TREES[0])
+        both.observe(3, [3, 1, 2])
+        both.agree(TREES[1])
+        for rows in ([0, 2], [1]):
+            for generator in both.generators:
+                generator.keep_rows(rows)
+            both.features, both.tokens = both.features[rows], both.tokens[rows]
+            both.observe(2)
+            both.agree(TREES[1])
+        assert compiler.count == 1
+
+
+@torch.no_grad()
+def test_seconds_of_compiling_are_taken_once(target: PreTrainedModel, head: DraftHead, compiler: Compiler) -> None:
+    bound = BoundHead(head, target)
+    with DraftEngine(clock=compiler.clock).borrow(bound) as engine:
+        assert engine is not None
+        both = Both(bound, engine, rows=1)
+        both.observe(5)
+        both.drafts(TREES[0])
+        assert (engine.take_compile_seconds(), engine.take_compile_seconds()) == (100.0, 0.0)
+        both.drafts(TREES[1])
+        assert engine.take_compile_seconds() == 0.0 and compiler.runs > 2
+
+
+def _of_head(head: DraftHead, target: PreTrainedModel) -> None:
+    head.norm.weight.data.mul_(1.5)
+
+
+def _of_target(head: DraftHead, target: PreTrainedModel) -> None:
+    target.get_input_embeddings().weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [None, _of_head, _of_target])
+@torch.no_grad()
+def test_a_later_call_compiles_again_only_if_weights_of_head_or_target_changed(
+    target: PreTrainedModel, head: DraftHead, compiler: Compiler, change: Callable[..., None] | None
+) -> None:
+    engine = DraftEngine()
+    for _ in range(2):
+        bound = BoundHead(head, target)
+        with engine.borrow(bound) as lent:
+            both = Both(bound, lent, rows=1)
+            both.observe(5)
+            both.agree(TREES[0])
+        if change is not None:
+            change(head, target)
+    assert compiler.count == (1 if change is None else 2)
+
+
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("no memory"), RuntimeError("no C++ compiler"), None])
+@torch.no_grad()
+def test_what_cannot_be_compiled_or_gives_other_scores_runs_as_it_is_with_one_warning(
+    target: PreTrainedModel,
+    head: DraftHead,
+    compiler: Compiler,
+    caplog: pytest.LogCaptureFixture,
+    fault: Exception | None,
+) -> None:
+    compiler.fault = fault
+    if fault is None:
+        compiler.change = lambda growth: growth._replace(scores=growth.scores * 1.01)
+    bound = BoundHead(head, target)
+    with DraftEngine().borrow(bound) as engine:
+        both = Both(bound, engine, rows=1)
+        for _ in range(2):
+            both.observe(5)
+            both.agree(TREES[1])
+    assert compiler.runs == 1
+    reason = "its log probabilities differ by" if fault is None else str(fault)
+    assert [reason in line for line in caplog.messages if "runs as it is, not compiled" in line] == [True]
+
+
+@torch.no_grad()
+def test_an_engine_is_lent_to_one_call_and_not_where_angles_depend_on_the_length(
+    target: PreTrainedModel, head: DraftHead
+) -> None:
+    engine, bound = DraftEngine(), BoundHead(head, target)
+    with engine.borrow(bound) as lent, engine.borrow(bound) as second:
+        assert lent is engine and second is None
+    head.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with engine.borrow(bound) as lent:
+        assert lent is None
+
+
+def test_no_step_pays_for_compiling(
+    target: PreTrainedModel, head: DraftHead, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that pass for compiled, by a clock that only compiling moves."""
+    monkeypatch.setattr(SlotTreeVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", compiler.clock)
+    target.draft_engine = DraftEngine(clock=compiler.clock)
+    options = {"assistant_model": head, "policy": FixedPolicy(TREES[1]), "cache_implementation": "static"}
+    prompt = torch.tensor([[3, 4, 5, 3, 4]])
+    out = target.generate(prompt, max_new_tokens=12, **options, return_dict_in_generate=True)
+    assert out.sequences.tolist() == target.generate(prompt, max_new_tokens=12, do_sample=False).tolist()
+    assert out.speculation.compile_seconds == 100.0
+    assert {step.step_seconds for step in out.speculation.steps} == {0.0}
