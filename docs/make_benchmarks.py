@@ -113,6 +113,18 @@ def by_dataset(found: list[Results], value: str, temperature: str) -> str:
     return table(["method"], [*datasets, *right, *(["over compiled plain / tau"] if has_compiled else [])], rows)
 
 
+def compiled(found: list[Results], temperature: str) -> str:
+    """Of `resps bench --compile`, over all datasets: every method against plain decoding, eager and compiled."""
+    [one] = found
+    rows = []
+    for method, row in one.summaries(temperature)["all"].items():
+        values = [row[name] for name in ("ratio", "compiled_ratio", "tau", "compiled_efficiency")]
+        rate, interval = f"{row['tokens_per_second']:.1f}", INTERVAL.format(**row) if method != "plain" else ""
+        rows.append([named(method), rate, two(values[0]), interval, *map(two, values[1:])])
+    over = ["over compiled plain", "tau", "over compiled plain / tau"]
+    return table(["method"], ["tokens/s", "over plain", "95% interval", *over], rows)
+
+
 def engine(found: list[Results]) -> str:
     """Of `training.studies.engine_speed`: what of a planted tau became speed, against plain decoding both ways."""
     rows = []
@@ -179,7 +191,7 @@ def same_outputs(found: list[Results]) -> str:
     return table(["target", "results file"], ["new tokens", "outputs", *COLUMNS], rows)
 
 
-MAKERS = (overview, by_dataset, head_alone, engine, bad_head, batches, forward_costs, same_outputs)
+MAKERS = (overview, by_dataset, compiled, head_alone, engine, bad_head, batches, forward_costs, same_outputs)
 
 
 def fill(mark: str) -> str:
