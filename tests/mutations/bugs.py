@@ -209,8 +209,8 @@ def see_the_text_as_padding(tree_attention_mask: Function) -> Function:
 
 
 def count_nodes_as_positions(tree_positions: Function) -> Function:
-    def wrong(tree: DraftTree, root_positions: Tensor) -> Tensor:
-        return root_positions[:, None] + torch.arange(tree.node_count)
+    def wrong(tree: DraftTree, root_positions: Tensor | int) -> Tensor:
+        return torch.arange(tree.node_count).expand_as(tree.tokens) + root_positions
 
     return wrong
 

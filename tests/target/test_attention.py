@@ -24,7 +24,7 @@ def test_a_node_sees_the_prefix_and_its_own_path(tree: DraftTree, past: int, pad
         path = path_of(row, node)
         seen = [slot for slot in range(past) if slot >= pads] + [past + other for other in sorted(path)]
         assert (mask[0, 0, node] == 0).nonzero().flatten().tolist() == seen
-        assert int(tree_positions(tree, torch.tensor([past]))[0, node]) == past + len(path) - 1
+        assert int(tree_positions(tree, past)[0, node]) == past + len(path) - 1
         assert tree.ancestors[0, node].nonzero().flatten().tolist() == sorted(path)
 
 

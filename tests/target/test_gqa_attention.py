@@ -26,7 +26,7 @@ def tree_logits(target: PreTrainedModel, batch_size: int) -> Tensor:
     cache: Any = DynamicCache(config=target.config)
     target(input_ids=prompt, use_cache=True, **{CACHE_KEYWORD: cache})
     mask = tree_attention_mask(target.config, cache, None, tree, target.dtype)
-    positions = tree_positions(tree, torch.full((batch_size,), 70))
+    positions = tree_positions(tree, 70)
     return target(  # type: ignore[no-any-return]
         input_ids=tree.tokens, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE_KEYWORD: cache}
     ).logits

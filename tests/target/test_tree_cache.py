@@ -32,7 +32,7 @@ def test_a_compacted_cache_equals_a_fresh_prefill(architecture: Architecture) ->
         target(input_ids=PROMPTS, **options)
         cache.crop(0)
         mask = tree_attention_mask(target.config, cache, None, tree, target.dtype)
-        positions = tree_positions(tree, torch.tensor([9, 9]))
+        positions = tree_positions(tree, 9)
         target(input_ids=tree.tokens, attention_mask=mask, position_ids=positions, **options)
         compact(cache, PATHS, tree.node_count)
         text = torch.cat([PROMPTS, tree.tokens.gather(1, PATHS)], dim=1)

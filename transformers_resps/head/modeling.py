@@ -30,7 +30,8 @@ class DraftHead(PublishableHead):
     A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. The
     embedding table and, with a full draft vocabulary, the output head are usually the target's: the head uses them
     when it decodes and does not store them. On CPU, decoding prepacks the head's weights: call `prepack(head)` after
-    weights were written through `.data`, as PEFT's merge does.
+    weights were written through `.data`, as PEFT's merge does. Decoding calls the parts of the head: hooks on its
+    layers and modules fire, hooks on the head itself fire in `forward` alone.
     """
 
     config_class = DraftHeadConfig

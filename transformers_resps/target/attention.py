@@ -9,9 +9,9 @@ from .known_mixers import RECURRENT_KINDS
 from .tree_cache import cached_length, visible_length, window_of
 
 
-def tree_positions(tree: DraftTree, root_positions: Tensor) -> Tensor:
-    """Position ids `[b, n]` of the nodes, given those of the roots `[b]`."""
-    return root_positions[:, None] + tree.depths
+def tree_positions(tree: DraftTree, root_positions: Tensor | int) -> Tensor:
+    """Position ids `[b, n]` of the nodes, given those of the roots `[b, 1]`, or that of all roots."""
+    return tree.depths + root_positions
 
 
 def last_position(config: PretrainedConfig, root_position: int) -> int | None:

@@ -55,7 +55,6 @@ class SlotTreeVerifier(TreeVerifier):
         self._forward_over_slots = SlotForward(self._target, layout, self._feature_layers, self._options)
         visible = self._slots.visible(length, torch.device("cpu"))
         self._table = SlotTable([[True] * length] * rows if visible is None else visible.tolist())
-        self._positions_after: list[int] = self._root_positions.tolist()  # of each row's root
         self._rows = rows
         self._engine.buffers.fill(filled_layers(self._cache), length, rows, _windowed(length + _WINDOW))
 
@@ -79,7 +78,6 @@ class SlotTreeVerifier(TreeVerifier):
         """As `TreeVerifier.keep`."""
         counts = list(map(len, paths))
         self._slots.extend(counts)
-        self._positions_after = [at + count for at, count in zip(self._positions_after, counts, strict=True)]
         self._table.keep(_filled_up(paths, self._rows))
         self._ready = None
 
@@ -89,7 +87,7 @@ class SlotTreeVerifier(TreeVerifier):
         Of a batch two are kept on a CPU, since one row alone is compiled apart; elsewhere all are, for their graphs.
         """
         self._slots.keep_rows(rows)
-        self._positions_after = [self._positions_after[row] for row in rows]
+        self._shift_by([self._shifts[row] for row in rows])
         kept = _filled_up(rows, min(self._rows, 2) if self.device.type == "cpu" else self._rows)
         self._rows = len(kept)
         self._table.keep_rows(kept)
@@ -101,10 +99,6 @@ class SlotTreeVerifier(TreeVerifier):
         if self._rows and len(set(self._table.lengths)) == 1:
             give_back(self._engine.buffers.entries(self._table.rows), self._cache, self.length)
         super().close()
-
-    @property
-    def _furthest_root(self) -> int:
-        return max(self._positions_after)
 
     def _prepared(self, tree: DraftTree) -> tuple[SlotInputs, list[Tensor]]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and the buffers that it sees."""
@@ -119,7 +113,7 @@ class SlotTreeVerifier(TreeVerifier):
         size = _windowed(self._table.size)
         if size > buffers.size:
             buffers.grow(2 * size)
-        roots = zip(self._table.lengths, _filled_up(self._positions_after, self._rows), strict=True)
+        roots = zip(self._table.lengths, _filled_up(self._root_positions, self._rows), strict=True)
         host = [torch.tensor(slots), self._table.places(size), torch.tensor(list(roots))]
         if self.device.type != "cpu":
             host = moved(host, self.device)

@@ -51,6 +51,10 @@ class SlotMap:
         if self._ends is not None:
             self._end_at([self._ends[row] for row in rows])
 
+    def row_ends(self, rows: int) -> list[int]:
+        """As `ends`, of each of so many rows, on the host."""
+        return self._ends or [self.length] * rows
+
     def ends(self, device: torch.device) -> Tensor:
         """The slot after each row's last entry: `[b, 1]`, or `[1, 1]` where it is the same for all."""
         if self._ends is None:
@@ -80,7 +84,7 @@ class SlotMap:
             for counts in blocks:
                 self.extend(counts)
             return torch.arange(start, self.length + ahead, device=device)[None]
-        ends = self._ends or [self.length] * len(blocks[0])
+        ends = self.row_ends(len(blocks[0]) if blocks else 0)
         slots: list[list[int]] = [[] for _ in ends]
         for counts in blocks:
             for row, end, count in zip(slots, ends, counts, strict=True):

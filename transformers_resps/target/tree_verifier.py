@@ -49,8 +49,9 @@ class TreeVerifier:
             None if attention_mask is None else attention_mask.to(self.device), cached_length(self._cache)
         )
         self._positions = position_ids.to(self.device)
-        self._root_positions = self._positions[:, -1] + 1  # [b]
-        self._last_position = last_position(target.config, int(self._root_positions.max()))
+        length = self._positions.shape[1]
+        self._shift_by((self._positions[:, -1] + 1 - length).tolist())
+        self._last_position = last_position(target.config, length + max(self._shifts))
         self._mixers = RecurrentMixers(target, self._cache)
         self._newest_nodes = 0  # nodes of the newest forward, padding included; 0 once it is settled
 
@@ -87,12 +88,19 @@ class TreeVerifier:
         """Levels below the root that the target's positions allow."""
         if self._last_position is None:
             return sys.maxsize
-        return self._last_position - self._furthest_root
+        return self._last_position - max(self._root_positions)
 
     @property
-    def _furthest_root(self) -> int:
-        """The largest position of a root."""
-        return int(self._root_positions.max())
+    def _root_positions(self) -> list[int]:
+        """Of each row's coming root."""
+        ends = self._slots.row_ends(len(self._shifts))
+        return [end + shift for end, shift in zip(ends, self._shifts, strict=True)]
+
+    def _shift_by(self, shifts: list[int]) -> None:
+        """Let each row's positions be its slots and so much more."""
+        self._shifts = shifts
+        is_same = min(shifts) == max(shifts)
+        self._shift = shifts[0] if is_same else torch.tensor(shifts, device=self.device)[:, None]
 
     def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: int) -> tuple[Tensor, list[Features]]:
         """Read what the cache lacks of the prompt.
@@ -119,7 +127,7 @@ class TreeVerifier:
             self._slots.extend([stop - start] * len(tokens))
             features.append(caught)
         check_cache(self._cache)
-        self._root_positions = self._root_positions.expand(len(tokens))
+        self._shift_by(self._shifts * (len(tokens) // len(self._shifts)))
         self._begin_steps()
         return outputs.logits, features
 
@@ -142,7 +150,7 @@ class TreeVerifier:
         else:
             prefix_mask = self._prefix_mask(self.length)
             mask = tree_attention_mask(self._config, self._cache, prefix_mask, tree, self._dtype, ends)
-        positions = tree_positions(tree, self._root_positions)
+        positions = tree_positions(tree, (self.length if ends is None else ends) + self._shift)
         with self._mixers.reading(tree):
             outputs, features = self._forward.verify(tree.tokens, mask, positions)
         self._newest_nodes = tree.node_count
@@ -167,18 +175,16 @@ class TreeVerifier:
             is_front = paths == [list(range(counts[0]))] * len(paths)
             compact(self._cache, path, self._newest_nodes, is_front=is_front)
             self._slots.extend(counts)
-            self._root_positions = self._root_positions + counts[0]
         else:
             slots = self._slots.take([counts], path.device)
             compact_ragged(self._cache, path, self._newest_nodes, slots, self.length)
-            self._root_positions = self._root_positions + slots[:, -1] + 1 - slots[:, 0]
         self._newest_nodes = 0
 
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on."""
         self._slots.keep_rows(rows)
         keep_rows(self._cache, rows, self.length)
-        self._root_positions = self._root_positions[rows]
+        self._shift_by([self._shifts[row] for row in rows])
 
     def close(self) -> None:
         """Leave only what was kept in the cache, in stock layers: the caller may reuse it.
@@ -186,7 +192,7 @@ class TreeVerifier:
         A lone root that was verified stays, as after an interrupted plain step: no state can forget it.
         """
         if self._mixers and self._newest_nodes == 1:
-            self._slots.extend([1] * len(self._root_positions))
+            self._slots.extend([1] * len(self._shifts))
         crop_to(self._cache, self.length)
         restore_stock_layers(self._cache)
 
