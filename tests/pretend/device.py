@@ -3,6 +3,7 @@
 While a `Meter` is on, it hears of every operation on them, and of every time the host has to wait for the device.
 """
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +89,7 @@ def run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meter: Me
     values = [*args, *kwargs.values()]
     flat = [part for value in values for part in (value if type(value) in (list, tuple) else (value,))]
     there = [value for value in flat if isinstance(value, PretendTensor)]
-    name = operation._schema.name.split("::")[-1]
+    name = _name(operation)
     stays = is_there(kwargs["device"]) if kwargs.get("device") is not None else bool(there)
     if name == "copy_":
         stays = isinstance(args[0], PretendTensor)
@@ -113,6 +114,12 @@ def _wrapped(value: Any, known: dict[int, PretendTensor]) -> Any:
     return known[id(value)] if id(value) in known else PretendTensor(value)
 
 
+@cache
+def _name(operation: Any) -> str:
+    return str(operation._schema.name.split("::")[-1])
+
+
+@cache
 def _is_view(operation: Any) -> bool:
     returned = [one.alias_info for one in operation._schema.returns[:1]]
     return any(alias is not None and not alias.is_write for alias in returned)

@@ -33,6 +33,9 @@ from transformers_resps.tree import DraftTree
 
 WIDE = FixedPolicy(TreeShape(20, 3, 19))
 SHORT: dict[str, Any] = {"seeds": 2, "max_new_tokens": 8}
+# A prompt that fits into one chunk and one that does not.
+BRIEF: dict[str, Any] = SHORT | {"prompts": built_in_prompts(19)[1:3]}
+SMALL = FixedPolicy(TreeShape(3, 2, 2))
 
 
 @pytest.fixture
@@ -122,13 +125,13 @@ def test_the_model_is_left_as_it_was_found_when_the_examination_fails(target: An
 def test_the_models_own_processors_and_end_token_are_part_of_the_texts(target: Any, head: DraftHead) -> None:
     target.generation_config.eos_token_id = [5, 7]
     target.generation_config.repetition_penalty = 1.4
-    assert assert_lossless(target, head, WIDE, **SHORT).is_lossless
+    assert assert_lossless(target, head, WIDE, **BRIEF).is_lossless
 
 
 def test_a_target_with_an_adapter_is_examined(target: Any, head: DraftHead) -> None:
     lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
     wrapped = get_peft_model(target, lora)
-    assert assert_lossless(wrapped, head, WIDE, **SHORT).is_lossless
+    assert assert_lossless(wrapped, head, WIDE, **BRIEF).is_lossless
 
 
 @pytest.mark.parametrize("prompts", [[], "a text", ["a text"], [[3]], [[3, 19]], [[3, -1]], [[[3, 4]]], [[0.5, 1.0]]])
@@ -143,7 +146,7 @@ def test_what_auto_has_learned_with_a_model_survives_its_examination(target: Any
     key = PolicyCache.key(target, 1)
     with target.policy_cache.borrow(head, key) as policy:
         pass
-    assert_lossless(target, head, "auto", **SHORT)
+    assert_lossless(target, head, "auto", **BRIEF)
     with target.policy_cache.borrow(head, key) as known:
         assert known is policy
 
@@ -210,7 +213,7 @@ def test_a_lossy_rule_is_found_and_its_first_wrong_token_named(
 ) -> None:
     plant_rule(lossy, monkeypatch)
     with pytest.raises(NotLosslessError) as raised:
-        assert_lossless(target, head, WIDE, **SHORT)
+        assert_lossless(target, head, WIDE, **BRIEF)
     report, page = raised.value.report, str(raised.value)
     assert not report.is_lossless and "NOT LOSSLESS" in page
     difference = next(difference for check in report.texts for difference in check.differences)
@@ -251,6 +254,11 @@ def hide_ancestors_of_a_chain(with_chains: Function) -> Function:
     return wrong
 
 
+def test_without_such_a_fault_the_same_examination_passes(target: Any, head: DraftHead) -> None:
+    target.generation_config.eos_token_id = [2, 7, 11]
+    assert_lossless(target, head, SMALL, **BRIEF)
+
+
 @pytest.mark.parametrize(
     ("symbol", "wrong", "check"),
     [
@@ -271,10 +279,9 @@ def test_a_fault_outside_acceptance_and_the_policys_own_trees_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target.generation_config.eos_token_id = [2, 7, 11]
-    assert_lossless(target, head, FixedPolicy(TreeShape(3, 2, 2)), **SHORT)
     plant(symbol, wrong, monkeypatch.setattr)
     with pytest.raises(NotLosslessError) as refusal:
-        assert_lossless(target, head, FixedPolicy(TreeShape(3, 2, 2)), **SHORT)
+        assert_lossless(target, head, SMALL, **BRIEF)
     assert check in [found.name for found in refusal.value.report.texts if not found.passed]
 
 
@@ -292,10 +299,14 @@ def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
         return accept(tree, logits.float() + noise * spacing, text)
 
     plant_rule(rounds_otherwise, monkeypatch)
-    report = assert_lossless(target, head, WIDE, seeds=4, max_new_tokens=24)
+    report = assert_lossless(target, head, WIDE, **BRIEF | {"max_new_tokens": 24})
     sampled = [difference for check in report.texts[2:] for difference in check.differences]
     assert sampled and all(0 < difference.divergence.spacings <= MAX_SPACINGS for difference in sampled)
     assert "rounding explains it" in str(report)
+
+
+def test_a_sound_engine_passes_in_half_precision(target: Any, head: DraftHead) -> None:
+    assert assert_lossless(target.bfloat16(), head.bfloat16(), WIDE, **BRIEF).is_lossless
 
 
 @pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_nobody_picked])
@@ -304,10 +315,9 @@ def test_half_precision_excuses_no_lossy_rule(
 ) -> None:
     target.bfloat16()
     head.bfloat16()
-    assert_lossless(target, head, WIDE, **SHORT)
     plant_rule(lossy, monkeypatch)
     with pytest.raises(NotLosslessError, match="NOT explained by rounding"):
-        assert_lossless(target, head, WIDE, **SHORT)
+        assert_lossless(target, head, WIDE, **BRIEF)
 
 
 @pytest.mark.parametrize("lossy", [keeps_a_child_nobody_picked, keeps_drafts_too_often])
@@ -326,4 +336,4 @@ def test_a_head_that_reads_the_answers_of_another_model_is_still_lossless(target
     """The kit judges texts, not drafters: however bad the drafts, a sound engine passes."""
     for parameter in head.parameters():
         parameter.data.normal_()
-    assert assert_lossless(target, head, WIDE, **SHORT).is_lossless
+    assert assert_lossless(target, head, WIDE, **BRIEF).is_lossless
