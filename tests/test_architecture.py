@@ -2,9 +2,8 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 
 PACKAGE = Path(__file__).parent.parent / "transformers_resps"
@@ -45,10 +44,15 @@ def module_of(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
 def imported_modules(file: Path) -> Iterator[str]:
     """The top-level modules of the package that `file` imports, at any depth of nesting."""
     parents = ["transformers_resps", *file.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -63,12 +67,13 @@ def imported_modules(file: Path) -> Iterator[str]:
                 yield parts[1] if len(parts) > 1 and parts[1] in known_modules() else "__init__"
 
 
+@cache
 def known_modules() -> set[str]:
     return {module_of(file) for file in FILES} - {"__init__"}
 
 
 def functions_of(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -85,12 +90,12 @@ def named(file: Path) -> str:
     return str(file.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("file", FILES, ids=named)
-def test_imports_follow_the_map(file: Path) -> None:
-    module = module_of(file)
-    assert module in MAY_IMPORT, f"{module} is new: give it a place in MAY_IMPORT and in CONTRIBUTING.md"
-    wrong = set(imported_modules(file)) - MAY_IMPORT[module] - {module}
-    assert not wrong, f"{named(file)} imports {sorted(wrong)}; {module} may import {sorted(MAY_IMPORT[module])}"
+def test_imports_follow_the_map() -> None:
+    for file in FILES:
+        module = module_of(file)
+        assert module in MAY_IMPORT, f"{module} is new: give it a place in MAY_IMPORT and in CONTRIBUTING.md"
+        wrong = set(imported_modules(file)) - MAY_IMPORT[module] - {module}
+        assert not wrong, f"{named(file)} imports {sorted(wrong)}; {module} may import {sorted(MAY_IMPORT[module])}"
 
 
 def test_the_map_has_no_cycle_and_head_and_policy_are_strangers() -> None:
@@ -102,34 +107,34 @@ def test_the_map_has_no_cycle_and_head_and_policy_are_strangers() -> None:
     assert "head" not in reach("policy")
 
 
-@pytest.mark.parametrize("file", FILES, ids=named)
-def test_files_and_functions_stay_within_their_budgets(file: Path) -> None:
-    lines = len(file.read_text(encoding="utf-8").splitlines())
-    assert lines < MAX_FILE_LINES, f"{named(file)} has {lines} lines; it holds two nouns: give each its file"
-    long = {function.name: body_lines(function) for function in functions_of(file)}
-    long = {name: count for name, count in long.items() if count >= MAX_FUNCTION_LINES}
-    assert not long, f"{named(file)} has functions of {MAX_FUNCTION_LINES} lines or more: {long}"
+def test_files_and_functions_stay_within_their_budgets() -> None:
+    for file in FILES:
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+        assert lines < MAX_FILE_LINES, f"{named(file)} has {lines} lines; it holds two nouns: give each its file"
+        long = {function.name: body_lines(function) for function in functions_of(file)}
+        long = {name: count for name, count in long.items() if count >= MAX_FUNCTION_LINES}
+        assert not long, f"{named(file)} has functions of {MAX_FUNCTION_LINES} lines or more: {long}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=named)
-def test_only_what_faces_a_terminal_prints(file: Path) -> None:
-    if module_of(file) in {"cli"} or file.name == "__main__.py":
-        return
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
-        assert not is_print, f"{named(file)}, line {node.lineno}: log instead"
+def test_only_what_faces_a_terminal_prints() -> None:
+    for file in FILES:
+        if module_of(file) in {"cli"} or file.name == "__main__.py":
+            continue
+        for node in nodes_of(file):
+            is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            assert not is_print, f"{named(file)}, line {node.lineno}: log instead"
 
 
-@pytest.mark.parametrize("file", FILES, ids=named)
-def test_no_except_swallows_everything(file: Path) -> None:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ExceptHandler):
-            caught = ast.walk(node.type) if node.type else iter(())
-            names = {part.id for part in caught if isinstance(part, ast.Name)}
-            blanket = node.type is None or names & {"Exception", "BaseException"}
-            ends = node.body[-1]
-            cleans_up = isinstance(ends, ast.Raise) and ends.exc is None
-            assert cleans_up or not blanket, f"{named(file)}, line {node.lineno}: name the exception"
+def test_no_except_swallows_everything() -> None:
+    for file in FILES:
+        for node in nodes_of(file):
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.walk(node.type) if node.type else iter(())
+                names = {part.id for part in caught if isinstance(part, ast.Name)}
+                blanket = node.type is None or names & {"Exception", "BaseException"}
+                ends = node.body[-1]
+                cleans_up = isinstance(ends, ast.Raise) and ends.exc is None
+                assert cleans_up or not blanket, f"{named(file)}, line {node.lineno}: name the exception"
 
 
 def test_no_module_is_called_utils() -> None:

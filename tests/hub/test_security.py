@@ -4,6 +4,7 @@ import ast
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,34 @@ FORBIDDEN_METHODS = {"os.system", "os.popen", "os.execv", "os.spawnv", "pickle.l
 FORBIDDEN_METHODS |= {"torch.hub", "importlib.import_module", "builtins.eval", "builtins.exec"}
 
 
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
 def calls(file: Path) -> Iterator[tuple[int, str, ast.Call]]:
     """Line and dotted name of every call."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.Call):
             yield node.lineno, ast.unparse(node.func), node
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_no_file_of_the_package_runs_what_it_reads(file: Path) -> None:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        found = FORBIDDEN_IMPORTS & {name.split(".")[0] for name in names}
-        assert not found - ({"subprocess"} if file == ASKS_GIT else set()), f"{file} imports {found}"
-    for line, name, call in calls(file):
-        assert name not in FORBIDDEN_CALLS | FORBIDDEN_METHODS, f"{file}, line {line}: {name}"
-        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        assert keywords.get("shell") != "True", f"{file}, line {line}"
-        assert keywords.get("trust_remote_code", "False") == "False", f"{file}, line {line}"
-        if name.startswith("subprocess."):
-            assert ast.unparse(call.args[0]).startswith("['git'"), f"{file}, line {line}: {ast.unparse(call)}"
-        if name == "torch.load":
-            assert keywords.get("weights_only") == "True", f"{file}, line {line}: `weights_only=True` is missing"
+def test_no_file_of_the_package_runs_what_it_reads() -> None:
+    for file in FILES:
+        for node in nodes_of(file):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found = FORBIDDEN_IMPORTS & {name.split(".")[0] for name in names}
+            assert not found - ({"subprocess"} if file == ASKS_GIT else set()), f"{file} imports {found}"
+        for line, name, call in calls(file):
+            assert name not in FORBIDDEN_CALLS | FORBIDDEN_METHODS, f"{file}, line {line}: {name}"
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert keywords.get("shell") != "True", f"{file}, line {line}"
+            assert keywords.get("trust_remote_code", "False") == "False", f"{file}, line {line}"
+            if name.startswith("subprocess."):
+                assert ast.unparse(call.args[0]).startswith("['git'"), f"{file}, line {line}: {ast.unparse(call)}"
+            if name == "torch.load":
+                assert keywords.get("weights_only") == "True", f"{file}, line {line}: `weights_only=True` is missing"
 
 
 class Trap:
