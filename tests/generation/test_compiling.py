@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -121,15 +122,22 @@ def test_a_call_goes_on_from_the_cache_of_one_over_slots() -> None:
     assert again.tolist() == plainly(target, 30)
 
 
+@dataclass(frozen=True)
+class Untraced:
+    """Stands for a graph."""
+
+    forward: Callable[..., Any]
+
+
 class CountingBackend:
-    """Compiles nothing, but counts; tracing takes a hundred seconds of `clock`. `fault` is what compiling raises."""
+    """Compiles nothing, but counts; compiling takes a hundred seconds of `clock`. `fault` is what compiling raises."""
 
     def __init__(self, clock: FakeClock) -> None:
         self.count, self.clock = 0, clock
         self.fault: BaseException | None = None
         self.change: Callable[[Any], Any] | None = None  # of what compiled code returns
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    def __call__(self, graph: torch.fx.GraphModule | Untraced, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         if self.fault is not None:
             raise self.fault
         self.count += 1
@@ -154,6 +162,24 @@ def backend(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def untraced(backend: CountingBackend, monkeypatch: pytest.MonkeyPatch) -> CountingBackend:
+    """The same, but each function goes to the backend as it is: tracing takes seconds."""
+
+    def compile_untraced(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        compiled: list[Callable[..., Any]] = []
+
+        def call(*inputs: torch.Tensor) -> Any:
+            if not compiled:
+                compiled.append(backend(Untraced(function), [*inputs]))
+            return compiled[0](*inputs)
+
+        return call
+
+    monkeypatch.setattr(compiled_function.torch, "compile", compile_untraced)
+    return backend
 
 
 SHAPES = (TreeShape.plain(), TreeShape(3, 2, 2), TreeShape(40, 3, 5), TreeShape(2, 1, 1))
@@ -193,24 +219,28 @@ def test_batches_are_compiled_once_more_however_their_rows_end(
 
 
 def test_a_compilation_that_was_interrupted_is_no_steps_cost_in_the_next_call_either(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
 ) -> None:
-    backend.fault = KeyboardInterrupt()
+    untraced.fault = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         speculate(target, head, FixedPolicy(TreeShape(3, 2, 2)), compile=True)
-    backend.fault = None
+    untraced.fault = None
     out = speculate(target, head, FixedPolicy(TreeShape(3, 2, 2)), compile=True)
-    assert backend.count == 1 and all(step.step_seconds == 0.0 for step in out.speculation.steps)
+    assert untraced.count == 1 and all(step.step_seconds == 0.0 for step in out.speculation.steps)
 
 
 _FAULTS = [torch.OutOfMemoryError("no memory"), RuntimeError("no C++ compiler"), OSError("disk full"), TypeError("?")]
 
 
-@pytest.mark.parametrize("fault", _FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize(
+    ("compiler", "fault"),
+    [("backend", _FAULTS[1]), *(("untraced", fault) for fault in _FAULTS)],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, warnings_of: Any, fault: Exception
+    target: PreTrainedModel, head: DraftHead, compiler: str, fault: Exception, warnings_of: Any, request: Any
 ) -> None:
-    backend.fault = fault
+    request.getfixturevalue(compiler).fault = fault
     for _ in range(2):
         out = speculate(target, head, Cycle(*SHAPES), compile=True)
         assert out.sequences.tolist() == plainly(target)
@@ -219,16 +249,16 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning(
 
 
 def test_compiled_code_that_gives_other_logits_is_not_used(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, warnings_of: Any
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, warnings_of: Any
 ) -> None:
-    backend.change = lambda outputs: tuple(part * 1.01 for part in outputs)
+    untraced.change = lambda outputs: tuple(part * 1.01 for part in outputs)
     out = speculate(target, head, Cycle(*SHAPES), compile=True)
     assert out.sequences.tolist() == plainly(target)
     assert any("its logits differ by" in line for line in warnings_of())
 
 
 def test_a_fault_in_the_middle_of_a_text_repeats_the_step_as_it_is(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, warnings_of: Any
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, warnings_of: Any
 ) -> None:
     runs = 0
 
@@ -239,7 +269,7 @@ def test_a_fault_in_the_middle_of_a_text_repeats_the_step_as_it_is(
             raise torch.OutOfMemoryError("no memory")
         return outputs
 
-    backend.change = fail_at_the_third
+    untraced.change = fail_at_the_third
     out = speculate(target, head, Cycle(*SHAPES), compile=True)
     assert out.sequences.tolist() == plainly(target)
     assert runs == 3 and any("no memory" in line for line in warnings_of())
@@ -255,18 +285,18 @@ def _through_data(target: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("change", [_load, _through_data, lambda target: target.float()], ids=["load", "data", "to"])
 def test_weights_that_change_between_calls_are_compiled_anew(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, change: Callable[[Any], Any]
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, change: Callable[[Any], Any]
 ) -> None:
     before = speculate(target, head, Cycle(*SHAPES), compile=True).sequences.tolist()
     change(target)
     head.to(dtype=target.dtype)
     after = speculate(target, head, Cycle(*SHAPES), compile=True).sequences.tolist()
-    assert after == plainly(target) and backend.count == 2
+    assert after == plainly(target) and untraced.count == 2
     assert after != before or target.dtype is torch.float32
 
 
 def test_weights_that_change_after_a_call_that_was_cut_are_compiled_anew(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
 ) -> None:
     class Cut(Cycle):
         def choose(self, observation: Observation) -> TreeShape:
@@ -276,14 +306,14 @@ def test_weights_that_change_after_a_call_that_was_cut_are_compiled_anew(
 
     with pytest.raises(KeyboardInterrupt):
         speculate(target, head, Cut(*SHAPES), compile=True)
-    assert backend.count == 1
+    assert untraced.count == 1
     _through_data(target)
     out = speculate(target, head, Cycle(*SHAPES), compile=True)
-    assert out.sequences.tolist() == plainly(target) and backend.count == 2
+    assert out.sequences.tolist() == plainly(target) and untraced.count == 2
 
 
 def test_a_call_beside_another_runs_as_it_is(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
 ) -> None:
     inner: list[Any] = []
 
@@ -299,28 +329,28 @@ def test_a_call_beside_another_runs_as_it_is(
 
     out = speculate(target, head, Meanwhile(*SHAPES), compile=True)
     assert out.sequences.tolist() == inner[0].sequences.tolist() == plainly(target)
-    assert backend.count == 1
+    assert untraced.count == 1
 
 
 def test_auto_compiles_when_decoding_has_taken_as_long(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
 ) -> None:
     speculate(target, head, Cycle(*SHAPES), compile="auto")
-    assert backend.count == 0
+    assert untraced.count == 0
     target.slot_engine.note(60.0)
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
-    assert backend.count == 1 and out.sequences.tolist() == plainly(target)
+    assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
 
 
 def test_attach_and_compile_config_ask_for_it_too(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
 ) -> None:
     speculate(target, head, Cycle(*SHAPES), compile_config=CompileConfig())
-    assert backend.count == 1
+    assert untraced.count == 1
     speculate(target, head, Cycle(*SHAPES), compile_config=CompileConfig(), disable_compile=True)
     attach(target, assistant_model=head, policy=Cycle(*SHAPES), compile=True)
     assert target.generate(PROMPT, max_new_tokens=20, do_sample=False).tolist() == plainly(detach(target))
-    assert backend.count == 1
+    assert untraced.count == 1
 
 
 def test_a_copy_has_no_compiled_code(target: PreTrainedModel, head: DraftHead, backend: CountingBackend) -> None:
@@ -332,7 +362,7 @@ def test_a_copy_has_no_compiled_code(target: PreTrainedModel, head: DraftHead, b
 
 
 def test_what_stands_against_compiling_is_said_and_the_text_is_right(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, warnings_of: Any
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend, warnings_of: Any
 ) -> None:
     deep = DraftHead.from_target(target, feature_layers=[0, 1])
     out = speculate(target, deep, FixedPolicy(SHAPES[1]), compile=True)
@@ -341,11 +371,11 @@ def test_what_stands_against_compiling_is_said_and_the_text_is_right(
     target.train()
     speculate(target, head, FixedPolicy(SHAPES[1]), compile=True)
     assert any("the model is in training mode" in line for line in warnings_of())
-    assert backend.count == 0
+    assert untraced.count == 0
 
 
 def test_an_adapter_must_be_merged_before_its_model_is_compiled(
-    target: PreTrainedModel, backend: CountingBackend, warnings_of: Any
+    target: PreTrainedModel, untraced: CountingBackend, warnings_of: Any
 ) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
@@ -355,13 +385,13 @@ def test_an_adapter_must_be_merged_before_its_model_is_compiled(
     expected = adapted.generate(PROMPT, **options).tolist()
     assert adapted.generate(PROMPT, policy=policy, compile=True, **options).tolist() == expected
     assert any("an adapter is active; merge it first" in line for line in warnings_of())
-    assert backend.count == 0
+    assert untraced.count == 0
     adapted.merge_adapter()
     assert adapted.generate(PROMPT, policy=policy, compile=True, **options).tolist() == expected
-    assert backend.count == 1
+    assert untraced.count == 1
     adapted.unmerge_adapter()
     assert adapted.generate(PROMPT, policy=policy, compile=True, **options).tolist() == expected
-    assert backend.count == 1
+    assert untraced.count == 1
 
 
 def test_a_target_that_the_caller_compiled_is_run_as_it_is(target: PreTrainedModel, head: DraftHead) -> None:
