@@ -30,6 +30,10 @@ BUDGETS = {
     "lookups": (7, 1.2),
 }
 
+# Kernels per recurrent layer that reading a tree adds to a plain step, and synchronisations, at most: parents are
+# read, and paths are written. What a layer computes by a kernel of its own counts once.
+RECURRENT = {"chain": (5, 1), "whole chain": (5, 1), "tree": (7, 2), "whole leaf of a tree": (7, 2)}
+
 
 def test_steps_stay_within_their_budgets_and_texts_are_those_of_plain_decoding() -> None:
     """One test, because counts and texts come from one process, which takes half a minute."""
@@ -40,6 +44,13 @@ def test_steps_stay_within_their_budgets_and_texts_are_those_of_plain_decoding()
     for call, (kernels, waits) in BUDGETS.items():
         counted = found["counts"][call]
         assert counted["kernels"] <= kernels and counted["waits"] <= waits, (call, counted)
+    for target, counted in found["hybrids"].items():
+        plain = counted["plain"]["verify"]
+        for tree, (kernels, waits) in RECURRENT.items():
+            verify, keep = counted[tree]["verify"], counted[tree]["keep"]
+            assert verify["ours"] + verify["own"] <= plain["ours"] + plain["own"] + kernels, (target, tree, verify)
+            assert verify["waits"] <= waits and keep["waits"] == 0, (target, tree, verify, keep)
+            assert (keep["own"] == 0) == tree.startswith("whole"), "the states of a whole path are there"
     assert found["texts"], "nothing was written"
     for call, (plain, drafted) in found["texts"].items():
         assert drafted == plain, call

@@ -7,9 +7,10 @@ import dataclasses
 import json
 import sys
 
-from . import contract, steps
+from . import contract, mixers, steps
 
 
 counts = {name: dataclasses.asdict(steps.count(name)) for name in sys.argv[1:] or steps.CALLS}
 texts = {name: contract.texts(name) for name in ([] if sys.argv[1:] else contract.CALLS)}
-print(json.dumps({"counts": counts, "texts": texts}, indent=None if texts else 1))
+hybrids = {name: mixers.asked(name) for name in ([] if sys.argv[1:] else mixers.TARGETS)}
+print(json.dumps({"counts": counts, "texts": texts, "hybrids": hybrids}, indent=None if texts else 1))

@@ -13,6 +13,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend:0")
+torch.get_device_module(DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16]  # autocast asks for it
 
 # What only allocates, or tells something of a tensor that the host knows.
 _LAUNCH_NOTHING = {"detach", "alias", "lift_fresh", "_unsafe_view", "is_nonzero", "sym_size", "_local_scalar_dense"}

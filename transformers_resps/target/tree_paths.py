@@ -29,6 +29,11 @@ class TreePaths:
         """Reads the parents, which waits for an accelerator once."""
         rows = [_paths(parents) for parents in tree.parents.tolist()]
         count, depth = max(map(len, rows)), max(len(path) for paths in rows for path in paths)
+        leaves = [{path[-1]: index for index, path in enumerate(paths)} for paths in rows]
+        order = torch.arange(len(rows), device=tree.parents.device)
+        if count == 1:  # chains: nothing moves
+            in_order = torch.arange(tree.parents.numel(), device=order.device).view_as(tree.parents)
+            return cls(in_order, in_order, order, leaves)
         nodes, places = list[int](), list[int]()
         for row, paths in enumerate(rows):
             where: dict[int, int] = {}
@@ -38,11 +43,9 @@ class TreePaths:
             places += [where[node] for node in range(tree.node_count)]
             for path in paths + paths[-1:] * (count - len(paths)):
                 nodes += [row * tree.node_count + node for node in path + path[-1:] * (depth - len(path))]
-        numbers = torch.tensor(nodes + places, device=tree.parents.device)  # one copy
-        order = torch.arange(len(rows), device=numbers.device).repeat_interleave(count)
+        numbers = torch.tensor(nodes + places, device=order.device)  # one copy
         along, at = numbers.split([len(nodes), len(places)])
-        leaves = [{path[-1]: index for index, path in enumerate(paths)} for paths in rows]
-        return cls(along.view(-1, depth), at.view(len(rows), -1), order, leaves)
+        return cls(along.view(-1, depth), at.view(len(rows), -1), order.repeat_interleave(count), leaves)
 
     @property
     def path_count(self) -> int:
@@ -56,11 +59,11 @@ class TreePaths:
 
     def along(self, states: Tensor) -> Tensor:
         """The states `[b, n, h]` of all nodes along the paths: `[b * p, d, h]`."""
-        return gathered(states, self.nodes)
+        return states if self.path_count == 1 else gathered(states, self.nodes)
 
     def at_nodes(self, states: Tensor) -> Tensor:
         """The states `[b * p, d, h]` of all paths at the nodes: `[b, n, h]`; a node on several is the same in all."""
-        return gathered(states, self.places)
+        return states if self.path_count == 1 else gathered(states, self.places)
 
     def full_path(self, row: int, nodes: list[int]) -> int | None:
         """The path of all rows that consists of these nodes and was read without repetitions, if there is one."""
