@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from ..tree import DraftTree
 from .known_mixers import known_mixers
 from .recurrent_states import copied_rows, empty_like, write_back
-from .scan_settings import ScanSettings
+from .scan_settings import ScanSettings, chunk_keyword
 from .tree_paths import TreePaths, gathered
 
 
@@ -140,7 +140,8 @@ class _Reading:
         self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
         self._autocast["enabled"] = torch.is_autocast_enabled(kind)
         self.branches.layers[mixer.layer_idx] = copied_rows(layer, self.paths.rows)
-        return (self.paths.along(states), *arguments[1:]), keywords
+        read = self.paths.along(states)
+        return (read, *arguments[1:]), keywords | chunk_keyword(mixer, read)
 
     def read_again(self, mixers: dict[int, Any], nodes: Tensor, cache: Cache) -> None:
         """Run the mixers alone over their inputs at `nodes` `[r, m]`, counted through all rows, on the states of
@@ -148,7 +149,8 @@ class _Reading:
         """
         with torch.autocast(**self._autocast):
             for index, (states, keywords) in self._inputs.items():
-                mixers[index].forward(gathered(states, nodes), **{**keywords, "cache": cache})
+                mixer, read = mixers[index], gathered(states, nodes)
+                mixer.forward(read, **keywords | chunk_keyword(mixer, read) | {"cache": cache})
 
 
 # What the forward in this thread reads: two threads may share a target.

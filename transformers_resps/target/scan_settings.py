@@ -1,13 +1,25 @@
-"""How Mamba-2 mixers read a few tokens at once as they would read them one after the other, and quickly."""
+"""How recurrent mixers read a few tokens at once as they would read them one after the other, and quickly."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
+from torch import Tensor
+
 
 _lock = RLock()  # two threads may share mixers, whose settings are attributes
 _NO_LIMIT = (0.0, float("inf"))  # seconds: no step is cut
+
+
+def chunk_keyword(mixer: Any, states: Tensor) -> dict[str, int]:
+    """What lets a delta rule without kernels compute the tokens of `states` `[r, m, h]`, and not a chunk of 64.
+
+    A keyword of the mixer's forward, which hands it on to the function that computes chunks. An accelerator's kernels
+    are made for long chunks.
+    """
+    is_fixed = hasattr(mixer, "chunk_size") or states.device.type != "cpu"
+    return {} if is_fixed else {"chunk_size": states.shape[1]}
 
 
 class ScanSettings:
@@ -45,7 +57,7 @@ class ScanSettings:
                 for mixer, _, chunk_size in own:
                     mixer.time_step_limit = _NO_LIMIT
                     if mixer.A_log.device.type == "cpu":  # an accelerator's kernels are made for long chunks
-                        mixer.chunk_size = min(chunk_size, 1 << (depth - 1).bit_length())
+                        mixer.chunk_size = min(chunk_size, depth)
                 yield
             finally:
                 for mixer, limit, chunk_size in own:
