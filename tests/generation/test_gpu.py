@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tests.decoding.test_budgets import BUDGETS
 from tests.generation.answering import both
 from tests.targets import Architecture
-from training.studies.random_llama import following, random_llama
+from training.studies.random_target import following, random_target
 from training.studies.rigged_head import rigged_head
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, calibrate
 
@@ -47,7 +47,7 @@ MOST = 40  # new tokens
 @cache
 def rigged(device: str, dtype: torch.dtype) -> tuple[Any, DraftHead, Tensor]:
     """A target, a head that is right three times of four, and a prompt."""
-    target = attach(random_llama("tiny", dtype, device))
+    target = attach(random_target("tiny", dtype, device))
     head = rigged_head(target, following(512), 0.75).head
     return target, head, torch.arange(5, 25, device=device)[None]
 

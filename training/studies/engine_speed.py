@@ -1,16 +1,19 @@
 """Measure the engine alone: how much of tau becomes speed, eager and compiled, at a tau that is planted.
 
-Question: what part of the mean acceptance length (tau) becomes speed, against plain decoding eager and compiled?
-Answer: not measured yet.
+Question: what part of the mean acceptance length (tau) becomes speed, against plain decoding eager and compiled? What
+part where three of four layers are recurrent, which read a tree path by path?
+Answer: neither is measured yet.
 
     python -m training.studies.engine_speed --shape 0.1b 1b --tau 2 3 4 --dtype bfloat16
+    python -m training.studies.engine_speed --shape 0.1b-gdn 0.1b-mamba2 --tau 2.5 --trees 6,3,2 --dtype float32
     python -m training.studies.engine_speed --shape tiny --tau 2 --eager --accept-noise --max-new-tokens 32
 
-Method: Llamas of random weights (`random_llama`) and a rigged head for each tau (`rigged_head`), which drafts as a
+Method: targets of random weights (`random_target`) and a rigged head for each tau (`rigged_head`), which drafts as a
 trained head of EAGLE-3's sizes does, and is right as often as tau needs. Greedy, one prompt at a time, every way in
 turn, total tokens over total seconds. Chains draft `2 tau - 1` tokens; trees are as deep, yield what their first chain
 yields, and show what width costs. Prompt lookup never finds a match in these texts: its row shows what looking costs.
-`auto` meets the same heads, and is not held to a tau. A first pass, which compiles, is thrown away.
+`auto` meets the same heads, and is not held to a tau. A first pass, which compiles, is thrown away. Where layers are
+recurrent, Transformers has no prompt lookup, and we compile nothing.
 """
 
 import argparse
@@ -35,14 +38,15 @@ from transformers_resps.bench.methods import (
     prompt_lookup,
 )
 from transformers_resps.bench.noise import check_load, other_load, plain_spread
-from transformers_resps.bench.options import device, positive
+from transformers_resps.bench.options import device, positive, shape
 from transformers_resps.bench.prompts import Prompt
 from transformers_resps.bench.runs import Bench
 from transformers_resps.bench.timing import AnswerTiming, summarise
+from transformers_resps.target.known_mixers import is_recurrent
 from transformers_resps.target.prepacking import prepack
 
 from .experiment import Experiment, execute
-from .random_llama import SHAPES, following, random_llama
+from .random_target import SHAPES, following, random_target
 from .rigged_head import hit_rate_for, rigged_head
 
 
@@ -61,19 +65,30 @@ def chain_of(tau: float) -> TreeShape:
     return TreeShape(round(2 * tau), round(2 * tau) - 1, 1)
 
 
-def ways_of(heads: dict[float, DraftHead], nodes: Sequence[int], compiles: bool) -> list[Way]:
+def tree_of(tau: float, device: str) -> TreeShape:
+    """A tree as deep as the chain of `tau`, and wide."""
+    depth = chain_of(tau).depth
+    return TreeShape(16, depth, 4) if device == "cpu" else TreeShape(60, depth, 10)
+
+
+def ways_of(
+    heads: dict[float, DraftHead], shapes: dict[float, Sequence[TreeShape]], *, compiles: bool, looks_up: bool = True
+) -> list[Way]:
     """Every way, in the order of the table.
 
     Args:
         heads: tau -> the head that is rigged to it.
-        nodes: of trees besides the chain of each tau, as deep as that.
+        shapes: tau -> what that head drafts.
         compiles: whether ours are also decoded with, compiled.
+        looks_up: whether Transformers' prompt lookup takes the target.
     """
-    found = [Way(plain()), *([Way(compiled_plain())] if compiles else []), Way(prompt_lookup())]
+    found = [
+        Way(plain()),
+        *([Way(compiled_plain())] if compiles else []),
+        *([Way(prompt_lookup())] if looks_up else []),
+    ]
     for tau, head in heads.items():
-        chain = chain_of(tau)
-        trees = (TreeShape(count, chain.depth, 4 if count < 32 else 10) for count in nodes)
-        own = [(fixed_tree(head, shape), tau) for shape in (chain, *trees)]
+        own = [(fixed_tree(head, shape), tau) for shape in shapes[tau]]
         own += [(auto, None) for auto in policies(head, {"auto": "auto"})]
         for method, planted in own:
             named = Method(f"{method.name}, tau {tau:g}", method.keywords)
@@ -129,7 +144,7 @@ class EngineBench:
     @classmethod
     def prepare(cls, args: argparse.Namespace, model: str) -> "EngineBench":
         """Make a target of the shape `model`, let it write the texts, and rig its heads."""
-        target: Any = random_llama(model, getattr(torch, args.dtype), args.device)
+        target: Any = random_target(model, getattr(torch, args.dtype), args.device)
         bench = Bench(attach(prepack(target) if args.pack else target), args.max_new_tokens)
         random = torch.Generator().manual_seed(0)
         texts = []
@@ -139,8 +154,9 @@ class EngineBench:
             texts.append(torch.cat([ids, bench.decode(prompt, plain()).token_ids]))
         reason = "Left out by --eager." if args.eager else bench.compile_refusal(prompt)
         heads = {tau: rig(target, texts, tau) for tau in args.tau}
-        nodes = args.nodes or [16 if args.device == "cpu" else 60]
-        return cls(model, bench, ways_of(heads, nodes, reason is None), texts, args.prompt_tokens, reason)
+        shapes = {tau: [chain_of(tau), *(args.trees or [tree_of(tau, args.device)])] for tau in args.tau}
+        ways = ways_of(heads, shapes, compiles=reason is None, looks_up=not is_recurrent(target))
+        return cls(model, bench, ways, texts, args.prompt_tokens, reason)
 
     def run(self, repeats: int) -> Iterator[EngineRun]:
         """Yield the runs, beginning each prompt with another way; those of repeat -1 warm up and compile."""
@@ -209,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--shape", nargs="+", choices=SHAPES, default=["0.1b"], help="sizes of the targets; default: 0.1b")
     add("--tau", nargs="+", type=float, default=[2.0, 3.0, 4.0], help="that heads are rigged to; default: 2 3 4")
-    add("--nodes", nargs="+", type=positive, help="of trees besides chains; default: 16 on a CPU, otherwise 60")
+    add("--trees", nargs="+", type=shape, help="besides chains: total_tokens,depth,top_k; default: as deep and wide")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--device", type=device, default=default_device(), help="default: cuda if available, otherwise cpu")
     add("--eager", action="store_true", help="compile nothing")

@@ -91,7 +91,7 @@ def rigged_head(
     yields what its first chain yields.
 
     Args:
-        target: a model whose next token depends on the newest alone, such as `random_llama`.
+        target: a model whose next token depends on the newest alone, such as `random_target`.
         following: `[v]` the token after each.
         hit_rate: probability that a first choice is right.
         tokens: `[n]` that it knows a first choice after; `None` for all.

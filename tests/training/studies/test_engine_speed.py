@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from training.studies.engine_speed import EngineRun, main, table, ways_of
-from training.studies.random_llama import random_llama
-from transformers_resps import DraftHead
+from training.studies.random_target import random_target
+from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.timing import AnswerTiming
 
 
@@ -28,9 +28,21 @@ def test_a_benchmark_of_a_tiny_engine_writes_everything(tmp_path: Path, capsys: 
     assert len(found["runs"]) == 8 * 2 * 2 and "| tiny | tree 16/5/4, tau 3 |" in capsys.readouterr().out
 
 
+def test_hybrids_write_the_plain_text_without_what_they_lack(tmp_path: Path) -> None:
+    """Neither compiled steps nor Transformers' prompt lookup."""
+    words = "--shape tiny-gdn tiny-mamba2 --tau 2.5 --trees 6,3,2 --accept-noise --dtype float32 --limit 1"
+    assert main([*words.split(), *["--repeats", "1", "--max-new-tokens", "12", "--output"], str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    ways = ["plain", "tree 5/4/1, tau 2.5", "tree 6/3/2, tau 2.5", "auto, tau 2.5"]
+    assert [row["way"] for row in found["rows"]] == ways * 2
+    assert all(row["same_text"] == 1.0 for row in found["rows"])
+    assert all("recurrent layers" in reason for reason in found["not_compiled"].values())
+
+
 def test_every_way_of_ours_is_also_compiled() -> None:
-    target = random_llama("tiny")
-    ways = ways_of({2.0: DraftHead.from_target(target)}, [60], compiles=True)
+    target = random_target("tiny")
+    shapes = [TreeShape(4, 3, 1), TreeShape(60, 3, 10)]
+    ways = ways_of({2.0: DraftHead.from_target(target)}, {2.0: shapes}, compiles=True)
     assert [way.method.name for way in ways] == [
         "plain", "plain, compiled", "prompt lookup", "tree 4/3/1, tau 2", "tree 4/3/1, tau 2, compiled",
         "tree 60/3/10, tau 2", "tree 60/3/10, tau 2, compiled", "auto, tau 2", "auto, tau 2, compiled",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.generation.answering import both
-from training.studies.random_llama import following, random_llama
+from training.studies.random_target import following, random_target
 from training.studies.rigged_head import Rigged, hit_rate_for, rigged_head, tau_of
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.head import BoundHead
@@ -21,7 +21,7 @@ AFTER = following(512)
 
 @pytest.fixture(scope="module")
 def target() -> Any:
-    return attach(random_llama("tiny"))
+    return attach(random_target("tiny"))
 
 
 def rigged(target: Any, hit_rate: float, **options: Any) -> Rigged:
@@ -86,7 +86,7 @@ def test_planted_errors_give_the_tau_that_was_asked_for(tau: float, depth: int, 
 
 
 def test_texts_of_half_precision_are_those_of_plain_decoding_and_sampled_ones_too() -> None:
-    target = attach(random_llama("tiny", torch.bfloat16))
+    target = attach(random_target("tiny", torch.bfloat16))
     text = target.generate(PROMPT[None], max_new_tokens=32, do_sample=False)[0]
     head = rigged(target, 0.8, tokens=text, draft_vocab_size=200).head
     assert len(head.draft_token_ids) == 200
@@ -140,7 +140,7 @@ def test_making_one_leaves_the_global_generator_alone(target: Any) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    rigged(random_llama("tiny"), 0.5)
+    rigged(random_target("tiny"), 0.5)
     assert torch.rand(1) == expected
 
 

@@ -1,4 +1,4 @@
-"""Part of the study `engine_speed`: Llamas of real sizes with random weights, which are sure of what they write.
+"""Part of the study `engine_speed`: targets of real sizes with random weights, which are sure of what they write.
 
 Models of random weights write near-ties, which half precision and compilation decide otherwise at every turn.
 """
@@ -7,20 +7,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
-# As SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B, with output rows of their own.
+_TINY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_SMALL: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+_LLAMA = {"model_type": "llama"}
+
+
+def _gated_delta_net(sizes: dict[str, Any], heads: int, width: int) -> dict[str, Any]:
+    """A hybrid as Qwen3.5: of four layers three are gated delta nets, with heads of `width`."""
+    own = {"linear_num_key_heads": heads, "linear_num_value_heads": heads}
+    own |= {"linear_key_head_dim": width, "linear_value_head_dim": width}
+    own |= {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"], "layer_types": _kinds(sizes)}
+    return {"model_type": "qwen3_5_text"} | sizes | own
+
+
+def _mamba_2(sizes: dict[str, Any], heads: int, states: int) -> dict[str, Any]:
+    """A hybrid as Granite 4 H without experts: of four layers three are Mamba-2."""
+    own = {"num_local_experts": 0, "shared_intermediate_size": sizes["intermediate_size"], "mamba_expand": 2}
+    own |= {"mamba_n_heads": heads, "mamba_d_state": states, "mamba_n_groups": 1, "layer_types": _kinds(sizes)}
+    return {"model_type": "granitemoehybrid", "attention_multiplier": 0.1} | sizes | own
+
+
+def _kinds(sizes: dict[str, Any]) -> list[str]:
+    four = ["linear_attention"] * 3 + ["full_attention"]
+    return four * (sizes["num_hidden_layers"] // len(four))
+
+
+# Llamas as SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B, with output rows of their own; hybrids as large as the first.
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "0.1b": {
+    "tiny": _LLAMA | _TINY,
+    "tiny-gdn": _gated_delta_net(_TINY, heads=4, width=16),
+    "tiny-mamba2": _mamba_2(_TINY, heads=4, states=16),
+    "0.1b": _LLAMA
+    | {
         "vocab_size": 49152,
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -28,7 +63,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
     },
-    "1b": {
+    "0.1b-gdn": _gated_delta_net(_SMALL, heads=8, width=128),
+    "0.1b-mamba2": _mamba_2(_SMALL, heads=16, states=128),
+    "1b": _LLAMA
+    | {
         "vocab_size": 128256,
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -36,7 +74,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
-    "8b": {
+    "8b": _LLAMA
+    | {
         "vocab_size": 128256,
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -58,10 +97,10 @@ def following(vocab_size: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def random_llama(
+def random_target(
     shape: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> PreTrainedModel:
-    """Make a Llama that never ends a text and never repeats a token.
+    """Make a target that never ends a text and never repeats a token.
 
     Its layers are random. Its output rows are the embedding rows of the token before, see `following`, so that
     rounding decides nothing.
@@ -72,7 +111,7 @@ def random_llama(
         device: that they are made on.
         seed: of the weights.
     """
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
         **SHAPES[shape],
         max_position_embeddings=4096,
         tie_word_embeddings=False,
