@@ -4,8 +4,10 @@ Architectures that the tests compare with plain decoding are not checked.
 """
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
+from ..compat import CACHE_KEYWORD
 from ..target.tree_verifier import TreeVerifier
 from ..tree import DraftTree
 
@@ -58,7 +60,21 @@ def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
         verified, _ = verifier.verify(tree)
         verifier.keep(path, path.tolist())
         last, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
-    branch = torch.cat([prompt, nodes.gather(1, path), after], dim=1)
-    expected = target(input_ids=branch, use_cache=False).logits[:, 4:]
+    expected = _stepped(target, prompt, torch.cat([nodes.gather(1, path), after], dim=1))
     found = torch.cat([verified[:, path[0]], last], dim=1)
     return float((found - expected).abs().max()), float(expected.abs().max())
+
+
+def _stepped(target: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> Tensor:
+    """The logits `[1, t, v]` of tokens `[1, t]` that are read one by one after a prompt, as plain decoding reads them.
+
+    Mamba-2 reads several at once with other time steps.
+    """
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    logits, start = [], 0
+    for part in (prompt, *tokens.split(1, dim=1)):
+        positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
+        inputs = {"input_ids": part, "position_ids": positions, "use_cache": True, CACHE_KEYWORD: cache}
+        logits.append(target(**inputs).logits[:, -1:])
+        start += part.shape[1]
+    return torch.cat(logits[1:], dim=1)
