@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -30,6 +31,17 @@ def copied_rows(layer: Any, rows: Tensor) -> Any:
     branch.recurrent_states = {index: _selected(state, rows) for index, state in layer.recurrent_states.items()}
     branch.has_previous_state = dict(layer.has_previous_state)
     return branch
+
+
+def settle_recorded(layer: Any) -> None:
+    """Let a layer keep of its convolution states what the next token needs, if its owner let it record more."""
+    if not layer.record_past:
+        return
+    layer.record_past = False
+    for index, state in layer.conv_states.items():
+        if state is not None:
+            size = layer.conv_kernel_size[index]
+            layer.conv_states[index] = pad(state, (max(size - state.shape[-1], 0), 0))[..., -size:].clone()
 
 
 def write_back(layer: Any, branch: Any, places: Iterable[tuple[int, int]]) -> None:

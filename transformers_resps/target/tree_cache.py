@@ -11,7 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from .preallocated_cache import entries_of
-from .recurrent_states import holds_state
+from .recurrent_states import holds_state, settle_recorded
 
 
 # By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
@@ -45,9 +45,11 @@ def check_cache(cache: Cache) -> None:
 
 
 def record_windows(cache: Cache) -> None:
-    """Let sliding layers keep what leaves their window until the next `crop`."""
+    """Let sliding layers keep what leaves their window until the next `crop`; states are never recorded."""
     for layer in cache.layers:
-        if hasattr(layer, "activate_past_recording") and not holds_state(layer):
+        if holds_state(layer):
+            settle_recorded(layer)
+        elif hasattr(layer, "activate_past_recording"):
             layer.activate_past_recording()
 
 
