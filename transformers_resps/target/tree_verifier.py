@@ -193,6 +193,7 @@ class TreeVerifier:
         """
         if self._mixers and self._newest_nodes == 1:
             self._slots.extend([1] * len(self._shifts))
+            crop(self._cache, 0)
         crop_to(self._cache, self.length)
         restore_stock_layers(self._cache)
 
