@@ -24,13 +24,16 @@ class Architecture:
     def __str__(self) -> str:
         return self.name or self.model_type
 
-    def build(self, attention: str, seed: int = 0) -> PreTrainedModel:
-        """A random model without special tokens, in fp64, so that rounding can hide nothing.
+    def dtype(self, attention: str) -> torch.dtype:
+        """fp64, so that rounding can hide nothing.
 
         Eager attention takes its softmax in fp32, where the mask of fp64 is minus infinity and a padded row NaN, so
         plain `generate` itself fails there: fp32. So do grouped experts, which have no fp64 kernel.
         """
-        dtype = torch.float64 if attention == "sdpa" and not self.has_experts else torch.float32
+        return torch.float64 if attention == "sdpa" and not self.has_experts else torch.float32
+
+    def build(self, attention: str, seed: int = 0) -> PreTrainedModel:
+        """A random model without special tokens."""
         sizes = {
             "vocab_size": VOCABULARY,
             "hidden_size": 32,
@@ -47,7 +50,7 @@ class Architecture:
         }
         config = AutoConfig.for_model(self.model_type, **(sizes | self.config))
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=self.dtype(attention))
         return model.eval()
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.mutations.bugs import MUTATIONS, no_end
+from tests.mutations.bugs import MUTATIONS
+from tests.mutations.bugs.decoding import no_end
 from tests.mutations.planted import Blame
 from tests.mutations.planting import Mutation, plant, resolve
 from transformers_resps.decoding import acceptance, batch

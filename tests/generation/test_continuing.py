@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, set_seed
 
+from tests.caches import check_equal_caches
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
@@ -34,16 +35,6 @@ def answer(target: Any, head: DraftHead | None, text: torch.Tensor, cache: Any =
         options[CACHE_KEYWORD] = copy.deepcopy(cache)
     set_seed(5)
     return target.generate(text, return_dict_in_generate=True, **{"max_new_tokens": 9, **options})
-
-
-def check_equal_caches(found: Any, wanted: Any) -> None:
-    assert found.get_seq_length() == wanted.get_seq_length()
-    for ours, theirs in zip(found.layers, wanted.layers, strict=True):
-        assert ours.get_seq_length() == theirs.get_seq_length()
-        if theirs.is_initialized:
-            most = 1e-9 if theirs.keys.dtype is torch.float64 else 1e-3
-            torch.testing.assert_close(ours.keys, theirs.keys, rtol=most, atol=most)
-            torch.testing.assert_close(ours.values, theirs.values, rtol=most, atol=most)
 
 
 @pytest.fixture(scope="module")

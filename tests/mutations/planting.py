@@ -39,7 +39,7 @@ class Mutation:
         try:
             plant(self.symbol, self.wrong, set_attr)
         except (LookupError, TypeError) as problem:
-            raise type(problem)(f"{problem}. The bug '{self.bug}' needs it: adapt tests/mutations/bugs.py.") from None
+            raise type(problem)(f"{problem}. The bug '{self.bug}' needs it: adapt tests/mutations/bugs.") from None
 
 
 def plant(symbol: str, wrong: Callable[[Function], Function], set_attr: SetAttr = setattr) -> None:

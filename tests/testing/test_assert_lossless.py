@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from tests.conftest import build_target
-from tests.mutations.bugs import one_end_token_of_several
+from tests.mutations.bugs.decoding import one_end_token_of_several
 from tests.mutations.planting import Function, plant
 from transformers_resps import (
     DraftHead,

@@ -1,0 +1,104 @@
+"""Bugs in the target's cache and attention."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_resps.tree import DraftTree
+
+from ..planting import Function, Mutation
+
+
+def ask_the_first_row_alone(compact: Function) -> Function:
+    def wrong(cache: Any, path: Tensor, node_count: int, **options: Any) -> None:
+        is_in_place = torch.equal(path[0], torch.arange(path.shape[1]))
+        compact(cache, path[:1].expand_as(path) if is_in_place else path, node_count, **options)
+
+    return wrong
+
+
+def keep_the_root_alone(compact: Function) -> Function:
+    def wrong(cache: Any, path: Tensor, node_count: int, **options: Any) -> None:
+        compact(cache, path[:, :1], node_count, **options)
+
+    return wrong
+
+
+def keep_the_first_rows_path(compact_ragged: Function) -> Function:
+    def wrong(cache: Any, path: Tensor, *rest: Any, **options: Any) -> None:
+        compact_ragged(cache, path[:1].expand_as(path), *rest, **options)
+
+    return wrong
+
+
+def move_from_the_prefix(move_forward: Function) -> Function:
+    def wrong(states: Tensor, path: Tensor, start: int) -> None:
+        if len(path) > 1:
+            move_forward(states, path, start)
+        else:
+            states[..., start : start + path.shape[1], :] = states.index_select(3, path[0])
+
+    return wrong
+
+
+def see_children(tree_attention_mask: Function) -> Function:
+    def wrong(config: Any, cache: Any, prefix_mask: Any, tree: DraftTree, *rest: Any, **options: Any) -> Any:
+        upside_down = replace(tree, ancestors=tree.ancestors.mT)
+        return tree_attention_mask(config, cache, prefix_mask, upside_down, *rest, **options)
+
+    return wrong
+
+
+def see_the_text_as_padding(tree_attention_mask: Function) -> Function:
+    def wrong(config: Any, cache: Any, prefix_mask: Tensor | None, *rest: Any, **options: Any) -> Any:
+        inverted = None if prefix_mask is None else 1 - prefix_mask
+        return tree_attention_mask(config, cache, inverted, *rest, **options)
+
+    return wrong
+
+
+def count_nodes_as_positions(tree_positions: Function) -> Function:
+    def wrong(tree: DraftTree, root_positions: Tensor | int) -> Tensor:
+        return torch.arange(tree.node_count).expand_as(tree.tokens) + root_positions
+
+    return wrong
+
+
+def one_position_more(window_of: Function) -> Function:
+    def wrong(cache: Any, layer_index: int) -> int | None:
+        window = window_of(cache, layer_index)
+        return None if window is None else window + 1
+
+    return wrong
+
+
+def none_before_the_prefix_fills_it(window_of: Function) -> Function:
+    def wrong(cache: Any, layer_index: int) -> int | None:
+        window = window_of(cache, layer_index)
+        return None if window is None or cache.get_seq_length() <= window - 1 else window
+
+    return wrong
+
+
+SIGHT = "tests/target/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+WINDOW = "tests/target/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
+KEPT = "tests/target/test_tree_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
+RAGGED = "tests/target/test_tree_cache.py::test_accepted_nodes_are_placed_behind_each_rows_own_entries"
+
+MUTATIONS = (
+    Mutation("only the first row's path is moved", "target.tree_cache:compact", ask_the_first_row_alone, KEPT),
+    Mutation("the path is looked up in the prefix", "target.tree_cache:_move_forward", move_from_the_prefix, KEPT),
+    Mutation(
+        "ragged rows keep the first row's path", "target.tree_cache:compact_ragged", keep_the_first_rows_path, RAGGED
+    ),
+    Mutation("only the root is kept", "target.tree_cache:compact", keep_the_root_alone, KEPT),
+    Mutation("nodes see their children", "target.attention:tree_attention_mask", see_children, SIGHT),
+    Mutation(
+        "padding is seen, and the text is not", "target.attention:tree_attention_mask", see_the_text_as_padding, SIGHT
+    ),
+    Mutation("positions count nodes", "target.attention:tree_positions", count_nodes_as_positions, SIGHT),
+    Mutation("a window is one too wide", "target.tree_cache:window_of", one_position_more, WINDOW),
+    Mutation("a window is noticed too late", "target.tree_cache:window_of", none_before_the_prefix_fills_it, WINDOW),
+)

@@ -1,0 +1,96 @@
+"""Bugs in trees."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from transformers_resps.tree import CandidatePool, DraftTree
+
+from ..planting import Function, Mutation
+
+
+def order_by_score(from_pool: Function) -> Function:
+    def wrong(
+        cls: type[DraftTree], root: Tensor, pool: CandidatePool, total_tokens: int, level_count: int | None = None
+    ) -> DraftTree:
+        order = pool.scores.sort(dim=-1, descending=True, stable=True).indices
+        rank = torch.cat([torch.full_like(order[:, :1], -1), order.argsort(dim=-1)], dim=1)  # -1 stays -1
+        parents = rank.gather(1, pool.parents.gather(1, order) + 1)
+        by_score = (pool.tokens.gather(1, order), parents, pool.scores.gather(1, order))
+        return from_pool(cls, root, CandidatePool(*by_score, pool.levels), total_tokens, level_count)
+
+    return wrong
+
+
+def children_of_any_node(children: Function) -> Function:
+    def wrong(self: DraftTree) -> list[dict[tuple[int, int], int]]:
+        return [
+            {(0, at[1]): own[at] for at in sorted(own, key=own.__getitem__, reverse=True)} for own in children(self)
+        ]
+
+    return wrong
+
+
+def root_among_its_children(children: Function) -> Function:
+    def wrong(self: DraftTree) -> list[dict[tuple[int, int], int]]:
+        return [own | {(0, root): 0} for own, root in zip(children(self), self.tokens[:, 0].tolist(), strict=True)]
+
+    return wrong
+
+
+def half_the_levels(derive: Function) -> Function:
+    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> DraftTree:
+        return derive(cls, tokens, parents, scores, level_count // 2)
+
+    return wrong
+
+
+def nodes_without_themselves(derive: Function) -> Function:
+    def wrong(cls: type[DraftTree], tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> DraftTree:
+        tree = derive(cls, tokens, parents, scores, level_count)
+        return replace(tree, ancestors=tree.ancestors & ~torch.eye(tree.node_count, dtype=torch.bool))
+
+    return wrong
+
+
+def chain_as_a_star(merged: Function) -> Function:
+    def wrong(tokens: list[int], parents: list[int], chain: list[int]) -> tuple[list[int], list[int]]:
+        count = len(parents)
+        tokens, parents = merged(tokens, parents, chain)
+        parents[count:] = [0] * (len(parents) - count)
+        return tokens, parents
+
+    return wrong
+
+
+def followed_through_cousins(followed: Function) -> Function:
+    def wrong(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
+        nodes: list[int] = []
+        for token in path:
+            node = nodes[-1] if nodes else root
+            found = followed(tokens, [node] * len(tokens), [token], node)  # as if all were its children
+            if not found:
+                break
+            nodes += found
+        return nodes
+
+    return wrong
+
+
+POOL = "tests/test_tree.py::test_a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
+CHILD = "tests/test_tree.py::test_a_child_is_the_first_that_carries_the_token"
+CHAIN = "tests/test_tree.py::test_a_merged_chain_adds_its_texts_and_nothing_else"
+MATCH = "tests/test_tree.py::test_the_drafted_match_is_the_longest_path_along_the_tokens"
+SIGHT = "tests/target/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+
+MUTATIONS = (
+    Mutation("kept nodes stand in order of score", "tree:DraftTree.from_pool", order_by_score, POOL),
+    Mutation("a child of any node will do", "tree:DraftTree.children", children_of_any_node, CHILD),
+    Mutation("the root is its own child", "tree:DraftTree.children", root_among_its_children, CHILD),
+    Mutation("the deepest nodes lack an ancestor", "tree:DraftTree._derive", half_the_levels, POOL),
+    Mutation("a node is no ancestor of itself", "tree:DraftTree._derive", nodes_without_themselves, SIGHT),
+    Mutation("a merged chain becomes a star", "tree.draft_tree:_merged", chain_as_a_star, CHAIN),
+    Mutation("a merged chain is shared with cousins", "tree.pool:followed", followed_through_cousins, CHAIN),
+    Mutation("cousins count as drafted", "tree.pool:followed", followed_through_cousins, MATCH),
+)
