@@ -148,7 +148,6 @@ def test_threads_share_a_hybrid(target: PreTrainedModel, head: DraftHead) -> Non
     assert [found[caller] for caller in range(4)] == expected
 
 
-@pytest.mark.parametrize("target", recurrent("qwen3_next", "kimi_linear", "lfm3"), ids=str, indirect=True)
 def test_a_plain_forward_of_another_thread_sees_nothing_of_a_tree(target: PreTrainedModel, head: DraftHead) -> None:
     """It runs while a mixer reads a tree."""
     prompt, found = tokens(9, 3), list[Any]()

@@ -32,7 +32,7 @@ class RecurrentMixers:
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._mixers, self._cache = known_mixers(target), cache
-        self.settings = ScanSettings(self._mixers.values())
+        self._settings = ScanSettings(self._mixers.values())
         self._hooks = ExitStack()
         self._reading: _Reading | None = None  # of the newest tree, until it is kept or dropped
 
@@ -40,6 +40,7 @@ class RecurrentMixers:
         return bool(self._mixers)
 
     def __enter__(self) -> "RecurrentMixers":
+        self._hooks.enter_context(self._settings)
         for mixer in self._mixers.values():
             self._hooks.callback(mixer.register_forward_pre_hook(self._entering, with_kwargs=True).remove)
             self._hooks.callback(mixer.register_forward_hook(self._leaving).remove)
@@ -58,7 +59,7 @@ class RecurrentMixers:
         self._reading = _Reading(TreePaths.of(tree), empty_like(self._cache))
         token = _current.set(self._reading)
         try:
-            with self.settings.of_tree(self._reading.paths.depth):
+            with self._settings.of_tree(self._reading.paths.depth):
                 yield
         finally:
             _current.reset(token)
@@ -85,7 +86,7 @@ class RecurrentMixers:
         if reading is not None:
             ends = [reading.paths.full_path(row, nodes) for row, nodes in enumerate(paths)]
             if None in ends:
-                with self.settings.of_tree(path.shape[1]):
+                with self._settings.of_tree(path.shape[1]):
                     self._read_again(reading, path, list(map(len, paths)))
             else:
                 for index in self._mixers:

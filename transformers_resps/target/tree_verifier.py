@@ -122,8 +122,7 @@ class TreeVerifier:
         for start in range(self.length, end, chunk_size or end):
             stop = min(start + (chunk_size or end), end)
             part, mask = tokens[:, start - offset : stop - offset], self._prefix_mask(stop)
-            with self._mixers.settings.of_prompt():
-                outputs, caught = self._forward.read(part, mask, self._positions[:, start:stop], **options)
+            outputs, caught = self._forward.read(part, mask, self._positions[:, start:stop], **options)
             self._slots.extend([stop - start] * len(tokens))
             features.append(caught)
         check_cache(self._cache)
