@@ -33,21 +33,23 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield seen
 
 
-@pytest.mark.parametrize("shape", [WIDE, TreeShape(6, 5, 1, lookup=3), TreeShape(1, 0, 1)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_texts_and_random_numbers_are_those_of_plain_decoding(
-    name: str, shape: TreeShape, target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, steps: list[int]
+    name: str, target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, steps: list[int]
 ) -> None:
-    found = []
-    for extra in ({}, {"assistant_model": head, "policy": FixedPolicy(shape)}):
+    def write(**drafting: Any) -> tuple[list[list[int]], list[int]]:
+        steps.clear()
         set_seed(len(name))
-        found.append(target.generate(prompt, **{"max_new_tokens": 24} | OPTIONS[name] | extra).tolist())
-        found.append(torch.get_rng_state().tolist())
-    assert found[:2] == found[2:]
-    if name in IN_COMMIT_ORDER:
-        assert not steps
-    elif OPTIONS[name].get("do_sample"):
-        assert steps
+        text = target.generate(prompt, **{"max_new_tokens": 24} | OPTIONS[name] | drafting)
+        return text.tolist(), torch.get_rng_state().tolist()
+
+    plain = write()
+    for shape in (WIDE, TreeShape(6, 5, 1, lookup=3), TreeShape(1, 0, 1)):
+        assert write(assistant_model=head, policy=FixedPolicy(shape)) == plain, shape
+        if name in IN_COMMIT_ORDER:
+            assert not steps
+        elif OPTIONS[name].get("do_sample"):
+            assert steps
 
 
 def test_scores_logits_and_streams_are_those_of_plain_decoding(
