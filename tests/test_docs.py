@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, cli
+from transformers_resps.compilation import compiled_function
 
 from .hub import rehearse
 from .targets import Architecture
@@ -106,6 +107,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)  # saves half a minute
     words = shlex.split(tiny(line), comments=True)
     quickly = next((shlex.split(more) for name, more in QUICKLY.items() if name in " ".join(words[:2])), [])
     match words:

@@ -22,6 +22,7 @@ from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
 ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]
 PLOTS = {"ratios.png", "tau.png", "sizes.png", "time.png", "costs.png"}
 BenchCommand = Callable[..., int]
+REAL_COMPILE = torch.compile
 
 
 @pytest.fixture
@@ -108,6 +109,16 @@ def test_trees_and_policies_are_measured_both_ways(
         row["compiled_efficiency"] == pytest.approx(row["compiled_ratio"] / row["tau"]) for row in rows.values()
     )
     assert found["same_text"] == dict.fromkeys(rows, 3) and "| ratio to compiled plain |" in capsys.readouterr().out
+
+
+def test_plain_decoding_is_compiled_by_the_real_compiler(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_function.torch, "compile", REAL_COMPILE)
+    assert bench("--methods", "--pack") == 0
+    found = results(tmp_path)
+    assert [row["method"] for row in found["pooled"]] == ["plain", "plain, compiled", "auto"]
+    assert found["not_compiled"] is None and found["same_text"] == dict.fromkeys(("plain, compiled", "auto"), 3)
 
 
 def test_what_cannot_be_compiled_is_told_in_a_line_and_the_rest_goes_on(
