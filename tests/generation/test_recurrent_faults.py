@@ -13,12 +13,13 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Sto
 from tests.caches import check_equal_caches
 from tests.generation.recurrent import SAMPLED, AnyShape, answer, check_counts, compare, tokens
 from tests.generation.test_continuing import Interrupts
-from tests.recurrent_targets import recurrent
+from tests.recurrent_targets import NEEDS_STATES, recurrent
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.known_mixers import known_mixers
 
 
+pytestmark = NEEDS_STATES
 WIDE = FixedPolicy(TreeShape(30, 3, 7))
 FAMILIES = recurrent("qwen3_next", "kimi_linear", "nemotron_h", "zamba2", "lfm3")
 

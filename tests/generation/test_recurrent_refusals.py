@@ -7,11 +7,13 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.generation.recurrent import answer, tokens
-from tests.recurrent_targets import recurrent
+from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.target import known_mixers
 
 
+pytestmark = NEEDS_STATES
 TREES = FixedPolicy(TreeShape(12, 3, 3))
 _HALF = ["linear_attention", "full_attention"] * 2
 _MAMBA_1 = "has Mamba-1 layers, whose scan of several tokens starts without the state before them"
@@ -78,3 +80,11 @@ def test_steps_that_shall_run_compiled_run_as_they_are_with_a_warning(
     found = answer(target, tokens(5), assistant_model=DraftHead.from_target(target), policy=TREES, compile=True)
     assert found.sequences.tolist() == plain.sequences.tolist()
     assert "has recurrent layers, which read a tree path by path" in caplog.text
+
+
+def test_an_older_release_is_refused_with_the_one_to_install(
+    target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_mixers, "HAS_RECURRENT_STATES", False)
+    with pytest.raises(ValueError, match="has recurrent layers, which need Transformers 5.24 or newer"):
+        answer(target, tokens(5), policy="auto")

@@ -10,12 +10,13 @@ from tests.caches import check_equal_caches
 from tests.generation.recurrent import SAMPLED, AnyShape, answer, check_counts, compare, padded, tokens
 from tests.generation.test_lossless import StopAfter
 from tests.generation.test_streaming import Recorder
-from tests.recurrent_targets import RECURRENT, recurrent
+from tests.recurrent_targets import NEEDS_STATES, RECURRENT, recurrent
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
 
 
+pytestmark = NEEDS_STATES
 FAMILIES = recurrent("qwen3_next", "kimi_linear", "falcon_h1-clamped", "lfm3")
 
 

@@ -9,13 +9,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.caches import check_equal_caches
-from tests.recurrent_targets import RECURRENT, VOCABULARY, recurrent
+from tests.recurrent_targets import NEEDS_STATES, RECURRENT, VOCABULARY, recurrent
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.target.forward import TargetForward
 from transformers_resps.target.tree_verifier import TreeVerifier
 from transformers_resps.tree import DraftTree
 
 
+pytestmark = NEEDS_STATES
 LENGTH = 13  # of the prompt
 PARENTS = [0, 0, 0, 0, 1, 1, 2, 4, 4]
 LEAVES = ([0, 3], [0, 1, 5], [0, 2, 6], [0, 1, 4, 7], [0, 1, 4, 8])

@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 
 from tests.mutations.bugs.recurrent import one_mixer_stays_behind
 from tests.mutations.planting import plant
-from tests.recurrent_targets import recurrent
+from tests.recurrent_targets import NEEDS_STATES, recurrent
 from transformers_resps import DraftHead, FixedPolicy, NotLosslessError, TreeShape, assert_lossless, attach
 
 
+pytestmark = NEEDS_STATES
 WIDE = FixedPolicy(TreeShape(20, 3, 7))
 SHORT: dict[str, Any] = {"seeds": 1, "max_new_tokens": 8}
 
