@@ -118,7 +118,9 @@ def test_plain_decoding_is_compiled_by_the_real_compiler(
     assert bench("--methods", "--pack") == 0
     found = results(tmp_path)
     assert [row["method"] for row in found["pooled"]] == ["plain", "plain, compiled", "auto"]
-    assert found["not_compiled"] is None and found["same_text"] == dict.fromkeys(("plain, compiled", "auto"), 3)
+    assert found["not_compiled"] is None and found["same_text"] == dict.fromkeys(
+        ("plain", "plain, compiled", "auto"), 3
+    )
 
 
 def test_what_cannot_be_compiled_is_told_in_a_line_and_the_rest_goes_on(
