@@ -10,11 +10,13 @@ from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from tests.recurrent_targets import NEEDS_STATES
 from transformers_resps.target.known_mixers import known_mixers
 from transformers_resps.target.tree_verifier import TreeVerifier
 from transformers_resps.tree import DraftTree
 
 
+pytestmark = NEEDS_STATES
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {
     "num_attention_heads": 4,
