@@ -244,3 +244,10 @@ def test_a_guard_is_not_guarded_once_more_by_a_file() -> None:
 def test_a_guard_of_no_policy_is_refused(policy: Any) -> None:
     with pytest.raises(ValueError, match=r"`BaselineGuard` needs an object of a subclass.*got .*Pass a policy"):
         BaselineGuard(policy)
+
+
+def test_a_tree_drafted_in_one_go_is_priced_by_all_its_levels() -> None:
+    """Counted as one level, six would look six times as expensive, and fewer be drafted than are verified."""
+    machine = Machine(0.02, level_seconds=0.1, hit=0.75)
+    machine.run(BaselineGuard(FixedPolicy(TreeShape(7, 6, 1))), 200)
+    assert not [shape for shape in machine.shapes if shape.total_tokens > shape.depth + 1]

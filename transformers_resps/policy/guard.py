@@ -181,9 +181,9 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             nodes -= 1
         if depth == 0 or (nodes == 1 and not probes_head):
             return looked_up
-        self._levels, self._nodes = 1, nodes
+        deepest = shape.depth if by_level else depth if nodes > 1 else 1
+        self._levels, self._nodes = 1 if self.grows else deepest, nodes  # `grow` counts further levels, where asked
         if probes_head:
-            deepest = shape.depth if by_level else depth if nodes > 1 else 1
             return TreeShape(shape.total_tokens, deepest, shape.top_k, lookup)
         return TreeShape(nodes, depth, shape.top_k, lookup)
 
