@@ -1,4 +1,4 @@
-"""Targets with recurrent layers: with any trees the texts, random numbers and states of plain `generate`."""
+"""Targets with recurrent layers: any tree gives the texts, random numbers and states of plain `generate`."""
 
 from typing import Any
 
