@@ -1,6 +1,7 @@
 """Compiled functions: one code for all sizes, and never another module's weights."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -65,3 +66,34 @@ def test_two_modules_behind_the_same_lines_keep_their_own_weights() -> None:
     states = torch.randn(4, 3)
     for module, function in zip((first, second), functions, strict=True):
         torch.testing.assert_close(function([states], [torch.zeros(9, 3)]), module(states) + states.sum())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: one_more_thread(),
+    ],
+    ids=["inference mode", "autocast", "threads"],
+)
+@torch.no_grad()
+def test_a_callers_other_settings_are_known_to_compile_anew(setting: Callable[[], Any]) -> None:
+    """PyTorch guards compiled code by them. A step that takes it for ready would compile, and without freezing."""
+    backend, states = Counting(), torch.randn(4, 3)
+    function = CompiledFunction(through(nn.Linear(3, 2)), [(0,)], (0,), {"backend": backend, "fullgraph": True})
+    function([states], [torch.zeros(9, 3)])
+    with setting():
+        assert not function.is_ready([states])
+        function([states.clone()], [torch.zeros(9, 3)])
+        assert backend.count == 2 and function.is_ready([states])
+    function([states], [torch.zeros(9, 3)])
+    assert backend.count == 2
+
+
+@contextmanager
+def one_more_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    yield
+    torch.set_num_threads(before)

@@ -13,6 +13,7 @@ from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compilation.captured_function import CapturedFunction
 from transformers_resps.drafting.draft_engine import DraftEngine
+from transformers_resps.drafting.draft_engines import DraftEngines
 from transformers_resps.target.slot_verifier import SlotTreeVerifier
 
 
@@ -52,7 +53,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     monkeypatch.setattr(FakeCapture, "fault", None)
     monkeypatch.setattr(SlotTreeVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
     target = attach(Architecture("llama").build("sdpa"))
-    target.draft_engine = DraftEngine(FakeCapture, lambda bound: True)
+    target.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture, lambda bound: True))
     return target
 
 
@@ -78,7 +79,7 @@ def test_a_step_drafts_with_one_launch_what_levels_would(
     at_once, report = speculate(target, head, 5, rows, do_sample=do_sample)
     launches, captures = FakeCapture.launches, FakeCapture.captures
     assert launches >= len(report.steps) - 3 and captures <= 6 * rows  # each number of pairs is another
-    target.draft_engine = DraftEngine(FakeCapture, lambda bound: True)
+    target.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture, lambda bound: True))
     monkeypatch.setattr(FakeCapture, "fault", torch.OutOfMemoryError("no memory"))
     by_levels, _ = speculate(target, head, 5, rows, do_sample=do_sample)
     assert at_once == by_levels and FakeCapture.launches == launches

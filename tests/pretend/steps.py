@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation.captured_function import CapturedFunction
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.draft_engine import DraftEngine
+from transformers_resps.drafting.draft_engines import DraftEngines
 from transformers_resps.target.slot_forward import SlotForward
 from transformers_resps.target.slot_verifier import SlotTreeVerifier
 
@@ -180,7 +182,8 @@ def count(name: str) -> StepCount:
         ids = on_device(prompt(call.pop("rows", 1)))
         with counts, ExitStack() as stack:
             if call.pop("captures", False):
-                target.draft_engine = DraftEngine(lambda function: _Captured(function, counts), lambda bound: True)
+                made = partial(DraftEngine, lambda function: _Captured(function, counts), lambda bound: True)
+                target.draft_engines = DraftEngines(made)
                 call["cache_implementation"] = "static"
                 stack.enter_context(_forward_over_slots_captured(counts))
             text = generate((target, head), ids, **call)

@@ -5,7 +5,8 @@ then runs near the memory limit of a CPU. They are constants from then on: see `
 """
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,9 +40,14 @@ class CompiledFunction:
         if options is None:
             filtered = torch.compiler.skip_guard_on_all_nn_modules_unsafe
             options = {"fullgraph": True, "options": {"guard_filter_fn": filtered}}
-        self._call = torch.compile(_with_own_code(function), **options)
+        self._function, self._options = function, options
         self._dynamic, self._dynamic_buffers = dynamic, dynamic_buffers
-        self._known: set[tuple[tuple[int, ...], ...]] = set()
+        self._known: set[Hashable] = set()
+
+    @cached_property
+    def _call(self) -> Callable[..., Any]:
+        """Made by the first call, which is timed as compiling: PyTorch then imports its compiler."""
+        return torch.compile(_with_own_code(self._function), **self._options)
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         """Run `function(*inputs, *buffers)`; compile it first, where sizes are new."""
@@ -53,7 +59,7 @@ class CompiledFunction:
             for dimension in dimensions:
                 if part.shape[dimension] > 1:
                     torch._dynamo.mark_dynamic(part, dimension)
-        # As an option of `torch.compile` it has no effect: weights become constants before options are read.
+        # As an option of `torch.compile` freezing has no effect: weights become constants before options are read.
         with torch._inductor.config.patch(freezing=True):
             outputs = self._call(*inputs, *buffers)
         self._known.add(kind)  # not before: compiling may be interrupted
@@ -63,12 +69,27 @@ class CompiledFunction:
         """Whether inputs of these sizes run without compilation."""
         return self._kind(inputs) in self._known
 
-    def _kind(self, inputs: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-        """What must be equal for two calls to run the same code: all sizes, the changing ones only as one or more."""
-        return tuple(
+    def _kind(self, inputs: Sequence[Tensor]) -> Hashable:
+        """What must be equal for two calls to run the same code: all sizes, the changing ones only as one or more, and
+        the caller's settings.
+        """
+        sizes = tuple(
             tuple(min(size, 2) if index in dimensions else size for index, size in enumerate(part.shape))
             for part, dimensions in zip(inputs, self._dynamic, strict=True)
         )
+        return sizes, _settings(inputs[0].device.type)
+
+
+def _settings(device_type: str) -> Hashable:
+    """Of a caller, what PyTorch compiles anew for: unasked, inside a step, and without freezing."""
+    return (
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

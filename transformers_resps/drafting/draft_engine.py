@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..compilation.captured_function import CapturedFunction
 from ..compilation.faults import FAULTS, described
+from ..compilation.kept_tensors import is_of_this_mode
 from ..compilation.weight_fingerprint import WeightFingerprint
 from ..head import BoundHead, HeadCache
 from ..tree import CandidatePool, DraftTree, TreeShape
@@ -54,9 +55,9 @@ class DraftEngine:
         return DraftEngine, ()
 
     @contextmanager
-    def borrow(self, bound: BoundHead | None) -> Iterator["DraftEngine | None"]:
-        """Lend this engine; nothing without a head, where angles depend on the text's length, or while it is lent."""
-        if bound is None or not bound.head.config.has_fixed_rope or not self._lock.acquire(blocking=False):
+    def borrow(self, bound: BoundHead) -> Iterator["DraftEngine | None"]:
+        """Lend this engine; nothing where angles depend on the text's length, or while it is lent."""
+        if not bound.head.config.has_fixed_rope or not self._lock.acquire(blocking=False):
             yield None
             return
         try:
@@ -72,7 +73,7 @@ class DraftEngine:
     def cache(self, bound: BoundHead, rows: int) -> HeadCache:
         """The head's cache for a batch, at the same place as in earlier calls."""
         self._rows = rows
-        if self._cache is None or self._cache.buffers[0].shape[1] != rows:
+        if self._cache is None or self._cache.rows != rows or not is_of_this_mode(self._cache.buffers[0]):
             self._functions.clear()
             self._cache = HeadCache.empty(bound.head.config, rows, bound.head.dtype, bound.head.device)
         return self._cache

@@ -21,7 +21,7 @@ from .named import is_name
 from .request import Asked, check_kinds, draft_head, is_plain
 
 
-_OF_THE_MIXIN = ("speculation_defaults", "policy_cache", "named_heads", "slot_engine", "draft_engine")
+_OF_THE_MIXIN = ("speculation_defaults", "policy_cache", "named_heads", "slot_engine", "draft_engines")
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

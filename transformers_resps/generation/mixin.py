@@ -24,7 +24,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from ..compat import CACHE_KEYWORD
 from ..decoding.batch import Batch
 from ..decoding.loop import TreeDecoding
-from ..drafting.draft_engine import DraftEngine
+from ..drafting.draft_engines import DraftEngines
 from ..policy import AutoPolicy, Policy, PolicyCache
 from ..policy.policy_cache import default_policy
 from ..target.slot_engine import SlotEngine
@@ -72,9 +72,9 @@ class ReSpSGenerationMixin(GenerationMixin):
         return SlotEngine()
 
     @cached_property
-    def draft_engine(self) -> DraftEngine:
-        """The captured drafts of the head that this model used last."""
-        return DraftEngine()
+    def draft_engines(self) -> DraftEngines:
+        """The captured or compiled drafts of the heads that this model used last."""
+        return DraftEngines()
 
     def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
         self,
@@ -275,7 +275,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         layers = None if request.bound is None else request.bound.head.config.feature_layers or []
         with (
             tree_verifier(target, self.slot_engine, layers, request.compile, inputs) as verifier,
-            self.draft_engine.borrow(request.bound if verifier.is_compiled else None) as draft_engine,
+            self.draft_engines.borrow(request.bound if verifier.is_compiled else None) as draft_engine,
         ):
             limits = {"attention_mask": mask, "max_length": inputs.max_length}
             decoding = TreeDecoding(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from ..compilation.kept_tensors import is_of_this_mode
 from .tree_cache import replace_entries
 
 
@@ -83,7 +84,8 @@ class SlotBuffers:
         """
         parts = [part for layer in layers for part in (layer.keys, layer.values)]
         kinds = [(rows, part.shape[1], part.shape[3], part.dtype, part.device) for part in parts]
-        if self.size < size or [(*part.shape[1:], part.dtype, part.device) for part in self._parts] != kinds:
+        known = [(*part.shape[1:], part.dtype, part.device) for part in self._parts]
+        if self.size < size or known != kinds or not is_of_this_mode(self._parts[0]):
             self._own([part.new_zeros(size, rows, part.shape[1], part.shape[3]) for part in parts])
         for buffer, part in zip(self._parts, parts, strict=True):
             entries = part.permute(2, 0, 1, 3)
