@@ -15,6 +15,7 @@ from transformers_resps.compilation import compiled_function
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
 from transformers_resps.drafting.draft_engine import DraftEngine
+from transformers_resps.drafting.draft_engines import DraftEngines
 from transformers_resps.head import BoundHead
 from transformers_resps.target.slot_verifier import SlotTreeVerifier
 from transformers_resps.tree import CandidatePool
@@ -198,7 +199,7 @@ def test_what_cannot_be_compiled_or_gives_other_scores_runs_as_it_is_with_one_wa
             both.observe(5)
             both.agree(TREES[1])
     assert compiler.runs == 1
-    reason = "its log probabilities differ by" if fault is None else str(fault)
+    reason = "its log probabilities differ from the eager ones" if fault is None else str(fault)
     assert [reason in line for line in caplog.messages if "runs as it is, not compiled" in line] == [True]
 
 
@@ -220,7 +221,7 @@ def test_no_step_pays_for_compiling(
     """Steps that pass for compiled, by a clock that only compiling moves."""
     monkeypatch.setattr(SlotTreeVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", compiler.clock)
-    target.draft_engine = DraftEngine(clock=compiler.clock)
+    target.draft_engines = DraftEngines(lambda: DraftEngine(clock=compiler.clock))
     options = {"assistant_model": head, "policy": FixedPolicy(TREES[1]), "cache_implementation": "static"}
     prompt = torch.tensor([[3, 4, 5, 3, 4]])
     out = target.generate(prompt, max_new_tokens=12, **options, return_dict_in_generate=True)

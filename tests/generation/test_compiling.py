@@ -211,6 +211,19 @@ def test_all_sizes_are_compiled_once_and_its_seconds_are_no_steps(backend: Count
     assert backend.count == 1
 
 
+def test_calls_in_and_out_of_inference_mode_are_compiled_apart_and_no_step_pays(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    """What is kept from call to call was made in the other mode: outside, inference tensors cannot be written."""
+    expected = plainly(target)
+    for mode in (True, False, True, False):
+        with torch.inference_mode(mode):
+            out = speculate(target, head, Cycle(*SHAPES), compile=True)
+        assert out.sequences.tolist() == expected
+        assert {step.step_seconds for step in out.speculation.steps} == {0.0}
+    assert backend.count == 2
+
+
 def test_batches_are_compiled_once_more_however_their_rows_end(
     target: PreTrainedModel, head: DraftHead, backend: CountingBackend
 ) -> None:
@@ -261,7 +274,7 @@ def test_compiled_code_that_gives_other_logits_is_not_used(
     untraced.change = lambda outputs: tuple(part * 1.01 for part in outputs)
     out = speculate(target, head, Cycle(*SHAPES), compile=True)
     assert out.sequences.tolist() == plainly(target)
-    assert any("its logits differ by" in line for line in warnings_of())
+    assert any("its logits differ from the eager ones" in line for line in warnings_of())
 
 
 def test_a_fault_in_the_middle_of_a_text_repeats_the_step_as_it_is(

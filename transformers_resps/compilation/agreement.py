@@ -4,20 +4,23 @@ import torch
 from torch import Tensor
 
 
-# Share of the largest value by which compiled and eager code may differ.
+# Share by which compiled and eager code may differ. SmolLM2's logits in bfloat16: 0.02 after text, 0.06 after random
+# tokens; a wrong mask or wrong weights make it 0.5 and more.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_LOW_PRECISION_TOLERANCE = 0.1
+_LOW_PRECISION_TOLERANCE = 0.2
 
 
 def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
     """Say how far compiled values are from the eager ones; `None` where rounding explains it.
+
+    All values count together: in low precision a single one may be far off.
 
     Args:
         found: by compiled code, of any shape.
         expected: by eager code.
         dtype: of the weights that both multiply.
     """
-    error, scale = (float(part.abs().max()) for part in (found - expected, expected))
-    if error <= _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
+    difference, scale = (float(part.float().norm()) for part in (found - expected, expected))
+    if difference <= _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
         return None
-    return f"differ by {error:.3g} from the eager ones, the largest of which is {scale:.3g}"
+    return f"differ from the eager ones by {difference / max(scale, 1.0):.2g} of their norm"
