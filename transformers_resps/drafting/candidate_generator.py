@@ -32,10 +32,11 @@ class _Pairs:
     tokens: Tensor
     counts: list[int]
 
-    def of_rows(self, rows: list[int]) -> "_Pairs":
+    def of_rows(self, rows: list[int], order: Tensor) -> "_Pairs":
         counts = [self.counts[row] for row in rows]
-        most = max(counts)
-        return _Pairs(self.features[rows, :most], self.tokens[rows, :most], counts)
+        parts = [part[:, : max(counts)] for part in (self.features, self.tokens)]
+        features, tokens = (part.index_select(0, order.to(part.device)) for part in parts)
+        return _Pairs(features, tokens, counts)
 
 
 class TreeCandidateGenerator(Drafter, CandidateGenerator):
@@ -82,11 +83,12 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
 
     def keep_rows(self, rows: list[int]) -> None:
         """Draft for these rows only, from now on."""
-        self._unread = [pairs.of_rows(rows) for pairs in self._unread]
-        self.newest_features = self.newest_features[rows]
-        self._newest = self._newest[rows]
+        order = torch.tensor(rows, device=self._device)  # one write
+        self._unread = [pairs.of_rows(rows, order) for pairs in self._unread]
+        self.newest_features = self.newest_features.index_select(0, order.to(self.newest_features.device))
+        self._newest = self._newest.index_select(0, order)
         self._slots.keep_rows(rows)
-        self._cache.keep_rows(rows)
+        self._cache.keep_rows(order)
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
         """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node: see `grow_pool`."""

@@ -117,6 +117,6 @@ class HeadCache:
             return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
         return attend(queries, keys, values, mask if mask is None else mask[:, :, -queries.shape[2] :])
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Forget all rows but these."""
-        self._keys, self._values = self._keys[:, rows], self._values[:, rows]
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows but these, `[r]` on the cache's device."""
+        self._keys, self._values = (kept.index_select(1, rows) for kept in (self._keys, self._values))

@@ -168,6 +168,8 @@ def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
     """Forget all rows but `rows`, of which the longest has `length` positions."""
     order, layers = torch.tensor(rows), list[Any](cache.layers)
     for layer in layers:
+        states = _states(layer)
+        order = order if states is None else order.to(states[0].device)  # once, unless layers lie on several devices
         (layer.reorder_cache if holds_state(layer) else layer.batch_select_indices)(order)
     surplus = cached_length(cache) - length
     for index, layer in enumerate(layers if surplus else []):
