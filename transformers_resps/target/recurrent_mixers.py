@@ -7,7 +7,7 @@ the accepted nodes. Related: STree (arXiv 2505.14969), and "The Mamba in the Lla
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -127,7 +127,7 @@ class _Reading:
     def __init__(self, paths: TreePaths, branches: Cache) -> None:
         self.paths, self.branches = paths, branches
         self._inputs: dict[int, tuple[Tensor, dict[str, Any]]] = {}  # of each mixer, at the nodes
-        self._autocast: dict[str, Any] = {}  # as it was inside the target's forward
+        self._autocast: dict[str, Any] = {}  # where it was on inside the target's forward
 
     def enter(
         self, mixer: Any, layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -138,8 +138,8 @@ class _Reading:
         states = arguments[0] if arguments else keywords.pop("hidden_states")
         self._inputs[mixer.layer_idx] = states, keywords
         kind = states.device.type
-        self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
-        self._autocast["enabled"] = torch.is_autocast_enabled(kind)
+        if torch.is_autocast_enabled(kind):
+            self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
         self.branches.layers[mixer.layer_idx] = copied_rows(layer, self.paths.rows)
         read = self.paths.along(states)
         return (read, *arguments[1:]), keywords | chunk_keyword(mixer, read)
@@ -148,7 +148,7 @@ class _Reading:
         """Run the mixers alone over their inputs at `nodes` `[r, m]`, counted through all rows, on the states of
         `cache`; outside the target's forward, so without what wraps it.
         """
-        with torch.autocast(**self._autocast):
+        with torch.autocast(**self._autocast) if self._autocast else nullcontext():
             for index, (states, keywords) in self._inputs.items():
                 mixer, read = mixers[index], gathered(states, nodes)
                 mixer.forward(read, **keywords | chunk_keyword(mixer, read) | {"cache": cache})
