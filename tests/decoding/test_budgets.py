@@ -18,15 +18,15 @@ BUDGETS = {
     "stock plain": (16, 1.0),
     "stock prompt lookup": (42, 13.0),
     "plain": (7, 1.0),
-    "8/4/2": (169, 1.0),
-    "60/8/10": (298, 1.0),
+    "8/4/2": (163, 1.0),
+    "60/8/10": (285, 1.0),
     "8/4/2 captured": (11, 2.0),  # the draft is one launch, and so is what the target computes for a tree
     "60/8/10 captured": (12, 2.0),
     "auto captured": (22, 3.7),
-    "8/4/2 sampled": (184, 1.0),
-    "8/4/2 sampled, penalty": (245, 2.0),
-    "8/4/2 of three rows": (214, 4.3),
-    "auto": (207, 2.7),
+    "8/4/2 sampled": (177, 1.0),
+    "8/4/2 sampled, penalty": (238, 2.0),
+    "8/4/2 of three rows": (207, 3.3),
+    "auto": (198, 2.7),
     "lookups": (7, 1.2),
 }
 

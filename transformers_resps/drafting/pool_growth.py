@@ -4,6 +4,7 @@ The caller runs a level through the head.
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -72,19 +73,19 @@ def grow_pool(
     children; all children are candidates.
     """
     tokens, scores = _children(bound, newest, top_k)  # [b, 1, k]
-    pool = [(tokens, torch.full_like(tokens[:1, :, :1], -1), scores)]
+    levels = [(tokens, scores)]
+    bests: list[Tensor] = []
     if depth > 1:
-        indices, frontier = _first(bound.head.feedback(newest), tokens[:, 0], scores[:, 0])
-    first = 0  # pool index of a level's first child
+        frontier = _first(bound.head.feedback(newest), tokens[:, 0], scores[:, 0])
     for level in range(1, depth):
         if not goes_on(level, frontier.scores):
             break
-        first += pool[-1][0].shape[1:].numel()
         growth = run(frontier, level, level + 1 == depth)
-        pool.append((growth.tokens, indices[..., None], growth.scores))
+        levels.append((growth.tokens, growth.scores))
         if growth.frontier is not None and growth.best is not None:
-            indices, frontier = first + growth.best, growth.frontier
-    return _joined(pool)
+            bests.append(growth.best)
+            frontier = growth.frontier
+    return _joined(levels, bests)
 
 
 def branch(bound: BoundHead, frontier: Frontier, output: Tensor, is_last: bool) -> Growth:
@@ -96,12 +97,24 @@ def branch(bound: BoundHead, frontier: Frontier, output: Tensor, is_last: bool) 
     return Growth(tokens, scores, *_next(frontier, bound.head.feedback(output), tokens, scores))
 
 
-def _joined(pool: list[tuple[Tensor, Tensor, Tensor]]) -> CandidatePool:
-    """The levels' tokens, parents and scores, each expandable to `[b, w, k]`, one after the other."""
-    rows = [(tokens, parents.expand_as(tokens), scores) for tokens, parents, scores in pool]
-    tokens, parents, scores = (torch.cat(parts, dim=1).flatten(1) for parts in zip(*rows, strict=True))
-    levels = [torch.full(part[0].shape[1:], level).flatten() for level, part in enumerate(pool, start=1)]
-    return CandidatePool(tokens, parents, scores, torch.cat(levels))
+def _joined(levels: list[tuple[Tensor, Tensor]], bests: list[Tensor]) -> CandidatePool:
+    """The levels' tokens and scores `[b, w, k]`, one after the other, and which nodes they hang from.
+
+    Args:
+        levels: of the pool.
+        bests: `[b, k]` of each level from the second on, which of its nodes got children.
+    """
+    first = levels[0][0]
+    order = torch.arange(-1, first.shape[-1], device=first.device)  # the root, and the nodes of the first level
+    sizes = [tokens.shape[1:].numel() for tokens, _ in levels]
+    parents = [order[:1, None], order[1:, None]]
+    if bests:
+        starts = list(accumulate(sizes))[: len(bests)]  # where their levels begin
+        parents += [own[..., None] for own in torch._foreach_add(bests, starts)]
+    hung = [own.expand_as(tokens) for own, (tokens, _) in zip(parents, levels, strict=False)]
+    tokens, scores = (torch.cat(parts, dim=1).flatten(1) for parts in zip(*levels, strict=True))
+    level_of = [torch.full((size,), level) for level, size in enumerate(sizes, start=1)]
+    return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, torch.cat(level_of))
 
 
 def _children(bound: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -111,12 +124,11 @@ def _children(bound: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Ten
     return bound.target_ids(draft_ids), scores
 
 
-def _first(hidden: Tensor, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Frontier]:
-    """All children `[b, k]` of the root, whose output is `hidden` `[b, 1, h]`, and their pool indices."""
+def _first(hidden: Tensor, tokens: Tensor, scores: Tensor) -> Frontier:
+    """All children `[b, k]` of the root, whose output is `hidden` `[b, 1, h]`."""
     rows, width = tokens.shape
     itself = torch.eye(width, dtype=torch.bool, device=tokens.device)
-    frontier = Frontier(tokens, scores, hidden.expand(-1, width, -1), itself.expand(rows, -1, -1))
-    return torch.arange(width, device=tokens.device)[None], frontier
+    return Frontier(tokens, scores, hidden.expand(-1, width, -1), itself.expand(rows, -1, -1))
 
 
 def _next(frontier: Frontier, hidden: Tensor, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Frontier]:

@@ -41,7 +41,7 @@ class Rope(NamedTuple):
     def turn(self, states: Tensor) -> Tensor:
         """`[b, heads, t, hd]` turned by the angles of its positions."""
         half = states.shape[-1] // 2
-        return states * self.cosine[:, None] + states.roll(half, dims=-1) * self.sine[:, None]
+        return torch.addcmul(states * self.cosine[:, None], states.roll(half, dims=-1), self.sine[:, None])
 
 
 class DraftAttention(nn.Module):
