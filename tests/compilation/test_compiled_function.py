@@ -59,6 +59,22 @@ def test_it_compiles_once_for_all_sizes_from_two_on_and_writes_its_buffers() -> 
 
 
 @torch.no_grad()
+def test_weights_go_into_the_code_and_cpp_calls_the_kernels_but_not_in_what_callers_compile() -> None:
+    config, seen = torch._inductor.config, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.append((config.freezing, config.cpp_wrapper))
+        return graph.forward
+
+    before = config.freezing, config.cpp_wrapper
+    CompiledFunction(through(nn.Linear(3, 2)), [(0,)], (0,), {"backend": backend})(
+        [torch.ones(2, 3)], [torch.ones(9, 3)]
+    )
+    assert seen == [(True, True)]
+    assert (config.freezing, config.cpp_wrapper) == before == (False, False)
+
+
+@torch.no_grad()
 def test_two_modules_behind_the_same_lines_keep_their_own_weights() -> None:
     """Without guards on modules, code that is found by its lines alone would be the first module's."""
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)
