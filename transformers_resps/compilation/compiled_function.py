@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 
-# As options of `torch.compile` they come too late: weights become constants before these are read. Layers that read the
-# same input are multiplied at once, which takes a twelfth off a step of SmolLM2. On a CPU the kernels are called from
-# C++, which takes off a seventh.
-_SETTINGS = {"freezing": True, "cpp.enable_concat_linear": True}
+# As options of `torch.compile` they come too late: weights become constants before these are read. Layers that read
+# the same input are multiplied at once, which takes a twelfth off a step of SmolLM2; on a CPU C++ calls the kernels,
+# which takes off a seventh.
+_INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True}
 
 # Of each tensor, the dimensions whose sizes change from call to call.
 DynamicSizes = Sequence[Sequence[int]]
@@ -64,7 +64,7 @@ class CompiledFunction:
             for dimension in dimensions:
                 if part.shape[dimension] > 1:
                     torch._dynamo.mark_dynamic(part, dimension)
-        with torch._inductor.config.patch(_SETTINGS | {"cpp_wrapper": inputs[0].device.type == "cpu"}):
+        with torch._inductor.config.patch(_INDUCTOR | {"cpp_wrapper": inputs[0].device.type == "cpu"}):
             outputs = self._call(*inputs, *buffers)
         self._known.add(kind)  # not before: compiling may be interrupted
         return outputs
@@ -81,10 +81,10 @@ class CompiledFunction:
             tuple(min(size, 2) if index in dimensions else size for index, size in enumerate(part.shape))
             for part, dimensions in zip(inputs, self._dynamic, strict=True)
         )
-        return sizes, _settings(inputs[0].device.type)
+        return sizes, _callers_settings(inputs[0].device.type)
 
 
-def _settings(device_type: str) -> Hashable:
+def _callers_settings(device_type: str) -> Hashable:
     """Of a caller, what PyTorch compiles anew for: unasked, inside a step, and without freezing."""
     return (
         torch.is_inference_mode_enabled(),
