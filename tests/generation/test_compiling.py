@@ -212,7 +212,7 @@ def test_all_sizes_are_compiled_once_and_its_seconds_are_no_steps(backend: Count
 
 
 def test_calls_in_and_out_of_inference_mode_are_compiled_apart_and_no_step_pays(
-    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend, warnings_of: Any
 ) -> None:
     """What is kept from call to call was made in the other mode: outside, inference tensors cannot be written."""
     expected = plainly(target)
@@ -222,6 +222,7 @@ def test_calls_in_and_out_of_inference_mode_are_compiled_apart_and_no_step_pays(
         assert out.sequences.tolist() == expected
         assert {step.step_seconds for step in out.speculation.steps} == {0.0}
     assert backend.count == 2
+    assert [" again, " in line for line in warnings_of() if "Compiling the target" in line] == [False, True]
 
 
 def test_batches_are_compiled_once_more_however_their_rows_end(
@@ -357,7 +358,7 @@ def test_auto_compiles_when_decoding_has_taken_as_long(
 ) -> None:
     speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 0
-    target.slot_engine.note(60.0)
+    target.slot_engine.note(90.0)
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
 

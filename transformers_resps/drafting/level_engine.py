@@ -73,7 +73,7 @@ class LevelEngine:
         self, function: CompiledFunction, forward: LevelForward, inputs: list[Tensor], buffers: list[Tensor]
     ) -> None:
         """Compile, and give up if compiled code does not give what the eager code gives."""
-        logger.warning("Compiling a level of the draft head, once. A small head takes half a minute on two cores.")
+        logger.warning("Compiling a level of the draft head, once. A small head takes up to a minute on two cores.")
         started = self._clock()
         try:
             expected = level_function(forward.bound, forward.cache.tree_room)(*inputs, *buffers)

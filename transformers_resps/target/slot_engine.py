@@ -23,7 +23,7 @@ from .slot_forward import SlotForward, SlotInputs
 logger = logging.getLogger(f"transformers.{__name__}")
 
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
-_EXPECTED_SECONDS = 60.0  # of compiling a small model on two cores, until it was measured
+_EXPECTED_SECONDS = 90.0  # of compiling a small model on two cores, until it was measured
 # The dimensions of `SlotInputs` and of the buffers that change, with several rows.
 _SIZES = ((0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1), (0,))
 _BUFFER_SIZES = (0, 1)
@@ -116,8 +116,13 @@ class SlotEngine:
         expected = forward(inputs, buffers)  # first: Transformers adds the hooks that are compiled at an eager call
         kind = _kind(forward, inputs)
         if kind not in self._functions:
-            logger.warning("Compiling the target's forward, once. A small model takes about a minute on two cores.")
+            logger.warning("Compiling the target's forward, once. A small model takes up to two minutes on two cores.")
             self._functions[kind] = _made(forward, inputs)
+        elif isinstance(self._functions[kind], CompiledFunction):
+            logger.warning(
+                "Compiling the target's forward again, because inference mode, autocast or the number of threads has "
+                "changed. Call `generate` in the same way every time."
+            )
         started = time.perf_counter()
         outputs: tuple[Tensor, ...] = self._functions[kind](inputs, buffers)
         self._compile_seconds = time.perf_counter() - started
