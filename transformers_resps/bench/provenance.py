@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ..hub import folder_of
 PACKAGE = Path(__file__).parent.parent
 _CONFIG = "config.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", _CONFIG)  # the first kind that is there, all its parts
+_OF_MEMORY = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")  # huge pages, other allocators
 _UNTOLD = {"default_tree", "transformers_version", "name_or_path"}  # says nothing of how weights are used
 
 
@@ -30,11 +32,12 @@ def command_line() -> list[str]:
 
 
 def machine(model: Any) -> dict[str, Any]:
-    """Return device, dtype, threads and versions."""
+    """Return device, dtype, threads, versions, and the variables that change how memory is laid out."""
     return {
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "environment": {name: os.environ[name] for name in _OF_MEMORY if name in os.environ},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
