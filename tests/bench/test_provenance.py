@@ -3,7 +3,20 @@
 import hashlib
 from pathlib import Path
 
-from transformers_resps.bench.provenance import weights_sha256
+import pytest
+from torch import nn
+
+from transformers_resps.bench.provenance import machine, weights_sha256
+
+
+def test_huge_pages_are_told_and_other_variables_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(1, 1)
+    model.device, model.dtype = model.weight.device, model.weight.dtype
+    for name in ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert machine(model)["environment"] == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def test_the_hash_of_weights_is_that_of_all_their_files(tmp_path: Path) -> None:
