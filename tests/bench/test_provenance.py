@@ -2,16 +2,16 @@
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from torch import nn
+import torch
 
 from transformers_resps.bench.provenance import machine, weights_sha256
 
 
 def test_huge_pages_are_told_and_other_variables_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Linear(1, 1)
-    model.device, model.dtype = model.weight.device, model.weight.dtype
+    model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     for name in ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", "secret")
