@@ -102,11 +102,15 @@ class SlotBuffers:
 
     def keep_rows(self, rows: list[int]) -> None:
         """Forget all rows but these; as many rows as there are stay where they are."""
-        if self._parts and len(rows) == self._parts[0].shape[1]:
-            for part in self._parts:
-                part.copy_(part[:, rows])
+        order, kept = torch.tensor(rows), list[Tensor]()
+        for part in self._parts:
+            order = order.to(part.device)  # once, unless layers lie on several devices
+            kept.append(part.index_select(1, order))
+        if kept and kept[0].shape == self._parts[0].shape:
+            for part, chosen in zip(self._parts, kept, strict=True):
+                part.copy_(chosen)
         else:
-            self._own([part[:, rows] for part in self._parts])
+            self._own(kept)
 
     def window(self, size: int) -> list[Tensor]:
         """The first `size` slots: keys and values `[slots, b, kv heads, hd]` of the first layer, the second, ..."""
