@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 
-# Share by which compiled and eager code may differ. SmolLM2's logits in bfloat16: 0.02 to 0.04 after text, 0.06 after
-# random tokens. One matrix of another layer makes it 0.16, one token hidden from the newest 0.19; positions off by one,
-# 0.10, are hardly told from rounding.
+# Share by which compiled and eager code may differ. SmolLM2's logits in bfloat16: 0.02 to 0.06. One matrix of another
+# layer makes it 0.16, a token hidden from the newest 0.19; positions off by one, 0.10, look almost like rounding.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.1
 
