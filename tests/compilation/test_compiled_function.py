@@ -75,6 +75,13 @@ def test_weights_go_into_the_code_and_cpp_calls_the_kernels_but_not_in_what_call
 
 
 @torch.no_grad()
+def test_code_for_equal_sizes_serves_no_others() -> None:
+    function = CompiledFunction(lambda rows, columns: rows.sum() + 2 * columns.sum(), [(0,), (0,)])
+    for rows, columns in ((4, 4), (4, 3), (3, 4), (5, 5)):
+        assert function([torch.ones(rows), torch.ones(columns)]) == rows + 2 * columns
+
+
+@torch.no_grad()
 def test_two_modules_behind_the_same_lines_keep_their_own_weights() -> None:
     """Without guards on modules, code that is found by its lines alone would be the first module's."""
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, PreTrainedModel, set_seed
+from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel, set_seed
 
 from tests.conftest import FakeClock
 from tests.decoding.rows import AnyShape, prompts
@@ -161,7 +161,7 @@ def backend(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     def compile_target(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         if is_level(function):
             return function
-        return stock(function, backend=found, fullgraph=options["fullgraph"])
+        return stock(function, backend=found, **options)
 
     monkeypatch.setattr(compiled_function.torch, "compile", compile_target)
     torch._dynamo.reset()
@@ -209,6 +209,21 @@ def test_all_sizes_are_compiled_once_and_its_seconds_are_no_steps(backend: Count
         again = speculate(target, head, Cycle(*SHAPES), compile=True, max_new_tokens=count)
         assert again.sequences.tolist() == plainly(target, count)
     assert backend.count == 1
+
+
+def test_a_model_of_a_new_class_does_not_make_the_next_call_compile(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    """Transformers keeps a table of classes, which every forward reads: a step would compile, and without freezing."""
+
+    class NewModel(PreTrainedModel):
+        pass
+
+    speculate(target, head, WIDE, compile=True)
+    NewModel(PreTrainedConfig())
+    again = speculate(target, head, WIDE, compile=True)
+    assert backend.count == 1 and again.sequences.tolist() == plainly(target)
+    assert {step.step_seconds for step in again.speculation.steps} == {0.0}
 
 
 def test_calls_in_and_out_of_inference_mode_are_compiled_apart_and_no_step_pays(

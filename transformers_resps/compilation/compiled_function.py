@@ -6,7 +6,6 @@ then runs near the memory limit of a CPU. They are constants from then on: see `
 
 import types
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ class CompiledFunction:
         dynamic_buffers: of every buffer.
         options: of `torch.compile`, in place of inductor with freezing.
 
-    The guards on modules are left out, since checking hundreds of parameters takes as long as a layer. So the caller
-    must drop the object when a module that the function runs has changed.
+    The caller must drop the object when what the function reads besides its inputs has changed, as weights do:
+    compiled code does not look (see `_guards_on_inputs`).
     """
 
     def __init__(
@@ -42,36 +41,32 @@ class CompiledFunction:
         dynamic_buffers: Sequence[int] = (),
         options: dict[str, Any] | None = None,
     ) -> None:
-        if options is None:
-            filtered = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-            options = {"fullgraph": True, "options": {"guard_filter_fn": filtered}}
         self._function, self._options = function, options
         self._dynamic, self._dynamic_buffers = dynamic, dynamic_buffers
-        self._known: set[Hashable] = set()
-
-    @cached_property
-    def _call(self) -> Callable[..., Any]:
-        """Made by the first call, which is timed as compiling: PyTorch then imports its compiler."""
-        return torch.compile(_with_own_code(self._function), **self._options)
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         """Run `function(*inputs, *buffers)`; compile it first, where sizes are new."""
         kind = self._kind(inputs)
-        if kind in self._known:
-            return self._call(*inputs, *buffers)
+        if kind in self._compiled:
+            return self._compiled[kind](*inputs, *buffers)
         sizes = [*self._dynamic, *[self._dynamic_buffers] * len(buffers)]
         for part, dimensions in zip([*inputs, *buffers], sizes, strict=True):
             for dimension in dimensions:
                 if part.shape[dimension] > 1:
                     torch._dynamo.mark_dynamic(part, dimension)
+        options = self._options  # made anew each time: `torch.compile` takes its filter out of them
+        if options is None:
+            options = {"fullgraph": True, "options": {"guard_filter_fn": _guards_on_inputs}}
+        compiled = torch.compile(_with_own_code(self._function), **options)
         with torch._inductor.config.patch(_INDUCTOR | {"cpp_wrapper": inputs[0].device.type == "cpu"}):
-            outputs = self._call(*inputs, *buffers)
-        self._known.add(kind)  # not before: compiling may be interrupted
+            outputs = compiled(*inputs, *buffers)
+        self._compiled[kind] = compiled  # not before: compiling may be interrupted
         return outputs
 
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
         """Whether inputs of these sizes run without compilation."""
-        return self._kind(inputs) in self._known
+        return self._kind(inputs) in self._compiled
 
     def _kind(self, inputs: Sequence[Tensor]) -> Hashable:
         """What must be equal for two calls to run the same code: all sizes, the changing ones only as one or more, and
@@ -85,7 +80,7 @@ class CompiledFunction:
 
 
 def _callers_settings(device_type: str) -> Hashable:
-    """Of a caller, what PyTorch compiles anew for: unasked, inside a step, and without freezing."""
+    """Of a caller, what is compiled in: no guard asks for it."""
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
@@ -96,11 +91,21 @@ def _callers_settings(device_type: str) -> Hashable:
     )
 
 
+def _guards_on_inputs(guards: Sequence[Any]) -> list[bool]:
+    """Keep what compiled code asks of its inputs before it runs, and leave out all else.
+
+    Of modules there are hundreds of guards, which take as long as a layer. Others ask how many classes of models
+    Transformers has met: with one more, PyTorch compiles anew inside a step, and without freezing.
+    """
+    of_tensors = torch.compiler.keep_tensor_guards_unsafe(guards)
+    return [kept or guard.guard_type == "SHAPE_ENV" for kept, guard in zip(of_tensors, guards, strict=True)]
+
+
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of `function` with a code object of its own.
 
-    `torch.compile` finds compiled code by the code object and by guards. Two closures of one `def` share it, and
-    without guards on modules one model would run the other's weights.
+    `torch.compile` finds compiled code by the code object and by guards. Two closures of one `def` share it: with so
+    few guards one model would run the other's weights, and a call under autocast what was compiled without.
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()
