@@ -84,7 +84,7 @@ def attend(
     """
     batch_size, heads, count = query.shape[:3]
     sharing = heads // key.shape[1]
-    if mask is not None and sharing > 1 and count > 1:
+    if mask is not None and sharing > 1 and max(count, mask.shape[1]) > 1:
         mask = stacked(mask, sharing, 1 if mask.device.type == "cpu" else _ALIGNMENT)
     query = query.reshape(batch_size, key.shape[1], sharing * count, -1)
     attended = functional.scaled_dot_product_attention(
