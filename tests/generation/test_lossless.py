@@ -17,7 +17,7 @@ from transformers import (
 from tests.generation.answering import SAMPLING, WIDE, both
 from tests.targets import VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
-from transformers_resps import DraftHead, FixedPolicy, attach
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -94,6 +94,17 @@ def test_rows_of_a_padded_batch_finish_on_their_own(target: PreTrainedModel, hea
         lengths |= {int((row != 0).sum()) for row in tree.sequences[:, 9:]}
         assert tree.speculation.emitted == sum(sum(step.emitted) for step in tree.speculation.steps)
     assert len(lengths) > 1 or not do_sample
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(8, 4), (8, 2), (8, 1), (4, 4)])
+def test_a_chain_is_drafted_beside_padding_however_many_heads_share_keys(heads: int, key_heads: int) -> None:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
+    target = attach(Architecture("llama", sizes).build("sdpa"))
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    plain, tree = both(target, DraftHead.from_target(target), inputs, TreeShape(4, 3, 1))
+    assert tree.sequences.tolist() == plain.sequences.tolist()
 
 
 class StopAfter(StoppingCriteria):

@@ -45,19 +45,21 @@ def test_the_logits_of_a_tree_are_the_same_but_for_rounding(
         torch.testing.assert_close(tree_logits(target, batch_size), stock, rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("mask_of", ["nothing", "numbers", "bools"])
+@pytest.mark.parametrize("count", [5, 1])
+@pytest.mark.parametrize("mask_of", ["nothing", "numbers", "bools", "bools for each head that shares"])
 @pytest.mark.parametrize(("heads", "shared"), [(6, 2), (4, 1), (3, 3)])
-def test_heads_that_share_keys_see_what_pytorch_shows_them(heads: int, shared: int, mask_of: str) -> None:
+def test_heads_that_share_keys_see_what_pytorch_shows_them(heads: int, shared: int, mask_of: str, count: int) -> None:
     generator = torch.Generator().manual_seed(4)
-    query = torch.randn(2, heads, 5, 8, generator=generator, dtype=torch.float64)
+    query = torch.randn(2, heads, count, 8, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, 2, shared, 9, 8, generator=generator, dtype=torch.float64)
-    shown = torch.rand(2, 1, 5, 9, generator=generator) < 0.6
+    shown = torch.rand(2, 1, count, 9, generator=generator) < 0.6
     shown[..., 0] = True
-    numbers = torch.zeros(2, 1, 5, 9, dtype=torch.float64).masked_fill(~shown, float("-inf"))
-    mask = {"nothing": None, "numbers": numbers, "bools": shown}[mask_of]
+    numbers = torch.zeros(shown.shape, dtype=torch.float64).masked_fill(~shown, float("-inf"))
+    stock = {"nothing": None, "numbers": numbers}.get(mask_of, shown)
+    mask = shown.expand(-1, heads // shared, -1, -1) if mask_of.endswith("shares") else stock
     for scaling in (None, 0.3):
         options = {"enable_gqa": True, "scale": scaling}
-        expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+        expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=stock, **options)
         found = attend(query, key, value, mask, scaling=scaling)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
