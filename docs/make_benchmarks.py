@@ -127,15 +127,24 @@ def compiled(found: list[Results], temperature: str) -> str:
 
 
 def engine(found: list[Results]) -> str:
-    """Of `training.studies.engine_speed`: what of a planted tau became speed, against plain decoding both ways."""
+    """Of `training.studies.engine_speed`: what of tau became speed, eager and compiled, each against its own plain."""
     rows = []
     for one in found:
-        for row in one.data["rows"]:
-            values = [row[name] for name in ("tau", "ratio", "efficiency", "compiled_ratio", "compiled_efficiency")]
-            rate = f"{row['tokens_per_second']:.1f}"
-            rows.append([row["model"], one.link, row["way"].removeprefix("tree "), rate, *map(two, values)])
-    ratios = ["ratio", "ratio / tau", "ratio to compiled plain", "that / tau"]
-    return table(["target", "results file", "method"], ["tokens/s", "tau", *ratios], rows)
+        ways = {(row["model"], row["way"]): row for row in one.data["rows"]}
+        for (model, way), row in ways.items():
+            if way.endswith(COMPILED):
+                continue
+            cells = _engine_cells(row, "ratio", "efficiency")
+            also = ways.get((model, way + COMPILED))
+            cells += [""] * 4 if also is None else _engine_cells(also, "compiled_ratio", "compiled_efficiency")
+            rows.append([model, one.link, way.removeprefix("tree ").replace("auto", "`auto`"), *cells])
+    numbers = ["tokens/s", "tau", "ratio to plain", "that / tau"]
+    compiled_numbers = ["compiled tokens/s", "tau", "ratio to compiled plain", "that / tau"]
+    return table(["target", "results file", "method"], [*numbers, *compiled_numbers], rows)
+
+
+def _engine_cells(row: dict[str, Any], ratio: str, efficiency: str) -> list[str]:
+    return [f"{row['tokens_per_second']:.1f}", *(two(row[name]) for name in ("tau", ratio, efficiency))]
 
 
 def head_alone(found: list[Results]) -> str:

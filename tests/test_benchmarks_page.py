@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,8 +69,14 @@ def test_compiled_methods_have_columns_where_a_file_has_them() -> None:
     assert "| `auto` | 2.50 | 2.50 | 0.80 | 0.40 |" in rows
 
 
-def test_the_engine_has_a_row_for_each_way_and_blanks_where_nothing_was_compiled() -> None:
+def test_the_engine_has_a_row_for_each_way_with_its_compiled_figures_beside_it_or_blanks() -> None:
     row = {"model": "1b", "way": "tree 8/7/1, tau 4", "tokens_per_second": 30.04, "tau": 4.0, "ratio": 3.0}
-    row |= {"efficiency": 0.75, "compiled_ratio": None, "compiled_efficiency": None}
-    table = SCRIPT["engine"]([SCRIPT["Results"]("a/engine.json", {"rows": [row]})]).splitlines()
-    assert table[-1] == "| 1b | [engine](../a/engine.json) | 8/7/1, tau 4 | 30.0 | 4.00 | 3.00 | 0.75 |  |  |"
+    row |= {"efficiency": 0.75, "compiled_ratio": 2.0, "compiled_efficiency": 0.5}
+    also = row | {"way": "tree 8/7/1, tau 4, compiled", "tokens_per_second": 50.0}
+
+    def last_row(rows: list[dict[str, Any]]) -> str:
+        return str(SCRIPT["engine"]([SCRIPT["Results"]("a/engine.json", {"rows": rows})]).splitlines()[-1])
+
+    eager = "| 1b | [engine](../a/engine.json) | 8/7/1, tau 4 | 30.0 | 4.00 | 3.00 | 0.75 |"
+    assert last_row([row]) == f"{eager}  |  |  |  |"
+    assert last_row([row, also]) == f"{eager} 50.0 | 4.00 | 2.00 | 0.50 |"

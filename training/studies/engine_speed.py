@@ -2,8 +2,9 @@
 
 Question: what part of the mean acceptance length (tau) becomes speed, against plain decoding eager and compiled? What
 part where three of four layers are recurrent, which read a tree path by path?
-Answer: Llamas are not measured yet. On hybrids of 0.15B on a CPU, with PyTorch's own scans and tau 2.3, a chain is
-about as fast as plain decoding and a tree slower, and `auto` decodes plainly.
+Answer: on two cores, compiled Llamas of 0.1B and 1B keep 0.41 to 0.90 of tau, `auto` 0.69 to 0.87; each level reads a
+head that is a sixth, or a ninth, of the target. On hybrids of 0.15B on a CPU, with PyTorch's own scans and tau 2.3, a
+chain is about as fast as plain decoding and a tree slower, and `auto` decodes plainly.
 
     python -m training.studies.engine_speed --shape 0.1b 1b --tau 2 3 4 --dtype bfloat16
     python -m training.studies.engine_speed --shape 0.1b-gdn 0.1b-mamba2 --tau 2.5 --trees 6,3,2 --dtype float32
