@@ -75,10 +75,11 @@ def test_weights_go_into_the_code_and_cpp_calls_the_kernels_but_not_in_what_call
 
 
 @torch.no_grad()
-def test_code_for_equal_sizes_serves_no_others() -> None:
-    function = CompiledFunction(lambda rows, columns: rows.sum() + 2 * columns.sum(), [(0,), (0,)])
-    for rows, columns in ((4, 4), (4, 3), (3, 4), (5, 5)):
-        assert function([torch.ones(rows), torch.ones(columns)]) == rows + 2 * columns
+def test_code_that_was_made_for_some_sizes_serves_no_others() -> None:
+    """PyTorch's own code asks for sizes, too: its kernels have limits."""
+    function = CompiledFunction(lambda rows: rows.sum() * (2 if len(rows) > 9 else 1), [(0,)])
+    for count, expected in ((4, 4), (9, 9), (10, 20), (5, 5)):
+        assert function([torch.ones(count)]) == expected
 
 
 @torch.no_grad()

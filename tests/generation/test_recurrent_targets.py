@@ -1,4 +1,4 @@
-"""Targets with recurrent layers: with every tree, texts, random numbers and states are those of plain `generate`."""
+"""Targets with recurrent layers: every tree gives the texts, random numbers and states of plain `generate`."""
 
 from typing import Any
 
