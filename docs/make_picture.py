@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from examples.demo.target import load_smollm2, prepared_target
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.inspection import examine, page_data
-from transformers_resps.telemetry.detokenize import decoder
+from transformers_resps.telemetry.display import decoder
 
 
 PICTURE = Path(__file__).with_name("step.svg")

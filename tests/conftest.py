@@ -14,7 +14,7 @@ import transformers
 from hypothesis import HealthCheck, Phase, settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from transformers_resps.head import DraftHead
+from transformers_resps.heads import DraftHead
 
 
 # Hypothesis draws the same examples at every run: CI must not fail by luck.

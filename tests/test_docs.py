@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, cli
-from transformers_resps.compilation import compiled_function
+from transformers_resps.compilation import compiled as compiled_function
 
 from .hub import rehearse
 from .targets import Architecture
@@ -47,7 +47,7 @@ QUICKLY = {
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the pages' paths and names exist, all tiny; the working directory of the test."""
-    monkeypatch.setattr("transformers_resps.calibration.measuring.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
     target = Architecture("llama", {"max_position_embeddings": 1024}).build("sdpa").float()
     target.save_pretrained(tmp_path / "target")
     torch.manual_seed(1)

@@ -27,7 +27,7 @@ def test_a_parameter_that_is_gone_is_named() -> None:
     with pytest.raises(
         TypeError, match="`tree.draft_tree:_merged` has no parameter 'count', 'text', 'token'. The bug 'old'"
     ):
-        Mutation("old", "tree.draft_tree:_merged", no_end, "tests").plant()
+        Mutation("old", "tree:_merged", no_end, "tests").plant()
 
 
 def test_a_bug_is_planted_wherever_its_function_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:

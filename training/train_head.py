@@ -28,7 +28,7 @@ from runs.timing import TimingCallback
 from transformers_resps.bench.provenance import machine
 from transformers_resps.data import Conversation, load_conversations, split_conversations
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
-from transformers_resps.trainers.checkpoints import newest_checkpoint
+from transformers_resps.trainers.base import newest_checkpoint
 
 
 RENAMED = {

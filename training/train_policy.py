@@ -31,7 +31,7 @@ from transformers_resps.bench.models import load_target
 from transformers_resps.bench.provenance import machine
 from transformers_resps.hub import METRICS
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig
-from transformers_resps.trainers.checkpoints import newest_checkpoint
+from transformers_resps.trainers.base import newest_checkpoint
 from transformers_resps.trainers.loading import check_target_name
 from transformers_resps.trainers.policy_config import RENAMED
 

@@ -2,17 +2,16 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .calibration.cost_table import CostTable
-from .calibration.measuring import calibrate
+from .calibration import CostTable, calibrate
 from .generation.attach import attach, detach
 from .generation.mixin import ReSpSGenerationMixin
 from .generation.output import SpeculativeOutput
-from .head import DraftHead, DraftHeadConfig
-from .policy import AutoPolicy, BaselineGuard, FixedPolicy, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
-from .target.prepacking import prepack, unprepack
+from .heads import DraftHead, DraftHeadConfig
+from .policies import AutoPolicy, BaselineGuard, FixedPolicy, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
 from .telemetry.report import SpeculationReport, StepRecord
 from .testing import LosslessReport, NotLosslessError, assert_lossless
 from .tree import DraftTree, TreeShape
+from .verifying.prepacking import prepack, unprepack
 
 
 # Names of version 0.1.

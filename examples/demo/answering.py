@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_resps.head import DraftHead
+from transformers_resps.heads import DraftHead
 from transformers_resps.inspection import Examination, Recorder
-from transformers_resps.policy import FixedPolicy
+from transformers_resps.policies import FixedPolicy
 from transformers_resps.telemetry.report import SpeculationReport
 from transformers_resps.testing import Divergence, explain_divergence
 

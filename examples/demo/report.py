@@ -8,9 +8,8 @@ from statistics import median
 from rich.box import SIMPLE
 from rich.table import Table
 
-from transformers_resps.telemetry.detokenize import Decode
-from transformers_resps.telemetry.rates import rate
-from transformers_resps.telemetry.report import SpeculationReport, nodes_of, tau_of
+from transformers_resps.telemetry.display import Decode
+from transformers_resps.telemetry.report import SpeculationReport, nodes_of, rate, tau_of
 
 from .answering import Comparison
 

@@ -4,16 +4,10 @@ import pytest
 import torch
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.bench.headroom import (
-    BestFixed,
-    Replayer,
-    ceiling_of,
-    choose_best_fixed,
-    shapes_for,
-)
+from transformers_resps.bench.headroom import BestFixed, Replayer, ceiling_of, choose_best_fixed, shapes_for
 from transformers_resps.bench.timing import AnswerTiming
-from transformers_resps.calibration.cost_table import CostTable
-from transformers_resps.policy import ActionGrid
+from transformers_resps.calibration import CostTable
+from transformers_resps.policies import ActionGrid
 
 
 PLAIN, SMALL, LARGE = TreeShape.plain(), TreeShape(4, 2, 2), TreeShape(8, 3, 2)

@@ -11,8 +11,8 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.bench.methods import fixed_tree, plain, policies
 from transformers_resps.bench.prompts import Prompt
 from transformers_resps.bench.runs import Bench
-from transformers_resps.target.tree_verifier import TreeVerifier
 from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.verifier import TreeVerifier
 
 
 SHAPE = TreeShape(4, 2, 2)

@@ -2,12 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from transformers_resps.bench.timing import (
-    AnswerTiming,
-    compare,
-    summarise,
-    token_count,
-)
+from transformers_resps.bench.timing import AnswerTiming, compare, summarise, token_count
 
 
 def measured(

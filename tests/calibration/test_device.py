@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transformers_resps.calibration.device import device_name, processor_name
+from transformers_resps.calibration import device_name, processor_name
 
 
 CPUINFO = (

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import FakeClock
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from transformers_resps import calibrate
-from transformers_resps.target.known_mixers import known_mixers
+from transformers_resps.verifying.hybrids import known_mixers
 
 
 pytestmark = NEEDS_STATES

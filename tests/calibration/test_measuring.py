@@ -13,11 +13,10 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 from tests.conftest import FakeClock
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
-from transformers_resps.calibration.cost_table import CostTable, Range
-from transformers_resps.calibration.measuring import CONTEXTS, NODES, WIDTHS, calibrate
+from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, CostTable, Range, calibrate
 from transformers_resps.cli import main
 from transformers_resps.cli.calibrate import what_must_be_accepted
-from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
+from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,7 @@ def test_the_command_prints_the_table_and_what_it_means(
     target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target.save_pretrained(tmp_path / "target")
-    monkeypatch.setattr("transformers_resps.calibration.measuring.HF_HOME", str(tmp_path))
+    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path))
     assert main(["calibrate", str(tmp_path / "target")]) == 0
     printed = capsys.readouterr().out
     assert "  nodes" in printed and "outside its forwards" in printed and "Cost of verifying, in plain" in printed

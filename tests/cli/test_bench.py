@@ -13,10 +13,10 @@ from tests.bench.conversations import save_models, save_rows
 from transformers_resps import DraftHead
 from transformers_resps.bench import __main__ as command
 from transformers_resps.bench.runs import Bench
-from transformers_resps.compilation import compiled_function
+from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.data import write_training_prompts
-from transformers_resps.head import pair_identity
-from transformers_resps.policy import ReSpSConfig, ReSpSPolicy
+from transformers_resps.heads import pair_identity
+from transformers_resps.policies import ReSpSConfig, ReSpSPolicy
 
 
 ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]

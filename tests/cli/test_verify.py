@@ -11,7 +11,7 @@ from tests.targets import VOCABULARY
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.cli import main
-from transformers_resps.target.tree_verifier import TreeVerifier
+from transformers_resps.verifying.verifier import TreeVerifier
 
 
 QUICK = ["--seeds", "1", "--prompts", "1", "--max-new-tokens", "3", "--device", "cpu"]

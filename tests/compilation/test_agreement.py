@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformers_resps.compilation.agreement import disagreement
+from transformers_resps.compilation.compiled import disagreement
 
 
 def logits() -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transformers_resps.compilation.compiled_function import CompiledFunction
+from transformers_resps.compilation.compiled import CompiledFunction
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from transformers_resps.compilation.weight_fingerprint import WeightFingerprint
+from transformers_resps.compilation.compiled import WeightFingerprint
 
 
 def module() -> nn.Module:

@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from tests.trainers.heads import texts
 from transformers_resps.data import prepare_dataset
-from transformers_resps.data.texts import PreparedTexts, StreamedBatches
+from transformers_resps.data.batches import PreparedTexts, StreamedBatches
 
 
 def prepared(rows):
@@ -26,7 +26,7 @@ def test_some_texts_are_spread_over_all_lengths():
 
 
 def test_a_stream_is_cut_into_batches_of_the_budget_that_hold_every_text_once(monkeypatch):
-    monkeypatch.setattr("transformers_resps.data.texts._STREAM_BUFFER", 10)
+    monkeypatch.setattr("transformers_resps.data.batches._STREAM_BUFFER", 10)
     whole = PreparedTexts(prepared(texts(25)))
     batches = list(StreamedBatches(prepared(texts(25).to_iterable_dataset()), 64))
     found = [tuple(text["input_ids"].tolist()) for batch in batches for text in batch]

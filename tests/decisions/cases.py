@@ -13,7 +13,7 @@ from tests.generation.test_lossless import OPTIONS
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.policy import ActionGrid, BaselineGuard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
+from transformers_resps.policies import ActionGrid, BaselineGuard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
 
 
 PROMPT = torch.tensor([[5, 7, 11, 3, 9, 7, 11]])

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_resps.policy import Level, Observation, Policy, count_nodes
-from transformers_resps.policy.wrapper import PolicyWrapper
+from transformers_resps.policies import Level, Observation, Policy, count_nodes
+from transformers_resps.policies.base import PolicyWrapper
 from transformers_resps.telemetry.report import StepRecord
 from transformers_resps.tree import TreeShape
 

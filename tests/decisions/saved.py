@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import build_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.calibration.cost_table import CostTable
-from transformers_resps.policy import (
+from transformers_resps.calibration import CostTable
+from transformers_resps.policies import (
     AcceptanceModel,
     ActionGrid,
     BaselineGuard,

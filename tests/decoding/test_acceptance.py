@@ -16,8 +16,7 @@ from transformers import (
 )
 
 from tests.trees import VOCABULARY, batches, random_tokens, trees
-from transformers_resps.decoding.acceptance import Acceptance, accept, accept_picks
-from transformers_resps.decoding.picks import Picks
+from transformers_resps.decoding.acceptance import Acceptance, Picks, accept, accept_picks
 from transformers_resps.decoding.text import Text
 from transformers_resps.tree import DraftTree
 

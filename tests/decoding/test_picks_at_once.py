@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from tests.trees import VOCABULARY, trees
-from transformers_resps.decoding.acceptance import accept, accept_picks
-from transformers_resps.decoding.picks import Picks
+from transformers_resps.decoding.acceptance import Picks, accept, accept_picks
 from transformers_resps.decoding.text import Text
 from transformers_resps.tree import DraftTree
 

@@ -5,7 +5,7 @@ import torch
 from transformers_resps import Policy, TreeShape
 from transformers_resps.decoding.proposal import Proposer
 from transformers_resps.drafting.drafter import Drafter
-from transformers_resps.policy import FixedPolicy, Observation
+from transformers_resps.policies import FixedPolicy, Observation
 from transformers_resps.tree import CandidatePool
 
 

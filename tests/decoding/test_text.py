@@ -14,8 +14,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from transformers_resps.decoding.stop_conditions import StopConditions
-from transformers_resps.decoding.text import Text
+from transformers_resps.decoding.text import StopConditions, Text
 
 
 def text_of(*criteria: StoppingCriteria, rows: int = 1, **options: Any) -> Text:

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.generation import logits_process
 
 from tests.trees import path_of, trees
-from transformers_resps.decoding.tree_logits_processor import STATELESS, TreeLogitsProcessor, is_stateless
+from transformers_resps.decoding.processors import STATELESS, TreeLogitsProcessor, is_stateless
 from transformers_resps.tree import DraftTree
 
 

@@ -26,10 +26,10 @@ from transformers_resps.doctor import (
     refined,
     write_answers,
 )
-from transformers_resps.head import BoundHead, DraftHead, HeadCache
-from transformers_resps.target.features import FeatureTap
-from transformers_resps.target.prepacking import is_prepacked
-from transformers_resps.trainers.training_time_test import unroll
+from transformers_resps.heads import BoundHead, DraftHead, HeadCache
+from transformers_resps.trainers.losses import unroll
+from transformers_resps.verifying.forward import FeatureTap
+from transformers_resps.verifying.prepacking import is_prepacked
 
 
 V, PERIOD, LENGTH = 24, 7, 28

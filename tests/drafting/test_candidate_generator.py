@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.drafting.candidate_generator import MAX_UNREAD, TreeCandidateGenerator
-from transformers_resps.head import BoundHead, HeadCache
+from transformers_resps.drafting.head_drafter import MAX_UNREAD, TreeCandidateGenerator
+from transformers_resps.heads import BoundHead, HeadCache
 from transformers_resps.tree import CandidatePool
 
 

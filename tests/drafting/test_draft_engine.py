@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, set_seed
 from tests.decoding.rows import prompts
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.compilation.captured_function import CapturedFunction
-from transformers_resps.drafting.draft_engine import DraftEngine
-from transformers_resps.drafting.draft_engines import DraftEngines
-from transformers_resps.target.slot_verifier import SlotTreeVerifier
+from transformers_resps.compilation.captured import CapturedFunction
+from transformers_resps.drafting.levels import DraftEngine, DraftEngines
+from transformers_resps.verifying.verifier import SlotTreeVerifier
 
 
 class FakeCapture(CapturedFunction):

@@ -7,9 +7,8 @@ from transformers import PreTrainedModel
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, attach
-from transformers_resps.drafting.draft_engine import DraftEngine
-from transformers_resps.drafting.draft_engines import DraftEngines
-from transformers_resps.head import BoundHead
+from transformers_resps.drafting.levels import DraftEngine, DraftEngines
+from transformers_resps.heads import BoundHead
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
-from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
-from transformers_resps.drafting.draft_function import DraftFunction
-from transformers_resps.head import BoundHead, HeadCache
+from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.drafting.levels import DraftFunction
+from transformers_resps.heads import BoundHead, HeadCache
 from transformers_resps.tree import DraftTree
 
 

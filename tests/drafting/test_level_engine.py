@@ -11,14 +11,13 @@ from tests.conftest import FakeClock
 from tests.drafting.test_draft_function import pairs
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.compilation import compiled_function
+from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
-from transformers_resps.drafting.draft_engine import DraftEngine
-from transformers_resps.drafting.draft_engines import DraftEngines
-from transformers_resps.head import BoundHead
-from transformers_resps.target.slot_verifier import SlotTreeVerifier
+from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.drafting.levels import DraftEngine, DraftEngines
+from transformers_resps.heads import BoundHead
 from transformers_resps.tree import CandidatePool
+from transformers_resps.verifying.verifier import SlotTreeVerifier
 
 
 TREES = (TreeShape(9, 2, 3), TreeShape(40, 4, 2), TreeShape(60, 3, VOCABULARY))

@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, Observation, Policy, TreeShape, attach
-from transformers_resps.generation.tree_probe import _COMPARED, check_tree_attention
+from transformers_resps.generation.checks import _COMPARED, check_tree_attention
 
 
 class ChangingPolicy(Policy):

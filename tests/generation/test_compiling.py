@@ -15,10 +15,10 @@ from tests.decoding.rows import AnyShape, prompts
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape, attach, detach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.compilation import compiled_function
+from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.drafting.draft_engine import DraftEngine
-from transformers_resps.target import slot_engine
+from transformers_resps.drafting.levels import DraftEngine
+from transformers_resps.verifying import slot_engine
 
 
 STATIC = {"cache_implementation": "static"}

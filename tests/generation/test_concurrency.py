@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
-from transformers_resps.policy import default_policy
-from transformers_resps.target.features import FeatureTap
+from transformers_resps.policies import default_policy
+from transformers_resps.verifying.forward import FeatureTap
 
 
 WIDE = TreeShape(40, 3, VOCABULARY)

@@ -24,8 +24,8 @@ from transformers_resps import (
     detach,
 )
 from transformers_resps.doctor.labelled_text import write_answers
-from transformers_resps.generation.defaults import SpeculationDefaults
 from transformers_resps.generation.mixin import ReSpSGenerationMixin
+from transformers_resps.generation.request import SpeculationDefaults
 from transformers_resps.inspection import examine
 
 

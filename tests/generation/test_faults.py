@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import AutoPolicy, CostTable, DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.policy import (
+from transformers_resps.policies import (
     AcceptanceModel,
     BaselineGuard,
     PlattScaling,

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
-from transformers_resps.policy import default_policy
+from transformers_resps.policies import default_policy
 from transformers_resps.telemetry import RowCounts, StepRecord
 
 

@@ -12,7 +12,7 @@ from tests.generation.answering import SAMPLING, WIDE, both
 from tests.generation.test_lossless import OPTIONS, CountingProcessor, StopAfter
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.decoding import text
-from transformers_resps.decoding.picks import Picks
+from transformers_resps.decoding.acceptance import Picks
 
 
 IN_COMMIT_ORDER = {"prefix constraint", "watermark", "synthid", "guidance scale", "guidance scale, sampled"}

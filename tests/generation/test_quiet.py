@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.trainers.warnings import warn_if_small
+from transformers_resps.trainers.head_trainer import warn_if_small
 
 
 PACKAGE = Path(__file__).parents[2] / "transformers_resps"
@@ -50,7 +50,7 @@ def test_transformers_verbosity_rules_our_warnings(capfd: pytest.CaptureFixture[
 
 
 def test_a_warning_is_written_once_by_transformers_handler() -> None:
-    code = "from transformers_resps.trainers.warnings import warn_if_small; warn_if_small(1000)"
+    code = "from transformers_resps.trainers.head_trainer import warn_if_small; warn_if_small(1000)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if "1,000 positions" in line]

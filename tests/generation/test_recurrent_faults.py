@@ -16,7 +16,7 @@ from tests.generation.test_continuing import Interrupts
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.target.known_mixers import known_mixers
+from transformers_resps.verifying.hybrids import known_mixers
 
 
 pytestmark = NEEDS_STATES

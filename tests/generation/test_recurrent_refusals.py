@@ -10,7 +10,7 @@ from tests.generation.recurrent import answer, tokens
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.target import known_mixers
+from transformers_resps.verifying import hybrids as known_mixers
 
 
 pytestmark = NEEDS_STATES

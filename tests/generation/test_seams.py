@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.generation.mixin import _NOT_OURS, ReSpSGenerationMixin
-from transformers_resps.target.gqa_attention import _OF_SDPA_ALONE, grouped_attention
+from transformers_resps.verifying.attention import _OF_SDPA_ALONE, grouped_attention
 
 
 _TINY: dict[str, Any] = {

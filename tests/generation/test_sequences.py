@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from transformers_resps.generation.sequences import end_ids, left_padded, up_to_end
+from transformers_resps.generation.output import end_ids, left_padded, up_to_end
 
 
 @pytest.mark.parametrize(("named", "found"), [(None, set()), (2, {2}), (0, {0}), ([2, 5], {2, 5}), ([], set())])

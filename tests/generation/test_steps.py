@@ -13,10 +13,10 @@ from tests.conftest import FakeClock
 from tests.generation.answering import both
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding, wait_for
-from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
+from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
 from transformers_resps.drafting.prompt_lookup import SuffixIndex
-from transformers_resps.target.tree_verifier import TreeVerifier
 from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.verifier import TreeVerifier
 
 
 def test_the_report_adds_up(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:

@@ -13,12 +13,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
-from transformers_resps.compilation.captured_function import CapturedFunction
+from transformers_resps.compilation.captured import CapturedFunction
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.drafting.draft_engine import DraftEngine
-from transformers_resps.drafting.draft_engines import DraftEngines
-from transformers_resps.target.slot_forward import SlotForward
-from transformers_resps.target.slot_verifier import SlotTreeVerifier
+from transformers_resps.drafting.levels import DraftEngine, DraftEngines
+from transformers_resps.verifying.slots import SlotForward
+from transformers_resps.verifying.verifier import SlotTreeVerifier
 
 from .counting import Count
 from .device import move, on_device

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.head import pair_identity
+from transformers_resps.heads import pair_identity
 from transformers_resps.replay import RecordedText, ReplayText, fitted_policy, record_pools
 from transformers_resps.replay.fitted_policy import fit_platt_scaling
 from transformers_resps.tree import CandidatePool

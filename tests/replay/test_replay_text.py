@@ -12,15 +12,13 @@ from transformers import PreTrainedModel
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, DraftTree, TreeShape, attach
-from transformers_resps.drafting.candidate_generator import TreeCandidateGenerator
-from transformers_resps.head import BoundHead
-from transformers_resps.policy import ActionGrid, CostModel, Observation, Policy
-from transformers_resps.replay.oracle import Oracle
-from transformers_resps.replay.outcomes import OutcomeTable, TextOutcomes
-from transformers_resps.replay.position_pools import PositionPools
-from transformers_resps.replay.recorded_text import RecordedText, record_pools
+from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.heads import BoundHead
+from transformers_resps.policies import ActionGrid, CostModel, Observation, Policy
+from transformers_resps.replay.outcomes import Oracle, OutcomeTable, TextOutcomes
+from transformers_resps.replay.recorded_text import PositionPools, RecordedText, record_pools
 from transformers_resps.replay.replay_text import ReplayText, path_ranks, record_text
-from transformers_resps.target.features import FeatureTap
+from transformers_resps.verifying.forward import FeatureTap
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from transformers_resps.telemetry.detokenize import decode_after, decoder, detokenize_incrementally
+from transformers_resps.telemetry.display import decode_after, decoder, detokenize_incrementally
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

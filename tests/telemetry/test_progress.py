@@ -2,7 +2,7 @@
 
 import torch
 
-from transformers_resps.telemetry.progress import moving
+from transformers_resps.telemetry.display import moving
 
 
 class Bar:

@@ -1,6 +1,6 @@
 """Rates and their intervals, by hand."""
 
-from transformers_resps.telemetry.rates import Timing, bootstrap_interval, rate
+from transformers_resps.telemetry.report import Timing, bootstrap_interval, rate
 
 
 def test_the_rate_is_total_over_total_not_a_mean_of_rates() -> None:

@@ -22,12 +22,11 @@ from transformers_resps import (
 )
 from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.text import Text
-from transformers_resps.policy import PolicyCache
+from transformers_resps.policies import PolicyCache
 from transformers_resps.testing import MAX_SPACINGS, spacing_at
 from transformers_resps.testing.distribution import check_distribution
 from transformers_resps.testing.kit import built_in_prompts
-from transformers_resps.testing.model_under_test import ModelUnderTest
-from transformers_resps.testing.texts import Call, compare_batch, compare_one_by_one
+from transformers_resps.testing.texts import Call, ModelUnderTest, compare_batch, compare_one_by_one
 from transformers_resps.tree import DraftTree
 
 

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from transformers_resps.testing.distribution import bins_of, wrong_token
-from transformers_resps.testing.drafts import Place
-from transformers_resps.testing.goodness_of_fit import SIGNIFICANCE, Fit, goodness_of_fit
+from transformers_resps.testing.distribution import SIGNIFICANCE, Fit, Place, bins_of, goodness_of_fit, wrong_token
 
 
 def test_on_one_distribution_it_is_pearsons_chi_square() -> None:

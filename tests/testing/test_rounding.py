@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import build_target
-from transformers_resps.testing.rounding import move_of_gaps
+from transformers_resps.testing.divergence import move_of_gaps
 
 
 PROMPTS = [torch.arange(3, 12), torch.arange(20, 25)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_resps.trainers.checkpoints import check_resumable, newest_checkpoint
+from transformers_resps.trainers.base import check_resumable, newest_checkpoint
 
 
 def checkpoint(folder: Path, step: int) -> Path:

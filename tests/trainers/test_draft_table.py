@@ -11,9 +11,9 @@ from tests.data.test_examples import templated, turns
 from tests.targets import Architecture
 from tests.trainers.heads import config
 from transformers_resps import DraftHead, TreeShape
-from transformers_resps.head import BoundHead
+from transformers_resps.heads import BoundHead
 from transformers_resps.trainers import DraftHeadTrainer, FrozenTarget, simulated_tau
-from transformers_resps.trainers.draft_table import drafted_steps
+from transformers_resps.trainers.head_trainer import drafted_steps
 
 
 def pair() -> tuple[Any, DraftHead]:
@@ -56,6 +56,6 @@ def test_the_table_needs_rich_and_a_tokenizer(tmp_path: Path, monkeypatch: pytes
     rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6]}])
     with pytest.raises(ValueError, match="`log_drafts` is set, but there is no tokenizer"):
         DraftHeadTrainer(head, config(tmp_path, log_drafts=True), rows, target=target)
-    monkeypatch.setattr("transformers_resps.trainers.head_arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("transformers_resps.trainers.head_trainer.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs the package `rich`. Run `pip install 'transformers-resps\[train\]'`"):
         DraftHeadTrainer(head, config(tmp_path, log_drafts=True), rows, target=target)

@@ -7,8 +7,9 @@ from datasets import Dataset
 from tests.targets import Architecture
 from tests.trainers.heads import config, fresh, texts
 from transformers_resps.data import prepare_dataset
-from transformers_resps.trainers import DraftHeadTrainer, FrozenTarget, feature_cache
-from transformers_resps.trainers.feature_cache import CachedFeatures
+from transformers_resps.trainers import DraftHeadTrainer, FrozenTarget
+from transformers_resps.trainers import features as feature_cache
+from transformers_resps.trainers.features import CachedFeatures
 
 
 def prepared(dataset):

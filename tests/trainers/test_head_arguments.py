@@ -16,8 +16,8 @@ from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from tests.trainers.heads import config, fresh, texts
 from transformers_resps import DraftHead
-from transformers_resps.target.prepacking import PrepackedLinear
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
+from transformers_resps.verifying.prepacking import PrepackedLinear
 
 
 ROW = {"input_ids": [3, 4, 5, 6], "completion_mask": [0, 0, 1, 1]}

@@ -27,7 +27,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plain case is in test_resuming.py."""
-    monkeypatch.setattr("transformers_resps.data.texts._STREAM_BUFFER", 16)
+    monkeypatch.setattr("transformers_resps.data.batches._STREAM_BUFFER", 16)
     given: dict[str, Any] = {"train_dataset": streamed() if kind == "streamed" else texts()}
     lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
     found = []

@@ -12,8 +12,7 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from tests.trainers.toy import Decision, Signal, trainer, weights
-from transformers_resps.trainers.checkpoints import newest_checkpoint
-from transformers_resps.trainers.interruption import interruptible
+from transformers_resps.trainers.base import interruptible, newest_checkpoint
 
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ from tests.conftest import FakeClock
 from tests.trainers.policies import FEATURES, GRID, config
 from transformers_resps import DraftHead, TreeShape, attach, detach
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.policy import ActionGrid, Observation, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies import ActionGrid, Observation, ReSpSConfig, ReSpSPolicy
 from transformers_resps.telemetry import RowCounts, StepRecord
-from transformers_resps.trainers.live_rollouts import DecisionRecorder, LiveRollouts
 from transformers_resps.trainers.rollout_trainer import RolloutTrainer
+from transformers_resps.trainers.rollouts import DecisionRecorder, LiveRollouts
 
 
 WIDE = ActionGrid((TreeShape.plain(), TreeShape(73, 2, 8)))  # every token has 8 candidates: always two accepted

@@ -2,8 +2,8 @@
 
 import pytest
 
-from transformers_resps.telemetry.rates import Timing
-from transformers_resps.trainers.policy_comparison import PolicyComparison
+from transformers_resps.telemetry.report import Timing
+from transformers_resps.trainers.rollout_trainer import PolicyComparison
 
 
 def compared(seconds: list[float], texts: int = 12, actions: int = 3) -> PolicyComparison:

@@ -28,12 +28,13 @@ from transformers_resps import (
     attach,
     detach,
 )
-from transformers_resps.calibration.cost_table import identity_of
+from transformers_resps.calibration import identity_of
 from transformers_resps.data import prompt_fingerprint, read_training_prompts
-from transformers_resps.head import pair_identity
-from transformers_resps.policy import ActionGrid, ReSpSConfig
-from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, measured_costs
-from transformers_resps.trainers.recording import Recorder
+from transformers_resps.heads import pair_identity
+from transformers_resps.policies import ActionGrid, ReSpSConfig
+from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig
+from transformers_resps.trainers import policy_data as measured_costs
+from transformers_resps.trainers.policy_data import Recorder
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"

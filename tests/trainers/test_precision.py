@@ -4,8 +4,9 @@ from safetensors.torch import load_file
 
 from tests.trainers.heads import bits, config, fresh, texts
 from tests.trainers.test_resuming import Stop
-from transformers_resps.trainers import DraftHeadTrainer, precision
-from transformers_resps.trainers.precision import prefers_bf16
+from transformers_resps.trainers import DraftHeadTrainer
+from transformers_resps.trainers import head_config as precision
+from transformers_resps.trainers.head_config import prefers_bf16
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from transformers_resps.trainers.progress import TrainingProgress
+from transformers_resps.trainers.base import TrainingProgress
 
 
 def test_a_log_is_one_line_with_step_epoch_metrics_and_time_left(tmp_path, capsys):

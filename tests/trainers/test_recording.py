@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, attach
-from transformers_resps.policy import ActionGrid
-from transformers_resps.trainers import recording
-from transformers_resps.trainers.recording import Form, Recorder, outcomes_for, pools_of
+from transformers_resps.policies import ActionGrid
+from transformers_resps.trainers import policy_data as recording
+from transformers_resps.trainers.policy_data import Form, Recorder, outcomes_for, pools_of
 
 
 GENERATION = {"max_new_tokens": 8, "do_sample": False}

@@ -60,7 +60,7 @@ def test_a_resumed_run_tells_the_time_left_by_its_own_steps(tmp_path, monkeypatc
     for callbacks, resume, first in (([Stop(3)], None, 4.0), ([], True, 1.0)):
         clock = Minute()
         monkeypatch.setattr(
-            "transformers_resps.trainers.metrics.time",
+            "transformers_resps.trainers.head_trainer.time",
             SimpleNamespace(monotonic=lambda clock=clock: clock.seconds),
         )
         target, head = fresh()

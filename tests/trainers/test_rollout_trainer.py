@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.trainers.policies import FEATURES, GRID, config, policy, task
-from transformers_resps.policy import AutoPolicy, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies import AutoPolicy, ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay import OutcomeTable, TextOutcomes
 from transformers_resps.trainers.policy_config import PolicyTrainingConfig
 from transformers_resps.trainers.rollout_trainer import RolloutTrainer

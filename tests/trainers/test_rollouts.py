@@ -7,7 +7,7 @@ import torch
 
 from tests.trainers.policies import FEATURES, GRID, task
 from transformers_resps import ReSpSPolicy, TreeShape
-from transformers_resps.policy import ActionGrid, ReSpSConfig
+from transformers_resps.policies import ActionGrid, ReSpSConfig
 from transformers_resps.replay import OutcomeTable, TextOutcomes
 from transformers_resps.trainers import ReplayRollouts
 

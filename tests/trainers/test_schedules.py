@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainingArguments, get_scheduler
 
-from transformers_resps.trainers.schedules import fit_schedule
+from transformers_resps.trainers.base import fit_schedule
 
 
 def schedule(tmp_path, **settings) -> TrainingArguments:

@@ -3,7 +3,7 @@ import torch
 
 from tests.conftest import build_target
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.head import BoundHead
+from transformers_resps.heads import BoundHead
 from transformers_resps.trainers import FrozenTarget, simulated_tau
 
 

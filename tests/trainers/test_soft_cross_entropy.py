@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformers_resps.trainers.soft_cross_entropy import Teacher, soft_cross_entropy
+from transformers_resps.trainers.losses import Teacher, soft_cross_entropy
 
 
 @pytest.mark.parametrize("biased", [False, True])

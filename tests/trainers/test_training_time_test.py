@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from transformers_resps import DraftHead, DraftHeadConfig
-from transformers_resps.trainers.training_time_test import pack, unroll
+from transformers_resps.trainers.losses import pack, unroll
 
 
 LENGTH, STEPS = 11, 4

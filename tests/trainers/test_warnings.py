@@ -2,7 +2,7 @@ from pathlib import Path
 
 import yaml
 
-from transformers_resps.trainers.warnings import MIN_USEFUL_TOKENS, warn_if_small
+from transformers_resps.trainers.head_trainer import MIN_USEFUL_TOKENS, warn_if_small
 
 
 def test_a_run_too_small_to_be_useful_is_announced(caplog):

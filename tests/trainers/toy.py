@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from transformers_resps.trainers.artefact_trainer import ArtefactTrainer
+from transformers_resps.trainers.base import ArtefactTrainer
 
 
 class Line(nn.Module):

@@ -17,7 +17,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_gener
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny target, its head, and six prompts."""
-    monkeypatch.setattr("transformers_resps.calibration.measuring.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
     target = Architecture("llama").build("sdpa").float()
     torch.manual_seed(1)
     target.save_pretrained(tmp_path / "target")

@@ -14,11 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead
-from transformers_resps.data import (
-    prompt_fingerprint,
-    read_training_prompts,
-    write_training_prompts,
-)
+from transformers_resps.data import prompt_fingerprint, read_training_prompts, write_training_prompts
 from transformers_resps.trainers import DraftHeadTrainingConfig
 
 

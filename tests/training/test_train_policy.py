@@ -24,10 +24,11 @@ from transformers_resps import (
     TreeShape,
     attach,
 )
-from transformers_resps.calibration.cost_table import identity_of
-from transformers_resps.head import pair_identity
-from transformers_resps.policy import ActionGrid
-from transformers_resps.trainers import PolicyTrainingConfig, measured_costs
+from transformers_resps.calibration import identity_of
+from transformers_resps.heads import pair_identity
+from transformers_resps.policies import ActionGrid
+from transformers_resps.trainers import PolicyTrainingConfig
+from transformers_resps.trainers import policy_data as measured_costs
 
 
 ROOT = Path(__file__).parents[2]

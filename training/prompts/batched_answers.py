@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from transformers_resps import DraftHead
-from transformers_resps.generation.sampling import sampling
-from transformers_resps.generation.sequences import end_ids, left_padded, up_to_end
+from transformers_resps.generation.output import end_ids, left_padded, sampling, up_to_end
 
 
 Prompt = TypeVar("Prompt")

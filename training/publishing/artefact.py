@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from transformers_resps.bench.results import SCHEMA_VERSION
-from transformers_resps.head import DraftHeadConfig
+from transformers_resps.heads import DraftHeadConfig
 from transformers_resps.hub import METRICS, RESULTS, as_hub_id
 
 

@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from transformers_resps.bench.provenance import config_sha256, weights_sha256
 from transformers_resps.bench.results import read_results
 from transformers_resps.data import TRAINING_PROMPTS, read_training_prompts
-from transformers_resps.head import DraftHead
+from transformers_resps.heads import DraftHead
 from transformers_resps.hub import CARD, METRICS, RESULTS
-from transformers_resps.policy import AutoPolicy
+from transformers_resps.policies import AutoPolicy
 
 from .artefact import CONFIG, RECIPE, WEIGHTS, Artefact, read_artefact
 from .card import render_card

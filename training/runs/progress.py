@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import tqdm
 
-from transformers_resps.telemetry.progress import moving
+from transformers_resps.telemetry.display import moving
 
 
 class PromptProgress:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from transformers_resps.target.gqa_attention import attend
+from transformers_resps.verifying.attention import attend
 
 
 HEADS, KEY_HEADS, HEAD_SIZE, LAYERS, REPEATS = 9, 3, 64, 30, 20

@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_resps.generation.sequences import end_ids, left_padded, up_to_end
-from transformers_resps.head import DraftHead
-from transformers_resps.policy import FixedPolicy, Policy, default_policy
+from transformers_resps.generation.output import end_ids, left_padded, up_to_end
+from transformers_resps.heads import DraftHead
+from transformers_resps.policies import FixedPolicy, Policy, default_policy
 from transformers_resps.tree import TreeShape
 
 from .experiment import Experiment, add_options, execute

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, eager_attention_forward
 
 from transformers_resps import prepack
-from transformers_resps.target.gqa_attention import grouped_attention
+from transformers_resps.verifying.attention import grouped_attention
 
 
 HIDDEN, INNER, VOCABULARY, HEADS, KEY_HEADS, HEAD_SIZE = 576, 1536, 49152, 9, 3, 64

@@ -44,8 +44,8 @@ from transformers_resps.bench.options import device, positive, shape
 from transformers_resps.bench.prompts import Prompt
 from transformers_resps.bench.runs import Bench
 from transformers_resps.bench.timing import AnswerTiming, summarise
-from transformers_resps.target.known_mixers import is_recurrent
-from transformers_resps.target.prepacking import prepack
+from transformers_resps.verifying.hybrids import is_recurrent
+from transformers_resps.verifying.prepacking import prepack
 
 from .experiment import Experiment, execute
 from .random_target import SHAPES, following, random_target

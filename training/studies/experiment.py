@@ -18,7 +18,7 @@ from transformers_resps.bench.options import device, dtype, model, positive, sha
 from transformers_resps.bench.prompts import read_dialogues, spread
 from transformers_resps.bench.provenance import code, machine
 from transformers_resps.compat import check_extra
-from transformers_resps.head import DraftHead
+from transformers_resps.heads import DraftHead
 from transformers_resps.hub import RESULTS
 
 

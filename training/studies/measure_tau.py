@@ -25,7 +25,7 @@ from transformers_resps.bench.models import BenchModels
 from transformers_resps.bench.options import positive, shape
 from transformers_resps.bench.prompts import read_dialogues
 from transformers_resps.bench.provenance import code, machine
-from transformers_resps.generation.sampling import sampling
+from transformers_resps.generation.output import sampling
 
 
 def tokens_and_forwards(models: BenchModels, prompts: list[Tensor], tree: TreeShape, most: int) -> tuple[int, int]:

@@ -23,12 +23,13 @@ from torch import Tensor
 from transformers_resps import FixedPolicy, Policy, SpeculationReport, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.decoding.proposal import Proposal
-from transformers_resps.generation import mixin, verification
-from transformers_resps.generation.sequences import left_padded
-from transformers_resps.policy import default_policy
-from transformers_resps.target.features import Features
-from transformers_resps.target.tree_verifier import TreeVerifier
+from transformers_resps.generation import inputs as verification
+from transformers_resps.generation import mixin
+from transformers_resps.generation.output import left_padded
+from transformers_resps.policies import default_policy
 from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.forward import Features
+from transformers_resps.verifying.verifier import TreeVerifier
 
 from .experiment import Experiment, add_options
 

@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
-from transformers_resps.head import Attend, Rope
-from transformers_resps.head.layer import DraftLayer, Wanted
+from transformers_resps.heads import Attend, Rope
+from transformers_resps.heads.model import DraftLayer, Wanted
 
 
 SUREST = 0.999  # the highest probability of a first choice

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..telemetry.rates import rate
+from ..telemetry.report import rate
 from .methods import Method
 from .timing import PLAIN, AnswerTiming, Interval, compare
 

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.cost_table import CostTable
-from ..generation.sampling import sampling
-from ..head import DraftHead
-from ..policy import ActionGrid
-from ..replay.oracle import Oracle
-from ..replay.outcomes import OutcomeTable
+from ..calibration import CostTable
+from ..generation.output import sampling
+from ..heads import DraftHead
+from ..policies import ActionGrid
+from ..replay.outcomes import Oracle, OutcomeTable
 from ..replay.replay_text import ReplayText, record_text
 from ..tree import TreeShape
 from .methods import ORACLE

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..head import DraftHead
-from ..policy import FixedPolicy, Policy
+from ..heads import DraftHead
+from ..policies import FixedPolicy, Policy
 from ..telemetry import SpeculationReport
 from ..tree import TreeShape
 from .timing import COMPILED, PLAIN

@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..data import training_prompts_of
 from ..generation.attach import attach
-from ..head import DraftHead
-from ..head.fingerprint import parameter_fingerprint
-from ..policy import Policy
-from ..target.prepacking import is_prepacked, prepack
+from ..heads import DraftHead
+from ..heads.identity import parameter_fingerprint
+from ..policies import Policy
+from ..verifying.prepacking import is_prepacked, prepack
 from .config import BenchConfig
 from .policies import load_policies
 from .provenance import config_sha256, weights_sha256

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..head import DraftHead, pair_identity
-from ..policy import AutoPolicy, FixedPolicy, Policy, ReSpSPolicy
+from ..heads import DraftHead, pair_identity
+from ..policies import AutoPolicy, FixedPolicy, Policy, ReSpSPolicy
 from ..tree import TreeShape
 from .names import distinct_names
 from .options import shape

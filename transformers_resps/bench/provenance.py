@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..calibration.device import device_name
+from ..calibration import device_name
 from ..hub import folder_of
 
 

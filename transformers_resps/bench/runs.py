@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..generation.defaults import SpeculationDefaults
-from ..generation.sampling import sampling
-from ..generation.sequences import end_ids
-from ..target.features import decoder_layers
-from ..target.slot_engine import SlotEngine
+from ..generation.output import end_ids, sampling
+from ..generation.request import SpeculationDefaults
+from ..verifying.forward import decoder_layers
+from ..verifying.slot_engine import SlotEngine
 from .methods import Answer, Method, compiled_plain
 from .prompts import Prompt
 from .steps import Step, steps_of

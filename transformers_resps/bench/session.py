@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..calibration.measuring import calibrate
+from ..calibration import calibrate
 from .advice import NAMED_NODES, advice_of
 from .config import BEST_FIXED, CEILING, CHOICES, EAGLE, PROMPT_LOOKUP, BenchConfig
 from .headroom import BestFixed, Replayer, ceiling_of, shapes_for

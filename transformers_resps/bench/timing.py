@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-from ..generation.sequences import up_to_end
-from ..telemetry.rates import bootstrap_interval, rate
+from ..generation.output import up_to_end
+from ..telemetry.report import bootstrap_interval, rate
 
 
 PLAIN = "plain"

@@ -5,9 +5,8 @@ from typing import Any
 
 from ..bench.models import load_target
 from ..bench.options import model
-from ..calibration.cost_table import CostTable, Range
-from ..calibration.measuring import calibrate
-from ..head import DraftHead
+from ..calibration import CostTable, Range, calibrate
+from ..heads import DraftHead
 from .options import add_target_options
 
 

@@ -15,8 +15,8 @@ from ..bench.models import load_target
 from ..bench.options import model, positive
 from ..data import Conversation, load_conversations, make_example, to_tokens
 from ..doctor import Cell, Diagnosis, LabelledText, Source, refined, write_answers
-from ..head import DraftHead
-from ..telemetry.progress import moving
+from ..heads import DraftHead
+from ..telemetry.display import moving
 from .options import add_target_options
 from .questions import default_questions, up_to
 

@@ -14,11 +14,10 @@ from ..bench.options import model, positive, temperature
 from ..bench.policies import read_policy
 from ..data import to_tokens
 from ..generation.attach import attach
-from ..head import DraftHead
+from ..heads import DraftHead
 from ..inspection import Examination, examine, facts_of, page, page_data
-from ..policy import default_policy
-from ..telemetry.detokenize import decoder
-from ..telemetry.progress import moving
+from ..policies import default_policy
+from ..telemetry.display import decoder, moving
 from .options import add_target_options
 
 

@@ -12,9 +12,9 @@ from ..bench.models import load_target
 from ..bench.options import model, positive
 from ..bench.policies import read_policy
 from ..data import load_conversations, to_tokens
-from ..head import DraftHead
+from ..heads import DraftHead
 from ..testing import NotLosslessError, assert_lossless
-from ..testing.rounding import move_of_gaps
+from ..testing.divergence import move_of_gaps
 from .options import add_target_options
 from .questions import default_questions, up_to
 

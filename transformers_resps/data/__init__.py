@@ -1,15 +1,13 @@
 """What heads and policies learn from: conversations, examples, draft vocabularies, and which prompts were used."""
 
-from .conversations import Conversation, load_conversations, read_conversations
+from .conversations import Conversation, load_conversations, read_conversations, to_tokens
 from .draft_vocabulary import DraftVocabulary, choose_draft_vocabulary, vocabulary_of
-from .examples import Example, make_example
-from .preparation import prepare_dataset
-from .prompt_tokens import to_tokens
-from .splits import split_conversations
-from .training_prompts import (
+from .preparation import Example, make_example, prepare_dataset
+from .splits import (
     TRAINING_PROMPTS,
     prompt_fingerprint,
     read_training_prompts,
+    split_conversations,
     training_prompts_of,
     write_training_prompts,
 )

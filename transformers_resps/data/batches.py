@@ -1,11 +1,18 @@
-"""Texts of similar length in batches of a token budget, right-padded."""
+"""Texts of similar length in batches of a token budget, right-padded.
+
+Prepared datasets as PyTorch's: a text is a row of tensors.
+"""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from .preparation import Example
 
 
 IGNORED = -100  # label of a token that has no loss
@@ -72,3 +79,87 @@ class TokenBudgetBatches(Sampler[list[int]]):
             order = torch.randperm(len(order), generator=generator).tolist()
         for index in order:
             yield self._batches[index]
+
+
+_STREAM_BUFFER = 1024  # texts that are sorted by length together
+
+
+def example_in(row: dict[str, Any]) -> Example:
+    """The example in a row that `prepare_dataset` made."""
+    return Example(torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"], dtype=torch.bool))
+
+
+def tensors_of(example: Example) -> dict[str, Tensor]:
+    """`input_ids` and `loss_mask` `[t]`: of the tokens that a head can predict."""
+    return {"input_ids": example.input_ids, "loss_mask": example.predicted}
+
+
+class PreparedTexts(Dataset[dict[str, Tensor]]):
+    """The texts of a dataset that `prepare_dataset` made.
+
+    Args:
+        rows: a `datasets.Dataset`.
+
+    Attributes:
+        lengths: tokens of each text.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows.select_columns(["input_ids", "loss_mask"])
+        self.lengths: list[int] = list(rows["length"])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return tensors_of(self.example(index))
+
+    def example(self, index: int) -> Example:
+        """One text, with all that the assistant wrote."""
+        return example_in(self._rows[index])
+
+    def examples(self) -> Iterator[Example]:
+        """All texts, in order."""
+        return map(example_in, self._rows)
+
+    def some(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """Up to `count` texts, evenly spread over their lengths."""
+        by_length = sorted(range(len(self)), key=lambda index: self.lengths[index])
+        count = min(count, len(self))
+        return (self[by_length[index * len(self) // count]] for index in range(count))
+
+
+class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
+    """Batches of a token budget from a dataset that is read once, in its own order but for a buffer of texts.
+
+    Args:
+        rows: a `datasets.IterableDataset` that `prepare_dataset` made.
+        budget: tokens of a batch, padding included.
+        seed: seed of the order within the buffer.
+
+    Attributes:
+        questions: of the texts read so far.
+    """
+
+    def __init__(self, rows: Any, budget: int, *, seed: int = 0) -> None:
+        self._rows, self._budget, self._seed = rows, budget, seed
+        self.questions: set[str] = set()
+
+    def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
+        rows = iter(self._rows)
+        while buffer := list(islice(rows, _STREAM_BUFFER)):
+            self.questions.update(row["question"] for row in buffer if row["question"] is not None)
+            for group in TokenBudgetBatches([row["length"] for row in buffer], self._budget, seed=self._seed):
+                yield [tensors_of(example_in(buffer[index])) for index in group]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle the dataset for `epoch`, if it is one that is shuffled."""
+        self._rows.set_epoch(epoch)
+
+    def examples(self, count: int) -> Iterator[Example]:
+        """The first `count` texts."""
+        return map(example_in, islice(self._rows, count))
+
+    def some(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """The first `count` texts, as rows of a batch."""
+        return map(tensors_of, self.examples(count))

@@ -2,12 +2,17 @@
 
 Files are read without `datasets`, which reads none that is cut off and is not part of the base install. TRL's
 `maybe_convert_to_chatml` would keep ShareGPT's names of roles.
+
+Prompts in tokens.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 Message = dict[str, str]
@@ -193,3 +198,10 @@ def _text(content: Any) -> str:
     ):
         return "".join(part["text"] for part in content)
     raise ValueError(f"has the content {str(content)[:60]}, but only text can be trained on, no images or tool calls.")
+
+
+def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
+    """Return token ids `[s]`, through the chat template where there is one."""
+    if tokenizer.chat_template is None:
+        return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
+    return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

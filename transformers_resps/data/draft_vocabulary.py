@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..head import DraftHead
-from .examples import Example, check_token_ids
+from ..heads import DraftHead
+from .preparation import Example, check_token_ids
 
 
 @dataclass(frozen=True, slots=True)

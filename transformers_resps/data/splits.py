@@ -1,8 +1,15 @@
-"""Hold out conversations by their prompts."""
+"""Hold out conversations by their prompts.
+
+Keep the prompts that something was trained on, as hashes beside its weights, so that they are not measured on.
+"""
 
 import hashlib
+import json
+import logging
 from collections.abc import Iterable
+from pathlib import Path
 
+from ..hub import file_of
 from .conversations import Conversation
 
 
@@ -42,3 +49,61 @@ def _place(conversation: Conversation) -> float:
 
 def _is_answered(roles: list[str]) -> bool:
     return "user" in roles and "assistant" in roles[roles.index("user") :]
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
+
+TRAINING_PROMPTS = "training_prompts.json"
+
+
+def prompt_fingerprint(text: str) -> str:
+    """A hash of a user's first turn, the same for any whitespace between its words."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+
+
+def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
+    """Write `training_prompts.json` into the folder of a head or policy.
+
+    Args:
+        folder: must exist.
+        texts: the first user turns that it learned from.
+        earlier: fingerprints of the prompts of the head that training started from.
+    """
+    hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
+    (Path(folder) / TRAINING_PROMPTS).write_text(
+        json.dumps({"sha256_16": hashes}, separators=(",", ":")), encoding="utf-8"
+    )
+
+
+def read_training_prompts(folder: str | Path) -> set[str] | None:
+    """The fingerprints in a folder; `None` if it has none.
+
+    Raises:
+        ValueError: the file is not what `write_training_prompts` wrote.
+    """
+    file = Path(folder) / TRAINING_PROMPTS
+    if not file.is_file():
+        return None
+    try:
+        return {str(one) for one in json.loads(file.read_text(encoding="utf-8"))["sha256_16"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not what `write_training_prompts` writes ({error!r}). Write it again, or delete it."
+        ) from error
+
+
+def training_prompts_of(source: str) -> set[str] | None:
+    """Read the fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = file_of(source, TRAINING_PROMPTS)
+    if file is None:
+        logger.warning(
+            "%s has no %s, so it may have been trained on prompts that it will be measured on.",
+            source,
+            TRAINING_PROMPTS,
+        )
+        return None
+    return read_training_prompts(file.parent)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tree import DraftTree
-from .acceptance import Acceptance, accept, accept_picks
-from .picks import Picks
+from .acceptance import Acceptance, Picks, accept, accept_picks
 from .text import Text
 
 

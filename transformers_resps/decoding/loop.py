@@ -9,16 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..drafting.candidate_generator import TreeCandidateGenerator
-from ..drafting.draft_engine import DraftEngine
-from ..head import BoundHead
-from ..policy import Policy
-from ..target.features import Features
-from ..target.forward import wait_for
-from ..target.slots import leading_pads
-from ..target.tree_verifier import TreeVerifier
+from ..drafting.head_drafter import TreeCandidateGenerator
+from ..drafting.levels import DraftEngine
+from ..heads import BoundHead
+from ..policies import Policy
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree
+from ..verifying.forward import Features, wait_for
+from ..verifying.rows import leading_pads
+from ..verifying.verifier import TreeVerifier
 from .acceptance import Acceptance
 from .batch import Batch
 from .proposal import Proposal, Proposer

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..drafting.candidate_generator import MAX_UNREAD
 from ..drafting.drafter import Drafter
+from ..drafting.head_drafter import MAX_UNREAD
 from ..drafting.prompt_lookup import BatchLookup, Match, mean_accept_probs
-from ..policy import Observation, Policy, choose_shape, count_nodes
+from ..policies import Observation, Policy, choose_shape, count_nodes
 from ..tree import CandidatePool, DraftTree, TreeShape
 
 

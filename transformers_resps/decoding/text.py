@@ -1,15 +1,176 @@
-"""The texts that a call writes: a token is committed with exactly the calls of plain decoding."""
+"""The random numbers of coming positions, drawn as plain sampling would draw them, and given back where unused.
 
+`torch.multinomial` draws one token of each row as a race: the largest p / e wins, where every token's e is drawn from
+the exponential distribution of mean 1. These numbers do not depend on p. So they can be drawn for all levels of a
+tree
+before anybody knows which node the text comes to, and the pick of every node follows: of each level one node is
+reached, and its pick is the token that plain sampling draws there.
+
+Source: ATen, `multinomial` in native/Distributions.cpp, its way of a single sample.
+
+What a text would pick at every node of a tree, told before anybody knows which nodes it comes to.
+
+For texts of one row. Rows in lockstep draw together, and those that have ended go on drawing: they are asked in
+commit
+order.
+
+Read from stopping criteria when a text ends, so that plain greedy decoding need not ask them for each token.
+
+The texts that a call writes: a token is committed with exactly the calls of plain decoding.
+"""
+
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 from ..tree import DraftTree
-from .stop_conditions import StopConditions
-from .tree_logits_processor import TreeLogitsProcessor
-from .tree_picks import TreePicks, can_pick_at_once
+from .processors import TreeLogitsProcessor
+
+
+class Draws:
+    """Random numbers for as many positions as a tree has levels, the root's included.
+
+    Args:
+        count: positions.
+        scores: `[n, v]` gives vocabulary, dtype and device.
+
+    Attributes:
+        numbers: `[count, v]`.
+    """
+
+    def __init__(self, count: int, scores: Tensor) -> None:
+        self.numbers = scores.new_empty(count, scores.shape[-1])
+        generator = _generator(scores.device)
+        assert generator is not None
+        self._generator, self._states = generator, [generator.get_state()]
+        for position in self.numbers.split(1):
+            position.exponential_()
+            self._states.append(generator.get_state())
+
+    def pick(self, scores: Tensor, levels: Tensor) -> Tensor:
+        """`[n]` the tokens drawn from processed scores `[n, v]`, with the numbers of each row's level, `[n]`.
+
+        -1 where nothing can be drawn from a row.
+        """
+        best = (scores.softmax(dim=-1) / self.numbers[levels]).max(dim=-1)
+        return best.indices.masked_fill(best.values.isnan(), -1)
+
+    def give_back(self, used: int) -> None:
+        """Set the generator as if only the first `used` positions had drawn; not if another thread has drawn since."""
+        if torch.equal(self._generator.get_state(), self._states[-1]):
+            self._generator.set_state(self._states[used])
+
+
+@cache
+def draws_alike(device: torch.device, vocabulary: int) -> bool:
+    """Whether `Draws` are those of `torch.multinomial` on a device: seen by doing, with the generator as it was."""
+    generator = _generator(device)
+    if generator is None:
+        return False
+    scores = torch.linspace(0, 1, vocabulary, device=device)[None]
+    before, count = generator.get_state(), 8
+    multinomial = [torch.multinomial(scores.softmax(dim=-1), 1) for _ in range(count)]
+    after = generator.get_state()
+    generator.set_state(before)
+    draws = Draws(count, scores)
+    picks = draws.pick(scores.expand(count, -1), torch.arange(count, device=device))
+    is_alike = torch.equal(torch.cat(multinomial)[:, 0], picks) and torch.equal(generator.get_state(), after)
+    generator.set_state(before)
+    return is_alike
+
+
+def _generator(device: torch.device) -> torch.Generator | None:
+    """The generator of a device that plain sampling draws from; `None` where PyTorch does not show it."""
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    if not hasattr(module, "default_generators") and not hasattr(module, "get_rng_state"):
+        return torch.default_generator  # a backend without random numbers of its own takes the CPU's
+    generators: tuple[torch.Generator, ...] = getattr(module, "default_generators", ())
+    index = module.current_device() if device.index is None else device.index
+    return generators[index] if index < len(generators) else None
+
+
+@dataclass(frozen=True, slots=True)
+class TreePicks:
+    """The picks of one row at all nodes of its tree.
+
+    Attributes:
+        tokens: `[n]`; -1 where the scores allow no draw.
+        logits: `[n, v]` fp32, the target's.
+        scores: `[n, v]` fp32, processed.
+        draws: the random numbers of the levels; `None` for greedy picks.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    scores: Tensor
+    draws: Draws | None
+
+    @classmethod
+    def of(cls, logits: Tensor, scores: Tensor, tree: DraftTree, *, do_sample: bool) -> "TreePicks":
+        """Pick at each of n nodes from its processed scores `[n, v]`."""
+        if not do_sample:
+            return cls(scores.argmax(dim=-1), logits, scores, None)
+        draws = Draws(tree.level_count + 1, scores)
+        return cls(draws.pick(scores, tree.depths[0]), logits, scores, draws)
+
+    def settle(self, tokens: list[int]) -> None:
+        """Give back the random numbers that the committed `tokens` did not use.
+
+        Raises:
+            RuntimeError: no token could be drawn at a committed position.
+        """
+        if self.draws is None:
+            return
+        if min(tokens) < 0:
+            raise RuntimeError(
+                "No token can be drawn, because the processed scores hold NaN, +inf or nothing but -inf. Check the "
+                "logits processors, and the dtype of the target."
+            )
+        self.draws.give_back(len(tokens))
+
+
+def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
+    """Whether picking at all nodes of a tree is right and pays. On a CPU a read is free, and nodes off the path would
+    only cost.
+    """
+    return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
+
+
+@dataclass(frozen=True, slots=True)
+class StopConditions:
+    """When a text ends, and how long it may get before a criterion logs a warning.
+
+    Attributes:
+        token_ids: any of them, once picked.
+        length: positions that it may reach.
+        warning_free_length: positions up to which the criteria log nothing: Transformers warns of longer texts.
+    """
+
+    token_ids: frozenset[int]
+    length: int
+    warning_free_length: int
+
+    def are_silent(self, length: int) -> bool:
+        """Whether no criterion logs a warning of a text before it ends, or reaches `length` positions."""
+        return self.warning_free_length == self.length or length <= self.warning_free_length
+
+    @classmethod
+    def of(cls, criteria: StoppingCriteriaList) -> "StopConditions | None":
+        """Read them; `None` where anything but end tokens and a length may stop a text."""
+        lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
+        tokens = [one for one in criteria if type(one) is EosTokenCriteria]
+        if not lengths or len(lengths) + len(tokens) < len(criteria):
+            return None
+        token_ids = frozenset(token for one in tokens for token in one.eos_token_id.flatten().tolist())
+        length = min(one.max_length for one in lengths)
+        silent = [one.max_position_embeddings for one in lengths if one.max_position_embeddings is not None]
+        return cls(token_ids, length, min([length, *silent]))
 
 
 class Text:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..generation.defaults import SpeculationDefaults
-from ..generation.sequences import end_ids, left_padded, up_to_end
+from ..generation.output import end_ids, left_padded, up_to_end
+from ..generation.request import SpeculationDefaults
 
 
 @dataclass(frozen=True, slots=True)

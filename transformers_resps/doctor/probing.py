@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..head import BoundHead, DraftHead, DraftHeadConfig
-from ..head.rotary import RotaryEmbedding
-from ..target.features import FeatureTap
-from ..target.prepacking import unprepack
-from ..trainers.training_time_test import unroll
+from ..heads import BoundHead, DraftHead, DraftHeadConfig
+from ..heads.model import RotaryEmbedding
+from ..trainers.losses import unroll
+from ..verifying.forward import FeatureTap
+from ..verifying.prepacking import unprepack
 from .diagnosis import Cell, Diagnosis, Reading, Tally
 from .labelled_text import LabelledText
 

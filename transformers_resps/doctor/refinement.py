@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from transformers import PreTrainedModel
 
-from ..head import DraftHead
+from ..heads import DraftHead
 from .diagnosis import Diagnosis
 from .labelled_text import LabelledText
 from .probing import Probe

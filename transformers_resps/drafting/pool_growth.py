@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..head import BoundHead
+from ..heads import BoundHead
 from ..tree import CandidatePool
 
 

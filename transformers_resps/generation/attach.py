@@ -12,13 +12,10 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..compat import unwrapped
-from ..head import DraftHead
-from ..policy import AutoPolicy, Policy
-from .compiling import CompileChoice
-from .defaults import SpeculationDefaults
+from ..heads import DraftHead
+from ..policies import AutoPolicy, Policy
 from .mixin import ReSpSGenerationMixin
-from .named import is_name
-from .request import Asked, check_kinds, draft_head, is_plain
+from .request import Asked, CompileChoice, SpeculationDefaults, check_kinds, draft_head, is_name, is_plain
 
 
 _OF_THE_MIXIN = ("speculation_defaults", "policy_cache", "named_heads", "slot_engine", "draft_engines")

@@ -24,22 +24,29 @@ from transformers.generation.configuration_utils import GenerationMode
 from ..compat import CACHE_KEYWORD
 from ..decoding.batch import Batch
 from ..decoding.loop import TreeDecoding
-from ..drafting.draft_engines import DraftEngines
-from ..policy import AutoPolicy, Policy, PolicyCache
-from ..policy.policy_cache import default_policy
-from ..target.slot_engine import SlotEngine
-from ..target.tree_cache import stop_recording
+from ..drafting.levels import DraftEngines
+from ..policies import AutoPolicy, Policy, PolicyCache
+from ..policies.auto import default_policy
 from ..telemetry.report import SpeculationReport
-from .call_checks import check_forward_arguments, check_lengths, check_synced
-from .compiling import CompileChoice
-from .defaults import SpeculationDefaults
-from .generate_inputs import GenerateInputs
-from .lockstep import is_lockstep, lockstep_reason
-from .named import AUTO, NamedHeads, configured, is_name
+from ..verifying.cache import stop_recording
+from ..verifying.slot_engine import SlotEngine
+from .checks import check_forward_arguments, check_lengths, check_synced, check_tree_attention
+from .inputs import GenerateInputs, is_lockstep, lockstep_reason, tree_verifier
 from .output import SpeculativeOutput
-from .request import Asked, Request, draft_head, is_plain, is_stock_assistant, read_request
-from .tree_probe import check_tree_attention
-from .verification import tree_verifier
+from .request import (
+    Asked,
+    CompileChoice,
+    NamedHeads,
+    Request,
+    SpeculationDefaults,
+    configured,
+    draft_head,
+    is_name,
+    is_plain,
+    is_stock_assistant,
+    read_request,
+)
+from .request import AUTO_named as AUTO
 
 
 _request: ContextVar[Request | None] = ContextVar("resps_request", default=None)

@@ -1,7 +1,17 @@
-"""What `generate` returns beside the tokens."""
+"""What `generate` returns beside the tokens.
 
+Where answers end, and prompts of unequal lengths as one batch.
+
+How a temperature is asked of `generate`.
+"""
+
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..telemetry.report import SpeculationReport
@@ -19,3 +29,32 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """
 
     speculation: SpeculationReport | None = None
+
+
+Ids = TypeVar("Ids", list[int], Tensor)
+
+
+def end_ids(model: Any) -> frozenset[int]:
+    """The tokens that end an answer of `model`; none where its generation settings name none."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset(ids if isinstance(ids, list) else () if ids is None else (ids,))
+
+
+def up_to_end(ids: Ids, ends: Container[int]) -> Ids:
+    """The answer `[t]` up to its first end token, that one included; all of it where there is none."""
+    tokens = ids.tolist() if isinstance(ids, Tensor) else ids
+    return ids[: next((number for number, token in enumerate(tokens, start=1) if token in ends), len(tokens))]
+
+
+def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts `[s]` as ids `[b, longest s]`, zeros before the shorter ones, and a mask with ones at their tokens."""
+    masks = [torch.ones_like(prompt) for prompt in prompts]
+    ids, mask = (pad_sequence(list(rows), batch_first=True, padding_side="left") for rows in (prompts, masks))
+    return ids, mask
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Return keywords of `generate`: greedy at 0, otherwise the target's whole distribution at that temperature."""
+    if temperature == 0:
+        return {"do_sample": False, "repetition_penalty": 1.0}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}

@@ -1,10 +1,21 @@
 """Downloads from and uploads to the Hub."""
 
-from .download import RepositoryFiles
-from .loaded import file_of, folder_of
-from .metadata import GENERAL_TAGS, as_hub_id, card_data, shareable
-from .pushing import CARD, METRICS, RESULTS, plain_card, push_saved
-from .upload import Destination, Existing, make_repository, upload
+from .download import RepositoryFiles, file_of, folder_of
+from .upload import (
+    CARD,
+    GENERAL_TAGS,
+    METRICS,
+    RESULTS,
+    Destination,
+    Existing,
+    as_hub_id,
+    card_data,
+    make_repository,
+    plain_card,
+    push_saved,
+    shareable,
+    upload,
+)
 
 
 __all__ = [

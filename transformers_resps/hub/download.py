@@ -2,6 +2,8 @@
 
 Over plain HTTP `huggingface_hub` compares the size of what it fetched, not the content (2.4, `http_get`). A cached
 file is named after its ETag, which is its hash, so the content can be compared here.
+
+Files of a head, policy or target beside those that loading it reads.
 """
 
 import hashlib
@@ -10,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -107,3 +109,27 @@ def is_whole(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hasher).hexdigest() == blob.name
+
+
+def folder_of(id_or_folder: str | Path) -> Path | None:
+    """Find the files of a head, policy or target: a folder, or what the Hub's cache holds of a repository."""
+    if Path(id_or_folder).is_dir():
+        return Path(id_or_folder)
+    try:
+        return Path(str(snapshot_download(str(id_or_folder), local_files_only=True)))
+    except (OSError, ValueError):  # neither a folder nor whole in the cache: loading it says what is wrong
+        return None
+
+
+def file_of(id_or_folder: str | Path, name: str) -> Path | None:
+    """Fetch a file of a head or policy that loading it did not: from its folder, or the commit that was loaded.
+
+    Raises:
+        OSError, ConnectionError, ValueError: as `RepositoryFiles.fetch`.
+    """
+    folder = folder_of(id_or_folder)
+    if folder is None:
+        return None
+    if Path(id_or_folder).is_dir():
+        return folder / name if (folder / name).is_file() else None
+    return RepositoryFiles(str(id_or_folder), revision=folder.name).fetch(name)  # a snapshot is named after its commit

@@ -1,16 +1,75 @@
-"""Upload files to a repository, in one commit: all of them or none."""
+"""The YAML at the top of a card, which links a head or a policy to its target on the Hub.
 
+Upload files to a repository, in one commit: all of them or none.
+
+Push what an object saves, with a minimal card.
+"""
+
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCardData, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from ..compat import TransportError
+
+
+LIBRARY = "transformers-resps"
+GENERAL_TAGS = ("speculative-decoding", "transformers-resps")
+
+
+def as_hub_id(name: str | None) -> str | None:
+    """`name` if it reads as an id of the Hub and is no folder here."""
+    is_id = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    return name if is_id else None
+
+
+def shareable(config: Any) -> Any:
+    """JSON values without local paths: a `name_or_path` of a local folder, at any depth, becomes the folder's name."""
+    if not isinstance(config, Mapping):
+        return config
+    told = {key: shareable(value) for key, value in config.items()}
+    name = str(told.get("name_or_path") or "")
+    return {**told, "name_or_path": Path(name).resolve().name} if name and Path(name).is_dir() else told
+
+
+def card_data(
+    target: str | None,
+    tags: Sequence[str],
+    *,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+) -> ModelCardData:
+    """The metadata of a card.
+
+    `base_model_relation` is `adapter`. Of the four values that the Hub knows (adapter, finetune, merge, quantized) it
+    is the one for weights that are of use only beside the unchanged weights of the base model. Where it is left out,
+    as most publishers of draft heads do, the Hub takes `finetune`, which is wrong: the target is not changed.
+
+    Args:
+        target: Hub id, or `None` when the target is not on the Hub.
+        tags: in the order shown.
+        license: of the artefact, a short name that the Hub knows.
+        languages: ISO codes.
+        datasets: Hub ids.
+    """
+    return ModelCardData(
+        library_name=LIBRARY,
+        pipeline_tag="text-generation",
+        base_model=target,
+        base_model_relation="adapter" if target else None,
+        license=license,
+        language=list(languages) or None,
+        datasets=list(datasets) or None,
+        tags=list(tags),
+    )
 
 
 Answer = TypeVar("Answer")
@@ -184,4 +243,45 @@ def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
     return (
         f"The Hub refused the upload to {repo_id}, and nothing was committed: {str(error).strip()}. "
         f"{way_out.get(status, 'Run the same command again; if it fails again, see status.huggingface.co.')}"
+    )
+
+
+# What publishing puts beside weights and describes them.
+CARD, RESULTS, METRICS = "README.md", "results.json", "metrics.json"
+
+
+def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:
+    """Upload what `save` writes into a folder, and `card` where the repository has none.
+
+    A repository with figures of other weights is refused, not cleared: it may hold their only copy.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        OSError, ConnectionError, ValueError: as `upload`.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        save(folder)
+        files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
+        return upload(
+            {CARD: card.encode(), **files}, destination, message, existing=Existing((CARD,), (RESULTS, METRICS))
+        )
+
+
+def plain_card(kind: str, tag: str, target: str | None, use: str) -> str:
+    """A card without results: metadata for the target's page, what it is, and a line to load it.
+
+    Args:
+        kind: in words, as "draft head".
+        tag: the same as a tag.
+        target: the target's name.
+        use: the line of Python.
+    """
+    hub_id = as_hub_id(target)
+    of = f" for {hub_id}" if hub_id else ""
+    return (
+        f"---\n{card_data(hub_id, ['eagle3', tag, *GENERAL_TAGS]).to_yaml()}\n---\n\n# A {kind}{of}\n\n"
+        f"```python\n{use}\n```\n\nNothing was measured for this card.\n"
     )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..generation.defaults import SpeculationDefaults
-from ..head import DraftHead
-from ..policy import Policy
+from ..generation.request import SpeculationDefaults
+from ..heads import DraftHead
+from ..policies import Policy
 from ..telemetry.report import SpeculationReport
 from ..testing import Divergence, explain_divergence
 from ..testing.divergence import first_difference

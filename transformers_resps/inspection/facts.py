@@ -8,9 +8,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..calibration.device import device_name
-from ..head import DraftHead
-from ..policy import Policy
+from ..calibration import device_name
+from ..heads import DraftHead
+from ..policies import Policy
 
 
 def facts_of(model: PreTrainedModel, head: DraftHead | None, policy: Policy, decoding: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ..telemetry.detokenize import Decode, decode_after, detokenize_incrementally
+from ..telemetry.display import Decode, decode_after, detokenize_incrementally
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
 from .examination import Examination

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..policy import Level, Observation, Policy, PolicyWrapper
+from ..policies import Level, Observation, Policy, PolicyWrapper
 from ..telemetry.report import StepRecord
 from ..tree import DraftTree, TreeShape
 

@@ -1,12 +1,10 @@
 """Recorded texts, and what any policy would have done on them; no model runs."""
 
 from .fitted_policy import fitted_policy
-from .oracle import Headroom, Oracle
-from .outcomes import HeldOutcomes, OutcomeTable, TextOutcomes
-from .recorded_drafter import RecordedDrafter
+from .outcomes import Headroom, HeldOutcomes, Oracle, OutcomeTable, TextOutcomes
 from .recorded_text import RecordedText, record_pools
 from .replay_text import ReplayText, record_text
-from .replayed_decoding import ReplayedStep, decode_again, replay_policy
+from .replayed_decoding import RecordedDrafter, ReplayedStep, decode_again, replay_policy
 
 
 __all__ = [

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..policy import ThroughputPolicy
-from ..policy.acceptance_model import LEVELS, MAX_SCORE, MIN_SCORE, AcceptanceModel, PlattScaling
+from ..policies import ThroughputPolicy
+from ..policies.acceptance_model import LEVELS, MAX_SCORE, MIN_SCORE, AcceptanceModel, PlattScaling
 from .recorded_text import RecordedText
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..drafting.prompt_lookup import Lookup
-from ..head import DraftHead
-from ..policy import ActionGrid, CostModel
+from ..heads import DraftHead
+from ..policies import ActionGrid, CostModel
 from ..tree import CandidatePool, TreeShape
 from .outcomes import TextOutcomes
 from .recorded_text import RecordedText, open_recording, record_pools

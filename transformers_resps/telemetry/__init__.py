@@ -1,7 +1,6 @@
 """What happened in a call of `generate`: the record of each step, and the report over all of them."""
 
-from .report import SpeculationReport, StepRecord
-from .row_counts import RowCounts
+from .report import RowCounts, SpeculationReport, StepRecord
 
 
 __all__ = ["RowCounts", "SpeculationReport", "StepRecord"]

@@ -1,16 +1,115 @@
-"""What a call of `generate` did, step by step.
+"""One number for each row of a batch.
+
+Rates of tokens per second, and how sure a ratio of two of them is.
+
+What a call of `generate` did, step by step.
 
 Every rate the project publishes is computed here, from these records.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from ..tree import TreeShape
-from .detokenize import decoder, detokenize_incrementally
-from .row_counts import RowCounts
+from .display import decoder, detokenize_incrementally
+
+
+class RowCounts(tuple[int, ...]):
+    """One number per row of the batch, in the order of the rows.
+
+    With one row it compares with an integer and converts to it: `record.accepted == 3`, `int(record.accepted)`.
+    Several rows equal no integer.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return bool(tuple(self) == self._like_self(other))
+
+    def __ne__(self, other: object) -> bool:
+        return bool(tuple(self) != self._like_self(other))
+
+    def __lt__(self, other: Any) -> bool:
+        return bool(tuple(self) < self._like_self(other))
+
+    def __le__(self, other: Any) -> bool:
+        return bool(tuple(self) <= self._like_self(other))
+
+    def __gt__(self, other: Any) -> bool:
+        return bool(tuple(self) > self._like_self(other))
+
+    def __ge__(self, other: Any) -> bool:
+        return bool(tuple(self) >= self._like_self(other))
+
+    __hash__ = tuple.__hash__
+
+    def __int__(self) -> int:
+        """The number of the only row.
+
+        Raises:
+            ValueError: there are several rows.
+        """
+        if len(self) != 1:
+            raise ValueError(f"{tuple(self)} counts {len(self)} rows. Take one of them by its index, or their sum.")
+        return self[0]
+
+    def to_json(self) -> int | list[int]:
+        """An integer for one row, as reports of one prompt have it, otherwise a list."""
+        return self[0] if len(self) == 1 else list(self)
+
+    def _like_self(self, other: Any) -> Any:
+        return (other,) if isinstance(other, int) and len(self) == 1 else other
+
+
+class Timed(Protocol):
+    """Anything with a number of tokens and the seconds that they took."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
+class Timing(NamedTuple):
+    """Tokens of one text, and the seconds that they took."""
+
+    tokens: int
+    seconds: float
+
+
+def rate(timed: Iterable[Timed]) -> float:
+    """Return total tokens over total seconds."""
+    kept = list(timed)
+    return sum(one.tokens for one in kept) / sum(one.seconds for one in kept)
+
+
+def bootstrap_interval(
+    own: Sequence[Sequence[Timed]], base: Sequence[Sequence[Timed]], *, draws: int = 2000
+) -> tuple[float, float]:
+    """Return the middle 95% of `rate(own) / rate(base)` over prompts drawn with replacement.
+
+    Args:
+        own: answers to each prompt, all its turns and repeats together.
+        base: of the same prompts in the same order, so that a draw is paired.
+        draws: samples of prompts, the same ones in every call.
+    """
+    totals = [
+        [(sum(m.tokens for m in part), sum(m.seconds for m in part)) for part in prompts] for prompts in (own, base)
+    ]
+    generator = random.Random(0)
+    ratios = []
+    for _ in range(draws):
+        drawn = generator.choices(range(len(own)), k=len(own))
+        (tokens, seconds), (base_tokens, base_seconds) = (
+            (sum(prompts[i][0] for i in drawn), sum(prompts[i][1] for i in drawn)) for prompts in totals
+        )
+        ratios.append(tokens / seconds / (base_tokens / base_seconds))
+    ratios.sort()
+    return ratios[int(0.025 * draws)], ratios[min(int(0.975 * draws), draws - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +241,7 @@ class SpeculationReport:
             ValueError: the batch has no such row.
         """
         try:
-            from .console import StepLine, print_steps
+            from .display import StepLine, print_steps
         except ModuleNotFoundError as error:
             raise ImportError(
                 "`show` needs the package `rich`. Run `pip install 'transformers-resps[inspect]'`, or read `steps` "

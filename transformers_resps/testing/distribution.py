@@ -1,7 +1,21 @@
-"""Test whether sampled tokens follow the target's distribution, on the first tokens of many sampled answers.
+"""Compute what the target would draw, and what a drafter would propose, at every place of a text.
+
+From the text alone, so that the engine can be compared with it.
+
+Test whether tokens were drawn from given distributions, by chi-square.
+
+There is one token per place, and every place has a distribution of its own, given what was written before it. Tokens
+fall into bins that are chosen per place from the text before it alone. Under the hypothesis that every token was
+drawn
+from its place's distribution, the counts minus their expectations are a sum of martingale differences, whose
+covariance is the sum of those of the places; so the quadratic form of counts and covariance is asymptotically
+chi-square.
+
+Test whether sampled tokens follow the target's distribution, on the first tokens of many sampled answers.
 
 The exact distribution comes from plain forwards over the texts that were written. Trees can bend a distribution only
-towards or away from what they draft, so the bins are the drafted tokens of each place, best first, and the rest of the
+towards or away from what they draft, so the bins are the drafted tokens of each place, best first, and the rest of
+the
 vocabulary in three pools by likelihood.
 
 A test that finds nothing may have no power, so it also runs on tokens of a rule that is known to be wrong. The
@@ -15,11 +29,174 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from .drafts import DraftReader, Place
-from .goodness_of_fit import Fit, goodness_of_fit
-from .model_under_test import ModelUnderTest
-from .texts import SAMPLED
+from ..drafting.head_drafter import TreeCandidateGenerator
+from ..drafting.prompt_lookup import Lookup
+from ..heads import BoundHead, DraftHead
+from ..policies import FixedPolicy
+from ..tree import TreeShape
+from ..verifying.forward import FeatureTap
+from .texts import SAMPLED, ModelUnderTest
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One token of an answer, and what could have stood there.
+
+    Attributes:
+        token: that was written.
+        probs: `[v]` fp32, the target's distribution given the text before it.
+        drafted: the drafter's best tokens there, best first.
+        draft_probs: the probability that the drafter gives to each of them.
+    """
+
+    token: int
+    probs: Tensor
+    drafted: list[int]
+    draft_probs: list[float]
+
+
+class DraftReader:
+    """Reads texts with a target and its drafter: the head, or prompt lookup without one."""
+
+    def __init__(self, target: PreTrainedModel, head: DraftHead | None) -> None:
+        self._target = target
+        self._bound = None if head is None else BoundHead(head, target)
+
+    @torch.inference_mode()
+    def read(self, prompt: Tensor, answer: Tensor, drafts: int) -> list[Place]:
+        """Every token of `answer` `[t]` after `prompt` `[s]`, each with up to `drafts` drafted tokens.
+
+        The first has none: the engine picks it before anything is drafted.
+        """
+        device = self._target.device
+        text = torch.cat([prompt.to(device), answer.to(device)])
+        if self._bound is None:
+            logits = self._logits(text[:-1], len(answer))
+            drafted = _looked_up(text.tolist(), len(prompt))
+        else:
+            with (
+                FeatureTap(self._target, self._bound.head.config.feature_layers or []) as tap,
+                tap.record() as features,
+            ):
+                logits = self._logits(text[:-1], len(answer))
+            drafted = self._from_head(features.concatenated(), text, len(prompt), drafts)
+        probs = logits.float().softmax(-1).cpu()
+        return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(answer.tolist())]
+
+    def _logits(self, text: Tensor, most: int) -> Tensor:
+        """Of one plain forward over `text` `[s]`: the last `most` rows, `[most, v]`."""
+        logits: Tensor = self._target(input_ids=text[None], use_cache=False, logits_to_keep=most).logits[0]
+        return logits
+
+    def _from_head(
+        self, features: Tensor, text: Tensor, start: int, drafts: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """The head's best children of each token from `start` on, as its first level has them."""
+        assert self._bound is not None
+        generator = TreeCandidateGenerator(self._bound, 1, None)
+        shape, policy = TreeShape(drafts + 1, 1, drafts), FixedPolicy(TreeShape.plain())
+        found: list[tuple[list[int], list[float]]] = [([], [])]
+        read = 0
+        for place in range(start, len(text) - 1):
+            generator.observe(features[:, read:place], text[None, read + 1 : place + 1])
+            read = place
+            pool = generator.draft(shape, policy)
+            found.append((pool.tokens[0].tolist(), pool.scores[0].exp().tolist()))
+        return found
+
+
+def _looked_up(text: list[int], start: int) -> list[tuple[list[int], list[float]]]:
+    """The token that followed the last time, with its probability from the track record."""
+    lookup = Lookup()
+    lookup.extend(text[: start + 1])
+    found: list[tuple[list[int], list[float]]] = [([], [])]
+    for token in text[start + 1 :]:
+        match = lookup.match(1)
+        found.append((match.tokens, match.prefix_accept_probs))
+        lookup.extend([token])
+    return found
+
+
+SIGNIFICANCE = 1e-4  # one false alarm in ten thousand examinations
+_MIN_VARIANCE = 5.0  # of a bin's count: with less, the count is far from normal, so the bin is pooled with others
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well the counts fit.
+
+    Attributes:
+        draws: tokens counted.
+        chi_square: of the counts; 0 when everything had to be pooled into one bin.
+        degrees: of freedom.
+        total_variation: half the sum of the absolute differences between observed and expected shares of the bins.
+    """
+
+    draws: int
+    chi_square: float
+    degrees: int
+    total_variation: float
+
+    @property
+    def p_value(self) -> float:
+        """Probability of so large a `chi_square` when all tokens were drawn as they should."""
+        if self.degrees == 0:
+            return 1.0
+        half = torch.tensor([self.degrees / 2, self.chi_square / 2], dtype=torch.float64)
+        return float(torch.special.gammaincc(half[0], half[1]))
+
+    @property
+    def fits(self) -> bool:
+        return self.p_value >= SIGNIFICANCE
+
+    def __str__(self) -> str:
+        return (
+            f"chi-square {self.chi_square:.1f} with {self.degrees} degrees of freedom (p = {self.p_value:.2g}), "
+            f"total variation {self.total_variation:.3f}, {self.draws} draws"
+        )
+
+
+def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
+    """Compare where tokens fell with where they should fall.
+
+    Args:
+        probabilities: `[places, bins]` of each bin at each place; rows sum to 1.
+        bins: `[places]` the bin that the token of each place fell into.
+    """
+    probabilities = probabilities.double()
+    observed = torch.bincount(bins, minlength=probabilities.shape[1]).double()
+    expected = probabilities.sum(0)
+    covariance = torch.diag(expected) - probabilities.T @ probabilities
+    total_variation = float((observed - expected).abs().sum() / 2 / len(bins))
+    pooling = _pooling(covariance)  # [pooled, bins]
+    difference = pooling @ (observed - expected)
+    covariance = pooling @ covariance @ pooling.T
+    degrees = len(pooling) - 1  # the last count follows from the others
+    chi_square = 0.0
+    if degrees:
+        solved = torch.linalg.solve(covariance[:-1, :-1], difference[:-1])
+        chi_square = float(difference[:-1] @ solved)
+    return Fit(len(bins), chi_square, degrees, total_variation)
+
+
+def _pooling(covariance: Tensor) -> Tensor:
+    """0 and 1, `[pooled, bins]`: bins of little variance are merged with the next smallest until none is left."""
+    groups = [[index] for index in range(len(covariance))]
+
+    def variance(group: list[int]) -> float:
+        return float(covariance[group][:, group].sum())
+
+    while len(groups) > 1:
+        groups.sort(key=variance)
+        if variance(groups[0]) >= _MIN_VARIANCE:
+            break
+        groups[:2] = [groups[0] + groups[1]]
+    pooling = torch.zeros(len(groups), len(covariance), dtype=covariance.dtype)
+    for row, group in enumerate(groups):
+        pooling[row, group] = 1.0
+    return pooling
 
 
 DRAFTED = 4  # bins for drafted tokens, best first

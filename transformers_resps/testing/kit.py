@@ -1,26 +1,143 @@
-"""`assert_lossless`: check that the output with a head and a policy is the model's own."""
+"""Built-in trees, beside those of the policy in question, which may never draft some kinds of trees.
+
+The report of a lossless check: printed, a page that can be pasted into an issue.
+
+`assert_lossless`: check that the output with a head and a policy is the model's own.
+"""
 
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..calibration.cost_table import identity_of
+from ..calibration import identity_of
 from ..generation.request import is_plain
-from ..head import DraftHead
-from ..policy import Policy
-from .distribution import check_distribution
+from ..heads import DraftHead
+from ..policies import Observation, Policy
+from ..tree import TreeShape
+from .distribution import DistributionCheck, check_distribution
 from .divergence import HALF_PRECISIONS
-from .model_under_test import ModelUnderTest
-from .report import LosslessReport, NotLosslessError
-from .stress_shapes import ChangingTrees
-from .texts import GREEDY, PENALISED, PROCESSED, SAMPLED, Call, TextCheck, compare_batch, compare_one_by_one
+from .texts import (
+    GREEDY,
+    PENALISED,
+    PROCESSED,
+    SAMPLED,
+    Call,
+    ModelUnderTest,
+    TextCheck,
+    compare_batch,
+    compare_one_by_one,
+)
+
+
+# Wide, deep, looked up, a chain, plain: masks, positions, caches and acceptance differ in each of them.
+_SHAPES = (
+    TreeShape(24, 5, 4, lookup=4),
+    TreeShape.plain(),
+    TreeShape(1, 0, 1, lookup=6),
+    TreeShape(6, 5, 1),
+    TreeShape(9, 2, 8),
+    TreeShape(1, 0, 1, lookup=2),
+    TreeShape(16, 3, 3),
+)
+
+
+class ChangingTrees(Policy):
+    """Another shape at every step.
+
+    Args:
+        has_head: false leaves out the shapes that need a head.
+    """
+
+    needs_head = False
+
+    def __init__(self, has_head: bool) -> None:
+        self._shapes = cycle([shape for shape in _SHAPES if has_head or not shape.asks_head])
+
+    def __repr__(self) -> str:
+        return "ChangingTrees()"
+
+    def choose(self, observation: Observation) -> TreeShape:
+        return next(self._shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class LosslessReport:
+    """The result of `assert_lossless`; printed, it is a short page.
+
+    Attributes:
+        facts: versions, device, dtype, threads, target, head, policy.
+        texts: answers compared token for token, one entry per decoding setting.
+        distribution: the test of sampled tokens, with its control.
+        seconds: that the check took.
+    """
+
+    facts: dict[str, str]
+    texts: tuple[TextCheck, ...]
+    distribution: DistributionCheck
+    seconds: float
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every answer is the plain one or differs first at a near-tie, and the sampled tokens fit."""
+        return self.distribution.passed and all(check.passed for check in self.texts)
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether drafted tokens of the policy were accepted; otherwise its answers are plain decoding's own."""
+        return self.distribution.has_power or any(check.accepted for check in self.texts if check.is_of_policy)
+
+    @property
+    def verdict(self) -> str:
+        if not self.is_lossless:
+            failed = [check.name for check in self.texts if not check.passed]
+            failed += [] if self.distribution.passed else [self.distribution.name]
+            return f"NOT LOSSLESS: {', '.join(failed)}"
+        if not self.is_tested:
+            beside = "" if any(check.accepted for check in self.texts) else ", nor of the built-in trees"
+            return (
+                f"NOTHING WAS TESTED: no drafted token of the policy was accepted{beside}, so its answers were plain "
+                "decoding's own. Pass a trained head, or prompts that it can draft for"
+            )
+        differing = sum(len(check.differences) for check in self.texts)
+        exact = (
+            "every answer is the plain one"
+            if not differing
+            else f"every answer is the plain one, except for {differing} that differ at a near-tie"
+        )
+        blind = "" if self.distribution.has_power else "; the distribution test had no power"
+        idle = [check.name for check in self.texts if check.is_of_policy and not check.accepted]
+        untested = f"; no draft was accepted in {len(idle)} of the comparisons" if idle else ""
+        return f"LOSSLESS: {exact}{untested}{blind}"
+
+    def __str__(self) -> str:
+        width = max(map(len, self.facts))
+        lines = [f"{name:{width}}  {value}" for name, value in self.facts.items()]
+        lines.append("")
+        for check in self.texts:
+            lines.append(f"{check.name}: {check}")
+            lines += [f"  {difference}" for difference in (*check.differences, *check.mismatches)]
+        lines += [f"{self.distribution.name}: {self.distribution}", ""]
+        return "\n".join([*lines, f"{self.verdict} ({self.seconds:.0f} s)"])
+
+
+class NotLosslessError(AssertionError):
+    """`assert_lossless` found output that is not the model's own.
+
+    Attributes:
+        report: the whole `LosslessReport`.
+    """
+
+    def __init__(self, report: LosslessReport) -> None:
+        super().__init__(str(report))
+        self.report = report
 
 
 _DISTRIBUTION_ANSWERS = 12  # per seed

@@ -10,13 +10,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..data import Example, prepare_dataset
-from ..data.batches import TokenBudgetBatches
-from ..data.texts import PreparedTexts, StreamedBatches
-from .checks import check_dataset
-from .feature_cache import CachedFeatures
+from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches
+from .base import check_dataset
+from .features import CachedFeatures, FrozenTarget
 from .head_config import DraftHeadTrainingConfig
 from .loading import load_tokenizer
-from .target_features import FrozenTarget
 
 
 _COUNTED_TEXTS = 4096  # of a dataset that is streamed

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from transformers import TrainingArguments
 
-from .checks import check_setting
+from .base import check_setting
 from .renamed import check_renamed
 
 

@@ -1,21 +1,272 @@
-"""What a policy is trained and judged on: prompts, the target's answers to them, and what steps cost."""
+"""The prompts that a policy learns from: a dataset in TRL's columns, in tokens.
 
-from functools import cached_property
+Answers of the target to prompts, recorded with what its head would have drafted at every position.
+
+What steps cost on the machine that a policy is trained on: measured once for each run.
+
+What a policy is trained and judged on: prompts, the target's answers to them, and what steps cost.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-from ..calibration.cost_table import CostTable
-from ..generation.sampling import sampling
-from ..head import parameter_fingerprint
-from ..policy import ActionGrid
-from ..replay import OutcomeTable, RecordedText, ReplayText
-from .live_rollouts import LiveRollouts
-from .measured_costs import measured_costs
-from .pair import Pair
+import torch
+from torch import Tensor, tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..calibration import CostTable, calibrate
+from ..data import to_tokens
+from ..data.conversations import as_messages
+from ..generation.output import sampling
+from ..heads import DraftHead, parameter_fingerprint
+from ..policies import ActionGrid
+from ..replay import OutcomeTable, RecordedText, ReplayText, record_pools, record_text
+from ..replay.replay_text import FORMAT
+from .base import check_dataset, written
+from .loading import Pair
 from .policy_config import PolicyTrainingConfig
-from .policy_prompts import PolicyPrompts
-from .recording import Form, Recorded, Recorder, digest, outcomes_for, pools_of
-from .rollouts import ReplayRollouts
+from .rollouts import LiveRollouts, ReplayRollouts
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPrompts:
+    """Distinct prompts, in the order of their dataset.
+
+    Attributes:
+        tokens: `[s]` each.
+        first_questions: what the first user turns say, by which a benchmark recognises them.
+    """
+
+    tokens: list[Tensor]
+    first_questions: set[str]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def names(self) -> list[str]:
+        """A hash of each prompt."""
+        return list(map(name_of, self.tokens))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.tokens))
+
+    @classmethod
+    def of(cls, dataset: Any, name: str, tokenizer: Any) -> "PolicyPrompts":
+        """Read the prompts of a dataset.
+
+        Args:
+            dataset: a `datasets.Dataset` with a column `prompt` (a string, which is taken as it is, or messages) or
+                `messages`. Of messages, all turns up to the last question are the prompt, in the chat template.
+            name: of the argument, for errors.
+            tokenizer: of the target.
+
+        Raises:
+            ValueError: it is something else, is empty, or a row holds something else.
+        """
+        _check(dataset, name)
+        found: dict[str, Tensor] = {}
+        questions = set()
+        column = "prompt" if "prompt" in dataset.column_names else "messages"
+        for number, row in enumerate(dataset):
+            try:
+                tokens, question = _read(row[column], column, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"Row {number} of `{name}` {error}") from None
+            found[name_of(tokens)] = tokens
+            questions.add(question)
+        return cls(list(found.values()), questions)
+
+    def check_context(self, target: PreTrainedModel, max_completion_length: int, name: str) -> None:
+        """Check that the longest prompt leaves room for its answer.
+
+        Raises:
+            ValueError: it does not.
+        """
+        context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and self.longest + max_completion_length > context:
+            raise ValueError(
+                f"The longest prompt of `{name}` has {self.longest} tokens and its answer up to "
+                f"{max_completion_length}, but the target reads at most {context} tokens. Leave longer prompts out, "
+                "or lower `max_completion_length`."
+            )
+
+
+def name_of(tokens: Tensor) -> str:
+    """A hash of token ids `[s]`."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
+def _check(dataset: Any, name: str) -> None:
+    """Check that a dataset has rows, and prompts in them.
+
+    Raises:
+        ValueError: it has not.
+    """
+    check_dataset(dataset, name, may_stream=False)
+    if not len(dataset):
+        raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")
+    if not {"prompt", "messages"} & set(dataset.column_names):
+        raise ValueError(
+            f"`{name}` has the columns {sorted(dataset.column_names)}, but needs `prompt` or `messages`. Rename one "
+            "with `dataset.rename_column`."
+        )
+
+
+def _read(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
+    """A prompt in tokens `[s]`, and its first question.
+
+    Raises:
+        ValueError: says what it is instead.
+    """
+    if isinstance(value, str) and column == "prompt" and value.strip():
+        return tensor(tokenizer(value)["input_ids"]), value
+    messages = as_messages(value, None)
+    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    if not asked:
+        raise ValueError("has no turn of the user, so there is nothing to answer. Leave it out.")
+    return to_tokens(messages[: asked[-1] + 1], tokenizer), messages[asked[0]]["content"]
+
+
+class _Recording(Protocol):
+    def save(self, file: str | Path) -> None: ...
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self: ...
+
+
+Recorded = TypeVar("Recorded", bound=_Recording)
+
+
+@dataclass(frozen=True, slots=True)
+class Form(Generic[Recorded]):
+    """What is kept of an answer.
+
+    Attributes:
+        kind: class of the recordings.
+        record: makes one, of a target, a head, `[s]` prompt and answer, the prompt's length and `spare_room`.
+        facts: JSON values that change with everything that changes a recording.
+    """
+
+    kind: type[Recorded]
+    record: Callable[..., Recorded]
+    facts: list[Any]
+
+
+def outcomes_for(grid: ActionGrid) -> Form[ReplayText]:
+    """Keep what gives the outcome of every shape of `grid`."""
+    return Form(ReplayText, partial(record_text, grid=grid), [FORMAT, grid.to_list()])
+
+
+def pools_of(depths: dict[int, int]) -> Form[RecordedText]:
+    """Keep the pools themselves: for each `top_k` of `depths`, of so many levels."""
+    return Form(RecordedText, partial(record_pools, depths=depths), ["pools", sorted(depths.items())])
+
+
+@dataclass
+class Recorder(Generic[Recorded]):
+    """Lets the target answer prompts, and records the answers in a folder; those that are there are used again.
+
+    Args:
+        target: attached.
+        head: drafts.
+        form: what is kept.
+        folder: one file for each answer.
+        generation: passed to `generate`, with `max_new_tokens`; JSON values.
+    """
+
+    target: Any
+    head: DraftHead
+    form: Form[Recorded]
+    folder: Path
+    generation: dict[str, Any]
+
+    def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
+        """Recordings of all prompts with an answer of at least two tokens, in their order.
+
+        Each of several processes records its share, then reads the recordings of all.
+
+        Args:
+            prompts: `[s]` each.
+            what: their name in the progress bar.
+
+        Raises:
+            ValueError: no prompt has such an answer.
+        """
+        from accelerate import PartialState  # of the extra `train`; heads are checked without it
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = PartialState()
+        share = prompts[state.process_index :: state.num_processes]
+        missing = [prompt for prompt in share if not self._file(prompt).is_file()]
+        for prompt in tqdm(missing, desc=f"Recording answers to {what}", disable=not missing):
+            text = self._answer(prompt)
+            if text is not None:
+                unfinished = self._file(prompt).with_suffix(f".{os.getpid()}")
+                with written(unfinished.parent):
+                    text.save(unfinished)
+                    unfinished.replace(self._file(prompt))
+        state.wait_for_everyone()
+        found = [self.form.kind.load(file) for file in map(self._file, prompts) if file.is_file()]
+        if not found:
+            raise ValueError(
+                f"None of {len(prompts)} prompts has an answer of at least two tokens. Pass other prompts, or raise "
+                "`max_completion_length`."
+            )
+        return found
+
+    def _file(self, prompt: Tensor) -> Path:
+        return self.folder / f"{name_of(prompt)}-{self._made_with}.safetensors"
+
+    @cached_property
+    def _made_with(self) -> str:
+        """Changes with everything that changes a recording: the target's weights, not its path."""
+        answered = [parameter_fingerprint(self.target), str(self.target.dtype), self.generation]
+        return digest([*answered, self.head.fingerprint(), *self.form.facts])[:8]
+
+    def _answer(self, prompt: Tensor) -> Recorded | None:
+        torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on earlier ones
+        inputs = prompt[None].to(self.target.device)
+        mask = torch.ones_like(inputs)
+        text = self.target.generate(
+            inputs, attention_mask=mask, assistant_model=self.head, policy="auto", **self.generation
+        )[0]
+        answered = len(text) - len(prompt)
+        if answered < 2:
+            return None
+        room = self.generation["max_new_tokens"] - answered
+        return self.form.record(self.target, self.head, text, len(prompt), spare_room=room)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def measured_costs(pair: Pair, args: PolicyTrainingConfig) -> CostTable:
+    """What steps cost on this machine, from `OUTPUT_DIR/costs.json`: a resumed run keeps those it started with.
+
+    One process measures while the others wait: together they would slow each other and learn different costs.
+
+    Raises:
+        ValueError: the run started on another machine, or with another target or head.
+    """
+    file = Path(str(args.output_dir)) / "costs.json"
+    with args.main_process_first(desc="measuring what steps cost"):
+        if not file.is_file():
+            calibrate(pair.target, pair.head).save(file)
+    table = CostTable.load(file)
+    table.check_here(pair.target, pair.head)
+    return table if args.reward_includes_drafting else replace(table, draft={})
 
 
 _USUAL_CONTEXT = 256  # positions, where there are no prompts yet

@@ -1,5 +1,12 @@
-"""Train a policy on prompts, in the manner of TRL: the recording and the measuring happen inside."""
+"""Fit a `ThroughputPolicy` to recorded answers, and compare it on others.
 
+The policy that training starts from: one that is given, or a new one for the target, the head and the machine.
+
+Train a policy on prompts, in the manner of TRL: the recording and the measuring happen inside.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -8,20 +15,140 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..data import write_training_prompts
-from ..head import DraftHead
-from ..policy import BaselineGuard, ReSpSPolicy, SavedPolicy, ThroughputPolicy
-from .checkpoints import check_resumable, newest_checkpoint
-from .checks import check_kinds
-from .loading import default_folder
-from .pair import Pair
-from .policy_comparison import PolicyComparison
+from ..heads import DraftHead
+from ..policies import (
+    ActionGrid,
+    AutoPolicy,
+    BaselineGuard,
+    CostModel,
+    Policy,
+    ReSpSConfig,
+    ReSpSPolicy,
+    SavedPolicy,
+    ThroughputPolicy,
+)
+from ..replay import Oracle, OutcomeTable, RecordedText, ReplayText, fitted_policy, replay_policy
+from ..telemetry.report import Timing
+from ..tree import TreeShape
+from .base import check_kinds, check_resumable, newest_checkpoint
+from .loading import Pair, default_folder
 from .policy_config import PolicyTrainingConfig
 from .policy_data import PolicyData
 from .renamed import check_renamed
-from .rewards import RewardFunc
-from .rollout_trainer import RolloutTrainer
-from .starting_policy import loaded_policy, new_resps_policy
-from .throughput_fit import compare, fit, recorded_depths
+from .rollout_trainer import PolicyComparison, RolloutTrainer
+from .rollouts import RewardFunc
+
+
+_DEPTH, _TOP_KS = 6, (1, 2, 4)  # what the fixed trees ask for that a policy is compared with
+_LOOKUPS = (0, 4, 8)
+
+
+def recorded_depths(policy: ThroughputPolicy) -> dict[int, int]:
+    """Levels to record for each `top_k`, so that the policy and the fixed trees can be replayed."""
+    sizes = policy.to_config()
+    return dict.fromkeys(sorted({*_TOP_KS, sizes["top_k"]}), max(_DEPTH, sizes["depth"]))
+
+
+def fit(policy: ThroughputPolicy, texts: Sequence[RecordedText], pair: Pair) -> BaselineGuard:
+    """A policy of the same sizes, fitted to `texts`, in its guard."""
+    sizes: dict[str, Any] = {name: policy.to_config()[name] for name in ("depth", "top_k", "most_nodes")}
+    return BaselineGuard(fitted_policy(texts, **sizes, **pair.identity))
+
+
+def compare(
+    policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
+) -> PolicyComparison:
+    """Replay held-out texts with a policy, which goes on learning as in use, and with the best fixed tree.
+
+    Args:
+        policy: not changed.
+        searched: the texts on which the best fixed tree is found.
+        held_out: the texts on which both are compared.
+        costs: of steps.
+    """
+    grid = ActionGrid.small().with_lookups(_LOOKUPS)
+    found, tested = (
+        Oracle(OutcomeTable([ReplayText.from_recording(text).outcomes(grid, costs) for text in texts]))
+        for texts in (searched, held_out)
+    )
+    learner = copy.deepcopy(policy)
+    reports = [replay_policy(text, learner, costs) for text in held_out]
+    fixed = tested.fixed_seconds[:, found.best_fixed].tolist()
+    return PolicyComparison(
+        [Timing(len(text), report.seconds) for text, report in zip(held_out, reports, strict=True)],
+        [Timing(len(text), seconds) for text, seconds in zip(held_out, fixed, strict=True)],
+        float(tested.best_seconds.sum()),
+        len({step.verified for report in reports for step in report.steps}),
+    )
+
+
+Trainable = ReSpSPolicy | ThroughputPolicy
+
+
+def loaded_policy(model: Any, pair: Pair) -> tuple[Trainable | None, bool]:
+    """The policy that is given as an object, a folder or a Hub id, and whether it is saved in a guard.
+
+    Args:
+        model: as in `PolicyTrainer`.
+        pair: that it is trained with.
+
+    Returns:
+        The policy without its guard, `None` for a new `ReSpSPolicy`; and whether there was a guard.
+
+    Raises:
+        ValueError: it is something else, or was trained with another target or head.
+    """
+    if model == "resps":
+        return None, False
+    if model == "auto":
+        return ThroughputPolicy(), True
+    policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
+    is_guarded = isinstance(policy, BaselineGuard)
+    if isinstance(policy, BaselineGuard):
+        policy = policy.policy
+    if not isinstance(policy, Trainable):
+        raise ValueError(
+            f"`model` is a {type(policy).__name__}, but must be a `ReSpSPolicy` or a `ThroughputPolicy`, or the "
+            "folder or Hub id of one. Pass 'resps' for a new Re-SpS policy, or 'auto' to fit what policy='auto' means."
+        )
+    policy.check_identity(**pair.identity)
+    return policy, is_guarded
+
+
+def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
+    """A fresh Re-SpS policy over the shapes that could pay.
+
+    Args:
+        pair: reads this pair's features and belongs to it.
+        args: `grid`, `drop_hopeless`, `preset`, `persistence_in_use` and `seed`.
+        costs: of steps on this machine.
+        context: positions at which they are compared.
+
+    Raises:
+        ValueError: no shape could pay here.
+    """
+    grid = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
+    if args.drop_hopeless:
+        grid = paying_shapes(grid, lambda shape: costs.step_seconds(shape, context))
+    width = pair.head.config.features_width
+    config = ReSpSConfig.paper(width) if args.preset == "paper" else ReSpSConfig(width)
+    in_use: dict[str, Any] = {"grid": grid, "persistence": args.persistence_in_use, **pair.identity}
+    return ReSpSPolicy(replace(config, **in_use), seed=args.seed)
+
+
+def paying_shapes(grid: ActionGrid, seconds: Callable[[TreeShape], float]) -> ActionGrid:
+    """The shapes of `grid` that could pay here.
+
+    Raises:
+        ValueError: there is none, so nothing to learn.
+    """
+    kept = grid.affordable(seconds)
+    if len(kept.shapes) == 1:
+        raise ValueError(
+            f"None of the {len(grid.shapes)} shapes could pay on this machine, even with all drafts accepted. Decode "
+            "with `policy='auto'`, or set `drop_hopeless=False`."
+        )
+    return kept
 
 
 RENAMED = {

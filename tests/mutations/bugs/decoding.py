@@ -98,7 +98,7 @@ MUTATIONS = (
     Mutation("greedy rows pass their end", "decoding.acceptance:_is_end", no_end, GREEDY),
     Mutation(
         "one end token of several is heeded",
-        "decoding.stop_conditions:StopConditions.of",
+        "decoding.text:StopConditions.of",
         one_end_token_of_several,
         GREEDY,
     ),
@@ -106,16 +106,16 @@ MUTATIONS = (
     Mutation("sampling forgets the processors", "decoding.text:Text.__init__", sample_unprocessed, CALLS),
     Mutation(
         "every level draws the root's numbers",
-        "decoding.draws:Draws.pick",
+        "decoding.text:Draws.pick",
         lambda pick: lambda self, scores, levels: pick(self, scores, levels * 0),
         DRAWS,
     ),
     Mutation(
-        "unused numbers are lost", "decoding.draws:Draws.give_back", lambda give_back: lambda self, used: None, DRAWS
+        "unused numbers are lost", "decoding.text:Draws.give_back", lambda give_back: lambda self, used: None, DRAWS
     ),
     Mutation(
         "no processor reads texts",
-        "decoding.tree_logits_processor:is_stateless",
+        "decoding.processors:is_stateless",
         lambda is_stateless: lambda processor, names=None: True,
         NODES,
     ),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_resps.target.recurrent_states import copied_rows, write_back
+from transformers_resps.verifying.cache import copied_rows, write_back
 
 from ..planting import Function, Mutation
 
@@ -49,22 +49,20 @@ def keep_the_limit(of_tree: Function) -> Function:
     return wrong
 
 
-PATHS = "tests/target/test_recurrent_trees.py::test_each_path_of_a_tree_is_read_as_if_it_were_the_text"
-STATES = "tests/target/test_recurrent_trees.py::test_the_states_go_on_from_the_kept_path_alone"
-ROWS = "tests/target/test_recurrent_trees.py::test_rows_of_a_padded_batch_have_trees_of_their_own"
+PATHS = "tests/verifying/test_recurrent_trees.py::test_each_path_of_a_tree_is_read_as_if_it_were_the_text"
+STATES = "tests/verifying/test_recurrent_trees.py::test_the_states_go_on_from_the_kept_path_alone"
+ROWS = "tests/verifying/test_recurrent_trees.py::test_rows_of_a_padded_batch_have_trees_of_their_own"
 KIT = "tests/testing/test_hybrid_targets.py::test_a_hybrid_target_is_lossless"
 
 MUTATIONS = (
-    Mutation(
-        "one mixer keeps its old state", "target.recurrent_mixers:RecurrentMixers.keep", one_mixer_stays_behind, KIT
-    ),
+    Mutation("one mixer keeps its old state", "verifying.hybrids:RecurrentMixers.keep", one_mixer_stays_behind, KIT),
     Mutation(
         "states lack the last node",
-        "target.recurrent_mixers:RecurrentMixers._read_again",
+        "verifying.hybrids:RecurrentMixers._read_again",
         forget_the_last_node,
         STATES,
     ),
-    Mutation("states are the first leaf's", "target.tree_paths:TreePaths.full_path", take_the_first_leaf, STATES),
-    Mutation("paths start from the first row", "target.recurrent_states:copied_rows", start_from_the_first_row, ROWS),
-    Mutation("time steps of trees are cut", "target.scan_settings:ScanSettings.of_tree", keep_the_limit, PATHS),
+    Mutation("states are the first leaf's", "verifying.hybrids:TreePaths.full_path", take_the_first_leaf, STATES),
+    Mutation("paths start from the first row", "verifying.cache:copied_rows", start_from_the_first_row, ROWS),
+    Mutation("time steps of trees are cut", "verifying.hybrids:ScanSettings.of_tree", keep_the_limit, PATHS),
 )

@@ -82,23 +82,26 @@ def none_before_the_prefix_fills_it(window_of: Function) -> Function:
     return wrong
 
 
-SIGHT = "tests/target/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
-WINDOW = "tests/target/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
-KEPT = "tests/target/test_tree_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
-RAGGED = "tests/target/test_tree_cache.py::test_accepted_nodes_are_placed_behind_each_rows_own_entries"
+SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
+KEPT = "tests/verifying/test_tree_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
+RAGGED = "tests/verifying/test_tree_cache.py::test_accepted_nodes_are_placed_behind_each_rows_own_entries"
 
 MUTATIONS = (
-    Mutation("only the first row's path is moved", "target.tree_cache:compact", ask_the_first_row_alone, KEPT),
-    Mutation("the path is looked up in the prefix", "target.tree_cache:_move_forward", move_from_the_prefix, KEPT),
+    Mutation("only the first row's path is moved", "verifying.cache:compact", ask_the_first_row_alone, KEPT),
+    Mutation("the path is looked up in the prefix", "verifying.cache:_move_forward", move_from_the_prefix, KEPT),
     Mutation(
-        "ragged rows keep the first row's path", "target.tree_cache:compact_ragged", keep_the_first_rows_path, RAGGED
+        "ragged rows keep the first row's path", "verifying.cache:compact_ragged", keep_the_first_rows_path, RAGGED
     ),
-    Mutation("only the root is kept", "target.tree_cache:compact", keep_the_root_alone, KEPT),
-    Mutation("nodes see their children", "target.attention:tree_attention_mask", see_children, SIGHT),
+    Mutation("only the root is kept", "verifying.cache:compact", keep_the_root_alone, KEPT),
+    Mutation("nodes see their children", "verifying.attention:tree_attention_mask", see_children, SIGHT),
     Mutation(
-        "padding is seen, and the text is not", "target.attention:tree_attention_mask", see_the_text_as_padding, SIGHT
+        "padding is seen, and the text is not",
+        "verifying.attention:tree_attention_mask",
+        see_the_text_as_padding,
+        SIGHT,
     ),
-    Mutation("positions count nodes", "target.attention:tree_positions", count_nodes_as_positions, SIGHT),
-    Mutation("a window is one too wide", "target.tree_cache:window_of", one_position_more, WINDOW),
-    Mutation("a window is noticed too late", "target.tree_cache:window_of", none_before_the_prefix_fills_it, WINDOW),
+    Mutation("positions count nodes", "verifying.attention:tree_positions", count_nodes_as_positions, SIGHT),
+    Mutation("a window is one too wide", "verifying.cache:window_of", one_position_more, WINDOW),
+    Mutation("a window is noticed too late", "verifying.cache:window_of", none_before_the_prefix_fills_it, WINDOW),
 )

@@ -82,7 +82,7 @@ POOL = "tests/test_tree.py::test_a_tree_keeps_the_best_of_a_pool_and_orphans_nob
 CHILD = "tests/test_tree.py::test_a_child_is_the_first_that_carries_the_token"
 CHAIN = "tests/test_tree.py::test_a_merged_chain_adds_its_texts_and_nothing_else"
 MATCH = "tests/test_tree.py::test_the_drafted_match_is_the_longest_path_along_the_tokens"
-SIGHT = "tests/target/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
+SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
 
 MUTATIONS = (
     Mutation("kept nodes stand in order of score", "tree:DraftTree.from_pool", order_by_score, POOL),
@@ -90,7 +90,7 @@ MUTATIONS = (
     Mutation("the root is its own child", "tree:DraftTree.children", root_among_its_children, CHILD),
     Mutation("the deepest nodes lack an ancestor", "tree:DraftTree._derive", half_the_levels, POOL),
     Mutation("a node is no ancestor of itself", "tree:DraftTree._derive", nodes_without_themselves, SIGHT),
-    Mutation("a merged chain becomes a star", "tree.draft_tree:_merged", chain_as_a_star, CHAIN),
-    Mutation("a merged chain is shared with cousins", "tree.pool:followed", followed_through_cousins, CHAIN),
-    Mutation("cousins count as drafted", "tree.pool:followed", followed_through_cousins, MATCH),
+    Mutation("a merged chain becomes a star", "tree:_merged", chain_as_a_star, CHAIN),
+    Mutation("a merged chain is shared with cousins", "tree:followed", followed_through_cousins, CHAIN),
+    Mutation("cousins count as drafted", "tree:followed", followed_through_cousins, MATCH),
 )

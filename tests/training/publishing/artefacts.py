@@ -13,7 +13,7 @@ from tests.training.publishing.tiny import TARGET, tiny_target
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.bench.provenance import config_sha256, weights_sha256
 from transformers_resps.data import write_training_prompts
-from transformers_resps.policy import ActionGrid, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies import ActionGrid, ReSpSConfig, ReSpSPolicy
 
 
 DATA = [

@@ -14,7 +14,7 @@ from tests.training.publishing.artefacts import changed, head_folder, policy_fol
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
 from transformers_resps.bench.provenance import config_sha256
 from transformers_resps.data import read_training_prompts
-from transformers_resps.policy import BaselineGuard, ThroughputPolicy
+from transformers_resps.policies import BaselineGuard, ThroughputPolicy
 
 
 CARDS = Path(__file__).parent / "cards"

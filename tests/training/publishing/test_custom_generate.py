@@ -10,7 +10,7 @@ from tests.training.publishing.tiny import tiny_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, ReSpSGenerationMixin, TreeShape, attach
 from transformers_resps.generation.attach import attached
 from transformers_resps.hub import Destination
-from transformers_resps.policy import PolicyCache
+from transformers_resps.policies import PolicyCache
 
 
 REPO = "tester/policy"

@@ -49,7 +49,7 @@ def quickly(*words: str | Path) -> None:
 def test_a_stock_model_gets_a_head_and_a_policy_that_anybody_can_download(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("transformers_resps.calibration.measuring.HF_HOME", str(tmp_path / "costs"))
+    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "costs"))
     monkeypatch.setattr("transformers_resps.bench.__main__.other_load", lambda: 0.0)  # as on a quiet machine,
     monkeypatch.setattr("transformers_resps.bench.session.check_spread", lambda *_: None)  # which this one is not
     torch.manual_seed(1)

@@ -16,7 +16,7 @@ from tests.training.publishing.artefacts import snapshot
 from transformers_resps import AutoPolicy, DraftHead
 from transformers_resps.data import prompt_fingerprint, read_training_prompts
 from transformers_resps.hub import Destination, upload
-from transformers_resps.policy import BaselineGuard, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies import BaselineGuard, ReSpSConfig, ReSpSPolicy
 from transformers_resps.trainers import DraftHeadTrainer
 
 
@@ -94,7 +94,7 @@ def test_a_repository_with_measurements_is_refused_before_the_training(hub, tmp_
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
     """A tiny target with a head, prompts and answers, in the working directory."""
-    monkeypatch.setattr("transformers_resps.calibration.measuring.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "cache"))
     target = Architecture("llama").build("sdpa").float()
     target.save_pretrained(tmp_path / "target")
     DraftHead.from_target(target, draft_vocab_size=12).save_pretrained(tmp_path / "given")

@@ -12,7 +12,7 @@ from tests.tokenizers import letter_tokenizer
 from training.studies import change_vocabulary
 from transformers_resps import DraftHead
 from transformers_resps.data import prompt_fingerprint, read_training_prompts, write_training_prompts
-from transformers_resps.head import BoundHead
+from transformers_resps.heads import BoundHead
 
 
 SCRIPT = vars(change_vocabulary)

@@ -10,8 +10,8 @@ from tests.generation.answering import both
 from training.studies.random_target import following, random_target
 from training.studies.rigged_head import Rigged, hit_rate_for, rigged_head, tau_of
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.head import BoundHead
-from transformers_resps.head.layer import DraftLayer
+from transformers_resps.heads import BoundHead
+from transformers_resps.heads.model import DraftLayer
 
 
 PROMPT = torch.arange(5, 12)

@@ -1,0 +1,78 @@
+"""Costs learned while decoding: interpolated, never misled for long by one slow or fast moment."""
+
+import pytest
+
+from transformers_resps.policies import RunningCosts
+
+
+def test_costs_are_interpolated_and_never_fall_with_more_nodes() -> None:
+    costs = RunningCosts()
+    for nodes, seconds in ((1, 1.0), (2, 1.9), (8, 1.6), (16, 2.0)):
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    two, eight = costs.verify_seconds(2), costs.verify_seconds(8)
+    assert two == eight == 1.6, "measured here: two nodes can cost more than eight, and then eight are the better buy"
+    assert costs.verify_seconds(12) == pytest.approx(1.8)
+    assert costs.verify_seconds(24) > costs.verify_seconds(16)
+
+
+def test_a_plain_step_may_cost_more_than_a_small_tree() -> None:
+    costs = RunningCosts()
+    for nodes, seconds in ((1, 47.0), (4, 39.0), (8, 45.0)):
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    assert costs.verify_seconds(1) == 47.0
+    assert [costs.verify_seconds(nodes) for nodes in (2, 3, 4, 6, 8)] == [39.0, 39.0, 39.0, 42.0, 45.0]
+    assert costs.verify_seconds(12) == 51.0, "trees tell what further nodes cost, not the plain step"
+
+
+def test_a_forward_that_took_far_less_than_a_smaller_one_did_makes_the_smaller_one_cheaper() -> None:
+    costs = RunningCosts()
+    for nodes, seconds in ((1, 3.0), (4, 4.0), (8, 4.0), *[(8, 1.5)] * 4):
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    assert costs.verify_seconds(1) < costs.verify_seconds(4) == costs.verify_seconds(8) < 1.9
+
+
+def test_what_was_measured_in_a_slow_moment_is_not_thought_dear_afterwards() -> None:
+    costs = RunningCosts()
+    for speed, nodes in ((1.0, 1), (1.0, 4), (1.0, 8), *[(1.5, 8)] * 20, *[(1.0, 1)] * 12):
+        seconds = speed * (1.0 + 0.02 * (nodes - 1))
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    assert costs.verify_seconds(1) == pytest.approx(1.0, abs=0.01)
+    assert costs.verify_seconds(4) == pytest.approx(1.06, rel=0.15), "nobody measured it then"
+    assert costs.verify_seconds(8) == pytest.approx(1.14, rel=0.25), "1.71 in the seconds of then"
+
+
+def test_an_interruption_of_any_length_changes_what_is_known_by_little() -> None:
+    costs = RunningCosts()
+    for nodes, seconds in ((1, 1.0), (4, 1.2), (4, 1e6)):
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    assert costs.verify_seconds(4) < 1.5 and costs.verify_seconds(4) / costs.verify_seconds(1) < 1.3
+
+
+def test_two_trees_tell_what_further_nodes_cost() -> None:
+    """Before that a guess does: between a plain step and a tree lies the cost of a mask, too."""
+    costs = RunningCosts()
+    for nodes, seconds in ((1, 1.0), (2, 1.1), (4, 1.5)):
+        costs.add(nodes, 0, seconds, 0.0, seconds)
+    assert costs.verify_seconds(8) == pytest.approx(1.5 + 4 * 0.2)
+
+
+def test_a_further_node_of_each_row_is_thought_dear_in_a_batch() -> None:
+    """Before anything but plain steps was measured: eight rows are eight nodes."""
+    alone, together = RunningCosts(), RunningCosts()
+    alone.add(1, 0, 1.0, 0.0, 1.0)
+    together.add(1, 0, 1.0, 0.0, 1.0, rows=8)
+    assert alone.verify_seconds(3) == pytest.approx(1.08)
+    assert together.verify_seconds(3) == pytest.approx(1.36)
+
+
+def test_a_copy_learns_on_its_own_until_it_is_gone_back_to() -> None:
+    costs = RunningCosts()
+    for nodes, seconds in ((1, 1.0), (4, 1.2)):
+        costs.add(nodes, 2, seconds, 0.1, seconds + 0.2)
+    earlier = costs.copy()
+    costs.add(8, 3, 9.0, 0.5, 9.6, rows=4)
+    assert earlier.sizes == 2 and costs.sizes == 3
+    costs.go_back_to(earlier)
+    asked = (1, 2, 4, 8, 16)
+    assert [costs.verify_seconds(nodes) for nodes in asked] == [earlier.verify_seconds(nodes) for nodes in asked]
+    assert costs.step_seconds(4, 3) == earlier.step_seconds(4, 3)

@@ -1,0 +1,253 @@
+"""The guard must never lose, whatever the machine, the head and the policy."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.policies.machine import JUMPING, MACHINES, Machine
+from transformers_resps.policies import (
+    AcceptanceModel,
+    BaselineGuard,
+    FixedPolicy,
+    Observation,
+    PlattScaling,
+    Policy,
+    ThroughputPolicy,
+    default_policy,
+)
+from transformers_resps.telemetry import RowCounts, StepRecord
+from transformers_resps.tree import TreeShape
+
+
+@pytest.mark.parametrize("shape", [TreeShape(60, 8, 10), TreeShape(8, 3, 2), TreeShape(1, 0, 1, lookup=16)])
+def test_the_guard_keeps_a_hopeless_drafter_above_097_of_plain(shape: TreeShape) -> None:
+    machine = Machine(0.15, level_seconds=0.1, hit=0.01)
+    policy = BaselineGuard(FixedPolicy(shape))
+    assert machine.run(policy, 300) > 0.97
+    assert any(not shape.is_plain for shape in machine.shapes[100:]), "it must probe again"
+
+
+def test_the_guard_costs_a_good_drafter_little() -> None:
+    alone = Machine(0.02, 0.02, hit=0.8).run(FixedPolicy(TreeShape(6, 5, 1)), 500)
+    guarded = Machine(0.02, 0.02, hit=0.8).run(BaselineGuard(FixedPolicy(TreeShape(6, 5, 1))), 500)
+    assert guarded > 0.9 * alone
+
+
+@pytest.mark.parametrize("hit", [0.4, 0.7])
+@pytest.mark.parametrize("longer", [1.6, 2.5, 4.0])
+def test_a_longer_text_is_not_measured_by_the_plain_steps_of_shorter_ones(hit: float, longer: float) -> None:
+    ratios = []
+    for seed in range(6):
+        machine, policy = Machine(0.05, 0.05, hit=hit, seed=seed), default_policy()
+        short = [machine.write(policy, 128) for _ in range(4)][-1]
+        machine.context, machine.verify = 2000, lambda nodes: longer * (1.0 + 0.05 * (nodes - 1))
+        ratios.append(machine.write(policy, 96) / short)
+    assert sum(ratios) / len(ratios) > 0.95
+
+
+def test_the_guard_notices_when_a_head_stops_being_right() -> None:
+    machine = Machine(0.1, 0.1, hit=0.8)
+    policy = BaselineGuard(FixedPolicy(TreeShape(6, 5, 1)))
+    machine.run(policy, 100)
+    machine.hit = 0.0
+    machine.tokens, machine.seconds = 0, 0.0
+    assert machine.run(policy, 300) > 0.94
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("hit", "claimed"), [(0.001, 0.02), (0.001, 0.6), (0.12, 0.5), (0.3, 0.4)])
+@pytest.mark.parametrize("tokens", [16, 48, 96, 256])
+def test_no_answer_of_a_bad_head_is_slower_than_097_of_plain(
+    machine: str, hit: float, claimed: float, tokens: int
+) -> None:
+    """A random head, one that is sure of itself, one of another domain, a weak one; each call the first ever."""
+    verify, level = MACHINES[machine]
+    for seed in range(2):
+        assert Machine(verify, level, hit, claimed=claimed, seed=seed).write(default_policy(), tokens) >= 0.97
+
+
+def fitted() -> BaselineGuard:
+    """As loaded: it knows a head, and no machine."""
+    return BaselineGuard(ThroughputPolicy(acceptance=AcceptanceModel([PlattScaling(0.1, 0.9)] * 4)))
+
+
+def test_a_fitted_policy_need_not_find_out_whether_the_head_is_any_good() -> None:
+    first_trees = []
+    for make in (fitted, default_policy):
+        machine = Machine(*MACHINES["sloping"], hit=0.6)
+        machine.write(make(), 128)
+        first_trees.append(next(step for step, nodes in enumerate(machine.verified) if nodes > 1))
+    assert first_trees[0] < first_trees[1]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("tokens", [96, 256])
+def test_a_fitted_policy_with_a_head_that_has_nothing_to_say_here_loses_little(machine: str, tokens: int) -> None:
+    verify, level = MACHINES[machine]
+    for seed in range(4):
+        assert Machine(verify, level, 0.01, claimed=0.6, seed=seed).write(fitted(), tokens) >= 0.97
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_bad_lookup_is_no_loss_either(machine: str) -> None:
+    verify, level = MACHINES[machine]
+    for tokens in (16, 48, 96, 512):
+        assert Machine(verify, level, 0.01, lookup_hit=0.2, claimed=0.1).write(default_policy(), tokens) >= 0.97
+
+
+def test_a_draft_only_probe_costs_one_level_and_no_tree() -> None:
+    machine = Machine(JUMPING, 0.005, hit=0.2, claimed=0.2)
+    machine.write(default_policy(), 96)
+    asked = [nodes for shape, nodes in zip(machine.shapes, machine.verified, strict=True) if shape.asks_head]
+    assert asked[:4] == [1] * 4, "it probes first"
+    assert sum(nodes > 1 for nodes in asked) <= 2, "one tree tells what trees cost here; the probabilities the rest"
+
+
+def slowed(factor: float) -> Callable[[int], float]:
+    return lambda nodes: factor * (1.0 + 0.1 * (nodes - 1))
+
+
+@pytest.mark.parametrize(
+    "before", [slowed(2.0), slowed(3.3), lambda nodes: 3.3 + 0.02 * (nodes - 1)], ids=["twice", "batch of 8", "flat"]
+)
+def test_the_guard_notices_that_plain_steps_have_become_cheaper(before: Callable[[int], float]) -> None:
+    """A batch of eight, then one row; or a machine that was busy."""
+    machine, policy = Machine(before, level_seconds=0.05, hit=0.8), BaselineGuard(ThroughputPolicy())
+    machine.write(policy, 300)
+    machine.verify, machine.hit = slowed(1.0), 0.01
+    assert machine.write(policy, 96) > 0.95
+
+
+def test_first_steps_that_are_slow_do_not_make_trees_look_free() -> None:
+    machine, policy = (
+        Machine(slowed(5.0), level_seconds=0.05, hit=0.01, claimed=0.8),
+        BaselineGuard(ThroughputPolicy()),
+    )
+    machine.write(policy, 2)
+    machine.verify = slowed(1.0)
+    assert machine.write(policy, 96) > 0.95
+
+
+@pytest.mark.parametrize(("slope", "least"), [(1.0, 0.965), (3.0, 0.9), (10.0, 0.75)])
+@pytest.mark.parametrize("lookup_hit", [0.0, 0.7])
+def test_where_nodes_are_ruinous_one_tree_of_two_tells(slope: float, least: float, lookup_hit: float) -> None:
+    for tokens in (32, 96):
+        machine = Machine(slope, 0.05, hit=0.7, lookup_hit=lookup_hit)
+        assert machine.write(default_policy(), tokens) >= least
+        assert max(machine.verified) <= 2 or slope < 1.2
+
+
+def test_trees_grow_by_doubling_at_most_until_their_costs_are_known() -> None:
+    machine = Machine(0.02, 0.02, hit=0.8)
+    machine.write(BaselineGuard(FixedPolicy(TreeShape(6, 5, 1))), 200)
+    trees = [nodes for nodes in machine.verified if nodes > 1]
+    assert trees[0] == 2 and max(trees) == 6
+    assert all(nodes <= 2 * max(trees[:place]) for place, nodes in enumerate(trees) if place)
+
+
+def test_a_row_that_runs_ahead_does_not_pay_for_one_that_drafts_do_not_help() -> None:
+    """The call ends with the slower row. A tree costs half a plain step more; a third row has ended long ago."""
+    guard, seconds, written, step = BaselineGuard(FixedPolicy(TreeShape(4, 3, 1))), 0.0, 0, 0
+    while written < 96:
+        shape = guard.choose(Observation(torch.zeros(3, 4), 100 + step, step, 96 - written, list))
+        nodes = 1 if shape.is_plain else min(guard.size(torch.zeros(3, 3), torch.arange(1, 4)), shape.total_tokens)
+        cost = 1.0 + 0.5 * (nodes > 1)
+        emitted = (min(nodes, 4), 1, 0)
+        accepted = tuple(max(count - 1, 0) for count in emitted)
+        guard.observe(StepRecord(shape, nodes - 1, nodes, RowCounts(accepted), RowCounts(emitted), 0, cost, cost))
+        seconds, written, step = seconds + cost, written + 1, step + 1
+    assert 96 / seconds >= 0.97
+
+
+class Interrupted:
+    """One forward in fifty takes five times as long: `excess` holds the seconds that it lost so."""
+
+    def __init__(self, slope: float, seed: int) -> None:
+        self.slope, self.generator, self.excess = slope, random.Random(seed), 0.0
+
+    def __call__(self, nodes: int) -> float:
+        seconds = 1.0 + self.slope * (nodes - 1)
+        lost = 4.0 * seconds * (self.generator.random() < 0.02)
+        self.excess += lost
+        return seconds + lost
+
+
+def speed_between_interruptions(policy: Policy, hit: float, tokens: int) -> float:
+    """Over twenty texts."""
+    written = seconds = 0.0
+    for seed in range(20):
+        clock = Interrupted(0.04, seed)
+        machine = Machine(clock, 0.05, hit, seed=seed)
+        machine.write(policy, tokens)
+        written, seconds = written + tokens, seconds + machine.seconds - clock.excess
+    return written / seconds
+
+
+@pytest.mark.parametrize("policy", [TreeShape(6, 5, 1), TreeShape(12, 4, 3)])
+def test_interruptions_do_not_credit_a_hopeless_drafter(policy: TreeShape) -> None:
+    assert speed_between_interruptions(BaselineGuard(FixedPolicy(policy)), 0.02, 128) > 0.97
+
+
+def test_interruptions_cost_a_good_drafter_little() -> None:
+    alone = speed_between_interruptions(FixedPolicy(TreeShape(4, 3, 1)), 0.5, 128)
+    assert speed_between_interruptions(BaselineGuard(FixedPolicy(TreeShape(4, 3, 1))), 0.5, 128) > 0.97 * alone
+
+
+def test_a_call_may_lose_what_it_won() -> None:
+    """Bad luck that costs nine plain steps, after more were won: the drafter is still asked afterwards."""
+    machine, guard = Machine(0.04, 0.05, hit=0.7), BaselineGuard(FixedPolicy(TreeShape(4, 3, 1)))
+    for hit, steps in ((0.7, 60), (0.0, 34), (0.7, 30)):
+        machine.hit, started = hit, len(machine.verified)
+        for step in range(steps):
+            guard.observe(machine._step(guard, started + step, 96))
+    assert sum(nodes > 1 for nodes in machine.verified[64:]) > 55
+
+
+def test_a_guarded_policy_that_chooses_no_shape_is_named() -> None:
+    class Odd(Policy):
+        def choose(self, observation: Observation) -> TreeShape:
+            return (8, 4, 2)  # type: ignore[return-value]
+
+    guard, machine = BaselineGuard(Odd()), Machine(0.1, 0.1, 0.5)
+    with pytest.raises(ValueError, match=r"Odd.* returned \(8, 4, 2\) from `choose`. Return a `TreeShape`"):
+        machine.run(guard, 2)
+
+
+@pytest.mark.parametrize(("plain", "drafts"), [(1.5, True), (1.0, False)])
+def test_losses_are_forgiven_as_far_as_plain_steps_turn_out_to_be_slower_too(plain: float, drafts: bool) -> None:
+    """Trees of one and a half tokens, thought to cost 1.1 plain steps, take 1.7 of them until drafting ends."""
+    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
+
+    def shape_after(seconds: float) -> TreeShape:
+        guard.observe(StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, seconds, seconds))
+        return guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list))
+
+    guard._known.expect({1: 1.0, 2: 1.1}, 0.05)
+    shape, steps = shape_after(1.0), 0
+    while not shape.is_plain:
+        guard.observe(StepRecord(shape, 1, 2, RowCounts([steps % 2]), RowCounts([1 + steps % 2]), 0.05, 1.65, 1.7))
+        shape, steps = guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list)), steps + 1
+        assert steps < 20
+    assert any([not shape_after(plain).is_plain, not shape_after(plain).is_plain]) is drafts
+
+
+def test_a_guard_is_not_guarded_once_more_by_a_file() -> None:
+    nested = {"policy": {"policy_type": "guard", "policy": {"policy_type": "fixed", "shape": [4, 2, 2, 0]}}}
+    with pytest.raises(ValueError, match="holds another guard, but only one is supported"):
+        BaselineGuard.from_saved(nested, {})
+
+
+@pytest.mark.parametrize("policy", [None, "auto", FixedPolicy])
+def test_a_guard_of_no_policy_is_refused(policy: Any) -> None:
+    with pytest.raises(ValueError, match=r"`BaselineGuard` needs an object of a subclass.*got .*Pass a policy"):
+        BaselineGuard(policy)
+
+
+def test_a_tree_drafted_in_one_go_is_priced_by_all_its_levels() -> None:
+    """Counted as one level, six would look six times as expensive, and fewer be drafted than are verified."""
+    machine = Machine(0.02, level_seconds=0.1, hit=0.75)
+    machine.run(BaselineGuard(FixedPolicy(TreeShape(7, 6, 1))), 200)
+    assert not [shape for shape in machine.shapes if shape.total_tokens > shape.depth + 1]

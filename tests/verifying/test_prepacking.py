@@ -1,0 +1,156 @@
+"""Packed layers against `nn.Linear`: the same numbers, the same files, never stale."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, prepack, unprepack
+from transformers_resps.verifying.prepacking import PrepackedLinear, is_prepacked
+
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(96, 160)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 60, 300])
+def test_a_packed_layer_computes_what_it_computed_before(layer: nn.Linear, rows: int) -> None:
+    x = torch.randn(2, rows, 96)
+    with torch.no_grad():
+        before = layer(x)
+        torch.testing.assert_close(prepack(layer)(x), before, rtol=1e-5, atol=1e-5)
+        assert torch.equal(unprepack(layer)(x), before)
+
+
+@pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this processor has no units for bfloat16")
+@pytest.mark.parametrize("rows", [1, 2, 8, 60])
+def test_packed_layers_in_bfloat16_round_the_exact_product(layer: nn.Linear, rows: int) -> None:
+    x = torch.randn(2, rows, 96).bfloat16()
+    with torch.no_grad():
+        exact = layer.bfloat16().double()(x.double())
+        packed = prepack(layer.bfloat16())(x)
+    assert is_prepacked(layer) and packed.dtype is torch.bfloat16
+    torch.testing.assert_close(packed.double(), exact, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_does_not_depend_on_the_rows_beside_it(layer: nn.Linear, dtype: torch.dtype) -> None:
+    x = torch.randn(64, 96, dtype=dtype)
+    layer.to(dtype)
+    with torch.no_grad():
+        together = prepack(layer)(x)
+        for rows in (1, 2, 3, 5, 8, 13, 33):
+            assert torch.equal(layer(x[:rows]), together[:rows])
+
+
+def test_a_changed_weight_is_packed_again(layer: nn.Linear) -> None:
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        before = prepack(layer)(x)
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * before)
+        layer.load_state_dict({name: value / 2 for name, value in layer.state_dict().items()})
+        torch.testing.assert_close(layer(x), before)
+        layer.weight = nn.Parameter(torch.zeros(160, 96))
+        torch.testing.assert_close(layer(x), layer.bias.expand(3, -1))
+
+
+def test_packing_again_notices_a_write_that_tells_no_version(layer: nn.Linear) -> None:
+    """As PEFT's merge writes, through `.data`."""
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        before = prepack(layer)(x) - layer.bias
+        layer.weight.data += layer.weight.data
+        torch.testing.assert_close(prepack(layer)(x) - layer.bias, 2 * before)
+
+
+def test_a_parametrised_weight_is_not_packed(layer: nn.Linear) -> None:
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        wanted = layer(x)
+        parametrize.register_parametrization(prepack(layer), "weight", nn.Identity())
+        assert torch.equal(layer(x), wanted)
+
+
+def test_gradients_flow_as_through_any_linear_layer(layer: nn.Linear) -> None:
+    x = torch.randn(3, 96)
+    layer(x).square().sum().backward()
+    wanted = layer.weight.grad
+    layer.weight.grad = None
+    prepack(layer)(x).square().sum().backward()
+    assert wanted is not None and torch.equal(layer.weight.grad, wanted)
+
+
+def test_copies_and_pickles_of_a_packed_layer_work_and_carry_no_packed_weight(layer: nn.Linear) -> None:
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        wanted = prepack(layer)(x)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert "_prepacked" not in twin.__dict__
+            assert torch.equal(twin(x), wanted)
+
+
+def test_other_dtypes_and_subclasses_are_left_alone(layer: nn.Linear) -> None:
+    class Own(nn.Linear):
+        pass
+
+    module = prepack(nn.Sequential(layer.double(), Own(160, 8).double()))
+    x = torch.randn(3, 96, dtype=torch.float64)
+    with torch.no_grad():
+        assert module(x).dtype is torch.float64
+    assert type(module[1]) is Own
+    assert not is_prepacked(module)
+
+
+@pytest.mark.parametrize("shape", [TreeShape(6, 3, 2), TreeShape(9, 2, 8), TreeShape(2, 1, 1, lookup=5)], ids=str)
+def test_a_packed_target_writes_the_same_text_with_a_tree_and_without(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor], shape: TreeShape
+) -> None:
+    target = attach(prepack(tiny_target))
+    assert is_prepacked(target)
+    plain = target.generate(**prompt, max_new_tokens=24, do_sample=False)
+    tree = target.generate(
+        **prompt, max_new_tokens=24, do_sample=False, assistant_model=tiny_head, policy=FixedPolicy(shape)
+    )
+    assert torch.equal(tree, plain)
+
+
+def test_a_packed_target_is_saved_as_any_other(tiny_target: PreTrainedModel, tmp_path: Path) -> None:
+    prepack(tiny_target).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not is_prepacked(again)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in tiny_target.state_dict().items())
+
+
+def test_a_head_is_packed_where_it_drafts_and_saved_as_it_was(
+    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    names = list(tiny_head.state_dict())
+    attach(tiny_target).generate(**prompt, max_new_tokens=8, assistant_model=tiny_head)
+    assert any(type(layer) is PrepackedLinear for layer in tiny_head.modules()) and not is_prepacked(tiny_target)
+    assert list(tiny_head.state_dict()) == names
+    tiny_head.save_pretrained(tmp_path)
+    assert not is_prepacked(DraftHead.from_pretrained(tmp_path))
+
+
+def test_layers_without_weights_work_as_before_and_what_is_no_module_is_refused() -> None:
+    layer = prepack(nn.Linear(0, 4))
+    with torch.no_grad():
+        assert torch.equal(layer(torch.empty(2, 0)), layer.bias.expand(2, 4))
+    with pytest.raises(ValueError, match="`prepack` needs a model, a head or another `nn.Module`, got None"):
+        prepack(None)

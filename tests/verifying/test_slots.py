@@ -1,0 +1,43 @@
+"""What each row has in a cache, and where its next entries go."""
+
+import torch
+
+from transformers_resps.verifying.rows import SlotMap
+
+
+CPU = torch.device("cpu")
+
+
+def test_every_row_goes_on_at_its_own_end() -> None:
+    prefix = SlotMap(torch.tensor([[0, 1], [1, 1], [1, 1]]))
+    prefix.extend([2, 2, 2])
+    assert prefix.is_even and prefix.length == 2
+    assert not prefix.stays_even([[1, 3, 2]])
+    assert prefix.take([[1, 3, 2]], CPU).tolist() == [[2, 2, 2], [2, 3, 4], [2, 3, 3]]
+    assert not prefix.is_even and prefix.length == 5
+    seen = prefix.visible(6, CPU)
+    assert seen is not None
+    assert seen.int().tolist() == [[0, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1]]
+    assert prefix.take([[2, 1, 1]], CPU, ahead=2).tolist() == [[3, 4, 5, 6], [5, 5, 6, 7], [4, 4, 5, 6]]
+    assert prefix.ends(CPU).tolist() == [[5], [6], [5]]
+    prefix.keep_rows([0, 1])
+    assert prefix.length == 6 and not prefix.is_even
+    prefix.keep_rows([0])
+    assert prefix.length == 5 and prefix.is_even
+
+
+def test_slots_are_taken_block_by_block() -> None:
+    even, uneven = SlotMap(None), SlotMap(None)
+    assert even.take([[2, 2], [1, 1]], CPU, ahead=1).tolist() == [[0, 1, 2, 3]]
+    assert uneven.take([[2, 1], [1, 2]], CPU, ahead=1).tolist() == [[0, 1, 2, 2, 3], [0, 0, 1, 2, 3]]
+    assert even.is_even and uneven.is_even and even.length == uneven.length == 3
+    assert uneven.ends(CPU).tolist() == [[3]]
+
+
+def test_rows_without_padding_that_end_alike_need_no_mask() -> None:
+    prefix = SlotMap(None)
+    prefix.extend([4, 4])
+    prefix.extend([1, 3])
+    assert prefix.visible(7, CPU) is not None
+    prefix.extend([3, 1])
+    assert prefix.is_even and prefix.visible(8, CPU) is None

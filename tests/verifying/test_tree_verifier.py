@@ -1,0 +1,107 @@
+"""The target's side of a step: what it keeps is what plain decoding would have read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from tests.conftest import build_target
+from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.slot_engine import SlotEngine
+from transformers_resps.verifying.verifier import SlotTreeVerifier, TreeVerifier
+
+
+PROMPTS = torch.tensor([[3, 4, 5, 6, 7], [9, 1, 2, 6, 6]])
+TREE = DraftTree.from_parents(
+    torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 24, 25]]), torch.tensor([[0, 0, 0, 1, 2]] * 2)
+)
+BRANCH, CHAIN = [0, 2, 4], [0, 1, 3]
+
+
+@pytest.fixture
+def target() -> PreTrainedModel:
+    return build_target().double()
+
+
+def logits_after(target: PreTrainedModel, text: list[int]) -> Tensor:
+    return target(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+
+
+def text_of(row: int, path: list[int]) -> list[int]:
+    return [*PROMPTS[row].tolist(), *TREE.tokens[row, path].tolist()]
+
+
+def over_slots(target: PreTrainedModel, prompt_length: int) -> TreeVerifier:
+    forward = TargetForward(target, None, DynamicCache(config=target.config))
+    return SlotTreeVerifier(forward, SlotEngine(compiles=False), [], torch.arange(prompt_length)[None])
+
+
+@pytest.fixture(params=[TreeVerifier.of, over_slots], ids=["growing", "slots"])
+def opened(request: pytest.FixtureRequest) -> Callable[[PreTrainedModel, int], TreeVerifier]:
+    make: Callable[[PreTrainedModel, int], TreeVerifier] = request.param
+    return make
+
+
+@torch.no_grad()
+def test_each_node_is_verified_as_the_end_of_its_own_path(target: PreTrainedModel, opened: Any) -> None:
+    with opened(target, 5) as verifier:
+        last, _ = verifier.prefill(PROMPTS, logits_to_keep=1)
+        found, _ = verifier.verify(TREE)
+    for row in range(2):
+        torch.testing.assert_close(last[row, -1], logits_after(target, text_of(row, [])))
+        for path in ([0], [0, 1], [0, 2], CHAIN, BRANCH):
+            torch.testing.assert_close(found[row, path[-1]], logits_after(target, text_of(row, path)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
+def test_a_tree_after_kept_nodes_continues_each_rows_own_path(
+    target: PreTrainedModel, counts: list[int], opened: Any
+) -> None:
+    """Rows that keep as many nodes, and rows that do not; then the second row goes on alone."""
+    paths = [BRANCH[: counts[0]], CHAIN[: counts[1]]]
+    padded = torch.tensor([path + path[-1:] * (3 - len(path)) for path in paths])
+    texts = [text_of(row, path) for row, path in enumerate(paths)]
+    with opened(target, 5) as verifier:
+        verifier.prefill(PROMPTS)
+        verifier.verify(TREE)
+        verifier.undo()
+        verifier.verify(TREE)
+        verifier.keep(padded, paths)
+        found, _ = verifier.verify(DraftTree.root_only(torch.tensor([30, 31])))
+        verifier.keep(torch.zeros(2, 1, dtype=torch.long), [[0], [0]])
+        verifier.keep_rows([1])
+        alone, _ = verifier.verify(TREE.row(0))
+        assert verifier.length == len(texts[1]) + 1
+    for row, token in enumerate((30, 31)):
+        torch.testing.assert_close(found[row, 0], logits_after(target, [*texts[row], token]))
+    torch.testing.assert_close(alone[0, 4], logits_after(target, [*texts[1], 31, *TREE.tokens[0, BRANCH].tolist()]))
+
+
+@torch.no_grad()
+def test_it_leaves_a_stock_cache_with_what_was_kept_even_if_a_forward_is_cut(target: PreTrainedModel) -> None:
+    cache: Any = DynamicCache(config=target.config)
+    with (
+        pytest.raises(ZeroDivisionError),
+        TreeVerifier(TargetForward(target, None, cache), torch.arange(5)[None]) as v,
+    ):
+        v.prefill(PROMPTS, chunk_size=2)
+        v.verify(TREE)
+        raise ZeroDivisionError
+    assert cache.get_seq_length() == 5 and {type(layer) for layer in cache.layers} == {DynamicLayer}
+
+
+@torch.no_grad()
+def test_it_goes_on_behind_what_the_cache_already_holds(target: PreTrainedModel) -> None:
+    cache: Any = DynamicCache(config=target.config)
+    with TreeVerifier(TargetForward(target, None, cache), torch.arange(3)[None]) as verifier:
+        verifier.prefill(PROMPTS[:, :3])
+    with TreeVerifier(TargetForward(target, None, cache), torch.arange(5)[None]) as verifier:
+        verifier.prefill(PROMPTS)
+        found, _ = verifier.verify(TREE)
+    torch.testing.assert_close(found[0, 4], logits_after(target, text_of(0, BRANCH)))

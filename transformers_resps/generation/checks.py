@@ -1,0 +1,391 @@
+"""The errors for calls of `generate` that draft trees do not support, raised before any work.
+
+Stock `generate` would ignore or misroute most of these settings when it is given an assistant.
+
+The errors for models that would compute something else for a tree than for plain decoding.
+
+Checks that a model's architecture can verify a draft tree.
+
+Architectures that the tests compare with plain decoding are not checked.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Dropout, Module
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+
+from ..compat import CACHE_KEYWORD
+from ..tree import DraftTree
+from ..verifying.attention import GROUPED, STOCK, longrope_boundary
+from ..verifying.cache import cached_length, check_cache, window_of
+from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
+from ..verifying.verifier import TreeVerifier
+
+
+# Setting -> whether a value asks for something that trees do not support. Order: decoding, assistants, outputs.
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "num_beams": lambda value: value > 1,
+    "num_beam_groups": lambda value: value > 1,
+    "constraints": bool,
+    "force_words_ids": bool,
+    "penalty_alpha": bool,
+    "dola_layers": bool,
+    "num_return_sequences": lambda value: value > 1,
+    "token_healing": bool,
+    "prompt_lookup_num_tokens": bool,
+    "assistant_early_exit": bool,
+    "use_mtp": bool,
+    "speculation_type": bool,
+    "assistant_ensemble_weight": bool,
+    "output_attentions": bool,
+    "output_hidden_states": bool,
+    "prefill_chunk_size": lambda value: value < 0,
+}
+_WAYS_OUT = {
+    "num_beams": "Set `num_beams=1`, for greedy search or sampling",
+    "num_return_sequences": "Repeat the prompt that many times in the batch",
+    "output_hidden_states": "Get them from a plain call, since the head reads them itself",
+}
+_ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus", "inputs_embeds")
+_CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
+
+
+def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
+    """Refuse generation settings that draft trees do not support.
+
+    Args:
+        model: the target.
+        config: the `generation_config` of the call.
+        arguments: all other keyword arguments of the call.
+
+    Raises:
+        ValueError: names the setting and the way out.
+    """
+
+    def setting(name: str) -> Any:
+        """As `generate` resolves it: the call's keyword, the call's config, the model's config."""
+        for value in (arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)):
+            if value is not None:
+                return value
+        return None
+
+    for name, is_asked in _SETTINGS.items():
+        value = setting(name)
+        if value is not None and is_asked(value):
+            raise _refusal(f"{name}={value!r}", _WAYS_OUT.get(name, f"Leave out `{name}`"))
+    for name in _ARGUMENTS:
+        if arguments.get(name) is not None and arguments[name] is not False:
+            raise _refusal(f"`{name}`", f"Leave out `{name}`")
+    if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
+        raise _refusal(f"use_cache={arguments.get('use_cache', False)!r}", "Set `use_cache=True`")
+    _check_cache_settings(setting)
+    _check_user_cache(model, arguments)
+
+
+def _check_cache_settings(setting: Callable[[str], Any]) -> None:
+    implementation = setting("cache_implementation")
+    if implementation not in (None, "dynamic", "static", "hybrid"):  # stock unsets "hybrid", an old default of the Hub
+        raise _refusal(f"cache_implementation={implementation!r}", "Leave it out")
+
+
+def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+    cache = arguments.get("cache", arguments.get("past_key_values"))
+    if cache is None:
+        return
+    check_cache(cache)
+    made = DynamicCache(config=model.config.get_text_config(decoder=True))
+    needed = [window_of(made, index) for index in range(len(made.layers))]
+    found = [window_of(cache, index) if index < len(cache.layers) else None for index in range(len(needed))]
+    if found != needed:
+        raise _refusal(
+            f"a cache whose layers have the sliding windows {found} for a target with {needed}",
+            "Pass `DynamicCache(config=model.config)`, or no cache",
+        )
+
+
+def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments of the target's forward that a tree's forward does not pass on, such as `pixel_values`, and
+    those that do not fit the prompt.
+
+    Raises:
+        ValueError: names them.
+    """
+    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _CARRIED)
+    if unknown:
+        raise _refusal(f"the arguments {unknown}", "Leave them out, since trees take token inputs only")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        raise _refusal(
+            f"`position_ids` of {positions.dim()} dimensions",
+            "Pass `[b, s]`, one position per token, or leave them out",
+        )
+    if not input_ids.numel():
+        raise ValueError(
+            f"Got a prompt of the shape {list(input_ids.shape)}, but each row needs at least one token. Pass one, for "
+            "example the tokenizer's `bos_token_id`."
+        )
+    rows, mask = len(input_ids), model_kwargs.get("attention_mask")
+    if positions is None:
+        return
+    if len(positions) not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[1])):
+        raise ValueError(
+            f"Got `attention_mask` or `position_ids` of shape {list((positions if mask is None else mask).shape)} for "
+            f"{rows} rows of {positions.shape[1]} positions. Pass the `attention_mask` that the tokenizer returned "
+            "with the text, and `position_ids` of its shape or none."
+        )
+
+
+def check_synced(synced_gpus: bool | None) -> None:
+    """Refuse ranks that must run the same number of forwards; stock `generate` detects that they must.
+
+    Raises:
+        ValueError: says so.
+    """
+    if synced_gpus:
+        raise _refusal(
+            "ZeRO-3 or FSDP over several ranks, which must all take the same number of steps", "Decode on one rank"
+        )
+
+
+def check_lengths(
+    model: PreTrainedModel, cache: Cache, text_length: int, position_count: int, max_length: int
+) -> None:
+    """Refuse a cache that does not fit its text, and a text that grows past the length at which it is read again.
+
+    The text is the whole conversation, or what follows the cache with a mask of the whole, as in plain `generate`.
+    Phi-3's `prepare_inputs_for_generation` (Transformers 5.24) drops the cache at that length, because 'longrope'
+    switches to other frequencies there.
+
+    Args:
+        model: the target.
+        cache: the call's.
+        text_length: tokens of the text.
+        position_count: positions of the conversation, as mask or `position_ids` count them.
+        max_length: tokens that the text may reach.
+
+    Raises:
+        ValueError: names the lengths.
+    """
+    past = cached_length(cache)
+    if not past < text_length == position_count and not past + text_length == position_count:
+        raise ValueError(
+            f"Got a cache of {past} positions, a text of {text_length} tokens and a mask of {position_count}, which "
+            "do not fit together. Pass the whole conversation as `input_ids`, or its new tokens with the "
+            "`attention_mask` of the whole."
+        )
+    boundary = longrope_boundary(model.config)
+    reads_anew = hasattr(model.config.get_text_config(), "original_max_position_embeddings")
+    start, end = past or text_length, max_length + position_count - text_length
+    if boundary and reads_anew and start <= boundary < end - 1:
+        raise _refusal(
+            f"a text that may grow from {start} to {end} positions, past {boundary}, where this target reads it again",
+            f"Set `max_length` to {boundary + 1} at most",
+        )
+
+
+def _refusal(came: str, way_out: str) -> ValueError:
+    return ValueError(
+        f"Draft trees do not support {came}. {way_out.rstrip('.')}, or call `generate` with `policy='plain'` and "
+        "without a head."
+    )
+
+
+# "mlp" and "moe" are layers without attention.
+_LAYER_KINDS = RECURRENT_KINDS | {"full_attention", "sliding_attention", "hybrid", "mlp", "moe"}
+
+# Layers that round what they read: by module (`torch.ao.quantization.quantize_dynamic`) and by name.
+_ROUNDING_MODULE = "torch.ao.nn.quantized.dynamic"
+_ROUNDING_LAYERS = frozenset(
+    ("Linear8bitLt", "FP8Linear", "FbgemmFp8Linear", "CompressedTensorsFP8Linear", "NVFP4Linear")
+    + ("BitLinear", "AutoBitLinear")
+)
+# Of torchao's weights: they say how the layer rounds its input, and are `None` where it does not.
+_ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a target whose architecture or attention cannot verify a draft tree.
+
+    Raises:
+        ValueError: names the architecture and the reason.
+    """
+    config = model.config.get_text_config()
+    name = f"{type(model).__name__} ({config.model_type})"
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is an encoder-decoder, but draft trees need a decoder-only model. Call `generate` without a head "
+            "and a policy."
+        )
+    wrapper = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"{name} puts virtual tokens of a PEFT adapter before the prompt, but a tree's forward takes tokens only. "
+            "Disable the adapter, or call `generate` without a head and a policy."
+        )
+    reason = _architecture_reason(model)
+    if reason is not None:
+        raise ValueError(
+            f"{name} {reason}, so it cannot verify sibling nodes in one forward. Call `generate` without a head and a "
+            "policy, or with `prompt_lookup_num_tokens` if the model supports it."
+        )
+    _check_layers(model, name)
+    check_draws(model)
+    attention = config._attn_implementation
+    if attention not in (STOCK, GROUPED, "eager"):
+        raise ValueError(
+            f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa' or 'eager'. Call "
+            "`model.set_attn_implementation('sdpa')` first."
+        )
+
+
+def check_draws(model: Module) -> None:
+    """Refuse a target or a head that draws random numbers in its forwards: a tree would draw others.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    for module in model.modules():
+        if module.training and _draws(module):
+            raise ValueError(
+                f"{type(model).__name__} is in training mode, where its layer `{_path(model, module)}` draws random "
+                "numbers, and a tree would draw others. Call `.eval()` on the target and the head, or while a trainer "
+                "runs `attach(model, ..., eval_mode=True)`."
+            )
+
+
+def _architecture_reason(model: PreTrainedModel) -> str | None:
+    config = model.config.get_text_config()
+    obstacle = recurrence_obstacle(model)
+    if obstacle is not None:
+        return obstacle
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        return "encodes positions by cache slot (alibi)"
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return "counts the window of its local layers in cache slots"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "takes no `position_ids`"
+    odd = layer_kinds(model) - _LAYER_KINDS
+    if odd:
+        return f"has layers of the kind {sorted(odd)}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
+    if "dynamic" in kinds:
+        return "rescales all rotary positions as the text grows (rope_type 'dynamic')"
+    return None
+
+
+def _check_layers(model: Module, name: str) -> None:
+    """Refuse weights that are not there, and layers whose output for a node depends on the other nodes."""
+    for module in model.modules():  # without their names, which take three times as long
+        weights = [weight for weight in module._parameters.values() if weight is not None]
+        if any(weight.is_meta for weight in weights) and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{name} has no weights in `{_path(model, module)}`, which is on the meta device. Load the model with "
+                "`from_pretrained`; its `device_map` offloads weights with hooks."
+            )
+        if _rounds_activations(module, weights):
+            raise ValueError(
+                f"{name} has the layer `{_path(model, module)}` of {type(module).__module__}, which rounds "
+                "activations to few bits, so a tree would change the output. Quantize only the weights, for example "
+                "with torchao's `Int8WeightOnlyConfig`, or call `generate` without a head and a policy."
+            )
+
+
+def _draws(module: Module) -> bool:
+    """Whether a layer in training has dropout, layerdrop or jitter: often a number, as `attention_dropout` is."""
+    if isinstance(module, Dropout):
+        return module.p > 0
+    return any(
+        ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
+        for name, value in vars(module).items()
+    )
+
+
+def _path(model: Module, module: Module) -> str:
+    path: str = next(path for path, found in model.named_modules() if found is module)
+    return path
+
+
+def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
+    """Whether a quantized layer quantizes what it reads, too.
+
+    Even with a scale of its own a row of a tree then ends a step away from the same row alone (torchao's `PerRow`: one
+    text of eight parted in float32). Told by names, so that no library has to be imported: torch 2.13, torchao 0.18,
+    bitsandbytes 0.50 and the layers of Transformers 5.24.
+    """
+    kind = type(module)
+    if kind.__module__.startswith(_ROUNDING_MODULE) or kind.__name__ in _ROUNDING_LAYERS:
+        return True
+    return any(getattr(weight, mark, None) is not None for weight in weights for mark in _ROUNDING_MARKS)
+
+
+# model_type of every architecture in tests/generation/test_architectures.py.
+_COMPARED = frozenset(
+    ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
+    + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
+)
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+_LOW_PRECISION_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
+
+
+def check_tree_attention(target: PreTrainedModel) -> None:
+    """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one.
+
+    Raises:
+        ValueError: a node's logits depend on its siblings, or the forward fails on a tree's mask.
+    """
+    model_type = target.config.get_text_config().model_type
+    if model_type in _COMPARED:
+        return
+    try:
+        error, scale = _tree_error(target)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as failure:
+        raise ValueError(
+            f"{type(target).__name__} ({model_type}) fails on a draft tree's cache, positions and mask "
+            f"({type(failure).__name__}: {failure}). Call `generate` without a head and a policy."
+        ) from failure
+    if not error <= _TOLERANCE.get(target.dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
+        raise ValueError(
+            f"{type(target).__name__} ({model_type}) gives logits that differ by {error:.3g} between a draft tree and "
+            "the same tokens alone, so trees would change its output. Call `generate` without a head and a policy."
+        )
+
+
+@torch.no_grad()
+def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
+    """The largest difference of logits between tree and text, and the largest logit.
+
+    The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on.
+    """
+    vocabulary = target.config.get_text_config().vocab_size
+    tokens = torch.arange(1, 11, device=target.device).remainder(vocabulary)[None]
+    prompt, nodes, after = tokens[:, :4], tokens[:, 4:9], tokens[:, 9:]
+    tree = DraftTree.from_parents(nodes, torch.tensor([[0, 0, 0, 1, 2]], device=target.device))
+    path = torch.tensor([[0, 2, 4]], device=target.device)
+    with TreeVerifier.of(target, prompt.shape[1]) as verifier:
+        verifier.prefill(prompt)
+        verified, _ = verifier.verify(tree)
+        verifier.keep(path, path.tolist())
+        last, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
+    expected = _stepped(target, prompt, torch.cat([nodes.gather(1, path), after], dim=1))
+    found = torch.cat([verified[:, path[0]], last], dim=1)
+    return float((found - expected).abs().max()), float(expected.abs().max())
+
+
+def _stepped(target: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> Tensor:
+    """The logits `[1, t, v]` of tokens `[1, t]` that are read one by one after a prompt, as plain decoding reads them.
+
+    Mamba-2 reads several at once with other time steps.
+    """
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    logits, start = [], 0
+    for part in (prompt, *tokens.split(1, dim=1)):
+        positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
+        inputs = {"input_ids": part, "position_ids": positions, "use_cache": True, CACHE_KEYWORD: cache}
+        logits.append(target(**inputs).logits[:, -1:])
+        start += part.shape[1]
+    return torch.cat(logits[1:], dim=1)

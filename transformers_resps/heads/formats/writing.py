@@ -1,0 +1,136 @@
+"""Our canonical head -> the layouts that SGLang, vLLM and llama.cpp read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import ROPE_BASE, DraftHeadConfig
+
+
+FORMATS = ("resps", "specforge", "speculators")
+_LAYER_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range", "attention_bias"),
+    *("mlp_bias", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def export_head(head: PreTrainedModel, config: DraftHeadConfig, folder: Path, layout: str) -> None:
+    """Write `config.json` and `model.safetensors` in a publisher's own conventions.
+
+    Args:
+        head: the `DraftHead`.
+        config: its config.
+        folder: made when missing.
+        layout: "specforge" (flat config, `midlayer.`, ids of layers; read by SGLang, vLLM and llama.cpp) or
+            "speculators" (nested config, `layers.0.`, ids of boundaries; read by vLLM).
+
+    Raises:
+        ValueError: the layout is unknown, or cannot express what this head does.
+    """
+    if layout not in FORMATS:
+        raise ValueError(f"`format` is {layout!r}, but must be one of {list(FORMATS)}.")
+    written = _specforge_config(config) if layout == "specforge" else _speculators_config(config)
+    written["dtype"] = written["torch_dtype"] = str(head.dtype).removeprefix("torch.")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _published_tensors(head.state_dict(), config, layout)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _published_tensors(state: dict[str, Tensor], config: DraftHeadConfig, layout: str) -> dict[str, Tensor]:
+    first = "midlayer." if layout == "specforge" else "layers.0."
+    tensors = {
+        name.replace("layers.0.", first, 1): tensor.detach().cpu().contiguous() for name, tensor in state.items()
+    }
+    if "d2t" in tensors:
+        allowed = torch.zeros(config.vocab_size, dtype=torch.bool)
+        allowed[torch.arange(len(tensors["d2t"])) + tensors["d2t"]] = True
+        tensors["t2d"] = allowed
+    return tensors
+
+
+def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
+    """The decoder layer as a Llama or Qwen3 config, with RoPE in the fields of Transformers 4 and 5."""
+    rope = dict(config.rope_parameters or {})
+    theta = rope.get("rope_theta", ROPE_BASE)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        **{field: getattr(config, field) for field in _LAYER_FIELDS},
+        "tie_word_embeddings": False,
+        "rope_theta": theta,
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
+        "rope_parameters": {"rope_type": "default", **rope, "rope_theta": theta},
+    }
+
+
+def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
+    """`feature_layers` is our own field: without it, ids that look like another convention's would be read shifted."""
+    return {
+        "feature_layers": config.feature_layers,
+        "draft_vocab_size": config.proposable_tokens,
+        "owns_embedding": config.owns_embedding,
+        "target_hidden_size": config.target_hidden_size,
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fc,
+        "fc_norm": config.fc_norm,
+    }
+
+
+def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
+    assert config.feature_layers is not None
+    for flag, reason in (
+        (config.feedback_post_norm, "feeds back its normed output"),
+        (config.qk_norm, "norms queries and keys"),
+        (0 in config.feature_layers, "reads the embedding output"),
+    ):
+        if flag:
+            raise ValueError(
+                f'This head {reason}, which the SpecForge layout cannot express. Use `format="speculators"`.'
+            )
+    return {
+        **_layer_config(config),
+        **_shared_fields(config),
+        # SGLang borrows the target's output head if there is no number; with one it runs rows that it never loads
+        "draft_vocab_size": config.proposable_tokens if config.owns_output_head else None,
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in config.feature_layers],
+            "use_aux_hidden_state": True,
+        },
+    }
+
+
+def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
+    depth = (config.default_tree or [0, 3])[1]
+    target = config.target or {}
+    return {
+        **_shared_fields(config),
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.3.0",
+        "eagle_aux_hidden_state_layer_ids": config.feature_layers,
+        "norm_output": config.feedback_post_norm,
+        "embed_requires_grad": config.owns_embedding,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": _layer_config(config),
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": max(depth, 1),
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": {"name_or_path": target.get("name_or_path"), "architectures": target.get("architectures", [])},
+        },
+    }

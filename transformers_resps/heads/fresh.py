@@ -1,0 +1,170 @@
+"""A fresh head for a target: its config, checked for what can be run, and its initial weights."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .config import DraftHeadConfig, default_feature_layers
+from .identity import check_is_model, target_identity
+
+
+_WHERE = "DraftHead.from_target"
+
+
+def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
+    """Target ids of the draft vocabulary `[d]`, ascending; `None` for all tokens.
+
+    Args:
+        target: the model whose ids they are.
+        size: how many; the lowest ids if `ids` is `None`.
+        ids: the ids themselves, in any order.
+
+    Raises:
+        ValueError: there are no such ids, one occurs twice, or they are not as many as `size`.
+    """
+    check_is_model(target)
+    vocab_size = target.config.get_text_config().vocab_size
+    if size is not None and not (isinstance(size, int) and 1 <= size <= vocab_size):
+        raise ValueError(
+            f"`draft_vocab_size` is {size!r}, but the target has {vocab_size} tokens. "
+            f"Pass a number from 1 to {vocab_size}, or None for all of them."
+        )
+    if ids is None:
+        return None if size is None else torch.arange(size)
+    ordered = torch.as_tensor(ids).cpu().sort().values
+    if ordered.dim() != 1 or not len(ordered) or ordered.is_floating_point() or ordered.dtype == torch.bool:
+        raise ValueError(
+            f"`draft_token_ids` is {ordered.dtype} of shape {list(ordered.shape)}, but must be a list or tensor `[d]` "
+            "of integers, at least one. Pass target ids, or None for the lowest `draft_vocab_size`."
+        )
+    distinct = len(ordered.unique())
+    if distinct != len(ordered) or size not in (None, len(ordered)):
+        raise ValueError(
+            f"`draft_token_ids` has {len(ordered)} ids, {distinct} of them distinct, but `draft_vocab_size` is "
+            f"{size}. Pass distinct ids, as many as `draft_vocab_size`, or leave `draft_vocab_size` out."
+        )
+    if ordered[0] < 0 or ordered[-1] >= vocab_size:
+        raise ValueError(
+            f"`draft_token_ids` go from {int(ordered[0])} to {int(ordered[-1])}, but the target's ids go from 0 to "
+            f"{vocab_size - 1}. Pass ids of the target's own tokenizer."
+        )
+    return ordered.long()
+
+
+def fresh_config(
+    target: PreTrainedModel, draft_vocab_size: int | None, feature_layers: list[int] | None, overrides: dict[str, Any]
+) -> DraftHeadConfig:
+    """The config of a head for `target`, with the user's `overrides`.
+
+    Raises:
+        ValueError: a field is unknown, or no head of this target can have its value.
+    """
+    unknown = sorted(set(overrides) - set(DraftHeadConfig.__annotations__))
+    if unknown:
+        raise ValueError(
+            f"{_WHERE} got {unknown}, which it does not know. Check the spelling: it takes the fields of "
+            f"`DraftHeadConfig`, {sorted(DraftHeadConfig.__annotations__)}."
+        )
+    config = DraftHeadConfig(
+        **{
+            **_target_sizes(target),
+            "feature_layers": default_feature_layers(_depth(target)) if feature_layers is None else feature_layers,
+            "draft_vocab_size": draft_vocab_size,
+            "owns_output_head": draft_vocab_size is not None,
+            **overrides,
+        }
+    )
+    for came, mend in _misfits(config, target):
+        raise ValueError(f"{_WHERE} got {came}. {mend}.")
+    return config
+
+
+def _misfits(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """Fields that are valid alone, but not together or not with this target: (what came and is needed, what to do)."""
+    theirs, layers = _target_sizes(target), config.feature_layers or [0]
+    width, heads, shared = theirs["hidden_size"], config.num_attention_heads, config.num_key_value_heads
+    if layers[-1] > _depth(target):
+        yield (
+            f"the feature layers {layers}, but this target has the hidden states 0 to {_depth(target)}",
+            "Count them as in `output_hidden_states`, or leave them out for EAGLE-3's",
+        )
+    if config.target_hidden_size != width:
+        yield f"`target_hidden_size={config.target_hidden_size}`, but the target's is {width}", "Leave it out"
+    if config.vocab_size != theirs["vocab_size"]:
+        yield (
+            f"`vocab_size={config.vocab_size}`, but the target's is {theirs['vocab_size']}",
+            "Leave it out; `draft_vocab_size` is what the head can propose",
+        )
+    if config.hidden_size != width and not (config.owns_embedding and config.owns_output_head):
+        yield (
+            f"`hidden_size={config.hidden_size}`, but what it borrows from the target is {width} wide",
+            "Leave it out, or pass `owns_embedding=True` and `owns_output_head=True`",
+        )
+    if config.draft_vocab_size is not None and not config.owns_output_head:
+        yield (
+            "`owns_output_head=False`, but a draft vocabulary needs an output head of its own",
+            "Leave out one of them",
+        )
+    if heads % shared:
+        yield (
+            f"`num_attention_heads={heads}` and `num_key_value_heads={shared}`, but queries share keys evenly",
+            "Make the first a multiple of the second",
+        )
+    if not config.head_dim or config.head_dim % 2:
+        yield f"`head_dim={config.head_dim}`, but RoPE rotates pairs", "Pass an even `head_dim`"
+
+
+def _depth(target: PreTrainedModel) -> int:
+    depth: int = target.config.get_text_config().num_hidden_layers
+    return depth
+
+
+def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
+    """The sizes of a head whose layer has the proportions of the target's layers."""
+    config = target.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "hidden_size": config.hidden_size,
+        "target_hidden_size": config.hidden_size,
+        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim if head_dim % 2 == 0 else head_dim + 1,
+        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "target": target_identity(target),
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+@torch.no_grad()
+def start_from(head: PreTrainedModel, target: PreTrainedModel, rows: Tensor | None) -> None:
+    """Set the initial weights: the deepest feature unchanged and the target's output rows, which train faster.
+
+    Args:
+        head: a fresh `DraftHead`.
+        target: the model it is for.
+        rows: the draft vocabulary `[d]`, ascending; `None` for all tokens.
+    """
+    parts: Any = head
+    config = cast(DraftHeadConfig, head.config)
+    if config.target_hidden_size == config.hidden_size:
+        weight = parts.fc.weight
+        weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, dtype=weight.dtype, device=weight.device)
+    if rows is not None:
+        parts.d2t.copy_(rows - torch.arange(len(rows)))
+    output = cast(nn.Module | None, target.get_output_embeddings())
+    if output is not None and cast(Tensor, output.weight).shape[-1] == config.hidden_size:
+        theirs = cast(Tensor, output.weight)
+        if config.owns_output_head:
+            parts.lm_head.weight.copy_(theirs if rows is None else theirs[rows.to(theirs.device)])
+        norm: Any = getattr(target.get_decoder(), "norm", None)
+        if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # theirs adds 1
+            parts.norm.weight.copy_(norm.weight)

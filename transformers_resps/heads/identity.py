@@ -1,0 +1,78 @@
+"""The identity of a target: what a head remembers of the model it was made for.
+
+Fingerprints of weights, by which a policy, a recording or a bench knows the models that it was made with.
+"""
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+if TYPE_CHECKING:
+    from .model import DraftHead
+
+
+def target_identity(target: PreTrainedModel) -> dict[str, Any]:
+    """Name and sizes of `target`, as kept in `DraftHeadConfig.target`."""
+    config = target.config.get_text_config()
+    return {
+        "name_or_path": target.config.name_or_path,
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def check_is_model(target: Any) -> None:
+    """Refuse a `target` that is no model.
+
+    Raises:
+        ValueError: names its type.
+    """
+    if not isinstance(getattr(target, "config", None), PreTrainedConfig):
+        raise ValueError(
+            f"`target` is a {type(target).__name__}, but must be the loaded model that the head drafts for. Pass what "
+            "`AutoModelForCausalLM.from_pretrained` returns."
+        )
+
+
+_SAMPLED = 64  # numbers of each parameter
+
+
+def parameter_fingerprint(model: nn.Module) -> str:
+    """A hash of a few numbers of every parameter: quick for any size, and different after any training.
+
+    Of every parameter, because a fine-tune may leave some as they were: a merged LoRA the output head, for example.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)]
+        digest.update(name.encode() + numbers.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def pair_identity(target: PreTrainedModel, head: "DraftHead | None") -> dict[str, dict[str, Any]]:
+    """Identify a target and its head, so that what was trained for them can be checked against others.
+
+    Args:
+        target: the loaded model.
+        head: its draft head; `None` if there is none.
+
+    Returns:
+        `target`: its name and sizes. With a head also `head`: its name, its sizes and, unless it is in float16, its
+        `fingerprint`.
+    """
+    identity = {"target": target_identity(target)}
+    if head is not None:
+        sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
+        identity["head"] = {
+            "name_or_path": head.config.name_or_path,
+            **{size: getattr(head.config, size) for size in sizes},
+        }
+        if head.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
+            identity["head"]["fingerprint"] = head.fingerprint()
+    return identity

@@ -1,0 +1,569 @@
+"""RoPE whose frequencies are never rounded.
+
+One decoder layer of a draft head; its attention is passed in, with the keys that the caller keeps.
+
+The keyword arguments of `DraftHead.from_pretrained`, sorted by who they are for.
+
+Publishing a head on the Hub.
+
+The EAGLE-3 draft head: reads the target's features and proposes tokens.
+
+The angles of RoPE at the coming positions, computed for many steps at once.
+
+A head together with what it borrows from its target.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+
+from ..hub import Destination, plain_card, push_saved
+from ..tree import TreeShape
+from ..verifying.prepacking import is_prepacked, prepack
+from .config import DraftHeadConfig
+from .formats import PUBLISHED_ONLY, canonical_head, check_exact, export_head, read_checkpoint
+from .fresh import draft_vocabulary, fresh_config, start_from
+from .identity import check_is_model, target_identity
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """Transformers' own, for any `rope_type`, except that `head.to(torch.bfloat16)` leaves the frequencies alone.
+
+    Rounded to bf16 they are off by up to 0.4%: a whole turn after about 1,600 positions, for which the head was not
+    trained.
+    """
+
+    def __init__(self, config: DraftHeadConfig) -> None:
+        super().__init__(cast(LlamaConfig, config))  # has the same fields
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+# (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
+# those of the q <= t wanted positions
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Which positions of `[b, t]` get an output: a part of them, or `[b, q]` positions of each text
+Wanted = slice | Tensor
+
+
+class Rope(NamedTuple):
+    """The angles by which RoPE turns queries and keys: `[b, t, hd]`, or `[b, 1, hd]` where all t share a position.
+
+    Attributes:
+        cosine: of each angle.
+        sine: of each angle; negative in the first half, where a vector's second half comes in.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+    @classmethod
+    def of(cls, cosine: Tensor, sine: Tensor) -> "Rope":
+        """From what `LlamaRotaryEmbedding` gives."""
+        first, second = sine.chunk(2, dim=-1)
+        return cls(cosine, torch.cat([-first, second], dim=-1))
+
+    def at(self, wanted: Wanted) -> "Rope":
+        """Those of some positions."""
+        return Rope(*(_at(part, wanted) for part in self))
+
+    def turn(self, states: Tensor) -> Tensor:
+        """`[b, heads, t, hd]` turned by the angles of its positions."""
+        half = states.shape[-1] // 2
+        return torch.addcmul(states * self.cosine[:, None], states.roll(half, dims=-1), self.sine[:, None])
+
+
+class DraftAttention(nn.Module):
+    """Projections of the attention; the first layer reads embedding and feature side by side, `2h` wide."""
+
+    def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.layer_index = layer_index
+        self.head_dim = config.head_dim
+        width = 2 * config.hidden_size if layer_index == 0 else config.hidden_size
+        key_width = config.num_key_value_heads * config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, states: Tensor, rope: Rope, attend: Attend, wanted: Wanted) -> Tensor:
+        """`[b, t, width]` -> `[b, q, h]` at the `wanted` positions."""
+        heads = (-1, self.head_dim)
+        queries = self.q_norm(self.q_proj(_at(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
+        keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
+        values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
+        if queries.shape[2] == keys.shape[2]:  # turned in one go
+            turned = rope.turn(torch.cat([queries, keys], dim=1))
+            queries, keys = turned[:, : queries.shape[1]], turned[:, queries.shape[1] :]
+        else:
+            queries, keys = rope.at(wanted).turn(queries), rope.turn(keys)
+        attended = attend(self.layer_index, queries, keys, values)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module is untyped
+
+
+def _at(states: Tensor, wanted: Wanted) -> Tensor:
+    """`[b, t, n]` -> `[b, q, n]`."""
+    if isinstance(wanted, slice):
+        return states[:, wanted]
+    return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class DraftLayer(nn.Module):
+    """The first layer fuses embedding and feature (EAGLE-3, section 3.1); any further one is a plain decoder layer."""
+
+    def __init__(self, config: DraftHeadConfig, layer_index: int) -> None:
+        super().__init__()
+        self.reads_embedding = layer_index == 0
+        self.norm_before_residual = config.norm_before_residual
+        if self.reads_embedding:
+            self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DraftAttention(config, layer_index)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted) -> Tensor:
+        """`[b, t, h]` hidden states and token embeddings -> `[b, q, h]` at the `wanted` positions."""
+        residual = hidden
+        if self.reads_embedding:
+            normed = self.hidden_norm(hidden)
+            if self.norm_before_residual:
+                residual = normed
+            states = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)  # embedding first, as published
+        else:
+            states = self.input_layernorm(hidden)
+        residual = _at(residual, wanted) + self.self_attn(states, rope, attend, wanted)
+        return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped
+
+
+_HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+_LOADING = {
+    "adapter_kwargs",
+    "attn_implementation",
+    "config",
+    "device_map",
+    "dtype",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_folder",
+    "quantization_config",
+    "state_dict",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_safetensors",
+}
+
+
+def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Keywords -> (where the files are, how Transformers loads them, corrections to the head's config).
+
+    Raises:
+        ValueError: a name is none of these, or asks for a sliding window.
+    """
+    fields = set(DraftHeadConfig.__annotations__) | PUBLISHED_ONLY
+    hub = {key: value for key, value in keywords.items() if key in _HUB}
+    loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
+    overrides = {key: value for key, value in keywords.items() if key in fields}
+    unknown = sorted(set(keywords) - set(hub) - set(loading) - set(overrides))
+    if unknown:
+        raise ValueError(
+            f"DraftHead.from_pretrained got {unknown}, which it does not know. Check the spelling: it takes the "
+            f"loading arguments {sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
+        )
+    if overrides.get("sliding_window") is not None:
+        raise ValueError(
+            f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees support "
+            "no window. Pass `sliding_window=None` to ignore the head's own."
+        )
+    if "torch_dtype" in loading:
+        loading["dtype"] = loading.pop("torch_dtype")
+    return hub, loading, overrides
+
+
+class PublishableHead(PreTrainedModel):
+    """A head that is pushed with the metadata by which the Hub lists it on its target's page."""
+
+    config: DraftHeadConfig
+
+    def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
+        self, repo_id: str, *, commit_message: str = "Upload DraftHead", **where: Any
+    ) -> str:
+        """Publish the head on the Hub in one commit, with a plain model card if there is none.
+
+        Args:
+            repo_id: the repository; made if missing.
+            commit_message: subject of the commit.
+            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OSError: the Hub refused, or the connection broke; nothing was committed.
+        """
+        card = self.plain_card(repo_id)
+        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), commit_message)
+
+    def plain_card(self, repo_id: str) -> str:
+        """A card for a repository that has none: what it is, its target, and how to load it."""
+        use = f'head = DraftHead.from_pretrained("{repo_id}", target=model)'
+        return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
+
+
+class DraftHead(PublishableHead):
+    """An EAGLE-3 draft head: reads the target's hidden states and proposes tokens, which the target then verifies.
+
+    Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
+    `assistant_model`.
+
+    A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. The
+    embedding table and, with a full draft vocabulary, the output head are usually the target's: the head uses them
+    when it decodes and does not store them. On CPU, decoding prepacks the head's weights: call `prepack(head)` after
+    weights were written through `.data`, as PEFT's merge does. Decoding calls the parts of the head: hooks on its
+    layers and modules fire, hooks on the head itself fire in `forward` alone.
+    """
+
+    config_class = DraftHeadConfig
+    config: DraftHeadConfig
+    base_model_prefix = ""
+    main_input_name = "features"
+    _no_split_modules = ["DraftLayer"]
+
+    def __init__(self, config: DraftHeadConfig) -> None:
+        super().__init__(config)
+        assert config.feature_layers is not None and config.target_hidden_size is not None
+        layer_count = len(config.feature_layers)
+        if config.norm_before_fc:
+            self.input_norm = nn.RMSNorm(config.features_width, eps=config.rms_norm_eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(
+                nn.RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in range(layer_count)
+            )
+        if config.owns_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.fc = nn.Linear(config.features_width, config.hidden_size, bias=config.fc_bias)
+        self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.owns_output_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.proposable_tokens, bias=False)
+        if config.draft_vocab_size is not None:
+            # Offsets, as published: the target id of draft id i is i + d2t[i].
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+        self.rotary_emb = RotaryEmbedding(config)
+        self._fingerprint: tuple[tuple[int, int] | None, str] = (None, "")  # of which version of `fc`, and what it is
+        self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Transformers' own assisted generation reads `generation_config` first: say that `attach` is missing."""
+        if name == "generation_config":
+            raise AttributeError(
+                "A `DraftHead` has no `generation_config`: it is not a whole model, as other assistants are. "
+                "Call `transformers_resps.attach(model)` before `model.generate(..., assistant_model=head)`."
+            )
+        return super().__getattr__(name)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Fuse the target's features: `[b, t, F]` -> `[b, t, h]`."""
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return cast(Tensor, self.fc(features))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        embeddings: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        wanted: Wanted = slice(None),
+    ) -> Tensor:
+        """Run the head's layers over all positions in parallel.
+
+        Args:
+            hidden: `[b, t, h]` fused features, or the previous level's `feedback`.
+            embeddings: `[b, t, h]` embeddings of the token after each feature.
+            positions: `[b, t]` RoPE positions.
+            attend: attention over the keys and values that the caller keeps (see `HeadCache`).
+            wanted: the positions whose output is computed, a slice or `[b, q]` of each text. The others
+                give only their keys and values, which is a third of the work.
+
+        Returns:
+            `[b, q, h]` hidden states, before the final norm.
+        """
+        return self.run_layers(hidden, embeddings, self.rope(positions), attend, wanted)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """The angles of RoPE at positions `[b, t]`, which any number of `run_layers` may share."""
+        cosine, sine = self.rotary_emb(self.norm.weight, positions)
+        return Rope.of(cosine, sine)
+
+    def run_layers(
+        self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)
+    ) -> Tensor:
+        """As `forward`, at positions whose `rope` is known."""
+        for layer in self.layers:
+            is_last = layer is self.layers[-1]
+            hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))
+        return hidden
+
+    def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
+        """The embeddings of the head's own; `None` where it reads the target's."""
+        return self.embed_tokens if self.config.owns_embedding else None  # type: ignore[no-any-return]
+
+    def feedback(self, hidden: Tensor) -> Tensor:
+        """What the next level reads in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
+        return cast(Tensor, self.norm(hidden)) if self.config.feedback_post_norm else hidden
+
+    @property
+    def draft_token_ids(self) -> Tensor:
+        """Target ids of the tokens the head can propose, `[d]`, ascending."""
+        if self.config.draft_vocab_size is None:
+            return torch.arange(self.config.vocab_size, device=self.device)
+        offsets = cast(Tensor, self.d2t)
+        return torch.arange(len(offsets), device=offsets.device) + offsets
+
+    @property
+    def default_shape(self) -> TreeShape:
+        """The tree that is used when `generate` gets no policy."""
+        assert self.config.default_tree is not None
+        return TreeShape(*self.config.default_tree)
+
+    def fingerprint(self) -> str:
+        """Hash the weights that read the features (`fc`): 16 hexadecimal digits.
+
+        The hash changes when the head is trained further. It is the same in float32 and bfloat16, however the head
+        was saved.
+        """
+        weight = self.fc.weight.detach()
+        version = None if weight.is_inference() else (weight.data_ptr(), weight._version)
+        if version is None or version != self._fingerprint[0]:
+            raw = weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+            self._fingerprint = (version, hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16])
+        return self._fingerprint[1]
+
+    @classmethod
+    def from_target(
+        cls,
+        target: PreTrainedModel,
+        draft_vocab_size: int | None = None,
+        *,
+        draft_token_ids: Tensor | Sequence[int] | None = None,
+        feature_layers: list[int] | None = None,
+        **overrides: Any,
+    ) -> "DraftHead":
+        """Make a new, untrained head for `target`, in its dtype and on its device.
+
+        Args:
+            target: the model whose features the head will read.
+            draft_vocab_size: number d of tokens the head can propose; `None` for all, with the target's output head.
+            draft_token_ids: the target ids of these tokens, `[d]`, in any order; `None` for the lowest ids.
+            feature_layers: as in `DraftHeadConfig`; `None` for EAGLE-3's low, middle and high layer.
+            overrides: any other field of `DraftHeadConfig`.
+
+        Returns:
+            The head. Train it before use: see docs/train-a-head.md.
+
+        Raises:
+            ValueError: the draft vocabulary is not part of the target's, or a head of this target cannot have this
+                config.
+        """
+        rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
+        head = cls(fresh_config(target, None if rows is None else len(rows), feature_layers, overrides))
+        head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
+        start_from(head, target, rows)
+        return head
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the target is ours
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        target: PreTrainedModel | None = None,
+        **keywords: Any,
+    ) -> "DraftHead":
+        """Load a head saved by this package, or one in a published EAGLE-3 layout, recognised by its tensors.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder; `None` if `config` and `state_dict` are passed instead.
+            target: the model the head will draft for. It is checked, gives sizes that the config leaves out, and
+                decides the dtype and device unless they are passed.
+            keywords: `revision` and the other loading arguments of Transformers. Also any field of `DraftHeadConfig`,
+                or `rope_theta`, to correct the head's config as `resps doctor` suggests; `sliding_window=None` ignores
+                a sliding window.
+
+        Returns:
+            The head, with every weight read from the files: nothing is newly initialized.
+
+        Raises:
+            ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
+                not fit `target`.
+        """
+        hub, loading, overrides = split_keywords(keywords)
+        if target is not None:
+            check_is_model(target)
+        name, stated = pretrained_model_name_or_path, loading.pop("config", None)
+        checkpoint = read_checkpoint(name, stated, loading.pop("state_dict", None), **hub)
+        config, tensors = canonical_head(checkpoint, target, overrides)
+        with torch.device("meta"):
+            wanted = cls(config)
+        check_exact(wanted.state_dict(), tensors, checkpoint.name)
+        if target is not None:
+            wanted.check_target(target)
+            loading.setdefault("dtype", target.dtype)
+        loading.setdefault("dtype", tensors["fc.weight"].dtype)
+        head = super().from_pretrained(None, config=config, state_dict=tensors, **loading)
+        head.name_or_path = head.config.name_or_path = stated.name_or_path if name is None else checkpoint.name
+        if target is not None and "device_map" not in loading:
+            head.to(device=target.device)  # type: ignore[call-arg]  # wrapped by Transformers
+        return head
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, format: str = "resps", **keywords: Any
+    ) -> None:
+        """Write the head to a folder, in this package's format or one for another engine.
+
+        Args:
+            save_directory: the folder; made if missing.
+            args: as in Transformers; for format "resps" only.
+            format: "resps" for this package; "specforge" for SGLang, vLLM and llama.cpp; "speculators" for vLLM.
+                Engines silently ignore config fields that they do not support: see docs/train-a-head.md.
+            keywords: as in Transformers; for format "resps" only.
+
+        Raises:
+            ValueError: the format is unknown, cannot express this head, or is another engine's and gets options.
+        """
+        if format == "resps":
+            super().save_pretrained(save_directory, *args, **keywords)
+            return
+        if args or keywords:
+            raise ValueError(
+                f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
+                "engines takes no options. Leave them out; publish the folder with `huggingface_hub.upload_folder`."
+            )
+        export_head(self, self.config, Path(save_directory), format)
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Check that the head was made for `target`.
+
+        Args:
+            target: the loaded model.
+
+        Raises:
+            ValueError: a size or the model type differs; the message names both models.
+        """
+        check_is_model(target)
+        theirs = target_identity(target)
+        ours = self.config.target or {}
+        needed: dict[str, Any] = {
+            "vocab_size": self.config.vocab_size,
+            "hidden_size": self.config.target_hidden_size,
+            **{key: ours[key] for key in ("num_hidden_layers", "model_type") if key in ours},
+        }
+        wrong = [f"{key} {needed[key]} (this target: {theirs[key]})" for key in needed if needed[key] != theirs[key]]
+        layers = self.config.feature_layers or [0]
+        if layers[-1] > theirs["num_hidden_layers"]:
+            wrong.append(f"the hidden states {layers} (this target: 0 to {theirs['num_hidden_layers']})")
+        if wrong:
+            raise ValueError(
+                f"This head was made for {ours.get('name_or_path') or 'another target'}, not for "
+                f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
+                "belongs to this target, or train one with training/train_head.py."
+            )
+
+
+_POSITIONS = 256
+
+
+class RopeWindow:
+    """Positions side by side, from where a text has come to. Steps inside it compute nothing.
+
+    Args:
+        head: whose angles they are.
+    """
+
+    def __init__(self, head: DraftHead) -> None:
+        self._head, self._start, self._end = head, 0, 0
+        self._rope: Rope | None = None
+
+    def at(self, start: int, end: int) -> Rope:
+        """Those of the positions from `start` to before `end`: `[1, end - start]`."""
+        if not self._head.config.has_fixed_rope:  # the last position decides about all of them
+            return self._of(start, end)
+        if self._rope is None or start < self._start or end > self._end:
+            self._start, self._end = start, max(end, start + _POSITIONS)
+            self._rope = self._of(self._start, self._end)
+        return self._rope.at(slice(start - self._start, end - self._start))
+
+    def _of(self, start: int, end: int) -> Rope:
+        return self._head.rope(torch.arange(start, end, device=self._head.device)[None])
+
+
+class BoundHead:
+    """The head, the target's embedding table and the output rows of the draft vocabulary.
+
+    Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target. The
+    head's layers are prepacked, because a level has few rows.
+
+    Raises:
+        ValueError: the head belongs to another target, or is on another device.
+    """
+
+    def __init__(self, head: DraftHead, target: PreTrainedModel) -> None:
+        head.check_target(target)
+        table = target.get_input_embeddings()
+        if table.weight.device != head.device and not hasattr(table, "_hf_hook"):
+            raise ValueError(
+                f"The head is on {head.device}, but the target's embedding is on {table.weight.device}. "
+                f"Call `head.to('{table.weight.device}')`, or load the head with `target=model`."
+            )
+        self.head = head if is_prepacked(head) else prepack(head)
+        self.embed_tokens = head.embed_tokens if head.config.owns_embedding else table
+        output = head.lm_head if head.config.owns_output_head else target.get_output_embeddings()
+        self._output = cast(nn.Module, output)
+        self.output_weight = cast(Tensor, output.weight)
+        self.output_bias = cast(Tensor | None, getattr(output, "bias", None))  # some targets' heads have one
+        self.draft_token_ids = None if head.config.draft_vocab_size is None else head.draft_token_ids
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        """All whose weights drafting reads, the target's included."""
+        return nn.ModuleList([self.head, self.embed_tokens, self._output])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Target ids `[b, t]` -> `[b, t, h]` in the head's dtype."""
+        return cast(Tensor, self.embed_tokens(tokens)).to(self.head.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[b, t, h]` before the final norm -> fp32 `[b, t, d]`."""
+        return self.normed_logits(cast(Tensor, self.head.norm(hidden)))
+
+    def normed_logits(self, normed: Tensor) -> Tensor:
+        """`[..., h]` after the final norm -> fp32 `[..., d]`."""
+        logits = cast(Tensor, self._output(normed.to(self.output_weight.dtype)))
+        return logits.to(normed.device, torch.float32)  # a borrowed output head may lie on another device
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft vocabulary ids of any shape -> target ids."""
+        return draft_ids if self.draft_token_ids is None else self.draft_token_ids[draft_ids]

@@ -1,0 +1,103 @@
+"""Load any saved policy by what its `config.json` says it is.
+
+What `policy="auto"` means, and what named policies learned between calls of `generate`.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from .base import Policy
+from .guard import BaselineGuard
+from .saving import SavedPolicy, class_of, policy_folder, read_config
+from .throughput import ThroughputPolicy
+
+
+class AutoPolicy:
+    """Loads any saved policy, as the Auto classes of Transformers load models."""
+
+    def __init__(self) -> None:
+        raise TypeError(
+            "`AutoPolicy` only loads saved policies. Call `AutoPolicy.from_pretrained(id_or_folder)`, or create a "
+            "policy, for example `FixedPolicy(TreeShape(8, 3, 2))`."
+        )
+
+    @classmethod
+    def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> SavedPolicy:
+        """Load a policy from a folder or a Hub repository, as the class that its `policy_type` names.
+
+        Args:
+            id_or_folder: a folder that `save_pretrained` wrote, or a Hub id.
+            revision: branch, tag or commit of the repository.
+            hub: passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: no policy is found, or its type is unknown to this release.
+        """
+        folder = policy_folder(id_or_folder, revision, **hub)
+        config = read_config(folder)
+        return class_of(config["policy_type"]).load_folder(folder, config)
+
+
+def default_policy(device: torch.device | None = None) -> Policy:
+    """The policy that "auto" stands for. It needs no training.
+
+    Args:
+        device: of the target. Where a forward over sixty nodes costs about as much as one over eight, trees may be
+            larger than on a CPU, which `None` stands for.
+    """
+    if device is None or device.type == "cpu":
+        return BaselineGuard(ThroughputPolicy())
+    return BaselineGuard(ThroughputPolicy(depth=8, top_k=10, most_nodes=60))
+
+
+class _NoHead:
+    """Stands for the head of calls without one."""
+
+
+class PolicyCache:
+    """The policies of one target that calls named, one for each head and key, kept as long as target and head exist.
+
+    What a policy learned affects speed, never the output. An attached model owns one as `policy_cache`.
+    """
+
+    def __init__(self) -> None:
+        self._no_head = _NoHead()
+        self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
+
+    @staticmethod
+    def key(target: Any, rows: int, name: str = "auto", compile: bool | str | None = None) -> Hashable:
+        """The policy's name, and what a step's cost depends on: device, dtype and threads now, rows of the batch,
+        whether steps run compiled.
+        """
+        return name, target.device, target.dtype, torch.get_num_threads(), rows, compile or False
+
+    @contextmanager
+    def borrow(
+        self, head: object | None, key: Hashable, make: Callable[[], Policy] = default_policy
+    ) -> Iterator[Policy]:
+        """Lend the policy that learned with `head` under this key, or one that `make` makes, and keep it afterwards.
+
+        A second call that runs at the same time, for instance in another thread, gets a fresh one.
+        """
+        policies = self._policies.setdefault(self._no_head if head is None else head, {})
+        policy = policies.pop(key, None) or make()
+        try:
+            yield policy
+        finally:
+            policies[key] = policy
+
+    def clear(self) -> None:
+        """Forget all that was learned."""
+        self._policies.clear()
+
+    def __reduce__(self) -> tuple[type["PolicyCache"], tuple[()]]:
+        """A copied or pickled target starts anew."""
+        return PolicyCache, ()

@@ -1,0 +1,324 @@
+"""Identity of the target and the head that a policy was trained with: JSON values.
+
+The base class of all policies: what a policy sees, decides, learns from and tells of itself.
+
+Trees and records only, never a head or a model, so that any drafter can make the observations.
+
+The base class of policies around another one.
+
+Ask a policy, and refuse a decision that no step can follow.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..telemetry.report import StepRecord
+from ..tree import DraftTree, TreeShape
+from .costs import RunningCosts
+
+
+Identity = Mapping[str, Any]
+
+_LABELS = {"name_or_path"}  # a model's path differs between machines and does not identify it
+
+
+def check_identity_values(what: str, value: Any) -> None:
+    """Refuse a value that cannot be an identity; `None` stands for an unknown one.
+
+    Raises:
+        ValueError: the value is no mapping.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(
+            f"The {what} that a policy was trained with must be a mapping, got {value!r}. Pass what "
+            "`trainers.pair_identity(target, head)` returns, or leave it out."
+        )
+
+
+def check_same(what: str, trained: Identity | None, given: Identity | None) -> None:
+    """Refuse an identity that contradicts the one a policy was trained with. Keys that one side lacks are skipped.
+
+    Raises:
+        ValueError: a value differs; the message names both sides.
+    """
+    if trained is None or given is None:
+        return
+    shared = [key for key in trained if key in given and key not in _LABELS]
+    wrong = [f"{key} {trained[key]!r} (here {given[key]!r})" for key in shared if trained[key] != given[key]]
+    if wrong:
+        raise ValueError(
+            f"This policy was trained with the {what} {_name(trained)}, but is used with {_name(given)}: it needs "
+            f"{', '.join(wrong)}. Load the policy of this {what}, or train one with training/train_policy.py."
+        )
+
+
+def _name(identity: Identity) -> str:
+    return str(identity.get("name_or_path") or "without a name")
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a policy sees before a step is drafted.
+
+    Attributes:
+        features: `[b, F]` the target's hidden states that the head reads, concatenated, at the newest position that
+            the target has processed, in its dtype; `None` without a head.
+        context_length: positions of the sequence so far, padding included.
+        step: 0 for the first decision in a call of `generate`.
+        room: tokens that the sequence may still gain; a deeper tree is cut.
+        prefix_accept_probs: callable; looks up the end of the sequence in the sequence so far and returns, for i = 1,
+            2, ..., the probability that the first i looked-up tokens are accepted; `[]` without a match. Batches: the
+            mean over rows, weighted by `row_weights` (ragged), or the least promising row (lockstep). Takes
+            microseconds.
+        prompt_seconds: seconds that drafting took before the first step, in which head and lookup read the prompt. The
+            same at every step, and in no record that `observe` gets.
+        row_weights: how much one token of each row counts, 1.0 on average. Rows that lag weigh more, because a batch
+            ends with its slowest row. Empty if all rows count the same.
+        reads_paths: whether the target has recurrent layers, which read every path from the root to a leaf: their work
+            grows with the leaves times the depth.
+    """
+
+    features: Tensor | None
+    context_length: int
+    step: int
+    room: int
+    prefix_accept_probs: Callable[[], list[float]]
+    prompt_seconds: float = 0.0
+    row_weights: Sequence[float] = ()
+    reads_paths: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What a policy sees after a level was drafted.
+
+    Attributes:
+        depth: levels drafted so far.
+        scores: `[b, k]` fp32 cumulative log probabilities of the nodes that would get children next.
+    """
+
+    depth: int
+    scores: Tensor
+
+
+class Policy(ABC):
+    """Decides how each step drafts. Subclass it, write `choose`, and override what else you decide.
+
+    A policy affects speed only: whatever it decides, the output stays the target's own. The attributes tell what it
+    needs and what it can do; set them in the class or on the object.
+
+    Attributes:
+        needs_head: false if it works without a head.
+        uses_lookup: false if it never asks for lookup nodes nor calls `Observation.prefix_accept_probs`; the prompt is
+            then not indexed.
+        needs_drafted_match: false if it ignores `StepRecord.drafted_match`, which then stays 0.
+        grows: false if it never stops between two levels. `grow` is then not asked, and all levels are drafted in one
+            go, which accelerators are fast at. Read after each `choose`.
+        probes_head: true if it learns from draft-only probes, of which nothing is verified. `BaselineGuard` reads it.
+        costs: the costs of a step that it learns itself, which `BaselineGuard` then reads; `None` if it learns none.
+        target_identity: the target that it was trained for, as `pair_identity` returns it; `None` for any.
+        head_identity: likewise the head. Its weights are hashed only for a policy with an identity.
+    """
+
+    needs_head: bool = True
+    uses_lookup: bool = True
+    needs_drafted_match: bool = True
+    grows: bool = True
+    probes_head: bool = False
+    costs: RunningCosts | None = None
+    target_identity: Identity | None = None
+    head_identity: Identity | None = None
+
+    @property
+    def is_confident(self) -> bool:
+        """Whether its estimates rest on observed outcomes by now. `BaselineGuard` reads it."""
+        return False
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether it was trained for one target or head."""
+        return self.target_identity is not None or self.head_identity is not None
+
+    def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
+        """Refuse another target or head than the policy was trained for; called before any work if it has an identity.
+
+        Args:
+            target: identity of the target, as `pair_identity` returns it; `None` is not compared.
+            head: likewise of the head.
+
+        Raises:
+            ValueError: one differs; the message names both sides.
+        """
+        check_same("target", self.target_identity, target)
+        check_same("head", self.head_identity, head)
+
+    @abstractmethod
+    def choose(self, observation: Observation) -> TreeShape:
+        """Return the shape of this step; `TreeShape.plain()` drafts nothing."""
+
+    def grow(self, level: Level) -> bool:
+        """Return whether to draft another level, up to the chosen depth. Not asked if `grows` is false."""
+        return True
+
+    def size(self, scores: Tensor, levels: Tensor) -> int:
+        """Return how many nodes to verify, root included; at most `total_tokens` are.
+
+        Args:
+            scores: `[b, p]` fp32 cumulative log probabilities of the pool's nodes, every parent before its children.
+            levels: `[p]` their levels, ascending; 1 for children of the root.
+        """
+        return scores.shape[-1] + 1
+
+    def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
+        """Look at what was verified, for instance to draw it. Called once a step, before `observe`; not timed.
+
+        Args:
+            tree: what the target verified, for the rows that had not finished.
+            path: `[b, m]` the accepted nodes, root first; a row that accepted fewer repeats its last.
+            tokens: `[b, m]` the target's pick after each of them.
+        """
+        return None
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from the record of a finished step."""
+        return None
+
+
+class PolicyWrapper(Policy):
+    """Decides as the wrapped `policy`, and tells of itself what that one tells; a subclass overrides what it changes.
+
+    Args:
+        policy: the wrapped one.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @property
+    def needs_head(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
+        return self.policy.needs_head
+
+    @property
+    def uses_lookup(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
+        return self.policy.uses_lookup
+
+    @property
+    def needs_drafted_match(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
+        return self.policy.needs_drafted_match
+
+    @property
+    def grows(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
+        return self.policy.grows
+
+    @property
+    def probes_head(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
+        return self.policy.probes_head
+
+    @property
+    def costs(self) -> RunningCosts | None:  # type: ignore[override]  # may change with the wrapped policy
+        return self.policy.costs
+
+    @property
+    def target_identity(self) -> Identity | None:  # type: ignore[override]  # may change with the wrapped policy
+        return self.policy.target_identity
+
+    @property
+    def head_identity(self) -> Identity | None:  # type: ignore[override]  # may change with the wrapped policy
+        return self.policy.head_identity
+
+    @property
+    def is_confident(self) -> bool:
+        return self.policy.is_confident
+
+    def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
+        self.policy.check_identity(target=target, head=head)
+
+    def choose(self, observation: Observation) -> TreeShape:
+        return self.policy.choose(observation)
+
+    def grow(self, level: Level) -> bool:
+        return self.policy.grow(level)
+
+    def size(self, scores: Tensor, levels: Tensor) -> int:
+        return self.policy.size(scores, levels)
+
+    def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
+        self.policy.on_verified(tree, path, tokens)
+
+    def observe(self, record: StepRecord) -> None:
+        self.policy.observe(record)
+
+
+# What a step may cost in memory. Published trees verify 60 nodes of 710 candidates.
+MAX_NODES = 4096
+MAX_CANDIDATES = 2**20
+
+
+def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
+    """The shape that `policy` chooses, no deeper than there is room.
+
+    Args:
+        policy: chooses.
+        observation: what it sees.
+        proposable_tokens: number of tokens that the head can propose; 0 without a head.
+
+    Raises:
+        ValueError: the choice is no shape, or is larger than `MAX_NODES` and `MAX_CANDIDATES` allow.
+    """
+    shape = ask_shape(policy, observation).within(observation.room - 1)
+    if proposable_tokens == 0:
+        return TreeShape(1, 0, 1, shape.lookup)
+    width = min(shape.top_k, shape.total_tokens - 1, proposable_tokens)
+    candidates = width + (shape.depth - 1) * width**2 if shape.asks_head else 0
+    if candidates > MAX_CANDIDATES or min(shape.total_tokens, candidates + 1) > MAX_NODES:
+        raise ValueError(
+            f"{policy!r} chose {shape} with up to {candidates} candidates, but a step is limited to {MAX_CANDIDATES} "
+            f"candidates and {MAX_NODES} nodes. Return a smaller shape from `choose`; published trees have 60 nodes."
+        )
+    return shape
+
+
+def ask_shape(policy: Policy, observation: Observation) -> TreeShape:
+    """The shape that `policy` chooses, as it is.
+
+    Raises:
+        ValueError: the choice is no shape.
+    """
+    shape = policy.choose(observation)
+    if not isinstance(shape, TreeShape):
+        raise ValueError(
+            f"{policy!r} returned {shape!r} from `choose`. Return a `TreeShape`; `TreeShape.plain()` drafts nothing."
+        )
+    return shape
+
+
+def wants_level(policy: Policy, level: Level) -> bool:
+    """Whether `policy` has another level drafted.
+
+    Raises:
+        ValueError: its answer is neither true nor false.
+    """
+    answer = policy.grow(level)
+    try:
+        return bool(answer)
+    except (TypeError, ValueError, RuntimeError) as error:  # an array or a tensor of several values
+        raise ValueError(f"{policy!r} returned {answer!r} from `grow`. Return True or False.") from error
+
+
+def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> int:
+    """How many nodes `policy` verifies of a pool, see `Policy.size`; below 1 counts as the root alone.
+
+    Raises:
+        ValueError: its answer is no number.
+    """
+    answer = policy.size(scores, levels)
+    try:
+        return int(answer)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(
+            f"{policy!r} returned {answer!r} from `size`. Return an integer; 1 verifies the root alone."
+        ) from error

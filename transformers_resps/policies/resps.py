@@ -1,0 +1,318 @@
+"""The networks of Re-SpS: an actor over the actions and a critic.
+
+Re-SpS: an actor that reads the target's features picks a shape and keeps it for some steps.
+
+Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persistence, Algorithm 1), and its code at
+24786f4. Deviations are named where they occur; `ReSpSConfig.paper` has only these:
+
+- The state is the concatenation of the three layers, as the paper's equation 4 has it. Its code averages them for one
+  model and cuts them off for two.
+- The decision at a step shapes the tree of that step. In that code it shapes the next one; the first is (96, 8, 20).
+- Sampling uses its own random numbers, so the output stays that of plain decoding with the same seed.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tree import TreeShape
+from .action_grid import ActionGrid
+from .base import Identity, Observation, check_identity_values
+from .saving import SavedPolicy, check_known
+
+
+class ActorCritic(nn.Module):
+    """Two separate MLPs with two tanh layers each, as in Re-SpS (arXiv 2601.12212).
+
+    Args:
+        feature_size: width F of an observation.
+        action_count: a.
+        hidden_size: width of both layers.
+        normalize: bring each observation to mean 0 and variance 1 first. Re-SpS feeds the raw residual stream, a few
+            of whose dimensions are hundreds of times larger than the rest and saturate tanh: a repair, off in the
+            paper's preset.
+    """
+
+    def __init__(
+        self, feature_size: int, action_count: int, *, hidden_size: int = 128, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        # Gains as in stable-baselines3, which Re-SpS uses: 0.01 for the actor's output, so that it starts uniform.
+        self.actor = _mlp(feature_size, hidden_size, action_count, gain=0.01)
+        self.critic = _mlp(feature_size, hidden_size, 1, gain=1.0)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`[n, F]` of any dtype -> logits `[n, a]` and values `[n]`, fp32."""
+        states = self.prepare(features)
+        return self.actor(states), self.critic(states).squeeze(-1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """`[n, F]` -> finite logits `[n, a]`, whatever the features: the actor alone, for use."""
+        logits: Tensor = self.actor(self.prepare(features))
+        return logits.nan_to_num()
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """Features `[n, F]` as the networks read them: fp32, on their device, NaN and infinities as 0, normalised."""
+        weight = self.actor[0].weight
+        assert isinstance(weight, Tensor)
+        states = features.detach().to(weight.device, weight.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return F.layer_norm(states, states.shape[-1:]).nan_to_num() if self.normalize else states
+
+
+def saved_shapes(feature_size: int, action_count: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of an `ActorCritic`, known without making one."""
+    widths = {
+        name: (feature_size, hidden_size, hidden_size, last) for name, last in (("actor", action_count), ("critic", 1))
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, sizes in widths.items():
+        for layer, (before, after) in zip((0, 2, 4), pairwise(sizes), strict=True):  # tanh lies between
+            shapes |= {f"{name}.{layer}.weight": (after, before), f"{name}.{layer}.bias": (after,)}
+    return shapes
+
+
+def _mlp(feature_size: int, hidden_size: int, output_size: int, *, gain: float) -> nn.Sequential:
+    exact = torch.float32  # whatever the default is: half precision cannot be made orthogonal
+    layers = [nn.Linear(feature_size, hidden_size, dtype=exact), nn.Linear(hidden_size, hidden_size, dtype=exact)]
+    output = nn.Linear(hidden_size, output_size, dtype=exact)
+    for layer, scale in zip([*layers, output], [math.sqrt(2), math.sqrt(2), gain], strict=True):
+        nn.init.orthogonal_(layer.weight, scale)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), output)
+
+
+def seeded_actor_critic(
+    feature_size: int, action_count: int, *, hidden_size: int, normalize: bool, seed: int
+) -> ActorCritic:
+    """A fresh network that depends on `seed` alone and leaves the global random numbers as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ActorCritic(feature_size, action_count, hidden_size=hidden_size, normalize=normalize)
+
+
+@dataclass(frozen=True, slots=True)
+class ReSpSConfig:
+    """Configuration of a `ReSpSPolicy`.
+
+    Attributes:
+        feature_size: width F of the features it reads: layers kept by the head times the target's hidden size.
+        grid: the shapes that it picks from.
+        hidden_size: width of both layers of actor and critic.
+        normalize: see `ActorCritic`.
+        persistence: steps for which a decision is kept; Re-SpS: 30 (and 10 in training, see `PolicyTrainingConfig`).
+        sample: draw the action instead of taking the likeliest, as in the max-entropy variant of Re-SpS.
+        temperature: divides the logits before a draw; Re-SpS: 1.5.
+        target: identity of the target it was trained with, or `None` when unknown.
+        head: likewise of the head.
+
+    Raises:
+        ValueError: a number is out of range, or a value has another type.
+    """
+
+    feature_size: int
+    grid: ActionGrid = field(default_factory=ActionGrid.small)
+    hidden_size: int = 128
+    normalize: bool = True
+    persistence: int = 30
+    sample: bool = False
+    temperature: float = 1.0
+    target: Identity | None = None
+    head: Identity | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("feature_size", "hidden_size", "persistence", "temperature"):
+            value, kind = getattr(self, name), float | int if name == "temperature" else int
+            if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= 1e9:
+                raise ValueError(
+                    f"ReSpSConfig got `{name}={value!r}`, but it must be above 0 and at most 1e9, and an integer "
+                    "unless it is the temperature. To decide at every step, pass `persistence=1`."
+                )
+        if not isinstance(self.grid, ActionGrid):
+            raise ValueError(
+                f"ReSpSConfig got `grid={self.grid!r}`, but it must be an `ActionGrid`. Pass `ActionGrid(shapes)`, or "
+                "leave it out for `ActionGrid.small()`."
+            )
+        check_identity_values("target", self.target)
+        check_identity_values("head", self.head)
+
+    @classmethod
+    def paper(cls, feature_size: int, **changes: Any) -> "ReSpSConfig":
+        """Re-SpS with maximum entropy as published: 177 actions, raw features, kept for 30 steps, drawn at 1.5."""
+        published = cls(feature_size, ActionGrid.paper(), normalize=False, sample=True, temperature=1.5)
+        return replace(published, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"grid": self.grid.to_list()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ReSpSConfig":
+        check_known("resps", values, tuple(field.name for field in fields(cls)))
+        return cls(**{**values, "grid": ActionGrid.from_list(values["grid"])})
+
+
+class ReSpSPolicy(SavedPolicy):
+    """Picks a shape from the features of the last accepted token and keeps it for `persistence` steps.
+
+    A batch gets one shape, the likeliest over all rows. Use an instance for one call of `generate` at a time.
+
+    Args:
+        config: see `ReSpSConfig`.
+        network: the trained network; `None` makes a fresh one.
+        seed: for a fresh network and for drawn actions; the global random state is not touched.
+
+    Raises:
+        ValueError: `config` is no `ReSpSConfig`, or does not describe `network`.
+
+    Example:
+        >>> import torch
+        >>> policy = ReSpSPolicy(ReSpSConfig(feature_size=12, persistence=2))
+        >>> policy.decide(torch.randn(1, 12)) in policy.config.grid.shapes
+        True
+    """
+
+    policy_type = "resps"
+    grows = False
+    needs_drafted_match = False
+
+    def __init__(self, config: ReSpSConfig, network: ActorCritic | None = None, *, seed: int = 0) -> None:
+        if not isinstance(config, ReSpSConfig):
+            raise ValueError(
+                f"`ReSpSPolicy` needs a `ReSpSConfig`, got {config!r}. Pass "
+                "`ReSpSConfig(head.config.features_width)`, or load a policy with `AutoPolicy.from_pretrained`."
+            )
+        if network is not None:
+            _check_network(network, config)
+        self.config = config
+        self.network = network or seeded_actor_critic(
+            config.feature_size,
+            len(config.grid),
+            hidden_size=config.hidden_size,
+            normalize=config.normalize,
+            seed=seed,
+        )
+        self.network.eval()
+        self.uses_lookup = any(shape.lookup for shape in config.grid.shapes)
+        self.target_identity, self.head_identity = config.target, config.head
+        self._generator = torch.Generator().manual_seed(seed)
+        self._held = config.grid[0]
+        self._steps_left = 0
+        self._last_step = 0
+
+    def __repr__(self) -> str:
+        config = self.config
+        return f"ReSpSPolicy({len(config.grid)} shapes, persistence={config.persistence}, sample={config.sample})"
+
+    def choose(self, observation: Observation) -> TreeShape:
+        """Return the kept shape, or a new one at the first step of a call and after `persistence` steps.
+
+        Raises:
+            ValueError: the features are missing, or have another width than in training.
+        """
+        is_new_text = observation.step == 0 or observation.step <= self._last_step  # a guard may take the first steps
+        self._last_step = observation.step
+        if is_new_text or self._steps_left <= 0:
+            self._held = self.decide(self.checked(observation.features))
+            self._steps_left = self.config.persistence
+        self._steps_left -= 1
+        return self._held
+
+    @torch.inference_mode()
+    def decide(self, features: Tensor) -> TreeShape:
+        """Pick a shape for features `[b, F]`. NaN and infinities count as 0."""
+        log_probs = (self.network.logits(features) / self.config.temperature).log_softmax(-1).mean(0)  # [a]
+        if self.config.sample:
+            action = torch.multinomial(log_probs.softmax(-1).cpu(), 1, generator=self._generator)
+        else:
+            action = log_probs.argmax()
+        return self.config.grid[int(action)]
+
+    def checked(self, features: Tensor | None) -> Tensor:
+        """Return the features `[b, F]` if they have the width that the policy was trained on.
+
+        Raises:
+            ValueError: they have another width, or are missing.
+        """
+        width = None if features is None else features.shape[-1]
+        if features is None or width != self.config.feature_size:
+            raise ValueError(
+                f"This policy reads features of width {self.config.feature_size}, but "
+                + ("there are none without a draft head" if features is None else f"the head provides {width}")
+                + f". It was trained for {(self.config.target or {}).get('name_or_path') or 'another target'}: use "
+                "that target with its head, or another policy."
+            )
+        return features
+
+    def check_identity(
+        self, *, target: Identity | None = None, head: Identity | None = None, grid: ActionGrid | None = None
+    ) -> None:
+        """Refuse another target, head or set of shapes than the policy was trained with.
+
+        Args:
+            target: identity of the target, as `pair_identity` returns it; `None` is not compared.
+            head: likewise of the head.
+            grid: the shapes of a table or trainer; `None` is not compared.
+
+        Raises:
+            ValueError: one differs; the message names both sides.
+        """
+        super().check_identity(target=target, head=head)
+        if grid is not None and grid != self.config.grid:
+            missing = [shape for shape in self.config.grid.shapes if shape not in grid.shapes]
+            raise ValueError(
+                f"This policy picks from {len(self.config.grid)} shapes, but is used with another grid of "
+                f"{len(grid)}, which lacks {len(missing)} of them"
+                + (f", for example {missing[0]}" if missing else "")
+                + ". Use `policy.config.grid`, or train a policy on the other grid with training/train_policy.py."
+            )
+
+    def to_config(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.network.state_dict()
+
+    @classmethod
+    def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        read = ReSpSConfig.from_dict(config)
+        _check_weights(tensors, read, "Download or save it again")  # before a network of any size is made
+        policy = cls(read)
+        policy.network.load_state_dict(tensors)
+        return policy
+
+
+def _check_network(network: Any, config: ReSpSConfig) -> None:
+    """Refuse a network that does not match the config it would be saved with.
+
+    Raises:
+        ValueError: it is no `ActorCritic`, or has other sizes.
+    """
+    if not isinstance(network, ActorCritic) or network.normalize is not config.normalize:
+        came = f"`normalize={network.normalize}`" if isinstance(network, ActorCritic) else type(network).__name__
+        raise ValueError(
+            f"`network` must be an `ActorCritic` with the config's `normalize={config.normalize}`, got {came}. Leave "
+            "it out for a fresh one."
+        )
+    _check_weights(network.state_dict(), config, "Pass the network that was made for this config")
+
+
+def _check_weights(tensors: dict[str, Tensor], config: ReSpSConfig, way_out: str) -> None:
+    """Refuse weights of other sizes than the config's.
+
+    Raises:
+        ValueError: names the first that differs.
+    """
+    needed = saved_shapes(config.feature_size, len(config.grid), config.hidden_size)
+    held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    odd = sorted(name for name in needed.keys() | held.keys() if needed.get(name) != held.get(name))
+    if odd:
+        raise ValueError(
+            f"The weights of a Re-SpS policy hold {odd[0]!r} of shape {held.get(odd[0])}, but its config needs "
+            f"{needed.get(odd[0])}; {len(odd)} of {len(needed)} tensors differ. {way_out}."
+        )

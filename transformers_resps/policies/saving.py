@@ -1,0 +1,205 @@
+"""Save, load and publish policies: one `config.json` and, where there are weights, one safetensors file."""
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..hub import Destination, RepositoryFiles, plain_card, push_saved, shareable
+from .base import Policy
+
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class SavedPolicy(Policy):
+    """A policy that can be saved.
+
+    A subclass sets `policy_type`, implements `to_config` and `from_saved`, and `state_tensors` where it has weights.
+    """
+
+    policy_type: ClassVar[str]
+
+    def to_config(self) -> dict[str, Any]:
+        """What `config.json` holds beside `policy_type`: JSON values."""
+        raise NotImplementedError
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The weights, if any."""
+        return {}
+
+    @classmethod
+    def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """The policy that `to_config` and `state_tensors` described."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `config.json` and, if there are weights, `model.safetensors` into a folder.
+
+        For a target or head that was loaded from a local folder, only the folder's name is written.
+
+        Args:
+            save_directory: the folder; created if missing.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = shareable({"policy_type": self.policy_type, **self.to_config()})
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_tensors().items()}
+        if tensors:
+            save_file(tensors, folder / WEIGHTS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> Self:
+        """Load a policy of this class from a folder or a Hub repository.
+
+        Args:
+            id_or_folder: a folder that `save_pretrained` wrote, or a Hub id.
+            revision: branch, tag or commit of the repository.
+            hub: passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: no policy is found, or it is of another class.
+        """
+        folder = policy_folder(id_or_folder, revision, **hub)
+        config = read_config(folder)
+        if config["policy_type"] != cls.policy_type:
+            raise ValueError(
+                f"{id_or_folder} holds a policy of type {config['policy_type']!r}, but {cls.__name__} loads "
+                f"{cls.policy_type!r}. Load it with `AutoPolicy.from_pretrained`."
+            )
+        return cls.load_folder(folder, config)
+
+    @classmethod
+    def load_folder(cls, folder: Path, config: dict[str, Any]) -> Self:
+        """The policy of a local folder whose `config.json` was read already.
+
+        Raises:
+            ValueError: config and weights do not make a policy of this class in this release.
+        """
+        weights = folder / WEIGHTS_FILE
+        values = {key: value for key, value in config.items() if key != "policy_type"}
+        try:
+            return cls.from_saved(values, load_file(weights) if weights.is_file() else {})
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:  # the last two: weights that do not fit
+            raise ValueError(
+                f"{folder} holds a policy of type {cls.policy_type!r} that this release cannot read ({error}). "
+                f"Download or save {CONFIG_FILE} and {WEIGHTS_FILE} again, both from one policy."
+            ) from error
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **where: Any) -> str:
+        """Upload the policy to the Hub in one commit, with a minimal card if the repository has none.
+
+        Args:
+            repo_id: the repository; created if missing.
+            commit_message: subject of the commit.
+            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            OSError: the Hub refused; nothing was committed.
+            ConnectionError: the connection broke; either everything was committed or nothing.
+            ValueError: `repo_id` is no Hub id.
+        """
+        message = commit_message or f"Upload {type(self).__name__}"
+        return push_saved(self.save_pretrained, self.plain_card(repo_id), Destination(repo_id, **where), message)
+
+    def plain_card(self, repo_id: str) -> str:
+        """A card for a repository that has none: what it is, its target, and how to load it."""
+        config = self.to_config()
+        trained = config.get("policy", config)  # a guard holds the config of the guarded policy
+        target = (trained.get("target") or {}).get("name_or_path")
+        return plain_card("policy", "draft-policy", target, f'policy = AutoPolicy.from_pretrained("{repo_id}")')
+
+
+def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:
+    """Refuse fields of a saved config that this release does not read.
+
+    Raises:
+        ValueError: names them.
+    """
+    unknown = sorted(config.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"The config of a policy of type {policy_type!r} holds {', '.join(map(repr, unknown))}, but this release "
+            f"reads only {', '.join(known)}. Update transformers-resps, or download or save the policy again."
+        )
+
+
+def class_of(policy_type: str) -> type[SavedPolicy]:
+    """The class of a `policy_type`.
+
+    Raises:
+        ValueError: no class of this type is defined.
+    """
+    known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
+    if policy_type not in known:
+        raise ValueError(
+            f"The policy is of type {policy_type!r}, but this release knows {sorted(known)}. Update "
+            "transformers-resps, check the repository, or import the package that defines the type."
+        )
+    return known[policy_type]
+
+
+def _descendants(cls: type[Any]) -> Iterator[type[SavedPolicy]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _descendants(child)
+
+
+def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) -> Path:
+    """The local folder of a policy, downloaded if need be: its two files, of one commit, and nothing else.
+
+    Raises:
+        ValueError: there is no policy, or a file was damaged on the way.
+    """
+    if not isinstance(id_or_folder, str | Path):
+        raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")
+    if Path(id_or_folder).is_dir():
+        return Path(id_or_folder)
+    repository = RepositoryFiles(str(id_or_folder), revision=revision, **hub)
+    try:
+        config = repository.fetch(CONFIG_FILE)
+        repository.fetch(WEIGHTS_FILE)
+    except OSError as error:
+        raise ValueError(_nowhere(id_or_folder, str(error))) from error
+    if config is None:
+        raise ValueError(_nowhere(id_or_folder, f"no {CONFIG_FILE} there, or offline and not in the cache"))
+    return config.parent
+
+
+def _nowhere(id_or_folder: str | Path, reason: str) -> str:
+    return (
+        f"{id_or_folder} is neither a local folder nor a repository that could be read ({reason}). Check the path, "
+        "the id and the connection."
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a policy.
+
+    Raises:
+        ValueError: there is none, or it is not a policy's.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{file} is not JSON ({error}). Download or save the policy again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("policy_type"), str):
+        raise ValueError(
+            f"{folder} holds no policy: "
+            + ("`config.json` has no `policy_type`" if config else "no `config.json`")
+            + ". Check the path or the repository."
+        )
+    return config

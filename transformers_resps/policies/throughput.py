@@ -1,0 +1,413 @@
+"""What `ThroughputPolicy` remembers from step to step, beside acceptance and costs.
+
+How wide trees pay where the target's recurrent layers read every path of a tree.
+
+What verifying more nodes costs, against what they are worth.
+
+Total tokens over total seconds: draft a node only while its expected gain is above its cost.
+
+A node is worth its probability of acceptance, in tokens. A second costs lambda tokens: the rate of the sequence so
+far
+(the method for a ratio of sums of Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967),
+but
+at most twice the rate of plain steps. Copied text runs at ten times that rate; at such a price the head would not be
+asked for a long time after it. Step costs and the calibration of the head's scores are learned while decoding, from a
+start that may be fitted or measured beforehand.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
+from operator import mul
+from typing import Any, Self
+
+from torch import Tensor, tensor
+
+from ..telemetry.report import StepRecord
+from ..tree import TreeShape
+from .acceptance_model import LEVELS, AcceptanceModel, PlattScaling
+from .base import MAX_NODES, Identity, Level, Observation, check_identity_values
+from .costs import RunningCosts
+from .saving import SavedPolicy, check_known
+
+
+_MEMORY = 0.95  # weight of the past when a step is added: about the last twenty count
+_MAX_RATE = 2.0  # limit of lambda, in plain rates: in replay as good as none, and 1 to 8% better after copied text
+_FIRST_GAIN = 0.5  # assumed gain of asking a head that was never asked, in tokens per step
+_NEWEST = 0.15  # weight of the newest step in what asking gains
+_FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between probes of a head that does not pay
+
+
+class ThroughputMemory:
+    """The rate of tokens so far, what asking the head gains, and when a head that does not pay is probed again.
+
+    Attributes:
+        head_was_right: whether the head predicted a token of the last step that asked it, in most rows.
+    """
+
+    def __init__(self) -> None:
+        self.head_was_right = True
+        self._tokens, self._seconds = 0.0, 0.0  # decayed sums
+        self._gains = [_FIRST_GAIN, _FIRST_GAIN]  # mean gain of asking the head, by `head_was_right`
+        self._probe_in, self._probe_every = 0, _FIRST_PROBE  # steps
+
+    def add(self, record: StepRecord) -> None:
+        """Take in a finished step."""
+        self._tokens = self._tokens * _MEMORY + record.mean_emitted
+        self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
+
+    def rate(self, plain_seconds: float) -> float:
+        """Tokens per second (lambda): at least the rate of plain steps, and at most twice that."""
+        rate = self._tokens / self._seconds if self._seconds > 0 else 0.0
+        return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
+
+    def note_gain(self, gain: float) -> None:
+        """Note the estimated gain of asking the head, in tokens. It is less noisy than outcomes, which correct it."""
+        self._gains[self.head_was_right] += _NEWEST * (gain - self._gains[self.head_was_right])
+
+    def asks_head(self, lookup_hit: float, *, has_lookup: bool) -> bool:
+        """Whether asking the head pays after a step like the last one, or is due for another probe.
+
+        Args:
+            lookup_hit: probability that the lookup's first token is right, which the head then gains nothing from.
+            has_lookup: whether looked-up nodes are verified; the head is then not probed.
+        """
+        if self._gains[self.head_was_right] * (1.0 - lookup_hit) > 0:
+            self._probe_every = self._probe_in = _FIRST_PROBE
+            return True
+        self._probe_in -= 1
+        if self._probe_in > 0 or has_lookup:
+            return False
+        self._probe_every = min(2 * self._probe_every, _LAST_PROBE)
+        self._probe_in = self._probe_every
+        return True
+
+
+_MEMORY_width_memory = 0.95  # weight of the past when a step is added: about the last twenty count
+_MARGIN = 1.03  # a width must be so much faster than the best one to take its place
+_FIRST_TRIAL, _LAST_TRIAL = 8, 256  # drafted steps between two trials
+
+
+class WidthMemory:
+    """Drafts chains at first, tries other widths now and then, and keeps the one that writes the most tokens a second.
+
+    Without kernels a further leaf costs as much as all nodes of its path, with them next to nothing: only the clock
+    knows. The next wider or narrower width is tried, and less often each time that none is better.
+
+    Args:
+        most: children per node of the widest tree.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._widths = [1]
+        while self._widths[-1] < most:
+            self._widths.append(min(2 * self._widths[-1], most))
+        self._tokens, self._seconds = [0.0] * len(self._widths), [0.0] * len(self._widths)  # decayed sums
+        self._best = self._chosen = 0
+        self._trial_in = self._trial_every = _FIRST_TRIAL
+
+    def choose(self, most: int) -> int:
+        """The width of the coming draft, at most `most`."""
+        self._chosen = self._neighbour() if self._trial_in <= 0 else self._best
+        return min(self._widths[self._chosen], most)
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """Take in what a step of the chosen width was expected to write, which is less noisy than what it wrote, and
+        how long it took.
+        """
+        place = self._chosen
+        self._tokens[place] = self._tokens[place] * _MEMORY_width_memory + tokens
+        self._seconds[place] = self._seconds[place] * _MEMORY_width_memory + seconds
+        if place == self._best:
+            self._trial_in -= 1
+            return
+        is_better = self._rate(place) > _MARGIN * self._rate(self._best)
+        self._trial_every = _FIRST_TRIAL if is_better else min(2 * self._trial_every, _LAST_TRIAL)
+        self._best, self._trial_in = place if is_better else self._best, self._trial_every
+
+    def _neighbour(self) -> int:
+        """Of the next wider width and the next narrower one, that which was timed less."""
+        places = [place for place in (self._best + 1, self._best - 1) if 0 <= place < len(self._widths)]
+        return min(places, key=self._seconds.__getitem__, default=self._best)
+
+    def _rate(self, place: int) -> float:
+        return self._tokens[place] / self._seconds[place] if self._seconds[place] > 0 else 0.0
+
+
+_MAX_AGE = 8  # steps for which a list is reused: reading it every time takes a third of a decision
+
+
+class PriceList:
+    """Seconds of verifying 1, 2, ... nodes, as `RunningCosts` last told them.
+
+    Args:
+        max_nodes: the longest tree that has a price.
+    """
+
+    def __init__(self, max_nodes: int) -> None:
+        self._max_nodes = max_nodes
+        self._seconds: list[float] = []
+        self._steps_left = self._known_sizes = 0
+
+    def refresh(self, costs: RunningCosts) -> None:
+        """Read the costs again if the list is old, or a tree of another size was timed since. Call it once a step."""
+        self._steps_left -= 1
+        if self._steps_left <= 0 or costs.sizes != self._known_sizes:
+            self._seconds = [costs.verify_seconds(nodes) for nodes in range(1, self._max_nodes + 1)]
+            self._steps_left, self._known_sizes = _MAX_AGE, costs.sizes
+
+    def best_prefix(self, worth: Sequence[float], nodes_before: int, rate: float) -> tuple[int, float]:
+        """How many nodes to add to a tree, from the first.
+
+        Args:
+            worth: expected tokens of each node.
+            nodes_before: nodes that the tree has.
+            rate: tokens that a second is worth.
+
+        Returns:
+            The number of nodes, and their expected tokens less what verifying them costs.
+        """
+        seconds = self._seconds[nodes_before - 1 :]
+        gain, best_gain, best = rate * seconds[0], 0.0, 0
+        for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
+            gain += value
+            if gain - rate * total > best_gain:
+                best_gain, best = gain - rate * total, count
+        return best, best_gain
+
+
+_MAX_LOOKED_UP = 16  # nodes
+_MAX_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
+_SAVED_AS = "odds"  # the tensor's name in files
+
+
+@dataclass(slots=True)
+class _Step:
+    """What lives for one step.
+
+    Attributes:
+        row_weights: how much a token of each row counts; empty if all count the same.
+        rate: tokens that a second is worth (lambda).
+        lookup: nodes that come from the lookup.
+        lookup_hit: probability that the first of them is right.
+        width: nodes of the head's first level.
+        node_probs: probabilities of the nodes that got children, where the lookup fails; best first.
+        level_probs: of each row, the probability that each drafted level holds the right path.
+        expected: tokens that the head's nodes add to the step.
+        reads_paths: see `Observation`.
+    """
+
+    row_weights: Sequence[float] = ()
+    rate: float = 0.0
+    lookup: int = 0
+    lookup_hit: float = 0.0
+    width: int = 0
+    node_probs: list[float] = field(default_factory=list)
+    level_probs: list[list[float]] = field(default_factory=list)
+    expected: float = 0.0
+    reads_paths: bool = False
+
+    def mean(self, rows: list[list[float]]) -> list[float]:
+        """Means over the rows' first nodes, second nodes and so on, weighted by `row_weights`."""
+        if len(rows) == 1:
+            return rows[0]
+        weights = self.row_weights or [1.0] * len(rows)
+        return [sum(map(mul, weights, column)) / len(rows) for column in zip_longest(*rows, fillvalue=0.0)]
+
+
+class ThroughputPolicy(SavedPolicy):
+    """Picks drafters, depth and size of every step to write the most tokens per second.
+
+    It estimates acceptance and costs while it decodes, and keeps the estimates between calls of `generate`. Use an
+    instance for one call at a time.
+
+    Args:
+        depth: maximum number of drafted levels.
+        top_k: children per node.
+        most_nodes: maximum number of nodes from the head, below 4096.
+        costs: known costs of this machine in seconds, as from `CostTable.running`; `None` learns them from the first
+            steps.
+        acceptance: calibration of the head's scores, as from `fitted_policy`; `None` learns it while decoding.
+        target: identity of the target that it was fitted with; `None` accepts any target.
+        head: likewise of the head.
+
+    Raises:
+        ValueError: an argument has another type or is out of range.
+    """
+
+    policy_type = "throughput"
+    costs: RunningCosts
+    needs_head = False
+    probes_head = True  # learns from one drafted level, whether or not any of it is verified
+
+    def __init__(
+        self,
+        depth: int = 5,
+        top_k: int = 4,
+        most_nodes: int = 16,
+        costs: RunningCosts | None = None,
+        acceptance: AcceptanceModel | None = None,
+        *,
+        target: Identity | None = None,
+        head: Identity | None = None,
+    ) -> None:
+        if not isinstance(most_nodes, int) or isinstance(most_nodes, bool) or not 0 <= most_nodes < MAX_NODES:
+            raise ValueError(
+                f"ThroughputPolicy got `most_nodes={most_nodes!r}`, but it must be an integer from 0 to "
+                f"{MAX_NODES - 1}. Leave it out for 16."
+            )
+        if not isinstance(costs, RunningCosts | None) or not isinstance(acceptance, AcceptanceModel | None):
+            raise ValueError(
+                f"`ThroughputPolicy` needs `RunningCosts` and `AcceptanceModel` (or None), got costs={costs!r} and "
+                f"acceptance={acceptance!r}. Pass `table.running(context)` of a `CostTable` as `costs`, or leave both "
+                "out."
+            )
+        check_identity_values("target", target)
+        check_identity_values("head", head)
+        self.target_identity, self.head_identity = target, head
+        self.costs = costs or RunningCosts()
+        self.acceptance = acceptance or AcceptanceModel()
+        self._largest = TreeShape(most_nodes + 1, depth, top_k)
+        self._prices = PriceList(self._largest.total_tokens + _MAX_LOOKED_UP)
+        self._memory, self._widths = ThroughputMemory(), WidthMemory(top_k)
+        self._step = _Step()
+        self.grows = True
+
+    def __repr__(self) -> str:
+        return f"ThroughputPolicy(depth={self._largest.depth}, top_k={self._largest.top_k})"
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second so far (lambda), at least the rate of plain steps and at most twice that."""
+        return self._memory.rate(self.costs.step_seconds(1, 0))
+
+    @property
+    def is_confident(self) -> bool:
+        """Whether its estimates rest on observed outcomes."""
+        return self.acceptance.is_confident
+
+    def choose(self, observation: Observation) -> TreeShape:
+        step = self._step = _Step(observation.row_weights, reads_paths=observation.reads_paths)
+        if not self.costs.knows_plain or observation.room <= 1:
+            return TreeShape.plain()
+        step.rate = self.rate
+        self._prices.refresh(self.costs)
+        lookup_probs = observation.prefix_accept_probs()[: observation.room - 1]
+        step.lookup, _ = self._prices.best_prefix(lookup_probs, 1, step.rate)
+        if step.lookup:
+            step.lookup_hit = lookup_probs[0]
+        has_lookup = step.lookup > 0
+        if observation.features is None or not self._memory.asks_head(step.lookup_hit, has_lookup=has_lookup):
+            return TreeShape(1, 0, 1, step.lookup)
+        # In a batch nodes are expensive: with four rows, chains are the fastest of our trees
+        step.width = max(self._largest.top_k // len(observation.features), 1)
+        if step.reads_paths:
+            step.width = self._widths.choose(step.width)
+        # An accelerator would have to be waited for after every level, and no level could be launched ahead
+        self.grows = observation.features.device.type == "cpu"
+        depth = self._largest.depth if self.grows else self._planned_depth()
+        return TreeShape(self._largest.total_tokens, depth, step.width, step.lookup)
+
+    def _planned_depth(self) -> int:
+        """The depth whose expected gain is highest before anything is drafted, if each level needs one node."""
+        step, gains = self._step, list[float]()
+        worth = [(1.0 - step.lookup_hit) * prob for prob in self.acceptance.reach(self._largest.depth)]
+        for depth in range(1, self._largest.depth + 1):
+            _, gain = self._prices.best_prefix(worth[:depth], 1 + step.lookup, step.rate)
+            gains.append(gain - step.rate * self.costs.draft_seconds(depth))
+        return 1 + gains.index(max(gains))
+
+    def grow(self, level: Level) -> bool:
+        """Draft another level if the expected gain of its nodes is above the cost of drafting them."""
+        step = self._step
+        if level.depth == 1:
+            step.width = level.scores.shape[-1]
+        left = 1.0 - step.lookup_hit
+        probs = step.mean([self.acceptance.of(row, level.depth) for row in level.scores.tolist()])
+        children = self.acceptance.children_of(probs, level.depth, step.width)
+        step.node_probs = sorted(step.node_probs + [left * prob for prob in probs], reverse=True)
+        with_children = sorted(step.node_probs + [left * prob for prob in children], reverse=True)
+        gains = [
+            self._prices.best_prefix(nodes, 1 + step.lookup, step.rate)[1]
+            for nodes in (with_children, step.node_probs)
+        ]
+        return gains[0] - gains[1] > step.rate * self.costs.draft_seconds(1)
+
+    def size(self, scores: Tensor, levels: Tensor) -> int:
+        step, level_of = self._step, levels.tolist()
+        bounds = [bisect_right(level_of, level) for level in range(level_of[-1] + 1)]
+        best: list[list[float]] = []  # of each row
+        step.level_probs = []
+        for row in scores.tolist():
+            nodes: list[tuple[float, float]] = []
+            level_probs = []
+            for level, (start, stop) in enumerate(pairwise(bounds), start=1):
+                probs = self.acceptance.of(row[start:stop], level)
+                level_probs.append(min(sum(probs), 1.0))
+                nodes += [node for node in zip(row[start:stop], probs, strict=True) if node[1]]
+            nodes.sort(reverse=True)
+            best.append([prob for _, prob in nodes[: self._largest.total_tokens - 1]])
+            step.level_probs.append(level_probs)
+        left = 1.0 - step.lookup_hit
+        worth = [left * prob for prob in step.mean(best)]
+        count, gain = self._prices.best_prefix(worth, 1 + step.lookup, step.rate)
+        step.expected = sum(worth[:count])
+        self._memory.note_gain(gain - step.rate * self.costs.draft_seconds(len(bounds) - 1))
+        return count + 1
+
+    def observe(self, record: StepRecord) -> None:
+        level_probs = self._step.level_probs
+        levels = len(level_probs[0]) if record.shape.asks_head and level_probs else 0
+        times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
+        self.costs.add(record.verified, levels, *times, rows=record.decoded_rows)
+        self._memory.add(record)
+        if self._step.reads_paths and levels and record.verified > 1:
+            self._widths.add(1.0 + self._step.expected, record.step_seconds)
+        if levels:
+            self._learn(record, level_probs)
+
+    def _learn(self, record: StepRecord, level_probs: list[list[float]]) -> None:
+        """Learn from the outcome of every row of a ragged batch; rows in lockstep have one outcome together."""
+        matches, emitted = record.drafted_match, record.emitted
+        if len(matches) == 1:
+            outcomes = [(matches[0], min(filter(None, emitted), default=0))]
+            level_probs = [[sum(column) / len(level_probs) for column in zip(*level_probs, strict=True)]]
+        else:
+            outcomes = [(found, count) for found, count in zip(matches, emitted, strict=True) if count]
+        for expected, outcome in zip(level_probs, outcomes, strict=True):
+            self.acceptance.learn(expected, *outcome)
+        self._memory.head_was_right = 2 * sum(found > 0 for found, _ in outcomes) > len(outcomes)
+
+    def to_config(self) -> dict[str, Any]:
+        shape = self._largest
+        sizes = {"depth": shape.depth, "top_k": shape.top_k, "most_nodes": shape.total_tokens - 1}
+        identity = {"target": self.target_identity, "head": self.head_identity}
+        return sizes | {name: dict(known) for name, known in identity.items() if known is not None}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the fitted calibration. What was learned while decoding is not saved."""
+        return {_SAVED_AS: tensor([[one.intercept, one.slope] for one in self.acceptance.scalings])}
+
+    @classmethod
+    def from_saved(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        check_known(cls.policy_type, config, ("depth", "top_k", "most_nodes", "target", "head"))
+        return cls(**config, acceptance=_read_acceptance(tensors.get(_SAVED_AS)))
+
+
+def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
+    """Read an intercept and a slope for each level.
+
+    Raises:
+        ValueError: the tensor holds anything else.
+    """
+    has_shape = saved is not None and tuple(saved.shape) == (LEVELS, 2)
+    rows = saved.tolist() if saved is not None and has_shape else []
+    is_bounded = all(isinstance(value, float) and abs(value) <= _MAX_FITTED for row in rows for value in row)
+    if not has_shape or not is_bounded:
+        came = "no tensor `odds`" if saved is None else f"`odds` {rows or f'of shape {list(saved.shape)}'}"
+        raise ValueError(
+            f"The weights of a throughput policy hold {came}, but must hold an intercept and a slope for each of "
+            f"{LEVELS} levels, none beyond {_MAX_FITTED:g}. Download or save the policy again."
+        )
+    return AcceptanceModel([PlattScaling(intercept, slope) for intercept, slope in rows])

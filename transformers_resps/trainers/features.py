@@ -1,0 +1,240 @@
+"""Read what a head learns from: the target's features, its last hidden states and its picks.
+
+The target's features on disk, computed once and read in every epoch.
+
+One safetensors file per block of texts, named by a hash of its content, written under another name and then renamed:
+a
+killed or failed run leaves complete files only, and the next run continues from them. Adding texts at the end of a
+dataset computes the new ones only.
+"""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..data.batches import IGNORED, PreparedTexts, TokenBudgetBatches, collate
+from ..data.preparation import Example
+from ..heads.identity import parameter_fingerprint
+from ..verifying.forward import FeatureTap
+from .losses import Teacher
+
+
+_PICK_CHUNK = 512  # positions whose full logits are alive at once
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFeatures:
+    """The target's outputs for a batch of texts.
+
+    Attributes:
+        features: `[b, t, F]`.
+        hidden: `[b, t, target hidden]` after the target's final norm: the input of its output head.
+        picks: `[b, t]` the target's most likely token after each position; 0 where it was not asked for.
+    """
+
+    features: Tensor
+    hidden: Tensor
+    picks: Tensor
+
+
+class FrozenTarget:
+    """The target that a head learns from: in evaluation mode, without gradients, not part of the trained module.
+
+    Args:
+        model: any causal language model of Transformers.
+        feature_layers: as in `DraftHeadConfig`.
+
+    Raises:
+        ValueError: the model has no output head.
+    """
+
+    def __init__(self, model: PreTrainedModel, feature_layers: list[int]) -> None:
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output head, but a draft head learns from the target's distribution. "
+                "Load the target with AutoModelForCausalLM."
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.feature_layers = feature_layers
+        config = model.config.get_text_config()
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Weight of the output head, `[v, target hidden]`."""
+        weight = self.model.get_output_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """Bias of the output head, `[v]`; `None` if it has none."""
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, predicted: Tensor | None = None) -> TargetFeatures:
+        """Run the target over right-padded texts; causal attention keeps the padding out without a mask.
+
+        Args:
+            input_ids: `[b, t]` the texts.
+            predicted: `[b, t]` bool, the tokens whose picks are wanted; `None` for all. Fewer save time: the output
+                head is a fifth of a small target.
+
+        Returns:
+            Features, last hidden states and picks.
+        """
+        with FeatureTap(self.model, self.feature_layers) as tap, tap.record() as features:
+            hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        return TargetFeatures(features.concatenated(), hidden, self._picks(hidden, predicted))
+
+    def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
+        """Argmax over the whole vocabulary, in chunks; scale and soft cap are monotone, so they don't matter."""
+        wanted = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        if predicted is not None:
+            wanted = F.pad(predicted[:, 1:], (0, 1))  # a position's pick is the token after it
+        rows = hidden[wanted].to(self.output_weight.dtype)
+        output = self.model.get_output_embeddings()
+        found = [output(part).argmax(-1) for part in rows.split(_PICK_CHUNK)]
+        picks = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
+        picks[wanted] = torch.cat(found)
+        return picks
+
+    def teacher(self, hidden: Tensor, token_ids: Tensor) -> Teacher:
+        """The distribution over `token_ids` `[d]` at hidden states `[n, target hidden]`."""
+        bias = None if self.output_bias is None else self.output_bias[token_ids]
+        return Teacher(hidden, self.output_weight[token_ids], self.scale, self.softcap, bias)
+
+
+_BLOCK = 64  # texts per file
+_MAX_OPEN_FILES = 256
+_TOKENS_PER_FORWARD = 4096  # in a batch of the target, padding included
+
+
+class CachedFeatures(PreparedTexts):
+    """Texts with the target's features on disk, so that training does not run the target.
+
+    Missing features are computed when the object is made. A row has also `features` `[t, F]`, `hidden`
+    `[t, target hidden]` and `picks` `[t]`, see `TargetFeatures`.
+
+    Args:
+        rows: a dataset from `prepare_dataset`.
+        folder: where the files are kept; those of other texts or another target are left alone.
+        target: computes missing features.
+        dtype: of the stored features; bf16 needs half the disk of fp32 and is what heads are served in.
+
+    Raises:
+        OSError: the disk is full; files already written stay usable.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        folder: str | Path,
+        target: FrozenTarget,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(rows)
+        self._folder, self._target, self._dtype = Path(folder), target, dtype
+        self._folder.mkdir(parents=True, exist_ok=True)
+        identity = {"layers": target.feature_layers, "dtype": str(dtype), "target": _fingerprint(target.model)}
+        self._identity = json.dumps(identity, sort_keys=True)
+        starts = range(0, len(self), _BLOCK)
+        self._paths = [self._folder / f"{self._key(self._block(start))}.safetensors" for start in starts]
+        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._fill()
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block, row = divmod(index, _BLOCK)
+        path = self._paths[block]
+        if path not in self._open:
+            if len(self._open) >= _MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[path] = _opened(path)
+        file = self._open[path]
+        return super().__getitem__(index) | {
+            name: file.get_tensor(f"{row}.{name}") for name in ("features", "hidden", "picks")
+        }
+
+    def _block(self, start: int) -> list[Example]:
+        return [self.example(index) for index in range(start, min(start + _BLOCK, len(self)))]
+
+    def _key(self, block: list[Example]) -> str:
+        digest = hashlib.sha256(self._identity.encode())
+        for example in block:
+            digest.update(example.input_ids.numpy().tobytes() + b"|")
+            digest.update(example.predicted.numpy().tobytes() + b"|")  # picks are there for predicted tokens alone
+        return digest.hexdigest()[:24]
+
+    def _fill(self) -> None:
+        missing = [index for index, path in enumerate(self._paths) if not path.exists()]
+        blocks = {index: self.lengths[index * _BLOCK : (index + 1) * _BLOCK] for index in missing}
+        total = sum(map(sum, blocks.values()))
+        with tqdm(total=total, desc="Caching features", unit=" tokens", disable=not missing) as progress:
+            for index, lengths in blocks.items():
+                self._write(self._paths[index], self._block(index * _BLOCK))
+                progress.update(sum(lengths))
+
+    def _write(self, path: Path, block: list[Example]) -> None:
+        tensors: dict[str, Tensor] = {}
+        lengths = [len(example.input_ids) for example in block]
+        for rows in TokenBudgetBatches(lengths, _TOKENS_PER_FORWARD, shuffle=False):
+            part = [block[row] for row in rows]
+            batch = collate([{"input_ids": e.input_ids, "loss_mask": e.predicted} for e in part])
+            device = self._target.model.device
+            read = self._target.read(batch["input_ids"].to(device), (batch["labels"] != IGNORED).to(device))
+            for place, row in enumerate(rows):
+                for name, found, dtype in (
+                    ("features", read.features, self._dtype),
+                    ("hidden", read.hidden, self._dtype),
+                    ("picks", read.picks, torch.int32),
+                ):
+                    tensors[f"{row}.{name}"] = found[place, : lengths[row]].to("cpu", dtype).contiguous()
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # processes that train together fill the same folder
+        try:
+            save_file(tensors, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"Writing the target's features to {path} failed: {error} (they need about "
+                f"{_bytes_per_token(tensors)} bytes per token). Free disk space and run again to continue, set "
+                "another `feature_cache_dir`, or leave it out to run the target on each batch."
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")  # type: ignore[no-untyped-call]  # untyped upstream
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"The feature file {path} is gone or damaged ({error}). Delete it and start again: it is computed anew."
+        ) from error
+
+
+def _bytes_per_token(tensors: dict[str, Tensor]) -> int:
+    tokens = sum(len(tensor) for name, tensor in tensors.items() if name.endswith(".picks"))
+    return sum(tensor.nbytes for tensor in tensors.values()) // max(tokens, 1)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Kind, dtype and weights: files of another target, or of another dtype, must not be read."""
+    return f"{type(model).__name__} {model.dtype} {parameter_fingerprint(model)}"

@@ -1,0 +1,264 @@
+"""Compute the loss of all draft levels in chunks: no `[positions, draft vocab]` tensor outlives its chunk.
+
+EAGLE-3's training-time test: the head reads its own output for K levels, as it will when it drafts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..heads import DraftHead
+from ..verifying.prepacking import packed_linear
+
+
+_CACHED_ROWS = 32  # positions whose fp32 logits stay in a CPU's cache from one pass over them to the next
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """The target's distribution over the draft vocabulary, in factored form.
+
+    Attributes:
+        hidden: `[n, h]` the target's last hidden state after its final norm.
+        weight: `[d, h]` the target's output rows of the draft vocabulary.
+        scale: what the target multiplies its logits by.
+        softcap: the target's final soft cap, or `None`.
+        bias: `[d]` of the target's output head, or `None`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
+    bias: Tensor | None = None
+
+    def probabilities(self, rows: slice) -> Tensor:
+        """fp32 `[c, d]` of the positions `rows`, renormalised over the draft vocabulary."""
+        logits = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).float()
+        for part in _cached_parts(logits):
+            if self.scale != 1.0:
+                part.mul_(self.scale)
+            if self.softcap is not None:
+                part.div_(self.softcap).tanh_().mul_(self.softcap)
+            part.copy_(part.softmax(-1))
+        return logits
+
+
+def soft_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Teacher,
+    row_weights: Tensor,
+    chunk_size: int = 1024,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of every level's logits against the target's probabilities.
+
+    Args:
+        hidden: `[k, n, h]` normed hidden states of the k levels that predict the same n tokens.
+        weight: `[d, h]` the head's output rows.
+        teacher: the target's distribution at those n tokens.
+        row_weights: fp32 `[k, n]` factor of each loss; 0 leaves a row out.
+        chunk_size: positions whose logits are alive at once: 2 fp32 buffers `[chunk_size, d]`.
+        bias: `[d]` of the output rows, if they are borrowed and have one; not trained.
+
+    Under autocast to bf16 the head's products are in bf16; the teacher's are always in its own dtype, and what is
+    summed over the draft vocabulary in fp32.
+
+    Returns:
+        The weighted sum of the losses; per level its unweighted sum `[k]` and the count of rows whose best token is
+        the target's `[k]`, both over the rows of non-zero weight and without gradient.
+
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; gradients are formed with the logits, as in fused linear losses.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
+        weight, bias = weight.bfloat16(), bias if bias is None else bias.bfloat16()
+    with torch.autocast(device, enabled=False):
+        return _SoftCrossEntropy.apply(hidden, weight, teacher, row_weights, chunk_size, bias)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher: Teacher,
+        row_weights: Tensor,
+        chunk_size: int,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        losses, hits = row_weights.new_zeros(len(hidden)), row_weights.new_zeros(len(hidden))
+        total = row_weights.new_zeros(())
+        logits_of = packed_linear(weight, bias)
+        for start in range(0, hidden.shape[1], chunk_size):
+            rows = slice(start, start + chunk_size)
+            probabilities = teacher.probabilities(rows)  # [c, d]
+            best = probabilities.argmax(-1)
+            for level in range(len(hidden)):
+                states, factors = hidden[level, rows].to(weight.dtype), row_weights[level, rows]
+                logits = logits_of(states)  # [c, d]
+                loss, is_hit = _compared(logits, probabilities, best)
+                losses[level] += (loss * (factors != 0)).sum()
+                hits[level] += (is_hit & (factors != 0)).sum()
+                total += (loss * factors).sum()
+                slopes, factors = logits, factors[:, None]
+                if hidden_grad is not None:
+                    hidden_grad[level, rows] = (slopes @ weight) * factors
+                if weight_grad is not None:
+                    weight_grad += slopes.T @ (states * factors).to(weight.dtype)
+        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        ctx.mark_non_differentiable(losses, hits)
+        return total, losses, hits
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad = None if hidden_grad is None else hidden_grad * slope.to(hidden_grad.dtype)
+        weight_grad = None if weight_grad is None else weight_grad * slope.to(weight_grad.dtype)
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+def _compared(logits: Tensor, probabilities: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy `[c]` in fp32, and whether `best` is the most likely; leaves the slopes in `logits` `[c, d]`."""
+    losses, tops = [], []
+    for part, wanted in zip(_cached_parts(logits), _cached_parts(probabilities), strict=True):
+        exact = part.float()
+        top = exact.argmax(-1, keepdim=True)
+        predicted = exact.softmax(-1)
+        normaliser = exact.gather(-1, top) - predicted.gather(-1, top).log()  # the highest one never underflows
+        losses.append(normaliser.squeeze(-1) - torch.linalg.vecdot(wanted, exact))
+        tops.append(top.squeeze(-1))
+        part.copy_(predicted.sub_(wanted))
+    return torch.cat(losses), torch.cat(tops) == best
+
+
+def _cached_parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Views of `[c, d]`, small enough for a CPU's cache."""
+    parts: tuple[Tensor, ...] = rows.split(_CACHED_ROWS if rows.device.type == "cpu" else max(len(rows), 1))
+    return parts
+
+
+class UnrolledAttention:
+    """Attention of level k: causal over the entries of level 0, plus the own position's entry of levels 1 to k.
+
+    That is what a node at depth k sees when drafting: true features of the prefix, then its own chain. One softmax
+    over `[t + k]` scores; the dense `(k t)^2` mask is never built.
+
+    Args:
+        slots: `[b, q]` the positions that have queries, ascending.
+        length: t.
+    """
+
+    def __init__(self, slots: Tensor, length: int) -> None:
+        self._sees = torch.arange(length, device=slots.device) <= slots[:, None, :, None]  # [b, 1, q, t]
+        self._keys: dict[int, list[Tensor]] = {}
+        self._values: dict[int, list[Tensor]] = {}
+
+    def first_level(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """`Attend` of level 0, with keys and values of all positions."""
+        self._keys[layer], self._values[layer] = [keys], [values]
+        is_whole = queries.shape[2] == keys.shape[2]
+        return F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=None if is_whole else self._sees,
+            is_causal=is_whole,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+
+    def next_level(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """`Attend` of a later level, over the slots alone."""
+        self._keys[layer].append(keys)
+        self._values[layer].append(values)
+        (true_keys, *own_keys), (true_values, *own_values) = self._keys[layer], self._values[layer]
+        batch, heads, length, width = queries.shape
+        groups = keys.shape[1]
+        grouped = queries.reshape(batch, groups, heads // groups, length, width) * width**-0.5
+        scores = grouped.flatten(2, 3) @ true_keys.mT  # [b, kv heads, group * length, t]
+        scores = scores.unflatten(2, (heads // groups, length)).masked_fill(~self._sees[:, None], float("-inf"))
+        diagonals = [(grouped * own[:, :, None]).sum(-1, keepdim=True) for own in own_keys]
+        weights = (
+            torch.cat([scores, *diagonals], dim=-1)
+            .softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
+            .to(values.dtype)
+        )
+        total = true_keys.shape[2]
+        attended: Tensor = (weights[..., :total].flatten(2, 3) @ true_values).unflatten(2, (heads // groups, length))
+        for index, own in enumerate(own_values):
+            attended = attended + weights[..., total + index, None] * own[:, :, None]
+        return attended.reshape(batch, heads, length, width)
+
+
+def unroll(
+    head: DraftHead,
+    features: Tensor,
+    embeddings: Tensor,
+    levels: int,
+    slots: Tensor | None = None,
+    *,
+    first_pass: nn.Module | None = None,
+) -> Tensor:
+    """Run `levels` levels over a whole text at once.
+
+    At level k the slot t reads the true token t + 1 + k and predicts token t + 2 + k, at RoPE position t + k; later
+    levels read the level before in place of the feature. Slots whose token lies beyond the text hold nothing of use.
+
+    Args:
+        head: the head in training.
+        features: `[b, t, F]` of the target.
+        embeddings: `[b, t, h]` of the text's tokens.
+        levels: how many, at least 1.
+        slots: `[b, q]` the slots that any level's prediction is wanted for, ascending; `None` for all. The others
+            only give their keys and values of level 0.
+        first_pass: the head as wrapped for distributed training; it needs one forward for its gradient hooks.
+
+    Returns:
+        `[levels, b, q, h]`, after the head's final norm.
+
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2 (training-time test).
+    """
+    batch, length = embeddings.shape[:2]
+    positions = torch.arange(length, device=features.device).expand(batch, length)
+    slots = positions if slots is None else slots
+    memory = UnrolledAttention(slots, length)
+    tokens = F.pad(embeddings, (0, 0, 0, levels))
+    hidden = (first_pass or head)(
+        head.fuse(features).to(head.dtype), tokens[:, 1 : length + 1], positions, memory.first_level, wanted=slots
+    )
+    outputs = [head.norm(hidden)]
+    texts = torch.arange(batch, device=slots.device)[:, None]
+    for level in range(1, levels):
+        read = tokens[texts, slots + level + 1]
+        hidden = head(head.feedback(hidden), read, slots + level, memory.next_level)
+        outputs.append(head.norm(hidden))
+    return torch.stack(outputs)
+
+
+def pack(rows: Tensor, slots: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Choose the slots that a batch's losses need: the same number q in every text.
+
+    Args:
+        rows: `[m]` the text of each predicted token.
+        slots: `[k, m]` the slot that predicts it, by level; what lies before the text counts as slot 0.
+        shape: b and t.
+
+    Returns:
+        `[b, q]` slots of each text, ascending, and `[k, m]` where `slots` are among them.
+    """
+    slots = slots.clamp(min=0)
+    needed = torch.zeros(shape, dtype=torch.uint8, device=slots.device)
+    needed[rows, slots] = 1
+    count = max(int(needed.sum(-1).max()), 1)
+    chosen = needed.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+    places = torch.zeros(shape, dtype=torch.long, device=slots.device)
+    places.scatter_(1, chosen, torch.arange(count, device=slots.device).expand_as(chosen))
+    return chosen, places[rows, slots]

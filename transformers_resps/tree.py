@@ -1,0 +1,335 @@
+"""Draft trees: the shape that a policy asks for, the pool that a drafter scores, the tree that the target verifies.
+
+Shape legend, used in the whole package: b batch rows, n tree nodes, m nodes of the accepted path, p pool nodes, w
+nodes of one drafted level, e entries drafted before it, k `top_k`; s cached positions, t positions of one pass, q
+those of them that look at others; v vocabulary, d draft vocabulary, h hidden size, hd width of an attention head, F
+width of the features (layers that the head reads times the target's hidden size); a actions of a policy.
+
+Tensors that belong together, moved together: each copy between host and device makes the host wait.
+
+The shape that a policy asks for.
+
+The pool of candidates that a drafter scores.
+
+The tree that the target verifies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The same values on another device, in one copy.
+
+    Args:
+        parts: of one device, in any shapes, those of wider elements first.
+        device: where to.
+    """
+    joined = torch.cat([part.flatten().view(torch.uint8) for part in parts])
+    joined = joined.to(device, non_blocking=device.type != "cpu")  # whoever reads on the host has to wait
+    blocks = joined.split([part.numel() * part.element_size() for part in parts])
+    return [block.view(part.dtype).view(part.shape) for block, part in zip(blocks, parts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """The size of a draft tree, which a policy chooses for each step.
+
+    Args:
+        total_tokens: number of nodes that the target verifies, root included; at least 1.
+        depth: number of levels that the head drafts. A step accepts at most one token of each; at least 0.
+        top_k: number of children of a node, and of nodes of a level that get children; at least 1.
+        lookup: maximum number of further nodes from prompt lookup, on top of `total_tokens`; at least 0.
+
+    `TreeShape(1, 0, 1)` is a plain step, `TreeShape(n + 1, n, 1)` a chain of n drafted tokens, and
+    `TreeShape(1, 0, 1, lookup=8)` uses prompt lookup without a head.
+
+    Raises:
+        ValueError: a size is below its minimum, or is not an integer.
+    """
+
+    total_tokens: int
+    depth: int
+    top_k: int
+    lookup: int = 0
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("total_tokens", 1), ("depth", 0), ("top_k", 1), ("lookup", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ValueError(
+                    f"TreeShape got `{name}={value!r}`, but it must be an integer of at least {minimum}. "
+                    "`TreeShape(1, 0, 1)` is a plain step, without drafting."
+                )
+
+    @classmethod
+    def from_eagle(cls, total_token: int, depth: int, top_k: int) -> "TreeShape":
+        """Convert the shape that EAGLE and Re-SpS write as total_token/depth/top_k; they count one level less.
+
+        Their 60/7/10 drafts 8 levels (`topK_genrate` in SafeAILab/EAGLE: one extend pass and `depth` loops).
+        """
+        return cls(total_token, depth + 1, top_k)
+
+    @classmethod
+    def plain(cls) -> "TreeShape":
+        """The shape of a plain step: nothing is drafted, and the target decodes one token."""
+        return cls(1, 0, 1)
+
+    def __str__(self) -> str:
+        """`8/4/2` for total_tokens/depth/top_k, `8/4/2+6` with lookup nodes, `+6` for those alone, or `plain`."""
+        if self.is_plain:
+            return "plain"
+        head = f"{self.total_tokens}/{self.depth}/{self.top_k}" if self.asks_head else ""
+        return f"{head}+{self.lookup}" if self.lookup else head
+
+    @property
+    def asks_head(self) -> bool:
+        """Whether the head drafts."""
+        return self.total_tokens > 1 and self.depth > 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is drafted."""
+        return not self.asks_head and self.lookup == 0
+
+    def within(self, depth: int) -> "TreeShape":
+        """The same shape with at most `depth` levels."""
+        if depth >= self.depth and depth >= self.lookup:
+            return self
+        depth = max(depth, 0)
+        return TreeShape(self.total_tokens, min(self.depth, depth), self.top_k, min(self.lookup, depth))
+
+
+@dataclass(frozen=True, slots=True)
+class CandidatePool:
+    """The continuations of the root that a drafter proposes, every parent before its children.
+
+    Attributes:
+        tokens: `[b, p]` target vocabulary ids.
+        parents: `[b, p]` index of the parent in the pool; -1 is the root.
+        scores: `[b, p]` fp32, cumulative log probability of the path; never above the parent's.
+        levels: `[p]`, 1 for children of the root.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    scores: Tensor
+    levels: Tensor
+
+    def drafted_match(self, tokens: list[list[int]]) -> list[int]:
+        """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
+        rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
+        return [len(followed(*row, -1)) for row in rows]
+
+    def nodes_along(self, path: Tensor) -> Tensor:
+        """Follow `path`, tokens `[b, m]`, from the root down: the nodes `[b, m]`, -1 after it has left the pool."""
+        node, nodes = torch.full_like(path[:, :1], -1), []
+        inside = torch.ones_like(node, dtype=torch.bool)
+        for tokens in path.split(1, dim=1):
+            hits = (self.tokens == tokens) & (self.parents == node) & inside
+            inside, node = hits.any(-1, keepdim=True), hits.int().argmax(-1, keepdim=True)
+            nodes.append(torch.where(inside, node, -1))
+        return torch.cat(nodes, dim=1)
+
+    def on_host(self) -> "CandidatePool":
+        """The pool in the host's memory, in one read."""
+        if self.tokens.device.type == "cpu":
+            return self
+        host = torch.device("cpu")
+        tokens, parents, scores = moved([self.tokens, self.parents, self.scores], host)
+        return CandidatePool(tokens, parents, scores, self.levels.to(host))
+
+
+def followed(tokens: list[int], parents: list[int], path: list[int], root: int) -> list[int]:
+    """The nodes of one row that carry the tokens of `path`, from a child of `root` down, as far as they are there.
+
+    On lists: every step does this, and for its few nodes tensor operations would take longer.
+    """
+    node, nodes = root, []
+    for token in path:
+        child = next((i for i, own in enumerate(tokens) if own == token and parents[i] == node and i > node), None)
+        if child is None:
+            break
+        nodes.append(child)
+        node = child
+    return nodes
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """The nodes of one target forward. Node 0 is the root: the newest token, which is not in the target's cache yet.
+
+    Attributes:
+        tokens: `[b, n]` target vocabulary ids.
+        parents: `[b, n]` index of the parent, smaller than the node's own; the root is its own parent.
+        depths: `[b, n]` distance to the root.
+        ancestors: `[b, n, n]` bool; `[i, j]` says that j lies on the path from the root to i, i included.
+        scores: `[b, n]` fp32 cumulative draft log probability; 0 for the root, for looked-up and for padding nodes.
+        level_count: levels below the root, at most: an upper bound that is known without reading a tensor.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    scores: Tensor
+    level_count: int
+
+    @property
+    def node_count(self) -> int:
+        return self.tokens.shape[1]
+
+    @classmethod
+    def root_only(cls, root: Tensor) -> "DraftTree":
+        """The tree of a plain step, from the newest tokens `[b]`."""
+        tokens = root[:, None]
+        zeros = torch.zeros_like(tokens)
+        return cls(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool)[..., None], zeros.float(), 0)
+
+    @classmethod
+    def from_parents(cls, tokens: Tensor, parents: Tensor, scores: Tensor | None = None) -> "DraftTree":
+        """Build a tree from `[b, n]` tokens and parents; every parent comes before its children.
+
+        Raises:
+            ValueError: a parent does not come before its child.
+        """
+        node_count = tokens.shape[1]
+        order = torch.arange(node_count, device=tokens.device)
+        if node_count > 1 and not bool(((parents[:, 1:] < order[1:]) & (parents[:, 1:] >= 0)).all()):
+            raise ValueError(
+                f"DraftTree got the parents {parents.tolist()}, but a parent must be an earlier node. "
+                "Sort the nodes so that parents come first."
+            )
+        parents = parents.clone()
+        parents[:, 0] = 0
+        return cls._derive(tokens, parents, torch.zeros(tokens.shape) if scores is None else scores, node_count - 1)
+
+    @classmethod
+    def from_pool(
+        cls, root: Tensor, pool: CandidatePool, total_tokens: int, level_count: int | None = None
+    ) -> "DraftTree":
+        """Build the tree of the root `[b]` and the best `total_tokens - 1` nodes of the pool.
+
+        No kept node lacks its parent, even when scores tie: the sort is stable, and a parent comes before its children
+        and never scores less.
+
+        Args:
+            root: the newest tokens.
+            pool: on the root's device.
+            total_tokens: nodes of the tree, root included; fewer where the pool has fewer.
+            level_count: levels of the pool; `None` reads them from it, which code that is traced cannot.
+
+        Source: EAGLE-2 (arXiv 2406.16858) section 4.2, reranking.
+        """
+        kept = min(total_tokens - 1, pool.tokens.shape[1])
+        if kept and level_count is None:
+            level_count = int(pool.levels[-1])
+        best = pool.scores.sort(dim=-1, descending=True, stable=True).indices[:, :kept].sort(dim=-1).values  # [b, n-1]
+        # A parent's node is its place among the kept ones, from 1 on; -1 comes before them all and finds the root.
+        parents = torch.searchsorted(best, pool.parents.gather(1, best), right=True)
+        return cls._derive(
+            torch.cat([root[:, None], pool.tokens.gather(1, best)], dim=1),
+            pad(parents, (1, 0)),
+            pad(pool.scores.gather(1, best), (1, 0)),
+            min(level_count or 0, kept),
+        )
+
+    @classmethod
+    def _derive(cls, tokens: Tensor, parents: Tensor, scores: Tensor, level_count: int) -> "DraftTree":
+        """Follow the parents: each squaring of the relation reaches twice as far."""
+        seen = torch.eye(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1, 1)
+        seen.scatter_(2, parents[..., None], 1.0)
+        for _ in range((level_count - 1).bit_length() if level_count else 0):
+            seen = (seen @ seen).clamp_(max=1.0)
+        ancestors = seen > 0
+        return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
+
+    def with_chains(self, chains: list[list[int]]) -> "DraftTree":
+        """Add one chain of tokens below the root per row; nodes that the tree already has are shared.
+
+        Rows that gain fewer nodes are filled up with copies of the root's first child. Acceptance never reaches them,
+        because it takes the first child that carries a token.
+        """
+        rows = [
+            _merged(tokens, parents, chain)
+            for tokens, parents, chain in zip(self.tokens.tolist(), self.parents.tolist(), chains, strict=True)
+        ]
+        node_count = max(len(tokens) for tokens, _ in rows)
+        for tokens, parents in rows:
+            missing = node_count - len(tokens)
+            tokens.extend(tokens[1:2] * missing or [0] * missing)
+            parents.extend([0] * missing)
+        if node_count == self.node_count:
+            return self
+        all_tokens = torch.tensor([row for row, _ in rows], device=self.tokens.device)
+        all_parents = torch.tensor([row for _, row in rows], device=self.tokens.device)
+        scores = pad(self.scores, (0, node_count - self.node_count))
+        levels = max(self.level_count, max(len(chain) for chain in chains))
+        return self._derive(all_tokens, all_parents, scores, levels)
+
+    def below(self, root: Tensor) -> "DraftTree":
+        """The tree below the newest tokens `[b]`, on their device, in one copy; the tree's own root does not count."""
+        if self.node_count == 1:
+            return DraftTree.root_only(root)
+        own = [self.tokens, self.parents, self.depths, self.scores, self.ancestors]
+        tokens, parents, depths, scores, ancestors = moved(own, root.device)
+        tokens[:, 0] = root
+        return DraftTree(tokens, parents, depths, ancestors, scores, self.level_count)
+
+    def first(self, count: int) -> "DraftTree":
+        """Keep the first `count` nodes: a tree as well, because parents come before their children."""
+        tokens, parents, depths = (part[:, :count] for part in (self.tokens, self.parents, self.depths))
+        levels = min(self.level_count, count - 1)
+        return DraftTree(tokens, parents, depths, self.ancestors[:, :count, :count], self.scores[:, :count], levels)
+
+    def padded(self, node_count: int) -> "DraftTree":
+        """Fill up to `node_count` nodes for the target's forward. Acceptance needs the tree without padding.
+
+        A padding node stands at the root's position and sees only itself in the tree. No other node sees it.
+        """
+        missing = node_count - self.node_count
+        if missing == 0:
+            return self
+        tokens, parents, depths = (pad(part, (0, missing)) for part in (self.tokens, self.parents, self.depths))
+        ancestors = torch.eye(node_count, dtype=torch.bool, device=self.tokens.device).repeat(len(self.tokens), 1, 1)
+        ancestors[:, : self.node_count, : self.node_count] = self.ancestors
+        return DraftTree(tokens, parents, depths, ancestors, pad(self.scores, (0, missing)), self.level_count)
+
+    def row(self, index: int) -> "DraftTree":
+        """The tree of one row, as a batch of one."""
+        own = slice(index, index + 1)
+        tokens, parents, depths = (part[own] for part in (self.tokens, self.parents, self.depths))
+        return DraftTree(tokens, parents, depths, self.ancestors[own], self.scores[own], self.level_count)
+
+    def drafted_match(self, tokens: list[list[int]]) -> list[int]:
+        """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
+        rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
+        return [len(followed(*row, 0)) for row in rows]
+
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """Map, for each row, (node, token) to the node's first child with that token."""
+        return first_children(self.parents.tolist(), self.tokens.tolist())
+
+
+def first_children(parents: list[list[int]], tokens: list[list[int]]) -> list[dict[tuple[int, int], int]]:
+    """See `DraftTree.children`; from `[b, n]` parents and tokens.
+
+    Dicts, because acceptance looks up a few entries, one after the other.
+    """
+    nodes = range(len(tokens[0]) - 1, 0, -1)  # the first child last
+    return [{(above[node], own[node]): node for node in nodes} for above, own in zip(parents, tokens, strict=True)]
+
+
+def _merged(tokens: list[int], parents: list[int], chain: list[int]) -> tuple[list[int], list[int]]:
+    """Nodes of one row with a chain below the root; the new nodes come last."""
+    shared = followed(tokens, parents, chain, 0)
+    node = shared[-1] if shared else 0
+    for token in chain[len(shared) :]:
+        tokens.append(token)
+        parents.append(node)
+        node = len(tokens) - 1
+    return tokens, parents

@@ -1,0 +1,422 @@
+"""A preallocated cache: full-attention layers with space after their entries, so that a forward copies no past.
+
+Transformers' `DynamicLayer` makes new tensors of all its entries at every forward, for nodes that are mostly dropped
+again. Several layers share a buffer, so that the nodes to keep move in all of them at once.
+
+Copies of the states of a recurrent cache layer, for some rows of the batch, and their way back.
+
+With `tree_cache`, `preallocated_cache` and `slot_cache` the only files that touch the inside of Transformers' caches.
+
+Keeps the accepted nodes of a tree in the target's cache, and refuses caches that cannot hold a tree.
+
+With `preallocated_cache` and `slot_cache` the only files that touch the inside of Transformers' caches.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+
+_SPARE = 256  # positions allocated beyond what is needed
+_MAX_SHARING = 8  # layers of one buffer: more would move faster, but while they grow, all their past is there twice
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A `DynamicLayer` whose keys and values are the front of a larger buffer. Other code may shorten it or replace
+    its tensors, as with any `DynamicLayer`.
+
+    Args:
+        stock: a filled layer, which this one stands for.
+    """
+
+    buffer: "SharedBuffer"
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        _fill(self, stock.keys, stock.values)
+        self._shown: Tensor | None = None  # the keys as they were last seen in the buffer
+
+    def stock(self) -> DynamicLayer:
+        """A stock layer with the same tensors."""
+        layer = DynamicLayer()
+        if self.is_initialized:
+            _fill(layer, self.keys, self.values)
+        return layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append `[b, kv heads, t, hd]` entries; returns all keys and all values."""
+        start, count = self.get_seq_length(), key_states.shape[-2]
+        if not self.is_preallocated or self.buffer.size < start + count:
+            self.buffer.grow(start + count)
+        keys, values = self._own
+        keys.narrow(2, start, count).copy_(key_states)  # a third of the time of an assignment to a slice
+        values.narrow(2, start, count).copy_(value_states)
+        self._show(start + count)
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` positions."""
+        was_preallocated = self.is_preallocated
+        super().crop(tokens_to_remove)
+        if was_preallocated:
+            self._shown = self.keys
+
+    @property
+    def is_preallocated(self) -> bool:
+        """Whether the entries still are those in the buffer, and were not replaced."""
+        return self.keys is self._shown
+
+    def move_to(self, buffer: "SharedBuffer", keys: Tensor, values: Tensor) -> None:
+        """Hold the entries in its own part of a buffer, `[b, kv heads, size, hd]` each; they have been copied."""
+        self.buffer, self._own = buffer, (keys, values)
+        self._show(self.get_seq_length())
+
+    def _show(self, length: int) -> None:
+        keys, values = self._own
+        self.keys = self._shown = keys.narrow(2, 0, length)
+        self.values = values.narrow(2, 0, length)
+
+
+class SharedBuffer:
+    """The entries of several layers, with space after them.
+
+    Args:
+        layers: with entries of the same sizes, lengths apart; they move in.
+        size: positions.
+
+    Attributes:
+        keys: `[layers, b, kv heads, s, hd]`.
+        values: like `keys`; `hd` may differ.
+    """
+
+    def __init__(self, layers: list[Any], size: int) -> None:
+        self._layers = layers
+        self.size = size
+        self.keys = _copied([layer.keys for layer in layers], size)
+        self.values = _copied([layer.values for layer in layers], size)
+        for layer, keys, values in zip(layers, self.keys, self.values, strict=True):
+            layer.move_to(self, keys, values)
+
+    def grow(self, length: int) -> None:
+        """Move all layers to buffers for `length` positions and more, together where they still can."""
+        _allocate(self._layers, length)
+
+    def entries(self) -> list[Tensor] | None:
+        """All entries, `[layers, b, kv heads, s, hd]`; `None` where some are elsewhere, or longer than others."""
+        lengths = {layer.get_seq_length() if layer.is_preallocated else None for layer in self._layers}
+        if len(lengths) > 1 or None in lengths:
+            return None
+        (length,) = lengths
+        return [self.keys[..., :length, :], self.values[..., :length, :]]
+
+
+def preallocate(cache: Cache) -> None:
+    """Let the layers of a filled cache that attend to everything grow in place."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.get_seq_length():
+            cache.layers[index] = PreallocatedLayer(layer)
+    _allocate([layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)], 0)
+
+
+def restore_stock_layers(cache: Cache) -> None:
+    """Undo `preallocate`: the caller may reuse the cache."""
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, PreallocatedLayer):
+            cache.layers[index] = layer.stock()
+
+
+def entries_of(layers: Iterable[Any]) -> Iterator[Tensor]:
+    """Every entry of filled layers once, as few tensors `[layers, b, kv heads, s, hd]` as hold them. Writing to them
+    changes the layers.
+    """
+    buffers: dict[int, list[Tensor] | None] = {}
+    for layer in layers:
+        buffer = layer.buffer if isinstance(layer, PreallocatedLayer) else None
+        if buffer is not None and id(buffer) not in buffers:
+            buffers[id(buffer)] = buffer.entries()
+            yield from buffers[id(buffer)] or ()
+        if buffer is None or buffers[id(buffer)] is None:
+            yield from _own_entries(layer)
+
+
+def _own_entries(layer: Any) -> Iterator[Tensor]:
+    """Keys and values `[1, b, kv heads, s, hd]`; a layer may hold none."""
+    for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+        if part is not None and part.numel():
+            yield part[None]
+
+
+def _allocate(layers: list[Any], length: int) -> None:
+    """Give layers buffers for `length` positions and more, in their order; all entries of a buffer are of one kind."""
+    alike = defaultdict(list)
+    for layer in layers:
+        kinds = [(part.shape[:2], part.shape[-1], part.dtype, part.device) for part in (layer.keys, layer.values)]
+        alike[tuple(kinds)].append(layer)
+    for found in alike.values():
+        for start in range(0, len(found), _MAX_SHARING):
+            sharing = found[start : start + _MAX_SHARING]
+            SharedBuffer(sharing, max(length, *(layer.get_seq_length() for layer in sharing)) + _SPARE)
+
+
+def _fill(layer: Any, keys: Any, values: Any) -> None:
+    """As `lazy_initialization`, which would make empty tensors first: each waits for an accelerator."""
+    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+    layer.keys, layer.values = keys, values
+
+
+def _copied(states: list[Tensor], length: int) -> Tensor:
+    """Copies of `states`, each `[b, kv heads, s, hd]`, at the front of `[layers, b, kv heads, length, hd]`."""
+    first = states[0]
+    buffer = first.new_empty(len(states), *first.shape[:2], length, first.shape[-1])
+    for row, part in zip(buffer, states, strict=True):
+        row[:, :, : part.shape[-2]] = part
+    return buffer
+
+
+def holds_state(layer: Any) -> bool:
+    """Whether a cache layer holds a recurrent or convolution state, perhaps beside keys and values."""
+    return hasattr(layer, "recurrent_states")
+
+
+def empty_like(cache: Cache) -> Cache:
+    """A cache with as many layers, none of which holds anything."""
+    layers: list[Any] = [DynamicLayer() for _ in cache.layers]
+    return Cache(layers=layers)
+
+
+def copied_rows(layer: Any, rows: Tensor) -> Any:
+    """A layer with copies of the states of `rows` `[r]`; everything else is the layer's own."""
+    branch = copy.copy(layer)
+    branch.conv_states = {index: _selected(state, rows) for index, state in layer.conv_states.items()}
+    branch.recurrent_states = {index: _selected(state, rows) for index, state in layer.recurrent_states.items()}
+    branch.has_previous_state = dict(layer.has_previous_state)
+    return branch
+
+
+def settle_recorded(layer: Any) -> None:
+    """Let a layer keep of its convolution states what the next token needs, if its owner let it record more."""
+    if not layer.record_past:
+        return
+    layer.record_past = False
+    for index, state in layer.conv_states.items():
+        if state is not None:
+            size = layer.conv_kernel_size[index]
+            layer.conv_states[index] = pad(state, (max(size - state.shape[-1], 0), 0))[..., -size:].clone()
+
+
+def write_back(layer: Any, branch: Any, places: Iterable[tuple[int, int]]) -> None:
+    """Give rows of a layer the states of a branch, in place; `places` are pairs of a row and its place there."""
+    parts = ((layer.conv_states, branch.conv_states), (layer.recurrent_states, branch.recurrent_states))
+    pairs = [(own[index], found[index]) for own, found in parts for index in own if own[index] is not None]
+    for row, place in places:
+        for own, found in pairs:
+            own[row].copy_(found[place])
+
+
+def _selected(state: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if state is None else state.index_select(0, rows.to(state.device))
+
+
+# By exact type: subclasses such as QuantizedLayer or DynamicIndexedLayer keep more than keys and values.
+_TREE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+_RECURRENT_LAYERS = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer")
+
+
+def check_cache(cache: Cache) -> None:
+    """Refuse a cache whose layers cannot hold a tree.
+
+    Raises:
+        ValueError: it has no layers, one of another type than the dynamic ones and our static ones, or is offloaded.
+    """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise ValueError(
+            f"Draft trees need a decoder's `Cache` with layers, got a `{type(cache).__name__}`. Pass "
+            "`DynamicCache(config=model.config)`, or no cache."
+        )
+    for layer in cache.layers:
+        name = type(layer).__name__
+        if name not in _TREE_LAYERS + _RECURRENT_LAYERS or not type(layer).__module__.startswith("transformers."):
+            raise ValueError(
+                f"The cache has a `{name}`, but only {', '.join(_TREE_LAYERS[:2])} can keep the accepted nodes of a "
+                "tree. Leave out the cache and `cache_implementation`, or the head and the policy."
+            )
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "Draft trees cannot use an offloaded cache. Leave out `cache_implementation='offloaded'`, or the head and "
+            "the policy."
+        )
+
+
+def record_windows(cache: Cache) -> None:
+    """Let sliding layers keep what leaves their window until the next `crop`; states are never recorded."""
+    for layer in cache.layers:
+        if holds_state(layer):
+            settle_recorded(layer)
+        elif hasattr(layer, "activate_past_recording"):
+            layer.activate_past_recording()
+
+
+def stop_recording(cache: Cache) -> None:
+    """Let sliding layers forget at once what leaves their window, as in stock: the caller may reuse the cache."""
+    for layer in cache.layers:
+        if hasattr(layer, "record_past"):
+            layer.record_past = False
+
+
+def crop_to(cache: Cache, length: int) -> None:
+    """Forget all but the first `length` positions of each layer; a forward may have been interrupted."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        surplus = int(layer.get_seq_length()) - length if _states(layer) else 0
+        if surplus > 0:
+            _crop_entries(layer, surplus)
+
+
+def cached_length(cache: Cache) -> int:
+    """Positions the cache has seen."""
+    return int(cache.get_seq_length())
+
+
+def crop(cache: Cache, count: int) -> None:
+    """Forget the keys and values of the newest `count` positions; states stay.
+
+    Sliding layers then forget what has left their window, also with 0.
+    """
+    for layer in cache.layers:
+        _crop_entries(layer, count)
+
+
+def _crop_entries(layer: Any, count: int) -> None:
+    """Forget the newest `count` keys and values of a layer, which may hold a state beside them, or nothing else."""
+    if not holds_state(layer):
+        layer.crop(-count)
+    elif isinstance(layer, DynamicLayer):
+        DynamicLayer.crop(layer, -count)
+
+
+def visible_length(cache: Cache, layer_index: int) -> int:
+    """Past positions that layer `layer_index` still shows to a new token."""
+    states = _states(cache.layers[layer_index])
+    window = window_of(cache, layer_index)
+    kept = states[0].shape[-2] if states else 0
+    return kept if window is None else min(kept, window - 1)
+
+
+def window_of(cache: Cache, layer_index: int) -> int | None:
+    """The sliding window of a layer, or `None` where attention is full."""
+    layer: Any = cache.layers[layer_index]
+    return int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
+
+
+def has_windows(cache: Cache) -> bool:
+    """Whether a layer slides."""
+    return any(window_of(cache, index) is not None for index in range(len(cache.layers)))
+
+
+def _states(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Keys and values `[b, heads, s, hd]`, or `None` for a layer that holds none (yet, or because it shares)."""
+    keys = getattr(layer, "keys", None)
+    return None if keys is None or not keys.numel() else (keys, layer.values)
+
+
+def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = False) -> None:
+    """Keep, of the last `node_count` positions, those of the accepted path.
+
+    Args:
+        cache: right after the tree's forward.
+        path: `[b, m]` ascending node indices, the root first.
+        node_count: nodes of the tree, padding included.
+        is_front: whether every path is known to hold the first nodes in their order, so that nothing moves.
+
+    Rotary positions were applied by depth, so a moved entry needs no rotation.
+    """
+    kept = path.shape[1]
+    if 1 < kept < node_count and not is_front:
+        for states in entries_of(cache.layers):
+            _move_forward(states, path, states.shape[-2] - node_count)
+    crop(cache, node_count - kept)
+
+
+def compact_ragged(cache: Cache, path: Tensor, node_count: int, slots: Tensor, length: int) -> None:
+    """Keep the accepted path of every row at slots of its own; for rows that end at different slots.
+
+    A layer with full attention holds the entry of slot i at i. A sliding one holds the last of every row, whatever
+    their slots: all rows end where the layer ends, as they do while their lengths are equal.
+
+    Args:
+        cache: right after the tree's forward.
+        path: `[b, m]` node indices, the root first; a row that keeps fewer repeats its last.
+        node_count: nodes of the tree.
+        slots: `[b, m]` where each of them goes, none above where it stands.
+        length: positions to keep: those of the longest row.
+    """
+    surplus = cached_length(cache) - length
+    counts = slots[:, -1] + 1 - slots[:, 0]
+    rows = torch.arange(len(path), device=path.device)[:, None]
+    layers: list[Any] = cache.layers
+    full = [layer for index, layer in enumerate(layers) if window_of(cache, index) is None]
+    for part in entries_of(full):  # whole entries, a sixth of what `gather` and `scatter_` take for single numbers
+        own, to, nodes = (index.to(part.device) for index in (rows, slots, path))  # layers may lie on several devices
+        part[:, own, :, to] = part[:, own, :, nodes + (part.shape[-2] - node_count)]
+    for index, layer in enumerate(layers):
+        states, window = _states(layer), window_of(cache, index)
+        if states is not None and window is not None:
+            most = min(length, window - 1)
+            replace_entries(layer, [_newest(part, path, node_count, counts, most) for part in states], length)
+        elif states is not None:
+            _crop_entries(layer, surplus)
+
+
+def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
+    """Forget all rows but `rows`, of which the longest has `length` positions."""
+    order, layers = torch.tensor(rows), list[Any](cache.layers)
+    for layer in layers:
+        states = _states(layer)
+        order = order if states is None else order.to(states[0].device)  # once, unless layers lie on several devices
+        (layer.reorder_cache if holds_state(layer) else layer.batch_select_indices)(order)
+    surplus = cached_length(cache) - length
+    for index, layer in enumerate(layers if surplus else []):
+        states, window = _states(layer), window_of(cache, index)
+        if states is not None and window is not None:
+            most = min(length, window - 1)
+            replace_entries(layer, [part[:, :, part.shape[-2] - most :] for part in states], length)
+        elif states is not None:
+            _crop_entries(layer, surplus)
+
+
+def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:
+    """The last `most` entries of every row: what was there before the tree, then `counts` nodes of its path."""
+    past = states.shape[-2] - node_count
+    order = torch.arange(most, device=path.device) + (past - most + counts)[:, None]  # [b, most]; past on: the path
+    nodes = path.gather(1, (order - past).clamp(0, path.shape[1] - 1))
+    return states.gather(2, _along_positions(torch.where(order < past, order.clamp(min=0), past + nodes), states))
+
+
+def replace_entries(layer: Any, states: list[Tensor], length: int) -> None:
+    """Give a layer other entries `[b, heads, s, hd]`, in a sliding one the last of `length` positions."""
+    layer.keys, layer.values = states
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = length
+
+
+def _along_positions(positions: Tensor, states: Tensor) -> Tensor:
+    """Positions `[b, m]` as an index into `[b, heads, s, hd]`."""
+    return positions.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+
+
+def _move_forward(states: Tensor, path: Tensor, start: int) -> None:
+    """Gather the path's entries of `[layers, b, heads, s, hd]` to the front of the tree, from slot `start` on."""
+    slots = path.to(states.device) + start
+    if len(path) == 1:
+        kept = states.index_select(3, slots[0])
+    else:
+        kept = states.gather(3, _along_positions(slots, states[0]).expand_as(states[..., : path.shape[1], :]))
+    states[..., start : start + path.shape[1], :] = kept

@@ -1,0 +1,216 @@
+"""The target's features: the hidden states that a head reads, caught as they pass.
+
+`output_hidden_states` of Transformers would do as well, but it leaves hooks in the model that cannot be pickled,
+keeps all layers in releases before 5.23, and gives the last layer only after the final norm.
+
+Runs the target over prompts and over trees, and catches the features that a head reads.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from ..compat import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
+from .attention import use_gqa_attention
+from .cache import crop
+
+
+# Which recording the forward that runs in this thread belongs to: two threads may share a target.
+_recording: ContextVar[dict[int, Tensor] | None] = ContextVar("resps_features", default=None)
+
+
+class FeatureTap:
+    """Catches hidden states of `target` by hooks, which are there inside `with` and catch only during `record`.
+
+    Args:
+        target: any decoder of Transformers.
+        layers: ascending, in the `output_hidden_states` convention: j is what enters layer j. The number of layers is
+            what leaves the last one, before the final norm.
+
+    Raises:
+        ValueError: the target has no such layers.
+    """
+
+    def __init__(self, target: PreTrainedModel, layers: list[int]) -> None:
+        self._decoder_layers = decoder_layers(target)
+        self._layers = layers
+        self._hooks = ExitStack()
+        if not layers or min(layers) < 0 or max(layers) > len(self._decoder_layers):
+            raise ValueError(
+                f"The head reads the feature layers {layers}, but {type(target).__name__} has the hidden states 0 to "
+                f"{len(self._decoder_layers)}. Load the head that belongs to this target."
+            )
+
+    def __enter__(self) -> "FeatureTap":
+        for index in self._layers:
+            if index == len(self._decoder_layers):
+                handle = self._decoder_layers[-1].register_forward_hook(_Catch(index).leaving)
+            else:
+                handle = self._decoder_layers[index].register_forward_pre_hook(
+                    _Catch(index).entering, with_kwargs=True
+                )
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.close()
+
+    @contextmanager
+    def record(self) -> Iterator["Features"]:
+        """Catch the features of the forward that runs inside."""
+        features = Features(self._layers)
+        token = _recording.set(features.caught)
+        try:
+            yield features
+        finally:
+            _recording.reset(token)
+
+
+class Features:
+    """The hidden states of one forward."""
+
+    def __init__(self, layers: list[int]) -> None:
+        self.layers = layers
+        self.caught: dict[int, Tensor] = {}
+
+    def concatenated(self) -> Tensor:
+        """Join the layers, shallow to deep: `[b, t, F]`.
+
+        Raises:
+            ValueError: a layer gave none.
+        """
+        missing = [layer for layer in self.layers if layer not in self.caught]
+        if missing:
+            raise ValueError(
+                f"The head reads the hidden states {self.layers}, but the forward gave none of {missing}, because "
+                "layers are compiled one by one. Compile the whole target instead, with `compile_config`."
+            )
+        first = self.caught[self.layers[0]]
+        return torch.cat([self.caught[layer].to(first.device) for layer in self.layers], dim=-1)
+
+
+class _Catch:
+    """A hook for one feature layer."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def _keep(self, states: Tensor) -> None:
+        caught = _recording.get()
+        if caught is not None:
+            caught[self.index] = states
+
+    def entering(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> None:
+        """`keywords` is missing while another thread removes its own hook; the states are not ours then."""
+        if keywords is not None:
+            self._keep(arguments[0] if arguments else keywords["hidden_states"])
+
+    def leaving(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        self._keep(output[0] if isinstance(output, tuple) else output)
+
+
+def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
+    """Find the outermost list with as many modules as the target has layers.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    count = target.config.get_text_config().num_hidden_layers
+    for module in target.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"A draft head needs a decoder with one `nn.ModuleList` of {count} layers, but {type(target).__name__} has "
+        "none. Leave out the head."
+    )
+
+
+def is_compiled(target: PreTrainedModel) -> bool:
+    """Tell whether the caller compiled it: `model.compile()`, or `model.forward = torch.compile(model.forward)`."""
+    return target._compiled_call_impl is not None or hasattr(target.forward, "_torchdynamo_orig_callable")
+
+
+class TargetForward:
+    """Runs the target as it is. Inside `with`.
+
+    Args:
+        target: any decoder of Transformers.
+        layers: the head's feature layers; `None` without a head.
+        cache: of the call.
+
+    Raises:
+        ValueError: the caller compiled the target, and the head reads what its forward does not give.
+    """
+
+    def __init__(self, target: PreTrainedModel, layers: list[int] | None, cache: Cache) -> None:
+        self.target, self.cache = target, cache
+        self.layers = layers or []
+        # PyTorch does not notice that hooks are added to a compiled module or removed from it.
+        self._tap = None if layers is None or is_compiled(target) else FeatureTap(target, layers)
+        if self._tap is None and not are_outputs(target, self.layers):
+            raise ValueError(
+                f"The head reads hidden state {self.layers[-1]}, the last layer's output, which a compiled target "
+                "gives only after the final norm. Use the target as it was before it was compiled."
+            )
+
+    def __enter__(self) -> "TargetForward":
+        if self._tap is not None:
+            self._tap.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop_catching()
+
+    def stop_catching(self) -> None:
+        """Catch no features from now on."""
+        if self._tap is not None:
+            self._tap.__exit__()
+
+    def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
+        """Run over a prompt or a part of it: tokens and positions `[b, t]`. Returns the outputs and the features."""
+        outputs, features = self._run(self._inputs(tokens, mask, positions) | options)
+        crop(self.cache, 0)
+        return outputs, features
+
+    def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
+        """Run over the nodes of a tree: `[b, n]`. Returns the outputs and the features."""
+        with use_gqa_attention(self.target):
+            return self._run(self._inputs(tokens, mask, positions))
+
+    def _inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        return inputs | {CACHE_KEYWORD: self.cache, "use_cache": True, "return_dict": True}
+
+    def _run(self, inputs: dict[str, Any]) -> tuple[Any, Features]:
+        if self._tap is not None:
+            with self._tap.record() as features:
+                return self.target(**inputs), features
+        outputs: Any = self.target(**inputs, **hidden_states_asked(self.layers))
+        features = Features(self.layers)
+        features.caught = {layer: outputs.hidden_states[layer] for layer in self.layers}
+        return outputs, features
+
+
+def are_outputs(target: PreTrainedModel, layers: list[int]) -> bool:
+    """Whether the target's outputs hold these hidden states; they give the last layer's after the final norm."""
+    return target.config.get_text_config().num_hidden_layers not in layers
+
+
+def hidden_states_asked(layers: list[int]) -> dict[str, Any]:
+    """The keyword with which a forward returns the hidden states of these layers."""
+    return {"output_hidden_states": layers if SELECTS_HIDDEN_STATES else True} if layers else {}
+
+
+def wait_for(states: Tensor) -> None:
+    """Let an accelerator finish what makes `states` `[b, t, any]`: else the clock tells how long a launch takes.
+
+    After the target's forward acceptance would wait all the same. Drafting is not waited for, so that the forward is
+    launched meanwhile: what is left of it counts as verifying.
+    """
+    if states.device.type != "cpu":
+        states[0, -1, 0].item()
