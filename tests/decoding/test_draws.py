@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from transformers_resps.decoding.text import Draws, draws_alike
+from transformers_resps.decoding.acceptance import Draws, draws_alike
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 4099])

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests.trees import VOCABULARY, trees
-from transformers_resps.decoding.acceptance import Picks, accept, accept_picks
+from transformers_resps.decoding.acceptance import Picks, ProcessedPicks, accept, accept_picks
 from transformers_resps.decoding.text import Text
 from transformers_resps.tree import DraftTree
 
@@ -54,7 +54,7 @@ def text_of(processors: str, ends: list[int], length: int, *, do_sample: bool) -
 
 
 def accept_at_once(tree: DraftTree, logits: torch.Tensor, text: Text) -> tuple[list[int], list[int]]:
-    picks = Picks.read(tree, logits, text.tree_picks(tree, logits))
+    picks = Picks.read(tree, logits, ProcessedPicks.of(text, tree, logits))
     acceptance = accept_picks(picks, [text])
     return acceptance.paths[0], acceptance.picks[0]
 

@@ -12,7 +12,7 @@ from tests.decoding.rows import WIDE, AnyShape, prompts, speculate, uneven_steps
 from tests.targets import ARCHITECTURES, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
-from transformers_resps.decoding.batch import Batch
+from transformers_resps.decoding.text import Batch
 from transformers_resps.drafting.prompt_lookup import Match, mean_accept_probs
 
 

@@ -22,8 +22,8 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..compat import CACHE_KEYWORD
-from ..decoding.batch import Batch
 from ..decoding.loop import TreeDecoding
+from ..decoding.text import Batch
 from ..drafting.levels import DraftEngines
 from ..policies import AutoPolicy, Policy, PolicyCache
 from ..policies.auto import default_policy
