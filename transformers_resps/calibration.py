@@ -34,7 +34,7 @@ from .drafting.head_drafter import TreeCandidateGenerator
 from .generation.attach import attach, detach
 from .generation.checks import check_model
 from .generation.mixin import ReSpSGenerationMixin
-from .generation.request import SpeculationDefaults
+from .generation.state import SpeculationDefaults
 from .heads import BoundHead, DraftHead
 from .policies import CostModel, FixedPolicy, RunningCosts
 from .tree import DraftTree, TreeShape

@@ -52,7 +52,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     monkeypatch.setattr(FakeCapture, "fault", None)
     monkeypatch.setattr(SlotTreeVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
     target = attach(Architecture("llama").build("sdpa"))
-    target.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture, lambda bound: True))
+    target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture, lambda bound: True))
     return target
 
 
@@ -78,7 +78,7 @@ def test_a_step_drafts_with_one_launch_what_levels_would(
     at_once, report = speculate(target, head, 5, rows, do_sample=do_sample)
     launches, captures = FakeCapture.launches, FakeCapture.captures
     assert launches >= len(report.steps) - 3 and captures <= 6 * rows  # each number of pairs is another
-    target.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture, lambda bound: True))
+    target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture, lambda bound: True))
     monkeypatch.setattr(FakeCapture, "fault", torch.OutOfMemoryError("no memory"))
     by_levels, _ = speculate(target, head, 5, rows, do_sample=do_sample)
     assert at_once == by_levels and FakeCapture.launches == launches

@@ -28,6 +28,14 @@ def test_attach_returns_the_same_object_and_detach_restores_it() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_detach_takes_away_all_that_attach_and_generate_left(prompt: torch.Tensor) -> None:
+    model: Any = Architecture("llama").build("sdpa")
+    before = set(vars(model))
+    attach(model, policy="auto").generate(prompt, max_new_tokens=4)
+    assert vars(model).keys() - before
+    assert set(vars(detach(model))) == before
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, detach])
 def test_a_subclass_of_somebodys_own_stays_what_it_is(duplicate: Any) -> None:
     model: Any = Architecture("llama").build("sdpa")

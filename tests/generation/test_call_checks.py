@@ -161,9 +161,9 @@ def test_the_head_of_another_architecture_is_refused(head: DraftHead) -> None:
 
 def test_ranks_that_must_step_together_are_refused(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock `generate` sets `synced_gpus` by itself under ZeRO-3 and FSDP."""
-    stock = type(target)._speculate
+    decode = type(target)._sample
     monkeypatch.setattr(
-        type(target), "_speculate", lambda self, *args, **kwargs: stock(self, *args, **{**kwargs, "synced_gpus": True})
+        type(target), "_sample", lambda self, *args, **kwargs: decode(self, *args, **{**kwargs, "synced_gpus": True})
     )
     with pytest.raises(ValueError, match="several ranks"):
         target.generate(PROMPT, policy="auto", max_new_tokens=2)

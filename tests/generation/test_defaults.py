@@ -25,7 +25,7 @@ from transformers_resps import (
 )
 from transformers_resps.doctor.labelled_text import write_answers
 from transformers_resps.generation.mixin import ReSpSGenerationMixin
-from transformers_resps.generation.request import SpeculationDefaults
+from transformers_resps.generation.state import EvaluationMode, SpeculationDefaults
 from transformers_resps.inspection import examine
 
 
@@ -77,9 +77,9 @@ def test_a_keyword_of_the_call_replaces_its_default_alone(model: Any, head: Draf
 def test_attached_again_it_keeps_defaults_unless_new_ones_are_given(model: Any, prompt: torch.Tensor) -> None:
     attach(model, policy=LOOKUP)
     assert model.generate(prompt, **REPORTED).speculation is not None
-    assert attach(model).speculation_defaults.policy is LOOKUP
+    assert attach(model).speculation_state.defaults.policy is LOOKUP
     attach(model, lockstep=False)
-    assert model.speculation_defaults == SpeculationDefaults(lockstep=False)
+    assert model.speculation_state.defaults == SpeculationDefaults(lockstep=False)
 
 
 def test_detach_forgets_them(model: Any, prompt: torch.Tensor) -> None:
@@ -95,12 +95,12 @@ def test_detach_forgets_those_of_a_users_own_subclass_too(model: Any) -> None:
 
     model.__class__ = Own
     detach(attach(model, policy=LOOKUP))
-    assert type(model) is Own and model.speculation_defaults == SpeculationDefaults()
+    assert type(model) is Own and model.speculation_state.defaults == SpeculationDefaults()
 
 
 def test_other_threads_keep_them_while_they_are_suspended(model: Any) -> None:
     attach(model, policy=LOOKUP)
-    defaults = model.speculation_defaults
+    defaults = model.speculation_state.defaults
     with SpeculationDefaults.suspended(), ThreadPoolExecutor(1) as others:
         assert defaults.in_force() == SpeculationDefaults()
         assert others.submit(defaults.in_force).result().policy is LOOKUP
@@ -174,7 +174,7 @@ def test_what_cannot_be_a_default_is_refused_by_attach(model: Any, head: DraftHe
         attach(model, eval_mode="no")
     with pytest.raises(ValueError, match="hidden_size"):
         attach(Architecture("llama", {"hidden_size": 64}).build("sdpa"), assistant_model=head)
-    assert model.speculation_defaults == SpeculationDefaults()
+    assert model.speculation_state.defaults == SpeculationDefaults()
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -212,7 +212,7 @@ def test_the_head_is_evaluated_as_well(model: Any, head: DraftHead, prompt: torc
 
 
 def test_overlapping_calls_train_no_layer_of_each_other(model: Any) -> None:
-    mode = SpeculationDefaults(eval_mode=True).mode
+    mode = EvaluationMode()
     model.train()
     with mode.held(model):
         with mode.held(model):
@@ -247,4 +247,4 @@ def test_the_proof_kit_leaves_them_aside_and_in_place(model: Any, head: DraftHea
     prompts = [torch.tensor([5, 7, 11, 3, 9, 7, 11])]
     report = assert_lossless(model, head, FixedPolicy(TreeShape(4, 2, 2)), prompts, seeds=1, max_new_tokens=4)
     assert report.is_lossless and isinstance(model, ReSpSGenerationMixin)
-    assert model.speculation_defaults.policy is LOOKUP
+    assert model.speculation_state.defaults.policy is LOOKUP

@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.generation.answering import SAMPLING, WIDE, both
 from tests.generation.test_lossless import OPTIONS, CountingProcessor, StopAfter
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
-from transformers_resps.decoding import text
+from transformers_resps.decoding import acceptance
 from transformers_resps.decoding.acceptance import Picks
 
 
@@ -29,7 +29,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     read = Picks.read
     monkeypatch.setattr(Picks, "read", spied)
-    monkeypatch.setattr(text, "can_pick_at_once", lambda device, do_sample, vocabulary: True)
+    monkeypatch.setattr(acceptance, "can_pick_at_once", lambda device, do_sample, vocabulary: True)
     yield seen
 
 

@@ -13,7 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.generation.mixin import _NOT_OURS, ReSpSGenerationMixin
+from transformers_resps.generation.mixin import ReSpSGenerationMixin
+from transformers_resps.generation.speculation import _NOT_OURS, speculate
 from transformers_resps.verifying.attention import _OF_SDPA_ALONE, grouped_attention
 
 
@@ -35,8 +36,8 @@ def test_the_decoding_methods_are_looked_up_on_the_class_by_these_names() -> Non
 @pytest.mark.parametrize("name", ["_assisted_decoding", "_sample"])
 def test_decoding_methods_are_told_nothing_that_we_do_not_know(name: str) -> None:
     theirs = set(inspect.signature(getattr(GenerationMixin, name)).parameters)
-    ours = set(inspect.signature(ReSpSGenerationMixin._speculate).parameters) - {"request"}
-    assert theirs <= ours | set(_NOT_OURS)
+    ours = set(inspect.signature(speculate).parameters) - {"target", "state", "request"}
+    assert theirs <= ours | set(_NOT_OURS) | {"self"}
 
 
 def test_generate_has_the_parameters_we_name() -> None:

@@ -38,7 +38,7 @@ def test_auto_goes_on_with_what_it_learned_with_the_same_head(
             target.generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=20, do_sample=False),
             plain,
         )
-    cache, key = target.policy_cache, PolicyCache.key(target, len(prompt["input_ids"]))
+    cache, key = target.speculation_state.policy_cache, PolicyCache.key(target, len(prompt["input_ids"]))
     policy = lent(cache, tiny_head, key)
     assert policy.policy.costs.knows_plain, "it learned"
     assert lent(cache, None, key) is not policy
@@ -48,10 +48,10 @@ def test_auto_goes_on_with_what_it_learned_with_the_same_head(
     assert lent(cache, tiny_head, other_rows) is not policy, "and for as many rows"
     assert lent(cache, tiny_head, key) is policy
     assert lent(pickle.loads(pickle.dumps(cache)), tiny_head, key) is not policy
-    assert lent(copy.deepcopy(target).policy_cache, tiny_head, key) is not policy
+    assert lent(copy.deepcopy(target).speculation_state.policy_cache, tiny_head, key) is not policy
     detach(target)
-    assert "policy_cache" not in target.__dict__
-    assert lent(attach(target).policy_cache, tiny_head, key) is not policy
+    assert "speculation_state" not in target.__dict__
+    assert lent(attach(target).speculation_state.policy_cache, tiny_head, key) is not policy
 
 
 def test_a_call_at_the_same_time_borrows_another_policy() -> None:
@@ -67,10 +67,10 @@ def test_a_refused_call_loses_nothing_that_was_learned(
     target: Any = attach(tiny_target)
     target.generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=8)
     key = PolicyCache.key(target, len(prompt["input_ids"]))
-    policy = lent(target.policy_cache, tiny_head, key)
+    policy = lent(target.speculation_state.policy_cache, tiny_head, key)
     with pytest.raises(ValueError, match="num_beams"):
         target.generate(**prompt, assistant_model=tiny_head, policy="auto", num_beams=2)
-    assert lent(target.policy_cache, tiny_head, key) is policy
+    assert lent(target.speculation_state.policy_cache, tiny_head, key) is policy
 
 
 def test_what_was_learned_stays_while_a_model_is_attached_or_detached_for_a_moment(
@@ -78,13 +78,13 @@ def test_what_was_learned_stays_while_a_model_is_attached_or_detached_for_a_mome
 ) -> None:
     target: Any = tiny_target
     with attached(target):
-        policy = lent(target.policy_cache, tiny_head, "here")
+        policy = lent(target.speculation_state.policy_cache, tiny_head, "here")
     assert not isinstance(target, ReSpSGenerationMixin)
     attach(target, policy="auto")
     with detached(target):
         assert not isinstance(target, ReSpSGenerationMixin)
-    assert lent(target.policy_cache, tiny_head, "here") is policy
-    assert target.speculation_defaults.policy == "auto"
+    assert lent(target.speculation_state.policy_cache, tiny_head, "here") is policy
+    assert target.speculation_state.defaults.policy == "auto"
 
 
 def test_a_head_that_is_gone_takes_what_was_learned_with_it() -> None:

@@ -143,10 +143,10 @@ def test_what_auto_has_learned_with_a_model_survives_its_examination(target: Any
     attach(target)
     target.generate(torch.tensor([[3, 4, 5]]), assistant_model=head, policy="auto", max_new_tokens=12)
     key = PolicyCache.key(target, 1)
-    with target.policy_cache.borrow(head, key) as policy:
+    with target.speculation_state.policy_cache.borrow(head, key) as policy:
         pass
     assert_lossless(target, head, "auto", **BRIEF)
-    with target.policy_cache.borrow(head, key) as known:
+    with target.speculation_state.policy_cache.borrow(head, key) as known:
         assert known is policy
 
 
@@ -261,10 +261,10 @@ def test_without_such_a_fault_the_same_examination_passes(target: Any, head: Dra
 @pytest.mark.parametrize(
     ("symbol", "wrong", "check"),
     [
-        ("target.tree_verifier:TreeVerifier.close", draw_once_more, "sampled, temperature 1"),
+        ("verifying.verifier:TreeVerifier.close", draw_once_more, "sampled, temperature 1"),
         ("decoding.text:Batch._padded", pad_with_another_token, "greedy, in a padded batch"),
-        ("generation.lockstep:is_lockstep", never_in_lockstep, "sampled, in a padded batch"),
-        ("target.forward:TargetForward.read", forget_where_a_chunk_began, "greedy, a prompt in chunks"),
+        ("generation.speculation:is_lockstep", never_in_lockstep, "sampled, in a padded batch"),
+        ("verifying.forward:TargetForward.read", forget_where_a_chunk_began, "greedy, a prompt in chunks"),
         ("decoding.text:StopConditions.of", one_end_token_of_several, "greedy, ends inside trees"),
         ("tree:DraftTree.with_chains", hide_ancestors_of_a_chain, "greedy, in a padded batch, built-in trees"),
     ],

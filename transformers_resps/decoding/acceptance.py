@@ -89,8 +89,10 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
     texts = batch.decoded_texts
     if batch.is_plain_greedy(tree.node_count):
         return None if logits.device.type == "cpu" else Picks.read(tree, logits)
-    if len(texts) == 1 and _can_pick_at_once(texts[0], tree, logits.shape[-1]):
-        return Picks.read(tree, logits, ProcessedPicks.of(texts[0], tree, logits))
+    text, device = texts[0], tree.tokens.device
+    is_known = len(texts) == 1 and text.is_stateless(tree)
+    if is_known and can_pick_at_once(device, text.do_sample, logits.shape[-1]):
+        return Picks.read(tree, logits, ProcessedPicks.of(text, tree, logits))
     return None
 
 
@@ -350,10 +352,11 @@ def _generator(device: torch.device) -> torch.Generator | None:
     return generators[index] if index < len(generators) else None
 
 
-def _can_pick_at_once(text: Text, tree: DraftTree, vocabulary: int) -> bool:
-    """Whether picking at all nodes of a tree is right and pays: on a CPU a read is free."""
-    device = tree.tokens.device
-    return text.is_stateless(tree) and device.type != "cpu" and (not text.do_sample or draws_alike(device, vocabulary))
+def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
+    """Whether picking at all nodes of a tree is right and pays. On a CPU a read is free, and nodes off the path would
+    only cost.
+    """
+    return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
 
 
 def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:

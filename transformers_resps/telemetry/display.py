@@ -1,20 +1,20 @@
-"""Finds the text that each token adds; joined, the pieces are the whole text.
+"""How decoding is shown: the text that each token adds, steps as lines of a terminal, a bar that moves.
 
-Prints steps as lines of a terminal, drawn by `rich`.
-
-Moves a progress bar while a model decodes.
+Only `print_steps` needs the package `rich`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 
 Decode = Callable[[Sequence[int]], str]
@@ -80,8 +80,21 @@ class StepLine:
     seconds: tuple[float, float, float]
 
 
-def print_steps(lines: Sequence[StepLine], headline: str, console: Console | None = None) -> None:
-    """Print the text with accepted tokens in colour, a table of all steps, and a line about all of them."""
+def print_steps(lines: Sequence[StepLine], headline: str, console: "Console | None" = None) -> None:
+    """Print the text with accepted tokens in colour, a table of all steps, and a line about all of them.
+
+    Raises:
+        ImportError: the package `rich` is missing.
+    """
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "`show` needs the package `rich`. Run `pip install 'transformers-resps[inspect]'`, or read `steps` and "
+            "`answers`."
+        ) from error
+
     console = console or Console()
     console.print(_text(lines))
     console.print(Text("\nEvery step: nodes verified, milliseconds, tokens added"), soft_wrap=True)
@@ -89,7 +102,9 @@ def print_steps(lines: Sequence[StepLine], headline: str, console: Console | Non
     console.print(Text(headline), soft_wrap=True)
 
 
-def _text(lines: Sequence[StepLine]) -> Text:
+def _text(lines: Sequence[StepLine]) -> "Text":
+    from rich.text import Text
+
     text = Text()
     for line in lines:
         text.append(_shown("".join(line.accepted), keep_lines=True), ACCEPTED)
@@ -97,8 +112,12 @@ def _text(lines: Sequence[StepLine]) -> Text:
     return text
 
 
-def _table(lines: Sequence[StepLine]) -> Table:
+def _table(lines: Sequence[StepLine]) -> "Table":
     """Make the table; texts have columns of their own, so that nothing depends on colour."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("step", "shape", "nodes", "draft", "verify", "rest"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)

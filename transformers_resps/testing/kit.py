@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ..calibration import identity_of
-from ..generation.request import is_plain
+from ..generation.state import Keywords
 from ..heads import DraftHead
 from ..policies import Observation, Policy
 from ..tree import TreeShape
@@ -277,7 +277,7 @@ def _check_kinds(model: Any, head: Any, policy: Any) -> None:
             f"`head` must be a loaded `DraftHead` or None, got {_short(head)}. Pass "
             "`DraftHead.from_pretrained(..., target=model)`."
         )
-    if is_plain(head, policy):
+    if Keywords(policy=policy).is_plain:
         raise ValueError("`policy='plain'` drafts nothing, so there is nothing to compare. Pass another policy.")
 
 
