@@ -1,12 +1,6 @@
-"""The errors for calls of `generate` that draft trees do not support, raised before any work.
+"""What draft trees cannot do, refused by name before any work: settings, arguments, models and architectures.
 
 Stock `generate` would ignore or misroute most of these settings when it is given an assistant.
-
-The errors for models that would compute something else for a tree than for plain decoding.
-
-Checks that a model's architecture can verify a draft tree.
-
-Architectures that the tests compare with plain decoding are not checked.
 """
 
 import inspect
