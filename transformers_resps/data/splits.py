@@ -1,7 +1,4 @@
-"""Hold out conversations by their prompts.
-
-Keep the prompts that something was trained on, as hashes beside its weights, so that they are not measured on.
-"""
+"""Prompts that are measured on are not trained on: held-out conversations, and hashes of the training prompts."""
 
 import hashlib
 import json
@@ -11,6 +8,11 @@ from pathlib import Path
 
 from ..hub import file_of
 from .conversations import Conversation
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
+
+TRAINING_PROMPTS = "training_prompts.json"
 
 
 def split_conversations(
@@ -26,7 +28,7 @@ def split_conversations(
         share: about how much to hold out, 0 to 1.
 
     Returns:
-        Those to train on, in their order, and those held out, in an order that does not depend on the dataset's.
+        Those to train on, in their order; those held out, in an order that does not depend on the dataset's.
     """
     training: list[Conversation] = []
     held_out: list[tuple[float, Conversation]] = []
@@ -49,11 +51,6 @@ def _place(conversation: Conversation) -> float:
 
 def _is_answered(roles: list[str]) -> bool:
     return "user" in roles and "assistant" in roles[roles.index("user") :]
-
-
-logger = logging.getLogger(f"transformers.{__name__}")
-
-TRAINING_PROMPTS = "training_prompts.json"
 
 
 def prompt_fingerprint(text: str) -> str:
@@ -93,7 +90,7 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
 
 
 def training_prompts_of(source: str) -> set[str] | None:
-    """Read the fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
+    """The fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
 
     Raises:
         ValueError: the file is damaged.
