@@ -61,27 +61,30 @@ def fresh_config(
             f"{_WHERE} got {unknown}, which it does not know. Check the spelling: it takes the fields of "
             f"`DraftHeadConfig`, {sorted(DraftHeadConfig.__annotations__)}."
         )
+    theirs = _target_sizes(target)
+    if feature_layers is None:
+        feature_layers = default_feature_layers(theirs["target"]["num_hidden_layers"])
     config = DraftHeadConfig(
         **{
-            **_target_sizes(target),
-            "feature_layers": default_feature_layers(_depth(target)) if feature_layers is None else feature_layers,
+            **theirs,
+            "feature_layers": feature_layers,
             "draft_vocab_size": draft_vocab_size,
             "owns_output_head": draft_vocab_size is not None,
             **overrides,
         }
     )
-    for came, mend in _misfits(config, target):
+    for came, mend in _misfits(config, theirs):
         raise ValueError(f"{_WHERE} got {came}. {mend}.")
     return config
 
 
-def _misfits(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[tuple[str, str]]:
+def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Fields that are valid alone, but not together or with this target: (what came and is needed, what to do)."""
-    theirs, layers = _target_sizes(target), config.feature_layers or [0]
+    layers, depth = config.feature_layers or [0], theirs["target"]["num_hidden_layers"]
     width, heads, shared = theirs["hidden_size"], config.num_attention_heads, config.num_key_value_heads
-    if layers[-1] > _depth(target):
+    if layers[-1] > depth:
         yield (
-            f"the feature layers {layers}, but this target has the hidden states 0 to {_depth(target)}",
+            f"the feature layers {layers}, but this target has the hidden states 0 to {depth}",
             "Count them as in `output_hidden_states`, or leave them out for EAGLE-3's",
         )
     if config.target_hidden_size != width:
@@ -108,11 +111,6 @@ def _misfits(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[tuple
         )
     if not config.head_dim or config.head_dim % 2:
         yield f"`head_dim={config.head_dim}`, but RoPE rotates pairs", "Pass an even `head_dim`"
-
-
-def _depth(target: PreTrainedModel) -> int:
-    depth: int = target.config.get_text_config().num_hidden_layers
-    return depth
 
 
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:

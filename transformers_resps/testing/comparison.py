@@ -203,26 +203,28 @@ class Call:
 
 def compare_one_by_one(model: ModelUnderTest, name: str, calls: Sequence[Call]) -> TextCheck:
     """Each call alone in its batch."""
-    differences, mismatches, tokens, forwards = [], [], 0, 0
-    for call in calls:
-        expected = model.plain([call.prompt], call.seed, **call.settings)
-        found, report = model.speculative([call.prompt], call.seed, **call.settings)
-        tokens, forwards = tokens + len(found.answers[0]), forwards + report.target_forwards
-        differences += _judged(model, call, expected.answers[0], found.answers[0])
-        mismatches += [f"prompt {call.index}, seed {call.seed}: {one}" for one in _mismatches_beside(expected, found)]
-    return TextCheck(name, len(calls), tokens, forwards, tuple(differences), tuple(mismatches))
+    return _compare(model, name, [[call] for call in calls])
 
 
 def compare_batch(model: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
     """All prompts in one left-padded batch. In half precision only greedily: one row's draw cannot be judged."""
-    plain = model.plain(prompts, **settings)
-    found, report = model.speculative(prompts, **settings)
-    differences: list[Difference] = []
-    for index, prompt in enumerate(prompts):
-        differences += _judged(model, Call(index, prompt, 0, settings), plain.answers[index], found.answers[index])
-    tokens = sum(len(answer) for answer in found.answers)
-    forwards = sum(step.decoded_rows for step in report.steps)
-    return TextCheck(name, len(prompts), tokens, forwards, tuple(differences), tuple(_mismatches_beside(plain, found)))
+    return _compare(model, name, [[Call(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]])
+
+
+def _compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]]) -> TextCheck:
+    """Batches of calls with one seed and the same settings."""
+    differences, mismatches, tokens, forwards = [], [], 0, 0
+    for calls in batches:
+        prompts, seed, settings = [call.prompt for call in calls], calls[0].seed, calls[0].settings
+        plain = model.plain(prompts, seed, **settings)
+        found, report = model.speculative(prompts, seed, **settings)
+        tokens += sum(map(len, found.answers))
+        forwards += sum(step.decoded_rows for step in report.steps)
+        for call, expected, answer in zip(calls, plain.answers, found.answers, strict=True):
+            differences += _judged(model, call, expected, answer)
+        where = f"prompt {calls[0].index}, seed {seed}: " if len(calls) == 1 else ""
+        mismatches += [where + mismatch for mismatch in _mismatches_beside(plain, found)]
+    return TextCheck(name, sum(map(len, batches)), tokens, forwards, tuple(differences), tuple(mismatches))
 
 
 def _mismatches_beside(plain: Written, found: Written) -> list[str]:
