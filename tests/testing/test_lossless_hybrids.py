@@ -39,6 +39,6 @@ def test_a_mixer_that_stays_at_its_old_state_is_found(
     """By the probe of the first call, and by the kit once that has passed."""
     for error, message in ((ValueError, "between a draft tree and the same"), (NotLosslessError, "NOT explained by")):
         with monkeypatch.context() as planted, pytest.raises(error, match=message):
-            plant("target.recurrent_mixers:RecurrentMixers.keep", one_mixer_stays_behind, planted.setattr)
+            plant("verifying.hybrids:RecurrentMixers.keep", one_mixer_stays_behind, planted.setattr)
             assert_lossless(target, head, WIDE, **SHORT)
         attach(target).generate(torch.tensor([[3, 4]]), policy="auto", max_new_tokens=2)
