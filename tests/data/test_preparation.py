@@ -99,7 +99,7 @@ def test_long_texts_are_cut_and_prepared_ones_pass() -> None:
     [
         ([], "`train_dataset` is empty. Pass a split that has rows"),
         ([{"answer": "d", "topic": "e"}], r"has the columns \['answer', 'topic'\], but needs `messages`"),
-        ([{"prompt": "def"}], "the column `prompt` without `completion`.*Let the target write them"),
+        ([{"prompt": "def"}], "the column `prompt` without `completion`.*Let the target write them with `generate`"),
         ([{"text": "def"}, {"text": None}], "Row 1 of `train_dataset`: has the text None, but it must be a string"),
         ([{"text": [3, 4]}], r"Row 0 of `train_dataset`: has the text \[3, 4\], but it must be a string"),
         ([{"messages": "def"}], "Row 0 of `train_dataset`: has messages that are def, but they must be a list"),

@@ -58,7 +58,7 @@ def offsets(position: int, value: int) -> Tensors:
 
 NORMS = {"input_norm__weight": torch.ones(3 * H)} | {f"fc_norm__{layer}__weight": torch.ones(H) for layer in range(3)}
 REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] = [
-    ("EAGLE-1", FLAT, eagle1, "EAGLE-1 or EAGLE-2 head"),
+    ("EAGLE-1", FLAT, eagle1, "EAGLE-1 or EAGLE-2 head.*or train one with `DraftHeadTrainer`"),
     ("MLA", {}, mla, "MLA attention"),
     ("window", {"sliding_window": 128}, GOOD, "see the last 128 tokens only"),
     ("P-EAGLE tensor", {}, changed(mask_hidden=torch.zeros(1, H)), "P-EAGLE"),
@@ -174,7 +174,7 @@ def test_the_head_of_another_target_is_refused(published: bool, target: PreTrain
     for size, message in (
         ({"vocab_size": 80}, "80"),
         ({"hidden_size": 48}, "another hidden size|48"),
-        ({"num_hidden_layers": 4}, "4"),
+        ({"num_hidden_layers": 4}, "4.*or train one with `DraftHeadTrainer`"),
     ):
         with pytest.raises(ValueError, match=message):
             DraftHead.from_pretrained(tmp_path, target=build_target(**{"num_hidden_layers": LAYERS, **size}))

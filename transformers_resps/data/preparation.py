@@ -218,8 +218,8 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
     if not len(prepared):
         raise ValueError(
             f"None of the {rows} rows of `{name}` has an assistant turn, or a completion, that begins within "
-            f"`max_length={max_length}` tokens. Pass texts with answers (training/generate_dataset.py makes them), or "
-            "raise `max_length`."
+            f"`max_length={max_length}` tokens. Pass texts with answers, as `generate` of the target writes them, "
+            "or raise `max_length`."
         )
     if dropped := rows - len(prepared):
         logger.warning(
@@ -246,7 +246,7 @@ def _kind_of(columns: Iterable[str], name: str) -> str:
     if "prompt" in found and "completion" not in found and not found & {"input_ids", "messages"}:
         raise ValueError(
             f"`{name}` has the column `prompt` without `completion`, but a head learns from answers. Let the target "
-            "write them (training/generate_dataset.py)."
+            "write them with `generate`."
         )
     for kind in _KINDS:
         if kind in found:

@@ -186,7 +186,7 @@ class _PublishedHead:
         for reason in other_kinds(self._stated, self._tensors):
             raise ValueError(
                 f"{self._source} {reason} Use an EAGLE-3 head of the same target, or train one with "
-                "training/train_head.py."
+                "`DraftHeadTrainer`."
             )
         check_complete(self._tensors, self._source)
         self._check_window()
