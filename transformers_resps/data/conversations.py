@@ -42,14 +42,11 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 
 
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
-    """Read the conversations of a file (see `read_conversations`) or of a dataset on the Hub.
+    """Yield the conversations of a file, as `read_conversations` does, or of a dataset on the Hub.
 
     Args:
         source: a file; or a Hub id, `owner/name` or `owner/name:config`, or a folder laid out like one.
         split: of a dataset on the Hub; may be a slice such as `train[:1000]`.
-
-    Yields:
-        Each conversation as a list of `{"role": ..., "content": ...}`.
 
     Raises:
         ValueError: `source` is named like a file but does not exist, a row is no conversation, or the package

@@ -18,17 +18,14 @@ TRAINING_PROMPTS = "training_prompts.json"
 def split_conversations(
     conversations: Iterable[Conversation], share: float
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Split conversations into those to train on and those held out.
+    """Split conversations into those to train on, in their order, and those held out.
 
     The first question alone decides: a conversation stays on its side when the dataset grows, and all answers to one
-    question are on the same side.
+    question are on the same side. The order of those held out does not depend on the dataset's either.
 
     Args:
         conversations: all of them.
         share: about how much to hold out, 0 to 1.
-
-    Returns:
-        Those to train on, in their order; those held out, in an order that does not depend on the dataset's.
     """
     training: list[Conversation] = []
     held_out: list[tuple[float, Conversation]] = []
@@ -59,12 +56,9 @@ def prompt_fingerprint(text: str) -> str:
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write `training_prompts.json` into the folder of a head or policy.
+    """Write into the folder of a head or policy the first user turns that it learned from, as fingerprints.
 
-    Args:
-        folder: must exist.
-        texts: the first user turns that it learned from.
-        earlier: fingerprints of the prompts of the head that training started from.
+    `earlier` are the fingerprints of the head that training started from.
     """
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(

@@ -97,7 +97,7 @@ class HeadCache:
         return attend
 
     def attend_at(self, slots: Tensor, end: int, mask: Tensor) -> Attend:
-        """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and those before `end` seen."""
+        """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and slots before `end` seen."""
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             here = (self._tree_room + slots)[:, None, :, None]

@@ -27,8 +27,7 @@ class RepositoryFiles:
 
     Args:
         repo_id: Hub id.
-        hub: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`, `subfolder`, as in
-            `huggingface_hub.hf_hub_download`.
+        hub: `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
     """
 
     def __init__(self, repo_id: str, **hub: Any) -> None:

@@ -49,8 +49,7 @@ def read_checkpoint(
         name: Hub id, or a folder; `None` where the caller gives a config and a state dict.
         config: instead of the one in the files.
         tensors: the state dict, or `None`.
-        hub: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`, `subfolder`, as in
-            `huggingface_hub.hf_hub_download`.
+        hub: `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
 
     Raises:
         ValueError: a file is missing or damaged, or holds more than tensors; or there is not either a name or a
