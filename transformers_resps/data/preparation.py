@@ -218,8 +218,8 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
     if not len(prepared):
         raise ValueError(
             f"None of the {rows} rows of `{name}` has an assistant turn, or a completion, that begins within "
-            f"`max_length={max_length}` tokens. Pass texts with answers, as `generate` of the target writes them, "
-            "or raise `max_length`."
+            f"`max_length={max_length}` tokens. Pass texts with answers, or raise "
+            "`max_length`."
         )
     if dropped := rows - len(prepared):
         logger.warning(
