@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests.data.test_examples import templated, turns
 from tests.targets import Architecture
+from tests.tokenizers import templated, turns
 from tests.trainers.heads import config
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.heads import BoundHead

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 
-from tests.data.test_examples import templated, turns
 from tests.targets import Architecture
+from tests.tokenizers import templated, turns
 from tests.trainers.heads import bits, config, fresh, texts
 from tests.trainers.test_resuming import Stop
 from transformers_resps import DraftHead

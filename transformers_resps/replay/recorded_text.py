@@ -52,10 +52,10 @@ class PositionPools:
         self._length = count
         self._cache = HeadCache.empty(module.config, 1, module.dtype, device)
         self._cache.reserve(count)
-        self._outputs: Tensor = module(
-            module.fuse(features.to(device, module.dtype)),
+        self._outputs = bound.run_layers(
+            bound.fuse(features.to(device, module.dtype)),
             bound.embed(tokens.to(device)),
-            torch.arange(count, device=device)[None],
+            module.rope(torch.arange(count, device=device)[None]),
             self._cache.attend_from(0, None, is_causal=count > 1),
         )[0]  # [s, h]
 
@@ -80,10 +80,10 @@ class PositionPools:
         nodes = [(part[:, :, None] & same_root).flatten(2).flatten(0, 1) for part in levels]  # [r * w, r * w]
         start = self._length + (len(nodes) - 1) * roots * width
         self._cache.reserve(start + roots * width)
-        output: Tensor = self._bound.head(
+        output = self._bound.run_layers(
             frontier.hidden.flatten(0, 1)[None],
             self._bound.embed(frontier.tokens.flatten()[None]),
-            (prefixes + drafted - 1).repeat_interleave(width)[None],
+            self._bound.head.rope((prefixes + drafted - 1).repeat_interleave(width)[None]),
             self._cache.attend_from(start, torch.cat([prefix, *nodes], dim=1)[None, None]),
         )
         return branch(self._bound, frontier, output.view(roots, width, -1), is_last)

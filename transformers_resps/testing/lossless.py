@@ -1,9 +1,4 @@
-"""Built-in trees, beside those of the policy in question, which may never draft some kinds of trees.
-
-The report of a lossless check: printed, a page that can be pasted into an issue.
-
-`assert_lossless`: check that the output with a head and a policy is the model's own.
-"""
+"""`assert_lossless`: check that the output with a head and a policy is the model's own."""
 
 import platform
 import time
@@ -22,9 +17,7 @@ from ..generation.state import Keywords
 from ..heads import DraftHead
 from ..policies import Observation, Policy
 from ..tree import TreeShape
-from .distribution import DistributionCheck, check_distribution
-from .divergence import HALF_PRECISIONS
-from .texts import (
+from .comparison import (
     GREEDY,
     PENALISED,
     PROCESSED,
@@ -35,46 +28,17 @@ from .texts import (
     compare_batch,
     compare_one_by_one,
 )
-
-
-# Wide, deep, looked up, a chain, plain: masks, positions, caches and acceptance differ in each of them.
-_SHAPES = (
-    TreeShape(24, 5, 4, lookup=4),
-    TreeShape.plain(),
-    TreeShape(1, 0, 1, lookup=6),
-    TreeShape(6, 5, 1),
-    TreeShape(9, 2, 8),
-    TreeShape(1, 0, 1, lookup=2),
-    TreeShape(16, 3, 3),
-)
-
-
-class ChangingTrees(Policy):
-    """Another shape at every step.
-
-    Args:
-        has_head: false leaves out the shapes that need a head.
-    """
-
-    needs_head = False
-
-    def __init__(self, has_head: bool) -> None:
-        self._shapes = cycle([shape for shape in _SHAPES if has_head or not shape.asks_head])
-
-    def __repr__(self) -> str:
-        return "ChangingTrees()"
-
-    def choose(self, observation: Observation) -> TreeShape:
-        return next(self._shapes)
+from .distribution import DistributionCheck, check_distribution
+from .divergence import HALF_PRECISIONS
 
 
 @dataclass(frozen=True, slots=True)
 class LosslessReport:
-    """The result of `assert_lossless`; printed, it is a short page.
+    """The result of `assert_lossless`; printed, it is a short page to paste into an issue.
 
     Attributes:
         facts: versions, device, dtype, threads, target, head, policy.
-        texts: answers compared token for token, one entry per decoding setting.
+        texts: outputs compared token for token, one entry per decoding setting.
         distribution: the test of sampled tokens, with its control.
         seconds: that the check took.
     """
@@ -86,12 +50,12 @@ class LosslessReport:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every answer is the plain one or differs first at a near-tie, and the sampled tokens fit."""
+        """Whether every answer is the plain one or diverges at a near-tie, and the sampled tokens fit."""
         return self.distribution.passed and all(check.passed for check in self.texts)
 
     @property
     def is_tested(self) -> bool:
-        """Whether drafted tokens of the policy were accepted; otherwise its answers are plain decoding's own."""
+        """Whether drafted tokens of the policy were accepted; otherwise nothing was tested."""
         return self.distribution.has_power or any(check.accepted for check in self.texts if check.is_of_policy)
 
     @property
@@ -156,16 +120,15 @@ def assert_lossless(
     """Compare `generate` with a head and a policy to plain `generate`, and raise if it is not lossless.
 
     In fp32 and fp64 all tokens must be equal, and so must the padding after their ends and the random numbers drawn.
-    In bf16 and fp16 the first divergence of each answer must be a near-tie that rounding explains (see `Divergence`);
-    later tokens cannot be compared. The distribution of sampled tokens is tested in every dtype, and so is the power
-    of that test (see `check_distribution`).
+    In bf16 and fp16 the first divergence of each answer must be a near-tie that rounding explains; later tokens cannot
+    be compared. The distribution of sampled tokens is tested in every dtype, and so is the power of that test.
 
     The policy's trees are tested greedily, one by one and in a left-padded batch, and sampled with equal seeds, with
     and without logits processors. Built-in trees that change at every step are tested in addition, also with a prompt
     in chunks, with end tokens inside trees, and in a sampled batch.
 
-    The model need not be attached. Afterwards it is as it was before, and so are the global random generators. Do not
-    use it elsewhere meanwhile. Its own generation settings apply to the compared answers, not to the distribution.
+    The model need not be attached, and is afterwards as it was before, like the global random generators. Do not use
+    it elsewhere meanwhile. Its own generation settings apply to the compared answers, not to the distribution.
 
     Args:
         model: any model that `attach` takes, on its device, in its dtype.
@@ -178,7 +141,7 @@ def assert_lossless(
         max_new_tokens: length of each compared answer.
 
     Returns:
-        The report; printed, it is a page to paste into an issue.
+        The report.
 
     Raises:
         NotLosslessError: an `AssertionError` with the report: rounding does not explain a difference.
@@ -198,9 +161,10 @@ def assert_lossless(
     total = 2 * len(ids) + 4 * seeds + 4 + len(ids) * min(_ENDS, max_new_tokens) + _DISTRIBUTION_ANSWERS * seeds
     with under_test.undisturbed(), tqdm(total=total, desc="Comparing with plain decoding", unit="call") as bar:
         under_test = replace(under_test, done=bar.update)
+        changing = _with_changing_trees(under_test, ids, seeds, limit)
         texts = (
             *_with_the_policy(under_test, ids, seeds, limit),
-            *_with_stress_shapes(under_test, ids, seeds, limit),
+            *(replace(check, is_of_policy=False) for check in changing),
         )
         distribution = check_distribution(under_test, ids, _DISTRIBUTION_ANSWERS * seeds)
     report = LosslessReport(_facts(under_test), texts, distribution, time.perf_counter() - started)
@@ -220,17 +184,9 @@ def _with_the_policy(
     yield compare_one_by_one(model, processed, _calls(ids, seeds, PROCESSED | limit))
 
 
-def _with_stress_shapes(
+def _with_changing_trees(
     model: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]
 ) -> Iterator[TextCheck]:
-    """Built-in trees, which the policy may never draft, without early ends; and with every end token that a text could
-    have.
-    """
-    for check in _stressed(model, ids, seeds, limit):
-        yield replace(check, is_of_policy=False)
-
-
-def _stressed(model: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]) -> Iterator[TextCheck]:
     stressed = replace(model, policy=ChangingTrees(model.head is not None))
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
     in_chunks = GREEDY | limit | {"prefill_chunk_size": 5}
@@ -246,7 +202,7 @@ def _stressed(model: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[
 
 
 def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
-    """Each prompt once for every token that its answer may end with, beside the last of them."""
+    """Each prompt once for every token of its answer, as an end token beside the last one."""
     for index, prompt in enumerate(ids):
         answer = model.plain([prompt], **settings).answers[0][:_ENDS].tolist()
         for place, token in enumerate(answer):
@@ -257,6 +213,30 @@ def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, 
 def _calls(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[Call]:
     """One per seed, the prompts in turn."""
     return [Call(seed % len(prompts), prompts[seed % len(prompts)], seed, settings) for seed in range(seeds)]
+
+
+# Wide, deep, looked up, a chain, plain: masks, positions, caches and acceptance differ in each of them.
+_SHAPES = (
+    TreeShape(24, 5, 4, lookup=4),
+    TreeShape.plain(),
+    TreeShape(1, 0, 1, lookup=6),
+    TreeShape(6, 5, 1),
+    TreeShape(9, 2, 8),
+    TreeShape(1, 0, 1, lookup=2),
+    TreeShape(16, 3, 3),
+)
+
+
+class ChangingTrees(Policy):
+    """Built-in trees, another at every step: the policy in question may never draft some kinds of trees."""
+
+    needs_head = False
+
+    def __init__(self, has_head: bool) -> None:
+        self._shapes = cycle([shape for shape in _SHAPES if has_head or not shape.asks_head])
+
+    def choose(self, observation: Observation) -> TreeShape:
+        return next(self._shapes)
 
 
 def built_in_prompts(vocabulary: int) -> list[Tensor]:
@@ -287,11 +267,7 @@ def _short(given: Any) -> str:
 
 
 def _token_ids(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
-    """A prompt as `[s]` token ids.
-
-    Raises:
-        ValueError: it is a text, has another form, or holds ids that the model does not know.
-    """
+    """A prompt as `[s]` token ids of the model."""
     ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
     is_row = ids.dim() == 1 and len(ids) > 1 and ids.dtype in (torch.int32, torch.int64)
     if not is_row or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
@@ -303,7 +279,6 @@ def _token_ids(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
 
 
 def _facts(model: ModelUnderTest) -> dict[str, str]:
-    """What a reader of the report needs to repeat it."""
     known = identity_of(model.target, model.head)
     facts = {"transformers-resps": version("transformers-resps"), "python": platform.python_version()}
     facts |= {name: str(known[name]) for name in ("transformers", "torch", "device", "threads", "dtype", "target")}

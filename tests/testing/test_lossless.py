@@ -24,9 +24,9 @@ from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.text import Text
 from transformers_resps.policies import PolicyCache
 from transformers_resps.testing import MAX_SPACINGS, spacing_at
+from transformers_resps.testing.comparison import Call, ModelUnderTest, compare_batch, compare_one_by_one
 from transformers_resps.testing.distribution import check_distribution
-from transformers_resps.testing.kit import built_in_prompts
-from transformers_resps.testing.texts import Call, ModelUnderTest, compare_batch, compare_one_by_one
+from transformers_resps.testing.lossless import built_in_prompts
 from transformers_resps.tree import DraftTree
 
 
@@ -184,7 +184,7 @@ def takes_the_second_best(tree: DraftTree, logits: torch.Tensor, text: Text) -> 
     return accept(tree, logits, text)
 
 
-def keeps_a_child_nobody_picked(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
+def keeps_a_child_that_was_not_picked(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
     """Lossy: the drafter's first child is taken for the pick."""
     if tree.node_count > 1:
         logits = logits.clone()
@@ -206,7 +206,7 @@ def plant_rule(lossy: Accept, monkeypatch: pytest.MonkeyPatch) -> None:
     plant("decoding.acceptance:accept", lambda accept: lossy, monkeypatch.setattr)
 
 
-@pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_nobody_picked, keeps_drafts_too_often])
+@pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_that_was_not_picked, keeps_drafts_too_often])
 def test_a_lossy_rule_is_found_and_its_first_wrong_token_named(
     lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +308,7 @@ def test_a_sound_engine_passes_in_half_precision(target: Any, head: DraftHead) -
     assert assert_lossless(target.bfloat16(), head.bfloat16(), WIDE, **BRIEF).is_lossless
 
 
-@pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_nobody_picked])
+@pytest.mark.parametrize("lossy", [takes_the_second_best, keeps_a_child_that_was_not_picked])
 def test_half_precision_excuses_no_lossy_rule(
     lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +319,7 @@ def test_half_precision_excuses_no_lossy_rule(
         assert_lossless(target, head, WIDE, **BRIEF)
 
 
-@pytest.mark.parametrize("lossy", [keeps_a_child_nobody_picked, keeps_drafts_too_often])
+@pytest.mark.parametrize("lossy", [keeps_a_child_that_was_not_picked, keeps_drafts_too_often])
 def test_the_distribution_alone_finds_a_rule_that_favours_drafts(
     lossy: Accept, target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:

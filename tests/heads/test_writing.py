@@ -13,7 +13,7 @@ from transformers_resps.heads import DraftHead
 
 from .cases import CASES
 from .published import LAYERS, Published, random_tensors
-from .test_formats import TOKENS, features_of, our_logits
+from .test_reading import TOKENS, features_of, our_logits
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def target() -> PreTrainedModel:
 
 
 def our_logits(head: DraftHead, target: PreTrainedModel, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """As the engine runs it: a prefix, then one drafted level behind it."""
+    """As the engine runs it: a prefix, then one drafted level after it."""
     bound, cache = BoundHead(head, target), HeadCache.empty(head.config, 1, head.dtype, head.device)
     length = features.shape[1]
     positions = torch.arange(length + 1)[None]

@@ -1,11 +1,7 @@
-"""Call `generate` on the model under test, plainly and with a head and a policy, and leave it as it was.
+"""Compare the outputs of `generate` with and without a head and a policy, token for token.
 
-Compare the answers of `generate` with and without a head, token for token.
-
-In fp32 and fp64 they must be equal. In half precision rounding may change a pick, and later tokens cannot be
-compared;
-so only the first divergence is judged. With sampling the same seed gives both sides the same random numbers up to
-that
+In fp32 and fp64 they must be equal. In half precision rounding may change a pick, and later tokens cannot be compared,
+so only the first divergence is judged. With sampling the same seed gives both sides the same random numbers up to that
 place, so it can be judged too: would plain decoding have picked either token if its logit were a few spacings higher?
 """
 
@@ -32,16 +28,10 @@ from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_diver
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a call of `generate` wrote.
+    """What a call of `generate` wrote, and the state of the random generator afterwards."""
 
-    Attributes:
-        answers: `[t]` of each prompt, up to its first end token.
-        generated: `[b, t]` all tokens after the prompts, padding included.
-        random_state: of the generator that draws, afterwards.
-    """
-
-    answers: list[Tensor]
-    generated: Tensor
+    answers: list[Tensor]  # [t] of each prompt, up to its first end token
+    generated: Tensor  # [b, t] after the prompts, padding included
     random_state: Tensor
 
 
@@ -50,7 +40,7 @@ class ModelUnderTest:
     """A model, and the head and policy whose output must be the model's own.
 
     Attributes:
-        model: as the user holds it, perhaps with an adapter around it.
+        model: as the user holds it, perhaps inside a PEFT model.
         head: `None` to draft by lookup alone.
         policy: as `generate` takes it.
         done: called after each call with the policy, to move a progress bar.
@@ -63,7 +53,7 @@ class ModelUnderTest:
 
     @property
     def target(self) -> PreTrainedModel:
-        """The model that `generate` runs on."""
+        """The model itself, without what PEFT puts around it."""
         return cast(PreTrainedModel, unwrapped(self.model))
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
@@ -83,7 +73,7 @@ class ModelUnderTest:
         return self._written(output.sequences, prompts), output.speculation
 
     def pick(self, text: Tensor, **settings: Any) -> int:
-        """What plain decoding writes after `text` `[s]`, from the random generator's present state, which stays."""
+        """The token that plain decoding picks after `text` `[s]`; the random generator's state stays."""
         with detached(self.model), self._forked():
             sequences = self._generate([text], **settings | {"max_new_tokens": 1}).sequences
         return int(sequences[0, -1])
@@ -95,7 +85,6 @@ class ModelUnderTest:
         return Written([up_to_end(row, ends) for row in generated], generated, drawn)
 
     def _generate(self, prompts: Sequence[Tensor], **settings: Any) -> Any:
-        """One call; prompts of unequal lengths are padded on the left."""
         ids, mask = left_padded(prompts)
         return self.model.generate(
             input_ids=ids.to(self.target.device),
@@ -107,7 +96,7 @@ class ModelUnderTest:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Afterwards the model is as it was before, and so is the global random generator."""
+        """Restores the model and the global random generator afterwards."""
         was_attached = isinstance(self.target, ReSpSGenerationMixin)
         try:
             with self._forked(), SpeculationDefaults.suspended(), EvaluationMode().held(self.model):
@@ -118,7 +107,7 @@ class ModelUnderTest:
 
     @contextmanager
     def without_settings(self) -> Iterator[None]:
-        """Inside, the model's own generation settings do not hold: no processor, no end token."""
+        """Sets the model's own generation settings aside: no processor, no end token."""
         holders = [self.target] if self.model is self.target else [self.target, self.model]  # PEFT hands its own on
         kept = [holder.generation_config for holder in holders]
         for holder in holders:
@@ -130,7 +119,6 @@ class ModelUnderTest:
                 holder.generation_config = settings
 
     def _forked(self) -> Any:
-        """Random numbers drawn inside are not missing outside."""
         device = self.target.device
         return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
@@ -144,16 +132,10 @@ PENALISED = SAMPLED | {"temperature": 0.4, "repetition_penalty": 1.3}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One answer that is not the plain one.
+    """One answer that is not the plain one, and where it first differs."""
 
-    Attributes:
-        prompt: its index.
-        seed: 0 for greedy answers.
-        divergence: where both differ first.
-    """
-
-    prompt: int
-    seed: int
+    prompt: int  # its index
+    seed: int  # 0 for greedy answers
     divergence: Divergence
 
     def __str__(self) -> str:
@@ -169,7 +151,7 @@ class TextCheck:
         name: how the answers were decoded.
         answers: number of compared answers.
         tokens: number of tokens written with the head.
-        target_forwards: number of target forwards they took, per row.
+        target_forwards: number of target forwards that they took, each row of a batch counted.
         differences: one for each answer that differs.
         mismatches: other differences from plain decoding, in calls whose answers are all equal.
         is_of_policy: whether the policy under test drafted, not built-in trees.
@@ -185,7 +167,7 @@ class TextCheck:
 
     @property
     def accepted(self) -> bool:
-        """Whether any drafted token was accepted; otherwise this compared plain decoding with itself."""
+        """Whether any drafted token was accepted; otherwise plain decoding was compared with itself."""
         return self.tokens > self.target_forwards
 
     @property
@@ -211,14 +193,7 @@ class TextCheck:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of `generate`.
-
-    Attributes:
-        index: of the prompt, for the report.
-        prompt: `[s]`.
-        seed: of the global random generator.
-        settings: for `generate`.
-    """
+    """One call of `generate`: the prompt's index and ids `[s]`, the random seed, and settings."""
 
     index: int
     prompt: Tensor
@@ -228,26 +203,28 @@ class Call:
 
 def compare_one_by_one(model: ModelUnderTest, name: str, calls: Sequence[Call]) -> TextCheck:
     """Each call alone in its batch."""
-    differences, mismatches, tokens, forwards = [], [], 0, 0
-    for call in calls:
-        expected = model.plain([call.prompt], call.seed, **call.settings)
-        found, report = model.speculative([call.prompt], call.seed, **call.settings)
-        tokens, forwards = tokens + len(found.answers[0]), forwards + report.target_forwards
-        differences += _judged(model, call, expected.answers[0], found.answers[0])
-        mismatches += [f"prompt {call.index}, seed {call.seed}: {one}" for one in _mismatches_beside(expected, found)]
-    return TextCheck(name, len(calls), tokens, forwards, tuple(differences), tuple(mismatches))
+    return _compare(model, name, [[call] for call in calls])
 
 
 def compare_batch(model: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
-    """All prompts in one left-padded batch. In half precision greedily only: one row's draw cannot be judged."""
-    plain = model.plain(prompts, **settings)
-    found, report = model.speculative(prompts, **settings)
-    differences: list[Difference] = []
-    for index, prompt in enumerate(prompts):
-        differences += _judged(model, Call(index, prompt, 0, settings), plain.answers[index], found.answers[index])
-    tokens = sum(len(answer) for answer in found.answers)
-    forwards = sum(step.decoded_rows for step in report.steps)
-    return TextCheck(name, len(prompts), tokens, forwards, tuple(differences), tuple(_mismatches_beside(plain, found)))
+    """All prompts in one left-padded batch. In half precision only greedily: one row's draw cannot be judged."""
+    return _compare(model, name, [[Call(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]])
+
+
+def _compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]]) -> TextCheck:
+    """Batches of calls with one seed and the same settings."""
+    differences, mismatches, tokens, forwards = [], [], 0, 0
+    for calls in batches:
+        prompts, seed, settings = [call.prompt for call in calls], calls[0].seed, calls[0].settings
+        plain = model.plain(prompts, seed, **settings)
+        found, report = model.speculative(prompts, seed, **settings)
+        tokens += sum(map(len, found.answers))
+        forwards += sum(step.decoded_rows for step in report.steps)
+        for call, expected, answer in zip(calls, plain.answers, found.answers, strict=True):
+            differences += _judged(model, call, expected, answer)
+        where = f"prompt {calls[0].index}, seed {seed}: " if len(calls) == 1 else ""
+        mismatches += [where + mismatch for mismatch in _mismatches_beside(plain, found)]
+    return TextCheck(name, sum(map(len, batches)), tokens, forwards, tuple(differences), tuple(mismatches))
 
 
 def _mismatches_beside(plain: Written, found: Written) -> list[str]:
@@ -263,7 +240,7 @@ def _mismatches_beside(plain: Written, found: Written) -> list[str]:
 
 
 def _judged(model: ModelUnderTest, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:
-    """The first divergence of two answers `[t]`, `[t']`, judged against the dtype; empty when they are equal."""
+    """The first divergence of two answers `[t]`, `[t']`; empty when they are equal."""
     divergence = explain_divergence(model.target, call.prompt, plain, found)
     if divergence is None:
         return []
@@ -279,8 +256,8 @@ def _spacings_until_picked(
 ) -> float:
     """How far the logit of `token` must rise, in spacings, before plain decoding picks it at the divergence.
 
-    Everything else stays: the text before it, the processors, the random numbers. For a greedy answer without
-    processors this is the gap to the best logit, rounded up to a power of two.
+    Everything else stays: the prefix, the processors, the random numbers. For a greedy answer without processors this
+    is the gap to the best logit, rounded up to a power of two.
     """
     if token is None:
         return math.inf
