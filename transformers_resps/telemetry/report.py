@@ -241,7 +241,7 @@ class SpeculationReport:
             ValueError: the batch has no such row.
         """
         try:
-            from .display import StepLine, print_steps
+            from .console import StepLine, print_steps
         except ModuleNotFoundError as error:
             raise ImportError(
                 "`show` needs the package `rich`. Run `pip install 'transformers-resps[inspect]'`, or read `steps` "
