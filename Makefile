@@ -32,7 +32,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check coverage fix docs bench build fresh test-matrix test-newest-torch test-lowest-torch
+.PHONY: demo test check lint coverage fix docs bench build fresh test-matrix test-newest-torch test-lowest-torch
 .PHONY: test-endurance mutants browser gpu
 .DELETE_ON_ERROR:
 # An environment whose Python is gone is no environment.
@@ -44,11 +44,12 @@ demo: .venv/demo/.filled
 test: .venv/dev/.filled browser
 	OMP_NUM_THREADS=1 $(DEV) $(PYTEST) $(TEST_OPTIONS)
 
-check: .venv/dev/.filled browser
-	.venv/dev/bin/ruff format --check
-	.venv/dev/bin/ruff check
-	.venv/dev/bin/mypy
-	OMP_NUM_THREADS=1 $(DEV) $(PYTEST) $(TEST_OPTIONS)
+check: lint test
+
+lint: .venv/dev/.filled
+	$(DEV) -m ruff format --check
+	$(DEV) -m ruff check
+	$(DEV) -m mypy
 
 # All tests, and the lines of the package that none of them runs.
 coverage: .venv/dev/.filled browser
@@ -110,8 +111,8 @@ test-endurance: .venv/dev/.filled
 	PIP_CONSTRAINT=/dev/null $(DEV) -m pip install --quiet --target $@ torch==$*
 
 fix: .venv/dev/.filled
-	.venv/dev/bin/ruff format
-	.venv/dev/bin/ruff check --fix
+	$(DEV) -m ruff format
+	$(DEV) -m ruff check --fix
 
 # Needs a CUDA device: the tests that wait for one, the engine with rigged heads, and SmolLM2 with its own head. The
 # two measurements write results.json into folders of GPU_OUTPUT.
