@@ -22,7 +22,7 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 # The releases of Transformers that we support: lowest, middle, and the newest that the index has.
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
 LOWEST_TORCH := 2.9.0
-CONTRACT := tests/verifying tests/decoding tests/generation
+CONTRACT := tests/test_seams.py tests/verifying tests/decoding tests/generation tests/lossless
 
 # Python keeps the bytecode of what it imports, which is a tenth of what pip would compile.
 unexport PYTHONDONTWRITEBYTECODE
@@ -94,7 +94,7 @@ test-lowest-torch: .venv/dev/.filled .matrix/torch-$(LOWEST_TORCH)
 	OMP_NUM_THREADS=1 PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(DEV) $(PYTEST) $(CONTRACT) $(TEST_OPTIONS)
 
 test-endurance: .venv/dev/.filled
-	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/generation/test_memory.py $(TEST_OPTIONS)
+	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/generation/test_mixin_memory.py $(TEST_OPTIONS)
 
 .PHONY: .matrix/transformers-newest
 .matrix/transformers-newest:
