@@ -317,7 +317,7 @@ def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
     return any(getattr(weight, mark, None) is not None for weight in weights for mark in _ROUNDING_MARKS)
 
 
-# model_type of every architecture in tests/generation/test_architectures.py.
+# model_type of every architecture in tests/lossless/test_architectures.py.
 _COMPARED = frozenset(
     ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
     + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 from ..tree import TreeShape
-from .display import StepLine, decoder, detokenize_incrementally, print_steps
+from .display import decoder, detokenize_incrementally
 
 
 class RowCounts(tuple[int, ...]):
@@ -206,6 +206,13 @@ class SpeculationReport:
             ImportError: the package `rich` is missing.
             ValueError: the batch has no such row.
         """
+        try:
+            from .console import StepLine, print_steps
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "`show` needs the package `rich`. Run `pip install 'transformers-resps[inspect]'`, or read `steps` "
+                "and `answers`."
+            ) from error
         lines = [
             StepLine(
                 shape="prefill" if number == 0 else str(step.shape),

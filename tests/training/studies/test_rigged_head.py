@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.generation.answering import both
+from tests.lossless.answering import both
 from training.studies.random_target import following, random_target
 from training.studies.rigged_head import Rigged, hit_rate_for, rigged_head, tau_of
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.generation.recurrent import answer, tokens
+from tests.lossless.hybrids import answer, tokens
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach

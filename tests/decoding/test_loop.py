@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from tests.conftest import FakeClock
-from tests.generation.answering import both
+from tests.lossless.answering import both
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding, wait_for
 from transformers_resps.drafting.head_drafter import TreeCandidateGenerator

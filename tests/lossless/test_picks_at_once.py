@@ -8,8 +8,8 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from tests.generation.answering import SAMPLING, WIDE, both
-from tests.generation.test_lossless import OPTIONS, CountingProcessor, StopAfter
+from tests.lossless.answering import SAMPLING, WIDE, both
+from tests.lossless.test_options import OPTIONS, CountingProcessor, StopAfter
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.decoding import acceptance
 from transformers_resps.decoding.acceptance import Picks

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from tests.generation.answering import SAMPLING, WIDE, both
+from tests.lossless.answering import SAMPLING, WIDE, both
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy
 

@@ -7,9 +7,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
 
 from tests.caches import check_equal_caches
-from tests.generation.recurrent import SAMPLED, AnyShape, answer, check_counts, compare, padded, tokens
-from tests.generation.test_lossless import StopAfter
-from tests.generation.test_streaming import Recorder
+from tests.lossless.hybrids import SAMPLED, AnyShape, answer, check_counts, compare, padded, tokens
+from tests.lossless.test_options import StopAfter
+from tests.lossless.test_streaming import Recorder
 from tests.recurrent_targets import NEEDS_STATES, RECURRENT, recurrent
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach

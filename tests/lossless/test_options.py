@@ -14,7 +14,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from tests.generation.answering import SAMPLING, WIDE, both
+from tests.lossless.answering import SAMPLING, WIDE, both
 from tests.targets import VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach

@@ -14,7 +14,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.trainers.head_trainer import warn_if_small
 
 
-PACKAGE = Path(__file__).parents[2] / "transformers_resps"
+PACKAGE = Path(__file__).parents[1] / "transformers_resps"
 OURS = "transformers.transformers_resps"
 
 
@@ -60,12 +60,12 @@ def test_a_warning_is_written_once_by_transformers_handler() -> None:
 def test_decoding_says_nothing(
     tiny_target: PreTrainedModel,
     tiny_head: DraftHead,
-    prompt: torch.Tensor,
+    prompt: dict[str, torch.Tensor],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     for policy in (FixedPolicy(TreeShape(6, 3, 2, 4)), "auto"):
         attach(tiny_target).generate(
-            prompt, assistant_model=tiny_head, policy=policy, max_new_tokens=12, do_sample=False
+            **prompt, assistant_model=tiny_head, policy=policy, max_new_tokens=12, do_sample=False
         )
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.decoding.test_budgets import BUDGETS
-from tests.generation.answering import both
+from tests.decoding.test_loop_budgets import BUDGETS
+from tests.lossless.answering import both
 from tests.targets import Architecture
 from training.studies.random_target import following, random_target
 from training.studies.rigged_head import rigged_head

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from tests.caches import check_equal_caches
-from tests.generation.recurrent import SAMPLED, AnyShape, answer, check_counts, compare, tokens
-from tests.generation.test_continuing import Interrupts
+from tests.lossless.hybrids import SAMPLED, AnyShape, answer, check_counts, compare, tokens
+from tests.lossless.test_continuing import Interrupts
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD

@@ -1,15 +1,16 @@
-"""Ragged batches, whose rows advance each on its own: plain `generate` is the oracle, and so is every row alone."""
+"""Rows of a batch advance on their own or together: plain `generate` is the oracle, and so is every row alone."""
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from tests.decoding.rows import WIDE, AnyShape, prompts, speculate, uneven_steps
-from tests.targets import ARCHITECTURES, Architecture
+from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
 from transformers_resps.decoding.text import Batch
@@ -124,3 +125,98 @@ def test_lookups_count_as_much_as_the_rows_that_they_help() -> None:
         batch._texts, batch._decoded = [SimpleNamespace(length=length) for length in lengths], [0, 1]
         row_weights = Batch.row_weights.fget(batch)  # type: ignore[attr-defined]  # of a property
         assert mean_accept_probs(matches, row_weights) == pytest.approx(expected, abs=0.001)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sampled_rows_in_lockstep_keep_the_seed(target: PreTrainedModel, head: DraftHead, seed: int) -> None:
+    options = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "eos_token_id": [2, 6]}
+    set_seed(seed)
+    plain = target.generate(**prompts(seed), max_new_tokens=24, **options)
+    set_seed(seed)
+    tree = speculate(target, prompts(seed), assistant_model=head, policy=FixedPolicy(WIDE), **options)
+    assert tree.sequences.tolist() == plain.tolist()
+    assert uneven_steps(tree.speculation) == 0
+
+
+def test_sampled_rows_of_a_ragged_batch_keep_the_distribution() -> None:
+    """Two tokens after each of two prompts, against the exact distribution: chi-square over all pairs."""
+    tiny = attach(Architecture("llama", {"vocab_size": 5}).build("sdpa"))
+    starts = torch.tensor([[1, 2, 4], [0, 3, 1]])
+    rows = starts.repeat(100, 1)
+    inputs = {"input_ids": rows, "attention_mask": (rows != 0).long()}
+    policy = FixedPolicy(TreeShape(12, 2, 5))  # all first tokens, some second ones
+    tree = {"assistant_model": DraftHead.from_target(tiny), "policy": policy, "lockstep": False}
+    set_seed(0)
+    counts: list[Counter[tuple[int, ...]]] = [Counter(), Counter()]
+    uneven = 0
+    for _ in range(4):
+        out = speculate(tiny, inputs, **tree, do_sample=True, top_k=3, max_new_tokens=5)
+        uneven += uneven_steps(out.speculation)
+        for row, answer in enumerate(out.sequences[:, 3:5].tolist()):
+            counts[row % 2][tuple(answer)] += 1
+    assert uneven > 0
+    for start, seen in zip(starts, counts, strict=True):
+        expected = exact_pairs(tiny, start[start != 0])
+        assert set(seen) <= set(expected)
+        total = sum(seen.values())
+        statistic = sum((seen[pair] - total * p) ** 2 / (total * p) for pair, p in expected.items())
+        assert statistic < 26.1, "chi-square of 8 degrees of freedom at 0.001"
+
+
+def exact_pairs(target: Any, prompt: torch.Tensor) -> dict[tuple[int, ...], float]:
+    """The probability of every two tokens after a prompt, under top-k 3."""
+
+    def likely(ids: torch.Tensor) -> list[tuple[int, float]]:
+        with torch.no_grad():
+            best = target(input_ids=ids[None]).logits[0, -1].topk(3)
+        return list(zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True))
+
+    return {
+        (first, second): p * q
+        for first, p in likely(prompt)
+        for second, q in likely(torch.cat([prompt, torch.tensor([first])]))
+    }
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_finished_rows_cost_nothing(target: PreTrainedModel, head: DraftHead, do_sample: bool) -> None:
+    seen: list[int] = []
+    hook = target.register_forward_pre_hook(
+        lambda module, arguments, keywords: seen.append(len(keywords["input_ids"])), with_kwargs=True
+    )
+    try:
+        set_seed(1)
+        inputs, options = prompts(1), {"do_sample": do_sample, "eos_token_id": [2, 6]}
+        out = speculate(target, inputs, assistant_model=head, policy=FixedPolicy(WIDE), **options)
+    finally:
+        hook.remove()
+    unfinished = [4, *(step.decoded_rows for step in out.speculation.steps[1:])]
+    assert seen == unfinished
+    assert seen[-1] < 4, "all rows ended together: nothing was shown"
+    assert out.speculation.tau == out.speculation.emitted / sum(step.decoded_rows for step in out.speculation.steps)
+
+
+def test_the_head_drafts_for_unfinished_rows_only(target: PreTrainedModel, head: DraftHead) -> None:
+    class Watching(FixedPolicy):
+        rows: list[int] = []
+
+        def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
+            self.rows.append(len(scores))
+            return super().size(scores, levels)
+
+    policy = Watching(WIDE)
+    out = speculate(target, prompts(1), assistant_model=head, policy=policy, eos_token_id=[2, 6])
+    drafted = [step.decoded_rows for step in out.speculation.steps[1:] if step.shape.asks_head]
+    assert policy.rows == drafted and policy.rows[-1] < 4
+
+
+def test_a_finished_row_that_stays_says_nothing_about_the_head(target: PreTrainedModel) -> None:
+    """A head that proposes every token but the padding, so it drafts whatever a row that goes on writes."""
+    drafter = DraftHead.from_target(target, draft_token_ids=torch.arange(1, VOCABULARY))
+    options = {"output_scores": True, "suppress_tokens": [0], "eos_token_id": [2, 6]}  # the first keeps rows together
+    policy = FixedPolicy(TreeShape(VOCABULARY, 1, VOCABULARY))
+    policy.needs_drafted_match = True
+    steps = speculate(target, prompts(1), assistant_model=drafter, policy=policy, **options).speculation.steps
+    drafted = [step for step in steps if step.shape.asks_head]
+    assert min(step.decoded_rows for step in drafted) < 4, "no row ended before the others: nothing was shown"
+    assert all(int(step.drafted_match) == 1 for step in drafted)

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.generation.answering import both
+from tests.lossless.answering import both
 from tests.targets import Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, detach
