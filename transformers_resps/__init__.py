@@ -2,12 +2,22 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .calibration import CostTable, calibrate
+from .calibration import calibrate
 from .generation.attach import attach, detach
 from .generation.mixin import ReSpSGenerationMixin
 from .generation.output import SpeculativeOutput
 from .heads import DraftHead, DraftHeadConfig
-from .policies import AutoPolicy, BaselineGuard, FixedPolicy, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
+from .policies import (
+    AutoPolicy,
+    BaselineGuard,
+    CostTable,
+    FixedPolicy,
+    Level,
+    Observation,
+    Policy,
+    ReSpSPolicy,
+    ThroughputPolicy,
+)
 from .telemetry.report import SpeculationReport, StepRecord
 from .testing import LosslessReport, NotLosslessError, assert_lossless
 from .tree import DraftTree, TreeShape

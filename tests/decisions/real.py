@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from tests.decisions.cases import decided
 from tests.decisions.planted import PlantedClock, decision
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, Policy, TreeShape, attach
-from transformers_resps.calibration import CostTable
-from transformers_resps.policies import ActionGrid, BaselineGuard, ThroughputPolicy
+from transformers_resps.policies import ActionGrid, BaselineGuard, CostTable, ThroughputPolicy
 from transformers_resps.replay import (
     Oracle,
     OutcomeTable,

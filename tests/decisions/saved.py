@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import build_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.calibration import CostTable
 from transformers_resps.policies import (
     AcceptanceModel,
     ActionGrid,
     BaselineGuard,
+    CostTable,
     PlattScaling,
     ReSpSConfig,
     ReSpSPolicy,

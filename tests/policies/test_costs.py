@@ -1,5 +1,7 @@
 """Costs learned while decoding: interpolated, never misled for long by one slow or fast moment."""
 
+import random
+
 import pytest
 
 from transformers_resps.policies import RunningCosts
@@ -65,14 +67,35 @@ def test_a_further_node_of_each_row_is_thought_dear_in_a_batch() -> None:
     assert together.verify_seconds(3) == pytest.approx(1.36)
 
 
-def test_a_copy_learns_on_its_own_until_it_is_gone_back_to() -> None:
+def test_a_copy_learns_on_its_own() -> None:
     costs = RunningCosts()
     for nodes, seconds in ((1, 1.0), (4, 1.2)):
         costs.add(nodes, 2, seconds, 0.1, seconds + 0.2)
     earlier = costs.copy()
     costs.add(8, 3, 9.0, 0.5, 9.6, rows=4)
-    assert earlier.sizes == 2 and costs.sizes == 3
-    costs.go_back_to(earlier)
-    asked = (1, 2, 4, 8, 16)
-    assert [costs.verify_seconds(nodes) for nodes in asked] == [earlier.verify_seconds(nodes) for nodes in asked]
-    assert costs.step_seconds(4, 3) == earlier.step_seconds(4, 3)
+    assert costs.verify_seconds(8) == 9.0 > earlier.verify_seconds(8)
+    assert [earlier.verify_seconds(nodes) for nodes in (1, 4)] == [1.0, 1.2]
+    assert earlier.draft_seconds(1, 3) == pytest.approx(0.15) and earlier.overhead == pytest.approx(0.1)
+
+
+def test_a_rescaled_copy_takes_longer_and_leaves_the_original_alone() -> None:
+    costs = RunningCosts.starting_from({1: 1.0, 4: 1.2}, level_seconds=0.1, overhead=0.05)
+    longer = costs.rescaled(2.0)
+    assert [longer.verify_seconds(nodes) for nodes in (1, 4)] == [2.0, 2.4]
+    assert [costs.verify_seconds(nodes) for nodes in (1, 4)] == [1.0, 1.2]
+    assert longer.draft_seconds(1, 1) == 0.1 and longer.overhead == 0.05
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_curve_is_what_each_size_costs_alone(seed: int) -> None:
+    """Whatever was measured in whatever order, and however far the curve was drawn before."""
+    drawn = random.Random(seed)
+    asked, alone = RunningCosts(), RunningCosts()
+    for _ in range(drawn.randint(1, 6)):
+        nodes, seconds = drawn.choice((1, 2, 3, 5, 8, 13, 40)), drawn.uniform(0.5, 3.0)
+        asked.verify_curve(drawn.randint(1, 50))
+        asked.add(nodes, 0, seconds, 0.0, seconds)
+        alone.add(nodes, 0, seconds, 0.0, seconds)
+    singles = [alone.copy().verify_seconds(nodes) for nodes in range(1, 61)]
+    assert list(asked.verify_curve(60))[:60] == singles
+    assert singles[1:] == sorted(singles[1:]), "a larger tree is never cheaper"

@@ -11,7 +11,7 @@ import torch
 from tests.decoding.rows import prompts, speculate
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, attach
-from transformers_resps.policies import BaselineGuard, FixedPolicy, Observation, ThroughputPolicy
+from transformers_resps.policies import BaselineGuard, FixedPolicy, Observation, RunningCosts, ThroughputPolicy
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 
@@ -138,7 +138,7 @@ def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
 @pytest.mark.parametrize(("rows", "drafts"), [(5, False), (4, True)])
 def test_what_was_too_dear_for_eight_rows_is_tried_again_for_half_of_them(rows: int, drafts: bool) -> None:
     guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
-    guard._known.expect({1: 1.0, 2: 1.2}, 0.05)
+    guard._own_costs = RunningCosts.starting_from({1: 1.0, 2: 1.2}, 0.05)
     written, step = 0, 0
 
     def next_step(emitted: tuple[int, ...]) -> bool:

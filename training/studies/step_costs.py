@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers_resps.calibration import CostTable
-from transformers_resps.policies import ActionGrid
+from transformers_resps.policies import ActionGrid, CostTable
 from transformers_resps.replay import OutcomeTable, RecordedText, ReplayText
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import CostTable
 from ..generation.output import sampling
 from ..heads import DraftHead
-from ..policies import ActionGrid
+from ..policies import ActionGrid, CostTable
 from ..replay.outcomes import Oracle, OutcomeTable
 from ..replay.replay_text import ReplayText, record_text
 from ..tree import TreeShape

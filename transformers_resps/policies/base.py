@@ -1,17 +1,12 @@
-"""Identity of the target and the head that a policy was trained with: JSON values.
+"""What every policy is: how it is asked, what it sees and learns from, and what it tells of itself.
 
-The base class of all policies: what a policy sees, decides, learns from and tells of itself.
-
-Trees and records only, never a head or a model, so that any drafter can make the observations.
-
-The base class of policies around another one.
-
-Ask a policy, and refuse a decision that no step can follow.
+A policy sees trees and records only, never a head or a model, so that any drafter can make the observations.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -187,6 +182,17 @@ class Policy(ABC):
         """Learn from the record of a finished step."""
         return None
 
+    def adopt_costs(self, costs: RunningCosts) -> None:
+        """Go on with these costs in place of its own. A guard asks for it if it finds that others hold now: the
+        context is far longer, or the finished rows of a batch are back.
+        """
+        self.costs = costs
+
+
+def _of_wrapped(name: str) -> Any:
+    """An attribute that is always the wrapped policy's, which may change it from step to step."""
+    return property(attrgetter(f"policy.{name}"))
+
 
 class PolicyWrapper(Policy):
     """Decides as the wrapped `policy`, and tells of itself what that one tells; a subclass overrides what it changes.
@@ -195,40 +201,17 @@ class PolicyWrapper(Policy):
         policy: the wrapped one.
     """
 
+    needs_head: bool = _of_wrapped("needs_head")
+    uses_lookup: bool = _of_wrapped("uses_lookup")
+    needs_drafted_match: bool = _of_wrapped("needs_drafted_match")
+    grows: bool = _of_wrapped("grows")
+    probes_head: bool = _of_wrapped("probes_head")
+    costs: RunningCosts | None = _of_wrapped("costs")
+    target_identity: Identity | None = _of_wrapped("target_identity")
+    head_identity: Identity | None = _of_wrapped("head_identity")
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-
-    @property
-    def needs_head(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.needs_head
-
-    @property
-    def uses_lookup(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.uses_lookup
-
-    @property
-    def needs_drafted_match(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.needs_drafted_match
-
-    @property
-    def grows(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.grows
-
-    @property
-    def probes_head(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.probes_head
-
-    @property
-    def costs(self) -> RunningCosts | None:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.costs
-
-    @property
-    def target_identity(self) -> Identity | None:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.target_identity
-
-    @property
-    def head_identity(self) -> Identity | None:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.head_identity
 
     @property
     def is_confident(self) -> bool:
@@ -251,6 +234,9 @@ class PolicyWrapper(Policy):
 
     def observe(self, record: StepRecord) -> None:
         self.policy.observe(record)
+
+    def adopt_costs(self, costs: RunningCosts) -> None:
+        self.policy.adopt_costs(costs)
 
 
 # What a step may cost in memory. Published trees verify 60 nodes of 710 candidates.

@@ -22,6 +22,9 @@ from .costs import INTERRUPTED, RunningCosts
 from .saving import SavedPolicy, check_known, class_of
 
 
+_PLAIN = TreeShape.plain()
+
+
 @dataclass(frozen=True, slots=True)
 class GuardConfig:
     """What exploration may cost, and when a plain step is timed again. "Steps" are plain steps.
@@ -325,9 +328,9 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             )
         super().__init__(policy)
         self._config = GuardConfig()
-        self._learns_costs = policy.costs is None
-        self._known = policy.costs or RunningCosts()
-        self._plain = PlainClock(self._config, self._known.step_seconds(1, 0) if self._known.knows_plain else 0.0)
+        self._own_costs = RunningCosts()  # in use if the policy learns none
+        known = self._known
+        self._plain = PlainClock(self._config, known.step_seconds(_PLAIN, 0) if known.knows_plain else 0.0)
         self._budget = ExplorationBudget(self._config)
         self._progress = RowProgress(self._config.lag_tokens)
         self._limits = StepLimits(0.0, 0.0, 0.0)  # of this step
@@ -338,6 +341,17 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     def __repr__(self) -> str:
         return f"BaselineGuard({self.policy!r})"
+
+    @property
+    def _known(self) -> RunningCosts:
+        return self._own_costs if self.policy.costs is None else self.policy.costs
+
+    def _adopt(self, costs: RunningCosts) -> None:
+        """Go on with these costs; those of the policy are its own to replace."""
+        if self.policy.costs is None:
+            self._own_costs = costs
+        else:
+            self.policy.adopt_costs(costs)
 
     def choose(self, observation: Observation) -> TreeShape:
         if observation.step == 0:
@@ -356,7 +370,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     def grow(self, level: Level) -> bool:
         is_probe = self._nodes == 1  # draft-only, of one level
-        if is_probe or self._drafting(level.depth + 1) > self._limits.total:
+        if is_probe or self._drafting(level.scores.shape[-1], level.depth + 1) > self._limits.total:
             return False
         self._levels = level.depth + 1
         return wants_level(self.policy, level)
@@ -378,10 +392,10 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if is_outdated:
             self._plain.expire()
         self._budget.end_step(seconds, self._plain.seconds)
-        if self._learns_costs:
+        if self.policy.costs is None:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-            self._known.add(record.verified, levels, *times, rows=record.decoded_rows)
+            self._own_costs.add(record.verified, levels, *times, rows=record.decoded_rows)
         self.policy.observe(record)
 
     def _begin_call(self, context: int) -> None:
@@ -390,7 +404,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._rows = 0
         if self._of_all_rows is not None:
             costs, self._plain.seconds = self._of_all_rows
-            self._known.go_back_to(costs)
+            self._adopt(costs)
             self._of_all_rows = None
         self._plain.begin_call(context)
         self._budget.begin_call(self._plain.seconds)
@@ -421,7 +435,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             case PlainChange.FIRST:
                 self._budget.open(self._plain.seconds)
             case PlainChange.MOVED:
-                self._known.rescale(timing.factor)
+                self._adopt(self._known.rescaled(timing.factor))
                 self._budget.rescale(timing.factor)
             case PlainChange.CHEAPER:
                 self._budget.reprice(self._plain.seconds)
@@ -440,10 +454,10 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         probes_head = self.probes_head
         by_level = probes_head and self.grows
         depth = 1 if by_level else shape.depth  # a policy that does not stop in between pays for all levels at once
-        while depth and self._drafting(depth) > self._limits.total:
+        while depth and self._drafting(shape.top_k, depth) > self._limits.total:
             depth -= 1
         nodes = min(shape.total_tokens, most - lookup) if depth else 1
-        drafting = self._drafting(depth)
+        drafting = self._drafting(shape.top_k, depth)
         while nodes > 1 and self._verifying(nodes + lookup) + drafting > self._limits.tree:
             nodes -= 1
         if depth == 0 or (nodes == 1 and not probes_head):
@@ -461,9 +475,9 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         unknown = 0.0 if self._known.knows_trees else self._config.unknown_tree_steps * self._plain.seconds
         return self._known.verify_seconds(nodes) - self._known.verify_seconds(1) + unknown
 
-    def _drafting(self, levels: int) -> float:
+    def _drafting(self, width: int, levels: int) -> float:
         if self._known.knows_head:
-            return self._known.draft_seconds(levels)
+            return self._known.draft_seconds(width, levels)
         return levels * self._config.unknown_level_steps * self._plain.seconds
 
     def to_config(self) -> dict[str, Any]:

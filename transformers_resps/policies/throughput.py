@@ -135,48 +135,26 @@ class WidthMemory:
         return self._tokens[place] / self._seconds[place] if self._seconds[place] > 0 else 0.0
 
 
-_MAX_AGE = 8  # steps for which a list is reused: reading it every time takes a third of a decision
-
-
-class PriceList:
-    """Seconds of verifying 1, 2, ... nodes, as `RunningCosts` last told them.
+def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -> tuple[int, float]:
+    """How many nodes to add to a tree, from the first.
 
     Args:
-        max_nodes: the longest tree that has a price.
+        seconds: of verifying the tree as it is, with one node more, with two, and so on.
+        worth: expected tokens of each node.
+        rate: tokens that a second is worth.
+
+    Returns:
+        The number of nodes, and their expected tokens less what verifying them costs.
     """
-
-    def __init__(self, max_nodes: int) -> None:
-        self._max_nodes = max_nodes
-        self._seconds: list[float] = []
-        self._steps_left = self._known_sizes = 0
-
-    def refresh(self, costs: RunningCosts) -> None:
-        """Read the costs again if the list is old, or a tree of another size was timed since. Call it once a step."""
-        self._steps_left -= 1
-        if self._steps_left <= 0 or costs.sizes != self._known_sizes:
-            self._seconds = [costs.verify_seconds(nodes) for nodes in range(1, self._max_nodes + 1)]
-            self._steps_left, self._known_sizes = _MAX_AGE, costs.sizes
-
-    def best_prefix(self, worth: Sequence[float], nodes_before: int, rate: float) -> tuple[int, float]:
-        """How many nodes to add to a tree, from the first.
-
-        Args:
-            worth: expected tokens of each node.
-            nodes_before: nodes that the tree has.
-            rate: tokens that a second is worth.
-
-        Returns:
-            The number of nodes, and their expected tokens less what verifying them costs.
-        """
-        seconds = self._seconds[nodes_before - 1 :]
-        gain, best_gain, best = rate * seconds[0], 0.0, 0
-        for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
-            gain += value
-            if gain - rate * total > best_gain:
-                best_gain, best = gain - rate * total, count
-        return best, best_gain
+    gain, best_gain, best = rate * seconds[0], 0.0, 0
+    for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
+        gain += value
+        if gain - rate * total > best_gain:
+            best_gain, best = gain - rate * total, count
+    return best, best_gain
 
 
+_PLAIN = TreeShape.plain()
 _MAX_LOOKED_UP = 16  # nodes
 _MAX_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
 _SAVED_AS = "odds"  # the tensor's name in files
@@ -269,7 +247,6 @@ class ThroughputPolicy(SavedPolicy):
         self.costs = costs or RunningCosts()
         self.acceptance = acceptance or AcceptanceModel()
         self._largest = TreeShape(most_nodes + 1, depth, top_k)
-        self._prices = PriceList(self._largest.total_tokens + _MAX_LOOKED_UP)
         self._memory, self._widths = ThroughputMemory(), WidthMemory(top_k)
         self._step = _Step()
         self.grows = True
@@ -280,7 +257,7 @@ class ThroughputPolicy(SavedPolicy):
     @property
     def rate(self) -> float:
         """Tokens per second so far (lambda), at least the rate of plain steps and at most twice that."""
-        return self._memory.rate(self.costs.step_seconds(1, 0))
+        return self._memory.rate(self.costs.step_seconds(_PLAIN, 0))
 
     @property
     def is_confident(self) -> bool:
@@ -292,9 +269,8 @@ class ThroughputPolicy(SavedPolicy):
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
         step.rate = self.rate
-        self._prices.refresh(self.costs)
         lookup_probs = observation.prefix_accept_probs()[: observation.room - 1]
-        step.lookup, _ = self._prices.best_prefix(lookup_probs, 1, step.rate)
+        step.lookup, _ = self._best_prefix(lookup_probs)
         if step.lookup:
             step.lookup_hit = lookup_probs[0]
         has_lookup = step.lookup > 0
@@ -309,13 +285,19 @@ class ThroughputPolicy(SavedPolicy):
         depth = self._largest.depth if self.grows else self._planned_depth()
         return TreeShape(self._largest.total_tokens, depth, step.width, step.lookup)
 
+    def _best_prefix(self, worth: Sequence[float]) -> tuple[int, float]:
+        """How many nodes of these expected tokens to verify beside the looked-up ones, and what they gain."""
+        most = self._largest.total_tokens + _MAX_LOOKED_UP
+        seconds = self.costs.verify_curve(most)[self._step.lookup : most]
+        return best_prefix(seconds, worth, self._step.rate)
+
     def _planned_depth(self) -> int:
         """The depth whose expected gain is highest before anything is drafted, if each level needs one node."""
         step, gains = self._step, list[float]()
         worth = [(1.0 - step.lookup_hit) * prob for prob in self.acceptance.reach(self._largest.depth)]
         for depth in range(1, self._largest.depth + 1):
-            _, gain = self._prices.best_prefix(worth[:depth], 1 + step.lookup, step.rate)
-            gains.append(gain - step.rate * self.costs.draft_seconds(depth))
+            _, gain = self._best_prefix(worth[:depth])
+            gains.append(gain - step.rate * self.costs.draft_seconds(step.width, depth))
         return 1 + gains.index(max(gains))
 
     def grow(self, level: Level) -> bool:
@@ -328,11 +310,8 @@ class ThroughputPolicy(SavedPolicy):
         children = self.acceptance.children_of(probs, level.depth, step.width)
         step.node_probs = sorted(step.node_probs + [left * prob for prob in probs], reverse=True)
         with_children = sorted(step.node_probs + [left * prob for prob in children], reverse=True)
-        gains = [
-            self._prices.best_prefix(nodes, 1 + step.lookup, step.rate)[1]
-            for nodes in (with_children, step.node_probs)
-        ]
-        return gains[0] - gains[1] > step.rate * self.costs.draft_seconds(1)
+        more, gain = self._best_prefix(with_children)[1], self._best_prefix(step.node_probs)[1]
+        return more - gain > step.rate * self.costs.draft_seconds(step.width, 1)
 
     def size(self, scores: Tensor, levels: Tensor) -> int:
         step, level_of = self._step, levels.tolist()
@@ -351,9 +330,9 @@ class ThroughputPolicy(SavedPolicy):
             step.level_probs.append(level_probs)
         left = 1.0 - step.lookup_hit
         worth = [left * prob for prob in step.mean(best)]
-        count, gain = self._prices.best_prefix(worth, 1 + step.lookup, step.rate)
+        count, gain = self._best_prefix(worth)
         step.expected = sum(worth[:count])
-        self._memory.note_gain(gain - step.rate * self.costs.draft_seconds(len(bounds) - 1))
+        self._memory.note_gain(gain - step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1))
         return count + 1
 
     def observe(self, record: StepRecord) -> None:

@@ -21,12 +21,12 @@ from torch import Tensor, tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..calibration import CostTable, calibrate
+from ..calibration import calibrate, identity_of
 from ..data import to_tokens
 from ..data.conversations import as_messages
 from ..generation.output import sampling
 from ..heads import DraftHead, parameter_fingerprint
-from ..policies import ActionGrid
+from ..policies import ActionGrid, CostTable
 from ..replay import OutcomeTable, RecordedText, ReplayText, record_pools, record_text
 from ..replay.replay_text import FORMAT
 from .base import check_dataset, written
@@ -265,7 +265,7 @@ def measured_costs(pair: Pair, args: PolicyTrainingConfig) -> CostTable:
         if not file.is_file():
             calibrate(pair.target, pair.head).save(file)
     table = CostTable.load(file)
-    table.check_here(pair.target, pair.head)
+    table.check_here(identity_of(pair.target, pair.head))
     return table if args.reward_includes_drafting else replace(table, draft={})
 
 
