@@ -1,4 +1,4 @@
-"""Recorded texts, and what any policy would have done on them; no model runs."""
+"""Recorded texts, and what any policy would have done on them. Models run while a text is recorded, never after."""
 
 from .fitted_policy import fitted_policy
 from .outcomes import Headroom, HeldOutcomes, Oracle, OutcomeTable, TextOutcomes

@@ -1,8 +1,6 @@
-"""Outcomes of shapes: of every shape at every position of recorded texts, once or held for several steps.
+"""What every shape would have emitted and taken at every position of recorded texts, and the fastest sequence of them.
 
 Tensor shapes: t positions of a text, p of all texts, n decisions, a actions, F width of the features.
-
-The upper bound of any policy: the fastest sequence of shapes for recorded texts, by dynamic programming.
 """
 
 from collections.abc import Sequence
@@ -152,8 +150,9 @@ class OutcomeTable:
 class Oracle:
     """Computes how long recorded texts take with one fixed action, and with the best action at every step.
 
-    The step at position t with action a ends at t + emitted[t, a]; the least time from t to the text's end is the
-    least over a of seconds[t, a] plus the least time from there.
+    The latter is the upper bound of any policy, by dynamic programming: the step at position t with action a ends at
+    t + emitted[t, a]; the least time from t to the text's end is the least over a of seconds[t, a] plus the least time
+    from there.
 
     Args:
         table: outcomes of every action at every position.
@@ -204,9 +203,6 @@ class Oracle:
 
         Args:
             fixed: the fixed action, for instance the best one of other texts; `None` for the best one of these.
-
-        Returns:
-            The seconds of each.
         """
         fixed = self.best_fixed if fixed is None else fixed
         return Headroom(
