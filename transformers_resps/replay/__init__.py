@@ -2,8 +2,8 @@
 
 from .fitted_policy import fitted_policy
 from .outcomes import Headroom, HeldOutcomes, Oracle, OutcomeTable, TextOutcomes
+from .ranked_text import RankedText, record_ranks
 from .recorded_text import RecordedText, record_pools
-from .replay_text import ReplayText, record_text
 from .replayed_decoding import RecordedDrafter, ReplayedStep, decode_again, replay_policy
 
 
@@ -14,12 +14,12 @@ __all__ = [
     "OutcomeTable",
     "RecordedDrafter",
     "RecordedText",
-    "ReplayText",
+    "RankedText",
     "ReplayedStep",
     "TextOutcomes",
     "decode_again",
     "fitted_policy",
     "record_pools",
-    "record_text",
+    "record_ranks",
     "replay_policy",
 ]

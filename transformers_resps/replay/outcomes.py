@@ -38,7 +38,7 @@ class TextOutcomes:
             raise ValueError(
                 f"TextOutcomes got features {list(self.features.shape)}, emitted {list(self.emitted.shape)} and "
                 f"seconds {list(self.seconds.shape)}, but they need the same number of positions, at least one, and "
-                "the same actions. Build them with `ReplayText.outcomes`."
+                "the same actions. Build them with `RankedText.outcomes`."
             )
         left = length - torch.arange(length, device=self.emitted.device)[:, None]
         if bool(((self.emitted < 1) | (self.emitted > left)).any()):

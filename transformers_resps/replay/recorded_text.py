@@ -1,7 +1,7 @@
 """One recorded text, with everything the head would have drafted before each of its tokens.
 
 The target runs over the text once and the head drafts from every position. After that the outcome of every shape is
-known (`ReplayText`) and any policy can decide again (`replay_policy`), without a model and without a clock.
+known (`RankedText`) and any policy can decide again (`replay_policy`), without a model and without a clock.
 
 Tensor shapes: t positions, p pool nodes, F features, r roots, w nodes that get children.
 """

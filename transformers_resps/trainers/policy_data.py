@@ -27,8 +27,8 @@ from ..data.conversations import as_messages
 from ..generation.output import sampling
 from ..heads import DraftHead, parameter_fingerprint
 from ..policies import ActionGrid, CostTable
-from ..replay import OutcomeTable, RecordedText, ReplayText, record_pools, record_text
-from ..replay.replay_text import FORMAT
+from ..replay import OutcomeTable, RankedText, RecordedText, record_pools, record_ranks
+from ..replay.ranked_text import FORMAT
 from .base import check_dataset, written
 from .loading import Pair
 from .policy_config import PolicyTrainingConfig
@@ -162,9 +162,9 @@ class Form(Generic[Recorded]):
     facts: list[Any]
 
 
-def outcomes_for(grid: ActionGrid) -> Form[ReplayText]:
+def outcomes_for(grid: ActionGrid) -> Form[RankedText]:
     """Keep what gives the outcome of every shape of `grid`."""
-    return Form(ReplayText, partial(record_text, grid=grid), [FORMAT, grid.to_list()])
+    return Form(RankedText, partial(record_ranks, grid=grid), [FORMAT, grid.to_list()])
 
 
 def pools_of(depths: dict[int, int]) -> Form[RecordedText]:
@@ -328,7 +328,7 @@ class PolicyData:
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
         """The outcome of every shape of `grid` at every position of the answers."""
         if name not in self._replays:
-            texts: list[ReplayText] = self._record(name, outcomes_for(grid))
+            texts: list[RankedText] = self._record(name, outcomes_for(grid))
             self._replays[name] = ReplayRollouts(OutcomeTable([text.outcomes(grid, self.costs) for text in texts]))
         return self._replays[name]
 

@@ -31,8 +31,8 @@ _TENSORS = ("features", "ranks", "chain_ranks", "lookups", "proposed")
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayText:
-    """A recorded text, reduced to what gives the outcome of every shape at every position; `record_text` makes one.
+class RankedText:
+    """A recorded text, reduced to what gives the outcome of every shape at every position; `record_ranks` makes one.
 
     Attributes:
         features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
@@ -59,7 +59,7 @@ class ReplayText:
         return len(self.features)
 
     @classmethod
-    def from_recording(cls, text: RecordedText) -> "ReplayText":
+    def from_recording(cls, text: RecordedText) -> "RankedText":
         """Reduce a recording to what gives the outcome of every shape."""
         upcoming = text.upcoming(text.depth)
         chains, followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length, text.depth)
@@ -79,7 +79,7 @@ class ReplayText:
         if shape.asks_head and (shape.top_k not in self.top_ks or shape.depth > most_levels):
             raise ValueError(
                 f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and up to {most_levels} "
-                "levels. Record it again with `record_text(..., grid=...)` with a grid that has this shape."
+                "levels. Record it again with `record_ranks(..., grid=...)` with a grid that has this shape."
             )
         accepted = self.lookups.clamp(max=shape.lookup)
         if shape.asks_head:
@@ -131,7 +131,7 @@ class ReplayText:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
 
     @classmethod
-    def load(cls, file: str | Path) -> "ReplayText":
+    def load(cls, file: str | Path) -> "RankedText":
         """Read what `save` wrote.
 
         Raises:
@@ -146,7 +146,7 @@ class ReplayText:
             )
 
 
-def record_text(
+def record_ranks(
     target: PreTrainedModel,
     head: DraftHead,
     input_ids: Tensor,
@@ -154,7 +154,7 @@ def record_text(
     *,
     grid: ActionGrid,
     spare_room: int = 0,
-) -> ReplayText:
+) -> RankedText:
     """Record one text for all shapes of a grid.
 
     Args:
@@ -172,11 +172,11 @@ def record_text(
     depth = max((shape.depth for shape in asking), default=0)
     depths = {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
     recording = record_pools(target, head, input_ids, prompt_length, depths=depths, spare_room=spare_room)
-    return ReplayText.from_recording(recording)
+    return RankedText.from_recording(recording)
 
 
 def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
-    """Ranks of a path's nodes in pools cut to 1, 2, ... levels: `[r, D, D]`, see `ReplayText.ranks`.
+    """Ranks of a path's nodes in pools cut to 1, 2, ... levels: `[r, D, D]`, see `RankedText.ranks`.
 
     Args:
         pool: of r roots and D levels.
