@@ -37,10 +37,10 @@ def test_the_oracle_equals_trying_every_sequence_of_actions() -> None:
         assert float(oracle.best_seconds[text]) == pytest.approx(min(every))
         fixed = [try_everything(table, text, (action,)) for action in range(3)]
         assert oracle.fixed_seconds[text].tolist() == pytest.approx(fixed)
-    headroom = oracle.headroom()
-    assert headroom.tokens == 21 and headroom.fixed_seconds == pytest.approx(float(oracle.fixed_seconds.sum(0).min()))
-    assert headroom.oracle_seconds <= headroom.per_text_seconds <= headroom.fixed_seconds
-    assert oracle.headroom(fixed=0).fixed_seconds == pytest.approx(float(oracle.fixed_seconds[:, 0].sum()))
+    together = oracle.fixed_seconds.sum(0)
+    assert together[oracle.best_fixed] == together.min() >= oracle.fixed_seconds.min(-1).values.sum()
+    assert oracle.fixed_seconds.min(-1).values.sum() >= oracle.best_seconds.sum()
+    assert oracle.best_fixed_rate == pytest.approx(21 / float(together.min()))
 
 
 def test_held_outcomes_are_those_of_single_steps_in_a_row() -> None:

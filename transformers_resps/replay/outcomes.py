@@ -195,36 +195,4 @@ class Oracle:
     @cached_property
     def best_fixed_rate(self) -> float:
         """Tokens per second of all texts with `best_fixed`."""
-        headroom = self.headroom()
-        return headroom.tokens / headroom.fixed_seconds
-
-    def headroom(self, fixed: int | None = None) -> "Headroom":
-        """Compare one fixed action, the best one per text, and the best one at every step.
-
-        Args:
-            fixed: the fixed action, for instance the best one of other texts; `None` for the best one of these.
-        """
-        fixed = self.best_fixed if fixed is None else fixed
-        return Headroom(
-            tokens=int((self.table.stops - self.table.starts).sum()),
-            fixed_seconds=float(self.fixed_seconds[:, fixed].sum()),
-            per_text_seconds=float(self.fixed_seconds.min(-1).values.sum()),
-            oracle_seconds=float(self.best_seconds.sum()),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Headroom:
-    """Seconds that all texts together take, by how actions are chosen.
-
-    Attributes:
-        tokens: tokens of all texts, without the first of each, which prefill gives.
-        fixed_seconds: with one action throughout.
-        per_text_seconds: with the best fixed action of each text.
-        oracle_seconds: with the best action at every step.
-    """
-
-    tokens: int
-    fixed_seconds: float
-    per_text_seconds: float
-    oracle_seconds: float
+        return len(self.table.features) / float(self.fixed_seconds[:, self.best_fixed].sum())

@@ -51,18 +51,18 @@ def replay_policy(text: RecordedText, policy: Policy, costs: CostModel) -> Specu
 
 
 def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRecord:
-    proposal, pool, emitted = step.proposal, step.proposal.pool, step.accepted + 1
+    proposal, pool, emitted_count = step.proposal, step.proposal.pool, step.accepted + 1
     verify = costs.verify_seconds(proposal.tree.node_count, step.root)
     draft, match = 0.0, 0
     if pool is not None:
         draft = costs.draft_seconds(proposal.shape.top_k, int(pool.levels[-1]))
-        match = pool.drafted_match(text.input_ids[None, step.root + 1 :][:, :emitted].tolist())[0]
+        match = pool.drafted_match(text.input_ids[None, step.root + 1 :][:, :emitted_count].tolist())[0]
     return StepRecord(
         shape=proposal.shape,
         drafted=proposal.candidates,
         verified=proposal.tree.node_count,
         accepted=RowCounts([step.accepted]),
-        emitted=RowCounts([emitted]),
+        emitted=RowCounts([emitted_count]),
         draft_seconds=draft,
         verify_seconds=verify,
         step_seconds=draft + verify + costs.overhead,
