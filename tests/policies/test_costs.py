@@ -33,13 +33,13 @@ def test_a_forward_that_took_far_less_than_a_smaller_one_did_makes_the_smaller_o
     assert costs.verify_seconds(1) < costs.verify_seconds(4) == costs.verify_seconds(8) < 1.9
 
 
-def test_what_was_measured_in_a_slow_moment_is_not_thought_dear_afterwards() -> None:
+def test_what_was_measured_in_a_slow_moment_does_not_look_expensive_afterwards() -> None:
     costs = RunningCosts()
     for speed, nodes in ((1.0, 1), (1.0, 4), (1.0, 8), *[(1.5, 8)] * 20, *[(1.0, 1)] * 12):
         seconds = speed * (1.0 + 0.02 * (nodes - 1))
         costs.add(nodes, 0, seconds, 0.0, seconds)
     assert costs.verify_seconds(1) == pytest.approx(1.0, abs=0.01)
-    assert costs.verify_seconds(4) == pytest.approx(1.06, rel=0.15), "nobody measured it then"
+    assert costs.verify_seconds(4) == pytest.approx(1.06, rel=0.15), "it was not measured then"
     assert costs.verify_seconds(8) == pytest.approx(1.14, rel=0.25), "1.71 in the seconds of then"
 
 
@@ -58,7 +58,7 @@ def test_two_trees_tell_what_further_nodes_cost() -> None:
     assert costs.verify_seconds(8) == pytest.approx(1.5 + 4 * 0.2)
 
 
-def test_a_further_node_of_each_row_is_thought_dear_in_a_batch() -> None:
+def test_a_further_node_of_each_row_is_assumed_to_be_expensive_in_a_batch() -> None:
     """Before anything but plain steps was measured: eight rows are eight nodes."""
     alone, together = RunningCosts(), RunningCosts()
     alone.add(1, 0, 1.0, 0.0, 1.0)

@@ -39,7 +39,7 @@ def test_the_next_batch_begins_with_what_steps_cost_before_rows_had_ended() -> N
 
 
 @pytest.mark.parametrize(("rows", "drafts"), [(5, False), (4, True)])
-def test_what_was_too_dear_for_eight_rows_is_tried_again_for_half_of_them(rows: int, drafts: bool) -> None:
+def test_what_was_too_expensive_for_eight_rows_is_tried_again_for_half_of_them(rows: int, drafts: bool) -> None:
     guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
     guard._own_costs = RunningCosts.starting_from({1: 1.0, 2: 1.2}, 0.05)
     written, step = 0, 0

@@ -10,7 +10,7 @@ from transformers_resps import TreeShape
 from transformers_resps.policies import AutoPolicy, FixedPolicy, ReSpSPolicy
 
 
-def test_the_door_returns_the_right_class_and_names_what_is_wrong(tmp_path: Path) -> None:
+def test_auto_policy_returns_the_right_class_and_names_what_is_wrong(tmp_path: Path) -> None:
     FixedPolicy(TreeShape(8, 3, 2)).save_pretrained(tmp_path / "fixed")
     loaded = AutoPolicy.from_pretrained(tmp_path / "fixed")
     assert isinstance(loaded, FixedPolicy) and loaded.shape == TreeShape(8, 3, 2)
@@ -37,7 +37,7 @@ class Own(Shallow):
     policy_type = "own"
 
 
-def test_the_door_knows_subclasses_of_subclasses(tmp_path: Path) -> None:
+def test_auto_policy_knows_subclasses_of_subclasses(tmp_path: Path) -> None:
     for policy in (Own(TreeShape(8, 3, 2)), FixedPolicy(TreeShape(8, 3, 2))):
         policy.save_pretrained(tmp_path)
         assert type(AutoPolicy.from_pretrained(tmp_path)) is type(policy)
@@ -53,7 +53,9 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("config", "message"), CONFIGS, ids=[str(config) for config, _ in CONFIGS])
-def test_values_that_nobody_reads_are_refused_by_name(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_values_that_this_release_does_not_read_are_refused_by_name(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         AutoPolicy.from_pretrained(tmp_path)
