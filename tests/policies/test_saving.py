@@ -53,9 +53,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("config", "message"), CONFIGS, ids=[str(config) for config, _ in CONFIGS])
-def test_values_that_this_release_does_not_read_are_refused_by_name(
-    config: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_values_that_are_not_read_are_refused_by_name(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         AutoPolicy.from_pretrained(tmp_path)
