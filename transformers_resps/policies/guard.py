@@ -184,7 +184,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         timing = self._plain.time(seconds)
         match timing.change:
             case PlainChange.FIRST:
-                self._budget.open(self._plain.seconds)
+                self._budget.forgive(self._plain.seconds)
             case PlainChange.MOVED:
                 self._adopt(self._known.rescaled(timing.factor))
                 self._budget.rescale(timing.factor)
@@ -321,10 +321,6 @@ class ExplorationBudget:
     def end_step(self, step_seconds: float, plain_seconds: float) -> None:
         """Add the share of a step's time; limit what is kept."""
         self.seconds = min(self.seconds + SHARE * step_seconds, MAX_EARNED_STEPS * plain_seconds)
-
-    def open(self, plain_seconds: float) -> None:
-        """The first plain step was timed."""
-        self.seconds += START_STEPS * plain_seconds
 
     def forgive(self, plain_seconds: float) -> None:
         """Forget losses: what they say no longer holds."""
