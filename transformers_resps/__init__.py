@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .calibration import CostTable, calibrate
+    from .calibration import calibrate
     from .generation.attach import attach, detach
     from .generation.mixin import ReSpSGenerationMixin
     from .generation.output import SpeculativeOutput
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .policies import (
         AutoPolicy,
         BaselineGuard,
+        CostTable,
         FixedPolicy,
         Level,
         Observation,
@@ -57,7 +58,7 @@ __all__ = [
     "unprepack",
 ]
 _HOMES = {
-    "calibration": ("CostTable", "calibrate"),
+    "calibration": ("calibrate",),
     "generation.attach": ("attach", "detach"),
     "generation.mixin": ("ReSpSGenerationMixin",),
     "generation.output": ("SpeculativeOutput",),
@@ -65,6 +66,7 @@ _HOMES = {
     "policies": (
         "AutoPolicy",
         "BaselineGuard",
+        "CostTable",
         "FixedPolicy",
         "Level",
         "Observation",

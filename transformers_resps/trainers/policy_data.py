@@ -21,14 +21,14 @@ from torch import Tensor, tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..calibration import CostTable, calibrate
+from ..calibration import calibrate, identity_of
 from ..data import to_tokens
 from ..data.conversations import as_messages
 from ..generation.output import sampling
 from ..heads import DraftHead, parameter_fingerprint
-from ..policies import ActionGrid
-from ..replay import OutcomeTable, RecordedText, ReplayText, record_pools, record_text
-from ..replay.replay_text import FORMAT
+from ..policies import ActionGrid, CostTable
+from ..replay import OutcomeTable, RankedText, RecordedText, record_pools, record_ranks
+from ..replay.ranked_text import FORMAT
 from .base import check_dataset, written
 from .loading import Pair
 from .policy_config import PolicyTrainingConfig
@@ -162,9 +162,9 @@ class Form(Generic[Recorded]):
     facts: list[Any]
 
 
-def outcomes_for(grid: ActionGrid) -> Form[ReplayText]:
+def outcomes_for(grid: ActionGrid) -> Form[RankedText]:
     """Keep what gives the outcome of every shape of `grid`."""
-    return Form(ReplayText, partial(record_text, grid=grid), [FORMAT, grid.to_list()])
+    return Form(RankedText, partial(record_ranks, grid=grid), [FORMAT, grid.to_list()])
 
 
 def pools_of(depths: dict[int, int]) -> Form[RecordedText]:
@@ -265,7 +265,7 @@ def measured_costs(pair: Pair, args: PolicyTrainingConfig) -> CostTable:
         if not file.is_file():
             calibrate(pair.target, pair.head).save(file)
     table = CostTable.load(file)
-    table.check_here(pair.target, pair.head)
+    table.check_here(identity_of(pair.target, pair.head))
     return table if args.reward_includes_drafting else replace(table, draft={})
 
 
@@ -328,7 +328,7 @@ class PolicyData:
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
         """The outcome of every shape of `grid` at every position of the answers."""
         if name not in self._replays:
-            texts: list[ReplayText] = self._record(name, outcomes_for(grid))
+            texts: list[RankedText] = self._record(name, outcomes_for(grid))
             self._replays[name] = ReplayRollouts(OutcomeTable([text.outcomes(grid, self.costs) for text in texts]))
         return self._replays[name]
 

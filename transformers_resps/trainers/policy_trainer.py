@@ -27,7 +27,7 @@ from ..policies import (
     SavedPolicy,
     ThroughputPolicy,
 )
-from ..replay import Oracle, OutcomeTable, RecordedText, ReplayText, fitted_policy, replay_policy
+from ..replay import Oracle, OutcomeTable, RankedText, RecordedText, fitted_policy, replay_policy
 from ..telemetry.report import Timing
 from ..tree import TreeShape
 from .base import check_kinds, check_resumable, newest_checkpoint
@@ -68,7 +68,7 @@ def compare(
     """
     grid = ActionGrid.small().with_lookups(_LOOKUPS)
     found, tested = (
-        Oracle(OutcomeTable([ReplayText.from_recording(text).outcomes(grid, costs) for text in texts]))
+        Oracle(OutcomeTable([RankedText.from_recording(text).outcomes(grid, costs) for text in texts]))
         for texts in (searched, held_out)
     )
     learner = copy.deepcopy(policy)

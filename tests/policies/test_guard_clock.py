@@ -2,39 +2,36 @@
 
 import pytest
 
-from transformers_resps.policies.guard import GuardConfig, PlainChange, PlainClock
-
-
-CONFIG = GuardConfig()
+from transformers_resps.policies.guard import FAR_POSITIONS, MAX_TREES_BETWEEN, PLAIN_UP, PlainChange, PlainClock
 
 
 def test_the_first_time_is_taken_as_it_is() -> None:
-    clock = PlainClock(CONFIG)
+    clock = PlainClock()
     assert clock.time(0.5).change is PlainChange.FIRST and clock.seconds == 0.5
 
 
 def test_a_slow_moment_does_not_credit_trees_for_long() -> None:
     """Plain steps of 1, 1.3 for a while, then 1 again: two of them, and trees are credited as before."""
-    clock = PlainClock(CONFIG)
+    clock = PlainClock()
     for seconds in (1.0, *[1.3] * 8, 1.0, 1.0):
         clock.time(seconds)
     assert clock.seconds < 1.1
 
 
 def test_an_interruption_counts_as_half_a_step_more() -> None:
-    clock = PlainClock(CONFIG, 1.0)
+    clock = PlainClock(1.0)
     clock.time(50.0)
-    assert clock.seconds == pytest.approx(1.0 + CONFIG.plain_up * 0.5)
+    assert clock.seconds == pytest.approx(1.0 + PLAIN_UP * 0.5)
 
 
 def test_a_far_cheaper_step_replaces_what_was_known() -> None:
-    clock = PlainClock(CONFIG, 1.0)
+    clock = PlainClock(1.0)
     assert clock.time(0.5).change is PlainChange.CHEAPER and clock.seconds == 0.5
 
 
 def test_a_plain_step_is_due_after_many_trees_and_after_an_outdated_one() -> None:
-    clock = PlainClock(CONFIG, 1.0)
-    for _ in range(CONFIG.max_trees_between):
+    clock = PlainClock(1.0)
+    for _ in range(MAX_TREES_BETWEEN):
         assert not clock.is_due
         clock.count_tree(1.0)
     assert clock.is_due
@@ -44,9 +41,9 @@ def test_a_plain_step_is_due_after_many_trees_and_after_an_outdated_one() -> Non
     assert clock.is_due
 
 
-@pytest.mark.parametrize(("context", "is_due"), [(100 + CONFIG.far_positions, False), (2000, True)])
+@pytest.mark.parametrize(("context", "is_due"), [(100 + FAR_POSITIONS, False), (2000, True)])
 def test_a_call_with_a_far_longer_context_times_a_plain_step_again(context: int, is_due: bool) -> None:
-    clock = PlainClock(CONFIG)
+    clock = PlainClock()
     clock.begin_step(100)
     clock.time(1.0)
     clock.begin_call(context)
@@ -58,13 +55,13 @@ def test_a_call_with_a_far_longer_context_times_a_plain_step_again(context: int,
 
 
 def test_trees_of_the_same_call_were_credited_too_little_when_plain_steps_turn_out_slower() -> None:
-    clock = PlainClock(CONFIG, 1.0)
+    clock = PlainClock(1.0)
     clock.count_tree(3.0)
     assert clock.time(1.4).excess == pytest.approx(3.0 * 0.4)
 
 
 def test_what_an_earlier_call_gained_is_not_credited_again() -> None:
-    clock = PlainClock(CONFIG, 1.0)
+    clock = PlainClock(1.0)
     clock.count_tree(50.0)
     clock.begin_call(100)
     assert clock.time(1.4).excess == 0.0

@@ -1,33 +1,22 @@
-"""What the default policy and the guard make of a batch, whose rows have outcomes and prices of their own."""
+"""What the default policy makes of a batch, whose rows have outcomes of their own."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from tests.decoding.rows import prompts, speculate
+from tests.policies.rows import observation, record
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, attach
-from transformers_resps.policies import BaselineGuard, FixedPolicy, Observation, ThroughputPolicy
+from transformers_resps.policies import FixedPolicy, ThroughputPolicy
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 
 
-CHAIN = TreeShape(4, 3, 1)
 ONE = torch.ones(1, dtype=torch.long)  # the level of a pool's only node
-
-
-def observation(rows: int, step: int = 1) -> Observation:
-    return Observation(torch.zeros(rows, 4), 100 + step, step, 96, list)
-
-
-def record(nodes: int, emitted: tuple[int, ...], seconds: float, **more: Any) -> StepRecord:
-    shape = TreeShape.plain() if nodes == 1 else TreeShape(nodes, nodes - 1, 1)
-    accepted = RowCounts(max(count - 1, 0) for count in emitted)
-    return StepRecord(shape, nodes - 1, nodes, accepted, RowCounts(emitted), 0.0, seconds, seconds, **more)
 
 
 def test_every_row_of_a_ragged_batch_tells_how_much_the_head_drafted() -> None:
@@ -80,34 +69,6 @@ def test_the_more_rows_the_fewer_children() -> None:
     assert [policy.choose(observation(rows)).top_k for rows in (1, 2, 3, 4, 8)] == [4, 2, 1, 1, 1]
 
 
-def test_a_row_may_lag_behind_by_luck_before_it_counts_as_slower() -> None:
-    """Rows that take turns in being right gain one and a half tokens a step of one and a fifth of a plain step."""
-    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
-    drafted = []
-    for step in range(120):
-        shape = guard.choose(observation(4, step))
-        nodes = 1 if shape.is_plain else 2
-        drafted.append(nodes == 2)
-        lucky = step // 5 % 2  # five steps in a row
-        emitted = tuple(1 + (nodes == 2 and row % 2 == lucky) for row in range(4))
-        guard.observe(record(nodes, emitted, 1.0 if nodes == 1 else 1.2))
-    assert sum(drafted) > 110
-
-
-def test_the_next_batch_begins_with_what_steps_cost_before_rows_had_ended() -> None:
-    guard = BaselineGuard(FixedPolicy(CHAIN))
-    guard.choose(observation(4, 0))
-    guard.observe(record(1, (1,) * 4, 1.0))
-    guard.choose(observation(4, 1))
-    guard.observe(record(2, (2,) * 4, 1.5))
-    for step in range(2, 12):
-        guard.choose(observation(1, step))
-        guard.observe(record(2, (2, 0, 0, 0), 0.3))
-    assert guard._known.verify_seconds(2) < 0.5
-    guard.choose(observation(4, 0))
-    assert guard._known.verify_seconds(2) == 1.5 and guard._plain.seconds == 1.0
-
-
 def test_prices_are_read_anew_as_soon_as_a_tree_of_another_size_was_timed() -> None:
     """Guessed, eight nodes are cheap; the first tree of four shows what they are."""
     policy = ThroughputPolicy()
@@ -133,23 +94,3 @@ def test_what_a_node_is_worth_counts_most_in_the_row_that_lags_behind() -> None:
 
     assert nodes([4.5] + [0.5] * 7) == 2
     assert nodes([1.0] * 8) == nodes([0.1] + [7.9 / 7] * 7) == nodes([]) == 1
-
-
-@pytest.mark.parametrize(("rows", "drafts"), [(5, False), (4, True)])
-def test_what_was_too_dear_for_eight_rows_is_tried_again_for_half_of_them(rows: int, drafts: bool) -> None:
-    guard = BaselineGuard(FixedPolicy(TreeShape(2, 1, 1)))
-    guard._known.expect({1: 1.0, 2: 1.2}, 0.05)
-    written, step = 0, 0
-
-    def next_step(emitted: tuple[int, ...]) -> bool:
-        nonlocal step
-        step += 1
-        shape = guard.choose(observation(8, step))
-        guard.observe(record(1 if shape.is_plain else 2, emitted, 1.0 if shape.is_plain else 1.3))
-        return not shape.is_plain
-
-    while next_step((1,) * 8) or written < 2:
-        written += 1
-    assert not any(next_step((1,) * 8) for _ in range(3))
-    fewer = (1,) * rows + (0,) * (8 - rows)
-    assert any(next_step(fewer) for _ in range(3)) is drafts

@@ -122,7 +122,7 @@ def test_generate_refuses_a_policy_of_another_head_or_target(
         )
 
 
-def test_a_head_is_not_hashed_for_a_policy_that_belongs_to_nobody(
+def test_a_head_is_not_hashed_for_a_policy_without_an_identity(
     tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor]
 ) -> None:
     attach(tiny_target).generate(**prompt, assistant_model=tiny_head, policy="auto", max_new_tokens=2)

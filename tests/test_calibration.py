@@ -1,7 +1,6 @@
-"""Cost tables: planted costs are found, kept, and believed only where they were measured."""
+"""Planted costs are found, kept, and believed only where they were measured, on a machine called by its own name."""
 
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,15 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tests.conftest import FakeClock
+from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
-from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, CostTable, Range, calibrate
+from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate, device_name, identity_of, processor_name
 from transformers_resps.cli import main
 from transformers_resps.cli.calibrate import what_must_be_accepted
 from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.policies.costs import CostTable, Range
+from transformers_resps.verifying.hybrids import known_mixers
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_planted_costs_are_found(
     assert table.identity["attention"] == "sdpa"
     assert 0 < table.overhead < 1
     costs = table.running(400)
-    assert costs.step_seconds(1, 0) == pytest.approx(1.0 + table.overhead)
+    assert costs.step_seconds(TreeShape.plain(), 400) == pytest.approx(1.0 + table.overhead)
     assert costs.knows_plain and costs.verify_seconds(1) == 1.0 and costs.verify_seconds(8) == 11.0
 
 
@@ -80,16 +82,6 @@ def test_the_spread_of_the_repeats_is_kept(target: Any, tmp_path: Path) -> None:
         assert set(row.values()) == {1.25} and set(table.verify_range[context].values()) == {(1.125, 1.375)}
         assert table.plain[context] == 1.75 and table.plain_range[context] == (1.625, 1.875)
     assert CostTable.load(next(tmp_path.iterdir())) == table
-
-
-def test_a_table_without_ranges_is_still_read(tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps({"verify": {"9": {"1": 0.5}}, "draft": {}, "identity": {}}))
-    table = CostTable.load(path)
-    assert table.verify == {9: {1: 0.5}} and table.verify_range == {} and table.plain_range == {}
-    path.write_text(json.dumps({"verify": {"9": {"1": 0.5}}, "draft": {}, "identity": {}, "plain_range": {"9": [1]}}))
-    with pytest.raises(ValueError, match="Delete it and run"):
-        CostTable.load(path)
 
 
 def spreading(plain: Range, two: Range) -> CostTable:
@@ -146,65 +138,7 @@ def test_a_table_from_elsewhere_is_refused(target: Any, head: DraftHead, tmp_pat
     table = calibrate(target, head, folder=tmp_path)
     elsewhere = CostTable(table.verify, table.draft, table.identity | {"threads": 99, "dtype": "torch.int8"})
     with pytest.raises(ValueError, match=r"dtype 'torch.int8' \(here: 'torch.float64'\), threads 99"):
-        elsewhere.check_here(target, head)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{}",
-        "[]",
-        "not json",
-        "[" * 10**5,
-        '{"verify": {"9": {"1": 1e999}}, "draft": {}, "identity": {}}',
-        json.dumps({"verify": {"9": {"1": 0.0}}, "draft": {}, "identity": {}}),
-    ],
-)
-def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "table.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"Delete it and run|and run `calibrate"):
-        CostTable.load(path)
-
-
-def test_a_table_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(ValueError, match=r"cost table .* cannot be read .*Check the path"):
-            CostTable.load(path)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        ({"a": {1: 0.1}}, {}, {}),
-        ({128: None}, {}, {}),
-        ({128: {0: 0.1}}, {}, {}),
-        ({0: {1: 0.1}}, {}, {}),
-        ({-5: {1: 0.1}}, {}, {}),
-        ({128: {1: True}}, {}, {}),
-        ({128: {True: 0.1}}, {}, {}),
-        ({128: {1: "a"}}, {}, {}),
-        ({128: {1: 0.1}}, {0: 0.1}, {}),
-        ({128: {1: 0.1}}, None, {}),
-        (None, {}, {}),
-        ({128: {1: 0.1}}, {}, None),
-        ({128: {1: 0.1}}, {}, {}, float("inf")),
-        ({128: {1: 0.1}}, {}, {}, "a"),
-        ({128: {1: 0.1}}, {}, {}, -0.1),
-    ],
-    ids=str,
-)
-def test_a_table_of_other_things_than_sizes_and_seconds_is_refused(values: Any) -> None:
-    with pytest.raises(ValueError, match="sizes below 1 or costs that are no positive numbers.*Measure again with"):
-        CostTable(*values)
-
-
-def test_costs_that_fall_at_the_end_are_not_carried_on_below_the_last_one() -> None:
-    falling = {1: 0.02, 24: 0.052, 32: 0.05}
-    table = CostTable({128: falling, 768: falling | {32: 0.0499}}, {1: 0.003, 8: 0.002}, {})
-    assert table.verify_seconds(200, 128) == table.verify_seconds(32, 128) == 0.05
-    assert table.verify_seconds(32, 10**6) == 0.0499
-    assert table.draft_seconds(40, 5) == pytest.approx(5 * 0.002)
+        elsewhere.check_here(identity_of(target, head))
 
 
 @pytest.mark.parametrize("clock", [lambda: 7.0, lambda: -time.perf_counter()], ids=["still", "back"])
@@ -239,15 +173,47 @@ def test_targets_that_hold_no_tree_are_refused_before_they_are_measured(tmp_path
             calibrate(*pair, folder=tmp_path)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_costs_that_are_no_times_are_refused(seconds: float) -> None:
-    for verify, draft in (({9: {1: seconds}}, {}), ({9: {1: 1.0}}, {1: seconds})):
-        with pytest.raises(ValueError, match="costs that are no positive numbers.*Measure again with `calibrate"):
-            CostTable(verify, draft, {})
+CPUINFO = (
+    "processor\t: 0\ncpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t\t: 99\n"
+)
 
 
-def test_costs_that_are_not_monotone_stay_so() -> None:
-    table = CostTable({100: {1: 0.039, 2: 0.063, 8: 0.066, 32: 0.108}}, {1: 0.002, 4: 0.004}, {})
-    assert table.verify_seconds(2, 50) > 0.06 and table.verify_seconds(20, 50) == pytest.approx(0.087)
-    assert table.draft_seconds(2, 3) == pytest.approx(3 * (0.002 + 0.002 / 3))
-    assert torch.isfinite(torch.tensor(table.verify_seconds(200, 10**6)))
+def test_two_generations_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    names = []
+    for model in (1, 17):
+        (tmp_path / "cpuinfo").write_text(CPUINFO.format(model=model))
+        names.append(processor_name(tmp_path / "cpuinfo"))
+    assert names == ["AMD EPYC (family 25, model 1)", "AMD EPYC (family 25, model 17)"]
+
+
+def test_a_system_that_tells_less_still_has_a_name(tmp_path: Path) -> None:
+    assert processor_name(tmp_path / "missing")
+    (tmp_path / "cpuinfo").write_text("model name: Ash Tray 9\n")
+    assert processor_name(tmp_path / "cpuinfo") == "Ash Tray 9"
+
+
+def test_a_device_has_the_name_of_its_maker_or_else_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    assert device_name(torch.device("cuda", 1)) == "Card 1"
+    assert device_name(torch.device("mps")) == "mps"
+    assert torch.backends.cpu.get_cpu_capability() in device_name(torch.device("cpu"))
+
+
+@NEEDS_STATES
+def test_reading_the_accepted_tokens_again_is_in_the_price_of_a_tree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_clock: FakeClock
+) -> None:
+    target = recurrent("qwen3_next")[0].build()
+    mixers = known_mixers(target)
+    kind = type(next(iter(mixers.values())))
+    forward = kind.forward
+
+    def timed(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        fake_clock.advance(1.0)
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(kind, "forward", timed)
+    verify = calibrate(target, folder=tmp_path, clock=fake_clock).verify
+    for seconds in verify.values():
+        assert seconds[1] == len(mixers)
+        assert {seconds[nodes] for nodes in seconds if nodes > 2} == {2 * len(mixers)}

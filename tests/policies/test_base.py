@@ -35,6 +35,9 @@ def test_what_a_policy_tells_goes_through_every_wrapper() -> None:
     costs = RunningCosts()
     policy = BaselineGuard(Recorder(ThroughputPolicy(costs=costs, target={"vocab_size": 16})))
     assert not policy.needs_head and policy.probes_head and policy.costs is costs
+    changed = costs.rescaled(2.0)
+    policy.adopt_costs(changed)
+    assert policy.costs is changed
     assert policy.has_identity and policy.target_identity == {"vocab_size": 16}
     fixed = FixedPolicy(TreeShape(4, 2, 2))
     assert not BaselineGuard(fixed).uses_lookup and not BaselineGuard(fixed).needs_drafted_match

@@ -13,25 +13,25 @@ def step(*emitted: int) -> StepRecord:
 
 
 def test_one_row_advances_by_its_tokens() -> None:
-    progress = RowProgress(2.0)
+    progress = RowProgress()
     assert [progress.add(step(count)) for count in (1, 4, 2)] == [1, 4, 2]
 
 
 def test_a_lag_of_a_few_tokens_counts_as_bad_luck_and_more_as_slower() -> None:
-    progress = RowProgress(2.0)
+    progress = RowProgress()
     assert progress.add(step(1, 5)) == 3.0, "the mean"
     assert progress.add(step(1, 5)) == pytest.approx(1.0), "4 tokens: the slowest row's 2, and 2"
     assert progress.add(step(1, 5)) == pytest.approx(1.0)
 
 
 def test_finished_rows_do_not_count() -> None:
-    progress = RowProgress(2.0)
+    progress = RowProgress()
     progress.add(step(1, 1))
     assert progress.add(step(3, 0)) == 3 and progress.row_count == 2
 
 
 def test_a_new_call_starts_at_nothing() -> None:
-    progress = RowProgress(2.0)
+    progress = RowProgress()
     progress.add(step(1, 9))
     progress.begin_call()
     assert progress.row_count == 0 and progress.add(step(1, 1)) == 1

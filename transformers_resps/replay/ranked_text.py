@@ -31,17 +31,16 @@ _TENSORS = ("features", "ranks", "chain_ranks", "lookups", "proposed")
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayText:
-    """One recorded text, reduced to what gives the outcome of every shape at every position; made by `record_text`, or
-    of a recording by `from_recording`.
+class RankedText:
+    """A recorded text, reduced to what gives the outcome of every shape at every position; `record_ranks` makes one.
 
     Attributes:
         features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
         ranks: `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the rank of the text's own node of level l in a pool of
             d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
-        chain_ranks: the same of the looked-up continuation's nodes.
-        lookups: `[t]` tokens of the looked-up continuation that the text follows.
-        proposed: `[t]` tokens of that continuation: nodes to verify, followed or not.
+        chain_ranks: likewise of the looked-up continuation's nodes.
+        lookups: `[t]` looked-up tokens that the text follows.
+        proposed: `[t]` looked-up tokens, that is nodes to verify, followed or not.
         top_ks: the K values of `top_k` that were drafted.
         context_length: positions of the text before the first step.
         spare_room: how many more tokens the text could have had.
@@ -60,7 +59,7 @@ class ReplayText:
         return len(self.features)
 
     @classmethod
-    def from_recording(cls, text: RecordedText) -> "ReplayText":
+    def from_recording(cls, text: RecordedText) -> "RankedText":
         """Reduce a recording to what gives the outcome of every shape."""
         upcoming = text.upcoming(text.depth)
         chains, followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length, text.depth)
@@ -73,9 +72,6 @@ class ReplayText:
     def emitted(self, shape: TreeShape) -> Tensor:
         """Tokens `[t]` that a step of `shape` adds at each position, at most those that are left.
 
-        Args:
-            shape: a shape of the recorded grid.
-
         Raises:
             ValueError: the text was not recorded for such a shape.
         """
@@ -83,7 +79,7 @@ class ReplayText:
         if shape.asks_head and (shape.top_k not in self.top_ks or shape.depth > most_levels):
             raise ValueError(
                 f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and up to {most_levels} "
-                "levels. Record it again with `record_text(..., grid=...)` with a grid that has this shape."
+                "levels. Record it again with `record_ranks(..., grid=...)` with a grid that has this shape."
             )
         accepted = self.lookups.clamp(max=shape.lookup)
         if shape.asks_head:
@@ -102,15 +98,12 @@ class ReplayText:
         return kept.int().cumprod(-1).sum(-1)
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """The outcome of every action of `grid` at every position.
+        """Tokens and seconds of every action of `grid` at every position.
 
         Args:
             grid: shapes no deeper and with no other `top_k` than recorded.
-            costs: give the seconds of a step; asked once for every 16 positions of context. A shape pays for the
-                looked-up nodes that the head's tree does not hold already.
-
-        Returns:
-            Tokens and seconds of every action at every position.
+            costs: asked once for every 16 positions of context. A shape pays for the looked-up nodes that the head's
+                tree does not hold already.
         """
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
@@ -138,7 +131,7 @@ class ReplayText:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
 
     @classmethod
-    def load(cls, file: str | Path) -> "ReplayText":
+    def load(cls, file: str | Path) -> "RankedText":
         """Read what `save` wrote.
 
         Raises:
@@ -153,7 +146,7 @@ class ReplayText:
             )
 
 
-def record_text(
+def record_ranks(
     target: PreTrainedModel,
     head: DraftHead,
     input_ids: Tensor,
@@ -161,7 +154,7 @@ def record_text(
     *,
     grid: ActionGrid,
     spare_room: int = 0,
-) -> ReplayText:
+) -> RankedText:
     """Record one text for all shapes of a grid.
 
     Args:
@@ -172,9 +165,6 @@ def record_text(
         grid: the shapes to record for.
         spare_room: how many more tokens the output could have had: 0 if it ended at `max_length`.
 
-    Returns:
-        The recording, which gives the outcome of every shape of the grid.
-
     Raises:
         ValueError: the output has fewer than two tokens, or no shape of the grid uses the head.
     """
@@ -182,11 +172,11 @@ def record_text(
     depth = max((shape.depth for shape in asking), default=0)
     depths = {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
     recording = record_pools(target, head, input_ids, prompt_length, depths=depths, spare_room=spare_room)
-    return ReplayText.from_recording(recording)
+    return RankedText.from_recording(recording)
 
 
 def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
-    """Ranks of a path's nodes in pools cut to 1, 2, ... levels: `[r, D, D]`, see `ReplayText.ranks`.
+    """Ranks of a path's nodes in pools cut to 1, 2, ... levels: `[r, D, D]`, see `RankedText.ranks`.
 
     Args:
         pool: of r roots and D levels.
@@ -206,8 +196,8 @@ def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
 
 
 def _lookups(tokens: list[int], prompt_length: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At every position after the answer's first token: the first looked-up tokens `[t, depth]`, -1 after their end,
-    how many the text follows `[t]`, and how many there are `[t]`.
+    """At every position: the first looked-up tokens `[t, depth]`, -1 after their end; how many the text follows, and
+    how many there are, `[t]`.
     """
     lookup = Lookup()
     chains, followed, found = [], [], []
