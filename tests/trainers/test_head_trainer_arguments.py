@@ -60,9 +60,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, changes: dict[str, Any], m
 def test_a_model_where_a_head_belongs_is_named(tmp_path: Path) -> None:
     target, _ = fresh()
     target.save_pretrained(tmp_path / "target")
-    with pytest.raises(
-        ValueError, match=r"`model` is .*which holds no draft head.*with `DraftHeadTrainer\(None"
-    ):
+    with pytest.raises(ValueError, match=r"`model` is .*which holds no draft head.*with `DraftHeadTrainer\(None"):
         DraftHeadTrainer(str(tmp_path / "target"), config(tmp_path), texts(), target=target)
 
 

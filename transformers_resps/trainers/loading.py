@@ -208,4 +208,4 @@ class Pair:
                 f"There is no tokenizer where the target came from ({model.config.name_or_path or 'nowhere'}), but "
                 "prompts are text. Pass it as `processing_class`."
             )
-        return cls(model, head.eval(), reads)
+        return cls(model, head.eval(), reads)  # type: ignore[no-untyped-call]  # wrapped by Transformers

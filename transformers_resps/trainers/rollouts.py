@@ -75,11 +75,14 @@ class Rollouts(ABC):
 
     Attributes:
         knows_all_outcomes: whether decisions come with the outcome of every action.
-        best_fixed_rate: tokens per second that the best fixed shape attains on all texts; 0 if that is not known.
     """
 
     knows_all_outcomes = False
-    best_fixed_rate = 0.0
+
+    @property
+    def best_fixed_rate(self) -> float:
+        """Tokens per second that the best fixed shape attains on all texts; 0 if that is not known."""
+        return 0.0
 
     @abstractmethod
     def __len__(self) -> int:
@@ -130,7 +133,7 @@ class ReplayRollouts(Rollouts):
         return len(self.table)
 
     @property
-    def best_fixed_rate(self) -> float:  # type: ignore[override]  # computed when it is first needed
+    def best_fixed_rate(self) -> float:
         return self.oracle.best_fixed_rate
 
     def collect(
