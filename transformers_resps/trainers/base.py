@@ -276,18 +276,10 @@ def push_folder(
     card: str | None = None,
     **where: Any,
 ) -> str:
-    """Upload files of a head's or policy's folder to the repository that `args` name, in one commit.
+    """Upload a head's or policy's folder, or `files` of it, in one commit, and return its address.
 
-    Args:
-        folder: of the product.
-        args: of the training.
-        message: subject of the commit.
-        files: `None` for all in the folder.
-        card: for a repository and a folder that have none.
-        where: `token`, `revision` and `private`, if other than those of `args`.
-
-    Returns:
-        The address of the commit.
+    `args` name the repository, unless `where` has another `token`, `revision` or `private`. `card` is for a repository
+    and a folder that have none.
 
     Raises:
         OSError: as `ArtefactTrainer.push_to_hub`.

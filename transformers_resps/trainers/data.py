@@ -65,11 +65,6 @@ _COUNTED_TEXTS = 4096  # of a dataset that is streamed
 class HeadTexts:
     """Prepares datasets for one target, and makes batches of a token budget of them.
 
-    Args:
-        target: the model that the texts are for.
-        processing_class: its tokenizer; `None` for the one that lies where the target came from.
-        args: `max_length`, how to tokenize, how large batches are and who loads them.
-
     Attributes:
         tokenizer: the target's; `None` where there is none, which is enough for texts that are token ids.
 
@@ -165,22 +160,17 @@ class PolicyPrompts:
     """Distinct prompts, in the order of their dataset.
 
     Attributes:
-        tokens: `[s]` each.
+        tokens: a hash of each prompt -> its token ids `[s]`.
         first_questions: what the first user turns say, by which a benchmark recognises them.
     """
 
-    tokens: list[Tensor]
+    tokens: dict[str, Tensor]
     first_questions: set[str]
-
-    @property
-    def names(self) -> list[str]:
-        """A hash of each prompt."""
-        return list(map(name_of, self.tokens))
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return max(map(len, self.tokens))
+        return max(map(len, self.tokens.values()))
 
     @classmethod
     def of(cls, dataset: Any, name: str, tokenizer: Any) -> "PolicyPrompts":
@@ -200,27 +190,16 @@ class PolicyPrompts:
                 f"`{name}` has the columns {sorted(dataset.column_names)}, but needs `prompt` or `messages`. Rename "
                 "one with `dataset.rename_column`."
             )
-        found: dict[str, Tensor] = {}
-        questions = set()
+        found = cls({}, set())
         column = "prompt" if "prompt" in dataset.column_names else "messages"
         for number, row in enumerate(dataset):
             try:
                 tokens, question = _read_prompt(row[column], column, tokenizer)
             except ValueError as error:
                 raise ValueError(f"Row {number} of `{name}` {error}") from None
-            found[name_of(tokens)] = tokens
-            questions.add(question)
-        return cls(list(found.values()), questions)
-
-    def check_context(self, target: PreTrainedModel, max_completion_length: int, name: str) -> None:
-        """Check that the longest prompt leaves room for its answer."""
-        context = context_of(target)
-        if self.longest + max_completion_length > context:
-            raise ValueError(
-                f"The longest prompt of `{name}` has {self.longest} tokens and its answer up to "
-                f"{max_completion_length}, but the target reads at most {context} tokens. Leave longer prompts out, "
-                "or lower `max_completion_length`."
-            )
+            found.tokens[name_of(tokens)] = tokens
+            found.first_questions.add(question)
+        return found
 
 
 def _read_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
@@ -281,14 +260,9 @@ def pools_of(depths: dict[int, int]) -> Form[RecordedText]:
 
 @dataclass
 class Recorder(Generic[Recorded]):
-    """Lets the target answer prompts, and records the answers in a folder; those that are there are used again.
+    """Lets an attached target answer prompts, and records each answer in a file of `folder`, or uses the one there.
 
-    Args:
-        target: attached.
-        head: drafts.
-        form: what is kept.
-        folder: one file for each answer.
-        generation: passed to `generate`, with `max_new_tokens`; JSON values.
+    `generation` is passed to `generate`: JSON values, with `max_new_tokens`.
     """
 
     target: Any
@@ -359,35 +333,31 @@ class PolicyData:
     Args:
         pair: answers, and is measured.
         args: where and how.
+        datasets: `train_dataset` and `eval_dataset`, each may be `None`.
 
     Attributes:
         prompts: name of a dataset -> its prompts.
     """
 
-    def __init__(self, pair: Pair, args: PolicyTrainingConfig) -> None:
+    def __init__(self, pair: Pair, args: PolicyTrainingConfig, **datasets: Any) -> None:
         self.pair, self.prompts = pair, dict[str, PolicyPrompts]()
         self._args = args
         self._folder = Path(str(args.output_dir))
         self._generation = {"max_new_tokens": args.max_completion_length, **sampling(args.temperature)}
         self._replays: dict[str, ReplayRollouts] = {}
-
-    @classmethod
-    def of(cls, pair: Pair, args: PolicyTrainingConfig, datasets: dict[str, Any]) -> "PolicyData":
-        """With each of `datasets` that is not `None`, by its name."""
-        data = cls(pair, args)
         for name, dataset in datasets.items():
             if dataset is not None:
-                data.add(name, dataset)
-        return data
+                self.add(name, dataset)
 
     def add(self, name: str, dataset: Any) -> None:
-        """Read a dataset, in place of one of the same name.
-
-        Raises:
-            ValueError: it is no dataset of prompts, or one is too long for the target.
-        """
+        """Read a dataset, in place of one of the same name."""
         prompts = PolicyPrompts.of(dataset, name, self.pair.tokenizer)
-        prompts.check_context(self.pair.target, self._args.max_completion_length, name)
+        answer, context = self._args.max_completion_length, context_of(self.pair.target)
+        if prompts.longest + answer > context:
+            raise ValueError(
+                f"The longest prompt of `{name}` has {prompts.longest} tokens and its answer up to {answer}, but the "
+                f"target reads at most {context} tokens. Leave longer prompts out, or lower `max_completion_length`."
+            )
         self.prompts[name] = prompts
         self._replays.pop(name, None)
 
@@ -416,7 +386,7 @@ class PolicyData:
     @property
     def usual_context(self) -> int:
         """Positions in the middle of the answer to a prompt of middle length."""
-        lengths = sorted(len(tokens) for prompts in self.prompts.values() for tokens in prompts.tokens)
+        lengths = sorted(len(tokens) for prompts in self.prompts.values() for tokens in prompts.tokens.values())
         return lengths[len(lengths) // 2] + self._args.max_completion_length // 2 if lengths else _USUAL_CONTEXT
 
     def first_questions(self, *names: str) -> set[str]:
@@ -426,28 +396,29 @@ class PolicyData:
     def learned(self, name: str) -> int:
         """How many prompts of a dataset are in `train_dataset`, too."""
         learned = self.prompts.get("train_dataset")
-        return 0 if learned is None else len({*self.prompts[name].names} & {*learned.names})
+        return 0 if learned is None else len(self.prompts[name].tokens.keys() & learned.tokens.keys())
 
     def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
         """The outcome of every shape of `grid` at every position of the answers."""
         if name not in self._replays:
-            texts = self._record(name, outcomes_for(grid))
+            texts = self.record(name, outcomes_for(grid))
             self._replays[name] = ReplayRollouts(OutcomeTable([text.outcomes(grid, self.costs) for text in texts]))
         return self._replays[name]
 
-    def texts(self, name: str, depths: dict[int, int]) -> list[RecordedText]:
-        """The answers with the pools of `depths`."""
-        return self._record(name, pools_of(depths))
-
-    def _record(self, name: str, form: Form[Recorded]) -> list[Recorded]:
+    def record(self, name: str, form: Form[Recorded]) -> list[Recorded]:
+        """The answers to the prompts of a dataset."""
         recorder = Recorder(self.pair.target, self.pair.head, form, self._folder / "replay", self._generation)
-        return recorder.record(self.prompts[name].tokens, name)
+        return recorder.record(list(self.prompts[name].tokens.values()), name)
 
     def live(self) -> LiveRollouts:
         """Decoding of the training prompts."""
         prompts, includes = self.prompts["train_dataset"], self._args.reward_includes_drafting
         return LiveRollouts(
-            self.pair.target, self.pair.head, prompts.tokens, includes_drafting=includes, **self._generation
+            self.pair.target,
+            self.pair.head,
+            list(prompts.tokens.values()),
+            includes_drafting=includes,
+            **self._generation,
         )
 
     def facts(self, grid: ActionGrid) -> dict[str, str]:
@@ -457,7 +428,7 @@ class PolicyData:
         return {
             "target": parameter_fingerprint(self.pair.target),
             "head": self.pair.head.fingerprint(),
-            "prompts": digest([prompts.names for prompts in self.prompts.values()]),
+            "prompts": digest([list(prompts.tokens) for prompts in self.prompts.values()]),
             "shapes": digest(grid.to_list()),
             "costs": digest(seconds),
         }

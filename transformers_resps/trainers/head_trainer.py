@@ -367,11 +367,7 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
 
 
 def freeze_output_head(head: DraftHead, is_frozen: bool) -> None:
-    """Freeze the output rows of a head, or leave them to be trained.
-
-    Raises:
-        ValueError: they cannot be frozen, or cannot be trained.
-    """
+    """Freeze the output rows of a head, or leave them to be trained."""
     config: DraftHeadConfig = head.config
     if not (config.owns_output_head or is_frozen):
         raise ValueError(
@@ -450,11 +446,7 @@ class LevelMeter:
         self._tokens += tokens
 
     def read(self, over_processes: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[dict[str, float], int]:
-        """`loss_1`, `accuracy_1`, `accuracy_2`, ... for levels counted from 1, and the tokens of all batches.
-
-        Args:
-            over_processes: adds up a tensor over all processes.
-        """
+        """`loss_1`, `accuracy_1`, `accuracy_2`, ... for levels counted from 1, and the tokens of all batches."""
         everything = over_processes(torch.cat([self._sums.flatten(), torch.tensor([float(self._tokens)])]))
         losses, hits, predicted = everything[:-1].view_as(self._sums)
         agreement = (hits / predicted.clamp(min=1)).tolist()

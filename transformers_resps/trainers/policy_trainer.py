@@ -39,7 +39,7 @@ from .base import (
     newest_checkpoint,
     write_whole,
 )
-from .data import PolicyData
+from .data import PolicyData, pools_of
 from .loading import Pair, default_folder
 from .policy_config import PolicyTrainingConfig
 from .ppo import RewardFunc, Update, reward_func_of, seeded
@@ -174,9 +174,7 @@ class RolloutTrainer(ArtefactTrainer):
         return self.compared_on(held_out, training if isinstance(training, ReplayRollouts) else held_out)
 
     def compared_on(self, held_out: ReplayRollouts, searched: ReplayRollouts) -> "PolicyComparison":
-        """Decide on held-out texts with the persistence and sampling of `policy.config`, side by side with the fixed
-        shape that is fastest on the texts `searched`.
-        """
+        """Decide on held-out texts as in use, beside the fixed shape that is fastest on the texts `searched`."""
         texts, use = torch.arange(len(held_out)), self.policy.config
         generator = seeded(self.args.seed, 0, 0) if use.sample else None
         decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
@@ -277,7 +275,7 @@ class PolicyTrainer(RolloutTrainer):
                 f"`model` is a {type(policy).__name__}, but must be a `ReSpSPolicy`, or the folder or Hub id of one. "
                 "Pass 'resps' for a new one."
             )
-        self.data = PolicyData.of(Pair.of(target, head, processing_class, args), args, given)
+        self.data = PolicyData(Pair.of(target, head, processing_class, args), args, **given)
         if policy is None:
             policy = new_resps_policy(self.data.pair, args, self.data.costs, self.data.usual_context)
         policy.check_identity(**self.data.pair.identity)
@@ -367,30 +365,31 @@ def fit_policy(
     check_kind("model", given, ThroughputPolicy)
     sizes = given.to_config()
     datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    data = PolicyData.of(Pair.of(target, head, processing_class, args), args, datasets)
+    data = PolicyData(Pair.of(target, head, processing_class, args), args, **datasets)
     data.check_given("train_dataset", "fitting")
     given.check_identity(**data.pair.identity)
     if args.push_to_hub and args.should_save:
         make_unmeasured_repository(args)  # a refusal costs no work
 
     # What the policy and the fixed trees ask for that it is compared with
-    depths = dict.fromkeys(sorted({*_TOP_KS, sizes["top_k"]}), max(_DEPTH, sizes["depth"]))
-    texts = data.texts("train_dataset", depths)
+    form = pools_of(dict.fromkeys(sorted({*_TOP_KS, sizes["top_k"]}), max(_DEPTH, sizes["depth"])))
+    texts = data.record("train_dataset", form)
     kept = {name: sizes[name] for name in ("depth", "top_k", "most_nodes")}
     policy = BaselineGuard(fitted_policy(texts, **kept, **data.pair.identity))
     comparison = None
     if eval_dataset is not None:
-        comparison = compare(policy, texts, data.texts("eval_dataset", depths), data.costs)
+        comparison = compare(policy, texts, data.record("eval_dataset", form), data.costs)
         comparison = replace(comparison, learned_prompts=data.learned("eval_dataset"))
 
     def write(folder: Path) -> None:
         policy.save_pretrained(folder)
         write_training_prompts(folder, data.first_questions("train_dataset"))
         if comparison is not None:
-            comparison.warn()
             comparison.save(folder)
 
     if args.should_save:
+        if comparison is not None:
+            comparison.warn()
         write_whole(Path(str(args.output_dir)) / "policy", write)
     return policy
 

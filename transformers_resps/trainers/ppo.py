@@ -139,16 +139,10 @@ def reward_func_of(given: str | RewardFunc) -> RewardFunc:
 
 
 def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
-    """What outcomes are worth: fp64 of their shape.
-
-    Args:
-        func: called with `emitted`, `seconds` and `mean_rates` of `outcomes`, and the other two.
-        outcomes: `[n]` of the actions taken, or `[n, a]` of every action.
-        rate: tokens per second of the policy.
-        persistence: steps that an action is held.
+    """What outcomes are worth: fp64 of their shape, `[n]` of the actions taken or `[n, a]` of every action.
 
     Raises:
-        ValueError: it returned something else.
+        ValueError: `func` returned something else.
     """
     given = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
     rewards: Any = func(**given, rate=rate, persistence=persistence)

@@ -208,12 +208,8 @@ class DecisionRecorder(Policy):
     """Decides with a policy's network, holds each decision, and credits every step to the decision that shaped it.
 
     The reference code of Re-SpS credits a step to the next decision, and adds an observation of zeros once per text.
-    Here `observe` follows the step that `choose` shaped, so neither can happen.
-
-    Args:
-        policy: its network decides.
-        persistence: steps that a decision is held.
-        generator: draws the actions; `None` takes the likeliest.
+    Here `observe` follows the step that `choose` shaped, so neither can happen. Without a generator the likeliest
+    actions are taken.
     """
 
     def __init__(self, policy: ReSpSPolicy, persistence: int, generator: torch.Generator | None) -> None:

@@ -89,14 +89,7 @@ def drafted_steps(bound: BoundHead, text: dict[str, Tensor], shape: TreeShape) -
 def print_drafts(
     bound: BoundHead, texts: Sequence[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase, step: int
 ) -> None:
-    """Print prompt, output, drafts and tau of each text, as TRL prints completions.
-
-    Args:
-        bound: the head with what it borrows from its target.
-        texts: see `simulated_tau`.
-        tokenizer: the target's.
-        step: of the training.
-    """
+    """Print prompt, output, drafts and tau of each text, as TRL prints completions; see `simulated_tau`."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
