@@ -12,7 +12,7 @@ from peft import LoraConfig
 from tests.targets import Architecture
 from tests.tokenizers import templated, turns
 from tests.trainers.heads import bits, config, fresh, texts
-from tests.trainers.test_resuming import Stop
+from tests.trainers.test_head_trainer_resuming import Stop
 from transformers_resps import DraftHead
 from transformers_resps.data import prompt_fingerprint, read_training_prompts, write_training_prompts
 from transformers_resps.trainers import DraftHeadTrainer
@@ -26,7 +26,7 @@ def streamed(count: int = 40) -> Any:
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plain case is in test_resuming.py."""
+    """The plain case is in test_head_trainer_resuming.py."""
     monkeypatch.setattr("transformers_resps.data.batches._STREAM_BUFFER", 16)
     given: dict[str, Any] = {"train_dataset": streamed() if kind == "streamed" else texts()}
     lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])

@@ -14,7 +14,7 @@ from tests.trainers.policies import FEATURES, GRID, config, policy, task
 from transformers_resps.policies import AutoPolicy, ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay import OutcomeTable, TextOutcomes
 from transformers_resps.trainers.policy_config import PolicyTrainingConfig
-from transformers_resps.trainers.rollout_trainer import RolloutTrainer
+from transformers_resps.trainers.policy_trainer import RolloutTrainer
 from transformers_resps.trainers.rollouts import ReplayRollouts
 
 
@@ -138,7 +138,7 @@ def test_planted_costs_on_replayed_texts_are_obeyed(
 def test_training_goes_on_with_a_single_replayed_text(tmp_path: Path) -> None:
     trainer = RolloutTrainer(policy(), config(tmp_path, max_steps=16, objective="ppo"), task(1, seed=0))
     trainer.train()
-    assert all(weight.isfinite().all() for weight in trainer.actor.network.parameters())
+    assert all(weight.isfinite().all() for weight in trainer.policy.network.parameters())
 
 
 def test_bad_input_is_refused_by_name(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_bad_input_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"width 12 and 3 actions, but the policy reads width 9 and has 3.*Record"):
         learner = ReSpSPolicy(ReSpSConfig(9, GRID))
         RolloutTrainer(learner, config(tmp_path), task(1, 0)).train()
-    with pytest.raises(ValueError, match="no `eval_dataset`.*held-out"):
+    with pytest.raises(ValueError, match="`eval_dataset` is missing.*held-out"):
         RolloutTrainer(policy(), config(tmp_path), task(1, 0)).evaluate()
     features, ones = torch.zeros(4, 2), torch.ones(4, 3, dtype=torch.long)
     for seconds in (0.0, -1.0, math.inf, math.nan):

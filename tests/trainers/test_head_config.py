@@ -3,8 +3,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainers.heads import bits, config, fresh, texts
-from tests.trainers.test_resuming import Stop
-from transformers_resps.trainers import DraftHeadTrainer
+from tests.trainers.test_head_trainer_resuming import Stop
+from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
 from transformers_resps.trainers import head_config as precision
 from transformers_resps.trainers.head_config import prefers_bf16
 
@@ -93,3 +93,48 @@ def test_a_run_in_bf16_keeps_fp32_weights_and_resumes_bit_for_bit(tmp_path):
     assert {value.dtype for name, value in kept.items() if name != "d2t"} == {torch.float32}
     states = trainer.optimizer.state_dict()["state"].values()
     assert {value.dtype for state in states for value in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("setting", "needed"),
+    [
+        ({"ttt_steps": 0}, "`ttt_steps` is 0, but it must be a whole number from 1"),
+        ({"ttt_steps": 2.5}, "`ttt_steps` is 2.5, but it must be a whole number from 1"),
+        ({"tokens_per_batch": 1}, "`tokens_per_batch` is 1, but it must be a whole number from 2"),
+        ({"loss_chunk_size": 0}, "`loss_chunk_size` is 0, but it must be a whole number from 1"),
+        ({"draft_vocab_size": -1}, "`draft_vocab_size` is -1, but it must be a whole number from 0"),
+        ({"tau_texts": -1}, "`tau_texts` is -1, but it must be a whole number from 0"),
+        ({"num_drafts_to_print": 0}, "`num_drafts_to_print` is 0, but it must be a whole number from 1"),
+        ({"max_length": 2}, "`max_length` is 2, but it must be a whole number from 3 or None"),
+        ({"dataset_num_proc": 0}, "`dataset_num_proc` is 0, but it must be a whole number from 1 or None"),
+        ({"ttt_step_decay": 0.0}, "`ttt_step_decay` is 0.0, but it must be above 0 and at most 1"),
+        ({"model_init_kwargs": "default_tree"}, "`model_init_kwargs` is 'default_tree', but it must be a dict"),
+        ({"model_init_kwargs": {"draft_vocab_size": 9}}, "must be without `draft_vocab_size`, a setting of its own"),
+        ({"target_init_kwargs": ["bf16"]}, r"`target_init_kwargs` is \['bf16'\], but it must be a dict or None"),
+        ({"optim": "nothing"}, "nothing"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tmp_path, setting, needed):
+    with pytest.raises(ValueError, match=needed):
+        config(tmp_path, **setting)
+
+
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "per_device_eval_batch_size"])
+def test_the_size_of_a_batch_is_set_in_one_place(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`{name}` is 4, but it must be left out: `tokens_per_batch`"):
+        config(tmp_path, **{name: 4})
+
+
+def test_bf16_is_one_flag_on_a_machine_without_an_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert DraftHeadTrainingConfig(str(tmp_path), bf16=True).bf16
+    for is_faster in (True, False):
+        monkeypatch.setattr("transformers_resps.trainers.head_config.prefers_bf16", lambda use_cpu, it=is_faster: it)
+        assert DraftHeadTrainingConfig(str(tmp_path)).bf16 is is_faster
+
+
+def test_settings_survive_a_copy(tmp_path):
+    """As `dataclasses.replace`, or the checkpoint's copy."""
+    before = config(tmp_path, model_init_kwargs={"fc_norm": False})
+    again = DraftHeadTrainingConfig(**before.to_dict())
+    assert again.to_dict() == before.to_dict() and again.optim == "muon"

@@ -1,4 +1,4 @@
-"""The table of sample drafts."""
+"""Simulated tau, and the table of sample drafts."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,38 @@ import pytest
 import torch
 from datasets import Dataset
 
+from tests.conftest import build_target
 from tests.targets import Architecture
 from tests.tokenizers import templated, turns
 from tests.trainers.heads import config
-from transformers_resps import DraftHead, TreeShape
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.heads import BoundHead
 from transformers_resps.trainers import DraftHeadTrainer, FrozenTarget, simulated_tau
-from transformers_resps.trainers.head_trainer import drafted_steps
+from transformers_resps.trainers.tau import drafted_steps
+
+
+def test_simulated_tau_is_that_of_decoding(prompt):
+    """The engine writes a text with the head; the simulation, given the text, must count the same steps."""
+    target = attach(build_target(initializer_range=0.3, eos_token_id=None))
+    torch.manual_seed(0)
+    head = DraftHead.from_target(target, draft_vocab_size=64).eval()
+    shape = TreeShape(8, 3, 3)
+    out = target.generate(
+        **prompt,
+        assistant_model=head,
+        policy=FixedPolicy(shape),
+        max_new_tokens=60,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    read = FrozenTarget(target, head.config.feature_layers).read(out.sequences)
+    tokens = out.sequences[0]
+    is_answer = torch.arange(len(tokens)) >= prompt["input_ids"].shape[1]
+    text = {"input_ids": tokens, "loss_mask": is_answer, "features": read.features[0]}
+    steps = [int(step.emitted) for step in out.speculation.steps]
+    assert max(steps) > 1, "the head must guess something for this to mean anything"
+    tau = simulated_tau(BoundHead(head, target), [text], shape)
+    assert tau == pytest.approx(sum(steps) / len(steps), rel=0.05), steps
 
 
 def pair() -> tuple[Any, DraftHead]:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.targets import Architecture
 from transformers_resps import DraftHead, attach
 from transformers_resps.policies import ActionGrid
-from transformers_resps.trainers import policy_data as recording
-from transformers_resps.trainers.policy_data import Form, Recorder, outcomes_for, pools_of
+from transformers_resps.trainers import data
+from transformers_resps.trainers.data import Form, Recorder, outcomes_for, pools_of
 
 
 GENERATION = {"max_new_tokens": 8, "do_sample": False}
@@ -60,7 +60,7 @@ def test_a_recording_belongs_to_the_weights_the_shapes_the_settings_and_the_form
     target.config.name_or_path = "elsewhere"
     assert record(small) == set()
     assert len(record(small, max_new_tokens=9)) == len(record(pools_of({2: 3}))) == 2
-    monkeypatch.setattr(recording, "FORMAT", recording.FORMAT + 1)
+    monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
     for file in tmp_path.iterdir():
         file.write_bytes(b"as another release wrote them")
     assert len(record(outcomes_for(ActionGrid.small()))) == 2

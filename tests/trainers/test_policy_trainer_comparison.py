@@ -3,7 +3,7 @@
 import pytest
 
 from transformers_resps.telemetry.report import Timing
-from transformers_resps.trainers.rollout_trainer import PolicyComparison
+from transformers_resps.trainers.policy_trainer import PolicyComparison
 
 
 def compared(seconds: list[float], texts: int = 12, actions: int = 3) -> PolicyComparison:
