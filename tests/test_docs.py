@@ -12,8 +12,9 @@ from shutil import copytree
 import pytest
 import torch
 
-from transformers_resps import DraftHead, FixedPolicy, TreeShape, cli
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
+from transformers_resps.tools import cli
 
 from .hub import rehearse
 from .targets import Architecture
@@ -113,13 +114,15 @@ def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.Mo
     match words:
         case ["resps", *arguments]:
             assert cli.main([*arguments, *quickly]) in (0, 1)  # 1: looked, and did not like the random head
-        case ["python", "-m", "transformers_resps.bench", *arguments]:
-            assert cli.main(["bench", *arguments, *shlex.split(QUICKLY["resps bench"])]) in (0, 1)
         case ["python", "-m", "tests.hub.rehearse", *command]:
             assert rehearse.main(command) in (0, 1)  # 1: of other weights than its results
         case ["python", script, "--help"]:
             monkeypatch.setattr(sys, "argv", [script, "--help"])
             with pytest.raises(SystemExit, match="0"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        case ["python", "training/benchmark.py" as script, *arguments]:
+            monkeypatch.setattr(sys, "argv", [script, *arguments, *shlex.split(QUICKLY["resps bench"])])
+            with pytest.raises(SystemExit, match="[01]"):
                 runpy.run_path(str(ROOT / script), run_name="__main__")
         case ["python", "training/publish.py" as script, *arguments]:  # offline: it looks, and says what is missing
             dry = [] if "--render" in arguments else ["--dry-run"]

@@ -131,7 +131,7 @@ def test_a_gpu_is_tested_and_measured_with_a_results_file_for_each_measurement(c
     tests, engine, target, bench = calls(clone)[-4:]
     assert tests == "-m pytest -m gpu tests" and target == "-m examples.demo.target"
     assert engine.startswith("-m training.studies.engine_speed --device cuda --shape 1b 8b --tau 2 3 4")
-    assert bench.startswith("-m transformers_resps.bench") and "--compile --output results/gpu/smollm2" in bench
+    assert bench.startswith("training/benchmark.py ") and "--compile --output results/gpu/smollm2" in bench
 
 
 def test_a_user_who_may_not_install_a_browser_is_told_which_tests_are_skipped(clone: Path) -> None:

@@ -14,9 +14,8 @@ from tests.conftest import FakeClock
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, CostTable, Range, calibrate
-from transformers_resps.cli import main
-from transformers_resps.cli.calibrate import what_must_be_accepted
 from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.tools.cli import main, what_must_be_accepted
 
 
 @pytest.fixture(scope="module")
