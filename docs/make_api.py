@@ -11,13 +11,14 @@ from transformers import Trainer, TrainingArguments
 
 import transformers_resps
 from transformers_resps import trainers
+from transformers_resps.trainers.base import ArtefactTrainer
 
 
 PAGE = Path(__file__).with_name("api.md")
 OPENING = """# API reference
 
 Every public name, from its docstring; written by `make docs`, so edit the docstrings. Shapes: `b` rows, `t` positions,
-`h` hidden size, `n` nodes, `d` draft vocabulary; the whole legend is in `transformers_resps/tree/__init__.py`.
+`h` hidden size, `n` nodes, `d` draft vocabulary; the whole legend is in `transformers_resps/tree.py`.
 """
 TRAINERS = """## Trainers
 
@@ -44,7 +45,7 @@ def render() -> str:
     parts = [render_object_docs(package[name].final_target, config) for name in transformers_resps.__all__]
     parts.append(TRAINERS)
     for name in ["ArtefactTrainer", *trainers.__all__]:
-        kind: Any = getattr(trainers, name, trainers.artefact_trainer.ArtefactTrainer)
+        kind: Any = getattr(trainers, name, ArtefactTrainer)
         documented: Any = package[f"{kind.__module__.removeprefix('transformers_resps.')}.{name}"]
         for hook in HOOKS.intersection(documented.members):
             del documented.members[hook]

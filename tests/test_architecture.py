@@ -96,6 +96,19 @@ def test_only_what_faces_a_terminal_prints() -> None:
             assert not is_print, f"{named(file)}, line {node.lineno}: log instead"
 
 
+def test_no_message_names_a_script_that_the_wheel_lacks() -> None:
+    """The docstring of a config may cite a recipe, which is a source and no way out."""
+    for file in FILES:
+        docstrings = {
+            ast.get_docstring(node, clean=False)
+            for node in nodes_of(file)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        }
+        for node in nodes_of(file):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in docstrings:
+                assert "training/" not in node.value, f"{named(file)}, line {node.lineno}: {node.value}"
+
+
 def test_no_except_swallows_everything() -> None:
     for file in FILES:
         for node in nodes_of(file):

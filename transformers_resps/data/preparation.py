@@ -138,7 +138,7 @@ def column_kind(columns: Iterable[str], name: str) -> str:
     if "prompt" in found and "completion" not in found and not found & {"input_ids", "messages"}:
         raise ValueError(
             f"`{name}` has the column `prompt` without `completion`, but a head learns from answers. Let the target "
-            "write them (training/generate_dataset.py)."
+            "write them with `generate`."
         )
     for kind in ("input_ids", "messages", "prompt", "text"):
         if kind in found:
@@ -334,8 +334,8 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
     if not len(prepared):
         raise ValueError(
             f"None of the {rows} rows of `{name}` has an assistant turn, or a completion, that begins within "
-            f"`max_length={max_length}` tokens. Pass texts with answers (training/generate_dataset.py makes them), or "
-            "raise `max_length`."
+            f"`max_length={max_length}` tokens. Pass texts with answers, or raise "
+            "`max_length`."
         )
     if dropped := rows - len(prepared):
         logger.warning(

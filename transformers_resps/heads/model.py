@@ -489,7 +489,7 @@ class DraftHead(PublishableHead):
             raise ValueError(
                 f"This head was made for {ours.get('name_or_path') or 'another target'}, not for "
                 f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
-                "belongs to this target, or train one with training/train_head.py."
+                "belongs to this target, or train one with `DraftHeadTrainer`."
             )
 
 

@@ -179,9 +179,8 @@ def _prepared(destination: Destination, existing: Existing, sleep: Callable[[flo
     if refused := sorted(_names(before).intersection(existing.refuse)):
         named = " and ".join(refused)
         raise FileExistsError(
-            f"{made.repo_id} holds {named} of other weights, which would seem to describe the new ones. Publish with "
-            f"training/publish.py, push to another repository, or first delete {named} there and what its card says "
-            "of them."
+            f"{made.repo_id} holds {named} of other weights, which would seem to describe the new ones. Push to "
+            f"another repository, or first delete {named} there and what its card says of them."
         )
     return before
 

@@ -77,28 +77,12 @@ _ADVICE_CONTEXT = 128  # positions
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The settings of one benchmark. `resps bench` has an option for each, with the same default.
+    """The settings of one benchmark, as `resps bench --help` describes them.
 
     Attributes:
-        target: folder or Hub id of the target.
-        head: folder or Hub id of a draft head for it.
-        datasets: files or Hub ids whose prompts are answered.
-        policies: "auto", folders or Hub ids.
-        methods: of `choices`; `None` for all.
-        shapes: more fixed trees.
-        draft_model: folder or Hub id of a small model for Transformers' assisted generation.
-        split: of datasets from the Hub.
-        limit: prompts per dataset, spread evenly over it.
-        temperatures: at which every prompt is answered; 0 is greedy.
-        max_new_tokens: of an answer.
-        repeats: of everything.
-        dtype: of the target; `None` for float32 on a CPU, and elsewhere the target's own.
-        device: that everything runs on.
-        compile: decode with every tree and policy once more, compiled; plain decoding is compiled anyway.
-        pack: prepack the target's weights, for every method.
-        threads: of the CPU; `None` leaves them to torch.
-        accept_noise: measure on a busy machine too; the results say so.
-        output: folder for the results and the table.
+        choices: what `methods` takes, and in words.
+        methods: `None` for all choices.
+        dtype: `None` for float32 on a CPU, and elsewhere the target's own.
     """
 
     choices: ClassVar[Mapping[str, str]] = {

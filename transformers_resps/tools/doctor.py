@@ -103,29 +103,40 @@ class Probe:
         self._target = target
         self._readings = list(_readings(head.config, target) if readings is None else readings)
         self._drafters = [_drafter(head, reading, target) for reading in self._readings]
-        self._scores: list[list[_Scores]] = [[] for _ in self._readings]
+        self._tallies: list[list[Tally]] = [[] for _ in self._readings]
+        self._agreed = [torch.zeros(DEPTHS, dtype=torch.long) for _ in self._readings]
         self._seen = 0
 
     @property
     def is_ready(self) -> bool:
         """Whether two answers were long enough to score, which a diagnosis needs."""
-        return len(self._scores[0]) > 1
+        return len(self._tallies[0]) > 1
 
     @torch.no_grad()
     def add(self, answers: Sequence[LabelledText]) -> None:
         """Score more answers; only the target's own tokens count, and those of too short answers do not."""
         self._seen += len(answers)
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= DEPTHS]
-        if not long_enough:
-            return
         was_training = self._target.training
         self._target.train(False)
         try:
-            found = _scores(self._target, self._readings, self._drafters, long_enough)
+            self._score_all(long_enough)
         finally:
             self._target.train(was_training)
-        for known, new in zip(self._scores, found, strict=True):
-            known += new
+
+    def _score_all(self, answers: list[LabelledText]) -> None:
+        layers = sorted({layer for reading in self._readings for layer in reading.feature_layers})
+        with FeatureTap(self._target, layers) as tap:
+            for batch in _batches(answers):
+                with tap.record() as features:
+                    logits = self._target(input_ids=batch.tokens.to(self._target.device), use_cache=False).logits
+                picks = logits.argmax(-1)
+                for number, (reading, drafter) in enumerate(zip(self._readings, self._drafters, strict=True)):
+                    head = drafter.head
+                    caught = [features.caught[layer].to(head.device, head.dtype) for layer in reading.feature_layers]
+                    tallies, agreed = _score(drafter, torch.cat(caught, dim=-1), batch, picks.to(head.device))
+                    self._tallies[number] += tallies
+                    self._agreed[number] += agreed
 
     def diagnosis(self) -> Diagnosis:
         """Compare the readings on all answers so far.
@@ -135,11 +146,14 @@ class Probe:
         """
         if not self.is_ready:
             raise ValueError(
-                f"{len(self._scores[0])} of {self._seen} answers have at least {DEPTHS} tokens of the target, but at "
+                f"{len(self._tallies[0])} of {self._seen} answers have at least {DEPTHS} tokens of the target, but at "
                 "least 2 are needed. Pass about 50 answers."
             )
-        cells = zip(self._readings, self._scores, strict=True)
-        return Diagnosis(tuple(_cell(reading, scores) for reading, scores in cells))
+        cells = []
+        for reading, tallies, agreed in zip(self._readings, self._tallies, self._agreed, strict=True):
+            share = agreed / sum(tally.positions for tally in tallies)
+            cells.append(Cell(reading, tuple(share.tolist()), tuple(tallies)))
+        return Diagnosis(tuple(cells))
 
 
 def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[LabelledText]) -> Diagnosis:
@@ -156,24 +170,6 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Labelle
     probe = Probe(target, head)
     probe.add(answers)
     return probe.diagnosis()
-
-
-def _scores(
-    target: PreTrainedModel, readings: list[Reading], drafters: list[BoundHead], answers: list[LabelledText]
-) -> list[list["_Scores"]]:
-    """Return the scores of all answers, for each reading."""
-    layers = sorted({layer for reading in readings for layer in reading.feature_layers})
-    scores: list[list[_Scores]] = [[] for _ in readings]
-    with FeatureTap(target, layers) as tap:
-        for batch in _batches(answers):
-            tokens = batch.tokens.to(target.device)
-            with tap.record() as features:
-                picks = target(input_ids=tokens, use_cache=False).logits.argmax(-1)
-            for drafter, reading, found in zip(drafters, readings, scores, strict=True):
-                head = drafter.head
-                caught = [features.caught[layer].to(head.device, head.dtype) for layer in reading.feature_layers]
-                found += _score(drafter, torch.cat(caught, dim=-1), batch, picks.to(head.device))
-    return scores
 
 
 def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Reading]:
@@ -234,7 +230,8 @@ def _batches(answers: list[LabelledText]) -> Iterator[_Batch]:
             yield _pad(waiting)
             waiting = []
         waiting.append(answer)
-    yield _pad(waiting)
+    if waiting:
+        yield _pad(waiting)
 
 
 def _pad(answers: list[LabelledText]) -> _Batch:
@@ -246,21 +243,8 @@ def _pad(answers: list[LabelledText]) -> _Batch:
     return _Batch(tokens, (slots >= first) & (slots < end))
 
 
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """How the head scores on one answer.
-
-    Attributes:
-        hits: `[depths, positions]` bool: the head's most likely token is the target's.
-        log_probs: `[depths, positions]` fp32 of the target's token; 0 where the head cannot propose it.
-    """
-
-    hits: Tensor
-    log_probs: Tensor
-
-
-def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -> Iterator[_Scores]:
-    """Score the answers of a batch, one by one."""
+def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -> tuple[list[Tally], Tensor]:
+    """Return the tallies of a batch's answers, and for each depth how often the head agreed, `[depths]`."""
     start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
     scored = batch.scored[:, start:].to(features.device)
     embeddings = drafter.embed(batch.tokens.to(features.device))
@@ -275,19 +259,11 @@ def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -
         likely = logits.gather(1, rows[:, None])[:, 0] - logits.logsumexp(-1)
         log_probs.append(likely * (draft_ids[rows] == wanted))
         hits.append(drafter.target_ids(logits.argmax(-1)) == wanted)
-    counts = scored.sum(1).tolist()
-    pairs = zip(torch.stack(hits).cpu().split(counts, 1), torch.stack(log_probs).cpu().split(counts, 1), strict=True)
-    return (_Scores(*pair) for pair in pairs)
-
-
-def _cell(reading: Reading, scores: list[_Scores]) -> Cell:
-    agreement = torch.cat([score.hits for score in scores], dim=1).float().mean(1)
-    tallies = tuple(
-        # An accepted token needs all before it.
-        Tally(score.hits.shape[1], int(score.hits.int().cumprod(0).sum()), float(score.log_probs.sum()))
-        for score in scores
-    )
-    return Cell(reading, tuple(agreement.tolist()), tallies)
+    agreed, counts = torch.stack(hits).int().cpu(), scored.sum(1).tolist()  # [depths, positions of all answers]
+    kept = agreed.cumprod(0).sum(0).split(counts)  # an accepted token needs all before it
+    nats = torch.stack(log_probs).sum(0).cpu().split(counts)
+    tallies = [Tally(count, int(k.sum()), float(n.sum())) for count, k, n in zip(counts, kept, nats, strict=True)]
+    return tallies, agreed.sum(1)
 
 
 def refined(
@@ -364,7 +340,7 @@ def doctor(args: argparse.Namespace) -> int:
         f"A few short answers give a first verdict, up to {count} long ones better ones; Ctrl-C ends it.", flush=True
     )
     with tqdm(desc="Answers", total=count, unit="answer", disable=None) as bar:
-        source = written(target, prompts, bar) if not answers else given(answers, bar)
+        source = source_of(target, answers, prompts, bar)
         try:
             for found in refined(target, head, source, count, args.max_new_tokens):
                 tried = max(tried, len(found.cells))
@@ -381,30 +357,19 @@ def doctor(args: argparse.Namespace) -> int:
     return int(not found.is_healthy)
 
 
-def written(target: PreTrainedModel, prompts: list[Tensor], bar: Any) -> Source:
-    """Let the target write answers when they are asked for; the bar moves with them, and back after the first look."""
-    place = 0
-
-    def source(first: int, end: int, most: int) -> list[LabelledText]:
-        nonlocal place
-        bar.update(first - place)
-        with moving(bar, target, end - first, most):
-            found = write_answers(target, prompts[first:end], most)
-        place = end
-        return found
-
-    return source
-
-
-def given(answers: list[LabelledText], bar: Any) -> Source:
-    """Cut answers of a dataset where they are asked for."""
+def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
+    """Give the answers of a dataset, or let the target write some; the bar moves back after the first look."""
     place = 0
 
     def source(first: int, end: int, most: int) -> list[LabelledText]:
         nonlocal place
         bar.update(first - place)
         place = first
-        return [replace(text, tokens=text.tokens[: text.prompt_length + most]) for text in answers[first:end]]
+        if answers:
+            return [replace(text, tokens=text.tokens[: text.prompt_length + most]) for text in answers[first:end]]
+        with moving(bar, target, end - first, most):
+            place = end
+            return write_answers(target, prompts[first:end], most)
 
     return source
 

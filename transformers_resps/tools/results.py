@@ -119,19 +119,12 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One row of the table.
+    """One row of the table; docs/bench-results-schema.md describes the fields.
 
     Attributes:
-        tokens_per_second: total tokens over total seconds.
-        ratio: of that to plain decoding.
-        low: lower end of the ratio's 95% interval over prompts.
-        high: upper end.
-        tau: tokens per target forward.
-        efficiency: ratio over tau, the share of tau that became speed.
-        compiled_ratio: of its rate to that of compiled plain decoding; `None` where that was not measured.
-        compiled_efficiency: that over tau.
+        compiled_ratio: `None`, like `compiled_efficiency`, where compiled plain decoding was not measured.
         spread: fastest over slowest repeat, minus one: the machine's noise.
-        temperature: 0 is greedy; `None` over several.
+        temperature: `None` over several.
     """
 
     method: str

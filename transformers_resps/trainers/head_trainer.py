@@ -263,8 +263,8 @@ def warn_if_small(tokens: int) -> bool:
     measured = ", ".join(f"{tau} after {seen:,}" for seen, tau in _MEASURED)
     logger.warning(
         "This run sees %s positions, but a useful head needs about %s (tau of an 8-node tree on a 135M chat model was "
-        "%s; plain decoding is 1). Use more conversations, best of all the target's own outputs "
-        "(training/generate_dataset.py), rather than more epochs, which overfit.",
+        "%s; plain decoding is 1). Use more conversations, best of all the target's own outputs, "
+        "rather than more epochs, which overfit.",
         f"{tokens:,}",
         f"{MIN_USEFUL_TOKENS:,}",
         measured,

@@ -198,7 +198,7 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
     return None if rows == vocab_size else ids - torch.arange(rows)
 
 
-_WAY_OUT = "Use an EAGLE-3 head of the same target, or train one with training/train_head.py."
+_WAY_OUT = "Use an EAGLE-3 head of the same target, or train one with `DraftHeadTrainer`."
 
 
 def check_is_eagle3(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
