@@ -11,7 +11,6 @@ from transformers import Trainer, TrainingArguments
 
 import transformers_resps
 from transformers_resps import trainers
-from transformers_resps.trainers.base import ArtefactTrainer
 
 
 PAGE = Path(__file__).with_name("api.md")
@@ -45,7 +44,7 @@ def render() -> str:
     parts = [render_object_docs(package[name].final_target, config) for name in transformers_resps.__all__]
     parts.append(TRAINERS)
     for name in ["ArtefactTrainer", *trainers.__all__]:
-        kind: Any = getattr(trainers, name, ArtefactTrainer)
+        kind: Any = getattr(trainers, name, trainers.base.ArtefactTrainer)
         documented: Any = package[f"{kind.__module__.removeprefix('transformers_resps.')}.{name}"]
         for hook in HOOKS.intersection(documented.members):
             del documented.members[hook]
