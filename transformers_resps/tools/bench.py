@@ -182,16 +182,12 @@ def bench(config: BenchConfig) -> int:
     models = BenchModels.load(config)
     dialogues = [one for rows in read_datasets(config) for one in spread(rows, config.limit)]
     models.check_unseen(dialogues)
-    engine = Bench(models.target, config.max_new_tokens)
-    try:
-        costs = calibrate(models.target, models.head, folder=config.output / "costs")
-        refusal = engine.compile_refusal(dialogues[0].prompt(models.tokenizer))
-        methods = methods_of(config, models, compiles=refusal is None)
-        session = Session(engine, models.tokenizer, dialogues, methods, config.temperatures, config.repeats)
-        session.warm_up()
-    except KeyboardInterrupt:
-        print("Stopped before anything was measured.", file=sys.stderr)
-        return 130
+    costs = calibrate(models.target, models.head, folder=config.output / "costs")
+    timed = Bench(models.target, config.max_new_tokens)
+    refusal = timed.compile_refusal(dialogues[0].prompt(models.tokenizer))
+    methods = methods_of(config, models, compiles=refusal is None)
+    session = Session(timed, models.tokenizer, dialogues, methods, config.temperatures, config.repeats)
+    session.warm_up()
 
     def check(*_: object) -> None:
         if not config.accept_noise:
