@@ -378,12 +378,7 @@ def methods_of(
 ) -> list[Method]:
     """Return the methods that `config` asks for, in the order of the table.
 
-    Args:
-        config: names them.
-        models: which they decode with.
-        compiles: whether forwards can be compiled here.
-        others: stand before the trees.
-        trees: stand after those of `config`.
+    `others` stand before its trees and policies, `trees` between them; `compiles` is whether this machine can.
     """
     stock = [
         plain(),
@@ -445,12 +440,7 @@ def results_of(
 ) -> dict[str, Any]:
     """Return the results of everything that was answered so far; see docs/bench-results-schema.md.
 
-    Args:
-        config: what was measured.
-        models: with which.
-        session: has the answers.
-        costs: of steps.
-        estimates: of what was not measured, for rows of their own.
+    Rows of `estimates` are marked as not measured.
     """
     timings, names = session.timings, [method.name for method in session.methods]
     cost = costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / costs.plain_seconds(_ADVICE_CONTEXT)

@@ -89,9 +89,9 @@ class Probe:
     reads the true text up to there, and its own output instead of the feature, as in training.
 
     Args:
-        target: the model the head was made for.
+        target: the model that the head was made for.
         head: as loaded.
-        readings: the configured one and some of the others; all when `None`.
+        readings: the configured one first; `None` for all.
 
     Raises:
         ValueError: the head belongs to another target.
@@ -157,12 +157,7 @@ class Probe:
 
 
 def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[LabelledText]) -> Diagnosis:
-    """Compare the configured reading of `head` with its likely corrections, on answers of `target`; see `Probe`.
-
-    Args:
-        target: the model the head was made for.
-        head: as loaded.
-        answers: some 50 are enough.
+    """Compare the configured reading of `head` with its likely corrections, on some fifty answers of `target`.
 
     Raises:
         ValueError: the head belongs to another target, or fewer than two answers are long enough to score.
@@ -273,15 +268,8 @@ def refined(
 
     Readings that the first look finds far worse are not followed further, and the short answers do not count later.
 
-    Args:
-        target: the model the head was made for.
-        head: as loaded.
-        source: gives the answers from one number up to another, with at most so many tokens of the target each.
-        count: of all answers.
-        max_new_tokens: of an answer.
-
     Yields:
-        One diagnosis after another; it ends when more answers would change nothing, or after the last one.
+        One diagnosis after another; it ends when more answers would change nothing, or after `count` answers.
 
     Raises:
         ValueError: the head belongs to another target, or fewer than two answers are long enough to score.

@@ -155,15 +155,15 @@ def examine(
     settings: dict[str, Any],
     seed: int = 0,
 ) -> Examination:
-    """Answer one prompt plainly, then with draft trees.
+    """Answer a prompt `[s]` plainly, then with draft trees; the global random generator is left as it was.
 
     Args:
         model: attached.
-        head: drafts; `None` for policies that need none.
+        head: `None` for policies that need none.
         policy: decides.
         prompt_ids: `[s]`.
         settings: keywords of `generate`, for both; greedy unless they say otherwise.
-        seed: of both; the global generator is left as it was.
+        seed: of both.
     """
     settings = {"do_sample": False} | settings
 
@@ -188,14 +188,7 @@ def examine(
 
 
 def facts_of(model: PreTrainedModel, head: DraftHead | None, policy: Policy, decoding: str) -> dict[str, str]:
-    """Return what a page tells about models and machine. Names only, no local paths: pages are shared.
-
-    Args:
-        model: the target.
-        head: `None` for lookup drafts alone.
-        policy: of the call.
-        decoding: how tokens were picked, in words.
-    """
+    """Return what a page tells about models and machine. Names only, no local paths: pages are shared."""
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
     return {
         "target": _name(model),
@@ -216,13 +209,13 @@ def _name(model: Any) -> str:
 
 
 def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> dict[str, Any]:
-    """Return what happened, in the words and numbers of the page.
+    """Return what happened as JSON values, in the words and numbers of the page; texts are not yet escaped.
 
     Args:
         examination: both answers.
         decode: writes tokens as text.
         prompt: as the user wrote it.
-        facts: about models and machine, in the order of the page; `target` heads it.
+        facts: from `facts_of`, in the order of the page.
     """
     report = examination.report
     written = detokenize_incrementally(report.answers[0], decode)

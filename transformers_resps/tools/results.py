@@ -142,13 +142,10 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """The steps of all answers of one method, summed up.
+    """The steps of all answers of one method: nodes verified in one after prefill, and seconds per token.
 
     Attributes:
-        mean_nodes: verified in a step, prefill left out.
-        prefill_seconds: per token of the answers, as all of these.
         draft_seconds: observing, choosing, drafting and sizing.
-        verify_seconds: the target's forwards after prefill.
         rest_seconds: acceptance, the caches, and `generate` around the steps.
     """
 
@@ -306,7 +303,7 @@ def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verif
     Args:
         efforts: of every method, by name.
         timings: of all.
-        verify_cost: of a forward over `NAMED_NODES` nodes, in plain steps; `None` when unknown.
+        verify_cost: of a forward over `NAMED_NODES` nodes, in plain steps.
     """
     others = [name for name in efforts if name != PLAIN]
     if not timings:

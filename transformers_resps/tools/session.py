@@ -80,16 +80,7 @@ def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
 
 
 def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> None:
-    """Refuse to evaluate on prompts that were learned from or searched on.
-
-    Args:
-        evaluated: the benchmark's.
-        others: fingerprints.
-        what: those are.
-
-    Raises:
-        ValueError: names the first shared prompt and how many there are.
-    """
+    """Raises ValueError when prompts are among `others`, the fingerprints of what was learned from or searched on."""
     shared = [dialogue.name for dialogue in evaluated if dialogue.fingerprint in others]
     if shared:
         raise ValueError(
