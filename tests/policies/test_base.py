@@ -3,7 +3,6 @@
 import torch
 
 from tests.policies.machine import Machine
-from transformers_resps.inspection.recorder import Recorder
 from transformers_resps.policies import (
     BaselineGuard,
     FixedPolicy,
@@ -13,6 +12,7 @@ from transformers_resps.policies import (
     RunningCosts,
     ThroughputPolicy,
 )
+from transformers_resps.tools.inspect import Recorder
 from transformers_resps.tree import DraftTree, TreeShape
 
 
