@@ -24,9 +24,7 @@ def test_a_symbol_that_is_gone_is_named(symbol: str) -> None:
 
 
 def test_a_parameter_that_is_gone_is_named() -> None:
-    with pytest.raises(
-        TypeError, match="`tree:_merged` has no parameter 'count', 'text', 'token'. The bug 'old'"
-    ):
+    with pytest.raises(TypeError, match="`tree:_merged` has no parameter 'count', 'text', 'token'. The bug 'old'"):
         Mutation("old", "tree:_merged", no_end, "tests").plant()
 
 

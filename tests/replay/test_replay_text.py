@@ -92,7 +92,7 @@ def test_replayed_and_live_steps_agree_for_random_shapes(
         nodes = replay.outcomes(LOOKING, SecondsPerNode()).seconds
         for (context, shape), step in zip(policy.asked, out.speculation.steps[1:], strict=True):
             place = context - replay.context_length
-            assert int(replay.emitted(shape)[place]) == step.emitted, (context, shape)
+            assert int(replay.emitted(shape)[place]) == int(step.emitted), (context, shape)
             if len(replay) + spare - place > max(shape.lookup, shape.depth):  # otherwise cut to the room
                 assert nodes[place, LOOKING.index_of(shape)] == step.verified, (context, shape)
             live_steps, accepted = live_steps + 1, accepted + step.accepted_total

@@ -1,11 +1,4 @@
-"""One number for each row of a batch.
-
-Rates of tokens per second, and how sure a ratio of two of them is.
-
-What a call of `generate` did, step by step.
-
-Every rate the project publishes is computed here, from these records.
-"""
+"""What a call of `generate` did, step by step. Every rate that the project publishes is computed here."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -18,40 +11,11 @@ from .display import decoder, detokenize_incrementally
 
 
 class RowCounts(tuple[int, ...]):
-    """One number per row of the batch, in the order of the rows.
-
-    With one row it compares with an integer and converts to it: `record.accepted == 3`, `int(record.accepted)`.
-    Several rows equal no integer.
-    """
+    """One number per row of the batch, in the order of the rows; `int(record.accepted)` is that of the only row."""
 
     __slots__ = ()
 
-    def __eq__(self, other: object) -> bool:
-        return bool(tuple(self) == self._like_self(other))
-
-    def __ne__(self, other: object) -> bool:
-        return bool(tuple(self) != self._like_self(other))
-
-    def __lt__(self, other: Any) -> bool:
-        return bool(tuple(self) < self._like_self(other))
-
-    def __le__(self, other: Any) -> bool:
-        return bool(tuple(self) <= self._like_self(other))
-
-    def __gt__(self, other: Any) -> bool:
-        return bool(tuple(self) > self._like_self(other))
-
-    def __ge__(self, other: Any) -> bool:
-        return bool(tuple(self) >= self._like_self(other))
-
-    __hash__ = tuple.__hash__
-
     def __int__(self) -> int:
-        """The number of the only row.
-
-        Raises:
-            ValueError: there are several rows.
-        """
         if len(self) != 1:
             raise ValueError(f"{tuple(self)} counts {len(self)} rows. Take one of them by its index, or their sum.")
         return self[0]
@@ -59,9 +23,6 @@ class RowCounts(tuple[int, ...]):
     def to_json(self) -> int | list[int]:
         """An integer for one row, as reports of one prompt have it, otherwise a list."""
         return self[0] if len(self) == 1 else list(self)
-
-    def _like_self(self, other: Any) -> Any:
-        return (other,) if isinstance(other, int) and len(self) == 1 else other
 
 
 class Timed(Protocol):
@@ -120,7 +81,7 @@ class StepRecord:
         shape: the shape that the policy chose, cut to the room that was left.
         drafted: nodes that head and lookup scored.
         verified: nodes of the target forward, root included.
-        accepted: drafted tokens that each row kept. With one row, `RowCounts` compare with an integer.
+        accepted: drafted tokens that each row kept.
         emitted: tokens that each row added to the output, the accepted ones and the bonus token; 0 for finished rows.
         draft_seconds: seconds of choosing and drafting; at the prefill, of reading the prompt with head and lookup.
         verify_seconds: seconds of the target forward; on a GPU including drafting work that is still running.
