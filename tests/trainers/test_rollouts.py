@@ -116,7 +116,7 @@ def test_each_step_is_booked_under_the_decision_that_shaped_it() -> None:
     for step in range(8):
         shape = recorder.choose(Observation(torch.full((1, FEATURES), float(step)), 10, step, 100, list))
         recorder.observe(record(shape, emitted=step + 1, seconds=1.0))
-    assert [[one.emitted for one in decision.records] for decision in recorder.decisions] == [
+    assert [[int(one.emitted) for one in decision.records] for decision in recorder.decisions] == [
         [1, 2, 3],
         [4, 5, 6],
         [7, 8],

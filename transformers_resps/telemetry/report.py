@@ -16,11 +16,6 @@ class RowCounts(tuple[int, ...]):
     __slots__ = ()
 
     def __int__(self) -> int:
-        """The number of the only row.
-
-        Raises:
-            ValueError: there are several rows.
-        """
         if len(self) != 1:
             raise ValueError(f"{tuple(self)} counts {len(self)} rows. Take one of them by its index, or their sum.")
         return self[0]
