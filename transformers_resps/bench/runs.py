@@ -15,7 +15,7 @@ from transformers.utils.logging import tqdm
 from ..generation.output import end_ids, sampling
 from ..generation.request import SpeculationDefaults
 from ..verifying.forward import decoder_layers
-from ..verifying.slot_engine import SlotEngine
+from ..verifying.slots import SlotEngine
 from .methods import Answer, Method, compiled_plain
 from .prompts import Prompt
 from .steps import Step, steps_of

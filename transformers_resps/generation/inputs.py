@@ -11,7 +11,7 @@ How the target verifies the trees of a call: over a cache that grows, or over sl
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from ..decoding.text import Text
 from ..verifying.attention import longrope_boundary
 from ..verifying.forward import TargetForward, are_outputs, is_compiled
 from ..verifying.hybrids import is_recurrent
-from ..verifying.slot_engine import SlotEngine
-from ..verifying.verifier import SlotTreeVerifier, TreeVerifier
+from ..verifying.slots import SlotEngine
+from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
 from .request import AUTO, CompileChoice, compile_obstacle
 
 
@@ -150,7 +150,7 @@ def tree_verifier(
     layers: list[int] | None,
     choice: CompileChoice | None,
     inputs: GenerateInputs,
-) -> Iterator[TreeVerifier]:
+) -> Iterator[Verifier]:
     """The verifier of one call, open.
 
     Args:
@@ -183,8 +183,8 @@ def tree_verifier(
         return
     options = _options(inputs.config.compile_config)
     with (
-        (engine if compiles else SlotEngine(compiles=False)).borrow(target) as lent,
-        SlotTreeVerifier(forward, lent, forward.layers, *given, options=options) as verifier,
+        engine.borrow(target) if compiles else nullcontext() as lent,
+        SlotVerifier(forward, lent, *given, options=options) as verifier,
     ):
         yield verifier
 

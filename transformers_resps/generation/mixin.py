@@ -24,12 +24,12 @@ from transformers.generation.configuration_utils import GenerationMode
 from ..compat import CACHE_KEYWORD
 from ..decoding.batch import Batch
 from ..decoding.loop import TreeDecoding
-from ..drafting.levels import DraftEngines
+from ..drafting.engine import DraftEngines
 from ..policies import AutoPolicy, Policy, PolicyCache
 from ..policies.auto import default_policy
 from ..telemetry.report import SpeculationReport
 from ..verifying.cache import stop_recording
-from ..verifying.slot_engine import SlotEngine
+from ..verifying.slots import SlotEngine
 from .checks import check_forward_arguments, check_lengths, check_synced, check_tree_attention
 from .inputs import GenerateInputs, is_lockstep, lockstep_reason, tree_verifier
 from .output import SpeculativeOutput

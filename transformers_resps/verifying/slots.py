@@ -1,13 +1,10 @@
-"""Which slot holds which position of which row: plain numbers on the host, as one table for a forward.
+"""A tree's nodes in free slots of buffers that live from call to call: nothing moves, and the forward sees few sizes.
 
-Buffers of slots: keys and values whose place says nothing about their position in the text.
-
-A tree's nodes are written to free slots. Accepted ones stay where they are, and the slots of the others are free
-again, so that nothing moves and nothing is forgotten. The mask tells which slots a node sees.
-
-The target's forward over a tree whose nodes go to slots, as one function of tensors.
+Accepted nodes stay where they were written, and the slots of the others are free again. The mask tells which slots a
+node sees.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,85 +14,13 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..compat import CACHE_KEYWORD
-from ..compilation.compiled import is_of_this_mode
+from ..compilation.captured import CapturedFunction
+from ..compilation.compiled import CompiledFunction
+from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
 from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
 from .forward import hidden_states_asked
-
-
-HIDDEN = -1  # place of a slot that no node may see
-
-
-class SlotTable:
-    """The slots of a batch.
-
-    Args:
-        seen: of each row, whether its entries may be seen; padding may not. Entry i lies in slot i.
-
-    Attributes:
-        rows: of each row, the slots of its entries in the order of the text.
-    """
-
-    def __init__(self, seen: list[list[bool]]) -> None:
-        self.rows = [list(range(len(row))) for row in seen]
-        self._ends = [len(row) for row in seen]  # slots from there on were never used
-        self._free: list[list[int]] = [[] for _ in seen]  # before that
-        self._offered: list[list[int]] = []
-        self._places = torch.full((len(seen), 2 * max(self._ends)), HIDDEN)  # [b, slots]
-        for table, row in zip(self._places, seen, strict=True):
-            table[: len(row)] = torch.where(torch.tensor(row), torch.arange(len(row)), HIDDEN)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Entries of each row, which is the place of its next one."""
-        return [len(row) for row in self.rows]
-
-    @property
-    def size(self) -> int:
-        """Slots that were used or are offered."""
-        return max([*self._ends, *(slots[-1] + 1 for slots in self._offered)])
-
-    def offer(self, count: int) -> list[list[int]]:
-        """The slots for the nodes of the coming forward, `count` of each row, ascending.
-
-        `keep` or another `offer` comes next.
-        """
-        self._offered = []
-        for free, end in zip(self._free, self._ends, strict=True):
-            missing = max(count - len(free), 0)
-            self._offered.append([*free[:count], *range(end, end + missing)])
-        self._reserve(self.size)
-        return self._offered
-
-    def places(self, size: int) -> Tensor:
-        """`[b, size]` the place in its row's text of the entry in each slot; `HIDDEN` where none may be seen."""
-        self._reserve(size)
-        return self._places[:, :size].contiguous()
-
-    def _reserve(self, size: int) -> None:
-        missing = size - self._places.shape[1]
-        if missing > 0:
-            more = self._places.new_full((len(self._places), missing + size), HIDDEN)
-            self._places = torch.cat([self._places, more], dim=1)
-
-    def keep(self, paths: list[list[int]]) -> None:
-        """Keep the nodes of each row's path, the root first, of the newest forward."""
-        for row, path in enumerate(paths):
-            offered, kept = self._offered[row], set(path)
-            slots = [offered[node] for node in path]
-            start = len(self.rows[row])
-            self._places[row, slots] = torch.arange(start, start + len(path))
-            self.rows[row] += slots
-            self._ends[row] = max(self._ends[row], offered[-1] + 1)
-            spare = self._free[row][len(offered) :]
-            self._free[row] = [*(slot for node, slot in enumerate(offered) if node not in kept), *spare]
-        self._offered = []
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these; a row may be asked for twice."""
-        self.rows, self._free = ([list(part[row]) for row in rows] for part in (self.rows, self._free))
-        self._ends, self._offered = [self._ends[row] for row in rows], []
-        self._places = self._places[list(rows)]
+from .rows import HIDDEN
 
 
 class SlotLayer(CacheLayerMixin):
@@ -254,13 +179,8 @@ class SlotInputs(NamedTuple):
     roots: Tensor
 
 
-class SlotLayout:
-    """How a target's layers use a cache.
-
-    Args:
-        config: the target's.
-        cache: filled, of dynamic layers.
-    """
+class _Layout:
+    """How a target's layers use a filled cache of dynamic layers."""
 
     def __init__(self, config: PretrainedConfig, cache: Cache) -> None:
         layers: list[Any] = cache.layers
@@ -288,7 +208,7 @@ class SlotForward:
 
     Args:
         target: any decoder of Transformers.
-        layout: of its cache.
+        cache: filled with the prompt, of dynamic layers.
         feature_layers: the hidden states that a head reads, below the last.
         options: of `torch.compile`, where the caller has some.
     """
@@ -296,12 +216,12 @@ class SlotForward:
     def __init__(
         self,
         target: PreTrainedModel,
-        layout: SlotLayout,
+        cache: Cache,
         feature_layers: list[int],
         options: dict[str, Any] | None = None,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self.function = _function(target, layout, feature_layers)
+        self.function = _function(target, _Layout(target.config, cache), feature_layers)
 
     def __call__(self, inputs: SlotInputs, buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run it without compilation: the logits `[b, n, v]`, and the hidden states `[b, n, h]` of each feature layer.
@@ -315,7 +235,7 @@ class SlotForward:
 
 
 def _function(
-    target: PreTrainedModel, layout: SlotLayout, feature_layers: list[int]
+    target: PreTrainedModel, layout: _Layout, feature_layers: list[int]
 ) -> Callable[..., tuple[Tensor, ...]]:
     asked = hidden_states_asked(feature_layers)
     dtype = target.dtype
@@ -349,3 +269,78 @@ def _function(
         return (outputs.logits, *(outputs.hidden_states[layer] for layer in feature_layers))
 
     return forward
+
+
+# The dimensions of `SlotInputs` and of the buffers that change, with several rows.
+_SIZES = ((0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1), (0,))
+_BUFFER_SIZES = (0, 1)
+_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
+
+
+class SlotEngine(CompileEngine[PreTrainedModel]):
+    """Compiles or captures the forwards of one target over slots, and keeps its buffers."""
+
+    name = "the target's forward"
+    duration = "A small model takes up to two minutes on two cores."
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(clock=clock)
+        self.buffers = SlotBuffers()
+        self._decoded_seconds = 0.0
+
+    def weights(self) -> WeightFingerprint:
+        return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
+
+    @property
+    def pays(self) -> bool:
+        """Whether compiled code is there, or decoding has taken as long as compiling will: the model lives on."""
+        return self.is_compiled or self._decoded_seconds >= self.expected_seconds
+
+    def note(self, seconds: float) -> None:
+        """Note that a call has decoded for so long."""
+        self._decoded_seconds += seconds
+
+    def must_compile(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> bool:
+        """Whether the coming forward, the first of its kind, takes longer than all that follow."""
+        return not self.is_broken and not self._code_of(forward, inputs).fast.is_ready(inputs, buffers)
+
+    def forward(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run a forward compiled, or as it is where that fails."""
+        outputs: tuple[Tensor, ...] | None = None
+        if not self.is_broken:
+            code = self._code_of(forward, inputs)
+            with use_gqa_attention(forward.target):
+                outputs = self.run(code, inputs, buffers)
+        return forward(inputs, buffers) if outputs is None else outputs
+
+    def _code_of(self, forward: SlotForward, inputs: SlotInputs) -> Code:
+        """The code that serves a single row or several, and the features of one head."""
+        is_batch = len(inputs.tokens) > 1
+
+        def make() -> Code:
+            fast: CompiledFunction | CapturedFunction
+            if inputs.tokens.device.type == "cuda" and forward.options is None:
+                fast = CapturedFunction(forward.function)
+            elif is_batch:
+                fast = CompiledFunction(forward.function, _SIZES, _BUFFER_SIZES, forward.options)
+            else:  # one row stays one row
+                dynamic = [tuple(size for size in sizes if size) for sizes in _SIZES]
+                fast = CompiledFunction(forward.function, dynamic, _BUFFER_SIZES[:1], forward.options)
+            return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
+
+        return self.code((is_batch, *forward.feature_layers, str(forward.options)), make)
+
+
+def padded_count(device: torch.device, count: int) -> int:
+    """Nodes of a forward over a tree of `count`, padding included: few sizes where each is captured by itself.
+
+    On a CPU one code serves all sizes from two nodes on, and a second node costs nothing.
+    """
+    if device.type != "cuda":
+        return max(count, 2)
+    return next((size for size in _CAPTURED_SIZES if size >= count), -(-count // 64) * 64)
+
+
+def _centred_logits(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Without what softmax ignores."""
+    return outputs[0] - outputs[0].mean(dim=-1, keepdim=True)
