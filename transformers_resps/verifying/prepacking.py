@@ -28,12 +28,15 @@ class _PrepackedWeight:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._place, self._version = weight, weight.data_ptr(), weight._version
-        self.blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+        self._blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether `weight` is the one that was packed, unchanged."""
         same = weight is self._weight and weight.data_ptr() == self._place
         return same and weight._version == self._version
+
+    def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, self._blocks, bias, "none", [], ""))
 
 
 class PrepackedLinear(nn.Linear):
@@ -59,8 +62,7 @@ class PrepackedLinear(nn.Linear):
             prepacked = self._prepacked = _PrepackedWeight(weight) if _can_prepack(weight) else None
         if prepacked is None:
             return super().forward(input)
-        bias = self._parameters["bias"]
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, prepacked.blocks, bias, "none", [], ""))
+        return prepacked(input, self._parameters["bias"])
 
     def forget(self) -> None:
         """Free the packed copy; it is made anew where it is needed."""
@@ -83,8 +85,8 @@ def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tenso
     """
     if not _can_prepack(weight):
         return lambda input: F.linear(input, weight, bias)
-    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-    return lambda input: cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, blocks, bias, "none", [], ""))
+    packed = _PrepackedWeight(weight)
+    return lambda input: packed(input, bias)
 
 
 def prepack(module: Module) -> Module:
