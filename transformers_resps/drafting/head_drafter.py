@@ -17,7 +17,7 @@ from ..verifying.rows import SlotMap
 from .drafter import Drafter
 from .engine import DraftEngine
 from .levels import LevelForward
-from .pool_growth import grow_pool
+from .pool_growth import grow_pool, sprout
 
 
 MAX_UNREAD = 64  # pairs: their features weigh more than the head's keys, and one draft would have to read them all
@@ -105,7 +105,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         self._cache.reserve(length, tree=(shape.depth - 1) * top_k + 1)
         levels = LevelForward(self._bound, self._cache, rope, length, self._slots.visible(length, self._device))
         run = levels if self._engine is None else self._engine.levels(levels)
-        return grow_pool(self._bound, self._newest, top_k, shape.depth, run, goes_on)
+        return grow_pool(sprout(self._bound, self._newest, top_k, shape.depth == 1), shape.depth, run, goes_on)
 
     def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
         """Read the pairs that wait and draft below them, in one launch. Each number of pairs is another function.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..heads import BoundHead, HeadCache, Rope
 from ..tree import CandidatePool, DraftTree, TreeShape
-from .pool_growth import Frontier, Growth, branch, grow_pool
+from .pool_growth import Frontier, Growth, branch, grow_pool, sprout
 
 
 class LevelForward:
@@ -114,8 +114,9 @@ class DraftFunction:
         )
         text = (order < ends) & shown
         levels = LevelForward(self._bound, cache, rope.at(slice(width, None)), capacity, text)
-        pool = grow_pool(self._bound, newest, self._shape.top_k, self._shape.depth, levels)
-        tree = DraftTree.from_pool(tokens[:, -1], pool, self._shape.total_tokens, self._shape.depth)
+        depth = self._shape.depth
+        pool = grow_pool(sprout(self._bound, newest, self._shape.top_k, depth == 1), depth, levels)
+        tree = DraftTree.from_pool(tokens[:, -1], pool, self._shape.total_tokens, depth)
         ranked = tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.scores
         return newest, pool.tokens, pool.parents, pool.scores, *ranked
 
