@@ -96,7 +96,7 @@ def test_it_leaves_a_stock_cache_with_what_was_kept_even_if_a_forward_is_cut(tar
 
 
 @torch.no_grad()
-def test_it_goes_on_behind_what_the_cache_already_holds(target: PreTrainedModel) -> None:
+def test_it_goes_on_after_what_the_cache_already_holds(target: PreTrainedModel) -> None:
     cache: Any = DynamicCache(config=target.config)
     with TreeVerifier(TargetForward(target, None, cache), torch.arange(3)[None]) as verifier:
         verifier.prefill(PROMPTS[:, :3])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..compat import CACHE_KEYWORD
@@ -179,27 +179,6 @@ class SlotInputs(NamedTuple):
     roots: Tensor
 
 
-class _Layout:
-    """How a target's layers use a filled cache of dynamic layers."""
-
-    def __init__(self, config: PretrainedConfig, cache: Cache) -> None:
-        layers: list[Any] = cache.layers
-        self._has_entries = [getattr(layer, "keys", None) is not None for layer in layers]
-        self._placeholders = [layer for layer, own in zip(layers, self._has_entries, strict=True) if not own]
-        kinds: list[str] | None = getattr(config.get_text_config(), "layer_types", None)
-        # layer type -> its sliding window; without types one mask serves all layers
-        self.windows: dict[str | None, int | None] = {}
-        if kinds is None:
-            self.windows[None] = window_of(cache, 0)
-        else:
-            self.windows |= {kind: window_of(cache, kinds.index(kind)) for kind in kinds}
-
-    def cache(self, buffers: tuple[Tensor, ...], written: Tensor) -> Cache:
-        """The cache of one forward that writes the slots `[b, n]`."""
-        pairs, others = iter(zip(buffers[::2], buffers[1::2], strict=True)), iter(self._placeholders)
-        return Cache(layers=[SlotLayer(*next(pairs), written) if own else next(others) for own in self._has_entries])
-
-
 class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
@@ -221,7 +200,7 @@ class SlotForward:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self.function = _function(target, _Layout(target.config, cache), feature_layers)
+        self.function = _function(target, cache, feature_layers)
 
     def __call__(self, inputs: SlotInputs, buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run it without compilation: the logits `[b, n, v]`, and the hidden states `[b, n, h]` of each feature layer.
@@ -234,11 +213,13 @@ class SlotForward:
             return self.function(*inputs, *buffers)
 
 
-def _function(
-    target: PreTrainedModel, layout: _Layout, feature_layers: list[int]
-) -> Callable[..., tuple[Tensor, ...]]:
-    asked = hidden_states_asked(feature_layers)
-    dtype = target.dtype
+def _function(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+    layers: list[Any] = cache.layers
+    # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
+    placeholders = [layer if getattr(layer, "keys", None) is None else None for layer in layers]
+    kinds: list[str | None] = getattr(target.config.get_text_config(), "layer_types", None) or [None]
+    windows = {kind: window_of(cache, kinds.index(kind)) for kind in kinds}  # without types one mask serves all layers
+    asked, dtype = hidden_states_asked(feature_layers), target.dtype
 
     def forward(
         tokens: Tensor,
@@ -249,12 +230,14 @@ def _function(
         roots: Tensor,
         *buffers: Tensor,
     ) -> tuple[Tensor, ...]:
+        pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
+        held = Cache(layers=[SlotLayer(*next(pairs), slots) if other is None else other for other in placeholders])
         node_places = roots[:, :1] + depths
         index = slots[:, None].expand_as(ancestors)
         visible = (places != HIDDEN)[:, None].expand(-1, tokens.shape[1], -1).scatter(2, index, ancestors)
         distance = node_places[..., None] - places.scatter(1, slots, node_places)[:, None]  # [b, n, slots]
         masks: dict[str | None, Tensor] = {}
-        for kind, window in layout.windows.items():
+        for kind, window in windows.items():
             seen = visible if window is None else visible & (distance < window)
             masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
         outputs: Any = target(
@@ -263,7 +246,7 @@ def _function(
             position_ids=roots[:, 1:] + depths,
             use_cache=True,
             return_dict=True,
-            **{CACHE_KEYWORD: layout.cache(buffers, slots)},
+            **{CACHE_KEYWORD: held},
             **asked,
         )
         return (outputs.logits, *(outputs.hidden_states[layer] for layer in feature_layers))

@@ -283,7 +283,7 @@ class SlotVerifier(Verifier):
 
     def _begin_steps(self) -> None:
         """Move the prompt's entries into the buffers."""
-        self._forward.stop_catching()  # code that is compiled with hooks would run them for ever
+        self._forward.stop_catching()  # code that is compiled with hooks would always run them
         rows, length = len(self._shifts), self.length
         self._over_slots = SlotForward(self._forward.target, self._cache, self._forward.layers, self._options)
         visible = self._slots.visible(length, torch.device("cpu"))
