@@ -17,8 +17,8 @@ from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, Tree
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.drafting.levels import DraftEngine
-from transformers_resps.verifying import slot_engine
+from transformers_resps.drafting.engine import DraftEngine
+from transformers_resps.verifying.slots import SlotEngine
 
 
 STATIC = {"cache_implementation": "static"}
@@ -147,14 +147,14 @@ class CountingBackend:
 
 
 def is_level(function: Callable[..., Any]) -> bool:
-    """Whether it is a level of a draft: tests/drafting/test_level_engine.py compiles these."""
+    """Whether it is a level of a draft: tests/drafting/test_engine_levels.py compiles these."""
     return function.__name__ == "level"
 
 
 @pytest.fixture
 def backend(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
     """What `compile=True` compiles the target with; levels of drafts run as they are."""
-    for timed in (TreeDecoding, DraftEngine):
+    for timed in (TreeDecoding, SlotEngine, DraftEngine):
         monkeypatch.setitem(timed.__init__.__kwdefaults__, "clock", fake_clock)
     found, stock = CountingBackend(fake_clock), torch.compile
 
@@ -265,7 +265,7 @@ def test_a_compilation_that_was_interrupted_is_no_steps_cost_in_the_next_call_ei
     assert untraced.count == 1 and all(step.step_seconds == 0.0 for step in out.speculation.steps)
 
 
-_FAULTS = [torch.OutOfMemoryError("no memory"), RuntimeError("no C++ compiler"), OSError("disk full"), TypeError("?")]
+_FAULTS = [torch.OutOfMemoryError("no memory"), RuntimeError("no C++ compiler"), OSError("disk full")]
 
 
 @pytest.mark.parametrize(
@@ -282,6 +282,14 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning(
         assert out.sequences.tolist() == plainly(target)
     assert [line for line in warnings_of() if "runs without compilation" in line and str(fault) in line]
     assert len([line for line in warnings_of() if "runs without compilation" in line]) == 1
+
+
+def test_a_bug_is_not_taken_for_what_cannot_be_compiled(
+    target: PreTrainedModel, head: DraftHead, untraced: CountingBackend
+) -> None:
+    untraced.fault = TypeError("a bug")
+    with pytest.raises(TypeError, match="a bug"):
+        speculate(target, head, Cycle(*SHAPES), compile=True)
 
 
 def test_compiled_code_that_gives_other_logits_is_not_used(
@@ -468,4 +476,4 @@ def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     told = [record.getMessage() for record in caplog.records if "transformers_resps" in record.name]
     assert sum("Compiling" in line for line in told) == len(told) == 2
-    assert slot_engine.SlotEngine().is_compiled is False
+    assert SlotEngine().is_compiled is False

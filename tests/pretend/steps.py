@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation.captured import CapturedFunction
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.drafting.levels import DraftEngine, DraftEngines
+from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.verifying.slots import SlotForward
-from transformers_resps.verifying.verifier import SlotTreeVerifier
+from transformers_resps.verifying.verifier import SlotVerifier
 
 from .counting import Count
 from .device import move, on_device
@@ -63,6 +63,9 @@ class _Captured(CapturedFunction):
     def __init__(self, function: Callable[..., Any], count: Count) -> None:
         self.function, self.count = function, count
 
+    def is_ready(self, inputs: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> bool:
+        return True
+
     def __call__(self, inputs: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> Any:
         before = self.count.enter_region("captured")
         outputs = self.function(*inputs, *buffers)
@@ -85,7 +88,7 @@ def _forward_over_slots_captured(count: Count) -> Iterator[None]:
         return outputs
 
     is_compiled = property(lambda verifier: True, lambda verifier, value: None)
-    with patch.object(SlotForward, "__call__", launch), patch.object(SlotTreeVerifier, "is_compiled", is_compiled):
+    with patch.object(SlotForward, "__call__", launch), patch.object(SlotVerifier, "is_compiled", is_compiled):
         yield
 
 
@@ -181,7 +184,7 @@ def count(name: str) -> StepCount:
         ids = on_device(prompt(call.pop("rows", 1)))
         with counts, ExitStack() as stack:
             if call.pop("captures", False):
-                made = partial(DraftEngine, lambda function: _Captured(function, counts), lambda bound: True)
+                made = partial(DraftEngine, lambda function: _Captured(function, counts))
                 target.speculation_state.draft_engines = DraftEngines(made)
                 call["cache_implementation"] = "static"
                 stack.enter_context(_forward_over_slots_captured(counts))

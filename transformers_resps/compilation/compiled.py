@@ -1,12 +1,4 @@
-"""What compiling, capturing and compiled code may raise, and how it is told.
-
-Compiled code must give what the eager code gives.
-
-Tensors that are kept from one call to the next.
-
-What compiled code takes for granted of a module, so that a change is noticed.
-
-A function that `torch.compile` compiles with the weights inside, once for all sizes of its inputs.
+"""A function that `torch.compile` compiles with the weights inside, once for all sizes of its inputs.
 
 Inductor lays the weights out for few rows and puts them into the graph ("freezing"): SmolLM2's forward in bfloat16
 then runs near the memory limit of a CPU. They are constants from then on: see `WeightFingerprint`.
@@ -14,96 +6,10 @@ then runs near the memory limit of a CPU. They are constants from then on: see `
 
 import types
 from collections.abc import Callable, Hashable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-
-# Out of memory, no compiler, code that cannot be traced, ...
-FAULTS = (RuntimeError, ImportError, OSError, TypeError, AttributeError, AssertionError, NotImplementedError)
-
-
-def described(fault: Exception) -> str:
-    """What went wrong, in one line: PyTorch adds advice for its developers, and names the backend first."""
-    lines = [line for line in str(fault).splitlines() if line.strip() and not line.endswith("raised:")]
-    return " ".join([f"{type(fault).__name__}:", *lines[:1]]).rstrip(".")
-
-
-# Share by which compiled and eager code may differ. SmolLM2's logits in bfloat16: 0.02 to 0.06. One matrix of another
-# layer makes it 0.16, a token hidden from the newest 0.19; positions off by one, 0.10, look almost like rounding.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_LOW_PRECISION_TOLERANCE = 0.1
-
-
-def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
-    """Say how far compiled values are from the eager ones; `None` where rounding explains it.
-
-    All values count together: in low precision a single one may be far off.
-
-    Args:
-        found: by compiled code, of any shape.
-        expected: by eager code.
-        dtype: of the weights that both multiply.
-    """
-    difference, scale = (float(part.float().norm()) for part in (found - expected, expected))
-    if difference <= _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
-        return None
-    return f"differ from the eager ones by {difference / max(scale, 1.0):.2g} of their norm"
-
-
-def is_of_this_mode(tensor: Tensor) -> bool:
-    """Whether it was made in inference mode, as this call is, or outside, likewise.
-
-    Outside, PyTorch refuses to write what was made in inference mode; and it compiles anew for tensors of the other
-    kind.
-    """
-    return tensor.is_inference() == torch.is_inference_mode_enabled()
-
-
-_SAMPLED = 4  # values of each tensor: a write through `.data` leaves no other trace
-
-
-class WeightFingerprint:
-    """Places, versions and some values of a module's parameters and buffers, and its mode.
-
-    Compiled code holds weights as constants or by their addresses. `load_state_dict`, `.to(...)`, a merged adapter or
-    a switch to training would be ignored.
-
-    Args:
-        module: whose code is compiled.
-        setting: anything else that the code depends on.
-    """
-
-    def __init__(self, module: nn.Module, *setting: Any) -> None:
-        tensors = list(chain(module.parameters(), module.buffers()))
-        self._marks = [_mark(tensor) for tensor in tensors]
-        self._values = _sampled(tensors)
-        self._setting = (module.training, type(module), *setting)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, WeightFingerprint):
-            return NotImplemented
-        mine, theirs = (one._marks + [one._setting] for one in (self, other))
-        return mine == theirs and torch.equal(self._values, other._values)
-
-    __hash__ = None  # type: ignore[assignment]  # weights change
-
-
-def _mark(tensor: Tensor) -> Any:
-    version = None if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version, tensor.requires_grad, tensor.dtype, tensor.device
-
-
-def _sampled(tensors: list[Tensor]) -> Tensor:
-    """The first values of every tensor in the CPU's memory; of others they would have to be waited for."""
-    rows = [_first_row(tensor.detach()) for tensor in tensors if tensor.device.type == "cpu" and tensor.numel()]
-    return torch.cat([row[:_SAMPLED].to(torch.float64) for row in rows]).nan_to_num() if rows else torch.empty(0)
-
-
-def _first_row(tensor: Tensor) -> Tensor:
-    return tensor[(0,) * (tensor.dim() - 1)] if tensor.dim() else tensor[None]
+from torch import Tensor
 
 
 # As options of `torch.compile` they come too late: weights become constants before these are read. Layers that read
@@ -157,6 +63,11 @@ class CompiledFunction:
             outputs = compiled(*inputs, *buffers)
         self._compiled[kind] = compiled  # not before: compiling may be interrupted
         return outputs
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is code for some sizes and settings."""
+        return bool(self._compiled)
 
     def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
         """Whether inputs of these sizes run without compilation."""

@@ -10,15 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..drafting.engine import DraftEngine
 from ..drafting.head_drafter import TreeCandidateGenerator
-from ..drafting.levels import DraftEngine
 from ..heads import BoundHead
 from ..policies import Policy
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree
 from ..verifying.forward import Features, wait_for
 from ..verifying.rows import leading_pads
-from ..verifying.verifier import TreeVerifier
+from ..verifying.verifier import Verifier
 from .acceptance import Acceptance, Picks, accept_batch, read_picks
 from .proposal import Proposal, Proposer
 from .text import Batch
@@ -69,7 +69,7 @@ class TreeDecoding:
 
     def __init__(
         self,
-        verifier: TreeVerifier,
+        verifier: Verifier,
         bound: BoundHead | None,
         policy: Policy,
         batch: Batch,

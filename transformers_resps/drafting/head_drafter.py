@@ -14,9 +14,10 @@ from ..policies import FixedPolicy, Level, Policy, wants_level
 from ..tree import CandidatePool, TreeShape
 from ..verifying.forward import Features
 from ..verifying.rows import SlotMap
-from .drafter import Drafter, best_path
-from .levels import DraftEngine, LevelForward
-from .pool_growth import grow_pool
+from .drafter import Drafter
+from .engine import DraftEngine
+from .levels import LevelForward
+from .pool_growth import grow_pool, sprout
 
 
 MAX_UNREAD = 64  # pairs: their features weigh more than the head's keys, and one draft would have to read them all
@@ -64,7 +65,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         if engine is None:
             self._cache = HeadCache.empty(module.config, batch_size, self._dtype, self._device)
         else:
-            self._cache = engine.cache(bound, batch_size)
+            self._cache = engine.cache(batch_size)
         self._ropes = RopeWindow(module)
         self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
         self._all_shown = torch.ones(1, 1, dtype=torch.bool, device=self._device)
@@ -80,7 +81,6 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         self.newest_features = features[:, -1]
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Draft for these rows only, from now on."""
         order = torch.tensor(rows, device=self._device)  # one write
         self._unread = [pairs.of_rows(rows, order) for pairs in self._unread]
         self.newest_features = self.newest_features.index_select(0, order.to(self.newest_features.device))
@@ -89,10 +89,10 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         self._cache.keep_rows(order)
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
-        """Draft up to `shape.depth` levels, at least one, of `shape.top_k` children per node: see `grow_pool`."""
+        """As `Drafter.draft`, by one launch or level by level; see `grow_pool`."""
         # What ranks lower in its level is never kept
         top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), self.proposable_tokens)
-        if self._engine is not None and self._engine.captures(self._bound) and not policy.grows:
+        if self._engine is not None and self._engine.captures and not policy.grows:
             pool = self._draft_at_once(self._engine, TreeShape(shape.total_tokens, shape.depth, top_k))
             if pool is not None:
                 return pool
@@ -105,7 +105,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         self._cache.reserve(length, tree=(shape.depth - 1) * top_k + 1)
         levels = LevelForward(self._bound, self._cache, rope, length, self._slots.visible(length, self._device))
         run = levels if self._engine is None else self._engine.levels(levels)
-        return grow_pool(self._bound, self._newest, top_k, shape.depth, run, goes_on)
+        return grow_pool(sprout(self._bound, self._newest, top_k, shape.depth == 1), shape.depth, run, goes_on)
 
     def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
         """Read the pairs that wait and draft below them, in one launch. Each number of pairs is another function.
@@ -122,7 +122,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         features = _joined([pairs.features.to(device, self._dtype) for pairs in self._unread])
         tokens = _joined([pairs.tokens.to(device) for pairs in self._unread])
         inputs = features, tokens, slots, self._all_shown if shown is None else shown
-        drafted = engine.draft(self._bound, shape, self._cache, inputs)
+        drafted = engine.draft(shape, self._cache, inputs)
         if drafted is None:
             self._slots = before
             return None
@@ -140,7 +140,7 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
             model_outputs: of the last forward, with hidden states.
             is_first_iteration: the prompt was not read yet; nothing is drafted.
             n_last_matches: tokens of the last chain that were accepted.
-            context: not used.
+            context: anything else that the loop tells.
 
         Returns:
             `[1, s + m]` the text and the chain, and no logits: the loop then compares tokens.
@@ -231,3 +231,19 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
 def _joined(blocks: list[Tensor]) -> Tensor:
     """`[b, t, any]` of several blocks, without a copy of a lone one."""
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def best_path(pool: CandidatePool) -> Tensor:
+    """Tokens `[1, m]` of the path below the root of which the most are expected to be accepted, in a pool of one row.
+
+    Of a path as many are expected as its nodes' probabilities sum up to.
+    """
+    parents, probs = pool.parents[0].tolist(), pool.scores[0].exp().tolist()
+    expected: list[float] = []
+    for parent, prob in zip(parents, probs, strict=True):
+        expected.append(prob + (expected[parent] if parent >= 0 else 0.0))
+    node, path = max(range(len(expected)), key=expected.__getitem__), list[int]()
+    while node >= 0:
+        path.insert(0, node)
+        node = parents[node]
+    return pool.tokens[:, path]

@@ -1,6 +1,6 @@
-"""A pool grown level by level: which nodes get children, and what these see.
+"""A pool that grows level by level: which nodes get children, and what these see.
 
-The caller runs a level through the head.
+`grow_pool` knows no drafter; `sprout` and `branch` make its levels from what a head puts out.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class Growth(NamedTuple):
     Attributes:
         tokens: `[b, w, k]` the children of each node of a frontier.
         scores: `[b, w, k]` as the pool has them.
-        best: `[b, k]` which of the `w * k` children get children next; `None` where none do.
-        frontier: these.
+        best: `[b, k]` which of the `w * k` children get children next; `None` where none or all do.
+        frontier: these; `None` where none do.
     """
 
     tokens: Tensor
@@ -52,40 +52,41 @@ RunLevel = Callable[[Frontier, int, bool], Growth]
 
 
 def grow_pool(
-    bound: BoundHead,
-    newest: Tensor,
-    top_k: int,
+    first: Growth,
     depth: int,
     run: RunLevel,
     goes_on: Callable[[int, Tensor], bool] = lambda depth, scores: True,
 ) -> CandidatePool:
-    """Up to `depth` levels, at least one, of `top_k` children per node, or as many as the head can propose.
+    """Up to `depth` levels, at least one.
 
     Args:
-        bound: the head, with its target's embedding and output rows.
-        newest: `[b, 1, h]` its output at the last pair before the root.
-        top_k: also nodes of a level that get children.
+        first: the first level.
         depth: most levels.
-        run: passes a frontier through the head: see `branch`.
+        run: drafts the children of a frontier.
         goes_on: (levels drafted, scores `[b, w]` of the nodes that would get children) -> whether they do.
 
-    Source: EAGLE-2 (arXiv 2406.16858) section 4.1: the best `top_k` nodes of a level, by path probability, get
-    children; all children are candidates.
+    Source: EAGLE-2 (arXiv 2406.16858) section 4.1: the best nodes of a level, by path probability, get children; all
+    children are candidates.
+    """
+    levels, frontier = [first], first.frontier
+    while frontier is not None and len(levels) < depth and goes_on(len(levels), frontier.scores):
+        levels.append(run(frontier, len(levels), len(levels) + 1 == depth))
+        frontier = levels[-1].frontier
+    return _joined(levels)
+
+
+def sprout(bound: BoundHead, newest: Tensor, top_k: int, is_last: bool) -> Growth:
+    """The first level, of `top_k` nodes or as many as the head can propose, all of which get children.
+
+    `newest` `[b, 1, h]` is the head's output at the last pair before the root.
     """
     tokens, scores = _children(bound, newest, top_k)  # [b, 1, k]
-    levels = [(tokens, scores)]
-    bests: list[Tensor] = []
-    if depth > 1:
-        frontier = _first(bound.head.feedback(newest), tokens[:, 0], scores[:, 0])
-    for level in range(1, depth):
-        if not goes_on(level, frontier.scores):
-            break
-        growth = run(frontier, level, level + 1 == depth)
-        levels.append((growth.tokens, growth.scores))
-        if growth.frontier is not None and growth.best is not None:
-            bests.append(growth.best)
-            frontier = growth.frontier
-    return _joined(levels, bests)
+    if is_last:
+        return Growth(tokens, scores, None, None)
+    rows, _, width = tokens.shape
+    hidden = bound.head.feedback(newest).expand(-1, width, -1)
+    itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(rows, -1, -1)
+    return Growth(tokens, scores, None, Frontier(tokens[:, 0], scores[:, 0], hidden, itself))
 
 
 def branch(bound: BoundHead, frontier: Frontier, output: Tensor, is_last: bool) -> Growth:
@@ -97,23 +98,20 @@ def branch(bound: BoundHead, frontier: Frontier, output: Tensor, is_last: bool) 
     return Growth(tokens, scores, *_next(frontier, bound.head.feedback(output), tokens, scores))
 
 
-def _joined(levels: list[tuple[Tensor, Tensor]], bests: list[Tensor]) -> CandidatePool:
-    """The levels' tokens and scores `[b, w, k]`, one after the other, and which nodes they hang from.
-
-    Args:
-        levels: of the pool.
-        bests: `[b, k]` of each level from the second on, which of its nodes got children.
-    """
-    first = levels[0][0]
+def _joined(levels: list[Growth]) -> CandidatePool:
+    """The tokens and scores of all levels, one after the other, and which nodes they hang from."""
+    first = levels[0].tokens
     order = torch.arange(-1, first.shape[-1], device=first.device)  # the root, and the nodes of the first level
-    sizes = [tokens.shape[1:].numel() for tokens, _ in levels]
+    sizes = [level.tokens.shape[1:].numel() for level in levels]
     parents = [order[:1, None], order[1:, None]]
+    bests = [level.best for level in levels[1:-1] if level.best is not None]  # of the last none got children
     if bests:
         starts = list(accumulate(sizes))[: len(bests)]  # where their levels begin
         parents += [own[..., None] for own in torch._foreach_add(bests, starts)]
-    hung = [own.expand_as(tokens) for own, (tokens, _) in zip(parents, levels, strict=False)]
-    tokens, scores = (torch.cat(parts, dim=1).flatten(1) for parts in zip(*levels, strict=True))
-    level_of = [torch.full((size,), level) for level, size in enumerate(sizes, start=1)]
+    hung = [own.expand_as(level.tokens) for own, level in zip(parents, levels, strict=False)]
+    tokens = torch.cat([level.tokens for level in levels], dim=1).flatten(1)
+    scores = torch.cat([level.scores for level in levels], dim=1).flatten(1)
+    level_of = [torch.full((size,), number) for number, size in enumerate(sizes, start=1)]
     return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, torch.cat(level_of))
 
 
@@ -122,13 +120,6 @@ def _children(bound: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Ten
     log_probs = bound.logits(output).log_softmax(dim=-1)
     scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
     return bound.target_ids(draft_ids), scores
-
-
-def _first(hidden: Tensor, tokens: Tensor, scores: Tensor) -> Frontier:
-    """All children `[b, k]` of the root, whose output is `hidden` `[b, 1, h]`."""
-    rows, width = tokens.shape
-    itself = torch.eye(width, dtype=torch.bool, device=tokens.device)
-    return Frontier(tokens, scores, hidden.expand(-1, width, -1), itself.expand(rows, -1, -1))
 
 
 def _next(frontier: Frontier, hidden: Tensor, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Frontier]:

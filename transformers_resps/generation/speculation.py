@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,8 +27,8 @@ from ..verifying.attention import longrope_boundary
 from ..verifying.cache import stop_recording
 from ..verifying.forward import TargetForward, are_outputs, is_compiled
 from ..verifying.hybrids import is_recurrent
-from ..verifying.slot_engine import SlotEngine
-from ..verifying.verifier import SlotTreeVerifier, TreeVerifier
+from ..verifying.slots import SlotEngine
+from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
 from .checks import check_forward_arguments, check_lengths, check_synced
 from .output import SpeculativeOutput
 from .request import Request
@@ -233,7 +233,7 @@ def lockstep_reason(target: PreTrainedModel, inputs: GenerateInputs) -> str | No
 @contextmanager
 def _verifier(
     target: PreTrainedModel, engine: SlotEngine, request: Request, inputs: GenerateInputs
-) -> Iterator[TreeVerifier]:
+) -> Iterator[Verifier]:
     """The verifier of one call, open: over a cache that grows, or over slots, compiled or not.
 
     Raises:
@@ -263,8 +263,8 @@ def _verifier(
     config = inputs.config.compile_config
     options = None if config is None or config == CompileConfig() else config.to_dict()
     with (
-        (engine if compiles else SlotEngine(compiles=False)).borrow(target) as lent,
-        SlotTreeVerifier(forward, lent, forward.layers, *given, options=options) as verifier,
+        engine.borrow(target) if compiles else nullcontext() as lent,
+        SlotVerifier(forward, lent, *given, options=options) as verifier,
     ):
         yield verifier
 

@@ -13,10 +13,10 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ..compat import unwrapped
-from ..drafting.levels import DraftEngines
+from ..drafting.engine import DraftEngines
 from ..heads import DraftHead
 from ..policies import Policy, PolicyCache
-from ..verifying.slot_engine import SlotEngine
+from ..verifying.slots import SlotEngine
 
 
 AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes

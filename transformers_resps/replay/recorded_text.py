@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..drafting.pool_growth import Frontier, Growth, branch, grow_pool
+from ..drafting.pool_growth import Frontier, Growth, branch, grow_pool, sprout
 from ..heads import BoundHead, DraftHead, HeadCache
 from ..tree import CandidatePool
 from ..verifying.forward import FeatureTap
@@ -177,7 +177,8 @@ class PositionPools:
         width = min(top_k, self._bound.head.config.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             newest = self._outputs[part - 1][:, None]  # [r, 1, h]
-            yield part, grow_pool(self._bound, newest, width, depth, partial(self._run, part))
+            first = sprout(self._bound, newest, width, depth == 1)
+            yield part, grow_pool(first, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
         """One pass over a level of all roots, laid out one root after the other in a single row."""

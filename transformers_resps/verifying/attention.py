@@ -1,14 +1,10 @@
-"""SDPA for grouped-query attention: heads that share keys become queries of one head.
+"""What the target attends to when it verifies a tree, and SDPA for heads that share keys.
 
 With a mask, Transformers' `sdpa` copies keys and values for every head that shares them, at every layer; PyTorch's
-`enable_gqa` reads them once for each head. The results are equal up to rounding. A lone token gains most, because
-PyTorch spends about as much on one query as on three. One layer of SmolLM2 in bfloat16 on Zen 4
-(the study `attention_speed`): a token after 800 positions takes 0.59 ms with `enable_gqa`, as in plain decoding, and
-0.12 ms here; three nodes in each of eight rows after 250 positions take 0.70 ms with copies, 0.55 ms with
-`enable_gqa`
-and 0.36 ms here. On accelerators it was not timed.
-
-What the target attends to when it verifies a tree: masks and positions.
+`enable_gqa` reads them once for each head. Here these heads become queries of one head, which gives the same up to
+rounding. A lone token gains most, because PyTorch spends about as much on one query as on three: one layer of SmolLM2
+in bfloat16 on Zen 4 takes 0.12 ms after 800 positions instead of 0.59, three nodes in each of eight rows after 250
+positions 0.36 ms instead of 0.55 (the study `attention_speed`). On accelerators it was not timed.
 """
 
 from collections.abc import Iterator
@@ -44,20 +40,9 @@ def grouped_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' `sdpa`, with a faster way to the same result where it would copy keys.
+    """Transformers' `sdpa`, by `attend` where it would copy keys; see there for shapes.
 
-    Args:
-        module: the layer.
-        query: `[b, heads, q, hd]`.
-        key: `[b, kv heads, t, hd]`.
-        value: like `key`.
-        attention_mask: `[b or 1, 1, q, t]`; `None` is causal.
-        dropout: share of the weights.
-        scaling: of the scores.
-        options: anything else is `sdpa`'s.
-
-    Returns:
-        `[b, q, heads, hd]`, and nothing for the weights.
+    An `attention_mask` of `None` is causal. Returns `[b, q, heads, hd]`, and nothing for the weights.
     """
     shares = query.shape[1] != key.shape[1]
     odd = any(options.get(name) is not None for name in _OF_SDPA_ALONE)
@@ -78,16 +63,13 @@ def attend(
     """SDPA in which heads that share keys are queries of one head.
 
     Args:
-        query: `[b, heads, q, hd]`.
+        query: `[b, heads, q, hd]`, as the result.
         key: `[b, kv heads, t, hd]`.
         value: like `key`.
         mask: `[b or 1, 1, q, t]`, true where attended or added to the scores; `None` sees everything. Where the second
             size is the number of heads that share keys, it is not copied.
         dropout: share of the weights.
         scaling: of the scores; `hd ** -0.5` when `None`.
-
-    Returns:
-        `[b, heads, q, hd]`.
     """
     batch_size, heads, count = query.shape[:3]
     sharing = heads // key.shape[1]
@@ -101,15 +83,9 @@ def attend(
 
 
 def stacked(mask: Tensor, sharing: int, alignment: int) -> Tensor:
-    """A mask for each of the heads that share keys.
+    """A mask `[b, 1 or sharing, q, t]` for each of the heads that share keys: `[b, 1, sharing * q, t]`.
 
-    Args:
-        mask: `[b, 1 or sharing, q, t]`.
-        sharing: number of heads.
-        alignment: elements, of which each row begins at a multiple if the mask is copied.
-
-    Returns:
-        `[b, 1, sharing * q, t]`.
+    If it is copied, each row begins at a multiple of `alignment` elements.
     """
     rows, given, count, length = mask.shape
     if given < sharing:
@@ -151,11 +127,8 @@ def last_position(config: PretrainedConfig, root_position: int) -> int | None:
     """The largest position that a node may take; `None` where there is no limit.
 
     A table of learned positions ends there. 'longrope' switches the frequencies of a whole forward as soon as one
-    position passes the original context; plain decoding does so one token at a time.
-
-    Args:
-        config: the target's.
-        root_position: of the first tree.
+    position passes the original context; plain decoding does so one token at a time. `root_position` is the first
+    tree's.
     """
     config = config.get_text_config()
     boundary = longrope_boundary(config)
@@ -182,7 +155,7 @@ def tree_attention_mask(
     dtype: torch.dtype,
     ends: Tensor | None = None,
 ) -> Tensor | dict[str, Tensor | None]:
-    """Make the additive 4-D mask of a tree's forward.
+    """The additive 4-D mask of a tree's forward.
 
     Args:
         config: the target's.

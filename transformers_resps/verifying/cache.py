@@ -1,15 +1,6 @@
-"""A preallocated cache: full-attention layers with space after their entries, so that a forward copies no past.
+"""The target's caches while they hold trees: space after the entries, keeping a path, copies of recurrent states.
 
-Transformers' `DynamicLayer` makes new tensors of all its entries at every forward, for nodes that are mostly dropped
-again. Several layers share a buffer, so that the nodes to keep move in all of them at once.
-
-Copies of the states of a recurrent cache layer, for some rows of the batch, and their way back.
-
-With `tree_cache`, `preallocated_cache` and `slot_cache` the only files that touch the inside of Transformers' caches.
-
-Keeps the accepted nodes of a tree in the target's cache, and refuses caches that cannot hold a tree.
-
-With `preallocated_cache` and `slot_cache` the only files that touch the inside of Transformers' caches.
+Together with `slots` the only module that touches the inside of Transformers' caches.
 """
 
 import copy
@@ -29,8 +20,9 @@ _MAX_SHARING = 8  # layers of one buffer: more would move faster, but while they
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values are the front of a larger buffer. Other code may shorten it or replace
-    its tensors, as with any `DynamicLayer`.
+    """A `DynamicLayer` whose keys and values are the front of a larger buffer, so that a forward copies no past.
+
+    Other code may shorten it or replace its tensors, as with any `DynamicLayer`.
 
     Args:
         stock: a filled layer, which this one stands for.
@@ -86,7 +78,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class SharedBuffer:
-    """The entries of several layers, with space after them.
+    """The entries of several layers, with space after them: the nodes to keep move in all layers at once.
 
     Args:
         layers: with entries of the same sizes, lengths apart; they move in.

@@ -1,14 +1,13 @@
-"""The target's features: the hidden states that a head reads, caught as they pass.
+"""Runs the target over prompts and trees, and catches the hidden states that a head reads, its features, by hooks.
 
 `output_hidden_states` of Transformers would do as well, but it leaves hooks in the model that cannot be pickled,
 keeps all layers in releases before 5.23, and gives the last layer only after the final norm.
-
-Runs the target over prompts and over trees, and catches the features that a head reads.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,11 +48,10 @@ class FeatureTap:
     def __enter__(self) -> "FeatureTap":
         for index in self._layers:
             if index == len(self._decoder_layers):
-                handle = self._decoder_layers[-1].register_forward_hook(_Catch(index).leaving)
+                handle = self._decoder_layers[-1].register_forward_hook(partial(_leaving, index))
             else:
-                handle = self._decoder_layers[index].register_forward_pre_hook(
-                    _Catch(index).entering, with_kwargs=True
-                )
+                layer = self._decoder_layers[index]
+                handle = layer.register_forward_pre_hook(partial(_entering, index), with_kwargs=True)
             self._hooks.callback(handle.remove)
         return self
 
@@ -94,32 +92,26 @@ class Features:
         return torch.cat([self.caught[layer].to(first.device) for layer in self.layers], dim=-1)
 
 
-class _Catch:
-    """A hook for one feature layer."""
+def _entering(
+    index: int, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
+) -> None:
+    """`keywords` is missing while another thread removes its own hook; the states are not ours then."""
+    if keywords is not None:
+        _catch(index, arguments[0] if arguments else keywords["hidden_states"])
 
-    def __init__(self, index: int) -> None:
-        self.index = index
 
-    def _keep(self, states: Tensor) -> None:
-        caught = _recording.get()
-        if caught is not None:
-            caught[self.index] = states
+def _leaving(index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    _catch(index, output[0] if isinstance(output, tuple) else output)
 
-    def entering(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> None:
-        """`keywords` is missing while another thread removes its own hook; the states are not ours then."""
-        if keywords is not None:
-            self._keep(arguments[0] if arguments else keywords["hidden_states"])
 
-    def leaving(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        self._keep(output[0] if isinstance(output, tuple) else output)
+def _catch(index: int, states: Tensor) -> None:
+    caught = _recording.get()
+    if caught is not None:
+        caught[index] = states
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """Find the outermost list with as many modules as the target has layers.
-
-    Raises:
-        ValueError: there is no such list.
-    """
+    """The outermost list with as many modules as the target has layers; raises a `ValueError` where none is."""
     count = target.config.get_text_config().num_hidden_layers
     for module in target.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -131,7 +123,7 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
 
 
 def is_compiled(target: PreTrainedModel) -> bool:
-    """Tell whether the caller compiled it: `model.compile()`, or `model.forward = torch.compile(model.forward)`."""
+    """Whether the caller compiled it: `model.compile()`, or `model.forward = torch.compile(model.forward)`."""
     return target._compiled_call_impl is not None or hasattr(target.forward, "_torchdynamo_orig_callable")
 
 
@@ -173,20 +165,18 @@ class TargetForward:
 
     def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
         """Run over a prompt or a part of it: tokens and positions `[b, t]`. Returns the outputs and the features."""
-        outputs, features = self._run(self._inputs(tokens, mask, positions) | options)
+        outputs, features = self._run(tokens, mask, positions, **options)
         crop(self.cache, 0)
         return outputs, features
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
         """Run over the nodes of a tree: `[b, n]`. Returns the outputs and the features."""
         with use_gqa_attention(self.target):
-            return self._run(self._inputs(tokens, mask, positions))
+            return self._run(tokens, mask, positions)
 
-    def _inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
-        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        return inputs | {CACHE_KEYWORD: self.cache, "use_cache": True, "return_dict": True}
-
-    def _run(self, inputs: dict[str, Any]) -> tuple[Any, Features]:
+    def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions} | options
+        inputs |= {CACHE_KEYWORD: self.cache, "use_cache": True, "return_dict": True}
         if self._tap is not None:
             with self._tap.record() as features:
                 return self.target(**inputs), features

@@ -1,22 +1,12 @@
-"""Which layers of hybrid targets keep a recurrent state, and which of them can read the paths of a tree.
-
-By class and module: a mixer that is not listed may ignore the state that it is given, as some of stock's do when
-several tokens come at once.
-
-All paths of a tree as a batch of sequences, for layers that read tokens one after the other.
-
-How recurrent mixers read a few tokens at once as they would read them one after the other, and quickly.
-
-The recurrent layers of a hybrid target while it verifies trees.
+"""The recurrent layers of a hybrid target while it verifies trees.
 
 A node's hidden state depends on its ancestors alone as long as attention has the tree's mask and every mixer reads
-each path in its order. So inside the mixers, and only there, a tree becomes the batch of its paths, from copies of
-the
+each path in its order. So inside the mixers, and only there, a tree becomes the batch of its paths, from copies of the
 row's states. The states themselves are not written before a path is accepted: then each mixer reads its own inputs at
 the accepted nodes. Related: STree (arXiv 2505.14969), and "The Mamba in the Llama" (arXiv 2408.15237), section 4.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,7 +22,8 @@ from ..tree import DraftTree
 from .cache import copied_rows, empty_like, write_back
 
 
-# Class -> its folder in `transformers.models`. They read several tokens from a given state as one after the other.
+# Class -> its folder in `transformers.models`. They read several tokens from a given state as one after the other; a
+# mixer that is not listed may ignore that state, as some of stock's do.
 _MIXERS = {
     "Qwen3NextGatedDeltaNet": "qwen3_next",
     "Qwen3_5GatedDeltaNet": "qwen3_5",
@@ -196,34 +187,34 @@ _reads_tree: ContextVar[bool] = ContextVar("resps_reads_tree", default=False)  #
 _lock = Lock()  # held while settings are lent or given back
 
 
-def chunk_keyword(mixer: Any, states: Tensor) -> dict[str, int]:
+def _chunk_keyword(mixer: Any, states: Tensor) -> dict[str, int]:
     """What lets a delta rule without kernels compute the tokens of `states` `[r, m, h]`, and not a chunk of 64.
 
-    A keyword of the mixer's forward, which hands it on to the function that computes chunks. An accelerator's kernels
-    are made for long chunks.
+    The mixer's forward hands it on. An accelerator's kernels are made for long chunks.
     """
     is_fixed = hasattr(mixer, "chunk_size") or states.device.type != "cpu"
     return {} if is_fixed else {"chunk_size": states.shape[1]}
 
 
-class TimeStepLimit(tuple[float, ...]):
-    """A mixer's own limit, which does not hold where the thread that asks reads a tree.
+class _TimeStepLimit(Sequence[float]):
+    """Stands for a mixer's limit while calls decode with it: none for a thread that reads a tree, its own for others.
+
+    No tuple, whose contents could be read without asking.
 
     Attributes:
-        own: as it was, to be given back.
+        own: the mixer's, to be given back.
         chunk_size: likewise.
         users: calls that decode with the mixer.
     """
 
-    own: Any
-    chunk_size: int
-    users: int = 0
-
-    def __iter__(self) -> Iterator[float]:
-        return iter(_NO_LIMIT) if _reads_tree.get() else super().__iter__()
+    def __init__(self, mixer: Any) -> None:
+        self.own, self.chunk_size, self.users = mixer.time_step_limit, mixer.chunk_size, 0
 
     def __getitem__(self, index: Any) -> Any:
-        return _NO_LIMIT[index] if _reads_tree.get() else super().__getitem__(index)
+        return (_NO_LIMIT if _reads_tree.get() or self.own is None else self.own)[index]
+
+    def __len__(self) -> int:
+        return len(_NO_LIMIT)
 
 
 class ScanSettings:
@@ -244,10 +235,8 @@ class ScanSettings:
     def __enter__(self) -> "ScanSettings":
         with _lock:
             for mixer in self._mixers:
-                if not isinstance(mixer.time_step_limit, TimeStepLimit):
-                    limit = TimeStepLimit(mixer.time_step_limit or _NO_LIMIT)
-                    limit.own, limit.chunk_size = mixer.time_step_limit, mixer.chunk_size
-                    mixer.time_step_limit = limit
+                if not isinstance(mixer.time_step_limit, _TimeStepLimit):
+                    mixer.time_step_limit = _TimeStepLimit(mixer)
                 mixer.time_step_limit.users += 1
         return self
 
@@ -265,7 +254,7 @@ class ScanSettings:
         token = _reads_tree.set(True)
         try:
             for mixer in self._mixers:
-                if mixer.A_log.device.type == "cpu":  # an accelerator's kernels are made for long chunks
+                if mixer.A_log.device.type == "cpu":
                     mixer.chunk_size = min(mixer.time_step_limit.chunk_size, depth)
             yield
         finally:
@@ -394,7 +383,7 @@ class _Reading:
             self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
         self.branches.layers[mixer.layer_idx] = copied_rows(layer, self.paths.rows)
         read = self.paths.along(states)
-        return (read, *arguments[1:]), keywords | chunk_keyword(mixer, read)
+        return (read, *arguments[1:]), keywords | _chunk_keyword(mixer, read)
 
     def read_again(self, mixers: dict[int, Any], nodes: Tensor, cache: Cache) -> None:
         """Run the mixers alone over their inputs at `nodes` `[r, m]`, counted through all rows, on the states of
@@ -403,7 +392,7 @@ class _Reading:
         with torch.autocast(**self._autocast) if self._autocast else nullcontext():
             for index, (states, keywords) in self._inputs.items():
                 mixer, read = mixers[index], gathered(states, nodes)
-                mixer.forward(read, **keywords | chunk_keyword(mixer, read) | {"cache": cache})
+                mixer.forward(read, **keywords | _chunk_keyword(mixer, read) | {"cache": cache})
 
 
 # What the forward in this thread reads: two threads may share a target.

@@ -1,101 +1,26 @@
-"""Which slot holds which position of which row: plain numbers on the host, as one table for a forward.
+"""A tree's nodes in free slots of buffers that live from call to call: nothing moves, and the forward sees few sizes.
 
-Buffers of slots: keys and values whose place says nothing about their position in the text.
-
-A tree's nodes are written to free slots. Accepted ones stay where they are, and the slots of the others are free
-again, so that nothing moves and nothing is forgotten. The mask tells which slots a node sees.
-
-The target's forward over a tree whose nodes go to slots, as one function of tensors.
+Accepted nodes stay where they were written, and the slots of the others are free again. The mask tells which slots a
+node sees.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..compat import CACHE_KEYWORD
-from ..compilation.compiled import is_of_this_mode
+from ..compilation.captured import CapturedFunction
+from ..compilation.compiled import CompiledFunction
+from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
 from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
 from .forward import hidden_states_asked
-
-
-HIDDEN = -1  # place of a slot that no node may see
-
-
-class SlotTable:
-    """The slots of a batch.
-
-    Args:
-        seen: of each row, whether its entries may be seen; padding may not. Entry i lies in slot i.
-
-    Attributes:
-        rows: of each row, the slots of its entries in the order of the text.
-    """
-
-    def __init__(self, seen: list[list[bool]]) -> None:
-        self.rows = [list(range(len(row))) for row in seen]
-        self._ends = [len(row) for row in seen]  # slots from there on were never used
-        self._free: list[list[int]] = [[] for _ in seen]  # before that
-        self._offered: list[list[int]] = []
-        self._places = torch.full((len(seen), 2 * max(self._ends)), HIDDEN)  # [b, slots]
-        for table, row in zip(self._places, seen, strict=True):
-            table[: len(row)] = torch.where(torch.tensor(row), torch.arange(len(row)), HIDDEN)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Entries of each row, which is the place of its next one."""
-        return [len(row) for row in self.rows]
-
-    @property
-    def size(self) -> int:
-        """Slots that were used or are offered."""
-        return max([*self._ends, *(slots[-1] + 1 for slots in self._offered)])
-
-    def offer(self, count: int) -> list[list[int]]:
-        """The slots for the nodes of the coming forward, `count` of each row, ascending.
-
-        `keep` or another `offer` comes next.
-        """
-        self._offered = []
-        for free, end in zip(self._free, self._ends, strict=True):
-            missing = max(count - len(free), 0)
-            self._offered.append([*free[:count], *range(end, end + missing)])
-        self._reserve(self.size)
-        return self._offered
-
-    def places(self, size: int) -> Tensor:
-        """`[b, size]` the place in its row's text of the entry in each slot; `HIDDEN` where none may be seen."""
-        self._reserve(size)
-        return self._places[:, :size].contiguous()
-
-    def _reserve(self, size: int) -> None:
-        missing = size - self._places.shape[1]
-        if missing > 0:
-            more = self._places.new_full((len(self._places), missing + size), HIDDEN)
-            self._places = torch.cat([self._places, more], dim=1)
-
-    def keep(self, paths: list[list[int]]) -> None:
-        """Keep the nodes of each row's path, the root first, of the newest forward."""
-        for row, path in enumerate(paths):
-            offered, kept = self._offered[row], set(path)
-            slots = [offered[node] for node in path]
-            start = len(self.rows[row])
-            self._places[row, slots] = torch.arange(start, start + len(path))
-            self.rows[row] += slots
-            self._ends[row] = max(self._ends[row], offered[-1] + 1)
-            spare = self._free[row][len(offered) :]
-            self._free[row] = [*(slot for node, slot in enumerate(offered) if node not in kept), *spare]
-        self._offered = []
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these; a row may be asked for twice."""
-        self.rows, self._free = ([list(part[row]) for row in rows] for part in (self.rows, self._free))
-        self._ends, self._offered = [self._ends[row] for row in rows], []
-        self._places = self._places[list(rows)]
+from .rows import HIDDEN
 
 
 class SlotLayer(CacheLayerMixin):
@@ -254,32 +179,6 @@ class SlotInputs(NamedTuple):
     roots: Tensor
 
 
-class SlotLayout:
-    """How a target's layers use a cache.
-
-    Args:
-        config: the target's.
-        cache: filled, of dynamic layers.
-    """
-
-    def __init__(self, config: PretrainedConfig, cache: Cache) -> None:
-        layers: list[Any] = cache.layers
-        self._has_entries = [getattr(layer, "keys", None) is not None for layer in layers]
-        self._placeholders = [layer for layer, own in zip(layers, self._has_entries, strict=True) if not own]
-        kinds: list[str] | None = getattr(config.get_text_config(), "layer_types", None)
-        # layer type -> its sliding window; without types one mask serves all layers
-        self.windows: dict[str | None, int | None] = {}
-        if kinds is None:
-            self.windows[None] = window_of(cache, 0)
-        else:
-            self.windows |= {kind: window_of(cache, kinds.index(kind)) for kind in kinds}
-
-    def cache(self, buffers: tuple[Tensor, ...], written: Tensor) -> Cache:
-        """The cache of one forward that writes the slots `[b, n]`."""
-        pairs, others = iter(zip(buffers[::2], buffers[1::2], strict=True)), iter(self._placeholders)
-        return Cache(layers=[SlotLayer(*next(pairs), written) if own else next(others) for own in self._has_entries])
-
-
 class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
@@ -288,7 +187,7 @@ class SlotForward:
 
     Args:
         target: any decoder of Transformers.
-        layout: of its cache.
+        cache: filled with the prompt, of dynamic layers.
         feature_layers: the hidden states that a head reads, below the last.
         options: of `torch.compile`, where the caller has some.
     """
@@ -296,12 +195,12 @@ class SlotForward:
     def __init__(
         self,
         target: PreTrainedModel,
-        layout: SlotLayout,
+        cache: Cache,
         feature_layers: list[int],
         options: dict[str, Any] | None = None,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self.function = _function(target, layout, feature_layers)
+        self.function = _function(target, cache, feature_layers)
 
     def __call__(self, inputs: SlotInputs, buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run it without compilation: the logits `[b, n, v]`, and the hidden states `[b, n, h]` of each feature layer.
@@ -314,11 +213,13 @@ class SlotForward:
             return self.function(*inputs, *buffers)
 
 
-def _function(
-    target: PreTrainedModel, layout: SlotLayout, feature_layers: list[int]
-) -> Callable[..., tuple[Tensor, ...]]:
-    asked = hidden_states_asked(feature_layers)
-    dtype = target.dtype
+def _function(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+    layers: list[Any] = cache.layers
+    # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
+    placeholders = [layer if getattr(layer, "keys", None) is None else None for layer in layers]
+    kinds: list[str | None] = getattr(target.config.get_text_config(), "layer_types", None) or [None]
+    windows = {kind: window_of(cache, kinds.index(kind)) for kind in kinds}  # without types one mask serves all layers
+    asked, dtype = hidden_states_asked(feature_layers), target.dtype
 
     def forward(
         tokens: Tensor,
@@ -329,12 +230,14 @@ def _function(
         roots: Tensor,
         *buffers: Tensor,
     ) -> tuple[Tensor, ...]:
+        pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
+        held = Cache(layers=[SlotLayer(*next(pairs), slots) if other is None else other for other in placeholders])
         node_places = roots[:, :1] + depths
         index = slots[:, None].expand_as(ancestors)
         visible = (places != HIDDEN)[:, None].expand(-1, tokens.shape[1], -1).scatter(2, index, ancestors)
         distance = node_places[..., None] - places.scatter(1, slots, node_places)[:, None]  # [b, n, slots]
         masks: dict[str | None, Tensor] = {}
-        for kind, window in layout.windows.items():
+        for kind, window in windows.items():
             seen = visible if window is None else visible & (distance < window)
             masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
         outputs: Any = target(
@@ -343,9 +246,84 @@ def _function(
             position_ids=roots[:, 1:] + depths,
             use_cache=True,
             return_dict=True,
-            **{CACHE_KEYWORD: layout.cache(buffers, slots)},
+            **{CACHE_KEYWORD: held},
             **asked,
         )
         return (outputs.logits, *(outputs.hidden_states[layer] for layer in feature_layers))
 
     return forward
+
+
+# The dimensions of `SlotInputs` and of the buffers that change, with several rows.
+_SIZES = ((0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1), (0,))
+_BUFFER_SIZES = (0, 1)
+_CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
+
+
+class SlotEngine(CompileEngine[PreTrainedModel]):
+    """Compiles or captures the forwards of one target over slots, and keeps its buffers."""
+
+    name = "the target's forward"
+    duration = "A small model takes up to two minutes on two cores."
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(clock=clock)
+        self.buffers = SlotBuffers()
+        self._decoded_seconds = 0.0
+
+    def weights(self) -> WeightFingerprint:
+        return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
+
+    @property
+    def pays(self) -> bool:
+        """Whether compiled code is there, or decoding has taken as long as compiling will: the model lives on."""
+        return self.is_compiled or self._decoded_seconds >= self.expected_seconds
+
+    def note(self, seconds: float) -> None:
+        """Note that a call has decoded for so long."""
+        self._decoded_seconds += seconds
+
+    def must_compile(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> bool:
+        """Whether the coming forward, the first of its kind, takes longer than all that follow."""
+        return not self.is_broken and not self._code_of(forward, inputs).fast.is_ready(inputs, buffers)
+
+    def forward(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run a forward compiled, or as it is where that fails."""
+        outputs: tuple[Tensor, ...] | None = None
+        if not self.is_broken:
+            code = self._code_of(forward, inputs)
+            with use_gqa_attention(forward.target):
+                outputs = self.run(code, inputs, buffers)
+        return forward(inputs, buffers) if outputs is None else outputs
+
+    def _code_of(self, forward: SlotForward, inputs: SlotInputs) -> Code:
+        """The code that serves a single row or several, and the features of one head."""
+        is_batch = len(inputs.tokens) > 1
+
+        def make() -> Code:
+            fast: CompiledFunction | CapturedFunction
+            if inputs.tokens.device.type == "cuda" and forward.options is None:
+                fast = CapturedFunction(forward.function)
+            elif is_batch:
+                fast = CompiledFunction(forward.function, _SIZES, _BUFFER_SIZES, forward.options)
+            else:  # one row stays one row
+                dynamic = [tuple(size for size in sizes if size) for sizes in _SIZES]
+                fast = CompiledFunction(forward.function, dynamic, _BUFFER_SIZES[:1], forward.options)
+            return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
+
+        return self.code((is_batch, *forward.feature_layers, str(forward.options)), make)
+
+
+def padded_count(device: torch.device, count: int) -> int:
+    """Nodes of a forward over a tree of `count`, padding included: few sizes where each is captured by itself.
+
+    On a CPU one code serves all sizes from two nodes on, and a second node costs nothing.
+    """
+    if device.type != "cuda":
+        return max(count, 2)
+    return next((size for size in _CAPTURED_SIZES if size >= count), -(-count // 64) * 64)
+
+
+def _centred_logits(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Without what softmax ignores."""
+    return outputs[0] - outputs[0].mean(dim=-1, keepdim=True)

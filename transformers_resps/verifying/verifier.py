@@ -1,10 +1,11 @@
-"""The target's side of decoding one batch: prefill, then verify a tree and keep its accepted path, step after step.
+"""The target's side of decoding one batch: read the prompt, then verify a tree and keep its accepted path, and again.
 
-The target's side of decoding one batch over slots: nothing moves, and the forward sees few sizes.
+Over a cache that grows, or over slots.
 """
 
 import sys
-from typing import Any, TypeVar
+from abc import ABC, abstractmethod
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,12 +28,14 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
-from .rows import SlotMap
-from .slot_engine import SlotEngine
-from .slots import SlotForward, SlotInputs, SlotLayout, SlotTable, filled_layers, give_back
+from .rows import SlotMap, SlotTable
+from .slots import SlotBuffers, SlotEngine, SlotForward, SlotInputs, filled_layers, give_back, padded_count
 
 
-class TreeVerifier:
+Row = TypeVar("Row")
+
+
+class Verifier(ABC):
     """Owns the target's cache while a batch is decoded, and knows where every row ends.
 
     Use it in `with`: at the end, even after an interruption, the cache is a stock one and holds only what was kept.
@@ -41,15 +44,22 @@ class TreeVerifier:
         forward: the target's, over the cache to decode with.
         position_ids: `[b or 1, s]` of the prompt; s counts what the cache already holds.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
+
+    Attributes:
+        device: of the trees.
+        is_compiled: whether steps run compiled.
+        reads_paths: whether the target has recurrent layers, which read each path of a tree, and the accepted one once
+            more.
     """
 
-    is_compiled: bool = False  # whether its steps run compiled
+    is_compiled: bool = False
+    reads_paths: bool = False
 
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         target, self._cache = forward.target, forward.cache
         # Plain decoding leaves the text where the caller put it, and so do we; the target reads on its own device.
         self.device = position_ids.device if target.device.type == "meta" else target.device
-        self._forward, self._config, self._dtype = forward, target.config, target.dtype
+        self._forward = forward
         self._slots = SlotMap(
             None if attention_mask is None else attention_mask.to(self.device), cached_length(self._cache)
         )
@@ -57,49 +67,36 @@ class TreeVerifier:
         length = self._positions.shape[1]
         self._shift_by((self._positions[:, -1] + 1 - length).tolist())
         self._last_position = last_position(target.config, length + max(self._shifts))
-        self._mixers = RecurrentMixers(target, self._cache)
-        self._newest_nodes = 0  # nodes of the newest forward, padding included; 0 once it is settled
 
-    @classmethod
-    def of(cls, target: PreTrainedModel, prompt_length: int) -> "TreeVerifier":
-        """For prompts of one length, without padding and without a head; the cache is a new, dynamic one."""
-        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-        return cls(TargetForward(target, None, cache), torch.arange(prompt_length, device=target.device)[None])
-
-    def __enter__(self) -> "TreeVerifier":
+    def __enter__(self) -> Self:
         self._forward.__enter__()
-        self._mixers.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         try:
             self.close()
         finally:
-            self._mixers.__exit__()
             self._forward.__exit__(*exception)
 
     @property
     def length(self) -> int:
-        """Cached positions of the longest row."""
-        return self._slots.length
-
-    @property
-    def reads_paths(self) -> bool:
-        """Whether the target has recurrent layers, which read each path of a tree, and the accepted one once more."""
-        return bool(self._mixers)
+        """Positions of the longest row."""
+        return max(self._row_ends)
 
     @property
     def levels_left(self) -> int:
         """Levels below the root that the target's positions allow."""
-        if self._last_position is None:
-            return sys.maxsize
-        return self._last_position - max(self._root_positions)
+        return sys.maxsize if self._last_position is None else self._last_position - max(self._root_positions)
+
+    @property
+    def _row_ends(self) -> list[int]:
+        """Positions of each row."""
+        return self._slots.row_ends(len(self._shifts))
 
     @property
     def _root_positions(self) -> list[int]:
         """Of each row's coming root."""
-        ends = self._slots.row_ends(len(self._shifts))
-        return [end + shift for end, shift in zip(ends, self._shifts, strict=True)]
+        return [end + shift for end, shift in zip(self._row_ends, self._shifts, strict=True)]
 
     def _shift_by(self, shifts: list[int]) -> None:
         """Let each row's positions be its slots and so much more."""
@@ -135,37 +132,28 @@ class TreeVerifier:
         self._begin_steps()
         return outputs.logits, features
 
+    @abstractmethod
     def _begin_steps(self) -> None:
         """Make the prompt's cache ready for trees."""
-        preallocate(self._cache)
+
+    def _prefix_mask(self, length: int) -> Tensor | None:
+        """The two-dimensional mask of the first `length` positions, as `generate` makes it; `None` when all count."""
+        visible = self._slots.visible(length, self.device)
+        return None if visible is None else visible.long()
 
     def must_compile(self, tree: DraftTree) -> bool:
         """Whether the coming forward, the first of its kind, takes longer than all that follow."""
         return False
 
+    @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """The logits `[b, n or more, v]` and the features of all nodes, padding last; `keep` or `undo` comes next.
+        """The logits `[b, n or more, v]` and the features of all nodes, padding last; `keep` or `undo` comes next."""
 
-        A lone root gets plain decoding's mask.
-        """
-        ends = None if self._slots.is_even else self._slots.ends(tree.tokens.device)
-        if tree.node_count == 1 and (ends is None or not has_windows(self._cache)):
-            mask: Any = self._prefix_mask(self.length + 1)
-        else:
-            prefix_mask = self._prefix_mask(self.length)
-            mask = tree_attention_mask(self._config, self._cache, prefix_mask, tree, self._dtype, ends)
-        positions = tree_positions(tree, (self.length if ends is None else ends) + self._shift)
-        with self._mixers.reading(tree):
-            outputs, features = self._forward.verify(tree.tokens, mask, positions)
-        self._newest_nodes = tree.node_count
-        return outputs.logits, features
-
+    @abstractmethod
     def undo(self) -> None:
         """Forget the newest tree."""
-        crop(self._cache, self._newest_nodes)
-        self._mixers.drop()
-        self._newest_nodes = 0
 
+    @abstractmethod
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         """Keep the accepted nodes of the newest tree, and forget its others.
 
@@ -173,6 +161,66 @@ class TreeVerifier:
             path: `[b, m]` node indices, ascending, the root first; a row that keeps fewer repeats its last.
             paths: the same on the host, without repetitions.
         """
+
+    @abstractmethod
+    def keep_rows(self, rows: list[int]) -> None:
+        """Decode these rows only, from now on."""
+
+    def close(self) -> None:
+        """Leave only what was kept in the cache, in stock layers: the caller may reuse it."""
+        crop_to(self._cache, self.length)
+        restore_stock_layers(self._cache)
+
+
+class TreeVerifier(Verifier):
+    """Verifies trees over a dynamic cache: a tree's entries follow the text's, and the accepted ones move up."""
+
+    def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        super().__init__(forward, position_ids, attention_mask)
+        self._mixers = RecurrentMixers(forward.target, self._cache)
+        self.reads_paths = bool(self._mixers)
+        self._newest_nodes = 0  # nodes of the newest forward, padding included; 0 once it is settled
+
+    @classmethod
+    def of(cls, target: PreTrainedModel, prompt_length: int) -> "TreeVerifier":
+        """For prompts of one length, without padding and without a head; the cache is a new, dynamic one."""
+        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+        return cls(TargetForward(target, None, cache), torch.arange(prompt_length, device=target.device)[None])
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._mixers.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            super().__exit__(*exception)
+        finally:
+            self._mixers.__exit__()
+
+    def _begin_steps(self) -> None:
+        preallocate(self._cache)
+
+    def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
+        """As `Verifier.verify`. A lone root gets plain decoding's mask."""
+        ends = None if self._slots.is_even else self._slots.ends(tree.tokens.device)
+        if tree.node_count == 1 and (ends is None or not has_windows(self._cache)):
+            mask: Any = self._prefix_mask(self.length + 1)
+        else:
+            target, prefix_mask = self._forward.target, self._prefix_mask(self.length)
+            mask = tree_attention_mask(target.config, self._cache, prefix_mask, tree, target.dtype, ends)
+        positions = tree_positions(tree, (self.length if ends is None else ends) + self._shift)
+        with self._mixers.reading(tree):
+            outputs, features = self._forward.verify(tree.tokens, mask, positions)
+        self._newest_nodes = tree.node_count
+        return outputs.logits, features
+
+    def undo(self) -> None:
+        crop(self._cache, self._newest_nodes)
+        self._mixers.drop()
+        self._newest_nodes = 0
+
+    def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         self._mixers.keep(path, paths)
         counts = list(map(len, paths))
         if self._slots.stays_even([counts]):
@@ -185,91 +233,81 @@ class TreeVerifier:
         self._newest_nodes = 0
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Decode these rows only, from now on."""
         self._slots.keep_rows(rows)
-        keep_rows(self._cache, rows, self.length)
         self._shift_by([self._shifts[row] for row in rows])
+        keep_rows(self._cache, rows, self.length)
 
     def close(self) -> None:
-        """Leave only what was kept in the cache, in stock layers: the caller may reuse it.
-
-        A lone root that was verified stays, as after an interrupted plain step: no state can forget it.
+        """As `Verifier.close`. A lone root that was verified stays, as after an interrupted plain step: no state can
+        forget it.
         """
         if self._mixers and self._newest_nodes == 1:
             self._slots.extend([1] * len(self._shifts))
             crop(self._cache, 0)
-        crop_to(self._cache, self.length)
-        restore_stock_layers(self._cache)
+        super().close()
 
-    def _prefix_mask(self, length: int) -> Tensor | None:
-        """The two-dimensional mask of the first `length` positions, as `generate` makes it; `None` when all count."""
-        visible = self._slots.visible(length, self.device)
-        return None if visible is None else visible.long()
-
-
-Row = TypeVar("Row")
 
 _WINDOW = 128  # slots: the forward sees multiples of it
 
 
-class SlotTreeVerifier(TreeVerifier):
-    """A `TreeVerifier` whose steps run over the slots of an engine. The prompt is read as ever.
+class SlotVerifier(Verifier):
+    """Verifies trees over slots, whose entries never move. The prompt is read into a dynamic cache.
 
     Args:
-        forward: the target's, over a dynamic cache.
-        engine: lent to this call.
-        feature_layers: the hidden states that a head reads, below the last.
-        position_ids: as `TreeVerifier`.
-        attention_mask: as `TreeVerifier`.
+        forward: the target's, over that cache.
+        engine: lent to this call; `None` runs the steps as they are.
+        position_ids: as `Verifier`.
+        attention_mask: as `Verifier`.
         options: of `torch.compile`, where the caller has some.
     """
 
     def __init__(
         self,
         forward: TargetForward,
-        engine: SlotEngine,
-        feature_layers: list[int],
+        engine: SlotEngine | None,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(forward, position_ids, attention_mask)
-        self._engine, self._target, self.is_compiled = engine, forward.target, engine.compiles
-        self._feature_layers, self._options = feature_layers, options
-        self._rows = 0  # of the buffers: those that are decoded, and copies of the last
+        self._engine, self._options = engine, options
+        self.is_compiled = engine is not None and not engine.is_broken
+        self._buffers = SlotBuffers() if engine is None else engine.buffers
+        self._rows = 0  # of the buffers: those that are decoded, and copies of the last; 0 before the first step
         self._ready: tuple[DraftTree, SlotInputs, list[Tensor]] | None = None  # for the coming forward
+
+    @property
+    def _row_ends(self) -> list[int]:
+        """Once steps have begun, the table alone knows."""
+        return self._table.lengths[: len(self._shifts)] if self._rows else super()._row_ends
 
     def _begin_steps(self) -> None:
         """Move the prompt's entries into the buffers."""
-        self._forward.stop_catching()  # code that is compiled with hooks would run them for ever
-        rows, length = len(self._root_positions), self.length
-        layout = SlotLayout(self._target.config, self._cache)
-        self._forward_over_slots = SlotForward(self._target, layout, self._feature_layers, self._options)
+        self._forward.stop_catching()  # code that is compiled with hooks would always run them
+        rows, length = len(self._shifts), self.length
+        self._over_slots = SlotForward(self._forward.target, self._cache, self._forward.layers, self._options)
         visible = self._slots.visible(length, torch.device("cpu"))
         self._table = SlotTable([[True] * length] * rows if visible is None else visible.tolist())
+        self._buffers.fill(filled_layers(self._cache), length, rows, _windowed(length + _WINDOW))
         self._rows = rows
-        self._engine.buffers.fill(filled_layers(self._cache), length, rows, _windowed(length + _WINDOW))
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        """As `TreeVerifier.verify`."""
         rows, count = tree.tokens.shape
-        padded = self._engine.run(self._forward_over_slots, *self._prepared(tree))
+        inputs, engine = self._prepared(tree), self._engine
+        padded = self._over_slots(*inputs) if engine is None else engine.forward(self._over_slots, *inputs)
         outputs = [part[:rows, :count] for part in padded]
-        features = Features(self._feature_layers)
-        features.caught = dict(zip(self._feature_layers, outputs[1:], strict=True))
+        features = Features(self._forward.layers)
+        features.caught = dict(zip(features.layers, outputs[1:], strict=True))
         return outputs[0], features
 
     def must_compile(self, tree: DraftTree) -> bool:
-        """Whether the coming forward, the first of its kind, takes longer than all that follow."""
-        return self._engine.must_compile(self._forward_over_slots, *self._prepared(tree))
+        """As `Verifier.must_compile`."""
+        return self._engine is not None and self._engine.must_compile(self._over_slots, *self._prepared(tree))
 
     def undo(self) -> None:
-        """Forget the newest tree: its slots are still free."""
+        """Nothing is to be done: the slots of the newest tree are still free."""
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
-        """As `TreeVerifier.keep`."""
-        counts = list(map(len, paths))
-        self._slots.extend(counts)
         self._table.keep(_filled_up(paths, self._rows))
         self._ready = None
 
@@ -278,18 +316,17 @@ class SlotTreeVerifier(TreeVerifier):
 
         Of a batch two are kept on a CPU, since one row alone is compiled apart; elsewhere all are, for their graphs.
         """
-        self._slots.keep_rows(rows)
         self._shift_by([self._shifts[row] for row in rows])
         kept = _filled_up(rows, min(self._rows, 2) if self.device.type == "cpu" else self._rows)
         self._rows = len(kept)
         self._table.keep_rows(kept)
-        self._engine.buffers.keep_rows(kept)
+        self._buffers.keep_rows(kept)
         self._ready = None
 
     def close(self) -> None:
         """Give the cache what was kept, in the order of the text; rows that differ in length have no further use."""
         if self._rows and len(set(self._table.lengths)) == 1:
-            give_back(self._engine.buffers.entries(self._table.rows), self._cache, self.length)
+            give_back(self._buffers.entries(self._table.rows), self._cache, self.length)
         super().close()
 
     def _prepared(self, tree: DraftTree) -> tuple[SlotInputs, list[Tensor]]:
@@ -299,19 +336,19 @@ class SlotTreeVerifier(TreeVerifier):
         return self._ready[1:]
 
     def _prepare(self, tree: DraftTree) -> tuple[SlotInputs, list[Tensor]]:
-        count = self._engine.node_count(self.device, tree.node_count)
-        count += count == self._rows  # equal sizes at the first call would be taken for equal for ever
-        slots, buffers = self._table.offer(count), self._engine.buffers
+        count = padded_count(self.device, tree.node_count)
+        count += count == self._rows  # sizes that are equal at the first call are compiled as always equal
+        slots = self._table.offer(count)
         size = _windowed(self._table.size)
-        if size > buffers.size:
-            buffers.grow(2 * size)
+        if size > self._buffers.size:
+            self._buffers.grow(2 * size)
         roots = zip(self._table.lengths, _filled_up(self._root_positions, self._rows), strict=True)
         host = [torch.tensor(slots), self._table.places(size), torch.tensor(list(roots))]
         if self.device.type != "cpu":
             host = moved(host, self.device)
         padded = tree.padded(count)
         nodes = [_with_rows(part, self._rows) for part in (padded.tokens, padded.depths, padded.ancestors)]
-        return SlotInputs(*nodes, *host), buffers.window(size)
+        return SlotInputs(*nodes, *host), self._buffers.window(size)
 
 
 def _filled_up(rows: list[Row], count: int) -> list[Row]:

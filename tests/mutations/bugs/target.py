@@ -84,8 +84,8 @@ def none_before_the_prefix_fills_it(window_of: Function) -> Function:
 
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
 WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
-KEPT = "tests/verifying/test_tree_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
-RAGGED = "tests/verifying/test_tree_cache.py::test_accepted_nodes_are_placed_behind_each_rows_own_entries"
+KEPT = "tests/verifying/test_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
+RAGGED = "tests/verifying/test_cache.py::test_accepted_nodes_are_placed_after_each_rows_own_entries"
 
 MUTATIONS = (
     Mutation("only the first row's path is moved", "verifying.cache:compact", ask_the_first_row_alone, KEPT),

@@ -83,7 +83,7 @@ def test_code_that_was_made_for_some_sizes_serves_no_others() -> None:
 
 
 @torch.no_grad()
-def test_two_modules_behind_the_same_lines_keep_their_own_weights() -> None:
+def test_two_modules_of_the_same_lines_keep_their_own_weights() -> None:
     """Without guards on modules, code that is found by its lines alone would be the first module's."""
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)
     functions = [compiled(module, "inductor") for module in (first, second)]

@@ -1,5 +1,8 @@
-"""Drafts as one launch: a fake capture runs what a CUDA graph would, over inputs and outputs that stay in place."""
+"""Drafts as one launch, kept as long as their head lives. A fake capture runs what a CUDA graph would."""
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +15,9 @@ from tests.decoding.rows import prompts
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compilation.captured import CapturedFunction
-from transformers_resps.drafting.levels import DraftEngine, DraftEngines
-from transformers_resps.verifying.verifier import SlotTreeVerifier
+from transformers_resps.drafting.engine import DraftEngine, DraftEngines
+from transformers_resps.heads import BoundHead
+from transformers_resps.verifying.verifier import SlotVerifier
 
 
 class FakeCapture(CapturedFunction):
@@ -26,14 +30,19 @@ class FakeCapture(CapturedFunction):
         self.function, self.places = function, list[int]()
         self.kept: dict[Any, tuple[list[Tensor], tuple[Tensor, ...]]] = {}
 
+    def is_ready(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
+        places = [part.data_ptr() for part in buffers]
+        return places == self.places and tuple(part.shape for part in inputs) in self.kept
+
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         if FakeCapture.fault is not None:
             raise FakeCapture.fault
-        key, places = tuple(part.shape for part in inputs), [part.data_ptr() for part in buffers]
-        if places != self.places:
-            self.kept, self.places = {}, places
-        if key not in self.kept:
+        key = tuple(part.shape for part in inputs)
+        if not self.is_ready(inputs, buffers):
             FakeCapture.captures += 1
+            places = [part.data_ptr() for part in buffers]
+            if places != self.places:
+                self.kept, self.places = {}, places
             own = [part.clone() for part in inputs]
             self.kept[key] = own, self.function(*own, *buffers)
         own, outputs = self.kept[key]
@@ -50,9 +59,9 @@ def target(monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     monkeypatch.setattr(FakeCapture, "launches", 0)
     monkeypatch.setattr(FakeCapture, "captures", 0)
     monkeypatch.setattr(FakeCapture, "fault", None)
-    monkeypatch.setattr(SlotTreeVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
+    monkeypatch.setattr(SlotVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
     target = attach(Architecture("llama").build("sdpa"))
-    target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture, lambda bound: True))
+    target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture))
     return target
 
 
@@ -78,7 +87,7 @@ def test_a_step_drafts_with_one_launch_what_levels_would(
     at_once, report = speculate(target, head, 5, rows, do_sample=do_sample)
     launches, captures = FakeCapture.launches, FakeCapture.captures
     assert launches >= len(report.steps) - 3 and captures <= 6 * rows  # each number of pairs is another
-    target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture, lambda bound: True))
+    target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture))
     monkeypatch.setattr(FakeCapture, "fault", torch.OutOfMemoryError("no memory"))
     by_levels, _ = speculate(target, head, 5, rows, do_sample=do_sample)
     assert at_once == by_levels and FakeCapture.launches == launches
@@ -108,4 +117,45 @@ def test_a_capture_that_fails_leaves_levels_and_one_warning(
     for _ in range(2):
         text, _ = speculate(target, head, 2, 1)
         assert text == expected.tolist()
-    assert len([line for line in caplog.messages if "without a CUDA graph" in line]) == 1
+    reason = "The draft head runs without compilation: OutOfMemoryError: no memory."
+    assert [line for line in caplog.messages if "compilation" in line] == [reason]
+
+
+def lent(engines: DraftEngines, head: DraftHead, target: PreTrainedModel) -> DraftEngine | None:
+    with engines.borrow(BoundHead(head, target)) as engine:
+        return engine
+
+
+def test_heads_that_take_turns_keep_their_engines_and_a_copy_of_the_model_starts_anew(
+    target: PreTrainedModel,
+) -> None:
+    engines, heads = DraftEngines(), [DraftHead.from_target(target) for _ in range(5)]
+    first = [lent(engines, head, target) for head in heads]
+    assert len(set(first)) == 5
+    assert [lent(engines, head, target) for head in heads] == first
+    assert lent(copy.deepcopy(engines), heads[0], target) is not first[0]
+
+
+def test_no_engine_is_lent_twice_without_a_head_or_where_angles_depend_on_the_length(
+    target: PreTrainedModel, head: DraftHead
+) -> None:
+    engines, bound = DraftEngines(), BoundHead(head, target)
+    with engines.borrow(None) as engine:
+        assert engine is None
+    with engines.borrow(bound) as engine, engines.borrow(bound) as second:
+        assert engine is not None and second is None
+    head.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with engines.borrow(bound) as engine:
+        assert engine is None
+
+
+def test_a_head_that_the_caller_drops_is_freed_with_its_captured_drafts(target: PreTrainedModel) -> None:
+    def of_a_call() -> list[weakref.ref[Any]]:
+        head = DraftHead.from_target(target)
+        speculate(target, head, 1, 1)
+        assert FakeCapture.captures
+        return [weakref.ref(head), weakref.ref(lent(target.speculation_state.draft_engines, head, target))]
+
+    references = of_a_call()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]

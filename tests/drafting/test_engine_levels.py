@@ -1,5 +1,7 @@
 """Compiled levels of a draft: what eager levels give, one compilation for all sizes, and eager after a fault."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,16 +10,16 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import FakeClock
-from tests.drafting.test_draft_function import pairs
+from tests.drafting.test_levels import pairs
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.drafting.engine import DraftEngine, DraftEngines
 from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
-from transformers_resps.drafting.levels import DraftEngine, DraftEngines
 from transformers_resps.heads import BoundHead
 from transformers_resps.tree import CandidatePool
-from transformers_resps.verifying.verifier import SlotTreeVerifier
+from transformers_resps.verifying.verifier import SlotVerifier
 
 
 TREES = (TreeShape(9, 2, 3), TreeShape(40, 4, 2), TreeShape(60, 3, VOCABULARY))
@@ -199,26 +201,34 @@ def test_what_cannot_be_compiled_or_gives_other_scores_runs_as_it_is_with_one_wa
             both.agree(TREES[1])
     assert compiler.runs == 1
     reason = "its log probabilities differ from the eager ones" if fault is None else str(fault)
-    assert [reason in line for line in caplog.messages if "runs as it is, not compiled" in line] == [True]
+    assert [reason in line for line in caplog.messages if "The draft head runs without compilation" in line] == [True]
 
 
+@pytest.mark.parametrize("traces", [False, True])
 @torch.no_grad()
-def test_an_engine_is_lent_to_one_call_and_not_where_angles_depend_on_the_length(
-    target: PreTrainedModel, head: DraftHead
-) -> None:
-    engine, bound = DraftEngine(), BoundHead(head, target)
-    with engine.borrow(bound) as lent, engine.borrow(bound) as second:
-        assert lent is engine and second is None
-    head.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with engine.borrow(bound) as lent:
-        assert lent is None
+def test_a_head_that_the_caller_drops_is_freed(target: PreTrainedModel, compiler: Compiler, traces: bool) -> None:
+    """The traced function itself stays with PyTorch until `torch._dynamo.reset`."""
+    compiler.traces, engines = traces, DraftEngines()
+
+    def of_a_call() -> list[weakref.ref[Any]]:
+        bound = BoundHead(DraftHead.from_target(target), target)
+        with engines.borrow(bound) as engine:
+            both = Both(bound, engine, rows=1)
+            both.observe(5)
+            both.agree(TREES[0])
+        assert compiler.count == 1
+        return [weakref.ref(bound.head), weakref.ref(engine)]
+
+    head, engine = of_a_call()
+    gc.collect()
+    assert head() is None and (traces or engine() is None)
 
 
 def test_no_step_pays_for_compiling(
     target: PreTrainedModel, head: DraftHead, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps that pass for compiled, by a clock that only compiling moves."""
-    monkeypatch.setattr(SlotTreeVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
+    monkeypatch.setattr(SlotVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", compiler.clock)
     target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(clock=compiler.clock))
     options = {"assistant_model": head, "policy": FixedPolicy(TREES[1]), "cache_implementation": "static"}

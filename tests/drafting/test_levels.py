@@ -70,7 +70,7 @@ def test_one_graph_drafts_what_levels_one_by_one_draft_at_every_length(target: P
             states[:, missing:], read_tokens[:, missing:] = features[:, new], tokens[:, new]
             outputs = draft(states, read_tokens, slots, torch.ones(1, 1, dtype=torch.bool), *cache.buffers)
         read = length
-        pool, tree = function.unpack(outputs)
+        _, pool, tree = function.unpack(outputs)
         expected = generator.draft(shape, FixedPolicy(shape))
         ranked = DraftTree.from_pool(tokens[:, length - 1], expected, shape.total_tokens)
         for ours, theirs in ((pool, expected), (tree, ranked)):
@@ -95,7 +95,7 @@ def test_rows_of_unequal_lengths_and_padding_are_values_too(target: PreTrainedMo
     states = [
         torch.nn.functional.pad(features[row, :length], (0, 0, 9 - length, 0)) for row, length in enumerate(lengths)
     ]
-    pool, _ = function.unpack(function(torch.stack(states), torch.stack(ordered), slots, shown, *cache.buffers))
+    _, pool, _ = function.unpack(function(torch.stack(states), torch.stack(ordered), slots, shown, *cache.buffers))
     for row, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
         alone = TreeCandidateGenerator(bound, 1, None)
         alone.observe(features[row : row + 1, pad:length], tokens[row : row + 1, pad:length])

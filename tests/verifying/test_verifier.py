@@ -12,8 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from tests.conftest import build_target
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.slot_engine import SlotEngine
-from transformers_resps.verifying.verifier import SlotTreeVerifier, TreeVerifier
+from transformers_resps.verifying.verifier import SlotVerifier, TreeVerifier, Verifier
 
 
 PROMPTS = torch.tensor([[3, 4, 5, 6, 7], [9, 1, 2, 6, 6]])
@@ -36,14 +35,14 @@ def text_of(row: int, path: list[int]) -> list[int]:
     return [*PROMPTS[row].tolist(), *TREE.tokens[row, path].tolist()]
 
 
-def over_slots(target: PreTrainedModel, prompt_length: int) -> TreeVerifier:
+def over_slots(target: PreTrainedModel, prompt_length: int) -> Verifier:
     forward = TargetForward(target, None, DynamicCache(config=target.config))
-    return SlotTreeVerifier(forward, SlotEngine(compiles=False), [], torch.arange(prompt_length)[None])
+    return SlotVerifier(forward, None, torch.arange(prompt_length)[None])
 
 
 @pytest.fixture(params=[TreeVerifier.of, over_slots], ids=["growing", "slots"])
-def opened(request: pytest.FixtureRequest) -> Callable[[PreTrainedModel, int], TreeVerifier]:
-    make: Callable[[PreTrainedModel, int], TreeVerifier] = request.param
+def opened(request: pytest.FixtureRequest) -> Callable[[PreTrainedModel, int], Verifier]:
+    make: Callable[[PreTrainedModel, int], Verifier] = request.param
     return make
 
 
@@ -97,7 +96,7 @@ def test_it_leaves_a_stock_cache_with_what_was_kept_even_if_a_forward_is_cut(tar
 
 
 @torch.no_grad()
-def test_it_goes_on_behind_what_the_cache_already_holds(target: PreTrainedModel) -> None:
+def test_it_goes_on_after_what_the_cache_already_holds(target: PreTrainedModel) -> None:
     cache: Any = DynamicCache(config=target.config)
     with TreeVerifier(TargetForward(target, None, cache), torch.arange(3)[None]) as verifier:
         verifier.prefill(PROMPTS[:, :3])

@@ -92,10 +92,10 @@ def test_sliding_layers_hold_the_last_entries_of_every_row() -> None:
     assert cache.get_seq_length() == 7
 
 
-def test_accepted_nodes_are_placed_behind_each_rows_own_entries() -> None:
+def test_accepted_nodes_are_placed_after_each_rows_own_entries() -> None:
     cache = DynamicCache()
     states = torch.arange(2 * 7).view(2, 1, 7, 1).float()  # three entries and a tree of four nodes in each row
     cache.update(states.clone(), states.clone(), 0)
     compact_ragged(cache, torch.tensor([[0, 2], [0, 0]]), 4, torch.tensor([[3, 4], [2, 2]]), 5)
     kept = cache.layers[0].keys[:, 0, :, 0].tolist()
-    assert kept == [[0, 1, 2, 3, 5], [7, 8, 10, 10, 11]], "row 1 had two entries; what is behind its third is hidden"
+    assert kept == [[0, 1, 2, 3, 5], [7, 8, 10, 10, 11]], "row 1 had two entries; what is after its third is hidden"

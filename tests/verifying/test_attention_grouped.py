@@ -25,7 +25,7 @@ from transformers_resps.verifying.attention import (
 
 
 def tree_logits(target: PreTrainedModel, batch_size: int) -> Tensor:
-    """Of a tree of five nodes behind seventy positions: more than one block of PyTorch's kernel."""
+    """Of a tree of five nodes after seventy positions: more than one block of PyTorch's kernel."""
     generator = torch.Generator().manual_seed(3)
     prompt = torch.randint(3, 64, (batch_size, 70), generator=generator)
     parents = torch.tensor([[0, 0, 0, 1, 2]]).expand(batch_size, -1)

@@ -1,6 +1,7 @@
 """Recurrent layers without kernels compute as many tokens as a tree is deep; prompts, as many as stock does."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from tests.recurrent_targets import NEEDS_STATES
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.hybrids import known_mixers
+from transformers_resps.verifying.hybrids import ScanSettings, known_mixers
 from transformers_resps.verifying.verifier import TreeVerifier
 
 
@@ -69,3 +70,27 @@ def test_chunks_are_as_long_as_a_tree_is_deep_and_stocks_for_prompts(
         verifier.keep(torch.tensor([[0, 4]]), [[0, 4]])
     assert read == [of_stock, 4, 3, 4, 2]
     assert all(getattr(mixer, "chunk_size", of_stock) == of_stock for mixer in known_mixers(target).values())
+
+
+class Mixer:
+    """The settings of a Mamba-2 mixer."""
+
+    def __init__(self) -> None:
+        self.time_step_limit, self.chunk_size, self.A_log = (0.1, 0.3), 256, torch.zeros(1)
+
+
+def test_a_limit_holds_for_every_thread_but_the_one_that_reads_a_tree_however_it_is_asked_for() -> None:
+    mixer, none = Mixer(), (0.0, float("inf"))
+    limit: Any = mixer.time_step_limit
+
+    def seen() -> list[tuple[float, ...]]:
+        limit = mixer.time_step_limit
+        least, most = limit
+        return [tuple(limit), (limit[0], limit[-1]), (least, most), limit[:2]]
+
+    with ScanSettings([mixer]) as settings, ThreadPoolExecutor(1) as other:
+        with settings.of_tree(4):
+            assert seen() == [none] * 4
+            assert other.submit(seen).result() == [limit] * 4
+        assert seen() == [limit] * 4
+    assert mixer.time_step_limit is limit and mixer.chunk_size == 256

@@ -1,0 +1,247 @@
+"""What a model or a head keeps of compiled code from call to call, and when it does without.
+
+One call uses an engine at a time. Code is forgotten when weights change; its first run must give what the eager
+function gives; what cannot be compiled runs as it is, after one warning.
+"""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from threading import Lock
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .captured import CapturedFunction
+from .compiled import CompiledFunction
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
+
+# What compilers and allocators raise: those of PyTorch and CUDA are all `RuntimeError`s, a full disk is an `OSError`.
+FAULTS = (RuntimeError, OSError)
+
+Owner = TypeVar("Owner")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Code:
+    """A function of tensors, and what runs in its place.
+
+    Attributes:
+        function: without compilation.
+        fast: the same, compiled or captured.
+        compared: of the function's outputs, the values that must agree.
+        values: what these are, in a warning.
+        dtype: of the weights.
+    """
+
+    function: Callable[..., Any]
+    fast: CompiledFunction | CapturedFunction
+    compared: Callable[[Any], Tensor]
+    values: str
+    dtype: torch.dtype
+
+
+class CompileEngine(ABC, Generic[Owner]):
+    """Lends, checks, times and forgets compiled code. A copied or pickled engine starts anew.
+
+    Args:
+        clock: seconds.
+
+    Attributes:
+        name: of what runs, in warnings.
+        duration: of compiling it, in a warning.
+        owner: of the code, while the engine is lent. Code asks for it here, so that it keeps no owner alive.
+        expected_seconds: of compiling; of a small model on two cores, until it was measured.
+        is_broken: whether something could not be compiled, or gave other values.
+        obstacle: what it warned of last; `None` if nothing has stood against compiling.
+    """
+
+    name: ClassVar[str]
+    duration: ClassVar[str]
+    owner: Owner
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._codes: dict[Hashable, Code] = {}
+        self._fingerprint: WeightFingerprint | None = None  # of the weights in the code
+        self._untaken_seconds = 0.0
+        self._warned: set[str] = set()
+        self.expected_seconds = 90.0
+        self.is_broken = False
+        self.obstacle: str | None = None
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+    @abstractmethod
+    def weights(self) -> "WeightFingerprint":
+        """The fingerprint of the owner's weights now."""
+
+    @contextmanager
+    def borrow(self, owner: Owner) -> Iterator[Self | None]:
+        """Lend the engine, without code for other weights; nothing while another call uses it."""
+        if not self._lock.acquire(blocking=False):
+            yield None
+            return
+        try:
+            self.owner = owner
+            if self._fingerprint is not None and self._fingerprint != self.weights():
+                self._codes.clear()
+                self._fingerprint, self.is_broken = None, False
+            yield self
+        finally:
+            del self.owner
+            self._lock.release()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is compiled code."""
+        return bool(self._codes)
+
+    def code(self, key: Hashable, make: Callable[[], Code]) -> Code:
+        """The code under a key, made at the first call with the weights of now."""
+        if key not in self._codes:
+            self._fingerprint = self._fingerprint or self.weights()
+            self._codes[key] = make()
+        return self._codes[key]
+
+    def run(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
+        """Run code, which is prepared first where sizes are new; `None` where that fails."""
+        if not self.is_broken and not code.fast.is_ready(inputs, buffers):
+            self.prepare(code, inputs, buffers)
+        if self.is_broken:
+            return None
+        try:
+            return code.fast(inputs, buffers)
+        except FAULTS as fault:
+            self._give_up(described(fault))
+            return None
+
+    def prepare(self, code: Code, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
+        """Compile or capture for inputs of these sizes, and give up if the values are not those of eager code."""
+        started, reason = self._clock(), None
+        # First, because Transformers adds the hooks that are compiled at an eager call. What it raises is no fault of
+        # a compiler.
+        expected = code.compared(code.function(*inputs, *buffers))
+        if isinstance(code.fast, CompiledFunction):
+            self._announce(is_again=code.fast.is_compiled)
+        try:
+            difference = disagreement(code.compared(code.fast(inputs, buffers)), expected, code.dtype)
+            reason = None if difference is None else f"its {code.values} {difference}"
+        except FAULTS as fault:
+            reason = described(fault)
+        finally:
+            self.expected_seconds = self._clock() - started
+            self._untaken_seconds += self.expected_seconds
+        if reason is not None:
+            self._give_up(reason)
+
+    def take_compile_seconds(self) -> float:
+        """Seconds of compiling since they were last taken."""
+        seconds, self._untaken_seconds = self._untaken_seconds, 0.0
+        return seconds
+
+    def warn(self, reason: str) -> None:
+        """Warn, once for each reason, that all runs as it is."""
+        self.obstacle = reason
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning(f"{self.name.capitalize()} runs without compilation: {reason}.")
+
+    def _give_up(self, reason: str) -> None:
+        self.is_broken = True
+        self._codes.clear()
+        self.warn(reason)
+
+    def _announce(self, *, is_again: bool) -> None:
+        if is_again:
+            logger.warning(
+                f"Compiling {self.name} again, because inference mode, autocast or the number of threads has changed. "
+                "Call `generate` in the same way every time."
+            )
+        else:
+            logger.warning(f"Compiling {self.name}, once. {self.duration}")
+
+
+def described(fault: Exception) -> str:
+    """What went wrong, in one line: PyTorch adds advice for its developers, and names the backend first."""
+    lines = [line for line in str(fault).splitlines() if line.strip() and not line.endswith("raised:")]
+    return " ".join([f"{type(fault).__name__}:", *lines[:1]]).rstrip(".")
+
+
+# Share by which compiled and eager code may differ. SmolLM2's logits in bfloat16: 0.02 to 0.06. One matrix of another
+# layer makes it 0.16, a token hidden from the newest 0.19; positions off by one, 0.10, look almost like rounding.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LOW_PRECISION_TOLERANCE = 0.1
+
+
+def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+    """Say how far compiled values are from eager ones; `None` where rounding explains it. `dtype` is the weights'.
+
+    All values count together: in low precision a single one may be far off.
+    """
+    difference, scale = (float(part.float().norm()) for part in (found - expected, expected))
+    if difference <= _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
+        return None
+    return f"differ from the eager ones by {difference / max(scale, 1.0):.2g} of their norm"
+
+
+def is_of_this_mode(tensor: Tensor) -> bool:
+    """Whether it was made in inference mode, as this call is, or outside, likewise.
+
+    Outside, PyTorch refuses to write what was made in inference mode; and it compiles anew for tensors of the other
+    kind.
+    """
+    return tensor.is_inference() == torch.is_inference_mode_enabled()
+
+
+_SAMPLED = 4  # values of each tensor: a write through `.data` leaves no other trace
+
+
+class WeightFingerprint:
+    """Places, versions and some values of a module's parameters and buffers, and its mode.
+
+    Compiled code holds weights as constants or by their addresses. `load_state_dict`, `.to(...)`, a merged adapter or
+    a switch to training would be ignored.
+
+    Args:
+        module: whose code is compiled.
+        setting: anything else that the code depends on.
+    """
+
+    def __init__(self, module: nn.Module, *setting: Any) -> None:
+        tensors = list(chain(module.parameters(), module.buffers()))
+        self._marks = [_mark(tensor) for tensor in tensors]
+        self._values = _sampled(tensors)
+        self._setting = (module.training, type(module), *setting)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WeightFingerprint):
+            return NotImplemented
+        mine, theirs = (one._marks + [one._setting] for one in (self, other))
+        return mine == theirs and torch.equal(self._values, other._values)
+
+    __hash__ = None  # type: ignore[assignment]  # weights change
+
+
+def _mark(tensor: Tensor) -> Any:
+    version = None if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.data_ptr(), version, tensor.requires_grad, tensor.dtype, tensor.device
+
+
+def _sampled(tensors: list[Tensor]) -> Tensor:
+    """The first values of every tensor in the CPU's memory; of others they would have to be waited for."""
+    rows = [_first_row(tensor.detach()) for tensor in tensors if tensor.device.type == "cpu" and tensor.numel()]
+    return torch.cat([row[:_SAMPLED].to(torch.float64) for row in rows]).nan_to_num() if rows else torch.empty(0)
+
+
+def _first_row(tensor: Tensor) -> Tensor:
+    return tensor[(0,) * (tensor.dim() - 1)] if tensor.dim() else tensor[None]

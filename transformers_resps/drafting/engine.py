@@ -1,0 +1,184 @@
+"""What drafting keeps from call to call: for each head its cache, and captured drafts or compiled levels."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..compilation.captured import CapturedFunction
+from ..compilation.compiled import CompiledFunction
+from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
+from ..heads import BoundHead, DraftHead, HeadCache, Rope
+from ..tree import CandidatePool, DraftTree, TreeShape
+from .levels import DraftFunction, LevelForward
+from .pool_growth import Frontier, Growth, RunLevel
+
+
+Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
+
+# The dimensions of a level's inputs (`LevelForward.tensors`) and of its buffers that change, with several rows.
+_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1, 2), (0,), (0,), (0, 2))
+_BUFFER_SIZES = (1, 3)
+
+
+class DraftEngine(CompileEngine[BoundHead]):
+    """Captures whole drafts of one head, each shape once; or compiles a level, once for trees and texts of all sizes.
+
+    Args:
+        capture: makes of a function one that runs as one launch. By default a CUDA graph on a GPU; elsewhere levels
+            are compiled.
+        clock: seconds.
+    """
+
+    name = "the draft head"
+    duration = "A small head takes up to a minute on two cores."
+
+    def __init__(self, capture: Capture | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(clock=clock)
+        self._capture = capture
+        self._cache: HeadCache | None = None
+        self._in_batch = False
+
+    def weights(self) -> WeightFingerprint:
+        return WeightFingerprint(self.owner.modules, self.owner.head.training)
+
+    def cache(self, rows: int) -> HeadCache:
+        """The head's cache for a call with so many rows, at the same place as in earlier calls."""
+        head, cache = self.owner.head, self._cache
+        self._in_batch = rows > 1
+        keys = None if cache is None else cache.buffers[0]
+        is_same = keys is not None and (keys.shape[1], keys.dtype, keys.device) == (rows, head.dtype, head.device)
+        if cache is None or keys is None or not is_same or not is_of_this_mode(keys):
+            cache = self._cache = HeadCache.empty(head.config, rows, head.dtype, head.device)
+        return cache
+
+    @property
+    def captures(self) -> bool:
+        """Whether whole drafts run as one launch."""
+        return not self.is_broken and self._makes_captures
+
+    @property
+    def _makes_captures(self) -> bool:
+        return self._capture is not None or self.owner.head.device.type == "cuda"
+
+    def draft(
+        self, shape: TreeShape, cache: HeadCache, inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, CandidatePool, DraftTree] | None:
+        """Draft with one launch, or capture first.
+
+        Args:
+            shape: levels, children and nodes.
+            cache: of this engine.
+            inputs: of a `DraftFunction`: features, tokens, slots and what is shown.
+
+        Returns:
+            The head's output at the newest pair, the pool and the tree, until the next draft; `None` where capturing
+            fails.
+        """
+        tree_room, pairs = cache.tree_room, inputs[1].shape[1]
+
+        def draft(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return DraftFunction(self.owner, shape, tree_room)(*tensors)
+
+        def make() -> Code:
+            fast = (self._capture or CapturedFunction)(draft)
+            return Code(draft, fast, DraftFunction.scores, "log probabilities", cache.buffers[0].dtype)
+
+        outputs = self.run(self.code((shape, pairs, tree_room), make), inputs, cache.buffers)
+        return None if outputs is None else DraftFunction(self.owner, shape, tree_room).unpack(outputs)
+
+    def levels(self, forward: LevelForward) -> RunLevel:
+        """The levels of one draft, compiled; as they are where that fails, or where whole drafts are captured."""
+        if self._makes_captures:
+            return forward
+
+        def run(frontier: Frontier, level: int, is_last: bool) -> Growth:
+            growth = None if self.is_broken else self._compiled_level(forward, frontier, level)
+            return forward(frontier, level, is_last) if growth is None else growth
+
+        return run
+
+    def _compiled_level(self, forward: LevelForward, frontier: Frontier, level: int) -> Growth | None:
+        rows, width = frontier.tokens.shape
+        inputs, buffers = forward.tensors(frontier, level)
+        code = self._level_code(forward.cache.tree_room, rows > 1, width == 1, buffers[0])
+        if not code.fast.is_ready(inputs, buffers):
+            if (rows > 1) is not self._in_batch:  # what is left of a batch is not worth a compilation
+                return None
+            self.prepare(code, *_example(inputs, buffers))
+        growth: Growth | None = self.run(code, inputs, buffers)
+        return growth
+
+    def _level_code(self, tree_room: int, is_batch: bool, is_chain: bool, buffer: Tensor) -> Code:
+        def level(
+            tokens: Tensor,
+            scores: Tensor,
+            hidden: Tensor,
+            visible: Tensor,
+            cosine: Tensor,
+            sine: Tensor,
+            text: Tensor,
+            keys: Tensor,
+            values: Tensor,
+        ) -> Growth:
+            cache, text = HeadCache(keys, values, tree_room), text[:, 0]
+            forward = LevelForward(self.owner, cache, Rope(cosine, sine), text.shape[1], text)
+            return forward(Frontier(tokens, scores, hidden, visible), 1, False)
+
+        def make() -> Code:
+            *dynamic, of_buffers = [sizes if is_batch else sizes[1:] for sizes in (*_SIZES, _BUFFER_SIZES)]
+            fast = CompiledFunction(level, dynamic, of_buffers)
+            return Code(level, fast, lambda growth: growth.scores, "log probabilities", buffer.dtype)
+
+        return self.code((tree_room, is_batch, is_chain), make)
+
+
+def _example(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and buffers whose sizes all differ: equal ones would be compiled as always equal."""
+    tokens, _, hidden, visible, cosine, sine, text = (part[:1, :1] for part in inputs)
+    rows, width, entries, length = min(len(inputs[0]), 2), min(inputs[0].shape[1], 3), 7, 11
+    made = [
+        tokens.expand(rows, width),
+        hidden.new_zeros(rows, width, dtype=inputs[1].dtype),
+        hidden.expand(rows, width, -1),
+        visible.new_ones(rows, width, entries),
+        *(part.expand(rows, -1, -1) for part in (cosine, sine)),
+        text.new_ones(rows, 1, length),
+    ]
+    return [part.clone(memory_format=torch.contiguous_format) for part in made], [
+        part[:, :rows].clone(memory_format=torch.contiguous_format) for part in buffers
+    ]
+
+
+class DraftEngines:
+    """An engine for each head that a model drafts with, as long as that head lives.
+
+    A copied or pickled model starts anew.
+
+    Args:
+        make: makes the engine of one head.
+    """
+
+    def __init__(self, make: Callable[[], DraftEngine] = DraftEngine) -> None:
+        self._make = make
+        self._engines: WeakKeyDictionary[DraftHead, DraftEngine] = WeakKeyDictionary()
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type["DraftEngines"], tuple[()]]:
+        return DraftEngines, ()
+
+    def borrow(self, bound: BoundHead | None) -> AbstractContextManager[DraftEngine | None]:
+        """Lend the engine of a head; nothing without a head, while another call uses it, or where the angles of its
+        positions depend on the text's length.
+        """
+        if bound is None or not bound.head.config.has_fixed_rope:
+            return nullcontext()
+        with self._lock:
+            engine = self._engines.get(bound.head)
+            if engine is None:
+                engine = self._engines[bound.head] = self._make()
+        return engine.borrow(bound)
