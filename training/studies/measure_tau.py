@@ -40,7 +40,7 @@ def tokens_and_forwards(models: BenchModels, prompts: list[Tensor], tree: TreeSh
             return_dict_in_generate=True,
             **sampling(0.0),
         )
-        emitted += out.speculation.emitted
+        emitted += out.speculation.emitted_total
         forwards += out.speculation.target_forwards
     return emitted, forwards
 

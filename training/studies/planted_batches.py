@@ -131,7 +131,7 @@ def measure(given: Experiment, size: int, max_new_tokens: int) -> list[GroupTimi
             report: SpeculationReport = given.target.generate(
                 ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **options
             ).speculation
-            found.append(GroupTiming(name, size, number, report.emitted, len(report.steps), report.seconds))
+            found.append(GroupTiming(name, size, number, report.emitted_total, len(report.steps), report.seconds))
     return found
 
 

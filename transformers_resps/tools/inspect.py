@@ -243,10 +243,10 @@ def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict
 def _totals(examination: Examination) -> dict[str, float]:
     report = examination.report
     return {
-        "emitted": report.emitted,
+        "emitted": report.emitted_total,
         "forwards": report.target_forwards,
         "tau": report.tau,
-        "rate": report.emitted / examination.seconds if examination.seconds else 0.0,
+        "rate": report.emitted_total / examination.seconds if examination.seconds else 0.0,
         "plainRate": len(examination.plain_ids) / examination.plain_seconds if examination.plain_seconds else 0.0,
         "draft": sum(step.draft_seconds for step in report.steps),
         "verify": sum(step.verify_seconds for step in report.steps),
