@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_resps.heads import DraftHead
-from transformers_resps.policies import FixedPolicy
+from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.telemetry.report import SpeculationReport
 from transformers_resps.testing import Divergence, explain_divergence
 from transformers_resps.tools.inspect import Examination, Recorder

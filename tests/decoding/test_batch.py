@@ -193,7 +193,9 @@ def test_finished_rows_cost_nothing(target: PreTrainedModel, head: DraftHead, do
     unfinished = [4, *(step.decoded_rows for step in out.speculation.steps[1:])]
     assert seen == unfinished
     assert seen[-1] < 4, "all rows ended together: nothing was shown"
-    assert out.speculation.tau == out.speculation.emitted_total / sum(step.decoded_rows for step in out.speculation.steps)
+    assert out.speculation.tau == out.speculation.emitted_total / sum(
+        step.decoded_rows for step in out.speculation.steps
+    )
 
 
 def test_the_head_drafts_for_unfinished_rows_only(target: PreTrainedModel, head: DraftHead) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
-from transformers_resps.policies import default_policy
+from transformers_resps.policies.auto import default_policy
 from transformers_resps.telemetry import RowCounts, StepRecord
 
 
@@ -135,4 +135,6 @@ def test_gemma_3_across_its_window_of_512() -> None:
     prompt = torch.tensor([(passage * 9)[:505]])  # repeats itself, so that lookups are accepted
     policy = FixedPolicy(TreeShape(4, 2, 2, lookup=6))
     report = check_plain_text(target, prompt, head, policy, max_new_tokens=24, do_sample=False)
-    assert report.emitted_total > report.target_forwards, "no drafted token was ever accepted: the comparison proved nothing"
+    assert report.emitted_total > report.target_forwards, (
+        "no drafted token was ever accepted: the comparison proved nothing"
+    )

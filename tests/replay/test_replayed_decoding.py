@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.policies import CostTable, Level, Observation, Policy
+from transformers_resps.policies.base import Level, Observation, Policy
+from transformers_resps.policies.costs import CostTable
 from transformers_resps.replay import RecordedText, record_pools, replay_policy
 from transformers_resps.telemetry.report import StepRecord
 

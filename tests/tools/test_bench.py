@@ -15,7 +15,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.data import write_training_prompts
 from transformers_resps.heads import pair_identity
-from transformers_resps.policies import ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 from transformers_resps.tools import bench as command
 from transformers_resps.tools.bench import BenchConfig, add_options, check_load, load_policies, read_options
 from transformers_resps.tools.cli import main

@@ -13,7 +13,9 @@ from tests.conftest import FakeClock
 from tests.trainers.policies import FEATURES, GRID, config, task
 from transformers_resps import DraftHead, TreeShape, attach, detach
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.policies import ActionGrid, Observation, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.base import Observation
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay import OutcomeTable, TextOutcomes
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.trainers import ReplayRollouts

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformers_resps import CostTable, DraftHead, TreeShape
 from transformers_resps.generation.output import sampling
-from transformers_resps.policies import ActionGrid
+from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.replay.outcomes import Oracle, OutcomeTable
 from transformers_resps.replay.ranked_text import record_ranks
 from transformers_resps.tools.results import AnswerTiming

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers_resps
-from transformers_resps.hub import folder_of
+from transformers_resps.hub.download import folder_of
 
 
 PACKAGE = Path(transformers_resps.__file__).parent

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from transformers_resps import TreeShape
-from transformers_resps.hub import GENERAL_TAGS, card_data
+from transformers_resps.hub.upload import GENERAL_TAGS, card_data
 from transformers_resps.tools.results import ALL, PLAIN, method_cell, same_text, summary_cells
 
 from .artefact import Artefact

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from benchmarking.provenance import config_sha256, weights_sha256
 from transformers_resps.data import TRAINING_PROMPTS, read_training_prompts
 from transformers_resps.heads import DraftHead
-from transformers_resps.hub import CARD, METRICS, RESULTS
-from transformers_resps.policies import AutoPolicy
+from transformers_resps.hub.upload import CARD, METRICS, RESULTS
+from transformers_resps.policies.saving import AutoPolicy
 from transformers_resps.tools.results import read_results
 
 from .artefact import CONFIG, RECIPE, WEIGHTS, Artefact, read_artefact

@@ -23,7 +23,9 @@ from transformers.utils.logging import tqdm
 
 from transformers_resps.generation.output import end_ids, left_padded, up_to_end
 from transformers_resps.heads import DraftHead
-from transformers_resps.policies import FixedPolicy, Policy, default_policy
+from transformers_resps.policies.auto import default_policy
+from transformers_resps.policies.base import Policy
+from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.tree import TreeShape
 
 from .experiment import Experiment, add_options, execute

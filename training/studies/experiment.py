@@ -15,7 +15,7 @@ from torch import Tensor
 from training.benchmarking.provenance import code
 from transformers_resps.compat import check_extra
 from transformers_resps.heads import DraftHead
-from transformers_resps.hub import RESULTS
+from transformers_resps.hub.upload import RESULTS
 from transformers_resps.tools.bench import BenchConfig, BenchModels
 from transformers_resps.tools.loading import default_device, device, dtype, model, positive, shape
 from transformers_resps.tools.results import machine

@@ -26,7 +26,7 @@ from transformers_resps.decoding.proposal import Proposal
 from transformers_resps.generation import inputs as verification
 from transformers_resps.generation import mixin
 from transformers_resps.generation.output import left_padded
-from transformers_resps.policies import default_policy
+from transformers_resps.policies.auto import default_policy
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import Features
 from transformers_resps.verifying.verifier import TreeVerifier

@@ -242,8 +242,8 @@ class SpeculationReport:
         shares = ", ".join(f"{name} {seconds / self.seconds:.0%}" for name, seconds in parts.items() if self.seconds)
         trees = sum(step.verified > 1 for step in self.steps)
         return (
-            f"{self.emitted_total} tokens in {self.target_forwards} forwards of the target, {trees} of them over trees: "
-            f"tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
+            f"{self.emitted_total} tokens in {self.target_forwards} forwards of the target, {trees} of them over "
+            f"trees: tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
         )
 
 

@@ -21,7 +21,9 @@ from ..calibration import calibrate
 from ..data import training_prompts_of
 from ..generation.attach import attach
 from ..heads import DraftHead, pair_identity
-from ..policies import CostTable, Policy, ReSpSPolicy
+from ..policies.base import Policy
+from ..policies.costs import CostTable
+from ..policies.resps import ReSpSPolicy
 from ..tree import TreeShape
 from ..verifying.prepacking import is_prepacked
 from .loading import (

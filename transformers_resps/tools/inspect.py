@@ -25,7 +25,8 @@ from ..data import to_tokens
 from ..generation.attach import attach
 from ..generation.state import SpeculationDefaults
 from ..heads import DraftHead
-from ..policies import Level, Observation, Policy, PolicyWrapper, default_policy
+from ..policies.auto import default_policy
+from ..policies.base import Level, Observation, Policy, PolicyWrapper
 from ..telemetry.display import Decode, decode_after, decoder, detokenize_incrementally, moving
 from ..telemetry.report import SpeculationReport, StepRecord
 from ..testing import Divergence, explain_divergence

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from ..data import Conversation, load_conversations
 from ..heads import DraftHead
-from ..policies import AutoPolicy, FixedPolicy, Policy
+from ..policies.base import Policy
+from ..policies.fixed import FixedPolicy
+from ..policies.saving import AutoPolicy
 from ..tree import TreeShape
 from ..verifying.prepacking import prepack
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from ..generation.output import end_ids, sampling
 from ..generation.state import SpeculationDefaults
 from ..heads import DraftHead
-from ..policies import FixedPolicy, Policy
+from ..policies.base import Policy
+from ..policies.fixed import FixedPolicy
 from ..telemetry.report import SpeculationReport
 from ..tree import TreeShape
 from ..verifying.forward import decoder_layers

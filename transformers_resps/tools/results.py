@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..calibration import device_name
 from ..generation.output import up_to_end
-from ..hub import RESULTS
+from ..hub.upload import RESULTS
 from ..telemetry.report import StepRecord, bootstrap_interval, rate
 
 

@@ -5,7 +5,8 @@ import torch
 
 from benchmarking.headroom import BestFixed, Replayer, ceiling_of, choose_best_fixed, shapes_for
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.policies import ActionGrid, CostTable
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.costs import CostTable
 from transformers_resps.tools.results import AnswerTiming
 
 

@@ -14,7 +14,8 @@ from publishing.release import local_name
 from tests.training.publishing.artefacts import changed, head_folder, policy_folder
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
 from transformers_resps.data import read_training_prompts
-from transformers_resps.policies import BaselineGuard, ThroughputPolicy
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.throughput import ThroughputPolicy
 
 
 CARDS = Path(__file__).parent / "cards"
