@@ -1,7 +1,8 @@
 """The EAGLE-3 draft head: reads the target's features and proposes tokens.
 
 In reading order: the angles of RoPE, the decoder layer, the head with its loading and saving, and the head as it
-decodes for one target. Source: EAGLE-3 (arXiv 2503.01840) section 3.
+decodes for one target. Decoding needs neither published formats nor fresh weights: they are imported where they are
+asked for. Source: EAGLE-3 (arXiv 2503.01840) section 3.
 """
 
 import hashlib
@@ -19,8 +20,6 @@ from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
-from .formats import PUBLISHED_ONLY, canonical_head, check_exact, export_head, read_checkpoint
-from .fresh import draft_vocabulary, fresh_config, start_from
 from .identity import check_is_model, target_identity
 
 
@@ -337,6 +336,8 @@ class DraftHead(PreTrainedModel):
             ValueError: the draft vocabulary is not part of the target's, or a head of this target cannot have this
                 config.
         """
+        from .fresh import draft_vocabulary, fresh_config, start_from
+
         rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
         head = cls(fresh_config(target, None if rows is None else len(rows), feature_layers, overrides))
         head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
@@ -367,7 +368,10 @@ class DraftHead(PreTrainedModel):
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
                 not fit `target`.
         """
-        hub, loading, overrides = _split_keywords(keywords)
+        from .formats.reading import canonical_head, read_checkpoint, split_keywords
+        from .formats.tensor_names import check_exact
+
+        hub, loading, overrides = split_keywords(keywords)
         if target is not None:
             check_is_model(target)
         name, stated = pretrained_model_name_or_path, loading.pop("config", None)
@@ -409,6 +413,8 @@ class DraftHead(PreTrainedModel):
                 f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
                 "engines takes no options. Leave them out; publish the folder with `huggingface_hub.upload_folder`."
             )
+        from .formats.writing import export_head
+
         export_head(self, Path(save_directory), format)
 
     def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
@@ -434,46 +440,6 @@ class DraftHead(PreTrainedModel):
         """A card for a repository that has none: what it is, its target, and how to load it."""
         use = f'head = DraftHead.from_pretrained("{repo_id}", target=model)'
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
-
-
-_HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
-_LOADING = {
-    "adapter_kwargs",
-    "attn_implementation",
-    "config",
-    "device_map",
-    "dtype",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "offload_folder",
-    "quantization_config",
-    "state_dict",
-    "torch_dtype",
-    "trust_remote_code",
-    "use_safetensors",
-}
-
-
-def _split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Keywords -> (where the files are, how Transformers loads them, corrections to the head's config)."""
-    fields = set(DraftHeadConfig.__annotations__) | PUBLISHED_ONLY
-    hub = {key: value for key, value in keywords.items() if key in _HUB}
-    loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
-    overrides = {key: value for key, value in keywords.items() if key in fields}
-    unknown = sorted(set(keywords) - set(hub) - set(loading) - set(overrides))
-    if unknown:
-        raise ValueError(
-            f"DraftHead.from_pretrained got {unknown}, which it does not know. Check the spelling: it takes the "
-            f"loading arguments {sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
-        )
-    if overrides.get("sliding_window") is not None:
-        raise ValueError(
-            f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees support "
-            "no window. Pass `sliding_window=None` to ignore the head's own."
-        )
-    if "torch_dtype" in loading:
-        loading["dtype"] = loading.pop("torch_dtype")
-    return hub, loading, overrides
 
 
 class BoundHead:
