@@ -22,7 +22,7 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 # The releases of Transformers that we support: lowest, middle, and the newest that the index has.
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
 LOWEST_TORCH := 2.9.0
-CONTRACT := tests/verifying tests/decoding tests/generation
+CONTRACT := tests/test_seams.py tests/verifying tests/decoding tests/generation tests/lossless
 
 # Python keeps the bytecode of what it imports, which is a tenth of what pip would compile.
 unexport PYTHONDONTWRITEBYTECODE
@@ -32,7 +32,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check coverage fix docs bench build fresh test-matrix test-newest-torch test-lowest-torch
+.PHONY: demo test check lint coverage fix docs bench build fresh test-matrix test-newest-torch test-lowest-torch
 .PHONY: test-endurance mutants browser gpu
 .DELETE_ON_ERROR:
 # An environment whose Python is gone is no environment.
@@ -44,11 +44,12 @@ demo: .venv/demo/.filled
 test: .venv/dev/.filled browser
 	OMP_NUM_THREADS=1 $(DEV) $(PYTEST) $(TEST_OPTIONS)
 
-check: .venv/dev/.filled browser
-	.venv/dev/bin/ruff format --check
-	.venv/dev/bin/ruff check
-	.venv/dev/bin/mypy
-	OMP_NUM_THREADS=1 $(DEV) $(PYTEST) $(TEST_OPTIONS)
+check: lint test
+
+lint: .venv/dev/.filled
+	$(DEV) -m ruff format --check
+	$(DEV) -m ruff check
+	$(DEV) -m mypy
 
 # All tests, and the lines of the package that none of them runs.
 coverage: .venv/dev/.filled browser
@@ -93,7 +94,7 @@ test-lowest-torch: .venv/dev/.filled .matrix/torch-$(LOWEST_TORCH)
 	OMP_NUM_THREADS=1 PYTHONPATH=.matrix/torch-$(LOWEST_TORCH) $(DEV) $(PYTEST) $(CONTRACT) $(TEST_OPTIONS)
 
 test-endurance: .venv/dev/.filled
-	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/generation/test_memory.py $(TEST_OPTIONS)
+	RESPS_GENERATIONS=1000 $(DEV) -m pytest tests/generation/test_mixin_memory.py $(TEST_OPTIONS)
 
 .PHONY: .matrix/transformers-newest
 .matrix/transformers-newest:
@@ -110,8 +111,8 @@ test-endurance: .venv/dev/.filled
 	PIP_CONSTRAINT=/dev/null $(DEV) -m pip install --quiet --target $@ torch==$*
 
 fix: .venv/dev/.filled
-	.venv/dev/bin/ruff format
-	.venv/dev/bin/ruff check --fix
+	$(DEV) -m ruff format
+	$(DEV) -m ruff check --fix
 
 # Needs a CUDA device: the tests that wait for one, the engine with rigged heads, and SmolLM2 with its own head. The
 # two measurements write results.json into folders of GPU_OUTPUT.

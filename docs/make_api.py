@@ -44,7 +44,7 @@ def render() -> str:
     parts = [render_object_docs(package[name].final_target, config) for name in transformers_resps.__all__]
     parts.append(TRAINERS)
     for name in ["ArtefactTrainer", *trainers.__all__]:
-        kind: Any = getattr(trainers, name, trainers.artefact_trainer.ArtefactTrainer)
+        kind: Any = getattr(trainers, name, trainers.base.ArtefactTrainer)
         documented: Any = package[f"{kind.__module__.removeprefix('transformers_resps.')}.{name}"]
         for hook in HOOKS.intersection(documented.members):
             del documented.members[hook]

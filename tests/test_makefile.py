@@ -1,4 +1,4 @@
-"""The environments that `make demo` and `make test` fill: each its own, and made anew where one was left half made."""
+"""What `make` and CI run, and the environments that they fill: made anew where one was left half made."""
 
 import os
 import shutil
@@ -9,14 +9,17 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("sh", "bash", "make", "rm", "touch", "test", "mkdir", "cp", "cat", "id", "dirname")
-# Stands for every Python: writes down how it is called, makes environments, and fails in pip where it is told to.
+TOOLS = ("sh", "bash", "make", "rm", "touch", "test", "mkdir", "mktemp", "cp", "cat", "env", "id", "dirname")
+RUN_BY_CI = ("examples.demo", "ruff format --check", "ruff check", "mypy", "pytest")
+# Stands for every Python: writes down how it is called, makes environments, fails in pip and mypy where it is told to.
 STUB = """#!/bin/sh
 echo "$@" >> "$CALLS"
+echo "$HF_HOME" >> "$CALLS.home"
 case "$1 $2" in
     "-c "*) exit 0 ;;
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip") test ! -e "$CALLS.offline" ;;
+    "-m mypy") test ! -e "$CALLS.mypy" ;;
 esac
 """
 
@@ -38,9 +41,13 @@ def clone(tmp_path: Path) -> Path:
 
 
 def make(clone: Path, goal: str) -> subprocess.CompletedProcess[str]:
+    return run(clone, "make", goal)
+
+
+def run(clone: Path, *command: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     settings = kept | {"PATH": str(clone / "bin"), "CALLS": str(clone / "calls")}
-    return subprocess.run(["make", goal], cwd=clone, env=settings, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=clone, env=settings, capture_output=True, text=True, check=False)
 
 
 def calls(clone: Path) -> list[str]:
@@ -125,15 +132,6 @@ def test_without_a_python_it_says_which_one_to_install(clone: Path) -> None:
     assert "No Python of at least 3.11 with its module venv is on the PATH. Install one" in done.stdout
 
 
-def test_a_gpu_is_tested_and_measured_with_a_results_file_for_each_measurement(clone: Path) -> None:
-    done = make(clone, "gpu")
-    assert done.returncode == 0, done.stderr
-    tests, engine, target, bench = calls(clone)[-4:]
-    assert tests == "-m pytest -m gpu tests" and target == "-m examples.demo.target"
-    assert engine.startswith("-m training.studies.engine_speed --device cuda --shape 1b 8b --tau 2 3 4")
-    assert bench.startswith("-m transformers_resps.bench") and "--compile --output results/gpu/smollm2" in bench
-
-
 def test_a_user_who_may_not_install_a_browser_is_told_which_tests_are_skipped(clone: Path) -> None:
     (clone / "bin" / "id").unlink()
     (clone / "bin" / "id").write_text("#!/bin/sh\necho 1000\n")
@@ -144,10 +142,20 @@ def test_a_user_who_may_not_install_a_browser_is_told_which_tests_are_skipped(cl
     assert calls(clone)[-1].startswith("-m pytest")
 
 
-def test_ci_runs_the_commands_of_the_readme_in_their_order_with_an_empty_model_cache() -> None:
-    script = (ROOT / ".ci" / "run").read_text()
-    readme = (ROOT / "README.md").read_text()
-    commands = [line.split()[1] for line in script.splitlines() if line.startswith("make ")]
-    assert commands == ["demo", "test"]
-    assert readme.index("make demo") < readme.index("make test")
-    assert "HF_HOME=$(mktemp -d)\nexport HF_HOME\n" in script
+def test_ci_shows_the_demo_and_then_checks_everything_with_an_empty_model_cache(clone: Path) -> None:
+    shutil.copytree(ROOT / ".ci", clone / ".ci")
+    done = run(clone, str(clone / ".ci" / "run"))
+    assert done.returncode == 0, done.stderr
+    called = calls(clone)
+    demo, *checks = [
+        called.index(next(line for line in called if line.startswith(f"-m {tool}"))) for tool in RUN_BY_CI
+    ]
+    assert demo < min(checks) and checks == sorted(checks)
+    homes = set((clone / "calls.home").read_text().splitlines())
+    assert len(homes) == 1 and not Path(homes.pop()).exists(), "one new folder, which is gone again"
+
+
+def test_a_check_ends_at_the_first_tool_that_complains(clone: Path) -> None:
+    (clone / "calls.mypy").touch()
+    assert make(clone, "check").returncode != 0
+    assert calls(clone)[-1] == "-m mypy"

@@ -6,7 +6,7 @@ from tests.mutations.bugs import MUTATIONS
 from tests.mutations.bugs.decoding import no_end
 from tests.mutations.planted import Blame
 from tests.mutations.planting import Mutation, plant, resolve
-from transformers_resps.decoding import acceptance, batch
+from transformers_resps.decoding import acceptance, loop
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.bug)
@@ -24,16 +24,15 @@ def test_a_symbol_that_is_gone_is_named(symbol: str) -> None:
 
 
 def test_a_parameter_that_is_gone_is_named() -> None:
-    with pytest.raises(
-        TypeError, match="`tree.draft_tree:_merged` has no parameter 'count', 'text', 'token'. The bug 'old'"
-    ):
+    with pytest.raises(TypeError, match="`tree:_merged` has no parameter 'count', 'self', 'token'. The bug 'old'"):
         Mutation("old", "tree:_merged", no_end, "tests").plant()
 
 
 def test_a_bug_is_planted_wherever_its_function_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant("decoding.acceptance:accept", lambda accept: lambda tree, logits, text: None, monkeypatch.setattr)
-    assert acceptance.accept is batch.accept is resolve("decoding.acceptance:accept")[-1]
-    assert acceptance.accept(None, None, None) is None
+    symbol = "decoding.acceptance:read_picks"
+    plant(symbol, lambda read_picks: lambda batch, tree, logits: None, monkeypatch.setattr)
+    assert acceptance.read_picks is loop.read_picks is resolve(symbol)[-1]
+    assert acceptance.read_picks(None, None, None) is None
 
 
 def test_a_bug_that_fails_itself_is_not_counted_as_caught() -> None:

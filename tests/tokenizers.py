@@ -1,9 +1,15 @@
-"""A tokenizer whose token i is one letter, so that stop strings and text streamers can be checked by eye."""
+"""A tokenizer whose token i is one letter, so that stop strings, streamers and templates can be checked by eye."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.targets import VOCABULARY
+
+
+_TEMPLATE = (
+    "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}i{% endif %}"
+)
 
 
 def letter_tokenizer(first: str = "a") -> PreTrainedTokenizerFast:
@@ -17,3 +23,15 @@ def letter_tokenizer(first: str = "a") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="a", eos_token="c", model_input_names=["input_ids", "attention_mask"]
     )
+
+
+def templated(template: str = _TEMPLATE) -> PreTrainedTokenizerFast:
+    """With a chat template: "h" begins a user turn, "i" an assistant's, "c" and a line break end both."""
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    """A conversation that the user begins."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]

@@ -31,15 +31,6 @@ from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfi
 from transformers_resps.trainers.base import newest_checkpoint
 
 
-RENAMED = {
-    "steps": "`ttt_steps`",
-    "step_decay": "`ttt_step_decay`",
-    "optimizer": "`optim` (`adamw_torch` for `adamw`)",
-    "target_dtype": "`target_init_kwargs: {dtype: ...}`",
-    **{name: f"`model_init_kwargs: {{{name}: ...}}`" for name in ("fc_norm", "intermediate_size", "default_tree")},
-}
-
-
 @dataclass
 class HeadScriptArguments:
     """The target, the data and the head."""
@@ -159,7 +150,7 @@ def metrics_of(trainer: DraftHeadTrainer, evaluation: dict[str, Any]) -> dict[st
 
 
 def main() -> None:
-    script, adapters, args = parse(HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig, renamed=RENAMED)
+    script, adapters, args = parse(HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig)
     recipe = recipe_of(sys.argv, {**asdict(script), **asdict(adapters)})
     check_publishable(recipe, args, script.target_name or script.target)
     if adapters.use_peft and script.head is None:

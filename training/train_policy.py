@@ -20,7 +20,10 @@ import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from prompts.policy_prompts import PromptArguments
@@ -30,10 +33,11 @@ from runs.refusal import run
 from transformers_resps.bench.models import load_target
 from transformers_resps.bench.provenance import machine
 from transformers_resps.hub import METRICS
-from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig
-from transformers_resps.trainers.base import newest_checkpoint
+from transformers_resps.policies import ThroughputPolicy
+from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, fit_policy
+from transformers_resps.trainers.base import newest_checkpoint, push_folder
 from transformers_resps.trainers.loading import check_target_name
-from transformers_resps.trainers.policy_config import RENAMED
+from transformers_resps.trainers.policy_trainer import given_policy
 
 
 @dataclass
@@ -50,7 +54,7 @@ class PolicyScriptArguments(PromptArguments):
 
 
 def main() -> None:
-    script, args = parse(PolicyScriptArguments, PolicyTrainingConfig, renamed=RENAMED)
+    script, args = parse(PolicyScriptArguments, PolicyTrainingConfig)
     recipe = recipe_of(sys.argv, asdict(script))
     check_publishable(recipe, args, script.target)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -58,28 +62,31 @@ def main() -> None:
     target = load_target(script.target, script.target_dtype, str(args.device), packed=script.pack)
     tokenizer = AutoTokenizer.from_pretrained(script.target)
     learned, watched, tested = script.read_prompts(tokenizer)
-    trainer = PolicyTrainer(
-        script.policy,
-        args,
-        learned,
-        watched,
-        tokenizer,
-        target=target,
-        head=script.head,
-        reward_func=script.reward_func,
-    )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
-    metrics = trainer.evaluate(tested, metric_key_prefix="test")  # the watched ones may have chosen the checkpoint
-    if not trainer.is_world_process_zero():
-        return
-    folder, where = trainer.artefact_folder, machine(target)
+    given: dict[str, Any] = {"args": args, "train_dataset": learned, "processing_class": tokenizer}
+    given |= {"target": target, "head": script.head}
+    policy, _ = (script.policy, None) if script.policy in ("resps", "auto") else given_policy(script.policy)
+    if policy == "auto" or isinstance(policy, ThroughputPolicy):
+        fit_policy(script.policy, eval_dataset=tested, **given)
+        steps, is_main = 0, bool(args.should_save)
+    else:
+        trainer = PolicyTrainer(script.policy, eval_dataset=watched, reward_func=script.reward_func, **given)
+        trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
+        trainer.evaluate(tested, metric_key_prefix="test")  # the watched ones may have chosen the checkpoint
+        steps, is_main = trainer.state.global_step, trainer.is_world_process_zero()
+    if is_main:
+        publish_run(args, recipe, learned, steps, target)
+
+
+def publish_run(args: PolicyTrainingConfig, recipe: str, learned: Dataset, steps: int, target: Any) -> None:
+    """Write what a card tells beside the policy, push both if asked to, and print how good the policy is."""
+    folder, where = Path(args.output_dir) / "policy", machine(target)
     found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    steps = {"steps": trainer.state.global_step} if trainer.state.global_step else {}
-    found["training"] = {**steps, "texts": len(learned), "dtype": where["dtype"], "device": where["device"]}
-    write_run(folder, found, recipe, name=trainer.hub_model_id)
+    training = {"texts": len(learned), "dtype": where["dtype"], "device": where["device"]}
+    name = args.hub_model_id
+    write_run(folder, found | {"training": {"steps": steps} | training if steps else training}, recipe, name=name)
     if args.push_to_hub:
-        print(f"pushed: {trainer.push_to_hub()}")
-    print(json.dumps(metrics, indent=2))
+        print(f"pushed: {push_folder(folder, args)}")
+    print(json.dumps(found, indent=2))
     print(found["verdict"])
 
 

@@ -1,24 +1,34 @@
-"""Lossless draft trees inside `generate()` of any Transformers model, shaped at every step by a policy."""
+"""Lossless draft trees inside `generate()` of any Transformers model, shaped at every step by a policy.
 
-from transformers import AutoConfig, AutoModel
+A name is loaded when it is first used, as in Transformers: importing the package costs nothing.
+"""
 
-from .calibration import CostTable, calibrate
-from .generation.attach import attach, detach
-from .generation.mixin import ReSpSGenerationMixin
-from .generation.output import SpeculativeOutput
-from .heads import DraftHead, DraftHeadConfig
-from .policies import AutoPolicy, BaselineGuard, FixedPolicy, Level, Observation, Policy, ReSpSPolicy, ThroughputPolicy
-from .telemetry.report import SpeculationReport, StepRecord
-from .testing import LosslessReport, NotLosslessError, assert_lossless
-from .tree import DraftTree, TreeShape
-from .verifying.prepacking import prepack, unprepack
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 
-# Names of version 0.1.
-Guard, pack, unpack = BaselineGuard, prepack, unprepack
+if TYPE_CHECKING:
+    from .calibration import calibrate
+    from .generation.attach import attach, detach
+    from .generation.mixin import ReSpSGenerationMixin
+    from .generation.output import SpeculativeOutput
+    from .heads import DraftHead, DraftHeadConfig
+    from .policies import (
+        AutoPolicy,
+        BaselineGuard,
+        CostTable,
+        FixedPolicy,
+        Level,
+        Observation,
+        Policy,
+        ReSpSPolicy,
+        ThroughputPolicy,
+    )
+    from .telemetry import SpeculationReport, StepRecord
+    from .testing import LosslessReport, NotLosslessError, assert_lossless
+    from .tree import DraftTree, TreeShape
+    from .verifying.prepacking import prepack, unprepack
 
-AutoConfig.register(DraftHeadConfig.model_type, DraftHeadConfig, exist_ok=True)
-AutoModel.register(DraftHeadConfig, DraftHead, exist_ok=True)
 
 __all__ = [
     "AutoPolicy",
@@ -47,3 +57,38 @@ __all__ = [
     "prepack",
     "unprepack",
 ]
+_HOMES = {
+    "calibration": ("calibrate",),
+    "generation.attach": ("attach", "detach"),
+    "generation.mixin": ("ReSpSGenerationMixin",),
+    "generation.output": ("SpeculativeOutput",),
+    "heads": ("DraftHead", "DraftHeadConfig"),
+    "policies": (
+        "AutoPolicy",
+        "BaselineGuard",
+        "CostTable",
+        "FixedPolicy",
+        "Level",
+        "Observation",
+        "Policy",
+        "ReSpSPolicy",
+        "ThroughputPolicy",
+    ),
+    "telemetry": ("SpeculationReport", "StepRecord"),
+    "testing": ("LosslessReport", "NotLosslessError", "assert_lossless"),
+    "tree": ("DraftTree", "TreeShape"),
+    "verifying.prepacking": ("prepack", "unprepack"),
+}
+
+
+def __getattr__(name: str) -> object:
+    for home, names in _HOMES.items():
+        if name in names:
+            found: object = getattr(import_module(f".{home}", __name__), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

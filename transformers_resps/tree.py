@@ -4,14 +4,6 @@ Shape legend, used in the whole package: b batch rows, n tree nodes, m nodes of 
 nodes of one drafted level, e entries drafted before it, k `top_k`; s cached positions, t positions of one pass, q
 those of them that look at others; v vocabulary, d draft vocabulary, h hidden size, hd width of an attention head, F
 width of the features (layers that the head reads times the target's hidden size); a actions of a policy.
-
-Tensors that belong together, moved together: each copy between host and device makes the host wait.
-
-The shape that a policy asks for.
-
-The pool of candidates that a drafter scores.
-
-The tree that the target verifies.
 """
 
 from collections.abc import Sequence
@@ -20,19 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-
-def moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The same values on another device, in one copy.
-
-    Args:
-        parts: of one device, in any shapes, those of wider elements first.
-        device: where to.
-    """
-    joined = torch.cat([part.flatten().view(torch.uint8) for part in parts])
-    joined = joined.to(device, non_blocking=device.type != "cpu")  # whoever reads on the host has to wait
-    blocks = joined.split([part.numel() * part.element_size() for part in parts])
-    return [block.view(part.dtype).view(part.shape) for block, part in zip(blocks, parts, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,12 +259,6 @@ class DraftTree:
         tokens[:, 0] = root
         return DraftTree(tokens, parents, depths, ancestors, scores, self.level_count)
 
-    def first(self, count: int) -> "DraftTree":
-        """Keep the first `count` nodes: a tree as well, because parents come before their children."""
-        tokens, parents, depths = (part[:, :count] for part in (self.tokens, self.parents, self.depths))
-        levels = min(self.level_count, count - 1)
-        return DraftTree(tokens, parents, depths, self.ancestors[:, :count, :count], self.scores[:, :count], levels)
-
     def padded(self, node_count: int) -> "DraftTree":
         """Fill up to `node_count` nodes for the target's forward. Acceptance needs the tree without padding.
 
@@ -333,3 +306,13 @@ def _merged(tokens: list[int], parents: list[int], chain: list[int]) -> tuple[li
         parents.append(node)
         node = len(tokens) - 1
     return tokens, parents
+
+
+def moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """`parts` of one device and any shapes, those of wider elements first, on another device: in one copy, since each
+    copy between host and device makes the host wait.
+    """
+    joined = torch.cat([part.flatten().view(torch.uint8) for part in parts])
+    joined = joined.to(device, non_blocking=device.type != "cpu")  # whoever reads on the host has to wait
+    blocks = joined.split([part.numel() * part.element_size() for part in parts])
+    return [block.view(part.dtype).view(part.shape) for block, part in zip(blocks, parts, strict=True)]

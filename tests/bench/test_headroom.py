@@ -6,8 +6,7 @@ import torch
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.bench.headroom import BestFixed, Replayer, ceiling_of, choose_best_fixed, shapes_for
 from transformers_resps.bench.timing import AnswerTiming
-from transformers_resps.calibration import CostTable
-from transformers_resps.policies import ActionGrid
+from transformers_resps.policies import ActionGrid, CostTable
 
 
 PLAIN, SMALL, LARGE = TreeShape.plain(), TreeShape(4, 2, 2), TreeShape(8, 3, 2)

@@ -1,12 +1,46 @@
-"""Datasets in TRL's columns become token ids with a mask."""
+"""Conversations and datasets in TRL's columns become token ids with a mask."""
 
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 
-from tests.data.test_examples import REWRITING, templated, turns
-from transformers_resps.data import prepare_dataset
+from tests.tokenizers import templated, turns
+from transformers_resps.data import Example, make_example, prepare_dataset
+
+
+REWRITING = "{% for m in messages %}{{ 'ab'[loop.last] + m.content }}{% endfor %}"
+
+
+def test_mask_marks_exactly_what_the_assistant_wrote():
+    """By hand: user "de", assistant "fg" and "c", user "d", assistant "e" and "c"; line breaks are unknown tokens."""
+    tokenizer = templated()
+    example = make_example(turns("de", "fg", "d", "e"), tokenizer, max_length=99)
+    text = "".join(tokenizer.convert_ids_to_tokens(example.input_ids.tolist()))
+    assert text.replace("a", "") == "hdecifgchdciec"
+    marked = "".join(tokenizer.convert_ids_to_tokens(example.input_ids[example.loss_mask].tolist()))
+    assert marked == "fgcec"
+
+
+def test_predicted_leaves_out_tokens_a_head_cannot_reach():
+    example = Example(torch.arange(5), torch.tensor([True, True, True, False, True]))
+    assert example.predicted.tolist() == [False, False, True, False, True]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    with pytest.raises(ValueError, match="turn by turn"):
+        make_example(turns("d", "e", "f", "g"), templated(REWRITING), max_length=20)
+
+
+def test_messages_before_the_completion_are_its_prompt():
+    """By hand: of "de", "fg", "d", "e" the completion is the last turn."""
+    tokenizer = templated()
+    example = make_example(turns("de", "fg", "d", "e"), tokenizer, 99, learn_from=3)
+    whole = make_example(turns("de", "fg", "d", "e"), tokenizer, 99)
+    assert example.input_ids.tolist() == whole.input_ids.tolist()
+    marked = "".join(tokenizer.convert_ids_to_tokens(example.input_ids[example.loss_mask].tolist()))
+    assert marked == "ec"
 
 
 THOUGHTLESS = "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}{% endfor %}"
@@ -65,7 +99,7 @@ def test_long_texts_are_cut_and_prepared_ones_pass() -> None:
     [
         ([], "`train_dataset` is empty. Pass a split that has rows"),
         ([{"answer": "d", "topic": "e"}], r"has the columns \['answer', 'topic'\], but needs `messages`"),
-        ([{"prompt": "def"}], "the column `prompt` without `completion`.*Let the target write them"),
+        ([{"prompt": "def"}], "the column `prompt` without `completion`.*Let the target write them with `generate`"),
         ([{"text": "def"}, {"text": None}], "Row 1 of `train_dataset`: has the text None, but it must be a string"),
         ([{"text": [3, 4]}], r"Row 0 of `train_dataset`: has the text \[3, 4\], but it must be a string"),
         ([{"messages": "def"}], "Row 0 of `train_dataset`: has messages that are def, but they must be a list"),

@@ -8,8 +8,8 @@ from transformers import DynamicCache, set_seed
 
 from tests.decisions.planted import PlantedClock, decision
 from tests.decoding.rows import AnyShape, prompts
-from tests.generation.answering import WIDE
-from tests.generation.test_lossless import OPTIONS
+from tests.lossless.answering import WIDE
+from tests.lossless.test_options import OPTIONS
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD

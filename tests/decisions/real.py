@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from tests.decisions.cases import decided
 from tests.decisions.planted import PlantedClock, decision
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, Policy, TreeShape, attach
-from transformers_resps.calibration import CostTable
-from transformers_resps.policies import ActionGrid, BaselineGuard, ThroughputPolicy
+from transformers_resps.policies import ActionGrid, BaselineGuard, CostTable, ThroughputPolicy
 from transformers_resps.replay import (
     Oracle,
     OutcomeTable,
+    RankedText,
     RecordedText,
-    ReplayText,
     fitted_policy,
     record_pools,
     replay_policy,
@@ -89,7 +88,7 @@ def replays(texts: list[RecordedText], card: str) -> Iterator[tuple[str, Any]]:
             steps = replay_policy(text, policy, table).steps
             made = [[*decision(step), step.step_seconds.hex()] for step in steps]
             yield f"{name}, text {place}", {"steps": len(made), "decisions": digest(made)}
-    oracle = Oracle(OutcomeTable([ReplayText.from_recording(text).outcomes(GRID, table) for text in texts]))
+    oracle = Oracle(OutcomeTable([RankedText.from_recording(text).outcomes(GRID, table) for text in texts]))
     seconds = [oracle.fixed_seconds.tolist(), oracle.best_seconds.tolist()]
     yield "every shape", {"best fixed": str(GRID[oracle.best_fixed]), "seconds": digest(seconds)}
 

@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import build_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.calibration import CostTable
 from transformers_resps.policies import (
     AcceptanceModel,
     ActionGrid,
     BaselineGuard,
+    CostTable,
     PlattScaling,
     ReSpSConfig,
     ReSpSPolicy,
     ThroughputPolicy,
 )
-from transformers_resps.replay import RecordedText, ReplayText, record_pools
+from transformers_resps.replay import RankedText, RecordedText, record_pools
 
 
 SAVED = Path(__file__).with_name("files")
@@ -53,7 +53,7 @@ def write(folder: Path) -> None:
     text = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=24)[0]
     recorded = record_pools(model, head, text, PROMPT.shape[1], depths={1: 3, 2: 3})
     recorded.save(folder / "recorded.safetensors")
-    ReplayText.from_recording(recorded).save(folder / "replay.safetensors")
+    RankedText.from_recording(recorded).save(folder / "replay.safetensors")
     (folder / "read.json").write_text(json.dumps(read(folder), indent=1) + "\n", encoding="utf-8")
     save_file({"drafted": drafted(folder)}, folder / "drafted.safetensors")
 
@@ -61,7 +61,7 @@ def write(folder: Path) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """What the files say to the code that loads them."""
     recorded = RecordedText.load(folder / "recorded.safetensors")
-    replayed = ReplayText.load(folder / "replay.safetensors")
+    replayed = RankedText.load(folder / "replay.safetensors")
     table = CostTable.load(folder / "costs.json")
     policies = {name: AutoPolicy.from_pretrained(folder / name) for name in ("fixed", "guard", "resps")}
     return {

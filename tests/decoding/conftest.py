@@ -23,3 +23,8 @@ def endless() -> PreTrainedModel:
 def head(target: PreTrainedModel) -> DraftHead:
     torch.manual_seed(1)
     return DraftHead.from_target(target)
+
+
+@pytest.fixture
+def prompt() -> torch.Tensor:
+    return torch.tensor([[5, 7, 11, 3, 9, 7, 11]])

@@ -96,7 +96,7 @@ def test_greedy_rows_accept_what_each_would_alone(tree: DraftTree, how: Any, dat
 
 
 def test_shorter_rows_repeat_their_last_number() -> None:
-    acceptance = Acceptance.from_rows([[0], [0, 3, 4]], [[5], [6, 7, 8]], [1, 3], torch.device("cpu"))
+    acceptance = Acceptance.from_rows([[0], [0, 3, 4]], [[5], [6, 7, 8]], torch.device("cpu"))
     assert acceptance.path.tolist() == [[0, 0, 0], [0, 3, 4]] and acceptance.tokens.tolist() == [[5, 5, 5], [6, 7, 8]]
     assert acceptance.counts == [1, 3]
 

@@ -61,7 +61,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     monkeypatch.setattr(FakeCapture, "fault", None)
     monkeypatch.setattr(SlotVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
     target = attach(Architecture("llama").build("sdpa"))
-    target.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture))
+    target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture))
     return target
 
 
@@ -87,7 +87,7 @@ def test_a_step_drafts_with_one_launch_what_levels_would(
     at_once, report = speculate(target, head, 5, rows, do_sample=do_sample)
     launches, captures = FakeCapture.launches, FakeCapture.captures
     assert launches >= len(report.steps) - 3 and captures <= 6 * rows  # each number of pairs is another
-    target.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture))
+    target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(FakeCapture))
     monkeypatch.setattr(FakeCapture, "fault", torch.OutOfMemoryError("no memory"))
     by_levels, _ = speculate(target, head, 5, rows, do_sample=do_sample)
     assert at_once == by_levels and FakeCapture.launches == launches
@@ -154,7 +154,7 @@ def test_a_head_that_the_caller_drops_is_freed_with_its_captured_drafts(target: 
         head = DraftHead.from_target(target)
         speculate(target, head, 1, 1)
         assert FakeCapture.captures
-        return [weakref.ref(head), weakref.ref(lent(target.draft_engines, head, target))]
+        return [weakref.ref(head), weakref.ref(lent(target.speculation_state.draft_engines, head, target))]
 
     references = of_a_call()
     gc.collect()

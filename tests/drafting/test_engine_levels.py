@@ -230,7 +230,7 @@ def test_no_step_pays_for_compiling(
     """Steps that pass for compiled, by a clock that only compiling moves."""
     monkeypatch.setattr(SlotVerifier, "is_compiled", property(lambda self: True, lambda self, value: None), False)
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", compiler.clock)
-    target.draft_engines = DraftEngines(lambda: DraftEngine(clock=compiler.clock))
+    target.speculation_state.draft_engines = DraftEngines(lambda: DraftEngine(clock=compiler.clock))
     options = {"assistant_model": head, "policy": FixedPolicy(TREES[1]), "cache_implementation": "static"}
     prompt = torch.tensor([[3, 4, 5, 3, 4]])
     out = target.generate(prompt, max_new_tokens=12, **options, return_dict_in_generate=True)

@@ -381,7 +381,7 @@ def test_auto_compiles_when_decoding_has_taken_as_long(
 ) -> None:
     speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 0
-    target.slot_engine.note(90.0)
+    target.speculation_state.slot_engine.note(90.0)
     out = speculate(target, head, Cycle(*SHAPES), compile="auto")
     assert untraced.count == 1 and out.sequences.tolist() == plainly(target)
 
@@ -400,7 +400,7 @@ def test_attach_and_compile_config_ask_for_it_too(
 def test_a_copy_has_no_compiled_code(target: PreTrainedModel, head: DraftHead, backend: CountingBackend) -> None:
     speculate(target, head, Cycle(*SHAPES), compile=True)
     copied = copy.deepcopy(target)
-    assert target.slot_engine.is_compiled and not copied.slot_engine.is_compiled
+    assert target.speculation_state.slot_engine.is_compiled and not copied.speculation_state.slot_engine.is_compiled
     out = speculate(copied, DraftHead.from_target(copied, feature_layers=[0]), Cycle(*SHAPES), compile=True)
     assert out.sequences.tolist() == plainly(target) and backend.count == 2
 
@@ -472,7 +472,7 @@ def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(
     for shapes in ((TreeShape(6, 3, 2), TreeShape(40, 3, 5), TreeShape(3, 2, 2)), (TreeShape(9, 5, 3),)):
         out = speculate(target, head, Cycle(*shapes), compile=True, max_new_tokens=150)
         assert out.sequences.tolist() == plainly(target, 150)
-    assert target.slot_engine.is_compiled
+    assert target.speculation_state.slot_engine.is_compiled
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     told = [record.getMessage() for record in caplog.records if "transformers_resps" in record.name]
     assert sum("Compiling" in line for line in told) == len(told) == 2

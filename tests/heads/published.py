@@ -1,6 +1,6 @@
 """Small checkpoints in every publisher's exact layout, and what they must compute, written from the specification.
 
-The arithmetic here is plain torch in fp32 and calls nothing of ours.
+The arithmetic here is plain torch in fp32 and calls nothing of the package.
 """
 
 import json

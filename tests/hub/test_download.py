@@ -201,7 +201,7 @@ def test_the_training_prompts_of_the_loaded_commit_are_fetched_for_the_benchmark
     assert training_prompts_of(HEAD) == {prompt_fingerprint("first")}
 
 
-def test_nobody_is_left_to_believe_that_unknown_training_prompts_were_compared(head, caplog):
+def test_unknown_training_prompts_are_told_and_not_compared(head, caplog):
     DraftHead.from_pretrained(HEAD)
     assert training_prompts_of(HEAD) is None
     assert f"{HEAD} has no training_prompts.json" in caplog.text

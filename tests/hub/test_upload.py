@@ -57,7 +57,7 @@ def test_a_file_to_keep_is_kept_where_it_is_and_written_where_it_is_not(hub):
 def test_a_file_that_tells_of_other_weights_is_refused_and_nothing_committed(hub):
     refuse = Existing(refuse=("results.json",))
     upload(FILES | {"results.json": b"{}"}, Destination(REPO), "Publish", existing=refuse)
-    with pytest.raises(FileExistsError, match=r"holds results.json of other weights.*training/publish.py"):
+    with pytest.raises(FileExistsError, match=r"holds results.json of other weights.*Push to another repository"):
         upload(FILES | {"config.json": b"[]"}, Destination(REPO), "Again", existing=refuse)
     assert received(hub) == FILES | {"results.json": b"{}"}
 
@@ -97,18 +97,18 @@ def test_without_a_valid_token_nothing_is_made(hub):
     assert hub.repositories == {}
 
 
-def test_a_repository_of_somebody_else_is_named(hub):
+def test_a_repository_of_another_owner_is_named(hub):
     hub.fault("repos/create", 403)
     with pytest.raises(OSError, match="whether the token may write there"):
         send(hub)
 
 
-def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(hub):
-    def somebody(request: str) -> None:
+def test_a_commit_of_another_writer_meanwhile_is_not_overwritten(hub):
+    def another_writer(request: str) -> None:
         if "preupload" in request:
             hub.repositories[REPO].commit({"config.json": b"theirs"})
 
-    hub.before = somebody
+    hub.before = another_writer
     with pytest.raises(OSError, match="repository was changed meanwhile"):
         send(hub)
     assert hub.repositories[REPO].files == {"config.json": b"theirs"}

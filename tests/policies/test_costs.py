@@ -1,5 +1,7 @@
 """Costs learned while decoding: interpolated, never misled for long by one slow or fast moment."""
 
+import random
+
 import pytest
 
 from transformers_resps.policies import RunningCosts
@@ -31,13 +33,13 @@ def test_a_forward_that_took_far_less_than_a_smaller_one_did_makes_the_smaller_o
     assert costs.verify_seconds(1) < costs.verify_seconds(4) == costs.verify_seconds(8) < 1.9
 
 
-def test_what_was_measured_in_a_slow_moment_is_not_thought_dear_afterwards() -> None:
+def test_what_was_measured_in_a_slow_moment_does_not_look_expensive_afterwards() -> None:
     costs = RunningCosts()
     for speed, nodes in ((1.0, 1), (1.0, 4), (1.0, 8), *[(1.5, 8)] * 20, *[(1.0, 1)] * 12):
         seconds = speed * (1.0 + 0.02 * (nodes - 1))
         costs.add(nodes, 0, seconds, 0.0, seconds)
     assert costs.verify_seconds(1) == pytest.approx(1.0, abs=0.01)
-    assert costs.verify_seconds(4) == pytest.approx(1.06, rel=0.15), "nobody measured it then"
+    assert costs.verify_seconds(4) == pytest.approx(1.06, rel=0.15), "it was not measured then"
     assert costs.verify_seconds(8) == pytest.approx(1.14, rel=0.25), "1.71 in the seconds of then"
 
 
@@ -56,7 +58,7 @@ def test_two_trees_tell_what_further_nodes_cost() -> None:
     assert costs.verify_seconds(8) == pytest.approx(1.5 + 4 * 0.2)
 
 
-def test_a_further_node_of_each_row_is_thought_dear_in_a_batch() -> None:
+def test_a_further_node_of_each_row_is_assumed_to_be_expensive_in_a_batch() -> None:
     """Before anything but plain steps was measured: eight rows are eight nodes."""
     alone, together = RunningCosts(), RunningCosts()
     alone.add(1, 0, 1.0, 0.0, 1.0)
@@ -65,14 +67,35 @@ def test_a_further_node_of_each_row_is_thought_dear_in_a_batch() -> None:
     assert together.verify_seconds(3) == pytest.approx(1.36)
 
 
-def test_a_copy_learns_on_its_own_until_it_is_gone_back_to() -> None:
+def test_a_copy_learns_on_its_own() -> None:
     costs = RunningCosts()
     for nodes, seconds in ((1, 1.0), (4, 1.2)):
         costs.add(nodes, 2, seconds, 0.1, seconds + 0.2)
     earlier = costs.copy()
     costs.add(8, 3, 9.0, 0.5, 9.6, rows=4)
-    assert earlier.sizes == 2 and costs.sizes == 3
-    costs.go_back_to(earlier)
-    asked = (1, 2, 4, 8, 16)
-    assert [costs.verify_seconds(nodes) for nodes in asked] == [earlier.verify_seconds(nodes) for nodes in asked]
-    assert costs.step_seconds(4, 3) == earlier.step_seconds(4, 3)
+    assert costs.verify_seconds(8) == 9.0 > earlier.verify_seconds(8)
+    assert [earlier.verify_seconds(nodes) for nodes in (1, 4)] == [1.0, 1.2]
+    assert earlier.draft_seconds(1, 3) == pytest.approx(0.15) and earlier.overhead == pytest.approx(0.1)
+
+
+def test_a_rescaled_copy_takes_longer_and_leaves_the_original_alone() -> None:
+    costs = RunningCosts.starting_from({1: 1.0, 4: 1.2}, level_seconds=0.1, overhead=0.05)
+    longer = costs.rescaled(2.0)
+    assert [longer.verify_seconds(nodes) for nodes in (1, 4)] == [2.0, 2.4]
+    assert [costs.verify_seconds(nodes) for nodes in (1, 4)] == [1.0, 1.2]
+    assert longer.draft_seconds(1, 1) == 0.1 and longer.overhead == 0.05
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_curve_is_what_each_size_costs_alone(seed: int) -> None:
+    """Whatever was measured in whatever order, and however far the curve was drawn before."""
+    drawn = random.Random(seed)
+    asked, alone = RunningCosts(), RunningCosts()
+    for _ in range(drawn.randint(1, 6)):
+        nodes, seconds = drawn.choice((1, 2, 3, 5, 8, 13, 40)), drawn.uniform(0.5, 3.0)
+        asked.verify_curve(drawn.randint(1, 50))
+        asked.add(nodes, 0, seconds, 0.0, seconds)
+        alone.add(nodes, 0, seconds, 0.0, seconds)
+    singles = [alone.copy().verify_seconds(nodes) for nodes in range(1, 61)]
+    assert list(asked.verify_curve(60))[:60] == singles
+    assert singles[1:] == sorted(singles[1:]), "a larger tree is never cheaper"

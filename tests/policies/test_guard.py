@@ -15,6 +15,7 @@ from transformers_resps.policies import (
     Observation,
     PlattScaling,
     Policy,
+    RunningCosts,
     ThroughputPolicy,
     default_policy,
 )
@@ -225,7 +226,7 @@ def test_losses_are_forgiven_as_far_as_plain_steps_turn_out_to_be_slower_too(pla
         guard.observe(StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, seconds, seconds))
         return guard.choose(Observation(torch.zeros(1, 4), 100, 1, 96, list))
 
-    guard._known.expect({1: 1.0, 2: 1.1}, 0.05)
+    guard._own_costs = RunningCosts.starting_from({1: 1.0, 2: 1.1}, 0.05)
     shape, steps = shape_after(1.0), 0
     while not shape.is_plain:
         guard.observe(StepRecord(shape, 1, 2, RowCounts([steps % 2]), RowCounts([1 + steps % 2]), 0.05, 1.65, 1.7))
@@ -251,3 +252,22 @@ def test_a_tree_drafted_in_one_go_is_priced_by_all_its_levels() -> None:
     machine = Machine(0.02, level_seconds=0.1, hit=0.75)
     machine.run(BaselineGuard(FixedPolicy(TreeShape(7, 6, 1))), 200)
     assert not [shape for shape in machine.shapes if shape.total_tokens > shape.depth + 1]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_costs_of_the_policy_are_its_own_to_change(learns: bool) -> None:
+    """In a far longer context all steps take twice as long. The guard asks for it and changes nothing itself."""
+
+    class Owner(FixedPolicy):
+        costs = RunningCosts.starting_from({1: 1.0, 4: 1.2}, 0.05) if learns else None
+
+    policy = Owner(TreeShape(4, 3, 1))
+    known, guard = policy.costs, BaselineGuard(policy)
+    for seconds, context in ((1.0, 100), (2.0, 2000)):
+        guard.choose(Observation(torch.zeros(1, 4), context, 0, 96, list))
+        guard.observe(StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, seconds, seconds))
+    if known is None:
+        assert policy.costs is None
+    else:
+        assert [known.verify_seconds(nodes) for nodes in (1, 4)] == [1.0, 1.2]
+        assert policy.costs is not None and policy.costs.verify_seconds(4) == 2.4

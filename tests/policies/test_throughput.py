@@ -9,18 +9,20 @@ import torch
 from safetensors.torch import save_file
 
 from tests.policies.machine import FLAT, JUMPING, SLOPING, Machine
-from transformers_resps.calibration import CostTable
 from transformers_resps.policies import (
     AcceptanceModel,
     AutoPolicy,
     BaselineGuard,
+    CostTable,
     FixedPolicy,
     Observation,
     PlattScaling,
     Policy,
+    RunningCosts,
     ThroughputPolicy,
     default_policy,
 )
+from transformers_resps.policies.throughput import best_prefix
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 
@@ -155,3 +157,26 @@ def test_a_clock_that_jumps_or_stands_still_is_survived() -> None:
                 StepRecord(shape, 0, 1 + shape.lookup, RowCounts([0]), RowCounts([1]), 0.0, seconds, seconds)
             )
         assert isinstance(policy.choose(observation), TreeShape)
+
+
+def test_nodes_are_added_while_they_are_worth_their_seconds() -> None:
+    seconds = [1.0 + 0.2 * nodes for nodes in range(32)]
+    count, gain = best_prefix(seconds, [0.9, 0.5, 0.3, 0.1], rate=1.0)
+    assert count == 3 and gain == pytest.approx(0.9 + 0.5 + 0.3 - 3 * 0.2)
+    assert best_prefix(seconds, [0.9, 0.5], rate=10.0) == (0, 0.0)
+
+
+def test_a_node_that_does_not_pay_is_taken_for_the_sake_of_those_after_it() -> None:
+    assert best_prefix([1.0, 1.2, 1.4], [0.1, 0.9], rate=1.0)[0] == 2
+
+
+def test_a_changed_cost_is_seen_at_the_next_step() -> None:
+    """Eight looked-up nodes pay until the machine turns out to be slower at trees of eight."""
+    costs = RunningCosts.starting_from({1: 1.0, 9: 1.4}, level_seconds=0.0)
+    policy = ThroughputPolicy(costs=costs)
+    observation = Observation(None, 100, 1, 96, lambda: [0.95**place for place in range(1, 9)])
+    assert policy.choose(observation).lookup == 8
+    for _ in range(60):
+        costs.add(1, 0, 1.0, 0.0, 1.0)
+        costs.add(9, 0, 12.0, 0.0, 12.0)
+    assert policy.choose(observation).lookup == 0

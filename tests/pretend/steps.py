@@ -185,7 +185,7 @@ def count(name: str) -> StepCount:
         with counts, ExitStack() as stack:
             if call.pop("captures", False):
                 made = partial(DraftEngine, lambda function: _Captured(function, counts))
-                target.draft_engines = DraftEngines(made)
+                target.speculation_state.draft_engines = DraftEngines(made)
                 call["cache_implementation"] = "static"
                 stack.enter_context(_forward_over_slots_captured(counts))
             text = generate((target, head), ids, **call)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
 from transformers_resps.heads import pair_identity
-from transformers_resps.replay import RecordedText, ReplayText, fitted_policy, record_pools
+from transformers_resps.replay import RankedText, RecordedText, fitted_policy, record_pools
 from transformers_resps.replay.fitted_policy import fit_platt_scaling
 from transformers_resps.tree import CandidatePool
 
@@ -52,6 +52,6 @@ def test_a_recording_without_such_pools_is_refused(tiny_target: PreTrainedModel,
     assert fitted.acceptance.scalings[0].slope > 0 and fitted.to_config().items() >= identity.items()
     with pytest.raises(ValueError, match=r"pools of top_k \[2\], but 4 is to be fitted.*record_pools"):
         fitted_policy([text])
-    for texts, came in (([], "no texts"), ([ReplayText.from_recording(text)], "a ReplayText")):
+    for texts, came in (([], "no texts"), ([RankedText.from_recording(text)], "a RankedText")):
         with pytest.raises(ValueError, match=f"Got {came}, but .* Make them with `record_pools`"):
             fitted_policy(texts)  # type: ignore[arg-type]

@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.calibration import CostTable
-from transformers_resps.policies import Level, Observation, Policy
+from transformers_resps.policies import CostTable, Level, Observation, Policy
 from transformers_resps.replay import RecordedText, record_pools, replay_policy
 from transformers_resps.telemetry.report import StepRecord
 
@@ -18,7 +17,7 @@ PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
 COSTS = CostTable({1: {1: 1.1, 11: 2.1}}, {1: 0.05}, {}, 0.01)
 
 
-class Restless(Policy):
+class Changing(Policy):
     """Uses all three decisions, differently at every step, from nothing but what it sees."""
 
     def __init__(self) -> None:
@@ -64,10 +63,10 @@ def test_a_policy_sees_and_gets_the_same_on_a_recording_as_live(
     target: PreTrainedModel, head: DraftHead, tmp_path: Path
 ) -> None:
     torch.manual_seed(4)
-    live = Restless()
+    live = Changing()
     text = recorded(target, head, live)
     text.save(tmp_path / "text.safetensors")
-    replayed = Restless()
+    replayed = Changing()
     report = replay_policy(RecordedText.load(tmp_path / "text.safetensors"), replayed, COSTS)
     differing = [(a, b) for a, b in zip(live.seen, replayed.seen, strict=True) if not _alike(a, b)]
     assert not differing

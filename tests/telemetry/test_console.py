@@ -94,7 +94,7 @@ def test_a_missing_rich_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatc
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return stock(name, *arguments, **keywords)
 
-    monkeypatch.delitem(sys.modules, "transformers_resps.telemetry.display", raising=False)
+    monkeypatch.delitem(sys.modules, "transformers_resps.telemetry.console", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_rich)
     with pytest.raises(ImportError, match=r"needs the package `rich`.*transformers-resps\[inspect\].*or read `steps`"):
         two_steps().show()

@@ -1,7 +1,11 @@
+"""A head learns from its target, and its run is measured."""
+
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import PhiConfig, PhiForCausalLM
 
@@ -9,6 +13,7 @@ from tests.conftest import build_target
 from tests.trainers.heads import bits, config, fresh, texts
 from transformers_resps import DraftHead
 from transformers_resps.trainers import DraftHeadTrainer, FrozenTarget, save_head
+from transformers_resps.trainers.head_trainer import MIN_USEFUL_TOKENS, warn_if_small
 
 
 @pytest.mark.parametrize("optim", ["muon", "adamw_torch", "adafactor"])
@@ -74,14 +79,6 @@ def test_tau_is_measured_on_as_many_texts_as_asked(tmp_path, monkeypatch, held_o
     assert DraftHeadTrainer(head, config(tmp_path, tau_texts=asked), *sets, target=target).measure_tau() == measured
 
 
-@pytest.mark.parametrize(
-    "field", [{"ttt_steps": 0}, {"ttt_step_decay": 0.0}, {"optim": "nothing"}, {"tokens_per_batch": 1}]
-)
-def test_settings_out_of_range_are_refused(tmp_path, field):
-    with pytest.raises(ValueError, match="nothing" if "optim" in field else next(iter(field))):
-        config(tmp_path, **field)
-
-
 def test_adapters_train_alone_and_are_merged_into_the_export(tmp_path):
     from peft import LoraConfig
 
@@ -137,3 +134,18 @@ def test_a_head_of_another_target_is_refused(tmp_path):
     other = build_target(vocab_size=80)
     with pytest.raises(ValueError, match="This head was made for"):
         DraftHeadTrainer(head, config(tmp_path), texts(), target=other)
+
+
+def test_a_run_too_small_to_be_useful_is_announced(caplog):
+    assert not warn_if_small(MIN_USEFUL_TOKENS)
+    assert not caplog.records
+    assert warn_if_small(1000)
+    assert "1,000 positions" in caplog.text
+    assert "answers that the target itself generates" in caplog.text and "training/" not in caplog.text
+
+
+def test_our_recipe_of_a_first_head_is_not_too_small():
+    recipe = Path(__file__).parents[2] / "training" / "recipes" / "head.yaml"
+    told = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert not warn_if_small(told["max_steps"] * told["tokens_per_batch"])
+    assert told["warmup_steps"] + told["lr_scheduler_kwargs"]["num_decay_steps"] < told["max_steps"]

@@ -32,9 +32,8 @@ from transformers_resps.calibration import identity_of
 from transformers_resps.data import prompt_fingerprint, read_training_prompts
 from transformers_resps.heads import pair_identity
 from transformers_resps.policies import ActionGrid, ReSpSConfig
-from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig
-from transformers_resps.trainers import policy_data as measured_costs
-from transformers_resps.trainers.policy_data import Recorder
+from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, data, fit_policy
+from transformers_resps.trainers.data import Recorder
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
@@ -52,7 +51,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, DraftHea
         seconds = {nodes: 1.0 + 0.05 * nodes for nodes in range(1, 17)}
         return CostTable({1: seconds, 64: seconds}, {1: 0.1, 4: 0.2}, identity_of(target, head))
 
-    monkeypatch.setattr(measured_costs, "calibrate", planted)
+    monkeypatch.setattr(data, "calibrate", planted)
     monkeypatch.chdir(tmp_path)
     target: Any = Architecture("llama").build("sdpa").float()
     tokenizer = letter_tokenizer()
@@ -111,20 +110,49 @@ def test_prompts_become_a_re_sps_policy_of_the_target_and_the_head(pair: tuple[A
 
 
 def test_prompts_fit_what_auto_means(pair: tuple[Any, DraftHead], caplog: pytest.LogCaptureFixture) -> None:
-    trainer = PolicyTrainer("auto", config(), TRAIN, HELD_OUT, target=pair[0], head=pair[1])
-    trainer.train()
-    policy = AutoPolicy.from_pretrained("run/policy")
-    assert isinstance(policy, BaselineGuard) and isinstance(policy.policy, ThroughputPolicy)
-    assert any(one.slope != 1.0 for one in policy.policy.acceptance.scalings)
-    policy.check_identity(**pair_identity(*pair))
+    keywords: Any = {"target": pair[0], "head": pair[1]}
+    fitted = fit_policy("auto", config(), TRAIN, HELD_OUT, **keywords)
+    assert isinstance(fitted.policy, ThroughputPolicy)
+    assert any(one.slope != 1.0 for one in fitted.policy.acceptance.scalings)
+    assert AutoPolicy.from_pretrained("run/policy").to_config() == fitted.to_config()  # type: ignore[attr-defined]
+    fitted.policy.check_identity(**pair_identity(*pair))
     assert caplog.text.count("may not be worth using") == 1
     assert json.loads(Path("run/policy/metrics.json").read_text())["held_out_texts"] == 2
-    sizes = PolicyTrainer(ThroughputPolicy(3, 2, 5), config(), TRAIN, target=pair[0], head=pair[1])
-    sizes.train()
-    refitted = AutoPolicy.from_pretrained("run/policy").to_config()["policy"]  # type: ignore[attr-defined]
-    assert (refitted["depth"], refitted["top_k"], refitted["most_nodes"]) == (3, 2, 5)
-    again = PolicyTrainer("run/policy", config(), TRAIN, target=pair[0], head=pair[1])
-    assert isinstance(again.policy, ThroughputPolicy)
+    assert read_training_prompts("run/policy") == set(map(prompt_fingerprint, WORDS[:4])), "not those it is judged by"
+    again = fit_policy("run/policy", config(), TRAIN, **keywords)
+    assert again.to_config() == fitted.to_config()
+
+
+def test_a_fit_keeps_the_sizes_of_a_policy_and_uses_recordings_again(
+    pair: tuple[Any, DraftHead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keywords: Any = {"target": pair[0], "head": pair[1]}
+    fit_policy(ThroughputPolicy(3, 2, 5), config(), TRAIN, **keywords)
+    fitted = AutoPolicy.from_pretrained("run/policy").to_config()["policy"]  # type: ignore[attr-defined]
+    assert (fitted["depth"], fitted["top_k"], fitted["most_nodes"]) == (3, 2, 5)
+    assert not Path("run/costs.json").exists() and not Path("run/policy/metrics.json").exists()
+    monkeypatch.setattr(Recorder, "_answer", None)
+    fit_policy(ThroughputPolicy(3, 2, 5), config(), TRAIN, **keywords)
+
+
+def test_a_fit_without_prompts_or_of_another_policy_is_refused(pair: tuple[Any, DraftHead]) -> None:
+    keywords: Any = {"target": pair[0], "head": pair[1]}
+    with pytest.raises(ValueError, match="`train_dataset` is missing, but fitting needs prompts"):
+        fit_policy("auto", config(), **keywords)
+    with pytest.raises(ValueError, match="`model` is a ReSpSPolicy, but must be a `ThroughputPolicy`"):
+        fit_policy(resps(pair), config(), TRAIN, **keywords)  # type: ignore[arg-type]
+
+
+def test_a_fit_that_may_not_be_pushed_is_refused_before_any_work(
+    pair: tuple[Any, DraftHead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("the repository was published with measurements")
+
+    monkeypatch.setattr("transformers_resps.trainers.base.make_repository", refuse)
+    with pytest.raises(OSError, match="published with measurements"):
+        fit_policy("auto", config(push_to_hub=True), TRAIN, target=pair[0], head=pair[1])
+    assert not Path("run/replay").exists()
 
 
 def test_a_guarded_policy_keeps_its_guard(pair: tuple[Any, DraftHead]) -> None:
@@ -240,8 +268,6 @@ def test_a_policy_learns_by_decoding(
     assert not Path("run/replay").exists() and "dropped" in trainer.state.log_history[0]
     with pytest.raises(ValueError, match="objective` is 'full_information', but it must be 'ppo' or.*live_rollouts"):
         config(live_rollouts=True)
-    with pytest.raises(ValueError, match="A `ThroughputPolicy` is fitted to recorded answers"):
-        PolicyTrainer("auto", args, TRAIN, target=pair[0], head=pair[1])
 
 
 @pytest.mark.parametrize(
@@ -282,12 +308,13 @@ def other_tokenizer() -> Any:
     [
         ({"target": "head"}, "`target` is 'head', which is a draft head. Pass the model"),
         ({"head": "target"}, "`head` is 'target', which holds no draft head"),
-        ({"target": 3}, "got a int as `target`, but it needs a `PreTrainedModel`"),
-        ({"head": None}, "got a NoneType as `head`, but it needs a `DraftHead`"),
+        ({"target": 3}, "`target` is a int, but must be a `PreTrainedModel`"),
+        ({"head": None}, "`head` is a NoneType, but must be a `DraftHead`"),
         ({"processing_class": other_tokenizer()}, "is another model's tokenizer: it gives other ids"),
-        ({"model": FixedPolicy(TreeShape(4, 2, 2))}, "`model` is a FixedPolicy, but must be a `ReSpSPolicy` or a"),
-        ({"args": object()}, "got a object as `args`, but it needs a `PolicyTrainingConfig`"),
-        ({"rollouts": object()}, "has no `rollouts`. Write `train_dataset` instead"),
+        ({"model": FixedPolicy(TreeShape(4, 2, 2))}, "`model` is a FixedPolicy, but must be a `ReSpSPolicy`, or"),
+        ({"args": object()}, "`args` is a object, but must be a `PolicyTrainingConfig`"),
+        ({"model": "auto"}, "which is fitted in one go instead of trained by steps. Call `fit_policy`"),
+        ({"model": BaselineGuard(ThroughputPolicy())}, "which is fitted in one go"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(
@@ -298,30 +325,11 @@ def test_what_does_not_belong_together_is_refused(
         PolicyTrainer(**(given | changes))
 
 
-@pytest.mark.parametrize(
-    ("name", "instead"),
-    [("updates", "`max_steps`"), ("texts_per_update", "`per_device_train_batch_size`"), ("reward", "`reward_func`")],
-)
-def test_a_setting_under_its_old_name_is_refused_with_the_new_one(name: str, instead: str) -> None:
-    with pytest.raises(ValueError, match=f"`PolicyTrainingConfig` has no `{name}`. Write {instead}"):
-        PolicyTrainingConfig("run", **{name: 1})
-
-
-def test_steps_that_are_no_whole_updates_are_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`max_steps` is 18, but it must be whole updates of 4 steps .*: 16 or 20"):
-        config(max_steps=18)
-    with pytest.raises(ValueError, match="`save_steps` is 3, but it must be whole updates .*: 4"):
-        config(save_steps=3)
-    with pytest.raises(ValueError, match="`save_strategy` is .*but it must be 'steps', 'best' or 'no'"):
-        config(save_strategy="epoch")
-    assert config(save_steps=3, save_strategy="no").steps_per_update == 4
-
-
 def test_nothing_to_learn_from_or_to_judge_by_is_told(pair: tuple[Any, DraftHead]) -> None:
     trainer = PolicyTrainer(resps(pair), config(), target=attach(detach(pair[0])), head=pair[1])
     with pytest.raises(ValueError, match="`train_dataset` is missing"):
         trainer.train()
-    with pytest.raises(ValueError, match="no `eval_dataset`, but evaluation needs held-out prompts"):
+    with pytest.raises(ValueError, match="`eval_dataset` is missing, but evaluation needs prompts"):
         trainer.evaluate()
     assert trainer.evaluate(HELD_OUT)["eval_held_out_texts"] == 2
 

@@ -1,6 +1,7 @@
 """The maths of policy optimisation against hand arithmetic."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from transformers_resps.trainers.ppo import (
     entropy,
     expected_gain,
     gae,
-    gains,
     relative_gains,
     standardized,
+    tokens_per_second,
     value_loss,
 )
 
@@ -81,9 +82,10 @@ def test_standardized_values_and_the_case_of_no_spread() -> None:
 def test_gain_prefers_throughput_where_the_mean_of_rates_does_not() -> None:
     """6 tokens in 30 ms or 7 in 36 ms, at 0.15 tokens per ms: the second is worth more."""
     emitted, seconds = tensor(6, 7), tensor(0.030, 0.036)
-    assert gains(emitted, seconds, 150.0, 1).tolist() == pytest.approx([1.5, 1.6])
+    outcomes: dict[str, Any] = {"emitted": emitted, "seconds": seconds, "rate": 150.0}
+    assert tokens_per_second(**outcomes, persistence=1).tolist() == pytest.approx([1.5, 1.6])
     assert (emitted / seconds).argmax() == 0
-    assert gains(emitted, seconds, 150.0, 10).tolist() == pytest.approx([0.15, 0.16])
+    assert tokens_per_second(**outcomes, persistence=10).tolist() == pytest.approx([0.15, 0.16])
 
 
 def test_relative_gains_are_blind_to_states_and_units() -> None:

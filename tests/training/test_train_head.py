@@ -193,22 +193,6 @@ def test_ctrl_c_says_from_where_the_same_command_resumes(
     assert f"Run the same command to resume from {folder / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "now"),
-    [
-        ("steps", 3, "`ttt_steps`"),
-        ("optimizer", "adamw", "`optim` .`adamw_torch` for `adamw`."),
-        ("target_dtype", "float32", "`target_init_kwargs: {dtype: ...}`"),
-        ("default_tree", "8 3 3", "`model_init_kwargs: {default_tree: ...}`"),
-    ],
-)
-def test_an_option_under_its_earlier_name_is_refused_with_its_name_now(
-    option: str, value: Any, now: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ValueError, match=f"no `{option}`. Write {now}"):
-        run(folder, monkeypatch, **{option: value})
-
-
 def test_settings_of_the_models_come_as_json(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"model_init_kwargs": '{"default_tree":[4,2,2]}', "target_init_kwargs": '{"dtype":"float64"}'}
     run(folder, monkeypatch, **options)

@@ -27,8 +27,7 @@ from transformers_resps import (
 from transformers_resps.calibration import identity_of
 from transformers_resps.heads import pair_identity
 from transformers_resps.policies import ActionGrid
-from transformers_resps.trainers import PolicyTrainingConfig
-from transformers_resps.trainers import policy_data as measured_costs
+from transformers_resps.trainers import PolicyTrainingConfig, data
 
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +126,7 @@ def test_a_machine_on_which_nothing_can_pay_is_told_so(folder: Path, monkeypatch
     def ruinous(target: Any, head: DraftHead) -> CostTable:
         return CostTable({1: {1: 1.0, 2: 100.0}}, {}, identity_of(target, head))
 
-    monkeypatch.setattr(measured_costs, "calibrate", ruinous)
+    monkeypatch.setattr(data, "calibrate", ruinous)
     with pytest.raises(ValueError, match="None of the .* could pay on this machine.*policy='auto'"):
         run(folder, monkeypatch, drop_hopeless=True)
 
@@ -137,21 +136,11 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused(folder: Path, mo
         run(folder, monkeypatch, max_completion_length=9999)
 
 
-def test_an_option_or_recipe_of_an_earlier_release_is_refused_with_the_new_name(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ValueError, match="`train_policy.py` has no `updates`. Write `max_steps`, in optim"):
-        run(folder, monkeypatch, updates=4)
-    (folder / "old.yaml").write_text("reward: mean_rate\n")
-    with pytest.raises(ValueError, match="has no `reward`. Write `reward_func`"):
-        run(folder, monkeypatch, config=folder / "old.yaml")
-
-
 def test_ctrl_c_ends_without_a_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measured_costs, "calibrate", stopped)
+    monkeypatch.setattr(data, "calibrate", stopped)
     with pytest.raises(SystemExit, match="130"):
         refusal.run(lambda: run(folder, monkeypatch))
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, prepack, unprepack
-from transformers_resps.verifying.prepacking import PrepackedLinear, is_prepacked
+from transformers_resps.verifying.prepacking import PackedWeight, PackedWeights, PrepackedLinear, is_prepacked
 
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -101,7 +101,7 @@ def test_copies_and_pickles_of_a_packed_layer_work_and_carry_no_packed_weight(la
     with torch.no_grad():
         wanted = prepack(layer)(x)
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert "_prepacked" not in twin.__dict__
+            assert twin.packed is not layer.packed and twin.packed._blocks is None
             assert torch.equal(twin(x), wanted)
 
 
@@ -137,15 +137,51 @@ def test_a_packed_target_is_saved_as_any_other(tiny_target: PreTrainedModel, tmp
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in tiny_target.state_dict().items())
 
 
-def test_a_head_is_packed_where_it_drafts_and_saved_as_it_was(
-    tiny_target: PreTrainedModel, tiny_head: DraftHead, prompt: dict[str, torch.Tensor], tmp_path: Path
+def linear_layers(module: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(part) for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+
+
+def test_a_view_multiplies_by_packed_weights_and_its_module_stays_as_it_is(layer: nn.Linear) -> None:
+    module, x = nn.Sequential(layer, nn.Sequential(nn.ReLU(), nn.Linear(160, 8))), torch.randn(3, 96)
+    state, before = [dict(vars(part)) for part in module.modules()], linear_layers(module)
+    view = PackedWeights().view(module)
+    with torch.no_grad():
+        torch.testing.assert_close(view(x), module(x), rtol=1e-5, atol=1e-5)
+    assert linear_layers(view) == dict.fromkeys(before, PrepackedLinear) and linear_layers(module) == before
+    assert [dict(vars(part)) for part in module.modules()] == state
+    assert all(one is other for one, other in zip(view.parameters(), module.parameters(), strict=True))
+
+
+def test_a_view_sees_new_weights_new_hooks_and_the_gradients_of_its_module(layer: nn.Linear) -> None:
+    module, x = nn.Sequential(layer), torch.randn(3, 96)
+    view, ran = PackedWeights().view(module), []
+    view(x).sum().backward()
+    assert layer.weight.grad is not None
+    layer.register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad():
+        layer.weight = nn.Parameter(torch.zeros(160, 96))
+        torch.testing.assert_close(view(x), layer.bias.expand(3, -1))
+    assert ran
+
+
+def test_later_views_find_what_earlier_ones_packed_and_copies_and_pickles_pack_anew(
+    layer: nn.Linear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = list(tiny_head.state_dict())
-    attach(tiny_target).generate(**prompt, max_new_tokens=8, assistant_model=tiny_head)
-    assert any(type(layer) is PrepackedLinear for layer in tiny_head.modules()) and not is_prepacked(tiny_target)
-    assert list(tiny_head.state_dict()) == names
-    tiny_head.save_pretrained(tmp_path)
-    assert not is_prepacked(DraftHead.from_pretrained(tmp_path))
+    packed, pack = [], PackedWeight._pack
+    monkeypatch.setattr(PackedWeight, "_pack", lambda self, weight: packed.append(weight) or pack(self, weight))
+    weights, x = PackedWeights(), torch.randn(3, 96)
+    with torch.no_grad():
+        for _ in range(3):
+            weights.view(layer)(x)
+        assert len(packed) == 1
+        for twin in (copy.deepcopy(weights), pickle.loads(pickle.dumps(weights))):
+            twin.view(layer)(x)
+        assert len(packed) == 3
+
+
+def test_what_cannot_be_packed_is_its_own_view(layer: nn.Linear) -> None:
+    for module in (nn.Sequential(layer.double()), nn.ReLU(), prepack(nn.Linear(4, 4))):
+        assert PackedWeights().view(module) is module
 
 
 def test_layers_without_weights_work_as_before_and_what_is_no_module_is_refused() -> None:

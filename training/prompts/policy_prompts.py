@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from transformers_resps.data import Conversation, load_conversations, to_tokens
-from transformers_resps.trainers.policy_data import name_of
+from transformers_resps.trainers.data import name_of
 
 
 def read_splits(

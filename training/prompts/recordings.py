@@ -20,7 +20,7 @@ from transformers_resps.bench.models import load_target
 from transformers_resps.data import load_conversations, to_tokens
 from transformers_resps.generation.output import sampling
 from transformers_resps.heads import parameter_fingerprint
-from transformers_resps.trainers.policy_data import Recorder, pools_of
+from transformers_resps.trainers.data import Recorder, pools_of
 
 
 DEPTHS = {1: 6, 2: 6, 4: 6}  # top_k -> levels: what the shapes of the studies ask for

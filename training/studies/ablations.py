@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from transformers_resps import TreeShape
-from transformers_resps.calibration import CostTable
-from transformers_resps.policies import ActionGrid, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies import ActionGrid, CostTable, ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay.recorded_text import RecordedText
 from transformers_resps.trainers import PolicyTrainingConfig, ReplayRollouts, RolloutTrainer
 

@@ -21,8 +21,14 @@ import torch
 from torch import Tensor
 
 from transformers_resps import TreeShape
-from transformers_resps.calibration import CostTable
-from transformers_resps.policies import ActionGrid, BaselineGuard, Observation, PolicyWrapper, ThroughputPolicy
+from transformers_resps.policies import (
+    ActionGrid,
+    BaselineGuard,
+    CostTable,
+    Observation,
+    PolicyWrapper,
+    ThroughputPolicy,
+)
 from transformers_resps.replay import Oracle, RecordedText, fitted_policy, replay_policy
 
 from .acceptance_model import FittedAcceptance

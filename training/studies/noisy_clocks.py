@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_resps import BaselineGuard, FixedPolicy, Policy, TreeShape
-from transformers_resps.calibration import CostTable
-from transformers_resps.policies import CostModel, ThroughputPolicy
+from transformers_resps.policies import CostModel, CostTable, ThroughputPolicy
 from transformers_resps.replay import RecordedText, replay_policy
 
 from .headroom import load_folder

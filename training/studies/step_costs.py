@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers_resps.calibration import CostTable
-from transformers_resps.policies import ActionGrid
-from transformers_resps.replay import OutcomeTable, RecordedText, ReplayText
+from transformers_resps.policies import ActionGrid, CostTable
+from transformers_resps.replay import OutcomeTable, RankedText, RecordedText
 
 
 def read_tables(files: list[Path]) -> dict[str, CostTable]:
@@ -27,4 +26,4 @@ def _table(values: dict[str, Any]) -> CostTable:
 
 def outcome_table(texts: list[RecordedText], grid: ActionGrid, table: CostTable) -> OutcomeTable:
     """Compute the outcome of every action at every position of every text."""
-    return OutcomeTable([ReplayText.from_recording(text).outcomes(grid, table) for text in texts])
+    return OutcomeTable([RankedText.from_recording(text).outcomes(grid, table) for text in texts])

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import CostTable
 from ..generation.output import sampling
 from ..heads import DraftHead
-from ..policies import ActionGrid
+from ..policies import ActionGrid, CostTable
 from ..replay.outcomes import Oracle, OutcomeTable
-from ..replay.replay_text import ReplayText, record_text
+from ..replay.ranked_text import record_ranks
 from ..tree import TreeShape
 from .methods import ORACLE
 from .timing import AnswerTiming
@@ -72,7 +71,7 @@ class Replayer:
             return None
         text = torch.cat([prompt.cpu(), answer.cpu()])
         spare = self.max_new_tokens - len(answer)
-        recorded: ReplayText = record_text(self.target, self.head, text, len(prompt), grid=self.grid, spare_room=spare)
+        recorded = record_ranks(self.target, self.head, text, len(prompt), grid=self.grid, spare_room=spare)
         return OutcomeTable([recorded.outcomes(self.grid, self.costs)])
 
     def answer(self, prompt: Tensor, temperature: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ..generation.output import end_ids, sampling
-from ..generation.request import SpeculationDefaults
+from ..generation.state import SpeculationDefaults
 from ..verifying.forward import decoder_layers
 from ..verifying.slots import SlotEngine
 from .methods import Answer, Method, compiled_plain
@@ -50,7 +50,7 @@ class Bench:
     def compile_refusal(self, prompt: Prompt) -> str | None:
         """Return why plain decoding cannot be compiled, or `None` after it was."""
         self.decode(prompt, compiled_plain(), max_new_tokens=2)
-        engine: SlotEngine = self.model.slot_engine
+        engine: SlotEngine = self.model.speculation_state.slot_engine
         return None if engine.is_compiled else engine.obstacle
 
     def decode(

@@ -80,7 +80,8 @@ class Session:
             self.bench, self.prompts.evaluated, self.methods, config.temperatures, config.repeats, models.tokenizer
         )
         self.bench.warm_up(first, self.methods)
-        target.policy_cache.clear()  # "auto" keeps what it learns from answer to answer, and starts knowing nothing
+        # "auto" keeps what it learns from answer to answer, and starts knowing nothing
+        target.speculation_state.policy_cache.clear()
         self.judge = Judge(target, self.methods)
         self.runs: list[Run] = []
         self.ceilings: list[AnswerTiming] = []

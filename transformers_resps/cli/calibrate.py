@@ -5,8 +5,9 @@ from typing import Any
 
 from ..bench.models import load_target
 from ..bench.options import model
-from ..calibration import CostTable, Range, calibrate
+from ..calibration import calibrate
 from ..heads import DraftHead
+from ..policies.costs import CostTable, Range
 from .options import add_target_options
 
 

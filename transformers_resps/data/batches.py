@@ -1,7 +1,4 @@
-"""Texts of similar length in batches of a token budget, right-padded.
-
-Prepared datasets as PyTorch's: a text is a row of tensors.
-"""
+"""Prepared datasets as PyTorch reads them: sequences of similar length in batches of a token budget, right-padded."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -42,10 +39,10 @@ class TokenBudgetBatches(Sampler[list[int]]):
     """Batches of at most `budget` tokens, padding included: the same batches in every epoch, in a new order.
 
     Args:
-        lengths: tokens of each text.
-        budget: tokens of a batch; a longer text is a batch of its own.
+        lengths: tokens of each sequence.
+        budget: tokens of a batch; a longer sequence is a batch of its own.
         seed: seed of the grouping and of the order.
-        shuffle: texts of nearly the same length in random groups, groups in random order; otherwise as given.
+        shuffle: sequences of nearly the same length in random groups, groups in random order; otherwise as given.
     """
 
     batch_size = None  # read by Accelerate: batches differ in size
@@ -81,27 +78,16 @@ class TokenBudgetBatches(Sampler[list[int]]):
             yield self._batches[index]
 
 
-_STREAM_BUFFER = 1024  # texts that are sorted by length together
-
-
-def example_in(row: dict[str, Any]) -> Example:
-    """The example in a row that `prepare_dataset` made."""
-    return Example(torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"], dtype=torch.bool))
-
-
-def tensors_of(example: Example) -> dict[str, Tensor]:
-    """`input_ids` and `loss_mask` `[t]`: of the tokens that a head can predict."""
+def _tensors_of(example: Example) -> dict[str, Tensor]:
+    """A row for `collate`: `input_ids` and `loss_mask` `[t]`, true for the tokens that a head can predict."""
     return {"input_ids": example.input_ids, "loss_mask": example.predicted}
 
 
 class PreparedTexts(Dataset[dict[str, Tensor]]):
-    """The texts of a dataset that `prepare_dataset` made.
-
-    Args:
-        rows: a `datasets.Dataset`.
+    """The rows of a `datasets.Dataset` that `prepare_dataset` made.
 
     Attributes:
-        lengths: tokens of each text.
+        lengths: tokens of each row.
     """
 
     def __init__(self, rows: Any) -> None:
@@ -112,25 +98,28 @@ class PreparedTexts(Dataset[dict[str, Tensor]]):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return tensors_of(self.example(index))
+        return _tensors_of(self.example(index))
 
     def example(self, index: int) -> Example:
-        """One text, with all that the assistant wrote."""
-        return example_in(self._rows[index])
+        """One row, with all that the assistant wrote."""
+        return Example.of_row(self._rows[index])
 
     def examples(self) -> Iterator[Example]:
-        """All texts, in order."""
-        return map(example_in, self._rows)
+        """All rows, in order."""
+        return map(Example.of_row, self._rows)
 
     def some(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """Up to `count` texts, evenly spread over their lengths."""
+        """Up to `count` rows, evenly spread over their lengths."""
         by_length = sorted(range(len(self)), key=lambda index: self.lengths[index])
         count = min(count, len(self))
         return (self[by_length[index * len(self) // count]] for index in range(count))
 
 
+_STREAM_BUFFER = 1024  # rows that are sorted by length together
+
+
 class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
-    """Batches of a token budget from a dataset that is read once, in its own order but for a buffer of texts.
+    """Batches of a token budget from a dataset that is read once, in its own order but for a buffer of rows.
 
     Args:
         rows: a `datasets.IterableDataset` that `prepare_dataset` made.
@@ -138,7 +127,7 @@ class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
         seed: seed of the order within the buffer.
 
     Attributes:
-        questions: of the texts read so far.
+        questions: of the rows read so far.
     """
 
     def __init__(self, rows: Any, budget: int, *, seed: int = 0) -> None:
@@ -150,16 +139,16 @@ class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
         while buffer := list(islice(rows, _STREAM_BUFFER)):
             self.questions.update(row["question"] for row in buffer if row["question"] is not None)
             for group in TokenBudgetBatches([row["length"] for row in buffer], self._budget, seed=self._seed):
-                yield [tensors_of(example_in(buffer[index])) for index in group]
+                yield [_tensors_of(Example.of_row(buffer[index])) for index in group]
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle the dataset for `epoch`, if it is one that is shuffled."""
         self._rows.set_epoch(epoch)
 
     def examples(self, count: int) -> Iterator[Example]:
-        """The first `count` texts."""
-        return map(example_in, islice(self._rows, count))
+        """The first `count` rows."""
+        return map(Example.of_row, islice(self._rows, count))
 
     def some(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """The first `count` texts, as rows of a batch."""
-        return map(tensors_of, self.examples(count))
+        """The first `count` rows, as `collate` takes them."""
+        return map(_tensors_of, self.examples(count))

@@ -1,9 +1,7 @@
 """Read conversations in the usual file layouts, as lists of `messages`.
 
-Files are read without `datasets`, which reads none that is cut off and is not part of the base install. TRL's
+Files are read without `datasets`, which reads no truncated file and is not part of the base install. TRL's
 `maybe_convert_to_chatml` would keep ShareGPT's names of roles.
-
-Prompts in tokens.
 """
 
 import json
@@ -44,14 +42,11 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 
 
 def load_conversations(source: str | Path, split: str = "train") -> Iterator[Conversation]:
-    """Read the conversations of a file (see `read_conversations`) or of a dataset on the Hub.
+    """Yield the conversations of a file, as `read_conversations` does, or of a dataset on the Hub.
 
     Args:
         source: a file; or a Hub id, `owner/name` or `owner/name:config`, or a folder laid out like one.
         split: of a dataset on the Hub; may be a slice such as `train[:1000]`.
-
-    Yields:
-        Each conversation as a list of `{"role": ..., "content": ...}`.
 
     Raises:
         ValueError: `source` is named like a file but does not exist, a row is no conversation, or the package
@@ -91,7 +86,7 @@ def _jsonl_rows(path: Path) -> Iterator[Any]:
 
 
 def _json_list_rows(path: Path) -> Iterator[Any]:
-    """Decode a JSON list element by element: a truncated download still gives its complete elements."""
+    """Decode a JSON list row by row: a truncated download still gives its complete rows."""
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8", errors="ignore") as file:
         text = file.read(_BLOCK_CHARACTERS).lstrip()
@@ -122,7 +117,7 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
 
 
 def _is_at_the_end(error: json.JSONDecodeError) -> bool:
-    """Whether the text just stops: in a string, in an escape of up to six characters, or where more should come."""
+    """Whether the file just stops: in a string, in an escape of up to six characters, or between tokens."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()) - 6
 
 
@@ -164,7 +159,7 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Check a list of messages, and keep their roles and texts.
+    """Check a list of messages, and keep their roles and contents.
 
     Args:
         value: the list.
@@ -201,7 +196,7 @@ def _text(content: Any) -> str:
 
 
 def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:
-    """Return token ids `[s]`, through the chat template where there is one."""
+    """A prompt as token ids `[s]`, through the chat template where there is one."""
     if tokenizer.chat_template is None:
         return torch.tensor(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
     return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

@@ -1,4 +1,4 @@
-"""Which tokens a head can propose."""
+"""Which tokens a head can propose, and how much of the outputs they cover."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ..heads import DraftHead
-from .preparation import Example, check_token_ids
+from .preparation import Example
 
 
 @dataclass(frozen=True, slots=True)
 class DraftVocabulary:
-    """The tokens that a head can propose, and the share of the outputs that they cover.
+    """The tokens that a head can propose.
 
     Attributes:
         token_ids: `[d]` target ids, ascending.
@@ -35,9 +35,6 @@ def choose_draft_vocabulary(
         vocab_size: the target's vocabulary size v.
         draft_vocab_size: how many tokens to choose, d.
         always: token ids that are always included, such as end-of-sequence and end-of-turn.
-
-    Returns:
-        The chosen tokens and their coverage.
 
     Raises:
         ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the number of `always` tokens; or a
@@ -62,14 +59,7 @@ def choose_draft_vocabulary(
 
 
 def vocabulary_of(head: DraftHead, examples: Iterable[Example]) -> DraftVocabulary:
-    """The draft vocabulary of an existing head, with its coverage of the assistant's tokens in `examples`.
-
-    Args:
-        head: the head to be trained further.
-        examples: the training examples.
-
-    Returns:
-        The head's tokens and their coverage.
+    """The draft vocabulary of an existing head, with its coverage of the training `examples`.
 
     Raises:
         ValueError: it covers none of the assistant's tokens, so the head could learn nothing.
@@ -88,7 +78,7 @@ def _answer_counts(examples: Iterable[Example], vocab_size: int) -> Tensor:
     """How often the assistant wrote each token, `[v]`."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for number, example in enumerate(examples):
-        check_token_ids([example], vocab_size, first_number=number)
+        example.check_ids(vocab_size, number)
         written = example.input_ids[example.loss_mask]
         counts.index_add_(0, written, torch.ones_like(written))
     return counts

@@ -1,11 +1,8 @@
-"""Tokenize conversations, with a mask over the tokens that the assistant wrote.
+"""Turn a dataset in TRL's columns into token ids, and a mask over the tokens that a head learns from.
 
-Transformers and TRL find these tokens by `{% generation %}` marks in the chat template. Most templates have none, so
-here they are what an assistant turn adds to the rendered text.
-
-Rows of a dataset, in the columns that TRL reads, as examples to learn from.
-
-Turn a dataset in TRL's columns into token ids, with `datasets`' own caching and progress bars.
+Transformers and TRL find the assistant's tokens by `{% generation %}` marks in the chat template. Most templates have
+none, so here they are what an assistant turn adds to the rendered text. `datasets` does the caching and the progress
+bars; it is of the extra `train`, so it is imported where it is needed.
 """
 
 import json
@@ -21,9 +18,21 @@ from transformers import PreTrainedTokenizerBase
 from .conversations import Conversation, as_messages
 
 
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+
+logger = logging.getLogger(f"transformers.{__name__}")
+
+Row = dict[str, Any]
+
+PREPARED = ("input_ids", "loss_mask", "length", "question", "is_shortened")
+_KINDS = ("input_ids", "messages", "prompt", "text")
+_MASKS = ("assistant_masks", "completion_mask")
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenized text to train on.
+    """One tokenized sequence to train on.
 
     Attributes:
         input_ids: `[t]` token ids.
@@ -33,12 +42,28 @@ class Example:
     input_ids: Tensor
     loss_mask: Tensor
 
+    @classmethod
+    def of_row(cls, row: Row) -> "Example":
+        """From a row that `prepare_dataset` made."""
+        return cls(torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"], dtype=torch.bool))
+
     @property
     def predicted(self) -> Tensor:
         """`[t]` bool: the assistant's tokens that a head can predict: all but those at the first two positions."""
         mask = self.loss_mask.clone()
         mask[:2] = False
         return mask
+
+    def check_ids(self, vocab_size: int, number: int) -> None:
+        """Raise a `ValueError` that names example `number` if it has no tokens, or other ids than the target's."""
+        if not len(self.input_ids):
+            raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
+        odd = self.input_ids[(self.input_ids < 0) | (self.input_ids >= vocab_size)]
+        if len(odd):
+            raise ValueError(
+                f"Text {number} holds token id {int(odd[0])}, but the target's vocabulary has {vocab_size} tokens. "
+                "It was made with another model's tokenizer, or holds labels: tokenize it with the target's own."
+            )
 
 
 def make_example(
@@ -60,9 +85,6 @@ def make_example(
         learn_from: index of the first message whose tokens are marked; those before it are the prompt.
         template: more for the chat template, such as `tools`.
 
-    Returns:
-        The example.
-
     Raises:
         ValueError: the chat template rewrites earlier turns, so the assistant's tokens cannot be found.
     """
@@ -71,8 +93,8 @@ def make_example(
     for index, message in enumerate(conversation):
         if message["role"] != "assistant" or index < learn_from:
             continue
-        asked = _render(tokenizer, conversation[:index], add_generation_prompt=True, **template)
-        answered = _render(tokenizer, conversation[: index + 1], add_generation_prompt=False, **template)
+        asked = _rendered(tokenizer, conversation[:index], add_generation_prompt=True, **template)
+        answered = _rendered(tokenizer, conversation[: index + 1], add_generation_prompt=False, **template)
         if not asked.startswith(text) or not answered.startswith(asked):
             raise ValueError(
                 f"The chat template does not render conversations turn by turn: turn {index + 1} changes the text "
@@ -92,55 +114,141 @@ def make_example(
     return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]))
 
 
-def check_token_ids(examples: Iterable[Example], vocab_size: int, *, first_number: int = 0) -> None:
-    """Check that texts hold tokens of the target, whose embedding would fail with an unclear error.
-
-    Args:
-        examples: the texts.
-        vocab_size: the target's vocabulary size.
-        first_number: number of the first text, for the error.
-
-    Raises:
-        ValueError: an id is outside the vocabulary, or there is a text without tokens.
-    """
-    for number, example in enumerate(examples, start=first_number):
-        if not len(example.input_ids):
-            raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
-        odd = example.input_ids[(example.input_ids < 0) | (example.input_ids >= vocab_size)]
-        if len(odd):
-            raise ValueError(
-                f"Text {number} holds token id {int(odd[0])}, but the target's vocabulary has {vocab_size} tokens. "
-                "It was made with another model's tokenizer, or holds labels: tokenize it with the target's own."
-            )
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, **how: Any) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Conversation, **how: Any) -> str:
     rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False, **how)
     return str(rendered)
 
 
-Row = dict[str, Any]
+def prepare_dataset(
+    dataset: "Dataset | IterableDataset",
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    vocab_size: int,
+    num_proc: int | None = None,
+) -> Any:
+    """Tokenize a dataset, and leave out rows without a token to learn from.
 
-_MASKS = ("assistant_masks", "completion_mask")
-
-
-def column_kind(columns: Iterable[str], name: str) -> str:
-    """Tell which columns of a dataset are read: `input_ids`, `messages`, `prompt` or `text`, in this order.
+    Of the columns `input_ids`, `messages`, `prompt` and `text` the first is read. `messages`, and lists of messages in
+    `prompt` and `completion`, get the chat template; strings are taken as they are. Learned from are the assistant's
+    tokens, of `prompt` and `completion` only the completion's, of `text` all.
 
     Args:
-        columns: those of the dataset.
-        name: of the dataset, for the error.
+        dataset: with these columns. One that was prepared is returned as it is.
+        name: of the dataset, for errors and the progress bar.
+        tokenizer: the target's; not needed for `input_ids`.
+        max_length: in tokens; longer sequences are cut.
+        vocab_size: the target's vocabulary size.
+        num_proc: processes that tokenize.
+
+    Returns:
+        A dataset of the same class: `input_ids`, `loss_mask` (what to learn from), `length` in tokens, `question` (the
+        first user turn) and `is_shortened` (only the first answer is used, as where the chat template rewrites earlier
+        turns). Iterable ones are prepared as they are read.
 
     Raises:
-        ValueError: there are none of these, or there are prompts without completions.
+        ValueError: the dataset is empty, has other columns or content, was tokenized with another tokenizer, or
+            has nothing to learn from.
     """
+    import datasets
+
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")
+    if set(first) == set(PREPARED):
+        return dataset
+    kind = _kind_of(first, name)
+    if kind != "input_ids" and tokenizer is None:
+        raise ValueError(
+            f"`{name}` has the column `{kind}`, but there is no tokenizer for it where the target came from. Pass the "
+            "target's as `processing_class`."
+        )
+    how = {"kind": kind, "name": name, "tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
+    given: Any = {"batched": True, "with_indices": True, "remove_columns": list(first), "fn_kwargs": how}
+    given["features"] = _prepared_features()
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(_prepared_batch, **given)
+    prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **given)
+    _check_prepared(prepared, len(dataset), name, max_length)
+    return prepared
+
+
+def _prepared_features() -> "Features":
+    import datasets
+
+    return datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("int32")),
+            "loss_mask": datasets.List(datasets.Value("bool")),
+            "length": datasets.Value("int64"),
+            "question": datasets.Value("string"),
+            "is_shortened": datasets.Value("bool"),
+        }
+    )
+
+
+def _prepared_batch(
+    batch: dict[str, list[Any]],
+    numbers: Iterable[int],
+    kind: str,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
+) -> dict[str, list[Any]]:
+    made: dict[str, list[Any]] = {column: [] for column in PREPARED}
+    for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
+        row = dict(zip(batch, values, strict=True))
+        try:
+            example, is_shortened = _example_of(row, kind, tokenizer, max_length)
+            question = _question_of(row, kind)
+        except ValueError as error:
+            raise ValueError(f"Row {number} of `{name}`: {error}") from None
+        if not example.predicted.any():
+            continue
+        example.check_ids(vocab_size, number)
+        found = (example.input_ids.tolist(), example.loss_mask.tolist(), len(example.input_ids))
+        for column, value in zip(PREPARED, (*found, question, is_shortened), strict=True):
+            made[column].append(value)
+    return made
+
+
+def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) -> None:
+    if not len(prepared):
+        raise ValueError(
+            f"None of the {rows} rows of `{name}` has an assistant turn, or a completion, that begins within "
+            f"`max_length={max_length}` tokens. Pass texts with answers, or raise "
+            "`max_length`."
+        )
+    if dropped := rows - len(prepared):
+        logger.warning(
+            "%d of %d rows of `%s` have no assistant turn, or completion, that begins within %d tokens: they are left "
+            "out.",
+            dropped,
+            rows,
+            name,
+            max_length,
+        )
+    if shortened := sum(prepared["is_shortened"]):
+        logger.warning(
+            "The chat template rewrites earlier turns in %d of %d conversations of `%s`: only their first answers are "
+            "used.",
+            shortened,
+            rows,
+            name,
+        )
+
+
+def _kind_of(columns: Iterable[str], name: str) -> str:
+    """The column that is read, see `prepare_dataset`."""
     found = set(columns)
     if "prompt" in found and "completion" not in found and not found & {"input_ids", "messages"}:
         raise ValueError(
             f"`{name}` has the column `prompt` without `completion`, but a head learns from answers. Let the target "
-            "write them (training/generate_dataset.py)."
+            "write them with `generate`."
         )
-    for kind in ("input_ids", "messages", "prompt", "text"):
+    for kind in _KINDS:
         if kind in found:
             return kind
     raise ValueError(
@@ -149,32 +257,15 @@ def column_kind(columns: Iterable[str], name: str) -> str:
     )
 
 
-def example_of(
+def _example_of(
     row: Row, kind: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int
 ) -> tuple[Example, bool]:
-    """Make the example of one row.
-
-    `messages`, and lists of messages in `prompt` and `completion`, get the chat template; strings are taken as they
-    are. The assistant's tokens are learned from, of `prompt` and `completion` only the completion's, of `text` all.
-
-    Args:
-        row: by column.
-        kind: from `column_kind`.
-        tokenizer: the target's; not needed for `input_ids`.
-        max_length: in tokens; a longer text is cut.
-
-    Returns:
-        The example, whose mask may be empty; and whether only its first answer is used, as where the chat template
-        rewrites earlier turns.
-
-    Raises:
-        ValueError: a column holds something else.
-    """
+    """The example of a row, whose mask may be empty, and whether only its first answer is used."""
     if kind == "input_ids":
         return _tokenized(row, max_length), False
     assert tokenizer is not None
     if kind == "messages":
-        return _conversation(as_messages(row["messages"], None), tokenizer, max_length, _template(row))
+        return _of_messages(as_messages(row["messages"], None), tokenizer, max_length, _template(row))
     if kind == "text":
         ids = _ids(row["text"], "text", tokenizer)[:max_length]
         return Example(_integers(ids), torch.ones(len(ids), dtype=torch.bool)), False
@@ -188,8 +279,8 @@ def example_of(
     return make_example(conversation, tokenizer, max_length, learn_from=begins, **_template(row)), False
 
 
-def question_of(row: Row, kind: str) -> str | None:
-    """The first user turn of a row, or its prompt as it is; `None` where there is none."""
+def _question_of(row: Row, kind: str) -> str | None:
+    """The first user turn of a row, or its prompt as it is."""
     asked = row.get(kind)
     if kind == "prompt" and isinstance(asked, str):
         return asked
@@ -205,7 +296,7 @@ def _template(row: Row) -> Row:
     return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
 
 
-def _conversation(
+def _of_messages(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Row
 ) -> tuple[Example, bool]:
     """Assistant turns before the first user turn are left out."""
@@ -232,14 +323,14 @@ def _tokenized(row: Row, max_length: int) -> Example:
     return Example(ids, mask)
 
 
-def _as_long_as(row: Row, column: str, test: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def _as_long_as(row: Row, column: str, test: Callable[[Tensor], Tensor]) -> Tensor:
     values = _integers(row[column], column)
     if len(values) != len(row["input_ids"]):
         raise ValueError(f"has {len(row['input_ids'])} `input_ids`, but {len(values)} `{column}`.")
     return test(values)
 
 
-def _integers(values: Any, column: str = "input_ids") -> torch.Tensor:
+def _integers(values: Any, column: str = "input_ids") -> Tensor:
     try:
         found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
@@ -254,130 +345,3 @@ def _ids(text: Any, column: str, tokenizer: PreTrainedTokenizerBase, *, add_spec
         raise ValueError(f"has the {column} {str(text)[:60]}, but it must be a string, or both lists of messages.")
     ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     return ids
-
-
-if TYPE_CHECKING:  # of the extra `train`; a head can be checked and served without it
-    from datasets import Dataset, Features, IterableDataset
-
-logger = logging.getLogger(f"transformers.{__name__}")
-
-PREPARED = ("input_ids", "loss_mask", "length", "question", "is_shortened")
-
-
-def prepare_dataset(
-    dataset: "Dataset | IterableDataset",
-    name: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    max_length: int,
-    vocab_size: int,
-    num_proc: int | None = None,
-) -> Any:
-    """Tokenize a dataset, and leave out rows without a token to learn from.
-
-    Args:
-        dataset: with columns as `column_kind` knows them. One that was prepared is returned as it is.
-        name: of the dataset, for errors and the progress bar.
-        tokenizer: the target's; not needed for `input_ids`.
-        max_length: in tokens; longer texts are cut.
-        vocab_size: the target's vocabulary size.
-        num_proc: processes that tokenize.
-
-    Returns:
-        A dataset of the same class: `input_ids`, `loss_mask` (what to learn from), `length` in tokens, `question` (the
-        first user turn) and `is_shortened` (only the first answer is used). Iterable ones are prepared as they are
-        read.
-
-    Raises:
-        ValueError: the dataset is empty, has other columns or content, was tokenized with another tokenizer, or
-            has nothing to learn from.
-    """
-    import datasets
-
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")
-    if set(first) == set(PREPARED):
-        return dataset
-    kind = column_kind(first, name)
-    if kind != "input_ids" and tokenizer is None:
-        raise ValueError(
-            f"`{name}` has the column `{kind}`, but there is no tokenizer for it where the target came from. Pass the "
-            "target's as `processing_class`."
-        )
-    how = {"kind": kind, "name": name, "tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    given: Any = {"batched": True, "with_indices": True, "remove_columns": list(first), "fn_kwargs": how}
-    given["features"] = _prepared_features()
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(_tokenized_preparation, **given)
-    prepared = dataset.map(_tokenized_preparation, num_proc=num_proc, desc=f"Tokenizing {name}", **given)
-    _check_prepared(prepared, len(dataset), name, max_length)
-    return prepared
-
-
-def _prepared_features() -> "Features":
-    """The columns of a prepared dataset."""
-    import datasets
-
-    return datasets.Features(
-        {
-            "input_ids": datasets.List(datasets.Value("int32")),
-            "loss_mask": datasets.List(datasets.Value("bool")),
-            "length": datasets.Value("int64"),
-            "question": datasets.Value("string"),
-            "is_shortened": datasets.Value("bool"),
-        }
-    )
-
-
-def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) -> None:
-    if not len(prepared):
-        raise ValueError(
-            f"None of the {rows} rows of `{name}` has an assistant turn, or a completion, that begins within "
-            f"`max_length={max_length}` tokens. Pass texts with answers (training/generate_dataset.py makes them), or "
-            "raise `max_length`."
-        )
-    if dropped := rows - len(prepared):
-        logger.warning(
-            "%d of %d rows of `%s` have no assistant turn, or completion, that begins within %d tokens: they are left "
-            "out.",
-            dropped,
-            rows,
-            name,
-            max_length,
-        )
-    if shortened := sum(prepared["is_shortened"]):
-        logger.warning(
-            "The chat template rewrites earlier turns in %d of %d conversations of `%s`: only their first answers are "
-            "used.",
-            shortened,
-            rows,
-            name,
-        )
-
-
-def _tokenized_preparation(
-    batch: dict[str, list[Any]],
-    numbers: Iterable[int],
-    kind: str,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
-    vocab_size: int,
-) -> dict[str, list[Any]]:
-    """A batch of rows, prepared."""
-    made: dict[str, list[Any]] = {column: [] for column in PREPARED}
-    for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
-        row = dict(zip(batch, values, strict=True))
-        try:
-            example, is_shortened = example_of(row, kind, tokenizer, max_length)
-            question = question_of(row, kind)
-        except ValueError as error:
-            raise ValueError(f"Row {number} of `{name}`: {error}") from None
-        if not example.predicted.any():
-            continue
-        check_token_ids([example], vocab_size, first_number=number)
-        found = (example.input_ids.tolist(), example.loss_mask.tolist(), len(example.input_ids))
-        for column, value in zip(PREPARED, (*found, question, is_shortened), strict=True):
-            made[column].append(value)
-    return made

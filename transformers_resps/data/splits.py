@@ -1,7 +1,4 @@
-"""Hold out conversations by their prompts.
-
-Keep the prompts that something was trained on, as hashes beside its weights, so that they are not measured on.
-"""
+"""Prompts that are measured on are not trained on: held-out conversations, and hashes of the training prompts."""
 
 import hashlib
 import json
@@ -13,20 +10,22 @@ from ..hub import file_of
 from .conversations import Conversation
 
 
+logger = logging.getLogger(f"transformers.{__name__}")
+
+TRAINING_PROMPTS = "training_prompts.json"
+
+
 def split_conversations(
     conversations: Iterable[Conversation], share: float
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Split conversations into those to train on and those held out.
+    """Split conversations into those to train on, in their order, and those held out.
 
     The first question alone decides: a conversation stays on its side when the dataset grows, and all answers to one
-    question are on the same side.
+    question are on the same side. The order of those held out does not depend on the dataset's either.
 
     Args:
         conversations: all of them.
         share: about how much to hold out, 0 to 1.
-
-    Returns:
-        Those to train on, in their order, and those held out, in an order that does not depend on the dataset's.
     """
     training: list[Conversation] = []
     held_out: list[tuple[float, Conversation]] = []
@@ -51,23 +50,15 @@ def _is_answered(roles: list[str]) -> bool:
     return "user" in roles and "assistant" in roles[roles.index("user") :]
 
 
-logger = logging.getLogger(f"transformers.{__name__}")
-
-TRAINING_PROMPTS = "training_prompts.json"
-
-
 def prompt_fingerprint(text: str) -> str:
     """A hash of a user's first turn, the same for any whitespace between its words."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write `training_prompts.json` into the folder of a head or policy.
+    """Write into the folder of a head or policy the first user turns that it learned from, as fingerprints.
 
-    Args:
-        folder: must exist.
-        texts: the first user turns that it learned from.
-        earlier: fingerprints of the prompts of the head that training started from.
+    `earlier` are the fingerprints of the head that training started from.
     """
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(
@@ -93,7 +84,7 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
 
 
 def training_prompts_of(source: str) -> set[str] | None:
-    """Read the fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
+    """The fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
 
     Raises:
         ValueError: the file is damaged.

@@ -1,6 +1,4 @@
-"""The target's picks as the host walks along them: all of a tree at once from an accelerator, one by one on a CPU.
-
-The acceptance rule: follow the tree in commit order.
+"""The acceptance rule: follow the tree in commit order.
 
 At every committed position it makes exactly the calls that plain sampling makes (Transformers' `_sample`):
 the user's logits processors with the text so far, one pick by the target, the stopping criteria, the streamer. It
@@ -8,70 +6,18 @@ then descends if a child carries the pick, and stops otherwise. So every token i
 prefix, in the order and with the random numbers of plain decoding: lossless for any tree that was built without
 looking at the picks, and identical with the same seed. `min(1, p/q)` on chosen children is not (a test shows it).
 
-`accept_picks` is the same rule without these calls: for greedy decoding that nothing observes, and where the calls
-keep no state, so that they could be made for all nodes.
+`accept` is the rule. `accept_picks` is the same rule without these calls: for greedy decoding that nothing observes,
+and where the calls keep no state, so that they could be made for all nodes before the path is known.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..tree import DraftTree, first_children
-from .text import Text, TreePicks
-
-
-class Picks:
-    """What the target picks at the nodes of a tree, and where they lead.
-
-    Args:
-        children: see `DraftTree.children`.
-        rows: of each row the pick at every node; `None` to ask `logits` when a node is come to: on a CPU a read is
-            free, and nodes off the path would only cost.
-        logits: `[b, n, v]`.
-        tokens: `[b, n]` the picks where they were made; `None` on a CPU.
-        processed: where scores were processed before, what a text needs to commit the picks.
-    """
-
-    def __init__(
-        self,
-        children: list[dict[tuple[int, int], int]],
-        rows: list[list[int]] | None,
-        logits: Tensor,
-        tokens: Tensor | None = None,
-        processed: TreePicks | None = None,
-    ) -> None:
-        self.children, self.tokens, self.processed, self.device = children, tokens, processed, logits.device
-        self._rows, self._logits = rows, logits
-
-    @classmethod
-    def asked(cls, tree: DraftTree, logits: Tensor) -> "Picks":
-        """Of the largest logits, each when it is asked for."""
-        return cls(tree.children(), None, logits)
-
-    @classmethod
-    def read(cls, tree: DraftTree, logits: Tensor, processed: TreePicks | None = None) -> "Picks":
-        """Those of the largest logits, or those `processed`, with the tree, in one read that waits for the target."""
-        tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
-        if tree.node_count == 1:
-            return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
-        parents, drafted = (part.to(tokens.device) for part in (tree.parents, tree.tokens))
-        parents, drafted, rows = torch.stack([parents, drafted, tokens]).tolist()
-        return cls(first_children(parents, drafted), rows, logits, tokens, processed)
-
-    def at(self, rows: list[int], nodes: list[int]) -> list[int]:
-        """The pick at one node in each of these rows."""
-        if self._rows is not None:
-            return [self._rows[row][node] for row, node in zip(rows, nodes, strict=True)]
-        found: list[int] = logits_at(rows, nodes, self._logits).argmax(-1).tolist()
-        return found
-
-
-def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
-    """`[r, v]` of one node in each of r rows, of `[b, n, v]`; no copy where all rows stand at one node."""
-    if len(rows) == len(logits) and len(set(nodes)) == 1:
-        return logits[:, nodes[0]]
-    return logits[rows, nodes]
+from .text import Batch, Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +56,19 @@ class Acceptance:
         return [count > 0 for count in self.emitted] if every_row else [True] * len(self.paths)
 
     @classmethod
-    def from_rows(
-        cls, paths: list[list[int]], picks: list[list[int]], emitted: list[int], device: torch.device
-    ) -> "Acceptance":
-        """Build it for rows that advanced each on its own, from their paths and the picks after each node: the device
-        gets both in one copy.
+    def from_rows(cls, paths: list[list[int]], picks: list[list[int]], device: torch.device) -> "Acceptance":
+        """Of rows that advanced each on its own, from their paths and the picks after each node: one copy to the
+        device.
         """
         path, tokens = torch.tensor([_filled(paths), _filled(picks)], device=device)
-        return cls(path, tokens, paths, picks, emitted)
+        return cls(path, tokens, paths, picks, list(map(len, paths)))
 
     @classmethod
-    def of_picks(cls, picks: Picks, paths: list[list[int]], found: list[list[int]]) -> "Acceptance":
-        """Build it of the rows that `picks` tell of, from what they kept. A device that has the picks gets no copy."""
-        emitted = list(map(len, paths))
+    def of_picks(cls, picks: "Picks", paths: list[list[int]], found: list[list[int]]) -> "Acceptance":
+        """Of the rows that `picks` tell of, from what they kept. A device that has the picks gets no copy."""
         if picks.tokens is None:
-            return cls.from_rows(paths, found, emitted, picks.device)
+            return cls.from_rows(paths, found, picks.device)
+        emitted = list(map(len, paths))
         order = torch.arange(picks.tokens.shape[1], device=picks.device)
         front = list(range(max(emitted)))
         if all(path == front for path in paths):
@@ -134,6 +78,38 @@ class Acceptance:
             path = torch.cat([nodes[node] for row in _filled(paths) for node in row]).view(len(paths), -1)
             tokens = picks.tokens.gather(1, path)
         return cls(path, tokens, paths, found, emitted)
+
+
+def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
+    """All that `accept_batch` needs to know of the target, in one read that waits for it.
+
+    Returns:
+        `None` where it has to ask for one pick after the other; `logits` is `[b, n, v]`.
+    """
+    texts = batch.decoded_texts
+    if batch.is_plain_greedy(tree.node_count):
+        return None if logits.device.type == "cpu" else Picks.read(tree, logits)
+    text, device = texts[0], tree.tokens.device
+    is_known = len(texts) == 1 and text.is_stateless(tree)
+    if is_known and can_pick_at_once(device, text.do_sample, logits.shape[-1]):
+        return Picks.read(tree, logits, ProcessedPicks.of(text, tree, logits))
+    return None
+
+
+def accept_batch(batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None") -> Acceptance:
+    """Commit what the target picks along the tree, in every decoded row; `picks` are those of `read_picks`."""
+    texts = batch.decoded_texts
+    if picks is None and batch.is_plain_greedy(tree.node_count):
+        picks = Picks.asked(tree, logits)
+    if picks is not None:
+        acceptance = accept_picks(picks, texts)
+    elif batch.in_lockstep:
+        return accept(tree, logits, texts[0])
+    else:
+        parts = [accept(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(texts)]
+        rows = [part.paths[0] for part in parts], [part.picks[0] for part in parts]
+        acceptance = Acceptance.from_rows(*rows, logits.device)
+    return replace(acceptance, emitted=batch.of_all_rows(acceptance.counts))
 
 
 def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
@@ -175,27 +151,26 @@ def _next_nodes(
     return [node or 0 for node in found]
 
 
-def accept_picks(picks: Picks, texts: list[Text]) -> Acceptance:
+def accept_picks(picks: "Picks", texts: list[Text]) -> Acceptance:
     """Accept as `accept` would for each row on its own, from picks that need no call for each token.
 
     The picks, their order and the ends are the same: a batch of eight roots takes 0.5 ms instead of 1.4.
 
     Args:
         picks: the target's.
-        texts: b of one row each, whose ends `stop_conditions` tell; they gain the picks.
+        texts: b of one row each, which know their ends; they gain the picks.
     """
     paths, found = _walk(picks, texts)
     acceptance = Acceptance.of_picks(picks, paths, found)
     for row, (text, path, own) in enumerate(zip(texts, paths, found, strict=True)):
-        there, finished = acceptance.tokens[row, : len(own)], _is_end(text, own[-1], len(own))
-        if picks.processed is None:
-            text.extend(own, there, finished=finished)
-        else:
-            text.follow(picks.processed, path, own, there, finished=finished)
+        if picks.processed is not None:
+            picks.processed.settle(own)
+            text.keep_outputs(path, picks.processed.logits, picks.processed.scores)
+        text.append(own, acceptance.tokens[row, : len(own)], finished=text.ends_with(own[-1], len(own)))
     return acceptance
 
 
-def _walk(picks: Picks, texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
+def _walk(picks: "Picks", texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
     """Of each row, the nodes whose logits are used, root first, and the picks after them."""
     paths: list[list[int]] = [[] for _ in texts]
     found: list[list[int]] = [[] for _ in texts]
@@ -208,18 +183,184 @@ def _walk(picks: Picks, texts: list[Text]) -> tuple[list[list[int]], list[list[i
             paths[row].append(node)
             found[row].append(token)
             child = picks.children[row].get((node, token))
-            if child is not None and not _is_end(texts[row], token, len(found[row])):
+            if child is not None and not texts[row].ends_with(token, len(found[row])):
                 going[row] = child
     return paths, found
-
-
-def _is_end(text: Text, token: int, count: int) -> bool:
-    """Whether a text ends with `token`, the newest of `count` picks that it has not gained yet."""
-    assert text.stop_conditions is not None
-    return token in text.stop_conditions.token_ids or text.length + count >= text.stop_conditions.length
 
 
 def _filled(rows: list[list[int]]) -> list[list[int]]:
     """Rows of one length: the shorter ones repeat their last number."""
     longest = max(map(len, rows))
     return [row + row[-1:] * (longest - len(row)) for row in rows]
+
+
+class Picks:
+    """What the target picks at the nodes of a tree, and where they lead.
+
+    Args:
+        children: see `DraftTree.children`.
+        rows: of each row the pick at every node; `None` to ask `logits` when a node is come to: on a CPU a read is
+            free, and nodes off the path would only cost.
+        logits: `[b, n, v]`.
+        tokens: `[b, n]` the picks where they were made; `None` on a CPU.
+        processed: where scores were processed before, what a text needs to commit the picks.
+    """
+
+    def __init__(
+        self,
+        children: list[dict[tuple[int, int], int]],
+        rows: list[list[int]] | None,
+        logits: Tensor,
+        tokens: Tensor | None = None,
+        processed: "ProcessedPicks | None" = None,
+    ) -> None:
+        self.children, self.tokens, self.processed, self.device = children, tokens, processed, logits.device
+        self._rows, self._logits = rows, logits
+
+    @classmethod
+    def asked(cls, tree: DraftTree, logits: Tensor) -> "Picks":
+        """Of the largest logits, each when it is asked for."""
+        return cls(tree.children(), None, logits)
+
+    @classmethod
+    def read(cls, tree: DraftTree, logits: Tensor, processed: "ProcessedPicks | None" = None) -> "Picks":
+        """Those of the largest logits, or those `processed`, with the tree, in one read that waits for the target."""
+        tokens = logits[:, : tree.node_count].argmax(-1) if processed is None else processed.tokens[None]
+        if tree.node_count == 1:
+            return cls([{} for _ in tokens], tokens.tolist(), logits, tokens, processed)
+        parents, drafted = (part.to(tokens.device) for part in (tree.parents, tree.tokens))
+        parents, drafted, rows = torch.stack([parents, drafted, tokens]).tolist()
+        return cls(first_children(parents, drafted), rows, logits, tokens, processed)
+
+    def at(self, rows: list[int], nodes: list[int]) -> list[int]:
+        """The pick at one node in each of these rows."""
+        if self._rows is not None:
+            return [self._rows[row][node] for row, node in zip(rows, nodes, strict=True)]
+        found: list[int] = logits_at(rows, nodes, self._logits).argmax(-1).tolist()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedPicks:
+    """The picks of a text of one row at all nodes of its tree, told before it is known which nodes it comes to.
+
+    Rows in lockstep draw together, and those that have ended go on drawing: they are asked in commit order.
+
+    Attributes:
+        tokens: `[n]`; -1 where the scores allow no draw.
+        logits: `[n, v]` fp32, the target's.
+        scores: `[n, v]` fp32, processed.
+        draws: the random numbers of the levels; `None` for greedy picks.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    scores: Tensor
+    draws: "Draws | None"
+
+    @classmethod
+    def of(cls, text: Text, tree: DraftTree, logits: Tensor) -> "ProcessedPicks":
+        """Pick at each of n nodes as `text` would if it came there, from logits `[1, n or more, v]`, padding last."""
+        raw, scores = text.process(tree, logits)
+        if not text.do_sample:
+            return cls(scores.argmax(dim=-1), raw, scores, None)
+        draws = Draws(tree.level_count + 1, scores)
+        return cls(draws.pick(scores, tree.depths[0]), raw, scores, draws)
+
+    def settle(self, tokens: list[int]) -> None:
+        """Give back the random numbers that the committed `tokens` did not use.
+
+        Raises:
+            RuntimeError: no token could be drawn at a committed position.
+        """
+        if self.draws is None:
+            return
+        if min(tokens) < 0:
+            raise RuntimeError(
+                "No token can be drawn, because the processed scores hold NaN, +inf or nothing but -inf. Check the "
+                "logits processors, and the dtype of the target."
+            )
+        self.draws.give_back(len(tokens))
+
+
+class Draws:
+    """Random numbers for as many positions as a tree has levels, drawn as plain sampling would draw them.
+
+    `torch.multinomial` draws one token of each row as a race: the largest p / e wins, where every token's e is drawn
+    from the exponential distribution of mean 1. These numbers do not depend on p, so they can be drawn for all levels
+    of a tree before it is known which node the text comes to: of each level one node is reached, and its pick is the
+    token that plain sampling draws there. Source: ATen, `multinomial` in native/Distributions.cpp, a single sample.
+
+    Args:
+        count: positions.
+        scores: `[n, v]` gives vocabulary, dtype and device.
+
+    Attributes:
+        numbers: `[count, v]`.
+    """
+
+    def __init__(self, count: int, scores: Tensor) -> None:
+        self.numbers = scores.new_empty(count, scores.shape[-1])
+        generator = _generator(scores.device)
+        assert generator is not None
+        self._generator, self._states = generator, [generator.get_state()]
+        for position in self.numbers.split(1):
+            position.exponential_()
+            self._states.append(generator.get_state())
+
+    def pick(self, scores: Tensor, levels: Tensor) -> Tensor:
+        """`[n]` the tokens drawn from processed scores `[n, v]`, with the numbers of each row's level, `[n]`.
+
+        -1 where nothing can be drawn from a row.
+        """
+        best = (scores.softmax(dim=-1) / self.numbers[levels]).max(dim=-1)
+        return best.indices.masked_fill(best.values.isnan(), -1)
+
+    def give_back(self, used: int) -> None:
+        """Set the generator as if only the first `used` positions had drawn; not if another thread has drawn since."""
+        if torch.equal(self._generator.get_state(), self._states[-1]):
+            self._generator.set_state(self._states[used])
+
+
+@cache
+def draws_alike(device: torch.device, vocabulary: int) -> bool:
+    """Whether `Draws` are those of `torch.multinomial` on a device: seen by doing, with the generator as it was."""
+    generator = _generator(device)
+    if generator is None:
+        return False
+    scores = torch.linspace(0, 1, vocabulary, device=device)[None]
+    before, count = generator.get_state(), 8
+    multinomial = [torch.multinomial(scores.softmax(dim=-1), 1) for _ in range(count)]
+    after = generator.get_state()
+    generator.set_state(before)
+    draws = Draws(count, scores)
+    picks = draws.pick(scores.expand(count, -1), torch.arange(count, device=device))
+    is_alike = torch.equal(torch.cat(multinomial)[:, 0], picks) and torch.equal(generator.get_state(), after)
+    generator.set_state(before)
+    return is_alike
+
+
+def _generator(device: torch.device) -> torch.Generator | None:
+    """The generator of a device that plain sampling draws from; `None` where PyTorch does not show it."""
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    if not hasattr(module, "default_generators") and not hasattr(module, "get_rng_state"):
+        return torch.default_generator  # a backend without random numbers of its own takes the CPU's
+    generators: tuple[torch.Generator, ...] = getattr(module, "default_generators", ())
+    index = module.current_device() if device.index is None else device.index
+    return generators[index] if index < len(generators) else None
+
+
+def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
+    """Whether picking at all nodes of a tree is right and pays. On a CPU a read is free, and nodes off the path would
+    only cost.
+    """
+    return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
+
+
+def logits_at(rows: list[int], nodes: list[int], logits: Tensor) -> Tensor:
+    """`[r, v]` of one node in each of r rows, of `[b, n, v]`; no copy where all rows stand at one node."""
+    if len(rows) == len(logits) and len(set(nodes)) == 1:
+        return logits[:, nodes[0]]
+    return logits[rows, nodes]

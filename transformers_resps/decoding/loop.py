@@ -5,6 +5,7 @@ One `TreeDecoding` lives for one call of `generate`.
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +19,37 @@ from ..tree import CandidatePool, DraftTree
 from ..verifying.forward import Features, wait_for
 from ..verifying.rows import leading_pads
 from ..verifying.verifier import Verifier
-from .acceptance import Acceptance
-from .batch import Batch
+from .acceptance import Acceptance, Picks, accept_batch, read_picks
 from .proposal import Proposal, Proposer
+from .text import Batch
+
+
+class StepClock:
+    """Splits the seconds of a step between drafting, verifying and the rest.
+
+    Args:
+        now: seconds; tests pass a fake one.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now, self._last = now, 0.0
+        self.seconds: dict[str, float] = {}  # phase -> seconds of this step
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._last, self.seconds = self._now(), {"draft": 0.0, "verify": 0.0, "rest": 0.0}
+
+    def lap(self, phase: Literal["draft", "verify", "rest"]) -> None:
+        """Book the time since the last lap to a phase."""
+        now = self._now()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+    def take(self) -> float:
+        """The seconds since the last lap, which no phase counts."""
+        now = self._now()
+        seconds, self._last = now - self._last, now
+        return seconds
 
 
 class TreeDecoding:
@@ -58,100 +87,101 @@ class TreeDecoding:
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
         pads = [0] * len(batch) if known is None else leading_pads(known)
         self._proposer = Proposer(policy, self._drafter, batch, pads, reads_paths=verifier.reads_paths)
-        self._draft_engine, self._max_length, self._clock = draft_engine, max_length, clock
+        self._draft_engine, self._max_length, self._clock = draft_engine, max_length, StepClock(clock)
         self._prompt_seconds = 0.0
         self._root = batch.newest  # [b]
 
     def prefill(self, chunk_size: int | None, logits_to_keep: dict[str, int]) -> None:
         """Read the prompt, in chunks if asked, and commit the first token: step 0 of the report."""
-        started = self._clock()
+        self._clock.start()
         logits, features = self._verifier.prefill(self.batch.input_ids, chunk_size, **logits_to_keep)
         proposal = Proposal.plain(self.batch.newest)
-        acceptance, verified = self._accept(proposal.tree, logits[:, -1:])
+        picks = self._read_picks(proposal.tree, logits[:, -1:])
+        self._clock.lap("verify")
+        acceptance = self._accept(proposal.tree, logits[:, -1:], picks)
         if not self.batch.finished:
             self._read_prompt(features)
         self._drop_finished()
-        self._record(proposal, acceptance, started, (self._prompt_seconds, verified - started))
+        self._record(proposal, acceptance)
+
+    def step(self) -> None:
+        """Draft, verify, accept, keep, record. It takes one forward of the target."""
+        self._clock.start()
+        proposal = self._propose()
+        self._clock.lap("draft")
+        tree = proposal.tree
+        self._compile(tree)
+        logits, features = self._verifier.verify(tree)
+        picks = self._read_picks(tree, logits)
+        self._clock.lap("verify")
+        acceptance = self._accept(tree, logits, picks)
+        self._keep(acceptance, features)
+        self._drop_finished()
+        record = self._record(proposal, acceptance)
+        self.policy.on_verified(tree, acceptance.path, acceptance.tokens)
+        self.policy.observe(record)
 
     def _read_prompt(self, features: list[Features]) -> None:
         """Head and lookup read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
-        started = self._clock()
+        self._clock.lap("rest")
         if self._drafter is not None:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
             self._drafter.observe(states, self.batch.input_ids[:, -states.shape[1] :])
         self._proposer.read_prompt()
         if self._drafter is not None:
             wait_for(states)
-        self._prompt_seconds = self._clock() - started
-
-    def step(self) -> None:
-        """Observe, choose and draft; verify; accept; keep; record. It takes one forward of the target."""
-        started = self._clock()
-        proposal = self._propose()
-        tree = proposal.tree
-        started += self._compile(tree)
-        drafted = self._clock()
-        logits, features = self._verifier.verify(tree)
-        acceptance, verified = self._accept(tree, logits)
-        verified += self._keep(tree, acceptance, features)
-        self._drop_finished()
-        seconds = (drafted - started, verified - drafted)
-        record = self._record(proposal, acceptance, started, seconds)
-        self.policy.on_verified(tree, acceptance.path, acceptance.tokens)
-        self.policy.observe(record)
+        self._clock.lap("draft")
+        self._prompt_seconds = self._clock.seconds["draft"]
 
     def _propose(self) -> Proposal:
         """Let the policy choose and the drafter draft what this step verifies."""
         root = self._root.to(self._verifier.device)
         step, length = len(self.report.steps) - 1, self._verifier.length + 1
-        return self._proposer.propose(root, step, length, self._levels_left() + 1, self._prompt_seconds)
+        # levels below the root that the limit of the shortest text and the target's positions allow
+        levels = min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
+        return self._proposer.propose(root, step, length, levels + 1, self._prompt_seconds)
 
-    def _levels_left(self) -> int:
-        """Levels below the root that the limit of the shortest text and the target's positions allow."""
-        return min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
-
-    def _compile(self, tree: DraftTree) -> float:
-        """Seconds of compiling drafts and a forward of this size. Charged to a step, no policy would try that size
-        again.
-        """
-        seconds = 0.0 if self._draft_engine is None else self._draft_engine.take_compile_seconds()
+    def _compile(self, tree: DraftTree) -> None:
+        """Compile a forward of this size where it must be. Charged to a step, no policy would try that size again."""
+        if self._draft_engine is not None:
+            seconds = self._draft_engine.take_compile_seconds()
+            self._clock.seconds["draft"] -= seconds
+            self.report.compile_seconds += seconds
         if self._verifier.must_compile(tree):
-            started = self._clock()
             logits, _ = self._verifier.verify(tree)
             wait_for(logits)
             self._verifier.undo()
-            seconds += self._clock() - started
-        self.report.compile_seconds += seconds
-        return seconds
+            self.report.compile_seconds += self._clock.take()
 
-    def _accept(self, tree: DraftTree, logits: Tensor) -> tuple[Acceptance, float]:
-        """Commit what the target picks. Returns when it had finished as well: reading its picks waits for it."""
-        picks = self.batch.read_picks(tree, logits)
+    def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
+        """Wait for the target, if only to know when it had finished."""
+        picks = read_picks(self.batch, tree, logits)
         if picks is None:
             wait_for(logits)
-        verified = self._clock()
-        acceptance = self.batch.accept(tree, logits, picks)
+        return picks
+
+    def _accept(self, tree: DraftTree, logits: Tensor, picks: Picks | None) -> Acceptance:
+        """Commit what the target picks; the last pick is the next root."""
+        acceptance = accept_batch(self.batch, tree, logits, picks)
         self._root = acceptance.tokens[:, -1]
-        return acceptance, verified
+        return acceptance
 
-    def _keep(self, tree: DraftTree, acceptance: Acceptance, features: Features) -> float:
-        """The target's cache keeps the accepted path; the features of that path go to the head.
-
-        Returns:
-            Seconds in which recurrent layers read that path again, which is part of verifying it.
-        """
-        path, started = acceptance.path, self._clock() if self._verifier.reads_paths else 0.0
+    def _keep(self, acceptance: Acceptance, features: Features) -> None:
+        """The target's cache keeps the accepted path; the features of that path go to the head."""
+        path = acceptance.path
+        if self._verifier.reads_paths:
+            self._clock.lap("rest")
         self._verifier.keep(path, acceptance.paths)
-        seconds = self._clock() - started if self._verifier.reads_paths else 0.0
+        if self._verifier.reads_paths:
+            self._clock.lap("verify")  # recurrent layers have read the path again
         if self._drafter is None:
-            return seconds
+            return
         states = features.concatenated()
         if acceptance.is_front:
             states = states[:, : path.shape[1]]
         else:
             states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
         self._drafter.observe(states, acceptance.tokens, acceptance.counts)
-        return seconds
 
     def _drop_finished(self) -> None:
         """Stop decoding rows that have ended."""
@@ -162,21 +192,20 @@ class TreeDecoding:
         self._verifier.keep_rows(rows)
         self._proposer.keep_rows(rows)
 
-    def _record(
-        self, proposal: Proposal, acceptance: Acceptance, started: float, seconds: tuple[float, float]
-    ) -> StepRecord:
-        """Note a step that began at `started`; `seconds` are those of drafting and verifying."""
-        emitted = acceptance.emitted
+    def _record(self, proposal: Proposal, acceptance: Acceptance) -> StepRecord:
+        """Note the step that ends here."""
+        self._clock.lap("rest")
+        seconds, emitted = self._clock.seconds, acceptance.emitted
         record = StepRecord(
             shape=proposal.shape,
             drafted=proposal.candidates + proposal.looked_up,
             verified=proposal.tree.node_count,
             accepted=RowCounts(max(count - 1, 0) for count in emitted),
             emitted=RowCounts(emitted),
-            draft_seconds=seconds[0],
-            verify_seconds=seconds[1],
+            draft_seconds=seconds["draft"],
+            verify_seconds=seconds["verify"],
             drafted_match=self._drafted_match(proposal.pool, acceptance),
-            step_seconds=self._clock() - started,
+            step_seconds=sum(seconds.values()),
         )
         self.report.steps.append(record)
         return record

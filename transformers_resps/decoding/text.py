@@ -1,26 +1,11 @@
-"""The random numbers of coming positions, drawn as plain sampling would draw them, and given back where unused.
+"""The sequences that a call writes, and which of its rows are still decoded.
 
-`torch.multinomial` draws one token of each row as a race: the largest p / e wins, where every token's e is drawn from
-the exponential distribution of mean 1. These numbers do not depend on p. So they can be drawn for all levels of a
-tree
-before anybody knows which node the text comes to, and the pick of every node follows: of each level one node is
-reached, and its pick is the token that plain sampling draws there.
-
-Source: ATen, `multinomial` in native/Distributions.cpp, its way of a single sample.
-
-What a text would pick at every node of a tree, told before anybody knows which nodes it comes to.
-
-For texts of one row. Rows in lockstep draw together, and those that have ended go on drawing: they are asked in
-commit
-order.
-
-Read from stopping criteria when a text ends, so that plain greedy decoding need not ask them for each token.
-
-The texts that a call writes: a token is committed with exactly the calls of plain decoding.
+A token is committed with exactly the calls of plain decoding. Rows in lockstep share one `Text`, as in plain decoding;
+rows of a ragged batch have one each, so a row that accepts much does not wait for the others.
 """
 
+import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -31,115 +16,7 @@ from ..tree import DraftTree
 from .processors import TreeLogitsProcessor
 
 
-class Draws:
-    """Random numbers for as many positions as a tree has levels, the root's included.
-
-    Args:
-        count: positions.
-        scores: `[n, v]` gives vocabulary, dtype and device.
-
-    Attributes:
-        numbers: `[count, v]`.
-    """
-
-    def __init__(self, count: int, scores: Tensor) -> None:
-        self.numbers = scores.new_empty(count, scores.shape[-1])
-        generator = _generator(scores.device)
-        assert generator is not None
-        self._generator, self._states = generator, [generator.get_state()]
-        for position in self.numbers.split(1):
-            position.exponential_()
-            self._states.append(generator.get_state())
-
-    def pick(self, scores: Tensor, levels: Tensor) -> Tensor:
-        """`[n]` the tokens drawn from processed scores `[n, v]`, with the numbers of each row's level, `[n]`.
-
-        -1 where nothing can be drawn from a row.
-        """
-        best = (scores.softmax(dim=-1) / self.numbers[levels]).max(dim=-1)
-        return best.indices.masked_fill(best.values.isnan(), -1)
-
-    def give_back(self, used: int) -> None:
-        """Set the generator as if only the first `used` positions had drawn; not if another thread has drawn since."""
-        if torch.equal(self._generator.get_state(), self._states[-1]):
-            self._generator.set_state(self._states[used])
-
-
-@cache
-def draws_alike(device: torch.device, vocabulary: int) -> bool:
-    """Whether `Draws` are those of `torch.multinomial` on a device: seen by doing, with the generator as it was."""
-    generator = _generator(device)
-    if generator is None:
-        return False
-    scores = torch.linspace(0, 1, vocabulary, device=device)[None]
-    before, count = generator.get_state(), 8
-    multinomial = [torch.multinomial(scores.softmax(dim=-1), 1) for _ in range(count)]
-    after = generator.get_state()
-    generator.set_state(before)
-    draws = Draws(count, scores)
-    picks = draws.pick(scores.expand(count, -1), torch.arange(count, device=device))
-    is_alike = torch.equal(torch.cat(multinomial)[:, 0], picks) and torch.equal(generator.get_state(), after)
-    generator.set_state(before)
-    return is_alike
-
-
-def _generator(device: torch.device) -> torch.Generator | None:
-    """The generator of a device that plain sampling draws from; `None` where PyTorch does not show it."""
-    if device.type == "cpu":
-        return torch.default_generator
-    module = torch.get_device_module(device)
-    if not hasattr(module, "default_generators") and not hasattr(module, "get_rng_state"):
-        return torch.default_generator  # a backend without random numbers of its own takes the CPU's
-    generators: tuple[torch.Generator, ...] = getattr(module, "default_generators", ())
-    index = module.current_device() if device.index is None else device.index
-    return generators[index] if index < len(generators) else None
-
-
-@dataclass(frozen=True, slots=True)
-class TreePicks:
-    """The picks of one row at all nodes of its tree.
-
-    Attributes:
-        tokens: `[n]`; -1 where the scores allow no draw.
-        logits: `[n, v]` fp32, the target's.
-        scores: `[n, v]` fp32, processed.
-        draws: the random numbers of the levels; `None` for greedy picks.
-    """
-
-    tokens: Tensor
-    logits: Tensor
-    scores: Tensor
-    draws: Draws | None
-
-    @classmethod
-    def of(cls, logits: Tensor, scores: Tensor, tree: DraftTree, *, do_sample: bool) -> "TreePicks":
-        """Pick at each of n nodes from its processed scores `[n, v]`."""
-        if not do_sample:
-            return cls(scores.argmax(dim=-1), logits, scores, None)
-        draws = Draws(tree.level_count + 1, scores)
-        return cls(draws.pick(scores, tree.depths[0]), logits, scores, draws)
-
-    def settle(self, tokens: list[int]) -> None:
-        """Give back the random numbers that the committed `tokens` did not use.
-
-        Raises:
-            RuntimeError: no token could be drawn at a committed position.
-        """
-        if self.draws is None:
-            return
-        if min(tokens) < 0:
-            raise RuntimeError(
-                "No token can be drawn, because the processed scores hold NaN, +inf or nothing but -inf. Check the "
-                "logits processors, and the dtype of the target."
-            )
-        self.draws.give_back(len(tokens))
-
-
-def can_pick_at_once(device: torch.device, do_sample: bool, vocabulary: int) -> bool:
-    """Whether picking at all nodes of a tree is right and pays. On a CPU a read is free, and nodes off the path would
-    only cost.
-    """
-    return device.type != "cpu" and (not do_sample or draws_alike(device, vocabulary))
+_PATIENCE = 4.0  # tokens: a row that lags so far counts e times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +90,7 @@ class Text:
         self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
         self._logits_processor = logits_processor
         self._stopping_criteria = stopping_criteria
-        self._do_sample = do_sample
+        self.do_sample = do_sample
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._streamer = streamer
         self._keep_padding = keep_padding
@@ -279,51 +156,52 @@ class Text:
         return kept
 
     def is_plain_greedy(self, count: int) -> bool:
-        """Whether the next `count` tokens are those of the largest logits, up to what `stop_conditions` says: one row,
-        no sampling, no hook that sees a token, no warning on the way.
+        """Whether the next `count` tokens are those of the largest logits until `ends_with` says so: one row, no
+        sampling, no hook that sees a token, no warning on the way.
         """
-        return self._ends_silently(count) and not self._do_sample and not self._has_hooks
+        return self._ends_silently(count) and not self.do_sample and not self._has_hooks
 
-    def picks_at_once(self, tree: DraftTree, logits: Tensor) -> bool:
-        """Whether `tree_picks` may pick at every node of a tree before the path is known: of one row, with processors
-        and criteria that are known to be stateless, on a device that makes the host wait for each pick.
+    def is_stateless(self, tree: DraftTree) -> bool:
+        """Whether every node of a tree can be processed before the path is known: one row, with processors and
+        criteria that are known to keep no state, all on the tree's device.
         """
-        device = self._ids.device
-        is_known = self._ends_silently(tree.node_count) and self._tree_processor is not None
-        is_here = tree.tokens.device == device
-        return is_known and is_here and can_pick_at_once(device, self._do_sample, logits.shape[-1])
+        is_here = tree.tokens.device == self._ids.device
+        return is_here and self._ends_silently(tree.node_count) and self._tree_processor is not None
+
+    def ends_with(self, token: int, count: int) -> bool:
+        """Whether the text ends with `token`, the newest of `count` picks that it has not gained yet."""
+        conditions = self.stop_conditions
+        assert conditions is not None
+        return token in conditions.token_ids or self.length + count >= conditions.length
 
     def _ends_silently(self, count: int) -> bool:
         conditions = self.stop_conditions
         return conditions is not None and conditions.are_silent(self.length + count)
 
-    def tree_picks(self, tree: DraftTree, logits: Tensor) -> TreePicks:
-        """What this one row would gain at every node of its tree; `logits` is `[1, n or more, v]`, padding last."""
+    def process(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits `[n, v]` of every node of this one row's tree, raw and processed, from `[1, n or more, v]`."""
         assert self._tree_processor is not None
         raw = logits[0, : tree.node_count].to(dtype=torch.float32, device=self._ids.device)
         read = self.input_ids if self._tree_processor.reads_texts else self._ids  # may lack the newest tokens
-        scores = self._tree_processor(read, raw, tree)
-        return TreePicks.of(raw, scores, tree, do_sample=self._do_sample)
+        return raw, self._tree_processor(read, raw, tree)
 
-    def follow(self, picks: TreePicks, path: list[int], tokens: list[int], there: Tensor, *, finished: bool) -> None:
-        """Append the tokens that `picks` has at the nodes of `path`, and do what `commit` would have done for each."""
-        picks.settle(tokens)
+    def keep_outputs(self, path: list[int], logits: Tensor, scores: Tensor) -> None:
+        """Keep, of the nodes of `path`, the raw logits and the processed scores `[n, v]` that the caller asked for."""
         if self.scores is not None:
-            self.scores += tuple(picks.scores[node : node + 1].clone() for node in path)
+            self.scores += tuple(scores[node : node + 1].clone() for node in path)
         if self.logits is not None:
-            self.logits += tuple(picks.logits[node : node + 1].clone() for node in path)
-        self.extend(tokens, there, finished=finished)
-        if self._streamer is not None:
-            for token in tokens:
-                self._streamer.put(torch.tensor([token]))
+            self.logits += tuple(logits[node : node + 1].clone() for node in path)
 
-    def extend(self, tokens: list[int], there: Tensor, *, finished: bool) -> None:
-        """Append tokens to this one row, which are `there` as well, where the target reads."""
+    def append(self, tokens: list[int], there: Tensor, *, finished: bool) -> None:
+        """Append t tokens to this one row at once; `there` holds them, `[t]`, where the target reads."""
         self.length += len(tokens)
         self._ahead.append(there)
         self._written += tokens
         if finished:
             self.unfinished, self.finished = torch.zeros_like(self.unfinished), True
+        if self._streamer is not None:
+            for token in tokens:
+                self._streamer.put(torch.tensor([token]))
 
     def commit(self, logits: Tensor) -> Tensor:
         """Pick and append one token per row from the target's logits `[b, v]` of the decoded rows.
@@ -340,7 +218,7 @@ class Text:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
-        if self._do_sample:
+        if self.do_sample:
             tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(dim=-1)
@@ -356,3 +234,131 @@ class Text:
             self._streamer.put(tokens.cpu())
         self.finished = bool(self.unfinished.max() == 0)
         return self._of_decoded(tokens)
+
+
+class Batch:
+    """All rows of a call.
+
+    Args:
+        texts: one of all rows in lockstep, or one for each row on its own.
+        drops_finished: leave finished rows out of all further work.
+    """
+
+    def __init__(self, texts: list[Text], *, drops_finished: bool) -> None:
+        self._texts = texts
+        self._decoded = list(range(len(texts)))  # texts with rows that are still decoded
+        self.drops_finished = drops_finished
+
+    def __len__(self) -> int:
+        """Rows of the call."""
+        return sum(map(len, self._texts))
+
+    @property
+    def in_lockstep(self) -> bool:
+        return len(self._texts) == 1
+
+    @property
+    def finished(self) -> bool:
+        return all(self._texts[index].finished for index in self._decoded)
+
+    @property
+    def newest(self) -> Tensor:
+        """`[b]` the last token of every decoded row."""
+        if self.in_lockstep:
+            return self._texts[0].newest
+        return torch.cat([text.newest for text in self.decoded_texts])
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest decoded row."""
+        return max(self._texts[index].length for index in self._decoded)
+
+    @property
+    def shortest(self) -> int:
+        """Positions of the shortest decoded row."""
+        return min(self._texts[index].length for index in self._decoded)
+
+    @property
+    def row_weights(self) -> list[float]:
+        """Weight of one token of each decoded row, 1.0 on average: the batch ends with its slowest row.
+
+        The derivative of the rows' soft minimum; the same for all in lockstep.
+        """
+        if self.in_lockstep:
+            return [1.0] * self._texts[0].decoded_count
+        lengths, shortest = [self._texts[index].length for index in self._decoded], self.shortest
+        weights = [math.exp((shortest - length) / _PATIENCE) for length in lengths]
+        total = sum(weights)
+        return [weight * len(weights) / total for weight in weights]
+
+    def since(self, starts: list[int]) -> list[list[int]]:
+        """The tokens of each decoded row from its position in `starts` on."""
+        if self.in_lockstep:
+            return self._texts[0].since(starts[0])
+        texts = (self._texts[index] for index in self._decoded)
+        return [text.since(start)[0] for text, start in zip(texts, starts, strict=True)]
+
+    @property
+    def decoded_texts(self) -> list[Text]:
+        """The texts with rows that are still decoded."""
+        return [self._texts[index] for index in self._decoded]
+
+    def is_plain_greedy(self, count: int) -> bool:
+        """Whether this holds of every decoded text: see `Text.is_plain_greedy`."""
+        return all(text.is_plain_greedy(count) for text in self.decoded_texts)
+
+    def of_all_rows(self, counts: list[int]) -> list[int]:
+        """Counts of the decoded rows as those of all rows of the call, 0 where a row is decoded no more."""
+        found = [0] * len(self._texts)
+        for index, count in zip(self._decoded, counts, strict=True):
+            found[index] = count
+        return found
+
+    def drop_finished(self) -> list[int] | None:
+        """Stop decoding finished rows.
+
+        Returns:
+            Of the rows decoded so far, those that go on; `None` when all do.
+        """
+        if not self.drops_finished or self.finished:
+            return None
+        if self.in_lockstep:
+            return self._texts[0].drop_finished()
+        kept = [place for place, index in enumerate(self._decoded) if not self._texts[index].finished]
+        if len(kept) == len(self._decoded):
+            return None
+        self._decoded = [self._decoded[place] for place in kept]
+        return kept
+
+    def answers(self, start: int) -> list[list[int]]:
+        """What all rows hold from position `start` on, padded after their ends."""
+        if len(self) == 1:
+            return self.since([start])
+        found: list[list[int]] = self.input_ids[:, start:].tolist()
+        return found
+
+    @property
+    def input_ids(self) -> Tensor:
+        """`[b, s]` prompts and answers, padded after their ends."""
+        if self.in_lockstep:
+            return self._texts[0].input_ids
+        longest = max(text.length for text in self._texts)
+        return torch.cat([self._padded(text, longest) for text in self._texts])
+
+    @property
+    def scores(self) -> tuple[Tensor, ...] | None:
+        """The processed scores `[b, v]` of each position, where they were kept; rows in lockstep only."""
+        return self._texts[0].scores
+
+    @property
+    def logits(self) -> tuple[Tensor, ...] | None:
+        """The raw logits `[b, v]` of each position, where they were kept; rows in lockstep only."""
+        return self._texts[0].logits
+
+    @staticmethod
+    def _padded(text: Text, length: int) -> Tensor:
+        missing = length - text.length
+        if not missing:
+            return text.input_ids
+        assert text.pad_token is not None
+        return torch.cat([text.input_ids, text.pad_token.expand(1, missing)], dim=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..generation.output import end_ids, left_padded, up_to_end
-from ..generation.request import SpeculationDefaults
+from ..generation.state import SpeculationDefaults
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from ..heads import BoundHead, DraftHead, DraftHeadConfig
 from ..heads.model import RotaryEmbedding
 from ..trainers.losses import unroll
 from ..verifying.forward import FeatureTap
-from ..verifying.prepacking import unprepack
 from .diagnosis import Cell, Diagnosis, Reading, Tally
 from .labelled_text import LabelledText
 
@@ -136,9 +135,7 @@ def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Read
 
 def _drafter(head: DraftHead, reading: Reading, target: PreTrainedModel) -> BoundHead:
     """Read the head so. Not prepacked: each would copy the weights, which so many rows at once do not need."""
-    drafter = BoundHead(_read_as(head, reading), target)
-    unprepack(drafter.head)
-    return drafter
+    return BoundHead(_read_as(head, reading), target, is_prepacked=False)
 
 
 def _read_as(head: DraftHead, reading: Reading) -> DraftHead:

@@ -186,8 +186,8 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
             features = _joined([pairs.features.to(self._device, self._dtype) for pairs in self._unread])
             tokens = _joined([pairs.tokens.to(self._device) for pairs in self._unread])
             self._unread.clear()
-            self._newest = self._bound.head.run_layers(
-                self._bound.head.fuse(features),
+            self._newest = self._bound.run_layers(
+                self._bound.fuse(features),
                 self._bound.embed(tokens),
                 rope.at(slice(width)),
                 self._attend_from(start, width) if is_even else self._attend_at(slots[:, :width]),

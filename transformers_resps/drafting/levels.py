@@ -33,7 +33,7 @@ class LevelForward:
         entries = frontier.visible.shape[-1]
         rope = self._rope.at(slice(level - 1, level))
         attend = self.cache.attend_from(-entries, self._mask(frontier), end=self._length)
-        output = self.bound.head.run_layers(frontier.hidden, self.bound.embed(frontier.tokens), rope, attend)
+        output = self.bound.run_layers(frontier.hidden, self.bound.embed(frontier.tokens), rope, attend)
         return branch(self.bound, frontier, output, is_last)
 
     def tensors(self, frontier: Frontier, level: int) -> tuple[list[Tensor], Sequence[Tensor]]:
@@ -105,8 +105,8 @@ class DraftFunction:
         rope = head.rope(torch.cat([slots, ends + ahead], dim=1))
         queries = 1 if head.config.num_hidden_layers == 1 else width
         mask = (order <= slots[:, -queries:, None]) & shown[:, None]
-        newest = head.run_layers(
-            head.fuse(features),
+        newest = self._bound.run_layers(
+            self._bound.fuse(features),
             self._bound.embed(tokens),
             rope.at(slice(width)),
             cache.attend_at(slots, capacity, mask[:, None]),

@@ -4,6 +4,7 @@ The class is a subclass of the model's own, made in memory: same name, same modu
 """
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -15,10 +16,8 @@ from ..compat import unwrapped
 from ..heads import DraftHead
 from ..policies import AutoPolicy, Policy
 from .mixin import ReSpSGenerationMixin
-from .request import Asked, CompileChoice, SpeculationDefaults, check_kinds, draft_head, is_name, is_plain
+from .state import CompileChoice, SpeculationDefaults, SpeculationState, is_name
 
-
-_OF_THE_MIXIN = ("speculation_defaults", "policy_cache", "named_heads", "slot_engine", "draft_engines")
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -26,8 +25,8 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def attach(
     model: Model,
     *,
-    assistant_model: Any = None,
-    policy: Policy | str | None = None,
+    assistant_model: DraftHead | str | os.PathLike[str] | None = None,
+    policy: Policy | str | os.PathLike[str] | None = None,
     lockstep: bool | None = None,
     compile: CompileChoice | None = None,
     eval_mode: bool = False,
@@ -50,9 +49,10 @@ def attach(
         ValueError: the model cannot generate, or a default cannot serve it.
     """
     inner = unwrapped(model)
-    if is_plain(None, policy):
+    defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, eval_mode)
+    if defaults.is_plain:
         raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
-    check_kinds(Asked(assistant_model, policy, lockstep, compile))
+    defaults.check()
     if not isinstance(eval_mode, bool):
         raise ValueError(f"`eval_mode` must be True or False, got {eval_mode!r}.")
     if not isinstance(inner, GenerationMixin):
@@ -63,15 +63,18 @@ def attach(
     if is_name(policy):
         policy = AutoPolicy.from_pretrained(cast(str, policy))
     if is_name(assistant_model):
-        assistant_model = DraftHead.from_pretrained(assistant_model, target=cast(PreTrainedModel, inner))
-    if assistant_model is not None:
-        _check_head(assistant_model, inner)
-    if not isinstance(inner, ReSpSGenerationMixin):
-        base: Any = type(inner)
-        inner.__class__ = _attached_class(base)
+        assistant_model = DraftHead.from_pretrained(cast(str, assistant_model), target=cast(PreTrainedModel, inner))
     defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, eval_mode)
+    if defaults.has_stock_assistant:
+        raise ValueError(
+            f"`attach` takes a `DraftHead` as `assistant_model`, got a {type(assistant_model).__name__}. Pass other "
+            "assistants to `generate`."
+        )
+    if defaults.head is not None:
+        defaults.head.check_target(cast(PreTrainedModel, inner))
+    _add_mixin(inner)
     if defaults != SpeculationDefaults():
-        cast(ReSpSGenerationMixin, inner).speculation_defaults = defaults
+        cast(ReSpSGenerationMixin, inner).speculation_state.defaults = defaults
     return model
 
 
@@ -79,9 +82,8 @@ def detach(model: Model) -> Model:
     """Undo `attach`: the same object, of its own class again, without defaults."""
     inner = unwrapped(model)
     if isinstance(inner, ReSpSGenerationMixin):
-        _take(inner)
-    if vars(type(inner)).get("__reduce_ex__") is _reduce:  # leave a user's own subclass of the mixin alone
-        inner.__class__ = type(inner).__mro__[2]
+        _take_state(inner)
+    _remove_mixin(inner)
     return model
 
 
@@ -91,48 +93,52 @@ def attached(model: Model) -> Iterator[Model]:
 
     It keeps what "auto" has learned, the heads that were loaded by name and compiled code, for the next time.
     """
-    inner: Any = unwrapped(model)
-    if isinstance(inner, ReSpSGenerationMixin):
-        yield model
-        return
+    inner = unwrapped(model)
+    was_attached = isinstance(inner, ReSpSGenerationMixin)
     attach(model)
     try:
         yield model
     finally:
-        kept = {name: value for name, value in _take(inner).items() if name != "speculation_defaults"}
-        detach(model)
-        vars(inner).update(kept)
+        if not was_attached:
+            _remove_mixin(inner)
 
 
 @contextmanager
 def detached(model: Model) -> Iterator[Model]:
     """Detach `model` inside the `with` block; afterwards it has its defaults and what "auto" learned again."""
-    inner: Any = unwrapped(model)
+    inner = unwrapped(model)
     if not isinstance(inner, ReSpSGenerationMixin):
         yield model
         return
-    kept = _take(inner)
-    detach(model)
+    state = _take_state(inner)
+    _remove_mixin(inner)
     try:
         yield model
     finally:
-        attach(model)
-        vars(inner).update(kept)
+        _add_mixin(inner)
+        if state is not None:
+            inner.speculation_state = state
 
 
-def _take(inner: Any) -> dict[str, Any]:
-    """Take from a model what the mixin gave it: the defaults, what policies learned, heads and compiled code."""
-    return {name: vars(inner).pop(name) for name in _OF_THE_MIXIN if name in vars(inner)}
+def _take_state(model: ReSpSGenerationMixin) -> SpeculationState | None:
+    """Take all that the mixin keeps on a model; `None` if it keeps nothing yet."""
+    if "speculation_state" not in vars(model):
+        return None
+    state = model.speculation_state
+    del model.speculation_state
+    return state
 
 
-def _check_head(assistant_model: Any, target: Any) -> None:
-    head = draft_head(assistant_model)
-    if head is None:
-        raise ValueError(
-            f"`attach` takes a `DraftHead` as `assistant_model`, got a {type(assistant_model).__name__}. Pass other "
-            "assistants to `generate`."
-        )
-    head.check_target(target)
+def _add_mixin(model: Any) -> None:
+    if not isinstance(model, ReSpSGenerationMixin):
+        base: Any = type(model)
+        model.__class__ = _attached_class(base)
+
+
+def _remove_mixin(model: Any) -> None:
+    """Give a model its own class again; a user's own subclass of the mixin stays."""
+    if vars(type(model)).get("__reduce_ex__") is _reduce:
+        model.__class__ = type(model).__mro__[2]
 
 
 @functools.cache

@@ -1,12 +1,6 @@
-"""The errors for calls of `generate` that draft trees do not support, raised before any work.
+"""What draft trees cannot do, refused by name before any work: settings, arguments, models and architectures.
 
 Stock `generate` would ignore or misroute most of these settings when it is given an assistant.
-
-The errors for models that would compute something else for a tree than for plain decoding.
-
-Checks that a model's architecture can verify a draft tree.
-
-Architectures that the tests compare with plain decoding are not checked.
 """
 
 import inspect
@@ -323,7 +317,7 @@ def _rounds_activations(module: Module, weights: Sequence[Tensor]) -> bool:
     return any(getattr(weight, mark, None) is not None for weight in weights for mark in _ROUNDING_MARKS)
 
 
-# model_type of every architecture in tests/generation/test_architectures.py.
+# model_type of every architecture in tests/lossless/test_architectures.py.
 _COMPARED = frozenset(
     ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
     + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")

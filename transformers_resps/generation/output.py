@@ -1,9 +1,4 @@
-"""What `generate` returns beside the tokens.
-
-Where answers end, and prompts of unequal lengths as one batch.
-
-How a temperature is asked of `generate`.
-"""
+"""What `generate` returns, and what callers of it share: batches of prompts, ends of answers, temperatures."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,6 @@
-"""The EAGLE-3 draft head."""
+"""The EAGLE-3 draft head, which Transformers' Auto classes know once this room is loaded."""
+
+from transformers import AutoConfig, AutoModel
 
 from .cache import HeadCache
 from .config import DraftHeadConfig
@@ -17,3 +19,6 @@ __all__ = [
     "pair_identity",
     "parameter_fingerprint",
 ]
+
+AutoConfig.register(DraftHeadConfig.model_type, DraftHeadConfig, exist_ok=True)
+AutoModel.register(DraftHeadConfig, DraftHead, exist_ok=True)

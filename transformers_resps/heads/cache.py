@@ -1,4 +1,4 @@
-"""The head's own keys and values: entries of true features, and before them those of the tree being drafted."""
+"""The head's own KV cache: entries of true features, and before them those of the tree being drafted."""
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ _TREE_ROOM = 128  # entries of a tree at first
 
 
 class HeadCache:
-    """Preallocated keys and values of every head layer; the caller keeps track of what each slot holds.
+    """Preallocated keys and values of every head layer; the caller knows what each slot holds.
 
-    The text's entries have the slots 0, 1, ..., those of a tree negative ones, so that both lie side by side and trees
-    stay where they are while the text grows. Entries of a tree are simply overwritten by the next (EAGLE's stable
-    keys), so dropping a tree costs nothing. Buffers start as zeros: a masked slot may be read.
+    The sequence has the slots 0, 1, ..., a tree negative ones, so that both lie side by side and trees stay in place
+    while the sequence grows. The next tree overwrites the last (EAGLE's stable keys), so dropping one costs nothing.
+    Buffers start as zeros: a masked slot may be read.
 
     Args:
         keys: `[layers, b, kv heads, slots, hd]`.
@@ -31,7 +31,7 @@ class HeadCache:
 
     @classmethod
     def empty(cls, config: DraftHeadConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> "HeadCache":
-        """Made for a head and a batch; it grows when it is told to."""
+        """For a head and a batch; `reserve` makes it grow."""
         assert config.head_dim is not None
         slots = _TREE_ROOM + _GROWTH
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, slots, config.head_dim)
@@ -45,21 +45,21 @@ class HeadCache:
 
     @property
     def rows(self) -> int:
-        """Texts."""
+        """Sequences of the batch."""
         return self._keys.shape[1]
 
     @property
     def tree_room(self) -> int:
-        """Slots for entries of a tree."""
+        """Slots for a tree."""
         return self._tree_room
 
     @property
     def capacity(self) -> int:
-        """Slots for entries of the text."""
+        """Slots for the sequence."""
         return self._keys.shape[3] - self._tree_room
 
     def reserve(self, length: int, tree: int = 0) -> None:
-        """Make room for `length` positions of text and `tree` entries of a tree, keeping the text."""
+        """Make room for `length` positions of the sequence, which is kept, and `tree` nodes."""
         missing = length - self.capacity
         if missing > 0:
             self._keys, self._values = (
@@ -76,7 +76,7 @@ class HeadCache:
         """Attention that writes its keys at the slots `[start, start + t)`.
 
         Args:
-            start: where the new entries go; below 0 for those of a tree.
+            start: where the new entries go; below 0 for a tree.
             mask: `[b or 1, 1 or heads that share keys, t, s]` bool, true where attended; `None` sees everything. The s
                 slots are those from 0, or from `start` if that is lower, to `end`.
             end: slot after the last that is seen; `start + t` when `None`.
@@ -97,7 +97,7 @@ class HeadCache:
         return attend
 
     def attend_at(self, slots: Tensor, end: int, mask: Tensor) -> Attend:
-        """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and those before `end` seen."""
+        """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and slots before `end` seen."""
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             here = (self._tree_room + slots)[:, None, :, None]

@@ -1,4 +1,4 @@
-"""The configuration of a draft head: one canonical description for every published EAGLE-3 layout."""
+"""`DraftHeadConfig`: one canonical description of a head for every published EAGLE-3 layout."""
 
 import os
 from copy import copy
@@ -12,7 +12,7 @@ from ..tree import TreeShape
 
 
 ROPE_BASE = 10000.0  # the default: RoFormer (arXiv 2104.09864) section 3.2.2
-# The kinds of RoPE that Transformers has and a head can have, and what each needs.
+# The kinds of RoPE that a head can have, as Transformers names them, and what each needs.
 _ROPE_NEEDS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -131,13 +131,14 @@ class DraftHeadConfig(PreTrainedConfig):
         if self.default_tree is None:
             self.default_tree = [60, 8, 10]
         self._check_parts()
+        self._check_rope()
         self.feature_layers = sorted(self.feature_layers)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """As in Transformers; if the target was loaded from a local folder, only the folder's name is written."""
+        """As in Transformers, except that of a target's local folder only the name is written."""
         told = copy(self)
         told.target = shareable(self.target)
         super(DraftHeadConfig, told).save_pretrained(save_directory, push_to_hub, **kwargs)
@@ -149,7 +150,7 @@ class DraftHeadConfig(PreTrainedConfig):
 
     @property
     def has_fixed_rope(self) -> bool:
-        """Whether the angles of a position do not depend on how long the text is."""
+        """Whether the angles of a position do not depend on the sequence's length."""
         rope = self.rope_parameters or {}
         return (rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope")
 
@@ -175,7 +176,7 @@ class DraftHeadConfig(PreTrainedConfig):
                 raise ValueError(f"A draft head got `{name}={value!r}`, but it must be {needed}. Correct it.")
 
     def _check_parts(self) -> None:
-        assert self.feature_layers is not None and self.default_tree is not None and self.rope_parameters is not None
+        assert self.feature_layers is not None and self.default_tree is not None
         if self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"A draft head got the activation {self.hidden_act!r}, which Transformers does not know. Pass "
@@ -199,23 +200,24 @@ class DraftHeadConfig(PreTrainedConfig):
                 "depth, top_k and optionally lookup. Write it like [60, 8, 10]."
             )
         TreeShape(*self.default_tree)
-        _check_rope(self.rope_parameters)
 
-
-def _check_rope(rope: dict[str, Any]) -> None:
-    """Refuse RoPE of an unknown kind, without its numbers, or that rotates a part of each attention head."""
-    kind = rope.get("rope_type") or rope.get("type", "default")
-    if kind not in _ROPE_NEEDS:
-        raise ValueError(
-            f"A draft head got RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct `rope_parameters`."
-        )
-    missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
-    if missing:
-        raise ValueError(f"RoPE of the kind {kind!r} needs {missing}. Add them to the head's `rope_parameters`.")
-    if not rope.get("rope_theta", ROPE_BASE) > 0:
-        raise ValueError(f"A draft head got `rope_theta={rope['rope_theta']!r}`, but it must be a positive number.")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"The head rotates {rope['partial_rotary_factor']} of each attention head (`partial_rotary_factor`), but "
-            "only full rotation is supported. Use another head."
-        )
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters or {}
+        kind = rope.get("rope_type") or rope.get("type", "default")
+        if kind not in _ROPE_NEEDS:
+            raise ValueError(
+                f"A draft head got RoPE of the kind {kind!r}; known are {sorted(_ROPE_NEEDS)}. Correct "
+                "`rope_parameters`."
+            )
+        missing = sorted(key for key in _ROPE_NEEDS[kind] if rope.get(key) is None)
+        if missing:
+            raise ValueError(f"RoPE of the kind {kind!r} needs {missing}. Add them to the head's `rope_parameters`.")
+        if not rope.get("rope_theta", ROPE_BASE) > 0:
+            raise ValueError(
+                f"A draft head got `rope_theta={rope['rope_theta']!r}`, but it must be a positive number. Correct it."
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"The head rotates {rope['partial_rotary_factor']} of each attention head (`partial_rotary_factor`), "
+                "but only full rotation is supported. Use another head."
+            )

@@ -1,7 +1,7 @@
-"""A fresh head for a target: its config, checked for what can be run, and its initial weights."""
+"""A fresh head for a target: its draft vocabulary, config and initial weights."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,16 @@ from .config import DraftHeadConfig, default_feature_layers
 from .identity import check_is_model, target_identity
 
 
+if TYPE_CHECKING:
+    from .model import DraftHead
+
 _WHERE = "DraftHead.from_target"
 
 
 def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Sequence[int] | None) -> Tensor | None:
     """Target ids of the draft vocabulary `[d]`, ascending; `None` for all tokens.
 
-    Args:
-        target: the model whose ids they are.
-        size: how many; the lowest ids if `ids` is `None`.
-        ids: the ids themselves, in any order.
-
-    Raises:
-        ValueError: there are no such ids, one occurs twice, or they are not as many as `size`.
+    From `ids` in any order or, without them, the `size` lowest. Raises a `ValueError` for what is no vocabulary.
     """
     check_is_model(target)
     vocab_size = target.config.get_text_config().vocab_size
@@ -57,38 +54,37 @@ def draft_vocabulary(target: PreTrainedModel, size: int | None, ids: Tensor | Se
 def fresh_config(
     target: PreTrainedModel, draft_vocab_size: int | None, feature_layers: list[int] | None, overrides: dict[str, Any]
 ) -> DraftHeadConfig:
-    """The config of a head for `target`, with the user's `overrides`.
-
-    Raises:
-        ValueError: a field is unknown, or no head of this target can have its value.
-    """
+    """The config of a head for `target`, with the user's `overrides`; a `ValueError` where no head can have it."""
     unknown = sorted(set(overrides) - set(DraftHeadConfig.__annotations__))
     if unknown:
         raise ValueError(
             f"{_WHERE} got {unknown}, which it does not know. Check the spelling: it takes the fields of "
             f"`DraftHeadConfig`, {sorted(DraftHeadConfig.__annotations__)}."
         )
+    theirs = _target_sizes(target)
+    if feature_layers is None:
+        feature_layers = default_feature_layers(theirs["target"]["num_hidden_layers"])
     config = DraftHeadConfig(
         **{
-            **_target_sizes(target),
-            "feature_layers": default_feature_layers(_depth(target)) if feature_layers is None else feature_layers,
+            **theirs,
+            "feature_layers": feature_layers,
             "draft_vocab_size": draft_vocab_size,
             "owns_output_head": draft_vocab_size is not None,
             **overrides,
         }
     )
-    for came, mend in _misfits(config, target):
+    for came, mend in _misfits(config, theirs):
         raise ValueError(f"{_WHERE} got {came}. {mend}.")
     return config
 
 
-def _misfits(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[tuple[str, str]]:
-    """Fields that are valid alone, but not together or not with this target: (what came and is needed, what to do)."""
-    theirs, layers = _target_sizes(target), config.feature_layers or [0]
+def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Fields that are valid alone, but not together or with this target: (what came and is needed, what to do)."""
+    layers, depth = config.feature_layers or [0], theirs["target"]["num_hidden_layers"]
     width, heads, shared = theirs["hidden_size"], config.num_attention_heads, config.num_key_value_heads
-    if layers[-1] > _depth(target):
+    if layers[-1] > depth:
         yield (
-            f"the feature layers {layers}, but this target has the hidden states 0 to {_depth(target)}",
+            f"the feature layers {layers}, but this target has the hidden states 0 to {depth}",
             "Count them as in `output_hidden_states`, or leave them out for EAGLE-3's",
         )
     if config.target_hidden_size != width:
@@ -117,11 +113,6 @@ def _misfits(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[tuple
         yield f"`head_dim={config.head_dim}`, but RoPE rotates pairs", "Pass an even `head_dim`"
 
 
-def _depth(target: PreTrainedModel) -> int:
-    depth: int = target.config.get_text_config().num_hidden_layers
-    return depth
-
-
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
     """The sizes of a head whose layer has the proportions of the target's layers."""
     config = target.config.get_text_config()
@@ -145,26 +136,20 @@ def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def start_from(head: PreTrainedModel, target: PreTrainedModel, rows: Tensor | None) -> None:
-    """Set the initial weights: the deepest feature unchanged and the target's output rows, which train faster.
-
-    Args:
-        head: a fresh `DraftHead`.
-        target: the model it is for.
-        rows: the draft vocabulary `[d]`, ascending; `None` for all tokens.
-    """
-    parts: Any = head
-    config = cast(DraftHeadConfig, head.config)
+def start_from(head: "DraftHead", target: PreTrainedModel, rows: Tensor | None) -> None:
+    """Set the initial weights: the deepest feature unchanged, and the target's output `rows`, which train faster."""
+    config = head.config
     if config.target_hidden_size == config.hidden_size:
-        weight = parts.fc.weight
+        weight = head.fc.weight
         weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, dtype=weight.dtype, device=weight.device)
     if rows is not None:
-        parts.d2t.copy_(rows - torch.arange(len(rows)))
+        cast(Tensor, head.d2t).copy_(rows - torch.arange(len(rows)))
     output = cast(nn.Module | None, target.get_output_embeddings())
-    if output is not None and cast(Tensor, output.weight).shape[-1] == config.hidden_size:
+    if output is None or cast(Tensor, output.weight).shape[-1] != config.hidden_size:
+        return
+    if config.owns_output_head:
         theirs = cast(Tensor, output.weight)
-        if config.owns_output_head:
-            parts.lm_head.weight.copy_(theirs if rows is None else theirs[rows.to(theirs.device)])
-        norm: Any = getattr(target.get_decoder(), "norm", None)
-        if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # theirs adds 1
-            parts.norm.weight.copy_(norm.weight)
+        head.lm_head.weight.copy_(theirs if rows is None else theirs[rows.to(theirs.device)])
+    norm: Any = getattr(target.get_decoder(), "norm", None)
+    if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # Gemma's adds 1
+        head.norm.weight.copy_(norm.weight)

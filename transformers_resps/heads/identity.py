@@ -1,7 +1,4 @@
-"""The identity of a target: what a head remembers of the model it was made for.
-
-Fingerprints of weights, by which a policy, a recording or a bench knows the models that it was made with.
-"""
+"""Which models something was made for: names, sizes and fingerprints of a target and its head."""
 
 import hashlib
 from typing import TYPE_CHECKING, Any
@@ -28,11 +25,7 @@ def target_identity(target: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_is_model(target: Any) -> None:
-    """Refuse a `target` that is no model.
-
-    Raises:
-        ValueError: names its type.
-    """
+    """Raise a `ValueError` for a `target` that is no model."""
     if not isinstance(getattr(target, "config", None), PreTrainedConfig):
         raise ValueError(
             f"`target` is a {type(target).__name__}, but must be the loaded model that the head drafts for. Pass what "
@@ -56,7 +49,7 @@ def parameter_fingerprint(model: nn.Module) -> str:
 
 
 def pair_identity(target: PreTrainedModel, head: "DraftHead | None") -> dict[str, dict[str, Any]]:
-    """Identify a target and its head, so that what was trained for them can be checked against others.
+    """Identify a target and its head, for what is trained or measured with them.
 
     Args:
         target: the loaded model.

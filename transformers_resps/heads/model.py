@@ -1,16 +1,7 @@
-"""RoPE whose frequencies are never rounded.
+"""The EAGLE-3 draft head: reads the target's features and proposes tokens.
 
-One decoder layer of a draft head; its attention is passed in, with the keys that the caller keeps.
-
-The keyword arguments of `DraftHead.from_pretrained`, sorted by who they are for.
-
-Publishing a head on the Hub.
-
-The EAGLE-3 draft head: reads the target's features and proposes tokens.
-
-The angles of RoPE at the coming positions, computed for many steps at once.
-
-A head together with what it borrows from its target.
+In reading order: the angles of RoPE, the decoder layer, the head with its loading and saving, and the head as it
+decodes for one target. Source: EAGLE-3 (arXiv 2503.01840) section 3.
 """
 
 import hashlib
@@ -26,18 +17,31 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedd
 
 from ..hub import Destination, plain_card, push_saved
 from ..tree import TreeShape
-from ..verifying.prepacking import is_prepacked, prepack
+from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
 from .formats import PUBLISHED_ONLY, canonical_head, check_exact, export_head, read_checkpoint
 from .fresh import draft_vocabulary, fresh_config, start_from
 from .identity import check_is_model, target_identity
 
 
+# (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
+# those of the q <= t wanted positions
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Which positions of `[b, t]` get an output: a slice, or `[b, q]` positions of each row
+Wanted = slice | Tensor
+
+
+def _at(states: Tensor, wanted: Wanted) -> Tensor:
+    """`[b, t, n]` -> `[b, q, n]`."""
+    if isinstance(wanted, slice):
+        return states[:, wanted]
+    return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
+
+
 class RotaryEmbedding(LlamaRotaryEmbedding):
     """Transformers' own, for any `rope_type`, except that `head.to(torch.bfloat16)` leaves the frequencies alone.
 
-    Rounded to bf16 they are off by up to 0.4%: a whole turn after about 1,600 positions, for which the head was not
-    trained.
+    Rounded to bf16 they are off by up to 0.4%: a whole turn after about 1,600 positions.
     """
 
     def __init__(self, config: DraftHeadConfig) -> None:
@@ -51,29 +55,16 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-# (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
-# those of the q <= t wanted positions
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-# Which positions of `[b, t]` get an output: a part of them, or `[b, q]` positions of each text
-Wanted = slice | Tensor
-
-
 class Rope(NamedTuple):
     """The angles by which RoPE turns queries and keys: `[b, t, hd]`, or `[b, 1, hd]` where all t share a position.
 
     Attributes:
         cosine: of each angle.
-        sine: of each angle; negative in the first half, where a vector's second half comes in.
+        sine: of each angle; negative in the first half, which a vector's second half is multiplied by.
     """
 
     cosine: Tensor
     sine: Tensor
-
-    @classmethod
-    def of(cls, cosine: Tensor, sine: Tensor) -> "Rope":
-        """From what `LlamaRotaryEmbedding` gives."""
-        first, second = sine.chunk(2, dim=-1)
-        return cls(cosine, torch.cat([-first, second], dim=-1))
 
     def at(self, wanted: Wanted) -> "Rope":
         """Those of some positions."""
@@ -121,13 +112,6 @@ class DraftAttention(nn.Module):
         return self.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module is untyped
 
 
-def _at(states: Tensor, wanted: Wanted) -> Tensor:
-    """`[b, t, n]` -> `[b, q, n]`."""
-    if isinstance(wanted, slice):
-        return states[:, wanted]
-    return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
-
-
 class DraftLayer(nn.Module):
     """The first layer fuses embedding and feature (EAGLE-3, section 3.1); any further one is a plain decoder layer."""
 
@@ -156,81 +140,7 @@ class DraftLayer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped
 
 
-_HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
-_LOADING = {
-    "adapter_kwargs",
-    "attn_implementation",
-    "config",
-    "device_map",
-    "dtype",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "offload_folder",
-    "quantization_config",
-    "state_dict",
-    "torch_dtype",
-    "trust_remote_code",
-    "use_safetensors",
-}
-
-
-def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Keywords -> (where the files are, how Transformers loads them, corrections to the head's config).
-
-    Raises:
-        ValueError: a name is none of these, or asks for a sliding window.
-    """
-    fields = set(DraftHeadConfig.__annotations__) | PUBLISHED_ONLY
-    hub = {key: value for key, value in keywords.items() if key in _HUB}
-    loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
-    overrides = {key: value for key, value in keywords.items() if key in fields}
-    unknown = sorted(set(keywords) - set(hub) - set(loading) - set(overrides))
-    if unknown:
-        raise ValueError(
-            f"DraftHead.from_pretrained got {unknown}, which it does not know. Check the spelling: it takes the "
-            f"loading arguments {sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
-        )
-    if overrides.get("sliding_window") is not None:
-        raise ValueError(
-            f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees support "
-            "no window. Pass `sliding_window=None` to ignore the head's own."
-        )
-    if "torch_dtype" in loading:
-        loading["dtype"] = loading.pop("torch_dtype")
-    return hub, loading, overrides
-
-
-class PublishableHead(PreTrainedModel):
-    """A head that is pushed with the metadata by which the Hub lists it on its target's page."""
-
-    config: DraftHeadConfig
-
-    def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
-        self, repo_id: str, *, commit_message: str = "Upload DraftHead", **where: Any
-    ) -> str:
-        """Publish the head on the Hub in one commit, with a plain model card if there is none.
-
-        Args:
-            repo_id: the repository; made if missing.
-            commit_message: subject of the commit.
-            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            OSError: the Hub refused, or the connection broke; nothing was committed.
-        """
-        card = self.plain_card(repo_id)
-        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), commit_message)
-
-    def plain_card(self, repo_id: str) -> str:
-        """A card for a repository that has none: what it is, its target, and how to load it."""
-        use = f'head = DraftHead.from_pretrained("{repo_id}", target=model)'
-        return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
-
-
-class DraftHead(PublishableHead):
+class DraftHead(PreTrainedModel):
     """An EAGLE-3 draft head: reads the target's hidden states and proposes tokens, which the target then verifies.
 
     Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
@@ -238,9 +148,9 @@ class DraftHead(PublishableHead):
 
     A position pairs the target's feature at token t with the embedding of token t + 1 and predicts token t + 2. The
     embedding table and, with a full draft vocabulary, the output head are usually the target's: the head uses them
-    when it decodes and does not store them. On CPU, decoding prepacks the head's weights: call `prepack(head)` after
-    weights were written through `.data`, as PEFT's merge does. Decoding calls the parts of the head: hooks on its
-    layers and modules fire, hooks on the head itself fire in `forward` alone.
+    when it decodes and does not store them. On CPU, decoding keeps packed copies of the head's weights: call
+    `prepack(head)` after weights were written through `.data`, as PEFT's merge does. Decoding calls the parts of the
+    head: hooks on its layers and modules fire, hooks on the head itself fire in `forward` alone.
     """
 
     config_class = DraftHeadConfig
@@ -270,6 +180,7 @@ class DraftHead(PublishableHead):
             # Offsets, as published: the target id of draft id i is i + d2t[i].
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.rotary_emb = RotaryEmbedding(config)
+        self._packed = PackedWeights()
         self._fingerprint: tuple[tuple[int, int] | None, str] = (None, "")  # of which version of `fc`, and what it is
         self.post_init()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
 
@@ -307,7 +218,7 @@ class DraftHead(PublishableHead):
             embeddings: `[b, t, h]` embeddings of the token after each feature.
             positions: `[b, t]` RoPE positions.
             attend: attention over the keys and values that the caller keeps (see `HeadCache`).
-            wanted: the positions whose output is computed, a slice or `[b, q]` of each text. The others
+            wanted: the positions whose output is computed, a slice or `[b, q]` of each row. The others
                 give only their keys and values, which is a third of the work.
 
         Returns:
@@ -318,7 +229,8 @@ class DraftHead(PublishableHead):
     def rope(self, positions: Tensor) -> Rope:
         """The angles of RoPE at positions `[b, t]`, which any number of `run_layers` may share."""
         cosine, sine = self.rotary_emb(self.norm.weight, positions)
-        return Rope.of(cosine, sine)
+        first, second = sine.chunk(2, dim=-1)
+        return Rope(cosine, torch.cat([-first, second], dim=-1))
 
     def run_layers(
         self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)
@@ -329,13 +241,13 @@ class DraftHead(PublishableHead):
             hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))
         return hidden
 
-    def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
-        """The embeddings of the head's own; `None` where it reads the target's."""
-        return self.embed_tokens if self.config.owns_embedding else None  # type: ignore[no-any-return]
-
     def feedback(self, hidden: Tensor) -> Tensor:
         """What the next level reads in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
         return cast(Tensor, self.norm(hidden)) if self.config.feedback_post_norm else hidden
+
+    def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]  # PEFT asks when it saves adapters
+        """The head's own embeddings; `None` where it reads the target's."""
+        return self.embed_tokens if self.config.owns_embedding else None  # type: ignore[no-any-return]
 
     @property
     def draft_token_ids(self) -> Tensor:
@@ -363,6 +275,41 @@ class DraftHead(PublishableHead):
             raw = weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
             self._fingerprint = (version, hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16])
         return self._fingerprint[1]
+
+    def packed_view(self) -> "DraftHead":
+        """The head with layers that multiply by packed weights; this very head where that is no faster.
+
+        Valid until modules are added or replaced. The packed weights belong to this head and are made once.
+        """
+        return self._packed.view(self)
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Check that the head was made for `target`.
+
+        Args:
+            target: the loaded model.
+
+        Raises:
+            ValueError: a size or the model type differs; the message names both models.
+        """
+        check_is_model(target)
+        theirs = target_identity(target)
+        ours = self.config.target or {}
+        needed: dict[str, Any] = {
+            "vocab_size": self.config.vocab_size,
+            "hidden_size": self.config.target_hidden_size,
+            **{key: ours[key] for key in ("num_hidden_layers", "model_type") if key in ours},
+        }
+        wrong = [f"{key} {needed[key]} (this target: {theirs[key]})" for key in needed if needed[key] != theirs[key]]
+        layers = self.config.feature_layers or [0]
+        if layers[-1] > theirs["num_hidden_layers"]:
+            wrong.append(f"the hidden states {layers} (this target: 0 to {theirs['num_hidden_layers']})")
+        if wrong:
+            raise ValueError(
+                f"This head was made for {ours.get('name_or_path') or 'another target'}, not for "
+                f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
+                "belongs to this target, or train one with `DraftHeadTrainer`."
+            )
 
     @classmethod
     def from_target(
@@ -420,7 +367,7 @@ class DraftHead(PublishableHead):
             ValueError: the files are damaged or incomplete, hold another kind of drafter, contradict each other, or do
                 not fit `target`.
         """
-        hub, loading, overrides = split_keywords(keywords)
+        hub, loading, overrides = _split_keywords(keywords)
         if target is not None:
             check_is_model(target)
         name, stated = pretrained_model_name_or_path, loading.pop("config", None)
@@ -462,46 +409,143 @@ class DraftHead(PublishableHead):
                 f"`save_pretrained(format={format!r})` got {sorted(keywords) or list(args)}, but an export for other "
                 "engines takes no options. Leave them out; publish the folder with `huggingface_hub.upload_folder`."
             )
-        export_head(self, self.config, Path(save_directory), format)
+        export_head(self, Path(save_directory), format)
 
-    def check_target(self, target: PreTrainedModel) -> None:
-        """Check that the head was made for `target`.
+    def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
+        self, repo_id: str, *, commit_message: str = "Upload DraftHead", **where: Any
+    ) -> str:
+        """Publish the head on the Hub in one commit, with a plain model card if there is none.
 
         Args:
-            target: the loaded model.
+            repo_id: the repository; made if missing.
+            commit_message: subject of the commit.
+            where: `private`, `token`, `revision` and `create_pr`, see `Destination`.
+
+        Returns:
+            The address of the commit.
 
         Raises:
-            ValueError: a size or the model type differs; the message names both models.
+            OSError: the Hub refused, or the connection broke; nothing was committed.
         """
-        check_is_model(target)
-        theirs = target_identity(target)
-        ours = self.config.target or {}
-        needed: dict[str, Any] = {
-            "vocab_size": self.config.vocab_size,
-            "hidden_size": self.config.target_hidden_size,
-            **{key: ours[key] for key in ("num_hidden_layers", "model_type") if key in ours},
-        }
-        wrong = [f"{key} {needed[key]} (this target: {theirs[key]})" for key in needed if needed[key] != theirs[key]]
-        layers = self.config.feature_layers or [0]
-        if layers[-1] > theirs["num_hidden_layers"]:
-            wrong.append(f"the hidden states {layers} (this target: 0 to {theirs['num_hidden_layers']})")
-        if wrong:
+        card = self.plain_card(repo_id)
+        return push_saved(self.save_pretrained, card, Destination(repo_id, **where), commit_message)
+
+    def plain_card(self, repo_id: str) -> str:
+        """A card for a repository that has none: what it is, its target, and how to load it."""
+        use = f'head = DraftHead.from_pretrained("{repo_id}", target=model)'
+        return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
+
+
+_HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+_LOADING = {
+    "adapter_kwargs",
+    "attn_implementation",
+    "config",
+    "device_map",
+    "dtype",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_folder",
+    "quantization_config",
+    "state_dict",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_safetensors",
+}
+
+
+def _split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Keywords -> (where the files are, how Transformers loads them, corrections to the head's config)."""
+    fields = set(DraftHeadConfig.__annotations__) | PUBLISHED_ONLY
+    hub = {key: value for key, value in keywords.items() if key in _HUB}
+    loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
+    overrides = {key: value for key, value in keywords.items() if key in fields}
+    unknown = sorted(set(keywords) - set(hub) - set(loading) - set(overrides))
+    if unknown:
+        raise ValueError(
+            f"DraftHead.from_pretrained got {unknown}, which it does not know. Check the spelling: it takes the "
+            f"loading arguments {sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
+        )
+    if overrides.get("sliding_window") is not None:
+        raise ValueError(
+            f"DraftHead.from_pretrained got `sliding_window={overrides['sliding_window']!r}`, but draft trees support "
+            "no window. Pass `sliding_window=None` to ignore the head's own."
+        )
+    if "torch_dtype" in loading:
+        loading["dtype"] = loading.pop("torch_dtype")
+    return hub, loading, overrides
+
+
+class BoundHead:
+    """A head as it decodes for one target, with the target's embedding table and output rows.
+
+    Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target. A level
+    has few rows, so on a CPU the layers multiply by packed weights; the head itself stays as it is.
+
+    Args:
+        head: the head.
+        target: the model that it drafts for.
+        is_prepacked: false computes with the head's own weights, without packed copies of them.
+
+    Raises:
+        ValueError: the head belongs to another target, or is on another device.
+    """
+
+    def __init__(self, head: DraftHead, target: PreTrainedModel, *, is_prepacked: bool = True) -> None:
+        head.check_target(target)
+        table = target.get_input_embeddings()
+        if table.weight.device != head.device and not hasattr(table, "_hf_hook"):
             raise ValueError(
-                f"This head was made for {ours.get('name_or_path') or 'another target'}, not for "
-                f"{theirs['name_or_path'] or type(target).__name__}: it needs {', '.join(wrong)}. Load the head that "
-                "belongs to this target, or train one with training/train_head.py."
+                f"The head is on {head.device}, but the target's embedding is on {table.weight.device}. "
+                f"Call `head.to('{table.weight.device}')`, or load the head with `target=model`."
             )
+        self.head = head
+        self._fast = head.packed_view() if is_prepacked else head
+        self.embed_tokens = head.embed_tokens if head.config.owns_embedding else table
+        output = self._fast.lm_head if head.config.owns_output_head else target.get_output_embeddings()
+        self._output = cast(nn.Module, output)
+        self.output_weight = cast(Tensor, output.weight)
+        self.output_bias = cast(Tensor | None, getattr(output, "bias", None))  # some targets' heads have one
+        self.draft_token_ids = None if head.config.draft_vocab_size is None else head.draft_token_ids
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        """All whose weights drafting reads, the target's included."""
+        return nn.ModuleList([self.head, self.embed_tokens, self._output])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Target ids `[b, t]` -> `[b, t, h]` in the head's dtype."""
+        return cast(Tensor, self.embed_tokens(tokens)).to(self.head.dtype)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """As `DraftHead.fuse`."""
+        return self._fast.fuse(features)
+
+    def run_layers(
+        self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)
+    ) -> Tensor:
+        """As `DraftHead.run_layers`."""
+        return self._fast.run_layers(hidden, embeddings, rope, attend, wanted)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[b, t, h]` before the final norm -> fp32 `[b, t, d]`."""
+        return self.normed_logits(cast(Tensor, self.head.norm(hidden)))
+
+    def normed_logits(self, normed: Tensor) -> Tensor:
+        """`[..., h]` after the final norm -> fp32 `[..., d]`."""
+        logits = cast(Tensor, self._output(normed.to(self.output_weight.dtype)))
+        return logits.to(normed.device, torch.float32)  # a borrowed output head may lie on another device
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft vocabulary ids of any shape -> target ids."""
+        return draft_ids if self.draft_token_ids is None else self.draft_token_ids[draft_ids]
 
 
 _POSITIONS = 256
 
 
 class RopeWindow:
-    """Positions side by side, from where a text has come to. Steps inside it compute nothing.
-
-    Args:
-        head: whose angles they are.
-    """
+    """The angles of RoPE at many positions in a row, computed once for the many steps that read them."""
 
     def __init__(self, head: DraftHead) -> None:
         self._head, self._start, self._end = head, 0, 0
@@ -518,52 +562,3 @@ class RopeWindow:
 
     def _of(self, start: int, end: int) -> Rope:
         return self._head.rope(torch.arange(start, end, device=self._head.device)[None])
-
-
-class BoundHead:
-    """The head, the target's embedding table and the output rows of the draft vocabulary.
-
-    Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target. The
-    head's layers are prepacked, because a level has few rows.
-
-    Raises:
-        ValueError: the head belongs to another target, or is on another device.
-    """
-
-    def __init__(self, head: DraftHead, target: PreTrainedModel) -> None:
-        head.check_target(target)
-        table = target.get_input_embeddings()
-        if table.weight.device != head.device and not hasattr(table, "_hf_hook"):
-            raise ValueError(
-                f"The head is on {head.device}, but the target's embedding is on {table.weight.device}. "
-                f"Call `head.to('{table.weight.device}')`, or load the head with `target=model`."
-            )
-        self.head = head if is_prepacked(head) else prepack(head)
-        self.embed_tokens = head.embed_tokens if head.config.owns_embedding else table
-        output = head.lm_head if head.config.owns_output_head else target.get_output_embeddings()
-        self._output = cast(nn.Module, output)
-        self.output_weight = cast(Tensor, output.weight)
-        self.output_bias = cast(Tensor | None, getattr(output, "bias", None))  # some targets' heads have one
-        self.draft_token_ids = None if head.config.draft_vocab_size is None else head.draft_token_ids
-
-    @property
-    def modules(self) -> nn.ModuleList:
-        """All whose weights drafting reads, the target's included."""
-        return nn.ModuleList([self.head, self.embed_tokens, self._output])
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Target ids `[b, t]` -> `[b, t, h]` in the head's dtype."""
-        return cast(Tensor, self.embed_tokens(tokens)).to(self.head.dtype)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[b, t, h]` before the final norm -> fp32 `[b, t, d]`."""
-        return self.normed_logits(cast(Tensor, self.head.norm(hidden)))
-
-    def normed_logits(self, normed: Tensor) -> Tensor:
-        """`[..., h]` after the final norm -> fp32 `[..., d]`."""
-        logits = cast(Tensor, self._output(normed.to(self.output_weight.dtype)))
-        return logits.to(normed.device, torch.float32)  # a borrowed output head may lie on another device
-
-    def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Draft vocabulary ids of any shape -> target ids."""
-        return draft_ids if self.draft_token_ids is None else self.draft_token_ids[draft_ids]

@@ -1,9 +1,7 @@
-"""Files of a repository, all of one commit and whole.
+"""Files of a repository on the Hub, all of one commit and whole.
 
 Over plain HTTP `huggingface_hub` compares the size of what it fetched, not the content (2.4, `http_get`). A cached
 file is named after its ETag, which is its hash, so the content can be compared here.
-
-Files of a head, policy or target beside those that loading it reads.
 """
 
 import hashlib
@@ -29,8 +27,7 @@ class RepositoryFiles:
 
     Args:
         repo_id: Hub id.
-        hub: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`, `subfolder`, as in
-            `huggingface_hub.hf_hub_download`.
+        hub: `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
     """
 
     def __init__(self, repo_id: str, **hub: Any) -> None:
@@ -41,8 +38,7 @@ class RepositoryFiles:
     def fetch(self, name: str) -> Path | None:
         """The path of a file on this machine, or `None` when the commit has no such file.
 
-        A file that was damaged on the way, or belongs to another commit because a branch moved between two calls of
-        `huggingface_hub`, is fetched once more.
+        A file that was damaged on the way is fetched once more.
 
         Raises:
             ValueError: the id is no Hub id, or the downloaded file is damaged twice.
@@ -95,8 +91,8 @@ class RepositoryFiles:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the content of a cached file is the one that the Hub named; true where the name does not tell."""
-    if not path.is_symlink():  # a folder of the user's, or a cache without links
+    """Whether a cached file has the hash in its name; true where the name has none."""
+    if not path.is_symlink():  # in a folder of the user, or a cache without links
         return True
     blob = Path(os.readlink(path))  # one step: a blob shared between repositories is itself a link
     if blob.parent.name != "blobs":
@@ -112,7 +108,7 @@ def is_whole(path: Path) -> bool:
 
 
 def folder_of(id_or_folder: str | Path) -> Path | None:
-    """Find the files of a head, policy or target: a folder, or what the Hub's cache holds of a repository."""
+    """The files of a head, policy or target: a folder, or what the Hub's cache holds of a repository."""
     if Path(id_or_folder).is_dir():
         return Path(id_or_folder)
     try:
@@ -122,7 +118,7 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """Fetch a file of a head or policy that loading it did not: from its folder, or the commit that was loaded.
+    """A file of a head or policy that loading it did not read: from its folder, or the commit that was loaded.
 
     Raises:
         OSError, ConnectionError, ValueError: as `RepositoryFiles.fetch`.

@@ -1,9 +1,4 @@
-"""The YAML at the top of a card, which links a head or a policy to its target on the Hub.
-
-Upload files to a repository, in one commit: all of them or none.
-
-Push what an object saves, with a minimal card.
-"""
+"""Upload files to a repository on the Hub in one commit, all of them or none, and the cards of heads and policies."""
 
 import re
 import time
@@ -22,55 +17,7 @@ from ..compat import TransportError
 
 LIBRARY = "transformers-resps"
 GENERAL_TAGS = ("speculative-decoding", "transformers-resps")
-
-
-def as_hub_id(name: str | None) -> str | None:
-    """`name` if it reads as an id of the Hub and is no folder here."""
-    is_id = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    return name if is_id else None
-
-
-def shareable(config: Any) -> Any:
-    """JSON values without local paths: a `name_or_path` of a local folder, at any depth, becomes the folder's name."""
-    if not isinstance(config, Mapping):
-        return config
-    told = {key: shareable(value) for key, value in config.items()}
-    name = str(told.get("name_or_path") or "")
-    return {**told, "name_or_path": Path(name).resolve().name} if name and Path(name).is_dir() else told
-
-
-def card_data(
-    target: str | None,
-    tags: Sequence[str],
-    *,
-    license: str | None = None,
-    languages: Sequence[str] = (),
-    datasets: Sequence[str] = (),
-) -> ModelCardData:
-    """The metadata of a card.
-
-    `base_model_relation` is `adapter`. Of the four values that the Hub knows (adapter, finetune, merge, quantized) it
-    is the one for weights that are of use only beside the unchanged weights of the base model. Where it is left out,
-    as most publishers of draft heads do, the Hub takes `finetune`, which is wrong: the target is not changed.
-
-    Args:
-        target: Hub id, or `None` when the target is not on the Hub.
-        tags: in the order shown.
-        license: of the artefact, a short name that the Hub knows.
-        languages: ISO codes.
-        datasets: Hub ids.
-    """
-    return ModelCardData(
-        library_name=LIBRARY,
-        pipeline_tag="text-generation",
-        base_model=target,
-        base_model_relation="adapter" if target else None,
-        license=license,
-        language=list(languages) or None,
-        datasets=list(datasets) or None,
-        tags=list(tags),
-    )
-
+CARD, RESULTS, METRICS = "README.md", "results.json", "metrics.json"  # what publishing puts beside weights
 
 Answer = TypeVar("Answer")
 
@@ -80,18 +27,10 @@ _MAX_TRIES, _MAX_WAIT_SECONDS = 5, 60.0
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where to put files.
-
-    Attributes:
-        repo_id: made if missing.
-        private: of a repository that is made; the account's default when `None`.
-        token: otherwise the one of `hf auth login`.
-        revision: branch, made if missing; the main one when `None`.
-        create_pr: propose the commit instead of making it.
-    """
+    """Where to put files, in the words of `huggingface_hub`; repository and branch are made if missing."""
 
     repo_id: str
-    private: bool | None = None
+    private: bool | None = None  # of a repository that is made
     token: str | bool | None = None
     revision: str | None = None
     create_pr: bool = False
@@ -102,9 +41,9 @@ class Existing:
     """What becomes of files that the repository has already.
 
     Attributes:
-        keep: of an upload, those that are left as they are.
+        keep: files of the upload that are left as they are.
         refuse: if one of these exists, nothing is uploaded: it describes other weights.
-        remove: whether a file that the upload does not contain is deleted.
+        remove: name -> whether a file that is not uploaded is deleted.
     """
 
     keep: tuple[str, ...] = ()
@@ -126,34 +65,45 @@ def upload(
 
     Args:
         files: path in the repository -> a local file, or its content.
-        destination: see there.
+        destination: the repository.
         message: subject of the commit.
         existing: what becomes of the files that are there.
         sleep: waits that many seconds.
 
     Raises:
-        OSError: the Hub refused, the repository changed meanwhile, or there is a file that `existing` refuses (then a
-            `FileExistsError`). Nothing was committed.
+        OSError: the Hub refused, or the repository changed meanwhile; nothing was committed. A `FileExistsError` for a
+            file that `existing` refuses.
         ConnectionError: the connection broke. Either all was committed or nothing.
         ValueError: `repo_id` is no id.
     """
     with _explained(destination.repo_id):
-        return _commit(files, destination, message, existing, sleep)
+        before = _prepared(destination, existing, sleep)
+        held, kept = _names(before), set(existing.keep)
+        added = [CommitOperationAdd(name, file) for name, file in files.items() if name not in held & kept]
+        removed = [CommitOperationDelete(name) for name in sorted(held - files.keys()) if existing.remove(name)]
+        commit = _patiently(
+            lambda: HfApi(token=destination.token).create_commit(
+                before.id,
+                [*added, *removed],
+                commit_message=message,
+                revision=destination.revision,
+                create_pr=destination.create_pr,
+                parent_commit=None if destination.create_pr else before.sha,
+            ),
+            sleep,
+        )
+        return commit.pr_url or commit.commit_url
 
 
 def make_repository(destination: Destination, existing: Existing = Existing()) -> str:
-    """Make the repository and the branch if they are missing; returns the full id. Refused where an upload would be.
-
-    Raises:
-        OSError, ConnectionError, ValueError: as `upload`.
-    """
+    """Make the repository and the branch if they are missing; returns the full id. Refuses what `upload` refuses."""
     with _explained(destination.repo_id):
         return _prepared(destination, existing, time.sleep).id
 
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Errors of `huggingface_hub` as ours, which say what became of the files."""
+    """Turn errors of `huggingface_hub` into ones that say what became of the files."""
     try:
         yield
     except HFValidationError as error:
@@ -179,40 +129,14 @@ def _prepared(destination: Destination, existing: Existing, sleep: Callable[[flo
     if refused := sorted(_names(before).intersection(existing.refuse)):
         named = " and ".join(refused)
         raise FileExistsError(
-            f"{made.repo_id} holds {named} of other weights, which would seem to describe the new ones. Publish with "
-            f"training/publish.py, push to another repository, or first delete {named} there and what its card says "
-            "of them."
+            f"{made.repo_id} holds {named} of other weights, which would seem to describe the new ones. Push to "
+            f"another repository, or first delete {named} there and what its card says of them."
         )
     return before
 
 
 def _names(repository: ModelInfo) -> set[str]:
     return {file.rfilename for file in repository.siblings or ()}
-
-
-def _commit(
-    files: Mapping[str, Path | bytes],
-    destination: Destination,
-    message: str,
-    existing: Existing,
-    sleep: Callable[[float], None],
-) -> str:
-    before = _prepared(destination, existing, sleep)
-    held = _names(before)
-    added = [CommitOperationAdd(name, file) for name, file in files.items() if name not in held & set(existing.keep)]
-    removed = [CommitOperationDelete(name) for name in sorted(held - files.keys()) if existing.remove(name)]
-    commit = _patiently(
-        lambda: HfApi(token=destination.token).create_commit(
-            before.id,
-            [*added, *removed],
-            commit_message=message,
-            revision=destination.revision,
-            create_pr=destination.create_pr,
-            parent_commit=None if destination.create_pr else before.sha,
-        ),
-        sleep,
-    )
-    return commit.pr_url or commit.commit_url
 
 
 def _patiently(call: Callable[[], Answer], sleep: Callable[[float], None]) -> Answer:
@@ -246,20 +170,11 @@ def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
     )
 
 
-# What publishing puts beside weights and describes them.
-CARD, RESULTS, METRICS = "README.md", "results.json", "metrics.json"
-
-
 def push_saved(save: Callable[[Path], Any], card: str, destination: Destination, message: str) -> str:
     """Upload what `save` writes into a folder, and `card` where the repository has none.
 
-    A repository with figures of other weights is refused, not cleared: it may hold their only copy.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        OSError, ConnectionError, ValueError: as `upload`.
+    Returns the address of the commit; raises as `upload`. A repository with figures of other weights is refused, not
+    cleared: it may hold their only copy.
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -270,15 +185,55 @@ def push_saved(save: Callable[[Path], Any], card: str, destination: Destination,
         )
 
 
-def plain_card(kind: str, tag: str, target: str | None, use: str) -> str:
-    """A card without results: metadata for the target's page, what it is, and a line to load it.
+def as_hub_id(name: str | None) -> str | None:
+    """`name` if it reads as an id of the Hub and is no folder here."""
+    is_id = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    return name if is_id else None
+
+
+def shareable(config: Any) -> Any:
+    """JSON values without local paths: a `name_or_path` of a local folder, at any depth, becomes the folder's name."""
+    if not isinstance(config, Mapping):
+        return config
+    told = {key: shareable(value) for key, value in config.items()}
+    name = str(told.get("name_or_path") or "")
+    return {**told, "name_or_path": Path(name).resolve().name} if name and Path(name).is_dir() else told
+
+
+def card_data(
+    target: str | None,
+    tags: Sequence[str],
+    *,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+) -> ModelCardData:
+    """The metadata of a card.
+
+    Of the relations that the Hub knows (adapter, finetune, merge, quantized), `adapter` is the one for weights that
+    are used beside the unchanged weights of the base model. Without one the Hub assumes `finetune`.
 
     Args:
-        kind: in words, as "draft head".
-        tag: the same as a tag.
-        target: the target's name.
-        use: the line of Python.
+        target: Hub id, or `None` when the target is not on the Hub.
+        tags: in the order shown.
+        license: of the artefact, a short name that the Hub knows.
+        languages: ISO codes.
+        datasets: Hub ids.
     """
+    return ModelCardData(
+        library_name=LIBRARY,
+        pipeline_tag="text-generation",
+        base_model=target,
+        base_model_relation="adapter" if target else None,
+        license=license,
+        language=list(languages) or None,
+        datasets=list(datasets) or None,
+        tags=list(tags),
+    )
+
+
+def plain_card(kind: str, tag: str, target: str | None, use: str) -> str:
+    """A card without results: metadata for the target's page, what it is ("draft head"), and a line to load it."""
     hub_id = as_hub_id(target)
     of = f" for {hub_id}" if hub_id else ""
     return (

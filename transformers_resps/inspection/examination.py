@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..generation.request import SpeculationDefaults
+from ..generation.state import SpeculationDefaults
 from ..heads import DraftHead
 from ..policies import Policy
 from ..telemetry.report import SpeculationReport

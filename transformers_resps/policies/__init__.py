@@ -2,13 +2,13 @@
 
 from .acceptance_model import AcceptanceModel, PlattScaling
 from .action_grid import ActionGrid
-from .auto import AutoPolicy, PolicyCache, default_policy
+from .auto import PolicyCache, default_policy
 from .base import Level, Observation, Policy, PolicyWrapper, ask_shape, choose_shape, count_nodes, wants_level
-from .costs import CostModel, RunningCosts
+from .costs import CostModel, CostTable, RunningCosts
 from .fixed import FixedPolicy
 from .guard import BaselineGuard
 from .resps import ReSpSConfig, ReSpSPolicy
-from .saving import SavedPolicy
+from .saving import AutoPolicy, SavedPolicy
 from .throughput import ThroughputPolicy
 
 
@@ -18,6 +18,7 @@ __all__ = [
     "FixedPolicy",
     "BaselineGuard",
     "CostModel",
+    "CostTable",
     "PolicyCache",
     "Level",
     "PlattScaling",

@@ -93,12 +93,7 @@ class AcceptanceModel:
         return list(accumulate((self.hit_rate(level) for level in range(1, depth + 1)), mul))
 
     def children_of(self, probs: Sequence[float], level: int, width: int) -> list[float]:
-        """Probabilities of the children that nodes would get, before these are drafted.
-
-        Args:
-            probs: of the nodes.
-            level: of the nodes.
-            width: children per node; three at most count.
+        """Probabilities of the children that nodes of a level would get, before they are drafted; three at most count.
 
         The head stays about as confident as it was. On recordings of two heads the first child holds half to nine
         tenths of what all children hit, rising with the mean probability of a node on the way to it; the next two

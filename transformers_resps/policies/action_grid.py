@@ -1,7 +1,7 @@
 """The shapes a learned policy picks from."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ..tree import TreeShape
@@ -44,9 +44,8 @@ class ActionGrid:
     def paper(cls) -> "ActionGrid":
         """The 177 actions of Re-SpS (arXiv 2601.12212), section 4.1 and its code at 24786f4.
 
-        EAGLE's total_token, depth and top_k out of {32, 48, 64, 80, 96, 128} x {3, ..., 8} x {8, 12, 16, 20, 32}, 180
-        in all, under the paper's filter total_token <= top_k ** (depth - 1), which drops 80, 96 and 128 at depth 3 and
-        top_k 8. Those three would fit (EAGLE's pool holds top_k + depth * top_k ** 2 nodes); they stay out, as there.
+        The paper's filter drops 3 of 180: 80, 96 and 128 nodes at depth 3 and top_k 8. They would fit (EAGLE's pool
+        holds top_k + depth * top_k ** 2 nodes), but stay out as there.
         """
         return cls(
             tuple(
@@ -82,12 +81,7 @@ class ActionGrid:
 
     def with_lookups(self, lookups: Sequence[int]) -> "ActionGrid":
         """Every shape with every number of looked-up nodes in `lookups`."""
-        return ActionGrid(
-            tuple(
-                TreeShape(shape.total_tokens, shape.depth, shape.top_k, lookup)
-                for shape, lookup in product(self.shapes, lookups)
-            )
-        )
+        return ActionGrid(tuple(replace(shape, lookup=lookup) for shape, lookup in product(self.shapes, lookups)))
 
     def affordable(self, seconds: Callable[[TreeShape], float]) -> "ActionGrid":
         """The shapes that could pay: at their best they emit `depth + 1` tokens faster than as many plain steps.
@@ -96,7 +90,8 @@ class ActionGrid:
             seconds: cost of a step on the machine at hand, for instance from its cost table.
         """
         plain = seconds(TreeShape.plain())
-        kept = [shape for shape in self.shapes if shape.is_plain or seconds(shape) < _most_emitted(shape) * plain]
+        most_emitted = {shape: 1 + max(shape.depth * shape.asks_head, shape.lookup) for shape in self.shapes}
+        kept = [shape for shape, most in most_emitted.items() if shape.is_plain or seconds(shape) < most * plain]
         return ActionGrid(tuple(dict.fromkeys([TreeShape.plain(), *kept])))
 
     def to_list(self) -> list[list[int]]:
@@ -119,8 +114,3 @@ class ActionGrid:
                 "build a grid that has it with `ActionGrid.from_bins`."
             )
         return self.shapes.index(shape)
-
-
-def _most_emitted(shape: TreeShape) -> int:
-    """Tokens of a step in which everything is accepted."""
-    return max(shape.depth if shape.asks_head else 0, shape.lookup) + 1

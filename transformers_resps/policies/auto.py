@@ -1,11 +1,7 @@
-"""Load any saved policy by what its `config.json` says it is.
-
-What `policy="auto"` means, and what named policies learned between calls of `generate`.
-"""
+"""What `policy="auto"` means, and where policies that calls name keep what they learned between calls."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,37 +9,7 @@ import torch
 
 from .base import Policy
 from .guard import BaselineGuard
-from .saving import SavedPolicy, class_of, policy_folder, read_config
 from .throughput import ThroughputPolicy
-
-
-class AutoPolicy:
-    """Loads any saved policy, as the Auto classes of Transformers load models."""
-
-    def __init__(self) -> None:
-        raise TypeError(
-            "`AutoPolicy` only loads saved policies. Call `AutoPolicy.from_pretrained(id_or_folder)`, or create a "
-            "policy, for example `FixedPolicy(TreeShape(8, 3, 2))`."
-        )
-
-    @classmethod
-    def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> SavedPolicy:
-        """Load a policy from a folder or a Hub repository, as the class that its `policy_type` names.
-
-        Args:
-            id_or_folder: a folder that `save_pretrained` wrote, or a Hub id.
-            revision: branch, tag or commit of the repository.
-            hub: passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
-
-        Returns:
-            The policy.
-
-        Raises:
-            ValueError: no policy is found, or its type is unknown to this release.
-        """
-        folder = policy_folder(id_or_folder, revision, **hub)
-        config = read_config(folder)
-        return class_of(config["policy_type"]).load_folder(folder, config)
 
 
 def default_policy(device: torch.device | None = None) -> Policy:
@@ -58,10 +24,6 @@ def default_policy(device: torch.device | None = None) -> Policy:
     return BaselineGuard(ThroughputPolicy(depth=8, top_k=10, most_nodes=60))
 
 
-class _NoHead:
-    """Stands for the head of calls without one."""
-
-
 class PolicyCache:
     """The policies of one target that calls named, one for each head and key, kept as long as target and head exist.
 
@@ -69,7 +31,6 @@ class PolicyCache:
     """
 
     def __init__(self) -> None:
-        self._no_head = _NoHead()
         self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
 
     @staticmethod
@@ -87,7 +48,7 @@ class PolicyCache:
 
         A second call that runs at the same time, for instance in another thread, gets a fresh one.
         """
-        policies = self._policies.setdefault(self._no_head if head is None else head, {})
+        policies = self._policies.setdefault(self if head is None else head, {})
         policy = policies.pop(key, None) or make()
         try:
             yield policy

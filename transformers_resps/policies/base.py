@@ -1,17 +1,12 @@
-"""Identity of the target and the head that a policy was trained with: JSON values.
+"""What every policy is: how it is asked, what it sees and learns from, and what it tells of itself.
 
-The base class of all policies: what a policy sees, decides, learns from and tells of itself.
-
-Trees and records only, never a head or a model, so that any drafter can make the observations.
-
-The base class of policies around another one.
-
-Ask a policy, and refuse a decision that no step can follow.
+A policy sees trees and records only, never a head or a model, so that any drafter can make the observations.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -21,43 +16,11 @@ from ..tree import DraftTree, TreeShape
 from .costs import RunningCosts
 
 
-Identity = Mapping[str, Any]
+Identity = Mapping[str, Any]  # of a target or a head that a policy was trained with: JSON values
 
-_LABELS = {"name_or_path"}  # a model's path differs between machines and does not identify it
-
-
-def check_identity_values(what: str, value: Any) -> None:
-    """Refuse a value that cannot be an identity; `None` stands for an unknown one.
-
-    Raises:
-        ValueError: the value is no mapping.
-    """
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(
-            f"The {what} that a policy was trained with must be a mapping, got {value!r}. Pass what "
-            "`trainers.pair_identity(target, head)` returns, or leave it out."
-        )
-
-
-def check_same(what: str, trained: Identity | None, given: Identity | None) -> None:
-    """Refuse an identity that contradicts the one a policy was trained with. Keys that one side lacks are skipped.
-
-    Raises:
-        ValueError: a value differs; the message names both sides.
-    """
-    if trained is None or given is None:
-        return
-    shared = [key for key in trained if key in given and key not in _LABELS]
-    wrong = [f"{key} {trained[key]!r} (here {given[key]!r})" for key in shared if trained[key] != given[key]]
-    if wrong:
-        raise ValueError(
-            f"This policy was trained with the {what} {_name(trained)}, but is used with {_name(given)}: it needs "
-            f"{', '.join(wrong)}. Load the policy of this {what}, or train one with training/train_policy.py."
-        )
-
-
-def _name(identity: Identity) -> str:
-    return str(identity.get("name_or_path") or "without a name")
+# What a step may cost in memory. Published trees verify 60 nodes of 710 candidates.
+MAX_NODES = 4096
+MAX_CANDIDATES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +33,15 @@ class Observation:
         context_length: positions of the sequence so far, padding included.
         step: 0 for the first decision in a call of `generate`.
         room: tokens that the sequence may still gain; a deeper tree is cut.
-        prefix_accept_probs: callable; looks up the end of the sequence in the sequence so far and returns, for i = 1,
-            2, ..., the probability that the first i looked-up tokens are accepted; `[]` without a match. Batches: the
-            mean over rows, weighted by `row_weights` (ragged), or the least promising row (lockstep). Takes
-            microseconds.
-        prompt_seconds: seconds that drafting took before the first step, in which head and lookup read the prompt. The
-            same at every step, and in no record that `observe` gets.
-        row_weights: how much one token of each row counts, 1.0 on average. Rows that lag weigh more, because a batch
-            ends with its slowest row. Empty if all rows count the same.
-        reads_paths: whether the target has recurrent layers, which read every path from the root to a leaf: their work
-            grows with the leaves times the depth.
+        prefix_accept_probs: callable; looks up the end of the sequence in the sequence so far and returns
+            P(first i looked-up tokens are accepted) for i = 1, 2, ...; `[]` without a match. Batches: the mean over
+            rows, weighted by `row_weights` (ragged), or the minimum (lockstep).
+        prompt_seconds: seconds in which head and lookup read the prompt, before the first step. The same at every
+            step, and in no record that `observe` gets.
+        row_weights: how much one token of each row counts, 1.0 on average; empty if all count the same. Rows that lag
+            weigh more, because a batch ends with its slowest row.
+        reads_paths: whether the target has recurrent layers, whose work grows with leaves times depth: they read every
+            path from the root to a leaf.
     """
 
     features: Tensor | None
@@ -135,7 +97,7 @@ class Policy(ABC):
 
     @property
     def is_confident(self) -> bool:
-        """Whether its estimates rest on observed outcomes by now. `BaselineGuard` reads it."""
+        """Whether its estimates rest on observed outcomes by now, which `BaselineGuard` asks for."""
         return False
 
     @property
@@ -144,11 +106,9 @@ class Policy(ABC):
         return self.target_identity is not None or self.head_identity is not None
 
     def check_identity(self, *, target: Identity | None = None, head: Identity | None = None) -> None:
-        """Refuse another target or head than the policy was trained for; called before any work if it has an identity.
+        """Refuse another target or head than the policy was trained for; `None` is not compared.
 
-        Args:
-            target: identity of the target, as `pair_identity` returns it; `None` is not compared.
-            head: likewise of the head.
+        It is called before any work if the policy has an identity.
 
         Raises:
             ValueError: one differs; the message names both sides.
@@ -187,6 +147,17 @@ class Policy(ABC):
         """Learn from the record of a finished step."""
         return None
 
+    def adopt_costs(self, costs: RunningCosts) -> None:
+        """Go on with these costs in place of its own. A guard asks for it if it finds that others hold now: the
+        context is far longer, or the finished rows of a batch are back.
+        """
+        self.costs = costs
+
+
+def _of_wrapped(name: str) -> Any:
+    """An attribute that is always the wrapped policy's, which may change it from step to step."""
+    return property(attrgetter(f"policy.{name}"))
+
 
 class PolicyWrapper(Policy):
     """Decides as the wrapped `policy`, and tells of itself what that one tells; a subclass overrides what it changes.
@@ -195,40 +166,17 @@ class PolicyWrapper(Policy):
         policy: the wrapped one.
     """
 
+    needs_head: bool = _of_wrapped("needs_head")
+    uses_lookup: bool = _of_wrapped("uses_lookup")
+    needs_drafted_match: bool = _of_wrapped("needs_drafted_match")
+    grows: bool = _of_wrapped("grows")
+    probes_head: bool = _of_wrapped("probes_head")
+    costs: RunningCosts | None = _of_wrapped("costs")
+    target_identity: Identity | None = _of_wrapped("target_identity")
+    head_identity: Identity | None = _of_wrapped("head_identity")
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-
-    @property
-    def needs_head(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.needs_head
-
-    @property
-    def uses_lookup(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.uses_lookup
-
-    @property
-    def needs_drafted_match(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.needs_drafted_match
-
-    @property
-    def grows(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.grows
-
-    @property
-    def probes_head(self) -> bool:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.probes_head
-
-    @property
-    def costs(self) -> RunningCosts | None:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.costs
-
-    @property
-    def target_identity(self) -> Identity | None:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.target_identity
-
-    @property
-    def head_identity(self) -> Identity | None:  # type: ignore[override]  # may change with the wrapped policy
-        return self.policy.head_identity
 
     @property
     def is_confident(self) -> bool:
@@ -252,19 +200,12 @@ class PolicyWrapper(Policy):
     def observe(self, record: StepRecord) -> None:
         self.policy.observe(record)
 
-
-# What a step may cost in memory. Published trees verify 60 nodes of 710 candidates.
-MAX_NODES = 4096
-MAX_CANDIDATES = 2**20
+    def adopt_costs(self, costs: RunningCosts) -> None:
+        self.policy.adopt_costs(costs)
 
 
 def choose_shape(policy: Policy, observation: Observation, proposable_tokens: int) -> TreeShape:
-    """The shape that `policy` chooses, no deeper than there is room.
-
-    Args:
-        policy: chooses.
-        observation: what it sees.
-        proposable_tokens: number of tokens that the head can propose; 0 without a head.
+    """The shape that `policy` chooses, no deeper than there is room, for a head that can propose so many tokens.
 
     Raises:
         ValueError: the choice is no shape, or is larger than `MAX_NODES` and `MAX_CANDIDATES` allow.
@@ -310,7 +251,7 @@ def wants_level(policy: Policy, level: Level) -> bool:
 
 
 def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> int:
-    """How many nodes `policy` verifies of a pool, see `Policy.size`; below 1 counts as the root alone.
+    """How many nodes `policy` verifies of a pool; below 1 counts as the root alone.
 
     Raises:
         ValueError: its answer is no number.
@@ -322,3 +263,38 @@ def count_nodes(policy: Policy, scores: Tensor, levels: Tensor) -> int:
         raise ValueError(
             f"{policy!r} returned {answer!r} from `size`. Return an integer; 1 verifies the root alone."
         ) from error
+
+
+def check_identity_values(what: str, value: Any) -> None:
+    """Refuse a value that cannot be an identity; `None` stands for an unknown one.
+
+    Raises:
+        ValueError: the value is no mapping.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(
+            f"The {what} that a policy was trained with must be a mapping, got {value!r}. Pass what "
+            "`trainers.pair_identity(target, head)` returns, or leave it out."
+        )
+
+
+def check_same(what: str, trained: Identity | None, given: Identity | None) -> None:
+    """Refuse an identity that contradicts the one a policy was trained with. Keys that one side lacks are skipped.
+
+    Raises:
+        ValueError: a value differs; the message names both sides.
+    """
+    if trained is None or given is None:
+        return
+    # A model's path differs between machines and does not identify it
+    shared = [key for key in trained if key in given and key != "name_or_path"]
+    wrong = [f"{key} {trained[key]!r} (here {given[key]!r})" for key in shared if trained[key] != given[key]]
+    if wrong:
+        raise ValueError(
+            f"This policy was trained with the {what} {_name(trained)}, but is used with {_name(given)}: it needs "
+            f"{', '.join(wrong)}. Load the policy of this {what}, or train one with training/train_policy.py."
+        )
+
+
+def _name(identity: Identity) -> str:
+    return str(identity.get("name_or_path") or "without a name")

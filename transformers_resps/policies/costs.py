@@ -1,17 +1,18 @@
-"""What a step costs, by its size and context: the interface of tables, measured or planted.
+"""What a step costs: planted, measured beforehand as a table, or learned while decoding."""
 
-Costs of a step, learned while decoding: seconds of the target's forward by nodes, of the head by levels.
-
-Machines have slow moments, and only a few sizes are measured in each. If every size kept the time of its own moment,
-a
-tree that was slow once would look expensive until it is tried again, and would therefore not be tried again. So each
-measurement rescales all sizes.
-"""
-
-import bisect
+import json
+import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from ..tree import TreeShape
+
+
+Range = tuple[float, float]  # seconds: first and third quartile of the repeats
 
 
 class CostModel(ABC):
@@ -37,6 +38,166 @@ class CostModel(ABC):
         return self.draft_seconds(shape.top_k, shape.depth) + verify + self.overhead
 
 
+@dataclass(frozen=True)
+class CostTable(CostModel):
+    """What the steps of decoding cost on one machine: medians in seconds. `calibrate` measures one.
+
+    A table and not a line, because costs are not even monotone: on some CPUs two nodes cost more than eight in fp32.
+
+    Attributes:
+        verify: context positions -> nodes -> seconds of a target forward; one node is a plain step.
+        draft: level width -> seconds of one head level; empty without a head.
+        identity: device, dtype, threads, versions, target, attention and head that the table is valid for.
+        overhead: seconds of a step outside its forwards: acceptance, caches, policy.
+        plain: context positions -> seconds of a forward of plain `generate`, with the attention and cache of
+            Transformers; may be empty.
+        verify_range: context positions -> nodes -> first and third quartile of the repeats of which `verify` holds the
+            median, in seconds; may be empty, like the next two.
+        draft_range: likewise of `draft`.
+        plain_range: likewise of `plain`.
+
+    Raises:
+        ValueError: no forward is in the table, a size is below 1, or a cost is no positive number of seconds.
+    """
+
+    verify: dict[int, dict[int, float]]
+    draft: dict[int, float]
+    identity: dict[str, Any]
+    overhead: float = 0.0
+    plain: dict[int, float] = field(default_factory=dict)
+    verify_range: dict[int, dict[int, Range]] = field(default_factory=dict)
+    draft_range: dict[int, Range] = field(default_factory=dict)
+    plain_range: dict[int, Range] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        is_measured = isinstance(self.verify, dict) and bool(self.verify) and all(map(_is_size, self.verify))
+        rows = [self.draft, self.plain, *(self.verify.values() if is_measured else ())]
+        ranges = [self.draft_range, self.plain_range, *self.verify_range.values()]
+        rows += [dict(zip(row, ends, strict=True)) for row in ranges for ends in zip(*row.values(), strict=True)]
+        has_overhead = _is_time(self.overhead) or self.overhead == 0
+        if (
+            not (is_measured and all(self.verify.values()) and all(map(_is_row, rows)))
+            or not has_overhead
+            or not isinstance(self.identity, dict)
+        ):
+            raise ValueError(
+                "The cost table is empty, or holds sizes below 1 or costs that are no positive numbers of seconds. "
+                "Measure again with `calibrate(model, head, refresh=True)`."
+            )
+
+    def verify_seconds(self, nodes: int, context: int) -> float:
+        """Seconds of a target forward over `nodes`, interpolated in nodes and context."""
+        return _interpolated({length: _interpolated(row, nodes) for length, row in self.verify.items()}, context)
+
+    def plain_seconds(self, context: int) -> float:
+        """Seconds of a forward of plain `generate`; of our own plain step if nothing else was measured."""
+        return _interpolated(self.plain, context) if self.plain else self.verify_seconds(1, context)
+
+    def draft_seconds(self, width: int, levels: int) -> float:
+        return levels * _interpolated(self.draft, width) if self.draft else 0.0
+
+    def running(self, context: int, top_k: int = 4) -> "RunningCosts":
+        """Starting costs for a `ThroughputPolicy`, which corrects them while it decodes.
+
+        Args:
+            context: positions of the sequence.
+            top_k: children per node, as the policy has it; "auto" has 10 beyond a CPU.
+        """
+        sizes = min(self.verify.values(), key=len)
+        verify = {nodes: self.verify_seconds(nodes, context) for nodes in sizes}
+        return RunningCosts.starting_from(verify, self.draft_seconds(top_k, 1), self.overhead)
+
+    def check_here(self, here: Mapping[str, Any]) -> None:
+        """Check that the table was measured where it is used.
+
+        Args:
+            here: identity of machine, target and head, as `calibration.identity_of` returns it.
+
+        Raises:
+            ValueError: it was measured elsewhere; the message names every difference.
+        """
+        known = self.identity
+        odd = [f"{key} {known.get(key)!r} (here: {value!r})" for key, value in here.items() if known.get(key) != value]
+        if odd:
+            raise ValueError(
+                f"This cost table was measured with {', '.join(odd)}. Run `calibrate(model, head)` here, which takes "
+                "less than a minute."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON; an existing file is replaced atomically."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_suffix(".tmp")
+        written.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        written.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CostTable":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file cannot be read, is no cost table, or holds a cost that is not above zero.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, TypeError) as error:
+            raise ValueError(
+                f"The cost table {path} cannot be read ({error}). Check the path, or run `calibrate(model, head)`."
+            ) from error
+        except UnicodeDecodeError as error:  # which holds the whole file
+            raise ValueError(_no_table(path, error.reason)) from error
+        try:
+            read = json.loads(text)
+            return cls(
+                verify={int(context): _row(row) for context, row in read["verify"].items()},
+                draft=_row(read["draft"]),
+                identity=dict(read["identity"]),
+                overhead=float(read.get("overhead", 0.0)),
+                plain=_row(read.get("plain", {})),
+                verify_range={int(context): _ranges(row) for context, row in read.get("verify_range", {}).items()},
+                draft_range=_ranges(read.get("draft_range", {})),
+                plain_range=_ranges(read.get("plain_range", {})),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(_no_table(path, repr(error)[:200])) from error
+
+
+def _no_table(path: str | Path, reason: str) -> str:
+    return f"{path} is no cost table ({reason}). Delete it and run `calibrate(model, head)`."
+
+
+def _row(read: dict[str, Any]) -> dict[int, float]:
+    return {int(size): float(seconds) for size, seconds in read.items()}
+
+
+def _ranges(read: dict[str, Any]) -> dict[int, Range]:
+    return {int(size): (float(low), float(high)) for size, (low, high) in read.items()}
+
+
+def _interpolated(row: dict[int, float], at: int) -> float:
+    """Linear between the known points; beyond the last one along the line through the last two, if that rises."""
+    known = sorted(row)
+    if at <= known[0] or len(known) == 1:
+        return row[known[0]]
+    place = min(bisect_left(known, at), len(known) - 1)
+    low, high = known[place - 1], known[place]
+    slope = (row[high] - row[low]) / (high - low)
+    return row[high] + (at - high) * max(slope, 0.0) if at > high else row[low] + (at - low) * slope
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and all(map(_is_size, row)) and all(map(_is_time, row.values()))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
 # Weights of a surprise (measured over expected seconds, minus one): for the machine's speed, and for this size alone.
 _SPEED, _OWN = 0.3, 0.1
 INTERRUPTED = 1.5  # times the known duration: what is above is attributed to other processes
@@ -49,29 +210,50 @@ _RUINOUS_SLOPE = 1.2  # in plain steps, per further node: far above every machin
 _ROUNDING = 1e-9  # seconds
 
 
-class RunningCosts:
+class RunningCosts(CostModel):
     """Exponential means of measured seconds, interpolated between the node counts that were seen.
+
+    They hold for the context and the level width of the steps that were measured, so both arguments are ignored.
 
     A larger tree is never cheaper than a smaller one, but a plain step may cost more than a small tree: without a
     mask, attention takes another code path, which is slower on CPUs for long sequences (SmolLM2 after 768 positions:
     47 ms for a plain step, 39 ms for four nodes).
+
+    Machines have slow moments, and only a few sizes are measured in each. If every size kept the time of its own
+    moment, a tree that was slow once would look expensive until it is tried again, and would therefore not be tried
+    again. So each measurement rescales all sizes.
     """
 
     def __init__(self) -> None:
+        self.overhead = 0.0
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
-        self._trees: list[int] = []  # the keys above 1, ascending
-        self._draft: dict[int, float] = {}  # levels asked for -> seconds of drafting
-        self._asked: dict[int, float] = {}  # what `verify_seconds` answered since the last measurement
-        self._rest = 0.0  # seconds of everything else in a step
+        self._draft: dict[int, float] = {}  # levels -> seconds of drafting them
         self._guessed_slope = _GUESSED_SLOPE
+        self._curve: Sequence[float] = ()  # see `verify_curve`; emptied when a value changes
 
-    def expect(self, verify: dict[int, float], level_seconds: float, rest_seconds: float = 0.0) -> None:
-        """Start from a cost table: nodes -> seconds of the target's forward; seconds of a head level, and the rest."""
+    @classmethod
+    def starting_from(cls, verify: dict[int, float], level_seconds: float, overhead: float = 0.0) -> "RunningCosts":
+        """Costs that were known before: nodes -> seconds of the target's forward, and seconds of a head level."""
+        costs = cls()
         for nodes, seconds in verify.items():
-            self.add(nodes, 0, seconds, 0.0, seconds)
+            costs.add(nodes, 0, seconds, 0.0, seconds)
         if level_seconds > 0:
-            self._draft[1] = level_seconds
-        self._rest = rest_seconds
+            costs._draft[1] = level_seconds
+        costs.overhead = overhead
+        return costs
+
+    def copy(self) -> "RunningCosts":
+        """The same costs, which from now on learn on their own."""
+        copied = RunningCosts()
+        copied._verify, copied._draft = dict(self._verify), dict(self._draft)
+        copied.overhead, copied._guessed_slope = self.overhead, self._guessed_slope
+        return copied
+
+    def rescaled(self, factor: float) -> "RunningCosts":
+        """A copy in which all forwards of the target take `factor` times as long."""
+        copied = self.copy()
+        copied._rescale(factor)
+        return copied
 
     def add(
         self,
@@ -91,53 +273,31 @@ class RunningCosts:
         self._time(nodes, verify_seconds)
         if levels:
             self._draft[levels] = _mean(self._draft.get(levels), draft_seconds)
-        self._rest = _mean(self._rest or None, max(rest, 0.0))
+        self.overhead = _mean(self.overhead or None, max(rest, 0.0))
 
     def _time(self, nodes: int, seconds: float) -> None:
         known = self._verify.get(nodes, 0.0)
         if known > 0.0:
             surprise = self.uninterrupted(nodes, seconds) / known - 1.0
-            self.rescale(1.0 + _SPEED * surprise)
-            self._verify[nodes] = newest = self._verify[nodes] * (1.0 + _OWN * surprise)
+            self._rescale(1.0 + _SPEED * surprise)
+            self._verify[nodes] *= 1.0 + _OWN * surprise
         else:
-            if nodes > 1 and nodes not in self._verify:
-                bisect.insort(self._trees, nodes)
-            self._asked.clear()
-            self._verify[nodes] = newest = seconds
+            self._verify[nodes] = seconds
         if nodes > 1:
-            if newest < _OUTDATED_PLAIN * self._verify.get(1, 0.0):
-                self._verify[1] = newest
-            for fewer in self._trees[: self._trees.index(nodes)]:
-                self._verify[fewer] = min(self._verify[fewer], newest)
+            newest = self._verify[nodes]
+            for fewer in self._verify:
+                if 1 < fewer < nodes or (fewer == 1 and newest < _OUTDATED_PLAIN * self._verify[1]):
+                    self._verify[fewer] = min(self._verify[fewer], newest)
+        self._curve = ()
+
+    def _rescale(self, factor: float) -> None:
+        self._verify = {nodes: seconds * factor for nodes, seconds in self._verify.items()}
+        self._curve = ()
 
     def uninterrupted(self, nodes: int, seconds: float) -> float:
-        """The `seconds` of a forward over `nodes` that count: at most `INTERRUPTED` times the known duration of that
-        size.
-        """
+        """The `seconds` of a forward over `nodes` that count: at most `INTERRUPTED` times the known duration."""
         known = self._verify.get(nodes, 0.0)
         return min(seconds, INTERRUPTED * known) if known > 0.0 else seconds
-
-    def rescale(self, factor: float) -> None:
-        """All forwards now take `factor` times as long, and so do the differences between them."""
-        self._verify = {nodes: seconds * factor for nodes, seconds in self._verify.items()}
-        self._asked.clear()
-
-    def copy(self) -> "RunningCosts":
-        """The same costs, which from now on learn on their own."""
-        copied = RunningCosts()
-        copied.go_back_to(self)
-        return copied
-
-    def go_back_to(self, earlier: "RunningCosts") -> None:
-        """Forget what was learned since `earlier`, a copy of these costs."""
-        self._verify, self._trees, self._draft = dict(earlier._verify), list(earlier._trees), dict(earlier._draft)
-        self._rest, self._guessed_slope = earlier._rest, earlier._guessed_slope
-        self._asked.clear()
-
-    @property
-    def sizes(self) -> int:
-        """How many node counts were measured."""
-        return len(self._verify)
 
     @property
     def knows_plain(self) -> bool:
@@ -148,39 +308,40 @@ class RunningCosts:
         return len(self._verify) > 1
 
     @property
-    def largest_tree(self) -> int:
-        """Nodes of the largest tree that was measured; 1 before any was."""
-        return self._trees[-1] if self._trees else 1
-
-    @property
     def knows_head(self) -> bool:
         return bool(self._draft)
 
-    def verify_seconds(self, nodes: int) -> float:
-        """Seconds of a forward over `nodes`; of trees never less than over fewer nodes."""
-        known = self._asked.get(nodes)
-        if known is None:
-            known = self._asked[nodes] = self._interpolated(nodes)
-        return known
+    @property
+    def largest_tree(self) -> int:
+        """Nodes of the largest tree that was measured; 1 before any was."""
+        return max(self._verify, default=1)
 
-    def _interpolated(self, nodes: int) -> float:
-        plain = self._verify.get(1)
-        if nodes == 1 and plain is not None:
-            return plain
-        if nodes in self._verify:
-            return max(self._verify[count] for count in self._trees if count <= nodes)
-        place = bisect.bisect_left(self._trees, nodes)
-        low = self._trees[place - 1] if place else 1
-        if place == len(self._trees):
-            return (self.verify_seconds(low) if self._verify else 0.0) + (nodes - low) * self._slope()
-        high = self._trees[place]
-        more = self.verify_seconds(high)
-        less = self.verify_seconds(low) if place else min(more if plain is None else plain, more)
-        return less + (nodes - low) / (high - low) * (more - less)
+    def verify_seconds(self, nodes: int, context: int = 0) -> float:
+        return self.verify_curve(nodes)[nodes - 1]
 
-    def _slope(self) -> float:
+    def verify_curve(self, most: int) -> Sequence[float]:
+        """Seconds of forwards over 1, 2, ... nodes, at least `most`; of trees never less than over fewer nodes."""
+        if len(self._curve) < most:
+            self._curve = list(self._drawn_to(most))
+        return self._curve
+
+    def _drawn_to(self, most: int) -> Iterator[float]:
+        trees = sorted(nodes for nodes in self._verify if nodes > 1)
+        least = self._verify[trees[0]] if trees else 0.0
+        plain = self._verify.get(1, least)
+        yield plain
+        low, less = 1, min(plain, least) if trees else plain
+        for high in trees:
+            more = max(less, self._verify[high]) if low > 1 else self._verify[high]
+            yield from (less + (nodes - low) / (high - low) * (more - less) for nodes in range(low + 1, high))
+            yield more
+            low, less = high, more
+        slope = self._slope(trees)
+        yield from (less + (nodes - low) * slope for nodes in range(low + 1, most + 1))
+
+    def _slope(self, trees: list[int]) -> float:
         """Seconds per node beyond the largest tree that was measured."""
-        known = self._trees if len(self._trees) > 1 else sorted(self._verify)
+        known = trees if len(trees) > 1 else sorted(self._verify)
         if not known:
             return 0.0
         low, high = known[0], known[-1]
@@ -190,16 +351,12 @@ class RunningCosts:
             return guessed if low == 1 else max(guessed, measured)  # after a plain step a mask alone may cost as much
         return measured
 
-    def draft_seconds(self, levels: int) -> float:
+    def draft_seconds(self, width: int, levels: int) -> float:
         """Seconds of drafting `levels`; proportional to the nearest depth that was measured, 0 before any was."""
         if not self._draft or levels == 0:
             return 0.0
         nearest = min(self._draft, key=lambda known: abs(known - levels))
         return self._draft[nearest] * levels / nearest
-
-    def step_seconds(self, nodes: int, levels: int) -> float:
-        """Seconds of a whole step."""
-        return self.verify_seconds(nodes) + self.draft_seconds(levels) + self._rest
 
 
 def _mean(old: float | None, new: float) -> float:

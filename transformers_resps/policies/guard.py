@@ -1,12 +1,7 @@
-"""The numbers of `BaselineGuard`, each with its reason.
+"""Fall back to plain decoding where drafting loses time, around any policy.
 
-How far a call has come: by its slowest row, since it ends with that one.
-
-What a plain step takes, and when to time one again.
-
-How many seconds drafting may lose against plain decoding.
-
-Fall back to plain decoding where drafting loses time, around any policy.
+Source: conservative exploration (Wu et al., "Conservative Bandits", 2016, arXiv 1602.04282): an action is taken only
+if the budget covers its worst outcome. The baseline is plain decoding, the worst outcome that nothing is accepted.
 """
 
 from dataclasses import dataclass
@@ -22,275 +17,37 @@ from .costs import INTERRUPTED, RunningCosts
 from .saving import SavedPolicy, check_known, class_of
 
 
-@dataclass(frozen=True, slots=True)
-class GuardConfig:
-    """What exploration may cost, and when a plain step is timed again. "Steps" are plain steps.
+# What may be lost, in plain steps
+SHARE = 0.008  # of all seconds, for good: far below the 3% that a call may lose, because timing has errors
+START_STEPS = 0.2  # by every call from its start, so that a head is tried again after a bad call
+TRIAL_STEPS = 0.5  # on top, by trying drafting at all: with `START_STEPS` it pays for a first tree
+TRIAL_STEPS_PER_TOKEN = 0.005  # limits it near the end, where few tokens are left to earn it back
+CONFIDENT_STEPS = 1.2  # on top, once the policy is confident: the best tree must be affordable after bad luck, too
+CONFIDENT_STEPS_PER_TOKEN = 0.015  # limits it near the end
+MAX_EARNED_STEPS = 16.0  # of what drafting has won
+MAX_CARRIED_STEPS = 4.0  # of that by the next call, whose text may be another
+MAX_REPRICED_STEPS = 1.0  # of that when plain steps turn out far cheaper: it was earned at the old price
+LAG_TOKENS = 2.0  # a row of a batch may lag so much behind the mean before it counts as slower, not as unlucky
 
-    Attributes:
-        share: of all seconds: what drafting may lose for good, so that it is tried again and again. Far below the 3%
-            that a call may lose, because errors of timing come on top.
-        start_steps: what every call may lose from its start, so that also a call whose head was bad is tried again.
-        trial_steps: what may be lost on top by trying drafting at all. With `start_steps` it pays for a first tree.
-        trial_steps_per_token: limit of it near the end, where few tokens are left to earn it back.
-        confident_steps: what may be lost on top once the policy's estimates rest on outcomes: a tree of the best size
-            must be affordable then, also after bad luck.
-        confident_steps_per_token: limit of it near the end.
-        max_earned_steps: what drafting has won is kept up to this; it pays for as long a time of bad luck.
-        max_carried_steps: what the next call starts with at most: its text may be another.
-        max_repriced_steps: what is kept when plain steps turn out far cheaper: it was earned at the old price.
-        lag_tokens: what a row of a batch may lag behind the mean before it counts as slower, not as unlucky.
-        plain_up, plain_down: weights of a new plain time above or below the known one. A slow moment must not credit
-            trees, so the time falls faster than it rises.
-        max_trees_between: after so many drafted steps a plain one is timed again.
-        outdated: times the expected seconds. Less shows that the machine or the batch has changed.
-        far_positions: a call whose context differs by more times a plain step again, because attention takes longer.
-        unknown_tree_steps, unknown_level_steps: added to the guessed costs of the first tree and the first level,
-            since a mask or a new code path may cost more than a node.
-    """
+# When and how a plain step is timed again
+PLAIN_UP, PLAIN_DOWN = 0.2, 0.5  # weights of a new time above or below: a slow moment must not credit trees for long
+MAX_TREES_BETWEEN = 64  # drafted steps
+OUTDATED = 0.7  # times the expected seconds: less shows that the machine or the batch has changed
+FAR_POSITIONS = 256  # a context that differs by more makes attention take longer or shorter
 
-    share: float = 0.008
-    start_steps: float = 0.2
-    trial_steps: float = 0.5
-    trial_steps_per_token: float = 0.005
-    confident_steps: float = 1.2
-    confident_steps_per_token: float = 0.015
-    max_earned_steps: float = 16.0
-    max_carried_steps: float = 4.0
-    max_repriced_steps: float = 1.0
-    lag_tokens: float = 2.0
-    plain_up: float = 0.2
-    plain_down: float = 0.5
-    max_trees_between: int = 64
-    outdated: float = 0.7
-    far_positions: int = 256
-    unknown_tree_steps: float = 0.5
-    unknown_level_steps: float = 0.1
+# Added to the guessed costs of the first tree and level, in plain steps: a mask or new code may cost more than a node
+UNKNOWN_TREE_STEPS, UNKNOWN_LEVEL_STEPS = 0.5, 0.1
 
-
-class RowProgress:
-    """Counts the tokens of each row of a call.
-
-    Args:
-        lag_tokens: a row may lag behind the mean by so many before it counts as slower: it may have had bad luck.
-    """
-
-    def __init__(self, lag_tokens: float) -> None:
-        self._lag_tokens = lag_tokens
-        self._written: list[int] = []  # tokens of each row since the call began
-
-    @property
-    def row_count(self) -> int:
-        """Rows of the call, finished ones included; 0 before its first step."""
-        return len(self._written)
-
-    def begin_call(self) -> None:
-        self._written = []
-
-    def add(self, record: StepRecord) -> float:
-        """Tokens by which the unfinished rows advanced in this step."""
-        if len(self._written) != len(record.emitted):
-            self._written = [0] * len(record.emitted)
-        writing = [row for row, count in enumerate(record.emitted) if count]
-        before = self._of(writing)
-        for row in writing:
-            self._written[row] += record.emitted[row]
-        return self._of(writing) - before
-
-    def _of(self, rows: list[int]) -> float:
-        """Tokens of the slowest row plus the allowed lag, but at most the mean over rows."""
-        written = [self._written[row] for row in rows]
-        return min(min(written) + self._lag_tokens, sum(written) / len(written)) if written else 0.0
-
-
-class PlainChange(Enum):
-    """What a new time of a plain step means."""
-
-    FIRST = auto()  # none was known
-    MOVED = auto()  # the context is far longer or shorter, so all steps have changed by the same factor
-    CHEAPER = auto()  # so much that what was known is outdated
-    USUAL = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class PlainTiming:
-    """What timing a plain step showed.
-
-    Attributes:
-        change: what it means.
-        factor: new over known seconds, for `MOVED`.
-        excess: seconds that the tokens of trees since the last timing took longer than credited, for `USUAL`, because
-            the machine had become slower; negative if faster.
-    """
-
-    change: PlainChange
-    factor: float = 1.0
-    excess: float = 0.0
-
-
-class PlainClock:
-    """Knows the seconds of a plain step.
-
-    Args:
-        config: the numbers.
-        seconds: of a plain step, if known; else 0.
-
-    Attributes:
-        seconds: of a plain step by now; 0 before one was timed.
-    """
-
-    def __init__(self, config: GuardConfig, seconds: float = 0.0) -> None:
-        self._config = config
-        self.seconds = seconds
-        self._context = self._timed_at = 0  # positions: of this step, and where a plain step was timed last
-        self._moved = False  # from there to another context, since this call began
-        self._trees = 0  # drafted since a plain step was timed
-        self._gained = 0.0  # tokens that they gained
-
-    def begin_call(self, context: int) -> None:
-        """Start a call whose context has so many positions."""
-        self._gained = 0.0
-        self._moved = self._timed_at > 0 and abs(context - self._timed_at) > self._config.far_positions
-
-    def begin_step(self, context: int) -> None:
-        self._context = context
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the next step should be plain, to be timed."""
-        return self._trees >= self._config.max_trees_between or self._moved
-
-    def count_plain(self) -> None:
-        """A step verified no tree."""
-        self._trees = 0
-
-    def count_tree(self, gained: float) -> None:
-        """A step verified a tree, which gained so many tokens."""
-        self._trees += 1
-        self._gained += gained
-
-    def expire(self) -> None:
-        """What is known is outdated: make the next step plain."""
-        self._trees = self._config.max_trees_between
-
-    def time(self, seconds: float) -> PlainTiming:
-        """Take in what a forward over the root alone took, with all but drafting around it."""
-        self._timed_at = self._context
-        gained, self._gained = self._gained, 0.0
-        known = self.seconds
-        if self._moved and min(seconds, known) > 0.0:
-            self.seconds, self._moved = seconds, False
-            return PlainTiming(PlainChange.MOVED, factor=seconds / known)
-        if known <= 0:
-            self.seconds = max(seconds, 0.0)
-            return PlainTiming(PlainChange.FIRST)
-        if 0.0 < seconds < self._config.outdated * known:
-            self.seconds = seconds
-            return PlainTiming(PlainChange.CHEAPER)
-        seconds = min(seconds, INTERRUPTED * known)
-        weight = self._config.plain_down if seconds < known else self._config.plain_up
-        self.seconds += weight * (seconds - known)
-        return PlainTiming(PlainChange.USUAL, excess=gained * (seconds - known))
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """Seconds that one step may lose if nothing of it is accepted.
-
-    Attributes:
-        total: with drafting and verifying a tree of the head.
-        tree: the same, for a policy that can learn from drafting alone.
-        lookup: with verifying a looked-up chain.
-    """
-
-    total: float
-    tree: float
-    lookup: float
-
-
-class ExplorationBudget:
-    """Bounds what exploration loses against a known baseline.
-
-    Drafting earns what its tokens would have taken plainly and pays what it took; a small share of all time is added.
-    A step is taken only if the budget covers its worst outcome: that nothing is accepted. This is the rule of
-    conservative exploration (Wu et al., "Conservative Bandits", 2016, arXiv 1602.04282), with plain decoding as the
-    baseline.
-
-    Bound: if no step loses more than `limits` gave for it, a call of `n` tokens, as measured by its plain seconds,
-    loses at most what it began with, `share` of its seconds, and the largest step's extra: `trial_steps`, and
-    `confident_steps` where the policy is confident. It begins with `start_steps`, or with up to `max_carried_steps`
-    that earlier calls have won.
-
-    Args:
-        config: the numbers.
-
-    Attributes:
-        seconds: what may be lost now; negative while more was lost than was there.
-    """
-
-    def __init__(self, config: GuardConfig) -> None:
-        self._config = config
-        self.seconds = 0.0
-
-    def begin_call(self, plain_seconds: float) -> None:
-        """Start a call: losses are forgiven, and little of the gains is carried over."""
-        least, most = self._config.start_steps * plain_seconds, self._config.max_carried_steps * plain_seconds
-        self.seconds = min(max(self.seconds, least), most)
-
-    def limits(self, room: int, plain_seconds: float, *, is_confident: bool, probes_head: bool) -> StepLimits:
-        """What the next step may lose.
-
-        Args:
-            room: tokens that the text may still gain.
-            plain_seconds: of a plain step.
-            is_confident: whether the policy's estimates rest on outcomes.
-            probes_head: whether it learns from drafting alone; verifying then waits for confidence.
-        """
-        config = self._config
-        trial = min(config.trial_steps, config.trial_steps_per_token * room) * plain_seconds
-        confident = min(config.confident_steps, config.confident_steps_per_token * room) * plain_seconds
-        lookup = self.seconds + confident  # a lookup's record also grows in plain steps
-        tree = self.seconds + (confident if is_confident else 0.0)
-        total = tree + trial
-        return StepLimits(total, tree if probes_head else total, lookup)
-
-    def settle(self, gained_seconds: float) -> None:
-        """Add what a step that drafted gained over plain decoding, or lost if negative."""
-        self.seconds += gained_seconds
-
-    def end_step(self, step_seconds: float, plain_seconds: float) -> None:
-        """Add the share of a step's time; limit what is kept."""
-        most = self._config.max_earned_steps * plain_seconds
-        self.seconds = min(self.seconds + self._config.share * step_seconds, most)
-
-    def open(self, plain_seconds: float) -> None:
-        """The first plain step was timed."""
-        self.seconds += self._config.start_steps * plain_seconds
-
-    def forgive(self, plain_seconds: float) -> None:
-        """Forget losses: what they say no longer holds."""
-        self.seconds = max(self.seconds, self._config.start_steps * plain_seconds)
-
-    def excuse(self, lost_seconds: float) -> None:
-        """Forget losses as far as plain steps would have lost these seconds, too."""
-        if self.seconds < 0.0:
-            self.seconds = min(self.seconds + max(lost_seconds, 0.0), 0.0)
-
-    def rescale(self, factor: float) -> None:
-        """All steps take `factor` times as long now."""
-        self.seconds *= factor
-
-    def reprice(self, plain_seconds: float) -> None:
-        """Plain steps take only so long now: gains were earned at another price."""
-        self.seconds = min(self.seconds, self._config.max_repriced_steps * plain_seconds)
+_PLAIN = TreeShape.plain()
 
 
 class BaselineGuard(PolicyWrapper, SavedPolicy):
     """Falls back to plain decoding when drafting loses time.
 
-    Keeps an exploration budget in seconds. A drafted step earns what its tokens would have taken plainly and pays what
-    it took. 0.8% of all time is added for exploration. A step that would exceed the budget if nothing were accepted is
-    made smaller, down to a plain step. So a new head is first asked for draft-only probes, one level of which nothing
-    is verified, then for small trees, each of at most twice the nodes of any before.
+    Keeps a budget in seconds. A drafted step earns what its tokens would have taken plainly and pays its duration;
+    0.8% of all time is added for exploration. A step whose worst case, that nothing is accepted, exceeds the budget is
+    made smaller, down to a plain step. So a new head is asked for one level at first, of which nothing is verified,
+    then for small trees, each of at most twice the nodes of any before.
 
     Bound: a call of `n` tokens loses at most `0.7 + 0.008 n` plain steps on a head of which nothing was ever
     accepted. In addition it may lose:
@@ -305,8 +62,6 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     Batches: the tokens of the slowest row count. A lag of up to two tokens counts as chance, and its cost may be lost
     for good. Once half of the rows have ended, losses are forgiven, as at the beginning of a call.
-
-    Source: conservative exploration (Wu et al. 2016, arXiv 1602.04282), see `ExplorationBudget`.
 
     Args:
         policy: any policy. What it learned, and the guard's own measurements, are kept between calls of `generate`.
@@ -324,12 +79,11 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
                 "example `BaselineGuard(ThroughputPolicy())`, which is what 'auto' means."
             )
         super().__init__(policy)
-        self._config = GuardConfig()
-        self._learns_costs = policy.costs is None
-        self._known = policy.costs or RunningCosts()
-        self._plain = PlainClock(self._config, self._known.step_seconds(1, 0) if self._known.knows_plain else 0.0)
-        self._budget = ExplorationBudget(self._config)
-        self._progress = RowProgress(self._config.lag_tokens)
+        self._own_costs = RunningCosts()  # in use if the policy learns none
+        known = self._known
+        self._plain = PlainClock(known.step_seconds(_PLAIN, 0) if known.knows_plain else 0.0)
+        self._budget = ExplorationBudget()
+        self._progress = RowProgress()
         self._limits = StepLimits(0.0, 0.0, 0.0)  # of this step
         self._levels, self._nodes = 0, 1  # drafted in this step; at most verified in it
         self._rows = 0  # that were decoded when losses were forgiven last
@@ -338,6 +92,17 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     def __repr__(self) -> str:
         return f"BaselineGuard({self.policy!r})"
+
+    @property
+    def _known(self) -> RunningCosts:
+        return self._own_costs if self.policy.costs is None else self.policy.costs
+
+    def _adopt(self, costs: RunningCosts) -> None:
+        """Go on with these costs; those of the policy are its own to replace."""
+        if self.policy.costs is None:
+            self._own_costs = costs
+        else:
+            self.policy.adopt_costs(costs)
 
     def choose(self, observation: Observation) -> TreeShape:
         if observation.step == 0:
@@ -356,7 +121,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
 
     def grow(self, level: Level) -> bool:
         is_probe = self._nodes == 1  # draft-only, of one level
-        if is_probe or self._drafting(level.depth + 1) > self._limits.total:
+        if is_probe or self._drafting(level.scores.shape[-1], level.depth + 1) > self._limits.total:
             return False
         self._levels = level.depth + 1
         return wants_level(self.policy, level)
@@ -369,7 +134,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._follow_rows(record)
         if record.verified == 1:
             self._time_plain(seconds - max(record.draft_seconds, 0.0))
-        expected = self._config.outdated * self._known.verify_seconds(record.verified)
+        expected = OUTDATED * self._known.verify_seconds(record.verified)
         is_outdated = record.verified > 1 and record.verify_seconds < expected
         if record.shape.is_plain:
             self._plain.count_plain()
@@ -378,10 +143,10 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         if is_outdated:
             self._plain.expire()
         self._budget.end_step(seconds, self._plain.seconds)
-        if self._learns_costs:
+        if self.policy.costs is None:
             levels = max(self._levels, 1) if record.shape.asks_head else 0
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
-            self._known.add(record.verified, levels, *times, rows=record.decoded_rows)
+            self._own_costs.add(record.verified, levels, *times, rows=record.decoded_rows)
         self.policy.observe(record)
 
     def _begin_call(self, context: int) -> None:
@@ -390,7 +155,7 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         self._rows = 0
         if self._of_all_rows is not None:
             costs, self._plain.seconds = self._of_all_rows
-            self._known.go_back_to(costs)
+            self._adopt(costs)
             self._of_all_rows = None
         self._plain.begin_call(context)
         self._budget.begin_call(self._plain.seconds)
@@ -419,9 +184,9 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         timing = self._plain.time(seconds)
         match timing.change:
             case PlainChange.FIRST:
-                self._budget.open(self._plain.seconds)
+                self._budget.forgive(self._plain.seconds)
             case PlainChange.MOVED:
-                self._known.rescale(timing.factor)
+                self._adopt(self._known.rescaled(timing.factor))
                 self._budget.rescale(timing.factor)
             case PlainChange.CHEAPER:
                 self._budget.reprice(self._plain.seconds)
@@ -440,10 +205,10 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         probes_head = self.probes_head
         by_level = probes_head and self.grows
         depth = 1 if by_level else shape.depth  # a policy that does not stop in between pays for all levels at once
-        while depth and self._drafting(depth) > self._limits.total:
+        while depth and self._drafting(shape.top_k, depth) > self._limits.total:
             depth -= 1
         nodes = min(shape.total_tokens, most - lookup) if depth else 1
-        drafting = self._drafting(depth)
+        drafting = self._drafting(shape.top_k, depth)
         while nodes > 1 and self._verifying(nodes + lookup) + drafting > self._limits.tree:
             nodes -= 1
         if depth == 0 or (nodes == 1 and not probes_head):
@@ -458,13 +223,13 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
         """Seconds that verifying `nodes` takes beyond a plain step; a cautious guess before any tree was measured."""
         if nodes <= 1:
             return 0.0
-        unknown = 0.0 if self._known.knows_trees else self._config.unknown_tree_steps * self._plain.seconds
+        unknown = 0.0 if self._known.knows_trees else UNKNOWN_TREE_STEPS * self._plain.seconds
         return self._known.verify_seconds(nodes) - self._known.verify_seconds(1) + unknown
 
-    def _drafting(self, levels: int) -> float:
+    def _drafting(self, width: int, levels: int) -> float:
         if self._known.knows_head:
-            return self._known.draft_seconds(levels)
-        return levels * self._config.unknown_level_steps * self._plain.seconds
+            return self._known.draft_seconds(width, levels)
+        return levels * UNKNOWN_LEVEL_STEPS * self._plain.seconds
 
     def to_config(self) -> dict[str, Any]:
         """Return the config of the guarded policy, with its type, as JSON values.
@@ -496,3 +261,193 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
                 "The config of a guard holds another guard, but only one is supported. Save the policy again."
             )
         return cls(class_of(values.pop("policy_type")).from_saved(values, tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Seconds that one step may lose if nothing of it is accepted.
+
+    Attributes:
+        total: with drafting and verifying a tree of the head.
+        tree: the same, for a policy that can learn from drafting alone.
+        lookup: with verifying a looked-up chain.
+    """
+
+    total: float
+    tree: float
+    lookup: float
+
+
+class ExplorationBudget:
+    """Bounds what exploration loses against plain decoding.
+
+    Bound: if no step loses more than `limits` gave for it, a call of `n` tokens, as measured by its plain seconds,
+    loses at most what it began with, `SHARE` of its seconds, and the largest step's extra: `TRIAL_STEPS`, and
+    `CONFIDENT_STEPS` where the policy is confident. It begins with `START_STEPS`, or with up to `MAX_CARRIED_STEPS`
+    that earlier calls have won.
+
+    Attributes:
+        seconds: what may be lost now; negative while more was lost than was there.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def begin_call(self, plain_seconds: float) -> None:
+        """Start a call: losses are forgiven, and little of the gains is carried over."""
+        self.forgive(plain_seconds)
+        self.seconds = min(self.seconds, MAX_CARRIED_STEPS * plain_seconds)
+
+    def limits(self, room: int, plain_seconds: float, *, is_confident: bool, probes_head: bool) -> StepLimits:
+        """What the next step may lose.
+
+        Args:
+            room: tokens that the text may still gain.
+            plain_seconds: of a plain step.
+            is_confident: whether the policy's estimates rest on outcomes.
+            probes_head: whether it learns from drafting alone; verifying then waits for confidence.
+        """
+        trial = min(TRIAL_STEPS, TRIAL_STEPS_PER_TOKEN * room) * plain_seconds
+        confident = min(CONFIDENT_STEPS, CONFIDENT_STEPS_PER_TOKEN * room) * plain_seconds
+        lookup = self.seconds + confident  # a lookup's record also grows in plain steps
+        tree = self.seconds + (confident if is_confident else 0.0)
+        total = tree + trial
+        return StepLimits(total, tree if probes_head else total, lookup)
+
+    def settle(self, gained_seconds: float) -> None:
+        """Add what a step that drafted gained over plain decoding, or lost if negative."""
+        self.seconds += gained_seconds
+
+    def end_step(self, step_seconds: float, plain_seconds: float) -> None:
+        """Add the share of a step's time; limit what is kept."""
+        self.seconds = min(self.seconds + SHARE * step_seconds, MAX_EARNED_STEPS * plain_seconds)
+
+    def forgive(self, plain_seconds: float) -> None:
+        """Forget losses: what they say no longer holds."""
+        self.seconds = max(self.seconds, START_STEPS * plain_seconds)
+
+    def excuse(self, lost_seconds: float) -> None:
+        """Forget losses as far as plain steps would have lost these seconds, too."""
+        if self.seconds < 0.0:
+            self.seconds = min(self.seconds + max(lost_seconds, 0.0), 0.0)
+
+    def rescale(self, factor: float) -> None:
+        """All steps take `factor` times as long now."""
+        self.seconds *= factor
+
+    def reprice(self, plain_seconds: float) -> None:
+        """Plain steps take only so long now: gains were earned at another price."""
+        self.seconds = min(self.seconds, MAX_REPRICED_STEPS * plain_seconds)
+
+
+class PlainChange(Enum):
+    """What a new time of a plain step means."""
+
+    FIRST = auto()  # none was known
+    MOVED = auto()  # the context is far longer or shorter, so all steps have changed by the same factor
+    CHEAPER = auto()  # so much that what was known is outdated
+    USUAL = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class PlainTiming:
+    """What timing a plain step showed.
+
+    Attributes:
+        change: what it means.
+        factor: new over known seconds, for `MOVED`.
+        excess: seconds that the tokens of trees since the last timing took longer than credited, for `USUAL`, because
+            the machine had become slower; negative if faster.
+    """
+
+    change: PlainChange
+    factor: float = 1.0
+    excess: float = 0.0
+
+
+class PlainClock:
+    """Knows the seconds of a plain step, and when to time one again.
+
+    Attributes:
+        seconds: of a plain step; 0 before one was timed.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._context = self._timed_at = 0  # positions: of this step, and where a plain step was timed last
+        self._moved = False  # from there to another context, since this call began
+        self._trees = 0  # drafted since a plain step was timed
+        self._gained = 0.0  # tokens that they gained
+
+    def begin_call(self, context: int) -> None:
+        self._gained = 0.0
+        self._moved = self._timed_at > 0 and abs(context - self._timed_at) > FAR_POSITIONS
+
+    def begin_step(self, context: int) -> None:
+        self._context = context
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step should be plain, to be timed."""
+        return self._trees >= MAX_TREES_BETWEEN or self._moved
+
+    def count_plain(self) -> None:
+        """A step verified no tree."""
+        self._trees = 0
+
+    def count_tree(self, gained: float) -> None:
+        """A step verified a tree, which gained so many tokens."""
+        self._trees += 1
+        self._gained += gained
+
+    def expire(self) -> None:
+        """What is known is outdated: make the next step plain."""
+        self._trees = MAX_TREES_BETWEEN
+
+    def time(self, seconds: float) -> PlainTiming:
+        """Take in what a forward over the root alone took, with all but drafting around it."""
+        self._timed_at = self._context
+        gained, self._gained = self._gained, 0.0
+        known = self.seconds
+        if self._moved and min(seconds, known) > 0.0:
+            self.seconds, self._moved = seconds, False
+            return PlainTiming(PlainChange.MOVED, factor=seconds / known)
+        if known <= 0:
+            self.seconds = max(seconds, 0.0)
+            return PlainTiming(PlainChange.FIRST)
+        if 0.0 < seconds < OUTDATED * known:
+            self.seconds = seconds
+            return PlainTiming(PlainChange.CHEAPER)
+        seconds = min(seconds, INTERRUPTED * known)
+        self.seconds += (PLAIN_DOWN if seconds < known else PLAIN_UP) * (seconds - known)
+        return PlainTiming(PlainChange.USUAL, excess=gained * (seconds - known))
+
+
+class RowProgress:
+    """How far the rows of a call have come. A call ends with its slowest row, which may have had some bad luck."""
+
+    def __init__(self) -> None:
+        self._written: list[int] = []  # tokens of each row since the call began
+
+    @property
+    def row_count(self) -> int:
+        """Rows of the call, finished ones included; 0 before its first step."""
+        return len(self._written)
+
+    def begin_call(self) -> None:
+        self._written = []
+
+    def add(self, record: StepRecord) -> float:
+        """Tokens by which the unfinished rows advanced in this step."""
+        if len(self._written) != len(record.emitted):
+            self._written = [0] * len(record.emitted)
+        writing = [row for row, count in enumerate(record.emitted) if count]
+        before = self._of(writing)
+        for row in writing:
+            self._written[row] += record.emitted[row]
+        return self._of(writing) - before
+
+    def _of(self, rows: list[int]) -> float:
+        """Tokens of the slowest row plus the allowed lag, but at most the mean over rows."""
+        written = [self._written[row] for row in rows]
+        return min(min(written) + LAG_TOKENS, sum(written) / len(written)) if written else 0.0

@@ -1,6 +1,4 @@
-"""The networks of Re-SpS: an actor over the actions and a critic.
-
-Re-SpS: an actor that reads the target's features picks a shape and keeps it for some steps.
+"""Re-SpS: an actor that reads the target's features picks a shape and keeps it for some steps.
 
 Source: Re-SpS (arXiv 2601.12212), sections 4.1 (state, actions) and 4.3 (persistence, Algorithm 1), and its code at
 24786f4. Deviations are named where they occur; `ReSpSConfig.paper` has only these:
@@ -24,76 +22,6 @@ from ..tree import TreeShape
 from .action_grid import ActionGrid
 from .base import Identity, Observation, check_identity_values
 from .saving import SavedPolicy, check_known
-
-
-class ActorCritic(nn.Module):
-    """Two separate MLPs with two tanh layers each, as in Re-SpS (arXiv 2601.12212).
-
-    Args:
-        feature_size: width F of an observation.
-        action_count: a.
-        hidden_size: width of both layers.
-        normalize: bring each observation to mean 0 and variance 1 first. Re-SpS feeds the raw residual stream, a few
-            of whose dimensions are hundreds of times larger than the rest and saturate tanh: a repair, off in the
-            paper's preset.
-    """
-
-    def __init__(
-        self, feature_size: int, action_count: int, *, hidden_size: int = 128, normalize: bool = True
-    ) -> None:
-        super().__init__()
-        self.normalize = normalize
-        # Gains as in stable-baselines3, which Re-SpS uses: 0.01 for the actor's output, so that it starts uniform.
-        self.actor = _mlp(feature_size, hidden_size, action_count, gain=0.01)
-        self.critic = _mlp(feature_size, hidden_size, 1, gain=1.0)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """`[n, F]` of any dtype -> logits `[n, a]` and values `[n]`, fp32."""
-        states = self.prepare(features)
-        return self.actor(states), self.critic(states).squeeze(-1)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """`[n, F]` -> finite logits `[n, a]`, whatever the features: the actor alone, for use."""
-        logits: Tensor = self.actor(self.prepare(features))
-        return logits.nan_to_num()
-
-    def prepare(self, features: Tensor) -> Tensor:
-        """Features `[n, F]` as the networks read them: fp32, on their device, NaN and infinities as 0, normalised."""
-        weight = self.actor[0].weight
-        assert isinstance(weight, Tensor)
-        states = features.detach().to(weight.device, weight.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return F.layer_norm(states, states.shape[-1:]).nan_to_num() if self.normalize else states
-
-
-def saved_shapes(feature_size: int, action_count: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of an `ActorCritic`, known without making one."""
-    widths = {
-        name: (feature_size, hidden_size, hidden_size, last) for name, last in (("actor", action_count), ("critic", 1))
-    }
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, sizes in widths.items():
-        for layer, (before, after) in zip((0, 2, 4), pairwise(sizes), strict=True):  # tanh lies between
-            shapes |= {f"{name}.{layer}.weight": (after, before), f"{name}.{layer}.bias": (after,)}
-    return shapes
-
-
-def _mlp(feature_size: int, hidden_size: int, output_size: int, *, gain: float) -> nn.Sequential:
-    exact = torch.float32  # whatever the default is: half precision cannot be made orthogonal
-    layers = [nn.Linear(feature_size, hidden_size, dtype=exact), nn.Linear(hidden_size, hidden_size, dtype=exact)]
-    output = nn.Linear(hidden_size, output_size, dtype=exact)
-    for layer, scale in zip([*layers, output], [math.sqrt(2), math.sqrt(2), gain], strict=True):
-        nn.init.orthogonal_(layer.weight, scale)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), output)
-
-
-def seeded_actor_critic(
-    feature_size: int, action_count: int, *, hidden_size: int, normalize: bool, seed: int
-) -> ActorCritic:
-    """A fresh network that depends on `seed` alone and leaves the global random numbers as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ActorCritic(feature_size, action_count, hidden_size=hidden_size, normalize=normalize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +85,55 @@ class ReSpSConfig:
         return cls(**{**values, "grid": ActionGrid.from_list(values["grid"])})
 
 
+class ActorCritic(nn.Module):
+    """Two separate MLPs with two tanh layers each, as in Re-SpS (arXiv 2601.12212).
+
+    Args:
+        feature_size: width F of an observation.
+        action_count: a.
+        hidden_size: width of both layers.
+        normalize: bring each observation to mean 0 and variance 1 first. Re-SpS feeds the raw residual stream, a few
+            of whose dimensions are hundreds of times larger than the rest and saturate tanh: a repair, off in the
+            paper's preset.
+    """
+
+    def __init__(
+        self, feature_size: int, action_count: int, *, hidden_size: int = 128, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        # Gains as in stable-baselines3, which Re-SpS uses: 0.01 for the actor's output, so that it starts uniform.
+        self.actor = _mlp(feature_size, hidden_size, action_count, gain=0.01)
+        self.critic = _mlp(feature_size, hidden_size, 1, gain=1.0)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`[n, F]` of any dtype -> logits `[n, a]` and values `[n]`, fp32."""
+        states = self.prepare(features)
+        return self.actor(states), self.critic(states).squeeze(-1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """`[n, F]` -> finite logits `[n, a]`, whatever the features: the actor alone, for use."""
+        logits: Tensor = self.actor(self.prepare(features))
+        return logits.nan_to_num()
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """Features `[n, F]` as the networks read them: fp32, on their device, NaN and infinities as 0, normalised."""
+        weight = self.actor[0].weight
+        assert isinstance(weight, Tensor)
+        states = features.detach().to(weight.device, weight.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return F.layer_norm(states, states.shape[-1:]).nan_to_num() if self.normalize else states
+
+
+def _mlp(feature_size: int, hidden_size: int, output_size: int, *, gain: float) -> nn.Sequential:
+    sizes = pairwise((feature_size, hidden_size, hidden_size, output_size))
+    # In fp32, whatever the default is: half precision cannot be made orthogonal
+    first, second, last = (nn.Linear(before, after, dtype=torch.float32) for before, after in sizes)
+    for layer, scale in ((first, math.sqrt(2)), (second, math.sqrt(2)), (last, gain)):
+        nn.init.orthogonal_(layer.weight, scale)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
+
+
 class ReSpSPolicy(SavedPolicy):
     """Picks a shape from the features of the last accepted token and keeps it for `persistence` steps.
 
@@ -190,13 +167,11 @@ class ReSpSPolicy(SavedPolicy):
         if network is not None:
             _check_network(network, config)
         self.config = config
-        self.network = network or seeded_actor_critic(
-            config.feature_size,
-            len(config.grid),
-            hidden_size=config.hidden_size,
-            normalize=config.normalize,
-            seed=seed,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = network or ActorCritic(
+                config.feature_size, len(config.grid), hidden_size=config.hidden_size, normalize=config.normalize
+            )
         self.network.eval()
         self.uses_lookup = any(shape.lookup for shape in config.grid.shapes)
         self.target_identity, self.head_identity = config.target, config.head
@@ -210,11 +185,7 @@ class ReSpSPolicy(SavedPolicy):
         return f"ReSpSPolicy({len(config.grid)} shapes, persistence={config.persistence}, sample={config.sample})"
 
     def choose(self, observation: Observation) -> TreeShape:
-        """Return the kept shape, or a new one at the first step of a call and after `persistence` steps.
-
-        Raises:
-            ValueError: the features are missing, or have another width than in training.
-        """
+        """Return the kept shape, or a new one at the first step of a call and after `persistence` steps."""
         is_new_text = observation.step == 0 or observation.step <= self._last_step  # a guard may take the first steps
         self._last_step = observation.step
         if is_new_text or self._steps_left <= 0:
@@ -234,10 +205,10 @@ class ReSpSPolicy(SavedPolicy):
         return self.config.grid[int(action)]
 
     def checked(self, features: Tensor | None) -> Tensor:
-        """Return the features `[b, F]` if they have the width that the policy was trained on.
+        """Return the features `[b, F]`.
 
         Raises:
-            ValueError: they have another width, or are missing.
+            ValueError: they are missing, or have another width than in training.
         """
         width = None if features is None else features.shape[-1]
         if features is None or width != self.config.feature_size:
@@ -252,12 +223,7 @@ class ReSpSPolicy(SavedPolicy):
     def check_identity(
         self, *, target: Identity | None = None, head: Identity | None = None, grid: ActionGrid | None = None
     ) -> None:
-        """Refuse another target, head or set of shapes than the policy was trained with.
-
-        Args:
-            target: identity of the target, as `pair_identity` returns it; `None` is not compared.
-            head: likewise of the head.
-            grid: the shapes of a table or trainer; `None` is not compared.
+        """Refuse another target, head or set of shapes than the policy was trained with; `None` is not compared.
 
         Raises:
             ValueError: one differs; the message names both sides.
@@ -287,12 +253,18 @@ class ReSpSPolicy(SavedPolicy):
         return policy
 
 
-def _check_network(network: Any, config: ReSpSConfig) -> None:
-    """Refuse a network that does not match the config it would be saved with.
+def saved_shapes(feature_size: int, action_count: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of an `ActorCritic`, known without making one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, last in (("actor", action_count), ("critic", 1)):
+        widths = pairwise((feature_size, hidden_size, hidden_size, last))
+        for layer, (before, after) in zip((0, 2, 4), widths, strict=True):  # tanh lies between
+            shapes |= {f"{name}.{layer}.weight": (after, before), f"{name}.{layer}.bias": (after,)}
+    return shapes
 
-    Raises:
-        ValueError: it is no `ActorCritic`, or has other sizes.
-    """
+
+def _check_network(network: Any, config: ReSpSConfig) -> None:
+    """Refuse a network that does not match the config it would be saved with."""
     if not isinstance(network, ActorCritic) or network.normalize is not config.normalize:
         came = f"`normalize={network.normalize}`" if isinstance(network, ActorCritic) else type(network).__name__
         raise ValueError(
@@ -303,11 +275,7 @@ def _check_network(network: Any, config: ReSpSConfig) -> None:
 
 
 def _check_weights(tensors: dict[str, Tensor], config: ReSpSConfig, way_out: str) -> None:
-    """Refuse weights of other sizes than the config's.
-
-    Raises:
-        ValueError: names the first that differs.
-    """
+    """Refuse weights of other sizes than the config's."""
     needed = saved_shapes(config.feature_size, len(config.grid), config.hidden_size)
     held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     odd = sorted(name for name in needed.keys() | held.keys() if needed.get(name) != held.get(name))

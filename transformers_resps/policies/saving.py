@@ -1,4 +1,4 @@
-"""Save, load and publish policies: one `config.json` and, where there are weights, one safetensors file."""
+"""Save, publish and load policies: one `config.json` and, where there are weights, one safetensors file."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -69,22 +69,16 @@ class SavedPolicy(Policy):
         Raises:
             ValueError: no policy is found, or it is of another class.
         """
-        folder = policy_folder(id_or_folder, revision, **hub)
-        config = read_config(folder)
+        folder, config = _found(id_or_folder, revision, **hub)
         if config["policy_type"] != cls.policy_type:
             raise ValueError(
                 f"{id_or_folder} holds a policy of type {config['policy_type']!r}, but {cls.__name__} loads "
                 f"{cls.policy_type!r}. Load it with `AutoPolicy.from_pretrained`."
             )
-        return cls.load_folder(folder, config)
+        return cls._loaded(folder, config)
 
     @classmethod
-    def load_folder(cls, folder: Path, config: dict[str, Any]) -> Self:
-        """The policy of a local folder whose `config.json` was read already.
-
-        Raises:
-            ValueError: config and weights do not make a policy of this class in this release.
-        """
+    def _loaded(cls, folder: Path, config: dict[str, Any]) -> Self:
         weights = folder / WEIGHTS_FILE
         values = {key: value for key, value in config.items() if key != "policy_type"}
         try:
@@ -122,6 +116,34 @@ class SavedPolicy(Policy):
         return plain_card("policy", "draft-policy", target, f'policy = AutoPolicy.from_pretrained("{repo_id}")')
 
 
+class AutoPolicy:
+    """Loads any saved policy, as the Auto classes of Transformers load models."""
+
+    def __init__(self) -> None:
+        raise TypeError(
+            "`AutoPolicy` only loads saved policies. Call `AutoPolicy.from_pretrained(id_or_folder)`, or create a "
+            "policy, for example `FixedPolicy(TreeShape(8, 3, 2))`."
+        )
+
+    @classmethod
+    def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **hub: Any) -> SavedPolicy:
+        """Load a policy from a folder or a Hub repository, as the class that its `policy_type` names.
+
+        Args:
+            id_or_folder: a folder that `save_pretrained` wrote, or a Hub id.
+            revision: branch, tag or commit of the repository.
+            hub: passed to `huggingface_hub.hf_hub_download`, for example `token` or `cache_dir`.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: no policy is found, or its type is unknown to this release.
+        """
+        folder, config = _found(id_or_folder, revision, **hub)
+        return class_of(config["policy_type"])._loaded(folder, config)
+
+
 def check_known(policy_type: str, config: dict[str, Any], known: Collection[str]) -> None:
     """Refuse fields of a saved config that this release does not read.
 
@@ -157,49 +179,41 @@ def _descendants(cls: type[Any]) -> Iterator[type[SavedPolicy]]:
         yield from _descendants(child)
 
 
-def policy_folder(id_or_folder: str | Path, revision: str | None, **hub: Any) -> Path:
-    """The local folder of a policy, downloaded if need be: its two files, of one commit, and nothing else.
+def _found(id_or_folder: str | Path, revision: str | None, **hub: Any) -> tuple[Path, dict[str, Any]]:
+    """The local folder of a policy, downloaded if need be, and its `config.json`.
 
     Raises:
         ValueError: there is no policy, or a file was damaged on the way.
     """
     if not isinstance(id_or_folder, str | Path):
         raise ValueError(f"A policy's folder or id must be a string or a path, got {id_or_folder!r}.")
-    if Path(id_or_folder).is_dir():
-        return Path(id_or_folder)
-    repository = RepositoryFiles(str(id_or_folder), revision=revision, **hub)
-    try:
-        config = repository.fetch(CONFIG_FILE)
-        repository.fetch(WEIGHTS_FILE)
-    except OSError as error:
-        raise ValueError(_nowhere(id_or_folder, str(error))) from error
-    if config is None:
-        raise ValueError(_nowhere(id_or_folder, f"no {CONFIG_FILE} there, or offline and not in the cache"))
-    return config.parent
-
-
-def _nowhere(id_or_folder: str | Path, reason: str) -> str:
-    return (
-        f"{id_or_folder} is neither a local folder nor a repository that could be read ({reason}). Check the path, "
-        "the id and the connection."
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a policy.
-
-    Raises:
-        ValueError: there is none, or it is not a policy's.
-    """
+    folder = Path(id_or_folder) if Path(id_or_folder).is_dir() else _downloaded(str(id_or_folder), revision, **hub)
     file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise ValueError(f"{file} is not JSON ({error}). Download or save the policy again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("policy_type"), str):
-        raise ValueError(
-            f"{folder} holds no policy: "
-            + ("`config.json` has no `policy_type`" if config else "no `config.json`")
-            + ". Check the path or the repository."
-        )
-    return config
+        missing = "`config.json` has no `policy_type`" if config else "no `config.json`"
+        raise ValueError(f"{folder} holds no policy: {missing}. Check the path or the repository.")
+    return folder, config
+
+
+def _downloaded(repo_id: str, revision: str | None, **hub: Any) -> Path:
+    """The folder of both files of one commit."""
+    repository = RepositoryFiles(repo_id, revision=revision, **hub)
+    try:
+        config = repository.fetch(CONFIG_FILE)
+        repository.fetch(WEIGHTS_FILE)
+    except OSError as error:
+        raise ValueError(_nowhere(repo_id, str(error))) from error
+    if config is None:
+        raise ValueError(_nowhere(repo_id, f"no {CONFIG_FILE} there, or offline and not in the cache"))
+    return config.parent
+
+
+def _nowhere(repo_id: str, reason: str) -> str:
+    return (
+        f"{repo_id} is neither a local folder nor a repository that could be read ({reason}). Check the path, "
+        "the id and the connection."
+    )

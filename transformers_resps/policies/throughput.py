@@ -1,15 +1,7 @@
-"""What `ThroughputPolicy` remembers from step to step, beside acceptance and costs.
+"""Total tokens over total seconds: draft a node only while its expected gain is above its cost.
 
-How wide trees pay where the target's recurrent layers read every path of a tree.
-
-What verifying more nodes costs, against what they are worth.
-
-Total tokens over total seconds: draft a node only while its expected gain is above its cost.
-
-A node is worth its probability of acceptance, in tokens. A second costs lambda tokens: the rate of the sequence so
-far
-(the method for a ratio of sums of Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967),
-but
+A node is worth its probability of acceptance, in tokens. A second costs lambda tokens: the rate of the sequence so far
+(the method for a ratio of sums of Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967), but
 at most twice the rate of plain steps. Copied text runs at ten times that rate; at such a price the head would not be
 asked for a long time after it. Step costs and the calibration of the head's scores are learned while decoding, from a
 start that may be fitted or measured beforehand.
@@ -32,188 +24,17 @@ from .costs import RunningCosts
 from .saving import SavedPolicy, check_known
 
 
+_MAX_LOOKED_UP = 16  # nodes
+_MAX_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
+_SAVED_AS = "odds"  # the tensor's name in files
 _MEMORY = 0.95  # weight of the past when a step is added: about the last twenty count
 _MAX_RATE = 2.0  # limit of lambda, in plain rates: in replay as good as none, and 1 to 8% better after copied text
 _FIRST_GAIN = 0.5  # assumed gain of asking a head that was never asked, in tokens per step
 _NEWEST = 0.15  # weight of the newest step in what asking gains
 _FIRST_PROBE, _LAST_PROBE = 8, 128  # steps between probes of a head that does not pay
-
-
-class ThroughputMemory:
-    """The rate of tokens so far, what asking the head gains, and when a head that does not pay is probed again.
-
-    Attributes:
-        head_was_right: whether the head predicted a token of the last step that asked it, in most rows.
-    """
-
-    def __init__(self) -> None:
-        self.head_was_right = True
-        self._tokens, self._seconds = 0.0, 0.0  # decayed sums
-        self._gains = [_FIRST_GAIN, _FIRST_GAIN]  # mean gain of asking the head, by `head_was_right`
-        self._probe_in, self._probe_every = 0, _FIRST_PROBE  # steps
-
-    def add(self, record: StepRecord) -> None:
-        """Take in a finished step."""
-        self._tokens = self._tokens * _MEMORY + record.mean_emitted
-        self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
-
-    def rate(self, plain_seconds: float) -> float:
-        """Tokens per second (lambda): at least the rate of plain steps, and at most twice that."""
-        rate = self._tokens / self._seconds if self._seconds > 0 else 0.0
-        return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
-
-    def note_gain(self, gain: float) -> None:
-        """Note the estimated gain of asking the head, in tokens. It is less noisy than outcomes, which correct it."""
-        self._gains[self.head_was_right] += _NEWEST * (gain - self._gains[self.head_was_right])
-
-    def asks_head(self, lookup_hit: float, *, has_lookup: bool) -> bool:
-        """Whether asking the head pays after a step like the last one, or is due for another probe.
-
-        Args:
-            lookup_hit: probability that the lookup's first token is right, which the head then gains nothing from.
-            has_lookup: whether looked-up nodes are verified; the head is then not probed.
-        """
-        if self._gains[self.head_was_right] * (1.0 - lookup_hit) > 0:
-            self._probe_every = self._probe_in = _FIRST_PROBE
-            return True
-        self._probe_in -= 1
-        if self._probe_in > 0 or has_lookup:
-            return False
-        self._probe_every = min(2 * self._probe_every, _LAST_PROBE)
-        self._probe_in = self._probe_every
-        return True
-
-
-_MEMORY_width_memory = 0.95  # weight of the past when a step is added: about the last twenty count
 _MARGIN = 1.03  # a width must be so much faster than the best one to take its place
-_FIRST_TRIAL, _LAST_TRIAL = 8, 256  # drafted steps between two trials
-
-
-class WidthMemory:
-    """Drafts chains at first, tries other widths now and then, and keeps the one that writes the most tokens a second.
-
-    Without kernels a further leaf costs as much as all nodes of its path, with them next to nothing: only the clock
-    knows. The next wider or narrower width is tried, and less often each time that none is better.
-
-    Args:
-        most: children per node of the widest tree.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._widths = [1]
-        while self._widths[-1] < most:
-            self._widths.append(min(2 * self._widths[-1], most))
-        self._tokens, self._seconds = [0.0] * len(self._widths), [0.0] * len(self._widths)  # decayed sums
-        self._best = self._chosen = 0
-        self._trial_in = self._trial_every = _FIRST_TRIAL
-
-    def choose(self, most: int) -> int:
-        """The width of the coming draft, at most `most`."""
-        self._chosen = self._neighbour() if self._trial_in <= 0 else self._best
-        return min(self._widths[self._chosen], most)
-
-    def add(self, tokens: float, seconds: float) -> None:
-        """Take in what a step of the chosen width was expected to write, which is less noisy than what it wrote, and
-        how long it took.
-        """
-        place = self._chosen
-        self._tokens[place] = self._tokens[place] * _MEMORY_width_memory + tokens
-        self._seconds[place] = self._seconds[place] * _MEMORY_width_memory + seconds
-        if place == self._best:
-            self._trial_in -= 1
-            return
-        is_better = self._rate(place) > _MARGIN * self._rate(self._best)
-        self._trial_every = _FIRST_TRIAL if is_better else min(2 * self._trial_every, _LAST_TRIAL)
-        self._best, self._trial_in = place if is_better else self._best, self._trial_every
-
-    def _neighbour(self) -> int:
-        """Of the next wider width and the next narrower one, that which was timed less."""
-        places = [place for place in (self._best + 1, self._best - 1) if 0 <= place < len(self._widths)]
-        return min(places, key=self._seconds.__getitem__, default=self._best)
-
-    def _rate(self, place: int) -> float:
-        return self._tokens[place] / self._seconds[place] if self._seconds[place] > 0 else 0.0
-
-
-_MAX_AGE = 8  # steps for which a list is reused: reading it every time takes a third of a decision
-
-
-class PriceList:
-    """Seconds of verifying 1, 2, ... nodes, as `RunningCosts` last told them.
-
-    Args:
-        max_nodes: the longest tree that has a price.
-    """
-
-    def __init__(self, max_nodes: int) -> None:
-        self._max_nodes = max_nodes
-        self._seconds: list[float] = []
-        self._steps_left = self._known_sizes = 0
-
-    def refresh(self, costs: RunningCosts) -> None:
-        """Read the costs again if the list is old, or a tree of another size was timed since. Call it once a step."""
-        self._steps_left -= 1
-        if self._steps_left <= 0 or costs.sizes != self._known_sizes:
-            self._seconds = [costs.verify_seconds(nodes) for nodes in range(1, self._max_nodes + 1)]
-            self._steps_left, self._known_sizes = _MAX_AGE, costs.sizes
-
-    def best_prefix(self, worth: Sequence[float], nodes_before: int, rate: float) -> tuple[int, float]:
-        """How many nodes to add to a tree, from the first.
-
-        Args:
-            worth: expected tokens of each node.
-            nodes_before: nodes that the tree has.
-            rate: tokens that a second is worth.
-
-        Returns:
-            The number of nodes, and their expected tokens less what verifying them costs.
-        """
-        seconds = self._seconds[nodes_before - 1 :]
-        gain, best_gain, best = rate * seconds[0], 0.0, 0
-        for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
-            gain += value
-            if gain - rate * total > best_gain:
-                best_gain, best = gain - rate * total, count
-        return best, best_gain
-
-
-_MAX_LOOKED_UP = 16  # nodes
-_MAX_FITTED = 1000.0  # magnitude of a fitted number; fits stay below 10
-_SAVED_AS = "odds"  # the tensor's name in files
-
-
-@dataclass(slots=True)
-class _Step:
-    """What lives for one step.
-
-    Attributes:
-        row_weights: how much a token of each row counts; empty if all count the same.
-        rate: tokens that a second is worth (lambda).
-        lookup: nodes that come from the lookup.
-        lookup_hit: probability that the first of them is right.
-        width: nodes of the head's first level.
-        node_probs: probabilities of the nodes that got children, where the lookup fails; best first.
-        level_probs: of each row, the probability that each drafted level holds the right path.
-        expected: tokens that the head's nodes add to the step.
-        reads_paths: see `Observation`.
-    """
-
-    row_weights: Sequence[float] = ()
-    rate: float = 0.0
-    lookup: int = 0
-    lookup_hit: float = 0.0
-    width: int = 0
-    node_probs: list[float] = field(default_factory=list)
-    level_probs: list[list[float]] = field(default_factory=list)
-    expected: float = 0.0
-    reads_paths: bool = False
-
-    def mean(self, rows: list[list[float]]) -> list[float]:
-        """Means over the rows' first nodes, second nodes and so on, weighted by `row_weights`."""
-        if len(rows) == 1:
-            return rows[0]
-        weights = self.row_weights or [1.0] * len(rows)
-        return [sum(map(mul, weights, column)) / len(rows) for column in zip_longest(*rows, fillvalue=0.0)]
+_FIRST_TRIAL, _LAST_TRIAL = 8, 256  # drafted steps between two trials of another width
+_PLAIN = TreeShape.plain()
 
 
 class ThroughputPolicy(SavedPolicy):
@@ -269,7 +90,6 @@ class ThroughputPolicy(SavedPolicy):
         self.costs = costs or RunningCosts()
         self.acceptance = acceptance or AcceptanceModel()
         self._largest = TreeShape(most_nodes + 1, depth, top_k)
-        self._prices = PriceList(self._largest.total_tokens + _MAX_LOOKED_UP)
         self._memory, self._widths = ThroughputMemory(), WidthMemory(top_k)
         self._step = _Step()
         self.grows = True
@@ -280,21 +100,19 @@ class ThroughputPolicy(SavedPolicy):
     @property
     def rate(self) -> float:
         """Tokens per second so far (lambda), at least the rate of plain steps and at most twice that."""
-        return self._memory.rate(self.costs.step_seconds(1, 0))
+        return self._memory.rate(self.costs.step_seconds(_PLAIN, 0))
 
     @property
     def is_confident(self) -> bool:
-        """Whether its estimates rest on observed outcomes."""
         return self.acceptance.is_confident
 
     def choose(self, observation: Observation) -> TreeShape:
-        step = self._step = _Step(observation.row_weights, reads_paths=observation.reads_paths)
+        step = self._step = _Step(observation.row_weights, observation.reads_paths)
         if not self.costs.knows_plain or observation.room <= 1:
             return TreeShape.plain()
         step.rate = self.rate
-        self._prices.refresh(self.costs)
         lookup_probs = observation.prefix_accept_probs()[: observation.room - 1]
-        step.lookup, _ = self._prices.best_prefix(lookup_probs, 1, step.rate)
+        step.lookup, _ = self._best_prefix(lookup_probs)
         if step.lookup:
             step.lookup_hit = lookup_probs[0]
         has_lookup = step.lookup > 0
@@ -309,13 +127,19 @@ class ThroughputPolicy(SavedPolicy):
         depth = self._largest.depth if self.grows else self._planned_depth()
         return TreeShape(self._largest.total_tokens, depth, step.width, step.lookup)
 
+    def _best_prefix(self, worth: Sequence[float]) -> tuple[int, float]:
+        """How many nodes of these expected tokens to verify beside the looked-up ones, and what they gain."""
+        most = self._largest.total_tokens + _MAX_LOOKED_UP
+        seconds = self.costs.verify_curve(most)[self._step.lookup : most]
+        return best_prefix(seconds, worth, self._step.rate)
+
     def _planned_depth(self) -> int:
         """The depth whose expected gain is highest before anything is drafted, if each level needs one node."""
         step, gains = self._step, list[float]()
         worth = [(1.0 - step.lookup_hit) * prob for prob in self.acceptance.reach(self._largest.depth)]
         for depth in range(1, self._largest.depth + 1):
-            _, gain = self._prices.best_prefix(worth[:depth], 1 + step.lookup, step.rate)
-            gains.append(gain - step.rate * self.costs.draft_seconds(depth))
+            _, gain = self._best_prefix(worth[:depth])
+            gains.append(gain - step.rate * self.costs.draft_seconds(step.width, depth))
         return 1 + gains.index(max(gains))
 
     def grow(self, level: Level) -> bool:
@@ -328,11 +152,8 @@ class ThroughputPolicy(SavedPolicy):
         children = self.acceptance.children_of(probs, level.depth, step.width)
         step.node_probs = sorted(step.node_probs + [left * prob for prob in probs], reverse=True)
         with_children = sorted(step.node_probs + [left * prob for prob in children], reverse=True)
-        gains = [
-            self._prices.best_prefix(nodes, 1 + step.lookup, step.rate)[1]
-            for nodes in (with_children, step.node_probs)
-        ]
-        return gains[0] - gains[1] > step.rate * self.costs.draft_seconds(1)
+        more, gain = self._best_prefix(with_children)[1], self._best_prefix(step.node_probs)[1]
+        return more - gain > step.rate * self.costs.draft_seconds(step.width, 1)
 
     def size(self, scores: Tensor, levels: Tensor) -> int:
         step, level_of = self._step, levels.tolist()
@@ -351,9 +172,9 @@ class ThroughputPolicy(SavedPolicy):
             step.level_probs.append(level_probs)
         left = 1.0 - step.lookup_hit
         worth = [left * prob for prob in step.mean(best)]
-        count, gain = self._prices.best_prefix(worth, 1 + step.lookup, step.rate)
+        count, gain = self._best_prefix(worth)
         step.expected = sum(worth[:count])
-        self._memory.note_gain(gain - step.rate * self.costs.draft_seconds(len(bounds) - 1))
+        self._memory.note_gain(gain - step.rate * self.costs.draft_seconds(step.width, len(bounds) - 1))
         return count + 1
 
     def observe(self, record: StepRecord) -> None:
@@ -411,3 +232,133 @@ def _read_acceptance(saved: Tensor | None) -> AcceptanceModel:
             f"{LEVELS} levels, none beyond {_MAX_FITTED:g}. Download or save the policy again."
         )
     return AcceptanceModel([PlattScaling(intercept, slope) for intercept, slope in rows])
+
+
+@dataclass(slots=True)
+class _Step:
+    """What lives for one step."""
+
+    row_weights: Sequence[float] = ()  # see `Observation`, as `reads_paths`
+    reads_paths: bool = False
+    rate: float = 0.0  # tokens that a second is worth (lambda)
+    lookup: int = 0  # nodes that come from the lookup
+    lookup_hit: float = 0.0  # probability that the first of them is right
+    width: int = 0  # nodes of the head's first level
+    node_probs: list[float] = field(default_factory=list)  # of nodes with children, where the lookup fails; best first
+    level_probs: list[list[float]] = field(default_factory=list)  # that each level holds the right path, of each row
+    expected: float = 0.0  # tokens that the head's nodes add to the step
+
+    def mean(self, rows: list[list[float]]) -> list[float]:
+        """Means over the rows' first nodes, second nodes and so on, weighted by `row_weights`."""
+        if len(rows) == 1:
+            return rows[0]
+        weights = self.row_weights or [1.0] * len(rows)
+        return [sum(map(mul, weights, column)) / len(rows) for column in zip_longest(*rows, fillvalue=0.0)]
+
+
+def best_prefix(seconds: Sequence[float], worth: Sequence[float], rate: float) -> tuple[int, float]:
+    """How many nodes to add to a tree, from the first.
+
+    Args:
+        seconds: of verifying the tree as it is, with one node more, with two, and so on.
+        worth: expected tokens of each node.
+        rate: tokens that a second is worth.
+
+    Returns:
+        The number of nodes, and their expected tokens less what verifying them costs.
+    """
+    gain, best_gain, best = rate * seconds[0], 0.0, 0
+    for count, (value, total) in enumerate(zip(worth, seconds[1:], strict=False), start=1):
+        gain += value
+        if gain - rate * total > best_gain:
+            best_gain, best = gain - rate * total, count
+    return best, best_gain
+
+
+class ThroughputMemory:
+    """The rate of tokens so far, what asking the head gains, and when a head that does not pay is probed again.
+
+    Attributes:
+        head_was_right: whether the head predicted a token of the last step that asked it, in most rows.
+    """
+
+    def __init__(self) -> None:
+        self.head_was_right = True
+        self._tokens, self._seconds = 0.0, 0.0  # decayed sums
+        self._gains = [_FIRST_GAIN, _FIRST_GAIN]  # mean gain of asking the head, by `head_was_right`
+        self._probe_in, self._probe_every = 0, _FIRST_PROBE  # steps
+
+    def add(self, record: StepRecord) -> None:
+        """Take in a finished step."""
+        self._tokens = self._tokens * _MEMORY + record.mean_emitted
+        self._seconds = self._seconds * _MEMORY + max(record.step_seconds, 0.0)
+
+    def rate(self, plain_seconds: float) -> float:
+        """Tokens per second (lambda): at least the rate of plain steps, and at most twice that."""
+        rate = self._tokens / self._seconds if self._seconds > 0 else 0.0
+        return min(max(rate, 1.0 / plain_seconds), _MAX_RATE / plain_seconds) if plain_seconds > 0 else rate
+
+    def note_gain(self, gain: float) -> None:
+        """Note the estimated gain of asking the head, in tokens: less noisy than outcomes, which correct it."""
+        self._gains[self.head_was_right] += _NEWEST * (gain - self._gains[self.head_was_right])
+
+    def asks_head(self, lookup_hit: float, *, has_lookup: bool) -> bool:
+        """Whether asking the head pays after a step like the last one, or is due for another probe.
+
+        Args:
+            lookup_hit: probability that the lookup's first token is right, which the head then gains nothing from.
+            has_lookup: whether looked-up nodes are verified; the head is then not probed.
+        """
+        if self._gains[self.head_was_right] * (1.0 - lookup_hit) > 0:
+            self._probe_every = self._probe_in = _FIRST_PROBE
+            return True
+        self._probe_in -= 1
+        if self._probe_in > 0 or has_lookup:
+            return False
+        self._probe_every = min(2 * self._probe_every, _LAST_PROBE)
+        self._probe_in = self._probe_every
+        return True
+
+
+class WidthMemory:
+    """Drafts chains at first, tries other widths now and then, and keeps the one that writes the most tokens a second.
+
+    Without kernels a further leaf costs as much as all nodes of its path, with them next to nothing: only the clock
+    knows. The next wider or narrower width is tried, and less often each time that none is better.
+
+    Args:
+        most: children per node of the widest tree.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._widths = [1]
+        while self._widths[-1] < most:
+            self._widths.append(min(2 * self._widths[-1], most))
+        self._tokens, self._seconds = [0.0] * len(self._widths), [0.0] * len(self._widths)  # decayed sums
+        self._best = self._chosen = 0
+        self._trial_in = self._trial_every = _FIRST_TRIAL
+
+    def choose(self, most: int) -> int:
+        """The width of the coming draft, at most `most`."""
+        self._chosen = self._neighbour() if self._trial_in <= 0 else self._best
+        return min(self._widths[self._chosen], most)
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """Take in the tokens that a step of the chosen width was expected to write, and its duration."""
+        place = self._chosen
+        self._tokens[place] = self._tokens[place] * _MEMORY + tokens
+        self._seconds[place] = self._seconds[place] * _MEMORY + seconds
+        if place == self._best:
+            self._trial_in -= 1
+            return
+        is_better = self._rate(place) > _MARGIN * self._rate(self._best)
+        self._trial_every = _FIRST_TRIAL if is_better else min(2 * self._trial_every, _LAST_TRIAL)
+        self._best, self._trial_in = place if is_better else self._best, self._trial_every
+
+    def _neighbour(self) -> int:
+        """Of the next wider width and the next narrower one, that which was timed less."""
+        places = [place for place in (self._best + 1, self._best - 1) if 0 <= place < len(self._widths)]
+        return min(places, key=self._seconds.__getitem__, default=self._best)
+
+    def _rate(self, place: int) -> float:
+        return self._tokens[place] / self._seconds[place] if self._seconds[place] > 0 else 0.0

@@ -20,9 +20,7 @@ _MIN_SLOPE = 0.1  # a more probable path is never less likely to be accepted
 
 
 def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any) -> ThroughputPolicy:
-    """Make a `ThroughputPolicy` whose acceptance probabilities are fitted to recorded texts.
-
-    The policy goes on learning while it decodes.
+    """Make a `ThroughputPolicy` whose acceptance probabilities are fitted to recorded texts; it goes on learning.
 
     Args:
         texts: recorded with pools of `top_k`.

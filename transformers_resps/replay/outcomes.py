@@ -1,8 +1,6 @@
-"""Outcomes of shapes: of every shape at every position of recorded texts, once or held for several steps.
+"""What every shape would have emitted and taken at every position of recorded texts, and the fastest sequence of them.
 
 Tensor shapes: t positions of a text, p of all texts, n decisions, a actions, F width of the features.
-
-The upper bound of any policy: the fastest sequence of shapes for recorded texts, by dynamic programming.
 """
 
 from collections.abc import Sequence
@@ -40,7 +38,7 @@ class TextOutcomes:
             raise ValueError(
                 f"TextOutcomes got features {list(self.features.shape)}, emitted {list(self.emitted.shape)} and "
                 f"seconds {list(self.seconds.shape)}, but they need the same number of positions, at least one, and "
-                "the same actions. Build them with `ReplayText.outcomes`."
+                "the same actions. Build them with `RankedText.outcomes`."
             )
         left = length - torch.arange(length, device=self.emitted.device)[:, None]
         if bool(((self.emitted < 1) | (self.emitted > left)).any()):
@@ -152,8 +150,9 @@ class OutcomeTable:
 class Oracle:
     """Computes how long recorded texts take with one fixed action, and with the best action at every step.
 
-    The step at position t with action a ends at t + emitted[t, a]; the least time from t to the text's end is the
-    least over a of seconds[t, a] plus the least time from there.
+    The latter is the upper bound of any policy, by dynamic programming: the step at position t with action a ends at
+    t + emitted[t, a]; the least time from t to the text's end is the least over a of seconds[t, a] plus the least time
+    from there.
 
     Args:
         table: outcomes of every action at every position.
@@ -196,39 +195,4 @@ class Oracle:
     @cached_property
     def best_fixed_rate(self) -> float:
         """Tokens per second of all texts with `best_fixed`."""
-        headroom = self.headroom()
-        return headroom.tokens / headroom.fixed_seconds
-
-    def headroom(self, fixed: int | None = None) -> "Headroom":
-        """Compare one fixed action, the best one per text, and the best one at every step.
-
-        Args:
-            fixed: the fixed action, for instance the best one of other texts; `None` for the best one of these.
-
-        Returns:
-            The seconds of each.
-        """
-        fixed = self.best_fixed if fixed is None else fixed
-        return Headroom(
-            tokens=int((self.table.stops - self.table.starts).sum()),
-            fixed_seconds=float(self.fixed_seconds[:, fixed].sum()),
-            per_text_seconds=float(self.fixed_seconds.min(-1).values.sum()),
-            oracle_seconds=float(self.best_seconds.sum()),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Headroom:
-    """Seconds that all texts together take, by how actions are chosen.
-
-    Attributes:
-        tokens: tokens of all texts, without the first of each, which prefill gives.
-        fixed_seconds: with one action throughout.
-        per_text_seconds: with the best fixed action of each text.
-        oracle_seconds: with the best action at every step.
-    """
-
-    tokens: int
-    fixed_seconds: float
-    per_text_seconds: float
-    oracle_seconds: float
+        return len(self.table.features) / float(self.fixed_seconds[:, self.best_fixed].sum())

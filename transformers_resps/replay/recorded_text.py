@@ -1,17 +1,9 @@
-"""The candidate pools of all positions of one text, drafted together.
+"""One recorded text, with everything the head would have drafted before each of its tokens.
 
-What a head drafts depends on the prefix alone, never on earlier trees: its cache holds true features only. So the
-nodes of many roots go through the head in one pass, each seeing its own prefix and its own ancestors.
+The target runs over the text once and the head drafts from every position. After that the outcome of every shape is
+known (`RankedText`) and any policy can decide again (`replay_policy`), without a model and without a clock.
 
-Tensor shapes: r roots, w nodes that get children.
-
-One recorded text, with everything the drafters would have proposed before each of its tokens.
-
-The target runs over the text once and the head drafts from every position. From a recording the outcome of every
-shape
-is known (`ReplayText`) and any policy can decide again (`replay_policy`), without a model and without a clock.
-
-Tensor shapes: t positions, p pool nodes, F features.
+Tensor shapes: t positions, p pool nodes, F features, r roots, w nodes that get children.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,60 +26,6 @@ from ..verifying.forward import FeatureTap
 
 
 _MAX_QUERIES = 256  # nodes in one pass of the head
-
-
-class PositionPools:
-    """Drafts from every position of a text.
-
-    Args:
-        bound: the head, with its target's embedding and output rows.
-        features: `[1, s, F]` of the text's first s positions.
-        tokens: `[1, s]` the token after each of them.
-    """
-
-    def __init__(self, bound: BoundHead, features: Tensor, tokens: Tensor) -> None:
-        self._bound = bound
-        module = bound.head
-        device, count = module.device, tokens.shape[1]
-        self._length = count
-        self._cache = HeadCache.empty(module.config, 1, module.dtype, device)
-        self._cache.reserve(count)
-        self._outputs: Tensor = module(
-            module.fuse(features.to(device, module.dtype)),
-            bound.embed(tokens.to(device)),
-            torch.arange(count, device=device)[None],
-            self._cache.attend_from(0, None, is_causal=count > 1),
-        )[0]  # [s, h]
-
-    def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
-        """Pools of `depth` levels below the roots that follow prefixes of these lengths `[n]`.
-
-        Yields:
-            Some of the prefixes, `[r]`, and their pools, which `TreeCandidateGenerator.draft` would give there.
-        """
-        width = min(top_k, self._bound.head.config.proposable_tokens)
-        for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
-            newest = self._outputs[part - 1][:, None]  # [r, 1, h]
-            first = sprout(self._bound, newest, width, depth == 1)
-            yield part, grow_pool(first, depth, partial(self._run, part))
-
-    def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
-        """One pass over a level of all roots, laid out one root after the other in a single row."""
-        roots, width = frontier.tokens.shape
-        slots = torch.arange(self._length, device=prefixes.device)
-        prefix = (slots < prefixes[:, None])[:, None].expand(-1, width, -1).flatten(0, 1)  # [r * w, s]
-        same_root = torch.eye(roots, dtype=torch.bool, device=prefixes.device)[:, None, :, None]
-        levels = frontier.visible.split(width, dim=-1)[::-1]  # [r, w, w] each
-        nodes = [(part[:, :, None] & same_root).flatten(2).flatten(0, 1) for part in levels]  # [r * w, r * w]
-        start = self._length + (len(nodes) - 1) * roots * width
-        self._cache.reserve(start + roots * width)
-        output: Tensor = self._bound.head(
-            frontier.hidden.flatten(0, 1)[None],
-            self._bound.embed(frontier.tokens.flatten()[None]),
-            (prefixes + drafted - 1).repeat_interleave(width)[None],
-            self._cache.attend_from(start, torch.cat([prefix, *nodes], dim=1)[None, None]),
-        )
-        return branch(self._bound, frontier, output.view(roots, width, -1), is_last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,30 +86,8 @@ class RecordedText:
                 )
                 for k in top_ks
             }
-            sizes = (int(metadata[name]) for name in ("prompt_length", "spare_room"))
-            return cls(read("input_ids"), next(sizes), read("features"), pools, next(sizes))
-
-
-@contextmanager
-def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Open a file and yield it with its metadata; errors inside the `with` block name the file.
-
-    Args:
-        file: written by `save`.
-        needed: prefix of a tensor name that such a file has.
-
-    Raises:
-        ValueError: the file is damaged, of another release, or holds something else.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            if not any(name.startswith(needed) for name in opened.keys()):  # noqa: SIM118
-                raise KeyError(needed)
-            yield opened, opened.metadata() or {}
-    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"{file} is no recording that this release can read ({error!r}). Delete it and record the text again."
-        ) from error
+            prompt_length, spare_room = int(metadata["prompt_length"]), int(metadata["spare_room"])
+            return cls(read("input_ids"), prompt_length, read("features"), pools, spare_room)
 
 
 @torch.no_grad()
@@ -221,7 +137,81 @@ def record_pools(
 
 def _joined(parts: Sequence[CandidatePool]) -> CandidatePool:
     """The pools of some positions after those of others, on the CPU."""
-    tokens, parents, scores = (
-        torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("tokens", "parents", "scores")
-    )
+    rows = zip(*((part.tokens, part.parents, part.scores) for part in parts), strict=True)
+    tokens, parents, scores = (torch.cat([part.cpu() for part in row]) for row in rows)
     return CandidatePool(tokens, parents, scores, parts[0].levels.cpu())
+
+
+class PositionPools:
+    """Drafts from every position of a text.
+
+    What a head drafts depends on the prefix alone, never on earlier trees: its cache holds true features only. So the
+    nodes of many roots go through the head in one pass, each seeing its own prefix and its own ancestors.
+
+    Args:
+        bound: the head, with its target's embedding and output rows.
+        features: `[1, s, F]` of the text's first s positions.
+        tokens: `[1, s]` the token after each of them.
+    """
+
+    def __init__(self, bound: BoundHead, features: Tensor, tokens: Tensor) -> None:
+        self._bound = bound
+        module = bound.head
+        device, count = module.device, tokens.shape[1]
+        self._length = count
+        self._cache = HeadCache.empty(module.config, 1, module.dtype, device)
+        self._cache.reserve(count)
+        self._outputs = bound.run_layers(
+            bound.fuse(features.to(device, module.dtype)),
+            bound.embed(tokens.to(device)),
+            module.rope(torch.arange(count, device=device)[None]),
+            self._cache.attend_from(0, None, is_causal=count > 1),
+        )[0]  # [s, h]
+
+    def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
+        """Pools of `depth` levels below the roots that follow prefixes of these lengths `[n]`.
+
+        Yields:
+            Some of the prefixes, `[r]`, and their pools, those that live drafting gives there.
+        """
+        width = min(top_k, self._bound.head.config.proposable_tokens)
+        for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
+            newest = self._outputs[part - 1][:, None]  # [r, 1, h]
+            first = sprout(self._bound, newest, width, depth == 1)
+            yield part, grow_pool(first, depth, partial(self._run, part))
+
+    def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
+        """One pass over a level of all roots, laid out one root after the other in a single row."""
+        roots, width = frontier.tokens.shape
+        slots = torch.arange(self._length, device=prefixes.device)
+        prefix = (slots < prefixes[:, None])[:, None].expand(-1, width, -1).flatten(0, 1)  # [r * w, s]
+        same_root = torch.eye(roots, dtype=torch.bool, device=prefixes.device)[:, None, :, None]
+        levels = frontier.visible.split(width, dim=-1)[::-1]  # [r, w, w] each
+        nodes = [(part[:, :, None] & same_root).flatten(2).flatten(0, 1) for part in levels]  # [r * w, r * w]
+        start = self._length + (len(nodes) - 1) * roots * width
+        self._cache.reserve(start + roots * width)
+        output = self._bound.run_layers(
+            frontier.hidden.flatten(0, 1)[None],
+            self._bound.embed(frontier.tokens.flatten()[None]),
+            self._bound.head.rope((prefixes + drafted - 1).repeat_interleave(width)[None]),
+            self._cache.attend_from(start, torch.cat([prefix, *nodes], dim=1)[None, None]),
+        )
+        return branch(self._bound, frontier, output.view(roots, width, -1), is_last)
+
+
+@contextmanager
+def open_recording(file: str | Path, needed: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Yield what `save` wrote and its metadata; `needed` begins the name of a tensor that such a file has.
+
+    Raises:
+        ValueError: the file is damaged, of another release, or holds something else, here or inside the `with` block.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            if not any(name.startswith(needed) for name in opened.keys()):  # noqa: SIM118
+                raise KeyError(needed)
+            yield opened, opened.metadata() or {}
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{file} is no recording that this release can read ({error!r}). Delete it and record the text again."
+        ) from error

@@ -1,6 +1,4 @@
-"""A drafter that proposes what a recording holds: policies decide on it as they do live.
-
-Known texts, decoded again without their target: what the text says next is what the target would pick.
+"""Recorded texts, decoded again without their target: what the text says next is what the target would pick.
 
 Each step is decided by the code that decides it in `generate`. A recording stands in for the head, and a cost model
 for the clock; the time of the policy's own arithmetic is not counted.
@@ -17,6 +15,101 @@ from ..policies import CostModel, Level, Policy, wants_level
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, TreeShape
 from .recorded_text import RecordedText
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedStep:
+    """One step of decoding a text again.
+
+    Attributes:
+        root: place of the newest token before the step.
+        proposal: what the step would have verified.
+        accepted: drafted tokens that the text follows; one token more is emitted.
+    """
+
+    root: int
+    proposal: Proposal
+    accepted: int
+
+
+def replay_policy(text: RecordedText, policy: Policy, costs: CostModel) -> SpeculationReport:
+    """Simulate `policy` on a recorded text, without models; prefill is left out.
+
+    Returns:
+        The report that `generate` would have given, with the seconds of `costs`, for instance a `CostTable`. Nodes
+        that were looked up are not among those `drafted`.
+
+    Raises:
+        ValueError: the policy returns something that is no shape, or asks for one that was not recorded.
+    """
+    report = SpeculationReport()
+    for step in decode_again(text, policy, RecordedDrafter(text)):
+        record = _record(text, step, costs)
+        policy.observe(record)
+        report.steps.append(record)
+    return report
+
+
+def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRecord:
+    proposal, pool, emitted_count = step.proposal, step.proposal.pool, step.accepted + 1
+    verify = costs.verify_seconds(proposal.tree.node_count, step.root)
+    draft, match = 0.0, 0
+    if pool is not None:
+        draft = costs.draft_seconds(proposal.shape.top_k, int(pool.levels[-1]))
+        match = pool.drafted_match(text.input_ids[None, step.root + 1 :][:, :emitted_count].tolist())[0]
+    return StepRecord(
+        shape=proposal.shape,
+        drafted=proposal.candidates,
+        verified=proposal.tree.node_count,
+        accepted=RowCounts([step.accepted]),
+        emitted=RowCounts([emitted_count]),
+        draft_seconds=draft,
+        verify_seconds=verify,
+        step_seconds=draft + verify + costs.overhead,
+        drafted_match=RowCounts([match]),
+    )
+
+
+def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterator[ReplayedStep]:
+    """Decide the steps from the output's second token to its end, one after the other.
+
+    The pools of the text are not read, and the caller lets the policy learn from each step before asking for the next.
+
+    Args:
+        text: a recording, which may have no pools.
+        policy: decides.
+        drafter: has observed nothing from the prompt's last position on.
+
+    Raises:
+        ValueError: no step can follow a decision of the policy.
+    """
+    beginning = _TextPrefix(text.input_ids.tolist(), text.prompt_length + 1)
+    proposer = Proposer(policy, drafter, beginning, [0])
+    place = observed = step = 0
+    while place < len(text):
+        root, left = text.prompt_length + place, len(text) - place
+        beginning.length = root + 1
+        newest = slice(text.prompt_length + observed, root + 1)
+        drafter.observe(text.features[None, observed : place + 1], text.input_ids[None, newest])
+        if step == 0:
+            proposer.read_prompt()
+        proposal = proposer.propose(text.input_ids[root : root + 1], step, root + 1, left + text.spare_room)
+        accepted = min(proposal.tree.drafted_match(text.input_ids[None, root + 1 :].tolist())[0], left - 1)
+        yield ReplayedStep(root, proposal, accepted)
+        step, observed, place = step + 1, place + 1, place + accepted + 1
+
+
+class _TextPrefix:
+    """The first `length` tokens of a text, as if there were no more."""
+
+    in_lockstep = True
+    row_weights: Sequence[float] = (1.0,)
+
+    def __init__(self, tokens: list[int], length: int) -> None:
+        self._tokens, self.length = tokens, length
+
+    def since(self, starts: list[int]) -> list[list[int]]:
+        return [self._tokens[starts[0] : self.length]]
 
 
 class RecordedDrafter(Drafter):
@@ -56,101 +149,3 @@ class RecordedDrafter(Drafter):
             levels += 1
         tokens, parents, scores = (part[here, : ends[levels]] for part in (pool.tokens, pool.parents, pool.scores))
         return CandidatePool(tokens, parents, scores, pool.levels[: ends[levels]])
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayedStep:
-    """One step of decoding a text again.
-
-    Attributes:
-        root: place of the newest token before the step.
-        proposal: what the step would have verified.
-        accepted: drafted tokens that the text follows; one token more is emitted.
-    """
-
-    root: int
-    proposal: Proposal
-    accepted: int
-
-
-class _TextPrefix:
-    """The first `length` tokens of a text, as if there were no more."""
-
-    in_lockstep = True
-    row_weights: Sequence[float] = (1.0,)
-
-    def __init__(self, tokens: list[int], length: int) -> None:
-        self._tokens, self.length = tokens, length
-
-    def since(self, starts: list[int]) -> list[list[int]]:
-        return [self._tokens[starts[0] : self.length]]
-
-
-def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterator[ReplayedStep]:
-    """Decide the steps from the output's second token to its end, one after the other.
-
-    Args:
-        text: its pools are not read.
-        policy: decides; the caller lets it learn from each step before asking for the next.
-        drafter: has observed nothing from the prompt's last position on.
-
-    Raises:
-        ValueError: no step can follow a decision of the policy.
-    """
-    beginning = _TextPrefix(text.input_ids.tolist(), text.prompt_length + 1)
-    proposer = Proposer(policy, drafter, beginning, [0])
-    place = observed = step = 0
-    while place < len(text):
-        root, left = text.prompt_length + place, len(text) - place
-        beginning.length = root + 1
-        newest = slice(text.prompt_length + observed, root + 1)
-        drafter.observe(text.features[None, observed : place + 1], text.input_ids[None, newest])
-        if step == 0:
-            proposer.read_prompt()
-        proposal = proposer.propose(text.input_ids[root : root + 1], step, root + 1, left + text.spare_room)
-        accepted = min(proposal.tree.drafted_match(text.input_ids[None, root + 1 :].tolist())[0], left - 1)
-        yield ReplayedStep(root, proposal, accepted)
-        step, observed, place = step + 1, place + 1, place + accepted + 1
-
-
-def replay_policy(text: RecordedText, policy: Policy, costs: CostModel) -> SpeculationReport:
-    """Simulate `policy` on a recorded text, without models; prefill is left out.
-
-    Args:
-        text: the recording.
-        policy: decides at every step as in `generate`.
-        costs: give the seconds of each step, for instance a `CostTable`.
-
-    Returns:
-        The report that `generate` would have given, with the seconds of `costs`. Nodes that were looked up are not
-        among those `drafted`.
-
-    Raises:
-        ValueError: the policy returns something that is no shape, or asks for one that was not recorded.
-    """
-    report = SpeculationReport()
-    for step in decode_again(text, policy, RecordedDrafter(text)):
-        record = _record(text, step, costs)
-        policy.observe(record)
-        report.steps.append(record)
-    return report
-
-
-def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRecord:
-    proposal, pool, emitted = step.proposal, step.proposal.pool, step.accepted + 1
-    verify = costs.verify_seconds(proposal.tree.node_count, step.root)
-    draft, match = 0.0, 0
-    if pool is not None:
-        draft = costs.draft_seconds(proposal.shape.top_k, int(pool.levels[-1]))
-        match = pool.drafted_match(text.input_ids[None, step.root + 1 :][:, :emitted].tolist())[0]
-    return StepRecord(
-        shape=proposal.shape,
-        drafted=proposal.candidates,
-        verified=proposal.tree.node_count,
-        accepted=RowCounts([step.accepted]),
-        emitted=RowCounts([emitted]),
-        draft_seconds=draft,
-        verify_seconds=verify,
-        step_seconds=draft + verify + costs.overhead,
-        drafted_match=RowCounts([match]),
-    )

@@ -1,11 +1,4 @@
-"""One number for each row of a batch.
-
-Rates of tokens per second, and how sure a ratio of two of them is.
-
-What a call of `generate` did, step by step.
-
-Every rate the project publishes is computed here, from these records.
-"""
+"""What a call of `generate` did, step by step, and the rates that follow: every published rate is computed here."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -18,33 +11,9 @@ from .display import decoder, detokenize_incrementally
 
 
 class RowCounts(tuple[int, ...]):
-    """One number per row of the batch, in the order of the rows.
-
-    With one row it compares with an integer and converts to it: `record.accepted == 3`, `int(record.accepted)`.
-    Several rows equal no integer.
-    """
+    """One number per row of the batch, in the order of the rows; `int(record.accepted)` is that of the only row."""
 
     __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return bool(tuple(self) == self._like_self(other))
-
-    def __ne__(self, other: object) -> bool:
-        return bool(tuple(self) != self._like_self(other))
-
-    def __lt__(self, other: Any) -> bool:
-        return bool(tuple(self) < self._like_self(other))
-
-    def __le__(self, other: Any) -> bool:
-        return bool(tuple(self) <= self._like_self(other))
-
-    def __gt__(self, other: Any) -> bool:
-        return bool(tuple(self) > self._like_self(other))
-
-    def __ge__(self, other: Any) -> bool:
-        return bool(tuple(self) >= self._like_self(other))
-
-    __hash__ = tuple.__hash__
 
     def __int__(self) -> int:
         """The number of the only row.
@@ -59,9 +28,6 @@ class RowCounts(tuple[int, ...]):
     def to_json(self) -> int | list[int]:
         """An integer for one row, as reports of one prompt have it, otherwise a list."""
         return self[0] if len(self) == 1 else list(self)
-
-    def _like_self(self, other: Any) -> Any:
-        return (other,) if isinstance(other, int) and len(self) == 1 else other
 
 
 class Timed(Protocol):
@@ -120,7 +86,7 @@ class StepRecord:
         shape: the shape that the policy chose, cut to the room that was left.
         drafted: nodes that head and lookup scored.
         verified: nodes of the target forward, root included.
-        accepted: drafted tokens that each row kept. With one row, `RowCounts` compare with an integer.
+        accepted: drafted tokens that each row kept; `int(accepted)` with one row.
         emitted: tokens that each row added to the output, the accepted ones and the bonus token; 0 for finished rows.
         draft_seconds: seconds of choosing and drafting; at the prefill, of reading the prompt with head and lookup.
         verify_seconds: seconds of the target forward; on a GPU including drafting work that is still running.
@@ -241,7 +207,7 @@ class SpeculationReport:
             ValueError: the batch has no such row.
         """
         try:
-            from .display import StepLine, print_steps
+            from .console import StepLine, print_steps
         except ModuleNotFoundError as error:
             raise ImportError(
                 "`show` needs the package `rich`. Run `pip install 'transformers-resps[inspect]'`, or read `steps` "

@@ -1,7 +1,7 @@
 """The lossless check: compare the output with a head and a policy to the model's own."""
 
 from .divergence import MAX_SPACINGS, Divergence, explain_divergence, spacing_at
-from .kit import LosslessReport, NotLosslessError, assert_lossless
+from .lossless import LosslessReport, NotLosslessError, assert_lossless
 
 
 __all__ = [

@@ -1,22 +1,10 @@
-"""Compute what the target would draw, and what a drafter would propose, at every place of a text.
+"""Test by chi-square whether sampled tokens follow the target's distribution.
 
-From the text alone, so that the engine can be compared with it.
-
-Test whether tokens were drawn from given distributions, by chi-square.
-
-There is one token per place, and every place has a distribution of its own, given what was written before it. Tokens
-fall into bins that are chosen per place from the text before it alone. Under the hypothesis that every token was
-drawn
-from its place's distribution, the counts minus their expectations are a sum of martingale differences, whose
-covariance is the sum of those of the places; so the quadratic form of counts and covariance is asymptotically
-chi-square.
-
-Test whether sampled tokens follow the target's distribution, on the first tokens of many sampled answers.
-
-The exact distribution comes from plain forwards over the texts that were written. Trees can bend a distribution only
-towards or away from what they draft, so the bins are the drafted tokens of each place, best first, and the rest of
-the
-vocabulary in three pools by likelihood.
+Every token that was written has a distribution of its own, which a plain forward over the prefix gives. Trees can bend
+it only towards or away from what they draft, so its bins are the drafted tokens, best first, and the rest of the
+vocabulary in three pools by likelihood. If every token was drawn from its own distribution, the counts of the bins
+minus their expectations are a sum of martingale differences, whose covariance is the sum of those of the tokens, and
+their quadratic form is asymptotically chi-square.
 
 A test that finds nothing may have no power, so it also runs on tokens of a rule that is known to be wrong. The
 speculative sampling of Leviathan et al. (arXiv 2211.17192) keeps a drafted token with probability `min(1, p / q)`,
@@ -37,28 +25,21 @@ from ..heads import BoundHead, DraftHead
 from ..policies import FixedPolicy
 from ..tree import TreeShape
 from ..verifying.forward import FeatureTap
-from .texts import SAMPLED, ModelUnderTest
+from .comparison import SAMPLED, ModelUnderTest
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One token of an answer, and what could have stood there.
-
-    Attributes:
-        token: that was written.
-        probs: `[v]` fp32, the target's distribution given the text before it.
-        drafted: the drafter's best tokens there, best first.
-        draft_probs: the probability that the drafter gives to each of them.
-    """
+    """One token of an answer, and what could have stood there."""
 
     token: int
-    probs: Tensor
-    drafted: list[int]
-    draft_probs: list[float]
+    probs: Tensor  # [v] fp32, the target's distribution given the prefix
+    drafted: list[int]  # the drafter's best tokens there, best first
+    draft_probs: list[float]  # that the drafter gives to each of them
 
 
 class DraftReader:
-    """Reads texts with a target and its drafter: the head, or prompt lookup without one."""
+    """Computes what a target would draw and what its drafter proposes: the head, or prompt lookup without one."""
 
     def __init__(self, target: PreTrainedModel, head: DraftHead | None) -> None:
         self._target = target
@@ -66,10 +47,7 @@ class DraftReader:
 
     @torch.inference_mode()
     def read(self, prompt: Tensor, answer: Tensor, drafts: int) -> list[Place]:
-        """Every token of `answer` `[t]` after `prompt` `[s]`, each with up to `drafts` drafted tokens.
-
-        The first has none: the engine picks it before anything is drafted.
-        """
+        """Every token of `answer` `[t]` after `prompt` `[s]`, all but the first with up to `drafts` drafted tokens."""
         device = self._target.device
         text = torch.cat([prompt.to(device), answer.to(device)])
         if self._bound is None:
@@ -86,14 +64,14 @@ class DraftReader:
         return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(answer.tolist())]
 
     def _logits(self, text: Tensor, most: int) -> Tensor:
-        """Of one plain forward over `text` `[s]`: the last `most` rows, `[most, v]`."""
+        """Of a plain forward over `text` `[s]` the last rows, `[most, v]`."""
         logits: Tensor = self._target(input_ids=text[None], use_cache=False, logits_to_keep=most).logits[0]
         return logits
 
     def _from_head(
         self, features: Tensor, text: Tensor, start: int, drafts: int
     ) -> list[tuple[list[int], list[float]]]:
-        """The head's best children of each token from `start` on, as its first level has them."""
+        """The head's first level after each token from `start` on."""
         assert self._bound is not None
         generator = TreeCandidateGenerator(self._bound, 1, None)
         shape, policy = TreeShape(drafts + 1, 1, drafts), FixedPolicy(TreeShape.plain())
@@ -120,7 +98,7 @@ def _looked_up(text: list[int], start: int) -> list[tuple[list[int], list[float]
 
 
 SIGNIFICANCE = 1e-4  # one false alarm in ten thousand examinations
-_MIN_VARIANCE = 5.0  # of a bin's count: with less, the count is far from normal, so the bin is pooled with others
+_MIN_VARIANCE = 5.0  # of a bin's count: with less the count is far from normal
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +107,7 @@ class Fit:
 
     Attributes:
         draws: tokens counted.
-        chi_square: of the counts; 0 when everything had to be pooled into one bin.
+        chi_square: 0 when everything had to be pooled into one bin.
         degrees: of freedom.
         total_variation: half the sum of the absolute differences between observed and expected shares of the bins.
     """
@@ -182,7 +160,7 @@ def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
 
 
 def _pooling(covariance: Tensor) -> Tensor:
-    """0 and 1, `[pooled, bins]`: bins of little variance are merged with the next smallest until none is left."""
+    """0 and 1, `[pooled, bins]`: bins of little variance are merged with the next smallest."""
     groups = [[index] for index in range(len(covariance))]
 
     def variance(group: list[int]) -> float:
@@ -207,19 +185,12 @@ MIN_ACCEPTED = 16  # the control tests the statistic only, so enough of the engi
 
 @dataclass(frozen=True, slots=True)
 class DistributionCheck:
-    """The result of the test.
-
-    Attributes:
-        answers: number of sampled answers.
-        accepted: number of drafted tokens in them.
-        fit: of the sampled tokens.
-        control: of the tokens picked by the wrong rule.
-    """
+    """The result of the test, over a number of sampled answers."""
 
     answers: int
-    accepted: int
-    fit: Fit
-    control: Fit
+    accepted: int  # drafted tokens
+    fit: Fit  # of the sampled tokens
+    control: Fit  # of the tokens picked by the wrong rule
 
     name = "distribution of sampled tokens"
 

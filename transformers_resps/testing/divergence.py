@@ -1,11 +1,6 @@
-"""Find where two answers differ first, and judge whether rounding explains it.
+"""Where two outputs differ first, and whether rounding explains it.
 
-How far rounding moves logits: one-token decoding against tree forwards over the text that it wrote.
-
-resps verify TARGET --rounding --dtype bfloat16 --dataset FILE
-
-The source of `MAX_SPACINGS`, for any target, dtype and machine. It also counts the logits of a tree forward that
-equal those of one-token decoding bit for bit.
+`move_of_gaps` (`resps verify --rounding`) measures on any machine what `MAX_SPACINGS` was set by.
 """
 
 import math
@@ -63,29 +58,27 @@ class Divergence:
 
     @property
     def gap(self) -> float:
-        """Distance of the less likely of both tokens from the model's best logit: 0 is a perfect tie."""
+        """Distance of the less likely token from the best logit: 0 is a perfect tie."""
         return self.best_logit - min(self.plain_logit, self.speculative_logit)
 
     @property
     def spacing(self) -> float:
         """The distance between neighbouring numbers of the model's dtype at the best logit.
 
-        Not at the logits of both tokens, which sampling may draw from far below: what moves a logit is the rounding
-        of the hidden states, alike for all tokens.
+        Not at the tokens' own logits: what moves a logit is the rounding of the hidden states, alike for all tokens.
         """
         return spacing_at(self.best_logit, self.dtype)
 
     @property
     def spacings(self) -> float:
-        """By how much rounding must have moved logits, in spacings of the dtype."""
+        """By how many spacings rounding must have moved logits."""
         if math.isinf(self.gap):
             return math.inf
         return self.gap / self.spacing if self.needed is None else self.needed
 
     @property
     def explained(self) -> bool:
-        """Whether rounding explains the difference: in a half precision, both tokens are within `MAX_SPACINGS` of the
-        pick.
+        """Whether rounding explains the difference: in half precision, within `MAX_SPACINGS` of the pick.
 
         An answer that ends early is never explained: an end token is compared like any other token.
         """
@@ -105,13 +98,13 @@ def explain_divergence(
 ) -> Divergence | None:
     """Compare two greedy answers of `model` to one prompt; `None` when they are equal.
 
+    It judges bare logits: with a logits processor, or sampling, the gap says nothing.
+
     Args:
         model: wrote both answers; runs once more, over the prompt and the common part, and only if they differ.
         prompt_ids: `[s]`, without padding.
         plain_ids: `[t]` the answer of plain `generate`, without the prompt.
         speculative_ids: `[t']` the answer to judge, without the prompt.
-
-    It judges bare logits: with a logits processor, or sampling, the gap says nothing.
     """
     plain, speculative = plain_ids.tolist(), speculative_ids.tolist()
     position = first_difference(plain, speculative)
@@ -137,7 +130,7 @@ def explain_divergence(
 
 
 def first_difference(answer: Sequence[int], other: Sequence[int]) -> int | None:
-    """Return the first index at which two answers differ, which may be the end of one; `None` when they are equal."""
+    """The first index at which two answers differ, which may be the end of one; `None` when they are equal."""
     pairs = enumerate(zip_longest(answer, other))
     return next((position for position, (token, another) in pairs if token != another), None)
 
@@ -154,13 +147,13 @@ def spacing_at(value: float, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What a forward over several tokens changes, at every position of some texts.
+    """What a forward over several tokens changes, at all positions of some outputs.
 
     Attributes:
         nodes: of each forward; 0 for one forward over everything.
         moves: `[t]` by how much the gap between the two best tokens moved, in spacings of the dtype.
         flipped: `[f]` the gaps, in spacings, where another token became the best.
-        equal_rows: positions whose logits are equal bit for bit, all of them.
+        equal_rows: positions whose logits are all equal bit for bit.
         equal_logits: share of all logits that are equal bit for bit.
     """
 
@@ -192,7 +185,7 @@ def move_of_gaps(
         target: in the dtype and on the device in question.
         prompts: token ids.
         max_new_tokens: of each answer; end tokens do not stop it.
-        node_counts: nodes of the trees, chains as they are; 0 for one forward over prompt and answer, without cache.
+        node_counts: nodes of each tree, which is a chain; 0 for one forward over prompt and answer, without cache.
     """
     rows: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in node_counts}
     for prompt in tqdm(prompts, desc="Comparing forwards", unit="prompt"):
@@ -204,10 +197,7 @@ def move_of_gaps(
 
 
 def _decode(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int) -> tuple[Tensor, list[Tensor]]:
-    """The greedy answer `[t]`, and the logits `[v]` before each of its tokens but the first.
-
-    The first is left out: both sides read the prompt in one forward.
-    """
+    """The greedy answer `[t]`, and the logits `[v]` after each of its tokens."""
     options: Any = {CACHE_KEYWORD: DynamicCache(config=target.config.get_text_config(decoder=True))}
     options |= {"use_cache": True, "logits_to_keep": 1}
     token = target(input_ids=prompt[None], **options).logits[0, -1].argmax()
@@ -221,10 +211,7 @@ def _decode(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int) -> tup
 
 
 def _read(target: PreTrainedModel, prompt: Tensor, answer: Tensor, node_count: int) -> list[Tensor]:
-    """The logits `[v]` after each token of `answer`, from trees of `node_count` nodes that are chains.
-
-    Each tree is verified as decoding verifies it; the cache keeps all its nodes.
-    """
+    """The same logits from chains of `node_count` nodes, which are verified and kept as in decoding."""
     if node_count == 0:
         text = torch.cat([prompt, answer])[None]
         return list(target(input_ids=text, use_cache=False, logits_to_keep=len(answer)).logits[0].cpu())
@@ -239,14 +226,12 @@ def _read(target: PreTrainedModel, prompt: Tensor, answer: Tensor, node_count: i
 
 
 def _chains(answer: Tensor, node_count: int) -> Iterator[DraftTree]:
-    """The answer in trees, one after the other."""
     for tokens in answer[None].split(node_count, dim=1):
         order = torch.arange(tokens.shape[1], device=tokens.device)[None]
         yield DraftTree.from_parents(tokens, (order - 1).clamp(min=0))
 
 
 def _moves(node_count: int, pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Moves:
-    """Compare logits `[v]` of both ways, position by position."""
     moves, flipped, equal_rows, equal = [], [], 0, 0.0
     for plain, tree in pairs:
         best = plain.float().topk(2)

@@ -2,11 +2,11 @@
 
 from .features import FrozenTarget
 from .head_config import DraftHeadTrainingConfig
-from .head_trainer import DraftHeadTrainer, save_head, simulated_tau
+from .head_trainer import DraftHeadTrainer, save_head
 from .policy_config import PolicyTrainingConfig
-from .policy_trainer import PolicyTrainer
-from .rollout_trainer import RolloutTrainer
+from .policy_trainer import PolicyTrainer, RolloutTrainer, fit_policy
 from .rollouts import LiveRollouts, ReplayRollouts, Rollouts
+from .tau import simulated_tau
 
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ReplayRollouts",
     "RolloutTrainer",
     "Rollouts",
+    "fit_policy",
     "save_head",
     "simulated_tau",
 ]

@@ -1,12 +1,4 @@
-"""Read what a head learns from: the target's features, its last hidden states and its picks.
-
-The target's features on disk, computed once and read in every epoch.
-
-One safetensors file per block of texts, named by a hash of its content, written under another name and then renamed:
-a
-killed or failed run leaves complete files only, and the next run continues from them. Adding texts at the end of a
-dataset computes the new ones only.
-"""
+"""What a head learns from: the target's features, last hidden states and picks, read anew or once and kept on disk."""
 
 import hashlib
 import json
@@ -14,7 +6,7 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,24 +61,19 @@ class FrozenTarget:
         self.model = model.eval().requires_grad_(False)
         self.feature_layers = feature_layers
         config = model.config.get_text_config()
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        multiplied, divided = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+        self.scale = float(multiplied) / float(divided)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     @property
     def output_weight(self) -> Tensor:
         """Weight of the output head, `[v, target hidden]`."""
-        weight = self.model.get_output_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return cast(Tensor, self.model.get_output_embeddings().weight)
 
     @property
     def output_bias(self) -> Tensor | None:
         """Bias of the output head, `[v]`; `None` if it has none."""
-        bias = getattr(self.model.get_output_embeddings(), "bias", None)
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
+        return cast(Tensor | None, getattr(self.model.get_output_embeddings(), "bias", None))
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, predicted: Tensor | None = None) -> TargetFeatures:
@@ -96,9 +83,6 @@ class FrozenTarget:
             input_ids: `[b, t]` the texts.
             predicted: `[b, t]` bool, the tokens whose picks are wanted; `None` for all. Fewer save time: the output
                 head is a fifth of a small target.
-
-        Returns:
-            Features, last hidden states and picks.
         """
         with FeatureTap(self.model, self.feature_layers) as tap, tap.record() as features:
             hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -133,6 +117,10 @@ class CachedFeatures(PreparedTexts):
     Missing features are computed when the object is made. A row has also `features` `[t, F]`, `hidden`
     `[t, target hidden]` and `picks` `[t]`, see `TargetFeatures`.
 
+    There is one safetensors file per block of texts, named by a hash of its content. It is written under another name
+    and then renamed, so a killed run leaves complete files only, and the next run continues from them. Adding texts at
+    the end of a dataset computes the new ones only.
+
     Args:
         rows: a dataset from `prepare_dataset`.
         folder: where the files are kept; those of other texts or another target are left alone.
@@ -144,17 +132,14 @@ class CachedFeatures(PreparedTexts):
     """
 
     def __init__(
-        self,
-        rows: Any,
-        folder: str | Path,
-        target: FrozenTarget,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
+        self, rows: Any, folder: str | Path, target: FrozenTarget, *, dtype: torch.dtype = torch.bfloat16
     ) -> None:
         super().__init__(rows)
         self._folder, self._target, self._dtype = Path(folder), target, dtype
         self._folder.mkdir(parents=True, exist_ok=True)
-        identity = {"layers": target.feature_layers, "dtype": str(dtype), "target": _fingerprint(target.model)}
+        # Files of another target, or of another dtype, must not be read
+        model = f"{type(target.model).__name__} {target.model.dtype} {parameter_fingerprint(target.model)}"
+        identity = {"layers": target.feature_layers, "dtype": str(dtype), "target": model}
         self._identity = json.dumps(identity, sort_keys=True)
         starts = range(0, len(self), _BLOCK)
         self._paths = [self._folder / f"{self._key(self._block(start))}.safetensors" for start in starts]
@@ -233,8 +218,3 @@ def _opened(path: Path) -> Any:
 def _bytes_per_token(tensors: dict[str, Tensor]) -> int:
     tokens = sum(len(tensor) for name, tensor in tensors.items() if name.endswith(".picks"))
     return sum(tensor.nbytes for tensor in tensors.values()) // max(tokens, 1)
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Kind, dtype and weights: files of another target, or of another dtype, must not be read."""
-    return f"{type(model).__name__} {model.dtype} {parameter_fingerprint(model)}"

@@ -1,19 +1,135 @@
-"""Whether bf16 autocast pays on this machine.
-
-The settings of `DraftHeadTrainer`.
-"""
+"""The settings of `DraftHeadTrainer`, and whether bf16 autocast pays on this machine."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from .base import check_setting
-from .renamed import check_renamed
+from .base import check_count, check_mapping, check_setting
+
+
+MUON = "muon"
+_TRANSFORMERS_BATCH_SIZE = 8
+_LEAST = {
+    "draft_vocab_size": 0,
+    "tokens_per_batch": 2,
+    "ttt_steps": 1,
+    "loss_chunk_size": 1,
+    "tau_texts": 0,
+    "num_drafts_to_print": 1,
+}
+
+
+@dataclass
+class DraftHeadTrainingConfig(TrainingArguments):
+    """Settings of `DraftHeadTrainer`: Transformers' `TrainingArguments` and those of EAGLE-3's training-time test.
+
+    Batches are filled up to `tokens_per_batch`; `per_device_train_batch_size` and `per_device_eval_batch_size` are
+    refused.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "target_init_kwargs"]
+
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "Peak learning rate of Muon, whose updates are scaled to fit, and of AdamW."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between two lines of metrics."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; EAGLE-3 uses 0.5."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any learning rate schedule of Transformers."})
+    bf16: bool | None = field(  # type: ignore[assignment]  # as in TRL
+        default=None, metadata={"help": "Autocast to bf16; by default where that is faster on this machine."}
+    )
+    optim: OptimizerNames | str = field(
+        default=MUON,
+        metadata={"help": "muon for the matrices and AdamW for the rest, or any optimiser of Transformers."},
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of squares; EAGLE-3 uses 0.95."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For a head that is loaded or made: fields of DraftHeadConfig, and revision and the like."},
+    )
+    target_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For a target that is loaded by name: dtype (default auto), revision, ..."}
+    )
+    draft_vocab_size: int = field(
+        default=8192,
+        metadata={"help": "Tokens that a new head can propose: those most used in the answers; 0 for all."},
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Maximum length of a text in tokens; longer ones are cut. None: no maximum."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the datasets."})
+    feature_cache_dir: str | None = field(
+        default=None, metadata={"help": "Cache the target's features in this folder, and read them in every epoch."}
+    )
+    tokens_per_batch: int = field(
+        default=2048, metadata={"help": "Tokens per batch and device, padding included; texts are not split."}
+    )
+    ttt_steps: int = field(
+        default=7, metadata={"help": "Levels of the training-time test: how deep the head learns to draft."}
+    )
+    ttt_step_decay: float = field(
+        default=0.8, metadata={"help": "Weight of the loss of level k is ttt_step_decay ** k."}
+    )
+    loss_chunk_size: int = field(
+        default=1024,
+        metadata={"help": "Positions whose logits are in memory at once: two fp32 buffers x draft vocabulary."},
+    )
+    freeze_output_head: bool = field(
+        default=True,
+        metadata={"help": "Do not train the output head (the target's rows): a third less work, less overfitting."},
+    )
+    tau_texts: int = field(
+        default=8,
+        metadata={"help": "Held-out texts for simulating the default tree's tau at each evaluation; 0 for none."},
+    )
+    log_drafts: bool = field(
+        default=False,
+        metadata={"help": "Print a table of sample drafts with every line of metrics, as TRL does of completions."},
+    )
+    num_drafts_to_print: int = field(
+        default=4, metadata={"help": "Texts in that table: of the held-out ones, if there are any."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and prefers_bf16(use_cpu=self.use_cpu)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # as it is anyway; Transformers refuses bf16 on a CPU that was not asked for
+        optim, self.optim = self.optim, OptimizerNames.ADAMW_TORCH if self.optim == MUON else self.optim
+        super().__post_init__()  # type: ignore[no-untyped-call]  # untyped upstream
+        self.optim = MUON if optim == MUON else self.optim
+        self.remove_unused_columns = False
+        self.label_names = ["labels"]
+        accelerator: Any = self.accelerator_config
+        accelerator.dispatch_batches = False  # those of a stream differ in size: no process can cut them for all
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # levels run outside the wrapper, which would count them as unused
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            is_default = getattr(self, name) == _TRANSFORMERS_BATCH_SIZE
+            check_setting(self, name, is_default, "left out: `tokens_per_batch` says how large a batch is")
+        for name, least in _LEAST.items():
+            check_count(self, name, least)
+        for name, least in {"max_length": 3, "dataset_num_proc": 1}.items():
+            if getattr(self, name) is not None:
+                check_count(self, name, least, " or None")
+        check_setting(self, "ttt_step_decay", 0 < self.ttt_step_decay <= 1, "above 0 and at most 1")
+        for name in ("model_init_kwargs", "target_init_kwargs"):
+            check_mapping(self, name)
+        has_own = "draft_vocab_size" not in (self.model_init_kwargs or {})
+        check_setting(self, "model_init_kwargs", has_own, "without `draft_vocab_size`, a setting of its own")
 
 
 _UNITS = {"avx512_bf16", "amx_bf16"}  # of a CPU that multiplies bf16 itself; others convert to fp32 and back
@@ -46,152 +162,3 @@ def _cpu_flags() -> set[str]:
         return set(_CPU_INFO.read_text(encoding="ascii", errors="replace").split())
     except OSError:
         return set()
-
-
-MUON = "muon"
-
-_RENAMED = {
-    "steps": "`ttt_steps` (draft levels) or `max_steps` (length of the run)",
-    "updates": "`max_steps`",
-    "step_decay": "`ttt_step_decay`",
-    "optimizer": "`optim`",
-}
-_BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
-_TRANSFORMERS_BATCH_SIZE = 8
-_LEAST = {
-    "ttt_steps": 1,
-    "tokens_per_batch": 2,
-    "loss_chunk_size": 1,
-    "draft_vocab_size": 0,
-    "tau_texts": 0,
-    "num_drafts_to_print": 1,
-}
-
-
-@dataclass
-class DraftHeadTrainingConfig(TrainingArguments):
-    """Settings of `DraftHeadTrainer`: Transformers' `TrainingArguments` and those of EAGLE-3's training-time test.
-
-    Batches are filled up to `tokens_per_batch`; `per_device_train_batch_size` and `per_device_eval_batch_size` are
-    refused.
-
-    Raises:
-        ValueError: a setting is out of its range, or has an earlier name.
-
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; the defaults for levels and weights are those of its code.
-    """
-
-    _VALID_DICT_FIELDS = [
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "target_init_kwargs",
-    ]
-
-    learning_rate: float = field(
-        default=2e-3,
-        metadata={"help": "Peak learning rate of both Muon and AdamW (Muon's updates are scaled to fit)."},
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between two lines of metrics."})
-    max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; EAGLE-3 uses 0.5."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any learning rate schedule of Transformers."})
-    bf16: bool | None = field(  # type: ignore[assignment]  # as in TRL
-        default=None, metadata={"help": "Autocast to bf16; by default where that is faster on this machine."}
-    )
-    optim: OptimizerNames | str = field(
-        default=MUON,
-        metadata={
-            "help": "muon: orthogonalised momentum for the matrices, AdamW for the rest. Or any optimiser of "
-            "Transformers, such as adamw_torch."
-        },
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of squares; EAGLE-3 uses 0.95."})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "For a head that the trainer loads or makes: fields of DraftHeadConfig, such as default_tree and "
-            "intermediate_size, and loading arguments, such as revision."
-        },
-    )
-    target_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "For a target that the trainer loads, such as dtype and revision; dtype is auto."},
-    )
-    draft_vocab_size: int = field(
-        default=8192,
-        metadata={
-            "help": "Tokens that a new head can propose, those that the answers in the training data use most; 0 for "
-            "all."
-        },
-    )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Maximum length of a text in tokens; longer ones are cut. None: no maximum."}
-    )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the datasets."})
-    feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Cache the target's features in this folder, and read them in every epoch."}
-    )
-    tokens_per_batch: int = field(
-        default=2048, metadata={"help": "Tokens per batch and device, padding included; texts are not split."}
-    )
-    ttt_steps: int = field(
-        default=7, metadata={"help": "Levels of the training-time test: how deep the head learns to draft."}
-    )
-    ttt_step_decay: float = field(
-        default=0.8, metadata={"help": "Weight of the loss of level k is ttt_step_decay ** k."}
-    )
-    loss_chunk_size: int = field(
-        default=1024,
-        metadata={
-            "help": "Positions whose logits are in memory at once: two fp32 buffers of this x draft vocabulary."
-        },
-    )
-    freeze_output_head: bool = field(
-        default=True,
-        metadata={"help": "Do not train the output head (the target's rows): a third less work, less overfitting."},
-    )
-    tau_texts: int = field(
-        default=8,
-        metadata={"help": "Held-out texts for simulating the default tree's tau at each evaluation; 0 for none."},
-    )
-    log_drafts: bool = field(
-        default=False,
-        metadata={"help": "Print a table of sample drafts with every line of metrics, as TRL does of completions."},
-    )
-    num_drafts_to_print: int = field(
-        default=4, metadata={"help": "Texts in that table: of the held-out ones, if there are any."}
-    )
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse earlier names before `__init__` refuses them without saying how they are called now."""
-        check_renamed(cls.__name__, kwargs, _RENAMED)
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and prefers_bf16(use_cpu=self.use_cpu)
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # as it is anyway; Transformers refuses bf16 on a CPU that was not asked for
-        optim, self.optim = self.optim, OptimizerNames.ADAMW_TORCH if self.optim == MUON else self.optim
-        super().__post_init__()  # type: ignore[no-untyped-call]  # untyped upstream
-        self.optim = MUON if optim == MUON else self.optim
-        self.remove_unused_columns = False
-        self.label_names = ["labels"]
-        accelerator: Any = self.accelerator_config
-        accelerator.dispatch_batches = False  # those of a stream differ in size: no process can cut them for all
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # levels run outside the wrapper, which would count them as unused
-        self._check()
-
-    def _check(self) -> None:
-        for name in _BATCH_SIZES:
-            is_default = getattr(self, name) == _TRANSFORMERS_BATCH_SIZE
-            check_setting(self, name, is_default, "left out: `tokens_per_batch` says how large a batch is")
-        for name, least in (
-            ("ttt_steps", 1),
-            ("tokens_per_batch", 2),
-            ("loss_chunk_size", 1),
-            ("draft_vocab_size", 0),
-        ):
-            check_setting(self, name, getattr(self, name) >= least, f"at least {least}")
-        check_setting(self, "ttt_step_decay", 0 < self.ttt_step_decay <= 1, "above 0 and at most 1")
-        check_setting(self, "max_length", self.max_length is None or self.max_length > 2, "above 2, or none")

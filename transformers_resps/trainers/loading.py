@@ -1,8 +1,6 @@
-"""What a training starts from: the target, its tokenizer, and a head that is loaded or new.
+"""The target, its tokenizer and its head that a training starts from: given, loaded by name, or a new head."""
 
-The target and the head that a policy is trained with, loaded if they are given by name.
-"""
-
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,10 @@ from ..compat import unwrapped
 from ..data import Example, choose_draft_vocabulary
 from ..generation.attach import attach
 from ..heads import DraftHead, DraftHeadConfig, pair_identity
-from .base import check_kinds
+from .base import check_kind
 from .policy_config import PolicyTrainingConfig
 
 
-_PLACES = ("revision", "subfolder", "token", "cache_dir")  # loading arguments that say where
 _ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
 
 
@@ -36,36 +33,27 @@ def default_folder(target: Any, artefact_name: str) -> str:
     return f"{Path(name).name or 'target'}-{artefact_name}"
 
 
-def load_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The target itself, or the one with this name, in its own dtype.
-
-    Args:
-        target: a loaded model, a folder or a Hub id.
-        init_kwargs: for `AutoModelForCausalLM.from_pretrained`.
+def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The target itself, or the one with this name, by default in its own dtype.
 
     Raises:
         ValueError: it is a draft head, or something else.
         OSError: nothing is there.
     """
     if not isinstance(target, str):
-        check_kinds("target", target=(target, PreTrainedModel))
+        check_kind("target", target, PreTrainedModel)
         if isinstance(target, DraftHead):
             raise ValueError("`target` is a `DraftHead`, but must be the model that the head drafts for.")
         if init_kwargs:
             raise ValueError("`target_init_kwargs` is set, but `target` is a loaded model. Leave one of them out.")
         return target
     given = init_kwargs or {}
-    check_target_name(target, **{name: given[name] for name in _PLACES if name in given})
+    check_target_name(target, **_places(given))
     return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **given}))
 
 
 def check_target_name(target: str, **hub: Any) -> None:
-    """Check that the folder or Hub id of a target holds no head.
-
-    Raises:
-        ValueError: it does.
-        OSError: nothing is there.
-    """
+    """Refuse a folder or Hub id that holds a draft head; `hub` is as in `holds_head`."""
     if holds_head(target, **hub):
         raise ValueError(
             f"`target` is {target!r}, which is a draft head. Pass the model that the head drafts for as `target`, and "
@@ -73,20 +61,21 @@ def check_target_name(target: str, **hub: Any) -> None:
         )
 
 
-def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was given, if it is the target's, or else the target's own, if it is where the target was.
+def context_of(target: PreTrainedModel) -> int:
+    """How many positions a target reads at most."""
+    return getattr(target.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
-    Args:
-        target: the loaded model.
-        given: a tokenizer, a processor with one, or `None`.
+
+def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, or that of the processor, that was given; or else the one where the target came from, if any.
 
     Raises:
-        ValueError: it belongs to another model.
+        ValueError: the given one belongs to another model.
     """
     if given is None:
         return _tokenizer_at(target.config.name_or_path)
     tokenizer: Any = getattr(given, "tokenizer", None) if isinstance(given, ProcessorMixin) else given
-    check_kinds("processing_class", processing_class=(tokenizer, PreTrainedTokenizerBase))
+    check_kind("processing_class", tokenizer, PreTrainedTokenizerBase)
     own = _tokenizer_at(target.config.name_or_path, local_files_only=True)
     if own is not None:
         ids, ours = tokenizer.get_vocab(), own.get_vocab()
@@ -112,21 +101,20 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
     return found
 
 
-def load_head(name: str, target: PreTrainedModel, init_kwargs: dict[str, Any] | None) -> DraftHead:
-    """The head in a folder or on the Hub, in float32 unless `init_kwargs` says otherwise.
+def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> DraftHead:
+    """The head in a folder or on the Hub, which was given as `argument`.
 
     Raises:
         ValueError: it holds no head, or one of another target.
     """
-    given = {"dtype": torch.float32, **(init_kwargs or {})}
     try:
-        return DraftHead.from_pretrained(name, target=target, **given)
+        return DraftHead.from_pretrained(name, target=target, **init_kwargs)
     except ValueError as error:
-        if holds_head(name, **{place: given[place] for place in _PLACES if place in given}):
+        if holds_head(name, **_places(init_kwargs)):
             raise
         raise ValueError(
-            f"`model` is {name!r}, which holds no draft head. Pass the folder or Hub id of one, or `None` for a new "
-            "head; the model that it drafts for is `target`."
+            f"`{argument}` is {name!r}, which holds no draft head. Pass the folder or Hub id of one, or make a new "
+            "head with `DraftHeadTrainer(None, ...)`; the model that it drafts for is `target`."
         ) from error
 
 
@@ -135,23 +123,17 @@ def new_head(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase | None,
     draft_vocab_size: int,
-    init_kwargs: dict[str, Any] | None,
+    **init_kwargs: Any,
 ) -> DraftHead:
-    """A head for `target` in float32, whose draft vocabulary is counted over the answers in `examples`.
+    """A head for `target` in float32 with the fields `init_kwargs` of `DraftHeadConfig`.
 
-    Args:
-        target: the loaded model.
-        examples: the training texts; not read for a vocabulary of all tokens.
-        tokenizer: its special tokens are always in the vocabulary.
-        draft_vocab_size: how many tokens; 0 for all.
-        init_kwargs: fields of `DraftHeadConfig`.
+    Its draft vocabulary is counted over the answers in `examples`, which are not read for one of all tokens
+    (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it.
 
     Raises:
         ValueError: no head of this target can have such a config.
     """
-    given = {"fc_norm": True, "default_tree": [8, 4, 2], **(init_kwargs or {})}
-    if "draft_vocab_size" in given:
-        raise ValueError("`model_init_kwargs` has `draft_vocab_size`. Set `draft_vocab_size` of the config instead.")
+    given = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
     everything: int = target.config.get_text_config().vocab_size
     ids = None
     if draft_vocab_size:
@@ -166,7 +148,7 @@ def holds_head(name: str, **hub: Any) -> bool:
 
     Args:
         name: a folder or Hub id.
-        hub: where: `revision`, `subfolder`, `token` and `cache_dir`.
+        hub: `revision`, `subfolder`, `token` and `cache_dir`.
 
     Raises:
         OSError: nothing is there.
@@ -175,6 +157,11 @@ def holds_head(name: str, **hub: Any) -> bool:
     kinds = [config.get("model_type"), *(config.get("architectures") or ())]
     is_named = any(kind == DraftHeadConfig.model_type or "eagle" in str(kind).lower() for kind in kinds)
     return is_named or "draft_vocab_size" in config or "speculators_model_type" in config
+
+
+def _places(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The loading arguments that say where."""
+    return {name: init_kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in init_kwargs}
 
 
 def _tokenizer_at(name: str | None, **where: Any) -> PreTrainedTokenizerBase | None:
@@ -203,37 +190,22 @@ class Pair:
     def of(
         cls, target: PreTrainedModel | str, head: DraftHead | str, tokenizer: Any, args: PolicyTrainingConfig
     ) -> "Pair":
-        """Load what is given by name, and attach the target.
-
-        Args:
-            target: a model, attached or not; or its folder or Hub id, which is loaded to the device of `args`.
-            head: of that target; or its folder or Hub id.
-            tokenizer: the target's; `None` loads it from where the target came from.
-            args: of the trainer.
+        """Load what is given by name, the target to the device of `args`, and attach the target.
 
         Raises:
             ValueError: one of them is something else, or they do not fit together.
         """
-        model: Any = attach(load_target(target, cast(Any, args.target_init_kwargs)))
+        model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)
-        drafts, reads = _head(head, model), load_tokenizer(model, tokenizer)
+        if isinstance(head, str):
+            head = load_head("head", head, model)
+        check_kind("head", unwrapped(head), DraftHead)
+        unwrapped(head).check_target(model)
+        reads = load_tokenizer(model, tokenizer)
         if reads is None:
             raise ValueError(
                 f"There is no tokenizer where the target came from ({model.config.name_or_path or 'nowhere'}), but "
                 "prompts are text. Pass it as `processing_class`."
             )
-        return cls(model, drafts, reads)
-
-
-def _head(head: Any, target: Any) -> DraftHead:
-    if isinstance(head, str):
-        if not holds_head(head):
-            raise ValueError(
-                f"`head` is {head!r}, which holds no draft head. Pass the folder or Hub id of the target's head; "
-                "docs/train-a-head.md tells how to make one."
-            )
-        return DraftHead.from_pretrained(head, target=target)
-    check_kinds("PolicyTrainer", head=(unwrapped(head), DraftHead))
-    unwrapped(head).check_target(target)
-    return head.eval()  # type: ignore[no-any-return]  # a head may be wrapped by PEFT
+        return cls(model, head.eval(), reads)  # type: ignore[no-untyped-call]  # wrapped by Transformers

@@ -1,6 +1,6 @@
-"""Compute the loss of all draft levels in chunks: no `[positions, draft vocab]` tensor outlives its chunk.
+"""EAGLE-3's training-time test: a head reads its own output for k levels, as when it drafts, and the loss of them all.
 
-EAGLE-3's training-time test: the head reads its own output for K levels, as it will when it drafts.
+Source: EAGLE-3 (arXiv 2503.01840) section 3.2.
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ def soft_cross_entropy(
         The weighted sum of the losses; per level its unweighted sum `[k]` and the count of rows whose best token is
         the target's `[k]`, both over the rows of non-zero weight and without gradient.
 
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2; gradients are formed with the logits, as in fused linear losses.
+    Gradients are formed with the logits, as in fused linear losses.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
@@ -150,11 +150,7 @@ class UnrolledAttention:
     """Attention of level k: causal over the entries of level 0, plus the own position's entry of levels 1 to k.
 
     That is what a node at depth k sees when drafting: true features of the prefix, then its own chain. One softmax
-    over `[t + k]` scores; the dense `(k t)^2` mask is never built.
-
-    Args:
-        slots: `[b, q]` the positions that have queries, ascending.
-        length: t.
+    over `[t + k]` scores; the dense `(k t)^2` mask is never built. Queries have the positions `slots` `[b, q]` alone.
     """
 
     def __init__(self, slots: Tensor, length: int) -> None:
@@ -207,7 +203,7 @@ def unroll(
     *,
     first_pass: nn.Module | None = None,
 ) -> Tensor:
-    """Run `levels` levels over a whole text at once.
+    """Run the first `levels` levels over whole texts at once.
 
     At level k the slot t reads the true token t + 1 + k and predicts token t + 2 + k, at RoPE position t + k; later
     levels read the level before in place of the feature. Slots whose token lies beyond the text hold nothing of use.
@@ -216,15 +212,13 @@ def unroll(
         head: the head in training.
         features: `[b, t, F]` of the target.
         embeddings: `[b, t, h]` of the text's tokens.
-        levels: how many, at least 1.
+        levels: at least 1.
         slots: `[b, q]` the slots that any level's prediction is wanted for, ascending; `None` for all. The others
             only give their keys and values of level 0.
         first_pass: the head as wrapped for distributed training; it needs one forward for its gradient hooks.
 
     Returns:
         `[levels, b, q, h]`, after the head's final norm.
-
-    Source: EAGLE-3 (arXiv 2503.01840) section 3.2 (training-time test).
     """
     batch, length = embeddings.shape[:2]
     positions = torch.arange(length, device=features.device).expand(batch, length)

@@ -59,16 +59,6 @@ def _through_eigenvalues(matrix: Tensor) -> Tensor:
     return total @ matrix if is_wide else matrix @ total
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Groups of a model's trained parameters for `Muon`; embeddings, output rows and vectors go to AdamW."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [], "matrices": is_matrix} for is_matrix in (True, False)]
-    for name, parameter in trained:
-        is_matrix = parameter.ndim == 2 and "lm_head" not in name and "embed" not in name
-        groups[0 if is_matrix else 1]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
-
-
 class Muon(Optimizer):
     """Orthogonalised momentum for groups with `matrices=True`, AdamW for the others.
 
@@ -139,9 +129,14 @@ class Muon(Optimizer):
 
 
 def muon_for(model: nn.Module, args: TrainingArguments) -> Muon:
-    """Muon for a model's matrices and AdamW for its other parameters, with the settings of a training."""
+    """Muon for a model's trained matrices; embeddings, output rows and vectors go to AdamW."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim == 2 and "lm_head" not in name and "embed" not in name
+            groups[is_matrix].append(parameter)
     return Muon(
-        parameter_groups(model),
+        [{"params": found, "matrices": is_matrix} for is_matrix, found in groups.items() if found],
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.weight_decay,

@@ -1,50 +1,39 @@
-"""The settings of `PolicyTrainer`."""
+"""The settings of `PolicyTrainer` and `fit_policy`."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from transformers import TrainingArguments
 
-from .base import check_setting
-from .renamed import check_renamed
+from .base import check_count, check_mapping, check_setting
 
 
-OBJECTIVES = ("full_information", "ppo", "max_entropy_ppo")
-GRIDS = ("small", "paper")
-PRESETS = ("repaired", "paper")
-_IN_STEPS = "{new}, in optimiser steps: an update takes `num_ppo_epochs` x `num_mini_batches` of them"
-RENAMED = {
-    "steps": "`max_steps`",
-    "updates": _IN_STEPS.format(new="`max_steps`"),
-    "save_updates": _IN_STEPS.format(new="`save_steps`"),
-    "logging_updates": _IN_STEPS.format(new="`logging_steps`"),
-    "eval_updates": _IN_STEPS.format(new="`eval_steps`"),
-    "texts_per_update": "`per_device_train_batch_size`",
-    "epochs": "`num_ppo_epochs`",
-    "minibatches": "`num_mini_batches`",
-    "clip": "`cliprange`",
-    "value_coefficient": "`vf_coef`",
-    "entropy_coefficient": "`entropy_coef`",
-    "discount": "`gamma`",
-    "gae_decay": "`lam`",
-    "reward": "`reward_func` of the trainer, 'tokens_per_second' or 'mean_rate',",
-    "live": "`live_rollouts`",
-    "max_new_tokens": "`max_completion_length`",
+_CHOICES = {
+    "objective": ("full_information", "ppo", "max_entropy_ppo"),
+    "grid": ("small", "paper"),
+    "preset": ("repaired", "paper"),
+}
+_LEAST = {
+    "max_completion_length": 2,
+    "persistence": 1,
+    "persistence_in_use": 1,
+    "num_ppo_epochs": 1,
+    "num_mini_batches": 1,
+    "max_steps": 1,
+    "per_device_train_batch_size": 1,
 }
 
 
 @dataclass
 class PolicyTrainingConfig(TrainingArguments):
-    """Settings of `PolicyTrainer`: Transformers' `TrainingArguments` and those of policy optimisation.
+    """Settings of `PolicyTrainer` and `fit_policy`: `TrainingArguments` and those of policy optimisation.
 
     An update answers or replays `per_device_train_batch_size` prompts, then takes `num_ppo_epochs * num_mini_batches`
-    optimiser steps on what came of the decisions. `max_steps` and `save_steps` are whole updates. A `ThroughputPolicy`
-    is fitted in one go: only the settings of answers apply to it.
+    optimiser steps on what came of the decisions. `max_steps` and `save_steps` are whole updates.
 
     Raises:
-        ValueError: a setting is out of its range, is no whole number of updates, or had this name in an earlier
-            release.
+        ValueError: a setting is out of its range, or is no whole number of updates.
 
     Source: Re-SpS (arXiv 2601.12212) and its code; training/recipes/policy_resps_paper.yaml has its values.
     """
@@ -54,9 +43,8 @@ class PolicyTrainingConfig(TrainingArguments):
     objective: str = field(
         default="full_information",
         metadata={
-            "help": "full_information: maximise the expected reward; needs the outcome of every action (replayed "
-            "texts). ppo: clipped policy gradient on the outcomes of the actions taken. "
-            "max_entropy_ppo: ppo with the entropy bonus of Re-SpS."
+            "help": "full_information: maximise the expected reward; needs the outcomes of all actions (replayed "
+            "texts). ppo: clipped policy gradient on the actions taken. max_entropy_ppo: with Re-SpS' entropy bonus."
         },
     )
     live_rollouts: bool = field(
@@ -72,16 +60,13 @@ class PolicyTrainingConfig(TrainingArguments):
     num_mini_batches: int = field(default=4, metadata={"help": "Optimiser steps per pass; Re-SpS: 2."})
     cliprange: float = field(default=0.2, metadata={"help": "PPO: how far the probability ratio may be from 1."})
     entropy_coef: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the entropy bonus; default 0.1, or 0.01 for ppo."},
+        default=None, metadata={"help": "Weight of the entropy bonus; default 0.1, or 0.01 for ppo."}
     )
     vf_coef: float = field(default=0.5, metadata={"help": "PPO: weight of the critic's loss."})
     gamma: float = field(
         default=0.0,
-        metadata={
-            "help": "PPO: weight of the next decision of the same text; 0 for none. The code of Re-SpS sets 0.95, "
-            "but ends an episode after every decision, which is the same as 0."
-        },
+        # The code of Re-SpS sets 0.95, but ends an episode after every decision, which is the same as 0
+        metadata={"help": "PPO: weight of the next decision of the same text; 0, as in effect in Re-SpS, for none."},
     )
     lam: float = field(default=0.9, metadata={"help": "PPO: lambda of the advantage estimate; unused if gamma is 0."})
     reward_includes_drafting: bool = field(
@@ -89,8 +74,7 @@ class PolicyTrainingConfig(TrainingArguments):
     )
 
     target_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "For a target that the trainer loads, such as dtype and revision; dtype is auto."},
+        default=None, metadata={"help": "For a target that is loaded by name: dtype (default auto), revision, ..."}
     )
     grid: str = field(
         default="small",
@@ -102,10 +86,7 @@ class PolicyTrainingConfig(TrainingArguments):
     )
     preset: str = field(
         default="repaired",
-        metadata={
-            "help": "Of a new policy. repaired: normalised features, likeliest action. paper: raw features, drawn at "
-            "1.5."
-        },
+        metadata={"help": "Of a new policy. repaired: normalised features, likeliest action. paper: raw, drawn."},
     )
     persistence_in_use: int = field(
         default=1, metadata={"help": "Of a new policy: steps that a decision is kept in use; Re-SpS: 30."}
@@ -114,14 +95,12 @@ class PolicyTrainingConfig(TrainingArguments):
     max_steps: int = field(default=800, metadata={"help": "Optimiser steps of the run, in whole updates."})
     per_device_train_batch_size: int = field(
         default=8,
-        metadata={
-            "help": "Prompts per update. The code of Re-SpS cuts after 64 decisions, which is about 8 outputs; whole "
-            "texts can be repeated exactly after a resume."
-        },
+        # The code of Re-SpS cuts after 64 decisions, about 8 outputs; whole texts can be repeated after a resume
+        metadata={"help": "Prompts per update."},
     )
     save_steps: float = field(default=80, metadata={"help": "Steps between two checkpoints, in whole updates."})
     logging_steps: float = field(
-        default=40, metadata={"help": "Steps between two lines of metrics: ten updates of the default size."}
+        default=40, metadata={"help": "Steps between two lines of metrics; the default is ten updates."}
     )
     eval_steps: float | None = field(
         default=80, metadata={"help": "Steps between two evaluations, if eval_strategy is steps."}
@@ -133,21 +112,19 @@ class PolicyTrainingConfig(TrainingArguments):
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Adam's epsilon, as in stable-baselines3."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Largest gradient norm; Re-SpS: 0.5."})
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        check_renamed("PolicyTrainingConfig", kwargs, RENAMED)
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # Transformers is untyped
-        for name, allowed in (("objective", OBJECTIVES), ("grid", GRIDS), ("preset", PRESETS)):
+        for name, allowed in _CHOICES.items():
             check_setting(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
-        counts = ("persistence", "persistence_in_use", "num_ppo_epochs", "num_mini_batches", "max_steps")
-        for name in (*counts, "per_device_train_batch_size"):
-            check_setting(self, name, getattr(self, name) >= 1, "at least 1")
-        check_setting(self, "max_completion_length", self.max_completion_length >= 2, "at least 2")
-        check_setting(self, "temperature", self.temperature >= 0, "at least 0")
+        for name, least in _LEAST.items():
+            check_count(self, name, least)
+        for name in ("temperature", "vf_coef"):
+            check_setting(self, name, getattr(self, name) >= 0, "at least 0")
+        check_setting(self, "entropy_coef", self.entropy_coef is None or self.entropy_coef >= 0, "at least 0, or None")
+        check_setting(self, "cliprange", self.cliprange > 0, "above 0")
         for name in ("gamma", "lam"):
             check_setting(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        check_mapping(self, "target_init_kwargs")
         is_whole = self.gradient_accumulation_steps == 1
         check_setting(self, "gradient_accumulation_steps", is_whole, "1: choose `num_mini_batches` instead")
         knows_all = self.objective == "full_information"

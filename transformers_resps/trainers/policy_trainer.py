@@ -1,21 +1,24 @@
-"""Fit a `ThroughputPolicy` to recorded answers, and compare it on others.
-
-The policy that training starts from: one that is given, or a new one for the target, the head and the machine.
-
-Train a policy on prompts, in the manner of TRL: the recording and the measuring happen inside.
-"""
+"""Train a policy on prompts, in the manner of TRL: recordings and measurements are made inside."""
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedModel, TrainerCallback
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..data import write_training_prompts
 from ..heads import DraftHead
+from ..hub import METRICS
 from ..policies import (
     ActionGrid,
     AutoPolicy,
@@ -24,51 +27,383 @@ from ..policies import (
     Policy,
     ReSpSConfig,
     ReSpSPolicy,
-    SavedPolicy,
     ThroughputPolicy,
 )
-from ..replay import Oracle, OutcomeTable, RecordedText, ReplayText, fitted_policy, replay_policy
-from ..telemetry.report import Timing
-from ..tree import TreeShape
-from .base import check_kinds, check_resumable, newest_checkpoint
+from ..replay import Oracle, OutcomeTable, RankedText, RecordedText, fitted_policy, replay_policy
+from ..telemetry.report import Timing, bootstrap_interval, rate
+from .base import (
+    ArtefactTrainer,
+    check_kind,
+    check_resumable,
+    make_unmeasured_repository,
+    newest_checkpoint,
+    write_whole,
+)
+from .data import PolicyData, pools_of
 from .loading import Pair, default_folder
 from .policy_config import PolicyTrainingConfig
-from .policy_data import PolicyData
-from .renamed import check_renamed
-from .rollout_trainer import PolicyComparison, RolloutTrainer
-from .rollouts import RewardFunc
+from .ppo import RewardFunc, Update, reward_func_of, seeded
+from .rollouts import ReplayRollouts, Rollouts
 
 
-_DEPTH, _TOP_KS = 6, (1, 2, 4)  # what the fixed trees ask for that a policy is compared with
-_LOOKUPS = (0, 4, 8)
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
-def recorded_depths(policy: ThroughputPolicy) -> dict[int, int]:
-    """Levels to record for each `top_k`, so that the policy and the fixed trees can be replayed."""
-    sizes = policy.to_config()
-    return dict.fromkeys(sorted({*_TOP_KS, sizes["top_k"]}), max(_DEPTH, sizes["depth"]))
+class RolloutTrainer(ArtefactTrainer):
+    """Trains a `ReSpSPolicy` on rollouts: the learning that `PolicyTrainer` does, without the recording.
+
+    Args:
+        policy: trained in place.
+        args: see `PolicyTrainingConfig`.
+        rollouts: where decisions come from: `ReplayRollouts`, or `LiveRollouts`, which are timed.
+        eval_rollouts: held-out replayed texts, for `evaluate`.
+        reward_func: as in `PolicyTrainer`.
+        kwargs: passed to `transformers.Trainer`.
+
+    Raises:
+        ValueError: the objective is `full_information` with live rollouts, or there is no such reward.
+    """
+
+    args: PolicyTrainingConfig
+    artefact_name = "policy"
+
+    def __init__(
+        self,
+        policy: ReSpSPolicy,
+        args: PolicyTrainingConfig,
+        rollouts: Rollouts | None = None,
+        eval_rollouts: ReplayRollouts | None = None,
+        *,
+        reward_func: str | RewardFunc = "tokens_per_second",
+        **kwargs: Any,
+    ) -> None:
+        self.reward_func = reward_func_of(reward_func)
+        if rollouts is not None and args.objective == "full_information" and not rollouts.knows_all_outcomes:
+            raise ValueError(
+                f"Got objective='full_information' with {type(rollouts).__name__}, but live decoding shows only the "
+                "outcome of the action taken. Record the texts and pass `ReplayRollouts`, or set objective='ppo'."
+            )
+        kwargs.setdefault("eval_dataset", eval_rollouts)
+        super().__init__(model=policy.network, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.policy, self.rollouts, self.eval_rollouts = policy, rollouts, eval_rollouts
+        self._is_trained = self._has_warned = False
+        self._update: Update | None = None
+        self._noted: dict[str, list[float]] = defaultdict(list)  # since the last line of metrics
+
+    @property
+    def steps_per_update(self) -> int:
+        return self.args.steps_per_update
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._update = None
+        result: TrainOutput = super().train(*args, **kwargs)
+        self._is_trained = self.is_finished
+        return result
+
+    def get_train_dataloader(self) -> DataLoader[int]:
+        """Numbers: what a step learns from is decided when an update begins. An epoch is as many prompts as there are.
+
+        Raises:
+            ValueError: there is nothing to learn from.
+        """
+        numbers = cast(Any, range(len(self._given_rollouts) * self.args.steps_per_update))
+        return DataLoader(numbers, self.args.per_device_train_batch_size, collate_fn=_collate)
+
+    @property
+    def _given_rollouts(self) -> Rollouts:
+        if self.rollouts is None:
+            raise ValueError("`rollouts` are missing, but training needs decisions. Pass `ReplayRollouts`.")
+        return self.rollouts
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one optimiser step: a minibatch of the current update; a new update decides first."""
+        number, step = divmod(self.state.global_step, self.args.steps_per_update)
+        if self._update is None or self._update.number != number:
+            self._update = Update(number, self.policy, self._given_rollouts, self.reward_func, self.args)
+            self._note(self._update.metrics)
+        loss, entropy = self._update.loss(model, step)
+        self._note({"entropy": entropy})
+        return (loss, {}) if return_outputs else loss
+
+    def _note(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._noted[name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of what was noted since the last line."""
+        logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
+        self._noted.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Compare the policy with the best fixed tree and the oracle on all held-out texts.
+
+        A `PolicyTrainer` records them first, where they are not recorded yet. After training, `metrics.json` in the
+        policy's folder tells the result.
+
+        Args:
+            eval_dataset: prompts for a `PolicyTrainer`, otherwise `ReplayRollouts`; `None` for those of the trainer.
+            ignore_keys: not used.
+            metric_key_prefix: stands before each name.
+
+        Returns:
+            With the prefix: `tokens_per_second`; `best_fixed_tokens_per_second`, of the fixed tree that is fastest on
+            the training texts (on the held-out ones if training is live); `gain_over_best_fixed`, their ratio, and
+            its 95% interval over texts, `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`,
+            how many trees it chose; `held_out_texts`.
+
+        Raises:
+            ValueError: no texts were held out.
+        """
+        comparison = self.compared(eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in comparison.metrics().items()}
+        super().log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if not self.is_in_train:
+            self.judge(comparison)
+        return metrics
+
+    def compared(self, eval_dataset: Any = None) -> "PolicyComparison":
+        """As `evaluate`, but logs nothing; `eval_dataset` stands for `eval_rollouts`."""
+        held_out, training = eval_dataset or self.eval_rollouts, self.rollouts
+        if held_out is None:
+            raise ValueError("`eval_dataset` is missing, but evaluation needs held-out texts. Pass `eval_rollouts`.")
+        return self.compared_on(held_out, training if isinstance(training, ReplayRollouts) else held_out)
+
+    def compared_on(self, held_out: ReplayRollouts, searched: ReplayRollouts) -> "PolicyComparison":
+        """Decide on held-out texts as in use, beside the fixed shape that is fastest on the texts `searched`."""
+        texts, use = torch.arange(len(held_out)), self.policy.config
+        generator = seeded(self.args.seed, 0, 0) if use.sample else None
+        decisions = held_out.follow(self.policy, texts, use.persistence, generator, temperature=use.temperature)
+        oracle = held_out.oracle
+        tokens = (held_out.table.stops - held_out.table.starts).tolist()
+        return PolicyComparison(
+            list(map(Timing, tokens, decisions.seconds_of_texts.tolist())),
+            list(map(Timing, tokens, oracle.fixed_seconds[:, searched.oracle.best_fixed].tolist())),
+            float(oracle.best_seconds.sum()),
+            len(decisions.actions.unique()),
+        )
+
+    def judge(self, comparison: "PolicyComparison") -> None:
+        """Warn once of a policy that is not worth having, and tell the verdict in `metrics.json` beside the policy."""
+        if not self.is_world_process_zero():
+            return
+        if not self._has_warned:
+            self._has_warned = comparison.warn()
+        if self._is_trained:
+            comparison.save(self.artefact_folder)
+
+    def plain_card(self, repo_id: str) -> str:
+        return self.policy.plain_card(repo_id)
+
+    def write_artefact(self, folder: Path) -> None:
+        self.policy.save_pretrained(folder)
 
 
-def fit(policy: ThroughputPolicy, texts: Sequence[RecordedText], pair: Pair) -> BaselineGuard:
-    """A policy of the same sizes, fitted to `texts`, in its guard."""
-    sizes: dict[str, Any] = {name: policy.to_config()[name] for name in ("depth", "top_k", "most_nodes")}
-    return BaselineGuard(fitted_policy(texts, **sizes, **pair.identity))
+def _collate(steps: list[int]) -> dict[str, Tensor]:
+    return {"step": torch.tensor(steps)}
+
+
+class PolicyTrainer(RolloutTrainer):
+    """Trains a Re-SpS policy for a target and its head on your prompts; see `fit_policy` for what "auto" means.
+
+    The target answers the prompts once, and it is recorded what every tree would have emitted at every position
+    (`OUTPUT_DIR/replay`). What steps cost is measured on this machine (`OUTPUT_DIR/costs.json`). Then the policy
+    learns from both, without decoding; with `args.live_rollouts` it learns by decoding. Recordings and costs that are
+    there are used again, so a run that was stopped at any moment goes on with `train(resume_from_checkpoint=True)`,
+    and ends as an uninterrupted one.
+
+    The finished policy is in `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. If there is an `eval_dataset`,
+    `metrics.json` beside it compares it with the best fixed tree, and a warning says if it is no better.
+
+    Logged for each update: `tokens_per_second`; `reward`, of another reward than the default; `entropy` in nats;
+    `distinct_actions`, how many actions are the likeliest one of some decision. On recorded texts also `gain_regret`,
+    the tokens per step lost compared with the best actions, and `oracle_regret`, the time lost compared with the
+    fastest sequence of shapes, as a share of the fastest time. Live also `dropped`, the decisions left out because the
+    clock jumped.
+
+    Args:
+        model: the policy: "resps" for a new one over the trees that can pay on this machine; or a `ReSpSPolicy`,
+            guarded or not, or its folder or Hub id. It is trained in place.
+        args: see `PolicyTrainingConfig`.
+        train_dataset: a `datasets.Dataset` with a column `prompt` (a string, taken as it is, or messages) or
+            `messages` (used up to the last question).
+        eval_dataset: held-out prompts, in the same columns.
+        processing_class: the target's tokenizer; `None` loads it from where the target came from.
+        callbacks: added to the usual ones.
+        target: the model that decodes, attached or not, or its folder or Hub id.
+        head: its draft head, or the folder or Hub id of it.
+        reward_func: what the policy maximises. "tokens_per_second": total tokens over total seconds. "mean_rate":
+            mean of the steps' tokens per second, as in Re-SpS. Or a function that returns one reward per outcome, of
+            keywords `emitted`, `seconds` and `mean_rates` (tensors of one shape: tokens and seconds of an action while
+            it is held, and the mean of its steps' tokens per second), `rate` (tokens per second of the policy) and
+            `persistence` (steps that an action is held).
+        kwargs: passed to `transformers.Trainer`.
+
+    Raises:
+        ValueError: an argument is something else, or they do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: ReSpSPolicy | BaselineGuard | str,
+        args: PolicyTrainingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        *,
+        target: PreTrainedModel | str,
+        head: DraftHead | str,
+        reward_func: str | RewardFunc = "tokens_per_second",
+        **kwargs: Any,
+    ) -> None:
+        args = args or PolicyTrainingConfig(default_folder(target, self.artefact_name))
+        check_kind("args", args, PolicyTrainingConfig)
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        policy, self._is_guarded = (None, False) if model in ("resps", "auto") else given_policy(model)
+        if model == "auto" or isinstance(policy, ThroughputPolicy):
+            raise ValueError(
+                "`model` is what policy='auto' means, which is fitted in one go instead of trained by steps. Call "
+                "`fit_policy` with the same arguments, or pass 'resps' for a new Re-SpS policy."
+            )
+        if not isinstance(policy, ReSpSPolicy | None):
+            raise ValueError(
+                f"`model` is a {type(policy).__name__}, but must be a `ReSpSPolicy`, or the folder or Hub id of one. "
+                "Pass 'resps' for a new one."
+            )
+        self.data = PolicyData(Pair.of(target, head, processing_class, args), args, **given)
+        if policy is None:
+            policy = new_resps_policy(self.data.pair, args, self.data.costs, self.data.usual_context)
+        policy.check_identity(**self.data.pair.identity)
+        super().__init__(policy, args, reward_func=reward_func, callbacks=callbacks, **given, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Record what is not recorded yet, then train; see `ArtefactTrainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; `True` for the newest one in `output_dir`, or for none if
+                the run was stopped before it wrote one.
+            args: see `transformers.Trainer.train`.
+            kwargs: likewise.
+
+        Raises:
+            ValueError: there is no `train_dataset`, or a checkpoint in the output folder was trained on other inputs.
+            KeyboardInterrupt: Ctrl-C was pressed.
+            SystemExit: SIGTERM was received.
+        """
+        data, folder, grid = self.data, str(self.args.output_dir), self.policy.config.grid
+        data.check_given("train_dataset", "training")
+        with self.args.main_process_first(desc="comparing with the run that is resumed"):
+            check_resumable(folder, data.facts(grid))
+        self.rollouts = data.live() if self.args.live_rollouts else data.replays("train_dataset", grid)
+        if "eval_dataset" in data.prompts:
+            data.replays("eval_dataset", grid)
+        newest = newest_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+        result = super().train(newest, *args, **kwargs)
+        if self._is_trained and "eval_dataset" in data.prompts:
+            self.judge(self.compared())
+        return result
+
+    def compared(self, eval_dataset: Any = None) -> "PolicyComparison":
+        """As `evaluate`, but logs nothing."""
+        data, held_out = self.data, "eval_dataset" if eval_dataset is None else "test"
+        if eval_dataset is not None:
+            data.add(held_out, eval_dataset)
+        data.check_given(held_out, "evaluation")
+        searched = held_out if self.args.live_rollouts or "train_dataset" not in data.prompts else "train_dataset"
+        grid = self.policy.config.grid
+        comparison = self.compared_on(data.replays(held_out, grid), data.replays(searched, grid))
+        return replace(comparison, learned_prompts=data.learned(held_out))
+
+    def write_artefact(self, folder: Path) -> None:
+        """Write the policy for its target and head, in its guard if it came in one, and hashes of its prompts."""
+        policy = ReSpSPolicy(replace(self.policy.config, **self.data.pair.identity), self.policy.network)
+        (BaselineGuard(policy) if self._is_guarded else policy).save_pretrained(folder)
+        write_training_prompts(folder, self.data.first_questions("train_dataset", "eval_dataset"))
+
+
+def fit_policy(
+    model: ThroughputPolicy | BaselineGuard | str = "auto",
+    args: PolicyTrainingConfig | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    *,
+    target: PreTrainedModel | str,
+    head: DraftHead | str,
+) -> BaselineGuard:
+    """Fit what `policy="auto"` means to your prompts: how often the head's drafts are accepted, for any machine.
+
+    The target answers the prompts once, and the head's drafts are recorded (`OUTPUT_DIR/replay`; recordings that are
+    there are used again). The policy is written to `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. With an
+    `eval_dataset` it is compared with the best fixed tree, at the costs of this machine (`OUTPUT_DIR/costs.json`):
+    `metrics.json` beside it tells the result as `PolicyTrainer.evaluate` does, and a warning says if it is no better.
+
+    Args:
+        model: gives the sizes: "auto", or a `ThroughputPolicy`, guarded or not, or its folder or Hub id.
+        args: `output_dir`, and how prompts are answered.
+        train_dataset: prompts, as in `PolicyTrainer`.
+        eval_dataset: held-out prompts, to judge the policy by.
+        processing_class: as in `PolicyTrainer`.
+        target: likewise.
+        head: likewise.
+
+    Returns:
+        The policy in its guard.
+
+    Raises:
+        ValueError: an argument is something else, or they do not fit together.
+        OSError: `args.push_to_hub` is set, and the Hub refused, or the repository was published with measurements.
+    """
+    args = args or PolicyTrainingConfig(default_folder(target, "policy"))
+    check_kind("args", args, PolicyTrainingConfig)
+    given = ThroughputPolicy() if model == "auto" else given_policy(model)[0]
+    check_kind("model", given, ThroughputPolicy)
+    sizes = given.to_config()
+    datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    data = PolicyData(Pair.of(target, head, processing_class, args), args, **datasets)
+    data.check_given("train_dataset", "fitting")
+    given.check_identity(**data.pair.identity)
+    if args.push_to_hub and args.should_save:
+        make_unmeasured_repository(args)  # a refusal costs no work
+
+    # What the policy and the fixed trees ask for that it is compared with
+    form = pools_of(dict.fromkeys(sorted({*_TOP_KS, sizes["top_k"]}), max(_DEPTH, sizes["depth"])))
+    texts = data.record("train_dataset", form)
+    kept = {name: sizes[name] for name in ("depth", "top_k", "most_nodes")}
+    policy = BaselineGuard(fitted_policy(texts, **kept, **data.pair.identity))
+    comparison = None
+    if eval_dataset is not None:
+        comparison = compare(policy, texts, data.record("eval_dataset", form), data.costs)
+        comparison = replace(comparison, learned_prompts=data.learned("eval_dataset"))
+
+    def write(folder: Path) -> None:
+        policy.save_pretrained(folder)
+        write_training_prompts(folder, data.first_questions("train_dataset"))
+        if comparison is not None:
+            comparison.save(folder)
+
+    if args.should_save:
+        if comparison is not None:
+            comparison.warn()
+        write_whole(Path(str(args.output_dir)) / "policy", write)
+    return policy
+
+
+_DEPTH, _TOP_KS, _LOOKUPS = 6, (1, 2, 4), (0, 4, 8)  # of the fixed trees that a fitted policy is compared with
 
 
 def compare(
     policy: Policy, searched: Sequence[RecordedText], held_out: Sequence[RecordedText], costs: CostModel
-) -> PolicyComparison:
-    """Replay held-out texts with a policy, which goes on learning as in use, and with the best fixed tree.
-
-    Args:
-        policy: not changed.
-        searched: the texts on which the best fixed tree is found.
-        held_out: the texts on which both are compared.
-        costs: of steps.
-    """
+) -> "PolicyComparison":
+    """Replay held-out texts with a copy of a policy, which learns as in use, and the best fixed tree of `searched`."""
     grid = ActionGrid.small().with_lookups(_LOOKUPS)
     found, tested = (
-        Oracle(OutcomeTable([ReplayText.from_recording(text).outcomes(grid, costs) for text in texts]))
+        Oracle(OutcomeTable([RankedText.from_recording(text).outcomes(grid, costs) for text in texts]))
         for texts in (searched, held_out)
     )
     learner = copy.deepcopy(policy)
@@ -82,246 +417,117 @@ def compare(
     )
 
 
-Trainable = ReSpSPolicy | ThroughputPolicy
-
-
-def loaded_policy(model: Any, pair: Pair) -> tuple[Trainable | None, bool]:
-    """The policy that is given as an object, a folder or a Hub id, and whether it is saved in a guard.
-
-    Args:
-        model: as in `PolicyTrainer`.
-        pair: that it is trained with.
-
-    Returns:
-        The policy without its guard, `None` for a new `ReSpSPolicy`; and whether there was a guard.
-
-    Raises:
-        ValueError: it is something else, or was trained with another target or head.
-    """
-    if model == "resps":
-        return None, False
-    if model == "auto":
-        return ThroughputPolicy(), True
+def given_policy(model: Any) -> tuple[Any, bool]:
+    """The policy that is given as an object, a folder or a Hub id, without its guard; and whether it had one."""
     policy = AutoPolicy.from_pretrained(model) if isinstance(model, str) else model
-    is_guarded = isinstance(policy, BaselineGuard)
-    if isinstance(policy, BaselineGuard):
-        policy = policy.policy
-    if not isinstance(policy, Trainable):
-        raise ValueError(
-            f"`model` is a {type(policy).__name__}, but must be a `ReSpSPolicy` or a `ThroughputPolicy`, or the "
-            "folder or Hub id of one. Pass 'resps' for a new Re-SpS policy, or 'auto' to fit what policy='auto' means."
-        )
-    policy.check_identity(**pair.identity)
-    return policy, is_guarded
+    return (policy.policy, True) if isinstance(policy, BaselineGuard) else (policy, False)
 
 
 def new_resps_policy(pair: Pair, args: PolicyTrainingConfig, costs: CostModel, context: int) -> ReSpSPolicy:
-    """A fresh Re-SpS policy over the shapes that could pay.
-
-    Args:
-        pair: reads this pair's features and belongs to it.
-        args: `grid`, `drop_hopeless`, `preset`, `persistence_in_use` and `seed`.
-        costs: of steps on this machine.
-        context: positions at which they are compared.
+    """A fresh Re-SpS policy of `pair` over the shapes that could pay here, at `context` positions.
 
     Raises:
-        ValueError: no shape could pay here.
+        ValueError: none could.
     """
-    grid = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
+    grid = every = ActionGrid.paper() if args.grid == "paper" else ActionGrid.small()
     if args.drop_hopeless:
-        grid = paying_shapes(grid, lambda shape: costs.step_seconds(shape, context))
+        grid = every.affordable(lambda shape: costs.step_seconds(shape, context))
+    if len(grid.shapes) == 1:
+        raise ValueError(
+            f"None of the {len(every.shapes)} shapes could pay on this machine, even with all drafts accepted. Decode "
+            "with `policy='auto'`, or set `drop_hopeless=False`."
+        )
     width = pair.head.config.features_width
     config = ReSpSConfig.paper(width) if args.preset == "paper" else ReSpSConfig(width)
     in_use: dict[str, Any] = {"grid": grid, "persistence": args.persistence_in_use, **pair.identity}
     return ReSpSPolicy(replace(config, **in_use), seed=args.seed)
 
 
-def paying_shapes(grid: ActionGrid, seconds: Callable[[TreeShape], float]) -> ActionGrid:
-    """The shapes of `grid` that could pay here.
-
-    Raises:
-        ValueError: there is none, so nothing to learn.
-    """
-    kept = grid.affordable(seconds)
-    if len(kept.shapes) == 1:
-        raise ValueError(
-            f"None of the {len(grid.shapes)} shapes could pay on this machine, even with all drafts accepted. Decode "
-            "with `policy='auto'`, or set `drop_hopeless=False`."
-        )
-    return kept
+FEW_TEXTS = 10
 
 
-RENAMED = {
-    "policy": "`model`",
-    "rollouts": "`train_dataset`",
-    "eval_rollouts": "`eval_dataset`",
-    "tokenizer": "`processing_class`",
-    "reward_funcs": "`reward_func`",
-}
+@dataclass(frozen=True)
+class PolicyComparison:
+    """The same held-out texts, decoded with a policy and with one fixed tree.
 
-
-class PolicyTrainer(RolloutTrainer):
-    """Trains a policy for a target and its head on your prompts.
-
-    The target answers the prompts once, and it is recorded what every tree would have emitted at every position
-    (`OUTPUT_DIR/replay`). What steps cost is measured on this machine (`OUTPUT_DIR/costs.json`). Then a `ReSpSPolicy`
-    learns from both, without decoding; with `args.live_rollouts` it learns by decoding. A `ThroughputPolicy` is fitted
-    to the recorded answers in one go. Recordings and costs that are there are used again, so a run that was stopped at
-    any moment goes on with `train(resume_from_checkpoint=True)`, and ends as an uninterrupted one.
-
-    The finished policy is in `OUTPUT_DIR/policy`, for `AutoPolicy.from_pretrained`. If there is an `eval_dataset`,
-    `metrics.json` beside it compares it with the best fixed tree, and a warning says if it is no better.
-
-    Logged for each update: `tokens_per_second`; `reward`, of another reward than the default; `entropy` in nats;
-    `distinct_actions`, how many actions are the likeliest one of some decision. On recorded texts also `gain_regret`,
-    the tokens per step lost compared with the best actions, and `oracle_regret`, the time lost compared with the
-    fastest sequence of shapes, as a share of the fastest time. Live also `dropped`, the decisions left out because the
-    clock jumped.
-
-    Args:
-        model: the policy: "resps" for a new `ReSpSPolicy` over the trees that can pay on this machine; "auto" for what
-            `policy="auto"` means in `generate`, to be fitted; or a `ReSpSPolicy` or `ThroughputPolicy`, guarded or
-            not, or its folder or Hub id. A `ReSpSPolicy` is trained in place.
-        args: see `PolicyTrainingConfig`.
-        train_dataset: a `datasets.Dataset` with a column `prompt` (a string, taken as it is, or messages) or
-            `messages` (used up to the last question).
-        eval_dataset: held-out prompts, in the same columns.
-        processing_class: the target's tokenizer; `None` loads it from where the target came from.
-        callbacks: added to the usual ones.
-        target: the model that decodes, attached or not, or its folder or Hub id.
-        head: its draft head, or the folder or Hub id of it.
-        reward_func: what a `ReSpSPolicy` maximises. "tokens_per_second": total tokens over total seconds. "mean_rate":
-            mean of the steps' tokens per second, as in Re-SpS. Or a function that returns one reward per outcome, of
-            keywords `emitted`, `seconds` and `mean_rates` (tensors of one shape: tokens and seconds of an action while
-            it is held, and the mean of its steps' tokens per second), `rate` (tokens per second of the policy) and
-            `persistence` (steps that an action is held).
-        kwargs: passed to `transformers.Trainer`.
-
-    Raises:
-        ValueError: an argument is something else, or they do not fit together.
+    Attributes:
+        own: tokens and seconds of each text with the policy.
+        fixed: of the same texts, in the same order, with the best fixed tree of the training texts.
+        oracle_seconds: the least that all texts together could have taken.
+        distinct_actions: how many different trees the policy chose.
+        learned_prompts: how many of the held-out prompts it was trained on.
     """
 
-    def __init__(
-        self,
-        model: ReSpSPolicy | ThroughputPolicy | BaselineGuard | str,
-        args: PolicyTrainingConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        *,
-        target: PreTrainedModel | str,
-        head: DraftHead | str,
-        reward_func: str | RewardFunc = "tokens_per_second",
-        **kwargs: Any,
-    ) -> None:
-        check_renamed("PolicyTrainer", kwargs, RENAMED)
-        args = args or PolicyTrainingConfig(default_folder(target, self.artefact_name))
-        check_kinds("PolicyTrainer", args=(args, PolicyTrainingConfig))
-        self.data = PolicyData(Pair.of(target, head, processing_class, args), args)
-        policy, self._is_guarded = loaded_policy(model, self.data.pair)
-        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        for name, dataset in given.items():
-            if dataset is not None:
-                self.data.add(name, dataset)
-        if isinstance(policy, ThroughputPolicy) and (args.live_rollouts or reward_func != "tokens_per_second"):
-            raise ValueError(
-                "A `ThroughputPolicy` is fitted to recorded answers and maximises tokens per second. Leave out "
-                "`live_rollouts` and `reward_func`, or train `model='resps'`."
+    own: Sequence[Timing]
+    fixed: Sequence[Timing]
+    oracle_seconds: float
+    distinct_actions: int
+    learned_prompts: int = 0
+
+    @property
+    def gain(self) -> float:
+        """Tokens per second over those of the best fixed tree."""
+        return rate(self.own) / rate(self.fixed)
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """The middle 95% of `gain` over texts drawn with replacement."""
+        return bootstrap_interval([[one] for one in self.own], [[one] for one in self.fixed])
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged."""
+        low, high = self.interval
+        return {
+            "tokens_per_second": rate(self.own),
+            "best_fixed_tokens_per_second": rate(self.fixed),
+            "gain_over_best_fixed": self.gain,
+            "gain_over_best_fixed_low": low,
+            "gain_over_best_fixed_high": high,
+            "oracle_regret": sum(one.seconds for one in self.own) / self.oracle_seconds - 1,
+            "distinct_actions": self.distinct_actions,
+            "held_out_texts": len(self.own),
+        }
+
+    @property
+    def doubts(self) -> list[str]:
+        """Reasons why the policy is not worth more than the best fixed tree; empty if it is."""
+        low, high = self.interval
+        found = []
+        if low <= 1.0:
+            found.append(
+                f"it is not faster than the best fixed tree beyond chance ({self.gain:.3f} times its speed, 95% "
+                f"interval {low:.3f} to {high:.3f})"
             )
-        if policy is None:
-            policy = new_resps_policy(self.data.pair, args, self.data.costs, self.data.usual_context)
-        super().__init__(policy, args, reward_func=reward_func, callbacks=callbacks, **given, **kwargs)
+        if self.distinct_actions == 1:
+            found.append("it chose one tree everywhere, which a `FixedPolicy` does as well")
+        if self.learned_prompts:
+            found.append(f"{self.learned_prompts} of the held-out prompts are among those that it was trained on")
+        if len(self.own) < FEW_TEXTS:
+            count = len(self.own)
+            found.append(f"it was judged on {count} held-out text{'s' * (count != 1)}, which prove little")
+        return found
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Record what is not recorded yet, then train; see `ArtefactTrainer.train`.
+    @property
+    def verdict(self) -> str:
+        """One sentence for the card."""
+        if self.doubts:
+            return f"Not shown to pay: {'; '.join(self.doubts)}."
+        low, high = self.interval
+        return (
+            f"Faster than the best fixed tree: {self.gain:.3f} times its speed, 95% interval {low:.3f} to {high:.3f} "
+            f"over {len(self.own)} held-out texts."
+        )
 
-        Args:
-            resume_from_checkpoint: a checkpoint's folder; `True` for the newest one in `output_dir`, or for none if
-                the run was stopped before it wrote one.
-            args: see `transformers.Trainer.train`.
-            kwargs: see there.
+    def report(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        return {**self.metrics(), "verdict": self.verdict}
 
-        Raises:
-            ValueError: there is no `train_dataset`, or a checkpoint in the output folder was trained on other inputs.
-            KeyboardInterrupt: Ctrl-C was pressed.
-            SystemExit: SIGTERM was received.
-        """
-        data, folder = self.data, str(self.args.output_dir)
-        if "train_dataset" not in data.prompts:
-            raise ValueError("`train_dataset` is missing, but training needs prompts. Pass a dataset of them.")
-        if isinstance(self.policy, ReSpSPolicy):
-            grid = self.policy.config.grid
-            with self.args.main_process_first(desc="comparing with the run that is resumed"):
-                check_resumable(folder, data.facts(grid))
-            self.rollouts = data.live() if self.args.live_rollouts else data.replays("train_dataset", grid)
-            if "eval_dataset" in data.prompts:
-                data.replays("eval_dataset", grid)
-            newest = newest_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
-            result: TrainOutput = super().train(newest, *args, **kwargs)
-        else:
-            result = self._fit(_unguarded(self.policy))
-        self._is_trained = self.is_finished
-        if self._is_trained and "eval_dataset" in data.prompts:
-            self.judge(self.compared())
-        return result
+    def warn(self) -> bool:
+        """Warn if the policy is not worth more than the best fixed tree; return whether it was doubted."""
+        if self.doubts:
+            logger.warning("The policy may not be worth using. %s", self.verdict)
+        return bool(self.doubts)
 
-    def _fit(self, policy: ThroughputPolicy) -> TrainOutput:
-        """Fit the policy to the recorded answers."""
-        texts = self.data.texts("train_dataset", recorded_depths(policy))
-        self.policy = fit(policy, texts, self.data.pair)
-        metrics: dict[str, float] = {"texts": len(texts), "tokens": sum(map(len, texts))}
-        self.log(dict(metrics))
-        if self.args.should_save:
-            self._finish()
-        return TrainOutput(0, 0.0, metrics)
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Compare the policy with the best fixed tree and the oracle on held-out prompts, recorded if they are not
-        yet, with the costs of this machine. After training, `metrics.json` in the policy's folder tells the result.
-
-        Args:
-            eval_dataset: prompts; `None` for those of the trainer.
-            ignore_keys: not used.
-            metric_key_prefix: stands before each name.
-
-        Returns:
-            With the prefix: `tokens_per_second`; `best_fixed_tokens_per_second`, of the fixed tree that is fastest on
-            the training prompts (on the held-out ones if training is live); `gain_over_best_fixed`, their ratio, and
-            its 95% interval over texts, `gain_over_best_fixed_low` and `_high`; `oracle_regret`; `distinct_actions`,
-            how many trees it chose; `held_out_texts`.
-
-        Raises:
-            ValueError: there are no prompts.
-        """
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def compared(self, eval_dataset: Any = None) -> PolicyComparison:
-        """As `evaluate`, but logs nothing."""
-        data, held_out = self.data, "eval_dataset" if eval_dataset is None else "test"
-        if eval_dataset is not None:
-            data.add(held_out, eval_dataset)
-        if held_out not in data.prompts:
-            raise ValueError("There is no `eval_dataset`, but evaluation needs held-out prompts. Pass some.")
-        searched = held_out if self.args.live_rollouts or "train_dataset" not in data.prompts else "train_dataset"
-        if isinstance(self.policy, ReSpSPolicy):
-            grid = self.policy.config.grid
-            comparison = self.compared_on(data.replays(held_out, grid), data.replays(searched, grid))
-        else:
-            depths = recorded_depths(_unguarded(self.policy))
-            texts = (data.texts(searched, depths), data.texts(held_out, depths))
-            comparison = compare(self.policy, *texts, data.costs)
-        return replace(comparison, learned_prompts=data.learned(held_out))
-
-    def write_artefact(self, folder: Path) -> None:
-        """Write the policy for its target and head, in its guard if it came in one, and hashes of its prompts."""
-        policy = self.policy
-        if isinstance(policy, ReSpSPolicy):
-            policy = ReSpSPolicy(replace(policy.config, **self.data.pair.identity), policy.network)
-            policy = BaselineGuard(policy) if self._is_guarded else policy
-        policy.save_pretrained(folder)
-        write_training_prompts(folder, self.data.first_questions)
-
-
-def _unguarded(policy: SavedPolicy) -> ThroughputPolicy:
-    return cast(ThroughputPolicy, policy.policy if isinstance(policy, BaselineGuard) else policy)
+    def save(self, folder: Path) -> None:
+        """Write `metrics.json` into the policy's folder."""
+        (folder / METRICS).write_text(json.dumps(self.report(), indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,159 @@
-"""The maths of policy optimisation, as pure functions of tensors. Shapes: n decisions, a actions."""
+"""One update of a Re-SpS policy, and the maths of policy optimisation as pure functions.
+
+Tensor shapes: n decisions, a actions.
+
+Source: Schulman et al. 2017, PPO (arXiv 1707.06347), algorithm 1; Re-SpS (arXiv 2601.12212).
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..policies import ReSpSPolicy
+from ..replay import HeldOutcomes
+from .policy_config import PolicyTrainingConfig
+from .rollouts import Rollouts
+
+
+RewardFunc = Callable[..., Tensor]
+
+
+class Update:
+    """One update: decide over some texts, value what came of it, then the loss of each minibatch.
+
+    Its number and the seed determine all random numbers, so that a resumed run repeats them.
+
+    Attributes:
+        number: counts from 0.
+        metrics: what is logged of the decisions.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        policy: ReSpSPolicy,
+        rollouts: Rollouts,
+        reward_func: RewardFunc,
+        args: PolicyTrainingConfig,
+    ) -> None:
+        self.number, self._args = number, args
+        is_exact = args.objective == "full_information"
+        decisions = rollouts.collect(
+            policy,
+            args.per_device_train_batch_size,
+            args.persistence,
+            seeded(args.seed, number, 0),
+            greedy=is_exact,  # there is nothing left to explore
+        )
+        with torch.no_grad():
+            logits, values = (part.cpu() for part in policy.network(decisions.features))
+        likeliest = logits.argmax(-1)
+
+        def rewards(outcomes: HeldOutcomes, attained: HeldOutcomes) -> Tensor:
+            # The best policy is at least as fast as the best fixed shape, so a lower rate would only send the first
+            # updates the wrong way
+            rate = max(float(attained.emitted.sum() / attained.seconds.sum()), rollouts.best_fixed_rate)
+            return rewards_of(reward_func, outcomes, rate, args.persistence)
+
+        taken, every = rewards(decisions.outcomes, decisions.outcomes), None
+        if decisions.all_outcomes is not None:
+            # At the rate of the actions that would be taken in use, at the positions visited
+            every = rewards(decisions.all_outcomes, decisions.all_outcomes.of(likeliest))
+            self._gains = relative_gains(every)
+        if not is_exact:
+            values = values.to(taken)
+            advantages = gae(taken, values, decisions.ends, discount=args.gamma, decay=args.lam)
+            self._advantages, self._returns = standardized(advantages), advantages + values
+
+        self._decisions = decisions
+        self.metrics: dict[str, float] = {
+            "tokens_per_second": decisions.tokens_per_second,
+            "distinct_actions": len(likeliest.unique()),
+        }
+        if reward_func is not tokens_per_second:
+            self.metrics["reward"] = float(taken.mean())
+        elif every is not None:
+            lost = every.max(-1).values - every.gather(1, likeliest[:, None]).squeeze(1)
+            self.metrics["gain_regret"] = float(lost.mean())
+        if decisions.oracle_regret is not None:
+            self.metrics["oracle_regret"] = decisions.oracle_regret
+        if not rollouts.knows_all_outcomes:
+            self.metrics["dropped"] = decisions.dropped
+
+    def loss(self, network: nn.Module, step: int) -> tuple[Tensor, float]:
+        """The loss of the minibatch of an optimiser step, counted within this update, and the mean entropy in nats."""
+        args, decisions = self._args, self._decisions
+        epoch, part = divmod(step, args.num_mini_batches)
+        order = torch.randperm(len(decisions), generator=seeded(args.seed, self.number, 1 + epoch))
+        parts = order.tensor_split(min(args.num_mini_batches, len(order)))
+        index = parts[part % len(parts)]
+
+        logits, values = network(decisions.features[index])
+        if args.objective == "full_information":
+            loss = -expected_gain(logits, self._gains[index].to(logits))
+        else:
+            actions = decisions.actions[index].to(logits.device)
+            log_probs = logits.log_softmax(-1).gather(1, actions[:, None]).squeeze(1)
+            old, advantages, returns = (
+                part[index].to(logits) for part in (decisions.log_probs, self._advantages, self._returns)
+            )
+            loss = -clipped_surrogate(log_probs, old, advantages, args.cliprange)
+            loss = loss + args.vf_coef * value_loss(values, returns)
+        bonus = entropy(logits).mean()
+        return loss - cast(float, args.entropy_coef) * bonus, bonus.item()
+
+
+def seeded(seed: int, update: int, purpose: int) -> torch.Generator:
+    """Random numbers that depend on these three alone."""
+    return torch.Generator().manual_seed(((seed * 1_000_003 + update) * 1_009 + purpose) % 2**63)
+
+
+def tokens_per_second(*, emitted: Tensor, seconds: Tensor, rate: float, persistence: int, **_: Any) -> Tensor:
+    """What outcomes are worth, in tokens per step: tokens minus what the policy emits in the same time on average.
+
+    Maximising its sum at the rate it attains itself maximises total tokens over total seconds (Dinkelbach 1967); the
+    mean of per-step rates, the reward of Re-SpS, has another maximum.
+    """
+    return (emitted - rate * seconds) / persistence
+
+
+def mean_rate(*, mean_rates: Tensor, **_: Any) -> Tensor:
+    """Mean of the steps' tokens per second, the reward of Re-SpS (arXiv 2601.12212, equations 3 and 5)."""
+    return mean_rates
+
+
+REWARD_FUNCS: dict[str, RewardFunc] = {"tokens_per_second": tokens_per_second, "mean_rate": mean_rate}
+
+
+def reward_func_of(given: str | RewardFunc) -> RewardFunc:
+    """The function that a name stands for; a function stands for itself."""
+    found = REWARD_FUNCS.get(given) if isinstance(given, str) else given
+    if not callable(found):
+        raise ValueError(
+            f"`reward_func` is {given!r}, but must be {' or '.join(map(repr, REWARD_FUNCS))}, or a function of "
+            "`emitted`, `seconds`, `mean_rates`, `rate` and `persistence`."
+        )
+    return found
+
+
+def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
+    """What outcomes are worth: fp64 of their shape, `[n]` of the actions taken or `[n, a]` of every action.
+
+    Raises:
+        ValueError: `func` returned something else.
+    """
+    given = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
+    rewards: Any = func(**given, rate=rate, persistence=persistence)
+    is_fit = isinstance(rewards, Tensor) and rewards.shape == outcomes.emitted.shape
+    if not is_fit or not bool(torch.isfinite(rewards).all()):
+        came = f"shape {list(rewards.shape)}" if isinstance(rewards, Tensor) else f"a {type(rewards).__name__}"
+        raise ValueError(
+            f"`reward_func` returned {came if not is_fit else 'infinite values or NaN'} for outcomes of shape "
+            f"{list(outcomes.emitted.shape)}, but must return a finite tensor of that shape: one reward per outcome."
+        )
+    return cast(Tensor, rewards).double()
 
 
 def gae(rewards: Tensor, values: Tensor, ends: Tensor, *, discount: float, decay: float) -> Tensor:
@@ -51,21 +203,6 @@ def entropy(logits: Tensor) -> Tensor:
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """Mean squared error of the critic, a scalar, from twice `[n]`; unclipped, as in stable-baselines3."""
     return (values - returns).square().mean()
-
-
-def gains(emitted: Tensor, seconds: Tensor, rate: Tensor | float, persistence: int) -> Tensor:
-    """What outcomes are worth, in tokens per step: tokens minus what the policy emits in the same time on average.
-
-    Args:
-        emitted: tokens, of any shape.
-        seconds: of the same shape.
-        rate: lambda, tokens per second of the current policy.
-        persistence: steps that a decision is held.
-
-    Maximising its sum at the rate it attains itself maximises total tokens over total seconds (Dinkelbach 1967); the
-    mean of per-step rates, the reward of Re-SpS (equations 3 and 5), has another maximum.
-    """
-    return (emitted - rate * seconds) / persistence
 
 
 def relative_gains(action_gains: Tensor) -> Tensor:

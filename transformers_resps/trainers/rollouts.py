@@ -1,20 +1,15 @@
-"""What a policy decided over some texts, and what came of it: the data that `PolicyTrainer` learns from.
+"""Where the decisions that a policy learns from come from: replayed texts, or real decoding that is timed.
 
 Tensor shapes: n decisions, a actions, F width of the features.
-
-What an outcome is worth to a policy that learns: by default, what it adds to total tokens over total seconds.
-
-Where decisions to learn from come from; here on replayed texts, without a model and without a clock.
-
-Decisions to learn from, taken in real decoding: `generate` runs and its steps are timed.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +22,6 @@ from ..policies import Observation, Policy, ReSpSPolicy
 from ..replay import HeldOutcomes, Oracle, OutcomeTable
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape
-from .ppo import gains
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +59,8 @@ class Decisions:
     def seconds_of_texts(self) -> Tensor:
         """`[texts]` fp64."""
         texts = torch.cat([torch.zeros(1, dtype=torch.long), self.ends.long().cumsum(0)])[:-1]
-        return torch.zeros(int(self.ends.sum()), dtype=torch.float64).index_add(
-            0, texts, self.outcomes.seconds.double()
-        )
+        total = torch.zeros(int(self.ends.sum()), dtype=torch.float64)
+        return total.index_add(0, texts, self.outcomes.seconds.double())
 
     @property
     def oracle_regret(self) -> float | None:
@@ -76,87 +69,26 @@ class Decisions:
             return None
         return float(self.outcomes.seconds.sum()) / self.oracle_seconds - 1
 
-    @classmethod
-    def joined(cls, parts: "Sequence[Decisions]") -> "Decisions":
-        """All decisions of `parts`, whose outcomes of other actions are unknown."""
-        outcomes = [part.outcomes for part in parts]
-        return cls(
-            torch.cat([part.features for part in parts]),
-            torch.cat([part.actions for part in parts]),
-            torch.cat([part.log_probs for part in parts]),
-            HeldOutcomes(*(torch.cat([getattr(part, f.name) for part in outcomes]) for f in fields(HeldOutcomes))),
-            torch.cat([part.ends for part in parts]),
-            dropped=sum(part.dropped for part in parts),
-        )
 
+class Rollouts(ABC):
+    """Where a trainer of policies gets its decisions from: `ReplayRollouts` or `LiveRollouts`.
 
-RewardFunc = Callable[..., Tensor]
-
-
-def tokens_per_second(*, emitted: Tensor, seconds: Tensor, rate: float, persistence: int, **_: Any) -> Tensor:
-    """Tokens minus what the policy emits in the same time on average, per step; see `ppo.gains`."""
-    return gains(emitted, seconds, rate, persistence)
-
-
-def mean_rate(*, mean_rates: Tensor, **_: Any) -> Tensor:
-    """Mean of the steps' tokens per second, the reward of Re-SpS (arXiv 2601.12212, equations 3 and 5)."""
-    return mean_rates
-
-
-REWARD_FUNCS: dict[str, RewardFunc] = {"tokens_per_second": tokens_per_second, "mean_rate": mean_rate}
-
-
-def reward_func_of(given: str | RewardFunc) -> RewardFunc:
-    """The function that a name stands for; a function stands for itself.
-
-    Raises:
-        ValueError: it is neither.
+    Attributes:
+        knows_all_outcomes: whether decisions come with the outcome of every action.
     """
-    found = REWARD_FUNCS.get(given) if isinstance(given, str) else given
-    if not callable(found):
-        raise ValueError(
-            f"`reward_func` is {given!r}, but must be {' or '.join(map(repr, REWARD_FUNCS))}, or a function of "
-            "`emitted`, `seconds`, `mean_rates`, `rate` and `persistence`."
-        )
-    return found
 
-
-def rewards_of(func: RewardFunc, outcomes: HeldOutcomes, rate: float, persistence: int) -> Tensor:
-    """What outcomes are worth: fp64 of their shape.
-
-    Args:
-        func: called with `emitted`, `seconds` and `mean_rates` of `outcomes`, and the other two.
-        outcomes: `[n]` of the actions taken, or `[n, a]` of every action.
-        rate: tokens per second of the policy.
-        persistence: steps that an action is held.
-
-    Raises:
-        ValueError: it returned something else.
-    """
-    given = {"emitted": outcomes.emitted, "seconds": outcomes.seconds, "mean_rates": outcomes.mean_rates}
-    rewards: Any = func(**given, rate=rate, persistence=persistence)
-    is_fit = isinstance(rewards, Tensor) and rewards.shape == outcomes.emitted.shape
-    if not is_fit or not bool(torch.isfinite(rewards).all()):
-        came = f"shape {list(rewards.shape)}" if isinstance(rewards, Tensor) else f"a {type(rewards).__name__}"
-        raise ValueError(
-            f"`reward_func` returned {came if not is_fit else 'infinite values or NaN'} for outcomes of shape "
-            f"{list(outcomes.emitted.shape)}, but must return a finite tensor of that shape: one reward per outcome."
-        )
-    return cast(Tensor, rewards).double()
-
-
-class Rollouts(Protocol):
-    """Where a trainer of policies gets its decisions from: `ReplayRollouts` or `LiveRollouts`."""
-
-    def __len__(self) -> int:
-        """How many texts there are to decide over."""
-        ...
+    knows_all_outcomes = False
 
     @property
-    def knows_all_outcomes(self) -> bool:
-        """Whether decisions come with the outcome of every action."""
-        ...
+    def best_fixed_rate(self) -> float:
+        """Tokens per second that the best fixed shape attains on all texts; 0 if that is not known."""
+        return 0.0
 
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many texts there are to decide over."""
+
+    @abstractmethod
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
     ) -> Decisions:
@@ -172,10 +104,19 @@ class Rollouts(Protocol):
         Returns:
             The decisions and their outcomes, text after text.
         """
-        ...
 
 
-class ReplayRollouts:
+def _taken(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """From `[n, a]` the actions `[n]`, drawn or without a generator the likeliest, and their log probabilities."""
+    log_probs = (logits / temperature).log_softmax(-1)
+    if generator is None:
+        actions = logits.argmax(-1)
+    else:
+        actions = torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1)
+    return actions, log_probs.gather(1, actions[:, None]).squeeze(1)
+
+
+class ReplayRollouts(Rollouts):
     """Rollouts on recorded texts: no model runs, and the same seed gives the same decisions.
 
     Args:
@@ -190,6 +131,10 @@ class ReplayRollouts:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def best_fixed_rate(self) -> float:
+        return self.oracle.best_fixed_rate
 
     def collect(
         self, policy: ReSpSPolicy, texts: int, persistence: int, generator: torch.Generator, *, greedy: bool = False
@@ -207,17 +152,9 @@ class ReplayRollouts:
         *,
         temperature: float = 1.0,
     ) -> Decisions:
-        """Decide over `texts` from their beginning to their end, all of them side by side.
+        """Decide over the texts with the indices `texts`, all of them side by side; see `collect`.
 
-        Args:
-            policy: its network decides.
-            texts: their indices.
-            persistence: steps that a decision is held.
-            generator: draws the actions; `None` takes the likeliest.
-            temperature: divides the logits before a draw.
-
-        Returns:
-            The decisions and their outcomes, text after text.
+        Without a generator the likeliest actions are taken. `temperature` divides the logits before a draw.
 
         Raises:
             ValueError: the table was made with another grid or another head than the policy.
@@ -226,22 +163,21 @@ class ReplayRollouts:
         held = self.table.held(persistence)
         places, stops = self.table.starts[texts], self.table.stops[texts]
         lanes = torch.arange(len(texts))
-        taken: list[tuple[Tensor, ...]] = []
+        rounds: list[tuple[Tensor, ...]] = []
         while len(lanes):
             logits = policy.network.logits(self.table.features[places]).cpu()
-            log_probs = (logits / temperature).log_softmax(-1)
-            actions = logits.argmax(-1) if generator is None else _draw(log_probs, generator)
+            actions, log_probs = _taken(logits, generator, temperature)
             ends_at = places + held.emitted[places, actions].long()
             alive = ends_at < stops
-            taken.append((lanes, places, actions, log_probs.gather(1, actions[:, None]).squeeze(1), ~alive))
+            rounds.append((lanes, places, actions, log_probs, ~alive))
             places, stops, lanes = ends_at[alive], stops[alive], lanes[alive]
-        order, places, actions, kept, ends = (torch.cat(parts) for parts in zip(*taken, strict=True))
+        order, places, actions, log_probs, ends = (torch.cat(parts) for parts in zip(*rounds, strict=True))
         order = order.sort(stable=True).indices  # text after text; within a text the order is kept
         all_outcomes = held.at(places[order])
         return Decisions(
             self.table.features[places[order]],
             actions[order],
-            kept[order],
+            log_probs[order],
             all_outcomes.of(actions[order]),
             ends[order],
             all_outcomes,
@@ -260,15 +196,6 @@ class ReplayRollouts:
         policy.check_identity(grid=self.table.grid)
 
 
-def _draw(log_probs: Tensor, generator: torch.Generator) -> Tensor:
-    """One action per row of `[n, a]`."""
-    return torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1)
-
-
-_JUMP = 10.0  # times a shape's usual seconds: the machine slept, or the clock was set
-_REMEMBERED = 64  # steps per shape
-
-
 @dataclass(slots=True)
 class _Decision:
     features: Tensor  # [1, F]
@@ -281,12 +208,8 @@ class DecisionRecorder(Policy):
     """Decides with a policy's network, holds each decision, and credits every step to the decision that shaped it.
 
     The reference code of Re-SpS credits a step to the next decision, and adds an observation of zeros once per text.
-    Here `observe` follows the step that `choose` shaped, so neither can happen.
-
-    Args:
-        policy: its network decides.
-        persistence: steps that a decision is held.
-        generator: draws the actions; `None` takes the likeliest.
+    Here `observe` follows the step that `choose` shaped, so neither can happen. Without a generator the likeliest
+    actions are taken.
     """
 
     def __init__(self, policy: ReSpSPolicy, persistence: int, generator: torch.Generator | None) -> None:
@@ -295,24 +218,21 @@ class DecisionRecorder(Policy):
 
     def choose(self, observation: Observation) -> TreeShape:
         if observation.step == 0 or len(self.decisions[-1].records) >= self._persistence:
-            self.decisions.append(self._decide(observation.features))
+            features = self._policy.checked(observation.features)
+            with torch.no_grad():
+                action, log_prob = _taken(self._policy.network.logits(features).cpu(), self._generator)
+            self.decisions.append(_Decision(features.detach().cpu(), int(action), float(log_prob)))
         return self._policy.config.grid[self.decisions[-1].action]
 
     def observe(self, record: StepRecord) -> None:
         self.decisions[-1].records.append(record)
 
-    @torch.no_grad()
-    def _decide(self, features: Tensor | None) -> _Decision:
-        features = self._policy.checked(features)
-        log_probs = self._policy.network.logits(features).log_softmax(-1).cpu()  # [1, a]
-        if self._generator is None:
-            action = int(log_probs.argmax())
-        else:
-            action = int(torch.multinomial(log_probs.exp(), 1, generator=self._generator))
-        return _Decision(features.detach().cpu(), action, float(log_probs[0, action]))
+
+_JUMP = 10.0  # times a shape's usual seconds: the machine slept, or the clock was set
+_REMEMBERED = 64  # steps per shape
 
 
-class LiveRollouts:
+class LiveRollouts(Rollouts):
     """Rollouts from real decoding, timed on this machine.
 
     Args:
@@ -326,8 +246,6 @@ class LiveRollouts:
     Raises:
         ValueError: there are no prompts, the target is not attached, or the head is not a `DraftHead`.
     """
-
-    knows_all_outcomes = False
 
     def __init__(
         self,
@@ -362,48 +280,50 @@ class LiveRollouts:
         Raises:
             ValueError: no step took a plausible time.
         """
-        parts = []
-        for index in torch.randperm(len(self._prompts), generator=generator)[:texts].tolist():
-            recorder = DecisionRecorder(policy, persistence, None if greedy else generator)
-            prompt = self._prompts[index][None].to(self._target.device)
-            self._target.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                assistant_model=self._head,
-                policy=recorder,
-                **self._generation,
-            )
-            parts.append(self._packed([decision for decision in recorder.decisions if decision.records]))
-        if not sum(map(len, parts)):
+        chosen = torch.randperm(len(self._prompts), generator=generator)[:texts].tolist()
+        kept: list[_Decision] = []
+        times: list[list[float]] = []  # seconds of the steps of each
+        ends: list[bool] = []
+        decided = 0
+        for index in chosen:
+            begins = len(kept)
+            for decision in self._decode(index, DecisionRecorder(policy, persistence, None if greedy else generator)):
+                decided += 1
+                if (seconds := self._believable(decision.records)) is not None:
+                    kept.append(decision)
+                    times.append(seconds)
+            ends += [place == len(kept) - 1 for place in range(begins, len(kept))]
+        if not kept:
             raise ValueError(
-                f"None of the {sum(part.dropped for part in parts)} decisions over {len(parts)} prompts took a "
-                "positive, steady time. Check the clock of this machine, or pass prompts with longer answers."
+                f"None of the {decided} decisions over {len(chosen)} prompts took a positive, steady time. Check the "
+                "clock of this machine, or pass prompts with longer answers."
             )
-        return Decisions.joined(parts)
-
-    def _packed(self, decisions: list[_Decision]) -> Decisions:
-        """The decisions of one text whose steps all took a plausible time."""
-        kept = [(one, times) for one in decisions if (times := self._believable(one.records)) is not None]
-        width = decisions[0].features.shape[-1] if decisions else 0
-        ends = torch.zeros(len(kept), dtype=torch.bool)
-        ends[-1:] = True
-        tokens = [[record.emitted_total for record in one.records] for one, _ in kept]
+        emitted = [[record.emitted_total for record in decision.records] for decision in kept]
         rates = [
-            sum(e / s for e, s in zip(emitted, times, strict=True)) / len(times)
-            for emitted, (_, times) in zip(tokens, kept, strict=True)
+            sum(e / s for e, s in zip(tokens, seconds, strict=True)) / len(seconds)
+            for tokens, seconds in zip(emitted, times, strict=True)
         ]
         return Decisions(
-            torch.cat([one.features for one, _ in kept]) if kept else torch.zeros(0, width),
-            torch.tensor([one.action for one, _ in kept], dtype=torch.long),
-            torch.tensor([one.log_prob for one, _ in kept]),
+            torch.cat([decision.features for decision in kept]),
+            torch.tensor([decision.action for decision in kept]),
+            torch.tensor([decision.log_prob for decision in kept]),
             HeldOutcomes(
-                torch.tensor([float(sum(emitted)) for emitted in tokens], dtype=torch.float64),
-                torch.tensor([sum(times) for _, times in kept], dtype=torch.float64),
+                torch.tensor(list(map(sum, emitted)), dtype=torch.float64),
+                torch.tensor(list(map(sum, times)), dtype=torch.float64),
                 torch.tensor(rates, dtype=torch.float64),
             ),
-            ends,
-            dropped=len(decisions) - len(kept),
+            torch.tensor(ends),
+            dropped=decided - len(kept),
         )
+
+    def _decode(self, index: int, recorder: DecisionRecorder) -> list[_Decision]:
+        """Decode a prompt; the decisions that shaped a step."""
+        prompt = self._prompts[index][None].to(self._target.device)
+        mask = torch.ones_like(prompt)
+        self._target.generate(
+            prompt, attention_mask=mask, assistant_model=self._head, policy=recorder, **self._generation
+        )
+        return [decision for decision in recorder.decisions if decision.records]
 
     def _believable(self, records: list[StepRecord]) -> list[float] | None:
         """Seconds of each step, or `None` when one of them stood still, ran backwards or jumped."""

@@ -23,20 +23,31 @@ Module = TypeVar("Module", bound=nn.Module)
 _ROWS = 8
 
 
-class _PrepackedWeight:
-    """A weight in oneDNN's layout, as long as it does not change."""
+class PackedWeight:
+    """The packed copy of one weight, made at its first use and anew when the weight has changed."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight, self._place, self._version = weight, weight.data_ptr(), weight._version
-        self._blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None
+        self._place = self._version = 0
+        self._blocks: Tensor | None = None
 
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether `weight` is the one that was packed, unchanged."""
-        same = weight is self._weight and weight.data_ptr() == self._place
-        return same and weight._version == self._version
+    def __reduce__(self) -> tuple[type["PackedWeight"], tuple[()]]:
+        return PackedWeight, ()  # oneDNN tensors cannot be pickled or copied: a copy is packed anew
 
-    def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, self._blocks, bias, "none", [], ""))
+    def blocks(self, weight: Tensor) -> Tensor | None:
+        """`weight` in oneDNN's layout; `None` where it cannot be packed."""
+        if weight is not self._weight or weight.data_ptr() != self._place or weight._version != self._version:
+            return self._pack(weight)
+        return self._blocks
+
+    def _pack(self, weight: Tensor) -> Tensor | None:
+        if not _can_prepack(weight):
+            self._weight = self._blocks = None
+            return None
+        blocks = self._blocks = _reordered(weight)
+        self._place, self._version = weight.data_ptr(), weight._version
+        self._weight = weight  # last: other threads may read meanwhile
+        return blocks
 
 
 class PrepackedLinear(nn.Linear):
@@ -45,7 +56,7 @@ class PrepackedLinear(nn.Linear):
     Parameters, names and what is saved stay those of `nn.Linear`.
     """
 
-    _prepacked: _PrepackedWeight | None = None
+    packed: PackedWeight
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, up to rounding."""
@@ -57,20 +68,56 @@ class PrepackedLinear(nn.Linear):
             or input.dtype is not weight.dtype
         ):
             return super().forward(input)
-        prepacked = self._prepacked
-        if prepacked is None or not prepacked.is_of(weight):
-            prepacked = self._prepacked = _PrepackedWeight(weight) if _can_prepack(weight) else None
-        if prepacked is None:
+        blocks = self.packed.blocks(weight)
+        if blocks is None:
             return super().forward(input)
-        return prepacked(input, self._parameters["bias"])
+        return _multiplied(input, blocks, self._parameters["bias"])
 
-    def forget(self) -> None:
-        """Free the packed copy; it is made anew where it is needed."""
-        self.__dict__.pop("_prepacked", None)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the packed copy, which is made anew where it is needed: oneDNN tensors cannot be pickled."""
-        return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}
+def _reordered(weight: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS))
+
+
+def _multiplied(input: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, blocks, bias, "none", [], ""))
+
+
+class PackedWeights:
+    """The packed weights of one module that itself stays as it is, kept from one `view` to the next."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, PackedWeight] = {}
+
+    def __reduce__(self) -> tuple[type["PackedWeights"], tuple[()]]:
+        return PackedWeights, ()
+
+    def view(self, module: Module) -> Module:
+        """Make a second `module` that multiplies by packed weights, and shares parameters, buffers and hooks.
+
+        It is a view of the layers that the module has now; `module` itself where none can be packed.
+        """
+        kept: dict[str, PackedWeight] = {}
+        twin = self._view(module, "", kept)
+        self._weights = kept
+        return twin
+
+    def _view(self, module: Module, name: str, kept: dict[str, PackedWeight]) -> Module:
+        if type(module) is nn.Linear and _can_prepack(cast(Tensor, module.weight)):
+            kept[name] = self._weights.get(name) or PackedWeight()
+            return cast(Module, _twin(module, PrepackedLinear, packed=kept[name]))
+        changed = {
+            child: twin
+            for child, part in module.named_children()
+            if (twin := self._view(part, f"{name}.{child}", kept)) is not part
+        }
+        return _twin(module, type(module), _modules=vars(module)["_modules"] | changed) if changed else module
+
+
+def _twin(module: nn.Module, kind: type[Module], **changed: Any) -> Module:
+    """A module with the state of `module`, made as unpickling would make it."""
+    twin = kind.__new__(kind)
+    twin.__setstate__(vars(module) | changed)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return twin
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
@@ -85,8 +132,8 @@ def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tenso
     """
     if not _can_prepack(weight):
         return lambda input: F.linear(input, weight, bias)
-    packed = _PrepackedWeight(weight)
-    return lambda input: packed(input, bias)
+    blocks = _reordered(weight)
+    return lambda input: _multiplied(input, blocks, bias)
 
 
 def prepack(module: Module) -> Module:
@@ -113,8 +160,8 @@ def prepack(module: Module) -> Module:
             # A new object in its parent would lack what others have put on this one: hooks and their handles, the
             # `forward` of accelerate's offloading, references in lists. `torch.nn.utils.parametrize` does it so, too.
             layer.__class__ = PrepackedLinear
-        elif type(layer) is PrepackedLinear:
-            layer.forget()
+        if type(layer) is PrepackedLinear:
+            layer.packed = PackedWeight()  # without what was packed before
     return module
 
 
@@ -129,7 +176,7 @@ def unprepack(module: Module) -> Module:
     """
     for layer in module.modules():
         if type(layer) is PrepackedLinear:
-            layer.forget()
+            del layer.packed
             layer.__class__ = nn.Linear  # type: ignore[assignment]  # back to its own class
     return module
 

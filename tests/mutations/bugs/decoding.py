@@ -52,8 +52,8 @@ def go_on_after_the_end(accept: Function) -> Function:
     return wrong
 
 
-def no_end(is_end: Function) -> Function:
-    def wrong(text: Any, token: int, count: int) -> bool:
+def no_end(ends_with: Function) -> Function:
+    def wrong(self: Any, token: int, count: int) -> bool:
         return False
 
     return wrong
@@ -85,33 +85,36 @@ def decode_padding(drop_finished: Function) -> Function:
 WALK = "tests/decoding/test_acceptance.py::test_acceptance_is_the_brute_force_walk"
 ROWS = "tests/decoding/test_acceptance.py::test_rows_commit_what_the_shortest_run_allows"
 GREEDY = "tests/decoding/test_acceptance.py::test_greedy_rows_accept_what_each_would_alone"
-FINISHED = "tests/decoding/test_finished_rows.py::test_finished_rows_cost_nothing"
-DRAWS = "tests/decoding/test_draws.py::test_a_path_through_the_levels_draws_what_multinomial_draws"
-NODES = "tests/decoding/test_tree_logits_processor.py::test_every_node_gets_what_its_own_text_gets"
-CALLS = "tests/generation/test_any_call.py"
+FINISHED = "tests/decoding/test_batch.py::test_finished_rows_cost_nothing"
+DRAWS = "tests/decoding/test_text_draws.py::test_a_path_through_the_levels_draws_what_multinomial_draws"
+NODES = "tests/decoding/test_processors.py::test_every_node_gets_what_its_own_text_gets"
+CALLS = "tests/lossless/test_any_call.py"
 
 MUTATIONS = (
     Mutation("each pick is sought below the root", "decoding.acceptance:_next_nodes", descend_from_the_root, WALK),
     Mutation("every pick is the root's", "decoding.acceptance:accept", pick_at_the_root, WALK),
     Mutation("acceptance goes on after the end", "decoding.acceptance:accept", go_on_after_the_end, WALK),
     Mutation("one row with the draft is enough", "decoding.acceptance:_next_nodes", one_row_is_enough, ROWS),
-    Mutation("greedy rows pass their end", "decoding.acceptance:_is_end", no_end, GREEDY),
+    Mutation("greedy rows pass their end", "decoding.text:Text.ends_with", no_end, GREEDY),
     Mutation(
         "one end token of several is heeded",
         "decoding.text:StopConditions.of",
         one_end_token_of_several,
         GREEDY,
     ),
-    Mutation("finished rows are decoded on", "decoding.batch:Batch.drop_finished", decode_padding, FINISHED),
+    Mutation("finished rows are decoded on", "decoding.text:Batch.drop_finished", decode_padding, FINISHED),
     Mutation("sampling forgets the processors", "decoding.text:Text.__init__", sample_unprocessed, CALLS),
     Mutation(
         "every level draws the root's numbers",
-        "decoding.text:Draws.pick",
+        "decoding.acceptance:Draws.pick",
         lambda pick: lambda self, scores, levels: pick(self, scores, levels * 0),
         DRAWS,
     ),
     Mutation(
-        "unused numbers are lost", "decoding.text:Draws.give_back", lambda give_back: lambda self, used: None, DRAWS
+        "unused numbers are lost",
+        "decoding.acceptance:Draws.give_back",
+        lambda give_back: lambda self, used: None,
+        DRAWS,
     ),
     Mutation(
         "no processor reads texts",

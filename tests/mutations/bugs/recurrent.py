@@ -52,7 +52,7 @@ def keep_the_limit(of_tree: Function) -> Function:
 PATHS = "tests/verifying/test_hybrids.py::test_each_path_of_a_tree_is_read_as_if_it_were_the_text"
 STATES = "tests/verifying/test_hybrids.py::test_the_states_go_on_from_the_kept_path_alone"
 ROWS = "tests/verifying/test_hybrids.py::test_rows_of_a_padded_batch_have_trees_of_their_own"
-KIT = "tests/testing/test_hybrid_targets.py::test_a_hybrid_target_is_lossless"
+KIT = "tests/testing/test_lossless_hybrids.py::test_a_hybrid_target_is_lossless"
 
 MUTATIONS = (
     Mutation("one mixer keeps its old state", "verifying.hybrids:RecurrentMixers.keep", one_mixer_stays_behind, KIT),

@@ -89,7 +89,10 @@ def test_auto_goes_on_learning_from_call_to_call(target, head, prompt):
     from publishing.custom_generate.generate import generate
 
     def learned():
-        with attached(target), target.policy_cache.borrow(head, PolicyCache.key(target, 1)) as policy:
+        with (
+            attached(target),
+            target.speculation_state.policy_cache.borrow(head, PolicyCache.key(target, 1)) as policy,
+        ):
             return policy
 
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Tensor names: every published spelling -> ours."""
+"""Names of tensors: every published spelling -> ours, and what a head must have."""
 
 import torch
 from torch import Tensor
@@ -33,9 +33,6 @@ _LAYER = (
 
 def canonical_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The same tensors under our names; `t2d` and `hot_token_id` are kept for reading the vocabulary.
-
-    Source: the key map of published heads (SafeAILab/EAGLE, sgl-project/SpecForge, Tencent/AngelSlim,
-    NVIDIA/Model-Optimizer, vllm-project/speculators, deepseek-ai/DeepSpec).
 
     Raises:
         ValueError: two tensors mean the same.
@@ -72,11 +69,7 @@ def layer_count(tensors: dict[str, Tensor]) -> int:
 
 
 def check_complete(tensors: dict[str, Tensor], source: str) -> None:
-    """Refuse a file without one of the tensors that every EAGLE-3 head has.
-
-    Raises:
-        ValueError: lists what is missing.
-    """
+    """Raise a `ValueError` for a file without one of the tensors that every EAGLE-3 head has."""
     layers = range(layer_count(tensors))
     required = ["fc.weight", "norm.weight", "layers.0.hidden_norm.weight"]
     required += [f"layers.{index}.{part}.weight" for index in layers for part in _LAYER]
@@ -86,12 +79,10 @@ def check_complete(tensors: dict[str, Tensor], source: str) -> None:
 
 
 def check_exact(wanted: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
-    """Refuse a file whose tensors are not exactly those of the head its config describes.
-
-    A missing tensor is never filled in with fresh weights: such a head would be useless.
+    """Refuse a file whose tensors are not exactly those of the head that its config describes.
 
     Args:
-        wanted: the head's own state dict, of which only names and shapes count.
+        wanted: the head's state dict, of which only names and shapes count.
         tensors: what the file holds, under our names.
         source: where from, for messages.
 

@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..config import ROPE_BASE, DraftHeadConfig
 
+
+if TYPE_CHECKING:
+    from ..model import DraftHead
 
 FORMATS = ("resps", "specforge", "speculators")
 _LAYER_FIELDS = (
@@ -20,19 +22,19 @@ _LAYER_FIELDS = (
 )
 
 
-def export_head(head: PreTrainedModel, config: DraftHeadConfig, folder: Path, layout: str) -> None:
+def export_head(head: "DraftHead", folder: Path, layout: str) -> None:
     """Write `config.json` and `model.safetensors` in a publisher's own conventions.
 
     Args:
         head: the `DraftHead`.
-        config: its config.
-        folder: made when missing.
+        folder: made if missing.
         layout: "specforge" (flat config, `midlayer.`, ids of layers; read by SGLang, vLLM and llama.cpp) or
             "speculators" (nested config, `layers.0.`, ids of boundaries; read by vLLM).
 
     Raises:
         ValueError: the layout is unknown, or cannot express what this head does.
     """
+    config = head.config
     if layout not in FORMATS:
         raise ValueError(f"`format` is {layout!r}, but must be one of {list(FORMATS)}.")
     written = _specforge_config(config) if layout == "specforge" else _speculators_config(config)

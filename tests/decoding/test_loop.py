@@ -1,0 +1,185 @@
+"""The step loop: what a report says, what a policy may answer, when the clock is read."""
+
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from transformers import (
+    PreTrainedModel,
+)
+
+from tests.conftest import FakeClock
+from tests.lossless.answering import both
+from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape
+from transformers_resps.decoding.loop import TreeDecoding, wait_for
+from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.drafting.prompt_lookup import SuffixIndex
+from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.verifier import TreeVerifier
+
+
+def test_the_report_adds_up(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:
+    _, tree = both(target, head, prompt, eos_token_id=-1)
+    report = tree.speculation
+    assert report.emitted == tree.sequences.shape[1] - prompt.shape[1] == 24
+    assert report.target_forwards == len(report.steps)
+    assert report.tau == report.emitted / report.target_forwards > 1
+    for step in report.steps:
+        assert int(step.emitted) == int(step.accepted) + 1
+        assert step.verified <= step.shape.total_tokens
+        assert int(step.accepted) <= step.shape.depth
+        assert step.draft_seconds + step.verify_seconds <= step.step_seconds
+
+
+def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_told_its_seconds(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, told = FakeClock(), []
+    read = TreeCandidateGenerator.read
+
+    def slow_read(self: TreeCandidateGenerator, at_least: int = 1) -> None:
+        clock.advance(3.0)
+        read(self, at_least)
+
+    class Told(FixedPolicy):
+        def choose(self, observation: Observation) -> TreeShape:
+            told.append(observation.prompt_seconds)
+            return super().choose(observation)
+
+    monkeypatch.setattr(TreeCandidateGenerator, "read", slow_read)
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    options = {"assistant_model": head, "policy": Told(TreeShape.plain()), "return_dict_in_generate": True}
+    target.generate(prompt, max_new_tokens=1, **options)
+    assert clock.now == 0.0 and not told, "nothing will be drafted"
+    prefill = target.generate(prompt, max_new_tokens=3, **options).speculation.steps[0]
+    assert told == [3.0] * 2
+    assert (prefill.draft_seconds, prefill.verify_seconds, prefill.step_seconds) == (3.0, 0.0, 3.0)
+
+
+@pytest.mark.parametrize(("lookup", "indexed"), [(4, 8.0), (0, 0.0)])
+def test_the_prompt_is_indexed_before_the_first_step_where_a_policy_looks_up(
+    lookup: int, indexed: float, target: PreTrainedModel, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, extend = FakeClock(), SuffixIndex.extend
+
+    def slow_extend(self: SuffixIndex, tokens: list[int]) -> None:
+        clock.advance(float(len(tokens)))
+        extend(self, tokens)
+
+    monkeypatch.setattr(SuffixIndex, "extend", slow_extend)
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    options = {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup)), "return_dict_in_generate": True}
+    if not lookup:
+        options["assistant_model"] = DraftHead.from_target(target)
+    prefill, *steps = target.generate(prompt, max_new_tokens=4, **options).speculation.steps
+    assert prefill.draft_seconds == indexed
+    assert steps[0].draft_seconds == 0.0
+
+
+def test_the_clock_is_read_after_the_device_has_finished(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that has launched a forward at once, and takes a second to finish it."""
+    clock = FakeClock()
+    monkeypatch.setattr("transformers_resps.decoding.loop.wait_for", lambda states: clock.advance(1.0))
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    for step in both(target, head, prompt)[1].speculation.steps[1:]:
+        assert (step.draft_seconds, step.verify_seconds, step.rest_seconds) == (0.0, 1.0, 0.0)
+
+
+def test_seconds_of_compiling_are_told_and_no_step_counts_them(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, verify = FakeClock(), TreeVerifier.verify
+
+    def slow_verify(self: TreeVerifier, tree: DraftTree) -> Any:
+        clock.advance(1.0)
+        return verify(self, tree)
+
+    first = iter([True, False, True])
+    monkeypatch.setattr(TreeVerifier, "must_compile", lambda self, tree: next(first, False))
+    monkeypatch.setattr(TreeVerifier, "verify", slow_verify)
+    monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
+    report = both(target, head, prompt)[1].speculation
+    assert report.compile_seconds == report.to_dict()["compile_seconds"] == 2.0
+    assert {step.step_seconds for step in report.steps[1:]} == {1.0}
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", 0), ("cuda", 1), ("mps", 1)])
+def test_only_an_accelerator_is_waited_for(device: str, waits: int) -> None:
+    states = MagicMock()
+    states.device.type = device
+    wait_for(states)
+    assert states.__getitem__.return_value.item.call_count == waits
+
+
+def test_the_default_tree_of_the_head_is_used_without_a_policy(target: PreTrainedModel, prompt: torch.Tensor) -> None:
+    head = DraftHead.from_target(target, default_tree=[4, 3, 1])
+    out = target.generate(prompt, assistant_model=head, max_new_tokens=10, return_dict_in_generate=True)
+    assert out.speculation.steps[1].shape == TreeShape(4, 3, 1)
+    assert out.speculation.steps[1].verified == 4
+
+
+def test_plain_steps_need_no_head(target: PreTrainedModel, prompt: torch.Tensor) -> None:
+    out = target.generate(
+        prompt, policy=FixedPolicy(TreeShape.plain()), max_new_tokens=10, return_dict_in_generate=True
+    )
+    assert out.sequences.tolist() == target.generate(prompt, max_new_tokens=10).tolist()
+    assert {step.verified for step in out.speculation.steps} == {1}
+
+
+@pytest.mark.parametrize("answer", [None, (8, 3, 2), "auto"])
+def test_a_policy_that_chooses_no_shape_is_told_so(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, answer: Any
+) -> None:
+    class Odd(Policy):
+        def choose(self, observation: Any) -> Any:
+            return answer
+
+    with pytest.raises(ValueError, match="from `choose`. Return a `TreeShape`"):
+        target.generate(prompt, assistant_model=head, policy=Odd(), max_new_tokens=8)
+    plain, tree = both(target, head, prompt)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+@pytest.mark.parametrize("size", [-3, 0, 1, 10**9, 4.7])
+def test_any_number_of_nodes_a_policy_asks_for_is_survived(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, size: float
+) -> None:
+    class Greedy(FixedPolicy):
+        def size(self, scores: torch.Tensor, levels: torch.Tensor) -> Any:
+            return size
+
+    plain = target.generate(prompt, max_new_tokens=16)
+    policy = Greedy(TreeShape(10**6, 3, 10**6))
+    assert target.generate(prompt, assistant_model=head, policy=policy, max_new_tokens=16).tolist() == plain.tolist()
+
+
+def test_a_policy_may_stop_growing_and_choose_the_number_of_nodes(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    class Careful(FixedPolicy):
+        grows = True
+
+        told: list[Any] = []
+
+        def grow(self, level: Any) -> bool:
+            assert level.scores.shape == (1, 4)
+            return level.depth < 2
+
+        def size(self, scores: torch.Tensor, levels: torch.Tensor) -> int:
+            one_level = len(levels) == 4  # where the text may grow by one token
+            assert levels.tolist() == ([1] * 4 if one_level else [1] * 4 + [2] * 16)
+            assert scores.shape == (1, len(levels))
+            return 5
+
+        def observe(self, record: Any) -> None:
+            self.told.append(record)
+
+    policy: Policy = Careful(TreeShape(30, 6, 4))
+    options = {"max_new_tokens": 20, "eos_token_id": -1}
+    out = target.generate(prompt, assistant_model=head, policy=policy, return_dict_in_generate=True, **options)
+    assert out.sequences.tolist() == target.generate(prompt, **options).tolist()
+    assert [step.verified for step in out.speculation.steps[1:-3]] == [5] * (len(out.speculation.steps) - 4)
+    assert policy.told == out.speculation.steps[1:]  # type: ignore[attr-defined]

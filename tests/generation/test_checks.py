@@ -1,0 +1,218 @@
+"""Everything a tree cannot do is refused by name, before any work: one row per refusal."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+)
+
+from tests.targets import Architecture
+from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return attach(Architecture("llama").build("sdpa"))
+
+
+@pytest.fixture(scope="module")
+def head(target: PreTrainedModel) -> DraftHead:
+    return DraftHead.from_target(target)
+
+
+PROMPT = torch.tensor([[3, 4, 5]])
+
+
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "beams": ({"num_beams": 3}, r"num_beams=3.*Set `num_beams=1`"),
+    "beams in a config": ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2"),
+    "beam groups": ({"num_beam_groups": 2}, "num_beam_groups"),
+    "constraints": ({"constraints": [object()]}, "constraints"),
+    "forced words": ({"force_words_ids": [[3]]}, "force_words_ids"),
+    "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
+    "dola": ({"dola_layers": "low"}, "dola_layers"),
+    "several sequences": ({"num_return_sequences": 2, "do_sample": True}, "Repeat the prompt"),
+    "token healing": ({"token_healing": True}, "token_healing"),
+    "no cache": ({"use_cache": False}, "use_cache=False"),
+    "a cache that is filled and never heeded": ({"use_cache": None}, "use_cache=None.*Set `use_cache=True`"),
+    "the same by a number": ({"use_cache": 0}, "use_cache=0"),
+    "a legacy cache": ({"cache": lambda: ()}, "got a `tuple`.*Pass `DynamicCache"),
+    "chunks of less than nothing": ({"prefill_chunk_size": -1}, "prefill_chunk_size=-1.*Leave out"),
+    "quantized cache": ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+    "paged cache": ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
+    "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+    "a static cache": ({"cache": lambda: StaticCache(config=LlamaConfig(), max_cache_len=9)}, "StaticLayer"),
+    "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "Get them from a plain call"),
+    "synced gpus": ({"synced_gpus": True}, "synced_gpus"),
+    "assistant tokenizer": ({"assistant_tokenizer": object()}, "assistant_tokenizer"),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+    "early exit": ({"assistant_early_exit": 1}, "assistant_early_exit"),
+    "mtp": ({"use_mtp": True}, "use_mtp"),
+    "speculation type": ({"speculation_type": "dflash"}, "speculation_type"),
+    "ensemble weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
+    "custom generate": ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
+    "positions of three dimensions": ({"position_ids": torch.zeros(3, 1, 3, dtype=torch.long)}, "3 dimensions"),
+    "other inputs of the forward": ({"labels": torch.zeros(1, 3, dtype=torch.long)}, "labels"),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_setting_is_refused_by_name(row: str, target: PreTrainedModel, head: DraftHead) -> None:
+    options, message = ROWS[row]
+    made = {name: value() if name == "cache" else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        target.generate(PROMPT, assistant_model=head, max_new_tokens=4, **made)
+
+
+MISFITS: dict[str, tuple[torch.Tensor, dict[str, Any], str]] = {
+    "no token": (PROMPT[:, :0], {}, r"a prompt of the shape \[1, 0\].*`bos_token_id`"),
+    "no row": (PROMPT[:0], {}, r"a prompt of the shape \[0, 3\]"),
+    "a longer mask": (PROMPT, {"attention_mask": torch.ones(1, 4).long()}, "a text of 3 tokens and a mask of 4"),
+    "a shorter mask": (PROMPT, {"attention_mask": torch.ones(1, 2).long()}, "a text of 3 tokens and a mask of 2"),
+    "a mask of another batch": (PROMPT, {"attention_mask": torch.ones(2, 3).long()}, r"\[2, 3\] for 1 rows of 3"),
+    "fewer positions": (PROMPT, {"position_ids": torch.arange(2)[None]}, "a text of 3 tokens and a mask of 2"),
+}
+
+
+@pytest.mark.parametrize("row", MISFITS)
+def test_a_prompt_and_a_mask_that_do_not_belong_together_are_refused(
+    row: str, target: PreTrainedModel, head: DraftHead
+) -> None:
+    """Of a mask too short a part of the prompt was read, and a text came out."""
+    prompt, options, message = MISFITS[row]
+    with pytest.raises(ValueError, match=message):
+        target.generate(prompt, assistant_model=head, max_new_tokens=4, **options)
+
+
+def test_a_policy_without_a_head_says_what_is_missing(target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="shapes the trees of a draft head, and the call has none.*policy='auto'"):
+        target.generate(PROMPT, policy=FixedPolicy(TreeShape(8, 3, 2)))
+
+
+def test_the_class_of_an_assistant_is_refused(target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="or a loaded model or head, got .*DraftHead.from_pretrained"):
+        target.generate(torch.tensor([[3, 4]]), assistant_model=DraftHead)
+
+
+def test_a_folder_that_is_none_is_named(target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="path/to/head is neither a folder nor a Hub id"):
+        target.generate(torch.tensor([[3, 4]]), assistant_model="path/to/head")
+
+
+@pytest.mark.parametrize("given", [0, "no", torch.tensor(False)], ids=str)
+def test_lockstep_is_true_false_or_none(given: Any, target: PreTrainedModel, head: DraftHead) -> None:
+    with pytest.raises(ValueError, match="`lockstep` must be True, False or None, got"):
+        target.generate(torch.tensor([[3, 4]]), assistant_model=head, lockstep=given)
+
+
+def test_a_policy_with_a_stock_assistant_is_refused(target: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="a policy shapes the trees of a draft head"):
+        target.generate(PROMPT, policy=FixedPolicy(TreeShape(8, 3, 2)), assistant_model=target)
+
+
+class LooksLikeAPolicy:
+    """Has the methods, and none of the attributes."""
+
+    choose = grow = size = observe = lambda *arguments: None
+
+
+def test_an_object_that_is_no_policy_is_refused(target: PreTrainedModel, head: DraftHead) -> None:
+    with pytest.raises(ValueError, match="object of a subclass of `Policy`, got <object.*write `choose`"):
+        target.generate(PROMPT, assistant_model=head, policy=object())
+    with pytest.raises(ValueError, match="Subclass `transformers_resps.Policy`"):
+        target.generate(PROMPT, assistant_model=head, policy=LooksLikeAPolicy())
+    with pytest.raises(ValueError, match="pass an object, not the class"):
+        target.generate(PROMPT, assistant_model=head, policy=FixedPolicy)
+    with pytest.raises(ValueError, match=r"needs a `TreeShape`, got \(8, 3, 2\). Pass"):
+        FixedPolicy((8, 3, 2))
+    assert not isinstance(object(), Policy)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"vocab_size": 23}, "vocab_size 19 .this target: 23"),
+        ({"hidden_size": 64, "head_dim": 16}, "hidden_size 32 .this target: 64"),
+        ({"num_hidden_layers": 6}, "num_hidden_layers 4 .this target: 6"),
+    ],
+)
+def test_the_head_of_another_target_names_both(head: DraftHead, other: dict[str, Any], message: str) -> None:
+    stranger = attach(Architecture("llama", other).build("sdpa"))
+    stranger.config.name_or_path = "someone/stranger"
+    with pytest.raises(ValueError, match=f"was made for another target, not for someone/stranger.*{message}"):
+        stranger.generate(PROMPT, assistant_model=head)
+
+
+def test_the_head_of_another_architecture_is_refused(head: DraftHead) -> None:
+    stranger = attach(Architecture("qwen2").build("sdpa"))
+    with pytest.raises(ValueError, match="model_type llama .this target: qwen2"):
+        stranger.generate(PROMPT, assistant_model=head)
+
+
+def test_ranks_that_must_step_together_are_refused(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock `generate` sets `synced_gpus` by itself under ZeRO-3 and FSDP."""
+    decode = type(target)._sample
+    monkeypatch.setattr(
+        type(target), "_sample", lambda self, *args, **kwargs: decode(self, *args, **{**kwargs, "synced_gpus": True})
+    )
+    with pytest.raises(ValueError, match="several ranks"):
+        target.generate(PROMPT, policy="auto", max_new_tokens=2)
+
+
+def test_a_head_on_another_device_says_where_it_is(target: PreTrainedModel) -> None:
+    head = DraftHead.from_target(target).to("meta")
+    with pytest.raises(ValueError, match="The head is on meta, but .* on cpu"):
+        target.generate(PROMPT, assistant_model=head, max_new_tokens=2)
+
+
+def test_only_models_that_generate_can_be_attached() -> None:
+    with pytest.raises(ValueError, match="only models with `generate` can be attached"):
+        attach(torch.nn.Linear(2, 2))
+
+
+def test_an_unknown_architecture_that_mixes_siblings_fails_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = attach(Architecture("llama").build("sdpa"))
+    head = DraftHead.from_target(target)
+    target.config.model_type = head.config.target["model_type"] = "newcomer"
+    monkeypatch.setattr(type(target.model.rotary_emb), "forward", _positions_by_slot)
+    with pytest.raises(ValueError, match="so trees would change its output"):
+        target.generate(PROMPT, assistant_model=head)
+
+
+def test_an_architecture_whose_forward_fails_on_a_tree_is_refused_in_our_words() -> None:
+    target = attach(OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=19, n_embd=16, n_layer=1, n_head=2)).eval())
+    with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel .*fails on a draft tree.*Call `generate` without"):
+        target.generate(PROMPT, policy="auto", max_new_tokens=2)
+
+
+def _positions_by_slot(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    """Ignores the positions it is told, as alibi models do."""
+    positions = position_ids.min() + torch.arange(x.shape[1])[None]
+    angles = positions[..., None].float() * self.inv_freq.float()
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def test_a_quantized_cache_object_is_refused(target: PreTrainedModel, head: DraftHead) -> None:
+    pytest.importorskip("optimum.quanto")
+    with pytest.raises(ValueError, match="Quant"):
+        target.generate(PROMPT, assistant_model=head, cache=QuantizedCache("quanto", target.config))
+
+
+def test_generation_works_after_every_refusal(target: PreTrainedModel, head: DraftHead) -> None:
+    expected = target.generate(PROMPT, max_new_tokens=8)
+    for options, _ in ROWS.values():
+        made = {name: value() if name == "cache" else value for name, value in options.items()}
+        with pytest.raises(ValueError):
+            target.generate(PROMPT, assistant_model=head, **made)
+    assert target.generate(PROMPT, max_new_tokens=8, assistant_model=head).tolist() == expected.tolist()

@@ -1,0 +1,193 @@
+"""Every published layout computes what its own code computes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.conftest import build_target
+from transformers_resps.heads import BoundHead, DraftHead, HeadCache
+
+from .cases import CASES, FLAT, MODELOPT_FLAGS, eagle_config, nested, specforge
+from .published import LAYERS, Published, random_tensors, reference_logits, rename, save, write_config
+
+
+TOKENS = torch.tensor([1, 17, 23, 5, 42, 17, 23, 60, 9, 11])
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return build_target(num_hidden_layers=LAYERS, initializer_range=0.3)
+
+
+def our_logits(head: DraftHead, target: PreTrainedModel, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """As the engine runs it: a prefix, then one drafted level after it."""
+    bound, cache = BoundHead(head, target), HeadCache.empty(head.config, 1, head.dtype, head.device)
+    length = features.shape[1]
+    positions = torch.arange(length + 1)[None]
+    embedded = bound.embed(tokens[None])
+    attend = cache.attend_from(0, None, is_causal=True)
+    hidden = head(head.fuse(features), embedded[:, :length], positions[:, :length], attend)
+    deeper = head(
+        head.feedback(hidden[:, -1:]), embedded[:, length:], positions[:, length:], cache.attend_from(length, None)
+    )
+    return bound.logits(hidden)[0], bound.logits(deeper)[0]
+
+
+@torch.no_grad()
+def features_of(target: PreTrainedModel, layers: list[int]) -> Tensor:
+    states = list(target(TOKENS[None], output_hidden_states=True).hidden_states)
+    inner: list[Tensor] = []
+    handle = target.model.layers[-1].register_forward_hook(lambda *call: inner.append(call[-1]))
+    target(TOKENS[None])
+    handle.remove()
+    states[-1] = inner[0] if isinstance(inner[0], Tensor) else inner[0][0]  # before the final norm
+    return torch.cat([states[layer] for layer in layers], dim=-1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_a_published_head_computes_what_its_publisher_computes(
+    case: Published, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    tensors = random_tensors(case)
+    case.write(tmp_path, tensors, case)
+    head = DraftHead.from_pretrained(tmp_path, target=target)
+
+    assert head.config.source is not None and head.config.source["format"] == case.format
+    assert head.config.feature_layers == case.layers
+    assert head.dtype == target.dtype
+    features = features_of(target, case.layers)[:, :-2]
+    embedding = tensors["embed_tokens.weight"] if case.hidden != 32 else target.get_input_embeddings().weight
+    output = tensors.get("lm_head.weight", target.get_output_embeddings().weight)
+    wanted = reference_logits(case, tensors, features[0], embedding, output, TOKENS[1:])
+    for ours, theirs in zip(our_logits(head, target, features, TOKENS[1:]), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+    if not case.full_vocabulary:
+        assert head.draft_token_ids.tolist() == tensors["t2d"].nonzero().squeeze(-1).tolist()
+    assert not head.training and head.config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("case", CASES[:1] + CASES[2:3], ids=str)
+def test_without_a_target_the_file_decides_the_dtype(case: Published, tmp_path: Path) -> None:
+    case.write(tmp_path, random_tensors(case), case)
+    if case.format == "eagle":
+        with pytest.raises(ValueError, match="Pass `target=`, or `feature_layers="):
+            DraftHead.from_pretrained(tmp_path)
+    head = DraftHead.from_pretrained(tmp_path, feature_layers=case.layers[::-1])
+    assert head.dtype == case.dtype and head.config.feature_layers == case.layers
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ({"rope_theta": 123.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}}),
+        ({"feature_layers": [7, 1, 3]}, {"feature_layers": [1, 3, 7]}),
+        ({"norm_before_residual": True}, {"norm_before_residual": True}),
+        ({"feedback_post_norm": True}, {"feedback_post_norm": True}),
+        ({"default_tree": [8, 2, 4]}, {"default_tree": [8, 2, 4]}),
+    ],
+    ids=str,
+)
+def test_what_the_doctor_suggests_can_be_passed(
+    override: dict[str, Any], wanted: dict[str, Any], target: PreTrainedModel, tmp_path: Path
+) -> None:
+    for folder, write in (("published", CASES[2].write), ("ours", None)):
+        if write is not None:
+            write(tmp_path / folder, random_tensors(CASES[2]), CASES[2])
+        else:
+            DraftHead.from_target(target, 16).save_pretrained(tmp_path / folder)
+        head = DraftHead.from_pretrained(tmp_path / folder, target=target, **override)
+        assert {key: getattr(head.config, key) for key in wanted} == wanted
+
+
+def test_vllm_and_sglang_spellings_of_the_draft_vocabulary(target: PreTrainedModel, tmp_path: Path) -> None:
+    case = CASES[2]
+    tensors = random_tensors(case)
+    ids = tensors["t2d"].nonzero().squeeze(-1)
+    spellings: list[tuple[str, Callable[[], dict[str, Tensor]]]] = [
+        ("vllm", lambda: rename(tensors, "t2d", d2t="draft_id_to_target_id")),
+        ("sglang", lambda: rename(tensors, "t2d", "d2t") | {"hot_token_id": ids}),
+        ("mask only", lambda: rename(tensors, "d2t")),
+        ("absolute", lambda: tensors | {"d2t": ids}),
+        ("prefixed", lambda: {f"model.{name}": tensor for name, tensor in tensors.items()}),
+    ]
+    for folder, spelled in spellings:
+        write_config(tmp_path / folder, case.config)
+        save(tmp_path / folder, spelled())
+        head = DraftHead.from_pretrained(tmp_path / folder, target=target)
+        assert torch.equal(head.draft_token_ids, ids), folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sliding_window": 256},  # as long as the target's longest text
+        {"sliding_window": 128, "use_sliding_window": False},
+        {"sliding_window": 128, "layer_types": ["full_attention"]},
+    ],
+    ids=str,
+)
+def test_a_window_that_hides_nothing_is_no_obstacle(
+    fields: dict[str, Any], target: PreTrainedModel, tmp_path: Path
+) -> None:
+    write_config(tmp_path, CASES[2].config | fields)
+    save(tmp_path, random_tensors(CASES[2]))
+    assert DraftHead.from_pretrained(tmp_path, target=target).config.hidden_size == CASES[2].config["hidden_size"]
+
+
+def test_a_head_can_be_read_without_its_window(target: PreTrainedModel, tmp_path: Path) -> None:
+    """As speculators writes it, nested; what was given up is not kept in our own config, nor asked for there."""
+    case = CASES[2]
+    windowed = {"sliding_window": 128, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
+    write_config(tmp_path, nested(windowed, norm_before_residual=False))
+    save(tmp_path, random_tensors(case))
+    with pytest.raises(ValueError, match="pass `sliding_window=None`"):
+        DraftHead.from_pretrained(tmp_path, target)
+    with pytest.raises(ValueError, match="got `sliding_window=128`, but draft trees support no window"):
+        DraftHead.from_pretrained(tmp_path, target, sliding_window=128)
+    head = DraftHead.from_pretrained(tmp_path, target, sliding_window=None)
+    assert "sliding_window" not in head.config.to_dict()
+    head.save_pretrained(tmp_path / "ours")
+    for options in {}, {"sliding_window": None}:
+        back = DraftHead.from_pretrained(tmp_path / "ours", target, **options)
+        assert "sliding_window" not in back.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted", "warned"),
+    [
+        (specforge(eagle_config=eagle_config([5, 2, 4], **MODELOPT_FLAGS)), [2, 4, 5], "read as boundaries"),
+        (specforge(eagle_config=eagle_config([2, 3, 6])), [2, 3, 6], "read as boundaries"),
+        (specforge(eagle_config=eagle_config([4, 6, 8], **MODELOPT_FLAGS)), [4, 6, 8], "read as boundaries"),
+        (specforge(eagle_config=eagle_config([3, 4, 7], **MODELOPT_FLAGS)), [4, 5, 8], ""),
+        (specforge(eagle_config=eagle_config([0, 2, 4], **MODELOPT_FLAGS)), [1, 3, 5], ""),
+        (
+            nested({}, norm_before_residual=False, eagle_aux_hidden_state_layer_ids=[1, 2, 6]),
+            [2, 3, 7],
+            "of those layers",
+        ),
+        (nested({}, norm_before_residual=False, eagle_aux_hidden_state_layer_ids=[1, 2, 8]), [1, 2, 8], ""),
+        (nested({}, norm_before_residual=False, eagle_aux_hidden_state_layer_ids=[2, 4, 5]), [2, 4, 5], ""),
+        (nested({}, norm_before_residual=False, eagle_aux_hidden_state_layer_ids=[0, 3, 6]), [0, 3, 6], ""),
+        ({**FLAT, "target_layer_ids": [2, 4, 5]}, [3, 5, 6], ""),
+        (specforge(target_layer_ids=[2, 4, 5]), [3, 5, 6], ""),
+    ],
+    ids=lambda value: str(value) if isinstance(value, list) else "",
+)
+def test_the_smallest_id_tells_what_ids_count(
+    config: dict[str, Any],
+    wanted: list[int],
+    warned: str,
+    target: PreTrainedModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_config(tmp_path, config)
+    save(tmp_path, random_tensors(CASES[2]))
+    assert DraftHead.from_pretrained(tmp_path, target).config.feature_layers == wanted
+    assert ("Try `resps doctor`" in caplog.text) == bool(warned) and warned in caplog.text

@@ -1,0 +1,119 @@
+"""Targets with recurrent layers: every tree gives the texts, random numbers and states of plain `generate`."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
+
+from tests.caches import check_equal_caches
+from tests.lossless.hybrids import SAMPLED, AnyShape, answer, check_counts, compare, padded, tokens
+from tests.lossless.test_options import StopAfter
+from tests.lossless.test_streaming import Recorder
+from tests.recurrent_targets import NEEDS_STATES, RECURRENT, recurrent
+from tests.tokenizers import letter_tokenizer
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
+
+
+pytestmark = NEEDS_STATES
+FAMILIES = recurrent("qwen3_next", "kimi_linear", "falcon_h1-clamped", "lfm3")
+
+
+@pytest.fixture(scope="module", params=RECURRENT, ids=str)
+def target(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return attach(request.param.build())
+
+
+@pytest.fixture(scope="module")
+def head(target: PreTrainedModel) -> DraftHead:
+    torch.manual_seed(1)
+    return DraftHead.from_target(target)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": SAMPLED,
+    "repetition penalty": SAMPLED | {"repetition_penalty": 1.7},
+    "stop string": {"stop_strings": ["dde", "bcd"], "tokenizer": letter_tokenizer()},
+    "criterion": {"stopping_criteria": StoppingCriteriaList([StopAfter((16,))])},
+    "prompt in chunks": {"prefill_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_gives_the_text_of_plain_generate(name: str, target: PreTrainedModel, head: DraftHead) -> None:
+    check_counts(compare(target, head, tokens(9), **OPTIONS[name]), in_a_row=2 if name in ("greedy", "sampled") else 1)
+
+
+BATCHES: dict[str, dict[str, Any]] = {
+    "greedy": {"eos_token_id": [2]},
+    "greedy in lockstep": {"lockstep": True, "prefill_chunk_size": 4},
+    "sampled": SAMPLED | {"eos_token_id": [2]},
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_padded_batch_gives_the_texts_of_plain_generate(name: str, target: PreTrainedModel, head: DraftHead) -> None:
+    check_counts(compare(target, head, padded(3), **BATCHES[name]), in_a_row=1)
+
+
+def check_three_turns(target: PreTrainedModel, head: DraftHead, rows: int) -> None:
+    """The second turn is plain, so that each goes on from the other's states; turns cross the windows."""
+    turns: list[Any] = [padded(rows, length=8)["input_ids"]] * 2
+    caches = [DynamicCache(config=target.config.get_text_config(decoder=True)) for _ in turns]
+    mask, reports = padded(rows, length=8)["attention_mask"], []
+    for turn in range(3):
+        outs = []
+        for is_ours, (text, cache) in enumerate(zip(turns, caches, strict=True)):
+            inputs = {"input_ids": text, "attention_mask": mask, CACHE_KEYWORD: cache}
+            trees = {"assistant_model": head, "policy": AnyShape(turn)} if is_ours and turn != 1 else {}
+            outs.append(answer(target, inputs, max_new_tokens=9, **trees))
+        plain, found = outs
+        assert found.sequences.tolist() == plain.sequences.tolist()
+        check_equal_caches(*reversed(caches), most=1e-5)
+        turns = [torch.cat([plain.sequences, tokens(4, turn, rows)], dim=1)] * 2
+        mask = torch.cat([mask, mask.new_ones(rows, turns[0].shape[1] - mask.shape[1])], dim=1)
+        if turn != 1:
+            reports.append(found.speculation)
+    check_counts(*reports, in_a_row=1)
+
+
+def test_three_turns_each_go_on_from_the_states_of_the_last(target: PreTrainedModel, head: DraftHead) -> None:
+    check_three_turns(target, head, rows=1)
+
+
+@pytest.mark.parametrize("target", FAMILIES, ids=str, indirect=True)
+def test_three_turns_of_a_batch_go_on_from_the_states_of_the_last(target: PreTrainedModel, head: DraftHead) -> None:
+    check_three_turns(target, head, rows=3)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_call_that_ends_in_the_middle_of_a_tree_leaves_the_states_of_plain_decoding(
+    target: PreTrainedModel, head: DraftHead, most: int
+) -> None:
+    wide = {"assistant_model": head, "policy": FixedPolicy(TreeShape(40, 3, 7))}
+    plain, found = (answer(target, tokens(9), max_new_tokens=most, **trees)[CACHE_KEYWORD] for trees in ({}, wide))
+    check_equal_caches(found, plain, most=1e-5)
+
+
+@pytest.mark.parametrize("target", FAMILIES, ids=str, indirect=True)
+def test_lookups_alone_give_the_text_of_plain_generate(target: PreTrainedModel) -> None:
+    """The prompt holds what the target said after its end, so that chains are accepted."""
+    policy = FixedPolicy(TreeShape(1, 0, 1, lookup=5))
+    said = [answer(target, tokens(6, seed), max_new_tokens=12).sequences for seed in range(3)]
+    check_counts(*(compare(target, None, torch.cat([text, text[:, :6]], dim=1), policy=policy) for text in said))
+
+
+@pytest.mark.parametrize("target", FAMILIES, ids=str, indirect=True)
+@pytest.mark.parametrize("has_head", [True, False], ids=["head", "lookups alone"])
+def test_auto_gives_the_text_of_plain_generate(target: PreTrainedModel, head: DraftHead, has_head: bool) -> None:
+    compare(target, head if has_head else None, tokens(9), policy="auto")
+
+
+@pytest.mark.parametrize("target", FAMILIES, ids=str, indirect=True)
+def test_the_streamer_gets_what_plain_generate_streams(target: PreTrainedModel, head: DraftHead) -> None:
+    plain, tree = Recorder(), Recorder()
+    answer(target, tokens(9), streamer=plain)
+    answer(target, tokens(9), streamer=tree, assistant_model=head, policy=AnyShape(0))
+    assert tree.values == plain.values

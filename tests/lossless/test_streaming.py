@@ -1,0 +1,104 @@
+"""What streams, and who else may be decoding: readers, threads, the global random generator."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    PreTrainedModel,
+    TextIteratorStreamer,
+    set_seed,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from tests.lossless.answering import SAMPLING, WIDE, both
+from tests.tokenizers import letter_tokenizer
+from transformers_resps import DraftHead, FixedPolicy
+
+
+class Recorder(BaseStreamer):
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.values: list[Any] = []
+        self.ended = 0
+        self.fails_at = fails_at
+
+    def put(self, value: torch.Tensor) -> None:
+        if len(self.values) == self.fails_at:
+            raise RuntimeError("the reader went away")
+        self.values.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_the_streamer_gets_what_plain_generate_streams(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    plain, tree = Recorder(), Recorder()
+    target.generate(prompt, streamer=plain, max_new_tokens=20)
+    target.generate(prompt, streamer=tree, max_new_tokens=20, assistant_model=head, policy=FixedPolicy(WIDE))
+    assert tree.values == plain.values
+    assert tree.ended == plain.ended == 1
+
+
+def test_a_text_iterator_streamer_in_a_thread_gets_the_whole_text(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    tokenizer = letter_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20)
+    options = {"max_new_tokens": 20, "assistant_model": head, "policy": FixedPolicy(WIDE), "streamer": streamer}
+    thread = threading.Thread(target=target.generate, args=(prompt,), kwargs=options)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    expected = target.generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :]
+    assert text == tokenizer.decode(expected)
+
+
+def test_a_streamer_ends_also_when_the_call_is_refused(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    streamer = Recorder()
+    with pytest.raises(ValueError, match="labels"):
+        target.generate(prompt, streamer=streamer, assistant_model=head, max_new_tokens=5, labels=prompt)
+    assert streamer.ended == 1, "a reader in another thread would wait for ever"
+
+
+@pytest.mark.parametrize("fails_at", [1, 4])
+def test_a_streamer_that_raises_leaves_the_model_usable(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, fails_at: int
+) -> None:
+    streamer = Recorder(fails_at)
+    with pytest.raises(RuntimeError, match="the reader went away"):
+        target.generate(prompt, streamer=streamer, assistant_model=head, policy=FixedPolicy(WIDE), max_new_tokens=20)
+    assert streamer.ended == 1, "a reader in another thread would wait for ever"
+    plain, tree = both(target, head, prompt)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+def test_drafting_leaves_the_global_generator_where_plain_generate_leaves_it(
+    target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor
+) -> None:
+    states = []
+    for extra in ({}, {"assistant_model": head}):
+        set_seed(4)
+        target.generate(prompt, max_new_tokens=20, **SAMPLING, **extra)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_two_threads_share_a_model(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:
+    expected = target.generate(prompt, max_new_tokens=24).tolist()
+    found: dict[int, Any] = {}
+
+    def run(index: int) -> None:
+        extra = {"assistant_model": head, "policy": FixedPolicy(WIDE)} if index % 2 else {}
+        found[index] = target.generate(prompt, max_new_tokens=24, **extra).tolist()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[index] == expected for index in range(4))

@@ -1,0 +1,303 @@
+"""Decode one call: from what stock `generate` has prepared to what it returns."""
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+
+from ..compat import CACHE_KEYWORD
+from ..decoding.loop import TreeDecoding
+from ..decoding.processors import is_stateless
+from ..decoding.text import Batch, Text
+from ..telemetry import SpeculationReport
+from ..verifying.attention import longrope_boundary
+from ..verifying.cache import stop_recording
+from ..verifying.forward import TargetForward, are_outputs, is_compiled
+from ..verifying.hybrids import is_recurrent
+from ..verifying.slots import SlotEngine
+from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
+from .checks import check_forward_arguments, check_lengths, check_synced
+from .output import SpeculativeOutput
+from .request import Request
+from .state import AUTO, SpeculationState
+
+
+# What stock decoding methods are told and a tree has no use for.
+_NOT_OURS = ("synced_gpus", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
+
+
+def speculate(
+    target: PreTrainedModel,
+    state: SpeculationState,
+    request: Request,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> SpeculativeOutput | Tensor:
+    """Stand in for a decoding method of stock `generate`.
+
+    Args:
+        target: the model.
+        state: the model's.
+        request: of the call.
+        input_ids: `[b, s]` the prompts.
+        logits_processor: as merged by Transformers; so are the next two.
+        stopping_criteria: all of the call.
+        generation_config: of the call.
+        streamer: the caller's.
+        model_kwargs: cache, mask and positions; whatever else the target's forward takes.
+
+    Returns:
+        `[b, s + t]` token ids, or a `SpeculativeOutput` where the config asks for a dict.
+
+    Raises:
+        ValueError: the call has what a tree cannot take.
+    """
+    with ExitStack() as stack:
+        if streamer is not None:
+            stack.callback(streamer.end)  # whatever happens: a consumer may be waiting for it
+        check_synced(model_kwargs.get("synced_gpus"))
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
+        check_forward_arguments(input_ids, model_kwargs)
+        inputs = GenerateInputs(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+        )
+        if generation_config.cache_implementation == "static":  # trees decode over slots, whatever reads the prompt
+            model_kwargs[CACHE_KEYWORD] = DynamicCache(config=target.config.get_text_config(decoder=True))
+        positions = model_kwargs["position_ids"].shape[1]
+        check_lengths(target, inputs.cache, input_ids.shape[1], positions, inputs.max_length)
+        stack.callback(stop_recording, inputs.cache)
+        batch = _batch(target, request.lockstep, inputs)
+        report = _decode(target, state, request, batch, inputs)
+    report.answers = batch.answers(input_ids.shape[1])
+    if not generation_config.return_dict_in_generate:
+        return batch.input_ids
+    kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
+    kept[CACHE_KEYWORD] = inputs.cache if len(batch) == 1 or inputs.is_cache_given else None
+    return SpeculativeOutput(**kept, speculation=report)
+
+
+def _decode(
+    target: PreTrainedModel, state: SpeculationState, request: Request, batch: Batch, inputs: "GenerateInputs"
+) -> SpeculationReport:
+    """Prefill, then one step after another until all texts are finished."""
+    assert request.policy is not None
+    bound, kwargs = request.bound, inputs.model_kwargs
+    with (
+        _verifier(target, state.slot_engine, request, inputs) as verifier,
+        state.draft_engines.borrow(bound if verifier.is_compiled else None) as draft_engine,
+    ):
+        decoding = TreeDecoding(
+            verifier,
+            bound,
+            request.policy,
+            batch,
+            attention_mask=kwargs["attention_mask"],
+            max_length=inputs.max_length,
+            draft_engine=draft_engine,
+        )
+        kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
+        decoding.prefill(inputs.config.prefill_chunk_size, kept)
+        with cast(Any, target)._optimize_model_for_decode():
+            while not batch.finished:
+                decoding.step()
+    state.slot_engine.note(decoding.report.seconds)
+    return decoding.report
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateInputs:
+    """What stock `generate` hands to the method that decodes; see `speculate`."""
+
+    input_ids: Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    config: Any
+    streamer: Any
+    model_kwargs: dict[str, Any]
+
+    @property
+    def cache(self) -> Any:
+        return self.model_kwargs[CACHE_KEYWORD]
+
+    @property
+    def max_length(self) -> int:
+        """Positions a text may reach: a fraction is rounded up, and no limit is `sys.maxsize`."""
+        most: float = self.config.max_length
+        return math.ceil(most) if most < sys.maxsize else sys.maxsize
+
+    @property
+    def is_cache_given(self) -> bool:
+        """Whether the cache is the caller's, who may reuse it."""
+        return bool(getattr(self.cache, "_is_user_defined", False))
+
+    @property
+    def keeps_scores(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_scores)
+
+    @property
+    def keeps_logits(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_logits)
+
+    def text(self, input_ids: Tensor) -> Text:
+        """The text that begins with `input_ids` `[b, s]`, all rows of the call or one."""
+        return Text(
+            input_ids,
+            self.logits_processor,
+            self.stopping_criteria,
+            do_sample=self.config.do_sample,
+            pad_token=self.config._pad_token_tensor,
+            streamer=self.streamer,
+            keep_scores=self.keeps_scores,
+            keep_logits=self.keeps_logits,
+            keep_padding=self.is_cache_given,
+        )
+
+
+def _batch(target: PreTrainedModel, lockstep: bool | None, inputs: GenerateInputs) -> Batch:
+    """Make one text of each row, a ragged batch, or one of all rows where they advance in lockstep."""
+    if len(inputs.input_ids) == 1:
+        return Batch([inputs.text(inputs.input_ids)], drops_finished=False)
+    reason = lockstep_reason(target, inputs)
+    if is_lockstep(lockstep, inputs.config.do_sample, reason):
+        return Batch([inputs.text(inputs.input_ids)], drops_finished=reason is None)
+    return Batch([inputs.text(row) for row in inputs.input_ids.split(1)], drops_finished=True)
+
+
+def is_lockstep(lockstep: bool | None, do_sample: bool, reason: str | None) -> bool:
+    """Decide whether the rows of a call advance in lockstep.
+
+    Args:
+        lockstep: what the caller asks for; with `None` a greedy batch is ragged and a sampled one in lockstep, since
+            plain sampling draws the random numbers of all rows at once.
+        do_sample: whether tokens are drawn.
+        reason: why they must, if they must.
+
+    Raises:
+        ValueError: the caller asks for a ragged batch where lockstep is required.
+    """
+    if lockstep is False and reason is not None:
+        raise ValueError(f"`lockstep=False` does not work with {reason}. Leave out `lockstep`, or what requires it.")
+    return reason is not None or (do_sample if lockstep is None else lockstep)
+
+
+_CRITERIA_BY_ROW = frozenset({"MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria", "EosTokenCriteria"})
+
+
+def lockstep_reason(target: PreTrainedModel, inputs: GenerateInputs) -> str | None:
+    """Say what in a call requires lockstep; `None` when nothing does.
+
+    A batch may be ragged only if nothing in the call can notice: plain decoding shows every processor and criterion
+    all rows at once, at the same length. What is not known to treat each row separately requires lockstep.
+    """
+    for processor in inputs.logits_processor:
+        if not is_stateless(processor):
+            return f"the logits processor {type(processor).__name__}, which may look at all rows at once"
+    kinds = {type(criterion).__name__ for criterion in inputs.stopping_criteria}
+    for criterion in inputs.stopping_criteria:
+        kind = type(criterion)
+        if kind.__name__ not in _CRITERIA_BY_ROW or not kind.__module__.startswith("transformers.generation."):
+            return f"the stopping criterion {kind.__name__}, which may look at all rows at once"
+    if "EosTokenCriteria" not in kinds and kinds != {"MaxLengthCriteria"}:
+        return "stopping criteria without an end token, after which finished rows go on"
+    asked = {
+        "`output_scores`": inputs.keeps_scores,
+        "`output_logits`": inputs.keeps_logits,
+        "a streamer": inputs.streamer is not None,
+        "a cache of your own": inputs.is_cache_given,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            return f"{name}, for all rows at once"
+    if longrope_boundary(target.config) is not None:
+        return "a target of rope_type 'longrope', whose frequencies depend on the longest row"
+    return None
+
+
+@contextmanager
+def _verifier(
+    target: PreTrainedModel, engine: SlotEngine, request: Request, inputs: GenerateInputs
+) -> Iterator[Verifier]:
+    """The verifier of one call, open: over a cache that grows, or over slots, compiled or not.
+
+    Raises:
+        ValueError: a recurrent target was compiled, or has to decode over a static cache.
+    """
+    is_static = inputs.config.cache_implementation == "static" or is_compiled(target)
+    if is_static and is_recurrent(target):
+        raise ValueError(
+            f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
+            "Leave out `cache_implementation`, and use the model as it was before it was compiled."
+        )
+    layers = None if request.bound is None else request.bound.head.config.feature_layers or []
+    forward = TargetForward(target, layers, inputs.cache)
+    given = inputs.model_kwargs["position_ids"], inputs.model_kwargs["attention_mask"]
+    choice = request.compile
+    if choice is None:
+        choice = _is_compiling(target, inputs.config)
+    compiles = choice is True or (choice == AUTO and engine.pays)
+    obstacle = _compile_obstacle(target, forward.layers) if compiles else None
+    if obstacle is not None and choice is True:
+        engine.warn(obstacle)
+    compiles = compiles and obstacle is None and not is_compiled(target)
+    if not compiles and not (is_static and are_outputs(target, forward.layers)):
+        with TreeVerifier(forward, *given) as verifier:
+            yield verifier
+        return
+    config = inputs.config.compile_config
+    options = None if config is None or config == CompileConfig() else config.to_dict()
+    with (
+        engine.borrow(target) if compiles else nullcontext() as lent,
+        SlotVerifier(forward, lent, *given, options=options) as verifier,
+    ):
+        yield verifier
+
+
+def _is_compiling(target: PreTrainedModel, config: GenerationConfig) -> bool:
+    """Whether plain `generate` would compile, or is told how to."""
+    if config.disable_compile:
+        return False
+    is_static = config.cache_implementation == "static" and target.device.type == "cuda"
+    return config.compile_config is not None or is_static
+
+
+def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
+    """Say why a forward that keeps these feature `layers` cannot be compiled with its weights inside."""
+    devices = {parameter.device for parameter in target.parameters()}
+    if target.training:
+        return "the model is in training mode"
+    if is_recurrent(target):
+        return "the model has recurrent layers, which read a tree path by path"
+    if not are_outputs(target, layers):
+        return "the head reads the last layer's output, which a compiled forward gives only after the final norm"
+    if any(_is_active_adapter(module) for module in target.modules()):
+        return "an adapter is active; merge it first"
+    if len(devices) != 1 or devices.pop().type not in ("cpu", "cuda"):
+        return "the model is not on one CPU or CUDA device"
+    if any(type(parameter) is not nn.Parameter for parameter in target.parameters()):
+        return "its weights are quantized or sharded"
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    return None
+
+
+def _is_active_adapter(module: Any) -> bool:
+    """Whether it is a layer of PEFT that adds to the layer inside it."""
+    is_tuner = any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__)
+    return is_tuner and not (module.merged or module.disable_adapters)

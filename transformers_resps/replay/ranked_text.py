@@ -1,0 +1,217 @@
+"""What a tree of any shape would have emitted at every position of a recorded text.
+
+A tree's outcome is the longest of its paths that the text follows, so one recording gives the outcome of all shapes:
+no clock, no noise, no exploration. It is exact for greedy decoding, and correct in distribution for sampling, because
+a tree does not depend on the target's draws.
+
+Tensor shapes: t positions, d levels, F features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..drafting.prompt_lookup import Lookup
+from ..heads import DraftHead
+from ..policies import ActionGrid, CostModel
+from ..tree import CandidatePool, TreeShape
+from .outcomes import TextOutcomes
+from .recorded_text import RecordedText, open_recording, record_pools
+
+
+FORMAT = 2  # of files; it is part of a recording's name, so that files of another release are not read
+_NEVER = torch.iinfo(torch.int32).max  # rank of a token that no node carries
+_CONTEXT_BUCKET = 16  # positions that share a cost: costs vary slowly with the context
+_TENSORS = ("features", "ranks", "chain_ranks", "lookups", "proposed")
+
+
+@dataclass(frozen=True, slots=True)
+class RankedText:
+    """A recorded text, reduced to what gives the outcome of every shape at every position; `record_ranks` makes one.
+
+    Attributes:
+        features: `[t, F]` what a policy sees before the step at each position, in the target's dtype.
+        ranks: `[t, K, D, D]` int32; at `[., k, d - 1, l - 1]` the rank of the text's own node of level l in a pool of
+            d levels with the k-th `top_k`, best first: a tree of n nodes holds the ranks below n - 1.
+        chain_ranks: likewise of the looked-up continuation's nodes.
+        lookups: `[t]` looked-up tokens that the text follows.
+        proposed: `[t]` looked-up tokens, that is nodes to verify, followed or not.
+        top_ks: the K values of `top_k` that were drafted.
+        context_length: positions of the text before the first step.
+        spare_room: how many more tokens the text could have had.
+    """
+
+    features: Tensor
+    ranks: Tensor
+    chain_ranks: Tensor
+    lookups: Tensor
+    proposed: Tensor
+    top_ks: tuple[int, ...]
+    context_length: int
+    spare_room: int
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @classmethod
+    def from_recording(cls, text: RecordedText) -> "RankedText":
+        """Reduce a recording to what gives the outcome of every shape."""
+        upcoming = text.upcoming(text.depth)
+        chains, followed, proposed = _lookups(text.input_ids.tolist(), text.prompt_length, text.depth)
+        ranks, chain_ranks = (
+            torch.stack([path_ranks(pool, path) for pool in text.pools.values()], dim=1) for path in (upcoming, chains)
+        )
+        top_ks, start = tuple(text.pools), text.prompt_length + 1
+        return cls(text.features, ranks, chain_ranks, followed, proposed, top_ks, start, text.spare_room)
+
+    def emitted(self, shape: TreeShape) -> Tensor:
+        """Tokens `[t]` that a step of `shape` adds at each position, at most those that are left.
+
+        Raises:
+            ValueError: the text was not recorded for such a shape.
+        """
+        most_levels = self.ranks.shape[-1]
+        if shape.asks_head and (shape.top_k not in self.top_ks or shape.depth > most_levels):
+            raise ValueError(
+                f"Got {shape}, but the text was recorded for top_k {list(self.top_ks)} and up to {most_levels} "
+                "levels. Record it again with `record_ranks(..., grid=...)` with a grid that has this shape."
+            )
+        accepted = self.lookups.clamp(max=shape.lookup)
+        if shape.asks_head:
+            accepted = torch.maximum(accepted, self._kept(self.ranks, shape))
+        return (accepted + 1).minimum(self._left)
+
+    @property
+    def _left(self) -> Tensor:
+        return len(self) - torch.arange(len(self))
+
+    def _kept(self, ranks: Tensor, shape: TreeShape) -> Tensor:
+        """`[t]` nodes of a path, from the root on, that the head's tree of `shape` holds."""
+        depth = (self._left - 1 + self.spare_room).clamp(max=shape.depth)  # [t]
+        rows = ranks[torch.arange(len(self)), self.top_ks.index(shape.top_k), (depth - 1).clamp(min=0)]
+        kept = (rows < shape.total_tokens - 1) & (torch.arange(1, rows.shape[-1] + 1) <= depth[:, None])
+        return kept.int().cumprod(-1).sum(-1)
+
+    def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
+        """Tokens and seconds of every action of `grid` at every position.
+
+        Args:
+            grid: shapes no deeper and with no other `top_k` than recorded.
+            costs: asked once for every 16 positions of context. A shape pays for the looked-up nodes that the head's
+                tree does not hold already.
+        """
+        emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
+        taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
+        return TextOutcomes(self.features, emitted, taken, grid)
+
+    def _seconds(self, shape: TreeShape, costs: CostModel) -> Tensor:
+        """`[t]` fp64."""
+        buckets = (self.context_length + torch.arange(len(self))) // _CONTEXT_BUCKET
+        contexts, bucket_of = buckets.unique(return_inverse=True)
+        found = [replace(shape, lookup=count) for count in range(shape.lookup + 1)]
+        seconds = [[costs.step_seconds(one, int(context) * _CONTEXT_BUCKET) for one in found] for context in contexts]
+        added = self.proposed.clamp(max=shape.lookup)
+        if shape.asks_head:
+            added = (added - self._kept(self.chain_ranks, shape)).clamp(min=0)
+        return torch.tensor(seconds, dtype=torch.float64)[bucket_of, added]
+
+    def save(self, file: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        metadata = {
+            "top_ks": ",".join(map(str, self.top_ks)),
+            "context_length": str(self.context_length),
+            "spare_room": str(self.spare_room),
+        }
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+
+    @classmethod
+    def load(cls, file: str | Path) -> "RankedText":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, of another release, or holds something else.
+        """
+        with open_recording(file, "ranks") as (opened, metadata):
+            return cls(
+                **{name: opened.get_tensor(name) for name in _TENSORS},
+                top_ks=tuple(map(int, metadata["top_ks"].split(","))),
+                context_length=int(metadata["context_length"]),
+                spare_room=int(metadata["spare_room"]),
+            )
+
+
+def record_ranks(
+    target: PreTrainedModel,
+    head: DraftHead,
+    input_ids: Tensor,
+    prompt_length: int,
+    *,
+    grid: ActionGrid,
+    spare_room: int = 0,
+) -> RankedText:
+    """Record one text for all shapes of a grid.
+
+    Args:
+        target: runs over the text once.
+        head: drafts from every position with every `top_k` of the grid, to its greatest depth.
+        input_ids: `[s]` prompt and output.
+        prompt_length: tokens of the prompt. Prefill gives the output's first token, so steps begin after it.
+        grid: the shapes to record for.
+        spare_room: how many more tokens the output could have had: 0 if it ended at `max_length`.
+
+    Raises:
+        ValueError: the output has fewer than two tokens, or no shape of the grid uses the head.
+    """
+    asking = [shape for shape in grid.shapes if shape.asks_head]
+    depth = max((shape.depth for shape in asking), default=0)
+    depths = {top_k: depth for top_k in sorted({shape.top_k for shape in asking})}
+    recording = record_pools(target, head, input_ids, prompt_length, depths=depths, spare_room=spare_room)
+    return RankedText.from_recording(recording)
+
+
+def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
+    """Ranks of a path's nodes in pools cut to 1, 2, ... levels: `[r, D, D]`, see `RankedText.ranks`.
+
+    Args:
+        pool: of r roots and D levels.
+        upcoming: `[r, D]` the path's tokens after each root, -1 where it has ended.
+    """
+    scores, levels = pool.scores, pool.levels
+    roots, depth = upcoming.shape
+    order = torch.arange(len(levels))
+    ranks = torch.full((roots, depth, depth), _NEVER, dtype=torch.int32)
+    for level, node in enumerate(pool.nodes_along(upcoming).split(1, dim=1), start=1):
+        score = scores.gather(1, node.clamp(min=0))
+        before = (scores > score) | ((scores == score) & (order < node))  # the stable sort of `DraftTree.from_pool`
+        for drafted in range(level, depth + 1):
+            rank = (before & (levels <= drafted)).sum(-1, keepdim=True)
+            ranks[:, drafted - 1, level - 1] = torch.where(node < 0, _NEVER, rank)[:, 0].int()
+    return ranks
+
+
+def _lookups(tokens: list[int], prompt_length: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At every position: the first looked-up tokens `[t, depth]`, -1 after their end; how many the text follows, and
+    how many there are, `[t]`.
+    """
+    lookup = Lookup()
+    chains, followed, found = [], [], []
+    for place in range(prompt_length, len(tokens) - 1):
+        lookup.extend(tokens[lookup.length : place + 1])
+        proposed = lookup.match().tokens
+        chains.append([*proposed[:depth], *[-1] * (depth - len(proposed))])
+        followed.append(_common_prefix(proposed, tokens[place + 1 :]))
+        found.append(len(proposed))
+    return torch.tensor(chains), torch.tensor(followed), torch.tensor(found)
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    return length

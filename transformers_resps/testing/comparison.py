@@ -1,0 +1,275 @@
+"""Compare the outputs of `generate` with and without a head and a policy, token for token.
+
+In fp32 and fp64 they must be equal. In half precision rounding may change a pick, and later tokens cannot be compared,
+so only the first divergence is judged. With sampling the same seed gives both sides the same random numbers up to that
+place, so it can be judged too: would plain decoding have picked either token if its logit were a few spacings higher?
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..compat import unwrapped
+from ..generation.attach import attach, detach, detached
+from ..generation.mixin import ReSpSGenerationMixin
+from ..generation.output import end_ids, left_padded, up_to_end
+from ..generation.state import EvaluationMode, SpeculationDefaults
+from ..heads import DraftHead
+from ..policies import Policy
+from ..telemetry.report import SpeculationReport
+from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_divergence
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a call of `generate` wrote, and the state of the random generator afterwards."""
+
+    answers: list[Tensor]  # [t] of each prompt, up to its first end token
+    generated: Tensor  # [b, t] after the prompts, padding included
+    random_state: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUnderTest:
+    """A model, and the head and policy whose output must be the model's own.
+
+    Attributes:
+        model: as the user holds it, perhaps inside a PEFT model.
+        head: `None` to draft by lookup alone.
+        policy: as `generate` takes it.
+        done: called after each call with the policy, to move a progress bar.
+    """
+
+    model: Any
+    head: DraftHead | None
+    policy: Policy | str | None
+    done: Callable[[], Any] = lambda: None
+
+    @property
+    def target(self) -> PreTrainedModel:
+        """The model itself, without what PEFT puts around it."""
+        return cast(PreTrainedModel, unwrapped(self.model))
+
+    def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
+        """Call stock `generate` of the detached model, for prompts `[s]`."""
+        with detached(self.model):
+            torch.manual_seed(seed)
+            return self._written(self._generate(prompts, **settings).sequences, prompts)
+
+    def speculative(
+        self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any
+    ) -> tuple[Written, SpeculationReport]:
+        """The same call with the head and the policy."""
+        attach(self.model)
+        torch.manual_seed(seed)
+        output = self._generate(prompts, assistant_model=self.head, policy=self.policy, **settings)
+        self.done()
+        return self._written(output.sequences, prompts), output.speculation
+
+    def pick(self, text: Tensor, **settings: Any) -> int:
+        """The token that plain decoding picks after `text` `[s]`; the random generator's state stays."""
+        with detached(self.model), self._forked():
+            sequences = self._generate([text], **settings | {"max_new_tokens": 1}).sequences
+        return int(sequences[0, -1])
+
+    def _written(self, sequences: Tensor, prompts: Sequence[Tensor]) -> Written:
+        generated, ends = sequences[:, max(len(prompt) for prompt in prompts) :], end_ids(self.target)
+        on_gpu = self.target.device.type == "cuda"
+        drawn = torch.cuda.get_rng_state(self.target.device) if on_gpu else torch.get_rng_state()
+        return Written([up_to_end(row, ends) for row in generated], generated, drawn)
+
+    def _generate(self, prompts: Sequence[Tensor], **settings: Any) -> Any:
+        ids, mask = left_padded(prompts)
+        return self.model.generate(
+            input_ids=ids.to(self.target.device),
+            attention_mask=mask.to(self.target.device),
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **settings,
+        )
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Restores the model and the global random generator afterwards."""
+        was_attached = isinstance(self.target, ReSpSGenerationMixin)
+        try:
+            with self._forked(), SpeculationDefaults.suspended(), EvaluationMode().held(self.model):
+                yield
+        finally:
+            if not was_attached:
+                detach(self.model)
+
+    @contextmanager
+    def without_settings(self) -> Iterator[None]:
+        """Sets the model's own generation settings aside: no processor, no end token."""
+        holders = [self.target] if self.model is self.target else [self.target, self.model]  # PEFT hands its own on
+        kept = [holder.generation_config for holder in holders]
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            for holder, settings in zip(holders, kept, strict=True):
+                holder.generation_config = settings
+
+    def _forked(self) -> Any:
+        device = self.target.device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+GREEDY: dict[str, Any] = {"do_sample": False}
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+PROCESSED = SAMPLED | {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
+# A low temperature, so that more drafts are accepted; the penalty changes with every token of the text.
+PENALISED = SAMPLED | {"temperature": 0.4, "repetition_penalty": 1.3}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One answer that is not the plain one, and where it first differs."""
+
+    prompt: int  # its index
+    seed: int  # 0 for greedy answers
+    divergence: Divergence
+
+    def __str__(self) -> str:
+        verdict = "rounding explains it" if self.divergence.explained else "NOT explained by rounding"
+        return f"prompt {self.prompt}, seed {self.seed}, {self.divergence}: {verdict}"
+
+
+@dataclass(frozen=True, slots=True)
+class TextCheck:
+    """The result of comparing answers.
+
+    Attributes:
+        name: how the answers were decoded.
+        answers: number of compared answers.
+        tokens: number of tokens written with the head.
+        target_forwards: number of target forwards that they took, each row of a batch counted.
+        differences: one for each answer that differs.
+        mismatches: other differences from plain decoding, in calls whose answers are all equal.
+        is_of_policy: whether the policy under test drafted, not built-in trees.
+    """
+
+    name: str
+    answers: int
+    tokens: int
+    target_forwards: int
+    differences: tuple[Difference, ...]
+    mismatches: tuple[str, ...] = ()
+    is_of_policy: bool = True
+
+    @property
+    def accepted(self) -> bool:
+        """Whether any drafted token was accepted; otherwise plain decoding was compared with itself."""
+        return self.tokens > self.target_forwards
+
+    @property
+    def passed(self) -> bool:
+        return not self.mismatches and all(difference.divergence.explained for difference in self.differences)
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens per target forward."""
+        return self.tokens / max(self.target_forwards, 1)
+
+    @property
+    def verdict(self) -> str:
+        if not self.passed:
+            return "NOT lossless"
+        equal = "equal" if not self.differences else "equal except for near-ties"
+        return equal if self.accepted else f"{equal}, but no drafted token was ever accepted"
+
+    def __str__(self) -> str:
+        equal = self.answers - len(self.differences)
+        return f"{equal} of {self.answers} answers equal, {self.tokens} tokens, tau {self.tau:.2f}: {self.verdict}"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of `generate`: the prompt's index and ids `[s]`, the random seed, and settings."""
+
+    index: int
+    prompt: Tensor
+    seed: int
+    settings: dict[str, Any]
+
+
+def compare_one_by_one(model: ModelUnderTest, name: str, calls: Sequence[Call]) -> TextCheck:
+    """Each call alone in its batch."""
+    return _compare(model, name, [[call] for call in calls])
+
+
+def compare_batch(model: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
+    """All prompts in one left-padded batch. In half precision only greedily: one row's draw cannot be judged."""
+    return _compare(model, name, [[Call(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]])
+
+
+def _compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]]) -> TextCheck:
+    """Batches of calls with one seed and the same settings."""
+    differences, mismatches, tokens, forwards = [], [], 0, 0
+    for calls in batches:
+        prompts, seed, settings = [call.prompt for call in calls], calls[0].seed, calls[0].settings
+        plain = model.plain(prompts, seed, **settings)
+        found, report = model.speculative(prompts, seed, **settings)
+        tokens += sum(map(len, found.answers))
+        forwards += sum(step.decoded_rows for step in report.steps)
+        for call, expected, answer in zip(calls, plain.answers, found.answers, strict=True):
+            differences += _judged(model, call, expected, answer)
+        where = f"prompt {calls[0].index}, seed {seed}: " if len(calls) == 1 else ""
+        mismatches += [where + mismatch for mismatch in _mismatches_beside(plain, found)]
+    return TextCheck(name, sum(map(len, batches)), tokens, forwards, tuple(differences), tuple(mismatches))
+
+
+def _mismatches_beside(plain: Written, found: Written) -> list[str]:
+    """What differs although all answers are equal: tokens after their ends, the state of the random generator."""
+    if not all(torch.equal(own, other) for own, other in zip(plain.answers, found.answers, strict=True)):
+        return []
+    mismatches = []
+    if not torch.equal(plain.generated, found.generated):
+        mismatches.append("other tokens after the end of an answer")
+    if not torch.equal(plain.random_state, found.random_state):
+        mismatches.append("a different number of random numbers was drawn")
+    return mismatches
+
+
+def _judged(model: ModelUnderTest, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:
+    """The first divergence of two answers `[t]`, `[t']`; empty when they are equal."""
+    divergence = explain_divergence(model.target, call.prompt, plain, found)
+    if divergence is None:
+        return []
+    if divergence.dtype in HALF_PRECISIONS:
+        pair = (divergence.plain_token, divergence.speculative_token)
+        needed = [_spacings_until_picked(token, model, call, plain, divergence) for token in pair]
+        divergence = replace(divergence, needed=max(needed))
+    return [Difference(call.index, call.seed, divergence)]
+
+
+def _spacings_until_picked(
+    token: int | None, model: ModelUnderTest, call: Call, plain: Tensor, divergence: Divergence
+) -> float:
+    """How far the logit of `token` must rise, in spacings, before plain decoding picks it at the divergence.
+
+    Everything else stays: the prefix, the processors, the random numbers. For a greedy answer without processors this
+    is the gap to the best logit, rounded up to a power of two.
+    """
+    if token is None:
+        return math.inf
+    place = divergence.position
+    torch.manual_seed(call.seed)
+    if place:  # brings the random generator to where it was
+        model.plain([call.prompt], call.seed, **call.settings | {"max_new_tokens": place})
+    prefix = torch.cat([call.prompt, plain[:place].to(call.prompt.device)])
+    spacings = 0.0
+    while spacings <= MAX_SPACINGS:
+        raised = {(token,): spacings * divergence.spacing}
+        if model.pick(prefix, **call.settings | {"sequence_bias": raised}) == token:
+            return spacings
+        spacings = 2 * spacings or 1.0
+    return math.inf

@@ -1,0 +1,289 @@
+"""`assert_lossless`: check that the output with a head and a policy is the model's own."""
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import tqdm
+
+from ..calibration import identity_of
+from ..generation.state import Keywords
+from ..heads import DraftHead
+from ..policies import Observation, Policy
+from ..tree import TreeShape
+from .comparison import (
+    GREEDY,
+    PENALISED,
+    PROCESSED,
+    SAMPLED,
+    Call,
+    ModelUnderTest,
+    TextCheck,
+    compare_batch,
+    compare_one_by_one,
+)
+from .distribution import DistributionCheck, check_distribution
+from .divergence import HALF_PRECISIONS
+
+
+@dataclass(frozen=True, slots=True)
+class LosslessReport:
+    """The result of `assert_lossless`; printed, it is a short page to paste into an issue.
+
+    Attributes:
+        facts: versions, device, dtype, threads, target, head, policy.
+        texts: outputs compared token for token, one entry per decoding setting.
+        distribution: the test of sampled tokens, with its control.
+        seconds: that the check took.
+    """
+
+    facts: dict[str, str]
+    texts: tuple[TextCheck, ...]
+    distribution: DistributionCheck
+    seconds: float
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every answer is the plain one or diverges at a near-tie, and the sampled tokens fit."""
+        return self.distribution.passed and all(check.passed for check in self.texts)
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether drafted tokens of the policy were accepted; otherwise nothing was tested."""
+        return self.distribution.has_power or any(check.accepted for check in self.texts if check.is_of_policy)
+
+    @property
+    def verdict(self) -> str:
+        if not self.is_lossless:
+            failed = [check.name for check in self.texts if not check.passed]
+            failed += [] if self.distribution.passed else [self.distribution.name]
+            return f"NOT LOSSLESS: {', '.join(failed)}"
+        if not self.is_tested:
+            beside = "" if any(check.accepted for check in self.texts) else ", nor of the built-in trees"
+            return (
+                f"NOTHING WAS TESTED: no drafted token of the policy was accepted{beside}, so its answers were plain "
+                "decoding's own. Pass a trained head, or prompts that it can draft for"
+            )
+        differing = sum(len(check.differences) for check in self.texts)
+        exact = (
+            "every answer is the plain one"
+            if not differing
+            else f"every answer is the plain one, except for {differing} that differ at a near-tie"
+        )
+        blind = "" if self.distribution.has_power else "; the distribution test had no power"
+        idle = [check.name for check in self.texts if check.is_of_policy and not check.accepted]
+        untested = f"; no draft was accepted in {len(idle)} of the comparisons" if idle else ""
+        return f"LOSSLESS: {exact}{untested}{blind}"
+
+    def __str__(self) -> str:
+        width = max(map(len, self.facts))
+        lines = [f"{name:{width}}  {value}" for name, value in self.facts.items()]
+        lines.append("")
+        for check in self.texts:
+            lines.append(f"{check.name}: {check}")
+            lines += [f"  {difference}" for difference in (*check.differences, *check.mismatches)]
+        lines += [f"{self.distribution.name}: {self.distribution}", ""]
+        return "\n".join([*lines, f"{self.verdict} ({self.seconds:.0f} s)"])
+
+
+class NotLosslessError(AssertionError):
+    """`assert_lossless` found output that is not the model's own.
+
+    Attributes:
+        report: the whole `LosslessReport`.
+    """
+
+    def __init__(self, report: LosslessReport) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
+_DISTRIBUTION_ANSWERS = 12  # per seed
+_ENDS = 8  # tokens of an answer that are used as end tokens
+
+
+def assert_lossless(
+    model: Any,
+    head: DraftHead | None = None,
+    policy: Policy | str | None = None,
+    prompts: Sequence[Tensor | Sequence[int]] | None = None,
+    *,
+    seeds: int = 4,
+    max_new_tokens: int = 32,
+) -> LosslessReport:
+    """Compare `generate` with a head and a policy to plain `generate`, and raise if it is not lossless.
+
+    In fp32 and fp64 all tokens must be equal, and so must the padding after their ends and the random numbers drawn.
+    In bf16 and fp16 the first divergence of each answer must be a near-tie that rounding explains; later tokens cannot
+    be compared. The distribution of sampled tokens is tested in every dtype, and so is the power of that test.
+
+    The policy's trees are tested greedily, one by one and in a left-padded batch, and sampled with equal seeds, with
+    and without logits processors. Built-in trees that change at every step are tested in addition, also with a prompt
+    in chunks, with end tokens inside trees, and in a sampled batch.
+
+    The model need not be attached, and is afterwards as it was before, like the global random generators. Do not use
+    it elsewhere meanwhile. Its own generation settings apply to the compared answers, not to the distribution.
+
+    Args:
+        model: any model that `attach` takes, on its device, in its dtype.
+        head: its draft head; `None` to draft by lookup alone.
+        policy: as `generate` takes it; "auto" when there is neither head nor policy.
+        prompts: token ids, each `[s]` with s of at least 2; `None` for four built-in ones that fit any vocabulary.
+            Real prompts test more, because more drafts are accepted.
+        seeds: number of sampled answers per sampling setting, over the prompts in turn; the distribution is tested on
+            the first tokens of twelve times as many.
+        max_new_tokens: length of each compared answer.
+
+    Returns:
+        The report.
+
+    Raises:
+        NotLosslessError: an `AssertionError` with the report: rounding does not explain a difference.
+        ValueError: a prompt, a number, the model or the head is unusable, or `generate` refuses it or the policy.
+    """
+    started = time.perf_counter()
+    _check_kinds(model, head, policy)
+    under_test = ModelUnderTest(model, head, "auto" if head is None and policy is None else policy)
+    vocabulary = under_test.target.config.get_text_config().vocab_size
+    ids = [_token_ids(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
+    if not ids or seeds < 1 or max_new_tokens < 2:
+        raise ValueError(
+            f"Got {len(ids)} prompts, seeds={seeds} and max_new_tokens={max_new_tokens}, but at least one prompt, one "
+            "seed and two new tokens are needed. Leave them out for the defaults."
+        )
+    limit = {"max_new_tokens": max_new_tokens}
+    total = 2 * len(ids) + 4 * seeds + 4 + len(ids) * min(_ENDS, max_new_tokens) + _DISTRIBUTION_ANSWERS * seeds
+    with under_test.undisturbed(), tqdm(total=total, desc="Comparing with plain decoding", unit="call") as bar:
+        under_test = replace(under_test, done=bar.update)
+        changing = _with_changing_trees(under_test, ids, seeds, limit)
+        texts = (
+            *_with_the_policy(under_test, ids, seeds, limit),
+            *(replace(check, is_of_policy=False) for check in changing),
+        )
+        distribution = check_distribution(under_test, ids, _DISTRIBUTION_ANSWERS * seeds)
+    report = LosslessReport(_facts(under_test), texts, distribution, time.perf_counter() - started)
+    if not report.is_lossless:
+        raise NotLosslessError(report)
+    return report
+
+
+def _with_the_policy(
+    model: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]
+) -> Iterator[TextCheck]:
+    greedy = [Call(index, prompt, 0, GREEDY | limit) for index, prompt in enumerate(ids)]
+    processed = "sampled, temperature 0.8, top_k 50, top_p 0.9, repetition penalty 1.1"
+    yield compare_one_by_one(model, "greedy", greedy)
+    yield compare_batch(model, "greedy, in a padded batch", ids, GREEDY | limit)
+    yield compare_one_by_one(model, "sampled, temperature 1", _calls(ids, seeds, SAMPLED | limit))
+    yield compare_one_by_one(model, processed, _calls(ids, seeds, PROCESSED | limit))
+
+
+def _with_changing_trees(
+    model: ModelUnderTest, ids: list[Tensor], seeds: int, limit: dict[str, Any]
+) -> Iterator[TextCheck]:
+    stressed = replace(model, policy=ChangingTrees(model.head is not None))
+    longest = max(range(len(ids)), key=lambda index: len(ids[index]))
+    in_chunks = GREEDY | limit | {"prefill_chunk_size": 5}
+    if model.target.dtype not in HALF_PRECISIONS:
+        yield compare_batch(stressed, "sampled, in a padded batch", ids, SAMPLED | limit)
+    with model.without_settings():
+        yield compare_batch(stressed, "greedy, in a padded batch, built-in trees", ids, GREEDY | limit)
+        yield compare_one_by_one(stressed, "sampled, built-in trees", _calls(ids, seeds, PENALISED | limit))
+        yield compare_one_by_one(stressed, "greedy, a prompt in chunks", [Call(longest, ids[longest], 0, in_chunks)])
+        yield compare_one_by_one(
+            stressed, "greedy, ends inside trees", list(_ending_calls(model, ids, GREEDY | limit))
+        )
+
+
+def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
+    """Each prompt once for every token of its answer, as an end token beside the last one."""
+    for index, prompt in enumerate(ids):
+        answer = model.plain([prompt], **settings).answers[0][:_ENDS].tolist()
+        for place, token in enumerate(answer):
+            if token not in answer[:place]:
+                yield Call(index, prompt, 0, settings | {"eos_token_id": [answer[-1], token]})
+
+
+def _calls(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[Call]:
+    """One per seed, the prompts in turn."""
+    return [Call(seed % len(prompts), prompts[seed % len(prompts)], seed, settings) for seed in range(seeds)]
+
+
+# Wide, deep, looked up, a chain, plain: masks, positions, caches and acceptance differ in each of them.
+_SHAPES = (
+    TreeShape(24, 5, 4, lookup=4),
+    TreeShape.plain(),
+    TreeShape(1, 0, 1, lookup=6),
+    TreeShape(6, 5, 1),
+    TreeShape(9, 2, 8),
+    TreeShape(1, 0, 1, lookup=2),
+    TreeShape(16, 3, 3),
+)
+
+
+class ChangingTrees(Policy):
+    """Built-in trees, another at every step: the policy in question may never draft some kinds of trees."""
+
+    needs_head = False
+
+    def __init__(self, has_head: bool) -> None:
+        self._shapes = cycle([shape for shape in _SHAPES if has_head or not shape.asks_head])
+
+    def choose(self, observation: Observation) -> TreeShape:
+        return next(self._shapes)
+
+
+def built_in_prompts(vocabulary: int) -> list[Tensor]:
+    """Four prompts of token ids, of 2 to 24 tokens: short, odd, long, and one that repeats itself."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (44,), generator=generator)
+    return [ids[:2], ids[2:11], ids[11:35], ids[35:44].repeat(2)]
+
+
+def _check_kinds(model: Any, head: Any, policy: Any) -> None:
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
+        raise ValueError(
+            f"`assert_lossless` needs a loaded causal LM, got {_short(model)}. Pass "
+            "`AutoModelForCausalLM.from_pretrained(...)`."
+        )
+    if not isinstance(head, DraftHead | None):
+        raise ValueError(
+            f"`head` must be a loaded `DraftHead` or None, got {_short(head)}. Pass "
+            "`DraftHead.from_pretrained(..., target=model)`."
+        )
+    if Keywords(policy=policy).is_plain:
+        raise ValueError("`policy='plain'` drafts nothing, so there is nothing to compare. Pass another policy.")
+
+
+def _short(given: Any) -> str:
+    """A module by its class name; its `repr` would fill the message."""
+    return type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
+
+
+def _token_ids(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
+    """A prompt as `[s]` token ids of the model."""
+    ids = torch.empty(0) if isinstance(prompt, str) else torch.as_tensor(prompt)
+    is_row = ids.dim() == 1 and len(ids) > 1 and ids.dtype in (torch.int32, torch.int64)
+    if not is_row or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(
+            f"A prompt must be one row of at least two token ids below {vocabulary}, got {prompt!r}. Pass "
+            "`tokenizer(text)['input_ids']`."
+        )
+    return ids
+
+
+def _facts(model: ModelUnderTest) -> dict[str, str]:
+    known = identity_of(model.target, model.head)
+    facts = {"transformers-resps": version("transformers-resps"), "python": platform.python_version()}
+    facts |= {name: str(known[name]) for name in ("transformers", "torch", "device", "threads", "dtype", "target")}
+    facts["head"] = "none, drafts by lookup"
+    if model.head is not None:
+        facts["head"] = f"{model.head.name_or_path or 'without a name'}, {known['head']}"
+    facts["policy"] = "the head's default tree" if model.policy is None else str(model.policy)
+    return facts

@@ -1,0 +1,434 @@
+"""From datasets in TRL's columns to what trainers learn from: batches of texts, or the target's recorded answers."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..calibration import calibrate, identity_of
+from ..data import Example, prepare_dataset, to_tokens
+from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches
+from ..data.conversations import as_messages
+from ..generation.output import sampling
+from ..heads import DraftHead, parameter_fingerprint
+from ..policies import ActionGrid, CostTable
+from ..replay import OutcomeTable, RankedText, RecordedText, record_pools, record_ranks
+from ..replay.ranked_text import FORMAT
+from .base import written
+from .features import CachedFeatures, FrozenTarget
+from .head_config import DraftHeadTrainingConfig
+from .loading import Pair, context_of, load_tokenizer
+from .policy_config import PolicyTrainingConfig
+from .rollouts import LiveRollouts, ReplayRollouts
+
+
+def check_dataset(dataset: Any, name: str, *, may_stream: bool) -> None:
+    """Check that a dataset, given as the argument `name`, is of a class that can be prepared."""
+    import datasets
+
+    if isinstance(dataset, Mapping):
+        splits = [str(split) for split in dataset]
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__} of the splits {splits}, but must be one of them. Pass, for "
+            f"instance, `dataset[{splits[0] if splits else 'train'!r}]`."
+        )
+    if isinstance(dataset, datasets.IterableDataset) and not may_stream:
+        raise ValueError(
+            f"`{name}` is an `IterableDataset`, but its prompts are read many times. Take the first n: "
+            "`Dataset.from_list(list(dataset.take(200)))`."
+        )
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__}, but must be a `Dataset`{' or `IterableDataset`' * may_stream} "
+            "of the package `datasets`. Make one with `Dataset.from_list(rows)` or `load_dataset`."
+        )
+
+
+def is_streamed(rows: Any) -> bool:
+    """Whether a dataset is read once, in order, and has no length."""
+    return not hasattr(rows, "__len__")  # `datasets` need not be imported, nor installed, to tell
+
+
+_COUNTED_TEXTS = 4096  # of a dataset that is streamed
+
+
+class HeadTexts:
+    """Prepares datasets for one target, and makes batches of a token budget of them.
+
+    Attributes:
+        tokenizer: the target's; `None` where there is none, which is enough for texts that are token ids.
+
+    Raises:
+        ValueError: `max_length` is more than the target reads, or the tokenizer belongs to another model.
+    """
+
+    def __init__(self, target: PreTrainedModel, processing_class: Any, args: DraftHeadTrainingConfig) -> None:
+        context = context_of(target)
+        if (args.max_length or 0) > context:
+            raise ValueError(
+                f"`max_length` is {args.max_length}, but the target reads at most {context} tokens. Lower "
+                "`max_length`."
+            )
+        self._vocab_size: int = target.config.get_text_config().vocab_size
+        self._max_length: int = args.max_length or context
+        self._args = args
+        self._seed = args.seed if args.data_seed is None else args.data_seed
+        self.tokenizer = load_tokenizer(target, processing_class)
+
+    def prepare(self, dataset: Any, name: str) -> Any:
+        """Tokenize and mask a dataset, given as the argument `name`; for evaluation also a dict of them.
+
+        Raises:
+            ValueError: it is something else, or cannot be learned from.
+        """
+        if dataset is None:
+            return None
+        if isinstance(dataset, Mapping) and name != "train_dataset":
+            return {split: self.prepare(part, f"{name}[{split!r}]") for split, part in dataset.items()}
+        check_dataset(dataset, name, may_stream=True)
+        with self._args.main_process_first(desc=f"tokenizing {name}"):
+            return prepare_dataset(
+                dataset,
+                name,
+                self.tokenizer,
+                max_length=self._max_length,
+                vocab_size=self._vocab_size,
+                num_proc=self._args.dataset_num_proc,
+            )
+
+    def texts(self, rows: Any, target: FrozenTarget) -> PreparedTexts | StreamedBatches:
+        """The texts of a prepared dataset; with `feature_cache_dir` with the target's features, computed as needed."""
+        if is_streamed(rows):
+            return StreamedBatches(rows, self._args.tokens_per_batch, seed=self._seed)
+        if self._args.feature_cache_dir is None:
+            return PreparedTexts(rows)
+        return CachedFeatures(rows, self._args.feature_cache_dir, target)
+
+    def loader(
+        self, texts: PreparedTexts | StreamedBatches, collator: Callable[[Any], Any], *, shuffle: bool
+    ) -> DataLoader[Any]:
+        """Batches of up to `tokens_per_batch` tokens, in random order or in a fixed one."""
+        how: dict[str, Any] = {
+            "num_workers": self._args.dataloader_num_workers,
+            "pin_memory": self._args.dataloader_pin_memory,
+        }
+        if isinstance(texts, StreamedBatches):  # its items are batches, which processes share out as if they were rows
+            return DataLoader(texts, batch_size=1, collate_fn=partial(_of_one, collator), **how)
+        batches = TokenBudgetBatches(texts.lengths, self._args.tokens_per_batch, seed=self._seed, shuffle=shuffle)
+        return DataLoader(texts, batch_sampler=batches, collate_fn=collator, **how)
+
+
+def _of_one(collator: Callable[[Any], Any], batches: list[Any]) -> Any:
+    (batch,) = batches
+    return collator(batch)
+
+
+def counted_examples(rows: Any) -> Iterator[Example]:
+    """The examples of a prepared dataset that a draft vocabulary is counted over: all, or the first of a stream."""
+    if is_streamed(rows):
+        return StreamedBatches(rows, 0).examples(_COUNTED_TEXTS)
+    return PreparedTexts(rows).examples()
+
+
+def some_texts(rows: Any, count: int) -> Iterator[dict[str, Tensor]]:
+    """Up to `count` texts of a prepared dataset, or of the first of several, as rows of a batch."""
+    if isinstance(rows, Mapping):
+        rows = next(iter(rows.values()))
+    return (StreamedBatches(rows, 0) if is_streamed(rows) else PreparedTexts(rows)).some(count)
+
+
+def questions_in(rows: Any) -> set[str]:
+    """The first user turns of a prepared dataset, or of several; of a stream there are none before it is read."""
+    if isinstance(rows, Mapping):
+        return set().union(*map(questions_in, rows.values()))
+    found = () if rows is None or is_streamed(rows) else rows["question"]
+    return {question for question in found if question is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPrompts:
+    """Distinct prompts, in the order of their dataset.
+
+    Attributes:
+        tokens: a hash of each prompt -> its token ids `[s]`.
+        first_questions: what the first user turns say, by which a benchmark recognises them.
+    """
+
+    tokens: dict[str, Tensor]
+    first_questions: set[str]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.tokens.values()))
+
+    @classmethod
+    def of(cls, dataset: Any, name: str, tokenizer: Any) -> "PolicyPrompts":
+        """Read the prompts of a dataset, given as the argument `name`.
+
+        Its column is `prompt` (a string, which is taken as it is, or messages) or `messages`. Of messages, all turns
+        up to the last question are the prompt, in the chat template.
+
+        Raises:
+            ValueError: it is something else, is empty, or a row holds something else.
+        """
+        check_dataset(dataset, name, may_stream=False)
+        if not len(dataset):
+            raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")
+        if not {"prompt", "messages"} & set(dataset.column_names):
+            raise ValueError(
+                f"`{name}` has the columns {sorted(dataset.column_names)}, but needs `prompt` or `messages`. Rename "
+                "one with `dataset.rename_column`."
+            )
+        found = cls({}, set())
+        column = "prompt" if "prompt" in dataset.column_names else "messages"
+        for number, row in enumerate(dataset):
+            try:
+                tokens, question = _read_prompt(row[column], column, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"Row {number} of `{name}` {error}") from None
+            found.tokens[name_of(tokens)] = tokens
+            found.first_questions.add(question)
+        return found
+
+
+def _read_prompt(value: Any, column: str, tokenizer: Any) -> tuple[Tensor, str]:
+    """A prompt in tokens `[s]`, and its first question."""
+    if isinstance(value, str) and column == "prompt" and value.strip():
+        return tensor(tokenizer(value)["input_ids"]), value
+    messages = as_messages(value, None)
+    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    if not asked:
+        raise ValueError("has no turn of the user, so there is nothing to answer. Leave it out.")
+    return to_tokens(messages[: asked[-1] + 1], tokenizer), messages[asked[0]]["content"]
+
+
+def name_of(tokens: Tensor) -> str:
+    """A hash of token ids `[s]`."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+class _Recording(Protocol):
+    def save(self, file: str | Path) -> None: ...
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self: ...
+
+
+Recorded = TypeVar("Recorded", bound=_Recording)
+
+
+@dataclass(frozen=True, slots=True)
+class Form(Generic[Recorded]):
+    """What is kept of an answer.
+
+    Attributes:
+        kind: class of the recordings.
+        record: makes one, of a target, a head, `[s]` prompt and answer, the prompt's length and `spare_room`.
+        facts: JSON values that change with everything that changes a recording.
+    """
+
+    kind: type[Recorded]
+    record: Callable[..., Recorded]
+    facts: list[Any]
+
+
+def outcomes_for(grid: ActionGrid) -> Form[RankedText]:
+    """Keep what gives the outcome of every shape of `grid`."""
+    return Form(RankedText, partial(record_ranks, grid=grid), [FORMAT, grid.to_list()])
+
+
+def pools_of(depths: dict[int, int]) -> Form[RecordedText]:
+    """Keep the pools themselves: for each `top_k` of `depths`, of so many levels."""
+    return Form(RecordedText, partial(record_pools, depths=depths), ["pools", sorted(depths.items())])
+
+
+@dataclass
+class Recorder(Generic[Recorded]):
+    """Lets an attached target answer prompts, and records each answer in a file of `folder`, or uses the one there.
+
+    `generation` is passed to `generate`: JSON values, with `max_new_tokens`.
+    """
+
+    target: Any
+    head: DraftHead
+    form: Form[Recorded]
+    folder: Path
+    generation: dict[str, Any]
+
+    def record(self, prompts: Sequence[Tensor], what: str = "prompts") -> list[Recorded]:
+        """Recordings of all prompts `[s]` with an answer of at least two tokens, in their order.
+
+        Each of several processes records its share, then reads the recordings of all.
+
+        Raises:
+            ValueError: no prompt has such an answer.
+        """
+        from accelerate import PartialState  # of the extra `train`; heads are checked without it
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = PartialState()
+        share = prompts[state.process_index :: state.num_processes]
+        missing = [prompt for prompt in share if not self._file(prompt).is_file()]
+        for prompt in tqdm(missing, desc=f"Recording answers to {what}", disable=not missing):
+            text = self._answer(prompt)
+            if text is not None:
+                unfinished = self._file(prompt).with_suffix(f".{os.getpid()}")
+                with written(unfinished.parent):
+                    text.save(unfinished)
+                    unfinished.replace(self._file(prompt))
+        state.wait_for_everyone()
+        found = [self.form.kind.load(file) for file in map(self._file, prompts) if file.is_file()]
+        if not found:
+            raise ValueError(
+                f"None of {len(prompts)} prompts has an answer of at least two tokens. Pass other prompts, or raise "
+                "`max_completion_length`."
+            )
+        return found
+
+    def _file(self, prompt: Tensor) -> Path:
+        return self.folder / f"{name_of(prompt)}-{self._made_with}.safetensors"
+
+    @cached_property
+    def _made_with(self) -> str:
+        """Changes with everything that changes a recording: the target's weights, not its path."""
+        answered = [parameter_fingerprint(self.target), str(self.target.dtype), self.generation]
+        return digest([*answered, self.head.fingerprint(), *self.form.facts])[:8]
+
+    def _answer(self, prompt: Tensor) -> Recorded | None:
+        torch.manual_seed(int(name_of(prompt), 16) % 2**31)  # an answer does not depend on earlier ones
+        inputs = prompt[None].to(self.target.device)
+        mask = torch.ones_like(inputs)
+        text = self.target.generate(
+            inputs, attention_mask=mask, assistant_model=self.head, policy="auto", **self.generation
+        )[0]
+        answered = len(text) - len(prompt)
+        if answered < 2:
+            return None
+        room = self.generation["max_new_tokens"] - answered
+        return self.form.record(self.target, self.head, text, len(prompt), spare_room=room)
+
+
+_USUAL_CONTEXT = 256  # positions, where there are no prompts yet
+
+
+class PolicyData:
+    """The prompts of a trainer by the names of its arguments; answers and costs are made when they are first needed.
+
+    Args:
+        pair: answers, and is measured.
+        args: where and how.
+        datasets: `train_dataset` and `eval_dataset`, each may be `None`.
+
+    Attributes:
+        prompts: name of a dataset -> its prompts.
+    """
+
+    def __init__(self, pair: Pair, args: PolicyTrainingConfig, **datasets: Any) -> None:
+        self.pair, self.prompts = pair, dict[str, PolicyPrompts]()
+        self._args = args
+        self._folder = Path(str(args.output_dir))
+        self._generation = {"max_new_tokens": args.max_completion_length, **sampling(args.temperature)}
+        self._replays: dict[str, ReplayRollouts] = {}
+        for name, dataset in datasets.items():
+            if dataset is not None:
+                self.add(name, dataset)
+
+    def add(self, name: str, dataset: Any) -> None:
+        """Read a dataset, in place of one of the same name."""
+        prompts = PolicyPrompts.of(dataset, name, self.pair.tokenizer)
+        answer, context = self._args.max_completion_length, context_of(self.pair.target)
+        if prompts.longest + answer > context:
+            raise ValueError(
+                f"The longest prompt of `{name}` has {prompts.longest} tokens and its answer up to {answer}, but the "
+                f"target reads at most {context} tokens. Leave longer prompts out, or lower `max_completion_length`."
+            )
+        self.prompts[name] = prompts
+        self._replays.pop(name, None)
+
+    def check_given(self, name: str, use: str) -> None:
+        """Check that there is a dataset for `use`."""
+        if name not in self.prompts:
+            raise ValueError(f"`{name}` is missing, but {use} needs prompts. Pass a dataset of them.")
+
+    @cached_property
+    def costs(self) -> CostTable:
+        """What steps cost on this machine, from `OUTPUT_DIR/costs.json`: a resumed run keeps those it started with.
+
+        One process measures while the others wait: together they would slow each other and learn different costs.
+
+        Raises:
+            ValueError: the run started on another machine, or with another target or head.
+        """
+        file = self._folder / "costs.json"
+        with self._args.main_process_first(desc="measuring what steps cost"):
+            if not file.is_file():
+                calibrate(self.pair.target, self.pair.head).save(file)
+        table = CostTable.load(file)
+        table.check_here(identity_of(self.pair.target, self.pair.head))
+        return table if self._args.reward_includes_drafting else replace(table, draft={})
+
+    @property
+    def usual_context(self) -> int:
+        """Positions in the middle of the answer to a prompt of middle length."""
+        lengths = sorted(len(tokens) for prompts in self.prompts.values() for tokens in prompts.tokens.values())
+        return lengths[len(lengths) // 2] + self._args.max_completion_length // 2 if lengths else _USUAL_CONTEXT
+
+    def first_questions(self, *names: str) -> set[str]:
+        """Of the prompts of these datasets, where there are some."""
+        return set().union(*(self.prompts[name].first_questions for name in names if name in self.prompts))
+
+    def learned(self, name: str) -> int:
+        """How many prompts of a dataset are in `train_dataset`, too."""
+        learned = self.prompts.get("train_dataset")
+        return 0 if learned is None else len(self.prompts[name].tokens.keys() & learned.tokens.keys())
+
+    def replays(self, name: str, grid: ActionGrid) -> ReplayRollouts:
+        """The outcome of every shape of `grid` at every position of the answers."""
+        if name not in self._replays:
+            texts = self.record(name, outcomes_for(grid))
+            self._replays[name] = ReplayRollouts(OutcomeTable([text.outcomes(grid, self.costs) for text in texts]))
+        return self._replays[name]
+
+    def record(self, name: str, form: Form[Recorded]) -> list[Recorded]:
+        """The answers to the prompts of a dataset."""
+        recorder = Recorder(self.pair.target, self.pair.head, form, self._folder / "replay", self._generation)
+        return recorder.record(list(self.prompts[name].tokens.values()), name)
+
+    def live(self) -> LiveRollouts:
+        """Decoding of the training prompts."""
+        prompts, includes = self.prompts["train_dataset"], self._args.reward_includes_drafting
+        return LiveRollouts(
+            self.pair.target,
+            self.pair.head,
+            list(prompts.tokens.values()),
+            includes_drafting=includes,
+            **self._generation,
+        )
+
+    def facts(self, grid: ActionGrid) -> dict[str, str]:
+        """Hashes of what a policy over `grid` learns from: a checkpoint is resumed only with the same."""
+        longest = max(prompts.longest for prompts in self.prompts.values())
+        seconds = [[self.costs.step_seconds(shape, context) for shape in grid.shapes] for context in (0, longest)]
+        return {
+            "target": parameter_fingerprint(self.pair.target),
+            "head": self.pair.head.fingerprint(),
+            "prompts": digest([list(prompts.tokens) for prompts in self.prompts.values()]),
+            "shapes": digest(grid.to_list()),
+            "costs": digest(seconds),
+        }
