@@ -121,7 +121,7 @@ gpu: .venv/dev/.filled
 	$(DEV) -m pytest -m gpu tests $(TEST_OPTIONS)
 	$(DEV) -m training.studies.engine_speed --device cuda --shape $(GPU_SHAPES) --tau 2 3 4 --dtype bfloat16 \
 		--output $(GPU_OUTPUT)/engine
-	$(DEV) -m transformers_resps.bench "$$($(DEV) -m examples.demo.target)" $(HEAD) --dataset $(DATASET) \
+	$(DEV) training/benchmark.py "$$($(DEV) -m examples.demo.target)" $(HEAD) --dataset $(DATASET) \
 		--device cuda --dtype bfloat16 --compile --output $(GPU_OUTPUT)/smollm2
 
 # Minutes: plants bugs, one at a time, each in a process of its own.
@@ -135,7 +135,7 @@ docs: .venv/dev/.filled
 	$(DEV) docs/make_picture.py
 
 bench: .venv/dev/.filled
-	$(DEV) -m transformers_resps.bench "$$($(DEV) -m examples.demo.target)" $(HEAD) \
+	$(DEV) training/benchmark.py "$$($(DEV) -m examples.demo.target)" $(HEAD) \
 		--dataset $(DATASET) $(BENCH_OPTIONS)
 
 # A stamp for each environment: .venv/demo/.filled, .venv/dev/.filled. While it is filled, .filling stands there.

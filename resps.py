@@ -10,7 +10,7 @@ def main() -> int:
     """Run a subcommand; returns the exit status."""
     command = " ".join(["resps", *sys.argv[1:2]])
     print(f"{command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
-    from transformers_resps.cli import main as run  # takes seconds
+    from transformers_resps.tools.cli import main as run  # takes seconds
 
     return run()
 

@@ -86,7 +86,7 @@ def write_recipe(file: Path, base: str, card: dict[str, Any], **settings: Any) -
 
 def measure(folder: Path, results: Path, target: str, head: Path, benchmark: Path, *options: str | Path) -> None:
     """Benchmark these weights, copy results and plots into their folder, and render the card."""
-    run("resps", "bench", target, head, "--dataset", benchmark, "--output", results, *options)
+    run("python", "training/benchmark.py", target, head, "--dataset", benchmark, "--output", results, *options)
     for file in [results / "results.json", *results.glob("*.png")]:
         shutil.copy(file, folder)
     run("python", "training/publish.py", folder, "--render")

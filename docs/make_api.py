@@ -17,7 +17,7 @@ PAGE = Path(__file__).with_name("api.md")
 OPENING = """# API reference
 
 Every public name, from its docstring; written by `make docs`, so edit the docstrings. Shapes: `b` rows, `t` positions,
-`h` hidden size, `n` nodes, `d` draft vocabulary; the whole legend is in `transformers_resps/tree/__init__.py`.
+`h` hidden size, `n` nodes, `d` draft vocabulary; the whole legend is in `transformers_resps/tree.py`.
 """
 TRAINERS = """## Trainers
 

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from examples.demo.target import load_smollm2, prepared_target
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.inspection import examine, page_data
 from transformers_resps.telemetry.display import decoder
+from transformers_resps.tools.inspect import examine, page_data
 
 
 PICTURE = Path(__file__).with_name("step.svg")

@@ -25,6 +25,8 @@ TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of the desk: the READ
 HEAD = "model_cards/smollm2-135m-instruct-head"
 PROMPTS = ("Why is the sky blue?", "List three colours.", "What is 12 times 7?", "Name a planet.", "Hello.", "Why?")
 DECODING = f"{TARGET} {HEAD}"
+SMALL = f"{DECODING} --dataset prompts.jsonl --limit 1 --max-new-tokens 8 --repeats 1 --accept-noise"
+BENCHMARK = f"{ROOT}/training/benchmark.py"
 TRAINED = f"--target {TARGET} --head {HEAD} --dataset prompts.jsonl --max_completion_length 12 --limit 6"
 
 
@@ -48,9 +50,8 @@ def bare_jobs() -> list[Job]:
         Job(f"resps inspect {DECODING} --prompt Hello --max-new-tokens 8 --output page.html"),
         Job(f"python training/publish.py {HEAD} me/head --dry-run", says="would be uploaded", in_clone=True),
         Job("python -m examples.demo", status=2, says="pip install 'transformers-resps[demo]'"),
-        Job(
-            f"resps bench {DECODING} --dataset prompts.jsonl", status=2, says="pip install 'transformers-resps[bench]'"
-        ),
+        Job(f"resps bench {SMALL} --methods prompt-lookup"),
+        Job(f"python {BENCHMARK} {SMALL}", status=2, says="pip install 'transformers-resps[bench]'"),
         *[
             Job(f"python {ROOT}/training/{name}.py", status=1, says="pip install 'transformers-resps[train]'")
             for name in ("train_head", "train_policy")
@@ -84,16 +85,20 @@ def train_jobs() -> list[Job]:
 
 def jobs() -> dict[str, list[Job]]:
     """Extra -> its jobs. The demo comes first: it unpacks the target that all others decode with."""
-    small = f"resps bench {DECODING} --dataset prompts.jsonl --limit 1 --max-new-tokens 8 --repeats 1 --accept-noise"
     return {
         "demo": [
             Job(f"python -m examples.demo --head {HEAD} --max-new-tokens 8", says="Every step of that last answer")
         ],
         "": bare_jobs(),
-        "bench": [Job(f"{small} --methods prompt-lookup")],
+        "bench": [Job(f"python {BENCHMARK} {SMALL} --methods prompt-lookup")],
         "inspect": [Job("python show.py", says="prefill")],
         "train": train_jobs(),
-        "peers": [Job(f"{small} --output results/peers --methods --peers flashspec economize", says="flashspec")],
+        "peers": [
+            Job(
+                f"python {BENCHMARK} {SMALL} --output results/peers --methods --peers flashspec economize",
+                says="flashspec",
+            )
+        ],
         "ablations": [Job("python embed.py", says="embeds True")],
     }
 

@@ -14,10 +14,9 @@ from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate, device_name, identity_of, processor_name
-from transformers_resps.cli import main
-from transformers_resps.cli.calibrate import what_must_be_accepted
 from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
 from transformers_resps.policies.costs import CostTable, Range
+from transformers_resps.tools.cli import main, what_must_be_accepted
 from transformers_resps.verifying.hybrids import known_mixers
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from benchmarking.command import main as benchmark
 from examples.demo import __main__ as demo
-from transformers_resps import cli, compat
+from transformers_resps import compat
 from transformers_resps.compat import check_extra
 
 
@@ -58,8 +59,8 @@ def test_extras_of_an_extra_count(installed: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("main", "words", "extra"),
-    [(cli.main, "bench target head --dataset prompts.jsonl", "bench"), (demo.main, "", "demo")],
-    ids=["bench", "demo"],
+    [(lambda words: benchmark(words, ""), "target head --dataset prompts.jsonl", "bench"), (demo.main, "", "demo")],
+    ids=["benchmark", "demo"],
 )
 def test_a_command_stops_with_one_line(
     main: Any, words: str, extra: str, installed: dict[str, str], capsys: pytest.CaptureFixture[str]

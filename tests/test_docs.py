@@ -12,8 +12,9 @@ from shutil import copytree
 import pytest
 import torch
 
-from transformers_resps import DraftHead, FixedPolicy, TreeShape, cli
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
+from transformers_resps.tools import cli
 
 from .hub import rehearse
 from .targets import Architecture
@@ -35,6 +36,7 @@ QUICKLY = {
     "resps calibrate": "--dtype float32",
     "resps verify": "--dtype float32 --seeds 2 --max-new-tokens 6",
     "resps inspect": "--dtype float32 --max-new-tokens 6",
+    "benchmark.py": "--limit 1 --max-new-tokens 6 --repeats 1 --dtype float32 --accept-noise",
     "generate_dataset.py": "--max-new-tokens 6 --limit 4",
     "train_head.py": "--max_steps 2 --ttt_steps 2 --tokens_per_batch 64 --draft_vocab_size 12 --eval_conversations 1 "
     "--eval_strategy no --save_steps 2 --bf16 False --feature_cache_dir features --warmup_steps 0 "
@@ -113,13 +115,15 @@ def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.Mo
     match words:
         case ["resps", *arguments]:
             assert cli.main([*arguments, *quickly]) in (0, 1)  # 1: looked, and did not like the random head
-        case ["python", "-m", "transformers_resps.bench", *arguments]:
-            assert cli.main(["bench", *arguments, *shlex.split(QUICKLY["resps bench"])]) in (0, 1)
         case ["python", "-m", "tests.hub.rehearse", *command]:
             assert rehearse.main(command) in (0, 1)  # 1: of other weights than its results
         case ["python", script, "--help"]:
             monkeypatch.setattr(sys, "argv", [script, "--help"])
             with pytest.raises(SystemExit, match="0"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        case ["python", "training/benchmark.py" as script, *arguments]:
+            monkeypatch.setattr(sys, "argv", [script, *arguments, *quickly])
+            with pytest.raises(SystemExit, match="[01]"):
                 runpy.run_path(str(ROOT / script), run_name="__main__")
         case ["python", "training/publish.py" as script, *arguments]:  # offline: it looks, and says what is missing
             dry = [] if "--render" in arguments else ["--dry-run"]

@@ -41,10 +41,10 @@ def test_transformers_verbosity_rules_our_warnings(capfd: pytest.CaptureFixture[
     try:
         transformers.logging.set_verbosity_error()
         warn_if_small(1000)
-        assert not logging.getLogger(f"{OURS}.trainers.run_size").isEnabledFor(logging.WARNING)
+        assert not logging.getLogger(f"{OURS}.trainers.head_trainer").isEnabledFor(logging.WARNING)
         assert capfd.readouterr().err == ""
         transformers.logging.set_verbosity_info()
-        assert logging.getLogger(f"{OURS}.trainers.run_size").isEnabledFor(logging.INFO)
+        assert logging.getLogger(f"{OURS}.trainers.head_trainer").isEnabledFor(logging.INFO)
     finally:
         transformers.logging.set_verbosity(before)
 

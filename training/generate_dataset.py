@@ -36,9 +36,9 @@ from runs.context import check_context
 from runs.progress import PromptProgress
 from runs.refusal import run
 from transformers_resps import DraftHead, attach
-from transformers_resps.bench.models import load_target
 from transformers_resps.data import Conversation, read_conversations
 from transformers_resps.generation.output import end_ids
+from transformers_resps.tools.loading import load_target
 
 
 DECIDES_ANSWERS = ("target", "temperatures", "max_new_tokens", "dtype", "seed")

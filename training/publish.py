@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from publishing import check_folder, files_of, publish, write_card, write_custom_generate
-from transformers_resps.hub import Destination
+from transformers_resps.hub.upload import Destination
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,8 +25,8 @@ from publishing import check_publishable, head_metrics, recipe_of, write_run
 from runs.command_line import parse
 from runs.refusal import run
 from runs.timing import TimingCallback
-from transformers_resps.bench.provenance import machine
 from transformers_resps.data import Conversation, load_conversations, split_conversations
+from transformers_resps.tools.results import machine
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
 from transformers_resps.trainers.base import newest_checkpoint
 

@@ -30,10 +30,10 @@ from prompts.policy_prompts import PromptArguments
 from publishing import check_publishable, recipe_of, write_run
 from runs.command_line import parse
 from runs.refusal import run
-from transformers_resps.bench.models import load_target
-from transformers_resps.bench.provenance import machine
-from transformers_resps.hub import METRICS
-from transformers_resps.policies import ThroughputPolicy
+from transformers_resps.hub.upload import METRICS
+from transformers_resps.policies.throughput import ThroughputPolicy
+from transformers_resps.tools.loading import load_target
+from transformers_resps.tools.results import machine
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, fit_policy
 from transformers_resps.trainers.base import newest_checkpoint, push_folder
 from transformers_resps.trainers.loading import check_target_name

@@ -13,17 +13,13 @@ if TYPE_CHECKING:
     from .generation.mixin import ReSpSGenerationMixin
     from .generation.output import SpeculativeOutput
     from .heads import DraftHead, DraftHeadConfig
-    from .policies import (
-        AutoPolicy,
-        BaselineGuard,
-        CostTable,
-        FixedPolicy,
-        Level,
-        Observation,
-        Policy,
-        ReSpSPolicy,
-        ThroughputPolicy,
-    )
+    from .policies.base import Level, Observation, Policy
+    from .policies.costs import CostTable
+    from .policies.fixed import FixedPolicy
+    from .policies.guard import BaselineGuard
+    from .policies.resps import ReSpSPolicy
+    from .policies.saving import AutoPolicy
+    from .policies.throughput import ThroughputPolicy
     from .telemetry import SpeculationReport, StepRecord
     from .testing import LosslessReport, NotLosslessError, assert_lossless
     from .tree import DraftTree, TreeShape
@@ -63,17 +59,13 @@ _HOMES = {
     "generation.mixin": ("ReSpSGenerationMixin",),
     "generation.output": ("SpeculativeOutput",),
     "heads": ("DraftHead", "DraftHeadConfig"),
-    "policies": (
-        "AutoPolicy",
-        "BaselineGuard",
-        "CostTable",
-        "FixedPolicy",
-        "Level",
-        "Observation",
-        "Policy",
-        "ReSpSPolicy",
-        "ThroughputPolicy",
-    ),
+    "policies.base": ("Level", "Observation", "Policy"),
+    "policies.costs": ("CostTable",),
+    "policies.fixed": ("FixedPolicy",),
+    "policies.guard": ("BaselineGuard",),
+    "policies.resps": ("ReSpSPolicy",),
+    "policies.saving": ("AutoPolicy",),
+    "policies.throughput": ("ThroughputPolicy",),
     "telemetry": ("SpeculationReport", "StepRecord"),
     "testing": ("LosslessReport", "NotLosslessError", "assert_lossless"),
     "tree": ("DraftTree", "TreeShape"),

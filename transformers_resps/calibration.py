@@ -24,8 +24,8 @@ from .generation.checks import check_model
 from .generation.mixin import ReSpSGenerationMixin
 from .generation.state import SpeculationDefaults
 from .heads import BoundHead, DraftHead
-from .policies import CostTable, FixedPolicy
-from .policies.costs import Range
+from .policies.costs import CostTable, Range
+from .policies.fixed import FixedPolicy
 from .tree import DraftTree, TreeShape
 from .verifying.cache import crop, record_windows
 from .verifying.hybrids import is_recurrent

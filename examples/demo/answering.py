@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_resps.heads import DraftHead
-from transformers_resps.inspection import Examination, Recorder
-from transformers_resps.policies import FixedPolicy
+from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.telemetry.report import SpeculationReport
 from transformers_resps.testing import Divergence, explain_divergence
+from transformers_resps.tools.inspect import Examination, Recorder
 
 
 Show = Callable[[str, list[int], float], None]  # method, tokens so far, tokens per second so far

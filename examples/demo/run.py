@@ -15,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 from transformers_resps.data import to_tokens
 from transformers_resps.generation.attach import attach
 from transformers_resps.heads import DraftHead
-from transformers_resps.inspection import facts_of, page, page_data
-from transformers_resps.policies import FixedPolicy
+from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.telemetry.display import decoder
+from transformers_resps.tools.inspect import facts_of, page, page_data
 from transformers_resps.verifying.prepacking import prepack
 
 from .answering import Comparison, compare

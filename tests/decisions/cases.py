@@ -13,7 +13,10 @@ from tests.lossless.test_options import OPTIONS
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.policies import ActionGrid, BaselineGuard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.throughput import ThroughputPolicy
 
 
 PROMPT = torch.tensor([[5, 7, 11, 3, 9, 7, 11]])

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_resps.policies import Level, Observation, Policy, count_nodes
-from transformers_resps.policies.base import PolicyWrapper
+from transformers_resps.policies.base import Level, Observation, Policy, PolicyWrapper, count_nodes
 from transformers_resps.telemetry.report import StepRecord
 from transformers_resps.tree import TreeShape
 

@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from tests.decisions.cases import decided
 from tests.decisions.planted import PlantedClock, decision
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, Policy, TreeShape, attach
-from transformers_resps.policies import ActionGrid, BaselineGuard, CostTable, ThroughputPolicy
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.costs import CostTable
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import (
     Oracle,
     OutcomeTable,

@@ -13,16 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import build_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.policies import (
-    AcceptanceModel,
-    ActionGrid,
-    BaselineGuard,
-    CostTable,
-    PlattScaling,
-    ReSpSConfig,
-    ReSpSPolicy,
-    ThroughputPolicy,
-)
+from transformers_resps.policies.acceptance_model import AcceptanceModel, PlattScaling
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.costs import CostTable
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import RankedText, RecordedText, record_pools
 
 

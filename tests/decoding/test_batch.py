@@ -193,7 +193,9 @@ def test_finished_rows_cost_nothing(target: PreTrainedModel, head: DraftHead, do
     unfinished = [4, *(step.decoded_rows for step in out.speculation.steps[1:])]
     assert seen == unfinished
     assert seen[-1] < 4, "all rows ended together: nothing was shown"
-    assert out.speculation.tau == out.speculation.emitted / sum(step.decoded_rows for step in out.speculation.steps)
+    assert out.speculation.tau == out.speculation.emitted_total / sum(
+        step.decoded_rows for step in out.speculation.steps
+    )
 
 
 def test_the_head_drafts_for_unfinished_rows_only(target: PreTrainedModel, head: DraftHead) -> None:
@@ -219,4 +221,4 @@ def test_a_finished_row_that_stays_says_nothing_about_the_head(target: PreTraine
     steps = speculate(target, prompts(1), assistant_model=drafter, policy=policy, **options).speculation.steps
     drafted = [step for step in steps if step.shape.asks_head]
     assert min(step.decoded_rows for step in drafted) < 4, "no row ended before the others: nothing was shown"
-    assert all(int(step.drafted_match) == 1 for step in drafted)
+    assert all(step.drafted_match == (1,) for step in drafted)

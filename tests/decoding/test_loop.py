@@ -22,9 +22,9 @@ from transformers_resps.verifying.verifier import TreeVerifier
 def test_the_report_adds_up(target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor) -> None:
     _, tree = both(target, head, prompt, eos_token_id=-1)
     report = tree.speculation
-    assert report.emitted == tree.sequences.shape[1] - prompt.shape[1] == 24
+    assert report.emitted_total == tree.sequences.shape[1] - prompt.shape[1] == 24
     assert report.target_forwards == len(report.steps)
-    assert report.tau == report.emitted / report.target_forwards > 1
+    assert report.tau == report.emitted_total / report.target_forwards > 1
     for step in report.steps:
         assert int(step.emitted) == int(step.accepted) + 1
         assert step.verified <= step.shape.total_tokens

@@ -5,7 +5,8 @@ import torch
 from transformers_resps import Policy, TreeShape
 from transformers_resps.decoding.proposal import Proposer
 from transformers_resps.drafting.drafter import Drafter
-from transformers_resps.policies import FixedPolicy, Observation
+from transformers_resps.policies.base import Observation
+from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.tree import CandidatePool
 
 

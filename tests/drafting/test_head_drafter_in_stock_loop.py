@@ -10,7 +10,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.drafting.head_drafter import TreeCandidateGenerator, best_path
 from transformers_resps.heads import BoundHead
-from transformers_resps.policies import Policy
+from transformers_resps.policies.base import Policy
 from transformers_resps.tree import CandidatePool
 
 

@@ -34,7 +34,7 @@ def step(verified: int, emitted: int, seconds: float) -> StepRecord:
 def comparison(emitted: int = 2, divergence: Divergence | None = None) -> Comparison:
     """Plain steps of 1 s; tree steps over 8 nodes of 2 s, of which the target's forward takes 1.6 s."""
     report = SpeculationReport(1, [step(1, 1, 1.0), *[step(8, emitted, 2.0) for _ in range(5)]])
-    tokens = torch.arange(report.emitted)
+    tokens = torch.arange(report.emitted_total)
     plain = TimedAnswer(tokens, float(len(tokens)), 1.0, None)
     return Comparison("chat", torch.bfloat16, plain, TimedAnswer(tokens, report.seconds, 1.0, report), divergence)
 

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
-from transformers_resps.policies import default_policy
+from transformers_resps.policies.auto import default_policy
 from transformers_resps.verifying.forward import FeatureTap
 
 

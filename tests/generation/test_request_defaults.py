@@ -23,10 +23,10 @@ from transformers_resps import (
     calibrate,
     detach,
 )
-from transformers_resps.doctor.labelled_text import write_answers
 from transformers_resps.generation.mixin import ReSpSGenerationMixin
 from transformers_resps.generation.state import EvaluationMode, SpeculationDefaults
-from transformers_resps.inspection import examine
+from transformers_resps.tools.doctor import write_answers
+from transformers_resps.tools.inspect import examine
 
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, pipeline
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape, attach, detach
 from transformers_resps.generation.attach import attached, detached
-from transformers_resps.policies import ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 
 
 REPORTED = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}

@@ -8,8 +8,10 @@ from transformers import AutoConfig, AutoModel
 from tests.training.publishing.tiny import TARGET, tiny_target
 from transformers_resps import AutoPolicy, DraftHead, DraftHeadConfig, FixedPolicy, TreeShape
 from transformers_resps.data import prompt_fingerprint, training_prompts_of, write_training_prompts
-from transformers_resps.hub import Destination, upload
-from transformers_resps.policies import BaselineGuard, ReSpSConfig, ReSpSPolicy, ThroughputPolicy
+from transformers_resps.hub.upload import Destination, upload
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.throughput import ThroughputPolicy
 
 
 HEAD, POLICY = "tester/head", "tester/policy"

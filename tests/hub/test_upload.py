@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub.loopback_hub import LoopbackHub
-from transformers_resps.hub import Destination, Existing, upload
+from transformers_resps.hub.upload import Destination, Existing, upload
 
 
 REPO = "tester/head"
@@ -143,7 +143,7 @@ def test_an_id_that_is_none_is_refused(hub):
 
 
 def test_local_folders_are_not_ids(tmp_path, monkeypatch):
-    from transformers_resps.hub import as_hub_id
+    from transformers_resps.hub.upload import as_hub_id
 
     monkeypatch.chdir(tmp_path)
     Path("work/head").mkdir(parents=True)

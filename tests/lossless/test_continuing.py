@@ -65,7 +65,7 @@ def test_three_turns_each_from_the_cache_of_the_last(architecture: Architecture)
         check_equal_caches(outs[1][CACHE_KEYWORD], outs[0][CACHE_KEYWORD])
         turns = [(out.sequences, out[CACHE_KEYWORD]) for out in outs]
         if turn != 1:
-            accepted += outs[1].speculation.emitted - outs[1].speculation.target_forwards
+            accepted += outs[1].speculation.emitted_total - outs[1].speculation.target_forwards
     assert accepted > 0, "no drafted token was ever accepted: the comparison proved nothing"
 
 
@@ -209,7 +209,7 @@ def test_the_limits_count_from_the_conversations_beginning(target: PreTrainedMod
         limit = {"max_new_tokens": None, "max_length": text.shape[1] + most}
         found = answer(target, head, text, first[CACHE_KEYWORD], **limit)
         assert found.sequences.tolist() == answer(target, None, text, **limit).sequences.tolist()
-        assert found.speculation.emitted == most
+        assert found.speculation.emitted_total == most
 
 
 def test_learned_positions_end_where_they_end() -> None:

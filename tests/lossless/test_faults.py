@@ -14,14 +14,10 @@ from transformers import PreTrainedModel
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import AutoPolicy, CostTable, DraftHead, FixedPolicy, Policy, TreeShape, attach
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.policies import (
-    AcceptanceModel,
-    BaselineGuard,
-    PlattScaling,
-    ReSpSConfig,
-    ReSpSPolicy,
-    ThroughputPolicy,
-)
+from transformers_resps.policies.acceptance_model import AcceptanceModel, PlattScaling
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.throughput import ThroughputPolicy
 
 
 WIDE = TreeShape(40, 3, VOCABULARY)

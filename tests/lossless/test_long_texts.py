@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, Observation, TreeShape, attach
-from transformers_resps.policies import default_policy
+from transformers_resps.policies.auto import default_policy
 from transformers_resps.telemetry import RowCounts, StepRecord
 
 
@@ -42,7 +42,7 @@ def test_a_tree_may_stand_anywhere_around_the_window(architecture: Architecture)
         for chunk in (None, 3, WINDOW + 2):
             if chunk is None or chunk < length:
                 report = check_plain_text(target, text(length), head, BOTH, prefill_chunk_size=chunk)
-                accepted += report.emitted - report.target_forwards
+                accepted += report.emitted_total - report.target_forwards
     assert accepted > 0, "no drafted token was ever accepted: the comparison proved nothing"
 
 
@@ -115,7 +115,7 @@ def test_the_limit_may_fall_on_any_step_of_a_tree(long_target: PreTrainedModel, 
     limit = {"max_new_tokens": most} if by == "max_new_tokens" else {"max_new_tokens": None, "max_length": 5 + most}
     for policy in (WIDE, FixedPolicy(TreeShape(13, 12, 1)), FixedPolicy(TreeShape(1, 0, 1, lookup=12))):
         report = check_plain_text(long_target, text(5), head, policy, **limit)
-        assert report.emitted == most
+        assert report.emitted_total == most
 
 
 GEMMA = "RESPS_GEMMA"
@@ -135,4 +135,6 @@ def test_gemma_3_across_its_window_of_512() -> None:
     prompt = torch.tensor([(passage * 9)[:505]])  # repeats itself, so that lookups are accepted
     policy = FixedPolicy(TreeShape(4, 2, 2, lookup=6))
     report = check_plain_text(target, prompt, head, policy, max_new_tokens=24, do_sample=False)
-    assert report.emitted > report.target_forwards, "no drafted token was ever accepted: the comparison proved nothing"
+    assert report.emitted_total > report.target_forwards, (
+        "no drafted token was ever accepted: the comparison proved nothing"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from transformers_resps.policies import Level, Observation, Policy
+from transformers_resps.policies.base import Level, Observation, Policy
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 

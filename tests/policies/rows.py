@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from transformers_resps.policies import Observation
+from transformers_resps.policies.base import Observation
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from transformers_resps.policies import AcceptanceModel, PlattScaling
+from transformers_resps.policies.acceptance_model import AcceptanceModel, PlattScaling
 
 
 def test_scalings_of_fewer_levels_than_are_asked_for_are_refused() -> None:

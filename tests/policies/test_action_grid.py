@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from transformers_resps import TreeShape
-from transformers_resps.policies import ActionGrid
+from transformers_resps.policies.action_grid import ActionGrid
 
 
 def test_a_grid_is_of_shapes_and_one_from_a_list_equals_the_saved_one() -> None:

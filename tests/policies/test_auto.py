@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 from transformers_resps import AutoPolicy, DraftHead, ReSpSGenerationMixin, ReSpSPolicy, attach, detach
 from transformers_resps.generation.attach import attached, detached
 from transformers_resps.heads import pair_identity
-from transformers_resps.policies import BaselineGuard, PolicyCache, ReSpSConfig, ThroughputPolicy
+from transformers_resps.policies.auto import PolicyCache
 from transformers_resps.policies.base import check_same
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.resps import ReSpSConfig
+from transformers_resps.policies.throughput import ThroughputPolicy
 
 
 class Head:

@@ -3,16 +3,12 @@
 import torch
 
 from tests.policies.machine import Machine
-from transformers_resps.inspection.recorder import Recorder
-from transformers_resps.policies import (
-    BaselineGuard,
-    FixedPolicy,
-    Observation,
-    Policy,
-    PolicyWrapper,
-    RunningCosts,
-    ThroughputPolicy,
-)
+from transformers_resps.policies.base import Observation, Policy, PolicyWrapper
+from transformers_resps.policies.costs import RunningCosts
+from transformers_resps.policies.fixed import FixedPolicy
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.throughput import ThroughputPolicy
+from transformers_resps.tools.inspect import Recorder
 from transformers_resps.tree import DraftTree, TreeShape
 
 

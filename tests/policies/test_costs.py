@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from transformers_resps.policies import RunningCosts
+from transformers_resps.policies.costs import RunningCosts
 
 
 def test_costs_are_interpolated_and_never_fall_with_more_nodes() -> None:

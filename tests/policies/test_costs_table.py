@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from transformers_resps.policies import CostTable
+from transformers_resps.policies.costs import CostTable
 
 
 def test_a_table_without_ranges_is_still_read(tmp_path: Path) -> None:

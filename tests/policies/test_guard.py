@@ -8,17 +8,13 @@ import pytest
 import torch
 
 from tests.policies.machine import JUMPING, MACHINES, Machine
-from transformers_resps.policies import (
-    AcceptanceModel,
-    BaselineGuard,
-    FixedPolicy,
-    Observation,
-    PlattScaling,
-    Policy,
-    RunningCosts,
-    ThroughputPolicy,
-    default_policy,
-)
+from transformers_resps.policies.acceptance_model import AcceptanceModel, PlattScaling
+from transformers_resps.policies.auto import default_policy
+from transformers_resps.policies.base import Observation, Policy
+from transformers_resps.policies.costs import RunningCosts
+from transformers_resps.policies.fixed import FixedPolicy
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 

@@ -3,7 +3,9 @@
 import pytest
 
 from tests.policies.rows import observation, record
-from transformers_resps.policies import BaselineGuard, FixedPolicy, RunningCosts
+from transformers_resps.policies.costs import RunningCosts
+from transformers_resps.policies.fixed import FixedPolicy
+from transformers_resps.policies.guard import BaselineGuard
 from transformers_resps.tree import TreeShape
 
 

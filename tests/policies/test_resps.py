@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape, attach
-from transformers_resps.policies import ActionGrid, AutoPolicy, Observation, ReSpSConfig, ReSpSPolicy
-from transformers_resps.policies.resps import ActorCritic, saved_shapes
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.base import Observation
+from transformers_resps.policies.resps import ActorCritic, ReSpSConfig, ReSpSPolicy, saved_shapes
+from transformers_resps.policies.saving import AutoPolicy
 
 
 def observe(features: torch.Tensor | None, step: int = 0) -> Observation:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from transformers_resps import TreeShape
-from transformers_resps.policies import AutoPolicy, FixedPolicy, ReSpSPolicy
+from transformers_resps.policies.fixed import FixedPolicy
+from transformers_resps.policies.resps import ReSpSPolicy
+from transformers_resps.policies.saving import AutoPolicy
 
 
 def test_auto_policy_returns_the_right_class_and_names_what_is_wrong(tmp_path: Path) -> None:

@@ -9,20 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.policies.machine import FLAT, JUMPING, SLOPING, Machine
-from transformers_resps.policies import (
-    AcceptanceModel,
-    AutoPolicy,
-    BaselineGuard,
-    CostTable,
-    FixedPolicy,
-    Observation,
-    PlattScaling,
-    Policy,
-    RunningCosts,
-    ThroughputPolicy,
-    default_policy,
-)
-from transformers_resps.policies.throughput import best_prefix
+from transformers_resps.policies.acceptance_model import AcceptanceModel, PlattScaling
+from transformers_resps.policies.auto import default_policy
+from transformers_resps.policies.base import Observation, Policy
+from transformers_resps.policies.costs import CostTable, RunningCosts
+from transformers_resps.policies.fixed import FixedPolicy
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.saving import AutoPolicy
+from transformers_resps.policies.throughput import ThroughputPolicy, best_prefix
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 

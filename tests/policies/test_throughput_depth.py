@@ -5,7 +5,10 @@ import torch
 
 from tests.policies.machine import FLAT, SLOPING, Machine
 from transformers_resps import FixedPolicy, ReSpSPolicy, TreeShape
-from transformers_resps.policies import BaselineGuard, Level, Observation, Policy, ThroughputPolicy, default_policy
+from transformers_resps.policies.auto import default_policy
+from transformers_resps.policies.base import Level, Observation, Policy
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.telemetry import StepRecord
 
 

@@ -11,7 +11,8 @@ from tests.decoding.rows import prompts, speculate
 from tests.policies.rows import observation, record
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, attach
-from transformers_resps.policies import FixedPolicy, ThroughputPolicy
+from transformers_resps.policies.fixed import FixedPolicy
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from transformers_resps.policies import Level, Observation, Policy, ThroughputPolicy
+from transformers_resps.policies.base import Level, Observation, Policy
 from transformers_resps.policies.guard import BaselineGuard
-from transformers_resps.policies.throughput import WidthMemory
+from transformers_resps.policies.throughput import ThroughputPolicy, WidthMemory
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.tree import TreeShape
 

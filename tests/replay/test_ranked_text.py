@@ -8,7 +8,9 @@ from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead, DraftTree, TreeShape
 from transformers_resps.heads import BoundHead
-from transformers_resps.policies import ActionGrid, CostModel, Observation, Policy
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.base import Observation, Policy
+from transformers_resps.policies.costs import CostModel
 from transformers_resps.replay.ranked_text import RankedText, path_ranks, record_ranks
 from transformers_resps.replay.recorded_text import PositionPools
 from transformers_resps.verifying.forward import FeatureTap

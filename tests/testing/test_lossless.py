@@ -22,7 +22,7 @@ from transformers_resps import (
 )
 from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.text import Text
-from transformers_resps.policies import PolicyCache
+from transformers_resps.policies.auto import PolicyCache
 from transformers_resps.testing import MAX_SPACINGS, spacing_at
 from transformers_resps.testing.comparison import Call, ModelUnderTest, compare_batch, compare_one_by_one
 from transformers_resps.testing.distribution import check_distribution

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from transformers_resps import TreeShape
-from transformers_resps.policies import ActionGrid, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay import OutcomeTable, TextOutcomes
 from transformers_resps.trainers.policy_config import PolicyTrainingConfig
 from transformers_resps.trainers.rollouts import ReplayRollouts

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, attach
-from transformers_resps.policies import ActionGrid
+from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.trainers import data
 from transformers_resps.trainers.data import Form, Recorder, outcomes_for, pools_of
 

@@ -15,7 +15,7 @@ class Absent:
         if name.split(".")[0] in absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-import transformers_resps.doctor, transformers_resps.trainers, transformers_resps.data
+import transformers_resps.tools.cli, transformers_resps.trainers, transformers_resps.data
 """
 
 

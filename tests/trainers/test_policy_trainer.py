@@ -31,7 +31,8 @@ from transformers_resps import (
 from transformers_resps.calibration import identity_of
 from transformers_resps.data import prompt_fingerprint, read_training_prompts
 from transformers_resps.heads import pair_identity
-from transformers_resps.policies import ActionGrid, ReSpSConfig
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.resps import ReSpSConfig
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, data, fit_policy
 from transformers_resps.trainers.data import Recorder
 

@@ -11,7 +11,8 @@ import torch
 from transformers import TrainerCallback
 
 from tests.trainers.policies import FEATURES, GRID, config, policy, task
-from transformers_resps.policies import AutoPolicy, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.saving import AutoPolicy
 from transformers_resps.replay import OutcomeTable, TextOutcomes
 from transformers_resps.trainers.policy_config import PolicyTrainingConfig
 from transformers_resps.trainers.policy_trainer import RolloutTrainer

@@ -13,7 +13,9 @@ from tests.conftest import FakeClock
 from tests.trainers.policies import FEATURES, GRID, config, task
 from transformers_resps import DraftHead, TreeShape, attach, detach
 from transformers_resps.decoding.loop import TreeDecoding
-from transformers_resps.policies import ActionGrid, Observation, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.base import Observation
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay import OutcomeTable, TextOutcomes
 from transformers_resps.telemetry import RowCounts, StepRecord
 from transformers_resps.trainers import ReplayRollouts
@@ -116,7 +118,7 @@ def test_each_step_is_booked_under_the_decision_that_shaped_it() -> None:
     for step in range(8):
         shape = recorder.choose(Observation(torch.full((1, FEATURES), float(step)), 10, step, 100, list))
         recorder.observe(record(shape, emitted=step + 1, seconds=1.0))
-    assert [[one.emitted for one in decision.records] for decision in recorder.decisions] == [
+    assert [[int(one.emitted) for one in decision.records] for decision in recorder.decisions] == [
         [1, 2, 3],
         [4, 5, 6],
         [7, 8],

@@ -26,7 +26,7 @@ from transformers_resps import (
 )
 from transformers_resps.calibration import identity_of
 from transformers_resps.heads import pair_identity
-from transformers_resps.policies import ActionGrid
+from transformers_resps.policies.action_grid import ActionGrid
 from transformers_resps.trainers import PolicyTrainingConfig, data
 
 

@@ -66,7 +66,9 @@ class PromptArguments:
     dataset: str = field(metadata={"help": "JSON or JSONL file, or Hub id, of conversations: their prompts are used."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
     target_dtype: str = field(default="auto", metadata={"help": "A torch dtype name, or auto."})
-    pack: bool = field(default=False, metadata={"help": "With packed weights, as `resps bench --pack` will measure."})
+    pack: bool = field(
+        default=False, metadata={"help": "With packed weights, as a benchmark with --pack will measure."}
+    )
     limit: int = field(default=200, metadata={"help": "Maximum number of prompts; 0 for all."})
     held_out: float = field(
         default=0.3,

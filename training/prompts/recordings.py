@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from transformers_resps import DraftHead, attach
-from transformers_resps.bench.models import load_target
 from transformers_resps.data import load_conversations, to_tokens
 from transformers_resps.generation.output import sampling
 from transformers_resps.heads import parameter_fingerprint
+from transformers_resps.tools.loading import load_target
 from transformers_resps.trainers.data import Recorder, pools_of
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from transformers_resps.bench.results import SCHEMA_VERSION
 from transformers_resps.heads import DraftHeadConfig
-from transformers_resps.hub import METRICS, RESULTS, as_hub_id
+from transformers_resps.hub.upload import METRICS, RESULTS, as_hub_id
+from transformers_resps.tools.results import SCHEMA_VERSION
 
 
 CONFIG, WEIGHTS, RECIPE = "config.json", "model.safetensors", "recipe.yaml"

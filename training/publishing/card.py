@@ -9,10 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from transformers_resps import TreeShape
-from transformers_resps.bench.results import ALL
-from transformers_resps.bench.table import method_cell, same_text, summary_cells
-from transformers_resps.bench.timing import PLAIN
-from transformers_resps.hub import GENERAL_TAGS, card_data
+from transformers_resps.hub.upload import GENERAL_TAGS, card_data
+from transformers_resps.tools.results import ALL, PLAIN, method_cell, same_text, summary_cells
 
 from .artefact import Artefact
 

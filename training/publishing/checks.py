@@ -6,12 +6,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from transformers_resps.bench.provenance import config_sha256, weights_sha256
-from transformers_resps.bench.results import read_results
+from benchmarking.provenance import config_sha256, weights_sha256
 from transformers_resps.data import TRAINING_PROMPTS, read_training_prompts
 from transformers_resps.heads import DraftHead
-from transformers_resps.hub import CARD, METRICS, RESULTS
-from transformers_resps.policies import AutoPolicy
+from transformers_resps.hub.upload import CARD, METRICS, RESULTS
+from transformers_resps.policies.saving import AutoPolicy
+from transformers_resps.tools.results import read_results
 
 from .artefact import CONFIG, RECIPE, WEIGHTS, Artefact, read_artefact
 from .card import render_card
@@ -53,7 +53,7 @@ _ORIGINS = {
     CONFIG: "`save_pretrained` writes it: check the path.",
     WEIGHTS: "`save_pretrained` writes it: save the head again.",
     CARD: "Render it: run training/publish.py with --render.",
-    RESULTS: "Measure these weights: run `resps bench` with --output, and copy the file here.",
+    RESULTS: "Measure these weights: run training/benchmark.py with --output, and copy the file here.",
     METRICS: "Training writes it: copy it from the run's output folder.",
     RECIPE: "Copy the YAML file that the run was started with.",
 }
@@ -113,8 +113,8 @@ def _result_faults(folder: Path) -> Iterator[str]:
     for kind, own in (("weights", weights_sha256(folder)), ("config", config_sha256(folder))):
         if own not in results.get(f"{kind}_sha256", {}).values():
             yield (
-                f"{RESULTS} was measured with other {kind} (SHA-256 here: {str(own)[:16]}...). Run `resps bench` with "
-                "this folder."
+                f"{RESULTS} was measured with other {kind} (SHA-256 here: {str(own)[:16]}...). Run "
+                "training/benchmark.py with this folder."
             )
     doubts = {
         "is partial, because the benchmark was stopped": results["partial"],
@@ -122,7 +122,7 @@ def _result_faults(folder: Path) -> Iterator[str]:
         "has outputs that differ from plain decoding beyond rounding": results["unexplained"],
     }
     for doubt in [text for text, holds in doubts.items() if holds]:
-        yield f"{RESULTS} {doubt}. Complete, quiet and lossless results are needed: run `resps bench` again."
+        yield f"{RESULTS} {doubt}. Complete, quiet and lossless results are needed: run training/benchmark.py again."
 
 
 def _training_prompt_faults(folder: Path) -> Iterator[str]:

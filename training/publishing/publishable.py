@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is in `__all__` of a part
 from transformers import TrainingArguments
 
-from transformers_resps.hub import RESULTS, Destination, Existing, as_hub_id, make_repository
+from transformers_resps.hub.upload import RESULTS, Destination, Existing, as_hub_id, make_repository
 
 from .artefact import check_card
 from .privacy import private_facts

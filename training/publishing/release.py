@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
-from transformers_resps.hub import CARD, Destination, Existing, upload
+from transformers_resps.hub.upload import CARD, Destination, Existing, upload
 
 from .artefact import read_artefact
 from .card import render_card

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from transformers_resps.hub import METRICS
+from transformers_resps.hub.upload import METRICS
 
 from .artefact import RECIPE, check_card
 from .release import write_card, write_custom_generate

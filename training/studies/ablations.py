@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from transformers_resps import TreeShape
-from transformers_resps.policies import ActionGrid, CostTable, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.costs import CostTable
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 from transformers_resps.replay.recorded_text import RecordedText
 from transformers_resps.trainers import PolicyTrainingConfig, ReplayRollouts, RolloutTrainer
 

@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from transformers_resps.generation.output import end_ids, left_padded, up_to_end
 from transformers_resps.heads import DraftHead
-from transformers_resps.policies import FixedPolicy, Policy, default_policy
+from transformers_resps.policies.auto import default_policy
+from transformers_resps.policies.base import Policy
+from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.tree import TreeShape
 
 from .experiment import Experiment, add_options, execute
@@ -166,8 +169,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Decode, write, print."""
-    from rich.progress import track  # of the extra `bench`
-
     given = Experiment.load(args)
     bench = BatchBench(given.target, given.head, lambda: policy_of(args.shape), args.max_new_tokens)
     sizes = [size for size in args.batch_sizes if size <= len(given.prompts)]
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
             f"The batch sizes {args.batch_sizes} are above the number of prompts, {len(given.prompts)}. Pass smaller "
             "`--batch-sizes`, or a larger `--limit` and a dataset of as many rows."
         )
-    runs = list(track(bench.run(given.prompts, sizes, args.repeats), "Decoding"))
+    runs = list(tqdm(bench.run(given.prompts, sizes, args.repeats), desc="Decoding"))
     given.report(args, table(runs), runs)
     return 0
 

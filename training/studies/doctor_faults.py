@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_resps import cli
-from transformers_resps.cli.questions import default_questions
 from transformers_resps.data import to_tokens
-from transformers_resps.doctor import write_answers
+from transformers_resps.tools import cli
+from transformers_resps.tools.doctor import write_answers
+from transformers_resps.tools.loading import questions_in
 
 
 def faults(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -51,7 +51,7 @@ def answer(target_name: str, count: int, max_new_tokens: int, file: Path) -> Non
     """Write greedy answers to the doctor's own questions, spread evenly over all fifty."""
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     target = AutoModelForCausalLM.from_pretrained(target_name, dtype=torch.float32)
-    questions = default_questions(50)[:: 50 // count][:count]
+    questions = questions_in([], 50)[:: 50 // count][:count]
     prompts = [to_tokens(question, tokenizer) for question in questions]
     with file.open("w", encoding="utf-8") as lines:
         for question, found in zip(questions, write_answers(target, prompts, max_new_tokens), strict=True):

@@ -27,11 +27,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from transformers_resps import DraftHead, TreeShape, attach
-from transformers_resps.bench.config import default_device
-from transformers_resps.bench.methods import (
-    Method,
+from transformers_resps.tools.bench import check_load, other_load
+from transformers_resps.tools.loading import default_device, device, positive, shape
+from transformers_resps.tools.methods import (
+    Bench,
+    Generate,
+    Prompt,
     compiled,
     compiled_plain,
     fixed_tree,
@@ -39,11 +43,7 @@ from transformers_resps.bench.methods import (
     policies,
     prompt_lookup,
 )
-from transformers_resps.bench.noise import check_load, other_load, plain_spread
-from transformers_resps.bench.options import device, positive, shape
-from transformers_resps.bench.prompts import Prompt
-from transformers_resps.bench.runs import Bench
-from transformers_resps.bench.timing import AnswerTiming, summarise
+from transformers_resps.tools.results import AnswerTiming, plain_spread, summarise
 from transformers_resps.verifying.hybrids import is_recurrent
 from transformers_resps.verifying.prepacking import prepack
 
@@ -58,7 +58,7 @@ DRAFT_VOCABULARY = 32_000  # as EAGLE-3 publishes its heads
 class Way(NamedTuple):
     """A method, and the tau that its head is rigged to; `None` for what drafts without one, or its own trees."""
 
-    method: Method
+    method: Generate
     tau: float | None = None
 
 
@@ -93,7 +93,7 @@ def ways_of(
         own = [(fixed_tree(head, shape), tau) for shape in shapes[tau]]
         own += [(auto, None) for auto in policies(head, {"auto": "auto"})]
         for method, planted in own:
-            named = Method(f"{method.name}, tau {tau:g}", method.keywords)
+            named = Generate(f"{method.name}, tau {tau:g}", method.keywords)
             found += [Way(one, planted) for one in ((named, compiled(named)) if compiles else (named,))]
     return found
 
@@ -192,8 +192,6 @@ def table(runs: Sequence[EngineRun]) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> int:
     """Decode, write, print."""
-    from rich.progress import track  # of the extra `bench`
-
     load = other_load()
     if not args.accept_noise:
         check_load(load)
@@ -205,13 +203,13 @@ def run(args: argparse.Namespace) -> int:
     for model in args.shape:
         engine = EngineBench.prepare(args, model)
         total = (args.repeats + 1) * len(engine.texts) * len(engine.ways)
-        found = list(track(engine.run(args.repeats), f"Decoding with {model}", total=total))
+        found = list(tqdm(engine.run(args.repeats), desc=f"Decoding with {model}", total=total))
         spreads[model] = plain_spread(run.timing for run in found if run.timing.repeat >= 0)
         refusals[model] = engine.not_compiled
         runs += found
     noise = {"accepted": args.accept_noise, "load_before": load}
     last = engine.ways[-1].method.keywords["assistant_model"]
-    Experiment(engine.bench.model, last, []).report(
+    Experiment(engine.bench.target, last, []).report(
         args, table(runs), runs, noise=noise, plain_spread=spreads, not_compiled=refusals
     )
     return 0

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_resps.bench.config import BenchConfig, default_device
-from transformers_resps.bench.models import BenchModels
-from transformers_resps.bench.options import device, dtype, model, positive, shape
-from transformers_resps.bench.prompts import read_dialogues, spread
-from transformers_resps.bench.provenance import code, machine
+from training.benchmarking.provenance import code
 from transformers_resps.compat import check_extra
 from transformers_resps.heads import DraftHead
-from transformers_resps.hub import RESULTS
+from transformers_resps.hub.upload import RESULTS
+from transformers_resps.tools.bench import BenchConfig, BenchModels
+from transformers_resps.tools.loading import default_device, device, dtype, model, positive, shape
+from transformers_resps.tools.results import machine
+from transformers_resps.tools.session import read_dialogues, spread
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from transformers_resps import BaselineGuard, DraftHead, FixedPolicy, Policy, TreeShape
-from transformers_resps.policies import Observation, ThroughputPolicy
+from transformers_resps.policies.base import Observation
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.verifying.prepacking import prepack
 
 from .experiment import Experiment, add_options

@@ -21,14 +21,11 @@ import torch
 from torch import Tensor
 
 from transformers_resps import TreeShape
-from transformers_resps.policies import (
-    ActionGrid,
-    BaselineGuard,
-    CostTable,
-    Observation,
-    PolicyWrapper,
-    ThroughputPolicy,
-)
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.base import Observation, PolicyWrapper
+from transformers_resps.policies.costs import CostTable
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import Oracle, RecordedText, fitted_policy, replay_policy
 
 from .acceptance_model import FittedAcceptance

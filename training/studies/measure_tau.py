@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.benchmarking.command import identity_of
 from transformers_resps import FixedPolicy, TreeShape
-from transformers_resps.bench.config import BenchConfig
-from transformers_resps.bench.models import BenchModels
-from transformers_resps.bench.options import positive, shape
-from transformers_resps.bench.prompts import read_dialogues
-from transformers_resps.bench.provenance import code, machine
 from transformers_resps.generation.output import sampling
+from transformers_resps.tools.bench import BenchConfig, BenchModels
+from transformers_resps.tools.loading import positive, shape
+from transformers_resps.tools.session import read_dialogues
 
 
 def tokens_and_forwards(models: BenchModels, prompts: list[Tensor], tree: TreeShape, most: int) -> tuple[int, int]:
@@ -41,7 +40,7 @@ def tokens_and_forwards(models: BenchModels, prompts: list[Tensor], tree: TreeSh
             return_dict_in_generate=True,
             **sampling(0.0),
         )
-        emitted += out.speculation.emitted
+        emitted += out.speculation.emitted_total
         forwards += out.speculation.target_forwards
     return emitted, forwards
 
@@ -57,9 +56,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, default=Path("results/tau.json"))
     args = parser.parse_args()
-    models = BenchModels.load(
-        BenchConfig(args.target, args.head, args.dataset, policies=(), dtype=args.dtype, pack=True)
-    )
+    config = BenchConfig(args.target, args.head, args.dataset, policies=(), dtype=args.dtype, pack=True)
+    models = BenchModels.load(config)
     rows = []
     for tree in args.shapes:
         taus: dict[str, float] = {}
@@ -71,7 +69,7 @@ def main() -> None:
             print(f"{tree} {Path(source).stem}: {taus[Path(source).stem]}", flush=True)
         rows.append({"shape": str(tree), "tau": taus, "mean": round(sum(taus.values()) / len(taus), 3)})
         print(f"{tree} mean: {rows[-1]['mean']}", flush=True)
-    facts = {**machine(models.target), **code(), **models.identity, "arguments": vars(args), "rows": rows}
+    facts = {**identity_of(config, models), "arguments": vars(args), "rows": rows}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers_resps import BaselineGuard, FixedPolicy, Policy, TreeShape
-from transformers_resps.policies import CostModel, CostTable, ThroughputPolicy
+from transformers_resps.policies.costs import CostModel, CostTable
+from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.replay import RecordedText, replay_policy
 
 from .headroom import load_folder

@@ -26,7 +26,7 @@ from transformers_resps.decoding.proposal import Proposal
 from transformers_resps.generation import inputs as verification
 from transformers_resps.generation import mixin
 from transformers_resps.generation.output import left_padded
-from transformers_resps.policies import default_policy
+from transformers_resps.policies.auto import default_policy
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import Features
 from transformers_resps.verifying.verifier import TreeVerifier
@@ -131,7 +131,7 @@ def measure(given: Experiment, size: int, max_new_tokens: int) -> list[GroupTimi
             report: SpeculationReport = given.target.generate(
                 ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **options
             ).speculation
-            found.append(GroupTiming(name, size, number, report.emitted, len(report.steps), report.seconds))
+            found.append(GroupTiming(name, size, number, report.emitted_total, len(report.steps), report.seconds))
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transformers_resps.policies import CostTable
+from transformers_resps.policies.costs import CostTable
 
 from .acceptance_model import FittedAcceptance, fit_net
 from .positions import CHAIN, LEVELS, TOP_K, Positions

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers_resps.policies import ActionGrid, CostTable
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.costs import CostTable
 from transformers_resps.replay import OutcomeTable, RankedText, RecordedText
 
 

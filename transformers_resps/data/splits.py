@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..hub import file_of
+from ..hub.download import file_of
 from .conversations import Conversation
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..drafting.engine import DraftEngine
 from ..drafting.head_drafter import TreeCandidateGenerator
 from ..heads import BoundHead
-from ..policies import Policy
+from ..policies.base import Policy
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree
 from ..verifying.forward import Features, wait_for

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..drafting.drafter import Drafter
 from ..drafting.head_drafter import MAX_UNREAD
 from ..drafting.prompt_lookup import BatchLookup, Match, mean_accept_probs
-from ..policies import Observation, Policy, choose_shape, count_nodes
+from ..policies.base import Observation, Policy, choose_shape, count_nodes
 from ..tree import CandidatePool, DraftTree, TreeShape
 
 

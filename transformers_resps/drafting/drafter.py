@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from ..policies import Policy
+from ..policies.base import Policy
 from ..tree import CandidatePool, DraftTree, TreeShape
 
 

@@ -10,7 +10,8 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..compat import SELECTS_HIDDEN_STATES
 from ..heads import Attend, BoundHead, HeadCache, Rope, RopeWindow
-from ..policies import FixedPolicy, Level, Policy, wants_level
+from ..policies.base import Level, Policy, wants_level
+from ..policies.fixed import FixedPolicy
 from ..tree import CandidatePool, TreeShape
 from ..verifying.forward import Features
 from ..verifying.rows import SlotMap

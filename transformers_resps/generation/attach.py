@@ -14,7 +14,8 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from ..compat import unwrapped
 from ..heads import DraftHead
-from ..policies import AutoPolicy, Policy
+from ..policies.base import Policy
+from ..policies.saving import AutoPolicy
 from .mixin import ReSpSGenerationMixin
 from .state import CompileChoice, SpeculationDefaults, SpeculationState, is_name
 

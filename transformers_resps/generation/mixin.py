@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..policies import Policy
+from ..policies.base import Policy
 from .request import Call, Request
 from .speculation import speculate
 from .state import CompileChoice, Keywords, SpeculationState

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, cast
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..heads import BoundHead, DraftHead, pair_identity
-from ..policies import AutoPolicy, FixedPolicy, Policy, PolicyCache
-from ..policies.auto import default_policy
+from ..policies.auto import PolicyCache, default_policy
+from ..policies.base import Policy
+from ..policies.fixed import FixedPolicy
+from ..policies.saving import AutoPolicy
 from .checks import check_draws, check_model, check_settings, check_tree_attention
 from .state import AUTO, CompileChoice, Keywords, SpeculationDefaults, SpeculationState, is_name
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from ..compat import unwrapped
 from ..drafting.engine import DraftEngines
 from ..heads import DraftHead
-from ..policies import Policy, PolicyCache
+from ..policies.auto import PolicyCache
+from ..policies.base import Policy
 from ..verifying.slots import SlotEngine
 
 

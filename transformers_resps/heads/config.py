@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..hub import shareable
+from ..hub.upload import shareable
 from ..tree import TreeShape
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
-from ..hub import Destination, plain_card, push_saved
+from ..hub.upload import Destination, plain_card, push_saved
 from ..tree import TreeShape
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig

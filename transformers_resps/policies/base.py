@@ -292,7 +292,7 @@ def check_same(what: str, trained: Identity | None, given: Identity | None) -> N
     if wrong:
         raise ValueError(
             f"This policy was trained with the {what} {_name(trained)}, but is used with {_name(given)}: it needs "
-            f"{', '.join(wrong)}. Load the policy of this {what}, or train one with training/train_policy.py."
+            f"{', '.join(wrong)}. Load the policy of this {what}, or train one with `PolicyTrainer`."
         )
 
 

@@ -235,7 +235,7 @@ class ReSpSPolicy(SavedPolicy):
                 f"This policy picks from {len(self.config.grid)} shapes, but is used with another grid of "
                 f"{len(grid)}, which lacks {len(missing)} of them"
                 + (f", for example {missing[0]}" if missing else "")
-                + ". Use `policy.config.grid`, or train a policy on the other grid with training/train_policy.py."
+                + ". Use `policy.config.grid`, or train a policy on the other grid with `PolicyTrainer`."
             )
 
     def to_config(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..hub import Destination, RepositoryFiles, plain_card, push_saved, shareable
+from ..hub.download import RepositoryFiles
+from ..hub.upload import Destination, plain_card, push_saved, shareable
 from .base import Policy
 
 
@@ -164,6 +165,8 @@ def class_of(policy_type: str) -> type[SavedPolicy]:
     Raises:
         ValueError: no class of this type is defined.
     """
+    from . import fixed, guard, resps, throughput  # noqa: F401  # the types of this release, which import this module
+
     known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
     if policy_type not in known:
         raise ValueError(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..policies import ThroughputPolicy
 from ..policies.acceptance_model import LEVELS, MAX_SCORE, MIN_SCORE, AcceptanceModel, PlattScaling
+from ..policies.throughput import ThroughputPolicy
 from .recorded_text import RecordedText
 
 

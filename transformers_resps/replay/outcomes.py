@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..policies import ActionGrid
+from ..policies.action_grid import ActionGrid
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..drafting.prompt_lookup import Lookup
 from ..heads import DraftHead
-from ..policies import ActionGrid, CostModel
+from ..policies.action_grid import ActionGrid
+from ..policies.costs import CostModel
 from ..tree import CandidatePool, TreeShape
 from .outcomes import TextOutcomes
 from .recorded_text import RecordedText, open_recording, record_pools

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..decoding.proposal import Proposal, Proposer
 from ..drafting.drafter import Drafter
-from ..policies import CostModel, Level, Policy, wants_level
+from ..policies.base import Level, Policy, wants_level
+from ..policies.costs import CostModel
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, TreeShape
 from .recorded_text import RecordedText

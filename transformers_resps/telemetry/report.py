@@ -16,11 +16,6 @@ class RowCounts(tuple[int, ...]):
     __slots__ = ()
 
     def __int__(self) -> int:
-        """The number of the only row.
-
-        Raises:
-            ValueError: there are several rows.
-        """
         if len(self) != 1:
             raise ValueError(f"{tuple(self)} counts {len(self)} rows. Take one of them by its index, or their sum.")
         return self[0]
@@ -154,7 +149,7 @@ class SpeculationReport:
     compile_seconds: float = 0.0
 
     @property
-    def emitted(self) -> int:
+    def emitted_total(self) -> int:
         """Number of new tokens, over all rows."""
         return sum(step.emitted_total for step in self.steps)
 
@@ -179,13 +174,13 @@ class SpeculationReport:
     @property
     def tokens_per_second(self) -> float:
         """New tokens of all rows over all seconds, prefill included; 0 if no time was measured."""
-        return self.emitted / self.seconds if self.seconds > 0 else 0.0
+        return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary and every step as JSON values."""
         return {
             "batch_size": self.batch_size,
-            "emitted": self.emitted,
+            "emitted_total": self.emitted_total,
             "target_forwards": self.target_forwards,
             "tau": self.tau,
             "seconds": self.seconds,
@@ -247,15 +242,15 @@ class SpeculationReport:
         shares = ", ".join(f"{name} {seconds / self.seconds:.0%}" for name, seconds in parts.items() if self.seconds)
         trees = sum(step.verified > 1 for step in self.steps)
         return (
-            f"{self.emitted} tokens in {self.target_forwards} forwards of the target, {trees} of them over trees: "
-            f"tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
+            f"{self.emitted_total} tokens in {self.target_forwards} forwards of the target, {trees} of them over "
+            f"trees: tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
         )
 
 
 def tau_of(reports: Sequence[SpeculationReport]) -> float:
     """Mean tokens that a row gained per target forward until it finished, over all calls; 0 without any."""
     forwards = sum(step.decoded_rows for report in reports for step in report.steps)
-    return sum(report.emitted for report in reports) / forwards if forwards else 0.0
+    return sum(report.emitted_total for report in reports) / forwards if forwards else 0.0
 
 
 def nodes_of(reports: Sequence[SpeculationReport]) -> float:

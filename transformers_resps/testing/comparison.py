@@ -21,7 +21,7 @@ from ..generation.mixin import ReSpSGenerationMixin
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.state import EvaluationMode, SpeculationDefaults
 from ..heads import DraftHead
-from ..policies import Policy
+from ..policies.base import Policy
 from ..telemetry.report import SpeculationReport
 from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_divergence
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..drafting.head_drafter import TreeCandidateGenerator
 from ..drafting.prompt_lookup import Lookup
 from ..heads import BoundHead, DraftHead
-from ..policies import FixedPolicy
+from ..policies.fixed import FixedPolicy
 from ..tree import TreeShape
 from ..verifying.forward import FeatureTap
 from .comparison import SAMPLED, ModelUnderTest

@@ -15,7 +15,7 @@ from transformers.utils.logging import tqdm
 from ..calibration import identity_of
 from ..generation.state import Keywords
 from ..heads import DraftHead
-from ..policies import Observation, Policy
+from ..policies.base import Observation, Policy
 from ..tree import TreeShape
 from .comparison import (
     GREEDY,

@@ -36,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from ..hub import CARD, RESULTS, Destination, Existing, make_repository, upload
+from ..hub.upload import CARD, RESULTS, Destination, Existing, make_repository, upload
 
 
 logger = logging.getLogger(f"transformers.{__name__}")

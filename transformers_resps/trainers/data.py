@@ -21,7 +21,8 @@ from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches
 from ..data.conversations import as_messages
 from ..generation.output import sampling
 from ..heads import DraftHead, parameter_fingerprint
-from ..policies import ActionGrid, CostTable
+from ..policies.action_grid import ActionGrid
+from ..policies.costs import CostTable
 from ..replay import OutcomeTable, RankedText, RecordedText, record_pools, record_ranks
 from ..replay.ranked_text import FORMAT
 from .base import written

@@ -18,17 +18,14 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data import write_training_prompts
 from ..heads import DraftHead
-from ..hub import METRICS
-from ..policies import (
-    ActionGrid,
-    AutoPolicy,
-    BaselineGuard,
-    CostModel,
-    Policy,
-    ReSpSConfig,
-    ReSpSPolicy,
-    ThroughputPolicy,
-)
+from ..hub.upload import METRICS
+from ..policies.action_grid import ActionGrid
+from ..policies.base import Policy
+from ..policies.costs import CostModel
+from ..policies.guard import BaselineGuard
+from ..policies.resps import ReSpSConfig, ReSpSPolicy
+from ..policies.saving import AutoPolicy
+from ..policies.throughput import ThroughputPolicy
 from ..replay import Oracle, OutcomeTable, RankedText, RecordedText, fitted_policy, replay_policy
 from ..telemetry.report import Timing, bootstrap_interval, rate
 from .base import (

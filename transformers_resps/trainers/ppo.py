@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..policies import ReSpSPolicy
+from ..policies.resps import ReSpSPolicy
 from ..replay import HeldOutcomes
 from .policy_config import PolicyTrainingConfig
 from .rollouts import Rollouts

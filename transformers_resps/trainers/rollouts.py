@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from ..compat import unwrapped
 from ..generation.mixin import ReSpSGenerationMixin
 from ..heads import DraftHead
-from ..policies import Observation, Policy, ReSpSPolicy
+from ..policies.base import Observation, Policy
+from ..policies.resps import ReSpSPolicy
 from ..replay import HeldOutcomes, Oracle, OutcomeTable
 from ..telemetry.report import StepRecord
 from ..tree import TreeShape

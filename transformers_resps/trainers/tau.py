@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..drafting.head_drafter import TreeCandidateGenerator
 from ..heads import BoundHead
-from ..policies import FixedPolicy
+from ..policies.fixed import FixedPolicy
 from ..replay import RecordedText, ReplayedStep, decode_again
 from ..tree import TreeShape
 

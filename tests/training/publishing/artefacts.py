@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarking.provenance import config_sha256, weights_sha256
 from publishing import write_card
 from tests.training.publishing.tiny import TARGET, tiny_target
 from transformers_resps import DraftHead, TreeShape
-from transformers_resps.bench.provenance import config_sha256, weights_sha256
 from transformers_resps.data import write_training_prompts
-from transformers_resps.policies import ActionGrid, ReSpSConfig, ReSpSPolicy
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 
 
 DATA = [

@@ -7,14 +7,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from benchmarking.provenance import config_sha256
 from publishing import UnreadableArtefactError, find_faults, read_artefact, render_card
 from publishing.custom_code import custom_generate_files
 from publishing.release import local_name
 from tests.training.publishing.artefacts import changed, head_folder, policy_folder
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
-from transformers_resps.bench.provenance import config_sha256
 from transformers_resps.data import read_training_prompts
-from transformers_resps.policies import BaselineGuard, ThroughputPolicy
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.throughput import ThroughputPolicy
 
 
 CARDS = Path(__file__).parent / "cards"

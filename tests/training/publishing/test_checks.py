@@ -56,17 +56,17 @@ def test_weights_whose_training_prompts_nobody_kept_are_refused(folder):
 def test_results_of_other_weights_are_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"fc.weight": tensors["fc.weight"] + 1}, folder / "model.safetensors")
-    only(folder, "results.json", "other weights", "resps bench")
+    only(folder, "results.json", "other weights", "training/benchmark.py")
 
 
 def test_weights_measured_under_another_config_are_refused(folder):
     first, *others = json.loads((folder / "config.json").read_text())["feature_layers"]
     changed(folder, config={"feature_layers": [first - 1, *others]})
-    only(folder, "results.json", "other config", "resps bench")
+    only(folder, "results.json", "other config", "training/benchmark.py")
     changed(folder, config={"feature_layers": [first, *others]})
     assert faults(folder) == []
     changed(folder, config={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
-    only(folder, "results.json", "other config", "resps bench")
+    only(folder, "results.json", "other config", "training/benchmark.py")
 
 
 def test_a_policy_measured_with_another_grid_is_refused(tmp_path):

@@ -9,8 +9,8 @@ from tests.training.publishing.artefacts import policy_folder
 from tests.training.publishing.tiny import tiny_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, ReSpSGenerationMixin, TreeShape, attach
 from transformers_resps.generation.attach import attached
-from transformers_resps.hub import Destination
-from transformers_resps.policies import PolicyCache
+from transformers_resps.hub.upload import Destination
+from transformers_resps.policies.auto import PolicyCache
 
 
 REPO = "tester/policy"

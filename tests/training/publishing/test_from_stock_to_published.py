@@ -15,7 +15,7 @@ from tests.hub.loopback_hub import LoopbackHub
 from tests.targets import Architecture
 from tests.test_docs import QUICKLY, TEMPLATE
 from tests.tokenizers import letter_tokenizer
-from transformers_resps import cli
+from transformers_resps.tools import cli
 
 
 ROOT = Path(__file__).parents[3]
@@ -50,8 +50,8 @@ def test_a_stock_model_gets_a_head_and_a_policy_that_anybody_can_download(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "costs"))
-    monkeypatch.setattr("transformers_resps.bench.__main__.other_load", lambda: 0.0)  # as on a quiet machine,
-    monkeypatch.setattr("transformers_resps.bench.session.check_spread", lambda *_: None)  # which this one is not
+    monkeypatch.setattr("transformers_resps.tools.bench.other_load", lambda: 0.0)  # as on a quiet machine,
+    monkeypatch.setattr("benchmarking.command.check_spread", lambda *_: None)  # which this one is not
     torch.manual_seed(1)
     Architecture("llama", {"max_position_embeddings": 1024}).build("sdpa").float().save_pretrained(tmp_path / "target")
     tokenizer = letter_tokenizer()

@@ -9,7 +9,7 @@ import yaml
 from transformers import TrainingArguments
 
 from publishing import check_publishable
-from transformers_resps.hub import Destination, upload
+from transformers_resps.hub.upload import Destination, upload
 
 
 CARD: dict[str, Any] = {

@@ -15,8 +15,9 @@ from tests.trainers.heads import config, fresh, texts
 from tests.training.publishing.artefacts import snapshot
 from transformers_resps import AutoPolicy, DraftHead
 from transformers_resps.data import prompt_fingerprint, read_training_prompts
-from transformers_resps.hub import Destination, upload
-from transformers_resps.policies import BaselineGuard, ReSpSConfig, ReSpSPolicy
+from transformers_resps.hub.upload import Destination, upload
+from transformers_resps.policies.guard import BaselineGuard
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 from transformers_resps.trainers import DraftHeadTrainer
 
 

@@ -8,7 +8,7 @@ import pytest
 from training.studies.engine_speed import EngineRun, main, table, ways_of
 from training.studies.random_target import random_target
 from transformers_resps import DraftHead, TreeShape
-from transformers_resps.bench.timing import AnswerTiming
+from transformers_resps.tools.results import AnswerTiming
 
 
 def test_a_benchmark_of_a_tiny_engine_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

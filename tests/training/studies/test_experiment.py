@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from tests.bench.conversations import save_models, save_rows
+from tests.tools.conversations import save_models, save_rows
 from training.studies.batches import main as batches
 from transformers_resps import DraftHead
 

@@ -7,7 +7,7 @@ from tests.conftest import build_target
 from training.studies import headroom
 from training.studies.headroom import Corpus
 from transformers_resps import DraftHead, attach
-from transformers_resps.policies import CostTable
+from transformers_resps.policies.costs import CostTable
 from transformers_resps.replay.recorded_text import RecordedText, record_pools
 
 

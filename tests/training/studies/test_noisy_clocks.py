@@ -5,7 +5,7 @@ import math
 import pytest
 
 from training.studies import noisy_clocks
-from transformers_resps.policies import CostTable
+from transformers_resps.policies.costs import CostTable
 
 
 TABLE = CostTable({64: {1: 1.0, 4: 1.3, 16: 2.0}}, {1: 0.04, 4: 0.07}, {}, 0.01)

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from training.studies import step_costs
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.policies import ActionGrid, CostTable
+from transformers_resps.policies.action_grid import ActionGrid
+from transformers_resps.policies.costs import CostTable
 from transformers_resps.replay import Oracle, record_pools, replay_policy
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...hub import RepositoryFiles
+from ...hub.download import RepositoryFiles
 from ..config import DraftHeadConfig
 from ..identity import target_identity
 from .publishers import MODELOPT_LAYER, PublishedConfig

@@ -1,0 +1,234 @@
+"""`resps bench` from its options to its files, on a tiny target."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.tools.conversations import save_models, save_rows
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.compilation import compiled as compiled_function
+from transformers_resps.data import write_training_prompts
+from transformers_resps.heads import pair_identity
+from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
+from transformers_resps.tools import bench as command
+from transformers_resps.tools.bench import BenchConfig, add_options, check_load, load_policies, read_options
+from transformers_resps.tools.cli import main
+from transformers_resps.tools.methods import Bench
+from transformers_resps.tools.results import BusyMachineError
+
+
+ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]
+BenchCommand = Callable[..., int]
+REAL_COMPILE = torch.compile
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> BenchCommand:
+    """`bench(*options)`: the exit status, with a dataset of five rows of which two are evaluated.
+
+    What is compiled runs as it is: real compilation takes half a minute.
+    """
+    monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)
+    target, head = save_models(tmp_path, tiny_target, tiny_head)
+    file = save_rows(tmp_path / "mine.jsonl", ROWS)
+
+    def run(*options: str) -> int:
+        output = ["--output", str(tmp_path / "out"), "--accept-noise", "--limit", "2", "--max-new-tokens", "8"]
+        return main(["bench", target, head, "--dataset", file, "--repeats", "1", *output, *options])
+
+    return run
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
+    return found
+
+
+def parsed(words: str) -> BenchConfig:
+    parser = argparse.ArgumentParser()
+    add_options(parser, BenchConfig)
+    return read_options(parser.parse_args(words.split()), BenchConfig)
+
+
+def test_options_that_are_left_out_keep_the_defaults_of_the_config() -> None:
+    assert parsed("me/target me/head --dataset a.jsonl") == BenchConfig("me/target", "me/head", ["a.jsonl"])
+
+
+def test_every_option_reaches_the_config() -> None:
+    words = "t h --dataset a b --policy auto mine --methods --shapes 8,4,2 1,0,1,6 --temperature 0 0.5 --limit 3"
+    assert parsed(words) == BenchConfig(
+        "t", "h", ["a", "b"], policies=["auto", "mine"], methods=[], temperatures=[0.0, 0.5], limit=3,
+        shapes=[TreeShape(8, 4, 2), TreeShape(1, 0, 1, lookup=6)],
+    )  # fmt: skip
+
+
+def test_a_benchmark_writes_everything(
+    bench: BenchCommand, tmp_path: Path, tiny_target: PreTrainedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = DraftHead.from_pretrained(tmp_path / "head", target=tiny_target)
+    identity = pair_identity(tiny_target, head)
+    ReSpSPolicy(ReSpSConfig(head.config.features_width, **identity)).save_pretrained(tmp_path / "mine")
+    assert bench("--policy", "auto", str(tmp_path / "mine"), "--temperature", "0", "1", "--shapes", "4,2,2") == 0
+    found = results(tmp_path)
+    methods = [row["method"] for row in found["pooled"]]
+    assert methods[:5] == ["plain", "plain, compiled", "prompt lookup", "EAGLE-3 60/5/10", "EAGLE-3 60/7/10"]
+    assert methods[5:] == ["tree 4/2/2", "auto", "Re-SpS mine"]
+    assert len(found["measurements"]) == 3 * 2 * 8 and not found["partial"] and not found["unexplained"]
+    assert found["same_text"]["Re-SpS mine"] == 6  # sampled or not, seed for seed
+    assert found["settings"]["shapes"] == ["tree 4/2/2"] and found["command"][0] == "resps"
+    assert {"device", "dtype", "threads", "versions", "advice", "costs", "steps", "head", "policies"} <= found.keys()
+    assert found["noise"]["accepted"] and found["steps"]["auto"].keys() >= {"mean_nodes", "verify_seconds"}
+    assert {"results.json", "table.md"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    printed = capsys.readouterr().out
+    assert "| all | 1 | auto |" in printed and found["advice"] in printed
+
+
+def test_after_ctrl_c_the_prompts_that_all_have_answered_are_written(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = Bench.decode, []
+
+    def counted(self: Bench, *args: Any, **kwargs: Any) -> Any:
+        if "max_new_tokens" not in kwargs:  # no warm-up
+            calls.append(args)
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(Bench, "decode", counted)
+    assert bench("--methods", "prompt-lookup") == 130  # four methods
+    stopped = results(tmp_path)
+    assert stopped["partial"] and len(stopped["measurements"]) == 4
+
+
+def test_trees_and_policies_are_measured_both_ways(
+    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--methods", "--shapes", "4,2,2", "--compile") == 0
+    found = results(tmp_path)
+    rows = {row["method"]: row for row in found["pooled"]}
+    assert list(rows) == ["plain", "plain, compiled", "tree 4/2/2", "tree 4/2/2, compiled", "auto", "auto, compiled"]
+    assert found["not_compiled"] is None and found["settings"]["compile"]
+    assert all(
+        row["compiled_efficiency"] == pytest.approx(row["compiled_ratio"] / row["tau"]) for row in rows.values()
+    )
+    assert found["same_text"] == dict.fromkeys(rows, 3) and "| ratio to compiled plain |" in capsys.readouterr().out
+
+
+def test_plain_decoding_is_compiled_by_the_real_compiler(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_function.torch, "compile", REAL_COMPILE)
+    assert bench("--methods", "--pack") == 0
+    found = results(tmp_path)
+    assert [row["method"] for row in found["pooled"]] == ["plain", "plain, compiled", "auto"]
+    assert found["not_compiled"] is None and found["packed"]
+    assert found["same_text"] == dict.fromkeys(("plain", "plain, compiled", "auto"), 3)
+
+
+def test_what_cannot_be_compiled_is_told_in_a_line_and_the_rest_goes_on(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_compiler(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("No working C++ compiler was found.")
+
+    monkeypatch.setattr(compiled_function.torch, "compile", no_compiler)
+    assert bench("--methods", "--compile") == 0
+    assert [row["method"] for row in results(tmp_path)["pooled"]] == ["plain", "auto"]
+    assert "plain, compiled: not measured. RuntimeError: No working C++ compiler" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_preparing_is_no_traceback(bench: BenchCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "calibrate", stopped)
+    assert bench() == 130
+
+
+def test_training_prompts_are_not_evaluated(
+    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_training_prompts(tmp_path / "head", ["mnop"])
+    assert bench("--methods") == 2
+    assert "among the training prompts of head, for example mine/2" in capsys.readouterr().err
+    write_training_prompts(tmp_path / "head", ["another"])
+    assert bench("--methods") == 0
+    assert results(tmp_path)["training_prompts"] == {"head": 1}
+
+
+def test_a_busy_machine_is_refused(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "other_load", lambda: 1.5)
+    target, head, file = str(tmp_path / "target"), str(tmp_path / "head"), str(tmp_path / "mine.jsonl")
+    assert main(["bench", target, head, "--dataset", file, "--output", str(tmp_path / "busy")]) == 2
+    assert "Other processes use 1.5 CPUs" in capsys.readouterr().err and not (tmp_path / "busy").exists()
+
+
+def test_a_machine_that_becomes_noisy_stops_the_measurement_and_what_is_there_is_partial(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noisy(_: object) -> None:
+        raise BusyMachineError("The machine is noisy.")
+
+    monkeypatch.setattr(command, "check_spread", noisy)
+    monkeypatch.setattr(command, "other_load", lambda: 0.0)
+    target, head, file = str(tmp_path / "target"), str(tmp_path / "head"), str(tmp_path / "mine.jsonl")
+    options = ["--methods", "--repeats", "1", "--max-new-tokens", "4", "--output", str(tmp_path / "out")]
+    assert main(["bench", target, head, "--dataset", file, *options]) == 2
+    assert "The machine is noisy." in capsys.readouterr().err
+    found = results(tmp_path)
+    assert found["partial"] and {m["prompt"] for m in found["measurements"]} == {"mine/0"}
+
+
+@pytest.mark.parametrize("load", [None, 0.0, 0.5])
+def test_a_quiet_machine_is_accepted(load: float | None) -> None:
+    check_load(load)
+
+
+def test_a_machine_that_others_use_is_refused_before_the_start() -> None:
+    with pytest.raises(BusyMachineError, match="use 1.7 CPUs, but at most 0.5 .*--accept-noise"):
+        check_load(1.7)
+
+
+def test_without_a_terminal_nothing_but_the_findings_is_printed(
+    bench: BenchCommand, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_training_prompts(tmp_path / "head", [])
+    assert bench("--methods") == 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("option", [["--shapes", "8,4"], ["--limit", "0"], ["--methods", "magic"]])
+def test_a_malformed_option_ends_with_a_usage_message(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "target", "head", "--dataset", "x.jsonl", *option])
+    assert option[0] in capsys.readouterr().err
+
+
+def test_two_policies_never_have_one_name(
+    tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = ["old/gsm8k/policy", "new/gsm8k", "chat/policy", "policy-run/policy"]
+    for folder in folders:
+        FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(folder)
+    found = load_policies(["auto", *folders], tiny_target, tiny_head)
+    assert list(found) == ["auto", "policy old/gsm8k/policy", "policy new/gsm8k", "policy chat", "policy-run"]
+    for same in ("chat/policy", "chat/policy/", "./chat/policy"):
+        with pytest.raises(ValueError, match="twice. Pass each policy once"):
+            load_policies(["chat/policy", same], tiny_target, tiny_head)
+
+
+def test_the_benchmark_says_where_its_trees_go(tiny_target: PreTrainedModel, tiny_head: DraftHead) -> None:
+    with pytest.raises(ValueError, match="`--policy 8,4,2` is a tree.* Pass `--shapes 8,4,2`"):
+        load_policies(["8,4,2"], tiny_target, tiny_head)

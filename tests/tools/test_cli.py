@@ -1,0 +1,136 @@
+"""`resps` as a user types it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import build_target
+from tests.targets import VOCABULARY
+from tests.tokenizers import letter_tokenizer
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.tools import cli
+from transformers_resps.tools.bench import BenchConfig
+from transformers_resps.tools.cli import main
+from transformers_resps.verifying.verifier import TreeVerifier
+
+
+@pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"resps {command}" in capsys.readouterr().out
+
+
+def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[BenchConfig] = []
+    monkeypatch.setattr("transformers_resps.tools.bench.bench", lambda config: seen.append(config) or 1)
+    assert cli.main(["bench", "target", "head", "--dataset", "x.jsonl"]) == 1
+    assert seen == [BenchConfig("target", "head", ["x.jsonl"])]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "doctor target head --answers 0",
+        "doctor target head --max-length -3",
+        "verify target --prompts 0",
+        "verify target --seeds 0",
+        "inspect target --prompt x --output x.html --max-new-tokens 0",
+        "doctor target head --dtype float17",
+        "verify target --device gpu",
+        "verify target --device meta",
+        "calibrate target --dtype float8_e4m3fn",
+        "bench target head --dataset x.jsonl --dtype float17",
+        "bench target head --dataset x.jsonl --temperature 0 nan",
+        "inspect target --prompt x --output x.html --temperature -1",
+        "verify ./not/there",
+        "calibrate target /not/there",
+        "doctor owner/name owner/name/head",
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_before_anything_is_loaded(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words.split())
+    assert ended.value.code == 2
+    assert " is no " in capsys.readouterr().err
+
+
+def test_asking_for_help_needs_no_extra() -> None:
+    code = """
+import sys
+sys.modules.update(rich=None, gguf=None, trl=None, datasets=None)
+from transformers_resps.tools.cli import main
+main(["--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "doctor" in done.stdout
+
+
+QUICK = ["--seeds", "1", "--prompts", "1", "--max-new-tokens", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A target with its tokenizer, and a head."""
+    folder: Path = tmp_path_factory.mktemp("verify")
+    target = build_target(vocab_size=VOCABULARY, initializer_range=0.6, num_hidden_layers=2)
+    target.save_pretrained(folder / "target")
+    letter_tokenizer().save_pretrained(folder / "target")
+    torch.manual_seed(1)
+    DraftHead.from_target(target).save_pretrained(folder / "head")
+    return str(folder / "target"), str(folder / "head")
+
+
+def test_a_lossless_head_is_told_so_with_status_0(folders: tuple[str, str], capsys: Any, tmp_path: Path) -> None:
+    FixedPolicy(TreeShape(10, 2, 9)).save_pretrained(tmp_path)
+    assert main(["verify", *folders, str(tmp_path), *QUICK]) == 0
+    page = capsys.readouterr().out
+    assert "LOSSLESS: every answer is the plain one" in page and "FixedPolicy" in page
+    assert "torch.float32" in page and folders[1] in page
+
+
+def test_a_lossy_engine_is_told_so_with_status_1(
+    folders: tuple[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_second_best(method: str) -> None:
+        stock = getattr(TreeVerifier, method)
+
+        def lossy(*given: Any, **options: Any) -> tuple[torch.Tensor, Any]:
+            logits, features = stock(*given, **options)
+            return logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf), features
+
+        monkeypatch.setattr(TreeVerifier, method, lossy)
+
+    with_second_best("prefill")
+    with_second_best("verify")
+    assert main(["verify", *folders, "10,2,9", *QUICK]) == 1
+    page = capsys.readouterr().out
+    assert "NOT LOSSLESS: greedy" in page and "position 0: plain wrote" in page
+
+
+def test_what_cannot_be_examined_has_status_2(folders: tuple[str, str], capsys: Any, tmp_path: Path) -> None:
+    assert main(["verify", *folders, str(tmp_path / "nowhere"), *QUICK]) == 2
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    assert main(["verify", *folders, *QUICK, "--dataset", str(tmp_path / "empty.jsonl")]) == 2
+    assert "has no user turns" in capsys.readouterr().err
+
+
+def test_a_check_in_which_no_draft_was_accepted_has_status_2(folders: tuple[str, str], capsys: Any) -> None:
+    assert main(["verify", *folders, "1,0,1", *QUICK]) == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("NOTHING WAS TESTED: no drafted token of the policy")
+
+
+def test_rounding_is_one_line_per_number_of_nodes(folders: tuple[str, str], capsys: Any) -> None:
+    assert main(["verify", folders[0], "--rounding", "--dtype", "bfloat16", *QUICK]) == 0
+    page = capsys.readouterr().out
+    assert all(
+        name in page for name in ("bfloat16", "\n2 nodes: 3 gaps", "\n16 nodes: 3 gaps", "\nall at once: 3 gaps")
+    )

@@ -1,0 +1,255 @@
+"""Faults planted in a good head are found, named and mended; a good head is left alone."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
+
+from tests.conftest import build_target
+from tests.tokenizers import letter_tokenizer
+from transformers_resps.heads import BoundHead, DraftHead, HeadCache
+from transformers_resps.tools import doctor
+from transformers_resps.tools.cli import main
+from transformers_resps.tools.doctor import DEPTHS, LabelledText, diagnose, refined, write_answers
+from transformers_resps.trainers.losses import unroll
+from transformers_resps.verifying.forward import FeatureTap
+from transformers_resps.verifying.prepacking import PackedWeight
+
+
+V, PERIOD, LENGTH = 24, 7, 28
+LAYERS, BASE = [1, 2, 3], 1e4
+
+
+def periodic_texts(count: int, generator: torch.Generator) -> Tensor:
+    """Seven random tokens over and over: what comes next lies a fixed distance back, so that RoPE matters."""
+    block = torch.randint(3, V, (count, PERIOD), generator=generator)
+    return block.repeat(1, LENGTH // PERIOD)
+
+
+def train_target(generator: torch.Generator) -> PreTrainedModel:
+    target = build_target(num_hidden_layers=5, vocab_size=V, initializer_range=0.1).train()
+    optimizer = torch.optim.AdamW(target.parameters(), lr=4e-3)
+    for _ in range(120):
+        texts = periodic_texts(16, generator)
+        target(texts, labels=texts).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return target.eval()
+
+
+def train_head(target: PreTrainedModel, generator: torch.Generator) -> DraftHead:
+    rope = {"rope_type": "default", "rope_theta": BASE}
+    head = DraftHead.from_target(target, V, feature_layers=LAYERS, rope_parameters=rope).train()
+    with torch.no_grad():  # as uneven as in real heads, so that the residual before it is not the one behind it
+        head.layers[0].hidden_norm.weight.copy_(2 * torch.randn(32, generator=generator))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=4e-3)
+    for _ in range(120):
+        texts = periodic_texts(16, generator)
+        with torch.no_grad(), FeatureTap(target, LAYERS) as tap, tap.record() as features:
+            embeddings = target.get_input_embeddings()(texts)
+            target(texts)
+        levels = unroll(head, features.concatenated(), embeddings, DEPTHS)
+        losses = [
+            F.cross_entropy(head.lm_head(level[:, PERIOD : -2 - depth]).mT, texts[:, PERIOD + 2 + depth :])
+            for depth, level in enumerate(levels)
+        ]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return head.eval()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, list[LabelledText]]:
+    """A target, the folder of a good head for it, and answers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these matrices are too small to share
+    generator = torch.Generator().manual_seed(0)
+    target = train_target(generator)
+    folder = tmp_path_factory.mktemp("head")
+    train_head(target, generator).save_pretrained(folder)
+    torch.set_num_threads(threads)
+    return target, folder, [LabelledText(text, PERIOD + 1) for text in periodic_texts(24, generator)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "cure"),
+    [
+        ({}, {}),
+        ({"feature_layers": [2, 3, 4]}, {"feature_layers": LAYERS}),
+        ({"feature_layers": [0, 1, 2]}, {"feature_layers": LAYERS}),
+        ({"rope_theta": 1e6}, {"rope_theta": BASE}),
+        ({"rope_theta": 30.0}, {"rope_theta": BASE}),
+        ({"norm_before_residual": True}, {"norm_before_residual": False}),
+        (
+            {"feature_layers": [2, 3, 4], "rope_theta": 1e6, "norm_before_residual": True},
+            {"feature_layers": LAYERS, "rope_theta": BASE, "norm_before_residual": False},
+        ),
+    ],
+    ids=str,
+)
+def test_a_planted_fault_is_found_and_its_cure_named(
+    fault: dict[str, Any], cure: dict[str, Any], pair: tuple[PreTrainedModel, Path, list[LabelledText]]
+) -> None:
+    target, folder, answers = pair
+    found = diagnose(target, DraftHead.from_pretrained(folder, target=target, **fault), answers)
+    assert found.overrides == cure and found.is_healthy is (not fault)
+    assert all(f"{key}={value!r}" in found.verdict for key, value in cure.items())
+    if fault:
+        mended = DraftHead.from_pretrained(folder, target=target, **{**fault, **found.overrides})
+        assert diagnose(target, mended, answers).is_healthy
+
+
+@torch.no_grad()
+def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
+    """Against the engine's own cache, one true prefix and one chain at a time."""
+    target, folder, answers = pair
+    head = DraftHead.from_pretrained(folder, target=target, feature_layers=[2, 3, 4])  # good, but not all right
+    bound = BoundHead(head, target)
+    hits = torch.zeros(DEPTHS)
+    kept = positions = 0
+    for answer in answers[:3]:
+        states = target(answer.tokens[None], output_hidden_states=True)
+        features = torch.cat([states.hidden_states[layer] for layer in (2, 3, 4)], dim=-1)
+        picks = states.logits[0].argmax(-1)
+        for slot in range(answer.prompt_length - 2, LENGTH - DEPTHS):
+            cache = HeadCache.empty(head.config, 1, head.dtype, head.device)
+            embedded = bound.embed(answer.tokens[None])
+            order = torch.arange(LENGTH)[None]
+            attend = cache.attend_from(0, None, is_causal=True)
+            hidden = head(head.fuse(features[:, : slot + 1]), embedded[:, 1 : slot + 2], order[:, : slot + 1], attend)
+            chain = []
+            for depth in range(DEPTHS):
+                guess = bound.target_ids(bound.logits(hidden[:, -1:]).argmax(-1))
+                chain.append(bool(guess == picks[slot + 1 + depth]))
+                here, token = slot + 1 + depth, slot + 2 + depth
+                if depth < DEPTHS - 1:
+                    attend = cache.attend_from(here, None)
+                    fed = head.feedback(hidden[:, -1:])
+                    hidden = head(fed, embedded[:, token : token + 1], order[:, here : here + 1], attend)
+            hits += torch.tensor(chain)
+            kept += next((i for i, hit in enumerate(chain) if not hit), DEPTHS)
+            positions += 1
+    cell = diagnose(target, head, answers[:3]).configured
+    assert cell.agreement == pytest.approx((hits / positions).tolist()) and 0.3 < min(cell.agreement) < 0.99
+    assert cell.accepted == pytest.approx(kept / positions)
+
+
+def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
+    target, folder, answers = pair
+    head = DraftHead.from_pretrained(folder, target=target)
+    with pytest.raises(ValueError, match="1 of 2 answers have at least 4 tokens.*at least 2 are needed"):
+        diagnose(target, head, [answers[0], LabelledText(answers[0].tokens[:10], 8)])
+    with torch.no_grad():
+        head.lm_head.weight.zero_()
+    assert "No settings make this head agree" in diagnose(target, head, answers).verdict
+
+
+def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_the_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Phi's output head has a bias; here one that outvotes all hidden states."""
+    config = PhiConfig(vocab_size=V, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    target = PhiForCausalLM(config).train()
+    target.lm_head.bias.data[5] = 1e4
+    answers = [LabelledText(torch.arange(3, 15), 4)] * 2
+    found = diagnose(target, DraftHead.from_target(target), answers)
+    assert found.configured.agreement == (1.0,) * DEPTHS and target.training
+    monkeypatch.setattr(target, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        diagnose(target, DraftHead.from_target(target), answers)
+    assert target.training
+
+
+def test_readings_share_the_weights_and_pack_none_of_them(
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, folder, answers = pair
+    head, heads = DraftHead.from_pretrained(folder, target=target), []
+
+    def bound(head: DraftHead, target: PreTrainedModel, **how: Any) -> BoundHead:
+        heads.append(head)
+        return BoundHead(head, target, **how)
+
+    monkeypatch.setattr(PackedWeight, "blocks", lambda self, weight: 1 / 0)
+    monkeypatch.setattr(doctor, "BoundHead", bound)
+    diagnose(target, head, answers)
+    assert len(heads) > 10
+    assert all(one.fc.weight.data_ptr() == head.fc.weight.data_ptr() for one in heads)
+
+
+def test_answers_are_what_generate_writes_one_by_one(pair: tuple[PreTrainedModel, Path, list[LabelledText]]) -> None:
+    target, _, answers = pair
+    prompts = [answer.tokens[: 8 + index] for index, answer in enumerate(answers[:5])]
+    for prompt, written in zip(prompts, write_answers(target, prompts, 6, batch=3), strict=True):
+        alone = target.generate(prompt[None], do_sample=False, max_new_tokens=6, pad_token_id=0)[0]
+        assert written.prompt_length == len(prompt) and torch.equal(written.tokens, alone)
+
+
+def test_the_command_prints_a_table_and_leaves_by_the_verdict(
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, folder, _ = pair
+    target.save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    command = ["doctor", str(tmp_path), str(folder), "--device", "cpu", "--max-new-tokens", "12", "--answers", "12"]
+    status = main([*command, "--set", "feature_layers=[2,3,4]"])
+    printed = capsys.readouterr().out
+    assert re.search(r">[ *]2, 3, 4 +10000 +no +0\.\d+", printed) and status in (0, 1)
+    tried, shown = 12, len(re.findall(r"^[> ][* ]\d, \d, \d ", printed, re.MULTILINE))
+    assert ("readings were far worse" in printed) is (shown < tried)
+    assert main([*command, "--set", "rope_theta"]) == 2
+    assert main(["doctor", str(tmp_path), str(tmp_path)]) == 2
+    assert "resps doctor:" in capsys.readouterr().err
+
+
+def test_the_first_verdict_is_of_few_short_answers_and_the_last_is_that_of_all(
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]],
+) -> None:
+    target, folder, answers = pair
+    asked = []
+
+    def source(first: int, end: int, most: int) -> list[LabelledText]:
+        asked.append((first, end, most))
+        return [
+            LabelledText(text.tokens[: text.prompt_length + most], text.prompt_length) for text in answers[first:end]
+        ]
+
+    head = DraftHead.from_pretrained(folder, target=target, feature_layers=[2, 3, 4], norm_before_residual=True)
+    found = list(refined(target, head, source, 24, 60))
+    assert asked == [(0, 8, 48), (0, 10, 60), (10, 20, 60), (20, 24, 60)][: len(asked)]
+    assert [one.answers for one in found] == [8, 10, 20, 24][: len(found)]
+    whole = diagnose(target, head, answers)
+    assert found[-1].overrides == whole.overrides and found[-1].is_settled is (len(found) == 3)
+    assert len(found[1].cells) < len(found[0].cells) and found[1].configured.reading == whole.configured.reading
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_ctrl_c_after_the_first_verdict_prints_the_last_one(
+    rounds: int,
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target, folder, _ = pair
+    target.save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    calls = []
+
+    def stopped(*given: Any) -> list[LabelledText]:
+        calls.append(given)
+        if len(calls) > rounds:
+            raise KeyboardInterrupt
+        return write_answers(*given)
+
+    monkeypatch.setattr("transformers_resps.tools.doctor.write_answers", stopped)
+    assert main(["doctor", str(tmp_path), str(folder), "--device", "cpu", "--answers", "12"]) == 130
+    printed = capsys.readouterr()
+    assert ("stopped" in printed.err) is (rounds == 0)
+    assert printed.out.count("8/12 answers: ") == rounds and printed.out.count("* best") == rounds

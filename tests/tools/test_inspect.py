@@ -1,0 +1,139 @@
+"""`resps inspect` as a user types it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.targets import ARCHITECTURES
+from tests.tokenizers import letter_tokenizer
+from tests.tools.test_inspect_page import parsed
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.data import to_tokens
+from transformers_resps.tools.cli import main
+from transformers_resps.tools.inspect import Examination, examine
+from transformers_resps.tools.session import Dialogue
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A target that speaks letters, and a head of it."""
+    target: PreTrainedModel = ARCHITECTURES[0].build("sdpa").float()
+    folder = tmp_path_factory.mktemp("models")
+    target.save_pretrained(folder / "letters")
+    letter_tokenizer().save_pretrained(folder / "letters")
+    torch.manual_seed(1)
+    DraftHead.from_target(target).save_pretrained(folder / "letters-head")
+    return str(folder / "letters"), str(folder / "letters-head")
+
+
+def inspected(output: Path, *arguments: str) -> dict[str, object]:
+    """The data of the page that the command writes."""
+    assert main(["inspect", *arguments, "--output", str(output), "--max-new-tokens", "24"]) == 0
+    found: dict[str, object] = json.loads(parsed(output.read_text(encoding="utf-8")).content["script#page-data"])
+    return found
+
+
+def test_it_writes_the_page_and_says_how_it_went(
+    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "page.html"
+    data = inspected(output, *folders, "--prompt", "dedede")
+    assert data["prompt"] == "dedede" and data["sameText"] == {"same": True}
+    facts = data["facts"]
+    assert isinstance(facts, dict)
+    assert (facts["target"], facts["head"], facts["decoding"]) == ("letters", "letters-head", "greedy")
+    assert str(tmp_path.parent) not in output.read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    assert "24 tokens in" in printed and "Same text as plain decoding: yes." in printed
+    assert f"The page: {output}" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [("6,3,2,4", "FixedPolicy(6/3/2+4)"), ("auto", "BaselineGuard(ThroughputPolicy(depth=5, top_k=4))")],
+)
+def test_a_policy_is_named_by_its_numbers_or_as_auto(
+    folders: tuple[str, str], tmp_path: Path, given: str, policy: str
+) -> None:
+    data = inspected(tmp_path / "page.html", *folders, "--prompt", "dedede", "--policy", given)
+    assert data["facts"]["policy"] == policy  # type: ignore[index]
+
+
+def test_a_saved_policy_is_loaded(folders: tuple[str, str], tmp_path: Path) -> None:
+    FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(tmp_path / "policy")
+    data = inspected(tmp_path / "p.html", *folders, "--prompt", "de", "--policy", str(tmp_path / "policy"))
+    assert data["facts"]["policy"] == "FixedPolicy(5/2/2)"  # type: ignore[index]
+
+
+def test_the_target_reads_the_prompt_that_the_benchmark_gives_it(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def spy(*given: Any, **settings: Any) -> Examination:
+        seen.append(given[3].tolist())
+        return examine(*given, **settings)
+
+    monkeypatch.setattr("transformers_resps.tools.inspect.examine", spy)
+    inspected(tmp_path / "page.html", *folders, "--prompt", "dedede")
+    asked = Dialogue.of("d/0", [{"role": "user", "content": "dedede"}]).asked([])
+    assert seen == [to_tokens(asked, letter_tokenizer()).tolist()]
+
+
+def test_without_a_head_it_shows_lookup_drafts(folders: tuple[str, str], tmp_path: Path) -> None:
+    data = inspected(tmp_path / "page.html", folders[0], "--prompt", "dedede")
+    assert "head" not in data["facts"]  # type: ignore[operator]
+
+
+def test_sampled_answers_are_compared_with_the_same_seed(folders: tuple[str, str], tmp_path: Path) -> None:
+    sampled = ("--prompt", "dedede", "--temperature", "0.8", "--seed", "5")
+    data = inspected(tmp_path / "page.html", *folders, *sampled)
+    assert data["sameText"] == {"same": True}
+    assert data["facts"]["decoding"] == "temperature 0.8, seed 5"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "  "], "`--prompt` is empty"),
+        (["--prompt", "de", "--policy", "8,x"], "'8,x' is no shape"),
+        (["--prompt", "de", "--policy", "no/where/at/all"], "no/where/at/all"),
+    ],
+)
+def test_what_cannot_be_inspected_is_refused_by_name(
+    folders: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert main(["inspect", *folders, *arguments, "--output", str(tmp_path / "page.html")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_bar_moves_by_the_steps_of_both_answers(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            assert options["total"] == 48
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            assert sum(moved) == 48 and max(moved[:24]) == 1
+
+        def update(self, n: int) -> None:
+            moved.append(n)
+
+    monkeypatch.setattr("transformers_resps.tools.inspect.tqdm", Bar)
+    inspected(tmp_path / "page.html", *folders, "--prompt", "dedede")
+    assert moved

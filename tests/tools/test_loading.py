@@ -1,0 +1,47 @@
+"""What a command line names."""
+
+from pathlib import Path
+
+import pytest
+
+from transformers_resps import DraftHead, FixedPolicy, TreeShape
+from transformers_resps.tools.loading import load_policy, short_name
+
+
+@pytest.mark.parametrize(
+    ("text", "tree"), [("8,4,2", TreeShape(8, 4, 2)), ("1,0,1,6", TreeShape(1, 0, 1, lookup=6))], ids=str
+)
+def test_numbers_name_a_tree(text: str, tree: TreeShape) -> None:
+    assert str(load_policy(text, None)) == f"FixedPolicy({tree})"
+
+
+def test_without_a_name_it_is_the_heads_own_tree_and_without_a_head_auto(tiny_head: DraftHead) -> None:
+    assert str(load_policy(None, tiny_head)) == f"FixedPolicy({tiny_head.default_shape})"
+    assert load_policy(None, None) == load_policy("auto", tiny_head) == "auto"
+
+
+@pytest.mark.parametrize("name", ["plain-name", "8,4,2"])
+def test_a_folder_names_the_policy_in_it_whatever_it_is_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert str(load_policy(name, None)) == "FixedPolicy(5/2/2)"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("8,x", "'8,x' is no shape"), ("8,4", "is no shape"), ("no/where", "no/where")]
+)
+def test_what_names_nothing_is_refused(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        load_policy(text, None)
+
+
+def test_a_folder_of_a_run_is_called_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("gsm8k-run/policy", "policy-run/policy-unfinished", "mine"):
+        FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(tmp_path / folder)
+    assert short_name("you/policy") == "you" and short_name("you/chat-policy") == "chat-policy"
+    assert short_name(str(tmp_path / "mine")) == "mine" and short_name("runs/head/checkpoint-20") == "runs"
+    monkeypatch.chdir(tmp_path / "gsm8k-run" / "policy")
+    assert short_name(".") == short_name("../policy/") == "gsm8k-run"
+    assert short_name("policy") == "policy", "nothing stands before it"

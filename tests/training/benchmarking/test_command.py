@@ -1,0 +1,145 @@
+"""`training/benchmark.py` from its options to its files, on a tiny target."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from benchmarking import command
+from tests.tools.conversations import save_models, save_rows
+from transformers_resps import DraftHead
+from transformers_resps.compilation import compiled as compiled_function
+from transformers_resps.tools.methods import Bench
+from transformers_resps.tools.results import BusyMachineError
+
+
+ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]
+PLOTS = {"ratios.png", "tau.png", "sizes.png", "time.png", "costs.png"}
+BenchCommand = Callable[..., int]
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> BenchCommand:
+    """`bench(*options)`: the exit status, with a dataset of five rows of which two are evaluated.
+
+    What is compiled runs as it is: real compilation takes half a minute.
+    """
+    monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)
+    target, head = save_models(tmp_path, tiny_target, tiny_head)
+    file = save_rows(tmp_path / "mine.jsonl", ROWS)
+
+    def run(*options: str) -> int:
+        output = ["--output", str(tmp_path / "out"), "--accept-noise", "--limit", "2", "--max-new-tokens", "8"]
+        return command.main([target, head, "--dataset", file, "--repeats", "1", *output, *options], "")
+
+    return run
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
+    return found
+
+
+def test_it_adds_the_best_fixed_tree_the_oracle_hashes_and_plots(
+    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--temperature", "0", "1") == 0
+    found = results(tmp_path)
+    methods = [row["method"] for row in found["pooled"]]
+    assert methods[:5] == ["plain", "plain, compiled", "prompt lookup", "EAGLE-3 60/5/10", "EAGLE-3 60/7/10"]
+    assert methods[5].startswith("best fixed ") and methods[6:] == ["auto", "oracle (ceiling)"]
+    assert len(found["measurements"]) == 3 * 2 * 7 and len(found["ceilings"]) == 3 * 2
+    assert not found["partial"] and not found["unexplained"]
+    for hashes in found["weights_sha256"], found["config_sha256"]:
+        assert set(hashes) == {"head"} and all(hashes.values())
+    more = {"commit", "dirty", "code_sha256", "target_fingerprint", "peers", "same_texts", "environment"}
+    assert more | {"command", "device", "dtype", "versions", "advice", "costs"} <= found.keys()
+    assert found["noise"]["accepted"] and found["best_fixed"]["prompts"] and found["settings"]["searched"]
+    assert found["steps"]["auto"].keys() >= {"mean_nodes", "sizes", "shapes"}
+    assert PLOTS | {"table.md", "journal.jsonl"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    printed = capsys.readouterr().out
+    assert "| all | 1 | *oracle (ceiling)* |" in printed and found["advice"] in printed
+
+
+def test_after_ctrl_c_the_same_command_goes_on(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = Bench.decode, []
+
+    def counted(self: Bench, *args: Any, **kwargs: Any) -> Any:
+        if "max_new_tokens" not in kwargs:  # no warm-up
+            calls.append(args)
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(Bench, "decode", counted)
+    options = ("--methods", "prompt-lookup")  # four methods, three turns
+    assert bench(*options) == 130
+    stopped = results(tmp_path)
+    assert stopped["partial"] and len(stopped["measurements"]) == 4
+    assert bench(*options) == 0
+    assert len(calls) == 6 + 7  # five were kept
+    whole = results(tmp_path)
+    assert not whole["partial"] and len(whole["measurements"]) == 12
+    assert whole["measurements"][:4] == stopped["measurements"]
+    assert whole["steps"].keys() == {"plain, compiled", "auto"}
+    assert bench(*options) == 0 and len(calls) == 13
+    assert bench(*options, "--max-new-tokens", "6") == 2  # other settings
+
+
+def test_other_weights_are_not_mixed_in(
+    bench: BenchCommand, tmp_path: Path, tiny_head: DraftHead, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--methods") == 0
+    with torch.no_grad():
+        tiny_head.fc.weight[0, 0] += 1
+    tiny_head.save_pretrained(tmp_path / "head")
+    assert bench("--methods") == 2
+    assert "weights_sha256" in capsys.readouterr().err
+
+
+def test_the_best_fixed_tree_is_not_searched_on_what_is_evaluated(
+    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--methods", "best-fixed", "--search-dataset", str(tmp_path / "mine.jsonl")) == 2
+    assert "--search-dataset" in capsys.readouterr().err
+    assert bench("--methods", "best-fixed", "--limit", "5") == 2
+    assert "Lower --limit" in capsys.readouterr().err
+
+
+def test_without_other_prompts_the_default_does_without_a_best_fixed_tree(bench: BenchCommand, tmp_path: Path) -> None:
+    assert bench("--limit", "5", "--max-new-tokens", "2") == 0
+    found = results(tmp_path)
+    assert found["best_fixed"] is None and found["settings"]["methods"] == ["prompt-lookup", "eagle", "oracle"]
+
+
+def test_a_noisy_machine_is_told_with_the_journal_to_delete(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(_: object) -> None:
+        raise BusyMachineError("The machine is noisy.")
+
+    monkeypatch.setattr(command, "check_spread", noisy)
+    journal = command.Journal(tmp_path, {})
+    with pytest.raises(BusyMachineError, match=r"The machine is noisy\. Delete .*journal.jsonl first"):
+        command.check_quiet([], journal)
+
+
+def test_without_a_terminal_nothing_but_the_findings_is_printed(
+    bench: BenchCommand, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--methods") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_method_of_no_benchmark_ends_with_a_usage_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["target", "head", "--dataset", "x.jsonl", "--methods", "magic"], "")
+    assert "best-fixed" in capsys.readouterr().err

@@ -1,0 +1,151 @@
+"""Other libraries beside ours: counted alike, refused where they are missing, and the real ones where they are not."""
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarking.command import main
+from benchmarking.peers import MODULES, PEERS, Peer, load_peers, peer_versions
+from tests.tools.conversations import Ticking
+from transformers_resps import attach
+from transformers_resps.tools.methods import Answer, Bench, Prompt, plain
+from transformers_resps.tools.session import Judge
+
+
+PROMPT = Prompt("a/0", torch.tensor([1, 30, 31, 30, 31, 30]))
+
+
+@pytest.fixture
+def bench(tiny_target: PreTrainedModel) -> Bench:
+    return Bench(attach(tiny_target), 12, Ticking())
+
+
+def test_an_answer_of_another_library_is_counted_like_all_others(bench: Bench) -> None:
+    """It may run the target's layers without the target, as economize does, and write on after the end."""
+    asked: list[Any] = []
+
+    def answer(input_ids: Tensor, max_new_tokens: int, temperature: float, end_ids: Sequence[int]) -> Answer:
+        asked.append((input_ids.tolist(), max_new_tokens, temperature, list(end_ids)))
+        bench.target.model(input_ids)
+        bench.target.model(input_ids)
+        return Answer([7, end_ids[0], 9, 9])
+
+    method = Peer("other", answer, effort=6, seed_exact=False)
+    bench.target.generation_config.eos_token_id = [2]
+    run = Bench(bench.target, 12, Ticking()).decode(PROMPT, method, temperature=0.5)
+    assert asked == [([PROMPT.input_ids.tolist()], 12, 0.5, [2])]
+    assert run.token_ids.tolist() == [7, 2] and run.timing.tokens == 2 and not run.steps
+    assert run.timing.target_forwards == 2 and run.timing.prefill_seconds == 2.0
+
+
+def test_a_wrong_answer_of_another_library_is_reported(bench: Bench) -> None:
+    one = bench.decode(PROMPT, plain())
+    other = Peer("other", lambda *_: Answer(((one.token_ids + 1) % 64).tolist()), seed_exact=False)
+    judge = Judge(bench.target, [plain(), other])
+    judge.add(PROMPT, [one, bench.decode(PROMPT, other)])
+    assert judge.same_text["other"] == 0 and len(judge.unexplained) == 1
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_library_that_is_not_there_is_named_before_any_work(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, MODULES[name], None)
+    assert main(["nowhere", "nothing", "--dataset", "x.jsonl", "--peers", name], "") == 2
+    error = capsys.readouterr().err
+    assert f"--peers needs {MODULES[name]}" in error and "pip install '.[peers]'" in error
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("with_model", [False, True], ids=["lookup", "draft-model"])
+@pytest.mark.parametrize("name", ["flashspec", "economize"])
+def test_the_real_library_writes_the_plain_text_in_fewer_forwards(
+    name: str, with_model: bool, tiny_target: PreTrainedModel, tmp_path: Path
+) -> None:
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: pip install '.[peers]'")
+    tiny_target.save_pretrained(tmp_path)  # drafts for itself: every draft is accepted
+    draft_model = AutoModelForCausalLM.from_pretrained(tmp_path) if with_model else None
+    bench = Bench(attach(tiny_target), 12, Ticking())
+    chosen = [plain(), *load_peers([name], bench.target, draft_model)]
+    judge = Judge(bench.target, chosen)
+    runs = [bench.decode(PROMPT, method) for method in chosen]
+    judge.add(PROMPT, runs)
+    assert judge.same_text == {method.name: 1 for method in chosen} and not judge.unexplained
+    forwards = [run.timing.target_forwards for run in runs]
+    assert forwards[0] == 12 and (forwards[1] <= 6 if with_model else 1 < forwards[1] <= 12)
+    sampled = [bench.decode(PROMPT, chosen[1], seed, 1.0).token_ids.tolist() for seed in (0, 1, 0)]
+    assert len(sampled[0]) == 12 and sampled[0] == sampled[2] != sampled[1]
+    assert bench.decode(PROMPT, plain()).token_ids.tolist() == runs[0].token_ids.tolist()  # it left the target alone
+    assert set(peer_versions([name])) == {name}
+
+
+class Pipeline:
+    """Stands for OpenVINO GenAI's: answers with the end token after three others, and keeps what it is told."""
+
+    made: list[tuple[Any, ...]] = []
+    asked: list[tuple[Any, Any]] = []
+
+    def __init__(self, folder: str, device: str, **options: Any) -> None:
+        self.made.append((folder, device, options))
+
+    def generate(self, input_ids: Any, settings: Any) -> Any:
+        self.asked.append((input_ids, settings))
+        told = SimpleNamespace(token_infer_durations=[9.0, 1.0], m_times_to_first_token=[2e6])
+        tokens = [5, 6, 7, *settings.stop_token_ids]
+        return SimpleNamespace(tokens=[tokens], perf_metrics=SimpleNamespace(raw_metrics=told))
+
+
+@pytest.fixture
+def openvino(monkeypatch: pytest.MonkeyPatch) -> type[Pipeline]:
+    library = SimpleNamespace(LLMPipeline=Pipeline, GenerationConfig=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "openvino_genai", library)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: array.tolist()))  # type: ignore[arg-type]
+    Pipeline.made, Pipeline.asked = [], []
+    return Pipeline
+
+
+def test_openvino_decodes_the_converted_target_in_its_precision_plainly_and_with_prompt_lookup(
+    openvino: type[Pipeline], tiny_target: PreTrainedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny-openvino").mkdir()
+    model: Any = attach(tiny_target.bfloat16())
+    model.name_or_path, model.generation_config.eos_token_id = str(tmp_path / "tiny"), [2]
+    one, lookup = load_peers(["openvino"], model, None)
+    assert (one.name, lookup.name) == ("OpenVINO (plain)", "OpenVINO (prompt lookup)")
+    same = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
+    same["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+    folder = str(tmp_path / "tiny-openvino")
+    assert openvino.made == [(folder, "CPU", same), (folder, "CPU", {**same, "prompt_lookup": True})]
+    bench = Bench(model, 12, Ticking())
+    run = bench.decode(PROMPT, one)
+    assert run.token_ids.tolist() == [5, 6, 7, 2]
+    assert (run.timing.target_forwards, run.timing.prefill_seconds) == (2, 2.0)
+    seeds = []
+    for seed in (0, 1, 0):
+        bench.decode(PROMPT, lookup, seed, 0.5)
+        ids, settings = openvino.asked[-1]
+        assert ids == [PROMPT.input_ids.tolist()] and settings.max_new_tokens == 12 and settings.do_sample
+        assert settings.temperature == 0.5 and settings.stop_token_ids == {2} and settings.num_assistant_tokens == 10
+        seeds.append(settings.rng_seed)
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
+def test_openvino_without_a_converted_target_says_how_to_convert_it(
+    openvino: type[Pipeline], tiny_target: PreTrainedModel, tmp_path: Path
+) -> None:
+    tiny_target.name_or_path = str(tmp_path / "tiny")
+    with pytest.raises(ValueError, match="optimum-cli export openvino --model .*tiny --task .* fp16 .*-openvino"):
+        load_peers(["openvino"], tiny_target, None)
+    (tmp_path / "tiny-openvino").mkdir()
+    with pytest.raises(ValueError, match="in torch.float64. Pass `--device cpu`"):
+        load_peers(["openvino"], tiny_target.double(), None)
+    assert not openvino.made

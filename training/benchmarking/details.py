@@ -1,0 +1,60 @@
+"""What the results hold besides the rows of the table: how many nodes steps verified, and pairs of methods."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+from transformers_resps import StepRecord
+from transformers_resps.tools.results import Cell, Run, compare
+
+
+BUCKETS = ("plain", "2 to 4", "5 to 8", "9 to 16", "17 to 32", "above 32")  # nodes verified
+STEPS_PER_BIN = 8
+_MAX_NODES = (1, 4, 8, 16, 32)
+_MOST_SHAPES = 8
+
+
+def sizes_and_shapes(answers: Sequence[Sequence[StepRecord]]) -> dict[str, Any]:
+    """Count what steps verified after the prefill.
+
+    Returns:
+        `sizes`: for each eight steps of an answer, how many verified the nodes of each of `BUCKETS`; `shapes`: the
+        most frequent choices, shape -> steps.
+    """
+    most = max(len(steps) - 1 for steps in answers)
+    sizes = [[0] * len(BUCKETS) for _ in range(0, most, STEPS_PER_BIN)]
+    for steps in answers:
+        for number, step in enumerate(steps[1:]):
+            sizes[number // STEPS_PER_BIN][bucket_of(step.verified)] += 1
+    shapes = Counter(str(step.shape) for steps in answers for step in steps[1:])
+    return {"sizes": sizes, "shapes": dict(shapes.most_common(_MOST_SHAPES))}
+
+
+def bucket_of(nodes: int) -> int:
+    """Return the index into `BUCKETS`."""
+    return sum(nodes > most for most in _MAX_NODES)
+
+
+def same_texts(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Compare all pairs of `names` on the texts that both wrote alike, in their order.
+
+    In half precision texts differ from near-ties on, and what follows may copy the prompt or not: one of two answers
+    may then take a third of the forwards, whichever method wrote it. Over a few prompts that does not even out.
+
+    Returns:
+        `method` and `base`; `texts` that both wrote alike, `of` all that both wrote; `ratio`, `low` and `high` of how
+        much faster `method` wrote those texts.
+    """
+    cells: dict[Cell, dict[str, Run]] = {}
+    for run in runs:
+        cells.setdefault(run.timing.cell, {})[run.timing.method] = run
+    found = []
+    for base, method in combinations(names, 2):
+        pairs = [(cell[base], cell[method]) for cell in cells.values() if base in cell and method in cell]
+        alike = [pair for pair in pairs if pair[0].token_ids.tolist() == pair[1].token_ids.tolist()]
+        if alike:
+            interval = compare([run.timing for pair in alike for run in pair], method, base)
+            found.append({"method": method, "base": base, "texts": len(alike), "of": len(pairs), **asdict(interval)})
+    return found

@@ -1,0 +1,483 @@
+"""`resps bench`: compares draft trees and policies with plain decoding on your prompts.
+
+`training/benchmark.py` of a clone builds on the same parts: it adds methods, keeps a journal and draws plots.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..calibration import calibrate
+from ..data import training_prompts_of
+from ..generation.attach import attach
+from ..heads import DraftHead, pair_identity
+from ..policies.base import Policy
+from ..policies.costs import CostTable
+from ..policies.resps import ReSpSPolicy
+from ..tree import TreeShape
+from ..verifying.prepacking import is_prepacked
+from .loading import (
+    default_device,
+    device,
+    dtype,
+    load_policy,
+    load_target,
+    model,
+    named_tree,
+    positive,
+    shape,
+    short_name,
+    temperature,
+)
+from .methods import (
+    Bench,
+    Generate,
+    Method,
+    Prompt,
+    compiled,
+    compiled_plain,
+    draft_model,
+    eagle_trees,
+    fixed_tree,
+    plain,
+    policies,
+    prompt_lookup,
+)
+from .results import (
+    NAMED_NODES,
+    NOISE_OPTION,
+    SCHEMA_VERSION,
+    AnswerTiming,
+    BusyMachineError,
+    Run,
+    advice_of,
+    check_spread,
+    machine,
+    markdown_table,
+    plain_spread,
+    summarise_steps,
+    summary_rows,
+    write_results,
+)
+from .session import Dialogue, Session, check_apart, read_dialogues, spread
+
+
+PROMPT_LOOKUP, EAGLE = "prompt-lookup", "eagle"
+MAX_LOAD = 0.5  # CPUs that other processes may use before the start
+_ADVICE_CONTEXT = 128  # positions
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """The settings of one benchmark, as `resps bench --help` describes them.
+
+    Attributes:
+        choices: what `methods` takes, and in words.
+        methods: `None` for all choices.
+        dtype: `None` for float32 on a CPU, and elsewhere the target's own.
+    """
+
+    choices: ClassVar[Mapping[str, str]] = {
+        PROMPT_LOOKUP: "Transformers' prompt lookup",
+        EAGLE: "EAGLE-3's published trees",
+    }
+
+    target: str
+    head: str
+    datasets: Sequence[str]
+    policies: Sequence[str] = ("auto",)
+    methods: Sequence[str] | None = None
+    shapes: Sequence[TreeShape] = ()
+    draft_model: str | None = None
+    split: str = "test"
+    limit: int = 10
+    temperatures: Sequence[float] = (0.0,)
+    max_new_tokens: int = 128
+    repeats: int = 3
+    dtype: str | None = None
+    device: str = field(default_factory=default_device)
+    compile: bool = False
+    pack: bool = False
+    threads: int | None = None
+    accept_noise: bool = False
+    output: Path = Path("results/bench")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The methods, none left out by default."""
+        return list(self.choices if self.methods is None else self.methods)
+
+
+Config = TypeVar("Config", bound=BenchConfig)
+
+
+def add_command(commands: Any) -> None:
+    """Add `resps bench TARGET HEAD --dataset FILE`."""
+    parser = commands.add_parser("bench", help="policies, trees and plain decoding in turn, and which of them to use")
+    add_options(parser, BenchConfig)
+    parser.set_defaults(run=lambda args: bench(read_options(args, BenchConfig)))
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[BenchConfig]) -> None:
+    """Give `parser` an option for each field of `BenchConfig`, with the methods of `kind`."""
+    parser.argument_default = argparse.SUPPRESS  # what is left out keeps the default of the config
+    add = parser.add_argument
+    add("target", type=model, help="folder or Hub id of the target")
+    add("head", type=model, help="folder or Hub id of a draft head for the target")
+    add("--output", type=Path, help="folder for the results; default: results/bench")
+
+    add = parser.add_argument_group("methods to compare (plain decoding is always included)").add_argument
+    add("--policy", nargs="+", dest="policies", metavar="POLICY", help="'auto', folders or Hub ids; default: auto")
+    named = f"besides the policies: {', '.join(kind.choices.values())}; default: all"
+    add("--methods", nargs="*", choices=tuple(kind.choices), help=named)
+    add("--shapes", nargs="+", type=shape, help="also these fixed trees: total_tokens,depth,top_k[,lookup]")
+    add("--draft-model", metavar="ID", help="also Transformers' assisted generation with this model")
+
+    add = parser.add_argument_group("prompts").add_argument
+    layouts = ".jsonl or .json with turns, messages or prompt, or a Hub id; all user turns are answered"
+    add("--dataset", nargs="+", required=True, dest="datasets", metavar="FILE_OR_ID", help=layouts)
+    add("--split", help="of datasets from the Hub; default: test")
+    add("--limit", type=positive, help="prompts per dataset, spread evenly over it; default: 10")
+
+    add = parser.add_argument_group("conditions").add_argument
+    greedy = "0 (the default) is greedy"
+    add("--temperature", nargs="+", type=temperature, dest="temperatures", metavar="T", help=greedy)
+    add("--max-new-tokens", type=positive, help="of an answer; default: 128")
+    add("--repeats", type=positive, help="of everything; default: 3")
+    add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    add("--device", type=device, help="default: cuda if available, otherwise cpu")
+    add("--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too")
+    both = (
+        "decode with every tree and policy twice, as it is and compiled; plain decoding is always compared both ways"
+    )
+    add("--compile", action="store_true", help=both)
+    add("--threads", type=positive, help="CPU threads; default: as torch chooses")
+    add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
+
+
+def read_options(args: argparse.Namespace, kind: type[Config]) -> Config:
+    """Return what the parsed options ask for."""
+    given = vars(args)
+    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
+
+
+def bench(config: BenchConfig) -> int:
+    """Measure, judge, report.
+
+    Returns:
+        0; 1 when an answer differs from the plain one and rounding does not explain it; 130 after Ctrl-C.
+
+    Raises:
+        ValueError: something is missing, does not fit, or would make the figures worthless.
+    """
+    load = start(config)
+    models = BenchModels.load(config)
+    dialogues = [one for rows in read_datasets(config) for one in spread(rows, config.limit)]
+    models.check_unseen(dialogues)
+    costs = calibrate(models.target, models.head, folder=config.output / "costs")
+    timed = Bench(models.target, config.max_new_tokens)
+    refusal = timed.compile_refusal(dialogues[0].prompt(models.tokenizer))
+    methods = methods_of(config, models, compiles=refusal is None)
+    session = Session(timed, models.tokenizer, dialogues, methods, config.temperatures, config.repeats)
+    session.warm_up()
+
+    def check(*_: object) -> None:
+        if not config.accept_noise:
+            check_spread(session.timings)
+
+    partial = True
+    try:
+        partial = not answer_all(session, check)
+    finally:
+        facts = {
+            "command": ["resps", *sys.argv[1:]],
+            "partial": partial,
+            "noise": {"accepted": config.accept_noise, "load_before": load},
+            "not_compiled": refusal,
+        }
+        results = facts | results_of(config, models, session, costs)
+        file = write_results(config.output, results)
+    return report(results, file)
+
+
+def start(config: BenchConfig) -> float | None:
+    """Prepare the process; return how many CPUs others use.
+
+    Raises:
+        BusyMachineError: too many, and noise is not accepted.
+    """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    load = other_load()
+    if not config.accept_noise:
+        check_load(load)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return load
+
+
+def other_load(seconds: float = 1.0) -> float | None:
+    """Return how many CPUs others use while this process waits for `seconds`; `None` if the system does not tell.
+
+    The load average would include this command's own last run.
+    """
+    counters = Path("/proc/stat")
+    if not counters.exists():
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+    def idle_and_all() -> tuple[int, int]:
+        numbers = [int(part) for part in counters.read_text().split("\n", 1)[0].split()[1:9]]
+        return numbers[3] + numbers[4], sum(numbers)  # idle and waiting for a disk; all
+
+    before = idle_and_all()
+    time.sleep(seconds)
+    idle, total = (now - then for now, then in zip(idle_and_all(), before, strict=True))
+    return (1 - idle / total) * (os.cpu_count() or 1) if total else None
+
+
+def check_load(load: float | None) -> None:
+    """Refuse to start where others use more than `MAX_LOAD` CPUs; `None` is unknown.
+
+    Raises:
+        BusyMachineError: they do.
+    """
+    if load is not None and load > MAX_LOAD:
+        raise BusyMachineError(
+            f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "
+            f"until they are done, {NOISE_OPTION}."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BenchModels:
+    """A target, its head, policies and perhaps a draft model, which fit together.
+
+    Attributes:
+        target: attached.
+        tokenizer: of the target.
+        head: in the target's dtype, on its device.
+        policies: name in the table -> policy, or "auto".
+        draft_model: for Transformers' assisted generation.
+        sources: "head" and name of a loaded policy -> folder or Hub id.
+        trained_on: of the same, fingerprints of prompts that it learned from; `None` where they were not kept.
+    """
+
+    target: Any
+    tokenizer: Any
+    head: DraftHead
+    policies: dict[str, Policy | str]
+    draft_model: PreTrainedModel | None
+    sources: dict[str, str]
+    trained_on: dict[str, set[str] | None]
+
+    @classmethod
+    def load(cls, config: BenchConfig) -> "BenchModels":
+        """Load what `config` names.
+
+        Raises:
+            ValueError: something is not there, or does not fit the target.
+        """
+        target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
+        tokenizer = AutoTokenizer.from_pretrained(config.target)
+        head = DraftHead.from_pretrained(config.head, target=target)
+        loaded = load_policies(config.policies, target, head)
+        small = None if config.draft_model is None else load_draft_model(config.draft_model, target)
+        named = zip(loaded, config.policies, strict=True)
+        sources = {"head": config.head} | {name: source for name, source in named if source != "auto"}
+        trained_on = {name: training_prompts_of(source) for name, source in sources.items()}
+        return cls(target, tokenizer, head, loaded, small, sources, trained_on)
+
+    def check_unseen(self, dialogues: Sequence[Dialogue]) -> None:
+        """Raises ValueError when head or policies were trained on one of the prompts."""
+        for name, fingerprints in self.trained_on.items():
+            check_apart(dialogues, fingerprints or set(), f"the training prompts of {name}")
+
+
+def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[str, Policy | str]:
+    """Load the benchmark's policies: name in the table -> policy.
+
+    Raises:
+        ValueError: there is no such policy, one is named twice, or one was trained for another target or head.
+    """
+    found: dict[str, Policy | str] = {}
+    places: set[str | Path] = set()
+    counts = Counter(map(short_name, names))
+    for source in names:
+        if named_tree(source) is not None:
+            raise ValueError(
+                f"`--policy {source}` is a tree, but `--policy` takes 'auto', folders or Hub ids. Pass `--shapes "
+                f"{source}`."
+            )
+        policy = load_policy(source, head)
+        if isinstance(policy, Policy) and policy.has_identity:
+            policy.check_identity(**pair_identity(target, head))
+        place = Path(source).resolve() if Path(source).is_dir() else source
+        if place in places:
+            raise ValueError(f"`--policy` names {source} twice. Pass each policy once.")
+        places.add(place)
+        short = short_name(source)
+        found[_policy_name(short if counts[short] == 1 else source.rstrip("/"), policy)] = policy
+    return found
+
+
+def _policy_name(called: str, policy: Policy | str) -> str:
+    if isinstance(policy, str):
+        return policy
+    if isinstance(policy, ReSpSPolicy):
+        return f"Re-SpS {called}"
+    return called if called.startswith("policy") else f"policy {called}"
+
+
+def load_draft_model(name: str, target: Any) -> PreTrainedModel:
+    """Load a small model for Transformers' assisted generation.
+
+    Raises:
+        ValueError: it has another vocabulary than the target.
+    """
+    small: Any = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
+    own, other = (m.config.get_text_config().vocab_size for m in (small, target))
+    if own != other:
+        raise ValueError(
+            f"The draft model {name} has a vocabulary of {own} tokens, the target one of {other}. Pass a small model "
+            "of the target's family."
+        )
+    return cast(PreTrainedModel, small.to(target.device))
+
+
+def read_datasets(config: BenchConfig) -> list[list[Dialogue]]:
+    """Read all conversations of each dataset.
+
+    Raises:
+        ValueError: one is not there or empty, or two would have one name in the table.
+    """
+    stems = [Path(source).stem for source in config.datasets]
+    odd = sorted({stem for stem in stems if stems.count(stem) > 1 or stem == "all"})
+    if odd:
+        raise ValueError(
+            f"The names of datasets must differ, and none may be `all`, got {', '.join(odd)}. Give the files other "
+            "names."
+        )
+    return [read_dialogues(source, config.split) for source in config.datasets]
+
+
+def methods_of(
+    config: BenchConfig,
+    models: BenchModels,
+    *,
+    compiles: bool,
+    others: Sequence[Method] = (),
+    trees: Sequence[Generate] = (),
+) -> list[Method]:
+    """Return the methods that `config` asks for, in the order of the table.
+
+    `others` stand before its trees and policies, `trees` between them; `compiles` is whether this machine can.
+    """
+    stock = [
+        plain(),
+        *([compiled_plain()] if compiles else []),
+        *([prompt_lookup()] if PROMPT_LOOKUP in config.chosen else []),
+        *([] if models.draft_model is None else [draft_model(models.draft_model)]),
+    ]
+    own = [
+        *(eagle_trees(models.head) if EAGLE in config.chosen else []),
+        *(fixed_tree(models.head, shape) for shape in config.shapes),
+        *trees,
+        *policies(models.head, models.policies),
+    ]
+    if config.compile and compiles:
+        own = [way for method in own for way in (method, compiled(method))]
+    return [*stock, *others, *own]
+
+
+def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None]) -> bool:
+    """Decode everything in turn, under a progress bar; return whether it came to its end, or Ctrl-C stopped it.
+
+    Args:
+        session: keeps the runs.
+        after: is called with each prompt and its runs, and raises where the figures are worthless.
+    """
+    with transformers_logging.tqdm(total=session.total, desc="Decoding", unit="answer") as bar:
+        try:
+            for prompt, runs in session.run(bar.update):
+                bar.total = session.total  # less, once a conversation is cut short
+                bar.set_postfix_str(prompt.name)
+                after(prompt, runs)
+        except KeyboardInterrupt:
+            print("Stopped.", file=sys.stderr)
+            return False
+    return True
+
+
+def settings_of(config: BenchConfig, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+    """Return `settings` of the results: what must be the same for all figures of one table."""
+    return {
+        "methods": config.chosen,
+        "shapes": [f"tree {shape}" for shape in config.shapes],
+        "compile": config.compile,
+        "datasets": list(config.datasets),
+        "split": config.split,
+        "prompts": {dialogue.name: dialogue.fingerprint for dialogue in dialogues},
+        "temperatures": list(config.temperatures),
+        "max_new_tokens": config.max_new_tokens,
+        "repeats": config.repeats,
+    }
+
+
+def results_of(
+    config: BenchConfig,
+    models: BenchModels,
+    session: Session,
+    costs: CostTable,
+    estimates: Sequence[AnswerTiming] = (),
+) -> dict[str, Any]:
+    """Return the results of everything that was answered so far; see docs/bench-results-schema.md.
+
+    Rows of `estimates` are marked as not measured.
+    """
+    timings, names = session.timings, [method.name for method in session.methods]
+    cost = costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / costs.plain_seconds(_ADVICE_CONTEXT)
+    reported = [method.name for method in session.methods if method.reports_steps and session.runs_of(method.name)]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "target": config.target,
+        "packed": is_prepacked(models.target),
+        "target_parameters": models.target.num_parameters(),
+        "head": config.head,
+        "policies": dict(zip(models.policies, config.policies, strict=True)),
+        "draft_model": config.draft_model,
+        **machine(models.target),
+        "settings": settings_of(config, session.dialogues),
+        "training_prompts": {name: None if seen is None else len(seen) for name, seen in models.trained_on.items()},
+        "costs": {name: part for name, part in asdict(costs).items() if name != "identity"},
+        "cut_short": sorted(session.cut),
+        "advice": advice_of({method.name: method.effort for method in session.methods}, timings, cost),
+        "same_text": dict(session.judge.same_text),
+        "unexplained": session.judge.unexplained,
+        "plain_spread": plain_spread(timings),
+        **summary_rows(timings, names, estimates),
+        "steps": {name: asdict(summarise_steps(session.runs_of(name))) for name in reported},
+        "measurements": [asdict(timing) for timing in timings],
+    }
+
+
+def report(results: dict[str, Any], file: Path) -> int:
+    """Print what was found, and write the table beside the results; returns the exit status."""
+    table = markdown_table(results)
+    file.with_name("table.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    if results["noise"]["accepted"]:
+        print("\nMeasured on a machine that was allowed to be busy: do not publish these figures.")
+    for line in results["unexplained"]:
+        print(f"NOT explained by rounding: {line}")
+    print(f"\n{results['advice']}\n\nWritten to {file}{', marked as partial' if results['partial'] else ''}")
+    return 130 if results["partial"] else int(bool(results["unexplained"]))

@@ -1,0 +1,420 @@
+"""`resps doctor`: finds the settings that a head must be read with, by its agreement with the target's own answers."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
+
+from ..data import Conversation, make_example, to_tokens
+from ..generation.output import end_ids, left_padded, up_to_end
+from ..generation.state import SpeculationDefaults
+from ..heads import BoundHead, DraftHead, DraftHeadConfig
+from ..heads.model import RotaryEmbedding
+from ..telemetry.display import moving
+from ..trainers.losses import unroll
+from ..verifying.forward import FeatureTap
+from .diagnosis import Cell, Diagnosis, Reading, Tally
+from .loading import (
+    add_question_options,
+    add_target_options,
+    load_target,
+    model,
+    positive,
+    questions_in,
+    read_conversations,
+    up_to,
+)
+
+
+_LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # of the first look
+_ROUND = 10  # answers between two verdicts
+
+DEPTHS = 4
+_SHIFTS = (0, 1, -1)
+_BASES = (1e4, 1e6)
+_BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at once
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text whose end the target wrote.
+
+    Attributes:
+        tokens: `[t]` target vocabulary ids.
+        prompt_length: how many of them are the prompt.
+    """
+
+    tokens: Tensor
+    prompt_length: int
+
+
+# The answers from one number up to another, with at most so many tokens of the target each.
+Source = Callable[[int, int, int], list[LabelledText]]
+
+
+@torch.no_grad()
+def write_answers(
+    target: PreTrainedModel, prompts: Sequence[Tensor], max_new_tokens: int, batch: int = 10
+) -> list[LabelledText]:
+    """Let `target` answer prompts of `[t]` token ids greedily, a batch at a time."""
+    ends = end_ids(target)
+    answers = []
+    for first in range(0, len(prompts), batch):
+        some = [prompt.to(target.device) for prompt in prompts[first : first + batch]]
+        ids, mask = left_padded(some)
+        width = ids.shape[1]
+        with SpeculationDefaults.suspended():
+            written = target.generate(  # type: ignore[operator]  # PreTrainedModel does not declare GenerationMixin
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0
+            ).cpu()
+        for row, prompt in zip(written, some, strict=True):
+            end = width + len(up_to_end(row[width:], ends))
+            answers.append(LabelledText(row[width - len(prompt) : end], len(prompt)))
+    return answers
+
+
+class Probe:
+    """Scores a head under several readings, on answers that come bit by bit.
+
+    It tries the feature layers as read, one deeper and one shallower; the RoPE base as read, 1e4, 1e6 and the
+    target's; and the residual of the first layer before and after its norm. Nothing is generated: at depth k the head
+    reads the true text up to there, and its own output instead of the feature, as in training.
+
+    Args:
+        target: the model that the head was made for.
+        head: as loaded.
+        readings: the configured one first; `None` for all.
+
+    Raises:
+        ValueError: the head belongs to another target.
+
+    Source: the training-time test of EAGLE-3 (arXiv 2503.01840), section 3.2.
+    """
+
+    def __init__(self, target: PreTrainedModel, head: DraftHead, readings: Sequence[Reading] | None = None) -> None:
+        self._target = target
+        self._readings = list(_readings(head.config, target) if readings is None else readings)
+        self._drafters = [_drafter(head, reading, target) for reading in self._readings]
+        self._tallies: list[list[Tally]] = [[] for _ in self._readings]
+        self._agreed = [torch.zeros(DEPTHS, dtype=torch.long) for _ in self._readings]
+        self._seen = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether two answers were long enough to score, which a diagnosis needs."""
+        return len(self._tallies[0]) > 1
+
+    @torch.no_grad()
+    def add(self, answers: Sequence[LabelledText]) -> None:
+        """Score more answers; only the target's own tokens count, and those of too short answers do not."""
+        self._seen += len(answers)
+        long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= DEPTHS]
+        was_training = self._target.training
+        self._target.train(False)
+        try:
+            self._score_all(long_enough)
+        finally:
+            self._target.train(was_training)
+
+    def _score_all(self, answers: list[LabelledText]) -> None:
+        layers = sorted({layer for reading in self._readings for layer in reading.feature_layers})
+        with FeatureTap(self._target, layers) as tap:
+            for batch in _batches(answers):
+                with tap.record() as features:
+                    logits = self._target(input_ids=batch.tokens.to(self._target.device), use_cache=False).logits
+                picks = logits.argmax(-1)
+                for number, (reading, drafter) in enumerate(zip(self._readings, self._drafters, strict=True)):
+                    head = drafter.head
+                    caught = [features.caught[layer].to(head.device, head.dtype) for layer in reading.feature_layers]
+                    tallies, agreed = _score(drafter, torch.cat(caught, dim=-1), batch, picks.to(head.device))
+                    self._tallies[number] += tallies
+                    self._agreed[number] += agreed
+
+    def diagnosis(self) -> Diagnosis:
+        """Compare the readings on all answers so far.
+
+        Raises:
+            ValueError: fewer than two answers were long enough to score.
+        """
+        if not self.is_ready:
+            raise ValueError(
+                f"{len(self._tallies[0])} of {self._seen} answers have at least {DEPTHS} tokens of the target, but at "
+                "least 2 are needed. Pass about 50 answers."
+            )
+        cells = []
+        for reading, tallies, agreed in zip(self._readings, self._tallies, self._agreed, strict=True):
+            share = agreed / sum(tally.positions for tally in tallies)
+            cells.append(Cell(reading, tuple(share.tolist()), tuple(tallies)))
+        return Diagnosis(tuple(cells))
+
+
+def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[LabelledText]) -> Diagnosis:
+    """Compare the configured reading of `head` with its likely corrections, on some fifty answers of `target`.
+
+    Raises:
+        ValueError: the head belongs to another target, or fewer than two answers are long enough to score.
+    """
+    probe = Probe(target, head)
+    probe.add(answers)
+    return probe.diagnosis()
+
+
+def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Reading]:
+    """Yield the configured reading first, then the others that this target has layers for."""
+    assert config.feature_layers is not None and config.rope_parameters is not None
+    layer_count = target.config.get_text_config().num_hidden_layers
+    theirs = getattr(target.config.get_text_config(), "rope_parameters", None) or {}
+    base = config.rope_parameters["rope_theta"]
+    bases = dict.fromkeys([base, *_BASES, *(b for b in [theirs.get("rope_theta")] if b)])
+    for shift in _SHIFTS:
+        layers = tuple(layer + shift for layer in config.feature_layers)
+        if layers[0] < 0 or layers[-1] > layer_count:
+            continue
+        for theta in bases:
+            for is_before in (config.norm_before_residual, not config.norm_before_residual):
+                yield Reading(layers, theta, is_before)
+
+
+def _drafter(head: DraftHead, reading: Reading, target: PreTrainedModel) -> BoundHead:
+    """Read the head so. Not prepacked: each would copy the weights, which so many rows at once do not need."""
+    return BoundHead(_read_as(head, reading), target, is_prepacked=False)
+
+
+def _read_as(head: DraftHead, reading: Reading) -> DraftHead:
+    """Return a head with the same weights, shared and not copied, under another config."""
+    config = DraftHeadConfig.from_dict(head.config.to_dict())
+    config.feature_layers = list(reading.feature_layers)
+    config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": reading.rope_theta}
+    config.norm_before_residual = reading.norm_before_residual
+    with torch.device("meta"):
+        variant = DraftHead(config)
+    variant.load_state_dict(head.state_dict(), assign=True)
+    variant.rotary_emb = RotaryEmbedding(config).to(head.device)
+    variant.train(False)
+    return variant
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Answers padded on the right, where causal attention never looks.
+
+    Attributes:
+        tokens: `[b, t]`.
+        scored: `[b, t]` bool: slots that predict a token of the answer and have all depths in the text.
+    """
+
+    tokens: Tensor
+    scored: Tensor
+
+
+def _batches(answers: list[LabelledText]) -> Iterator[_Batch]:
+    """Yield answers of like length together, up to `_BATCH_TOKENS` tokens."""
+    waiting: list[LabelledText] = []
+    for answer in sorted(answers, key=lambda answer: len(answer.tokens)):
+        if waiting and (len(waiting) + 1) * len(answer.tokens) > _BATCH_TOKENS:
+            yield _pad(waiting)
+            waiting = []
+        waiting.append(answer)
+    if waiting:
+        yield _pad(waiting)
+
+
+def _pad(answers: list[LabelledText]) -> _Batch:
+    width = max(len(answer.tokens) for answer in answers)
+    tokens = torch.stack([F.pad(answer.tokens.cpu(), (0, width - len(answer.tokens))) for answer in answers])
+    first = torch.tensor([max(answer.prompt_length, 2) - 2 for answer in answers])[:, None]
+    end = torch.tensor([len(answer.tokens) - DEPTHS for answer in answers])[:, None]
+    slots = torch.arange(width)
+    return _Batch(tokens, (slots >= first) & (slots < end))
+
+
+def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -> tuple[list[Tally], Tensor]:
+    """Return the tallies of a batch's answers, and for each depth how often the head agreed, `[depths]`."""
+    start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
+    scored = batch.scored[:, start:].to(features.device)
+    embeddings = drafter.embed(batch.tokens.to(features.device))
+    slots = torch.arange(start, batch.scored.shape[1], device=features.device).expand(len(scored), -1)
+    hidden = unroll(drafter.head, features, embeddings, DEPTHS, slots)  # normed [depths, b, slots, h]
+    draft_ids = drafter.head.draft_token_ids
+    hits, log_probs = [], []
+    for depth in range(DEPTHS):
+        logits = drafter.normed_logits(hidden[depth][scored])
+        wanted = F.pad(picks[:, start + 1 + depth :], (0, 1 + depth))[scored]  # the token after t + 1 + depth
+        rows = torch.searchsorted(draft_ids, wanted).clamp(max=len(draft_ids) - 1)
+        likely = logits.gather(1, rows[:, None])[:, 0] - logits.logsumexp(-1)
+        log_probs.append(likely * (draft_ids[rows] == wanted))
+        hits.append(drafter.target_ids(logits.argmax(-1)) == wanted)
+    agreed, counts = torch.stack(hits).int().cpu(), scored.sum(1).tolist()  # [depths, positions of all answers]
+    kept = agreed.cumprod(0).sum(0).split(counts)  # an accepted token needs all before it
+    nats = torch.stack(log_probs).sum(0).cpu().split(counts)
+    tallies = [Tally(count, int(k.sum()), float(n.sum())) for count, k, n in zip(counts, kept, nats, strict=True)]
+    return tallies, agreed.sum(1)
+
+
+def refined(
+    target: PreTrainedModel, head: DraftHead, source: Source, count: int, max_new_tokens: int
+) -> Iterator[Diagnosis]:
+    """Diagnose `head` on few and short answers, then on more and more long ones.
+
+    Readings that the first look finds far worse are not followed further, and the short answers do not count later.
+
+    Yields:
+        One diagnosis after another; it ends when more answers would change nothing, or after `count` answers.
+
+    Raises:
+        ValueError: the head belongs to another target, or fewer than two answers are long enough to score.
+    """
+    probe = Probe(target, head)
+    if count > _LOOK_ANSWERS or max_new_tokens > _LOOK_TOKENS:
+        probe.add(source(0, min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS)))
+        readings = None
+        if probe.is_ready:
+            look = probe.diagnosis()
+            readings = look.worth_following
+            yield look
+        probe = Probe(target, head, readings)
+    for start in range(0, count, _ROUND):
+        end = min(start + _ROUND, count)
+        probe.add(source(start, end, max_new_tokens))
+        if probe.is_ready or end == count:
+            found = probe.diagnosis()
+            yield found
+            if found.is_settled:
+                return
+
+
+def add_command(commands: Any) -> None:
+    """Add `resps doctor TARGET HEAD`."""
+    parser = commands.add_parser("doctor", help="check that a head is read with the settings it was trained with")
+    parser.set_defaults(run=doctor)
+    add_target_options(parser)
+    add_question_options(parser, "without assistant turns the target writes the answers")
+    add = parser.add_argument
+    add("head", type=model, help="folder or Hub id of a draft head for the target, in any published format")
+    add("--answers", type=positive, default=50, help="number of answers to check (default: 50)")
+    checked = "tokens to check per answer; a wrong RoPE base shows on long answers only (default: 256)"
+    add("--max-new-tokens", type=positive, default=256, help=checked)
+    longest = "tokens per conversation; longer ones are cut (default: 320)"
+    add("--max-length", type=positive, default=320, help=longest)
+    add("--revision", help="of the head")
+    settings = "read the head with these settings, for example rope_theta=1e4 feature_layers=[2,16,29]"
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=settings)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print how well the head agrees with its target under each reading; 1 when another reading is better.
+
+    The first verdict comes soon, from few and short answers; 130 when Ctrl-C ends what follows.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target = load_target(args.target, args.dtype, args.device)
+    head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
+    conversations = read_conversations(args, args.answers)
+    answers = answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
+    questions = [] if answers else questions_in(conversations, args.answers)
+    prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
+    count, tried, found = len(answers or prompts), 0, None
+    print(
+        f"A few short answers give a first verdict, up to {count} long ones better ones; Ctrl-C ends it.", flush=True
+    )
+    with tqdm(desc="Answers", total=count, unit="answer", disable=None) as bar:
+        source = source_of(target, answers, prompts, bar)
+        try:
+            for found in refined(target, head, source, count, args.max_new_tokens):
+                tried = max(tried, len(found.cells))
+                bar.clear()
+                print(f"{found.answers}/{count} answers: {found.verdict}", flush=True)
+        except KeyboardInterrupt:
+            if found is None:
+                raise
+            bar.close()
+            print_diagnosis(found, tried)
+            return 130
+    assert found is not None
+    print_diagnosis(found, tried)
+    return int(not found.is_healthy)
+
+
+def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:
+    """Give the answers of a dataset, or let the target write some; the bar moves back after the first look."""
+    place = 0
+
+    def source(first: int, end: int, most: int) -> list[LabelledText]:
+        nonlocal place
+        bar.update(first - place)
+        place = first
+        if answers:
+            return [replace(text, tokens=text.tokens[: text.prompt_length + most]) for text in answers[first:end]]
+        with moving(bar, target, end - first, most):
+            place = end
+            return write_answers(target, prompts[first:end], most)
+
+    return source
+
+
+def corrections(settings: Sequence[str]) -> dict[str, Any]:
+    """Read `FIELD=VALUE` strings, values in JSON, as overrides of the head's config.
+
+    Raises:
+        ValueError: a setting has no `=`, or its value is not JSON.
+    """
+    found = {}
+    for setting in settings:
+        field, separator, value = setting.partition("=")
+        try:
+            found[field.replace("-", "_")] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`--set {setting}` cannot be read. Write FIELD=VALUE with a JSON value, for example "
+                "rope_theta=1e4, norm_before_residual=true or feature_layers=[2,16,29]."
+            ) from error
+    return found
+
+
+def answered(
+    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
+) -> list[LabelledText]:
+    """Cut every conversation after its first assistant turn; those without one are left out."""
+    found = []
+    for conversation in conversations:
+        turns = up_to(conversation, "assistant")
+        if len(turns) < 2:
+            continue
+        example = make_example(turns, tokenizer, max_length)
+        if example.loss_mask.any():
+            prompt_length = int(example.loss_mask.int().argmax())
+            found.append(LabelledText(example.input_ids[: prompt_length + max_new_tokens], prompt_length))
+    return found
+
+
+def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
+    """Print a table, best reading first, and the verdict; `tried` readings had the first answers."""
+    depths = range(1, len(diagnosis.configured.agreement) + 1)
+    columns = "".join(f"  depth {depth}" for depth in depths)
+    configured = diagnosis.configured
+    print(f"\nAgreement with the target, at {configured.positions} positions of {len(configured.tallies)} answers:\n")
+    print(f"  {'feature layers':24}{'RoPE base':>10}  {'norm before residual':20}{columns}  accepted  log likelihood")
+    for cell in sorted(diagnosis.cells, key=lambda cell: -cell.accepted):
+        print(row(cell, diagnosis))
+    dropped = tried - len(diagnosis.cells)
+    left_out = f"   {dropped} readings were far worse on the first answers" if dropped else ""
+    print(f"\n  > as configured   * best{left_out}\n\n{diagnosis.verdict}")
+
+
+def row(cell: Cell, diagnosis: Diagnosis) -> str:
+    """Return one line of the table."""
+    reading = cell.reading
+    marks = (">" if cell is diagnosis.configured else " ") + ("*" if cell is diagnosis.best else " ")
+    numbers = "".join(f"{share:9.3f}" for share in cell.agreement)
+    layers = ", ".join(map(str, reading.feature_layers))
+    before = "yes" if reading.norm_before_residual else "no"
+    return (
+        f"{marks}{layers:24}{reading.rope_theta:>10g}  {before:20}{numbers}{cell.accepted:10.2f}{cell.log_prob:16.3f}"
+    )

@@ -1,0 +1,457 @@
+"""`resps inspect`: one call of `generate`, recorded step by step and shown as an HTML page."""
+
+import argparse
+import base64
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from html import escape
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..calibration import device_name
+from ..data import to_tokens
+from ..generation.attach import attach
+from ..generation.state import SpeculationDefaults
+from ..heads import DraftHead
+from ..policies.auto import default_policy
+from ..policies.base import Level, Observation, Policy, PolicyWrapper
+from ..telemetry.display import Decode, decode_after, decoder, detokenize_incrementally, moving
+from ..telemetry.report import SpeculationReport, StepRecord
+from ..testing import Divergence, explain_divergence
+from ..testing.divergence import first_difference
+from ..tree import DraftTree, TreeShape
+from .loading import add_target_options, load_policy, load_target, model, positive, temperature
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    """One step of one row, prefill left out.
+
+    Attributes:
+        context_length: positions of the text before it.
+        step: 0 for the first decision.
+        room: tokens that the text may still gain.
+        prefix_accept_probs: for i = 1, 2, ... the probability that the first i looked-up tokens are accepted.
+        chosen: the policy's choice, before clipping.
+        levels: drafted by the head.
+        head_nodes: of the tree, from the head, root included; later nodes are looked up.
+        tree: what was verified.
+        path: accepted nodes, root first.
+        record: shape after clipping, counts and seconds.
+    """
+
+    context_length: int
+    step: int
+    room: int
+    prefix_accept_probs: list[float]
+    chosen: TreeShape
+    levels: int = 0
+    head_nodes: int = 1
+    tree: DraftTree = field(init=False)
+    path: list[int] = field(init=False)
+    record: StepRecord = field(init=False)
+
+    @property
+    def lookup_nodes(self) -> list[int]:
+        return list(range(self.head_nodes, self.tree.node_count))
+
+    @property
+    def shared_nodes(self) -> list[int]:
+        """Nodes of the head that the looked-up chain runs through: both sources proposed them."""
+        if not self.lookup_nodes:
+            return []
+        ancestors = self.tree.ancestors[0, self.head_nodes].nonzero().flatten().tolist()
+        return [node for node in ancestors if 0 < node < self.head_nodes]
+
+
+class Recorder(PolicyWrapper):
+    """Decides as `policy` does and keeps every step: for one call of `generate` with one prompt.
+
+    Costs a lookup of the text's end per step, microseconds, and the memory of the trees.
+    """
+
+    uses_lookup = True  # at every step, whatever the policy does
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.steps: list[RecordedStep] = []
+
+    def __repr__(self) -> str:
+        return repr(self.policy)
+
+    def choose(self, observation: Observation) -> TreeShape:
+        context, step, room = observation.context_length, observation.step, observation.room
+        probs = list(observation.prefix_accept_probs())
+        chosen = self.policy.choose(observation)
+        self.steps.append(RecordedStep(context, step, room, probs, chosen))
+        return chosen
+
+    def grow(self, level: Level) -> bool:
+        grows = self.policy.grow(level)
+        self.steps[-1].levels = level.depth + bool(grows)
+        return grows
+
+    def size(self, scores: Tensor, levels: Tensor) -> int:
+        nodes = self.policy.size(scores, levels)
+        step = self.steps[-1]
+        step.levels = int(levels[-1])
+        step.head_nodes = max(1, min(int(nodes), scores.shape[-1] + 1, step.chosen.total_tokens))
+        return nodes
+
+    def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
+        self.steps[-1].tree, self.steps[-1].path = tree, path[0].tolist()
+        self.policy.on_verified(tree, path, tokens)
+
+    def observe(self, record: StepRecord) -> None:
+        self.steps[-1].record = record
+        self.policy.observe(record)
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """Both answers to one prompt, and all steps of the second.
+
+    Attributes:
+        prompt_ids: `[s]`.
+        plain_ids: `[t]` what plain decoding wrote.
+        plain_seconds: of that whole call.
+        report: of the call with draft trees, one row.
+        seconds: of that whole call.
+        steps: its decisions and trees, one for each of `report.steps` but the prefill.
+        divergence: where greedy answers differ first, and why; `None` when they are equal or were sampled.
+    """
+
+    prompt_ids: Tensor
+    plain_ids: Tensor
+    plain_seconds: float
+    report: SpeculationReport
+    seconds: float
+    steps: list[RecordedStep]
+    divergence: Divergence | None
+
+    @property
+    def parts_at(self) -> int | None:
+        """The first token in which the answers differ; `None` when they are equal."""
+        return first_difference(self.plain_ids.tolist(), self.report.answers[0])
+
+
+def examine(
+    model: PreTrainedModel,
+    head: DraftHead | None,
+    policy: Policy,
+    prompt_ids: Tensor,
+    *,
+    settings: dict[str, Any],
+    seed: int = 0,
+) -> Examination:
+    """Answer a prompt `[s]` plainly, then with draft trees; the global random generator is left as it was.
+
+    Args:
+        model: attached.
+        head: `None` for policies that need none.
+        policy: decides.
+        prompt_ids: `[s]`.
+        settings: keywords of `generate`, for both; greedy unless they say otherwise.
+        seed: of both.
+    """
+    settings = {"do_sample": False} | settings
+
+    def answer(**keywords: Any) -> tuple[Any, Tensor, float]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            started = time.perf_counter()
+            ids = prompt_ids[None].to(model.device)
+            call: Any = model
+            output = call.generate(
+                ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **settings, **keywords
+            )
+            tokens = output.sequences[0, len(prompt_ids) :].cpu()  # reading them waits for the device
+            return output, tokens, time.perf_counter() - started
+
+    recorder = Recorder(policy)
+    with SpeculationDefaults.suspended():
+        _, plain_ids, plain_seconds = answer()
+        output, own_ids, seconds = answer(assistant_model=head, policy=recorder)
+    divergence = None if settings["do_sample"] else explain_divergence(model, prompt_ids, plain_ids, own_ids)
+    return Examination(prompt_ids, plain_ids, plain_seconds, output.speculation, seconds, recorder.steps, divergence)
+
+
+def facts_of(model: PreTrainedModel, head: DraftHead | None, policy: Policy, decoding: str) -> dict[str, str]:
+    """Return what a page tells about models and machine. Names only, no local paths: pages are shared."""
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    return {
+        "target": _name(model),
+        **({} if head is None else {"head": _name(head)}),
+        "policy": str(policy),
+        "decoding": decoding,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(model.device) + threads,
+        "versions": f"transformers-resps {version('transformers-resps')}, transformers {transformers.__version__}, "
+        f"torch {torch.__version__}",
+    }
+
+
+def _name(model: Any) -> str:
+    """Return the Hub id, or the last part of a local path."""
+    name = str(model.config.name_or_path or type(model).__name__)
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> dict[str, Any]:
+    """Return what happened as JSON values, in the words and numbers of the page; texts are not yet escaped.
+
+    Args:
+        examination: both answers.
+        decode: writes tokens as text.
+        prompt: as the user wrote it.
+        facts: from `facts_of`, in the order of the page.
+    """
+    report = examination.report
+    written = detokenize_incrementally(report.answers[0], decode)
+    previous = [int(examination.prompt_ids[-1]), *report.answers[0]]
+    steps, start = [], 0
+    for number, record in enumerate(report.steps):
+        tokens = written[start : start + record.emitted[0]]
+        step = _step(record, tokens)
+        if number > 0:
+            step |= _decision(examination.steps[number - 1])
+            step["nodes"] = _nodes(examination.steps[number - 1], decode, previous[start - 1])
+            _mark_sources(step)
+        steps.append(step)
+        start += record.emitted[0]
+    return {
+        "prompt": prompt,
+        "promptTokens": len(examination.prompt_ids),
+        "facts": facts,
+        "totals": _totals(examination),
+        "sameText": _same_text(examination, decode),
+        "steps": steps,
+    }
+
+
+def _totals(examination: Examination) -> dict[str, float]:
+    report = examination.report
+    return {
+        "emitted": report.emitted_total,
+        "forwards": report.target_forwards,
+        "tau": report.tau,
+        "rate": report.emitted_total / examination.seconds if examination.seconds else 0.0,
+        "plainRate": len(examination.plain_ids) / examination.plain_seconds if examination.plain_seconds else 0.0,
+        "draft": sum(step.draft_seconds for step in report.steps),
+        "verify": sum(step.verify_seconds for step in report.steps),
+        "rest": sum(step.rest_seconds for step in report.steps),
+    }
+
+
+def _same_text(examination: Examination, decode: Decode) -> dict[str, Any]:
+    """Say whether both texts are the same, and where they differ first."""
+    position, found = examination.parts_at, examination.divergence
+    if position is None:
+        return {"same": True}
+
+    def token_of(answer: list[int]) -> str | None:
+        return decode([answer[position]]) if position < len(answer) else None
+
+    told: dict[str, Any] = {
+        "same": False,
+        "position": position,
+        "plain": token_of(examination.plain_ids.tolist()),
+        "own": token_of(examination.report.answers[0]),
+    }
+    if found is not None and math.isfinite(found.gap):
+        dtype = str(found.dtype).removeprefix("torch.")
+        told |= {"gap": found.gap, "spacing": found.spacing, "dtype": dtype, "explained": found.explained}
+    return told
+
+
+def _step(record: StepRecord, tokens: list[str]) -> dict[str, Any]:
+    return {
+        "tokens": [{"text": text, "source": "head"} for text in tokens[:-1]]
+        + [{"text": text, "source": "target"} for text in tokens[-1:]],
+        "drafted": record.drafted,
+        "verified": record.verified,
+        "seconds": {"draft": record.draft_seconds, "verify": record.verify_seconds, "rest": record.rest_seconds},
+    }
+
+
+def _decision(step: RecordedStep) -> dict[str, Any]:
+    return {
+        "seen": {
+            "context": step.context_length,
+            "decision": step.step,
+            "room": step.room,
+            "prefix_accept_probs": step.prefix_accept_probs,
+        },
+        "chosen": _shape(step.chosen),
+        "cut": None if step.record.shape == step.chosen else _shape(step.record.shape),
+        "levels": step.levels,
+        "headNodes": step.head_nodes - 1,
+        "lookupNodes": len(step.lookup_nodes),
+    }
+
+
+def _shape(shape: TreeShape) -> dict[str, Any]:
+    return {
+        "name": str(shape),
+        "nodes": shape.total_tokens if shape.asks_head else 1,
+        "depth": shape.depth,
+        "topK": shape.top_k,
+        "lookup": shape.lookup,
+    }
+
+
+def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[str, Any]]:
+    """Return the nodes, root first: text, parent, probability after the parent and of the path, source, fate."""
+    tree = step.tree
+    tokens, parents, depths = (field[0].tolist() for field in (tree.tokens, tree.parents, tree.depths))
+    paths = [math.exp(score) for score in tree.scores[0].tolist()]
+    looked_up, shared, accepted = set(step.lookup_nodes), set(step.shared_nodes), set(step.path)
+    probs = step.prefix_accept_probs
+    for node in sorted(looked_up):  # the chain's own chance, as far as the track record reaches
+        paths[node] = probs[depths[node] - 1] if depths[node] <= len(probs) else math.nan
+    nodes = []
+    for node, (token, parent, depth) in enumerate(zip(tokens, parents, depths, strict=True)):
+        is_chance = node in looked_up and 1 < depth <= len(probs)
+        before = 1.0 if depth <= 1 else probs[depth - 2] if is_chance else paths[parent]
+        nodes.append(
+            {
+                "text": decode_after(before_root if node == 0 else tokens[parent], token, decode),
+                "parent": parent,
+                "depth": depth,
+                "path": _finite(paths[node]),
+                "probability": _finite(paths[node] / before if before else math.nan),
+                "source": "lookup" if node in looked_up else "both" if node in shared else "head",
+                "accepted": node in accepted,
+            }
+        )
+    nodes[0]["source"] = "root"
+    return nodes
+
+
+def _mark_sources(step: dict[str, Any]) -> None:
+    """Give accepted tokens the source of their node: the path's nodes come in the order of the tokens."""
+    path = [node for node in step["nodes"][1:] if node["accepted"]]
+    for token, node in zip(step["tokens"], path, strict=False):
+        if token["source"] == "head":
+            token["source"] = node["source"]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def page(data: dict[str, Any]) -> str:
+    """Write one HTML file that shows `data`, from `page_data`, and needs nothing else: no network, no fonts.
+
+    The values travel as JSON that cannot end its own element, and the script writes them as text only. A content
+    policy names the page's style and script by hash, so that nothing else would run even if it got in.
+    """
+    style, script = _asset("page.css"), _asset("page.js")
+    return Template(_asset("page.html")).substitute(
+        title=escape(f"{data['facts']['target']}, step by step"),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        style=style,
+        script=script,
+        data=_json(data),
+        prompt=escape(data["prompt"]),
+        answer=escape("".join(token["text"] for step in data["steps"] for token in step["tokens"])),
+    )
+
+
+def _asset(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    """Write JSON that is safe inside a script element: ASCII, without a character that HTML knows."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _hash(text: str) -> str:
+    """Hash the exact text between the tags, as a content policy writes it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def add_command(commands: Any) -> None:
+    """Add `resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
+    parser = commands.add_parser("inspect", help="write one output as an HTML page: trees, decisions, times")
+    parser.set_defaults(run=inspect)
+    add_target_options(parser)
+    parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("--prompt", required=True, help="the user's message to the target")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the HTML page to write")
+    parser.add_argument(
+        "--policy",
+        help="auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; default: the head's tree",
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="default: 0, which is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of both outputs, if tokens are sampled")
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Write the page; 1 when both outputs differ and rounding cannot be the reason."""
+    if not args.prompt.strip():
+        raise ValueError("`--prompt` is empty. Pass a question in quotes.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target = attach(load_target(args.target, args.dtype, args.device))
+    head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
+    named = load_policy(args.policy, head)
+    policy = default_policy(target.device) if isinstance(named, str) else named
+    prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
+    warm_up(target, head, prompt_ids)
+    both = 2 * args.max_new_tokens  # plain, then with drafts, which takes fewer steps
+    bar = tqdm(desc="Answering twice", total=both, unit="token", disable=None)
+    with bar, moving(bar, target, both, both):
+        found = examine(target, head, policy, prompt_ids, settings=settings_of(args), seed=args.seed)
+    decoding = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature > 0 else "greedy"
+    facts = facts_of(target, head, policy, decoding)
+    args.output.write_text(page(page_data(found, decoder(tokenizer), args.prompt, facts)), encoding="utf-8")
+    print(f"{found.report}\nSame text as plain decoding: {same_text(found)}.\nThe page: {args.output}")
+    return 0 if is_explained(found, target.dtype) else 1
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return keywords of `generate` for both answers."""
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    return {"max_new_tokens": args.max_new_tokens, **sampling}
+
+
+def warm_up(target: PreTrainedModel, head: DraftHead | None, prompt_ids: Tensor) -> None:
+    """Allocate and compile before the timed calls; the policy stays as it is."""
+    for assistant in (None, head) if head is not None else (None,):
+        call: Any = target
+        ids = prompt_ids[None].to(target.device)
+        call.generate(
+            ids, attention_mask=torch.ones_like(ids), assistant_model=assistant, max_new_tokens=4, do_sample=False
+        )
+
+
+def same_text(found: Examination) -> str:
+    """Say yes, or where the texts differ first."""
+    if found.parts_at is None:
+        return "yes"
+    why = f" ({found.divergence})" if found.divergence is not None else ""
+    return f"no, they differ from token {found.parts_at + 1}{why}"
+
+
+def is_explained(found: Examination, dtype: torch.dtype) -> bool:
+    """Tell whether texts are equal or may be rounded apart; of sampled texts in half precision no more can be said."""
+    if found.parts_at is None:
+        return True
+    return found.divergence.explained if found.divergence is not None else dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,196 @@
+"""What a command line names: checked before anything is loaded, then loaded.
+
+The types of arguments refuse what cannot be; targets, policies and questions are loaded alike for every command.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..data import Conversation, load_conversations
+from ..heads import DraftHead
+from ..policies.base import Policy
+from ..policies.fixed import FixedPolicy
+from ..policies.saving import AutoPolicy
+from ..tree import TreeShape
+from ..verifying.prepacking import prepack
+
+
+# Folders of a training run that say what is in them, not whose it is.
+_KINDS = re.compile(r"(head|policy)(-unfinished)?|checkpoint-\d+|model|\.|\.\.|")
+
+# Fifty questions that any chat model answers at some length: every task with every subject.
+_TASKS = (
+    "Explain {} to a child.",
+    "Write a short story about {}.",
+    "List five facts about {}.",
+    "What is the history of {}?",
+    "Compare {} fifty years ago and today.",
+    "Write a Python function that prints a report about {}.",
+    "Give step-by-step advice to someone new to {}.",
+    "Summarise the main arguments for and against {}.",
+    "Write a polite e-mail asking an expert about {}.",
+    "Make a quiz of three questions about {}, with answers.",
+)
+_SUBJECTS = ("bicycles", "the ocean", "cooking", "public libraries", "numbers")
+
+
+def default_device() -> str:
+    """Return a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def model(text: str) -> str:
+    """Accept an existing folder, or what may be a Hub id."""
+    if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder and no Hub id (NAME or OWNER/NAME). Check the path.")
+    return text
+
+
+def temperature(text: str) -> float:
+    """Accept a finite number from 0 on."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no temperature. Write 0 for greedy decoding, or a number above 0."
+        )
+    return value
+
+
+def shape(text: str) -> TreeShape:
+    """Read total_tokens, depth and top_k from `8,4,2`; a fourth number is `lookup`."""
+    try:
+        return TreeShape(*(int(part) for part in text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shape. Write total_tokens,depth,top_k as in 8,4,2."
+        ) from error
+
+
+def dtype(text: str) -> str:
+    """Accept the name of a dtype that models are loaded in, or auto."""
+    if text not in ("auto", "float64", "float32", "bfloat16", "float16"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no supported dtype. Write auto, float32, bfloat16 or float16.")
+    return text
+
+
+def device(text: str) -> str:
+    """Accept an available device that computes."""
+    if text.startswith("meta"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device that computes. Write cpu, or leave it out.")
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device here ({error}). Write cpu, or leave it out."
+        ) from error
+    return text
+
+
+def positive(text: str) -> int:
+    """Accept a whole number above zero."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer above 0.")
+    return int(text)
+
+
+def add_target_options(parser: argparse.ArgumentParser) -> None:
+    """Add TARGET, `--dtype` and `--device`."""
+    parser.add_argument("target", type=model, help="folder or Hub id of the target")
+    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    parser.add_argument("--device", type=device, default=default_device(), help="default: cuda if available, or cpu")
+
+
+def load_target(name: str, dtype: str | None, device: str, *, packed: bool = False) -> Any:
+    """Load a target onto its device; without a dtype in float32 on a CPU, and elsewhere in its own."""
+    chosen = dtype or ("float32" if device == "cpu" else "auto")
+    target: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
+    return prepack(target.to(device)) if packed else target.to(device)
+
+
+def load_policy(text: str | None, head: DraftHead | None) -> Policy | str:
+    """Return a fixed tree from its numbers, a saved policy from its folder or Hub id, or "auto" as it is.
+
+    Without a text it is the head's default tree, and without a head "auto".
+
+    Raises:
+        ValueError: the text names nothing.
+    """
+    if text is None and head is not None:
+        return FixedPolicy(head.default_shape)
+    if text is None or text == "auto":
+        return "auto"
+    tree = named_tree(text)
+    return AutoPolicy.from_pretrained(text) if tree is None else FixedPolicy(tree)
+
+
+def named_tree(text: str) -> TreeShape | None:
+    """Read the shape that `8,4,2` names; `None` for what has no commas or is a folder.
+
+    Raises:
+        ValueError: it has commas, but is no shape.
+    """
+    if "," not in text or Path(text).exists():
+        return None
+    try:
+        return shape(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def short_name(source: str) -> str:
+    """The last part of a folder or Hub id; where that is only `head`, `policy` or a checkpoint, the part before it.
+
+    >>> short_name("runs/gsm8k/policy"), short_name("runs/chat"), short_name("you/head"), short_name("checkpoint-20")
+    ('gsm8k', 'chat', 'you', 'checkpoint-20')
+    """
+    given = PurePath(source)
+    parts = (Path(source).resolve() if Path(source).is_dir() else given).parts
+    return next((part for part in reversed(parts) if not _KINDS.fullmatch(part)), given.name)
+
+
+def add_question_options(parser: argparse.ArgumentParser, of_dataset: str) -> None:
+    """Add `--dataset` and `--split`."""
+    parser.add_argument("--dataset", help=f".json, .jsonl or Hub id of conversations; {of_dataset}")
+    parser.add_argument("--split", default="train", help="of a dataset from the Hub")
+
+
+def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation]:
+    """Return the first `most` conversations that the options of `add_question_options` name; none without a dataset.
+
+    Raises:
+        ValueError: the dataset has no user turns.
+    """
+    if not args.dataset:
+        return []
+    found = list(islice(load_conversations(args.dataset, args.split), most))
+    if not any(up_to(conversation, "user") for conversation in found):
+        raise ValueError(
+            f"`--dataset {args.dataset}` has no user turns to use as prompts. Pass rows with `messages`, `turns` or a "
+            "`prompt`."
+        )
+    return found
+
+
+def questions_in(conversations: Sequence[Conversation], most: int) -> list[Conversation]:
+    """Cut conversations after their first user turn; without any, return up to fifty built-in questions."""
+    if conversations:
+        return [asked for conversation in conversations if (asked := up_to(conversation, "user"))]
+    texts = [task.format(subject) for subject in _SUBJECTS for task in _TASKS]
+    return [[{"role": "user", "content": text}] for text in texts[:most]]
+
+
+def up_to(conversation: Conversation, role: str) -> Conversation:
+    """Cut a conversation after its first turn of `role`; empty when it has none."""
+    roles = [message["role"] for message in conversation]
+    return conversation[: roles.index(role) + 1] if role in roles else []

@@ -1,0 +1,246 @@
+"""The ways to decode that a benchmark compares, and one answer of one of them, timed."""
+
+import copy
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..generation.output import end_ids, sampling
+from ..generation.state import SpeculationDefaults
+from ..heads import DraftHead
+from ..policies.base import Policy
+from ..policies.fixed import FixedPolicy
+from ..telemetry.report import SpeculationReport
+from ..tree import TreeShape
+from ..verifying.forward import decoder_layers
+from .results import COMPILED, PLAIN, AnswerTiming, Run, token_count
+
+
+EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGLE counts them
+
+
+class Answer(NamedTuple):
+    """What a method wrote, and what it tells about it. Without counts, forwards are counted at the target's layers.
+
+    Attributes:
+        token_ids: of the answer.
+        report: of `generate` with a policy.
+        target_forwards: of a library that runs layers of its own.
+        prefill_seconds: of the same.
+    """
+
+    token_ids: list[int]
+    report: SpeculationReport | None = None
+    target_forwards: int | None = None
+    prefill_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way to decode.
+
+    Attributes:
+        name: in the table.
+        effort: what a user needs for it; of equally fast methods the one with the least effort is advised.
+        seed_exact: whether sampled texts must be those of plain decoding with the same seed. Transformers' own
+            assistants draw other random numbers, so only their distribution is right.
+    """
+
+    name: str
+    effort: int = field(default=0, kw_only=True)
+    seed_exact: bool = field(default=True, kw_only=True)
+
+    @property
+    def reports_steps(self) -> bool:
+        """Whether its answers come with a report of their steps."""
+        return False
+
+    @abstractmethod
+    def prepare(
+        self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
+    ) -> Callable[[], Answer]:
+        """Return the function that is timed: it answers, and reads the answer from the device.
+
+        Args:
+            target: attached.
+            input_ids: `[1, s]`, on its device.
+            max_new_tokens: of the answer.
+            temperature: 0 is greedy.
+            ends: tokens that end the answer.
+        """
+
+
+@dataclass(frozen=True)
+class Generate(Method):
+    """`generate` with more keywords."""
+
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def reports_steps(self) -> bool:
+        return "policy" in self.keywords
+
+    def prepare(
+        self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
+    ) -> Callable[[], Answer]:
+        keywords = {**self.keywords, **sampling(temperature)}
+        if "policy" in keywords:  # each answer meets it as it was loaded; "auto" learns on
+            keywords["policy"] = copy.deepcopy(keywords["policy"])
+
+        def answer() -> Answer:
+            with SpeculationDefaults.suspended():  # plain decoding is plain, whatever the model was attached with
+                output = target.generate(
+                    input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    max_new_tokens=max_new_tokens,
+                    return_dict_in_generate=True,
+                    **keywords,
+                )
+            token_ids = output.sequences[0, input_ids.shape[1] :].tolist()
+            return Answer(token_ids, getattr(output, "speculation", None))
+
+        return answer
+
+
+def plain() -> Generate:
+    """Return plain decoding, with which all others are compared."""
+    return Generate(PLAIN)
+
+
+def compiled(method: Generate) -> Generate:
+    """Return one of our methods with its forwards compiled."""
+    return replace(method, name=method.name + COMPILED, keywords={**method.keywords, "compile": True})
+
+
+def compiled_plain() -> Generate:
+    """Return plain decoding with the compilation and the caches of `compiled` trees."""
+    return compiled(Generate(PLAIN, {"policy": FixedPolicy(TreeShape.plain())}))
+
+
+def prompt_lookup() -> Generate:
+    """Return Transformers' own prompt lookup, with the ten tokens of its documentation."""
+    return Generate("prompt lookup", {"prompt_lookup_num_tokens": 10}, effort=1, seed_exact=False)
+
+
+def draft_model(model: PreTrainedModel) -> Generate:
+    """Return Transformers' own assisted generation with a small model."""
+    return Generate("draft model", {"assistant_model": model}, effort=2, seed_exact=False)
+
+
+def fixed_tree(head: DraftHead, shape: TreeShape, name: str | None = None) -> Generate:
+    """Return the method that drafts one shape at every step; a shape of lookups alone needs no head."""
+    assistant = {"assistant_model": head} if shape.asks_head else {}
+    return Generate(name or f"tree {shape}", {**assistant, "policy": FixedPolicy(shape)}, effort=3)
+
+
+def eagle_trees(head: DraftHead) -> list[Generate]:
+    """Return the trees that EAGLE-3 publishes."""
+    return [
+        fixed_tree(head, TreeShape.from_eagle(*numbers), f"EAGLE-3 {'/'.join(map(str, numbers))}")
+        for numbers in EAGLE_TREES
+    ]
+
+
+def policies(head: DraftHead, loaded: Mapping[str, Policy | str]) -> list[Generate]:
+    """Return a method for each policy, by its name."""
+    return [
+        Generate(name, {"assistant_model": head, "policy": policy}, effort=4 if policy == "auto" else 5)
+        for name, policy in loaded.items()
+    ]
+
+
+def check_distinct(methods: Sequence[Method]) -> None:
+    """Raises ValueError when two methods have one name."""
+    twice = [name for name, count in Counter(method.name for method in methods).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"Several methods have the name {', '.join(twice)}. Pass each policy and shape once, and give policy "
+            "folders different names."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A turn that is ready to be answered: `name` is `dataset/row`, `input_ids` is `[s]`."""
+
+    name: str
+    input_ids: Tensor
+    turn: int = 1
+
+
+class Bench:
+    """One target that answers with up to `max_new_tokens`, timed by `clock`."""
+
+    def __init__(self, target: Any, max_new_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.target, self.max_new_tokens, self._clock = target, max_new_tokens, clock
+        self._end_ids = end_ids(target)
+
+    def compile_refusal(self, prompt: Prompt) -> str | None:
+        """Return why plain decoding cannot be compiled, or `None` after it was."""
+        self.decode(prompt, compiled_plain(), max_new_tokens=2)
+        engine = self.target.speculation_state.slot_engine
+        return None if engine.is_compiled else str(engine.obstacle)
+
+    def decode(
+        self,
+        prompt: Prompt,
+        method: Method,
+        repeat: int = 0,
+        temperature: float = 0.0,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Run:
+        """Answer once, with the repeat as the seed; again after an answer in which something was compiled."""
+        most = max_new_tokens or self.max_new_tokens
+        while True:
+            answer, run = self._decode(prompt, method, repeat, temperature, most)
+            if answer.report is None or not answer.report.compile_seconds:
+                return run
+
+    def _decode(
+        self, prompt: Prompt, method: Method, repeat: int, temperature: float, most: int
+    ) -> tuple[Answer, Run]:
+        input_ids = prompt.input_ids[None].to(self.target.device)
+        write = method.prepare(self.target, input_ids, most, temperature, sorted(self._end_ids))
+        torch.manual_seed(repeat)
+        with self._forwards_noted(method) as begun:
+            started = self._clock()
+            answer = write()
+            seconds = self._clock() - started
+        if answer.report is not None:
+            forwards = answer.report.target_forwards
+            prefill = seconds - sum(step.step_seconds for step in answer.report.steps[1:])
+        elif answer.target_forwards is not None:
+            forwards, prefill = answer.target_forwards, answer.prefill_seconds
+        else:
+            forwards, prefill = len(begun), begun[1] - started if len(begun) > 1 else seconds
+        count = token_count(answer.token_ids, self._end_ids, most)
+        timing = AnswerTiming(
+            method.name, prompt.name, repeat, count, forwards, seconds, prompt.turn, temperature, prefill
+        )
+        steps = [] if answer.report is None else answer.report.steps
+        return answer, Run(timing, torch.tensor(answer.token_ids[:count], dtype=torch.long), steps)
+
+    @contextmanager
+    def _forwards_noted(self, method: Method) -> Iterator[list[float]]:
+        """Yield when each forward began, unless the method reports its steps: a hook would be compiled with the layer.
+
+        The hook is a layer's and not the model's, because another library may run the layers without the model.
+        """
+        begun: list[float] = []
+        if method.reports_steps:
+            yield begun
+            return
+        hook = decoder_layers(self.target)[0].register_forward_pre_hook(lambda *_: begun.append(self._clock()))
+        try:
+            yield begun
+        finally:
+            hook.remove()

@@ -1,0 +1,477 @@
+"""What the answers of a benchmark show: rates and intervals, a table, an advice, and the file `results.json`.
+
+The file's schema is in docs/bench-results-schema.md. Every rate is total tokens over total seconds.
+"""
+
+import json
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+
+from ..calibration import device_name
+from ..generation.output import up_to_end
+from ..hub.upload import RESULTS
+from ..telemetry.report import StepRecord, bootstrap_interval, rate
+
+
+SCHEMA_VERSION = 2
+ALL = "all"
+PLAIN = "plain"
+COMPILED = ", compiled"  # after the name of a method whose forwards are compiled
+COMPILED_PLAIN = PLAIN + COMPILED
+NAMED_NODES = 8  # whose verification the advice names
+MIN_PROMPTS = 8  # an interval over fewer is narrower than what it stands for: a bootstrap draws from what it has
+MAX_SPREAD = 0.25  # interquartile range over median of plain decoding's rates
+NOISE_OPTION = "or pass --accept-noise (the results will say so)"
+
+_DIGITS = 7  # significant: a second to the microsecond and better
+_MIN_ANSWERS = 8  # before the spread is checked
+_MIN_TOKENS = 8  # of an answer that counts for the spread
+_MIN_REPEATED = 8  # rates of texts that were repeated, before those that were not are left out
+_OF_MEMORY = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")  # huge pages, other allocators
+_SPEED = ("tokens/s", "ratio to plain", "95% interval", "tau")
+_EFFICIENCY = {
+    "efficiency": "ratio / tau",
+    "compiled_ratio": "ratio to compiled plain",
+    "compiled_efficiency": "that / tau",
+}
+
+
+class BusyMachineError(ValueError):
+    """Other processes use the machine, so measurements on it are not valid."""
+
+
+class Cell(NamedTuple):
+    """A place that each method answers once."""
+
+    prompt: str
+    turn: int
+    temperature: float
+    repeat: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerTiming:
+    """How long one method took to answer one turn of one prompt.
+
+    Attributes:
+        method: its name in the table.
+        prompt: `dataset/row`.
+        repeat: from 0; under sampling also the seed.
+        tokens: written, the end token included, nothing after it.
+        target_forwards: prefill included.
+        seconds: of the whole call.
+        turn: of the conversation, from 1.
+        temperature: 0 is greedy.
+        prefill_seconds: from the call to the target's second forward.
+    """
+
+    method: str
+    prompt: str
+    repeat: int
+    tokens: int
+    target_forwards: int
+    seconds: float
+    turn: int = 1
+    temperature: float = 0.0
+    prefill_seconds: float = 0.0
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.prompt, self.turn, self.temperature, self.repeat)
+
+    @property
+    def dataset(self) -> str:
+        return self.prompt.rpartition("/")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One answer: how long it took, its tokens `[t]`, and its steps if they are reported, the prefill first."""
+
+    timing: AnswerTiming
+    token_ids: Tensor
+    steps: Sequence[StepRecord] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A ratio of two rates, and the middle 95% of it over prompts drawn with replacement."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One row of the table; docs/bench-results-schema.md describes the fields.
+
+    Attributes:
+        compiled_ratio: `None`, like `compiled_efficiency`, where compiled plain decoding was not measured.
+        spread: fastest over slowest repeat, minus one: the machine's noise.
+        temperature: `None` over several.
+    """
+
+    method: str
+    tokens_per_second: float
+    ratio: float
+    low: float
+    high: float
+    tau: float
+    efficiency: float
+    compiled_ratio: float | None
+    compiled_efficiency: float | None
+    spread: float
+    temperature: float | None = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepSummary:
+    """The steps of all answers of one method: nodes verified in one after prefill, and seconds per token.
+
+    Attributes:
+        draft_seconds: observing, choosing, drafting and sizing.
+        rest_seconds: acceptance, the caches, and `generate` around the steps.
+    """
+
+    mean_nodes: float
+    prefill_seconds: float
+    draft_seconds: float
+    verify_seconds: float
+    rest_seconds: float
+
+
+def token_count(token_ids: list[int], end_ids: Container[int], most: int) -> int:
+    """Count the tokens of an answer, alike for every method: up to the first end token, and never above `most`."""
+    return min(len(up_to_end(token_ids, end_ids)), most)
+
+
+def grouped(timings: Iterable[AnswerTiming], key: Callable[[AnswerTiming], Hashable]) -> list[list[AnswerTiming]]:
+    """Group timings of the same key, in the order in which the keys come first."""
+    found: dict[Hashable, list[AnswerTiming]] = defaultdict(list)
+    for m in timings:
+        found[key(m)].append(m)
+    return list(found.values())
+
+
+def compare(timings: Sequence[AnswerTiming], method: str, base: str) -> Interval:
+    """Return the rate of one method over that of another, on the cells that both have answered."""
+    both = {m.cell for m in timings if m.method == method} & {m.cell for m in timings if m.method == base}
+    kept = sorted((m for m in timings if m.cell in both), key=lambda m: m.prompt)
+    own, other = (grouped((m for m in kept if m.method == name), lambda m: m.prompt) for name in (method, base))
+    low, high = bootstrap_interval(own, other)
+    return Interval(rate(chain.from_iterable(own)) / rate(chain.from_iterable(other)), low, high)
+
+
+def summarise(timings: Sequence[AnswerTiming], method: str) -> Summary:
+    """Compare one method with plain decoding, over all prompts and repeats."""
+    own = [m for m in timings if m.method == method]
+    interval = compare(timings, method, PLAIN)
+    repeats = [rate(part) for part in grouped(own, lambda m: m.repeat)]
+    temperatures = {m.temperature for m in own}
+    tau = sum(m.tokens for m in own) / sum(m.target_forwards for m in own)
+    has_compiled = any(m.method == COMPILED_PLAIN for m in timings)
+    compiled = compare(timings, method, COMPILED_PLAIN).ratio if has_compiled else None
+    return Summary(
+        method=method,
+        tokens_per_second=rate(own),
+        ratio=interval.ratio,
+        low=interval.low,
+        high=interval.high,
+        tau=tau,
+        efficiency=interval.ratio / tau,
+        compiled_ratio=compiled,
+        compiled_efficiency=None if compiled is None else compiled / tau,
+        spread=max(repeats) / min(repeats) - 1,
+        temperature=temperatures.pop() if len(temperatures) == 1 else None,
+    )
+
+
+def summarise_steps(runs: Sequence[Run]) -> StepSummary:
+    """Sum up the steps of answers of one method, which reports them."""
+    answers = [run.steps for run in runs]
+    tokens, seconds = sum(run.timing.tokens for run in runs), sum(run.timing.seconds for run in runs)
+    decoding = [step for steps in answers for step in steps[1:]]
+    prefill = sum(steps[0].step_seconds for steps in answers)
+    draft, verify = sum(step.draft_seconds for step in decoding), sum(step.verify_seconds for step in decoding)
+    return StepSummary(
+        mean_nodes=sum(step.verified for step in decoding) / len(decoding) if decoding else 1.0,
+        prefill_seconds=prefill / tokens,
+        draft_seconds=draft / tokens,
+        verify_seconds=verify / tokens,
+        rest_seconds=(seconds - prefill - draft - verify) / tokens,
+    )
+
+
+def summary_rows(
+    timings: Sequence[AnswerTiming], names: Sequence[str], estimates: Sequence[AnswerTiming] = ()
+) -> dict[str, Any]:
+    """Return `summaries` and `pooled` of the results: rows by dataset and temperature, and over everything.
+
+    Args:
+        timings: of whole cells: every method answered.
+        names: of the methods, in the order of the table.
+        estimates: of what was not measured, whose rows come last.
+    """
+    every = [*timings, *estimates]
+    summaries: dict[str, list[dict[str, Any]]] = {}
+    for dataset in [*dict.fromkeys(m.dataset for m in timings), ALL]:
+        own = grouped((m for m in every if dataset in (ALL, m.dataset)), lambda m: m.temperature)
+        summaries[dataset] = [row for part in own for row in _rows(part, names)]
+    return {"summaries": summaries, "pooled": _rows(every, names)}
+
+
+def _rows(timings: Sequence[AnswerTiming], names: Sequence[str]) -> list[dict[str, Any]]:
+    present = dict.fromkeys(m.method for m in timings)
+    ordered = [name for name in names if name in present] + [name for name in present if name not in names]
+    return [{**asdict(summarise(timings, name)), "measured": name in names} for name in ordered]
+
+
+def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
+    """Return the noise: interquartile range over median of plain decoding's rates; `None` below four of them.
+
+    Prefill is left out, and each rate is divided by the mean of its own text's repeats, so that long prompts do not
+    look like noise. In the middle of the second repeat only texts that were repeated count, or, while they are few,
+    the means of all. Answers of fewer than eight tokens do not count.
+    """
+    told = [m for m in timings if m.method == PLAIN and m.tokens >= _MIN_TOKENS]
+    texts = [
+        [(m.tokens - 1) / (m.seconds - m.prefill_seconds) for m in part]
+        for part in grouped(told, lambda m: (m.prompt, m.turn, m.temperature))
+    ]
+    repeated = [own for own in texts if len(own) > 1]
+    if len(repeated) == len(texts) or sum(map(len, repeated)) >= _MIN_REPEATED:
+        rates = [value / (sum(own) / len(own)) for own in repeated for value in own]
+    else:
+        rates = [sum(own) / len(own) for own in texts]
+    if len(rates) < 4:
+        return None
+    low, middle, high = quantiles(rates, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def check_spread(timings: Sequence[AnswerTiming]) -> None:
+    """Refuse to go on where plain decoding's rates show noise.
+
+    Raises:
+        BusyMachineError: after eight answers they spread more than `MAX_SPREAD`.
+    """
+    answers = sum(m.method == PLAIN for m in timings)
+    spread = plain_spread(timings) if answers >= _MIN_ANSWERS else None
+    if spread is not None and spread > MAX_SPREAD:
+        raise BusyMachineError(
+            f"The machine is noisy: plain decoding's rates spread by {spread:.0%} (interquartile range over median, "
+            f"{answers} answers), more than {MAX_SPREAD:.0%}. Measure again when it is quiet, {NOISE_OPTION}."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one method did.
+
+    Attributes:
+        name: in the table.
+        effort: what a user needs for it; less is better.
+        to_plain: its rate over plain decoding's.
+        to_fastest: its rate over the fastest method's; not below 1 beyond noise means as good.
+    """
+
+    name: str
+    effort: int
+    to_plain: Interval
+    to_fastest: Interval
+
+
+def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
+    """Say what to use, over all datasets and temperatures together.
+
+    Args:
+        efforts: of every method, by name.
+        timings: of all.
+        verify_cost: of a forward over `NAMED_NODES` nodes, in plain steps.
+    """
+    others = [name for name in efforts if name != PLAIN]
+    if not timings:
+        return advise([], verify_cost, 0)
+    rates = {name: rate(m for m in timings if m.method == name) for name in others}
+    fastest = max(rates, key=lambda name: rates[name], default=PLAIN)
+    standings = [
+        Standing(name, efforts[name], compare(timings, name, PLAIN), compare(timings, name, fastest))
+        for name in others
+    ]
+    return advise(standings, verify_cost, len({m.prompt for m in timings}))
+
+
+def advise(standings: Sequence[Standing], verify_cost: float | None, prompts: int) -> str:
+    """Say what to use, from how every method but plain decoding did on so many prompts.
+
+    A difference whose 95% interval holds 1 is none; one prompt gives no interval.
+    """
+    if prompts < 2:
+        little = "one prompt says" if prompts else "no prompt was answered, which says"
+        return f"NOT ENOUGH EVIDENCE: {little} nothing about others. Measure {MIN_PROMPTS} or more with --limit."
+    said = _choice(standings, verify_cost)
+    if standings and prompts < MIN_PROMPTS:
+        return (
+            f"NOT ENOUGH EVIDENCE: {prompts} prompts say little about others. Measure {MIN_PROMPTS} or more with "
+            f"--limit; on these: {said}"
+        )
+    return said
+
+
+def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
+    if not standings:
+        return "Nothing was compared with plain decoding: choose with --methods, --policy or --shapes."
+    fastest = max(standings, key=lambda standing: standing.to_plain.ratio)
+    if fastest.to_plain.low <= 1:
+        is_slower = fastest.to_plain.high < 1
+        verdict = "Speculation does not pay on this machine" if is_slower else _NOTHING_FASTER
+        cost = (
+            ""
+            if verify_cost is None
+            else f"verification of {NAMED_NODES} nodes costs {verify_cost:.1f} plain steps, and "
+        )
+        return f"{verdict}: {cost}the fastest, {fastest.name}, reaches {fastest.to_plain}."
+    equal = [s for s in standings if s is fastest or s.to_fastest.high >= 1]
+    simplest = min(equal, key=lambda s: (s.effort, -s.to_plain.ratio))
+    if simplest.to_plain.low <= 1:  # as good as the fastest only because little is known about it
+        simplest = fastest
+    gain = simplest.to_plain
+    times = f"{gain.ratio:.2f} times plain decoding ({gain.low:.2f} to {gain.high:.2f})"
+    if simplest is fastest:
+        return f"Use {fastest.name}: {times}."
+    return (
+        f"{simplest.name[:1].upper()}{simplest.name[1:]} is as good as anything here: {times}; {fastest.name}, with "
+        f"{fastest.to_plain.ratio:.2f}, is not faster beyond noise."
+    )
+
+
+_NOTHING_FASTER = "Decode plainly: nothing is faster beyond noise on this machine"
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """Return a row per dataset, temperature and method; what was estimated is in italics."""
+    several = len(results["settings"]["temperatures"]) > 1
+    left = ["dataset", *(["temperature"] if several else []), "method"]
+    right = [*_SPEED, *_EFFICIENCY.values(), "nodes", "same text"]
+    lines = [table_row([*left, *right]), table_row(["---"] * len(left) + ["---:"] * len(right))]
+    for dataset, rows in results["summaries"].items():
+        for row in rows:
+            steps = results["steps"].get(row["method"])
+            nodes = f"{steps['mean_nodes']:.1f}" if steps and row["measured"] else ""
+            same = same_text(row, results) if dataset == ALL else ""
+            place = [dataset, *([f"{row['temperature']:g}"] if several else [])]
+            lines.append(table_row([*place, *summary_cells(row), *_efficiency_cells(row), nodes, same]))
+    if results.get("not_compiled"):
+        lines += ["", f"{COMPILED_PLAIN}: not measured. {results['not_compiled']}"]
+    return "\n".join(lines)
+
+
+def _efficiency_cells(row: dict[str, Any]) -> list[str]:
+    """Return what `_EFFICIENCY` names; empty where older results lack it, or where it is estimated."""
+    told = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in _EFFICIENCY]
+    return ["" if value is None else f"{value:.2f}" for value in told]
+
+
+def summary_cells(row: dict[str, Any]) -> list[str]:
+    """Return method, tokens per second, ratio to plain, its interval and tau of one row of `summaries`."""
+    return [
+        method_cell(row),
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['ratio']:.2f}",
+        "" if row["method"] == PLAIN else f"{row['low']:.2f} to {row['high']:.2f}",
+        f"{row['tau']:.2f}" if row["measured"] else "",
+    ]
+
+
+def method_cell(row: dict[str, Any]) -> str:
+    """Return the method; in italics if it is estimated, not measured."""
+    return str(row["method"]) if row["measured"] else f"*{row['method']}*"
+
+
+def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
+    """Count answers that equal plain decoding's; empty over several temperatures, which are counted together."""
+    if not row["measured"] or len(results["settings"]["temperatures"]) > 1:
+        return ""
+    return f"{results['same_text'][row['method']]} of {results['same_text'].get(PLAIN, 0)}"
+
+
+def table_row(cells: list[str]) -> str:
+    """Return one line of Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def machine(model: Any) -> dict[str, Any]:
+    """Return device, dtype, threads, versions, and the variables that change how memory is laid out."""
+    return {
+        "device": device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "environment": {name: os.environ[name] for name in _OF_MEMORY if name in os.environ},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "transformers-resps": version("transformers-resps"),
+        },
+    }
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> Path:
+    """Write `results.json` atomically: a kill leaves the old file or the new one. Numbers have seven digits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / RESULTS
+    unfinished = file.with_suffix(".tmp")
+    parts = (f"{json.dumps(name)}: {_compact(part)}" for name, part in results.items())
+    unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    unfinished.replace(file)
+    return file
+
+
+def _compact(part: Any) -> str:
+    """Return JSON without blanks, an item of a list of objects on each line."""
+    if isinstance(part, list) and part and all(isinstance(item, dict) for item in part):
+        return "[\n" + ",\n".join(map(_compact, part)) + "\n]"
+    return json.dumps(_rounded(part), separators=(",", ":"))
+
+
+def _rounded(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {name: _rounded(value) for name, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_rounded(value) for value in part]
+    return float(f"{part:.{_DIGITS}g}") if isinstance(part, float) else part
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """Read what `write_results` wrote.
+
+    Raises:
+        ValueError: it has another schema, or is no results file.
+    """
+    try:
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = results.get("schema_version")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read as results of `resps bench` ({error}). Measure again.") from error
+    if found != SCHEMA_VERSION:
+        raise ValueError(
+            f"{file} has schema {found!r}, but this release reads {SCHEMA_VERSION}, see docs/bench-results-schema.md. "
+            "Measure again with this release, or read the file with the release that wrote it."
+        )
+    return results

@@ -1,0 +1,235 @@
+"""Answers every conversation with every method, in turn, and compares each text with the plain one."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import tqdm
+
+from ..data import Conversation, load_conversations, prompt_fingerprint, to_tokens
+from ..testing import explain_divergence
+from .methods import Bench, Method, Prompt, check_distinct
+from .results import PLAIN, AnswerTiming, Run
+
+
+_MAX_ROWS = 20_000  # read of one dataset
+_WARM_UP_TOKENS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """The user's turns of one conversation; the target answers them one after another.
+
+    Attributes:
+        name: `dataset/row`.
+        opening: what stands before the first user turn, such as a system message.
+        turns: what the user says. Answers of the dataset are not used: every turn follows the target's own ones.
+    """
+
+    name: str
+    opening: Conversation
+    turns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, messages: Conversation) -> "Dialogue":
+        """Take the user turns of `messages`. Raises ValueError when there is none."""
+        users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        if not users:
+            raise ValueError(f"{name} has no user turn. Remove that row, or give it `turns`, `messages` or `prompt`.")
+        return cls(name, messages[: users[0]], tuple(messages[place]["content"] for place in users))
+
+    def asked(self, answers: Sequence[str]) -> Conversation:
+        """Return the conversation up to the turn after `answers`, one for each turn before it."""
+        messages = [*self.opening]
+        for turn, answer in zip(self.turns, answers, strict=False):
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
+
+    def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> Prompt:
+        """Return the turn after `answers`, with all before it, in tokens."""
+        return Prompt(self.name, to_tokens(self.asked(answers), tokenizer), len(answers) + 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the first turn, by which a prompt is recognised."""
+        return prompt_fingerprint(self.turns[0])
+
+
+def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
+    """Read all conversations of a file, or of a split of a dataset of the Hub, in order.
+
+    Raises:
+        ValueError: it is not there, it is empty, or a row is no conversation.
+    """
+    name = Path(source).stem
+    rows = islice(load_conversations(source, split), _MAX_ROWS)
+    found = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
+    if not found:
+        raise ValueError(f"{source} has no rows. Pass a dataset with at least one.")
+    return found
+
+
+def spread(dialogues: Sequence[Dialogue], limit: int) -> list[Dialogue]:
+    """Choose up to `limit` of them, evenly over the file."""
+    count = min(limit, len(dialogues))
+    return [dialogues[index * len(dialogues) // count] for index in range(count)]
+
+
+def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> None:
+    """Raises ValueError when prompts are among `others`, the fingerprints of what was learned from or searched on."""
+    shared = [dialogue.name for dialogue in evaluated if dialogue.fingerprint in others]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of {len(evaluated)} prompts to evaluate are among {what}, for example {shared[0]}. Pass a "
+            "dataset with other prompts."
+        )
+
+
+class Judge:
+    """Compares the answers to each prompt with the plain one.
+
+    Attributes:
+        same_text: method -> answers of the first repeat that are equal.
+        unexplained: differences that should not be. Greedy ones that rounding does not explain; sampled ones in
+            float32 or float64 of a method that promises the plain text seed for seed. In half precision a sampled
+            text may differ from a near-tie on, which cannot be told afterwards: it is counted, not judged.
+    """
+
+    def __init__(self, target: Any, methods: Sequence[Method]) -> None:
+        self._target = target
+        self._promises = {method.name for method in methods if method.seed_exact}
+        self.same_text: Counter[str] = Counter({method.name: 0 for method in methods})
+        self.unexplained: list[str] = []
+
+    def add(self, prompt: Prompt, runs: Sequence[Run]) -> None:
+        """Judge all answers of one cell."""
+        plain = next(run for run in runs if run.timing.method == PLAIN)
+        for run in runs:
+            m = run.timing
+            same = run.token_ids.tolist() == plain.token_ids.tolist()
+            if m.repeat == 0:
+                self.same_text[m.method] += same
+            found = None if same else self._difference(prompt, plain, run)
+            if found is not None:
+                self.unexplained.append(
+                    f"{m.method}, {m.prompt}, turn {m.turn}, temperature {m.temperature:g}, repeat {m.repeat}, {found}"
+                )
+
+    def _difference(self, prompt: Prompt, plain: Run, run: Run) -> str | None:
+        if run.timing.temperature == 0:
+            found = explain_divergence(self._target, prompt.input_ids, plain.token_ids, run.token_ids)
+            return None if found is None or found.explained else str(found)
+        exact = self._target.dtype in (torch.float32, torch.float64)
+        if run.timing.method in self._promises and exact:
+            return "sampled another text than plain decoding with the same seed"
+        return None
+
+
+class Session:
+    """Who answers what, in which order, and what came of it so far.
+
+    Every turn of a conversation follows the target's own answers to the turns before it, as EAGLE's evaluation plays
+    MT-Bench: those of plain decoding at the same temperature and seed, so that all methods answer the same prompt. A
+    conversation ends early where the next turn would not fit into the target's context.
+
+    Args:
+        bench: answers.
+        tokenizer: of the target.
+        dialogues: to be answered.
+        methods: plain decoding among them, in the order of the table.
+        temperatures: at which each is answered.
+        repeats: of everything.
+
+    Attributes:
+        runs: of the cells that every method has answered.
+        judge: of the same.
+        cut: names of conversations that ended early.
+
+    Raises:
+        ValueError: a first turn is longer than the target's context allows, or two methods have one name.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        tokenizer: Any,
+        dialogues: Sequence[Dialogue],
+        methods: Sequence[Method],
+        temperatures: Sequence[float] = (0.0,),
+        repeats: int = 1,
+    ) -> None:
+        check_distinct(methods)
+        self.bench, self.dialogues, self.methods = bench, dialogues, methods
+        self._tokenizer, self._temperatures, self._repeats = tokenizer, temperatures, repeats
+        self.runs: list[Run] = []
+        self.judge = Judge(bench.target, methods)
+        self.cut: set[str] = set()
+        self._planned = sum(len(dialogue.turns) for dialogue in dialogues) * len(temperatures) * repeats
+        context: int = bench.target.config.get_text_config().max_position_embeddings
+        self._max_length = context - bench.max_new_tokens
+        for dialogue in dialogues:
+            length = len(dialogue.prompt(tokenizer).input_ids)
+            if length > self._max_length:
+                raise ValueError(
+                    f"{dialogue.name} has {length} tokens and its answer up to {bench.max_new_tokens}, but the target "
+                    f"holds {context}. Lower --max-new-tokens, or leave that prompt out."
+                )
+
+    @property
+    def total(self) -> int:
+        """Number of answers, as far as is known."""
+        return self._planned * len(self.methods)
+
+    @property
+    def timings(self) -> list[AnswerTiming]:
+        return [run.timing for run in self.runs]
+
+    def runs_of(self, method: str) -> list[Run]:
+        return [run for run in self.runs if run.timing.method == method]
+
+    def warm_up(self) -> None:
+        """Decode a few tokens with every method, so that no timed answer compiles or allocates for the first time."""
+        first, few = self.dialogues[0].prompt(self._tokenizer), min(_WARM_UP_TOKENS, self.bench.max_new_tokens)
+        for method in tqdm(self.methods, desc="Warming up", unit="method"):
+            self.bench.decode(first, method, max_new_tokens=few)
+        # "auto" keeps what it learns between answers, and starts with nothing
+        self.bench.target.speculation_state.policy_cache.clear()
+
+    def run(self, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
+        """Yield each prompt and its runs, judged, in the order of `methods`.
+
+        Each repeat and conversation begins with the next method, so that none always comes first.
+
+        Args:
+            done: called after each answer, to move a progress bar.
+        """
+        for repeat in range(self._repeats):
+            for number, dialogue in enumerate(self.dialogues):
+                first = (number + repeat) % len(self.methods)
+                order = [*self.methods[first:], *self.methods[:first]]
+                for temperature in self._temperatures:
+                    for prompt, runs in self._converse(dialogue, temperature, repeat, order, done):
+                        self.runs += runs
+                        self.judge.add(prompt, runs)
+                        yield prompt, runs
+
+    def _converse(
+        self, dialogue: Dialogue, temperature: float, repeat: int, order: Sequence[Method], done: Callable[[], Any]
+    ) -> Iterator[tuple[Prompt, list[Run]]]:
+        answers: list[str] = []
+        for turn in range(1, len(dialogue.turns) + 1):
+            prompt = dialogue.prompt(self._tokenizer, answers)
+            if len(prompt.input_ids) > self._max_length:
+                self.cut.add(dialogue.name)
+                self._planned -= len(dialogue.turns) - turn + 1
+                return
+            runs: dict[str, Run] = {}
+            for method in order:
+                runs[method.name] = self.bench.decode(prompt, method, repeat, temperature)
+                done()
+            answers.append(self._tokenizer.decode(runs[PLAIN].token_ids, skip_special_tokens=True))
+            yield prompt, [runs[method.name] for method in self.methods]
