@@ -68,16 +68,10 @@ class DraftEngine(CompileEngine[BoundHead]):
     def draft(
         self, shape: TreeShape, cache: HeadCache, inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor, CandidatePool, DraftTree] | None:
-        """Draft with one launch, or capture first.
+        """Draft over the cache of this engine with one launch, or capture first.
 
-        Args:
-            shape: levels, children and nodes.
-            cache: of this engine.
-            inputs: of a `DraftFunction`: features, tokens, slots and what is shown.
-
-        Returns:
-            The head's output at the newest pair, the pool and the tree, until the next draft; `None` where capturing
-            fails.
+        `inputs` are those of a `DraftFunction`: features, tokens, slots and what is shown. Returns the head's output
+        at the newest pair, the pool and the tree, until the next draft; `None` where capturing fails.
         """
         tree_room, pairs = cache.tree_room, inputs[1].shape[1]
 
@@ -155,13 +149,7 @@ def _example(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[list[
 
 
 class DraftEngines:
-    """An engine for each head that a model drafts with, as long as that head lives.
-
-    A copied or pickled model starts anew.
-
-    Args:
-        make: makes the engine of one head.
-    """
+    """An engine for each head that a model drafts with, as long as that head lives. A copied model starts anew."""
 
     def __init__(self, make: Callable[[], DraftEngine] = DraftEngine) -> None:
         self._make = make

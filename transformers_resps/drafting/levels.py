@@ -71,10 +71,7 @@ class DraftFunction:
     Every size is fixed by the shape, the number of pairs and the capacity of the head's cache; the text's length is a
     value. It gives what `TreeCandidateGenerator.draft` and `DraftTree.from_pool` give.
 
-    Args:
-        bound: the head, with its target's embedding and output rows.
-        shape: levels, children and nodes.
-        tree_room: of the head's cache, at least `(shape.depth - 1) * shape.top_k`.
+    `tree_room` is that of the head's cache, at least `(shape.depth - 1) * shape.top_k`.
     """
 
     def __init__(self, bound: BoundHead, shape: TreeShape, tree_room: int) -> None:

@@ -57,13 +57,9 @@ def grow_pool(
     run: RunLevel,
     goes_on: Callable[[int, Tensor], bool] = lambda depth, scores: True,
 ) -> CandidatePool:
-    """Up to `depth` levels, at least one.
+    """The `first` level and those that `run` drafts after it, up to `depth` in all.
 
-    Args:
-        first: the first level.
-        depth: most levels.
-        run: drafts the children of a frontier.
-        goes_on: (levels drafted, scores `[b, w]` of the nodes that would get children) -> whether they do.
+    `goes_on` decides whether a level gets children, by the levels drafted and the scores `[b, w]` of its best nodes.
 
     Source: EAGLE-2 (arXiv 2406.16858) section 4.1: the best nodes of a level, by path probability, get children; all
     children are candidates.

@@ -204,7 +204,7 @@ class SpeculationState:
         named_heads: the heads that calls named.
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
-        draft_engines: the captured or compiled drafts of the heads that it used.
+        draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
         has_verified_trees: whether it was seen to verify a draft tree, or is of an architecture that does.
     """
 

@@ -22,10 +22,7 @@ _MAX_SHARING = 8  # layers of one buffer: more would move faster, but while they
 class PreallocatedLayer(DynamicLayer):
     """A `DynamicLayer` whose keys and values are the front of a larger buffer, so that a forward copies no past.
 
-    Other code may shorten it or replace its tensors, as with any `DynamicLayer`.
-
-    Args:
-        stock: a filled layer, which this one stands for.
+    It stands for a filled `stock` layer. Other code may shorten it or replace its tensors, as with that one.
     """
 
     buffer: "SharedBuffer"
@@ -80,13 +77,8 @@ class PreallocatedLayer(DynamicLayer):
 class SharedBuffer:
     """The entries of several layers, with space after them: the nodes to keep move in all layers at once.
 
-    Args:
-        layers: with entries of the same sizes, lengths apart; they move in.
-        size: positions.
-
-    Attributes:
-        keys: `[layers, b, kv heads, s, hd]`.
-        values: like `keys`; `hd` may differ.
+    `layers` have entries of the same sizes, lengths apart, and move to buffers of `size` positions,
+    `[layers, b, kv heads, s, hd]`; `hd` of values may differ.
     """
 
     def __init__(self, layers: list[Any], size: int) -> None:
@@ -320,15 +312,11 @@ def _states(layer: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def compact(cache: Cache, path: Tensor, node_count: int, *, is_front: bool = False) -> None:
-    """Keep, of the last `node_count` positions, those of the accepted path.
+    """Keep, of the last `node_count` positions of a cache, those of the accepted path.
 
-    Args:
-        cache: right after the tree's forward.
-        path: `[b, m]` ascending node indices, the root first.
-        node_count: nodes of the tree, padding included.
-        is_front: whether every path is known to hold the first nodes in their order, so that nothing moves.
-
-    Rotary positions were applied by depth, so a moved entry needs no rotation.
+    `path` is `[b, m]`, ascending node indices, the root first. `is_front` says that every path is known to hold the
+    first nodes in their order, so that nothing moves. Rotary positions were applied by depth, so a moved entry needs
+    no rotation.
     """
     kept = path.shape[1]
     if 1 < kept < node_count and not is_front:

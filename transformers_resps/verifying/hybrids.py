@@ -264,12 +264,7 @@ class ScanSettings:
 
 
 class RecurrentMixers:
-    """Reads trees path by path inside the mixers of a target, by hooks that are there inside `with`.
-
-    Args:
-        target: any decoder of Transformers; nothing happens where it has no mixers.
-        cache: of the call.
-    """
+    """Reads trees path by path inside the mixers of a target, if it has any, by hooks that are there inside `with`."""
 
     def __init__(self, target: PreTrainedModel, cache: Cache) -> None:
         self._mixers, self._cache = known_mixers(target), cache
@@ -358,12 +353,7 @@ class RecurrentMixers:
 
 
 class _Reading:
-    """A tree as the mixers read it.
-
-    Attributes:
-        paths: of the tree.
-        branches: one cache for all mixers, with the states of every path after it was read.
-    """
+    """A tree as the mixers read it; `branches` are one cache with the states of every path after it was read."""
 
     def __init__(self, paths: TreePaths, branches: Cache) -> None:
         self.paths, self.branches = paths, branches

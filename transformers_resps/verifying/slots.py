@@ -24,13 +24,7 @@ from .rows import HIDDEN
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's buffers during one forward.
-
-    Args:
-        keys: `[slots, b, kv heads, hd]`; a window of the buffers.
-        values: like `keys`; `hd` may differ.
-        written: `[b, n]` the slots that the forward writes.
-    """
+    """One layer's windows of the buffers, `[slots, b, kv heads, hd]`, in a forward that writes the slots `[b, n]`."""
 
     is_compileable = True
 
@@ -187,7 +181,7 @@ class SlotForward:
 
     Args:
         target: any decoder of Transformers.
-        cache: filled with the prompt, of dynamic layers.
+        cache: of dynamic layers, filled with the prompt.
         feature_layers: the hidden states that a head reads, below the last.
         options: of `torch.compile`, where the caller has some.
     """
@@ -205,9 +199,7 @@ class SlotForward:
     def __call__(self, inputs: SlotInputs, buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run it without compilation: the logits `[b, n, v]`, and the hidden states `[b, n, h]` of each feature layer.
 
-        Args:
-            inputs: what the tree is, and where it goes.
-            buffers: keys and values of each layer, `[slots, b, kv heads, hd]`; the tree's are written.
+        `buffers` are keys and values of each layer, `[slots, b, kv heads, hd]`; the tree's are written.
         """
         with use_gqa_attention(self.target):
             return self.function(*inputs, *buffers)

@@ -253,12 +253,7 @@ _WINDOW = 128  # slots: the forward sees multiples of it
 class SlotVerifier(Verifier):
     """Verifies trees over slots, whose entries never move. The prompt is read into a dynamic cache.
 
-    Args:
-        forward: the target's, over that cache.
-        engine: lent to this call; `None` runs the steps as they are.
-        position_ids: as `Verifier`.
-        attention_mask: as `Verifier`.
-        options: of `torch.compile`, where the caller has some.
+    `engine` is lent to this call; with `None` steps run as they are. `options` are the caller's for `torch.compile`.
     """
 
     def __init__(
@@ -301,11 +296,10 @@ class SlotVerifier(Verifier):
         return outputs[0], features
 
     def must_compile(self, tree: DraftTree) -> bool:
-        """As `Verifier.must_compile`."""
         return self._engine is not None and self._engine.must_compile(self._over_slots, *self._prepared(tree))
 
     def undo(self) -> None:
-        """Nothing is to be done: the slots of the newest tree are still free."""
+        """As `Verifier.undo`: the slots of the newest tree are still free."""
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         self._table.keep(_filled_up(paths, self._rows))
