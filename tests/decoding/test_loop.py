@@ -91,18 +91,17 @@ def test_the_clock_is_read_after_the_device_has_finished(
 def test_seconds_of_compiling_are_told_and_no_step_counts_them(
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, verify = FakeClock(), TreeVerifier.verify
+    clock, verify, planted = FakeClock(), TreeVerifier.verify, [30.0, 0.0, 60.0]
 
     def slow_verify(self: TreeVerifier, tree: DraftTree) -> Any:
-        clock.advance(1.0)
+        clock.advance(1.0 + sum(planted[:1]))
         return verify(self, tree)
 
-    first = iter([True, False, True])
-    monkeypatch.setattr(TreeVerifier, "must_compile", lambda self, tree: next(first, False))
+    monkeypatch.setattr(TreeVerifier, "take_compile_seconds", lambda self: planted.pop(0) if planted else 0.0)
     monkeypatch.setattr(TreeVerifier, "verify", slow_verify)
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
     report = both(target, head, prompt)[1].speculation
-    assert report.compile_seconds == report.to_dict()["compile_seconds"] == 2.0
+    assert report.compile_seconds == report.to_dict()["compile_seconds"] == 90.0
     assert {step.step_seconds for step in report.steps[1:]} == {1.0}
 
 

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from tests.tools.conversations import Ticking
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.tools.methods import Bench, Prompt, fixed_tree, plain, policies
-from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.verifier import TreeVerifier
 
 
@@ -46,13 +45,13 @@ def test_an_answer_in_which_something_was_compiled_is_decoded_again(
     bench: Bench, tiny_head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the second and the third forward over a tree were the first of their sizes."""
-    asked, left = [], iter([False, True, True])
+    asked, left = [], iter([0.0, 9.0, 9.0])
 
-    def must_compile(self: TreeVerifier, tree: DraftTree) -> bool:
-        asked.append(tree.node_count)
-        return next(left, False)
+    def take_compile_seconds(self: TreeVerifier) -> float:
+        asked.append(next(left, 0.0))
+        return asked[-1]
 
-    monkeypatch.setattr(TreeVerifier, "must_compile", must_compile)
+    monkeypatch.setattr(TreeVerifier, "take_compile_seconds", take_compile_seconds)
     run = bench.decode(PROMPT, fixed_tree(tiny_head, SHAPE))
     assert len(asked) == 2 * (len(run.steps) - 1)
     assert run.token_ids.tolist() == bench.decode(PROMPT, plain()).token_ids.tolist()

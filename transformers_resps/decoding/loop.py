@@ -45,12 +45,6 @@ class StepClock:
         self.seconds[phase] += now - self._last
         self._last = now
 
-    def take(self) -> float:
-        """The seconds since the last lap, which no phase counts."""
-        now = self._now()
-        seconds, self._last = now - self._last, now
-        return seconds
-
 
 class TreeDecoding:
     """Decodes one batch with a head and a policy.
@@ -110,10 +104,10 @@ class TreeDecoding:
         proposal = self._propose()
         self._clock.lap("draft")
         tree = proposal.tree
-        self._compile(tree)
         logits, features = self._verifier.verify(tree)
         picks = self._read_picks(tree, logits)
         self._clock.lap("verify")
+        self._leave_out_compiling()
         acceptance = self._accept(tree, logits, picks)
         self._keep(acceptance, features)
         self._drop_finished()
@@ -141,17 +135,13 @@ class TreeDecoding:
         levels = min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
         return self._proposer.propose(root, step, length, levels + 1, self._prompt_seconds)
 
-    def _compile(self, tree: DraftTree) -> None:
-        """Compile a forward of this size where it must be. Charged to a step, no policy would try that size again."""
-        if self._draft_engine is not None:
-            seconds = self._draft_engine.take_compile_seconds()
-            self._clock.seconds["draft"] -= seconds
-            self.report.compile_seconds += seconds
-        if self._verifier.must_compile(tree):
-            logits, _ = self._verifier.verify(tree)
-            wait_for(logits)
-            self._verifier.undo()
-            self.report.compile_seconds += self._clock.take()
+    def _leave_out_compiling(self) -> None:
+        """Book compiling to the call. Charged to a step, no policy would try that size again."""
+        for phase, engine in (("draft", self._draft_engine), ("verify", self._verifier)):
+            if engine is not None:
+                seconds = engine.take_compile_seconds()
+                self._clock.seconds[phase] -= seconds
+                self.report.compile_seconds += seconds
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
         """Wait for the target, if only to know when it had finished."""

@@ -275,10 +275,6 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         """Note that a call has decoded for so long."""
         self._decoded_seconds += seconds
 
-    def must_compile(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> bool:
-        """Whether the coming forward, the first of its kind, takes longer than all that follow."""
-        return not self.is_broken and not self._code_of(forward, inputs).fast.is_ready(inputs, buffers)
-
     def forward(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> tuple[Tensor, ...]:
         """Run a forward compiled, or as it is where that fails."""
         outputs: tuple[Tensor, ...] | None = None

@@ -141,9 +141,9 @@ class Verifier(ABC):
         visible = self._slots.visible(length, self.device)
         return None if visible is None else visible.long()
 
-    def must_compile(self, tree: DraftTree) -> bool:
-        """Whether the coming forward, the first of its kind, takes longer than all that follow."""
-        return False
+    def take_compile_seconds(self) -> float:
+        """Seconds of compiling forwards since they were last taken."""
+        return 0.0
 
     @abstractmethod
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
@@ -269,7 +269,6 @@ class SlotVerifier(Verifier):
         self.is_compiled = engine is not None and not engine.is_broken
         self._buffers = SlotBuffers() if engine is None else engine.buffers
         self._rows = 0  # of the buffers: those that are decoded, and copies of the last; 0 before the first step
-        self._ready: tuple[DraftTree, SlotInputs, list[Tensor]] | None = None  # for the coming forward
 
     @property
     def _row_ends(self) -> list[int]:
@@ -288,22 +287,21 @@ class SlotVerifier(Verifier):
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         rows, count = tree.tokens.shape
-        inputs, engine = self._prepared(tree), self._engine
+        inputs, engine = self._inputs(tree), self._engine
         padded = self._over_slots(*inputs) if engine is None else engine.forward(self._over_slots, *inputs)
         outputs = [part[:rows, :count] for part in padded]
         features = Features(self._forward.layers)
         features.caught = dict(zip(features.layers, outputs[1:], strict=True))
         return outputs[0], features
 
-    def must_compile(self, tree: DraftTree) -> bool:
-        return self._engine is not None and self._engine.must_compile(self._over_slots, *self._prepared(tree))
+    def take_compile_seconds(self) -> float:
+        return 0.0 if self._engine is None else self._engine.take_compile_seconds()
 
     def undo(self) -> None:
         """As `Verifier.undo`: the slots of the newest tree are still free."""
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
         self._table.keep(_filled_up(paths, self._rows))
-        self._ready = None
 
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on.
@@ -315,7 +313,6 @@ class SlotVerifier(Verifier):
         self._rows = len(kept)
         self._table.keep_rows(kept)
         self._buffers.keep_rows(kept)
-        self._ready = None
 
     def close(self) -> None:
         """Give the cache what was kept, in the order of the text; rows that differ in length have no further use."""
@@ -323,13 +320,8 @@ class SlotVerifier(Verifier):
             give_back(self._buffers.entries(self._table.rows), self._cache, self.length)
         super().close()
 
-    def _prepared(self, tree: DraftTree) -> tuple[SlotInputs, list[Tensor]]:
+    def _inputs(self, tree: DraftTree) -> tuple[SlotInputs, list[Tensor]]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and the buffers that it sees."""
-        if self._ready is None or self._ready[0] is not tree:
-            self._ready = (tree, *self._prepare(tree))
-        return self._ready[1:]
-
-    def _prepare(self, tree: DraftTree) -> tuple[SlotInputs, list[Tensor]]:
         count = padded_count(self.device, tree.node_count)
         count += count == self._rows  # sizes that are equal at the first call are compiled as always equal
         slots = self._table.offer(count)
