@@ -22,7 +22,7 @@ from .drafting.head_drafter import TreeCandidateGenerator
 from .generation.attach import attach, detach
 from .generation.checks import check_model
 from .generation.mixin import ReSpSGenerationMixin
-from .generation.state import SpeculationDefaults
+from .generation.request import SpeculationDefaults
 from .heads import BoundHead, DraftHead
 from .policies.costs import CostTable, Range
 from .policies.fixed import FixedPolicy

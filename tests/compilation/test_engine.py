@@ -42,7 +42,7 @@ class Engine(CompileEngine[nn.Linear]):
         super().__init__(clock=clock)
         self.fast = Fast(lambda states: self.owner(states), clock)
 
-    def weights(self) -> WeightFingerprint:
+    def fingerprint(self) -> WeightFingerprint:
         return WeightFingerprint(self.owner)
 
     def layer(self, states: Tensor) -> Tensor | None:

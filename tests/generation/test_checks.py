@@ -79,7 +79,7 @@ MISFITS: dict[str, tuple[torch.Tensor, dict[str, Any], str]] = {
     "no row": (PROMPT[:0], {}, r"a prompt of the shape \[0, 3\]"),
     "a longer mask": (PROMPT, {"attention_mask": torch.ones(1, 4).long()}, "a text of 3 tokens and a mask of 4"),
     "a shorter mask": (PROMPT, {"attention_mask": torch.ones(1, 2).long()}, "a text of 3 tokens and a mask of 2"),
-    "a mask of another batch": (PROMPT, {"attention_mask": torch.ones(2, 3).long()}, r"\[2, 3\] for 1 rows of 3"),
+    "a mask of another batch": (PROMPT, {"attention_mask": torch.ones(2, 3).long()}, r"\[2, 3\] for 1 rows"),
     "fewer positions": (PROMPT, {"position_ids": torch.arange(2)[None]}, "a text of 3 tokens and a mask of 2"),
 }
 

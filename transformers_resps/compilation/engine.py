@@ -82,7 +82,7 @@ class CompileEngine(ABC, Generic[Owner]):
         return type(self), ()
 
     @abstractmethod
-    def weights(self) -> "WeightFingerprint":
+    def fingerprint(self) -> "WeightFingerprint":
         """The fingerprint of the owner's weights now."""
 
     @contextmanager
@@ -93,7 +93,7 @@ class CompileEngine(ABC, Generic[Owner]):
             return
         try:
             self.owner = owner
-            if self._fingerprint is not None and self._fingerprint != self.weights():
+            if self._fingerprint is not None and self._fingerprint != self.fingerprint():
                 self._codes.clear()
                 self._fingerprint, self.is_broken = None, False
             yield self
@@ -109,7 +109,7 @@ class CompileEngine(ABC, Generic[Owner]):
     def code(self, key: Hashable, make: Callable[[], Code]) -> Code:
         """The code under a key, made at the first call with the weights of now."""
         if key not in self._codes:
-            self._fingerprint = self._fingerprint or self.weights()
+            self._fingerprint = self._fingerprint or self.fingerprint()
             self._codes[key] = make()
         return self._codes[key]
 
@@ -179,8 +179,8 @@ def described(fault: Exception) -> str:
 
 # Share by which compiled and eager code may differ. SmolLM2's logits in bfloat16: 0.02 to 0.06. One matrix of another
 # layer makes it 0.16, a token hidden from the newest 0.19; positions off by one, 0.10, look almost like rounding.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_LOW_PRECISION_TOLERANCE = 0.1
+_NORM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LOW_PRECISION_NORM_TOLERANCE = 0.1
 
 
 def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
@@ -189,7 +189,7 @@ def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | N
     All values count together: in low precision a single one may be far off.
     """
     difference, scale = (float(part.float().norm()) for part in (found - expected, expected))
-    if difference <= _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
+    if difference <= _NORM_TOLERANCE.get(dtype, _LOW_PRECISION_NORM_TOLERANCE) * max(scale, 1.0):
         return None
     return f"differ from the eager ones by {difference / max(scale, 1.0):.2g} of their norm"
 

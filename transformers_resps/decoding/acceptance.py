@@ -90,7 +90,7 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
     if batch.is_plain_greedy(tree.node_count):
         return None if logits.device.type == "cpu" else Picks.read(tree, logits)
     text, device = texts[0], tree.tokens.device
-    is_known = len(texts) == 1 and text.is_stateless(tree)
+    is_known = len(texts) == 1 and text.can_process_at_once(tree)
     if is_known and can_pick_at_once(device, text.do_sample, logits.shape[-1]):
         return Picks.read(tree, logits, ProcessedPicks.of(text, tree, logits))
     return None

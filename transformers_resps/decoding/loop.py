@@ -24,6 +24,9 @@ from .proposal import Proposal, Proposer
 from .text import Batch
 
 
+Phase = Literal["draft", "verify", "rest"]
+
+
 class StepClock:
     """Splits the seconds of a step between drafting, verifying and the rest.
 
@@ -33,17 +36,21 @@ class StepClock:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, 0.0
-        self.seconds: dict[str, float] = {}  # phase -> seconds of this step
+        self.seconds: dict[Phase, float] = {}  # phase -> seconds of this step
 
     def start(self) -> None:
         """Begin a step."""
         self._last, self.seconds = self._now(), {"draft": 0.0, "verify": 0.0, "rest": 0.0}
 
-    def lap(self, phase: Literal["draft", "verify", "rest"]) -> None:
+    def lap(self, phase: Phase) -> None:
         """Book the time since the last lap to a phase."""
         now = self._now()
         self.seconds[phase] += now - self._last
         self._last = now
+
+    def leave_out(self, phase: Phase, seconds: float) -> None:
+        """Count these seconds to no phase."""
+        self.seconds[phase] -= seconds
 
 
 class TreeDecoding:
@@ -77,18 +84,21 @@ class TreeDecoding:
         self.report = SpeculationReport(batch_size=len(batch))
         # The features of cached positions are gone: the head's own text starts after them.
         unread = None if attention_mask is None else attention_mask[:, verifier.length :]
-        self._drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread, draft_engine)
+        drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread, draft_engine)
         known = None if attention_mask is None else attention_mask[:, -batch.length :]
         pads = [0] * len(batch) if known is None else leading_pads(known)
-        self._proposer = Proposer(policy, self._drafter, batch, pads, reads_paths=verifier.reads_paths)
-        self._draft_engine, self._max_length, self._clock = draft_engine, max_length, StepClock(clock)
+        self._proposer = Proposer(policy, drafter, batch, pads, reads_paths=verifier.reads_paths)
+        self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
         self._root = batch.newest  # [b]
 
-    def prefill(self, chunk_size: int | None, logits_to_keep: dict[str, int]) -> None:
-        """Read the prompt, in chunks if asked, and commit the first token: step 0 of the report."""
+    def prefill(self, chunk_size: int | None, **options: int) -> None:
+        """Read the prompt, in chunks if asked, and commit the first token: step 0 of the report.
+
+        `options` are `logits_to_keep` of the target's forward.
+        """
         self._clock.start()
-        logits, features = self._verifier.prefill(self.batch.input_ids, chunk_size, **logits_to_keep)
+        logits, features = self._verifier.prefill(self.batch.input_ids, chunk_size, **options)
         proposal = Proposal.plain(self.batch.newest)
         picks = self._read_picks(proposal.tree, logits[:, -1:])
         self._clock.lap("verify")
@@ -118,11 +128,12 @@ class TreeDecoding:
     def _read_prompt(self, features: list[Features]) -> None:
         """Head and lookup read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
         self._clock.lap("rest")
-        if self._drafter is not None:
+        if not self._proposer.reads_features:
+            self._proposer.read_prompt()
+        else:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
-            self._drafter.observe(states, self.batch.input_ids[:, -states.shape[1] :])
-        self._proposer.read_prompt()
-        if self._drafter is not None:
+            self._proposer.observe(states, self.batch.input_ids[:, -states.shape[1] :])
+            self._proposer.read_prompt()
             wait_for(states)
         self._clock.lap("draft")
         self._prompt_seconds = self._clock.seconds["draft"]
@@ -130,18 +141,17 @@ class TreeDecoding:
     def _propose(self) -> Proposal:
         """Let the policy choose and the drafter draft what this step verifies."""
         root = self._root.to(self._verifier.device)
-        step, length = len(self.report.steps) - 1, self._verifier.length + 1
+        step, length = len(self.report.steps) - 1, self._verifier.length + 1  # step 0 of the report is the prefill
         # levels below the root that the limit of the shortest text and the target's positions allow
         levels = min(self._max_length - self.batch.shortest - 1, self._verifier.levels_left)
         return self._proposer.propose(root, step, length, levels + 1, self._prompt_seconds)
 
     def _leave_out_compiling(self) -> None:
         """Book compiling to the call. Charged to a step, no policy would try that size again."""
-        for phase, engine in (("draft", self._draft_engine), ("verify", self._verifier)):
-            if engine is not None:
-                seconds = engine.take_compile_seconds()
-                self._clock.seconds[phase] -= seconds
-                self.report.compile_seconds += seconds
+        drafting, verifying = self._proposer.take_compile_seconds(), self._verifier.take_compile_seconds()
+        self._clock.leave_out("draft", drafting)
+        self._clock.leave_out("verify", verifying)
+        self.report.compile_seconds += drafting + verifying
 
     def _read_picks(self, tree: DraftTree, logits: Tensor) -> Picks | None:
         """Wait for the target, if only to know when it had finished."""
@@ -164,14 +174,14 @@ class TreeDecoding:
         self._verifier.keep(path, acceptance.paths)
         if self._verifier.reads_paths:
             self._clock.lap("verify")  # recurrent layers have read the path again
-        if self._drafter is None:
+        if not self._proposer.reads_features:
             return
         states = features.concatenated()
         if acceptance.is_front:
             states = states[:, : path.shape[1]]
         else:
             states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
-        self._drafter.observe(states, acceptance.tokens, acceptance.counts)
+        self._proposer.observe(states, acceptance.tokens, acceptance.counts)
 
     def _drop_finished(self) -> None:
         """Stop decoding rows that have ended."""

@@ -15,20 +15,34 @@ from ..tree import DraftTree
 # state and has no effect, except that a processor prepares its biases at the first, from the vocabulary's size alone.
 # SynthID and guidance keep a state, prefix constraints are told the row, the rest belongs to encoders and to speech.
 _READ_SCORES = frozenset(  # and nothing else
-    f"{name}Logits{kind}"
-    for kind, names in {
-        "Warper": ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta"),
-        "Processor": ("InfNanRemove", "SuppressTokens"),
-    }.items()
-    for name in names
-) | {"LogitNormalization"}
-_READ_TEXTS = frozenset(  # or their length
-    f"{name}LogitsProcessor"
-    for name in (
-        *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "NoRepeatNGram", "SequenceBias", "NoBadWords"),
-        *("ForcedBOSToken", "ForcedEOSToken", "SuppressTokensAtBegin"),
+    (
+        "TemperatureLogitsWarper",
+        "TopPLogitsWarper",
+        "TopKLogitsWarper",
+        "TopHLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+        "LogitNormalization",
     )
-) | {"ExponentialDecayLengthPenalty"}
+)
+_READ_TEXTS = frozenset(  # or their length
+    (
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+        "ExponentialDecayLengthPenalty",
+    )
+)
 # As stateless as these, but it reads each text on the host, so that the nodes off the path would cost time.
 _READ_TEXTS_ON_HOST = frozenset({"WatermarkLogitsProcessor"})
 STATELESS = _READ_SCORES | _READ_TEXTS | _READ_TEXTS_ON_HOST
@@ -62,7 +76,7 @@ class TreeLogitsProcessor(LogitsProcessor):
 
     @staticmethod
     def supports(processors: LogitsProcessorList) -> bool:
-        """Whether a tree may be processed at once: every processor is known to be stateless."""
+        """Whether a tree may be processed at once: every processor is stateless, and cheap at nodes off the path."""
         return all(is_stateless(one, _READ_SCORES | _READ_TEXTS) for one in processors)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, tree: DraftTree) -> Tensor:  # type: ignore[override]

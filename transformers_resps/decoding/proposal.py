@@ -79,6 +79,20 @@ class Proposer:
         self._policy, self._drafter, self._text = policy, drafter, text
         self._lookup, self._reads_paths = BatchLookup(pads), reads_paths
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether the drafter reads the target's features."""
+        return self._drafter is not None
+
+    def observe(self, features: Tensor, tokens: Tensor, counts: list[int] | None = None) -> None:
+        """Tell the drafter of newly committed positions; see `Drafter.observe`."""
+        if self._drafter is not None:
+            self._drafter.observe(features, tokens, counts)
+
+    def take_compile_seconds(self) -> float:
+        """Seconds of compiling drafts since they were last taken."""
+        return 0.0 if self._drafter is None else self._drafter.take_compile_seconds()
+
     def read_prompt(self) -> None:
         """Let lookup and drafter read the prompt, before any step."""
         if self._policy.uses_lookup:

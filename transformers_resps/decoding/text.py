@@ -96,8 +96,8 @@ class Text:
         self._keep_padding = keep_padding
         self._has_hooks = bool(logits_processor) or streamer is not None or keep_scores or keep_logits
         self.stop_conditions = StopConditions.of(stopping_criteria) if len(input_ids) == 1 else None
-        is_stateless = TreeLogitsProcessor.supports(logits_processor)
-        self._tree_processor = TreeLogitsProcessor(logits_processor) if is_stateless else None
+        is_supported = TreeLogitsProcessor.supports(logits_processor)
+        self._tree_processor = TreeLogitsProcessor(logits_processor) if is_supported else None
         self._decoded: Tensor | None = None  # rows that are still decoded; None for all
 
     def __len__(self) -> int:
@@ -161,7 +161,7 @@ class Text:
         """
         return self._ends_silently(count) and not self.do_sample and not self._has_hooks
 
-    def is_stateless(self, tree: DraftTree) -> bool:
+    def can_process_at_once(self, tree: DraftTree) -> bool:
         """Whether every node of a tree can be processed before the path is known: one row, with processors and
         criteria that are known to keep no state, all on the tree's device.
         """
@@ -247,7 +247,7 @@ class Batch:
     def __init__(self, texts: list[Text], *, drops_finished: bool) -> None:
         self._texts = texts
         self._decoded = list(range(len(texts)))  # texts with rows that are still decoded
-        self.drops_finished = drops_finished
+        self._drops_finished = drops_finished
 
     def __len__(self) -> int:
         """Rows of the call."""
@@ -255,6 +255,7 @@ class Batch:
 
     @property
     def in_lockstep(self) -> bool:
+        """Whether all rows advance together; true of one row."""
         return len(self._texts) == 1
 
     @property
@@ -320,7 +321,7 @@ class Batch:
         Returns:
             Of the rows decoded so far, those that go on; `None` when all do.
         """
-        if not self.drops_finished or self.finished:
+        if not self._drops_finished or self.finished:
             return None
         if self.in_lockstep:
             return self._texts[0].drop_finished()

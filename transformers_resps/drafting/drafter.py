@@ -44,6 +44,10 @@ class Drafter(ABC):
         """Process what was observed, if at least so many positions wait; `draft` does so by itself."""
         return None
 
+    def take_compile_seconds(self) -> float:
+        """Seconds of compiling drafts since they were last taken."""
+        return 0.0
+
     def keep_rows(self, rows: list[int]) -> None:
         """Draft for these rows only, from now on."""
         raise NotImplementedError(f"{type(self).__name__} drafts for one row.")

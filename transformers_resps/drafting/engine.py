@@ -43,7 +43,7 @@ class DraftEngine(CompileEngine[BoundHead]):
         self._cache: HeadCache | None = None
         self._in_batch = False
 
-    def weights(self) -> WeightFingerprint:
+    def fingerprint(self) -> WeightFingerprint:
         return WeightFingerprint(self.owner.modules, self.owner.head.training)
 
     def cache(self, rows: int) -> HeadCache:

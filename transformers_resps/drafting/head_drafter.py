@@ -81,6 +81,9 @@ class TreeCandidateGenerator(Drafter, CandidateGenerator):
         self._unread.append(_Pairs(features, tokens, counts or [tokens.shape[1]] * len(tokens)))
         self.newest_features = features[:, -1]
 
+    def take_compile_seconds(self) -> float:
+        return 0.0 if self._engine is None else self._engine.take_compile_seconds()
+
     def keep_rows(self, rows: list[int]) -> None:
         order = torch.tensor(rows, device=self._device)  # one write
         self._unread = [pairs.of_rows(rows, order) for pairs in self._unread]

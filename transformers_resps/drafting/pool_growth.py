@@ -21,8 +21,8 @@ class Frontier(NamedTuple):
         tokens: `[b, w]`.
         scores: `[b, w]` as the pool has them.
         hidden: `[b, w, h]` what stands in for a feature: the parent's output.
-        visible: `[b, w, e + w]` bool; ancestors among the entries drafted before, the newest level first, and before
-            these, of its own level, the node itself.
+        visible: `[b, w, w + e]` bool: which drafted entries a node sees; of its own level itself, then its ancestors
+            in the earlier levels, the newest level first.
     """
 
     tokens: Tensor

@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,7 +18,8 @@ from ..heads import DraftHead
 from ..policies.base import Policy
 from ..policies.saving import AutoPolicy
 from .mixin import ReSpSGenerationMixin
-from .state import CompileChoice, SpeculationDefaults, SpeculationState, is_name
+from .request import CompileChoice, SpeculationDefaults, is_name
+from .state import SpeculationState
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -51,21 +53,17 @@ def attach(
     """
     inner = unwrapped(model)
     defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, eval_mode)
-    if defaults.is_plain:
-        raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
     defaults.check()
-    if not isinstance(eval_mode, bool):
-        raise ValueError(f"`eval_mode` must be True or False, got {eval_mode!r}.")
     if not isinstance(inner, GenerationMixin):
         raise ValueError(
             f"Got a {type(inner).__name__}, but only models with `generate` can be attached. Load it with "
             "`AutoModelForCausalLM.from_pretrained(...)`."
         )
     if is_name(policy):
-        policy = AutoPolicy.from_pretrained(cast(str, policy))
+        defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
     if is_name(assistant_model):
-        assistant_model = DraftHead.from_pretrained(cast(str, assistant_model), target=cast(PreTrainedModel, inner))
-    defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, eval_mode)
+        head = DraftHead.from_pretrained(cast(str, assistant_model), target=cast(PreTrainedModel, inner))
+        defaults = replace(defaults, assistant_model=head)
     if defaults.has_stock_assistant:
         raise ValueError(
             f"`attach` takes a `DraftHead` as `assistant_model`, got a {type(assistant_model).__name__}. Pass other "

@@ -20,7 +20,7 @@ from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacl
 from ..verifying.verifier import TreeVerifier
 
 
-# Setting -> whether a value asks for something that trees do not support. Order: decoding, assistants, outputs.
+# Setting -> whether a value asks for something that trees do not support.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda value: value > 1,
     "num_beam_groups": lambda value: value > 1,
@@ -126,10 +126,12 @@ def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) 
     if positions is None:
         return
     if len(positions) not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[1])):
+        given = f"`position_ids` of shape {list(positions.shape)}"
+        if mask is not None:
+            given = f"`attention_mask` of shape {list(mask.shape)} and {given}"
         raise ValueError(
-            f"Got `attention_mask` or `position_ids` of shape {list((positions if mask is None else mask).shape)} for "
-            f"{rows} rows of {positions.shape[1]} positions. Pass the `attention_mask` that the tokenizer returned "
-            "with the text, and `position_ids` of its shape or none."
+            f"Got {given} for {rows} rows. Pass the `attention_mask` that the tokenizer returned with the text, and "
+            "`position_ids` of its shape or none."
         )
 
 
@@ -183,8 +185,7 @@ def check_lengths(
 
 def _refusal(came: str, way_out: str) -> ValueError:
     return ValueError(
-        f"Draft trees do not support {came}. {way_out.rstrip('.')}, or call `generate` with `policy='plain'` and "
-        "without a head."
+        f"Draft trees do not support {came}. {way_out}, or call `generate` with `policy='plain'` and without a head."
     )
 
 
@@ -322,8 +323,8 @@ _COMPARED = frozenset(
     ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
     + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 )
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-_LOW_PRECISION_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
+_LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+_LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
 
 
 def check_tree_attention(target: PreTrainedModel) -> None:
@@ -342,7 +343,7 @@ def check_tree_attention(target: PreTrainedModel) -> None:
             f"{type(target).__name__} ({model_type}) fails on a draft tree's cache, positions and mask "
             f"({type(failure).__name__}: {failure}). Call `generate` without a head and a policy."
         ) from failure
-    if not error <= _TOLERANCE.get(target.dtype, _LOW_PRECISION_TOLERANCE) * max(scale, 1.0):
+    if not error <= _LOGIT_TOLERANCE.get(target.dtype, _LOW_PRECISION_LOGIT_TOLERANCE) * max(scale, 1.0):
         raise ValueError(
             f"{type(target).__name__} ({model_type}) gives logits that differ by {error:.3g} between a draft tree and "
             "the same tokens alone, so trees would change its output. Call `generate` without a head and a policy."

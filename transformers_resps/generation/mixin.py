@@ -21,9 +21,9 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..policies.base import Policy
-from .request import Call, Request
+from .request import Call, CompileChoice, Keywords, Request
 from .speculation import speculate
-from .state import CompileChoice, Keywords, SpeculationState
+from .state import SpeculationState
 
 
 # Of the call that runs now: stock's preparation stands between `generate` and the methods that decode.
@@ -59,9 +59,8 @@ class ReSpSGenerationMixin(GenerationMixin):
     ) -> Any:
         """`GenerationMixin.generate`, and faster with a draft head or a policy.
 
-        All parameters of the stock method hold. The next four default to what `attach` was given, `policy` and
-        `lockstep` before that to what `generation_config` says. A folder or a Hub id is loaded once and kept as long
-        as the model lives.
+        All parameters of the stock method hold. `None` takes what `generation_config` says (`policy` and `lockstep`
+        only), then what `attach` was given. A folder or a Hub id is loaded once and kept as long as the model lives.
 
         - `assistant_model`: a `DraftHead`, or its folder or Hub id, drafts trees; any other assistant is Transformers'
           own assisted decoding.

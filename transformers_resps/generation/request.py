@@ -1,21 +1,159 @@
-"""What one call of `generate` asks for, read and checked before any work."""
+"""What one call of `generate` asks for: its keywords, the defaults behind them, read and checked before any work."""
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..compat import unwrapped
 from ..heads import BoundHead, DraftHead, pair_identity
 from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
-from .checks import check_draws, check_model, check_settings, check_tree_attention
-from .state import AUTO, CompileChoice, Keywords, SpeculationDefaults, SpeculationState, is_name
+from .checks import check_draws, check_model, check_settings
+
+
+if TYPE_CHECKING:
+    from .state import SpeculationState
+
+
+AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
+PLAIN: Literal["plain"] = "plain"  # stock decoding, whatever `attach` was given
+# True compiles at the first step, "auto" when eager steps have taken as long as compiling will
+CompileChoice = bool | Literal["auto"]
+
+
+def is_name(value: Any) -> bool:
+    """Whether a keyword of `generate` is a folder or a Hub id, and no word such as "auto"."""
+    return isinstance(value, str | os.PathLike) and value not in (AUTO, PLAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class Keywords:
+    """The keywords of `generate` that speculation adds, and its assistant; `None` where nothing is said.
+
+    Attributes:
+        assistant_model: a draft head, its folder or Hub id, or an assistant of Transformers' own.
+        policy: a policy, its folder or Hub id, "auto" or "plain".
+        lockstep: whether the rows of a batch advance together.
+        compile: whether the target's steps run compiled.
+    """
+
+    assistant_model: Any = None
+    policy: Any = None
+    lockstep: bool | None = None
+    compile: CompileChoice | None = None
+
+    @property
+    def head(self) -> DraftHead | None:
+        """The loaded head, also from inside a PEFT wrapper; `None` for a name and for any other assistant."""
+        inner = unwrapped(self.assistant_model)
+        return inner if isinstance(inner, DraftHead) else None
+
+    @property
+    def has_stock_assistant(self) -> bool:
+        """Whether the call drafts in Transformers' own way."""
+        return self.assistant_model is not None and not is_name(self.assistant_model) and self.head is None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether stock decoding is asked for by name."""
+        return isinstance(self.policy, str) and self.policy == PLAIN
+
+    def or_else(self, other: "Keywords") -> Self:
+        """These keywords, each replaced by the other's where it says nothing."""
+        said = {field.name: getattr(self, field.name) for field in fields(Keywords)}
+        return replace(self, **{name: getattr(other, name) for name, value in said.items() if value is None})
+
+    def check(self) -> None:
+        """Refuse keywords of the wrong kind, before any work.
+
+        Raises:
+            ValueError: names the keyword and what it takes.
+        """
+        if isinstance(self.assistant_model, type):
+            raise ValueError(
+                f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got "
+                f"{self.assistant_model!r}. Pass `DraftHead.from_pretrained(...)`."
+            )
+        if not isinstance(self.lockstep, bool | None):
+            raise ValueError(f"`lockstep` must be True, False or None, got {self.lockstep!r}.")
+        if self.compile is not None and not isinstance(self.compile, bool) and self.compile != AUTO:
+            raise ValueError(f"`compile` must be True, False, 'auto' or None, got {self.compile!r}.")
+        if self.is_plain and self.assistant_model is not None and not self.has_stock_assistant:
+            raise ValueError("`policy='plain'` decodes without a draft head. Leave out one of the two.")
+        self._check_policy()
+
+    def _check_policy(self) -> None:
+        policy = self.policy
+        if policy is None or isinstance(policy, Policy) or (isinstance(policy, str) and policy in (AUTO, PLAIN)):
+            return
+        takes = (
+            "`policy` must be 'auto', 'plain', a folder, a Hub id (`owner/name`) or an object of a subclass of "
+            f"`Policy`, got {policy!r}."
+        )
+        if not is_name(policy):
+            raise ValueError(
+                f"{takes} Subclass `transformers_resps.Policy`, write `choose`, and pass an object, not the class."
+            )
+        if "/" not in os.fspath(policy) and not Path(policy).is_dir():  # such as a mistyped "auto"
+            raise ValueError(f"{takes} Check the word, or the path.")
+
+
+_are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationDefaults(Keywords):
+    """What `attach` was given: keywords for every call that leaves them out, such as those of TRL's trainers.
+
+    Attributes:
+        eval_mode: every call runs in evaluation mode, also while the model trains.
+    """
+
+    eval_mode: bool = False
+
+    def check(self) -> None:
+        """As `Keywords.check`; and "plain" is no default."""
+        if self.is_plain:
+            raise ValueError("`policy='plain'` is no default: an attached model without defaults decodes plainly.")
+        if not isinstance(self.eval_mode, bool):
+            raise ValueError(f"`eval_mode` must be True or False, got {self.eval_mode!r}.")
+        Keywords.check(self)
+
+    @staticmethod
+    @contextmanager
+    def suspended() -> Iterator[None]:
+        """Ignore all models' defaults inside the `with` block, in this thread: calls without keywords are plain."""
+        token = _are_suspended.set(True)
+        try:
+            yield
+        finally:
+            _are_suspended.reset(token)
+
+    @staticmethod
+    def are_suspended() -> bool:
+        """Whether they are ignored in this thread now."""
+        return _are_suspended.get()
+
+    def in_force(self) -> "SpeculationDefaults":
+        """These defaults, or empty ones while they are suspended."""
+        return SpeculationDefaults() if _are_suspended.get() else self
+
+    def fill(self, call: Keywords) -> Keywords:
+        """The keywords of a call, filled up from these; a call with an assistant of Transformers' own takes none."""
+        if call.has_stock_assistant:
+            return call
+        filled = call.or_else(self)
+        speculates = filled.assistant_model is not None or filled.policy is not None
+        return filled if speculates else replace(filled, lockstep=call.lockstep, compile=call.compile)
 
 
 class Call(NamedTuple):
@@ -34,7 +172,7 @@ class Call(NamedTuple):
     rows: int
 
     def configured(self, own: GenerationConfig | None) -> Keywords:
-        """The keywords, where they say nothing those of the call's config, and then those of the model's `own`."""
+        """The call's keywords, filled up from its config, then from the model's `own`."""
         keywords = self.keywords
         if SpeculationDefaults.are_suspended() or keywords.has_stock_assistant:
             return keywords
@@ -65,7 +203,7 @@ class Request:
 
     @classmethod
     @contextmanager
-    def read(cls, model: PreTrainedModel, state: SpeculationState, call: Call) -> Iterator["Request"]:
+    def read(cls, model: PreTrainedModel, state: "SpeculationState", call: Call) -> Iterator["Request"]:
         """Read what a call asks for and check it; what it borrows is given back at the end of the `with` block.
 
         Raises:
@@ -92,7 +230,7 @@ class Request:
 
     @classmethod
     def _speculative(
-        cls, model: PreTrainedModel, state: SpeculationState, call: Call, keywords: Keywords, stack: ExitStack
+        cls, model: PreTrainedModel, state: "SpeculationState", call: Call, keywords: Keywords, stack: ExitStack
     ) -> "Request":
         head, policy = keywords.head, keywords.policy
         if keywords.has_stock_assistant:
@@ -120,9 +258,7 @@ class Request:
             )
         if policy.has_identity:
             policy.check_identity(**pair_identity(model, head))
-        if not state.has_verified_trees:
-            check_tree_attention(model)
-            state.has_verified_trees = True
+        state.check_trees(model)
         return cls(head, policy, bound, keywords.lockstep, keywords.compile)
 
 

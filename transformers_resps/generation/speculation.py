@@ -31,8 +31,8 @@ from ..verifying.slots import SlotEngine
 from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
 from .checks import check_forward_arguments, check_lengths, check_synced
 from .output import SpeculativeOutput
-from .request import Request
-from .state import AUTO, SpeculationState
+from .request import AUTO, Request
+from .state import SpeculationState
 
 
 # What stock decoding methods are told and a tree has no use for.
@@ -50,17 +50,17 @@ def speculate(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> SpeculativeOutput | Tensor:
-    """Stand in for a decoding method of stock `generate`.
+    """Stand in for a decoding method of stock `generate`, which has merged processors, criteria and config.
 
     Args:
-        target: the model.
-        state: the model's.
-        request: of the call.
+        target: the model, whose `state` it is.
+        state: lends compiled code.
+        request: what the caller asked for beyond stock.
         input_ids: `[b, s]` the prompts.
-        logits_processor: as merged by Transformers; so are the next two.
+        logits_processor: all of the call.
         stopping_criteria: all of the call.
         generation_config: of the call.
-        streamer: the caller's.
+        streamer: gets each token; `None` for none.
         model_kwargs: cache, mask and positions; whatever else the target's forward takes.
 
     Returns:
@@ -75,11 +75,11 @@ def speculate(
         check_synced(model_kwargs.get("synced_gpus"))
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
         check_forward_arguments(input_ids, model_kwargs)
+        if generation_config.cache_implementation == "static":  # trees decode over slots, whatever reads the prompt
+            model_kwargs[CACHE_KEYWORD] = DynamicCache(config=target.config.get_text_config(decoder=True))
         inputs = GenerateInputs(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
         )
-        if generation_config.cache_implementation == "static":  # trees decode over slots, whatever reads the prompt
-            model_kwargs[CACHE_KEYWORD] = DynamicCache(config=target.config.get_text_config(decoder=True))
         positions = model_kwargs["position_ids"].shape[1]
         check_lengths(target, inputs.cache, input_ids.shape[1], positions, inputs.max_length)
         stack.callback(stop_recording, inputs.cache)
@@ -113,7 +113,7 @@ def _decode(
             draft_engine=draft_engine,
         )
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
-        decoding.prefill(inputs.config.prefill_chunk_size, kept)
+        decoding.prefill(inputs.config.prefill_chunk_size, **kept)
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
                 decoding.step()
@@ -250,7 +250,7 @@ def _verifier(
     given = inputs.model_kwargs["position_ids"], inputs.model_kwargs["attention_mask"]
     choice = request.compile
     if choice is None:
-        choice = _is_compiling(target, inputs.config)
+        choice = _stock_would_compile(target, inputs.config)
     compiles = choice is True or (choice == AUTO and engine.pays)
     obstacle = _compile_obstacle(target, forward.layers) if compiles else None
     if obstacle is not None and choice is True:
@@ -269,7 +269,7 @@ def _verifier(
         yield verifier
 
 
-def _is_compiling(target: PreTrainedModel, config: GenerationConfig) -> bool:
+def _stock_would_compile(target: PreTrainedModel, config: GenerationConfig) -> bool:
     """Whether plain `generate` would compile, or is told how to."""
     if config.disable_compile:
         return False

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ..calibration import identity_of
-from ..generation.state import Keywords
+from ..generation.request import Keywords
 from ..heads import DraftHead
 from ..policies.base import Observation, Policy
 from ..tree import TreeShape

@@ -23,7 +23,7 @@ from transformers.utils.logging import tqdm
 from ..calibration import device_name
 from ..data import to_tokens
 from ..generation.attach import attach
-from ..generation.state import SpeculationDefaults
+from ..generation.request import SpeculationDefaults
 from ..heads import DraftHead
 from ..policies.auto import default_policy
 from ..policies.base import Level, Observation, Policy, PolicyWrapper

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..generation.output import end_ids, sampling
-from ..generation.state import SpeculationDefaults
+from ..generation.request import SpeculationDefaults
 from ..heads import DraftHead
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy

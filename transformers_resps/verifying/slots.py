@@ -263,7 +263,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         self.buffers = SlotBuffers()
         self._decoded_seconds = 0.0
 
-    def weights(self) -> WeightFingerprint:
+    def fingerprint(self) -> WeightFingerprint:
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
 
     @property
