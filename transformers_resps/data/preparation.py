@@ -76,14 +76,9 @@ def make_example(
 ) -> Example:
     """Tokenize one conversation and mask the tokens that the assistant wrote.
 
-    These are what an assistant turn adds to the rendered text after the generation prompt.
-
-    Args:
-        conversation: a list of messages.
-        tokenizer: the target's, with its chat template.
-        max_length: in tokens; a longer conversation is cut.
-        learn_from: index of the first message whose tokens are marked; those before it are the prompt.
-        template: more for the chat template, such as `tools`.
+    These are what an assistant turn adds to the rendered text after the generation prompt. Messages before the index
+    `learn_from` are the prompt, and are not marked. A conversation of more than `max_length` tokens is cut. `template`
+    are more arguments of the chat template, such as `tools`.
 
     Raises:
         ValueError: the chat template rewrites earlier turns, so the assistant's tokens cannot be found.
