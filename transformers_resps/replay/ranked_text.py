@@ -130,11 +130,7 @@ class RankedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RankedText":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is damaged, of another release, or holds something else.
-        """
+        """Read what `save` of this release wrote; raises `ValueError` for a file that is damaged or something else."""
         with open_recording(file, "ranks") as (opened, metadata):
             return cls(
                 **{name: opened.get_tensor(name) for name in _TENSORS},
@@ -153,15 +149,10 @@ def record_ranks(
     grid: ActionGrid,
     spare_room: int = 0,
 ) -> RankedText:
-    """Record one text for all shapes of a grid.
+    """Record a prompt and its output `[s]` for all shapes of a grid.
 
-    Args:
-        target: runs over the text once.
-        head: drafts from every position with every `top_k` of the grid, to its greatest depth.
-        input_ids: `[s]` prompt and output.
-        prompt_length: tokens of the prompt. Prefill gives the output's first token, so steps begin after it.
-        grid: the shapes to record for.
-        spare_room: how many more tokens the output could have had: 0 if it ended at `max_length`.
+    The head drafts at every position with every `top_k` of the grid, to its greatest depth. Steps begin after the
+    output's first token, which prefill gives. `spare_room` is as for `record_pools`.
 
     Raises:
         ValueError: the output has fewer than two tokens, or no shape of the grid uses the head.

@@ -72,11 +72,7 @@ class RecordedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RecordedText":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else.
-        """
+        """Read what `save` wrote; raises `ValueError` for a file that is damaged or something else."""
         with open_recording(file, "tokens.") as (opened, metadata):
             read = opened.get_tensor
             top_ks = sorted(int(name.split(".")[1]) for name in opened.keys() if name.startswith("tokens."))  # noqa: SIM118
