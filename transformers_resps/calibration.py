@@ -77,7 +77,7 @@ def calibrate(
 
     room = getattr(target.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     sizes = NODES if target.device.type == "cpu" else NODES + _MORE_NODES
-    kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # see `_time_verifying`
+    kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # two nodes of each chain
     contexts = sorted({max(min(context, room - max(sizes) - 1 - kept), 1) for context in CONTEXTS})
     nodes = {context: [count for count in sizes if count <= max(room - context, 1)] for context in contexts}
     total = sum(map(len, nodes.values())) + (0 if head is None else 2 * len(WIDTHS)) + len(contexts) + 1
@@ -113,7 +113,7 @@ def _check_pair(target: Any, head: Any) -> None:
 
 
 def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, Any]:
-    """Where a measurement holds."""
+    """What a measurement depends on."""
     config = target.config
     return {
         "device": device_name(target.device),
@@ -175,11 +175,9 @@ def _ranges(row: dict[int, _Measured]) -> dict[int, Range]:
 def _time_verifying(
     target: PreTrainedModel, context: int, counts: Sequence[int], watch: "_Stopwatch"
 ) -> dict[int, _Measured]:
-    """Nodes, of `counts` -> seconds at one context length.
-
-    The trees are stars: a mask's content costs nothing, its size does. Where recurrent layers read every path they are
-    chains, as "auto" drafts there, and two of their nodes are kept, since those layers read them again.
-    """
+    """Number of nodes -> seconds at one context length."""
+    # The trees are stars: a mask's content costs nothing, its size does. Where recurrent layers read every path they
+    # are chains, as "auto" drafts there, and two of their nodes are kept, since those layers read them again.
     vocabulary = target.config.get_text_config().vocab_size
     tokens = torch.arange(context + max(counts), device=target.device)[None].remainder(vocabulary)
     with TreeVerifier.of(target, context) as verifier:
@@ -200,7 +198,7 @@ def _time_verifying(
 
 @torch.no_grad()
 def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _Measured:
-    """Of a forward as plain `generate` makes it."""
+    """Seconds of a forward as plain `generate` makes it."""
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     record_windows(cache)
     places = torch.arange(context + 1, device=target.device)[None]
@@ -269,22 +267,13 @@ def _time_overhead(target: PreTrainedModel, head: DraftHead | None, room: int) -
 
 
 class _Stopwatch:
-    """Times what is repeated.
-
-    Args:
-        clock: returns seconds.
-        done: called after each measurement, to move a progress bar.
-    """
+    """Times repeated runs; `done` is called after each measurement, to move a progress bar."""
 
     def __init__(self, clock: Callable[[], float], done: Callable[[], Any]) -> None:
         self._clock, self._done = clock, done
 
     def time(self, run: Callable[[], None]) -> list[float]:
-        """Seconds of each repeat of `run`, after one warm-up.
-
-        Raises:
-            ValueError: no time passes on the clock.
-        """
+        """Seconds of each repeat of `run`, after one warm-up; raises `ValueError` when the clock does not advance."""
         run()
         taken: list[float] = []
         while len(taken) < _REPEATS and (len(taken) < 3 or sum(taken) < _SECONDS_PER_CELL):

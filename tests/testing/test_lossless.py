@@ -66,7 +66,7 @@ def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: Dra
     """Tau of a batch is that of its rows alone."""
     prompts, model = [torch.tensor([3, 4]), torch.tensor([5, 6])], ModelUnderTest(target, head, WIDE)
     with model.undisturbed():
-        first = model.plain(prompts, max_new_tokens=12).answers[0]
+        first = model.plain(prompts, max_new_tokens=12).outputs[0]
         end = {"eos_token_id": int(first[1]), "max_new_tokens": 12, "do_sample": False}
         alone = [compare_one_by_one(model, "", [Call(0, prompt, 0, end)]) for prompt in prompts]
         together = compare_batch(model, "", prompts, end)

@@ -150,12 +150,13 @@ def test_too_few_answers_and_strangers_are_said_so(pair: tuple[PreTrainedModel, 
     assert "No settings make this head agree" in diagnose(target, head, answers).verdict
 
 
-def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_the_mode(
+def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_each_layers_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Phi's output head has a bias; here one that outvotes all hidden states."""
     config = PhiConfig(vocab_size=V, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
     target = PhiForCausalLM(config).train()
+    target.model.layers[0].eval()
     target.lm_head.bias.data[5] = 1e4
     answers = [LabelledText(torch.arange(3, 15), 4)] * 2
     found = diagnose(target, DraftHead.from_target(target), answers)
@@ -163,7 +164,7 @@ def test_the_bias_of_a_borrowed_output_head_is_scored_and_an_error_leaves_the_mo
     monkeypatch.setattr(target, "forward", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         diagnose(target, DraftHead.from_target(target), answers)
-    assert target.training
+    assert target.training and not target.model.layers[0].training
 
 
 def test_readings_share_the_weights_and_pack_none_of_them(

@@ -16,13 +16,9 @@ IGNORED = -100  # label of a token that has no loss
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Right-pad every field of `rows` with zeros; `labels` holds the predicted tokens and is `IGNORED` elsewhere.
+    """Right-pad the fields `[t, ...]` of `rows` with zeros to `[b, t, ...]`.
 
-    Args:
-        rows: each has `input_ids` and `loss_mask` `[t]`, and optionally fields `[t, ...]` of the target.
-
-    Returns:
-        The fields as `[b, t, ...]`, with `labels` in place of `loss_mask`.
+    In place of `loss_mask` come `labels`: the predicted tokens, and `IGNORED` elsewhere.
     """
     length = max(len(row["input_ids"]) for row in rows)
     batch = {name: torch.stack([_padded(row[name], length) for row in rows]) for name in rows[0]}
@@ -38,11 +34,8 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
 class TokenBudgetBatches(Sampler[list[int]]):
     """Batches of at most `budget` tokens, padding included: the same batches in every epoch, in a new order.
 
-    Args:
-        lengths: tokens of each sequence.
-        budget: tokens of a batch; a longer sequence is a batch of its own.
-        seed: seed of the grouping and of the order.
-        shuffle: sequences of nearly the same length in random groups, groups in random order; otherwise as given.
+    A longer sequence is a batch of its own. `shuffle` puts sequences of nearly the same length into random groups, and
+    the groups into random order.
     """
 
     batch_size = None  # read by Accelerate: batches differ in size
@@ -78,27 +71,18 @@ class TokenBudgetBatches(Sampler[list[int]]):
             yield self._batches[index]
 
 
-def _tensors_of(example: Example) -> dict[str, Tensor]:
-    """A row for `collate`: `input_ids` and `loss_mask` `[t]`, true for the tokens that a head can predict."""
-    return {"input_ids": example.input_ids, "loss_mask": example.predicted}
-
-
 class PreparedTexts(Dataset[dict[str, Tensor]]):
-    """The rows of a `datasets.Dataset` that `prepare_dataset` made.
-
-    Attributes:
-        lengths: tokens of each row.
-    """
+    """The rows of a `datasets.Dataset` that `prepare_dataset` made."""
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows.select_columns(["input_ids", "loss_mask"])
-        self.lengths: list[int] = list(rows["length"])
+        self.lengths: list[int] = list(rows["length"])  # tokens of each row
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return _tensors_of(self.example(index))
+        return self.example(index).tensors
 
     def example(self, index: int) -> Example:
         """One row, with all that the assistant wrote."""
@@ -119,27 +103,21 @@ _STREAM_BUFFER = 1024  # rows that are sorted by length together
 
 
 class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
-    """Batches of a token budget from a dataset that is read once, in its own order but for a buffer of rows.
+    """Batches of at most `budget` tokens from a `datasets.IterableDataset` that `prepare_dataset` made.
 
-    Args:
-        rows: a `datasets.IterableDataset` that `prepare_dataset` made.
-        budget: tokens of a batch, padding included.
-        seed: seed of the order within the buffer.
-
-    Attributes:
-        questions: of the rows read so far.
+    The rows come in their own order, but for a buffer in which they are grouped by length.
     """
 
     def __init__(self, rows: Any, budget: int, *, seed: int = 0) -> None:
         self._rows, self._budget, self._seed = rows, budget, seed
-        self.questions: set[str] = set()
+        self.questions: set[str] = set()  # of the rows read so far
 
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
         rows = iter(self._rows)
         while buffer := list(islice(rows, _STREAM_BUFFER)):
             self.questions.update(row["question"] for row in buffer if row["question"] is not None)
             for group in TokenBudgetBatches([row["length"] for row in buffer], self._budget, seed=self._seed):
-                yield [_tensors_of(Example.of_row(buffer[index])) for index in group]
+                yield [Example.of_row(buffer[index]).tensors for index in group]
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle the dataset for `epoch`, if it is one that is shuffled."""
@@ -151,4 +129,4 @@ class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
 
     def some(self, count: int) -> Iterator[dict[str, Tensor]]:
         """The first `count` rows, as `collate` takes them."""
-        return map(_tensors_of, self.examples(count))
+        return (example.tensors for example in self.examples(count))

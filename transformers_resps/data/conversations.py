@@ -21,16 +21,11 @@ _BLOCK_CHARACTERS = 1 << 20
 
 
 def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """Read the conversations of a `.jsonl` file, or of a `.json` file that holds one list.
+    """Read the conversations of a `.jsonl` file, or of a `.json` file that holds one list, as lists of messages.
 
     A row may have `messages`; `prompt` and optionally `completion` (each a string or a list of messages); `turns`
-    (user turns); `question` and optionally `answer`; or ShareGPT's `conversations`.
-
-    Args:
-        path: the file. A truncated JSON list yields its complete rows.
-
-    Yields:
-        Each conversation as a list of `{"role": ..., "content": ...}`.
+    (user turns); `question` and optionally `answer`; or ShareGPT's `conversations`. A truncated JSON list yields its
+    complete rows.
 
     Raises:
         ValueError: a row has none of these fields or other content than text, or a JSONL line is not JSON in UTF-8.
@@ -107,7 +102,7 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
                 block, fault = file.read(_BLOCK_CHARACTERS), error
             if block:
                 text, position = text[position:] + block, 0
-            elif text[position : position + 1] == "]" or _is_at_the_end(fault):
+            elif text[position : position + 1] == "]" or _is_truncated(fault):
                 return
             else:
                 raise ValueError(
@@ -116,7 +111,7 @@ def _json_list_rows(path: Path) -> Iterator[Any]:
                 )
 
 
-def _is_at_the_end(error: json.JSONDecodeError) -> bool:
+def _is_truncated(error: json.JSONDecodeError) -> bool:
     """Whether the file just stops: in a string, in an escape of up to six characters, or between tokens."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()) - 6
 
@@ -159,14 +154,9 @@ def _from_sharegpt(turns: list[dict[str, Any]]) -> Conversation:
 
 
 def as_messages(value: Any, role: str | None) -> Conversation:
-    """Check a list of messages, and keep their roles and contents.
+    """Check a list of messages, and keep their roles and contents; a string is one message of `role`, if there is one.
 
-    Args:
-        value: the list.
-        role: of a string, which then is one message; `None` refuses strings.
-
-    Raises:
-        ValueError: says what it has in place of messages; the caller says where.
+    Raises `ValueError` that says what came in place of messages; the caller says where.
     """
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]

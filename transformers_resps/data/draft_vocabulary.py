@@ -12,15 +12,10 @@ from .preparation import Example
 
 @dataclass(frozen=True, slots=True)
 class DraftVocabulary:
-    """The tokens that a head can propose.
+    """The tokens that a head can propose."""
 
-    Attributes:
-        token_ids: `[d]` target ids, ascending.
-        coverage: share of the assistant's tokens that are among them, 0 to 1: an upper bound of acceptance.
-    """
-
-    token_ids: Tensor
-    coverage: float
+    token_ids: Tensor  # [d] target ids, ascending
+    coverage: float  # share of the assistant's tokens that are among them: an upper bound of acceptance
 
 
 def choose_draft_vocabulary(
@@ -30,11 +25,7 @@ def choose_draft_vocabulary(
 
     Ties go to the lower id: ids are roughly in order of frequency in byte-pair vocabularies.
 
-    Args:
-        examples: the training examples.
-        vocab_size: the target's vocabulary size v.
-        draft_vocab_size: how many tokens to choose, d.
-        always: token ids that are always included, such as end-of-sequence and end-of-turn.
+    The ids `always` are included, such as end-of-sequence and end-of-turn.
 
     Raises:
         ValueError: `draft_vocab_size` is above `vocab_size`, or no larger than the number of `always` tokens; or a

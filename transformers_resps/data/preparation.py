@@ -19,7 +19,7 @@ from .conversations import Conversation, as_messages
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
@@ -32,15 +32,10 @@ _MASKS = ("assistant_masks", "completion_mask")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenized sequence to train on.
+    """One tokenized sequence to train on."""
 
-    Attributes:
-        input_ids: `[t]` token ids.
-        loss_mask: `[t]` bool, true for tokens that the assistant wrote, its end-of-turn token included.
-    """
-
-    input_ids: Tensor
-    loss_mask: Tensor
+    input_ids: Tensor  # [t]
+    loss_mask: Tensor  # [t] bool: tokens that the assistant wrote, its end-of-turn token included
 
     @classmethod
     def of_row(cls, row: Row) -> "Example":
@@ -54,8 +49,13 @@ class Example:
         mask[:2] = False
         return mask
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """A row for `collate`: `input_ids` and `loss_mask` `[t]`, true for the tokens that a head can predict."""
+        return {"input_ids": self.input_ids, "loss_mask": self.predicted}
+
     def check_ids(self, vocab_size: int, number: int) -> None:
-        """Raise a `ValueError` that names example `number` if it has no tokens, or other ids than the target's."""
+        """Raise `ValueError`, which names example `number`, if it has no tokens, or other ids than the target's."""
         if not len(self.input_ids):
             raise ValueError(f"Text {number} has no tokens. Leave out empty texts.")
         odd = self.input_ids[(self.input_ids < 0) | (self.input_ids >= vocab_size)]
@@ -76,14 +76,9 @@ def make_example(
 ) -> Example:
     """Tokenize one conversation and mask the tokens that the assistant wrote.
 
-    These are what an assistant turn adds to the rendered text after the generation prompt.
-
-    Args:
-        conversation: a list of messages.
-        tokenizer: the target's, with its chat template.
-        max_length: in tokens; a longer conversation is cut.
-        learn_from: index of the first message whose tokens are marked; those before it are the prompt.
-        template: more for the chat template, such as `tools`.
+    These are what an assistant turn adds to the rendered text after the generation prompt. Messages before the index
+    `learn_from` are the prompt, and are not marked. A conversation of more than `max_length` tokens is cut. `template`
+    are more arguments of the chat template, such as `tools`.
 
     Raises:
         ValueError: the chat template rewrites earlier turns, so the assistant's tokens cannot be found.
@@ -166,18 +161,7 @@ def prepare_dataset(
         )
     how = {"kind": kind, "name": name, "tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
     given: Any = {"batched": True, "with_indices": True, "remove_columns": list(first), "fn_kwargs": how}
-    given["features"] = _prepared_features()
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(_prepared_batch, **given)
-    prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **given)
-    _check_prepared(prepared, len(dataset), name, max_length)
-    return prepared
-
-
-def _prepared_features() -> "Features":
-    import datasets
-
-    return datasets.Features(
+    given["features"] = datasets.Features(
         {
             "input_ids": datasets.List(datasets.Value("int32")),
             "loss_mask": datasets.List(datasets.Value("bool")),
@@ -186,6 +170,11 @@ def _prepared_features() -> "Features":
             "is_shortened": datasets.Value("bool"),
         }
     )
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(_prepared_batch, **given)
+    prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **given)
+    _check_prepared(prepared, len(dataset), name, max_length)
+    return prepared
 
 
 def _prepared_batch(
@@ -218,8 +207,7 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
     if not len(prepared):
         raise ValueError(
             f"None of the {rows} rows of `{name}` has an assistant turn, or a completion, that begins within "
-            f"`max_length={max_length}` tokens. Pass texts with answers, or raise "
-            "`max_length`."
+            f"`max_length={max_length}` tokens. Pass texts with answers, or raise `max_length`."
         )
     if dropped := rows - len(prepared):
         logger.warning(
@@ -241,7 +229,7 @@ def _check_prepared(prepared: "Dataset", rows: int, name: str, max_length: int) 
 
 
 def _kind_of(columns: Iterable[str], name: str) -> str:
-    """The column that is read, see `prepare_dataset`."""
+    """The column that is read."""
     found = set(columns)
     if "prompt" in found and "completion" not in found and not found & {"input_ids", "messages"}:
         raise ValueError(
@@ -260,7 +248,7 @@ def _kind_of(columns: Iterable[str], name: str) -> str:
 def _example_of(
     row: Row, kind: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int
 ) -> tuple[Example, bool]:
-    """The example of a row, whose mask may be empty, and whether only its first answer is used."""
+    """The example of a row, perhaps with nothing to learn from, and whether only its first answer is used."""
     if kind == "input_ids":
         return _tokenized(row, max_length), False
     assert tokenizer is not None

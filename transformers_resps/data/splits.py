@@ -20,12 +20,9 @@ def split_conversations(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Split conversations into those to train on, in their order, and those held out.
 
-    The first question alone decides: a conversation stays on its side when the dataset grows, and all answers to one
-    question are on the same side. The order of those held out does not depend on the dataset's either.
-
-    Args:
-        conversations: all of them.
-        share: about how much to hold out, 0 to 1.
+    About `share` of them, 0 to 1, are held out. The first question alone decides: a conversation stays on its side
+    when the dataset grows, and all answers to one question are on the same side. Nor does the order of those held out
+    depend on the dataset's.
     """
     training: list[Conversation] = []
     held_out: list[tuple[float, Conversation]] = []
@@ -41,13 +38,10 @@ def split_conversations(
 def _place(conversation: Conversation) -> float:
     """A number in [0, 1) that depends on what comes before the first answer alone."""
     roles = [message["role"] for message in conversation]
-    end = roles.index("assistant", roles.index("user")) if _is_answered(roles) else len(roles)
+    is_answered = "user" in roles and "assistant" in roles[roles.index("user") :]
+    end = roles.index("assistant", roles.index("user")) if is_answered else len(roles)
     asked = "\0".join(message["content"] for message in conversation[:end])
     return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:6]) / 2**48
-
-
-def _is_answered(roles: list[str]) -> bool:
-    return "user" in roles and "assistant" in roles[roles.index("user") :]
 
 
 def prompt_fingerprint(text: str) -> str:
@@ -56,9 +50,9 @@ def prompt_fingerprint(text: str) -> str:
 
 
 def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier: Iterable[str] = ()) -> None:
-    """Write into the folder of a head or policy the first user turns that it learned from, as fingerprints.
+    """Write fingerprints of the first user turns that a head or policy learned from into its folder.
 
-    `earlier` are the fingerprints of the head that training started from.
+    `earlier` are those of the head that training started from.
     """
     hashes = sorted({prompt_fingerprint(text) for text in texts}.union(earlier))
     (Path(folder) / TRAINING_PROMPTS).write_text(
@@ -67,11 +61,7 @@ def write_training_prompts(folder: str | Path, texts: Iterable[str], *, earlier:
 
 
 def read_training_prompts(folder: str | Path) -> set[str] | None:
-    """The fingerprints in a folder; `None` if it has none.
-
-    Raises:
-        ValueError: the file is not what `write_training_prompts` wrote.
-    """
+    """The fingerprints in a folder, or `None`. Raises `ValueError` for what `write_training_prompts` did not write."""
     file = Path(folder) / TRAINING_PROMPTS
     if not file.is_file():
         return None
@@ -86,8 +76,7 @@ def read_training_prompts(folder: str | Path) -> set[str] | None:
 def training_prompts_of(source: str) -> set[str] | None:
     """The fingerprints of the prompts that a head or policy learned from; `None` and a warning if unknown.
 
-    Raises:
-        ValueError: the file is damaged.
+    Raises `ValueError` when the file is damaged.
     """
     file = file_of(source, TRAINING_PROMPTS)
     if file is None:

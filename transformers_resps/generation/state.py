@@ -78,7 +78,6 @@ class SpeculationState:
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
-        has_verified_trees: whether it was seen to verify a draft tree, or is of an architecture that does.
     """
 
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:

@@ -25,9 +25,7 @@ from ..compat import TransportError
 class RepositoryFiles:
     """The files of one commit of a repository: the first one fetched decides which commit that is.
 
-    Args:
-        repo_id: Hub id.
-        hub: `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
+    `hub` are `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
     """
 
     def __init__(self, repo_id: str, **hub: Any) -> None:
@@ -118,11 +116,7 @@ def folder_of(id_or_folder: str | Path) -> Path | None:
 
 
 def file_of(id_or_folder: str | Path, name: str) -> Path | None:
-    """A file of a head or policy that loading it did not read: from its folder, or the commit that was loaded.
-
-    Raises:
-        OSError, ConnectionError, ValueError: as `RepositoryFiles.fetch`.
-    """
+    """A file of a head or policy, from its folder or the commit that was loaded; raises as `RepositoryFiles.fetch`."""
     folder = folder_of(id_or_folder)
     if folder is None:
         return None

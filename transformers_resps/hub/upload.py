@@ -38,17 +38,11 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Existing:
-    """What becomes of files that the repository has already.
+    """What becomes of files that the repository has already."""
 
-    Attributes:
-        keep: files of the upload that are left as they are.
-        refuse: if one of these exists, nothing is uploaded: it describes other weights.
-        remove: name -> whether a file that is not uploaded is deleted.
-    """
-
-    keep: tuple[str, ...] = ()
-    refuse: tuple[str, ...] = ()
-    remove: Callable[[str], bool] = lambda name: False
+    keep: tuple[str, ...] = ()  # are not overwritten
+    refuse: tuple[str, ...] = ()  # prevent the upload: they describe other weights
+    remove: Callable[[str], bool] = lambda name: False  # whether a file that is not uploaded is deleted
 
 
 def upload(
@@ -61,14 +55,8 @@ def upload(
 ) -> str:
     """Commit `files` on top of what the repository holds now; returns the address of the commit.
 
-    Waits and asks again while the Hub says that it is busy.
-
-    Args:
-        files: path in the repository -> a local file, or its content.
-        destination: the repository.
-        message: subject of the commit.
-        existing: what becomes of the files that are there.
-        sleep: waits that many seconds.
+    `files` maps a path in the repository to a local file or its content. While the Hub is busy, the upload waits and
+    tries again.
 
     Raises:
         OSError: the Hub refused, or the repository changed meanwhile; nothing was committed. A `FileExistsError` for a
@@ -213,12 +201,7 @@ def card_data(
     Of the relations that the Hub knows (adapter, finetune, merge, quantized), `adapter` is the one for weights that
     are used beside the unchanged weights of the base model. Without one the Hub assumes `finetune`.
 
-    Args:
-        target: Hub id, or `None` when the target is not on the Hub.
-        tags: in the order shown.
-        license: of the artefact, a short name that the Hub knows.
-        languages: ISO codes.
-        datasets: Hub ids.
+    `target` and `datasets` are Hub ids, `languages` ISO codes, and `license` is a short name that the Hub knows.
     """
     return ModelCardData(
         library_name=LIBRARY,

@@ -28,9 +28,6 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
         settings: other arguments of `ThroughputPolicy`: its sizes; `target` and `head` that made the texts, as from
             `pair_identity`, so that it refuses others.
 
-    Returns:
-        The policy.
-
     Raises:
         ValueError: there are no texts, or they are not recordings with pools of `top_k`.
     """
@@ -52,9 +49,7 @@ def fitted_policy(texts: Sequence[RecordedText], top_k: int = 4, **settings: Any
 def fit_platt_scaling(scores: Tensor, accepted: Tensor) -> PlattScaling:
     """The maximum-likelihood scaling, by Newton's method; without outcomes the identity.
 
-    Args:
-        scores: `[n]` log probability of each node's path under the head.
-        accepted: `[n]` whether the target followed it.
+    `scores` `[n]` are log probabilities of the nodes' paths under the head, `accepted` `[n]` is bool.
     """
     scores = scores.double().clamp(max=MAX_SCORE)  # as `PlattScaling` reads them
     inputs = torch.stack([torch.ones_like(scores), scores - torch.log1p(-scores.exp())], dim=1)

@@ -58,23 +58,18 @@ class HeldOutcomes:
     """Outcomes of holding an action for some steps, or until the text ends.
 
     All three are `[n]` of the actions taken, or `[n, a]` of every action; `[p, a]` at every position of all texts.
-
-    Attributes:
-        emitted: tokens of all steps together.
-        seconds: seconds of all steps together.
-        mean_rates: mean over the steps of each step's tokens per second (Re-SpS, equation 5).
     """
 
-    emitted: Tensor
-    seconds: Tensor
-    mean_rates: Tensor
+    emitted: Tensor  # tokens of all steps together
+    seconds: Tensor  # likewise
+    mean_rates: Tensor  # mean over the steps of each step's tokens per second (Re-SpS, equation 5)
 
     def at(self, places: Tensor) -> "HeldOutcomes":
-        """Rows `places`."""
+        """The outcomes at some positions."""
         return HeldOutcomes(self.emitted[places], self.seconds[places], self.mean_rates[places])
 
     def of(self, actions: Tensor) -> "HeldOutcomes":
-        """From `[n, a]` of every action, `[n]` of `actions` `[n]`."""
+        """The outcomes `[n]` of one action `[n]` in each row, from those `[n, a]` of every action."""
         rows = torch.arange(len(actions))
         return HeldOutcomes(self.emitted[rows, actions], self.seconds[rows, actions], self.mean_rates[rows, actions])
 
@@ -82,11 +77,8 @@ class HeldOutcomes:
 class OutcomeTable:
     """The outcomes of many recorded texts, concatenated, to train or compare policies on.
 
-    Args:
-        texts: with the same actions and the same width of features.
-
     Raises:
-        ValueError: there are no texts, or they differ in one of these.
+        ValueError: there are no texts, or they differ in grid, number of actions or width of features.
 
     Attributes:
         features: `[p, F]`, p positions of all texts.
@@ -124,11 +116,8 @@ class OutcomeTable:
 
     def held(self, persistence: int) -> HeldOutcomes:
         """Outcomes `[p, a]` of holding each action for `persistence` steps from each position."""
-        if persistence not in self._held:
-            self._held[persistence] = self._hold(persistence)
-        return self._held[persistence]
-
-    def _hold(self, persistence: int) -> HeldOutcomes:
+        if persistence in self._held:
+            return self._held[persistence]
         places = torch.arange(len(self.features))[:, None].expand_as(self.emitted).clone()
         stops = self._stop_of[:, None]
         emitted, seconds, rates, steps = (torch.zeros_like(self.seconds) for _ in range(4))
@@ -144,7 +133,8 @@ class OutcomeTable:
             rates += gained / taken
             steps += alive
             places += gained
-        return HeldOutcomes(emitted, seconds, rates / steps)
+        self._held[persistence] = HeldOutcomes(emitted, seconds, rates / steps)
+        return self._held[persistence]
 
 
 class Oracle:
@@ -153,9 +143,6 @@ class Oracle:
     The latter is the upper bound of any policy, by dynamic programming: the step at position t with action a ends at
     t + emitted[t, a]; the least time from t to the text's end is the least over a of seconds[t, a] plus the least time
     from there.
-
-    Args:
-        table: outcomes of every action at every position.
     """
 
     def __init__(self, table: OutcomeTable) -> None:

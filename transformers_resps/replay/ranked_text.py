@@ -7,8 +7,8 @@ a tree does not depend on the target's draws.
 Tensor shapes: t positions, d levels, F features.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -99,12 +99,9 @@ class RankedText:
         return kept.int().cumprod(-1).sum(-1)
 
     def outcomes(self, grid: ActionGrid, costs: CostModel) -> TextOutcomes:
-        """Tokens and seconds of every action of `grid` at every position.
+        """Tokens and seconds of every action of `grid` at every position; its shapes must have been recorded.
 
-        Args:
-            grid: shapes no deeper and with no other `top_k` than recorded.
-            costs: asked once for every 16 positions of context. A shape pays for the looked-up nodes that the head's
-                tree does not hold already.
+        A shape pays for the looked-up nodes that the head's tree does not hold already.
         """
         emitted = torch.stack([self.emitted(shape) for shape in grid.shapes], dim=1)
         taken = torch.stack([self._seconds(shape, costs) for shape in grid.shapes], dim=1)
@@ -133,11 +130,7 @@ class RankedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RankedText":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is damaged, of another release, or holds something else.
-        """
+        """Read what `save` of this release wrote; raises `ValueError` for a file that is damaged or something else."""
         with open_recording(file, "ranks") as (opened, metadata):
             return cls(
                 **{name: opened.get_tensor(name) for name in _TENSORS},
@@ -156,15 +149,10 @@ def record_ranks(
     grid: ActionGrid,
     spare_room: int = 0,
 ) -> RankedText:
-    """Record one text for all shapes of a grid.
+    """Record a prompt and its output `[s]` for all shapes of a grid.
 
-    Args:
-        target: runs over the text once.
-        head: drafts from every position with every `top_k` of the grid, to its greatest depth.
-        input_ids: `[s]` prompt and output.
-        prompt_length: tokens of the prompt. Prefill gives the output's first token, so steps begin after it.
-        grid: the shapes to record for.
-        spare_room: how many more tokens the output could have had: 0 if it ended at `max_length`.
+    The head drafts at every position with every `top_k` of the grid, to its greatest depth. Steps begin after the
+    output's first token, which prefill gives. `spare_room` is as for `record_pools`.
 
     Raises:
         ValueError: the output has fewer than two tokens, or no shape of the grid uses the head.
@@ -177,11 +165,9 @@ def record_ranks(
 
 
 def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
-    """Ranks of a path's nodes in pools cut to 1, 2, ... levels: `[r, D, D]`, see `RankedText.ranks`.
+    """Ranks of a path's nodes in pools cut to 1, 2, ... levels: `[r, D, D]`, as in `RankedText.ranks`.
 
-    Args:
-        pool: of r roots and D levels.
-        upcoming: `[r, D]` the path's tokens after each root, -1 where it has ended.
+    `pool` has r roots and D levels; `upcoming` `[r, D]` are the path's tokens after each root, -1 where it has ended.
     """
     scores, levels = pool.scores, pool.levels
     roots, depth = upcoming.shape
@@ -197,22 +183,14 @@ def path_ranks(pool: CandidatePool, upcoming: Tensor) -> Tensor:
 
 
 def _lookups(tokens: list[int], prompt_length: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At every position: the first looked-up tokens `[t, depth]`, -1 after their end; how many the text follows, and
-    how many there are, `[t]`.
-    """
+    """Looked-up tokens `[t, depth]`, -1 after their end; how many of all the text follows, and how many there are."""
     lookup = Lookup()
     chains, followed, found = [], [], []
     for place in range(prompt_length, len(tokens) - 1):
         lookup.extend(tokens[lookup.length : place + 1])
         proposed = lookup.match().tokens
         chains.append([*proposed[:depth], *[-1] * (depth - len(proposed))])
-        followed.append(_common_prefix(proposed, tokens[place + 1 :]))
+        pairs = zip(proposed, tokens[place + 1 :], strict=False)
+        followed.append(len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
         found.append(len(proposed))
     return torch.tensor(chains), torch.tensor(followed), torch.tensor(found)
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    length = 0
-    while length < min(len(first), len(second)) and first[length] == second[length]:
-        length += 1
-    return length

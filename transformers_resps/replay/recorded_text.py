@@ -72,11 +72,7 @@ class RecordedText:
 
     @classmethod
     def load(cls, file: str | Path) -> "RecordedText":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else.
-        """
+        """Read what `save` wrote; raises `ValueError` for a file that is damaged or something else."""
         with open_recording(file, "tokens.") as (opened, metadata):
             read = opened.get_tensor
             top_ks = sorted(int(name.split(".")[1]) for name in opened.keys() if name.startswith("tokens."))  # noqa: SIM118
@@ -148,10 +144,7 @@ class PositionPools:
     What a head drafts depends on the prefix alone, never on earlier trees: its cache holds true features only. So the
     nodes of many roots go through the head in one pass, each seeing its own prefix and its own ancestors.
 
-    Args:
-        bound: the head, with its target's embedding and output rows.
-        features: `[1, s, F]` of the text's first s positions.
-        tokens: `[1, s]` the token after each of them.
+    It gets `features` `[1, s, F]` of the text's first s positions, and `tokens` `[1, s]`, the one after each of them.
     """
 
     def __init__(self, bound: BoundHead, features: Tensor, tokens: Tensor) -> None:
@@ -169,11 +162,7 @@ class PositionPools:
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
-        """Pools of `depth` levels below the roots that follow prefixes of these lengths `[n]`.
-
-        Yields:
-            Some of the prefixes, `[r]`, and their pools, those that live drafting gives there.
-        """
+        """Yield some of the `prefixes` `[n]`, which are lengths, as `[r]`, and the pools of their next tokens."""
         width = min(top_k, self._bound.head.config.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             newest = self._outputs[part - 1][:, None]  # [r, 1, h]

@@ -20,17 +20,11 @@ from .recorded_text import RecordedText
 
 @dataclass(frozen=True, slots=True)
 class ReplayedStep:
-    """One step of decoding a text again.
+    """One step of decoding a text again."""
 
-    Attributes:
-        root: place of the newest token before the step.
-        proposal: what the step would have verified.
-        accepted: drafted tokens that the text follows; one token more is emitted.
-    """
-
-    root: int
-    proposal: Proposal
-    accepted: int
+    root: int  # place of the newest token before the step
+    proposal: Proposal  # what the step would have verified
+    accepted: int  # drafted tokens that the text follows; one token more is emitted
 
 
 def replay_policy(text: RecordedText, policy: Policy, costs: CostModel) -> SpeculationReport:
@@ -74,12 +68,8 @@ def _record(text: RecordedText, step: ReplayedStep, costs: CostModel) -> StepRec
 def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterator[ReplayedStep]:
     """Decide the steps from the output's second token to its end, one after the other.
 
-    The pools of the text are not read, and the caller lets the policy learn from each step before asking for the next.
-
-    Args:
-        text: a recording, which may have no pools.
-        policy: decides.
-        drafter: has observed nothing from the prompt's last position on.
+    All drafts come from `drafter`, which has not yet observed the prompt's last position; the pools of `text` are not
+    read. The caller lets the policy learn from each step before asking for the next.
 
     Raises:
         ValueError: no step can follow a decision of the policy.
@@ -114,11 +104,7 @@ class _TextPrefix:
 
 
 class RecordedDrafter(Drafter):
-    """Proposes the recorded pools of one text, position after position.
-
-    Args:
-        text: the recording; what is observed must be its own tokens.
-    """
+    """Proposes the recorded pools of one text, position after position; it may observe that text's tokens only."""
 
     def __init__(self, text: RecordedText) -> None:
         self._text, self._place = text, -1
@@ -129,11 +115,7 @@ class RecordedDrafter(Drafter):
         self.newest_features = features[:, -1]
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
-        """The recorded pool, cut where the policy stops it.
-
-        Raises:
-            ValueError: no such pool was recorded.
-        """
+        """The recorded pool, cut where the policy stops it; raises `ValueError` when none was recorded."""
         top_k = min(shape.top_k, shape.total_tokens - 1)
         pool = self._text.pools.get(top_k)
         if pool is None or shape.depth > int(pool.levels[-1]):

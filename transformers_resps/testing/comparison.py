@@ -31,7 +31,7 @@ from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_diver
 class Written:
     """What a call of `generate` wrote, and the state of the random generator afterwards."""
 
-    answers: list[Tensor]  # [t] of each prompt, up to its first end token
+    outputs: list[Tensor]  # [t] of each prompt, up to its first end token
     generated: Tensor  # [b, t] after the prompts, padding included
     random_state: Tensor
 
@@ -40,15 +40,11 @@ class Written:
 class ModelUnderTest:
     """A model, and the head and policy whose output must be the model's own.
 
-    Attributes:
-        model: as the user holds it, perhaps inside a PEFT model.
-        head: `None` to draft by lookup alone.
-        policy: as `generate` takes it.
-        done: called after each call with the policy, to move a progress bar.
+    `done` is called after each call with the policy, to move a progress bar.
     """
 
-    model: Any
-    head: DraftHead | None
+    model: Any  # as the user holds it, perhaps inside a PEFT model
+    head: DraftHead | None  # `None` to draft by lookup alone
     policy: Policy | str | None
     done: Callable[[], Any] = lambda: None
 
@@ -133,10 +129,10 @@ PENALISED = SAMPLED | {"temperature": 0.4, "repetition_penalty": 1.3}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One answer that is not the plain one, and where it first differs."""
+    """One output that is not the plain one, and where it first differs."""
 
     prompt: int  # its index
-    seed: int  # 0 for greedy answers
+    seed: int  # 0 for greedy outputs
     divergence: Divergence
 
     def __str__(self) -> str:
@@ -146,15 +142,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class TextCheck:
-    """The result of comparing answers.
+    """The result of comparing outputs.
 
     Attributes:
-        name: how the answers were decoded.
-        answers: number of compared answers.
+        name: how the outputs were decoded.
+        answers: number of compared outputs.
         tokens: number of tokens written with the head.
         target_forwards: number of target forwards that they took, each row of a batch counted.
-        differences: one for each answer that differs.
-        mismatches: other differences from plain decoding, in calls whose answers are all equal.
+        mismatches: other differences from plain decoding, in calls whose outputs are all equal.
         is_of_policy: whether the policy under test drafted, not built-in trees.
     """
 
@@ -203,12 +198,12 @@ class Call:
 
 
 def compare_one_by_one(model: ModelUnderTest, name: str, calls: Sequence[Call]) -> TextCheck:
-    """Each call alone in its batch."""
+    """Compare each call alone in its batch."""
     return _compare(model, name, [[call] for call in calls])
 
 
 def compare_batch(model: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
-    """All prompts in one left-padded batch. In half precision only greedily: one row's draw cannot be judged."""
+    """Compare all prompts in one left-padded batch. In half precision only greedily: one draw cannot be judged."""
     return _compare(model, name, [[Call(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]])
 
 
@@ -219,18 +214,19 @@ def _compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]]
         prompts, seed, settings = [call.prompt for call in calls], calls[0].seed, calls[0].settings
         plain = model.plain(prompts, seed, **settings)
         found, report = model.speculative(prompts, seed, **settings)
-        tokens += sum(map(len, found.answers))
+        tokens += sum(map(len, found.outputs))
         forwards += sum(step.decoded_rows for step in report.steps)
-        for call, expected, answer in zip(calls, plain.answers, found.answers, strict=True):
-            differences += _judged(model, call, expected, answer)
+        for call, expected, output in zip(calls, plain.outputs, found.outputs, strict=True):
+            difference = _first_difference(model, call, expected, output)
+            differences += [] if difference is None else [difference]
         where = f"prompt {calls[0].index}, seed {seed}: " if len(calls) == 1 else ""
         mismatches += [where + mismatch for mismatch in _mismatches_beside(plain, found)]
     return TextCheck(name, sum(map(len, batches)), tokens, forwards, tuple(differences), tuple(mismatches))
 
 
 def _mismatches_beside(plain: Written, found: Written) -> list[str]:
-    """What differs although all answers are equal: tokens after their ends, the state of the random generator."""
-    if not all(torch.equal(own, other) for own, other in zip(plain.answers, found.answers, strict=True)):
+    """What differs although all outputs are equal: tokens after their ends, the state of the random generator."""
+    if not all(torch.equal(own, other) for own, other in zip(plain.outputs, found.outputs, strict=True)):
         return []
     mismatches = []
     if not torch.equal(plain.generated, found.generated):
@@ -240,16 +236,16 @@ def _mismatches_beside(plain: Written, found: Written) -> list[str]:
     return mismatches
 
 
-def _judged(model: ModelUnderTest, call: Call, plain: Tensor, found: Tensor) -> list[Difference]:
-    """The first divergence of two answers `[t]`, `[t']`; empty when they are equal."""
+def _first_difference(model: ModelUnderTest, call: Call, plain: Tensor, found: Tensor) -> Difference | None:
+    """Where two outputs `[t]`, `[t']` diverge first, judged; `None` when they are equal."""
     divergence = explain_divergence(model.target, call.prompt, plain, found)
     if divergence is None:
-        return []
+        return None
     if divergence.dtype in HALF_PRECISIONS:
         pair = (divergence.plain_token, divergence.speculative_token)
         needed = [_spacings_until_picked(token, model, call, plain, divergence) for token in pair]
         divergence = replace(divergence, needed=max(needed))
-    return [Difference(call.index, call.seed, divergence)]
+    return Difference(call.index, call.seed, divergence)
 
 
 def _spacings_until_picked(
@@ -257,16 +253,15 @@ def _spacings_until_picked(
 ) -> float:
     """How far the logit of `token` must rise, in spacings, before plain decoding picks it at the divergence.
 
-    Everything else stays: the prefix, the processors, the random numbers. For a greedy answer without processors this
-    is the gap to the best logit, rounded up to a power of two.
+    Prefix, processors and random numbers stay. Greedily and without processors it is the gap to the best logit,
+    rounded up to a power of two.
     """
     if token is None:
         return math.inf
-    place = divergence.position
     torch.manual_seed(call.seed)
-    if place:  # brings the random generator to where it was
-        model.plain([call.prompt], call.seed, **call.settings | {"max_new_tokens": place})
-    prefix = torch.cat([call.prompt, plain[:place].to(call.prompt.device)])
+    if divergence.position:  # brings the random generator to where it was
+        model.plain([call.prompt], call.seed, **call.settings | {"max_new_tokens": divergence.position})
+    prefix = torch.cat([call.prompt, plain[: divergence.position].to(call.prompt.device)])
     spacings = 0.0
     while spacings <= MAX_SPACINGS:
         raised = {(token,): spacings * divergence.spacing}

@@ -30,7 +30,7 @@ from .comparison import SAMPLED, ModelUnderTest
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One token of an answer, and what could have stood there."""
+    """One token of an output, and what could have been drawn in its place."""
 
     token: int
     probs: Tensor  # [v] fp32, the target's distribution given the prefix
@@ -39,29 +39,27 @@ class Place:
 
 
 class DraftReader:
-    """Computes what a target would draw and what its drafter proposes: the head, or prompt lookup without one."""
+    """Computes what a target would draw and what its head, or prompt lookup without one, proposes."""
 
     def __init__(self, target: PreTrainedModel, head: DraftHead | None) -> None:
         self._target = target
         self._bound = None if head is None else BoundHead(head, target)
 
     @torch.inference_mode()
-    def read(self, prompt: Tensor, answer: Tensor, drafts: int) -> list[Place]:
-        """Every token of `answer` `[t]` after `prompt` `[s]`, all but the first with up to `drafts` drafted tokens."""
+    def read(self, prompt: Tensor, output: Tensor, drafts: int) -> list[Place]:
+        """Every token of `output` `[t]` after `prompt` `[s]`, all but the first with up to `drafts` drafted tokens."""
         device = self._target.device
-        text = torch.cat([prompt.to(device), answer.to(device)])
+        text = torch.cat([prompt.to(device), output.to(device)])
         if self._bound is None:
-            logits = self._logits(text[:-1], len(answer))
+            logits = self._logits(text[:-1], len(output))
             drafted = _looked_up(text.tolist(), len(prompt))
         else:
-            with (
-                FeatureTap(self._target, self._bound.head.config.feature_layers or []) as tap,
-                tap.record() as features,
-            ):
-                logits = self._logits(text[:-1], len(answer))
+            layers = self._bound.head.config.feature_layers or []
+            with FeatureTap(self._target, layers) as tap, tap.record() as features:
+                logits = self._logits(text[:-1], len(output))
             drafted = self._from_head(features.concatenated(), text, len(prompt), drafts)
         probs = logits.float().softmax(-1).cpu()
-        return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(answer.tolist())]
+        return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(output.tolist())]
 
     def _logits(self, text: Tensor, most: int) -> Tensor:
         """Of a plain forward over `text` `[s]` the last rows, `[most, v]`."""
@@ -103,19 +101,12 @@ _MIN_VARIANCE = 5.0  # of a bin's count: with less the count is far from normal
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How well the counts fit.
-
-    Attributes:
-        draws: tokens counted.
-        chi_square: 0 when everything had to be pooled into one bin.
-        degrees: of freedom.
-        total_variation: half the sum of the absolute differences between observed and expected shares of the bins.
-    """
+    """How well the counts fit."""
 
     draws: int
-    chi_square: float
-    degrees: int
-    total_variation: float
+    chi_square: float  # 0 when everything had to be pooled into one bin
+    degrees: int  # of freedom
+    total_variation: float  # half the sum of |observed - expected| shares of the bins
 
     @property
     def p_value(self) -> float:
@@ -137,12 +128,7 @@ class Fit:
 
 
 def goodness_of_fit(probabilities: Tensor, bins: Tensor) -> Fit:
-    """Compare where tokens fell with where they should fall.
-
-    Args:
-        probabilities: `[places, bins]` of each bin at each place; rows sum to 1.
-        bins: `[places]` the bin that the token of each place fell into.
-    """
+    """Compare `bins` `[places]`, into which tokens fell, with their `probabilities` `[places, bins]`."""
     probabilities = probabilities.double()
     observed = torch.bincount(bins, minlength=probabilities.shape[1]).double()
     expected = probabilities.sum(0)
@@ -179,13 +165,13 @@ def _pooling(covariance: Tensor) -> Tensor:
 
 DRAFTED = 4  # bins for drafted tokens, best first
 _LIKELY = 3  # undrafted tokens in the second pool; the first holds the likeliest one, the third the rest
-TOKENS = 8  # of each answer
+TOKENS = 8  # of each output
 MIN_ACCEPTED = 16  # the control tests the statistic only, so enough of the engine's own drafts must be accepted
 
 
 @dataclass(frozen=True, slots=True)
 class DistributionCheck:
-    """The result of the test, over a number of sampled answers."""
+    """The result of the test, over a number of sampled outputs."""
 
     answers: int
     accepted: int  # drafted tokens
@@ -216,8 +202,8 @@ class DistributionCheck:
         return f"{self.fit}: {self.verdict}\n  control, with a wrong rule: {self.control}: {found}"
 
 
-def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], answers: int) -> DistributionCheck:
-    """Sample the first `TOKENS` tokens of `answers` answers, over `prompts` `[s]` in turn, each with its own seed.
+def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], count: int) -> DistributionCheck:
+    """Sample the first `TOKENS` tokens of `count` outputs, over `prompts` `[s]` in turn, each with its own seed.
 
     Temperature 1, no processors and no end token, whatever the model's settings say.
     """
@@ -225,19 +211,19 @@ def check_distribution(model: ModelUnderTest, prompts: Sequence[Tensor], answers
     rows, own, wrong, accepted = [], [], [], 0
     with model.without_settings():
         reader = DraftReader(model.target, model.head)
-        for seed in range(answers):
+        for seed in range(count):
             prompt = prompts[seed % len(prompts)]
             written, report = model.speculative([prompt], seed, max_new_tokens=TOKENS, **SAMPLED)
-            [answer] = written.answers
-            accepted += len(answer) - report.target_forwards
-            for place in reader.read(prompt, answer, DRAFTED):
+            [output] = written.outputs
+            accepted += len(output) - report.target_forwards
+            for place in reader.read(prompt, output, DRAFTED):
                 bins = bins_of(place)
                 rows.append(torch.zeros(DRAFTED + 3).index_add_(0, bins, place.probs))
                 own.append(bins[place.token])
                 wrong.append(bins[wrong_token(place, generator)])
     probabilities = torch.stack(rows)
     fits = [goodness_of_fit(probabilities, torch.stack(fallen)) for fallen in (own, wrong)]
-    return DistributionCheck(answers, accepted, *fits)
+    return DistributionCheck(count, accepted, *fits)
 
 
 def bins_of(place: Place) -> Tensor:

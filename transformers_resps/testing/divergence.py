@@ -31,17 +31,17 @@ HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first place where two answers to one prompt differ.
+    """The first place where two outputs to one prompt differ.
 
     Attributes:
-        position: index in the answer; both answers are equal before it.
-        plain_token: what plain decoding wrote there; `None` when its answer had ended.
-        speculative_token: what speculative decoding wrote there; `None` when its answer had ended.
+        position: index in the output; both outputs are equal before it.
+        plain_token: what plain decoding wrote there; `None` when its output had ended.
+        speculative_token: what speculative decoding wrote there; `None` when its output had ended.
         plain_logit: of `plain_token`, from one plain forward over the prompt and the common part.
         speculative_logit: of `speculative_token`, from the same forward.
         best_logit: the largest of that forward.
         dtype: of the model.
-        needed: for answers with logits processors or sampling, where bare logits say little: spacings by which the
+        needed: for outputs with logits processors or sampling, where bare logits say little: spacings by which the
             logit of either token must rise before plain decoding, with the same random numbers, picks it there; the
             larger of both, rounded up to a power of two, infinite beyond `MAX_SPACINGS`. `None` where bare logits
             decide.
@@ -80,7 +80,7 @@ class Divergence:
     def explained(self) -> bool:
         """Whether rounding explains the difference: in half precision, within `MAX_SPACINGS` of the pick.
 
-        An answer that ends early is never explained: an end token is compared like any other token.
+        An output that ends early is never explained: an end token is compared like any other token.
         """
         return self.dtype in HALF_PRECISIONS and self.spacings <= MAX_SPACINGS
 
@@ -96,15 +96,15 @@ class Divergence:
 def explain_divergence(
     model: PreTrainedModel, prompt_ids: Tensor, plain_ids: Tensor, speculative_ids: Tensor
 ) -> Divergence | None:
-    """Compare two greedy answers of `model` to one prompt; `None` when they are equal.
+    """Compare two greedy outputs of `model` to one prompt; `None` when they are equal.
 
     It judges bare logits: with a logits processor, or sampling, the gap says nothing.
 
     Args:
-        model: wrote both answers; runs once more, over the prompt and the common part, and only if they differ.
+        model: wrote both outputs; runs once more, over the prompt and the common part, and only if they differ.
         prompt_ids: `[s]`, without padding.
-        plain_ids: `[t]` the answer of plain `generate`, without the prompt.
-        speculative_ids: `[t']` the answer to judge, without the prompt.
+        plain_ids: `[t]` the output of plain `generate`, without the prompt.
+        speculative_ids: `[t']` the output to judge, without the prompt.
     """
     plain, speculative = plain_ids.tolist(), speculative_ids.tolist()
     position = first_difference(plain, speculative)
@@ -113,8 +113,8 @@ def explain_divergence(
     prefix = torch.cat([prompt_ids, plain_ids[:position].to(prompt_ids.device)])[None]  # [1, s + position]
     logits = model(input_ids=prefix.to(model.device), use_cache=False, logits_to_keep=1).logits[0, -1].float()
 
-    def token_and_logit(answer: list[int]) -> tuple[int | None, float]:
-        return (answer[position], float(logits[answer[position]])) if position < len(answer) else (None, -math.inf)
+    def token_and_logit(output: list[int]) -> tuple[int | None, float]:
+        return (output[position], float(logits[output[position]])) if position < len(output) else (None, -math.inf)
 
     plain_token, plain_logit = token_and_logit(plain)
     speculative_token, speculative_logit = token_and_logit(speculative)
@@ -129,9 +129,9 @@ def explain_divergence(
     )
 
 
-def first_difference(answer: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first index at which two answers differ, which may be the end of one; `None` when they are equal."""
-    pairs = enumerate(zip_longest(answer, other))
+def first_difference(output: Sequence[int], other: Sequence[int]) -> int | None:
+    """The first index at which two outputs differ, which may be the end of one; `None` when they are equal."""
+    pairs = enumerate(zip_longest(output, other))
     return next((position for position, (token, another) in pairs if token != another), None)
 
 
@@ -147,21 +147,13 @@ def spacing_at(value: float, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What a forward over several tokens changes, at all positions of some outputs.
+    """What a forward over several tokens changes, at all positions of some outputs; gaps are in spacings."""
 
-    Attributes:
-        nodes: of each forward; 0 for one forward over everything.
-        moves: `[t]` by how much the gap between the two best tokens moved, in spacings of the dtype.
-        flipped: `[f]` the gaps, in spacings, where another token became the best.
-        equal_rows: positions whose logits are all equal bit for bit.
-        equal_logits: share of all logits that are equal bit for bit.
-    """
-
-    nodes: int
-    moves: Tensor
-    flipped: Tensor
-    equal_rows: int
-    equal_logits: float
+    nodes: int  # of each forward; 0 for one forward over everything
+    moves: Tensor  # [t] by how much the gap between the two best tokens moved
+    flipped: Tensor  # [f] the gaps where another token became the best
+    equal_rows: int  # positions whose logits are all equal bit for bit
+    equal_logits: float  # share of all logits that are equal bit for bit
 
     def __str__(self) -> str:
         middle, high = (float(self.moves.quantile(share)) for share in (0.5, 0.99))
@@ -179,54 +171,50 @@ class Moves:
 def move_of_gaps(
     target: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int, node_counts: list[int]
 ) -> list[Moves]:
-    """Let `target` answer prompts `[s]` greedily, a token at a time, and read the answers again in trees.
+    """Continue prompts `[s]` greedily, a token at a time and past end tokens, and read the outputs again in trees.
 
-    Args:
-        target: in the dtype and on the device in question.
-        prompts: token ids.
-        max_new_tokens: of each answer; end tokens do not stop it.
-        node_counts: nodes of each tree, which is a chain; 0 for one forward over prompt and answer, without cache.
+    Each tree is a chain of one of `node_counts`; 0 is one forward over prompt and output, without a cache.
     """
     rows: dict[int, list[tuple[Tensor, Tensor]]] = {count: [] for count in node_counts}
     for prompt in tqdm(prompts, desc="Comparing forwards", unit="prompt"):
-        answer, plain = _decode(target, prompt.to(target.device), max_new_tokens)
+        output, plain = _decode(target, prompt.to(target.device), max_new_tokens)
         for count in node_counts:
-            logits = _read(target, prompt.to(target.device), answer, count)
+            logits = _read(target, prompt.to(target.device), output, count)
             rows[count] += zip(plain, logits, strict=True)
     return [_moves(count, pairs, target.dtype) for count, pairs in rows.items()]
 
 
 def _decode(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int) -> tuple[Tensor, list[Tensor]]:
-    """The greedy answer `[t]`, and the logits `[v]` after each of its tokens."""
+    """The greedy output `[t]`, and the logits `[v]` after each of its tokens."""
     options: Any = {CACHE_KEYWORD: DynamicCache(config=target.config.get_text_config(decoder=True))}
     options |= {"use_cache": True, "logits_to_keep": 1}
     token = target(input_ids=prompt[None], **options).logits[0, -1].argmax()
-    answer, rows = [], []
+    output, rows = [], []
     for _ in range(max_new_tokens):
-        answer.append(token)
+        output.append(token)
         logits = target(input_ids=token[None, None], **options).logits[0, -1]
         rows.append(logits.cpu())
         token = logits.argmax()
-    return torch.stack(answer), rows
+    return torch.stack(output), rows
 
 
-def _read(target: PreTrainedModel, prompt: Tensor, answer: Tensor, node_count: int) -> list[Tensor]:
+def _read(target: PreTrainedModel, prompt: Tensor, output: Tensor, node_count: int) -> list[Tensor]:
     """The same logits from chains of `node_count` nodes, which are verified and kept as in decoding."""
     if node_count == 0:
-        text = torch.cat([prompt, answer])[None]
-        return list(target(input_ids=text, use_cache=False, logits_to_keep=len(answer)).logits[0].cpu())
+        text = torch.cat([prompt, output])[None]
+        return list(target(input_ids=text, use_cache=False, logits_to_keep=len(output)).logits[0].cpu())
     rows: list[Tensor] = []
     with TreeVerifier.of(target, len(prompt)) as verifier:
         verifier.prefill(prompt[None], logits_to_keep=1)
-        for tree in _chains(answer, node_count):
+        for tree in _chains(output, node_count):
             logits, _ = verifier.verify(tree)
             verifier.keep(torch.arange(tree.node_count, device=target.device)[None], [list(range(tree.node_count))])
             rows += logits[0].cpu()
     return rows
 
 
-def _chains(answer: Tensor, node_count: int) -> Iterator[DraftTree]:
-    for tokens in answer[None].split(node_count, dim=1):
+def _chains(output: Tensor, node_count: int) -> Iterator[DraftTree]:
+    for tokens in output[None].split(node_count, dim=1):
         order = torch.arange(tokens.shape[1], device=tokens.device)[None]
         yield DraftTree.from_parents(tokens, (order - 1).clamp(min=0))
 

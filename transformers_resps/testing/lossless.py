@@ -50,7 +50,7 @@ class LosslessReport:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every answer is the plain one or diverges at a near-tie, and the sampled tokens fit."""
+        """Whether every output is the plain one or diverges at a near-tie, and the sampled tokens fit."""
         return self.distribution.passed and all(check.passed for check in self.texts)
 
     @property
@@ -71,15 +71,11 @@ class LosslessReport:
                 "decoding's own. Pass a trained head, or prompts that it can draft for"
             )
         differing = sum(len(check.differences) for check in self.texts)
-        exact = (
-            "every answer is the plain one"
-            if not differing
-            else f"every answer is the plain one, except for {differing} that differ at a near-tie"
-        )
+        except_for = f", except for {differing} that differ at a near-tie" if differing else ""
         blind = "" if self.distribution.has_power else "; the distribution test had no power"
         idle = [check.name for check in self.texts if check.is_of_policy and not check.accepted]
         untested = f"; no draft was accepted in {len(idle)} of the comparisons" if idle else ""
-        return f"LOSSLESS: {exact}{untested}{blind}"
+        return f"LOSSLESS: every answer is the plain one{except_for}{untested}{blind}"
 
     def __str__(self) -> str:
         width = max(map(len, self.facts))
@@ -104,8 +100,8 @@ class NotLosslessError(AssertionError):
         self.report = report
 
 
-_DISTRIBUTION_ANSWERS = 12  # per seed
-_ENDS = 8  # tokens of an answer that are used as end tokens
+_DISTRIBUTION_OUTPUTS = 12  # per seed
+_ENDS = 8  # tokens of an output that are used as end tokens
 
 
 def assert_lossless(
@@ -120,7 +116,7 @@ def assert_lossless(
     """Compare `generate` with a head and a policy to plain `generate`, and raise if it is not lossless.
 
     In fp32 and fp64 all tokens must be equal, and so must the padding after their ends and the random numbers drawn.
-    In bf16 and fp16 the first divergence of each answer must be a near-tie that rounding explains; later tokens cannot
+    In bf16 and fp16 the first divergence of each output must be a near-tie that rounding explains; later tokens cannot
     be compared. The distribution of sampled tokens is tested in every dtype, and so is the power of that test.
 
     The policy's trees are tested greedily, one by one and in a left-padded batch, and sampled with equal seeds, with
@@ -128,7 +124,7 @@ def assert_lossless(
     in chunks, with end tokens inside trees, and in a sampled batch.
 
     The model need not be attached, and is afterwards as it was before, like the global random generators. Do not use
-    it elsewhere meanwhile. Its own generation settings apply to the compared answers, not to the distribution.
+    it elsewhere meanwhile. Its own generation settings apply to the compared outputs, not to the distribution.
 
     Args:
         model: any model that `attach` takes, on its device, in its dtype.
@@ -136,9 +132,9 @@ def assert_lossless(
         policy: as `generate` takes it; "auto" when there is neither head nor policy.
         prompts: token ids, each `[s]` with s of at least 2; `None` for four built-in ones that fit any vocabulary.
             Real prompts test more, because more drafts are accepted.
-        seeds: number of sampled answers per sampling setting, over the prompts in turn; the distribution is tested on
+        seeds: number of sampled outputs per sampling setting, over the prompts in turn; the distribution is tested on
             the first tokens of twelve times as many.
-        max_new_tokens: length of each compared answer.
+        max_new_tokens: length of each compared output.
 
     Returns:
         The report.
@@ -158,7 +154,7 @@ def assert_lossless(
             "seed and two new tokens are needed. Leave them out for the defaults."
         )
     limit = {"max_new_tokens": max_new_tokens}
-    total = 2 * len(ids) + 4 * seeds + 4 + len(ids) * min(_ENDS, max_new_tokens) + _DISTRIBUTION_ANSWERS * seeds
+    total = 2 * len(ids) + 4 * seeds + 4 + len(ids) * min(_ENDS, max_new_tokens) + _DISTRIBUTION_OUTPUTS * seeds
     with under_test.undisturbed(), tqdm(total=total, desc="Comparing with plain decoding", unit="call") as bar:
         under_test = replace(under_test, done=bar.update)
         changing = _with_changing_trees(under_test, ids, seeds, limit)
@@ -166,7 +162,7 @@ def assert_lossless(
             *_with_the_policy(under_test, ids, seeds, limit),
             *(replace(check, is_of_policy=False) for check in changing),
         )
-        distribution = check_distribution(under_test, ids, _DISTRIBUTION_ANSWERS * seeds)
+        distribution = check_distribution(under_test, ids, _DISTRIBUTION_OUTPUTS * seeds)
     report = LosslessReport(_facts(under_test), texts, distribution, time.perf_counter() - started)
     if not report.is_lossless:
         raise NotLosslessError(report)
@@ -202,12 +198,12 @@ def _with_changing_trees(
 
 
 def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
-    """Each prompt once for every token of its answer, as an end token beside the last one."""
+    """Each prompt once for every token of its output, as an end token beside the last one."""
     for index, prompt in enumerate(ids):
-        answer = model.plain([prompt], **settings).answers[0][:_ENDS].tolist()
-        for place, token in enumerate(answer):
-            if token not in answer[:place]:
-                yield Call(index, prompt, 0, settings | {"eos_token_id": [answer[-1], token]})
+        output = model.plain([prompt], **settings).outputs[0][:_ENDS].tolist()
+        for place, token in enumerate(output):
+            if token not in output[:place]:
+                yield Call(index, prompt, 0, settings | {"eos_token_id": [output[-1], token]})
 
 
 def _calls(prompts: list[Tensor], seeds: int, settings: dict[str, Any]) -> list[Call]:

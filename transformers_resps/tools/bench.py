@@ -79,13 +79,7 @@ _ADVICE_CONTEXT = 128  # positions
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The settings of one benchmark, as `resps bench --help` describes them.
-
-    Attributes:
-        choices: what `methods` takes, and in words.
-        methods: `None` for all choices.
-        dtype: `None` for float32 on a CPU, and elsewhere the target's own.
-    """
+    """The settings of one benchmark, as `resps bench --help` describes them; `methods` is `None` for all choices."""
 
     choices: ClassVar[Mapping[str, str]] = {
         PROMPT_LOOKUP: "Transformers' prompt lookup",
@@ -157,9 +151,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type[BenchConfig]) -> Non
     add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
     add("--device", type=device, help="default: cuda if available, otherwise cpu")
     add("--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too")
-    both = (
-        "decode with every tree and policy twice, as it is and compiled; plain decoding is always compared both ways"
-    )
+    both = "decode with every tree and policy with and without compilation; plain decoding is always decoded both ways"
     add("--compile", action="store_true", help=both)
     add("--threads", type=positive, help="CPU threads; default: as torch chooses")
     add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
@@ -172,10 +164,7 @@ def read_options(args: argparse.Namespace, kind: type[Config]) -> Config:
 
 
 def bench(config: BenchConfig) -> int:
-    """Measure, judge, report.
-
-    Returns:
-        0; 1 when an answer differs from the plain one and rounding does not explain it; 130 after Ctrl-C.
+    """Measure and report; 1 when an answer differs from the plain one by more than rounding, 130 after Ctrl-C.
 
     Raises:
         ValueError: something is missing, does not fit, or would make the figures worthless.
@@ -211,11 +200,7 @@ def bench(config: BenchConfig) -> int:
 
 
 def start(config: BenchConfig) -> float | None:
-    """Prepare the process; return how many CPUs others use.
-
-    Raises:
-        BusyMachineError: too many, and noise is not accepted.
-    """
+    """Prepare the process; return how many CPUs others use. Raises `BusyMachineError` as `check_load` does."""
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     load = other_load()
@@ -246,11 +231,7 @@ def other_load(seconds: float = 1.0) -> float | None:
 
 
 def check_load(load: float | None) -> None:
-    """Refuse to start where others use more than `MAX_LOAD` CPUs; `None` is unknown.
-
-    Raises:
-        BusyMachineError: they do.
-    """
+    """Raise `BusyMachineError` when other processes use more than `MAX_LOAD` CPUs; `None` is unknown."""
     if load is not None and load > MAX_LOAD:
         raise BusyMachineError(
             f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "
@@ -263,13 +244,10 @@ class BenchModels:
     """A target, its head, policies and perhaps a draft model, which fit together.
 
     Attributes:
-        target: attached.
-        tokenizer: of the target.
-        head: in the target's dtype, on its device.
         policies: name in the table -> policy, or "auto".
         draft_model: for Transformers' assisted generation.
-        sources: "head" and name of a loaded policy -> folder or Hub id.
-        trained_on: of the same, fingerprints of prompts that it learned from; `None` where they were not kept.
+        trained_on: "head" and name of a loaded policy -> fingerprints of the prompts that it learned from; `None`
+            where they were not kept.
     """
 
     target: Any
@@ -282,11 +260,7 @@ class BenchModels:
 
     @classmethod
     def load(cls, config: BenchConfig) -> "BenchModels":
-        """Load what `config` names.
-
-        Raises:
-            ValueError: something is not there, or does not fit the target.
-        """
+        """Load what `config` names. Raises `ValueError` when something is missing or does not fit the target."""
         target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
         tokenizer = AutoTokenizer.from_pretrained(config.target)
         head = DraftHead.from_pretrained(config.head, target=target)
@@ -307,7 +281,7 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
     """Load the benchmark's policies: name in the table -> policy.
 
     Raises:
-        ValueError: there is no such policy, one is named twice, or one was trained for another target or head.
+        ValueError: a policy does not exist, is named twice, or was trained for another target or head.
     """
     found: dict[str, Policy | str] = {}
     places: set[str | Path] = set()
@@ -339,11 +313,7 @@ def _policy_name(called: str, policy: Policy | str) -> str:
 
 
 def load_draft_model(name: str, target: Any) -> PreTrainedModel:
-    """Load a small model for Transformers' assisted generation.
-
-    Raises:
-        ValueError: it has another vocabulary than the target.
-    """
+    """Load a small model for assisted generation. Raises `ValueError` when its vocabulary is not the target's."""
     small: Any = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
     own, other = (m.config.get_text_config().vocab_size for m in (small, target))
     if own != other:
@@ -355,11 +325,7 @@ def load_draft_model(name: str, target: Any) -> PreTrainedModel:
 
 
 def read_datasets(config: BenchConfig) -> list[list[Dialogue]]:
-    """Read all conversations of each dataset.
-
-    Raises:
-        ValueError: one is not there or empty, or two would have one name in the table.
-    """
+    """Read all conversations of each dataset. Raises `ValueError` when one is empty or two have the same name."""
     stems = [Path(source).stem for source in config.datasets]
     odd = sorted({stem for stem in stems if stems.count(stem) > 1 or stem == "all"})
     if odd:
@@ -400,11 +366,9 @@ def methods_of(
 
 
 def answer_all(session: Session, after: Callable[[Prompt, Sequence[Run]], None]) -> bool:
-    """Decode everything in turn, under a progress bar; return whether it came to its end, or Ctrl-C stopped it.
+    """Decode everything under a progress bar, and call `after` with each prompt and its runs.
 
-    Args:
-        session: keeps the runs.
-        after: is called with each prompt and its runs, and raises where the figures are worthless.
+    Returns whether all was decoded; Ctrl-C stops it.
     """
     with transformers_logging.tqdm(total=session.total, desc="Decoding", unit="answer") as bar:
         try:
@@ -440,10 +404,7 @@ def results_of(
     costs: CostTable,
     estimates: Sequence[AnswerTiming] = (),
 ) -> dict[str, Any]:
-    """Return the results of everything that was answered so far; see docs/bench-results-schema.md.
-
-    Rows of `estimates` are marked as not measured.
-    """
+    """Return the results so far, as in docs/bench-results-schema.md; `estimates` are marked as not measured."""
     timings, names = session.timings, [method.name for method in session.methods]
     cost = costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / costs.plain_seconds(_ADVICE_CONTEXT)
     reported = [method.name for method in session.methods if method.reports_steps and session.runs_of(method.name)]

@@ -28,17 +28,13 @@ from .loading import (
 )
 
 
-_TELLING = 0.1  # plain forwards: a smaller spread changes no conclusion
+_MIN_SPREAD = 0.1  # plain forwards: a smaller one changes no conclusion
 _NODES = (2, 4, 8)  # of which the verdict of `resps calibrate` speaks
 _PAYS_BELOW = 1.6  # plain forwards that a verification may cost
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
-
-    Returns:
-        0; 1 when what was examined is not as it should be; 2 when it could not be examined; 130 after Ctrl-C.
-    """
+    """Run a subcommand; 1 when what it examined has a fault, 2 when it could not examine it, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
     for add_command in (doctor.add_command, inspect.add_command, add_calibrate, add_verify, bench.add_command):
@@ -109,7 +105,7 @@ def what_must_be_accepted(table: CostTable) -> str:
     ranges += [table.plain_range[context]] if context in table.plain_range else []
     spread = max((high - low for low, high in ranges), default=0.0) / plain
     difference = max(1.0, *costs.values()) - min(1.0, *costs.values())
-    if spread > max(difference, _TELLING):
+    if spread > max(difference, _MIN_SPREAD):
         return (
             f"TOO NOISY TO TELL: repeats of one forward differ by {spread:.1f} plain forwards, the costs by "
             f"{difference:.1f}. Wait until the machine is idle, then measure again with --refresh.\n"

@@ -6,14 +6,14 @@ from functools import cached_property
 from typing import Any
 
 
-_SURE = 3.0  # standard errors; more than two because the best of some twenty cells is looked at
+_SURE = 3.0  # standard errors; more than two because the best of some twenty readings is compared
 _MIN_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
 _MIN_NATS = 0.02  # per chain, likewise
-_HOPELESS = 5.0  # standard errors by which a reading is worse that is not looked at again
-_MUCH = 0.05  # of the tokens of a step, which another reading might add: more is too much for a verdict
-_FEW_ANSWERS = 10  # fewer are too little for a verdict
-_DROPPING_ANSWERS = 8  # fewer do not tell how much answers differ
-_SETTLING_ANSWERS = 20  # before it may be over: early answers decide by chance more often
+_HOPELESS = 5.0  # standard errors: a reading that is worse by more is dropped
+_MUCH = 0.05  # share of a step's tokens: no verdict while another reading might add more
+_FEW_ANSWERS = 10  # no verdict from fewer
+_DROPPING_ANSWERS = 8  # no reading is dropped after fewer
+_SETTLING_ANSWERS = 20  # the diagnosis does not end before: early answers decide by chance more often
 _STRANGER = 0.05  # agreement at depth 1 below which a head was not made for its target
 
 
@@ -28,32 +28,20 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """One answer under one reading.
+    """One answer under one reading, as sums over its positions."""
 
-    Attributes:
-        positions: where a chain was drafted.
-        kept: tokens that the chains kept, together.
-        log_prob: nats that the head gave the target's own tokens, together over positions and depths.
-    """
-
-    positions: int
-    kept: int
-    log_prob: float
+    positions: int  # where a chain was drafted
+    kept: int  # tokens of the chains that the target accepts
+    log_prob: float  # nats that the head gave the target's own tokens, at all depths
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """How well the head agrees with its target under one reading.
-
-    Attributes:
-        reading: which.
-        agreement: of each depth from 1, the share of positions where the head's most likely token is the target's.
-        tallies: of each answer.
-    """
+    """How well the head agrees with its target under one reading."""
 
     reading: Reading
-    agreement: tuple[float, ...]
-    tallies: tuple[Tally, ...]
+    agreement: tuple[float, ...]  # per depth: share of positions where the head's likeliest token is the target's
+    tallies: tuple[Tally, ...]  # of each answer
 
     @property
     def positions(self) -> int:
@@ -76,12 +64,9 @@ class Diagnosis:
 
     A reading is better if its chains keep more tokens beyond noise. If they keep no fewer, it is better if it gives
     the target's tokens a higher likelihood beyond noise: this shows a wrong RoPE base before it costs many tokens.
-
-    Attributes:
-        cells: all readings, the configured one first.
     """
 
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...]  # the configured one first
 
     @property
     def configured(self) -> Cell:

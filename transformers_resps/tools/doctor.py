@@ -15,6 +15,7 @@ from transformers.utils.logging import tqdm
 from ..data import Conversation, make_example, to_tokens
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import SpeculationDefaults
+from ..generation.state import EvaluationMode
 from ..heads import BoundHead, DraftHead, DraftHeadConfig
 from ..heads.model import RotaryEmbedding
 from ..telemetry.display import moving
@@ -44,12 +45,7 @@ _BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """A text whose end the target wrote.
-
-    Attributes:
-        tokens: `[t]` target vocabulary ids.
-        prompt_length: how many of them are the prompt.
-    """
+    """The tokens `[t]` of a prompt and an answer that the target wrote."""
 
     tokens: Tensor
     prompt_length: int
@@ -87,13 +83,7 @@ class Probe:
     target's; and the residual of the first layer before and after its norm. Nothing is generated: at depth k the head
     reads the true text up to there, and its own output instead of the feature, as in training.
 
-    Args:
-        target: the model that the head was made for.
-        head: as loaded.
-        readings: the configured one first; `None` for all.
-
-    Raises:
-        ValueError: the head belongs to another target.
+    The first of `readings` is the configured one; `None` is for all. Raises `ValueError` for a head of another target.
 
     Source: the training-time test of EAGLE-3 (arXiv 2503.01840), section 3.2.
     """
@@ -101,7 +91,11 @@ class Probe:
     def __init__(self, target: PreTrainedModel, head: DraftHead, readings: Sequence[Reading] | None = None) -> None:
         self._target = target
         self._readings = list(_readings(head.config, target) if readings is None else readings)
-        self._drafters = [_drafter(head, reading, target) for reading in self._readings]
+        self._drafters = [
+            # prepacking would copy the weights for each reading, and so many rows at once do not need it
+            BoundHead(_read_as(head, reading), target, is_prepacked=False)
+            for reading in self._readings
+        ]
         self._tallies: list[list[Tally]] = [[] for _ in self._readings]
         self._agreed = [torch.zeros(DEPTHS, dtype=torch.long) for _ in self._readings]
         self._seen = 0
@@ -116,17 +110,9 @@ class Probe:
         """Score more answers; only the target's own tokens count, and those of too short answers do not."""
         self._seen += len(answers)
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= DEPTHS]
-        was_training = self._target.training
-        self._target.train(False)
-        try:
-            self._score_all(long_enough)
-        finally:
-            self._target.train(was_training)
-
-    def _score_all(self, answers: list[LabelledText]) -> None:
         layers = sorted({layer for reading in self._readings for layer in reading.feature_layers})
-        with FeatureTap(self._target, layers) as tap:
-            for batch in _batches(answers):
+        with EvaluationMode().held(self._target), FeatureTap(self._target, layers) as tap:
+            for batch in _batches(long_enough):
                 with tap.record() as features:
                     logits = self._target(input_ids=batch.tokens.to(self._target.device), use_cache=False).logits
                 picks = logits.argmax(-1)
@@ -138,11 +124,7 @@ class Probe:
                     self._agreed[number] += agreed
 
     def diagnosis(self) -> Diagnosis:
-        """Compare the readings on all answers so far.
-
-        Raises:
-            ValueError: fewer than two answers were long enough to score.
-        """
+        """Compare the readings on all answers so far. Raises `ValueError` when fewer than two were long enough."""
         if not self.is_ready:
             raise ValueError(
                 f"{len(self._tallies[0])} of {self._seen} answers have at least {DEPTHS} tokens of the target, but at "
@@ -158,8 +140,7 @@ class Probe:
 def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[LabelledText]) -> Diagnosis:
     """Compare the configured reading of `head` with its likely corrections, on some fifty answers of `target`.
 
-    Raises:
-        ValueError: the head belongs to another target, or fewer than two answers are long enough to score.
+    Raises `ValueError` when the head belongs to another target, or fewer than two answers are long enough to score.
     """
     probe = Probe(target, head)
     probe.add(answers)
@@ -182,11 +163,6 @@ def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Read
                 yield Reading(layers, theta, is_before)
 
 
-def _drafter(head: DraftHead, reading: Reading, target: PreTrainedModel) -> BoundHead:
-    """Read the head so. Not prepacked: each would copy the weights, which so many rows at once do not need."""
-    return BoundHead(_read_as(head, reading), target, is_prepacked=False)
-
-
 def _read_as(head: DraftHead, reading: Reading) -> DraftHead:
     """Return a head with the same weights, shared and not copied, under another config."""
     config = DraftHeadConfig.from_dict(head.config.to_dict())
@@ -203,15 +179,10 @@ def _read_as(head: DraftHead, reading: Reading) -> DraftHead:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Answers padded on the right, where causal attention never looks.
+    """Answers padded on the right, where causal attention never looks."""
 
-    Attributes:
-        tokens: `[b, t]`.
-        scored: `[b, t]` bool: slots that predict a token of the answer and have all depths in the text.
-    """
-
-    tokens: Tensor
-    scored: Tensor
+    tokens: Tensor  # [b, t]
+    scored: Tensor  # [b, t] bool: slots that predict a token of the answer and have all depths in the text
 
 
 def _batches(answers: list[LabelledText]) -> Iterator[_Batch]:
@@ -263,13 +234,8 @@ def refined(
 ) -> Iterator[Diagnosis]:
     """Diagnose `head` on few and short answers, then on more and more long ones.
 
-    Readings that the first look finds far worse are not followed further, and the short answers do not count later.
-
-    Yields:
-        One diagnosis after another; it ends when more answers would change nothing, or after `count` answers.
-
-    Raises:
-        ValueError: the head belongs to another target, or fewer than two answers are long enough to score.
+    Readings that the first look finds far worse are dropped, and its short answers do not count later. Ends when more
+    answers would change nothing, or after `count` answers. Raises `ValueError` as `diagnose` does.
     """
     probe = Probe(target, head)
     if count > _LOOK_ANSWERS or max_new_tokens > _LOOK_TOKENS:
@@ -360,11 +326,7 @@ def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: lis
 
 
 def corrections(settings: Sequence[str]) -> dict[str, Any]:
-    """Read `FIELD=VALUE` strings, values in JSON, as overrides of the head's config.
-
-    Raises:
-        ValueError: a setting has no `=`, or its value is not JSON.
-    """
+    """Read `FIELD=VALUE` with values in JSON as overrides of the head's config. Raises `ValueError` for all else."""
     found = {}
     for setting in settings:
         field, separator, value = setting.partition("=")

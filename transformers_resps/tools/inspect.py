@@ -37,30 +37,17 @@ from .loading import add_target_options, load_policy, load_target, model, positi
 
 @dataclass(slots=True)
 class RecordedStep:
-    """One step of one row, prefill left out.
-
-    Attributes:
-        context_length: positions of the text before it.
-        step: 0 for the first decision.
-        room: tokens that the text may still gain.
-        prefix_accept_probs: for i = 1, 2, ... the probability that the first i looked-up tokens are accepted.
-        chosen: the policy's choice, before clipping.
-        levels: drafted by the head.
-        head_nodes: of the tree, from the head, root included; later nodes are looked up.
-        tree: what was verified.
-        path: accepted nodes, root first.
-        record: shape after clipping, counts and seconds.
-    """
+    """One step of one row, prefill left out; the first fields are those of its `Observation`."""
 
     context_length: int
     step: int
     room: int
     prefix_accept_probs: list[float]
-    chosen: TreeShape
-    levels: int = 0
-    head_nodes: int = 1
+    chosen: TreeShape  # before clipping
+    levels: int = 0  # drafted by the head
+    head_nodes: int = 1  # of the tree, root included; later nodes are looked up
     tree: DraftTree = field(init=False)
-    path: list[int] = field(init=False)
+    path: list[int] = field(init=False)  # accepted nodes, root first
     record: StepRecord = field(init=False)
 
     @property
@@ -124,20 +111,15 @@ class Examination:
     """Both answers to one prompt, and all steps of the second.
 
     Attributes:
-        prompt_ids: `[s]`.
-        plain_ids: `[t]` what plain decoding wrote.
-        plain_seconds: of that whole call.
-        report: of the call with draft trees, one row.
-        seconds: of that whole call.
-        steps: its decisions and trees, one for each of `report.steps` but the prefill.
+        steps: decisions and trees of the call with draft trees, one for each of `report.steps` but the prefill.
         divergence: where greedy answers differ first, and why; `None` when they are equal or were sampled.
     """
 
-    prompt_ids: Tensor
-    plain_ids: Tensor
-    plain_seconds: float
+    prompt_ids: Tensor  # [s]
+    plain_ids: Tensor  # [t]
+    plain_seconds: float  # of the whole call
     report: SpeculationReport
-    seconds: float
+    seconds: float  # of the whole call with draft trees
     steps: list[RecordedStep]
     divergence: Divergence | None
 
@@ -158,13 +140,7 @@ def examine(
 ) -> Examination:
     """Answer a prompt `[s]` plainly, then with draft trees; the global random generator is left as it was.
 
-    Args:
-        model: attached.
-        head: `None` for policies that need none.
-        policy: decides.
-        prompt_ids: `[s]`.
-        settings: keywords of `generate`, for both; greedy unless they say otherwise.
-        seed: of both.
+    `settings` are keywords of `generate` for both answers, which are greedy unless they say otherwise.
     """
     settings = {"do_sample": False} | settings
 
@@ -210,14 +186,7 @@ def _name(model: Any) -> str:
 
 
 def page_data(examination: Examination, decode: Decode, prompt: str, facts: dict[str, str]) -> dict[str, Any]:
-    """Return what happened as JSON values, in the words and numbers of the page; texts are not yet escaped.
-
-    Args:
-        examination: both answers.
-        decode: writes tokens as text.
-        prompt: as the user wrote it.
-        facts: from `facts_of`, in the order of the page.
-    """
+    """Return what happened as JSON values, in the words and numbers of the page; texts are not yet escaped."""
     report = examination.report
     written = detokenize_incrementally(report.answers[0], decode)
     previous = [int(examination.prompt_ids[-1]), *report.answers[0]]

@@ -1,7 +1,4 @@
-"""What a command line names: checked before anything is loaded, then loaded.
-
-The types of arguments refuse what cannot be; targets, policies and questions are loaded alike for every command.
-"""
+"""What a command line names: types of arguments, which check it first, and targets, policies and questions."""
 
 import argparse
 import math
@@ -23,7 +20,7 @@ from ..tree import TreeShape
 from ..verifying.prepacking import prepack
 
 
-# Folders of a training run that say what is in them, not whose it is.
+# Folder names of every training run, which do not tell runs apart.
 _KINDS = re.compile(r"(head|policy)(-unfinished)?|checkpoint-\d+|model|\.|\.\.|")
 
 # Fifty questions that any chat model answers at some length: every task with every subject.
@@ -121,10 +118,7 @@ def load_target(name: str, dtype: str | None, device: str, *, packed: bool = Fal
 def load_policy(text: str | None, head: DraftHead | None) -> Policy | str:
     """Return a fixed tree from its numbers, a saved policy from its folder or Hub id, or "auto" as it is.
 
-    Without a text it is the head's default tree, and without a head "auto".
-
-    Raises:
-        ValueError: the text names nothing.
+    Without a text it is the head's default tree, and without a head "auto". Raises `ValueError` for unknown names.
     """
     if text is None and head is not None:
         return FixedPolicy(head.default_shape)
@@ -135,11 +129,7 @@ def load_policy(text: str | None, head: DraftHead | None) -> Policy | str:
 
 
 def named_tree(text: str) -> TreeShape | None:
-    """Read the shape that `8,4,2` names; `None` for what has no commas or is a folder.
-
-    Raises:
-        ValueError: it has commas, but is no shape.
-    """
+    """Read a shape such as `8,4,2`; `None` for a text without commas or a folder. Raises `ValueError` otherwise."""
     if "," not in text or Path(text).exists():
         return None
     try:
@@ -166,11 +156,7 @@ def add_question_options(parser: argparse.ArgumentParser, of_dataset: str) -> No
 
 
 def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation]:
-    """Return the first `most` conversations that the options of `add_question_options` name; none without a dataset.
-
-    Raises:
-        ValueError: the dataset has no user turns.
-    """
+    """Return the first `most` conversations of `--dataset`, or none. Raises `ValueError` when it has no user turns."""
     if not args.dataset:
         return []
     found = list(islice(load_conversations(args.dataset, args.split), most))

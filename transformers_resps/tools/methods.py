@@ -28,19 +28,12 @@ EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGL
 
 
 class Answer(NamedTuple):
-    """What a method wrote, and what it tells about it. Without counts, forwards are counted at the target's layers.
-
-    Attributes:
-        token_ids: of the answer.
-        report: of `generate` with a policy.
-        target_forwards: of a library that runs layers of its own.
-        prefill_seconds: of the same.
-    """
+    """What a method wrote, and what it tells about it. Without counts, forwards are counted at the target's layers."""
 
     token_ids: list[int]
-    report: SpeculationReport | None = None
-    target_forwards: int | None = None
-    prefill_seconds: float = 0.0
+    report: SpeculationReport | None = None  # of `generate` with a policy
+    target_forwards: int | None = None  # of a library that runs layers of its own
+    prefill_seconds: float = 0.0  # likewise
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,6 @@ class Method(ABC):
     """One way to decode.
 
     Attributes:
-        name: in the table.
         effort: what a user needs for it; of equally fast methods the one with the least effort is advised.
         seed_exact: whether sampled texts must be those of plain decoding with the same seed. Transformers' own
             assistants draw other random numbers, so only their distribution is right.
@@ -67,15 +59,7 @@ class Method(ABC):
     def prepare(
         self, target: Any, input_ids: Tensor, max_new_tokens: int, temperature: float, ends: Sequence[int]
     ) -> Callable[[], Answer]:
-        """Return the function that is timed: it answers, and reads the answer from the device.
-
-        Args:
-            target: attached.
-            input_ids: `[1, s]`, on its device.
-            max_new_tokens: of the answer.
-            temperature: 0 is greedy.
-            ends: tokens that end the answer.
-        """
+        """Return the function that is timed: it answers `[1, s]` tokens, and reads the answer from the device."""
 
 
 @dataclass(frozen=True)

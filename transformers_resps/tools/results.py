@@ -66,14 +66,11 @@ class AnswerTiming:
     """How long one method took to answer one turn of one prompt.
 
     Attributes:
-        method: its name in the table.
         prompt: `dataset/row`.
         repeat: from 0; under sampling also the seed.
         tokens: written, the end token included, nothing after it.
         target_forwards: prefill included.
-        seconds: of the whole call.
         turn: of the conversation, from 1.
-        temperature: 0 is greedy.
         prefill_seconds: from the call to the target's second forward.
     """
 
@@ -223,10 +220,7 @@ def summary_rows(
 ) -> dict[str, Any]:
     """Return `summaries` and `pooled` of the results: rows by dataset and temperature, and over everything.
 
-    Args:
-        timings: of whole cells: every method answered.
-        names: of the methods, in the order of the table.
-        estimates: of what was not measured, whose rows come last.
+    `timings` are of cells that every method answered, `names` in the order of the table; rows of `estimates` are last.
     """
     every = [*timings, *estimates]
     summaries: dict[str, list[dict[str, Any]]] = {}
@@ -266,11 +260,7 @@ def plain_spread(timings: Iterable[AnswerTiming]) -> float | None:
 
 
 def check_spread(timings: Sequence[AnswerTiming]) -> None:
-    """Refuse to go on where plain decoding's rates show noise.
-
-    Raises:
-        BusyMachineError: after eight answers they spread more than `MAX_SPREAD`.
-    """
+    """Raise `BusyMachineError` when plain decoding's rates spread more than `MAX_SPREAD`, after eight answers."""
     answers = sum(m.method == PLAIN for m in timings)
     spread = plain_spread(timings) if answers >= _MIN_ANSWERS else None
     if spread is not None and spread > MAX_SPREAD:
@@ -282,14 +272,7 @@ def check_spread(timings: Sequence[AnswerTiming]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one method did.
-
-    Attributes:
-        name: in the table.
-        effort: what a user needs for it; less is better.
-        to_plain: its rate over plain decoding's.
-        to_fastest: its rate over the fastest method's; not below 1 beyond noise means as good.
-    """
+    """How one method did: what a user needs for it, and its rate over plain decoding's and the fastest method's."""
 
     name: str
     effort: int
@@ -298,13 +281,7 @@ class Standing:
 
 
 def advice_of(efforts: Mapping[str, int], timings: Sequence[AnswerTiming], verify_cost: float | None) -> str:
-    """Say what to use, over all datasets and temperatures together.
-
-    Args:
-        efforts: of every method, by name.
-        timings: of all.
-        verify_cost: of a forward over `NAMED_NODES` nodes, in plain steps.
-    """
+    """Say which of the methods in `efforts` to use; `verify_cost` of `NAMED_NODES` nodes is in plain steps."""
     others = [name for name in efforts if name != PLAIN]
     if not timings:
         return advise([], verify_cost, 0)
@@ -339,13 +316,11 @@ def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
         return "Nothing was compared with plain decoding: choose with --methods, --policy or --shapes."
     fastest = max(standings, key=lambda standing: standing.to_plain.ratio)
     if fastest.to_plain.low <= 1:
-        is_slower = fastest.to_plain.high < 1
-        verdict = "Speculation does not pay on this machine" if is_slower else _NOTHING_FASTER
-        cost = (
-            ""
-            if verify_cost is None
-            else f"verification of {NAMED_NODES} nodes costs {verify_cost:.1f} plain steps, and "
-        )
+        verdict, cost = "Decode plainly: nothing is faster beyond noise on this machine", ""
+        if fastest.to_plain.high < 1:
+            verdict = "Speculation does not pay on this machine"
+        if verify_cost is not None:
+            cost = f"verification of {NAMED_NODES} nodes costs {verify_cost:.1f} plain steps, and "
         return f"{verdict}: {cost}the fastest, {fastest.name}, reaches {fastest.to_plain}."
     equal = [s for s in standings if s is fastest or s.to_fastest.high >= 1]
     simplest = min(equal, key=lambda s: (s.effort, -s.to_plain.ratio))
@@ -359,9 +334,6 @@ def _choice(standings: Sequence[Standing], verify_cost: float | None) -> str:
         f"{simplest.name[:1].upper()}{simplest.name[1:]} is as good as anything here: {times}; {fastest.name}, with "
         f"{fastest.to_plain.ratio:.2f}, is not faster beyond noise."
     )
-
-
-_NOTHING_FASTER = "Decode plainly: nothing is faster beyond noise on this machine"
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -459,11 +431,7 @@ def _rounded(part: Any) -> Any:
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """Read what `write_results` wrote.
-
-    Raises:
-        ValueError: it has another schema, or is no results file.
-    """
+    """Read what `write_results` wrote. Raises `ValueError` when it has another schema or is no results file."""
     try:
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = results.get("schema_version")

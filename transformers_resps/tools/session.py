@@ -24,14 +24,11 @@ _WARM_UP_TOKENS = 12
 class Dialogue:
     """The user's turns of one conversation; the target answers them one after another.
 
-    Attributes:
-        name: `dataset/row`.
-        opening: what stands before the first user turn, such as a system message.
-        turns: what the user says. Answers of the dataset are not used: every turn follows the target's own ones.
+    Answers of the dataset are not used: every turn follows the target's own ones.
     """
 
-    name: str
-    opening: Conversation
+    name: str  # `dataset/row`
+    opening: Conversation  # before the first user turn, such as a system message
     turns: tuple[str, ...]
 
     @classmethod
@@ -60,11 +57,7 @@ class Dialogue:
 
 
 def read_dialogues(source: str, split: str = "test") -> list[Dialogue]:
-    """Read all conversations of a file, or of a split of a dataset of the Hub, in order.
-
-    Raises:
-        ValueError: it is not there, it is empty, or a row is no conversation.
-    """
+    """Read a file, or a split of a dataset of the Hub, in order. Raises `ValueError` when it has no conversations."""
     name = Path(source).stem
     rows = islice(load_conversations(source, split), _MAX_ROWS)
     found = [Dialogue.of(f"{name}/{number}", messages) for number, messages in enumerate(rows)]
@@ -130,21 +123,14 @@ class Judge:
 
 
 class Session:
-    """Who answers what, in which order, and what came of it so far.
+    """Every conversation, answered by every method at every temperature, as often as is asked.
 
     Every turn of a conversation follows the target's own answers to the turns before it, as EAGLE's evaluation plays
     MT-Bench: those of plain decoding at the same temperature and seed, so that all methods answer the same prompt. A
     conversation ends early where the next turn would not fit into the target's context.
 
-    Args:
-        bench: answers.
-        tokenizer: of the target.
-        dialogues: to be answered.
-        methods: plain decoding among them, in the order of the table.
-        temperatures: at which each is answered.
-        repeats: of everything.
-
     Attributes:
+        methods: plain decoding among them, in the order of the table.
         runs: of the cells that every method has answered.
         judge: of the same.
         cut: names of conversations that ended early.
@@ -200,12 +186,9 @@ class Session:
         self.bench.target.speculation_state.policy_cache.clear()
 
     def run(self, done: Callable[[], Any] = lambda: None) -> Iterator[tuple[Prompt, list[Run]]]:
-        """Yield each prompt and its runs, judged, in the order of `methods`.
+        """Yield each prompt and its judged runs, in the order of `methods`; `done` is called after each answer.
 
         Each repeat and conversation begins with the next method, so that none always comes first.
-
-        Args:
-            done: called after each answer, to move a progress bar.
         """
         for repeat in range(self._repeats):
             for number, dialogue in enumerate(self.dialogues):
