@@ -92,7 +92,7 @@ def test_rows_of_a_padded_batch_finish_on_their_own(target: PreTrainedModel, hea
         plain, tree = both(target, head, inputs, seed=seed, do_sample=do_sample, eos_token_id=[2, 6])
         assert tree.sequences.tolist() == plain.sequences.tolist()
         lengths |= {int((row != 0).sum()) for row in tree.sequences[:, 9:]}
-        assert tree.speculation.emitted == sum(sum(step.emitted) for step in tree.speculation.steps)
+        assert tree.speculation.emitted_total == sum(sum(step.emitted) for step in tree.speculation.steps)
     assert len(lengths) > 1 or not do_sample
 
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from transformers_resps import FixedPolicy, Policy, SpeculationReport, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.decoding.proposal import Proposal
-from transformers_resps.generation import inputs as verification
-from transformers_resps.generation import mixin
+from transformers_resps.generation import speculation
 from transformers_resps.generation.output import left_padded
 from transformers_resps.policies.auto import default_policy
 from transformers_resps.tree import DraftTree
@@ -73,13 +72,17 @@ class PlantedClock:
 
 
 class PricedDecoding(TreeDecoding):
-    """Decodes as ever, and pays for drafting."""
+    """Decodes as ever, and pays for drafting on `clock`."""
+
+    def __init__(self, *args: Any, clock: PlantedClock, **options: Any) -> None:
+        super().__init__(*args, clock=clock, **options)
+        self._planted = clock
 
     def _propose(self) -> Proposal:
         proposal = super()._propose()
         if proposal.pool is not None:
             levels = int(proposal.pool.levels[-1])
-            self._clock.now += draft_seconds(len(proposal.pool.tokens), levels)  # type: ignore[attr-defined]
+            self._planted.now += draft_seconds(len(proposal.pool.tokens), levels)
         return proposal
 
 
@@ -98,8 +101,8 @@ class PricedVerifier(TreeVerifier):
 def planted(clock: PlantedClock) -> list[tuple[ModuleType, str, Any]]:
     """What `generate` is to decode with: where it is named, its name there, and what takes its place."""
     return [
-        (mixin, "TreeDecoding", partial(PricedDecoding, clock=clock)),
-        (verification, "TreeVerifier", partial(PricedVerifier, clock=clock)),
+        (speculation, "TreeDecoding", partial(PricedDecoding, clock=clock)),
+        (speculation, "TreeVerifier", partial(PricedVerifier, clock=clock)),
     ]
 
 
