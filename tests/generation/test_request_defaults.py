@@ -24,8 +24,7 @@ from transformers_resps import (
     detach,
 )
 from transformers_resps.generation.mixin import ReSpSGenerationMixin
-from transformers_resps.generation.request import SpeculationDefaults
-from transformers_resps.generation.state import EvaluationMode
+from transformers_resps.generation.request import EvaluationMode, SpeculationDefaults
 from transformers_resps.tools.doctor import write_answers
 from transformers_resps.tools.inspect import examine
 

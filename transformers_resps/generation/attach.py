@@ -18,8 +18,7 @@ from ..heads import DraftHead
 from ..policies.base import Policy
 from ..policies.saving import AutoPolicy
 from .mixin import ReSpSGenerationMixin
-from .request import CompileChoice, SpeculationDefaults, is_name
-from .state import SpeculationState
+from .request import CompileChoice, SpeculationDefaults, SpeculationState, is_name
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)

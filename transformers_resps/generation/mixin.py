@@ -21,9 +21,8 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..policies.base import Policy
-from .request import Call, CompileChoice, Keywords, Request
+from .request import Call, CompileChoice, Keywords, Request, SpeculationState
 from .speculation import speculate
-from .state import SpeculationState
 
 
 # Of the call that runs now: stock's preparation stands between `generate` and the methods that decode.

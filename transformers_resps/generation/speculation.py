@@ -31,8 +31,7 @@ from ..verifying.slots import SlotEngine
 from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
 from .checks import check_forward_arguments, check_lengths, check_synced
 from .output import SpeculativeOutput
-from .request import AUTO, Request
-from .state import SpeculationState
+from .request import AUTO, Request, SpeculationState
 
 
 # What stock decoding methods are told and a tree has no use for.

@@ -4,8 +4,8 @@ from transformers import AutoConfig, AutoModel
 
 from .cache import HeadCache
 from .config import DraftHeadConfig
-from .identity import pair_identity, parameter_fingerprint
-from .model import Attend, BoundHead, DraftHead, Rope, RopeWindow
+from .identity import parameter_fingerprint
+from .model import Attend, BoundHead, DraftHead, Rope, RopeWindow, pair_identity
 
 
 __all__ = [

@@ -1,18 +1,15 @@
-"""A fresh head for a target: its draft vocabulary, config and initial weights."""
+"""A fresh head for a target: its draft vocabulary and its config."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .config import DraftHeadConfig, default_feature_layers
 from .identity import check_is_model, target_identity
 
-
-if TYPE_CHECKING:
-    from .model import DraftHead
 
 _WHERE = "DraftHead.from_target"
 
@@ -133,23 +130,3 @@ def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
-
-
-@torch.no_grad()
-def start_from(head: "DraftHead", target: PreTrainedModel, rows: Tensor | None) -> None:
-    """Set the initial weights: the deepest feature unchanged, and the target's output `rows`, which train faster."""
-    config = head.config
-    if config.target_hidden_size == config.hidden_size:
-        weight = head.fc.weight
-        weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, dtype=weight.dtype, device=weight.device)
-    if rows is not None:
-        cast(Tensor, head.d2t).copy_(rows - torch.arange(len(rows)))
-    output = cast(nn.Module | None, target.get_output_embeddings())
-    if output is None or cast(Tensor, output.weight).shape[-1] != config.hidden_size:
-        return
-    if config.owns_output_head:
-        theirs = cast(Tensor, output.weight)
-        head.lm_head.weight.copy_(theirs if rows is None else theirs[rows.to(theirs.device)])
-    norm: Any = getattr(target.get_decoder(), "norm", None)
-    if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # Gemma's adds 1
-        head.norm.weight.copy_(norm.weight)

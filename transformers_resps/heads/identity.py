@@ -1,15 +1,10 @@
 """Which models something was made for: names, sizes and fingerprints of a target and its head."""
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-
-
-if TYPE_CHECKING:
-    from .model import DraftHead
 
 
 def target_identity(target: PreTrainedModel) -> dict[str, Any]:
@@ -46,26 +41,3 @@ def parameter_fingerprint(model: nn.Module) -> str:
         numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)]
         digest.update(name.encode() + numbers.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def pair_identity(target: PreTrainedModel, head: "DraftHead | None") -> dict[str, dict[str, Any]]:
-    """Identify a target and its head, for what is trained or measured with them.
-
-    Args:
-        target: the loaded model.
-        head: its draft head; `None` if there is none.
-
-    Returns:
-        `target`: its name and sizes. With a head also `head`: its name, its sizes and, unless it is in float16, its
-        `fingerprint`.
-    """
-    identity = {"target": target_identity(target)}
-    if head is not None:
-        sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
-        identity["head"] = {
-            "name_or_path": head.config.name_or_path,
-            **{size: getattr(head.config, size) for size in sizes},
-        }
-        if head.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
-            identity["head"]["fingerprint"] = head.fingerprint()
-    return identity

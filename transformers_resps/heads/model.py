@@ -336,13 +336,32 @@ class DraftHead(PreTrainedModel):
             ValueError: the draft vocabulary is not part of the target's, or a head of this target cannot have this
                 config.
         """
-        from .fresh import draft_vocabulary, fresh_config, start_from
+        from .fresh import draft_vocabulary, fresh_config
 
         rows = draft_vocabulary(target, draft_vocab_size, draft_token_ids)
         head = cls(fresh_config(target, None if rows is None else len(rows), feature_layers, overrides))
         head.to(device=target.device, dtype=target.dtype)  # type: ignore[call-arg]  # wrapped by Transformers
-        start_from(head, target, rows)
+        head._start_from(target, rows)
         return head
+
+    @torch.no_grad()
+    def _start_from(self, target: PreTrainedModel, rows: Tensor | None) -> None:
+        """Begin with the deepest feature unchanged and with the target's output `rows`, which trains faster."""
+        config = self.config
+        if config.target_hidden_size == config.hidden_size:
+            weight = self.fc.weight
+            weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, dtype=weight.dtype, device=weight.device)
+        if rows is not None:
+            cast(Tensor, self.d2t).copy_(rows - torch.arange(len(rows)))
+        output = cast(nn.Module | None, target.get_output_embeddings())
+        if output is None or cast(Tensor, output.weight).shape[-1] != config.hidden_size:
+            return
+        if config.owns_output_head:
+            theirs = cast(Tensor, output.weight)
+            self.lm_self.weight.copy_(theirs if rows is None else theirs[rows.to(theirs.device)])
+        norm: Any = getattr(target.get_decoder(), "norm", None)
+        if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # Gemma's adds 1
+            self.norm.weight.copy_(norm.weight)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the target is ours
@@ -415,7 +434,7 @@ class DraftHead(PreTrainedModel):
             )
         from .formats.writing import export_head
 
-        export_head(self, Path(save_directory), format)
+        export_head(self.config, self.state_dict(), Path(save_directory), format)
 
     def push_to_hub(  # type: ignore[override]  # one commit with metadata; the options that matter for a head
         self, repo_id: str, *, commit_message: str = "Upload DraftHead", **where: Any
@@ -528,3 +547,26 @@ class RopeWindow:
 
     def _of(self, start: int, end: int) -> Rope:
         return self._head.rope(torch.arange(start, end, device=self._head.device)[None])
+
+
+def pair_identity(target: PreTrainedModel, head: DraftHead | None) -> dict[str, dict[str, Any]]:
+    """Identify a target and its head, for what is trained or measured with them.
+
+    Args:
+        target: the loaded model.
+        head: its draft head; `None` if there is none.
+
+    Returns:
+        `target`: its name and sizes. With a head also `head`: its name, its sizes and, unless it is in float16, its
+        `fingerprint`.
+    """
+    identity = {"target": target_identity(target)}
+    if head is not None:
+        sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
+        identity["head"] = {
+            "name_or_path": head.config.name_or_path,
+            **{size: getattr(head.config, size) for size in sizes},
+        }
+        if head.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
+            identity["head"]["fingerprint"] = head.fingerprint()
+    return identity

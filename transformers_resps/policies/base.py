@@ -274,7 +274,7 @@ def check_identity_values(what: str, value: Any) -> None:
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(
             f"The {what} that a policy was trained with must be a mapping, got {value!r}. Pass what "
-            "`trainers.pair_identity(target, head)` returns, or leave it out."
+            "`transformers_resps.heads.pair_identity(target, head)` returns, or leave it out."
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,6 +15,7 @@ from ..hub.upload import Destination, plain_card, push_saved, shareable
 from .base import Policy
 
 
+_TYPES = ("fixed", "guard", "resps", "throughput")  # modules of this room with policies that can be saved
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -165,8 +167,8 @@ def class_of(policy_type: str) -> type[SavedPolicy]:
     Raises:
         ValueError: no class of this type is defined.
     """
-    from . import fixed, guard, resps, throughput  # noqa: F401  # the types of this release, which import this module
-
+    for module in _TYPES:
+        import_module(f".{module}", __package__)
     known = {cls.policy_type: cls for cls in _descendants(SavedPolicy) if "policy_type" in vars(cls)}
     if policy_type not in known:
         raise ValueError(

@@ -19,8 +19,7 @@ from ..compat import unwrapped
 from ..generation.attach import attach, detach, detached
 from ..generation.mixin import ReSpSGenerationMixin
 from ..generation.output import end_ids, left_padded, up_to_end
-from ..generation.request import SpeculationDefaults
-from ..generation.state import EvaluationMode
+from ..generation.request import EvaluationMode, SpeculationDefaults
 from ..heads import DraftHead
 from ..policies.base import Policy
 from ..telemetry.report import SpeculationReport

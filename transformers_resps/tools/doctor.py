@@ -14,8 +14,7 @@ from transformers.utils.logging import tqdm
 
 from ..data import Conversation, make_example, to_tokens
 from ..generation.output import end_ids, left_padded, up_to_end
-from ..generation.request import SpeculationDefaults
-from ..generation.state import EvaluationMode
+from ..generation.request import EvaluationMode, SpeculationDefaults
 from ..heads import BoundHead, DraftHead, DraftHeadConfig
 from ..heads.model import RotaryEmbedding
 from ..telemetry.display import moving

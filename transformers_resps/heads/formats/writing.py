@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from ..config import ROPE_BASE, DraftHeadConfig
 
-
-if TYPE_CHECKING:
-    from ..model import DraftHead
 
 FORMATS = ("resps", "specforge", "speculators")
 _LAYER_FIELDS = (
@@ -22,11 +19,12 @@ _LAYER_FIELDS = (
 )
 
 
-def export_head(head: "DraftHead", folder: Path, layout: str) -> None:
+def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Path, layout: str) -> None:
     """Write `config.json` and `model.safetensors` in a publisher's own conventions.
 
     Args:
-        head: the `DraftHead`.
+        config: the head's.
+        tensors: its state dict.
         folder: made if missing.
         layout: "specforge" (flat config, `midlayer.`, ids of layers; read by SGLang, vLLM and llama.cpp) or
             "speculators" (nested config, `layers.0.`, ids of boundaries; read by vLLM).
@@ -34,14 +32,12 @@ def export_head(head: "DraftHead", folder: Path, layout: str) -> None:
     Raises:
         ValueError: the layout is unknown, or cannot express what this head does.
     """
-    config = head.config
     if layout not in FORMATS:
         raise ValueError(f"`format` is {layout!r}, but must be one of {list(FORMATS)}.")
     written = _specforge_config(config) if layout == "specforge" else _speculators_config(config)
-    written["dtype"] = written["torch_dtype"] = str(head.dtype).removeprefix("torch.")
+    written["dtype"] = written["torch_dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _published_tensors(head.state_dict(), config, layout)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_published_tensors(tensors, config, layout), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
