@@ -358,7 +358,7 @@ class DraftHead(PreTrainedModel):
             return
         if config.owns_output_head:
             theirs = cast(Tensor, output.weight)
-            self.lm_self.weight.copy_(theirs if rows is None else theirs[rows.to(theirs.device)])
+            self.lm_head.weight.copy_(theirs if rows is None else theirs[rows.to(theirs.device)])
         norm: Any = getattr(target.get_decoder(), "norm", None)
         if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:  # Gemma's adds 1
             self.norm.weight.copy_(norm.weight)
