@@ -1,5 +1,7 @@
 """The planted bugs have a place; `python -m tests.mutations` tells whether the tests notice them."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.mutations.bugs import MUTATIONS
@@ -9,12 +11,21 @@ from tests.mutations.planting import Mutation, plant, resolve
 from transformers_resps.decoding import acceptance, loop
 
 
+ROOT = Path(__file__).parent.parent
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.bug)
 def test_a_bug_takes_the_place_of_a_function(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
     *_, right = resolve(mutation.symbol)
     mutation.plant(monkeypatch.setattr)
     *_, planted = resolve(mutation.symbol)
     assert planted is not right and type(planted) is type(right)
+
+
+@pytest.mark.parametrize("named", sorted({mutation.tests for mutation in MUTATIONS}))
+def test_the_tests_that_must_notice_a_bug_are_there(named: str) -> None:
+    file, _, function = named.partition("::")
+    assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8") if function else (ROOT / file).is_file()
 
 
 @pytest.mark.parametrize("symbol", ["tree:DraftTree.gone", "tree:Gone.from_pool", "gone:DraftTree"])

@@ -86,7 +86,7 @@ WALK = "tests/decoding/test_acceptance.py::test_acceptance_is_the_brute_force_wa
 ROWS = "tests/decoding/test_acceptance.py::test_rows_commit_what_the_shortest_run_allows"
 GREEDY = "tests/decoding/test_acceptance.py::test_greedy_rows_accept_what_each_would_alone"
 FINISHED = "tests/decoding/test_batch.py::test_finished_rows_cost_nothing"
-DRAWS = "tests/decoding/test_text_draws.py::test_a_path_through_the_levels_draws_what_multinomial_draws"
+DRAWS = "tests/decoding/test_acceptance_draws.py::test_a_path_through_the_levels_draws_what_multinomial_draws"
 NODES = "tests/decoding/test_processors.py::test_every_node_gets_what_its_own_text_gets"
 CALLS = "tests/lossless/test_any_call.py"
 
