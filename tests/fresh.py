@@ -164,7 +164,8 @@ def tell(extra: str, name: str, ran: tuple[subprocess.CompletedProcess[str], flo
     done, seconds = ran
     status, says = (job.status, job.says) if job else (0, "")
     said = f"{done.stdout}\n{done.stderr}"
-    wrong = len(done.stderr.strip().splitlines()) != 1 if status else False  # a refusal is one line
+    complaint = [line for line in done.stderr.splitlines() if line.strip() and not line.endswith(" ...")]
+    wrong = bool(status) and len(complaint) != 1  # a refusal is one line, after the one that says what is loaded
     passed = done.returncode == status and says in said and not wrong
     shown = name.replace(f"{ROOT}/", "").replace(DECODING, "TARGET HEAD").replace(TARGET, "TARGET")
     print(f"{'ok    ' if passed else 'FAILED'}  {extra or 'bare':10}{seconds:6.0f} s  {shown[:110]}", flush=True)
