@@ -19,8 +19,6 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from publishing import check_publishable, head_metrics, recipe_of, write_run
 from runs.command_line import parse
 from runs.refusal import run
@@ -115,6 +113,8 @@ def read_conversations(script: HeadScriptArguments) -> tuple[list[Conversation],
 
 def make_trainer(script: HeadScriptArguments, adapters: AdapterArguments, args: Any) -> DraftHeadTrainer:
     """The trainer of the head in `script.head`, or of a new one, on the conversations."""
+    from datasets import Dataset  # of the extra `train`, which `parse` has asked for
+
     train, held_out = (Dataset.from_list([{"messages": one} for one in part]) for part in read_conversations(script))
     say(f"loading {script.target}" + (f" and starting from {script.head}" if script.head else ""))
     trainer = DraftHeadTrainer(

@@ -21,9 +21,8 @@ import logging
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from transformers import AutoTokenizer
 
 from prompts.policy_prompts import PromptArguments
@@ -38,6 +37,10 @@ from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, fit
 from transformers_resps.trainers.base import newest_checkpoint, push_folder
 from transformers_resps.trainers.loading import check_target_name
 from transformers_resps.trainers.policy_trainer import given_policy
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -77,7 +80,7 @@ def main() -> None:
         publish_run(args, recipe, learned, steps, target)
 
 
-def publish_run(args: PolicyTrainingConfig, recipe: str, learned: Dataset, steps: int, target: Any) -> None:
+def publish_run(args: PolicyTrainingConfig, recipe: str, learned: "Dataset", steps: int, target: Any) -> None:
     """Write what a card tells beside the policy, push both if asked to, and print how good the policy is."""
     folder, where = Path(args.output_dir) / "policy", machine(target)
     found = json.loads((folder / METRICS).read_text(encoding="utf-8"))

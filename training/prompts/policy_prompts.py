@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from transformers_resps.data import Conversation, load_conversations, to_tokens
 from transformers_resps.trainers.data import name_of
 
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
 def read_splits(
     dataset: str, tokenizer: Any, *, split: str, limit: int, held_out: float, max_prompt_tokens: int
-) -> tuple[Dataset, Dataset, Dataset]:
+) -> "tuple[Dataset, Dataset, Dataset]":
     """The first `limit` prompts that are short enough: all turns up to the last question.
 
     Args:
@@ -46,6 +48,8 @@ def read_splits(
     ordered = [{"messages": found[name]} for name in sorted(found)]
     half = min(max(1, round(held_out * len(ordered) / 2)), (len(ordered) - 1) // 2)
     parts = (ordered[2 * half :], ordered[half : 2 * half], ordered[:half])
+    from datasets import Dataset  # of the extra `train`, which the scripts have asked for
+
     train, watched, tested = map(Dataset.from_list, parts)
     return train, watched, tested
 
@@ -82,7 +86,7 @@ class PromptArguments:
         metadata={"help": "What a card must tell and no run can know: see docs/publish.md."},
     )
 
-    def read_prompts(self, tokenizer: Any) -> tuple[Dataset, Dataset, Dataset]:
+    def read_prompts(self, tokenizer: Any) -> "tuple[Dataset, Dataset, Dataset]":
         """As asked for; see `read_splits`."""
         return read_splits(
             self.dataset,
