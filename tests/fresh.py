@@ -68,8 +68,9 @@ def train_jobs() -> list[Job]:
         ),
         Job(
             f"python {ROOT}/training/train_head.py --config {ROOT}/training/recipes/head.yaml --target {TARGET} "
-            "--datasets answers.jsonl --output_dir head-run --max_steps 2 --steps 2 --tokens_per_batch 64 "
-            "--draft_vocab_size 64 --eval_conversations 1 --eval_strategy no --save_steps 2 --target_dtype float32 "
+            "--datasets answers.jsonl --output_dir head-run --max_steps 2 --ttt_steps 2 --tokens_per_batch 64 "
+            "--draft_vocab_size 64 --eval_conversations 1 --eval_strategy no --save_steps 2 "
+            '--target_init_kwargs {"dtype":"float32"} '
             "--warmup_steps 0 --lr_scheduler_type linear --lr_scheduler_kwargs {}"
         ),
         Job(
