@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import torch
+
 from tests.trainers.heads import config, fresh, texts
 from transformers_resps.trainers import DraftHeadTrainer
 
@@ -20,3 +22,5 @@ def train(folder: Path, accumulation: int) -> None:
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), accumulation=1)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # at an exit that leaves it to gloo's threads, a process may abort
