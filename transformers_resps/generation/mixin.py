@@ -95,7 +95,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         prompts = kwargs.get("input_ids") if inputs is None else inputs
         keywords = Keywords(assistant_model, policy, lockstep, compile)
-        call = Call(keywords, generation_config, arguments, 1 if prompts is None else len(prompts))
+        call = Call(keywords, generation_config, arguments, prompts)
         with Request.read(cast(PreTrainedModel, self), self.speculation_state, call) as request:
             if request.assistant_model is not None:
                 arguments["assistant_model"] = request.assistant_model

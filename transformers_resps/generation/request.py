@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple, Self, cast
 
+from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -25,7 +26,7 @@ from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
 from ..verifying.slots import SlotEngine
-from .checks import check_draws, check_model, check_settings, check_tree_attention
+from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
 
 
 AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
@@ -249,13 +250,19 @@ class Call(NamedTuple):
         keywords: ours, and the assistant.
         config: its `generation_config`.
         arguments: all its other keyword arguments.
-        rows: of its prompts.
+        prompts: `[b, s]`; `None` where it has embeddings only.
     """
 
     keywords: Keywords
     config: GenerationConfig | None
     arguments: Mapping[str, Any]
-    rows: int
+    prompts: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Of its prompts."""
+        given = self.arguments.get("inputs_embeds") if self.prompts is None else self.prompts
+        return 1 if given is None else len(given)
 
     def configured(self, own: GenerationConfig | None) -> Keywords:
         """The call's keywords, filled up from its config, then from the model's `own`."""
@@ -327,6 +334,7 @@ class Request:
             )
         check_model(model)
         check_settings(model, call.config, call.arguments)
+        check_inputs(model, call.prompts, call.arguments)
         bound = None if head is None else BoundHead(head, model)
         if head is not None:
             check_draws(head)
