@@ -65,6 +65,7 @@ class Proposer:
         text: grows from step to step; lookup reads it.
         pads: padding tokens before each row's prompt.
         reads_paths: see `Observation`.
+        never_drafted: tokens that lookup does not propose.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class Proposer:
         pads: list[int],
         *,
         reads_paths: bool = False,
+        never_drafted: frozenset[int] = frozenset(),
     ) -> None:
         self._policy, self._drafter, self._text = policy, drafter, text
-        self._lookup, self._reads_paths = BatchLookup(pads), reads_paths
+        self._lookup, self._reads_paths = BatchLookup(pads, never_drafted), reads_paths
 
     @property
     def reads_features(self) -> bool:

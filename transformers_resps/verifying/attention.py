@@ -118,8 +118,8 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation = STOCK
 
 
-def tree_positions(tree: DraftTree, root_positions: Tensor | int) -> Tensor:
-    """Position ids `[b, n]` of the nodes, given those of the roots `[b, 1]`, or that of all roots."""
+def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
+    """Position ids `[..., b, n]` of the nodes, given those of the roots `[..., b, 1]`, or that of all roots."""
     return tree.depths + root_positions
 
 
