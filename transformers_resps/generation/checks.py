@@ -175,8 +175,8 @@ def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapp
     found = 0 if needed is None else int((prompts == model.config.image_token_id).sum())
     if needed is not None and found != needed:
         raise ValueError(
-            f"The prompt has {found} placeholders (token {model.config.image_token_id}), but its images need {needed}. "
-            "Pass the `input_ids` that the processor returned with them."
+            f"The prompt has {found} placeholders of images (token {model.config.image_token_id}), but its images need "
+            f"{needed}. Pass the `input_ids` that the processor returned with them."
         )
 
 
