@@ -64,6 +64,7 @@ class Proposer:
         drafter: `None` to draft by lookup alone.
         text: grows from step to step; lookup reads it.
         pads: padding tokens before each row's prompt.
+        sources: see `BatchLookup`.
         reads_paths: see `Observation`.
     """
 
@@ -74,10 +75,11 @@ class Proposer:
         text: TextSoFar,
         pads: list[int],
         *,
+        sources: list[list[int]] | None = None,
         reads_paths: bool = False,
     ) -> None:
         self._policy, self._drafter, self._text = policy, drafter, text
-        self._lookup, self._reads_paths = BatchLookup(pads), reads_paths
+        self._lookup, self._reads_paths = BatchLookup(pads, sources), reads_paths
 
     @property
     def reads_features(self) -> bool:
