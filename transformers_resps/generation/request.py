@@ -24,6 +24,7 @@ from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
+from ..verifying.attention import is_flash
 from ..verifying.slots import SlotEngine
 from .checks import check_draws, check_model, check_settings, check_tree_attention
 
@@ -230,13 +231,14 @@ class SpeculationState:
         self.evaluation_mode = EvaluationMode()
         self.slot_engine = SlotEngine()
         self.draft_engines = DraftEngines()
-        self._has_verified_trees = False
+        self._verified_trees = set[bool]()  # with FlashAttention and without
 
     def check_trees(self, model: PreTrainedModel) -> None:
         """Check, once, that the model can verify a draft tree; see `check_tree_attention`."""
-        if not self._has_verified_trees:
+        reads_by_flash = is_flash(model.config.get_text_config()._attn_implementation)
+        if reads_by_flash not in self._verified_trees:
             check_tree_attention(model)
-            self._has_verified_trees = True
+            self._verified_trees.add(reads_by_flash)
 
     def __reduce__(self) -> tuple[type["SpeculationState"], tuple[SpeculationDefaults]]:
         return SpeculationState, (self.defaults,)
