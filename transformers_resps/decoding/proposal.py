@@ -66,6 +66,7 @@ class Proposer:
         pads: padding tokens before each row's prompt.
         sources: see `BatchLookup`.
         reads_paths: see `Observation`.
+        never_drafted: tokens that lookup does not propose.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class Proposer:
         *,
         sources: list[list[int]] | None = None,
         reads_paths: bool = False,
+        never_drafted: frozenset[int] = frozenset(),
     ) -> None:
         self._policy, self._drafter, self._text = policy, drafter, text
-        self._lookup, self._reads_paths = BatchLookup(pads, sources), reads_paths
+        self._lookup, self._reads_paths = BatchLookup(pads, sources, never_drafted), reads_paths
 
     @property
     def reads_features(self) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Module
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..compat import CACHE_KEYWORD
 from ..tree import DraftTree
@@ -28,7 +29,6 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "force_words_ids": bool,
     "penalty_alpha": bool,
     "dola_layers": bool,
-    "num_return_sequences": lambda value: value > 1,
     "token_healing": bool,
     "prompt_lookup_num_tokens": bool,
     "assistant_early_exit": bool,
@@ -41,11 +41,33 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
 }
 _WAYS_OUT = {
     "num_beams": "Set `num_beams=1`, for greedy search or sampling",
-    "num_return_sequences": "Repeat the prompt that many times in the batch",
     "output_hidden_states": "Get them from a plain call, since the head reads them itself",
 }
-_ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus", "inputs_embeds")
+_ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
+# What belongs to a prompt's images, videos, sounds and embeddings: stock `generate` hands it to the forwards that read
+# the prompt and to no other, or gives no new token any.
+PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
+    "audio_feature_lengths",
+    "batch_num_images",
+    "feature_attention_mask",
+    "image_grid_hws",
+    "image_grid_thw",
+    "image_merge_sizes",
+    "image_position_ids",
+    "inputs_embeds",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "second_per_grid_ts",
+    "spatial_shapes",
+    "token_type_ids",
+    "use_audio_in_video",
+    "video_grid_thw",
+    "video_merge_sizes",
+    "video_position_ids",
+    "video_second_per_grid",
+}
+_MEDIA = ("image", "video", "audio", "vision")
 
 
 def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
@@ -101,23 +123,24 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
         )
 
 
-def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments of the target's forward that a tree's forward does not pass on, such as `pixel_values`, and
-    those that do not fit the prompt.
+def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments of the target's forward that a tree's forward does not pass on, such as a
+    `cross_attention_mask`, and those that do not fit the prompt.
 
     Raises:
         ValueError: names them.
     """
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _CARRIED)
+    known = _CARRIED | PROMPT_ARGUMENTS
+    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in known)
     if unknown:
-        raise _refusal(f"the arguments {unknown}", "Leave them out, since trees take token inputs only")
+        raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
     positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.dim() != 2:
+    if positions is not None and positions.dim() not in ((2, 3) if _has_planes(target) else (2,)):
         raise _refusal(
             f"`position_ids` of {positions.dim()} dimensions",
             "Pass `[b, s]`, one position per token, or leave them out",
         )
-    if not input_ids.numel():
+    if not input_ids.numel() and model_kwargs.get("inputs_embeds") is None:
         raise ValueError(
             f"Got a prompt of the shape {list(input_ids.shape)}, but each row needs at least one token. Pass one, for "
             "example the tokenizer's `bos_token_id`."
@@ -125,7 +148,7 @@ def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) 
     rows, mask = len(input_ids), model_kwargs.get("attention_mask")
     if positions is None:
         return
-    if len(positions) not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[1])):
+    if positions.shape[-2] not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[-1])):
         given = f"`position_ids` of shape {list(positions.shape)}"
         if mask is not None:
             given = f"`attention_mask` of shape {list(mask.shape)} and {given}"
@@ -133,6 +156,26 @@ def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) 
             f"Got {given} for {rows} rows. Pass the `attention_mask` that the tokenizer returned with the text, and "
             "`position_ids` of its shape or none."
         )
+
+
+def _has_planes(target: PreTrainedModel) -> bool:
+    """Whether a token may have several positions: its place in the text, and in an image or a video."""
+    config = target.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return config is not target.config or "mrope_section" in rope
+
+
+def holds_more_than_tokens(model_kwargs: Mapping[str, Any]) -> bool:
+    """Whether the prompt has images, sounds, embeddings or kinds of tokens. Stock gives some models an empty dict."""
+    given = (model_kwargs.get(name) for name in PROMPT_ARGUMENTS)
+    return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
+
+
+def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
+    """Tokens that stand for images, videos and sounds, which no answer holds: `image_token_id` and the like."""
+    names = (name for name in vars(config) if name.endswith(("token_id", "token_index", "patch_id")))
+    ids = (getattr(config, name) for name in names if any(kind in name for kind in _MEDIA))
+    return frozenset(value for value in ids if isinstance(value, int))
 
 
 def check_synced(synced_gpus: bool | None) -> None:

@@ -106,10 +106,10 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _validate_generation_mode(self, mode: Any, config: GenerationConfig, *args: Any) -> None:
-        """Stock refuses every assistant of a recurrent target, whose states it cannot take back."""
+        """Stock refuses assistants where it cannot take states back, or draft for several answers; trees can."""
         request, stock = _request.get(), cast(Any, super())
-        is_ours = request is not None and request.bound is not None and config.num_return_sequences == 1
-        if is_ours and stock._is_stateful:
+        is_ours = request is not None and request.bound is not None
+        if is_ours and (stock._is_stateful or config.num_return_sequences > 1):
             mode = GenerationMode.SAMPLE if config.do_sample else GenerationMode.GREEDY_SEARCH
         stock._validate_generation_mode(mode, config, *args)
 

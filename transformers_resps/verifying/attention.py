@@ -151,8 +151,8 @@ def _flash_or_tree(
     return takes(module, query, key, value, attention_mask, *args, **options)
 
 
-def tree_positions(tree: DraftTree, root_positions: Tensor | int) -> Tensor:
-    """Position ids `[b, n]` of the nodes, given those of the roots `[b, 1]`, or that of all roots."""
+def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
+    """Position ids `[..., b, n]` of the nodes, given those of the roots `[..., b, 1]`, or that of all roots."""
     return tree.depths + root_positions
 
 
