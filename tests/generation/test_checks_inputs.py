@@ -36,7 +36,7 @@ def _not_reached(module: Any, arguments: Any) -> None:
     ("changes", "message"),
     [
         ({"pixel_values": "ints"}, "`pixel_values` is a tensor of torch.int64, but .* reads floats"),
-        ({"input_ids": "one more"}, "placeholders of images .* but its images need"),
+        ({"input_ids": "one more"}, "placeholders of images .* but the images need"),
         (
             {"input_ids": "only placeholders", "pixel_values": None},
             "All tokens of the prompt, .* and the call has none",

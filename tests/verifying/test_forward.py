@@ -1,4 +1,4 @@
-"""What is caught of the target's forwards: hidden states and positions of the text decoder, in one part or in several."""
+"""What is caught of the target's forwards: hidden states and positions of the text decoder, of one part or several."""
 
 import pytest
 import torch

@@ -67,6 +67,8 @@ PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "video_position_ids",
     "video_second_per_grid",
 }
+# `model_type` where a placeholder stands for each block of merged patches; HunYuan adds some for the ends of lines.
+_MERGED_PATCHES = ("qwen", "glm", "cosmos", "exaone", "paddleocr")
 _MEDIA = ("image", "video", "audio", "vision")
 # Of these, images, videos and sounds themselves.
 _PIXELS = tuple(
@@ -175,8 +177,8 @@ def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapp
     found = 0 if needed is None else int((prompts == model.config.image_token_id).sum())
     if needed is not None and found != needed:
         raise ValueError(
-            f"The prompt has {found} placeholders of images (token {model.config.image_token_id}), but its images need "
-            f"{needed}. Pass the `input_ids` that the processor returned with them."
+            f"The prompt has {found} placeholders of images (token {model.config.image_token_id}), but the images "
+            f"need {needed}. Pass the `input_ids` that the processor returned with them."
         )
 
 
@@ -187,7 +189,7 @@ def _image_tokens_needed(config: PretrainedConfig, arguments: Mapping[str, Any])
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
     grids, images = arguments.get("image_grid_thw"), arguments.get("pixel_values")
     each = getattr(config, "mm_tokens_per_image", None)
-    if isinstance(grids, Tensor) and merge:
+    if isinstance(grids, Tensor) and merge and config.model_type.startswith(_MERGED_PATCHES):
         return int(grids.prod(dim=-1).sum()) // int(merge) ** 2
     if isinstance(images, Tensor) and images.dim() == 4 and each:
         return len(images) * int(each)
