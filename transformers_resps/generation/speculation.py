@@ -70,8 +70,6 @@ def speculate(
         ValueError: the call has what a tree cannot take.
     """
     with ExitStack() as stack:
-        if streamer is not None:
-            stack.callback(streamer.end)  # whatever happens: a consumer may be waiting for it
         check_synced(model_kwargs.get("synced_gpus"))
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
         check_forward_arguments(target, input_ids, model_kwargs)
@@ -86,6 +84,8 @@ def speculate(
         stack.callback(stop_recording, inputs.cache)
         batch = _batch(target, request.lockstep, inputs)
         report = _decode(target, state, request, batch, inputs)
+    if streamer is not None:
+        streamer.end()  # of a whole answer only, as in stock: who calls tells the reader of an error
     report.answers = batch.answers(input_ids.shape[1])
     if not generation_config.return_dict_in_generate:
         return batch.input_ids
