@@ -39,7 +39,6 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "forced words": ({"force_words_ids": [[3]]}, "force_words_ids"),
     "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
     "dola": ({"dola_layers": "low"}, "dola_layers"),
-    "several sequences": ({"num_return_sequences": 2, "do_sample": True}, "Repeat the prompt"),
     "token healing": ({"token_healing": True}, "token_healing"),
     "no cache": ({"use_cache": False}, "use_cache=False"),
     "a cache that is filled and never heeded": ({"use_cache": None}, "use_cache=None.*Set `use_cache=True`"),
@@ -60,7 +59,6 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "speculation type": ({"speculation_type": "dflash"}, "speculation_type"),
     "ensemble weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     "custom generate": ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
-    "embeddings": ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
     "positions of three dimensions": ({"position_ids": torch.zeros(3, 1, 3, dtype=torch.long)}, "3 dimensions"),
     "other inputs of the forward": ({"labels": torch.zeros(1, 3, dtype=torch.long)}, "labels"),
 }

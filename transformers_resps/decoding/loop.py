@@ -65,6 +65,7 @@ class TreeDecoding:
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache holds, which
             the batch may lack.
         max_length: positions a text may reach.
+        never_drafted: tokens that lookup does not propose.
         draft_engine: lent to this call; `None` drafts without compiled code.
         keeps_ended: keep what the target has read of rows that end before the others.
         clock: seconds; tests pass a fake one.
@@ -82,31 +83,34 @@ class TreeDecoding:
         *,
         attention_mask: Tensor | None,
         max_length: int,
+        never_drafted: frozenset[int] = frozenset(),
         draft_engine: DraftEngine | None = None,
         keeps_ended: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._verifier, self.policy, self.batch = verifier, policy, batch
         self.report = SpeculationReport(batch_size=len(batch))
-        # The features of cached positions are gone: the head's own text starts after them.
-        unread = None if attention_mask is None else attention_mask[:, verifier.length :]
+        known = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - batch.length :]
+        pads = [0] * len(batch) if known is None or not batch.length else leading_pads(known)
+        # The head's own text starts after cached positions, whose features are gone, and where tokens are known.
+        unread = None if attention_mask is None else attention_mask[:, verifier.length :][:, -batch.length - 1 :]
         drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread, draft_engine)
-        known = None if attention_mask is None else attention_mask[:, -batch.length :]
-        pads = [0] * len(batch) if known is None else leading_pads(known)
-        self._proposer = Proposer(policy, drafter, batch, pads, reads_paths=verifier.reads_paths)
+        self._proposer = Proposer(
+            policy, drafter, batch, pads, reads_paths=verifier.reads_paths, never_drafted=never_drafted
+        )
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
         self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()
-        self._root = batch.newest  # [b]
+        self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
-    def prefill(self, chunk_size: int | None, **options: int) -> None:
-        """Read the prompt, in chunks if asked, and commit the first token: step 0 of the report.
+    def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
+        """Read the prompt and commit the first token: step 0 of the report.
 
-        `options` are `logits_to_keep` of the target's forward.
+        `read` lets the verifier read the known tokens of the prompt `[b, s]`, and returns what it returns.
         """
         self._clock.start()
-        logits, features = self._verifier.prefill(self.batch.input_ids, chunk_size, **options)
-        proposal = Proposal.plain(self.batch.newest)
+        logits, features = read(self.batch.input_ids)
+        proposal = Proposal.plain(self._root)
         picks = self._read_picks(proposal.tree, logits[:, -1:])
         self._clock.lap("verify")
         acceptance = self._accept(proposal.tree, logits[:, -1:], picks)
@@ -139,7 +143,8 @@ class TreeDecoding:
             self._proposer.read_prompt()
         else:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
-            self._proposer.observe(states, self.batch.input_ids[:, -states.shape[1] :])
+            tokens = self.batch.input_ids[:, -states.shape[1] :]  # those of embeddings are not known
+            self._proposer.observe(states[:, -tokens.shape[1] :], tokens)
             self._proposer.read_prompt()
             wait_for(states)
         self._clock.lap("draft")

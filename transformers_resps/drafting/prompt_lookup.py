@@ -5,7 +5,7 @@ The index grows with the text and is never rebuilt; a query costs microseconds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from operator import mul
 
 
@@ -87,9 +87,14 @@ class TrackRecord:
 
 
 class Lookup:
-    """Proposes continuations of one text, and records how often they are right, used or not."""
+    """Proposes continuations of one text, and records how often they are right, used or not.
 
-    def __init__(self) -> None:
+    Args:
+        never_drafted: tokens at which a continuation ends, such as those that stand for an image.
+    """
+
+    def __init__(self, never_drafted: frozenset[int] = frozenset()) -> None:
+        self._never_drafted = never_drafted
         self._index = SuffixIndex()
         self._record = TrackRecord()
 
@@ -116,7 +121,8 @@ class Lookup:
             return NO_MATCH
         seen = self._index.tokens
         period = len(seen) - place  # a match that runs into the text's end goes on by repeating itself
-        tokens = [seen[place + offset % period] for offset in range(most_tokens)]
+        follow = (seen[place + offset % period] for offset in range(most_tokens))
+        tokens = list(takewhile(lambda token: token not in self._never_drafted, follow))
         prefix_accept_probs, alive = [], 1.0
         for offset in range(len(tokens)):
             alive *= self._record.rate(min(length + offset, LONGEST_MATCH))
@@ -129,26 +135,38 @@ class BatchLookup:
 
     Args:
         pads: padding tokens before each row's prompt.
+        sources: what each row's text is written from, such as the encoder's tokens, read before the text: a match may
+            lie there. `None` for nothing.
+        never_drafted: see `Lookup`.
     """
 
-    def __init__(self, pads: list[int]) -> None:
-        self._rows = [Lookup() for _ in pads]
+    def __init__(
+        self,
+        pads: list[int],
+        *,
+        sources: list[list[int]] | None = None,
+        never_drafted: frozenset[int] = frozenset(),
+    ) -> None:
+        self._rows = [Lookup(never_drafted) for _ in pads]
         self._pads = pads
+        self._sources = [[] for _ in pads] if sources is None else sources
 
     @property
     def lengths(self) -> list[int]:
         """Positions of each row's text that were read, padding included."""
-        return [row.length + pads if row.length else 0 for row, pads in zip(self._rows, self._pads, strict=True)]
+        rows = zip(self._rows, self._pads, self._sources, strict=True)
+        return [row.length - len(source) + pads if row.length else 0 for row, pads, source in rows]
 
     def extend(self, rows: list[list[int]]) -> None:
         """Append to each row what was committed since its length; at first the whole prompt, padding included."""
-        for row, pads, tokens in zip(self._rows, self._pads, rows, strict=True):
-            row.extend(tokens if row.length else tokens[pads:])
+        for row, pads, source, tokens in zip(self._rows, self._pads, self._sources, rows, strict=True):
+            row.extend(tokens if row.length else source + tokens[pads:])
 
     def keep_rows(self, rows: list[int]) -> None:
         """Forget all rows but these."""
         self._rows = [self._rows[row] for row in rows]
         self._pads = [self._pads[row] for row in rows]
+        self._sources = [self._sources[row] for row in rows]
 
     def matches(self) -> list[Match]:
         """The match of every row."""

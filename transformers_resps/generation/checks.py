@@ -4,17 +4,18 @@ Stock `generate` would ignore or misroute most of these settings when it is give
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Module
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..compat import CACHE_KEYWORD
 from ..tree import DraftTree
-from ..verifying.attention import GROUPED, STOCK, longrope_boundary
+from ..verifying.attention import GROUPED, STOCK, is_flash, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, window_of
 from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
 from ..verifying.verifier import TreeVerifier
@@ -28,7 +29,6 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "force_words_ids": bool,
     "penalty_alpha": bool,
     "dola_layers": bool,
-    "num_return_sequences": lambda value: value > 1,
     "token_healing": bool,
     "prompt_lookup_num_tokens": bool,
     "assistant_early_exit": bool,
@@ -41,11 +41,39 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
 }
 _WAYS_OUT = {
     "num_beams": "Set `num_beams=1`, for greedy search or sampling",
-    "num_return_sequences": "Repeat the prompt that many times in the batch",
     "output_hidden_states": "Get them from a plain call, since the head reads them itself",
 }
-_ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus", "inputs_embeds")
+_ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
+# What belongs to a prompt's images, videos, sounds and embeddings: stock `generate` hands it to the forwards that read
+# the prompt and to no other, or gives no new token any.
+PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
+    "audio_feature_lengths",
+    "batch_num_images",
+    "feature_attention_mask",
+    "image_grid_hws",
+    "image_grid_thw",
+    "image_merge_sizes",
+    "image_position_ids",
+    "inputs_embeds",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "second_per_grid_ts",
+    "spatial_shapes",
+    "token_type_ids",
+    "use_audio_in_video",
+    "video_grid_thw",
+    "video_merge_sizes",
+    "video_position_ids",
+    "video_second_per_grid",
+}
+# `model_type` where a placeholder stands for each block of merged patches; HunYuan adds some for the ends of lines.
+_MERGED_PATCHES = ("qwen", "glm", "cosmos", "exaone", "paddleocr")
+_MEDIA = ("image", "video", "audio", "vision")
+# Of these, images, videos and sounds themselves.
+_PIXELS = tuple(
+    name for name in sorted(PROMPT_ARGUMENTS) if name.startswith(("pixel_values", "input_features", "input_values"))
+)
 
 
 def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
@@ -101,23 +129,88 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
         )
 
 
-def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments of the target's forward that a tree's forward does not pass on, such as `pixel_values`, and
-    those that do not fit the prompt.
+def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapping[str, Any]) -> None:
+    """Refuse inputs that no prompt can have, before stock `generate` lets a tower read images or sounds.
+
+    Args:
+        model: the target.
+        prompts: `[b, s]`, or `None` where the call has embeddings only.
+        arguments: all keyword arguments of the call.
+
+    Raises:
+        ValueError: names the input and what to do.
+    """
+    taken = set(inspect.signature(model.forward).parameters) - _SETTINGS.keys()
+    _check_known(name for name in taken & arguments.keys() if arguments[name] is not None)
+    for name in _PIXELS:
+        given = arguments.get(name)
+        if isinstance(given, Tensor) and not given.is_floating_point() and "mask" not in name:
+            raise ValueError(
+                f"`{name}` is a tensor of {given.dtype}, but {type(model).__name__} reads floats. Pass what the "
+                "processor returned."
+            )
+    embeds, width = arguments.get("inputs_embeds"), model.config.get_text_config(decoder=True).hidden_size
+    if embeds is not None and (embeds.dim() != 3 or embeds.shape[-1] != width or not embeds.shape[1]):
+        raise ValueError(
+            f"`inputs_embeds` has the shape {list(embeds.shape)}, but {type(model).__name__} reads `[b, s, {width}]` "
+            "with at least one position. Pass what its input embedding returns."
+        )
+    if prompts is not None and embeds is None:
+        _check_placeholders(model, prompts, arguments)
+
+
+def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapping[str, Any]) -> None:
+    """Refuse placeholders without a text or an image, and other than as many as the images need, where that is known
+    without reading them.
+    """
+    given = {name for name, value in arguments.items() if value is not None}
+    known = placeholder_ids(model.config)
+    if not known or not given.isdisjoint(("cache", "past_key_values", "mm_encoder_outputs")):
+        return
+    ids = torch.tensor(sorted(known), dtype=prompts.dtype, device=prompts.device)
+    if given.isdisjoint(_PIXELS) and prompts.numel() and bool(torch.isin(prompts, ids).all()):
+        raise ValueError(
+            f"All tokens of the prompt, {prompts.unique().tolist()}, stand for images, videos or sounds, and the call "
+            "has none. Pass what the processor returned, `pixel_values` for example."
+        )
+    needed = None if "pixel_values_videos" in given else _image_tokens_needed(model.config, arguments)
+    found = 0 if needed is None else int((prompts == model.config.image_token_id).sum())
+    if needed is not None and found != needed:
+        raise ValueError(
+            f"The prompt has {found} placeholders of images (token {model.config.image_token_id}), but the images "
+            f"need {needed}. Pass the `input_ids` that the processor returned with them."
+        )
+
+
+def _image_tokens_needed(config: PretrainedConfig, arguments: Mapping[str, Any]) -> int | None:
+    """Placeholders that the call's images need, where their grids or their number tell; else `None`."""
+    if not isinstance(getattr(config, "image_token_id", None), int):
+        return None
+    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
+    grids, images = arguments.get("image_grid_thw"), arguments.get("pixel_values")
+    each = getattr(config, "mm_tokens_per_image", None)
+    if isinstance(grids, Tensor) and merge and config.model_type.startswith(_MERGED_PATCHES):
+        return int(grids.prod(dim=-1).sum()) // int(merge) ** 2
+    if isinstance(images, Tensor) and images.dim() == 4 and each:
+        return len(images) * int(each)
+    return None
+
+
+def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments of the target's forward that a tree's forward does not pass on, such as a
+    `cross_attention_mask`, and those that do not fit the prompt.
 
     Raises:
         ValueError: names them.
     """
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _CARRIED)
-    if unknown:
-        raise _refusal(f"the arguments {unknown}", "Leave them out, since trees take token inputs only")
+    _check_known(name for name, value in model_kwargs.items() if value is not None)
     positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.dim() != 2:
+    if positions is not None and positions.dim() not in ((2, 3) if _has_planes(target) else (2,)):
         raise _refusal(
             f"`position_ids` of {positions.dim()} dimensions",
             "Pass `[b, s]`, one position per token, or leave them out",
         )
-    if not input_ids.numel():
+    if not input_ids.numel() and model_kwargs.get("inputs_embeds") is None:
         raise ValueError(
             f"Got a prompt of the shape {list(input_ids.shape)}, but each row needs at least one token. Pass one, for "
             "example the tokenizer's `bos_token_id`."
@@ -125,7 +218,7 @@ def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) 
     rows, mask = len(input_ids), model_kwargs.get("attention_mask")
     if positions is None:
         return
-    if len(positions) not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[1])):
+    if positions.shape[-2] not in (1, rows) or (mask is not None and mask.shape != (rows, positions.shape[-1])):
         given = f"`position_ids` of shape {list(positions.shape)}"
         if mask is not None:
             given = f"`attention_mask` of shape {list(mask.shape)} and {given}"
@@ -133,6 +226,32 @@ def check_forward_arguments(input_ids: Tensor, model_kwargs: Mapping[str, Any]) 
             f"Got {given} for {rows} rows. Pass the `attention_mask` that the tokenizer returned with the text, and "
             "`position_ids` of its shape or none."
         )
+
+
+def _check_known(names: Iterable[str]) -> None:
+    unknown = sorted(set(names) - _CARRIED - PROMPT_ARGUMENTS - {"input_ids"})
+    if unknown:
+        raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
+
+
+def _has_planes(target: PreTrainedModel) -> bool:
+    """Whether a token may have several positions: its place in the text, and in an image or a video."""
+    config = target.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return config is not target.config or "mrope_section" in rope
+
+
+def holds_more_than_tokens(model_kwargs: Mapping[str, Any]) -> bool:
+    """Whether the prompt has images, sounds, embeddings or kinds of tokens. Stock gives some models an empty dict."""
+    given = (model_kwargs.get(name) for name in PROMPT_ARGUMENTS)
+    return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
+
+
+def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
+    """Tokens that stand for images, videos and sounds, which no answer holds: `image_token_id` and the like."""
+    names = (name for name in vars(config) if name.endswith(("token_id", "token_index", "patch_id")))
+    ids = (getattr(config, name) for name in names if any(kind in name for kind in _MEDIA))
+    return frozenset(value for value in ids if isinstance(value, int))
 
 
 def check_synced(synced_gpus: bool | None) -> None:
@@ -230,10 +349,15 @@ def check_model(model: PreTrainedModel) -> None:
     _check_layers(model, name)
     check_draws(model)
     attention = config._attn_implementation
-    if attention not in (STOCK, GROUPED, "eager"):
+    if attention not in (STOCK, GROUPED, "eager") and not is_flash(attention):
         raise ValueError(
-            f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa' or 'eager'. Call "
-            "`model.set_attn_implementation('sdpa')` first."
+            f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa', 'eager' or "
+            "FlashAttention. Call `model.set_attn_implementation('sdpa')` first."
+        )
+    if is_flash(attention) and not model._supports_sdpa:
+        raise ValueError(
+            f"{name} runs with attn_implementation={attention!r}, which takes no draft trees, and does not support "
+            "'sdpa', which would. Call `model.set_attn_implementation('eager')` first."
         )
 
 
@@ -328,13 +452,15 @@ _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contaminati
 
 
 def check_tree_attention(target: PreTrainedModel) -> None:
-    """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one.
+    """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one and
+    attends to trees as to texts.
 
     Raises:
         ValueError: a node's logits depend on its siblings, or the forward fails on a tree's mask.
     """
-    model_type = target.config.get_text_config().model_type
-    if model_type in _COMPARED:
+    config = target.config.get_text_config()
+    model_type = config.model_type
+    if model_type in _COMPARED and not is_flash(config._attn_implementation):
         return
     try:
         error, scale = _tree_error(target)

@@ -105,7 +105,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         prompts = kwargs.get("input_ids") if inputs is None else inputs
         keywords = Keywords(assistant_model, policy, lockstep, compile)
-        call = Call(keywords, generation_config, arguments, 1 if prompts is None else len(prompts))
+        call = Call(keywords, generation_config, arguments, prompts)
         with Request.read(cast(PreTrainedModel, self), self.speculation_state, call) as request:
             if request.assistant_model is not None:
                 arguments["assistant_model"] = request.assistant_model
@@ -116,10 +116,10 @@ class ReSpSGenerationMixin(GenerationMixin):
                 _request.reset(token)
 
     def _validate_generation_mode(self, mode: Any, config: GenerationConfig, *args: Any) -> None:
-        """Stock refuses every assistant of a recurrent target, whose states it cannot take back."""
+        """Stock refuses assistants where it cannot take states back, or draft for several answers; trees can."""
         request, stock = _request.get(), cast(Any, super())
-        is_ours = request is not None and request.bound is not None and config.num_return_sequences == 1
-        if is_ours and stock._is_stateful:
+        is_ours = request is not None and request.bound is not None
+        if is_ours and (stock._is_stateful or config.num_return_sequences > 1):
             mode = GenerationMode.SAMPLE if config.do_sample else GenerationMode.GREEDY_SEARCH
         stock._validate_generation_mode(mode, config, *args)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple, Self, cast
 
+from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -24,8 +25,9 @@ from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
+from ..verifying.attention import is_flash
 from ..verifying.slots import SlotEngine
-from .checks import check_draws, check_model, check_settings, check_tree_attention
+from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
 
 
 AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
@@ -228,13 +230,14 @@ class SpeculationState:
         self.evaluation_mode = EvaluationMode()
         self.slot_engine = SlotEngine()
         self.draft_engines = DraftEngines()
-        self._has_verified_trees = False
+        self._verified_trees = set[bool]()  # with FlashAttention and without
 
     def check_trees(self, model: PreTrainedModel) -> None:
         """Check, once, that the model can verify a draft tree; see `check_tree_attention`."""
-        if not self._has_verified_trees:
+        reads_by_flash = is_flash(model.config.get_text_config()._attn_implementation)
+        if reads_by_flash not in self._verified_trees:
             check_tree_attention(model)
-            self._has_verified_trees = True
+            self._verified_trees.add(reads_by_flash)
 
     def __reduce__(self) -> tuple[type["SpeculationState"], tuple[SpeculationDefaults]]:
         return SpeculationState, (self.defaults,)
@@ -247,13 +250,19 @@ class Call(NamedTuple):
         keywords: ours, and the assistant.
         config: its `generation_config`.
         arguments: all its other keyword arguments.
-        rows: of its prompts.
+        prompts: `[b, s]`; `None` where it has embeddings only.
     """
 
     keywords: Keywords
     config: GenerationConfig | None
     arguments: Mapping[str, Any]
-    rows: int
+    prompts: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Of its prompts."""
+        given = self.arguments.get("inputs_embeds") if self.prompts is None else self.prompts
+        return 1 if given is None else len(given)
 
     def configured(self, own: GenerationConfig | None) -> Keywords:
         """The call's keywords, filled up from its config, then from the model's `own`."""
@@ -325,6 +334,7 @@ class Request:
             )
         check_model(model)
         check_settings(model, call.config, call.arguments)
+        check_inputs(model, call.prompts, call.arguments)
         bound = None if head is None else BoundHead(head, model)
         if head is not None:
             check_draws(head)

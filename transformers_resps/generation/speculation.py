@@ -2,9 +2,10 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,12 +27,12 @@ from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import stop_recording
-from ..verifying.forward import TargetForward, are_outputs, is_compiled
+from ..verifying.forward import Features, TargetForward, are_outputs, is_compiled
 from ..verifying.hybrids import is_recurrent
 from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
 from ..verifying.slots import SlotEngine
 from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
-from .checks import check_forward_arguments, check_lengths, check_synced
+from .checks import check_forward_arguments, check_lengths, check_synced, holds_more_than_tokens, placeholder_ids
 from .output import SpeculativeOutput
 from .request import AUTO, Request, SpeculationState
 
@@ -73,7 +74,7 @@ def speculate(
     with ExitStack() as stack:
         check_synced(model_kwargs.get("synced_gpus"))
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
-        check_forward_arguments(input_ids, model_kwargs)
+        check_forward_arguments(target, input_ids, model_kwargs)
         static = None
         if generation_config.cache_implementation == "static":  # trees decode over slots, whatever reads the prompt
             static = model_kwargs[CACHE_KEYWORD]
@@ -81,8 +82,9 @@ def speculate(
         inputs = GenerateInputs(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
         )
-        positions = model_kwargs["position_ids"].shape[1]
-        check_lengths(target, inputs.cache, input_ids.shape[1], positions, inputs.max_length)
+        if model_kwargs.get("inputs_embeds") is None:
+            positions = model_kwargs["position_ids"].shape[-1]
+            check_lengths(target, inputs.cache, input_ids.shape[1], positions, inputs.max_length)
         stack.callback(stop_recording, inputs.cache)
         batch = _batch(target, request.lockstep, inputs)
         decoding = _decode(target, state, request, batch, inputs)
@@ -114,11 +116,11 @@ def _decode(
             batch,
             attention_mask=kwargs["attention_mask"],
             max_length=inputs.max_length,
+            never_drafted=placeholder_ids(target.config),
             draft_engine=draft_engine,
             keeps_ended=inputs.makes_cache,
         )
-        kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
-        decoding.prefill(inputs.config.prefill_chunk_size, **kept)
+        decoding.prefill(_reader(target, verifier, inputs))
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
                 decoding.step()
@@ -145,6 +147,19 @@ def _returned_cache(
         return cache if static is None else fill_static(static, cache)
 
     return UnreadDynamicCache(make) if static is None else UnreadStaticCache(make)
+
+
+def _reader(
+    target: PreTrainedModel, verifier: Verifier, inputs: "GenerateInputs"
+) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
+    """What reads the prompt `[b, s]`: the verifier, or stock `generate` where it holds more than tokens."""
+    kwargs = inputs.model_kwargs
+    if not holds_more_than_tokens(kwargs):
+        kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
+        return partial(verifier.prefill, chunk_size=inputs.config.prefill_chunk_size, **kept)
+    # of a copy: stock takes apart what it reads in chunks
+    run = partial(cast(Any, target)._prefill, inputs.input_ids, inputs.config, dict(kwargs))
+    return lambda tokens: verifier.prefill_by(run, len(tokens))
 
 
 @dataclass(frozen=True, slots=True)

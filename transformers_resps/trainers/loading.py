@@ -96,7 +96,7 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
     """Ids that end a text, as the target's configs say."""
     found: set[int] = set()
     for config in (target.config.get_text_config(), target.generation_config):
-        ids = None if config is None else config.eos_token_id
+        ids = getattr(config, "eos_token_id", None)  # the text configs of Qwen-VL and GLM-V have none
         found |= {ids} if isinstance(ids, int) else set(ids or ())
     return found
 

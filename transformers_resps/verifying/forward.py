@@ -1,11 +1,13 @@
 """Runs the target over prompts and trees, and catches the hidden states that a head reads, its features, by hooks.
 
+Stock `generate` reads prompts that hold more than tokens: what of them the steps need is caught in the same way.
+
 `output_hidden_states` of Transformers would do as well, but it leaves hooks in the model that cannot be pickled,
 keeps all layers in releases before 5.23, and gives the last layer only after the final norm.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -19,8 +21,10 @@ from .attention import use_gqa_attention
 from .cache import crop
 
 
-# Which recording the forward that runs in this thread belongs to: two threads may share a target.
-_recording: ContextVar[dict[int, Tensor] | None] = ContextVar("resps_features", default=None)
+# The tap that the forward of this thread belongs to, and what it caught: two threads may share a target.
+_recording: ContextVar[tuple["FeatureTap", dict[int, Tensor]] | None] = ContextVar("resps_features", default=None)
+# Likewise the `position_ids` that the text decoder gets, forward by forward.
+_seen_positions: ContextVar[list[Tensor | None] | None] = ContextVar("resps_positions", default=None)
 
 
 class FeatureTap:
@@ -48,10 +52,10 @@ class FeatureTap:
     def __enter__(self) -> "FeatureTap":
         for index in self._layers:
             if index == len(self._decoder_layers):
-                handle = self._decoder_layers[-1].register_forward_hook(partial(_leaving, index))
+                handle = self._decoder_layers[-1].register_forward_hook(partial(self._leaving, index))
             else:
                 layer = self._decoder_layers[index]
-                handle = layer.register_forward_pre_hook(partial(_entering, index), with_kwargs=True)
+                handle = layer.register_forward_pre_hook(partial(self._entering, index), with_kwargs=True)
             self._hooks.callback(handle.remove)
         return self
 
@@ -60,17 +64,33 @@ class FeatureTap:
 
     @contextmanager
     def record(self) -> Iterator["Features"]:
-        """Catch the features of the forward that runs inside."""
+        """Catch the features of the forward that runs inside, or of several that read a prompt in chunks."""
         features = Features(self._layers)
-        token = _recording.set(features.caught)
+        token = _recording.set((self, features.caught))
         try:
             yield features
         finally:
             _recording.reset(token)
 
+    def _entering(
+        self, index: int, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
+    ) -> None:
+        """`keywords` is missing while another thread removes its own hook; the states are not ours then."""
+        if keywords is not None:
+            self._catch(index, arguments[0] if arguments else keywords["hidden_states"])
+
+    def _leaving(self, index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        self._catch(index, output[0] if isinstance(output, tuple) else output)
+
+    def _catch(self, index: int, states: Tensor) -> None:
+        tap, caught = _recording.get() or (None, {})
+        if tap is self:
+            before = caught.get(index)  # of an earlier chunk
+            caught[index] = states if before is None else torch.cat([before, states], dim=1)
+
 
 class Features:
-    """The hidden states of one forward."""
+    """The hidden states of one forward, or of a prompt that is read in chunks."""
 
     def __init__(self, layers: list[int]) -> None:
         self.layers = layers
@@ -85,35 +105,26 @@ class Features:
         missing = [layer for layer in self.layers if layer not in self.caught]
         if missing:
             raise ValueError(
-                f"The head reads the hidden states {self.layers}, but the forward gave none of {missing}, because "
-                "layers are compiled one by one. Compile the whole target instead, with `compile_config`."
+                f"The head reads the hidden states {self.layers}, but the forward gave none of {missing}: it "
+                "skips those layers, or they are compiled one by one. Leave out the head, or compile the whole target "
+                "with `compile_config`."
             )
         first = self.caught[self.layers[0]]
         return torch.cat([self.caught[layer].to(first.device) for layer in self.layers], dim=-1)
 
 
-def _entering(
-    index: int, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
-) -> None:
-    """`keywords` is missing while another thread removes its own hook; the states are not ours then."""
-    if keywords is not None:
-        _catch(index, arguments[0] if arguments else keywords["hidden_states"])
-
-
-def _leaving(index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-    _catch(index, output[0] if isinstance(output, tuple) else output)
-
-
-def _catch(index: int, states: Tensor) -> None:
-    caught = _recording.get()
-    if caught is not None:
-        caught[index] = states
+def _note_positions(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> None:
+    seen = _seen_positions.get()
+    if seen is not None and keywords is not None:
+        seen.append(keywords.get("position_ids"))
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """The outermost list with as many modules as the target has layers; raises a `ValueError` where none is."""
-    count = target.config.get_text_config().num_hidden_layers
-    for module in target.modules():
+    """The outermost list of the text decoder with as many modules as it has layers: a tower for images may have as
+    many. Raises a `ValueError` where none is.
+    """
+    count = target.config.get_text_config(decoder=True).num_hidden_layers
+    for module in target.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(
@@ -168,6 +179,32 @@ class TargetForward:
         outputs, features = self._run(tokens, mask, positions, **options)
         crop(self.cache, 0)
         return outputs, features
+
+    def read_by(self, run: Callable[[], Any]) -> tuple[Any, Features, Tensor | None]:
+        """Let `run` read a prompt, in one forward or in chunks.
+
+        Returns:
+            What `run` returned, the features, and the positions `[..., t]` that the text decoder got in the last
+            forward: they are not always those of `generate` (PaliGemma counts from 1). `None` where it got none.
+
+        Raises:
+            ValueError: the caller compiled the target, which then notices no hook.
+        """
+        if is_compiled(self.target):
+            raise ValueError(
+                f"A compiled {type(self.target).__name__} reads prompts of tokens only, and this one holds more. Use "
+                "the target as it was before it was compiled, or call `generate` with `policy='plain'`."
+            )
+        seen = list[Tensor | None]()
+        token = _seen_positions.set(seen)
+        hook = self.target.get_decoder().register_forward_pre_hook(_note_positions, with_kwargs=True)
+        try:
+            with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
+                outputs = run()
+        finally:
+            hook.remove()
+            _seen_positions.reset(token)
+        return outputs, features, seen[-1] if seen else None
 
     def verify(self, tokens: Tensor, mask: Any, positions: Tensor) -> tuple[Any, Features]:
         """Run over the nodes of a tree: `[b, n]`. Returns the outputs and the features."""

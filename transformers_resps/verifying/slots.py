@@ -165,7 +165,7 @@ class SlotInputs(NamedTuple):
         ancestors: `[b, n, n]` bool, see `DraftTree`.
         slots: `[b, n]` that the nodes are written to.
         places: `[b, slots]` in the row's text of the entry in each slot; `HIDDEN` where none may be seen.
-        roots: `[b, 2]` the root's place in the text, and its position.
+        roots: `[b, 1 + planes]` the root's place in the text, and its positions.
     """
 
     tokens: Tensor
@@ -208,6 +208,11 @@ class SlotForward:
             return self.function(*inputs, *buffers)
 
 
+def _positions(roots: Tensor, depths: Tensor) -> Tensor:
+    """Of nodes `[b, n]` below roots `[b, planes]`: `[b, n]`, or `[planes, b, n]` of several planes."""
+    return roots + depths if roots.shape[1] == 1 else roots.t()[..., None] + depths
+
+
 def _function(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Callable[..., tuple[Tensor, ...]]:
     layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
@@ -227,7 +232,7 @@ def _function(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) 
     ) -> tuple[Tensor, ...]:
         pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
         held = Cache(layers=[SlotLayer(*next(pairs), slots) if other is None else other for other in placeholders])
-        node_places = roots[:, :1] + depths
+        node_places = roots[:, :1].long() + depths  # some targets count positions in floats
         index = slots[:, None].expand_as(ancestors)
         visible = (places != HIDDEN)[:, None].expand(-1, tokens.shape[1], -1).scatter(2, index, ancestors)
         distance = node_places[..., None] - places.scatter(1, slots, node_places)[:, None]  # [b, n, slots]
@@ -238,7 +243,7 @@ def _function(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) 
         outputs: Any = target(
             input_ids=tokens,
             attention_mask=masks.get(None, masks),
-            position_ids=roots[:, 1:] + depths,
+            position_ids=_positions(roots[:, 1:], depths),
             use_cache=True,
             return_dict=True,
             **{CACHE_KEYWORD: held},

@@ -5,6 +5,7 @@ Over a cache that grows, or over slots.
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 import torch
@@ -44,7 +45,8 @@ class Verifier(ABC):
 
     Args:
         forward: the target's, over the cache to decode with.
-        position_ids: `[b or 1, s]` of the prompt; s counts what the cache already holds.
+        position_ids: `[b or 1, s]` of the prompt, or `[planes, b or 1, s]` where a token has several positions; s
+            counts what the cache already holds.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded.
 
     Attributes:
@@ -66,9 +68,10 @@ class Verifier(ABC):
             None if attention_mask is None else attention_mask.to(self.device), cached_length(self._cache)
         )
         self._positions = position_ids.to(self.device)
-        length = self._positions.shape[1]
-        self._shift_by((self._positions[:, -1] + 1 - length).tolist())
-        self._last_position = last_position(target.config, length + max(self._shifts))
+        length = self._positions.shape[-1]
+        self._go_on_from(self._positions, length)
+        self._last_position = last_position(target.config, length + int(max(map(max, self._shifts))))
+        self._is_unsettled = False  # whether an interruption leaves the cache at a length that is not known
 
     def __enter__(self) -> Self:
         self._forward.__enter__()
@@ -88,7 +91,9 @@ class Verifier(ABC):
     @property
     def levels_left(self) -> int:
         """Levels below the root that the target's positions allow."""
-        return sys.maxsize if self._last_position is None else self._last_position - max(self._root_positions)
+        if self._last_position is None:
+            return sys.maxsize
+        return self._last_position - int(max(map(max, self._root_positions)))
 
     @property
     def _row_ends(self) -> list[int]:
@@ -96,15 +101,26 @@ class Verifier(ABC):
         return self._slots.row_ends(len(self._shifts))
 
     @property
-    def _root_positions(self) -> list[int]:
-        """Of each row's coming root."""
-        return [end + shift for end, shift in zip(self._row_ends, self._shifts, strict=True)]
+    def _root_positions(self) -> list[list[float]]:
+        """Of each row's coming root, in each plane."""
+        return [[end + shift for shift in shifts] for end, shifts in zip(self._row_ends, self._shifts, strict=True)]
 
-    def _shift_by(self, shifts: list[int]) -> None:
-        """Let each row's positions be its slots and so much more."""
-        self._shifts = shifts
-        is_same = min(shifts) == max(shifts)
-        self._shift = shifts[0] if is_same else torch.tensor(shifts, device=self.device)[:, None]
+    def _go_on_from(self, position_ids: Tensor, length: int) -> None:
+        """Let each row go on from its last position, in each plane; that is the position of slot `length - 1`."""
+        shifts = position_ids[..., -1] + 1 - length
+        self._shift_by(shifts[:, None].tolist() if shifts.dim() == 1 else shifts.t().tolist())
+
+    def _shift_by(self, shifts: list[list[float]]) -> None:
+        """Let each row's positions be its slots and so much more: a number for each plane.
+
+        Some targets count in floats, and get floats.
+        """
+        self._shifts, first = shifts, shifts[0]
+        self._shift: float | Tensor = first[0]  # or `[b, 1]`, or `[planes, b, 1]`
+        if len(first) > 1:
+            self._shift = torch.tensor(shifts, device=self.device).t()[..., None]
+        elif any(shift != first for shift in shifts):
+            self._shift = torch.tensor(shifts, device=self.device)
 
     def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: int) -> tuple[Tensor, list[Features]]:
         """Read what the cache lacks of the prompt.
@@ -120,19 +136,52 @@ class Verifier(ABC):
         Raises:
             ValueError: the target's cache cannot hold a tree.
         """
-        tokens, end = tokens.to(self.device), self._positions.shape[1]
+        tokens, end = tokens.to(self.device), self._positions.shape[-1]
         offset, features = end - tokens.shape[1], []
         record_windows(self._cache)
         for start in range(self.length, end, chunk_size or end):
             stop = min(start + (chunk_size or end), end)
             part, mask = tokens[:, start - offset : stop - offset], self._prefix_mask(stop)
-            outputs, caught = self._forward.read(part, mask, self._positions[:, start:stop], **options)
+            outputs, caught = self._forward.read(part, mask, self._positions[..., start:stop], **options)
             self._slots.extend([stop - start] * len(tokens))
             features.append(caught)
-        check_cache(self._cache)
-        self._shift_by(self._shifts * (len(tokens) // len(self._shifts)))
-        self._begin_steps()
+        self._start(len(tokens))
         return outputs.logits, features
+
+    def prefill_by(self, run: Callable[[], Any], rows: int) -> tuple[Tensor, list[Features]]:
+        """Let stock `generate` read what the cache lacks of the prompt, with images, sounds or embeddings.
+
+        Args:
+            run: reads it into the cache; returns the outputs of the last forward.
+            rows: of the prompt, b.
+
+        Returns:
+            As `prefill`.
+
+        Raises:
+            ValueError: the target reads more or fewer positions than the prompt has, or tells its decoder none.
+        """
+        self._is_unsettled = True
+        outputs, features, positions = self._forward.read_by(run)
+        length, found = self._positions.shape[-1], cached_length(self._cache)
+        if positions is None or found != length:
+            raise ValueError(
+                f"{type(self._forward.target).__name__} reads a prompt of {length} positions as {found}, or lets its "
+                "decoder count them, so the nodes of a tree have no known positions. Call `generate` with "
+                "`policy='plain'`."
+            )
+        self._go_on_from(positions, length)
+        record_windows(self._cache)
+        self._slots.extend([length - self.length] * rows)
+        self._is_unsettled = False
+        self._start(rows)
+        return outputs.logits, [features]
+
+    def _start(self, rows: int) -> None:
+        """Go on from the prompt to trees."""
+        check_cache(self._cache)
+        self._shift_by(self._shifts * (rows // len(self._shifts)))
+        self._begin_steps()
 
     @abstractmethod
     def _begin_steps(self) -> None:
@@ -182,8 +231,11 @@ class Verifier(ABC):
         return copied_row(self._cache, row, length)
 
     def close(self) -> None:
-        """Leave only what was kept in the cache, in stock layers: the caller may reuse it."""
-        crop_to(self._cache, self.length)
+        """Leave only what was kept in the cache, in stock layers: the caller may reuse it. Of a prompt that stock
+        `generate` has not read to its end, what stock leaves.
+        """
+        if not self._is_unsettled:
+            crop_to(self._cache, self.length)
         restore_stock_layers(self._cache)
 
 
@@ -350,8 +402,9 @@ class SlotVerifier(Verifier):
         size = _windowed(self._table.size)
         if size > self._buffers.size:
             self._buffers.grow(2 * size)
-        roots = zip(self._table.lengths, _filled_up(self._root_positions, self._rows), strict=True)
-        host = [torch.tensor(slots), self._table.places(size), torch.tensor(list(roots))]
+        positions = _filled_up(self._root_positions, self._rows)
+        roots = [[place, *planes] for place, planes in zip(self._table.lengths, positions, strict=True)]
+        host = [torch.tensor(slots), self._table.places(size), torch.tensor(roots)]
         if self.device.type != "cpu":
             host = moved(host, self.device)
         padded = tree.padded(count)
