@@ -48,7 +48,14 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "quantized cache": ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
     "paged cache": ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
     "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
-    "a static cache": ({"cache": lambda: StaticCache(config=LlamaConfig(), max_cache_len=9)}, "StaticLayer"),
+    "a static cache of another model": (
+        {"cache": lambda: StaticCache(config=LlamaConfig(), max_cache_len=9)},
+        r"a `StaticCache` .*'StaticLayer', 9.* Pass `StaticCache\(config=model.config, max_cache_len=9\)`",
+    ),
+    "a static cache that is too short": (
+        {"cache": lambda: StaticCache(config=LlamaConfig(num_hidden_layers=4), max_cache_len=5)},
+        "holds 5 positions, but the text may come to need 6. Pass a longer one",
+    ),
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "Get them from a plain call"),
     "synced gpus": ({"synced_gpus": True}, "synced_gpus"),
