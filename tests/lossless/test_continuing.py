@@ -12,7 +12,7 @@ from tests.caches import check_equal_caches
 from tests.recurrent_targets import RecurrentArchitecture, recurrent
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.compat import CACHE_KEYWORD, HAS_RECURRENT_STATES
 
 
 WIDE = FixedPolicy(TreeShape(40, 3, VOCABULARY))  # so wide that most picks are drafted
@@ -191,6 +191,7 @@ def test_a_batch_hands_back_the_cache_of_plain_decoding(architecture: Architectu
     check_equal_caches(ours, theirs)
 
 
+@pytest.mark.skipif(not HAS_RECURRENT_STATES, reason="hybrids are refused")
 @pytest.mark.parametrize("asked", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("architecture", recurrent("qwen3_5_text", "falcon_h1-clamped"), ids=str)
 def test_a_batch_of_a_hybrid_hands_back_states_that_have_read_the_padding(
