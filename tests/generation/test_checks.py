@@ -16,6 +16,7 @@ from transformers import (
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,14 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "quantized cache": ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
     "paged cache": ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
     "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
-    "a static cache": ({"cache": lambda: StaticCache(config=LlamaConfig(), max_cache_len=9)}, "StaticLayer"),
+    "a static cache of another model": (
+        {"cache": lambda: StaticCache(config=LlamaConfig(), max_cache_len=9)},
+        r"a `StaticCache` .*'StaticLayer', 9.* Pass `StaticCache\(config=model.config, max_cache_len=9\)`",
+    ),
+    "a static cache that is too short": (
+        {CACHE_KEYWORD: lambda: StaticCache(config=LlamaConfig(num_hidden_layers=4), max_cache_len=5)},
+        "holds 5 positions, but the text may come to need 6. Pass a longer one",
+    ),
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "Get them from a plain call"),
     "synced gpus": ({"synced_gpus": True}, "synced_gpus"),
@@ -67,7 +75,7 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("row", ROWS)
 def test_a_setting_is_refused_by_name(row: str, target: PreTrainedModel, head: DraftHead) -> None:
     options, message = ROWS[row]
-    made = {name: value() if name == "cache" else value for name, value in options.items()}
+    made = {name: value() if name in ("cache", CACHE_KEYWORD) else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         target.generate(PROMPT, assistant_model=head, max_new_tokens=4, **made)
 
@@ -210,7 +218,7 @@ def test_a_quantized_cache_object_is_refused(target: PreTrainedModel, head: Draf
 def test_generation_works_after_every_refusal(target: PreTrainedModel, head: DraftHead) -> None:
     expected = target.generate(PROMPT, max_new_tokens=8)
     for options, _ in ROWS.values():
-        made = {name: value() if name == "cache" else value for name, value in options.items()}
+        made = {name: value() if name in ("cache", CACHE_KEYWORD) else value for name, value in options.items()}
         with pytest.raises(ValueError):
             target.generate(PROMPT, assistant_model=head, **made)
     assert target.generate(PROMPT, max_new_tokens=8, assistant_model=head).tolist() == expected.tolist()

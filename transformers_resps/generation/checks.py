@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Module
-from transformers import Cache, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel, StaticCache
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..compat import CACHE_KEYWORD
@@ -118,6 +118,9 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
     cache = arguments.get("cache", arguments.get("past_key_values"))
     if cache is None:
         return
+    if isinstance(cache, StaticCache):  # of which trees get a dynamic copy
+        _check_static_cache(model, cache)
+        return
     check_cache(cache)
     made = DynamicCache(config=model.config.get_text_config(decoder=True))
     needed = [window_of(made, index) for index in range(len(made.layers))]
@@ -126,6 +129,40 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
         raise _refusal(
             f"a cache whose layers have the sliding windows {found} for a target with {needed}",
             "Pass `DynamicCache(config=model.config)`, or no cache",
+        )
+
+
+def _check_static_cache(model: PreTrainedModel, cache: StaticCache) -> None:
+    longest = max(length for _, length in _static_layers(cache))
+    found, needed = _static_layers(cache), _static_layers(StaticCache(config=model.config, max_cache_len=longest))
+    if cache.offloading or found != needed:
+        raise _refusal(
+            f"a `StaticCache` that is offloaded, or whose layers {found} are not the target's, {needed}",
+            f"Pass `StaticCache(config=model.config, max_cache_len={longest})`",
+        )
+
+
+def _static_layers(cache: StaticCache) -> list[tuple[str, int]]:
+    layers: list[Any] = [*cache.layers]
+    return [(type(layer).__name__, layer.max_cache_len) for layer in layers]
+
+
+def check_room(static: StaticCache, length: int) -> None:
+    """Refuse a text that may outgrow the caller's static cache.
+
+    Args:
+        static: the cache.
+        length: positions that it has to hold in the end.
+
+    Raises:
+        ValueError: names the lengths.
+    """
+    layers: list[Any] = [*static.layers]
+    room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=length)
+    if room < length:
+        raise ValueError(
+            f"The `StaticCache` holds {room} positions, but the text may come to need {length}. Pass a longer one, or "
+            "set a smaller `max_new_tokens`."
         )
 
 
