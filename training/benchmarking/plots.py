@@ -149,7 +149,7 @@ def costs(results: dict[str, Any]) -> Any:
     repeats = ", and the middle half of its repeats" if ranges else ""
     figure = _figure(7, 5.2, f"What a forward costs{repeats}", results)
     axes = figure.subplots()
-    series = [(f"target forward, context {c}", row, ranges.get(c, {})) for c, row in told["verify"].items()]
+    series: list[Any] = [(f"target forward, context {c}", row, ranges.get(c, {})) for c, row in told["verify"].items()]
     series += [("one level of the head", told["draft"], told.get("draft_range", {}))] if told["draft"] else []
     is_noisy = False
     for number, (label, row, spread) in enumerate(series):
