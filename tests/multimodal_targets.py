@@ -96,12 +96,16 @@ class MultimodalTarget:
         width = max(map(len, lines))
         ids = torch.tensor([[0] * (width - len(line)) + line for line in lines])
         mask = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in lines])
-        return {"input_ids": ids, "attention_mask": mask} | self.types_of(ids) | self._drawn(rows, noise)
+        inputs = {"input_ids": ids, "attention_mask": mask} | self._drawn(rows, noise)
+        if self.types:
+            inputs[self.types] = sum(((ids == token) * kind for token, kind in self.kinds.items()), ids * 0)
+        return inputs
 
-    def types_of(self, ids: Tensor) -> dict[str, Tensor]:
-        """The kind of each token `[b, s]`, for the targets that want it."""
-        kinds = sum(((ids == token) * kind for token, kind in self.kinds.items()), torch.zeros_like(ids))
-        return {self.types: kinds} if self.types else {}
+    def follow(self, said: Tensor, message: str, seed: int = 0) -> dict[str, Tensor]:
+        """A prompt of what was said, `[b, s]` tokens whose media a cache holds, and of one more message."""
+        new = self.prompt(*[message] * len(said), seed=seed)
+        old = {"input_ids": said, "attention_mask": torch.ones_like(said), self.types: torch.zeros_like(said)}
+        return {name: torch.cat([old[name], value], 1) if name in old else value for name, value in new.items()}
 
     def _tokens(self, row: str, generator: torch.Generator) -> list[int]:
         tokens = []
@@ -333,14 +337,19 @@ _PIXELS = {"pixel_values": (1, 3, 8, 8)}
 _SIZED = _PIXELS | {"image_sizes": [[8, 8]]}
 _TILED = {"pixel_values": (1, 2, 3, 8, 8), "image_sizes": [[8, 8]]}
 _PINPOINTS = {"image_grid_pinpoints": [[8, 8]]}
-_PATCHES = {
-    "pixel_values": (1, 16, 12),
-    "image_position_ids": [[[x, y] for y in range(4) for x in range(4)]],
-}
+
+
+def _patches(side: int) -> dict[str, Any]:
+    """`side` x `side` flat patches, each with its place."""
+    places = [[x, y] for y in range(side) for x in range(side)]
+    return {"pixel_values": (1, len(places), 12), "image_position_ids": [places]}
+
+
 _SIGLIP2 = {"pixel_values": (1, 16, 12), "spatial_shapes": [[4, 4]], "pixel_attention_mask": [[1] * 16]}
 _PACKED = {"pixel_values": (1, 3, 8, 8), "pixel_attention_mask": [[[1] * 8] * 8]}
 _TILES = {"pixel_values": (1, 3, 8, 8), "pixel_attention_mask": [True]}
 _GEMMA = {"sliding_window": 8, "layer_types": _MIXED, "query_pre_attn_scalar": 8}
+_GEMMA4 = _GEMMA | {"use_bidirectional_attention": "vision", "global_head_dim": 16}
 _COHERE = {"model_type": "cohere2", "sliding_window": 8, "layer_types": _MIXED}
 
 
@@ -357,18 +366,17 @@ _IMAGES = [
     _seen("gemma3", _GEMMA, _SIGLIP | _FINE, types="token_type_ids", config={"mm_tokens_per_image": 4}, seed=1),
     _seen(
         "gemma4",
-        _GEMMA | {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 16},
+        _GEMMA4 | {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY},
         _FINE | {"pooling_kernel_size": 2, "head_dim": 8, "num_key_value_heads": 4, "position_embedding_size": 16},
-        _PATCHES,
+        _patches(4),
         types="mm_token_type_ids",
         config={"video_token_id": VIDEO, "audio_token_id": AUDIO, "audio_config": None},
     ),
     _seen(
         "gemma4_unified",
-        _GEMMA | {"global_head_dim": 16},
+        _GEMMA4,
         {"patch_size": 1, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32},
-        _PATCHES,
-        tokens=16,
+        _patches(2),
         types="mm_token_type_ids",
         config={"video_token_id": VIDEO, "audio_token_id": AUDIO, "audio_config": None},
     ),
@@ -411,7 +419,7 @@ _IMAGES = [
     _seen(
         "granite_docling",
         {f"{name}_multiplier": 1.0 for name in ("embedding", "residual", "attention")},
-        _FINE | {"out_hidden_size": 32, "scale_factor": 2},
+        _FINE | {"out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0, 1]},
         _TILES,
         per_row=True,
     ),

@@ -85,6 +85,25 @@ def test_rows_start_after_their_padding() -> None:
     assert [match.tokens[:1] for match in rows.matches()] == [[7], [9]]
 
 
+def test_a_text_goes_on_as_its_source_does() -> None:
+    rows = BatchLookup([0, 1, 0], sources=[[4, 5, 6, 2], [7, 8], []])
+    assert rows.lengths == [0, 0, 0], "the whole prompt comes first"
+    rows.extend([[0, 4, 5], [0, 9, 8], [1, 3, 1]])
+    assert rows.lengths == [3, 3, 3]
+    assert [match.tokens[:2] for match in rows.matches()] == [[6, 2], [9, 8], [3, 1]]
+    rows.keep_rows([2, 0])
+    rows.extend([[3], [6]])
+    assert rows.lengths == [4, 4]
+    assert [match.tokens[:2] for match in rows.matches()] == [[1, 3], [2, 0]]
+
+
+def test_neither_source_nor_prompt_is_evidence() -> None:
+    rows, whole = BatchLookup([0], sources=[[5, 6] * 20]), Lookup()
+    rows.extend([[5, 6, 5]])
+    whole.extend([5, 6] * 21 + [5])
+    assert rows.matches() == [whole.match()]
+
+
 def test_a_chain_shares_the_nodes_the_tree_has() -> None:
     tree = DraftTree.from_parents(torch.tensor([[5, 1, 2, 3]]), torch.tensor([[0, 0, 0, 1]]))
     merged = tree.with_chains([[1, 3, 9, 9]])

@@ -79,16 +79,13 @@ def test_any_tree_gives_the_tokens_of_plain_generate(
     check_counts(*reports, in_a_row=1)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TARGETS if not kind.is_recurrent][:: 1 if ALL else 4], ids=str)
+# Recurrent layers have no static cache, and stock's own makes Gemma 4 Unified write another text.
+STATIC = [kind for kind in TARGETS if not kind.is_recurrent and str(kind) != "gemma4_unified"]
+
+
+@pytest.mark.parametrize("kind", STATIC if ALL else STATIC[::4], ids=str)
 def test_a_static_cache_gives_the_tokens_of_plain_generate(kind: MultimodalTarget) -> None:
     check_counts(check(kind, shown(kind, kind.letter), cache_implementation="static"), in_a_row=1)
-
-
-def followed(kind: MultimodalTarget, sequences: torch.Tensor, message: str) -> dict[str, Any]:
-    """The text so far and a new message, with the media of the message alone."""
-    new = kind.prompt(message, seed=7)
-    ids = torch.cat([sequences, new["input_ids"]], dim=1)
-    return new | {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | kind.types_of(ids)
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["at once", "after another call"])
@@ -100,7 +97,7 @@ def test_a_second_turn_goes_on_from_the_returned_cache(kind: MultimodalTarget, m
         first = answer(target, shown(kind, kind.letter), **drafting)
         if between:
             answer(target, kind.prompt(f".{kind.letter}{kind.letter}.", seed=3), **drafting)
-        inputs = followed(kind, first.sequences, message.replace("x", kind.letter))
+        inputs = kind.follow(first.sequences, message.replace("x", kind.letter), seed=7)
         own = {CACHE_KEYWORD: copy.deepcopy(first[CACHE_KEYWORD])}
         turns.append([first, answer(target, inputs, **own, **drafting)])
     for plain, found in zip(*turns, strict=True):

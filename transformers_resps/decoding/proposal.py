@@ -64,6 +64,7 @@ class Proposer:
         drafter: `None` to draft by lookup alone.
         text: grows from step to step; lookup reads it.
         pads: padding tokens before each row's prompt.
+        sources: see `BatchLookup`.
         reads_paths: see `Observation`.
         never_drafted: tokens that lookup does not propose.
     """
@@ -75,11 +76,12 @@ class Proposer:
         text: TextSoFar,
         pads: list[int],
         *,
+        sources: list[list[int]] | None = None,
         reads_paths: bool = False,
         never_drafted: frozenset[int] = frozenset(),
     ) -> None:
         self._policy, self._drafter, self._text = policy, drafter, text
-        self._lookup, self._reads_paths = BatchLookup(pads, never_drafted), reads_paths
+        self._lookup, self._reads_paths = BatchLookup(pads, sources=sources, never_drafted=never_drafted), reads_paths
 
     @property
     def reads_features(self) -> bool:

@@ -135,27 +135,38 @@ class BatchLookup:
 
     Args:
         pads: padding tokens before each row's prompt.
+        sources: what each row's text is written from, such as the encoder's tokens, read before the text: a match may
+            lie there. `None` for nothing.
         never_drafted: see `Lookup`.
     """
 
-    def __init__(self, pads: list[int], never_drafted: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        pads: list[int],
+        *,
+        sources: list[list[int]] | None = None,
+        never_drafted: frozenset[int] = frozenset(),
+    ) -> None:
         self._rows = [Lookup(never_drafted) for _ in pads]
         self._pads = pads
+        self._sources = [[] for _ in pads] if sources is None else sources
 
     @property
     def lengths(self) -> list[int]:
         """Positions of each row's text that were read, padding included."""
-        return [row.length + pads if row.length else 0 for row, pads in zip(self._rows, self._pads, strict=True)]
+        rows = zip(self._rows, self._pads, self._sources, strict=True)
+        return [row.length - len(source) + pads if row.length else 0 for row, pads, source in rows]
 
     def extend(self, rows: list[list[int]]) -> None:
         """Append to each row what was committed since its length; at first the whole prompt, padding included."""
-        for row, pads, tokens in zip(self._rows, self._pads, rows, strict=True):
-            row.extend(tokens if row.length else tokens[pads:])
+        for row, pads, source, tokens in zip(self._rows, self._pads, self._sources, rows, strict=True):
+            row.extend(tokens if row.length else source + tokens[pads:])
 
     def keep_rows(self, rows: list[int]) -> None:
         """Forget all rows but these."""
         self._rows = [self._rows[row] for row in rows]
         self._pads = [self._pads[row] for row in rows]
+        self._sources = [self._sources[row] for row in rows]
 
     def matches(self) -> list[Match]:
         """The match of every row."""

@@ -15,7 +15,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 
 from ..compat import CACHE_KEYWORD
 from ..tree import DraftTree
-from ..verifying.attention import GROUPED, STOCK, longrope_boundary
+from ..verifying.attention import GROUPED, STOCK, is_flash, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, window_of
 from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
 from ..verifying.verifier import TreeVerifier
@@ -67,6 +67,8 @@ PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "video_position_ids",
     "video_second_per_grid",
 }
+# `model_type` where a placeholder stands for each block of merged patches; HunYuan adds some for the ends of lines.
+_MERGED_PATCHES = ("qwen", "glm", "cosmos", "exaone", "paddleocr")
 _MEDIA = ("image", "video", "audio", "vision")
 # Of these, images, videos and sounds themselves.
 _PIXELS = tuple(
@@ -175,8 +177,8 @@ def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapp
     found = 0 if needed is None else int((prompts == model.config.image_token_id).sum())
     if needed is not None and found != needed:
         raise ValueError(
-            f"The prompt has {found} placeholders (token {model.config.image_token_id}), but its images need {needed}. "
-            "Pass the `input_ids` that the processor returned with them."
+            f"The prompt has {found} placeholders of images (token {model.config.image_token_id}), but the images "
+            f"need {needed}. Pass the `input_ids` that the processor returned with them."
         )
 
 
@@ -187,7 +189,7 @@ def _image_tokens_needed(config: PretrainedConfig, arguments: Mapping[str, Any])
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
     grids, images = arguments.get("image_grid_thw"), arguments.get("pixel_values")
     each = getattr(config, "mm_tokens_per_image", None)
-    if isinstance(grids, Tensor) and merge:
+    if isinstance(grids, Tensor) and merge and config.model_type.startswith(_MERGED_PATCHES):
         return int(grids.prod(dim=-1).sum()) // int(merge) ** 2
     if isinstance(images, Tensor) and images.dim() == 4 and each:
         return len(images) * int(each)
@@ -347,10 +349,15 @@ def check_model(model: PreTrainedModel) -> None:
     _check_layers(model, name)
     check_draws(model)
     attention = config._attn_implementation
-    if attention not in (STOCK, GROUPED, "eager"):
+    if attention not in (STOCK, GROUPED, "eager") and not is_flash(attention):
         raise ValueError(
-            f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa' or 'eager'. Call "
-            "`model.set_attn_implementation('sdpa')` first."
+            f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa', 'eager' or "
+            "FlashAttention. Call `model.set_attn_implementation('sdpa')` first."
+        )
+    if is_flash(attention) and not model._supports_sdpa:
+        raise ValueError(
+            f"{name} runs with attn_implementation={attention!r}, which takes no draft trees, and does not support "
+            "'sdpa', which would. Call `model.set_attn_implementation('eager')` first."
         )
 
 
@@ -445,13 +452,15 @@ _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contaminati
 
 
 def check_tree_attention(target: PreTrainedModel) -> None:
-    """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one.
+    """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one and
+    attends to trees as to texts.
 
     Raises:
         ValueError: a node's logits depend on its siblings, or the forward fails on a tree's mask.
     """
-    model_type = target.config.get_text_config().model_type
-    if model_type in _COMPARED:
+    config = target.config.get_text_config()
+    model_type = config.model_type
+    if model_type in _COMPARED and not is_flash(config._attn_implementation):
         return
     try:
         error, scale = _tree_error(target)

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..policies.base import Policy
-from .request import Call, CompileChoice, Keywords, Request, SpeculationState
+from .request import CONFIG_KEYWORDS, Call, CompileChoice, Keywords, Request, SpeculationState
 from .speculation import speculate
 
 
@@ -36,6 +36,16 @@ class ReSpSGenerationMixin(GenerationMixin):
     def speculation_state(self) -> SpeculationState:
         """What this model keeps from call to call."""
         return SpeculationState()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained`. What its `generation_config` says of speculation can be loaded again.
+
+        Of a config that calls itself a copy of the model's Transformers 5.24 loads the settings that it knows.
+        """
+        config = self.generation_config
+        if config is not None and not vars(config).keys().isdisjoint(CONFIG_KEYWORDS):
+            config._from_model_config = False
+        cast(Any, super()).save_pretrained(*args, **kwargs)
 
     def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
         self,

@@ -25,12 +25,15 @@ from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
+from ..verifying.attention import is_flash
 from ..verifying.slots import SlotEngine
 from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
 
 
 AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
 PLAIN: Literal["plain"] = "plain"  # stock decoding, whatever `attach` was given
+# The keywords that a `generation_config` may hold, as JSON of these types.
+CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool}
 # True compiles at the first step, "auto" when eager steps have taken as long as compiling will
 CompileChoice = bool | Literal["auto"]
 
@@ -154,11 +157,7 @@ class SpeculationDefaults(Keywords):
 
     def fill(self, call: Keywords) -> Keywords:
         """The keywords of a call, filled up from these; a call with an assistant of Transformers' own takes none."""
-        if call.has_stock_assistant:
-            return call
-        filled = call.or_else(self)
-        speculates = filled.assistant_model is not None or filled.policy is not None
-        return filled if speculates else replace(filled, lockstep=call.lockstep, compile=call.compile)
+        return call if call.has_stock_assistant else call.or_else(self)
 
 
 class NamedHeads:
@@ -231,13 +230,14 @@ class SpeculationState:
         self.evaluation_mode = EvaluationMode()
         self.slot_engine = SlotEngine()
         self.draft_engines = DraftEngines()
-        self._has_verified_trees = False
+        self._verified_trees = set[bool]()  # with FlashAttention and without
 
     def check_trees(self, model: PreTrainedModel) -> None:
         """Check, once, that the model can verify a draft tree; see `check_tree_attention`."""
-        if not self._has_verified_trees:
+        reads_by_flash = is_flash(model.config.get_text_config()._attn_implementation)
+        if reads_by_flash not in self._verified_trees:
             check_tree_attention(model)
-            self._has_verified_trees = True
+            self._verified_trees.add(reads_by_flash)
 
     def __reduce__(self) -> tuple[type["SpeculationState"], tuple[SpeculationDefaults]]:
         return SpeculationState, (self.defaults,)
@@ -272,7 +272,7 @@ class Call(NamedTuple):
         for config in (self.config, own):
             if keywords.is_plain:  # whatever the next config says
                 break
-            keywords = keywords.or_else(Keywords(policy=_saved(config, "policy"), lockstep=_saved(config, "lockstep")))
+            keywords = keywords.or_else(Keywords(**{name: _saved(config, name) for name in CONFIG_KEYWORDS}))
         return keywords
 
 
@@ -316,7 +316,7 @@ class Request:
             if defaults.eval_mode:
                 stack.enter_context(state.evaluation_mode.held(model, keywords.head))
             if keywords.head is None and keywords.policy is None:
-                _check_stock(keywords)
+                _check_stock(call.keywords)  # what a config or `attach` says waits for a call that speculates
                 yield cls(keywords.assistant_model)
                 return
             yield cls._speculative(model, state, call, keywords, stack)
@@ -358,7 +358,7 @@ class Request:
 
 def _saved(config: GenerationConfig | None, name: str) -> Any:
     """What a `generation_config.json` says of a keyword; Transformers itself refuses an `assistant_model` there."""
-    kind = {"policy": str, "lockstep": bool}[name]
+    kind = CONFIG_KEYWORDS[name]
     value = getattr(config, name, None)
     if not isinstance(value, kind | None):
         raise ValueError(

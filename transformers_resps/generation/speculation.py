@@ -11,11 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     CompileConfig,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
+    StaticCache,
     StoppingCriteriaList,
 )
 
@@ -23,11 +25,11 @@ from ..compat import CACHE_KEYWORD
 from ..decoding.loop import TreeDecoding
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
-from ..telemetry import SpeculationReport
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import stop_recording
 from ..verifying.forward import Features, TargetForward, are_outputs, is_compiled
 from ..verifying.hybrids import is_recurrent
+from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
 from ..verifying.slots import SlotEngine
 from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
 from .checks import check_forward_arguments, check_lengths, check_synced, holds_more_than_tokens, placeholder_ids
@@ -70,12 +72,12 @@ def speculate(
         ValueError: the call has what a tree cannot take.
     """
     with ExitStack() as stack:
-        if streamer is not None:
-            stack.callback(streamer.end)  # whatever happens: a consumer may be waiting for it
         check_synced(model_kwargs.get("synced_gpus"))
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
         check_forward_arguments(target, input_ids, model_kwargs)
+        static = None
         if generation_config.cache_implementation == "static":  # trees decode over slots, whatever reads the prompt
+            static = model_kwargs[CACHE_KEYWORD]
             model_kwargs[CACHE_KEYWORD] = DynamicCache(config=target.config.get_text_config(decoder=True))
         inputs = GenerateInputs(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
@@ -85,18 +87,21 @@ def speculate(
             check_lengths(target, inputs.cache, input_ids.shape[1], positions, inputs.max_length)
         stack.callback(stop_recording, inputs.cache)
         batch = _batch(target, request.lockstep, inputs)
-        report = _decode(target, state, request, batch, inputs)
+        decoding = _decode(target, state, request, batch, inputs)
+    if streamer is not None:
+        streamer.end()  # of a whole answer only, as in stock: who calls tells the reader of an error
+    report = decoding.report
     report.answers = batch.answers(input_ids.shape[1])
     if not generation_config.return_dict_in_generate:
         return batch.input_ids
     kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
-    kept[CACHE_KEYWORD] = inputs.cache if len(batch) == 1 or inputs.is_cache_given else None
+    kept[CACHE_KEYWORD] = _returned_cache(target, state, decoding, inputs, static)
     return SpeculativeOutput(**kept, speculation=report)
 
 
 def _decode(
     target: PreTrainedModel, state: SpeculationState, request: Request, batch: Batch, inputs: "GenerateInputs"
-) -> SpeculationReport:
+) -> TreeDecoding:
     """Prefill, then one step after another until all texts are finished."""
     assert request.policy is not None
     bound, kwargs = request.bound, inputs.model_kwargs
@@ -113,13 +118,35 @@ def _decode(
             max_length=inputs.max_length,
             never_drafted=placeholder_ids(target.config),
             draft_engine=draft_engine,
+            keeps_ended=inputs.makes_cache,
         )
         decoding.prefill(_reader(target, verifier, inputs))
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
                 decoding.step()
     state.slot_engine.note(decoding.report.seconds)
-    return decoding.report
+    return decoding
+
+
+def _returned_cache(
+    target: PreTrainedModel,
+    state: SpeculationState,
+    decoding: TreeDecoding,
+    inputs: "GenerateInputs",
+    static: StaticCache | None,
+) -> Cache:
+    """The cache that plain decoding returns: of all rows, and in the `static` one if the caller asked for that."""
+    ended, tokens, prompt_mask = decoding.ended, decoding.batch.input_ids, inputs.model_kwargs["attention_mask"]
+    if not ended:
+        cache: Cache = inputs.cache
+        return cache if static is None else fill_static(static, cache)
+
+    def make() -> Cache:
+        with state.evaluation_mode.held(target):
+            cache = whole_cache(target, [ended[row] for row in range(len(tokens))], tokens, prompt_mask)
+        return cache if static is None else fill_static(static, cache)
+
+    return UnreadDynamicCache(make) if static is None else UnreadStaticCache(make)
 
 
 def _reader(
@@ -162,6 +189,11 @@ class GenerateInputs:
         return bool(getattr(self.cache, "_is_user_defined", False))
 
     @property
+    def makes_cache(self) -> bool:
+        """Whether several rows get a cache back that is not the caller's."""
+        return bool(self.config.return_dict_in_generate and len(self.input_ids) > 1 and not self.is_cache_given)
+
+    @property
     def keeps_scores(self) -> bool:
         return bool(self.config.return_dict_in_generate and self.config.output_scores)
 
@@ -181,6 +213,7 @@ class GenerateInputs:
             keep_scores=self.keeps_scores,
             keep_logits=self.keeps_logits,
             keep_padding=self.is_cache_given,
+            stops_at_ends=self.makes_cache and len(input_ids) > 1,
         )
 
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
@@ -17,7 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..compat import unwrapped
+from ..compat import load_model, unwrapped
 from ..data import Example, choose_draft_vocabulary
 from ..generation.attach import attach
 from ..heads import DraftHead, DraftHeadConfig, pair_identity
@@ -50,7 +49,7 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
         return target
     given = init_kwargs or {}
     check_target_name(target, **_places(given))
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **given}))
+    return cast(PreTrainedModel, load_model(target, **{"dtype": "auto", **given}))
 
 
 def check_target_name(target: str, **hub: Any) -> None:

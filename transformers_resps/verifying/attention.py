@@ -7,8 +7,9 @@ in bfloat16 on Zen 4 takes 0.12 ms after 800 positions instead of 0.59, three no
 positions 0.36 ms instead of 0.55 (the study `attention_speed`). On accelerators it was not timed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..tree import DraftTree
 from .cache import cached_length, visible_length, window_of
@@ -104,9 +106,11 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
 
     A layer asks its config for the name at each forward, so the name changes for the forward over a tree alone:
     prompts, and whoever else runs the target between two steps, attend by `sdpa` bit for bit. Calls in other threads
-    may see either name, so both give the same result, up to rounding.
+    may see either name, so both give the same result, up to rounding. FlashAttention keeps its name and takes trees.
     """
     config = target.config.get_text_config()
+    if is_flash(config._attn_implementation):
+        _take_trees(config._attn_implementation)
     if config._attn_implementation != STOCK:
         yield
         return
@@ -116,6 +120,35 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
     finally:
         if config._attn_implementation == GROUPED:  # not if another one was chosen meanwhile
             config._attn_implementation = STOCK
+
+
+def is_flash(attention: str) -> bool:
+    """Whether an attention implementation is FlashAttention, of any release or from the Hub."""
+    return "flash" in attention and not attention.startswith("paged|")
+
+
+def _take_trees(attention: str) -> None:
+    """Let a FlashAttention, as it is registered, attend to trees. The name of a target's attention does not change,
+    since a call in another thread may read a prompt meanwhile.
+    """
+    function: Any = ALL_ATTENTION_FUNCTIONS[attention]
+    if getattr(function, "func", None) is not _flash_or_tree:
+        AttentionInterface.register(attention, partial(_flash_or_tree, function))
+
+
+def _flash_or_tree(
+    flash: Callable[..., Any],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **options: Any,
+) -> Any:
+    """`flash`, which takes masks `[b, s]` of padding alone; with a mask for each node `grouped_attention`."""
+    takes = flash if attention_mask is None or attention_mask.dim() < 4 else grouped_attention
+    return takes(module, query, key, value, attention_mask, *args, **options)
 
 
 def tree_positions(tree: DraftTree, root_positions: Tensor | float) -> Tensor:
