@@ -24,7 +24,7 @@ from .tokenizers import letter_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
-PAGES.append(ROOT / "training" / "benchmarking" / "RESULTS.md")
+PAGES += [ROOT / "training" / "PUBLISHING.md", ROOT / "training" / "benchmarking" / "RESULTS.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEMPLATE = (
     "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"

@@ -12,6 +12,7 @@ ROOT = README.parent
 STUDIES = ROOT / "training" / "studies"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", STUDIES / "HEADROOM.md"]
 PAGES += [STUDIES / "LOG.md", STUDIES / "BENCHMARKS.md", ROOT / "training" / "benchmarking" / "RESULTS.md"]
+PAGES.append(ROOT / "training" / "PUBLISHING.md")
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
 MAX_LINES_OF_DOCS = 1400  # but for the reference that `make docs` writes

@@ -120,8 +120,8 @@ def check_card(card: Any, source: str | Path) -> None:
     """
     if faults := list(_card_faults(card)):
         raise UnreadableArtefactError(
-            f"The `card` of {source} is invalid: {'; '.join(faults)}. See docs/publish.md for its fields, and quote "
-            "words that YAML reads as another type, such as 'no'."
+            f"The `card` of {source} is invalid: {'; '.join(faults)}. See training/PUBLISHING.md for its fields, and "
+            "quote words that YAML reads as another type, such as 'no'."
         )
 
 
