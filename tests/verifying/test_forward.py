@@ -11,10 +11,10 @@ from transformers_resps.verifying.forward import FeatureTap, TargetForward, deco
 TEXT = torch.tensor([[3, 4, 5, 6, 7]])
 
 
-@pytest.mark.parametrize("kind", TARGETS, ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in TARGETS if str(kind) != "mllama"], ids=str)
 @torch.no_grad()
 def test_layers_are_the_text_decoders_where_a_tower_has_as_many(kind: MultimodalTarget) -> None:
-    """A text alone runs no tower."""
+    """A text alone runs no tower. Mllama then skips the layers that see images, too."""
     target = kind.build()
     layers = list(range(len(decoder_layers(target)) + 1))
     with FeatureTap(target, layers) as tap, tap.record() as features:
@@ -24,8 +24,8 @@ def test_layers_are_the_text_decoders_where_a_tower_has_as_many(kind: Multimodal
 
 @torch.no_grad()
 def test_a_prompt_in_parts_gives_all_features_and_the_last_positions() -> None:
-    """PaliGemma's decoder counts from 1."""
-    target = next(kind for kind in TARGETS if str(kind) == "paligemma").build()
+    """As PaliGemma does, the decoder is told to count from 1."""
+    target = next(kind for kind in TARGETS if str(kind) == "llava").build()
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
 
     def read() -> int:

@@ -143,6 +143,7 @@ class BatchLookup:
     def __init__(
         self,
         pads: list[int],
+        *,
         sources: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
     ) -> None:
@@ -163,9 +164,9 @@ class BatchLookup:
 
     def keep_rows(self, rows: list[int]) -> None:
         """Forget all rows but these."""
-        self._rows, self._pads, self._sources = (
-            [part[row] for row in rows] for part in (self._rows, self._pads, self._sources)
-        )
+        self._rows = [self._rows[row] for row in rows]
+        self._pads = [self._pads[row] for row in rows]
+        self._sources = [self._sources[row] for row in rows]
 
     def matches(self) -> list[Match]:
         """The match of every row."""

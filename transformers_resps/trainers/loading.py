@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -16,7 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..compat import unwrapped
+from ..compat import load_model, unwrapped
 from ..data import Example, choose_draft_vocabulary
 from ..generation.attach import attach
 from ..heads import DraftHead, DraftHeadConfig, pair_identity
@@ -49,7 +49,7 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
         return target
     given = init_kwargs or {}
     check_target_name(target, **_places(given))
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **given}))
+    return cast(PreTrainedModel, load_model(target, **{"dtype": "auto", **given}))
 
 
 def check_target_name(target: str, **hub: Any) -> None:
@@ -90,6 +90,17 @@ def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedToke
             "target's own, or leave `processing_class` out."
         )
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_processor(target: PreTrainedModel, given: Any = None) -> ProcessorMixin | None:
+    """The processor of images that was given, or lies where the target came from; `None` if there is none."""
+    if given is not None or not target.config.name_or_path:
+        return given if isinstance(given, ProcessorMixin) else None
+    try:
+        found = AutoProcessor.from_pretrained(target.config.name_or_path)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, ProcessorMixin) else None
 
 
 def end_tokens(target: PreTrainedModel) -> set[int]:
