@@ -102,10 +102,11 @@ class MultimodalTarget:
             inputs[self.types] = sum(((ids == token) * kind for token, kind in self.kinds.items()), ids * 0)
         return inputs
 
-    def follow(self, said: Tensor, message: str, seed: int = 0) -> dict[str, Tensor]:
-        """A prompt of what was said, `[b, s]` tokens whose media a cache holds, and of one more message."""
-        new = self.prompt(*[message] * len(said), seed=seed)
-        old = {"input_ids": said, "attention_mask": torch.ones_like(said), self.types: torch.zeros_like(said)}
+    def follow(self, said: Tensor, mask: Tensor, *messages: str, seed: int = 0) -> dict[str, Tensor]:
+        """What was said, `[b, s]` with the mask of its prompt and media that a cache holds, and a message to each row."""
+        new = self.prompt(*messages, seed=seed)
+        seen = torch.cat([mask, mask.new_ones(len(said), said.shape[1] - mask.shape[1])], dim=1)
+        old = {"input_ids": said, "attention_mask": seen, self.types: torch.zeros_like(said)}
         return {name: torch.cat([old[name], value], 1) if name in old else value for name, value in new.items()}
 
     def _tokens(self, row: str, generator: torch.Generator) -> list[int]:
@@ -524,3 +525,7 @@ _SOUNDS = [
 ]
 
 TARGETS = [target for target in _GRIDS + _IMAGES + _SOUNDS if target.model_type in CONFIG_MAPPING]
+
+
+def target_named(model_type: str) -> MultimodalTarget:
+    return next(target for target in TARGETS if target.model_type == model_type)
