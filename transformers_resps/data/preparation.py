@@ -327,12 +327,6 @@ class _Reader:
     processor: ProcessorMixin | None
     max_length: int
 
-    @property
-    def renderer(self) -> Any:
-        """What has the chat template; of a processor's two parts it may be either."""
-        has_own = self.processor is None or getattr(self.tokenizer, "chat_template", None) is not None
-        return self.tokenizer if has_own else self.processor
-
     def example_of(self, row: Row) -> tuple[Example, bool]:
         """The example of a row, perhaps with nothing to learn from, and whether only its first answer is used."""
         if self.kind == "input_ids":
@@ -349,7 +343,7 @@ class _Reader:
             ids = (asked + answered)[: self.max_length]
             return Example(_integers(ids), torch.arange(len(ids)) >= len(asked)), False
         parts = [as_messages(row[column], None) for column in self._columns]
-        pieces, is_shortened = self._pieces(parts, self.renderer, row)
+        pieces, is_shortened = self._pieces(parts, self.tokenizer, row)
         return _joined(pieces, self.tokenizer, self.max_length), is_shortened
 
     @property

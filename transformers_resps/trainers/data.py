@@ -197,6 +197,11 @@ class PolicyPrompts:
                 f"`{name}` has the columns {sorted(dataset.column_names)}, but needs `prompt` or `messages`. Rename "
                 "one with `dataset.rename_column`."
             )
+        if {"image", "images"} & set(dataset.column_names):
+            raise ValueError(
+                f"`{name}` has images, but policies learn from prompts of text. Leave out the column and the places "
+                "of the images; such a policy decodes prompts with images, too."
+            )
         found = cls({}, set())
         column = "prompt" if "prompt" in dataset.column_names else "messages"
         for number, row in enumerate(dataset):
