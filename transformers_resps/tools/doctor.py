@@ -17,6 +17,7 @@ from transformers.utils.logging import tqdm
 from ..data import Conversation, Example, make_example, prepare_dataset, to_tokens
 from ..data.conversations import load_rows
 from ..data.image_texts import cast_for, image_inputs
+from ..data.preparation import shows_images
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import EvaluationMode, SpeculationDefaults
 from ..heads import BoundHead, DraftHead, DraftHeadConfig
@@ -113,10 +114,10 @@ class Probe:
         head: DraftHead,
         readings: Sequence[Reading] | None = None,
         *,
-        shows_images: bool = False,
+        has_images: bool = False,
     ) -> None:
         self._target = target
-        self._readings = list(_readings(head.config, target, shows_images) if readings is None else readings)
+        self._readings = list(_readings(head.config, target, has_images) if readings is None else readings)
         self._drafters = [
             # prepacking would copy the weights for each reading, and so many rows at once do not need it
             BoundHead(_read_as(head, reading), target, is_prepacked=False)
@@ -176,19 +177,19 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Labelle
 
     Raises `ValueError` when the head belongs to another target, or fewer than two answers are long enough to score.
     """
-    probe = Probe(target, head, shows_images=any(answer.shown for answer in answers))
+    probe = Probe(target, head, has_images=any(answer.shown for answer in answers))
     probe.add(answers)
     return probe.diagnosis()
 
 
-def _readings(config: DraftHeadConfig, target: PreTrainedModel, shows_images: bool) -> Iterator[Reading]:
+def _readings(config: DraftHeadConfig, target: PreTrainedModel, has_images: bool) -> Iterator[Reading]:
     """Yield the configured reading first, then the others that this target has layers for."""
     assert config.feature_layers is not None and config.rope_parameters is not None
     layer_count = target.config.get_text_config().num_hidden_layers
     theirs = getattr(target.config.get_text_config(), "rope_parameters", None) or {}
     theirs = theirs.get("full_attention") or theirs  # in Gemma 3 each type of layers has its own
     tower = getattr(target.config, "vision_config", None)
-    is_ambiguous = shows_images and bool(getattr(tower, "deepstack_visual_indexes", None))
+    is_ambiguous = has_images and bool(getattr(tower, "deepstack_visual_indexes", None))
     base = config.rope_parameters["rope_theta"]
     bases = dict.fromkeys([base, *_BASES, *(b for b in [theirs.get("rope_theta")] if b)])
     for shift in _SHIFTS:
@@ -280,14 +281,14 @@ def refined(
     count: int,
     max_new_tokens: int,
     *,
-    shows_images: bool = False,
+    has_images: bool = False,
 ) -> Iterator[Diagnosis]:
     """Diagnose `head` on few and short answers, then on more and more long ones.
 
     Readings that the first look finds far worse are dropped, and its short answers do not count later. Ends when more
     answers would change nothing, or after `count` answers. Raises `ValueError` as `diagnose` does.
     """
-    probe = Probe(target, head, shows_images=shows_images)
+    probe = Probe(target, head, has_images=has_images)
     if count > _LOOK_ANSWERS or max_new_tokens > _LOOK_TOKENS:
         probe.add(source(0, min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS)))
         readings = None
@@ -295,7 +296,7 @@ def refined(
             look = probe.diagnosis()
             readings = look.worth_following
             yield look
-        probe = Probe(target, head, readings, shows_images=shows_images)
+        probe = Probe(target, head, readings, has_images=has_images)
     for start in range(0, count, _ROUND):
         end = min(start + _ROUND, count)
         probe.add(source(start, end, max_new_tokens))
@@ -333,8 +334,8 @@ def doctor(args: argparse.Namespace) -> int:
     target = load_target(args.target, args.dtype, args.device)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
     answers = about_images(args, target, tokenizer)
-    shows_images = bool(answers)
-    conversations = [] if shows_images else read_conversations(args, args.answers)
+    has_images = bool(answers)
+    conversations = [] if has_images else read_conversations(args, args.answers)
     answers = answers or answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
     questions = [] if answers else questions_in(conversations, args.answers)
     prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
@@ -345,7 +346,7 @@ def doctor(args: argparse.Namespace) -> int:
     with tqdm(desc="Answers", total=count, unit="answer", disable=None) as bar:
         source = source_of(target, answers, prompts, bar)
         try:
-            for found in refined(target, head, source, count, args.max_new_tokens, shows_images=shows_images):
+            for found in refined(target, head, source, count, args.max_new_tokens, has_images=has_images):
                 tried = max(tried, len(found.cells))
                 bar.clear()
                 print(f"{found.answers}/{count} answers: {found.verdict}", flush=True)
@@ -419,7 +420,7 @@ def about_images(
             if '"image' not in file.read(_LOOK_CHARACTERS):
                 return []
     rows = load_rows(args.dataset, args.split)
-    if not {"image", "images"} & set(rows.column_names):
+    if not shows_images(rows):
         return []
     processor = load_processor(target)
     how = {"max_length": args.max_length, "vocab_size": target.config.get_text_config().vocab_size}
