@@ -28,7 +28,7 @@ SECTIONS = {
         "docs/commands",
         "docs/glossary",
     ],
-    "Make your own": ["docs/train-a-head", "docs/tune-a-policy", "training/PUBLISHING"],
+    "Make your own": ["docs/train-a-head", "docs/train-on-images", "docs/tune-a-policy", "training/PUBLISHING"],
     "Results": [
         "docs/benchmarks",
         "training/studies/BENCHMARKS",
