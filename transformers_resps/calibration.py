@@ -109,7 +109,7 @@ def _check_pair(target: Any, head: Any) -> None:
             f"{type(head).__name__}. Load them with `AutoModelForCausalLM.from_pretrained` and "
             "`DraftHead.from_pretrained`."
         )
-    check_model(target)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
+    check_model(target, has_head=head is not None)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
 
 
 def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, Any]:

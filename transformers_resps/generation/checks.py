@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Module
-from transformers import Cache, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..compat import CACHE_KEYWORD
 from ..tree import DraftTree
 from ..verifying.attention import GROUPED, STOCK, is_flash, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, window_of
+from ..verifying.forward import TargetForward, is_compiled
 from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
 from ..verifying.verifier import TreeVerifier
 
@@ -37,6 +38,7 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "assistant_ensemble_weight": bool,
     "output_attentions": bool,
     "output_hidden_states": bool,
+    "return_token_timestamps": bool,
     "prefill_chunk_size": lambda value: value < 0,
 }
 _WAYS_OUT = {
@@ -44,6 +46,8 @@ _WAYS_OUT = {
     "output_hidden_states": "Get them from a plain call, since the head reads them itself",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
+# Of an encoder-decoder; whatever else its encoder takes has been used.
+_ENCODED = {"encoder_outputs", "decoder_attention_mask", "decoder_position_ids"}
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
 # What belongs to a prompt's images, videos, sounds and embeddings: stock `generate` hands it to the forwards that read
 # the prompt and to no other, or gives no new token any.
@@ -98,13 +102,14 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
             raise _refusal(f"`{name}`", f"Leave out `{name}`")
     if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
         raise _refusal(f"use_cache={arguments.get('use_cache', False)!r}", "Set `use_cache=True`")
-    _check_cache_settings(setting)
+    _check_cache_settings(model, setting)
     _check_user_cache(model, arguments)
 
 
-def _check_cache_settings(setting: Callable[[str], Any]) -> None:
+def _check_cache_settings(model: PreTrainedModel, setting: Callable[[str], Any]) -> None:
     implementation = setting("cache_implementation")
-    if implementation not in (None, "dynamic", "static", "hybrid"):  # stock unsets "hybrid", an old default of the Hub
+    known = (None, "dynamic", "hybrid")  # stock unsets "hybrid", an old default of the Hub
+    if implementation not in known + (() if model.config.is_encoder_decoder else ("static",)):
         raise _refusal(f"cache_implementation={implementation!r}", "Leave it out")
 
 
@@ -112,6 +117,10 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
     cache = arguments.get("cache", arguments.get("past_key_values"))
     if cache is None:
         return
+    if model.config.is_encoder_decoder:
+        if not isinstance(cache, EncoderDecoderCache):
+            raise _refusal(f"a `{type(cache).__name__}` for an encoder-decoder", "Pass an `EncoderDecoderCache`")
+        cache = cache.self_attention_cache
     check_cache(cache)
     made = DynamicCache(config=model.config.get_text_config(decoder=True))
     needed = [window_of(made, index) for index in range(len(made.layers))]
@@ -131,6 +140,8 @@ def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kw
         ValueError: names them.
     """
     known = _CARRIED | PROMPT_ARGUMENTS
+    if target.config.is_encoder_decoder:
+        known |= _ENCODED | set(inspect.signature(target.get_encoder().forward).parameters)
     unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in known)
     if unknown:
         raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
@@ -245,8 +256,11 @@ _ROUNDING_LAYERS = frozenset(
 _ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse a target whose architecture or attention cannot verify a draft tree.
+_ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
+
+
+def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
+    """Refuse a target whose architecture or attention cannot verify a draft tree, or an encoder-decoder with a head.
 
     Raises:
         ValueError: names the architecture and the reason.
@@ -254,10 +268,7 @@ def check_model(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     name = f"{type(model).__name__} ({config.model_type})"
     if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} is an encoder-decoder, but draft trees need a decoder-only model. Call `generate` without a head "
-            "and a policy."
-        )
+        _check_encoder_decoder(model, name, has_head=has_head)
     wrapper = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
     if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(
@@ -285,6 +296,24 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
+def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool) -> None:
+    if has_head:
+        raise ValueError(
+            f"{name} is an encoder-decoder, but a head needs a decoder-only target. Leave out the head and pass "
+            "`policy='auto'`, to draft from the source and the text so far."
+        )
+    missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
+    if missing:
+        raise ValueError(
+            f"{name} takes no {sorted(missing)}, so it cannot verify drafts. Call `generate` without a policy."
+        )
+    if is_compiled(model):
+        raise ValueError(
+            f"{name} was compiled, but an encoder-decoder verifies drafts as it is. Use the model as it was before it "
+            "was compiled, or call `generate` without a policy."
+        )
+
+
 def check_draws(model: Module) -> None:
     """Refuse a target or a head that draws random numbers in its forwards: a tree would draw others.
 
@@ -309,7 +338,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
         return "encodes positions by cache slot (alibi)"
     if "local" in (getattr(config, "attention_layers", None) or ()):
         return "counts the window of its local layers in cache slots"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not model.config.is_encoder_decoder and "position_ids" not in inspect.signature(model.forward).parameters:
         return "takes no `position_ids`"
     odd = layer_kinds(model) - _LAYER_KINDS
     if odd:
@@ -375,20 +404,24 @@ _LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
 
 
-def check_tree_attention(target: PreTrainedModel) -> None:
+def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
     """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one and
-    attends to trees as to texts.
+    attends to trees as to texts. An encoder-decoder has to verify chains.
+
+    Args:
+        make_forward: the target's without a head, for one row and over a new cache that grows.
 
     Raises:
         ValueError: a node's logits depend on its siblings, or the forward fails on a tree's mask.
     """
+    target = make_forward().target
     config = target.config.get_text_config()
     model_type = config.model_type
     if model_type in _COMPARED and not is_flash(config._attn_implementation):
         return
     try:
-        error, scale = _tree_error(target)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as failure:
+        error, scale = _tree_error(target, make_forward)
+    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as failure:
         raise ValueError(
             f"{type(target).__name__} ({model_type}) fails on a draft tree's cache, positions and mask "
             f"({type(failure).__name__}: {failure}). Call `generate` without a head and a policy."
@@ -401,36 +434,39 @@ def check_tree_attention(target: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
+def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[float, float]:
     """The largest difference of logits between tree and text, and the largest logit.
 
-    The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on.
+    The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on. Of an
+    encoder-decoder a chain, of which 0, 1, 2 are kept.
     """
     vocabulary = target.config.get_text_config().vocab_size
     tokens = torch.arange(1, 11, device=target.device).remainder(vocabulary)[None]
     prompt, nodes, after = tokens[:, :4], tokens[:, 4:9], tokens[:, 9:]
-    tree = DraftTree.from_parents(nodes, torch.tensor([[0, 0, 0, 1, 2]], device=target.device))
-    path = torch.tensor([[0, 2, 4]], device=target.device)
-    with TreeVerifier.of(target, prompt.shape[1]) as verifier:
+    is_chain = target.config.is_encoder_decoder
+    parents, kept = ([0, 0, 1, 2, 3], [0, 1, 2]) if is_chain else ([0, 0, 0, 1, 2], [0, 2, 4])
+    tree = DraftTree.from_parents(nodes, torch.tensor([parents], device=target.device))
+    path = torch.tensor([kept], device=target.device)
+    positions = torch.arange(prompt.shape[1], device=target.device)[None]
+    with TreeVerifier(make_forward(), positions) as verifier:
         verifier.prefill(prompt)
         verified, _ = verifier.verify(tree)
         verifier.keep(path, path.tolist())
         last, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
-    expected = _stepped(target, prompt, torch.cat([nodes.gather(1, path), after], dim=1))
+    expected = _stepped(make_forward(), prompt, torch.cat([nodes.gather(1, path), after], dim=1))
     found = torch.cat([verified[:, path[0]], last], dim=1)
     return float((found - expected).abs().max()), float(expected.abs().max())
 
 
-def _stepped(target: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> Tensor:
+def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
     """The logits `[1, t, v]` of tokens `[1, t]` that are read one by one after a prompt, as plain decoding reads them.
 
     Mamba-2 reads several at once with other time steps.
     """
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    logits, start = [], 0
+    logits, start = list[Tensor](), 0
     for part in (prompt, *tokens.split(1, dim=1)):
         positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
-        inputs = {"input_ids": part, "position_ids": positions, "use_cache": True, CACHE_KEYWORD: cache}
-        logits.append(target(**inputs).logits[:, -1:])
+        outputs: Any = forward.target(**forward.inputs(part, None, positions), use_cache=True)
+        logits.append(outputs.logits[:, -1:])
         start += part.shape[1]
     return torch.cat(logits[1:], dim=1)

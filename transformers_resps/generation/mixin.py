@@ -93,7 +93,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         }
         # By name, and only what was given: a model class may have a `generate` of its own.
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
-        prompts = kwargs.get("input_ids") if inputs is None else inputs
+        prompts = kwargs.get(cast(Any, self).main_input_name, kwargs.get("input_ids")) if inputs is None else inputs
         keywords = Keywords(assistant_model, policy, lockstep, compile)
         call = Call(keywords, generation_config, arguments, 1 if prompts is None else len(prompts))
         with Request.read(cast(PreTrainedModel, self), self.speculation_state, call) as request:
@@ -123,9 +123,13 @@ class ReSpSGenerationMixin(GenerationMixin):
             return cast(Any, super())._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
         return speculate(cast(PreTrainedModel, self), self.speculation_state, request, *args, **kwargs)
 
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        """Where stock `generate` goes without an assistant; a policy alone drafts by lookup."""
+    def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
+        """Where stock `generate` goes without an assistant; a policy alone drafts by lookup.
+
+        `inputs_tensor`, which an encoder has read, comes only to a method that names it.
+        """
         request = _request.get()
         if request is None or request.policy is None or request.bound is not None:
             return cast(Any, super())._sample(*args, **kwargs)
+        kwargs["inputs_tensor"] = inputs_tensor
         return speculate(cast(PreTrainedModel, self), self.speculation_state, request, *args, **kwargs)
