@@ -28,7 +28,7 @@ ROOMS = {
     "data": "hub heads",
     "replay": "tree verifying heads telemetry policies drafting decoding",
     "trainers": "compat hub tree verifying heads telemetry policies drafting generation calibration data replay",
-    "tools": "hub tree verifying heads telemetry policies generation calibration testing data trainers",
+    "tools": "compat hub tree verifying heads telemetry policies generation calibration testing data trainers",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in ROOMS.items()}
 

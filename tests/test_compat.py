@@ -1,4 +1,4 @@
-"""What a command needs beside the base install is named in one line, before any work."""
+"""What a command needs beside the base install is named in one line; and a target is loaded as what it is."""
 
 import runpy
 import sys
@@ -11,6 +11,8 @@ from packaging.requirements import Requirement
 
 from benchmarking.command import main as benchmark
 from examples.demo import __main__ as demo
+from tests.image_processors import image_target
+from tests.targets import Architecture
 from transformers_resps import compat
 from transformers_resps.compat import check_extra
 
@@ -90,3 +92,14 @@ def test_a_training_script_stops_with_one_line(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "training" / f"{script}.py"), run_name="__main__")
     assert "'transformers-resps[train]'" in str(ended.value.code) and "\n" not in str(ended.value.code)
+
+
+@pytest.mark.parametrize(("model_type", "sees"), [("llama", False), ("gemma3", True), ("qwen3_vl", True)])
+def test_a_model_is_loaded_with_its_tower(model_type: str, sees: bool, tmp_path: Path) -> None:
+    """`AutoModelForCausalLM` has no class for Qwen3-VL."""
+    if sees:
+        image_target(model_type).save_pretrained(tmp_path)
+    else:
+        Architecture(model_type).build("sdpa").save_pretrained(tmp_path)
+    target = compat.load_model(str(tmp_path), dtype="float32", local_files_only=True)
+    assert ("image" in target.input_modalities) == sees

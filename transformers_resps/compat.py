@@ -1,4 +1,4 @@
-"""What differs between installations: the releases of Hugging Face's libraries, a PEFT wrapper, the extras.
+"""What differs between installations: releases and Auto classes of Hugging Face, a PEFT wrapper, the extras.
 
 Each line about a release says when it can go.
 """
@@ -31,8 +31,29 @@ HAS_RECURRENT_STATES = Version("5.24") <= _INSTALLED
 # when 5.23 is the lowest release we support.
 SELECTS_HIDDEN_STATES = Version("5.23") <= _INSTALLED
 
+_CONFIG_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder"}
+
 # A broken connection, as huggingface_hub reports it. Goes when the lowest release we support has moved to httpx2.
 TransportError = httpx.HTTPError
+
+
+def load_model(name: str, **options: Any) -> Any:
+    """A model from a folder or the Hub that writes text, with its towers where `AutoModelForCausalLM` has no class.
+
+    `options` are of `from_pretrained`.
+    """
+    from transformers import (  # only here: half a second
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForMultimodalLM,
+    )
+
+    kept = {key: options[key] for key in _CONFIG_OPTIONS & options.keys()}
+    kind = type(AutoConfig.from_pretrained(name, **kept))
+    sees = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return (AutoModelForMultimodalLM if sees else AutoModelForCausalLM).from_pretrained(name, **options)
 
 
 def unwrapped(model: Any) -> Any:

@@ -86,7 +86,7 @@ def test_rows_start_after_their_padding() -> None:
 
 
 def test_a_text_goes_on_as_its_source_does() -> None:
-    rows = BatchLookup([0, 1, 0], [[4, 5, 6, 2], [7, 8], []])
+    rows = BatchLookup([0, 1, 0], sources=[[4, 5, 6, 2], [7, 8], []])
     assert rows.lengths == [0, 0, 0], "the whole prompt comes first"
     rows.extend([[0, 4, 5], [0, 9, 8], [1, 3, 1]])
     assert rows.lengths == [3, 3, 3]
@@ -98,7 +98,7 @@ def test_a_text_goes_on_as_its_source_does() -> None:
 
 
 def test_neither_source_nor_prompt_is_evidence() -> None:
-    rows, whole = BatchLookup([0], [[5, 6] * 20]), Lookup()
+    rows, whole = BatchLookup([0], sources=[[5, 6] * 20]), Lookup()
     rows.extend([[5, 6, 5]])
     whole.extend([5, 6] * 21 + [5])
     assert rows.matches() == [whole.match()]

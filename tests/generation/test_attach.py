@@ -1,6 +1,7 @@
 """`attach` and `detach`, copies, adapters and pipelines: a model stays what it was."""
 
 import copy
+import functools
 import math
 import pickle
 from typing import Any
@@ -8,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.lossless.answering import both
 from tests.targets import Architecture
@@ -127,3 +126,38 @@ def test_the_pipeline_takes_a_head(target: PreTrainedModel, head: DraftHead) -> 
     plain = pipeline("text-generation", model=target, tokenizer=tokenizer)("bdfh", **options)
     tree = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=head)("bdfh", **options)
     assert tree == plain
+
+
+def test_a_model_with_a_custom_generate_folder_is_refused_until_its_own_generate_is_gone(
+    prompt: torch.Tensor, tmp_path: Any
+) -> None:
+    """Loading puts that function into the object, in front of its class and of whatever `attach` would put there."""
+    Architecture("llama").build("sdpa").save_pretrained(tmp_path)
+    (tmp_path / "custom_generate").mkdir()
+    code = "def generate(model, *args, **kwargs):\n    return 'custom'\n"
+    (tmp_path / "custom_generate" / "generate.py").write_text(code)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"`generate` of its own .* `custom_generate` .* Call `del model.generate`"):
+        attach(model, policy="auto")
+    assert model.generate(input_ids=prompt) == "custom", "the refusal changed nothing"
+    del model.generate
+    found = attach(model, policy="auto").generate(prompt, max_new_tokens=4, return_dict_in_generate=True)
+    assert found.speculation is not None
+
+
+def test_a_wrapper_around_the_generate_of_an_attached_model_stays_and_defaults_may_change(
+    prompt: torch.Tensor,
+) -> None:
+    model: Any = attach(Architecture("llama").build("sdpa"))
+    model.generate = functools.partial(model.generate, max_new_tokens=3, return_dict_in_generate=True)
+    assert attach(model, policy="auto").generate(prompt).speculation is not None
+
+
+def test_a_compiled_model_is_refused_with_the_order_that_works(prompt: torch.Tensor) -> None:
+    model = Architecture("llama").build("sdpa")
+    with pytest.raises(ValueError, match="of `torch.compile`.* Call `attach` on the model first"):
+        attach(torch.compile(model))
+    found = torch.compile(attach(model)).generate(
+        prompt, policy="auto", max_new_tokens=4, return_dict_in_generate=True
+    )
+    assert found.speculation is not None

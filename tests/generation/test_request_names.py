@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedModel, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, pipeline
 
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape, attach, detach
@@ -134,6 +134,31 @@ def test_a_config_may_say_auto_and_its_rows_may_be_ragged(model: Any, prompt: to
     model.generation_config.policy = "auto"
     assert detach(copy.deepcopy(model)).generate(prompt, max_new_tokens=3).shape[1] == prompt.shape[1] + 3
     assert model.generate(prompt, **REPORTED).speculation is not None
+
+
+@pytest.mark.parametrize(
+    "saved", [{"policy": "auto", "lockstep": False}, {"policy": "plain"}, {"lockstep": True}], ids=str
+)
+def test_what_a_models_own_config_says_survives_saving(model: Any, tmp_path: Path, saved: dict[str, Any]) -> None:
+    """Also where the config began as a copy of the model's, of which Transformers loads only what it knows."""
+    attach(model)
+    assert model.generation_config._from_model_config
+    for name, value in saved.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert {name: getattr(loaded, name) for name in saved} == saved
+
+
+def test_a_config_that_says_nothing_is_saved_as_it_was(model: Any, tmp_path: Path) -> None:
+    attach(model).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config._from_model_config
+
+
+def test_lockstep_in_a_config_waits_for_a_call_that_speculates(model: Any, prompt: torch.Tensor) -> None:
+    attach(model).generation_config.lockstep = False
+    assert not hasattr(model.generate(prompt, **REPORTED), "speculation")
+    assert model.generate(prompt, policy="auto", **REPORTED).speculation is not None
 
 
 def test_plain_in_a_config_or_a_call_is_stock_decoding(model: Any, prompt: torch.Tensor, head_folder: str) -> None:

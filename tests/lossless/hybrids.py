@@ -13,18 +13,26 @@ SAMPLED = {"do_sample": True, "temperature": 0.9}
 
 
 class AnyShape(Policy):
-    """Draws another shape at every step: wide, deep, chains, looked up, and plain."""
+    """Draws another shape at every step: wide, deep, chains, looked up, and plain.
+
+    Args:
+        seed: of the shapes.
+        breadth: of the wide ones.
+    """
 
     needs_head = False
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, breadth: int = VOCABULARY) -> None:
+        self.breadth = breadth
         self.generator = torch.Generator().manual_seed(seed)
 
     def _number(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=self.generator))
 
     def choose(self, observation: Observation) -> TreeShape:
-        depth, top_k = ((0, 1), (2, 7), (3, 7), (2, 7), (5, 1), (4, 2))[self._number(0, 6)]
+        depth, top_k = ((0, 1), (2, self.breadth), (3, self.breadth), (2, self.breadth), (5, 1), (4, 2))[
+            self._number(0, 6)
+        ]
         return TreeShape(self._number(4, 40), depth, top_k, lookup=self._number(0, 2) * self._number(0, 6))
 
 

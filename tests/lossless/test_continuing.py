@@ -1,13 +1,15 @@
 """Going on from the cache of an earlier call: the text and the cache of plain decoding, whoever wrote the cache."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, set_seed
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache, set_seed
 
 from tests.caches import check_equal_caches
+from tests.recurrent_targets import RecurrentArchitecture, recurrent
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
@@ -16,6 +18,7 @@ from transformers_resps.compat import CACHE_KEYWORD
 WIDE = FixedPolicy(TreeShape(40, 3, VOCABULARY))  # so wide that most picks are drafted
 BOTH = FixedPolicy(TreeShape(24, 3, VOCABULARY, lookup=6))
 SAMPLED = {"do_sample": True, "temperature": 0.9}
+WINDOWS = [each for each in ARCHITECTURES if str(each) in ("llama", "gemma3_text")]  # one has none, one has several
 
 
 def tokens(count: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
@@ -121,7 +124,7 @@ def test_a_prompt_read_once_begins_many_answers(target: PreTrainedModel, head: D
     assert answer(target, head, text, cache).sequences.tolist() == answer(target, None, text).sequences.tolist()
 
 
-@pytest.mark.parametrize("architecture", [each for each in ARCHITECTURES if str(each) in ("llama", "gemma3_text")])
+@pytest.mark.parametrize("architecture", WINDOWS, ids=str)
 def test_a_batch_goes_on_from_its_own_cache(architecture: Architecture) -> None:
     """Rows padded on the left, one of them ended early: its padding stands in the cache as in plain decoding."""
     target = attach(architecture.build("sdpa"))
@@ -149,9 +152,97 @@ def test_a_batch_goes_on_from_its_own_cache(architecture: Architecture) -> None:
         assert ours.speculation.target_forwards < ours.sequences.shape[1]
 
 
-def test_a_batch_whose_cache_was_not_asked_for_hands_none_back(target: PreTrainedModel, head: DraftHead) -> None:
-    for lockstep in (None, True):
-        assert getattr(answer(target, head, tokens(5, rows=2), lockstep=lockstep), CACHE_KEYWORD) is None
+HANDED_BACK: dict[str, dict[str, Any]] = {
+    "greedy, each row on its own": {},
+    "sampled in lockstep": SAMPLED,
+    "rows that stay where something looks at all of them": SAMPLED | {"output_scores": True},
+    "auto": {"policy": "auto"},
+    "static": {"cache_implementation": "static"},
+    "static, sampled": SAMPLED | {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("name", HANDED_BACK)
+@pytest.mark.parametrize("architecture", WINDOWS, ids=str)
+def test_a_batch_hands_back_the_cache_of_plain_decoding(architecture: Architecture, name: str) -> None:
+    """The padding of the rows that ended earlier included: a mask of ones shows it, as in plain decoding."""
+    target = attach(architecture.build("sdpa"))
+    head = DraftHead.from_target(target)
+    text = tokens(8, rows=4)
+    mask = torch.ones_like(text)
+    mask[1, :3] = 0
+    asked = HANDED_BACK[name]
+    unended = answer(target, None, text, attention_mask=mask, **asked).sequences
+    ends = [unended[0, 10].item(), unended[2, 13].item()]
+    options = {"attention_mask": mask, "eos_token_id": ends, "pad_token_id": 0, "max_new_tokens": 14} | asked
+    plain, found = (answer(target, drafter, text, **options) for drafter in (None, head))
+    assert found.sequences.tolist() == plain.sequences.tolist()
+    assert len({int((row == 0).sum()) for row in plain.sequences}) > 1, "the rows ended at once: nothing was shown"
+    ours, theirs = found[CACHE_KEYWORD], plain[CACHE_KEYWORD]
+    assert isinstance(ours, type(theirs))
+    if isinstance(theirs, StaticCache):
+        check_equal_static_caches(ours, theirs)
+        return
+    whole = torch.cat([plain.sequences, tokens(4, 1, rows=4)], dim=1)
+    later = {"attention_mask": torch.cat([mask, mask.new_ones(4, whole.shape[1] - 8)], dim=1)}
+    for cache in (copy.deepcopy(ours), ours):
+        second = answer(target, head, whole, cache, policy=BOTH, **later)
+        assert second.sequences.tolist() == answer(target, None, whole, theirs, **later).sequences.tolist()
+    check_equal_caches(ours, theirs)
+
+
+@pytest.mark.parametrize("asked", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("architecture", recurrent("qwen3_5_text", "falcon_h1-clamped"), ids=str)
+def test_a_batch_of_a_hybrid_hands_back_states_that_have_read_the_padding(
+    architecture: RecurrentArchitecture, asked: dict[str, Any]
+) -> None:
+    """Mamba-2 cuts the time steps of several tokens at once, and plain decoding reads one at a time."""
+    target = attach(architecture.build())
+    text = tokens(8, rows=3) % target.config.vocab_size
+    ends = answer(target, None, text, **asked).sequences[0, 10].item()
+    options = {"eos_token_id": ends, "pad_token_id": 0, **asked}
+    plain, found = (answer(target, drafter, text, **options) for drafter in (None, DraftHead.from_target(target)))
+    assert (plain.sequences == 0).any(), "no row ended early: the test shows nothing"
+    check_equal_caches(found[CACHE_KEYWORD], plain[CACHE_KEYWORD], 1e-4)
+
+
+def check_equal_static_caches(found: StaticCache, wanted: StaticCache) -> None:
+    """Without the oldest entry of a full window, which the next token overwrites unseen."""
+    for ours, theirs in zip(found.layers, wanted.layers, strict=True):
+        assert type(ours) is type(theirs) and int(ours.get_seq_length()) == int(theirs.get_seq_length())
+        first = int(theirs.is_sliding and theirs.get_seq_length() >= theirs.keys.shape[2])
+        torch.testing.assert_close(ours.keys[:, :, first:], theirs.keys[:, :, first:], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours.values[:, :, first:], theirs.values[:, :, first:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_static_cache_comes_back_as_one_and_serves_the_next_forward(
+    target: PreTrainedModel, head: DraftHead, rows: int
+) -> None:
+    text = tokens(6, rows=rows)
+    found = answer(target, head, text, cache_implementation="static", eos_token_id=None, max_length=20)
+    plain = answer(target, None, text, cache_implementation="static", eos_token_id=None, max_length=20)
+    check_equal_static_caches(found[CACHE_KEYWORD], plain[CACHE_KEYWORD])
+    assert found[CACHE_KEYWORD].get_max_length() == plain[CACHE_KEYWORD].get_max_length()
+
+
+def test_the_padding_of_a_batch_is_read_when_its_cache_is_first_looked_at(
+    target: PreTrainedModel, head: DraftHead
+) -> None:
+    text = tokens(8, rows=3)
+    ends = answer(target, None, text).sequences[0, 10].item()
+    plain = answer(target, None, text, eos_token_id=ends, pad_token_id=0)
+    found = answer(target, head, text, eos_token_id=ends, pad_token_id=0)
+    forwards: list[int] = []
+    handle = target.register_forward_pre_hook(lambda *_: forwards.append(1))
+    copied = pickle.loads(pickle.dumps(found[CACHE_KEYWORD]))
+    assert forwards, "the padding was read before: that cost every call a forward"
+    del forwards[:]
+    for cache in (found[CACHE_KEYWORD], copied):
+        assert type(cache) is DynamicCache
+        check_equal_caches(cache, plain[CACHE_KEYWORD])
+    handle.remove()
+    assert not forwards, "it was read twice"
 
 
 class Interrupts(LogitsProcessor):
@@ -167,7 +258,7 @@ class Interrupts(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("architecture", [each for each in ARCHITECTURES if str(each) in ("llama", "gemma3_text")])
+@pytest.mark.parametrize("architecture", WINDOWS, ids=str)
 @pytest.mark.parametrize("uses", [1, 4, 7, 8])
 def test_a_call_that_was_interrupted_leaves_a_cache_to_go_on_from(architecture: Architecture, uses: int) -> None:
     """In the middle of a walk, too, where the cache still has every node of the tree."""

@@ -124,12 +124,15 @@ def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
     """
     children, rows, nodes = tree.children(), list(range(len(logits))), [0] * len(logits)
     path, picks, emitted = [], [], torch.zeros_like(text.unfinished)
+    begun = len(text.ended) if text.stops_at_ends else 0
     while True:
         path.append(nodes)
         emitted = emitted + text.unfinished
         tokens = text.commit(logits_at(rows, nodes, logits))
         picks.append(tokens)
         if text.finished or tree.node_count == 1:
+            break
+        if text.stops_at_ends and len(text.ended) > begun:
             break
         following = _next_nodes(children, nodes, tokens.tolist(), text.live.tolist())
         if following is None:

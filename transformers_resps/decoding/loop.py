@@ -17,6 +17,7 @@ from ..policies.base import Policy
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree
 from ..verifying.forward import Features, wait_for
+from ..verifying.returned import EndedRow
 from ..verifying.rows import leading_pads
 from ..verifying.verifier import Verifier
 from .acceptance import Acceptance, Picks, accept_batch, read_picks
@@ -67,7 +68,11 @@ class TreeDecoding:
         sources: tokens that lookup reads before each row's text; see `BatchLookup`.
         never_drafted: tokens that lookup does not propose.
         draft_engine: lent to this call; `None` drafts without compiled code.
+        keeps_ended: keep what the target has read of rows that end before the others.
         clock: seconds; tests pass a fake one.
+
+    Attributes:
+        ended: those rows, all of them in the end; empty where all rows end at once.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class TreeDecoding:
         sources: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
         draft_engine: DraftEngine | None = None,
+        keeps_ended: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._verifier, self.policy, self.batch = verifier, policy, batch
@@ -102,6 +108,7 @@ class TreeDecoding:
         )
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
+        self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()
         self._root = batch.newest if batch.length else batch.input_ids.new_zeros(len(batch))  # [b]
 
     def prefill(self, read: Callable[[Tensor], tuple[Tensor, list[Features]]]) -> None:
@@ -196,8 +203,18 @@ class TreeDecoding:
             states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
         self._proposer.observe(states, acceptance.tokens, acceptance.counts)
 
+    def _keep_ended(self) -> None:
+        """Keep what the target has read of the rows that have ended now, before they are dropped or read on."""
+        if self.batch.finished and not self.ended and self._verifier.is_even:
+            return  # the cache itself is whole
+        for row, place in self.batch.ended.items():
+            if row not in self.ended:
+                self.ended[row] = self._verifier.ended_row(place)
+
     def _drop_finished(self) -> None:
         """Stop decoding rows that have ended."""
+        if self._keeps_ended:
+            self._keep_ended()
         rows = self.batch.drop_finished()
         if rows is None:
             return

@@ -81,7 +81,7 @@ class Proposer:
         never_drafted: frozenset[int] = frozenset(),
     ) -> None:
         self._policy, self._drafter, self._text = policy, drafter, text
-        self._lookup, self._reads_paths = BatchLookup(pads, sources, never_drafted), reads_paths
+        self._lookup, self._reads_paths = BatchLookup(pads, sources=sources, never_drafted=never_drafted), reads_paths
 
     @property
     def reads_features(self) -> bool:

@@ -64,6 +64,7 @@ class Text:
         keep_logits: keep the raw logits of each position.
         keep_padding: go on decoding the padding of finished rows, so that the cache holds it as in plain decoding: for
             callers that reuse the cache.
+        stops_at_ends: end a step where a row ends, so that the cache holds that row up to its end.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Text:
         keep_scores: bool = False,
         keep_logits: bool = False,
         keep_padding: bool = False,
+        stops_at_ends: bool = False,
     ) -> None:
         self._ids = input_ids  # lacks the tokens of `_ahead`
         self._ahead: list[Tensor] = []  # `[any]` each, of a single row
@@ -93,7 +95,7 @@ class Text:
         self.do_sample = do_sample
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._streamer = streamer
-        self._keep_padding = keep_padding
+        self._keep_padding, self.stops_at_ends = keep_padding, stops_at_ends
         self._has_hooks = bool(logits_processor) or streamer is not None or keep_scores or keep_logits
         self.stop_conditions = StopConditions.of(stopping_criteria) if len(input_ids) == 1 else None
         is_supported = TreeLogitsProcessor.supports(logits_processor)
@@ -124,6 +126,13 @@ class Text:
         """
         rows = self._of_decoded(self.unfinished)
         return rows.bool() if self._pads and not self._keep_padding else torch.ones_like(rows, dtype=torch.bool)
+
+    @property
+    def ended(self) -> dict[int, int]:
+        """Rows that have ended and are decoded still: row -> its place among the decoded ones."""
+        rows = range(len(self)) if self._decoded is None else self._decoded.tolist()
+        places = [place for place, goes_on in enumerate(self.live.tolist()) if not goes_on]
+        return {rows[place]: place for place in places}
 
     @property
     def newest(self) -> Tensor:
@@ -330,6 +339,13 @@ class Batch:
             return None
         self._decoded = [self._decoded[place] for place in kept]
         return kept
+
+    @property
+    def ended(self) -> dict[int, int]:
+        """Rows of the call that have ended and are decoded still: row -> its place among the decoded ones."""
+        if self.in_lockstep:
+            return self._texts[0].ended
+        return {row: place for place, row in enumerate(self._decoded) if self._texts[row].finished}
 
     def answers(self, start: int) -> list[list[int]]:
         """What all rows hold from position `start` on, padded after their ends."""

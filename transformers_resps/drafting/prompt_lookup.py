@@ -143,6 +143,7 @@ class BatchLookup:
     def __init__(
         self,
         pads: list[int],
+        *,
         sources: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
     ) -> None:

@@ -53,11 +53,7 @@ def attach(
     inner = unwrapped(model)
     defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, eval_mode)
     defaults.check()
-    if not isinstance(inner, GenerationMixin):
-        raise ValueError(
-            f"Got a {type(inner).__name__}, but only models with `generate` can be attached. Load it with "
-            "`AutoModelForCausalLM.from_pretrained(...)`."
-        )
+    _check_generate(inner)
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
     if is_name(assistant_model):
@@ -116,6 +112,26 @@ def detached(model: Model) -> Iterator[Model]:
         _add_mixin(inner)
         if state is not None:
             inner.speculation_state = state
+
+
+def _check_generate(model: Any) -> None:
+    """Refuse a model on whose `generate` a class in front of its own has no effect."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"Got a {type(model).__name__} of `torch.compile`, whose `generate` runs the model inside it as it is. "
+            "Call `attach` on the model first, and pass `compile=True` to it or to `generate` for compiled steps."
+        )
+    if not isinstance(model, GenerationMixin):
+        raise ValueError(
+            f"Got a {type(model).__name__}, but only models with `generate` can be attached. Load it with "
+            "`AutoModelForCausalLM.from_pretrained(...)`."
+        )
+    if "generate" in vars(model) and not isinstance(model, ReSpSGenerationMixin):
+        raise ValueError(
+            f"This {type(model).__name__} object has a `generate` of its own that hides its class's, as loading a "
+            "`custom_generate` folder with `trust_remote_code=True` gives it. Call `del model.generate` before "
+            "`attach`, if the class's decoding is what you want."
+        )
 
 
 def _take_state(model: ReSpSGenerationMixin) -> SpeculationState | None:

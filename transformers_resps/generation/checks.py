@@ -4,7 +4,7 @@ Stock `generate` would ignore or misroute most of these settings when it is give
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ _WAYS_OUT = {
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
 # Of an encoder-decoder; whatever else its encoder takes has been used.
-_ENCODED = {"encoder_outputs", "decoder_attention_mask", "decoder_position_ids"}
+_ENCODED = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
 # What belongs to a prompt's images, videos, sounds and embeddings: stock `generate` hands it to the forwards that read
 # the prompt and to no other, or gives no new token any.
@@ -71,7 +71,13 @@ PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     "video_position_ids",
     "video_second_per_grid",
 }
+# `model_type` where a placeholder stands for each block of merged patches; HunYuan adds some for the ends of lines.
+_MERGED_PATCHES = ("qwen", "glm", "cosmos", "exaone", "paddleocr")
 _MEDIA = ("image", "video", "audio", "vision")
+# Of these, images, videos and sounds themselves.
+_PIXELS = tuple(
+    name for name in sorted(PROMPT_ARGUMENTS) if name.startswith(("pixel_values", "input_features", "input_values"))
+)
 
 
 def check_settings(model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> None:
@@ -132,6 +138,79 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
         )
 
 
+def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapping[str, Any]) -> None:
+    """Refuse inputs that no prompt can have, before stock `generate` lets a tower read images or sounds.
+
+    Args:
+        model: the target.
+        prompts: `[b, s]`, or `None` where the call has embeddings only.
+        arguments: all keyword arguments of the call.
+
+    Raises:
+        ValueError: names the input and what to do.
+    """
+    taken = set(inspect.signature(model.forward).parameters) - _SETTINGS.keys()
+    _check_known(model, (name for name in taken & arguments.keys() if arguments[name] is not None))
+    for name in _PIXELS:
+        given = arguments.get(name)
+        if isinstance(given, Tensor) and not given.is_floating_point() and "mask" not in name:
+            raise ValueError(
+                f"`{name}` is a tensor of {given.dtype}, but {type(model).__name__} reads floats. Pass what the "
+                "processor returned."
+            )
+    if arguments.get("inputs_embeds") is not None:
+        _check_embeddings(model, arguments["inputs_embeds"])
+    elif prompts is not None:
+        _check_placeholders(model, prompts, arguments)
+
+
+def _check_embeddings(model: PreTrainedModel, embeds: Tensor) -> None:
+    reader: Any = model.get_encoder() if model.config.is_encoder_decoder else model
+    width = reader.config.get_text_config(decoder=True).hidden_size
+    if embeds.dim() != 3 or embeds.shape[-1] != width or not embeds.shape[1]:
+        raise ValueError(
+            f"`inputs_embeds` has the shape {list(embeds.shape)}, but {type(model).__name__} reads `[b, s, {width}]` "
+            "with at least one position. Pass what its input embedding returns."
+        )
+
+
+def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapping[str, Any]) -> None:
+    """Refuse placeholders without a text or an image, and other than as many as the images need, where that is known
+    without reading them.
+    """
+    given = {name for name, value in arguments.items() if value is not None}
+    known = placeholder_ids(model.config)
+    if not known or not given.isdisjoint(("cache", "past_key_values", "mm_encoder_outputs")):
+        return
+    ids = torch.tensor(sorted(known), dtype=prompts.dtype, device=prompts.device)
+    if given.isdisjoint(_PIXELS) and prompts.numel() and bool(torch.isin(prompts, ids).all()):
+        raise ValueError(
+            f"All tokens of the prompt, {prompts.unique().tolist()}, stand for images, videos or sounds, and the call "
+            "has none. Pass what the processor returned, `pixel_values` for example."
+        )
+    needed = None if "pixel_values_videos" in given else _image_tokens_needed(model.config, arguments)
+    found = 0 if needed is None else int((prompts == model.config.image_token_id).sum())
+    if needed is not None and found != needed:
+        raise ValueError(
+            f"The prompt has {found} placeholders of images (token {model.config.image_token_id}), but the images "
+            f"need {needed}. Pass the `input_ids` that the processor returned with them."
+        )
+
+
+def _image_tokens_needed(config: PretrainedConfig, arguments: Mapping[str, Any]) -> int | None:
+    """Placeholders that the call's images need, where their grids or their number tell; else `None`."""
+    if not isinstance(getattr(config, "image_token_id", None), int):
+        return None
+    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
+    grids, images = arguments.get("image_grid_thw"), arguments.get("pixel_values")
+    each = getattr(config, "mm_tokens_per_image", None)
+    if isinstance(grids, Tensor) and merge and config.model_type.startswith(_MERGED_PATCHES):
+        return int(grids.prod(dim=-1).sum()) // int(merge) ** 2
+    if isinstance(images, Tensor) and images.dim() == 4 and each:
+        return len(images) * int(each)
+    return None
+
+
 def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
     """Refuse arguments of the target's forward that a tree's forward does not pass on, such as a
     `cross_attention_mask`, and those that do not fit the prompt.
@@ -139,12 +218,7 @@ def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kw
     Raises:
         ValueError: names them.
     """
-    known = _CARRIED | PROMPT_ARGUMENTS
-    if target.config.is_encoder_decoder:
-        known |= _ENCODED | set(inspect.signature(target.get_encoder().forward).parameters)
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in known)
-    if unknown:
-        raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
+    _check_known(target, (name for name, value in model_kwargs.items() if value is not None))
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() not in ((2, 3) if _has_planes(target) else (2,)):
         raise _refusal(
@@ -167,6 +241,15 @@ def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kw
             f"Got {given} for {rows} rows. Pass the `attention_mask` that the tokenizer returned with the text, and "
             "`position_ids` of its shape or none."
         )
+
+
+def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
+    known = _CARRIED | PROMPT_ARGUMENTS | {"input_ids"}
+    if target.config.is_encoder_decoder:
+        known |= _ENCODED | set(inspect.signature(target.get_encoder().forward).parameters)
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
 
 
 def _has_planes(target: PreTrainedModel) -> bool:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..policies.base import Policy
-from .request import Call, CompileChoice, Keywords, Request, SpeculationState
+from .request import CONFIG_KEYWORDS, Call, CompileChoice, Keywords, Request, SpeculationState
 from .speculation import speculate
 
 
@@ -36,6 +36,16 @@ class ReSpSGenerationMixin(GenerationMixin):
     def speculation_state(self) -> SpeculationState:
         """What this model keeps from call to call."""
         return SpeculationState()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained`. What its `generation_config` says of speculation can be loaded again.
+
+        Of a config that calls itself a copy of the model's Transformers 5.24 loads the settings that it knows.
+        """
+        config = self.generation_config
+        if config is not None and not vars(config).keys().isdisjoint(CONFIG_KEYWORDS):
+            config._from_model_config = False
+        cast(Any, super()).save_pretrained(*args, **kwargs)
 
     def generate(  # type: ignore[override]  # stock generate is decorated; the parameters are its own, and `policy`
         self,
@@ -93,9 +103,9 @@ class ReSpSGenerationMixin(GenerationMixin):
         }
         # By name, and only what was given: a model class may have a `generate` of its own.
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
-        prompts = kwargs.get(cast(Any, self).main_input_name, kwargs.get("input_ids")) if inputs is None else inputs
+        prompts = kwargs.get("input_ids") if inputs is None else inputs
         keywords = Keywords(assistant_model, policy, lockstep, compile)
-        call = Call(keywords, generation_config, arguments, 1 if prompts is None else len(prompts))
+        call = Call(keywords, generation_config, arguments, prompts)
         with Request.read(cast(PreTrainedModel, self), self.speculation_state, call) as request:
             if request.assistant_model is not None:
                 arguments["assistant_model"] = request.assistant_model

@@ -19,8 +19,8 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     Attributes:
         speculation: every step's shape, tokens and seconds.
 
-    It carries the cache of a single text, from which a later call can go on. Of a batch only a cache that the caller
-    passed: finished rows of any other have lost their entries.
+    Its cache is that of plain decoding, from which a later call can go on. Where rows of a batch ended before others,
+    it is put together when it is first looked at: the target then reads their padding.
     """
 
     speculation: SpeculationReport | None = None

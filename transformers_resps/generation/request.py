@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple, Self, cast
 
+from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -27,11 +28,13 @@ from ..policies.saving import AutoPolicy
 from ..verifying.attention import is_flash
 from ..verifying.forward import TargetForward
 from ..verifying.slots import SlotEngine
-from .checks import check_draws, check_model, check_settings, check_tree_attention
+from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
 
 
 AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
 PLAIN: Literal["plain"] = "plain"  # stock decoding, whatever `attach` was given
+# The keywords that a `generation_config` may hold, as JSON of these types.
+CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool}
 # True compiles at the first step, "auto" when eager steps have taken as long as compiling will
 CompileChoice = bool | Literal["auto"]
 
@@ -155,11 +158,7 @@ class SpeculationDefaults(Keywords):
 
     def fill(self, call: Keywords) -> Keywords:
         """The keywords of a call, filled up from these; a call with an assistant of Transformers' own takes none."""
-        if call.has_stock_assistant:
-            return call
-        filled = call.or_else(self)
-        speculates = filled.assistant_model is not None or filled.policy is not None
-        return filled if speculates else replace(filled, lockstep=call.lockstep, compile=call.compile)
+        return call if call.has_stock_assistant else call.or_else(self)
 
 
 class NamedHeads:
@@ -252,13 +251,19 @@ class Call(NamedTuple):
         keywords: ours, and the assistant.
         config: its `generation_config`.
         arguments: all its other keyword arguments.
-        rows: of its prompts.
+        prompts: `[b, s]`; `None` where it has embeddings only.
     """
 
     keywords: Keywords
     config: GenerationConfig | None
     arguments: Mapping[str, Any]
-    rows: int
+    prompts: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Of its prompts."""
+        given = (value for value in (self.prompts, *self.arguments.values()) if isinstance(value, Tensor))
+        return next(map(len, given), 1)
 
     def configured(self, own: GenerationConfig | None) -> Keywords:
         """The call's keywords, filled up from its config, then from the model's `own`."""
@@ -268,7 +273,7 @@ class Call(NamedTuple):
         for config in (self.config, own):
             if keywords.is_plain:  # whatever the next config says
                 break
-            keywords = keywords.or_else(Keywords(policy=_saved(config, "policy"), lockstep=_saved(config, "lockstep")))
+            keywords = keywords.or_else(Keywords(**{name: _saved(config, name) for name in CONFIG_KEYWORDS}))
         return keywords
 
 
@@ -312,7 +317,7 @@ class Request:
             if defaults.eval_mode:
                 stack.enter_context(state.evaluation_mode.held(model, keywords.head))
             if keywords.head is None and keywords.policy is None:
-                _check_stock(keywords)
+                _check_stock(call.keywords)  # what a config or `attach` says waits for a call that speculates
                 yield cls(keywords.assistant_model)
                 return
             yield cls._speculative(model, state, call, keywords, stack)
@@ -330,6 +335,7 @@ class Request:
             )
         check_model(model, has_head=head is not None)
         check_settings(model, call.config, call.arguments)
+        check_inputs(model, call.prompts, call.arguments)
         bound = None if head is None else BoundHead(head, model)
         if head is not None:
             check_draws(head)
@@ -354,7 +360,7 @@ class Request:
 
 def _saved(config: GenerationConfig | None, name: str) -> Any:
     """What a `generation_config.json` says of a keyword; Transformers itself refuses an `assistant_model` there."""
-    kind = {"policy": str, "lockstep": bool}[name]
+    kind = CONFIG_KEYWORDS[name]
     value = getattr(config, name, None)
     if not isinstance(value, kind | None):
         raise ValueError(

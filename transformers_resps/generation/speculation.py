@@ -11,11 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     CompileConfig,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
+    StaticCache,
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import BaseModelOutput
@@ -25,7 +27,6 @@ from ..compat import CACHE_KEYWORD
 from ..decoding.loop import TreeDecoding
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
-from ..telemetry import SpeculationReport
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length, stop_recording
 from ..verifying.forward import (
@@ -37,6 +38,7 @@ from ..verifying.forward import (
     is_compiled,
 )
 from ..verifying.hybrids import is_recurrent
+from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
 from ..verifying.slots import SlotEngine
 from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
 from .checks import check_forward_arguments, check_lengths, check_synced, holds_more_than_tokens, placeholder_ids
@@ -81,12 +83,12 @@ def speculate(
         ValueError: the call has what a tree cannot take.
     """
     with ExitStack() as stack:
-        if streamer is not None:
-            stack.callback(streamer.end)  # whatever happens: a consumer may be waiting for it
         check_synced(model_kwargs.get("synced_gpus"))
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
         check_forward_arguments(target, input_ids, model_kwargs)
+        static = None
         if generation_config.cache_implementation == "static":  # trees decode over slots, whatever reads the prompt
+            static = model_kwargs[CACHE_KEYWORD]
             model_kwargs[CACHE_KEYWORD] = DynamicCache(config=target.config.get_text_config(decoder=True))
         given = input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
         inputs = GenerateInputs(*given)
@@ -98,19 +100,22 @@ def speculate(
             check_lengths(target, inputs.cache, input_ids.shape[1], positions, inputs.max_length)
         stack.callback(stop_recording, inputs.cache)
         batch = _batch(target, request.lockstep, inputs)
-        report = _decode(target, state, request, batch, inputs)
+        decoding = _decode(target, state, request, batch, inputs)
+    if streamer is not None:
+        streamer.end()  # of a whole answer only, as in stock: who calls tells the reader of an error
+    report = decoding.report
     report.answers = batch.answers(input_ids.shape[1])
     if not generation_config.return_dict_in_generate:
         return batch.input_ids
     kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
-    kept[CACHE_KEYWORD] = model_kwargs[CACHE_KEYWORD] if len(batch) == 1 or inputs.is_cache_given else None
+    kept[CACHE_KEYWORD] = _returned_cache(target, state, decoding, inputs, static)
     made = SpeculativeSeq2SeqOutput if target.config.is_encoder_decoder else SpeculativeOutput
     return made(**kept, speculation=report)
 
 
 def _decode(
     target: PreTrainedModel, state: SpeculationState, request: Request, batch: Batch, inputs: "GenerateInputs"
-) -> SpeculationReport:
+) -> TreeDecoding:
     """Prefill, then one step after another until all texts are finished."""
     assert request.policy is not None
     bound = request.bound
@@ -128,13 +133,35 @@ def _decode(
             sources=inputs.sources(target),
             never_drafted=inputs.never_drafted(target),
             draft_engine=draft_engine,
+            keeps_ended=inputs.makes_cache,
         )
         decoding.prefill(_reader(target, verifier, inputs))
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
                 decoding.step()
     state.slot_engine.note(decoding.report.seconds)
-    return decoding.report
+    return decoding
+
+
+def _returned_cache(
+    target: PreTrainedModel,
+    state: SpeculationState,
+    decoding: TreeDecoding,
+    inputs: "GenerateInputs",
+    static: StaticCache | None,
+) -> Cache:
+    """The cache that plain decoding returns: of all rows, and in the `static` one if the caller asked for that."""
+    ended, tokens, prompt_mask = decoding.ended, decoding.batch.input_ids, inputs.attention_mask
+    if not ended:
+        cache: Cache = inputs.model_kwargs[CACHE_KEYWORD]
+        return cache if static is None else fill_static(static, cache)
+
+    def make() -> Cache:
+        with state.evaluation_mode.held(target):
+            cache = whole_cache(target, [ended[row] for row in range(len(tokens))], tokens, prompt_mask)
+        return cache if static is None else fill_static(static, cache)
+
+    return UnreadDynamicCache(make) if static is None else UnreadStaticCache(make)
 
 
 def _reader(
@@ -150,7 +177,7 @@ def _reader(
     return lambda tokens: verifier.prefill_by(run, len(tokens))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GenerateInputs:
     """What stock `generate` hands to the method that decodes; see `speculate`."""
 
@@ -205,6 +232,11 @@ class GenerateInputs:
         return bool(getattr(self.model_kwargs[CACHE_KEYWORD], "_is_user_defined", False))
 
     @property
+    def makes_cache(self) -> bool:
+        """Whether several rows get a cache back that is not the caller's."""
+        return bool(self.config.return_dict_in_generate and len(self.input_ids) > 1 and not self.is_cache_given)
+
+    @property
     def keeps_scores(self) -> bool:
         return bool(self.config.return_dict_in_generate and self.config.output_scores)
 
@@ -224,10 +256,11 @@ class GenerateInputs:
             keep_scores=self.keeps_scores,
             keep_logits=self.keeps_logits,
             keep_padding=self.is_cache_given,
+            stops_at_ends=self.makes_cache and len(input_ids) > 1,
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EncoderDecoderInputs(GenerateInputs):
     """Of an encoder-decoder, whose encoder has read `source`: `[b or fewer, ...]` tokens, or sounds or images."""
 
@@ -247,6 +280,11 @@ class EncoderDecoderInputs(GenerateInputs):
         past, length, mask = cached_length(self.cache), self.input_ids.shape[1], self.attention_mask
         known = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
         return torch.arange(length if known == length else past + length, device=self.input_ids.device)[None]
+
+    @property
+    def is_cache_given(self) -> bool:
+        """As `GenerateInputs.is_cache_given`. Of several rows a cache that is handed back is made as if it were."""
+        return super().is_cache_given or bool(self.config.return_dict_in_generate and len(self.input_ids) > 1)
 
     @property
     def hold_more_than_tokens(self) -> bool:

@@ -110,23 +110,30 @@ def _misfits(config: DraftHeadConfig, theirs: dict[str, Any]) -> Iterator[tuple[
         yield f"`head_dim={config.head_dim}`, but RoPE rotates pairs", "Pass an even `head_dim`"
 
 
+def _stated(config: Any, name: str, otherwise: Any = None) -> Any:
+    """A field of a target's config, or `otherwise` where it is missing, null, or differs by layer as in Gemma 4."""
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:  # `AmbiguousGlobalPerLayerAttributeError`, which is of Transformers 5.24
+        found = None
+    return otherwise if found is None else found
+
+
 def _target_sizes(target: PreTrainedModel) -> dict[str, Any]:
     """The sizes of a head whose layer has the proportions of the target's layers."""
     config = target.config.get_text_config()
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = _stated(config, "head_dim", config.hidden_size // heads)
     return {
         "hidden_size": config.hidden_size,
         "target_hidden_size": config.hidden_size,
-        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "intermediate_size": _stated(config, "intermediate_size", 4 * config.hidden_size),
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_key_value_heads": _stated(config, "num_key_value_heads", heads),
         "head_dim": head_dim if head_dim % 2 == 0 else head_dim + 1,
-        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
+        "rms_norm_eps": _stated(config, "rms_norm_eps", 1e-5),
         "max_position_embeddings": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
         "target": target_identity(target),
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
+        **{name: _stated(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }

@@ -9,8 +9,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from ..compat import load_model
 from ..data import Conversation, load_conversations
 from ..heads import DraftHead
 from ..policies.base import Policy
@@ -111,7 +111,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
 def load_target(name: str, dtype: str | None, device: str, *, packed: bool = False) -> Any:
     """Load a target onto its device; without a dtype in float32 on a CPU, and elsewhere in its own."""
     chosen = dtype or ("float32" if device == "cpu" else "auto")
-    target: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
+    target = load_model(name, dtype=chosen)
     return prepack(target.to(device)) if packed else target.to(device)
 
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -16,7 +15,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..compat import unwrapped
+from ..compat import load_model, unwrapped
 from ..data import Example, choose_draft_vocabulary
 from ..generation.attach import attach
 from ..heads import DraftHead, DraftHeadConfig, pair_identity
@@ -49,7 +48,7 @@ def as_target(target: PreTrainedModel | str, init_kwargs: dict[str, Any] | None 
         return target
     given = init_kwargs or {}
     check_target_name(target, **_places(given))
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **given}))
+    return cast(PreTrainedModel, load_model(target, **{"dtype": "auto", **given}))
 
 
 def check_target_name(target: str, **hub: Any) -> None:
@@ -96,7 +95,7 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
     """Ids that end a text, as the target's configs say."""
     found: set[int] = set()
     for config in (target.config.get_text_config(), target.generation_config):
-        ids = None if config is None else config.eos_token_id
+        ids = getattr(config, "eos_token_id", None)  # the text configs of Qwen-VL and GLM-V have none
         found |= {ids} if isinstance(ids, int) else set(ids or ())
     return found
 

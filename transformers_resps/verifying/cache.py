@@ -372,6 +372,47 @@ def keep_rows(cache: Cache, rows: list[int], length: int) -> None:
             _crop_entries(layer, surplus)
 
 
+def copied_row(cache: Cache, row: int, length: int) -> Cache:
+    """A stock cache of one row alone, with copies of its first `length` entries.
+
+    In a sliding layer all rows end where the layer ends, see `compact_ragged`.
+    """
+    copied = copy.copy(cache)
+    copied.layers = [_copied_row(layer, row, length) for layer in cache.layers]
+    stop_recording(copied)
+    return copied
+
+
+def _copied_row(layer: Any, row: int, length: int) -> Any:
+    if holds_state(layer):
+        own = copied_rows(layer, torch.tensor([row]))
+    else:
+        own = layer.stock() if isinstance(layer, PreallocatedLayer) else copy.copy(layer)
+    states = _states(layer)
+    if states is not None:
+        size = states[0].shape[-2]
+        start, end = 0, length
+        if getattr(layer, "is_sliding", False):
+            start, end = size - min(length, layer.sliding_window - 1), size
+        replace_entries(own, [part[row : row + 1, :, start:end].clone() for part in states], length)
+    return own
+
+
+def joined_rows(caches: list[Cache]) -> Cache:
+    """One cache of the rows of several, which are of one length; it takes the place of the first."""
+    for own, *others in zip(*(cache.layers for cache in caches), strict=True):
+        rows: list[Any] = [own, *others]
+        if holds_state(own):
+            for name in ("conv_states", "recurrent_states"):
+                states = {index: [getattr(row, name)[index] for row in rows] for index in getattr(own, name)}
+                joined = {index: None if None in parts else torch.cat(parts) for index, parts in states.items()}
+                setattr(own, name, joined)
+        if _states(own) is not None:
+            parts = [torch.cat([getattr(row, name) for row in rows]) for name in ("keys", "values")]
+            replace_entries(own, parts, rows[0].get_seq_length())
+    return caches[0]
+
+
 def _newest(states: Tensor, path: Tensor, node_count: int, counts: Tensor, most: int) -> Tensor:
     """The last `most` entries of every row: what was there before the tree, then `counts` nodes of its path."""
     past = states.shape[-2] - node_count

@@ -106,8 +106,9 @@ class Features:
         missing = [layer for layer in self.layers if layer not in self.caught]
         if missing:
             raise ValueError(
-                f"The head reads the hidden states {self.layers}, but the forward gave none of {missing}, because "
-                "layers are compiled one by one. Compile the whole target instead, with `compile_config`."
+                f"The head reads the hidden states {self.layers}, but the forward gave none of {missing}: it "
+                "skips those layers, or they are compiled one by one. Leave out the head, or compile the whole target "
+                "with `compile_config`."
             )
         first = self.caught[self.layers[0]]
         return torch.cat([self.caught[layer].to(first.device) for layer in self.layers], dim=-1)

@@ -120,10 +120,13 @@ class SlotBuffers:
             self._windows[size] = [_front(part, size) for part in self._parts]
         return self._windows[size]
 
-    def entries(self, slots: list[list[int]]) -> list[Tensor]:
-        """`[b, kv heads, s, hd]` of each row's `slots`, in their order; keys and values of each layer in turn."""
+    def entries(self, slots: list[list[int]], first: int = 0) -> list[Tensor]:
+        """`[b, kv heads, s, hd]` of each row's `slots`, in their order; keys and values of each layer in turn.
+
+        `slots` are those of the row `first` and the next ones.
+        """
         places = torch.tensor(slots, device=self._parts[0].device)
-        order = torch.arange(len(slots), device=places.device)[:, None]
+        order = torch.arange(first, first + len(slots), device=places.device)[:, None]
         return [part[places, order].transpose(1, 2) for part in self._parts]
 
     def _own(self, parts: list[Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..tree import DraftTree, moved
 from .attention import last_position, tree_attention_mask, tree_positions
@@ -19,6 +19,7 @@ from .cache import (
     check_cache,
     compact,
     compact_ragged,
+    copied_row,
     crop,
     crop_to,
     has_windows,
@@ -29,6 +30,7 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
+from .returned import EndedRow
 from .rows import SlotMap, SlotTable
 from .slots import SlotBuffers, SlotEngine, SlotForward, SlotInputs, filled_layers, give_back, padded_count
 
@@ -215,6 +217,19 @@ class Verifier(ABC):
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on."""
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all rows end at the same position."""
+        return len(set(self._row_ends)) == 1
+
+    def ended_row(self, row: int) -> EndedRow:
+        """Copies of what is kept of one row."""
+        return EndedRow(self._row_cache(row, self._row_ends[row]), torch.tensor(self._root_positions[row]).view(-1))
+
+    def _row_cache(self, row: int, length: int) -> Cache:
+        """A copy of one row's cache."""
+        return copied_row(self._cache, row, length)
+
     def close(self) -> None:
         """Leave only what was kept in the cache, in stock layers: the caller may reuse it. Of a prompt that stock
         `generate` has not read to its end, what stock leaves.
@@ -365,6 +380,13 @@ class SlotVerifier(Verifier):
         self._rows = len(kept)
         self._table.keep_rows(kept)
         self._buffers.keep_rows(kept)
+
+    def _row_cache(self, row: int, length: int) -> Cache:
+        if not self._rows:
+            return super()._row_cache(row, length)
+        cache = copied_row(self._cache, 0, 0)
+        give_back(self._buffers.entries([self._table.rows[row]], row), cache, length)
+        return cache
 
     def close(self) -> None:
         """Give the cache what was kept, in the order of the text; rows that differ in length have no further use."""

@@ -1,0 +1,109 @@
+"""The cache that a batch hands back, as plain decoding leaves it: all rows as long as the longest.
+
+Plain decoding goes on reading the padding of a row that has ended. Here the row's entries are copied where it ends,
+and its padding is read when the cache is first looked at, which most callers never do.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+from ..compat import CACHE_KEYWORD
+from .cache import cached_length, joined_rows
+from .hybrids import is_recurrent
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRow:
+    """What the target has read of a row.
+
+    Attributes:
+        cache: of this row alone.
+        position: `[planes]` of its next token.
+    """
+
+    cache: Cache
+    position: Tensor
+
+    def read(self, target: PreTrainedModel, tokens: Tensor, prompt_mask: Tensor | None) -> None:
+        """Read the next tokens `[1, t]` as plain decoding does, recurrent layers one by one."""
+        ahead = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = self.position.to(tokens.device)[:, None, None] + ahead  # [planes, 1, t]
+        for part in ahead.split(1 if is_recurrent(target) else len(ahead)):
+            length = cached_length(self.cache) + len(part)
+            mask = None if prompt_mask is None else pad(prompt_mask, (0, length - prompt_mask.shape[1]), value=1)
+            own = positions[..., part]
+            target(
+                input_ids=tokens[:, part],
+                attention_mask=mask,
+                position_ids=own[0] if len(own) == 1 else own,
+                use_cache=True,
+                **{CACHE_KEYWORD: self.cache},
+            )
+
+
+def whole_cache(
+    target: PreTrainedModel, rows: Sequence[EndedRow], tokens: Tensor, prompt_mask: Tensor | None
+) -> Cache:
+    """The cache of all rows, after each has read what it lacks of the longest.
+
+    Args:
+        target: in evaluation mode.
+        rows: b of them; their own caches are used up.
+        tokens: `[b, any]` prompts and answers with their padding, or the end of them.
+        prompt_mask: `[b, s]`, 0 where the prompt has padding; `None` where it has none.
+    """
+    longest = max(cached_length(row.cache) for row in rows)
+    with torch.no_grad():
+        for index, row in enumerate(rows):
+            missing = longest - cached_length(row.cache)
+            if not missing:
+                continue
+            own = tokens[index : index + 1, tokens.shape[1] - 1 - missing : -1]  # no cache has read the newest
+            mask = None if prompt_mask is None else prompt_mask[index : index + 1]
+            row.read(target, own.to(target.device), None if mask is None else mask.to(target.device))
+        return joined_rows([row.cache for row in rows])
+
+
+def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
+    """Give an empty static cache the entries of a dynamic one, which it is long enough for."""
+    layers: list[Any] = [*zip(static.layers, cache.layers, strict=True)]
+    for layer, filled in layers:
+        if getattr(filled, "keys", None) is not None:
+            left = filled.get_seq_length() - filled.keys.shape[-2]  # what a sliding layer has forgotten
+            layer.update(*(pad(part, (0, 0, left, 0)) for part in (filled.keys, filled.values)))
+    return static
+
+
+class _Unread:
+    """Becomes the cache that `make` gives when it is first looked at, and before it is copied."""
+
+    def __init__(self, make: Callable[[], Cache]) -> None:
+        self._make = make
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_make" or name.startswith("__"):  # of an object that is being made
+            raise AttributeError(name)
+        self._settle()
+        return getattr(self, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._settle()
+        return self.__reduce_ex__(protocol)
+
+    def _settle(self) -> None:
+        made = self._make()
+        self.__dict__, self.__class__ = vars(made), type(made)  # type: ignore[assignment]  # no longer this class
+
+
+class UnreadDynamicCache(_Unread, DynamicCache):
+    """A `DynamicCache` whose padding is read when it is first looked at."""
+
+
+class UnreadStaticCache(_Unread, StaticCache):
+    """A `StaticCache` that is filled when it is first looked at."""
