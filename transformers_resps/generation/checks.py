@@ -339,6 +339,11 @@ _ROUNDING_LAYERS = frozenset(
 _ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
 
 
+# model_type of encoder-decoders -> why they cannot verify drafts, where a probe would not tell.
+_ODD_DECODERS = dict.fromkeys(("dia", "musicgen", "musicgen_melody"), "writes several tokens at each position") | {
+    "nllb-moe": "routes all tokens of a forward by the mask of the last one",
+    "rag": "weighs several texts against each other",
+}
 _ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
 
 
@@ -386,10 +391,9 @@ def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool)
             "`policy='auto'`, to draft from the source and the text so far."
         )
     missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
-    if missing:
-        raise ValueError(
-            f"{name} takes no {sorted(missing)}, so it cannot verify drafts. Call `generate` without a policy."
-        )
+    reason = f"takes no {sorted(missing)}" if missing else _ODD_DECODERS.get(model.config.model_type)
+    if reason is not None:
+        raise ValueError(f"{name} {reason}, so it cannot verify drafts. Call `generate` without a policy.")
     if is_compiled(model):
         raise ValueError(
             f"{name} was compiled, but an encoder-decoder verifies drafts as it is. Use the model as it was before it "
