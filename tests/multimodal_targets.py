@@ -465,7 +465,7 @@ _IMAGES = [
     ),
     _seen(
         "mllama",
-        {"cross_attention_layers": [1], "num_hidden_layers": 4, "bos_token_id": 1},
+        {"cross_attention_layers": [3], "num_hidden_layers": 4, "bos_token_id": 1},
         {
             "hidden_size": 32,
             "intermediate_size": 48,

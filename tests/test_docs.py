@@ -17,6 +17,7 @@ from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.tools import cli
 
 from .hub import rehearse
+from .image_processors import image_processor, image_target, picture
 from .targets import Architecture
 from .tokenizers import letter_tokenizer
 
@@ -69,6 +70,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for row in rows
     ]
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    image_target().save_pretrained(tmp_path / "seeing")
+    image_processor().save_pretrained(tmp_path / "seeing")
+    picture().save(tmp_path / "photo.jpg")
     copytree(ROOT / "model_cards" / "smollm2-135m-instruct-head", tmp_path / "artefact")
     (tmp_path / "training").symlink_to(ROOT / "training")
     monkeypatch.chdir(tmp_path)
@@ -79,6 +83,7 @@ def tiny(text: str) -> str:
     """The names of the docs, as they are called on the desk."""
     text = re.sub(r"HuggingFaceTB/SmolLM2-135M-Instruct|\bTARGET\b", "target", text)
     text = re.sub(r"\bFOLDER\b", "artefact", text)
+    text = text.replace("google/gemma-3-4b-it", "seeing")
     text = re.sub(r"max_steps=\d+", "max_steps=4", text)
     text = re.sub(r"draft_vocab_size=\d+", "draft_vocab_size=12", text)
     return re.sub(r"model_cards/smollm2-135m-instruct-head|\bHEAD\b", "given", text)

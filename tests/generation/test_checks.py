@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     GenerationConfig,
     LlamaConfig,
     OpenAIGPTConfig,
@@ -16,6 +18,7 @@ from transformers import (
 
 from tests.targets import Architecture
 from transformers_resps import DraftHead, FixedPolicy, Policy, TreeShape, attach
+from transformers_resps.compat import CACHE_KEYWORD
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,14 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "quantized cache": ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
     "paged cache": ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
     "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
-    "a static cache": ({"cache": lambda: StaticCache(config=LlamaConfig(), max_cache_len=9)}, "StaticLayer"),
+    "a static cache of another model": (
+        {"cache": lambda: StaticCache(config=LlamaConfig(), max_cache_len=9)},
+        r"a `StaticCache` .*'StaticLayer', 9.* Pass `StaticCache\(config=model.config, max_cache_len=9\)`",
+    ),
+    "a static cache that is too short": (
+        {CACHE_KEYWORD: lambda: StaticCache(config=LlamaConfig(num_hidden_layers=4), max_cache_len=5)},
+        "holds 5 positions, but the text may come to need 6. Pass a longer one",
+    ),
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "Get them from a plain call"),
     "synced gpus": ({"synced_gpus": True}, "synced_gpus"),
@@ -60,14 +70,14 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "ensemble weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     "custom generate": ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
     "positions of three dimensions": ({"position_ids": torch.zeros(3, 1, 3, dtype=torch.long)}, "3 dimensions"),
-    "other inputs of the forward": ({"labels": torch.zeros(1, 3, dtype=torch.long)}, "labels"),
+    "other inputs of the forward": ({"is_causal": False}, "is_causal"),
 }
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_setting_is_refused_by_name(row: str, target: PreTrainedModel, head: DraftHead) -> None:
     options, message = ROWS[row]
-    made = {name: value() if name == "cache" else value for name, value in options.items()}
+    made = {name: value() if name in ("cache", CACHE_KEYWORD) else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         target.generate(PROMPT, assistant_model=head, max_new_tokens=4, **made)
 
@@ -210,7 +220,29 @@ def test_a_quantized_cache_object_is_refused(target: PreTrainedModel, head: Draf
 def test_generation_works_after_every_refusal(target: PreTrainedModel, head: DraftHead) -> None:
     expected = target.generate(PROMPT, max_new_tokens=8)
     for options, _ in ROWS.values():
-        made = {name: value() if name == "cache" else value for name, value in options.items()}
+        made = {name: value() if name in ("cache", CACHE_KEYWORD) else value for name, value in options.items()}
         with pytest.raises(ValueError):
             target.generate(PROMPT, assistant_model=head, **made)
     assert target.generate(PROMPT, max_new_tokens=8, assistant_model=head).tolist() == expected.tolist()
+
+
+TYPES = torch.tensor([[0, 1, 1]])
+
+
+@pytest.mark.parametrize("types", [TYPES, torch.zeros_like(TYPES)], ids=["some", "zeros"])
+def test_kinds_of_tokens_that_a_decoder_reads_in_every_step_are_refused(types: torch.Tensor) -> None:
+    """GPT-2 adds the embedding of a token of that number, of 0 too; stock goes on with the last one."""
+    target = attach(Architecture("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}).build("sdpa"))
+    with pytest.raises(ValueError, match="the `token_type_ids` of GPT2LMHeadModel, which reads them with every token"):
+        target.generate(PROMPT, policy="auto", max_new_tokens=4, token_type_ids=types)
+
+
+def test_kinds_of_tokens_that_are_all_zero_are_no_input_where_zero_is_what_a_decoder_takes_without_them() -> None:
+    sizes = {"vocab_size": 19, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = BertConfig(**sizes, num_hidden_layers=2, is_decoder=True, initializer_range=0.5)
+    target = attach(BertLMHeadModel(config).eval())
+    plain = target.generate(PROMPT, max_new_tokens=8)
+    found = target.generate(PROMPT, policy="auto", max_new_tokens=8, token_type_ids=torch.zeros_like(PROMPT))
+    assert found.tolist() == plain.tolist()
+    with pytest.raises(ValueError, match="the `token_type_ids` of BertLMHeadModel"):
+        target.generate(PROMPT, policy="auto", max_new_tokens=8, token_type_ids=TYPES)

@@ -236,28 +236,6 @@ def test_an_interrupted_call_leaves_nothing_behind(
         assert target.generate(prompt_of(1), max_new_tokens=16, **extra)[0].tolist() == expected[1]
 
 
-class Stream(BaseStreamer):
-    """What somebody else reads until it ends."""
-
-    ended = False
-
-    def put(self, value: Any) -> None:
-        return None
-
-    def end(self) -> None:
-        self.ended = True
-
-
-def test_who_reads_a_stream_does_not_wait_for_a_call_that_failed(
-    target: PreTrainedModel, heads: list[DraftHead]
-) -> None:
-    stream = Stream()
-    call = {"assistant_model": heads[0], "policy": FixedPolicy(WIDE), "max_new_tokens": 16, "streamer": stream}
-    with pytest.raises(RuntimeError, match="gone"):
-        target.generate(prompt_of(0), **call, **PARTS["processor"](RuntimeError("gone")))
-    assert stream.ended
-
-
 class Cancelled(StoppingCriteria):
     """Stops when somebody else says so."""
 

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import build_target
-from tests.image_targets import IMAGE_TARGETS, LAYERS, image_target
+from tests.multimodal_targets import TARGETS, VOCABULARY, MultimodalTarget
 from transformers_resps import attach
 from transformers_resps.heads import BoundHead, DraftHead
 
@@ -120,16 +120,15 @@ def test_a_head_starts_with_the_targets_own_rows_and_final_norm(fields: dict[str
     assert not head.config.owns_output_head or torch.equal(head.lm_head.weight, rows)
 
 
-@pytest.mark.parametrize("model_type", IMAGE_TARGETS)
-def test_a_head_of_a_multimodal_target_has_the_sizes_and_rows_of_its_text_decoder(model_type: str) -> None:
+@pytest.mark.parametrize("kind", TARGETS, ids=str)
+def test_a_head_of_a_multimodal_target_has_the_sizes_and_rows_of_its_text_decoder(kind: MultimodalTarget) -> None:
     """Some of their text configs name no end tokens, and Gemma 4's has another `head_dim` in every second layer."""
-    target = image_target(model_type)
+    target = kind.build()
     head = DraftHead.from_target(target, 16)
-    config, text = head.config, target.config.get_text_config()
-    assert (config.hidden_size, config.vocab_size, config.head_dim) == (32, 64, 8)
-    assert config.target["model_type"] == text.model_type and config.target["num_hidden_layers"] == LAYERS
+    config, text, decoder = head.config, target.config.get_text_config(), target.get_decoder()
+    assert (config.hidden_size, config.vocab_size, config.head_dim) == (32, VOCABULARY, 8)
+    assert config.target["model_type"] == text.model_type
     assert config.eos_token_id == getattr(text, "eos_token_id", None)
     assert torch.equal(head.lm_head.weight, target.lm_head.weight[:16])
-    final = target.get_decoder().norm
-    assert torch.equal(head.norm.weight, torch.ones(32) if "Gemma" in type(final).__name__ else final.weight)
-    assert BoundHead(head, target).embed_tokens is target.get_decoder().embed_tokens
+    assert config.features_width == 32 * len(config.feature_layers)
+    assert BoundHead(head, target).embed_tokens is decoder.get_input_embeddings()

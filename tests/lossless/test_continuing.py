@@ -12,7 +12,7 @@ from tests.caches import check_equal_caches
 from tests.recurrent_targets import RecurrentArchitecture, recurrent
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.compat import CACHE_KEYWORD, HAS_RECURRENT_STATES
 
 
 WIDE = FixedPolicy(TreeShape(40, 3, VOCABULARY))  # so wide that most picks are drafted
@@ -191,6 +191,7 @@ def test_a_batch_hands_back_the_cache_of_plain_decoding(architecture: Architectu
     check_equal_caches(ours, theirs)
 
 
+@pytest.mark.skipif(not HAS_RECURRENT_STATES, reason="hybrids are refused")
 @pytest.mark.parametrize("asked", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("architecture", recurrent("qwen3_5_text", "falcon_h1-clamped"), ids=str)
 def test_a_batch_of_a_hybrid_hands_back_states_that_have_read_the_padding(
@@ -224,6 +225,31 @@ def test_a_static_cache_comes_back_as_one_and_serves_the_next_forward(
     plain = answer(target, None, text, cache_implementation="static", eos_token_id=None, max_length=20)
     check_equal_static_caches(found[CACHE_KEYWORD], plain[CACHE_KEYWORD])
     assert found[CACHE_KEYWORD].get_max_length() == plain[CACHE_KEYWORD].get_max_length()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("architecture", WINDOWS, ids=str)
+def test_a_conversation_goes_on_in_a_static_cache_of_the_callers_own(architecture: Architecture, rows: int) -> None:
+    """The second turn goes past the windows, and the cache was filled by the other way of decoding."""
+    target = attach(architecture.build("sdpa"))
+    head = DraftHead.from_target(target)
+    caches = [StaticCache(config=target.config, max_cache_len=32) for _ in range(2)]
+    text = tokens(5, rows=rows)
+    for turn, new in enumerate((4, 9)):
+        outs = []
+        for drafter, cache in zip((head, None), caches if turn == 0 else caches[::-1], strict=True):
+            set_seed(turn)
+            extra = {} if drafter is None else {"assistant_model": drafter, "policy": WIDE}
+            options = {"attention_mask": torch.ones_like(text), "max_new_tokens": new, "eos_token_id": None}
+            outs.append(
+                target.generate(
+                    text, return_dict_in_generate=True, **{CACHE_KEYWORD: cache}, **options, **SAMPLED, **extra
+                )
+            )
+            assert outs[-1][CACHE_KEYWORD] is cache
+        assert outs[0].sequences.tolist() == outs[1].sequences.tolist()
+        check_equal_static_caches(*caches)
+        text = torch.cat([outs[0].sequences, tokens(3, turn, rows=rows)], dim=1)
 
 
 def test_the_padding_of_a_batch_is_read_when_its_cache_is_first_looked_at(

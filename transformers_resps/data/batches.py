@@ -8,21 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
+from transformers import ProcessorMixin
 
+from .image_texts import IMAGE_COLUMNS, image_inputs
 from .preparation import Example
 
 
 IGNORED = -100  # label of a token that has no loss
 
 
-def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = None) -> dict[str, Any]:
     """Right-pad the fields `[t, ...]` of `rows` with zeros to `[b, t, ...]`.
 
-    In place of `loss_mask` come `labels`: the predicted tokens, and `IGNORED` elsewhere.
+    In place of `loss_mask` come `labels`: the predicted tokens, and `IGNORED` elsewhere. In place of `pictures` come,
+    where a row has some, `image_inputs`: what the target's forward takes besides, by its names.
     """
     length = max(len(row["input_ids"]) for row in rows)
-    batch = {name: torch.stack([_padded(row[name], length) for row in rows]) for name in rows[0]}
+    names = [name for name in rows[0] if name != "pictures"]
+    batch: dict[str, Any] = {name: torch.stack([_padded(row[name], length) for row in rows]) for name in names}
     batch["labels"] = batch["input_ids"].masked_fill(~batch.pop("loss_mask"), IGNORED)
+    if processor is not None and (shown := image_inputs([row.get("pictures") for row in rows], processor, length)):
+        batch["image_inputs"] = shown
     return batch
 
 
@@ -71,17 +77,21 @@ class TokenBudgetBatches(Sampler[list[int]]):
             yield self._batches[index]
 
 
-class PreparedTexts(Dataset[dict[str, Tensor]]):
+_TEXT_COLUMNS = ("input_ids", "loss_mask")
+
+
+class PreparedTexts(Dataset[dict[str, Any]]):
     """The rows of a `datasets.Dataset` that `prepare_dataset` made."""
 
     def __init__(self, rows: Any) -> None:
-        self._rows = rows.select_columns(["input_ids", "loss_mask"])
+        read = {*_TEXT_COLUMNS, *IMAGE_COLUMNS}
+        self._rows = rows.select_columns([name for name in rows.column_names if name in read])
         self.lengths: list[int] = list(rows["length"])  # tokens of each row
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.example(index).tensors
 
     def example(self, index: int) -> Example:
@@ -89,10 +99,10 @@ class PreparedTexts(Dataset[dict[str, Tensor]]):
         return Example.of_row(self._rows[index])
 
     def examples(self) -> Iterator[Example]:
-        """All rows, in order."""
-        return map(Example.of_row, self._rows)
+        """All rows, in order, without their images."""
+        return map(Example.of_row, self._rows.select_columns(list(_TEXT_COLUMNS)))
 
-    def some(self, count: int) -> Iterator[dict[str, Tensor]]:
+    def some(self, count: int) -> Iterator[dict[str, Any]]:
         """Up to `count` rows, evenly spread over their lengths."""
         by_length = sorted(range(len(self)), key=lambda index: self.lengths[index])
         count = min(count, len(self))
@@ -102,7 +112,7 @@ class PreparedTexts(Dataset[dict[str, Tensor]]):
 _STREAM_BUFFER = 1024  # rows that are sorted by length together
 
 
-class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
+class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
     """Batches of at most `budget` tokens from a `datasets.IterableDataset` that `prepare_dataset` made.
 
     The rows come in their own order, but for a buffer in which they are grouped by length.
@@ -112,7 +122,7 @@ class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
         self._rows, self._budget, self._seed = rows, budget, seed
         self.questions: set[str] = set()  # of the rows read so far
 
-    def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         rows = iter(self._rows)
         while buffer := list(islice(rows, _STREAM_BUFFER)):
             self.questions.update(row["question"] for row in buffer if row["question"] is not None)
@@ -127,6 +137,6 @@ class StreamedBatches(IterableDataset[list[dict[str, Tensor]]]):
         """The first `count` rows."""
         return map(Example.of_row, islice(self._rows, count))
 
-    def some(self, count: int) -> Iterator[dict[str, Tensor]]:
+    def some(self, count: int) -> Iterator[dict[str, Any]]:
         """The first `count` rows, as `collate` takes them."""
         return (example.tensors for example in self.examples(count))

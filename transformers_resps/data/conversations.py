@@ -160,12 +160,62 @@ def as_messages(value: Any, role: str | None) -> Conversation:
     """
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
-    for message in _objects(value, "messages"):
+    return [{"role": str(message["role"]), "content": _text(message["content"])} for message in _checked(value)]
+
+
+def _checked(value: Any) -> list[dict[str, Any]]:
+    messages = _objects(value, "messages")
+    for message in messages:
         if not {"role", "content"} <= set(message):
             raise ValueError(f"has a message with the fields {sorted(message)}, but it needs `role` and `content`.")
         if message.get("tool_calls"):
             raise ValueError("has a message with `tool_calls`, but only text can be trained on.")
-    return [{"role": str(message["role"]), "content": _text(message["content"])} for message in value]
+    return messages
+
+
+def with_images(value: Any, images: int) -> list[dict[str, Any]]:
+    """Check messages about `images` images, and make a list of parts of each content.
+
+    Where no part says where the images are, they stand before the first user turn's text, as in TRL. Raises
+    `ValueError` as `as_messages` does.
+    """
+    messages: list[dict[str, Any]] = []
+    for message in _checked(value):
+        messages.append({"role": str(message["role"]), "content": _parts(message["content"])})
+    asked = next((message["content"] for message in messages if message["role"] == "user"), None)
+    if asked is not None and not any(map(images_in, messages)):
+        asked[:0] = [{"type": "image"}] * images
+    if any(images_in(message) for message in messages if message["role"] == "assistant"):
+        raise ValueError("has an assistant's turn with an image, but only the answers' text can be learned from.")
+    return messages
+
+
+def images_in(message: dict[str, Any]) -> int:
+    """How many images a message has, whose content is a string or a list of parts."""
+    return sum(part["type"] == "image" for part in message["content"] if isinstance(part, dict))
+
+
+def text_of(content: str | list[dict[str, str]]) -> str:
+    """What a content of a message says, without its images."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _parts(content: Any) -> list[dict[str, str]]:
+    if isinstance(content, (str, int, float)):
+        return [{"type": "text", "text": str(content)}]
+    found = []
+    for part in content if isinstance(content, list) else [content]:
+        given = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        if given == {"type": "image"}:
+            found.append({"type": "image"})
+        elif isinstance(given.get("text"), str):
+            found.append({"type": "text", "text": given["text"]})
+        else:
+            raise ValueError(
+                f"has the content {str(part)[:60]}, but a part must be text or the place of an image, "
+                "`{'type': 'image'}`, and the images lie in the column `images`."
+            )
+    return found
 
 
 def _objects(value: Any, name: str) -> list[dict[str, Any]]:
@@ -182,7 +232,10 @@ def _text(content: Any) -> str:
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         return "".join(part["text"] for part in content)
-    raise ValueError(f"has the content {str(content)[:60]}, but only text can be trained on, no images or tool calls.")
+    raise ValueError(
+        f"has the content {str(content)[:60]}, but only text can be trained on, or images where the dataset has a "
+        "column `images`."
+    )
 
 
 def to_tokens(messages: Conversation, tokenizer: Any) -> Tensor:

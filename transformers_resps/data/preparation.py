@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .conversations import Conversation, as_messages
+from .conversations import Conversation, as_messages, images_in, text_of, with_images
+from .image_texts import IMAGE_COLUMNS, NO_IMAGES, ImageReader, Pictures, images_of
 
 
 if TYPE_CHECKING:
@@ -36,11 +37,13 @@ class Example:
 
     input_ids: Tensor  # [t]
     loss_mask: Tensor  # [t] bool: tokens that the assistant wrote, its end-of-turn token included
+    pictures: Pictures | None = None
 
     @classmethod
     def of_row(cls, row: Row) -> "Example":
         """From a row that `prepare_dataset` made."""
-        return cls(torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"], dtype=torch.bool))
+        mask = torch.tensor(row["loss_mask"], dtype=torch.bool)
+        return cls(torch.tensor(row["input_ids"]), mask, Pictures.of_row(row))
 
     @property
     def predicted(self) -> Tensor:
@@ -50,9 +53,13 @@ class Example:
         return mask
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """A row for `collate`: `input_ids` and `loss_mask` `[t]`, true for the tokens that a head can predict."""
-        return {"input_ids": self.input_ids, "loss_mask": self.predicted}
+    def tensors(self) -> dict[str, Any]:
+        """A row for `collate`: `input_ids` and `loss_mask` `[t]`, true for the tokens that a head can predict.
+
+        Where the text has images, also its `pictures`.
+        """
+        shown = {} if self.pictures is None else {"pictures": self.pictures}
+        return {"input_ids": self.input_ids, "loss_mask": self.predicted, **shown}
 
     def check_ids(self, vocab_size: int, number: int) -> None:
         """Raise `ValueError`, which names example `number`, if it has no tokens, or other ids than the target's."""
@@ -64,6 +71,15 @@ class Example:
                 f"Text {number} holds token id {int(odd[0])}, but the target's vocabulary has {vocab_size} tokens. "
                 "It was made with another model's tokenizer, or holds labels: tokenize it with the target's own."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a text that is tokenized by itself."""
+
+    text: str
+    is_learned: bool
+    images: int = 0  # that it shows
 
 
 def make_example(
@@ -83,30 +99,47 @@ def make_example(
     Raises:
         ValueError: the chat template rewrites earlier turns, so the assistant's tokens cannot be found.
     """
-    pieces: list[tuple[str, bool]] = []
-    text = ""
+    return _joined(_pieces(conversation, tokenizer, learn_from, template), tokenizer, max_length)
+
+
+def _pieces(conversation: list[Any], renderer: Any, learn_from: int, template: Row) -> list[_Piece]:
+    """A conversation as its tokenizer, or its processor, renders it: what the assistant wrote, and what it answers."""
+    pieces: list[_Piece] = []
+    text, read = "", 0
     for index, message in enumerate(conversation):
         if message["role"] != "assistant" or index < learn_from:
             continue
-        asked = _rendered(tokenizer, conversation[:index], add_generation_prompt=True, **template)
-        answered = _rendered(tokenizer, conversation[: index + 1], add_generation_prompt=False, **template)
+        asked = _rendered(renderer, conversation[:index], add_generation_prompt=True, **template)
+        answered = _rendered(renderer, conversation[: index + 1], add_generation_prompt=False, **template)
         if not asked.startswith(text) or not answered.startswith(asked):
             raise ValueError(
                 f"The chat template does not render conversations turn by turn: turn {index + 1} changes the text "
                 "before it. Pass a tokenizer with a template that only appends."
             )
         end = len(answered.rstrip("\n"))  # templates put a line break after the end-of-turn token
-        pieces += [(asked[len(text) :], False), (answered[len(asked) : end], True)]
-        text = answered[:end]
+        shown = sum(map(images_in, conversation[read:index]))
+        pieces += [_Piece(asked[len(text) :], False, shown), _Piece(answered[len(asked) : end], True)]
+        text, read = answered[:end], index
+    return pieces
+
+
+def _joined(pieces: Iterable[_Piece], tokenizer: Any, max_length: int, reader: ImageReader | None = None) -> Example:
+    """Tokenize the pieces of a text, up to the first with an image that would be cut."""
     ids: list[int] = []
     mask: list[bool] = []
-    for piece, is_assistant in pieces:
-        tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]
+    for piece in pieces:
+        if piece.images and reader is not None:
+            tokens = reader.tokens_of(piece.text, piece.images, start=len(ids), room=max_length - len(ids))
+        else:
+            tokens = tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+        if tokens is None:
+            break
         ids += tokens
-        mask += [is_assistant] * len(tokens)
+        mask += [piece.is_learned] * len(tokens)
         if len(ids) >= max_length:
             break
-    return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]))
+    pictures = None if reader is None else reader.pictures
+    return Example(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]), pictures)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Conversation, **how: Any) -> str:
@@ -122,25 +155,29 @@ def prepare_dataset(
     max_length: int,
     vocab_size: int,
     num_proc: int | None = None,
+    processor: ProcessorMixin | None = None,
 ) -> Any:
     """Tokenize a dataset, and leave out rows without a token to learn from.
 
     Of the columns `input_ids`, `messages`, `prompt` and `text` the first is read. `messages`, and lists of messages in
     `prompt` and `completion`, get the chat template; strings are taken as they are. Learned from are the assistant's
-    tokens, of `prompt` and `completion` only the completion's, of `text` all.
+    tokens, of `prompt` and `completion` only the completion's, of `text` all. With a column `images`, or `image`, the
+    messages or the prompt show these images.
 
     Args:
         dataset: with these columns. One that was prepared is returned as it is.
         name: of the dataset, for errors and the progress bar.
         tokenizer: the target's; not needed for `input_ids`.
-        max_length: in tokens; longer sequences are cut.
+        max_length: in tokens; longer sequences are cut, before an image that would be cut.
         vocab_size: the target's vocabulary size.
         num_proc: processes that tokenize.
+        processor: the target's; needed for images.
 
     Returns:
         A dataset of the same class: `input_ids`, `loss_mask` (what to learn from), `length` in tokens, `question` (the
         first user turn) and `is_shortened` (only the first answer is used, as where the chat template rewrites earlier
-        turns). Iterable ones are prepared as they are read.
+        turns). With images also they, and the parts of the text that show them, see `Pictures`. Iterable ones are
+        prepared as they are read.
 
     Raises:
         ValueError: the dataset is empty, has other columns or content, was tokenized with another tokenizer, or
@@ -151,54 +188,90 @@ def prepare_dataset(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"`{name}` is empty. Pass a split that has rows, or another dataset.")
-    if set(first) == set(PREPARED):
+    if set(PREPARED) <= set(first):
         return dataset
     kind = _kind_of(first, name)
+    shows_images = bool({"image", "images"} & set(first))
+    if shows_images:
+        _check_images(kind, name, processor)
     if kind != "input_ids" and tokenizer is None:
         raise ValueError(
             f"`{name}` has the column `{kind}`, but there is no tokenizer for it where the target came from. Pass the "
             "target's as `processing_class`."
         )
-    how = {"kind": kind, "name": name, "tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    given: Any = {"batched": True, "with_indices": True, "remove_columns": list(first), "fn_kwargs": how}
-    given["features"] = datasets.Features(
-        {
-            "input_ids": datasets.List(datasets.Value("int32")),
-            "loss_mask": datasets.List(datasets.Value("bool")),
-            "length": datasets.Value("int64"),
-            "question": datasets.Value("string"),
-            "is_shortened": datasets.Value("bool"),
-        }
-    )
+    if shows_images and "images" not in first:
+        dataset = dataset.rename_column("image", "images")
+    reader = _Reader(kind, tokenizer, processor, max_length)
+    how = {"name": name, "reader": reader, "vocab_size": vocab_size}
+    given: Any = {"batched": True, "with_indices": True, "fn_kwargs": how}
+    given["remove_columns"] = [column for column in first if column not in ("image", "images")]
+    given["features"] = _features(dataset, shows_images=shows_images)
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(_prepared_batch, **given)
+        streamed = dataset.map(_prepared_batch, **given)
+        return streamed.filter(bool, input_columns="length") if shows_images else streamed
     prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **given)
+    if shows_images:  # left out here, since images that stay where they are need all rows of their batch
+        prepared = prepared.filter(bool, input_columns="length")
     _check_prepared(prepared, len(dataset), name, max_length)
     return prepared
 
 
+def _check_images(kind: str, name: str, processor: ProcessorMixin | None) -> None:
+    if processor is None:
+        raise ValueError(
+            f"`{name}` has images, but the target reads none, or there is no processor for them. Pass the target's, "
+            "as `AutoProcessor.from_pretrained` returns it, as `processing_class`."
+        )
+    if kind not in ("messages", "prompt"):
+        raise ValueError(
+            f"`{name}` has images and the column `{kind}`, but images are shown by `messages`, or by `prompt` and "
+            "`completion`. Write it in one of these forms."
+        )
+
+
+def _features(dataset: Any, *, shows_images: bool) -> Any:
+    import datasets
+
+    features = {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "loss_mask": datasets.List(datasets.Value("bool")),
+        "length": datasets.Value("int64"),
+        "question": datasets.Value("string"),
+        "is_shortened": datasets.Value("bool"),
+    }
+    if shows_images:
+        features |= {
+            "images": (dataset.features or {}).get("images", datasets.List(datasets.Image())),
+            "image_texts": datasets.List(datasets.Value("string")),
+            "image_counts": datasets.List(datasets.Value("int32")),
+            "image_starts": datasets.List(datasets.Value("int32")),
+            "image_key": datasets.Value("string"),
+        }
+    return datasets.Features(features)
+
+
 def _prepared_batch(
-    batch: dict[str, list[Any]],
-    numbers: Iterable[int],
-    kind: str,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
-    vocab_size: int,
+    batch: dict[str, list[Any]], numbers: Iterable[int], name: str, reader: "_Reader", vocab_size: int
 ) -> dict[str, list[Any]]:
-    made: dict[str, list[Any]] = {column: [] for column in PREPARED}
+    shows_images = "images" in batch
+    columns = PREPARED + IMAGE_COLUMNS[1:] if shows_images else PREPARED
+    made: dict[str, list[Any]] = {column: [] for column in columns}
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
         row = dict(zip(batch, values, strict=True))
         try:
-            example, is_shortened = _example_of(row, kind, tokenizer, max_length)
-            question = _question_of(row, kind)
+            example, is_shortened = reader.example_of(row)
+            question = reader.question_of(row)
         except ValueError as error:
             raise ValueError(f"Row {number} of `{name}`: {error}") from None
-        if not example.predicted.any():
+        if example.predicted.any():
+            example.check_ids(vocab_size, number)
+        elif shows_images:
+            example = Example(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
+        else:
             continue
-        example.check_ids(vocab_size, number)
         found = (example.input_ids.tolist(), example.loss_mask.tolist(), len(example.input_ids))
-        for column, value in zip(PREPARED, (*found, question, is_shortened), strict=True):
+        shown = NO_IMAGES if example.pictures is None else example.pictures.columns
+        for column, value in zip(columns, (*found, question, is_shortened, *shown), strict=False):
             made[column].append(value)
     return made
 
@@ -245,36 +318,76 @@ def _kind_of(columns: Iterable[str], name: str) -> str:
     )
 
 
-def _example_of(
-    row: Row, kind: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int
-) -> tuple[Example, bool]:
-    """The example of a row, perhaps with nothing to learn from, and whether only its first answer is used."""
-    if kind == "input_ids":
-        return _tokenized(row, max_length), False
-    assert tokenizer is not None
-    if kind == "messages":
-        return _of_messages(as_messages(row["messages"], None), tokenizer, max_length, _template(row))
-    if kind == "text":
-        ids = _ids(row["text"], "text", tokenizer)[:max_length]
-        return Example(_integers(ids), torch.ones(len(ids), dtype=torch.bool)), False
-    if isinstance(row["prompt"], str):
-        asked = _ids(row["prompt"], "prompt", tokenizer)
-        answered = _ids(row["completion"], "completion", tokenizer, add_special_tokens=False)
-        ids = (asked + answered)[:max_length]
-        return Example(_integers(ids), torch.arange(len(ids)) >= len(asked)), False
-    prompt, completion = (as_messages(row[column], None) for column in ("prompt", "completion"))
-    conversation, begins = prompt + completion, len(prompt)
-    return make_example(conversation, tokenizer, max_length, learn_from=begins, **_template(row)), False
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads rows of one kind with what the target reads with."""
 
+    kind: str
+    tokenizer: PreTrainedTokenizerBase | None
+    processor: ProcessorMixin | None
+    max_length: int
 
-def _question_of(row: Row, kind: str) -> str | None:
-    """The first user turn of a row, or its prompt as it is."""
-    asked = row.get(kind)
-    if kind == "prompt" and isinstance(asked, str):
-        return asked
-    if kind not in ("messages", "prompt"):
-        return None
-    return next((turn["content"] for turn in as_messages(asked, None) if turn["role"] == "user"), None)
+    @property
+    def renderer(self) -> Any:
+        """What has the chat template; of a processor's two parts it may be either."""
+        has_own = self.processor is None or getattr(self.tokenizer, "chat_template", None) is not None
+        return self.tokenizer if has_own else self.processor
+
+    def example_of(self, row: Row) -> tuple[Example, bool]:
+        """The example of a row, perhaps with nothing to learn from, and whether only its first answer is used."""
+        if self.kind == "input_ids":
+            return _tokenized(row, self.max_length), False
+        if "images" in row:
+            return self._with_images(row)
+        assert self.tokenizer is not None
+        if self.kind == "text":
+            ids = _ids(row["text"], "text", self.tokenizer)[: self.max_length]
+            return Example(_integers(ids), torch.ones(len(ids), dtype=torch.bool)), False
+        if self.kind == "prompt" and isinstance(row["prompt"], str):
+            asked = _ids(row["prompt"], "prompt", self.tokenizer)
+            answered = _ids(row["completion"], "completion", self.tokenizer, add_special_tokens=False)
+            ids = (asked + answered)[: self.max_length]
+            return Example(_integers(ids), torch.arange(len(ids)) >= len(asked)), False
+        parts = [as_messages(row[column], None) for column in self._columns]
+        pieces, is_shortened = self._pieces(parts, self.renderer, row)
+        return _joined(pieces, self.tokenizer, self.max_length), is_shortened
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return ("prompt", "completion") if self.kind == "prompt" else ("messages",)
+
+    def _pieces(self, parts: list[list[Any]], renderer: Any, row: Row) -> tuple[list[_Piece], bool]:
+        if self.kind == "messages":
+            return _of_messages(parts[0], renderer, _template(row))
+        return _pieces(parts[0] + parts[1], renderer, len(parts[0]), _template(row)), False
+
+    def _with_images(self, row: Row) -> tuple[Example, bool]:
+        """As `example_of`, of a row that shows its images."""
+        images, is_shortened = images_of(row), False
+        if all(isinstance(row[column], str) for column in self._columns):
+            pieces = [_Piece(row["prompt"], False, len(images)), _Piece(row["completion"], True)]
+        else:
+            parts = [with_images(row[column], len(images) * (column != "completion")) for column in self._columns]
+            shown = sum(map(images_in, parts[0]))
+            if shown != len(images):
+                raise ValueError(
+                    f"has {len(images)} images, but its messages have places for {shown}. Write one part "
+                    "`{'type': 'image'}` for each image, or none: then all stand before the first question."
+                )
+            pieces, is_shortened = self._pieces(parts, self.processor, row)
+        assert self.processor is not None
+        reader = ImageReader(self.processor, images)
+        return _joined(pieces, self.tokenizer, self.max_length, reader), is_shortened
+
+    def question_of(self, row: Row) -> str | None:
+        """The first user turn of a row, or its prompt as it is."""
+        asked = row.get(self.kind)
+        if self.kind == "prompt" and isinstance(asked, str):
+            return asked
+        if self.kind not in ("messages", "prompt"):
+            return None
+        messages = with_images(asked, 0) if "images" in row else as_messages(asked, None)
+        return next((text_of(turn["content"]) for turn in messages if turn["role"] == "user"), None)
 
 
 def _template(row: Row) -> Row:
@@ -284,20 +397,18 @@ def _template(row: Row) -> Row:
     return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
 
 
-def _of_messages(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Row
-) -> tuple[Example, bool]:
+def _of_messages(conversation: list[Any], renderer: Any, template: Row) -> tuple[list[_Piece], bool]:
     """Assistant turns before the first user turn are left out."""
     roles = [message["role"] for message in conversation]
     first = roles.index("user") if "user" in roles else len(roles)
     asked = [turn for turn in conversation[:first] if turn["role"] != "assistant"] + conversation[first:]
     try:
-        return make_example(asked, tokenizer, max_length, **template), False
+        return _pieces(asked, renderer, 0, template), False
     except ValueError:
         answer = next(i for i, turn in enumerate(asked) if turn["role"] == "assistant")
         if answer + 1 == len(asked):
             raise
-        return make_example(asked[: answer + 1], tokenizer, max_length, **template), True
+        return _pieces(asked[: answer + 1], renderer, 0, template), True
 
 
 def _tokenized(row: Row, max_length: int) -> Example:

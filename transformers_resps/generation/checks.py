@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Module
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..compat import CACHE_KEYWORD
@@ -49,6 +57,8 @@ _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
 # Of an encoder-decoder; whatever else its encoder takes has been used.
 _ENCODED = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
+# What changes no token: stock `generate` never hands over the labels of a trainer, and throws router logits away.
+NEVER_READ = frozenset(("labels", "output_router_logits"))
 # What belongs to a prompt's images, videos, sounds and embeddings: stock `generate` hands it to the forwards that read
 # the prompt and to no other, or gives no new token any.
 PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
@@ -127,6 +137,9 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
         if not isinstance(cache, EncoderDecoderCache):
             raise _refusal(f"a `{type(cache).__name__}` for an encoder-decoder", "Pass an `EncoderDecoderCache`")
         cache = cache.self_attention_cache
+    elif isinstance(cache, StaticCache):  # of which trees get a dynamic copy
+        _check_static_cache(model, cache)
+        return
     check_cache(cache)
     made = DynamicCache(config=model.config.get_text_config(decoder=True))
     needed = [window_of(made, index) for index in range(len(made.layers))]
@@ -135,6 +148,40 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
         raise _refusal(
             f"a cache whose layers have the sliding windows {found} for a target with {needed}",
             "Pass `DynamicCache(config=model.config)`, or no cache",
+        )
+
+
+def _check_static_cache(model: PreTrainedModel, cache: StaticCache) -> None:
+    longest = max(length for _, length in _static_layers(cache))
+    found, needed = _static_layers(cache), _static_layers(StaticCache(config=model.config, max_cache_len=longest))
+    if cache.offloading or found != needed:
+        raise _refusal(
+            f"a `StaticCache` that is offloaded, or whose layers {found} are not the target's, {needed}",
+            f"Pass `StaticCache(config=model.config, max_cache_len={longest})`",
+        )
+
+
+def _static_layers(cache: StaticCache) -> list[tuple[str, int]]:
+    layers: list[Any] = [*cache.layers]
+    return [(type(layer).__name__, layer.max_cache_len) for layer in layers]
+
+
+def check_room(static: StaticCache, length: int) -> None:
+    """Refuse a text that may outgrow the caller's static cache.
+
+    Args:
+        static: the cache.
+        length: positions that it has to hold in the end.
+
+    Raises:
+        ValueError: names the lengths.
+    """
+    layers: list[Any] = [*static.layers]
+    room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=length)
+    if room < length:
+        raise ValueError(
+            f"The `StaticCache` holds {room} positions, but the text may come to need {length}. Pass a longer one, or "
+            "set a smaller `max_new_tokens`."
         )
 
 
@@ -219,6 +266,8 @@ def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kw
         ValueError: names them.
     """
     _check_known(target, (name for name, value in model_kwargs.items() if value is not None))
+    if not target.config.is_encoder_decoder:  # whose encoder has read them
+        _check_token_types(target, model_kwargs.get("token_type_ids"))
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() not in ((2, 3) if _has_planes(target) else (2,)):
         raise _refusal(
@@ -244,12 +293,25 @@ def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kw
 
 
 def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
-    known = _CARRIED | PROMPT_ARGUMENTS | {"input_ids"}
+    known = _CARRIED | PROMPT_ARGUMENTS | NEVER_READ | {"input_ids"}
     if target.config.is_encoder_decoder:
         known |= _ENCODED | set(inspect.signature(target.get_encoder().forward).parameters)
     unknown = sorted(set(names) - known)
     if unknown:
         raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
+
+
+def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
+    """Refuse kinds of tokens that the decoder reads in each step, as GPT-2 does; others belong to the prompt alone.
+
+    Zeros are what a decoder with a table of kinds takes without them.
+    """
+    if types is None or "token_type_ids" not in inspect.signature(target.get_decoder().forward).parameters:
+        return
+    if types.any() or not hasattr(target.config.get_text_config(), "type_vocab_size"):
+        raise _refusal(
+            f"the `token_type_ids` of {type(target).__name__}, which reads them with every token", "Leave them out"
+        )
 
 
 def _has_planes(target: PreTrainedModel) -> bool:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from transformers import (
     Cache,
     CompileConfig,
-    DynamicCache,
-    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     StaticCache,
@@ -38,16 +36,24 @@ from ..verifying.forward import (
     is_compiled,
 )
 from ..verifying.hybrids import is_recurrent
-from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, fill_static, whole_cache
+from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, dynamic_copy, fill_static, whole_cache
 from ..verifying.slots import SlotEngine
 from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
-from .checks import check_forward_arguments, check_lengths, check_synced, holds_more_than_tokens, placeholder_ids
+from .checks import (
+    NEVER_READ,
+    check_forward_arguments,
+    check_lengths,
+    check_room,
+    check_synced,
+    holds_more_than_tokens,
+    placeholder_ids,
+)
 from .output import SpeculativeOutput, SpeculativeSeq2SeqOutput
 from .request import AUTO, Request, SpeculationState
 
 
 # What stock decoding methods are told and a tree has no use for.
-_NOT_OURS = ("synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer")
+_NOT_OURS = NEVER_READ | {"synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"}
 
 
 def speculate(
@@ -86,11 +92,11 @@ def speculate(
         check_synced(model_kwargs.get("synced_gpus"))
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _NOT_OURS}
         check_forward_arguments(target, input_ids, model_kwargs)
-        static = None
-        if generation_config.cache_implementation == "static":  # trees decode over slots, whatever reads the prompt
-            static = model_kwargs[CACHE_KEYWORD]
-            model_kwargs[CACHE_KEYWORD] = DynamicCache(config=target.config.get_text_config(decoder=True))
-        given = input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+        cache = model_kwargs[CACHE_KEYWORD]
+        static = cache if isinstance(cache, StaticCache) else None
+        if static is not None:  # trees decode over slots, or where the cache grows
+            model_kwargs[CACHE_KEYWORD] = dynamic_copy(static, target.config)
+        given = input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, static
         inputs = GenerateInputs(*given)
         if target.config.is_encoder_decoder:
             inputs = encoded = EncoderDecoderInputs(*given, inputs_tensor)
@@ -98,6 +104,9 @@ def speculate(
         if model_kwargs.get("inputs_embeds") is None:
             positions = inputs.position_ids.shape[-1]
             check_lengths(target, inputs.cache, input_ids.shape[1], positions, inputs.max_length)
+        if static is not None and inputs.is_cache_given:
+            check_room(static, inputs.longest - 1)
+            stack.callback(fill_static, static, inputs.cache)
         stack.callback(stop_recording, inputs.cache)
         batch = _batch(target, request.lockstep, inputs)
         decoding = _decode(target, state, request, batch, inputs)
@@ -108,7 +117,7 @@ def speculate(
     if not generation_config.return_dict_in_generate:
         return batch.input_ids
     kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
-    kept[CACHE_KEYWORD] = _returned_cache(target, state, decoding, inputs, static)
+    kept[CACHE_KEYWORD] = _returned_cache(target, state, decoding, inputs)
     made = SpeculativeSeq2SeqOutput if target.config.is_encoder_decoder else SpeculativeOutput
     return made(**kept, speculation=report)
 
@@ -144,22 +153,18 @@ def _decode(
 
 
 def _returned_cache(
-    target: PreTrainedModel,
-    state: SpeculationState,
-    decoding: TreeDecoding,
-    inputs: "GenerateInputs",
-    static: StaticCache | None,
+    target: PreTrainedModel, state: SpeculationState, decoding: TreeDecoding, inputs: "GenerateInputs"
 ) -> Cache:
-    """The cache that plain decoding returns: of all rows, and in the `static` one if the caller asked for that."""
+    """The cache that plain decoding returns: of all rows, and a static one if the caller asked for that."""
     ended, tokens, prompt_mask = decoding.ended, decoding.batch.input_ids, inputs.attention_mask
+    cache, static = inputs.model_kwargs[CACHE_KEYWORD], inputs.static
     if not ended:
-        cache: Cache = inputs.model_kwargs[CACHE_KEYWORD]
         return cache if static is None else fill_static(static, cache)
 
     def make() -> Cache:
         with state.evaluation_mode.held(target):
-            cache = whole_cache(target, [ended[row] for row in range(len(tokens))], tokens, prompt_mask)
-        return cache if static is None else fill_static(static, cache)
+            whole = whole_cache(target, [ended[row] for row in range(len(tokens))], tokens, prompt_mask)
+        return whole if static is None else fill_static(static, whole)
 
     return UnreadDynamicCache(make) if static is None else UnreadStaticCache(make)
 
@@ -179,7 +184,9 @@ def _reader(
 
 @dataclass(frozen=True)
 class GenerateInputs:
-    """What stock `generate` hands to the method that decodes; see `speculate`."""
+    """What stock `generate` hands to the method that decodes; see `speculate`. A dynamic cache stands for a `static`
+    one.
+    """
 
     input_ids: Tensor
     logits_processor: LogitsProcessorList
@@ -187,6 +194,7 @@ class GenerateInputs:
     config: Any
     streamer: Any
     model_kwargs: dict[str, Any]
+    static: StaticCache | None
 
     @property
     def cache(self) -> Any:
@@ -227,9 +235,16 @@ class GenerateInputs:
         return math.ceil(most) if most < sys.maxsize else sys.maxsize
 
     @property
+    def longest(self) -> int:
+        """Positions that the whole conversation may reach, of which the text may be the end."""
+        read: int = self.model_kwargs["position_ids"].shape[-1]
+        return self.max_length + read - self.input_ids.shape[1]
+
+    @property
     def is_cache_given(self) -> bool:
         """Whether the cache is the caller's, who may reuse it."""
-        return bool(getattr(self.model_kwargs[CACHE_KEYWORD], "_is_user_defined", False))
+        given = self.model_kwargs[CACHE_KEYWORD] if self.static is None else self.static
+        return bool(getattr(given, "_is_user_defined", False))
 
     @property
     def makes_cache(self) -> bool:
@@ -389,7 +404,7 @@ def _verifier(
     Raises:
         ValueError: a recurrent target was compiled, or has to decode over a static cache.
     """
-    is_static = inputs.config.cache_implementation == "static" or is_compiled(target)
+    is_static = inputs.static is not None or is_compiled(target)
     if is_static and is_recurrent(target):
         raise ValueError(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
@@ -400,7 +415,7 @@ def _verifier(
     given = inputs.position_ids, inputs.attention_mask
     choice = request.compile
     if choice is None:
-        choice = _stock_would_compile(target, inputs.config)
+        choice = _stock_would_compile(target, inputs)
     compiles = choice is True or (choice == AUTO and engine.pays)
     obstacle = _compile_obstacle(target, forward.layers) if compiles else None
     if obstacle is not None and choice is True:
@@ -419,12 +434,12 @@ def _verifier(
         yield verifier
 
 
-def _stock_would_compile(target: PreTrainedModel, config: GenerationConfig) -> bool:
+def _stock_would_compile(target: PreTrainedModel, inputs: GenerateInputs) -> bool:
     """Whether plain `generate` would compile, or is told how to."""
-    if config.disable_compile:
+    if inputs.config.disable_compile:
         return False
-    is_static = config.cache_implementation == "static" and target.device.type == "cuda"
-    return config.compile_config is not None or is_static
+    is_static = inputs.static is not None and target.device.type == "cuda"
+    return inputs.config.compile_config is not None or is_static
 
 
 def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:

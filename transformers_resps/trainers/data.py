@@ -17,7 +17,7 @@ from transformers.utils.logging import tqdm
 
 from ..calibration import calibrate, identity_of
 from ..data import Example, prepare_dataset, to_tokens
-from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches
+from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches, collate
 from ..data.conversations import as_messages
 from ..generation.output import sampling
 from ..heads import DraftHead, parameter_fingerprint
@@ -28,7 +28,7 @@ from ..replay.ranked_text import FORMAT
 from .base import written
 from .features import CachedFeatures, FrozenTarget
 from .head_config import DraftHeadTrainingConfig
-from .loading import Pair, context_of, load_tokenizer
+from .loading import Pair, context_of, load_processor, load_tokenizer
 from .policy_config import PolicyTrainingConfig
 from .rollouts import LiveRollouts, ReplayRollouts
 
@@ -68,6 +68,8 @@ class HeadTexts:
 
     Attributes:
         tokenizer: the target's; `None` where there is none, which is enough for texts that are token ids.
+        processor: of images, the target's; `None` where it reads none.
+        collate: makes a batch of rows.
 
     Raises:
         ValueError: `max_length` is more than the target reads, or the tokenizer belongs to another model.
@@ -85,6 +87,9 @@ class HeadTexts:
         self._args = args
         self._seed = args.seed if args.data_seed is None else args.data_seed
         self.tokenizer = load_tokenizer(target, processing_class)
+        shows_images = "image" in target.input_modalities
+        self.processor = load_processor(target, processing_class) if shows_images else None
+        self.collate = partial(collate, processor=self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
         """Tokenize and mask a dataset, given as the argument `name`; for evaluation also a dict of them.
@@ -105,6 +110,7 @@ class HeadTexts:
                 max_length=self._max_length,
                 vocab_size=self._vocab_size,
                 num_proc=self._args.dataset_num_proc,
+                processor=self.processor,
             )
 
     def texts(self, rows: Any, target: FrozenTarget) -> PreparedTexts | StreamedBatches:
@@ -113,7 +119,7 @@ class HeadTexts:
             return StreamedBatches(rows, self._args.tokens_per_batch, seed=self._seed)
         if self._args.feature_cache_dir is None:
             return PreparedTexts(rows)
-        return CachedFeatures(rows, self._args.feature_cache_dir, target)
+        return CachedFeatures(rows, self._args.feature_cache_dir, target, self.collate)
 
     def loader(
         self, texts: PreparedTexts | StreamedBatches, collator: Callable[[Any], Any], *, shuffle: bool
@@ -141,7 +147,7 @@ def counted_examples(rows: Any) -> Iterator[Example]:
     return PreparedTexts(rows).examples()
 
 
-def some_texts(rows: Any, count: int) -> Iterator[dict[str, Tensor]]:
+def some_texts(rows: Any, count: int) -> Iterator[dict[str, Any]]:
     """Up to `count` texts of a prepared dataset, or of the first of several, as rows of a batch."""
     if isinstance(rows, Mapping):
         rows = next(iter(rows.values()))

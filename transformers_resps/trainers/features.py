@@ -1,9 +1,11 @@
 """What a head learns from: the target's features, last hidden states and picks, read anew or once and kept on disk."""
 
 import hashlib
+import inspect
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +26,7 @@ from .losses import Teacher
 
 
 _PICK_CHUNK = 512  # positions whose full logits are alive at once
+_SAME = 0.02  # of the largest feature: what half precision may round away
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,9 @@ class FrozenTarget:
         multiplied, divided = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
         self.scale = float(multiplied) / float(divided)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._kept_logits = {"logits_to_keep": 1} if keeps_logits else {}
+        self._is_known_causal = False  # for texts with images
 
     @property
     def output_weight(self) -> Tensor:
@@ -76,17 +82,63 @@ class FrozenTarget:
         return cast(Tensor | None, getattr(self.model.get_output_embeddings(), "bias", None))
 
     @torch.no_grad()
-    def read(self, input_ids: Tensor, predicted: Tensor | None = None) -> TargetFeatures:
+    def read(
+        self,
+        input_ids: Tensor,
+        predicted: Tensor | None = None,
+        image_inputs: dict[str, Tensor] | None = None,
+    ) -> TargetFeatures:
         """Run the target over right-padded texts; causal attention keeps the padding out without a mask.
 
         Args:
             input_ids: `[b, t]` the texts.
             predicted: `[b, t]` bool, the tokens whose picks are wanted; `None` for all. Fewer save time: the output
                 head is a fifth of a small target.
+            image_inputs: see `collate`; `None` where no text shows an image.
+
+        Raises:
+            ValueError: the target reads an answer after images in both directions.
         """
+        if image_inputs and not self._is_known_causal:
+            self._check_causal(input_ids, image_inputs)
+        features, hidden = self._run(input_ids, image_inputs)
+        return TargetFeatures(features, hidden, self._picks(hidden, predicted))
+
+    def _run(self, input_ids: Tensor, image_inputs: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The features, and the decoder's output after its final norm."""
+        decoder = self.model.get_decoder()
         with FeatureTap(self.model, self.feature_layers) as tap, tap.record() as features:
-            hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return TargetFeatures(features.concatenated(), hidden, self._picks(hidden, predicted))
+            if not image_inputs:
+                hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+                return features.concatenated(), hidden
+            outputs = list[Any]()  # not every class hands on what its decoder gives
+            hook = decoder.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+            try:
+                inputs = self._cast(image_inputs) | self._kept_logits
+                shown = torch.ones_like(input_ids)  # without a mask, Qwen-Omni counts no positions of images
+                self.model(input_ids=input_ids, attention_mask=shown, use_cache=False, **inputs)
+            finally:
+                hook.remove()
+        return features.concatenated(), outputs[-1].last_hidden_state
+
+    def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
+        }
+
+    def _check_causal(self, input_ids: Tensor, image_inputs: dict[str, Tensor]) -> None:
+        """In `generate` an answer is read token by token: its features must not depend on what follows."""
+        other = input_ids.clone()
+        other[:, -1] = (other[:, -1] == 0).long()
+        before, after = (self._run(ids, image_inputs)[0][:, :-1].float() for ids in (input_ids, other))
+        if not torch.allclose(before, after, rtol=_SAME, atol=_SAME * float(before.abs().max())):
+            raise ValueError(
+                f"{type(self.model).__name__} reads a whole text with images in both directions, but answers only "
+                "forwards when it decodes, so a head would learn from other features than it meets. Train it on text "
+                "alone."
+            )
+        self._is_known_causal = True
 
     def _picks(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
         """Argmax over the whole vocabulary, in chunks; scale and soft cap are monotone, so they don't matter."""
@@ -125,6 +177,7 @@ class CachedFeatures(PreparedTexts):
         rows: a dataset from `prepare_dataset`.
         folder: where the files are kept; those of other texts or another target are left alone.
         target: computes missing features.
+        collator: makes batches of rows; by default `collate`, which is enough without images.
         dtype: of the stored features; bf16 needs half the disk of fp32 and is what heads are served in.
 
     Raises:
@@ -132,10 +185,16 @@ class CachedFeatures(PreparedTexts):
     """
 
     def __init__(
-        self, rows: Any, folder: str | Path, target: FrozenTarget, *, dtype: torch.dtype = torch.bfloat16
+        self,
+        rows: Any,
+        folder: str | Path,
+        target: FrozenTarget,
+        collator: Callable[[Any], dict[str, Any]] = collate,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(rows)
-        self._folder, self._target, self._dtype = Path(folder), target, dtype
+        self._folder, self._target, self._dtype, self._collate = Path(folder), target, dtype, collator
         self._folder.mkdir(parents=True, exist_ok=True)
         # Files of another target, or of another dtype, must not be read
         model = f"{type(target.model).__name__} {target.model.dtype} {parameter_fingerprint(target.model)}"
@@ -146,7 +205,7 @@ class CachedFeatures(PreparedTexts):
         self._open: OrderedDict[Path, Any] = OrderedDict()
         self._fill()
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         block, row = divmod(index, _BLOCK)
         path = self._paths[block]
         if path not in self._open:
@@ -166,6 +225,7 @@ class CachedFeatures(PreparedTexts):
         for example in block:
             digest.update(example.input_ids.numpy().tobytes() + b"|")
             digest.update(example.predicted.numpy().tobytes() + b"|")  # picks are there for predicted tokens alone
+            digest.update(b"" if example.pictures is None else example.pictures.key.encode())
         return digest.hexdigest()[:24]
 
     def _fill(self) -> None:
@@ -182,9 +242,10 @@ class CachedFeatures(PreparedTexts):
         lengths = [len(example.input_ids) for example in block]
         for rows in TokenBudgetBatches(lengths, _TOKENS_PER_FORWARD, shuffle=False):
             part = [block[row] for row in rows]
-            batch = collate([{"input_ids": e.input_ids, "loss_mask": e.predicted} for e in part])
+            batch = self._collate([example.tensors for example in part])
             device = self._target.model.device
-            read = self._target.read(batch["input_ids"].to(device), (batch["labels"] != IGNORED).to(device))
+            predicted = (batch["labels"] != IGNORED).to(device)
+            read = self._target.read(batch["input_ids"].to(device), predicted, batch.get("image_inputs"))
             for place, row in enumerate(rows):
                 for name, found, dtype in (
                     ("features", read.features, self._dtype),

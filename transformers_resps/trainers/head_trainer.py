@@ -18,7 +18,7 @@ from transformers.utils.logging import tqdm
 
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
-from ..data.batches import IGNORED, PreparedTexts, StreamedBatches, collate
+from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
 from ..heads import BoundHead, DraftHead, DraftHeadConfig
 from ..verifying.prepacking import prepack
 from .base import ArtefactTrainer, check_kind
@@ -112,7 +112,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         super().__init__(
             model=head,
             args=args,
-            data_collator=kwargs.pop("data_collator", collate),
+            data_collator=kwargs.pop("data_collator", self._data.collate),
             train_dataset=rows,
             eval_dataset=held_out,
             callbacks=callbacks,
@@ -147,7 +147,7 @@ class DraftHeadTrainer(ArtefactTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -161,13 +161,14 @@ class DraftHeadTrainer(ArtefactTrainer):
         loss = loss / count * (self.accelerator.num_processes if counted_together else 1)
         return (loss, {}) if return_outputs else loss
 
-    def _levels(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _levels(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss; per level the summed loss, the hits and all predicted tokens, in vocabulary or not."""
         bound = BoundHead(unwrapped(self.accelerator.unwrap_model(model)), self.target.model)
         if "features" in inputs:
             read = TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
         else:
-            read = self.target.read(inputs["input_ids"], inputs["labels"] != IGNORED)
+            predicted = inputs["labels"] != IGNORED
+            read = self.target.read(inputs["input_ids"], predicted, inputs.get("image_inputs"))
         rows, places = (inputs["labels"] != IGNORED).nonzero(as_tuple=True)  # the n predicted tokens
         levels = torch.arange(self.args.ttt_steps, device=places.device)[:, None]
         slots = places - 2 - levels  # [k, n]
@@ -245,11 +246,12 @@ class DraftHeadTrainer(ArtefactTrainer):
             tokenizer = cast(PreTrainedTokenizerBase, self.tokenizer)
             print_drafts(bound, self._drafted_texts, tokenizer, self.state.global_step)
 
-    def _with_features(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
-        row = {name: tensor.to(self.args.device) for name, tensor in row.items()}
-        if "features" not in row:
-            row["features"] = self.target.read(row["input_ids"][None]).features[0]
-        return row
+    def _with_features(self, row: dict[str, Any]) -> dict[str, Tensor]:
+        found = {name: tensor.to(self.args.device) for name, tensor in row.items() if name != "pictures"}
+        if "features" not in found:
+            shown = self._data.collate([row]).get("image_inputs")
+            found["features"] = self.target.read(found["input_ids"][None], image_inputs=shown).features[0]
+        return found
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any

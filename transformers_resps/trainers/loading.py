@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from transformers import (
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -89,6 +90,17 @@ def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedToke
             "target's own, or leave `processing_class` out."
         )
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_processor(target: PreTrainedModel, given: Any = None) -> ProcessorMixin | None:
+    """The processor of images that was given, or lies where the target came from; `None` if there is none."""
+    if given is not None or not target.config.name_or_path:
+        return given if isinstance(given, ProcessorMixin) else None
+    try:
+        found = AutoProcessor.from_pretrained(target.config.name_or_path)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, ProcessorMixin) else None
 
 
 def end_tokens(target: PreTrainedModel) -> set[int]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from ..compat import CACHE_KEYWORD
-from .cache import cached_length, joined_rows
+from .cache import cached_length, joined_rows, replace_entries
 from .hybrids import is_recurrent
 
 
@@ -70,13 +70,34 @@ def whole_cache(
         return joined_rows([row.cache for row in rows])
 
 
+def dynamic_copy(static: StaticCache, config: PreTrainedConfig) -> DynamicCache:
+    """A dynamic cache with the entries of a static one of the same model; `config` is the target's."""
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    layers: list[Any] = [*zip(cache.layers, static.layers, strict=True)]
+    for layer, filled in layers:
+        length = int(filled.get_seq_length())
+        if length:
+            end = min(length, filled.max_cache_len)
+            start = max(end + 1 - layer.sliding_window, 0) if filled.is_sliding else 0
+            keys, values = (part[:, :, start:end].clone() for part in (filled.keys, filled.values))
+            layer.lazy_initialization(keys, values)
+            replace_entries(layer, [keys, values], length)
+    return cache
+
+
 def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
-    """Give an empty static cache the entries of a dynamic one, which it is long enough for."""
+    """Give a static cache the entries of a dynamic one in place of its own. It is long enough."""
     layers: list[Any] = [*zip(static.layers, cache.layers, strict=True)]
     for layer, filled in layers:
-        if getattr(filled, "keys", None) is not None:
-            left = filled.get_seq_length() - filled.keys.shape[-2]  # what a sliding layer has forgotten
-            layer.update(*(pad(part, (0, 0, left, 0)) for part in (filled.keys, filled.values)))
+        if getattr(filled, "keys", None) is None:
+            continue
+        left = filled.get_seq_length() - filled.keys.shape[-2]  # what a sliding layer has forgotten
+        keys, values = (pad(part, (0, 0, left, 0)) for part in (filled.keys, filled.values))
+        if layer.is_initialized and layer.keys.shape[:2] == keys.shape[:2]:
+            layer.reset()  # code that was compiled for its tensors goes on with them
+        else:
+            layer.lazy_initialization(keys, values)
+        layer.update(keys, values)
     return static
 
 

@@ -1,0 +1,130 @@
+"""Texts with images, as the target's processor reads them: tokens in the place of each image, and its pixels.
+
+How many tokens an image takes is known only when it was processed, so this happens when a dataset is prepared. Pixels
+are large: they are made again for each batch, and only the images are kept.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+
+# What a prepared row has besides, in a dataset with images.
+IMAGE_COLUMNS = ("images", "image_texts", "image_counts", "image_starts", "image_key")
+NO_IMAGES: tuple[list[str], list[int], list[int], str] = [], [], [], ""  # in all but the first of these
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The images of a text, and the parts of it that show them.
+
+    Attributes:
+        images: in the order in which they are shown.
+        texts: the parts, with a placeholder for each image, as the chat template writes them.
+        counts: images in each part.
+        starts: the place in the text's tokens at which each part begins.
+        key: a hash of what the processor made of the images.
+    """
+
+    images: list[Any]
+    texts: list[str]
+    counts: list[int]
+    starts: list[int]
+    key: str
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Pictures | None":
+        """From a row that `prepare_dataset` made; `None` where it shows no image."""
+        if not row.get("image_texts"):
+            return None
+        texts, counts, starts, key = (row[column] for column in IMAGE_COLUMNS[1:])
+        return cls(images_of(row)[: sum(counts)], texts, counts, starts, key)
+
+    @property
+    def columns(self) -> tuple[list[str], list[int], list[int], str]:
+        """Of a prepared row, but for the images, which the dataset has already."""
+        return self.texts, self.counts, self.starts, self.key
+
+
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row, whose column `images` holds one, several or none."""
+    found = row["images"]
+    return list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
+
+
+class ImageReader:
+    """Reads the parts of one text that show images, from its first to its last.
+
+    Args:
+        processor: the target's.
+        images: all that the text shows.
+    """
+
+    def __init__(self, processor: ProcessorMixin, images: list[Any]) -> None:
+        self._processor, self._images = processor, images
+        self._texts: list[str] = []
+        self._counts: list[int] = []
+        self._starts: list[int] = []
+        self._digest = hashlib.sha256()
+
+    def tokens_of(self, text: str, count: int, start: int, room: int) -> list[int] | None:
+        """The tokens of a part that shows `count` images and begins at token `start`; `None` if more than `room`."""
+        shown = sum(self._counts)
+        read = _read(self._processor, [text], [self._images[shown : shown + count]])
+        tokens: list[int] = read["input_ids"][0].tolist()
+        if len(tokens) > room:
+            return None
+        self._texts.append(text)
+        self._counts.append(count)
+        self._starts.append(start)
+        for name in sorted(read):
+            self._digest.update(name.encode() + read[name].float().numpy().tobytes())
+        return tokens
+
+    @property
+    def pictures(self) -> Pictures | None:
+        """What was read; `None` before the first image."""
+        if not self._texts:
+            return None
+        shown = self._images[: sum(self._counts)]
+        return Pictures(shown, self._texts, self._counts, self._starts, self._digest.hexdigest())
+
+
+def _read(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
+    """Chat templates write special tokens themselves, so none are added, as in TRL."""
+    padding = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
+    return dict(processor(text=texts, images=images, add_special_tokens=False, return_tensors="pt", **padding))
+
+
+def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, length: int) -> dict[str, Tensor]:
+    """What the target's forward takes besides the tokens of a batch, right-padded to `length`; empty without images.
+
+    The types of tokens are `[b, length]`, pixels and all else as the processor makes them for one batch.
+    """
+    parts = [
+        (row, start, text)
+        for row, shown in enumerate(rows)
+        for start, text in zip(shown.starts if shown else (), shown.texts if shown else (), strict=True)
+    ]
+    if not parts:
+        return {}
+    images = [group for shown in rows if shown for group in _grouped(shown)]
+    read = _read(processor, [text for _, _, text in parts], images)
+    is_token = read.pop("attention_mask").bool()
+    del read["input_ids"]
+    for name in [name for name in read if name.endswith("token_type_ids")]:
+        types = torch.zeros(len(rows), length, dtype=read[name].dtype)
+        for (row, start, _), found, mask in zip(parts, read[name], is_token, strict=True):
+            types[row, start : start + int(mask.sum())] = found[mask]
+        read[name] = types
+    return read
+
+
+def _grouped(shown: Pictures) -> list[list[Any]]:
+    ends = torch.tensor(shown.counts).cumsum(0).tolist()
+    return [shown.images[end - count : end] for end, count in zip(ends, shown.counts, strict=True)]
