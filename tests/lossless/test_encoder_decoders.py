@@ -1,6 +1,7 @@
 """Encoder-decoders draft by lookup alone, and write what plain `generate` writes with the same seed."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
 )
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.generation.request import SpeculationDefaults
 from transformers_resps.tree import DraftTree
 
 
@@ -335,7 +339,6 @@ def test_drafts_end_with_the_table_of_positions(model_type: str) -> None:
 
 def test_a_small_assistant_stays_stocks_own() -> None:
     target, assistant = target_of("t5"), target_of("t5", num_layers=1)
-    target.generation_config.policy = None
     inputs, options = inputs_of("t5", 1), {"max_new_tokens": 12, "eos_token_id": None}
     plain = target.generate(**inputs, **options)
     assert target.generate(**inputs, **options, assistant_model=assistant).tolist() == plain.tolist()
@@ -398,10 +401,12 @@ FSMT: dict[str, Any] = {name: value for name, value in LAYERS.items() if name !=
     "num_beams": 1,
 }
 MOE = LAYERS | {"num_experts": 2}
+SWITCH = CONFIGS["switch_transformers"] | {"expert_capacity": 4}
 UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "prophetnet": (PROPHET, "`decoder_input_ids` of length 1"),
     "fsmt": (FSMT, "gives logits that differ by"),
     "nllb-moe": (MOE, "by the mask of the last one"),
+    "switch_transformers": (SWITCH, "an expert takes 4"),
 }
 
 
@@ -415,6 +420,30 @@ def test_a_family_whose_chains_would_write_another_text_is_refused(model_type: s
     attach(target, policy="auto")
     with pytest.raises(ValueError, match=message):
         target.generate(**inputs_of(model_type, 1), max_new_tokens=4, decoder_start_token_id=1)
+
+
+def test_a_class_that_prepares_its_steps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Musicgen does, which masks the tokens of other codebooks there."""
+    target = target_of("bart")
+    monkeypatch.setattr(type(target), "prepare_inputs_for_generation", lambda *_, **__: {}, raising=False)
+    with pytest.raises(ValueError, match="prepares each step in a way of its own"):
+        target.generate(**inputs_of("bart", 1), policy=Chains())
+
+
+def test_a_trainer_predicts_with_a_policy(tmp_path: Path) -> None:
+    """`Seq2SeqTrainer` hands the labels over, too."""
+    target = target_of("t5")
+    rows = [{name: value[0] for name, value in inputs_of("t5", 1).items()} | {"labels": torch.tensor([7, 8, 2])}]
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), predict_with_generate=True, report_to="none", use_cpu=True, generation_max_length=12
+    )
+    trainer = Seq2SeqTrainer(model=target, args=arguments)
+    plain = trainer.predict(rows, max_length=12).predictions
+    attach(target, policy=Chains())
+    try:
+        assert trainer.predict(rows, max_length=12).predictions.tolist() == plain.tolist()
+    finally:
+        target.speculation_state.defaults = SpeculationDefaults()
 
 
 WHISPER = {

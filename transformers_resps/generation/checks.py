@@ -4,6 +4,7 @@ Stock `generate` would ignore or misroute most of these settings when it is give
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     GenerationConfig,
+    GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
     StaticCache,
@@ -22,6 +24,7 @@ from transformers import (
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..compat import CACHE_KEYWORD
+from ..drafting.prompt_lookup import LONGEST_DRAFT
 from ..tree import DraftTree
 from ..verifying.attention import GROUPED, STOCK, is_flash, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, window_of
@@ -401,11 +404,8 @@ _ROUNDING_LAYERS = frozenset(
 _ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
 
 
-# model_type of encoder-decoders -> why they cannot verify drafts, where a probe would not tell.
-_ODD_DECODERS = dict.fromkeys(("dia", "musicgen", "musicgen_melody"), "writes several tokens at each position") | {
-    "nllb-moe": "routes all tokens of a forward by the mask of the last one",
-    "rag": "weighs several texts against each other",
-}
+# model_type of encoder-decoders whose `prepare_inputs_for_generation` adds nothing that a step needs.
+_PREPARE_AS_STOCK = ("whisper", "canary", "cohere_asr")
 _ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
 
 
@@ -452,8 +452,7 @@ def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool)
             f"{name} is an encoder-decoder, but a head needs a decoder-only target. Leave out the head and pass "
             "`policy='auto'`, to draft from the source and the text so far."
         )
-    missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
-    reason = f"takes no {sorted(missing)}" if missing else _ODD_DECODERS.get(model.config.model_type)
+    reason = _encoder_decoder_reason(model)
     if reason is not None:
         raise ValueError(f"{name} {reason}, so it cannot verify drafts. Call `generate` without a policy.")
     if is_compiled(model):
@@ -461,6 +460,22 @@ def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool)
             f"{name} was compiled, but an encoder-decoder verifies drafts as it is. Use the model as it was before it "
             "was compiled, or call `generate` without a policy."
         )
+
+
+def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
+    """Why it cannot verify drafts, where a probe would not tell."""
+    config = model.config
+    missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
+    if missing:
+        return f"takes no {sorted(missing)}"
+    preparing = next(kind for kind in type(model).__mro__ if "prepare_inputs_for_generation" in vars(kind))
+    if preparing is not GenerationMixin and config.model_type not in _PREPARE_AS_STOCK:
+        return "prepares each step in a way of its own"
+    if config.model_type == "nllb-moe":
+        return "routes all tokens of a forward by the mask of the last one"
+    if getattr(config, "expert_capacity", sys.maxsize) <= LONGEST_DRAFT:
+        return f"drops tokens of a forward, of which an expert takes {config.expert_capacity}"
+    return None
 
 
 def check_draws(model: Module) -> None:
