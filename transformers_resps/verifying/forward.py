@@ -273,11 +273,10 @@ class EncoderDecoderForward(TargetForward):
 
     def keep_rows(self, rows: list[int]) -> None:
         outputs = self._encoder_outputs
-        index = torch.tensor(rows, device=outputs[0].device)
-        self._both_caches.cross_attention_cache.batch_select_indices(index)
+        self._both_caches.cross_attention_cache.batch_select_indices(torch.tensor(rows))
         if self._encoder_mask is not None:
             self._encoder_mask = self._encoder_mask[rows]
-        kept = {name: part[index] if isinstance(part, Tensor) else part for name, part in outputs.items()}
+        kept = {name: part[rows] if isinstance(part, Tensor) else part for name, part in outputs.items()}
         self._encoder_outputs = type(outputs)(**kept)
 
     def inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
