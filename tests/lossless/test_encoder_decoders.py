@@ -23,7 +23,7 @@ from transformers import (
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from tests.targets import VOCABULARY, Architecture
-from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps import DraftHead, FixedPolicy, TreeShape, assert_lossless, attach
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.generation.request import SpeculationDefaults
 from transformers_resps.tree import DraftTree
@@ -41,9 +41,9 @@ LAYERS = {
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
-    "max_position_embeddings": 64,
     "init_std": 0.8,
 }
+TABLE = {"max_position_embeddings": 64}
 T5 = {
     **TOKENS,
     "decoder_start_token_id": 0,
@@ -76,12 +76,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "umt5": T5,
     "longt5": T5,
     "switch_transformers": T5 | {"num_experts": 2, "num_decoder_layers": 2, "num_sparse_decoder_layers": 1},
-    "bart": LAYERS,
-    "mbart": LAYERS,
-    "pegasus": LAYERS,
-    "blenderbot": LAYERS,
-    "marian": LAYERS,
-    "m2m_100": LAYERS,
+    "bart": LAYERS | TABLE,
+    "mbart": LAYERS | TABLE,
+    "pegasus": LAYERS | TABLE,
+    "blenderbot": LAYERS | TABLE,
+    "marian": LAYERS | TABLE,
+    "m2m_100": LAYERS | TABLE,
     "led": LAYERS | LED,
     "t5gemma": {"encoder": MODULE, "decoder": MODULE | {"cross_attention_hidden_size": 32}} | TOKENS,
     "whisper": SPEECH,
@@ -420,6 +420,11 @@ def test_a_family_whose_chains_would_write_another_text_is_refused(model_type: s
     attach(target, policy="auto")
     with pytest.raises(ValueError, match=message):
         target.generate(**inputs_of(model_type, 1), max_new_tokens=4, decoder_start_token_id=1)
+
+
+def test_the_proof_kit_takes_decoders_alone() -> None:
+    with pytest.raises(ValueError, match="causal LM, got T5ForConditionalGeneration"):
+        assert_lossless(target_of("t5"), policy=Chains())
 
 
 def test_a_class_that_prepares_its_steps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
