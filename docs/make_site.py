@@ -24,6 +24,7 @@ SECTIONS = {
         "docs/lossless",
         "docs/grammars",
         "docs/trl",
+        "docs/serve",
         "docs/limits",
         "docs/commands",
         "docs/glossary",

@@ -68,4 +68,4 @@ def test_the_quickstart_is_printed_with_its_output() -> None:
 
 
 def test_the_first_page_names_no_script_and_no_measurement_of_ours() -> None:
-    assert not re.findall(r"training/\S+|measurements/\S+", README.read_text(encoding="utf-8"))
+    assert not re.findall(r"training/\S+\.py|measurements/\S+", README.read_text(encoding="utf-8"))
