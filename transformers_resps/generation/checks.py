@@ -119,6 +119,10 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     for name in _ARGUMENTS:
         if arguments.get(name) is not None and arguments[name] is not False:
             raise _refusal(f"`{name}`", f"Leave out `{name}`")
+    if arguments.get("inputs_embeds") is not None and setting("prefill_chunk_size"):
+        raise _refusal(
+            f"`inputs_embeds` with prefill_chunk_size={setting('prefill_chunk_size')}", "Leave out the chunk size"
+        )
     if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
         raise _refusal(f"use_cache={arguments.get('use_cache', False)!r}", "Set `use_cache=True`")
     _check_cache_settings(model, setting)
@@ -209,18 +213,23 @@ def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapp
                 "processor returned."
             )
     if arguments.get("inputs_embeds") is not None:
-        _check_embeddings(model, arguments["inputs_embeds"])
+        _check_embeddings(model, arguments["inputs_embeds"], prompts)
     elif prompts is not None:
         _check_placeholders(model, prompts, arguments)
 
 
-def _check_embeddings(model: PreTrainedModel, embeds: Tensor) -> None:
+def _check_embeddings(model: PreTrainedModel, embeds: Tensor, prompts: Tensor | None) -> None:
     reader: Any = model.get_encoder() if model.config.is_encoder_decoder else model
     width = reader.config.get_text_config(decoder=True).hidden_size
     if embeds.dim() != 3 or embeds.shape[-1] != width or not embeds.shape[1]:
         raise ValueError(
             f"`inputs_embeds` has the shape {list(embeds.shape)}, but {type(model).__name__} reads `[b, s, {width}]` "
             "with at least one position. Pass what its input embedding returns."
+        )
+    if prompts is not None and prompts.shape[1] not in (0, embeds.shape[1]) and not model.config.is_encoder_decoder:
+        raise ValueError(
+            f"Got `input_ids` of {prompts.shape[1]} tokens with `inputs_embeds` of {embeds.shape[1]} positions. Pass "
+            "the tokens of all positions, or none."
         )
 
 

@@ -25,6 +25,7 @@ from ..compat import CACHE_KEYWORD
 from ..decoding.loop import TreeDecoding
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
+from ..heads import DraftHeadConfig
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length, stop_recording
 from ..verifying.forward import (
@@ -216,9 +217,11 @@ class GenerateInputs:
         """Whether stock `generate` has to read the prompt."""
         return holds_more_than_tokens(self.model_kwargs)
 
-    def forward(self, target: PreTrainedModel, layers: list[int] | None) -> TargetForward:
-        """The target's, with the feature `layers` of a head."""
-        return TargetForward(target, layers, self.cache)
+    def forward(self, target: PreTrainedModel, head: DraftHeadConfig | None) -> TargetForward:
+        """The target's, with the features that a head reads."""
+        if head is None:
+            return TargetForward(target, None, self.cache)
+        return TargetForward(target, head.feature_layers or [], self.cache, before_deepstack=head.before_deepstack)
 
     def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
         """Of each row, the tokens that its text is written from; `None` where there are none of the target's own."""
@@ -313,7 +316,7 @@ class EncoderDecoderInputs(GenerateInputs):
             outputs = BaseModelOutput(last_hidden_state=outputs[0])
         return outputs, self.model_kwargs.get("attention_mask")
 
-    def forward(self, target: PreTrainedModel, layers: list[int] | None) -> TargetForward:
+    def forward(self, target: PreTrainedModel, head: DraftHeadConfig | None) -> TargetForward:
         return EncoderDecoderForward(target, self.model_kwargs[CACHE_KEYWORD], *self.encoded)
 
     def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
@@ -410,8 +413,7 @@ def _verifier(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
             "Leave out `cache_implementation`, and use the model as it was before it was compiled."
         )
-    layers = None if request.bound is None else request.bound.head.config.feature_layers or []
-    forward = inputs.forward(target, layers)
+    forward = inputs.forward(target, None if request.bound is None else request.bound.head.config)
     given = inputs.position_ids, inputs.attention_mask
     choice = request.compile
     if choice is None:
