@@ -18,8 +18,9 @@ def read(kind: MultimodalTarget, frozen: FrozenTarget, *rows: str, seed: int = 0
     """Rows padded on the right."""
     prompt = kind.prompt(*rows, seed=seed)
     pads = (prompt.pop("attention_mask") == 0).sum(1).tolist()
-    ids = torch.stack([row.roll(-pad) for row, pad in zip(prompt.pop("input_ids"), pads, strict=True)])
-    return frozen.read(ids, image_inputs=prompt | kind.types_of(ids))
+    for name in {"input_ids", kind.types} & prompt.keys():
+        prompt[name] = torch.stack([row.roll(-pad) for row, pad in zip(prompt[name], pads, strict=True)])
+    return frozen.read(prompt.pop("input_ids"), image_inputs=prompt)
 
 
 def close(one: Tensor, other: Tensor) -> bool:
