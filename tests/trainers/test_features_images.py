@@ -12,6 +12,7 @@ from transformers_resps.verifying.forward import FeatureTap
 
 LAYERS = [1, 2, 3]
 PALIGEMMA = "paligemma"  # reads whole prompts in both directions
+LEFT_OUT = (PALIGEMMA, "mllama")  # the other's calls with images are refused
 
 
 def read(kind: MultimodalTarget, frozen: FrozenTarget, *rows: str, seed: int = 0) -> TargetFeatures:
@@ -28,7 +29,7 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind.model_type != PALIGEMMA], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind.model_type not in LEFT_OUT], ids=str)
 def test_features_of_images_are_those_of_generate_in_padded_batches_too(kind: MultimodalTarget) -> None:
     target, row = kind.build(), f"..{kind.letter}......"
     with FeatureTap(target, LAYERS) as tap, tap.record() as caught:
