@@ -157,9 +157,13 @@ def _returned_cache(
 def _reader(
     target: PreTrainedModel, verifier: Verifier, inputs: "GenerateInputs"
 ) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
-    """What reads the prompt `[b, s]`: the verifier, or stock `generate` where it holds more than tokens."""
+    """What reads the prompt `[b, s]`: the verifier, or stock `generate` where it holds more than tokens.
+
+    Stock, too, where it could hold more: such a class may read other positions than it is given (EXAONE 4.5).
+    """
     kwargs = inputs.model_kwargs
-    if not holds_more_than_tokens(kwargs):
+    sees_more = target.config is not target.config.get_text_config(decoder=True)
+    if not sees_more and not holds_more_than_tokens(kwargs):
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
         return partial(verifier.prefill, chunk_size=inputs.config.prefill_chunk_size, **kept)
     # of a copy: stock takes apart what it reads in chunks
