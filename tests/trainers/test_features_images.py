@@ -12,14 +12,16 @@ from transformers_resps.verifying.forward import FeatureTap
 
 LAYERS = [1, 2, 3]
 PALIGEMMA = "paligemma"  # reads whole prompts in both directions
+LEFT_OUT = (PALIGEMMA, "mllama")  # the other's calls with images are refused
 
 
 def read(kind: MultimodalTarget, frozen: FrozenTarget, *rows: str, seed: int = 0) -> TargetFeatures:
     """Rows padded on the right."""
     prompt = kind.prompt(*rows, seed=seed)
     pads = (prompt.pop("attention_mask") == 0).sum(1).tolist()
-    ids = torch.stack([row.roll(-pad) for row, pad in zip(prompt.pop("input_ids"), pads, strict=True)])
-    return frozen.read(ids, image_inputs=prompt | kind.types_of(ids))
+    for name in {"input_ids", kind.types} & prompt.keys():
+        prompt[name] = torch.stack([row.roll(-pad) for row, pad in zip(prompt[name], pads, strict=True)])
+    return frozen.read(prompt.pop("input_ids"), image_inputs=prompt)
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -27,7 +29,7 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind.model_type != PALIGEMMA], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind.model_type not in LEFT_OUT], ids=str)
 def test_features_of_images_are_those_of_generate_in_padded_batches_too(kind: MultimodalTarget) -> None:
     target, row = kind.build(), f"..{kind.letter}......"
     with FeatureTap(target, LAYERS) as tap, tap.record() as caught:

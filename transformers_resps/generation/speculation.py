@@ -173,9 +173,14 @@ def _returned_cache(
 def _reader(
     target: PreTrainedModel, verifier: Verifier, inputs: "GenerateInputs"
 ) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
-    """What reads the prompt `[b, s]`: the verifier, or stock `generate` where it holds more than tokens."""
+    """What reads the prompt `[b, s]`: the verifier, or stock `generate` where it holds more than tokens.
+
+    Stock, too, where a decoder's prompt could hold more: EXAONE 4.5 reads other positions than it is given.
+    """
     kwargs = inputs.model_kwargs
-    if not inputs.hold_more_than_tokens:
+    config = target.config
+    may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
+    if not may_hold_more and not inputs.hold_more_than_tokens:
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
         return partial(verifier.prefill, chunk_size=inputs.config.prefill_chunk_size, **kept)
     # of a copy: stock takes apart what it reads in chunks
