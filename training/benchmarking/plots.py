@@ -157,10 +157,11 @@ def costs(results: dict[str, Any]) -> Any:
         values = [1e3 * row[count] for count in nodes]
         ends = [[1e3 * seconds for seconds in spread.get(count, (row[count],) * 2)] for count in nodes]
         bars = [[abs(value - pair[end]) for value, pair in zip(values, ends, strict=True)] for end in (0, 1)]
-        style = {"marker": _MARKS[number], "color": (_AUTO, *_COLOURS)[number], "capsize": 4, "markersize": 5}
+        colour = (_AUTO, *_COLOURS)[number]
+        style = {"marker": _MARKS[number], "color": colour, "capsize": 4, "markersize": 5}
         style |= _HOLLOW | {"markeredgewidth": 1.5, "zorder": 3}
         axes.errorbar(list(map(int, nodes)), values, bars if spread else None, label=label, **style)
-        is_noisy |= _shade_noise(axes, list(map(int, nodes)), values, style["color"])
+        is_noisy |= _shade_noise(axes, list(map(int, nodes)), values, colour)
     context, first = next(iter(told["verify"].items()))
     plain = 1e3 * (told.get("plain") or {}).get(context, first["1"])
     axes.axhline(plain, color="black", linewidth=0.8, linestyle=":", label=f"plain decoding, context {context}")
