@@ -155,3 +155,5 @@ def test_rounding_is_one_line_per_number_of_nodes(folders: tuple[str, str], caps
     assert all(
         name in page for name in ("bfloat16", "\n2 nodes: 3 gaps", "\n16 nodes: 3 gaps", "\nall at once: 3 gaps")
     )
+    assert main(["verify", folders[0], "--rounding", "--json", *QUICK]) == 0
+    assert [row["nodes"] for row in json.loads(capsys.readouterr().out)] == [2, 4, 8, 16, 0]

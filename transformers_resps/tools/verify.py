@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     questions = questions_in(read_conversations(args, args.prompts), args.prompts)
     prompts = [to_tokens(question, tokenizer) for question in questions]
     if args.rounding:
-        return print_rounding(target, prompts, args.max_new_tokens)
+        return print_rounding(target, prompts, args.max_new_tokens, as_json=args.json)
     print("Comparing; on a CPU this takes minutes ...\n", file=sys.stderr, flush=True)
     try:
         report = assert_lossless(target, head, policy, prompts, seeds=args.seeds, max_new_tokens=args.max_new_tokens)
@@ -42,9 +42,14 @@ def told(report: LosslessReport) -> dict[str, Any]:
     return judged | asdict(report)
 
 
-def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int) -> int:
+def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int, *, as_json: bool = False) -> int:
     """Print one line per number of nodes; always 0, because nothing is judged."""
+    found = move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0])
+    if as_json:
+        rows = [{"nodes": one.nodes, "gaps": len(one.moves), "flips": len(one.flipped)} for one in found]
+        print(json.dumps(rows))
+        return 0
     print(f"Tree forwards against one-token decoding, {target.dtype}, {torch.get_num_threads()} threads:\n")
-    for moved in move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0]):
+    for moved in found:
         print(f"{f'{moved.nodes} nodes' if moved.nodes else 'all at once'}: {moved}")
     return 0
