@@ -357,18 +357,18 @@ class _PublishedHead:
         return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))
 
 
+_WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # ends of the names of models' classes
+
+
 def check_is_head(config: dict[str, Any], names: Container[str], source: str) -> None:
     """Raise a `ValueError` for a whole model, by its config and our `names` of its tensors."""
-    kinds = [kind for kind in config.get("architectures") or () if kind.endswith(("LMHeadModel", *_GENERATING))]
+    kinds = [kind for kind in config.get("architectures") or () if kind.endswith(_WHOLE)]
     if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
         raise ValueError(
             f"{source} is a whole model ({kinds[0]}), but a draft head is needed. Pass a head that was trained for "
             "your model; to draft with this one as Transformers does, load it with `AutoModelForCausalLM`, and pass "
             "the model as `assistant_model`."
         )
-
-
-_GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # ends of the names of their classes
 
 
 # Parts of tensors' names -> what they are of, where an EAGLE-3 head has none.
