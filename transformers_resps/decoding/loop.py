@@ -5,6 +5,7 @@ One `TreeDecoding` lives for one call of `generate`.
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Literal
 
 import torch
@@ -65,6 +66,7 @@ class TreeDecoding:
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache holds, which
             the batch may lack.
         max_length: positions a text may reach.
+        sources: tokens that lookup reads before each row's text; see `BatchLookup`.
         never_drafted: tokens that lookup does not propose.
         draft_engine: lent to this call; `None` drafts without compiled code.
         keeps_ended: keep what the target has read of rows that end before the others.
@@ -83,6 +85,7 @@ class TreeDecoding:
         *,
         attention_mask: Tensor | None,
         max_length: int,
+        sources: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
         draft_engine: DraftEngine | None = None,
         keeps_ended: bool = False,
@@ -96,7 +99,13 @@ class TreeDecoding:
         unread = None if attention_mask is None else attention_mask[:, verifier.length :][:, -batch.length - 1 :]
         drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread, draft_engine)
         self._proposer = Proposer(
-            policy, drafter, batch, pads, reads_paths=verifier.reads_paths, never_drafted=never_drafted
+            policy,
+            drafter,
+            batch,
+            pads,
+            sources=sources,
+            reads_paths=verifier.reads_paths,
+            never_drafted=never_drafted,
         )
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
@@ -129,7 +138,11 @@ class TreeDecoding:
         picks = self._read_picks(tree, logits)
         self._clock.lap("verify")
         self._leave_out_compiling()
-        acceptance = self._accept(tree, logits, picks)
+        with ExitStack() as interrupted:
+            reached: list[list[int]] = []
+            interrupted.callback(self._keep_reached, reached)
+            acceptance = self._accept(tree, logits, picks, reached)
+            interrupted.pop_all()
         self._keep(acceptance, features)
         self._drop_finished()
         record = self._record(proposal, acceptance)
@@ -172,11 +185,19 @@ class TreeDecoding:
             wait_for(logits)
         return picks
 
-    def _accept(self, tree: DraftTree, logits: Tensor, picks: Picks | None) -> Acceptance:
+    def _accept(
+        self, tree: DraftTree, logits: Tensor, picks: Picks | None, reached: list[list[int]] | None = None
+    ) -> Acceptance:
         """Commit what the target picks; the last pick is the next root."""
-        acceptance = accept_batch(self.batch, tree, logits, picks)
+        acceptance = accept_batch(self.batch, tree, logits, picks, reached)
         self._root = acceptance.tokens[:, -1]
         return acceptance
+
+    def _keep_reached(self, reached: list[list[int]]) -> None:
+        """Keep the nodes that a walk came to before an error ended it, which plain decoding would have read."""
+        if reached:
+            paths = [list(path) for path in zip(*reached, strict=True)]
+            self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
 
     def _keep(self, acceptance: Acceptance, features: Features) -> None:
         """The target's cache keeps the accepted path; the features of that path go to the head."""

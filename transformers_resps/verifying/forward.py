@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from ..compat import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 from .attention import use_gqa_attention
@@ -34,14 +35,15 @@ class FeatureTap:
         target: any decoder of Transformers.
         layers: ascending, in the `output_hidden_states` convention: j is what enters layer j. The number of layers is
             what leaves the last one, before the final norm.
+        before_deepstack: catch what leaves layer j - 1 instead, to which DeepStack adds features of images.
 
     Raises:
         ValueError: the target has no such layers.
     """
 
-    def __init__(self, target: PreTrainedModel, layers: list[int]) -> None:
+    def __init__(self, target: PreTrainedModel, layers: list[int], *, before_deepstack: bool = False) -> None:
         self._decoder_layers = decoder_layers(target)
-        self._layers = layers
+        self._layers, self.before_deepstack = layers, before_deepstack
         self._hooks = ExitStack()
         if not layers or min(layers) < 0 or max(layers) > len(self._decoder_layers):
             raise ValueError(
@@ -51,8 +53,8 @@ class FeatureTap:
 
     def __enter__(self) -> "FeatureTap":
         for index in self._layers:
-            if index == len(self._decoder_layers):
-                handle = self._decoder_layers[-1].register_forward_hook(partial(self._leaving, index))
+            if index == len(self._decoder_layers) or (self.before_deepstack and index):
+                handle = self._decoder_layers[index - 1].register_forward_hook(partial(self._leaving, index))
             else:
                 layer = self._decoder_layers[index]
                 handle = layer.register_forward_pre_hook(partial(self._entering, index), with_kwargs=True)
@@ -145,21 +147,31 @@ class TargetForward:
         target: any decoder of Transformers.
         layers: the head's feature layers; `None` without a head.
         cache: of the call.
+        before_deepstack: see `FeatureTap`.
 
     Raises:
         ValueError: the caller compiled the target, and the head reads what its forward does not give.
     """
 
-    def __init__(self, target: PreTrainedModel, layers: list[int] | None, cache: Cache) -> None:
+    def __init__(
+        self, target: PreTrainedModel, layers: list[int] | None, cache: Cache, *, before_deepstack: bool = False
+    ) -> None:
         self.target, self.cache = target, cache
         self.layers = layers or []
         # PyTorch does not notice that hooks are added to a compiled module or removed from it.
-        self._tap = None if layers is None or is_compiled(target) else FeatureTap(target, layers)
+        self._tap = None
+        if layers is not None and not is_compiled(target):
+            self._tap = FeatureTap(target, layers, before_deepstack=before_deepstack)
         if self._tap is None and not are_outputs(target, self.layers):
             raise ValueError(
                 f"The head reads hidden state {self.layers[-1]}, the last layer's output, which a compiled target "
                 "gives only after the final norm. Use the target as it was before it was compiled."
             )
+
+    @classmethod
+    def of(cls, target: PreTrainedModel) -> "TargetForward":
+        """Without a head, over a new cache that grows; of a decoder-only target."""
+        return cls(target, None, DynamicCache(config=target.config.get_text_config(decoder=True)))
 
     def __enter__(self) -> "TargetForward":
         if self._tap is not None:
@@ -211,9 +223,16 @@ class TargetForward:
         with use_gqa_attention(self.target):
             return self._run(tokens, mask, positions)
 
+    def keep_rows(self, rows: list[int]) -> None:
+        """Read for these rows only, from now on; the cache has its owner."""
+
+    def inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
+        """A forward's inputs by the names that the target gives them."""
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        return inputs | {CACHE_KEYWORD: self.cache}
+
     def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
-        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions} | options
-        inputs |= {CACHE_KEYWORD: self.cache, "use_cache": True, "return_dict": True}
+        inputs = self.inputs(tokens, mask, positions) | options | {"use_cache": True, "return_dict": True}
         if self._tap is not None:
             with self._tap.record() as features:
                 return self.target(**inputs), features
@@ -221,6 +240,62 @@ class TargetForward:
         features = Features(self.layers)
         features.caught = {layer: outputs.hidden_states[layer] for layer in self.layers}
         return outputs, features
+
+
+class EncoderDecoderForward(TargetForward):
+    """Runs the decoder of an encoder-decoder, whose encoder has read the source.
+
+    Args:
+        target: any encoder-decoder of Transformers.
+        cache: of the call. What the decoder has read is in its `self_attention_cache`.
+        encoder_outputs: of the source, as stock `generate` hands them to the target's forward.
+        encoder_mask: `[b, source]`, or `None`.
+    """
+
+    def __init__(
+        self, target: PreTrainedModel, cache: EncoderDecoderCache, encoder_outputs: Any, encoder_mask: Tensor | None
+    ) -> None:
+        super().__init__(target, None, cache.self_attention_cache)
+        self._both_caches, self._encoder_outputs, self._encoder_mask = cache, encoder_outputs, encoder_mask
+        self._takes_positions = not counts_slots(target)
+
+    @classmethod
+    def of_first(
+        cls, target: PreTrainedModel, encoder_outputs: Any, encoder_mask: Tensor | None
+    ) -> "EncoderDecoderForward":
+        """Of the first row's source, over new caches that grow."""
+        config = target.config.get_text_config(decoder=True)
+        cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        forward = cls(target, cache, encoder_outputs, encoder_mask)
+        forward.keep_rows([0])
+        return forward
+
+    def read_by(self, run: Callable[[], Any]) -> tuple[Any, Features, Tensor | None]:
+        """As `TargetForward.read_by`. A decoder that gets no positions counts slots."""
+        outputs, features, positions = super().read_by(run)
+        if positions is None:
+            positions = torch.arange(int(self.cache.get_seq_length()), device=self.target.device)[None]
+        return outputs, features, positions
+
+    def keep_rows(self, rows: list[int]) -> None:
+        outputs = self._encoder_outputs
+        self._both_caches.cross_attention_cache.batch_select_indices(torch.tensor(rows))
+        if self._encoder_mask is not None:
+            self._encoder_mask = self._encoder_mask[rows]
+        kept = {name: part[rows] if isinstance(part, Tensor) else part for name, part in outputs.items()}
+        self._encoder_outputs = type(outputs)(**kept)
+
+    def inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
+        inputs = {"decoder_input_ids": tokens, "decoder_attention_mask": mask, CACHE_KEYWORD: self._both_caches}
+        if self._takes_positions:
+            inputs["decoder_position_ids"] = positions.expand_as(tokens)
+        return inputs | {"encoder_outputs": self._encoder_outputs, "attention_mask": self._encoder_mask}
+
+
+def counts_slots(target: PreTrainedModel) -> bool:
+    """Whether a decoder takes no positions, but counts the slots of its cache: only a chain stands where it should."""
+    takes = signature(target.forward).parameters
+    return bool(target.config.is_encoder_decoder) and "decoder_position_ids" not in takes
 
 
 def are_outputs(target: PreTrainedModel, layers: list[int]) -> bool:
