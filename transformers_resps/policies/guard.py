@@ -163,11 +163,12 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             found.append(f"2 nodes cost {cost:.1f} plain steps here")
         if trees:
             gained = sum(step.mean_emitted - 1.0 for step in trees) / len(trees)
-            found.append(f"{len(trees)} tree{'s' * (len(trees) > 1)} gained {gained:.1f} tokens each")
+            counted = f"{len(trees)} trees gained {gained:.1f} tokens each"
+            found.append(counted if len(trees) > 1 else f"the only tree gained {gained:.0f} tokens")
         if tests := [step for step in decided if step.drafted and step.verified == 1]:
             right = sum(max(step.drafted_match) > 0 for step in tests)
-            too_few = "" if self._known.knows_trees else ", too few to try a tree"
-            found.append(f"{right} of {len(tests)} drafts that were only tested began as the target went on{too_few}")
+            untried = "" if self._known.knows_trees else ", no tree was tried yet"
+            found.append(f"{right} of {len(tests)} drafts that were only tested began as the target went on{untried}")
         if not any(step.drafted for step in decided):
             found.append("nothing worth verifying was drafted")
         return f"Mostly plain: {', '.join(found)}."
