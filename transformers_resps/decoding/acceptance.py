@@ -131,7 +131,7 @@ def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]]
     children, rows, nodes = tree.children(), list(range(len(logits))), [0] * len(logits)
     path: list[list[int]] = [] if reached is None else reached
     picks, emitted = [], torch.zeros_like(text.unfinished)
-    begun = len(text.ended) if text.stops_at_ends else 0
+    going_on = sum(text.live.tolist()) if text.stops_at_ends else 0
     while True:
         path.append(nodes)
         emitted = emitted + text.unfinished
@@ -139,9 +139,10 @@ def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]]
         picks.append(tokens)
         if text.finished or tree.node_count == 1:
             break
-        if text.stops_at_ends and len(text.ended) > begun:
+        live = text.live.tolist()
+        if sum(live) < going_on:
             break
-        following = _next_nodes(children, nodes, tokens.tolist(), text.live.tolist())
+        following = _next_nodes(children, nodes, tokens.tolist(), live)
         if following is None:
             break
         nodes = following

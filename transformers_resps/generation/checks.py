@@ -448,10 +448,11 @@ def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
             f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa', 'eager' or "
             "FlashAttention. Call `model.set_attn_implementation('sdpa')` first."
         )
-    if is_flash(attention) and not model._supports_sdpa:
+    caps_scores = getattr(config, "attn_logit_softcapping", None) is not None  # of which sdpa knows nothing
+    if is_flash(attention) and (caps_scores or not model._supports_sdpa):
         raise ValueError(
-            f"{name} runs with attn_implementation={attention!r}, which takes no draft trees, and does not support "
-            "'sdpa', which would. Call `model.set_attn_implementation('eager')` first."
+            f"{name} runs with attn_implementation={attention!r}, which takes no draft trees, and 'sdpa', which does, "
+            "does not support this model. Call `model.set_attn_implementation('eager')` first."
         )
 
 

@@ -6,6 +6,7 @@ and its padding is read when the cache is first looked at, which most callers ne
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def dynamic_copy(static: StaticCache, config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     layers: list[Any] = [*zip(cache.layers, static.layers, strict=True)]
     for layer, filled in layers:
-        length = int(filled.get_seq_length())
+        length = 0 if getattr(filled, "keys", None) is None else int(filled.get_seq_length())
         if length:
             end = min(length, filled.max_cache_len)
             start = max(end + 1 - layer.sliding_window, 0) if filled.is_sliding else 0
@@ -102,29 +103,26 @@ def fill_static(static: StaticCache, cache: Cache) -> StaticCache:
 
 
 class _Unread:
-    """Becomes the cache that `make` gives when it is first looked at, and before it is copied."""
+    """A cache whose layers are those of the cache that `make` gives, when they are first looked at."""
 
     def __init__(self, make: Callable[[], Cache]) -> None:
         self._make = make
+        self.offloading, self.layer_class_to_replicate = False, None
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "_make" or name.startswith("__"):  # of an object that is being made
-            raise AttributeError(name)
-        self._settle()
-        return getattr(self, name)
+    @cached_property
+    def layers(self) -> list[Any]:
+        made: list[Any] = self._make().layers
+        del self._make  # it holds the rows that are joined now
+        return made
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        self._settle()
-        return self.__reduce_ex__(protocol)
-
-    def _settle(self) -> None:
-        made = self._make()
-        self.__dict__, self.__class__ = vars(made), type(made)  # type: ignore[assignment]  # no longer this class
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled."""
+        return {"layers": self.layers, "offloading": False, "layer_class_to_replicate": None}
 
 
-class UnreadDynamicCache(_Unread, DynamicCache):
+class UnreadDynamicCache(_Unread, DynamicCache):  # type: ignore[misc,override]  # `layers` are an attribute there
     """A `DynamicCache` whose padding is read when it is first looked at."""
 
 
-class UnreadStaticCache(_Unread, StaticCache):
+class UnreadStaticCache(_Unread, StaticCache):  # type: ignore[misc,override]
     """A `StaticCache` that is filled when it is first looked at."""
