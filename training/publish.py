@@ -18,8 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from publishing import check_folder, files_of, publish, write_card, write_custom_generate
-from transformers_resps.hub.upload import Destination
+from publishing import check_folder, files_of, publish, read_artefact, target_faults, write_card, write_custom_generate
+from transformers_resps.hub.upload import RECIPE, Destination
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if args.render:
+        for fault in target_faults(read_artefact(args.folder).target, RECIPE):
+            raise ValueError(fault)
         write_custom_generate(args.folder)
         print(f"written: {write_card(args.folder)}")
     elif args.dry_run:

@@ -39,7 +39,7 @@ def render_card(artefact: Artefact, name: str) -> str:
         template_path=str(_TEMPLATE),
         name=name,
         is_policy=artefact.is_policy,
-        target=artefact.target,
+        target=artefact.target_id,  # a folder's name loads nothing elsewhere
         head=artefact.head,
         said=said,
         config=artefact.config,

@@ -9,11 +9,11 @@ from safetensors import SafetensorError, safe_open
 from benchmarking.provenance import config_sha256, weights_sha256
 from transformers_resps.data import TRAINING_PROMPTS, read_training_prompts
 from transformers_resps.heads import DraftHead
-from transformers_resps.hub.upload import CARD, METRICS, RESULTS
+from transformers_resps.hub.upload import CARD, METRICS, RECIPE, RESULTS
 from transformers_resps.policies.saving import AutoPolicy
 from transformers_resps.tools.results import read_results
 
-from .artefact import CONFIG, RECIPE, WEIGHTS, Artefact, read_artefact
+from .artefact import CONFIG, WEIGHTS, Artefact, read_artefact
 from .card import render_card
 from .custom_code import CUSTOM_GENERATE, is_ours
 from .privacy import private_facts

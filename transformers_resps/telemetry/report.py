@@ -141,12 +141,14 @@ class SpeculationReport:
         batch_size: number of rows decoded together.
         answers: the new token ids of each row, in the order of the steps; padded after a row's end.
         compile_seconds: seconds of compiling or capturing forwards, which no step counts.
+        reason: why most steps were plain, as the policy says it; `None` where they were not, or it says nothing.
     """
 
     batch_size: int = 1
     steps: list[StepRecord] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
     compile_seconds: float = 0.0
+    reason: str | None = None
 
     @property
     def emitted_total(self) -> int:
@@ -186,6 +188,7 @@ class SpeculationReport:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "compile_seconds": self.compile_seconds,
+            "reason": self.reason,
             "steps": [step.to_dict() for step in self.steps],
         }
 
@@ -244,6 +247,7 @@ class SpeculationReport:
         return (
             f"{self.emitted_total} tokens in {self.target_forwards} forwards of the target, {trees} of them over "
             f"trees: tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
+            + (f" {self.reason}" if self.reason else "")
         )
 
 
