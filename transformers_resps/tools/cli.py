@@ -15,7 +15,7 @@ from ..heads import DraftHead
 from ..policies.costs import CostTable, Range
 from ..testing import NotLosslessError, assert_lossless
 from ..testing.divergence import move_of_gaps
-from . import bench, doctor, inspect
+from . import bench, doctor, inspect, serve
 from .loading import (
     add_question_options,
     add_target_options,
@@ -37,7 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; 1 when what it examined has a fault, 2 when it could not examine it, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (doctor.add_command, inspect.add_command, add_calibrate, add_verify, bench.add_command):
+    for add_command in (
+        doctor.add_command,
+        inspect.add_command,
+        add_calibrate,
+        add_verify,
+        bench.add_command,
+        serve.add_command,
+    ):
         add_command(commands)
     args = parser.parse_args(arguments)
     try:
