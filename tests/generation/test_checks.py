@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     GenerationConfig,
     LlamaConfig,
     OpenAIGPTConfig,
@@ -68,7 +70,7 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "ensemble weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     "custom generate": ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
     "positions of three dimensions": ({"position_ids": torch.zeros(3, 1, 3, dtype=torch.long)}, "3 dimensions"),
-    "other inputs of the forward": ({"labels": torch.zeros(1, 3, dtype=torch.long)}, "labels"),
+    "other inputs of the forward": ({"is_causal": False}, "is_causal"),
 }
 
 
@@ -222,3 +224,25 @@ def test_generation_works_after_every_refusal(target: PreTrainedModel, head: Dra
         with pytest.raises(ValueError):
             target.generate(PROMPT, assistant_model=head, **made)
     assert target.generate(PROMPT, max_new_tokens=8, assistant_model=head).tolist() == expected.tolist()
+
+
+TYPES = torch.tensor([[0, 1, 1]])
+
+
+@pytest.mark.parametrize("types", [TYPES, torch.zeros_like(TYPES)], ids=["some", "zeros"])
+def test_kinds_of_tokens_that_a_decoder_reads_in_every_step_are_refused(types: torch.Tensor) -> None:
+    """GPT-2 adds the embedding of a token of that number, of 0 too; stock goes on with the last one."""
+    target = attach(Architecture("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}).build("sdpa"))
+    with pytest.raises(ValueError, match="the `token_type_ids` of GPT2LMHeadModel, which reads them with every token"):
+        target.generate(PROMPT, policy="auto", max_new_tokens=4, token_type_ids=types)
+
+
+def test_kinds_of_tokens_that_are_all_zero_are_no_input_where_zero_is_what_a_decoder_takes_without_them() -> None:
+    sizes = {"vocab_size": 19, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = BertConfig(**sizes, num_hidden_layers=2, is_decoder=True, initializer_range=0.5)
+    target = attach(BertLMHeadModel(config).eval())
+    plain = target.generate(PROMPT, max_new_tokens=8)
+    found = target.generate(PROMPT, policy="auto", max_new_tokens=8, token_type_ids=torch.zeros_like(PROMPT))
+    assert found.tolist() == plain.tolist()
+    with pytest.raises(ValueError, match="the `token_type_ids` of BertLMHeadModel"):
+        target.generate(PROMPT, policy="auto", max_new_tokens=8, token_type_ids=TYPES)

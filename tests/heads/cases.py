@@ -147,6 +147,49 @@ CASES = [
         format="angelslim",
         head_dim=16,
     ),
+    Published(  # configs/qwen2-5-vl-eagle3.json; three planes of positions, whose base its code does not set
+        "SpecForge, Qwen2.5-VL",
+        with_embedding,
+        specforge(
+            rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]}, use_sliding_window=False
+        ),
+        format="specforge",
+        theta=1e4,
+    ),
+    Published(  # configs/qwen3-vl-8b-eagle3.json; its code takes this for plain RoPE
+        "SpecForge, Qwen3-VL",
+        with_embedding,
+        specforge(
+            rope_theta=5e6,
+            rope_scaling={"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+            target_model_type="qwen3_vl",
+        ),
+        format="specforge",
+        theta=5e6,
+    ),
+    Published(  # train/configs/qwen3-vl-4b-eagle3-mrope.json; its M-RoPE takes the base of the config
+        "AngelSlim, Qwen3-VL",
+        without_embedding,
+        {
+            **FLAT,
+            "architectures": ["Eagle3LlamaForCausalLM"],
+            "head_dim": 16,
+            "rope_theta": 5000000,
+            "rope_scaling": {
+                "type": "default",
+                "rope_type": "default",
+                "mrope_interleaved": True,
+                "mrope_section": [4, 2, 2],
+            },
+            "tie_word_embeddings": True,
+            "image_token_id": 60,
+            "vision_start_token_id": 61,
+            "modal_type": "VLM",
+        },
+        format="angelslim",
+        head_dim=16,
+        theta=5e6,
+    ),
     Published(
         "ModelOpt, scrambled ids",
         modelopt,

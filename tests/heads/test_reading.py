@@ -191,3 +191,15 @@ def test_the_smallest_id_tells_what_ids_count(
     save(tmp_path, random_tensors(CASES[2]))
     assert DraftHead.from_pretrained(tmp_path, target).config.feature_layers == wanted
     assert ("Try `resps doctor`" in caplog.text) == bool(warned) and warned in caplog.text
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "VL" in case.name], ids=str)
+def test_a_head_that_was_trained_with_several_planes_of_positions_says_what_that_costs(
+    case: Published, target: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SpecForge's code reads the `default` RoPE of its Qwen3-VL config as plain RoPE, whatever sections it names."""
+    case.write(tmp_path, random_tensors(case), case)
+    DraftHead.from_pretrained(tmp_path, target)
+    is_plain = case.name == "SpecForge, Qwen3-VL"
+    assert ("was trained with M-RoPE; here its positions count tokens" in caplog.text) is not is_plain
+    assert ("base 10000; the config's 1000000.0 is ignored" in caplog.text) is (case.name == "SpecForge, Qwen2.5-VL")

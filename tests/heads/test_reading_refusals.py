@@ -40,6 +40,16 @@ def eagle1() -> Tensors:
     )
 
 
+def vispec() -> Tensors:
+    """As its `cnets_ours.py` names them: an EAGLE-2 layer, and what reads the images."""
+    adaptor = {f"imadpt.{name}_proj.weight": torch.zeros(H, H) for name in "kvo"}
+    return (
+        rename(eagle1(), "lm_head.weight", "midlayer.input_layernorm.weight", midlayer="layers.0")
+        | adaptor
+        | {"imadpt.q": torch.zeros(2, 4, 8), "img_fc.weight": torch.zeros(H, 2 * H), "img_fc.bias": torch.zeros(H)}
+    )
+
+
 def mla() -> Tensors:
     return without("midlayer.self_attn.k_proj.weight") | {
         "midlayer.self_attn.kv_a_proj_with_mqa.weight": torch.zeros(8, 2 * H)
@@ -59,6 +69,7 @@ def offsets(position: int, value: int) -> Tensors:
 NORMS = {"input_norm__weight": torch.ones(3 * H)} | {f"fc_norm__{layer}__weight": torch.ones(H) for layer in range(3)}
 REFUSED: list[tuple[str, dict[str, Any], Callable[[], Tensors] | Tensors, str]] = [
     ("EAGLE-1", FLAT, eagle1, "EAGLE-1 or EAGLE-2 head.*or train one with `DraftHeadTrainer`"),
+    ("ViSpec", FLAT, vispec, "is a ViSpec head: its adaptor.*or train one with `DraftHeadTrainer`"),
     ("MLA", {}, mla, "MLA attention"),
     ("window", {"sliding_window": 128}, GOOD, "see the last 128 tokens only"),
     ("P-EAGLE tensor", {}, changed(mask_hidden=torch.zeros(1, H)), "P-EAGLE"),

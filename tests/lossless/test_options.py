@@ -1,5 +1,6 @@
 """Every option of `generate`: with draft trees the texts are those of plain decoding."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
@@ -15,7 +18,7 @@ from transformers import (
 )
 
 from tests.lossless.answering import SAMPLING, WIDE, both
-from tests.targets import VOCABULARY, Architecture
+from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 
@@ -192,3 +195,28 @@ def test_longrope_is_exact_up_to_its_boundary_and_behind_it_and_refused_across()
         assert tree.speculation.tau > 1
     with pytest.raises(ValueError, match="past 16.*max_length"):
         target.generate(torch.arange(3, 10)[None], assistant_model=head, max_new_tokens=11)
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLING], ids=["greedy", "sampled"])
+def test_what_changes_no_token_may_be_passed_on(options: dict[str, Any], prompt: torch.Tensor) -> None:
+    """The labels of a trainer, and a mixture of experts that is asked for its router's logits."""
+    target = attach(next(each for each in ARCHITECTURES if str(each) == "mixtral").build("eager"))
+    extra = {"labels": torch.zeros_like(prompt), "output_router_logits": True}
+    plain, tree = both(target, DraftHead.from_target(target), prompt, **options, **extra)
+    assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+def test_a_trainer_predicts_with_an_attached_model(
+    target: PreTrainedModel, prompt: torch.Tensor, tmp_path: Any
+) -> None:
+    """It passes the labels on."""
+    ids = prompt[0].tolist()
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for _ in range(3)]
+    settings: Any = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "generation_max_length": 20}
+    found = []
+    for policy in ("plain", "auto"):
+        model = copy.deepcopy(target)
+        model.generation_config.policy, model.generation_config.pad_token_id = policy, 0
+        arguments = Seq2SeqTrainingArguments(predict_with_generate=True, per_device_eval_batch_size=2, **settings)
+        found.append(Seq2SeqTrainer(model=model, args=arguments, eval_dataset=rows).predict(rows).predictions.tolist())
+    assert found[0] == found[1]

@@ -45,6 +45,8 @@ _WAYS_OUT = {
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
+# What changes no token: stock `generate` never hands over the labels of a trainer, and throws router logits away.
+NEVER_READ = frozenset(("labels", "output_router_logits"))
 # What belongs to a prompt's images, videos, sounds and embeddings: stock `generate` hands it to the forwards that read
 # the prompt and to no other, or gives no new token any.
 PROMPT_ARGUMENTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
@@ -241,6 +243,7 @@ def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kw
         ValueError: names them.
     """
     _check_known(name for name, value in model_kwargs.items() if value is not None)
+    _check_token_types(target, model_kwargs.get("token_type_ids"))
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() not in ((2, 3) if _has_planes(target) else (2,)):
         raise _refusal(
@@ -266,9 +269,22 @@ def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kw
 
 
 def _check_known(names: Iterable[str]) -> None:
-    unknown = sorted(set(names) - _CARRIED - PROMPT_ARGUMENTS - {"input_ids"})
+    unknown = sorted(set(names) - _CARRIED - PROMPT_ARGUMENTS - NEVER_READ - {"input_ids"})
     if unknown:
         raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
+
+
+def _check_token_types(target: PreTrainedModel, types: Tensor | None) -> None:
+    """Refuse kinds of tokens that the decoder reads in each step, as GPT-2 does; others belong to the prompt alone.
+
+    Zeros are what a decoder with a table of kinds takes without them.
+    """
+    if types is None or "token_type_ids" not in inspect.signature(target.get_decoder().forward).parameters:
+        return
+    if types.any() or not hasattr(target.config.get_text_config(), "type_vocab_size"):
+        raise _refusal(
+            f"the `token_type_ids` of {type(target).__name__}, which reads them with every token", "Leave them out"
+        )
 
 
 def _has_planes(target: PreTrainedModel) -> bool:

@@ -31,6 +31,7 @@ from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, dynamic_
 from ..verifying.slots import SlotEngine
 from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
 from .checks import (
+    NEVER_READ,
     check_forward_arguments,
     check_lengths,
     check_room,
@@ -43,7 +44,7 @@ from .request import AUTO, Request, SpeculationState
 
 
 # What stock decoding methods are told and a tree has no use for.
-_NOT_OURS = ("synced_gpus", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
+_NOT_OURS = NEVER_READ | {"synced_gpus", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer"}
 
 
 def speculate(

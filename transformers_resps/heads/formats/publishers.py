@@ -33,7 +33,6 @@ MODELOPT_LAYER = {"use_input_layernorm_in_first_layer": True, "use_last_layernor
 _ID_FIELDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
 # Files whose ids count the boundary before a layer, as `hidden_states` of Transformers do; all others count the layer.
 _BOUNDARY = {Publisher.EAGLE, Publisher.SPECULATORS}
-_ANGELSLIM_BASE = 10000.0
 _TRY_DOCTOR = "Try `resps doctor` if few tokens are accepted."
 
 
@@ -165,7 +164,9 @@ class PublishedConfig:
     def rope_parameters(self) -> dict[str, Any]:
         """RoPE in the form of Transformers 5, from `rope_parameters` or `rope_theta` and `rope_scaling`.
 
-        AngelSlim trains with base 10000 whatever its config says, so that is what is used unless corrected.
+        AngelSlim's plain RoPE and SpecForge's M-RoPE are trained with base 10000 whatever the config says, so that is
+        what is used unless corrected. Where all tokens are text M-RoPE is plain RoPE, and after an image it counts
+        fewer positions than there are tokens.
 
         Raises:
             ValueError: the config contradicts itself.
@@ -174,9 +175,17 @@ class PublishedConfig:
         rope = dict(rope.get("full_attention") or rope)  # per layer type, as Transformers 5 writes it
         legacy_kind = rope.pop("type", None)
         kind = rope.get("rope_type") or legacy_kind or "default"
-        if kind == "mrope" or "mrope_section" in rope:  # equal to plain RoPE where all tokens are text
-            rope = {key: value for key, value in rope.items() if not key.startswith("mrope")}
-            kind = "default" if kind == "mrope" else kind
+        is_angelslim = self.publisher is Publisher.ANGELSLIM
+        has_planes = kind == "mrope" or (is_angelslim and bool(rope.get("mrope_interleaved")))
+        ignores_base = is_angelslim != has_planes and self.publisher in (Publisher.ANGELSLIM, Publisher.SPECFORGE)
+        if has_planes:
+            logger.warning(
+                "%s was trained with M-RoPE; here its positions count tokens. That is the same for text, but fewer "
+                "drafts may be accepted after an image.",
+                self.source,
+            )
+        rope = {key: value for key, value in rope.items() if not key.startswith("mrope")}
+        kind = "default" if kind == "mrope" else kind
         inner, outer = rope.get("rope_theta"), self.fields.get("rope_theta")
         if inner is not None and outer is not None and inner != outer and "rope_theta" not in self.corrections:
             raise ValueError(
@@ -184,10 +193,15 @@ class PublishedConfig:
                 "`rope_theta=`; `resps doctor` tells which that is."
             )
         theta = self.corrections.get("rope_theta") or inner or outer or ROPE_BASE
-        if self.publisher is Publisher.ANGELSLIM and not {"rope_theta", "rope_parameters"} & set(self.corrections):
-            if theta != _ANGELSLIM_BASE:
-                logger.warning("AngelSlim trains with RoPE base 10000; the config's %s is ignored.", theta)
-            theta = _ANGELSLIM_BASE
+        if ignores_base and not {"rope_theta", "rope_parameters"} & set(self.corrections):
+            if theta != ROPE_BASE:
+                logger.warning(
+                    "%s: such heads are trained with RoPE base 10000; the config's %s is ignored. %s",
+                    self.source,
+                    theta,
+                    _TRY_DOCTOR,
+                )
+            theta = ROPE_BASE
         return {**rope, "rope_type": kind, "rope_theta": float(theta)}
 
     def norm_flags(self) -> dict[str, bool]:

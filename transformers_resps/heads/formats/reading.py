@@ -354,6 +354,21 @@ class _PublishedHead:
         return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))
 
 
+# Parts of tensors' names -> what they are of, where an EAGLE-3 head has none.
+_OTHER_PARTS = {
+    ("imadpt.", "img_fc."): (
+        "is a ViSpec head: its adaptor (`imadpt`, `img_fc`) compresses the images of a prompt for an EAGLE-2 layer, "
+        "but EAGLE-3 reads their tokens as it reads text."
+    ),
+    ("kv_a_proj", "kv_b_proj", "q_a_proj", "q_b_proj"): (
+        "has MLA attention (low-rank keys and values), but only multi-head and grouped-query are supported."
+    ),
+    (".mlp.experts.", ".mlp.gate.weight"): (
+        "has a mixture of experts in its layer, but only a dense MLP is supported."
+    ),
+}
+
+
 def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
     """Why this drafter would not load, or load and draft nonsense; nothing for an EAGLE-3 head."""
     if (
@@ -369,10 +384,9 @@ def other_kinds(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[
     kind = config.get("speculators_model_type", "eagle3")
     if kind != "eagle3":
         yield f"is a speculators model of the kind {kind!r}, but only `eagle3` is an EAGLE-3 head."
-    if any(part in name for name in tensors for part in ("kv_a_proj", "kv_b_proj", "q_a_proj", "q_b_proj")):
-        yield "has MLA attention (low-rank keys and values), but only multi-head and grouped-query are supported."
-    if any(".mlp.experts." in name or name.endswith(".mlp.gate.weight") for name in tensors):
-        yield "has a mixture of experts in its layer, but only a dense MLP is supported."
+    for parts, reason in _OTHER_PARTS.items():
+        if any(part in name for name in tensors for part in parts):
+            yield reason
     if config.get("use_aux_hidden_state") is False:
         yield (
             "has `use_aux_hidden_state: false`: it reads the target's last hidden state, but EAGLE-3 reads those of "
