@@ -204,12 +204,14 @@ class OneAtATime(utils.GenerateManager):
     """Runs one request after another, of all models, in one thread: a seed is of the process, and so are the cores."""
 
     def __init__(self, figures: "Figures") -> None:
-        super().__init__()
+        cast(Any, super()).__init__()
         self._figures = figures
 
-    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **rest: Any) -> Any:
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
+    ) -> Any:
         model = self._of_request(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, **rest)
+        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
@@ -351,10 +353,10 @@ class _Handler(utils.BaseHandler):
 
     needs: str
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         exchange = _exchange.get()
         try:
-            return await cast(Any, super()).handle_request(body, request_id)  # type: ignore[no-any-return]
+            return await cast(Any, super()).handle_request(body, request_id)
         except ClientLeftError:
             return Response(status_code=_CLIENT_LEFT)
         except _FAILURES as error:
