@@ -626,8 +626,8 @@ def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> A
     return Door(app, figures)
 
 
-# What is called, replaced or overridden of stock's server -> its parameters, in Transformers 5.20 to 5.24. Of what is
-# called by keywords only those, after dots.
+# What is called, replaced or overridden of stock's server -> its parameters, in Transformers 5.20 to 5.24; after dots
+# some of them, where others are passed on or left out.
 RELIED_ON = {
     server.build_server: "model_manager chat_handler completion_handler response_handler transcription_handler "
     "systemone_handler generation_state enable_cors",
@@ -649,15 +649,15 @@ RELIED_ON = {
     utils.BaseHandler._build_generation_config: "self body model_generation_config use_cb",
     **{
         getattr(handler, method): parameters
-        for handler, inputs in {
-            chat_completion.ChatCompletionHandler: "inputs gen_config gen_manager tools",
-            completion.CompletionHandler: "inputs gen_config gen_manager suffix",
-            response.ResponseHandler: "body inputs gen_config gen_manager tools",
-        }.items()
+        for handler in (
+            chat_completion.ChatCompletionHandler,
+            completion.CompletionHandler,
+            response.ResponseHandler,
+        )
         for method, parameters in {
             "handle_request": "self body request_id",
-            "_streaming": f"self request_id model processor model_id {inputs}",
-            "_non_streaming": f"self request_id model processor model_id {inputs}",
+            "_streaming": "... request_id model inputs gen_config",
+            "_non_streaming": "... request_id model inputs gen_config",
         }.items()
     },
 }
@@ -674,5 +674,6 @@ def check_release() -> None:
         if not set(rest) <= set(found) if first == "..." else found != [first, *rest]:
             raise ValueError(
                 f"The server of Transformers {transformers.__version__} is not one that `resps serve` knows: "
-                f"`{relied.__qualname__}` takes ({' '.join(found)}), not ({parameters}). Install Transformers 5.20 to 5.24."
+                f"`{relied.__qualname__}` takes ({' '.join(found)}), not ({parameters}). Install Transformers 5.20 to "
+                "5.24."
             )
