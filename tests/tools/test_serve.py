@@ -160,11 +160,12 @@ def test_a_seed_draws_what_plain_sampling_draws_with_it(client: Client) -> None:
     torch.manual_seed(5)
     plain = client.plain(do_sample=True, temperature=0.9, max_new_tokens=20)
     settings = json.dumps({"do_sample": True, "temperature": 0.9, "max_new_tokens": 20})
-    asked = {"messages": ASKED, "seed": 5, "generation_config": settings}
+    asked: dict[str, Any] = {"messages": ASKED, "seed": 5, "generation_config": settings}
     run_load(client.port, client.target, requests=4, clients=2)  # others draw in between
     assert client.ask(asked)[1]["choices"][0]["message"]["content"] == plain
-    streamed = client.stream(asked)
-    assert "".join(event["choices"][0]["delta"].get("content", "") for event in streamed) == plain
+    for request in (asked, {"messages": ASKED, "seed": 5, "temperature": 0.9, "max_tokens": 20}):
+        streamed = client.stream(request)
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in streamed) == plain
 
 
 @pytest.mark.parametrize("settings", [{"policy": "plain"}, {"generation_config": {"policy": "plain"}}])

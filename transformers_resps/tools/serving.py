@@ -95,7 +95,7 @@ _exchange: ContextVar[Exchange] = ContextVar("resps_exchange")
 
 
 class _Watch(StoppingCriteria):
-    """A streamer and a stopping criterion that ends the call when the client has left.
+    """A streamer, or for beams a stopping criterion, that ends the call when the client has left.
 
     It passes on to the streamer of a request what plain decoding would give it, and its end only with `finish`, when
     the report is there.
@@ -229,11 +229,12 @@ class OneAtATime(utils.GenerateManager):
 
 
 def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
-    """Set how many tokens a prompt of `length` may get: at most as many as the model has positions left."""
+    """Set how many new tokens a prompt of `length` may get: at most as many as the model has positions left."""
     if not length:
         raise HTTPException(400, "The prompt has no tokens. Write at least one word.")
-    if config.max_new_tokens is None and config.max_length is None:
-        config.max_new_tokens = _DEFAULT_NEW_TOKENS
+    if config.max_new_tokens is None:  # of which stock tells whether an answer is cut off
+        config.max_new_tokens = _DEFAULT_NEW_TOKENS if config.max_length is None else config.max_length - length
+    config.max_length = None
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not isinstance(most, int):
         return
@@ -241,8 +242,7 @@ def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
         raise HTTPException(
             400, f"The prompt has {length} tokens, but the model reads {most} with the answer. Send a shorter one."
         )
-    if config.max_new_tokens is not None:
-        config.max_new_tokens = min(config.max_new_tokens, most - length)
+    config.max_new_tokens = min(config.max_new_tokens, most - length)
 
 
 class OneManager(utils.GenerationState):
@@ -396,6 +396,8 @@ class _Handler(utils.BaseHandler):
         if isinstance(body.get("generation_config"), dict):  # stock takes JSON in a string
             body["generation_config"] = json.dumps(body["generation_config"])
         config = super()._build_generation_config(body, *args, **kwargs)
+        if (body.get("temperature") or 0) > 0:  # stock leaves a greedy model greedy
+            config.do_sample = True
         policy = vars(config).pop("policy", None)
         exchange.policy = exchange.policy or _checked_policy(policy)
         if (config.num_return_sequences or 1) > 1:
