@@ -17,9 +17,9 @@ from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.tools import cli
 
 from .hub import rehearse
-from .image_processors import image_processor, image_target, picture
+from .image_processors import image_processor, image_target, parts, picture
 from .targets import Architecture
-from .tokenizers import letter_tokenizer
+from .tokenizers import letter_tokenizer, turns
 
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +74,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     image_target().save_pretrained(tmp_path / "seeing")
     image_processor().save_pretrained(tmp_path / "seeing")
     picture().save(tmp_path / "photo.jpg")
+    photos = [{"images": ["photo.jpg"], "prompt": parts(turns(word), images=1)} for word in words]
+    (tmp_path / "photos.jsonl").write_text("\n".join(map(json.dumps, photos)))
     copytree(ROOT / "model_cards" / "smollm2-135m-instruct-head", tmp_path / "artefact")
     (tmp_path / "training").symlink_to(ROOT / "training")
     monkeypatch.chdir(tmp_path)

@@ -70,6 +70,11 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "ensemble weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     "custom generate": ({"custom_generate": lambda *a, **k: None}, "custom_generate"),
     "positions of three dimensions": ({"position_ids": torch.zeros(3, 1, 3, dtype=torch.long)}, "3 dimensions"),
+    "embeddings in chunks": (
+        {"inputs_embeds": torch.zeros(1, 3, 32), "prefill_chunk_size": 2},
+        "`inputs_embeds` with prefill_chunk_size=2.*Leave out the chunk size",
+    ),
+    "embeddings of other tokens": ({"inputs_embeds": torch.zeros(1, 5, 32)}, "of 3 tokens with .* of 5 positions"),
     "other inputs of the forward": ({"is_causal": False}, "is_causal"),
 }
 

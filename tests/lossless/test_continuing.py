@@ -287,17 +287,22 @@ class Interrupts(LogitsProcessor):
 @pytest.mark.parametrize("architecture", WINDOWS, ids=str)
 @pytest.mark.parametrize("uses", [1, 4, 7, 8])
 def test_a_call_that_was_interrupted_leaves_a_cache_to_go_on_from(architecture: Architecture, uses: int) -> None:
-    """In the middle of a walk, too, where the cache still has every node of the tree."""
+    """As long a one as plain decoding leaves, in the middle of a walk, too, where it has every node of the tree."""
     target = attach(architecture.build("sdpa"))
     head = DraftHead.from_target(target)
     first = answer(target, None, tokens(6))
     text = torch.cat([first.sequences, tokens(7, 1)], dim=1)
-    whole, cache = answer(target, None, text, max_new_tokens=16).sequences, first[CACHE_KEYWORD]
-    options = {CACHE_KEYWORD: cache, "logits_processor": LogitsProcessorList([Interrupts(uses)])}
-    with pytest.raises(KeyboardInterrupt):
-        target.generate(text, assistant_model=head, policy=WIDE, max_new_tokens=16, **options)
+    whole = answer(target, None, text, max_new_tokens=16).sequences
+    left = []
+    for extra in ({}, {"assistant_model": head, "policy": WIDE}):
+        own = copy.deepcopy(first[CACHE_KEYWORD])
+        options = {CACHE_KEYWORD: own, "logits_processor": LogitsProcessorList([Interrupts(uses)]), **extra}
+        with pytest.raises(KeyboardInterrupt):
+            target.generate(text, max_new_tokens=16, **options)
+        left.append(own)
+    plain, cache = left
+    check_equal_caches(cache, plain)
     kept = cache.get_seq_length()
-    assert text.shape[1] <= kept < text.shape[1] + uses
     found = answer(target, None, whole[:, : kept + 1], cache, max_new_tokens=6)
     assert found.sequences.tolist() == whole[:, : kept + 7].tolist()
     check_equal_caches(

@@ -174,17 +174,17 @@ def test_numbers_that_test_nothing_are_refused(target: Any, head: DraftHead, num
 
 # --- planted changes ------------------------------------------------------------------------------------------------
 
-Accept = Callable[[DraftTree, torch.Tensor, Text], Acceptance]
+Accept = Callable[..., Acceptance]
 
 
-def takes_the_second_best(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
+def takes_the_second_best(tree: DraftTree, logits: torch.Tensor, text: Text, *reached: Any) -> Acceptance:
     """Lossy at drafted steps: the best token is forbidden."""
     if tree.node_count > 1:
         logits = logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf)
     return accept(tree, logits, text)
 
 
-def keeps_a_child_that_was_not_picked(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
+def keeps_a_child_that_was_not_picked(tree: DraftTree, logits: torch.Tensor, text: Text, *reached: Any) -> Acceptance:
     """Lossy: the drafter's first child is taken for the pick."""
     if tree.node_count > 1:
         logits = logits.clone()
@@ -192,7 +192,7 @@ def keeps_a_child_that_was_not_picked(tree: DraftTree, logits: torch.Tensor, tex
     return accept(tree, logits, text)
 
 
-def keeps_drafts_too_often(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
+def keeps_drafts_too_often(tree: DraftTree, logits: torch.Tensor, text: Text, *reached: Any) -> Acceptance:
     """Subtly lossy: drafted tokens get 3 more in their logits."""
     if tree.node_count > 1:
         logits = logits.clone()
@@ -291,7 +291,7 @@ def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
     head.bfloat16()
     generator = torch.Generator().manual_seed(1)
 
-    def rounds_otherwise(tree: DraftTree, logits: torch.Tensor, text: Text) -> Acceptance:
+    def rounds_otherwise(tree: DraftTree, logits: torch.Tensor, text: Text, *reached: Any) -> Acceptance:
         """Moves every logit by up to half of what is excused, so that a gap moves by no more than that."""
         spacing = spacing_at(float(logits.abs().max()), torch.bfloat16) / 2  # the best logit may be the smaller one
         noise = MAX_SPACINGS / 2 * (2 * torch.rand(logits.shape, generator=generator) - 1)

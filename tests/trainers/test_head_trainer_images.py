@@ -129,3 +129,11 @@ def test_images_without_a_processor_or_for_a_target_that_sees_none_are_refused(r
     target = sees_none if isinstance(reads, ProcessorMixin) else image_target()
     with pytest.raises(ValueError, match="`train_dataset` has images, but the target reads none, or .* no processor"):
         DraftHeadTrainer(None, config(tmp_path), talks(), processing_class=reads, target=target)
+
+
+def test_the_processor_lies_where_the_target_came_from(tmp_path: Path) -> None:
+    for part in (image_target(), image_processor()):
+        part.save_pretrained(tmp_path / "target")
+    args = config(tmp_path / "run", max_steps=1, draft_vocab_size=START)
+    DraftHeadTrainer(None, args, talks(), target=str(tmp_path / "target")).train()
+    assert (tmp_path / "run" / "head" / "model.safetensors").is_file()

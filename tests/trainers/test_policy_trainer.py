@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from tests.conftest import FakeClock
+from tests.image_processors import image_processor, image_prompt, image_target, picture
 from tests.targets import Architecture
-from tests.tokenizers import letter_tokenizer
+from tests.tokenizers import letter_tokenizer, turns
 from transformers_resps import (
     AutoPolicy,
     BaselineGuard,
@@ -341,3 +342,19 @@ def test_a_policy_that_is_judged_on_what_it_learned_is_doubted(pair: tuple[Any, 
     both = datasets.concatenate_datasets([TRAIN.select([0, 2]), TRAIN.select([0])])
     assert "2 of the held-out prompts are among those that it was trained on" in trainer.compared(both).verdict
     assert trainer.compared(HELD_OUT).learned_prompts == 0
+
+
+def test_a_target_that_sees_learns_from_prompts_of_text_and_images_are_refused(
+    pair: tuple[Any, DraftHead], tmp_path: Path
+) -> None:
+    target, processor = attach(image_target("qwen3_vl")), image_processor("qwen3_vl")
+    head = DraftHead.from_target(target, 12)
+    shown = Dataset.from_list([{"prompt": turns("defg"), "images": [picture()]}])
+    with pytest.raises(ValueError, match="`train_dataset` has images, but policies learn from prompts of text"):
+        PolicyTrainer("resps", config(), shown, processing_class=processor, target=target, head=head)
+    trainer = PolicyTrainer("resps", config(), TRAIN, processing_class=processor, target=target, head=head)
+    trainer.train()
+    prompt = image_prompt(processor)
+    plain = target.generate(**prompt, max_new_tokens=8, do_sample=False)
+    drafted = target.generate(**prompt, max_new_tokens=8, do_sample=False, assistant_model=head, policy=trainer.policy)
+    assert torch.equal(plain, drafted)

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.multimodal_targets import TARGETS, MultimodalTarget
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.verifying.forward import FeatureTap, TargetForward, decoder_layers
 
 
@@ -31,7 +32,7 @@ def test_a_prompt_in_parts_gives_all_features_and_the_last_positions() -> None:
     def read() -> int:
         for part in (slice(0, 3), slice(3, 5)):
             positions = torch.arange(1, 6)[None, part]
-            target(input_ids=TEXT[:, part], position_ids=positions, cache=cache, use_cache=True)
+            target(input_ids=TEXT[:, part], position_ids=positions, use_cache=True, **{CACHE_KEYWORD: cache})
         return 7
 
     with TargetForward(target, [0, 1], cache) as forward:

@@ -27,8 +27,10 @@ def collate(rows: Sequence[dict[str, Any]], processor: ProcessorMixin | None = N
     names = [name for name in rows[0] if name != "pictures"]
     batch: dict[str, Any] = {name: torch.stack([_padded(row[name], length) for row in rows]) for name in names}
     batch["labels"] = batch["input_ids"].masked_fill(~batch.pop("loss_mask"), IGNORED)
-    if processor is not None and (shown := image_inputs([row.get("pictures") for row in rows], processor, length)):
-        batch["image_inputs"] = shown
+    shown = [row.get("pictures") for row in rows]
+    if any(shown):
+        assert processor is not None
+        batch["image_inputs"] = image_inputs(shown, processor, length)
     return batch
 
 

@@ -50,7 +50,14 @@ def load_conversations(source: str | Path, split: str = "train") -> Iterator[Con
     if Path(source).is_file():
         yield from read_conversations(source)
         return
-    if Path(source).suffix in (".json", ".jsonl"):
+    for number, row in enumerate(load_rows(source, split)):
+        yield _conversation(row, f"{source}, row {number}")
+
+
+def load_rows(source: str | Path, split: str = "train") -> Any:
+    """The `Dataset` of a file, or of a name on the Hub. Arguments and errors are those of `load_conversations`."""
+    is_file = Path(source).is_file()
+    if not is_file and Path(source).suffix in (".json", ".jsonl"):
         raise ValueError(
             f"There is no file {source}. Pass the path of a JSON or JSONL file, or the id of a dataset on the Hub."
         )
@@ -61,9 +68,10 @@ def load_conversations(source: str | Path, split: str = "train") -> Iterator[Con
             f"{source} is no file, and datasets on the Hub need the package `datasets`. Install "
             "transformers-resps[train], or pass the path of a JSON or JSONL file."
         ) from error
+    if is_file:
+        return load_dataset("json", data_files=str(source), split="train")
     name, _, config = str(source).partition(":")
-    for number, row in enumerate(load_dataset(name, config or None, split=split)):
-        yield _conversation(row, f"{source}, row {number}")
+    return load_dataset(name, config or None, split=split)
 
 
 def _jsonl_rows(path: Path) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 
 # What a prepared row has besides, in a dataset with images.
@@ -44,6 +44,14 @@ class Pictures:
             return None
         texts, counts, starts, key = (row[column] for column in IMAGE_COLUMNS[1:])
         return cls(images_of(row)[: sum(counts)], texts, counts, starts, key)
+
+    def before(self, place: int) -> "Pictures | None":
+        """Those of parts that begin before a token; `None` for none."""
+        kept = sum(start < place for start in self.starts)
+        if not kept:
+            return None
+        counts = self.counts[:kept]
+        return Pictures(self.images[: sum(counts)], self.texts[:kept], counts, self.starts[:kept], self.key)
 
     @property
     def columns(self) -> tuple[list[str], list[int], list[int], str]:
@@ -123,6 +131,14 @@ def image_inputs(rows: Sequence[Pictures | None], processor: ProcessorMixin, len
             types[row, start : start + int(mask.sum())] = found[mask]
         read[name] = types
     return read
+
+
+def cast_for(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The same on the device of `model`, pixels in its dtype."""
+    return {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
 
 
 def _grouped(shown: Pictures) -> list[list[Any]]:

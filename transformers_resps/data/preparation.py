@@ -191,29 +191,34 @@ def prepare_dataset(
     if set(PREPARED) <= set(first):
         return dataset
     kind = _kind_of(first, name)
-    shows_images = bool({"image", "images"} & set(first))
-    if shows_images:
+    has_images = shows_images(dataset)
+    if has_images:
         _check_images(kind, name, processor)
     if kind != "input_ids" and tokenizer is None:
         raise ValueError(
             f"`{name}` has the column `{kind}`, but there is no tokenizer for it where the target came from. Pass the "
             "target's as `processing_class`."
         )
-    if shows_images and "images" not in first:
+    if has_images and "images" not in first:
         dataset = dataset.rename_column("image", "images")
     reader = _Reader(kind, tokenizer, processor, max_length)
     how = {"name": name, "reader": reader, "vocab_size": vocab_size}
     given: Any = {"batched": True, "with_indices": True, "fn_kwargs": how}
     given["remove_columns"] = [column for column in first if column not in ("image", "images")]
-    given["features"] = _features(dataset, shows_images=shows_images)
+    given["features"] = _features(dataset, has_images=has_images)
     if isinstance(dataset, datasets.IterableDataset):
         streamed = dataset.map(_prepared_batch, **given)
-        return streamed.filter(bool, input_columns="length") if shows_images else streamed
+        return streamed.filter(bool, input_columns="length") if has_images else streamed
     prepared = dataset.map(_prepared_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **given)
-    if shows_images:  # left out here, since images that stay where they are need all rows of their batch
+    if has_images:  # left out here, since images that stay where they are need all rows of their batch
         prepared = prepared.filter(bool, input_columns="length")
     _check_prepared(prepared, len(dataset), name, max_length)
     return prepared
+
+
+def shows_images(dataset: Any) -> bool:
+    """Whether the rows of a dataset have images, as in TRL."""
+    return bool({"image", "images"} & set(dataset.column_names or next(iter(dataset), ())))
 
 
 def _check_images(kind: str, name: str, processor: ProcessorMixin | None) -> None:
@@ -229,7 +234,7 @@ def _check_images(kind: str, name: str, processor: ProcessorMixin | None) -> Non
         )
 
 
-def _features(dataset: Any, *, shows_images: bool) -> Any:
+def _features(dataset: Any, *, has_images: bool) -> Any:
     import datasets
 
     features = {
@@ -239,7 +244,7 @@ def _features(dataset: Any, *, shows_images: bool) -> Any:
         "question": datasets.Value("string"),
         "is_shortened": datasets.Value("bool"),
     }
-    if shows_images:
+    if has_images:
         features |= {
             "images": (dataset.features or {}).get("images", datasets.List(datasets.Image())),
             "image_texts": datasets.List(datasets.Value("string")),
@@ -253,8 +258,8 @@ def _features(dataset: Any, *, shows_images: bool) -> Any:
 def _prepared_batch(
     batch: dict[str, list[Any]], numbers: Iterable[int], name: str, reader: "_Reader", vocab_size: int
 ) -> dict[str, list[Any]]:
-    shows_images = "images" in batch
-    columns = PREPARED + IMAGE_COLUMNS[1:] if shows_images else PREPARED
+    has_images = "images" in batch
+    columns = PREPARED + IMAGE_COLUMNS[1:] if has_images else PREPARED
     made: dict[str, list[Any]] = {column: [] for column in columns}
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
         row = dict(zip(batch, values, strict=True))
@@ -265,7 +270,7 @@ def _prepared_batch(
             raise ValueError(f"Row {number} of `{name}`: {error}") from None
         if example.predicted.any():
             example.check_ids(vocab_size, number)
-        elif shows_images:
+        elif has_images:
             example = Example(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
         else:
             continue
@@ -327,12 +332,6 @@ class _Reader:
     processor: ProcessorMixin | None
     max_length: int
 
-    @property
-    def renderer(self) -> Any:
-        """What has the chat template; of a processor's two parts it may be either."""
-        has_own = self.processor is None or getattr(self.tokenizer, "chat_template", None) is not None
-        return self.tokenizer if has_own else self.processor
-
     def example_of(self, row: Row) -> tuple[Example, bool]:
         """The example of a row, perhaps with nothing to learn from, and whether only its first answer is used."""
         if self.kind == "input_ids":
@@ -349,7 +348,7 @@ class _Reader:
             ids = (asked + answered)[: self.max_length]
             return Example(_integers(ids), torch.arange(len(ids)) >= len(asked)), False
         parts = [as_messages(row[column], None) for column in self._columns]
-        pieces, is_shortened = self._pieces(parts, self.renderer, row)
+        pieces, is_shortened = self._pieces(parts, self.tokenizer, row)
         return _joined(pieces, self.tokenizer, self.max_length), is_shortened
 
     @property

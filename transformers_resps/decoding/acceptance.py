@@ -96,15 +96,20 @@ def read_picks(batch: Batch, tree: DraftTree, logits: Tensor) -> "Picks | None":
     return None
 
 
-def accept_batch(batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None") -> Acceptance:
-    """Commit what the target picks along the tree, in every decoded row; `picks` are those of `read_picks`."""
+def accept_batch(
+    batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | None", reached: list[list[int]] | None = None
+) -> Acceptance:
+    """Commit what the target picks along the tree, in every decoded row; `picks` are those of `read_picks`.
+
+    Rows in lockstep add the nodes that they come to to `reached`, see `accept`.
+    """
     texts = batch.decoded_texts
     if picks is None and batch.is_plain_greedy(tree.node_count):
         picks = Picks.asked(tree, logits)
     if picks is not None:
         acceptance = accept_picks(picks, texts)
     elif batch.in_lockstep:
-        return accept(tree, logits, texts[0])
+        return accept(tree, logits, texts[0], reached)
     else:
         parts = [accept(tree.row(row), logits[row : row + 1], text) for row, text in enumerate(texts)]
         rows = [part.paths[0] for part in parts], [part.picks[0] for part in parts]
@@ -112,7 +117,7 @@ def accept_batch(batch: Batch, tree: DraftTree, logits: Tensor, picks: "Picks | 
     return replace(acceptance, emitted=batch.of_all_rows(acceptance.counts))
 
 
-def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
+def accept(tree: DraftTree, logits: Tensor, text: Text, reached: list[list[int]] | None = None) -> Acceptance:
     """Commit picks along the tree until one is not drafted, or the text is finished.
 
     The rows of a text advance in lockstep: all commit as many tokens as the live row with the shortest run.
@@ -121,9 +126,11 @@ def accept(tree: DraftTree, logits: Tensor, text: Text) -> Acceptance:
         tree: what was verified, for the decoded rows.
         logits: `[b, n, v]` the target's, one row per node.
         text: gains the picks.
+        reached: gains the nodes of all rows at each level, as soon as they are come to: an error may end the walk.
     """
     children, rows, nodes = tree.children(), list(range(len(logits))), [0] * len(logits)
-    path, picks, emitted = [], [], torch.zeros_like(text.unfinished)
+    path: list[list[int]] = [] if reached is None else reached
+    picks, emitted = [], torch.zeros_like(text.unfinished)
     begun = len(text.ended) if text.stops_at_ends else 0
     while True:
         path.append(nodes)

@@ -5,6 +5,7 @@ One `TreeDecoding` lives for one call of `generate`.
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Literal
 
 import torch
@@ -129,7 +130,11 @@ class TreeDecoding:
         picks = self._read_picks(tree, logits)
         self._clock.lap("verify")
         self._leave_out_compiling()
-        acceptance = self._accept(tree, logits, picks)
+        with ExitStack() as interrupted:
+            reached: list[list[int]] = []
+            interrupted.callback(self._keep_reached, reached)
+            acceptance = self._accept(tree, logits, picks, reached)
+            interrupted.pop_all()
         self._keep(acceptance, features)
         self._drop_finished()
         record = self._record(proposal, acceptance)
@@ -172,11 +177,19 @@ class TreeDecoding:
             wait_for(logits)
         return picks
 
-    def _accept(self, tree: DraftTree, logits: Tensor, picks: Picks | None) -> Acceptance:
+    def _accept(
+        self, tree: DraftTree, logits: Tensor, picks: Picks | None, reached: list[list[int]] | None = None
+    ) -> Acceptance:
         """Commit what the target picks; the last pick is the next root."""
-        acceptance = accept_batch(self.batch, tree, logits, picks)
+        acceptance = accept_batch(self.batch, tree, logits, picks, reached)
         self._root = acceptance.tokens[:, -1]
         return acceptance
+
+    def _keep_reached(self, reached: list[list[int]]) -> None:
+        """Keep the nodes that a walk came to before an error ended it, which plain decoding would have read."""
+        if reached:
+            paths = [list(path) for path in zip(*reached, strict=True)]
+            self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
 
     def _keep(self, acceptance: Acceptance, features: Features) -> None:
         """The target's cache keeps the accepted path; the features of that path go to the head."""

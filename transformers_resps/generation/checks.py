@@ -104,6 +104,10 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     for name in _ARGUMENTS:
         if arguments.get(name) is not None and arguments[name] is not False:
             raise _refusal(f"`{name}`", f"Leave out `{name}`")
+    if arguments.get("inputs_embeds") is not None and setting("prefill_chunk_size"):
+        raise _refusal(
+            f"`inputs_embeds` with prefill_chunk_size={setting('prefill_chunk_size')}", "Leave out the chunk size"
+        )
     if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
         raise _refusal(f"use_cache={arguments.get('use_cache', False)!r}", "Set `use_cache=True`")
     _check_cache_settings(setting)
@@ -193,6 +197,11 @@ def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapp
         raise ValueError(
             f"`inputs_embeds` has the shape {list(embeds.shape)}, but {type(model).__name__} reads `[b, s, {width}]` "
             "with at least one position. Pass what its input embedding returns."
+        )
+    if embeds is not None and prompts is not None and prompts.shape[1] not in (0, embeds.shape[1]):
+        raise ValueError(
+            f"Got `input_ids` of {prompts.shape[1]} tokens with `inputs_embeds` of {embeds.shape[1]} positions. Pass "
+            "the tokens of all positions, or none."
         )
     if prompts is not None and embeds is None:
         _check_placeholders(model, prompts, arguments)

@@ -306,8 +306,10 @@ def _verifier(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
             "Leave out `cache_implementation`, and use the model as it was before it was compiled."
         )
-    layers = None if request.bound is None else request.bound.head.config.feature_layers or []
-    forward = TargetForward(target, layers, inputs.cache)
+    reads = None if request.bound is None else request.bound.head.config
+    layers = None if reads is None else reads.feature_layers or []
+    is_before = reads is not None and reads.before_deepstack
+    forward = TargetForward(target, layers, inputs.cache, before_deepstack=is_before)
     given = inputs.model_kwargs["position_ids"], inputs.model_kwargs["attention_mask"]
     choice = request.compile
     if choice is None:

@@ -57,6 +57,8 @@ class DraftHeadConfig(PreTrainedConfig):
             `output_hidden_states` of Transformers: 0 is the embedding output, j the output of decoder layer j - 1. The
             last layer's output is read before the target's final norm. `None` means 2, 15 and 27, EAGLE-3's choice for
             a target with 30 layers.
+        before_deepstack: whether these are read before DeepStack adds an image's features to the first layers' outputs
+            (Qwen3-VL); otherwise after it, as the next layer reads them.
         vocab_size: the target's vocabulary size v.
         draft_vocab_size: number d of tokens the head can propose; `None` means all v.
         owns_embedding: whether the head has its own embedding table, as it must if its width is not the target's;
@@ -101,6 +103,7 @@ class DraftHeadConfig(PreTrainedConfig):
     fc_bias: bool = False
     target_hidden_size: int | None = None
     feature_layers: list[int] | None = None
+    before_deepstack: bool = False
     vocab_size: int = 49152
     draft_vocab_size: int | None = None
     owns_embedding: bool = False

@@ -24,6 +24,7 @@ class Reading:
     feature_layers: tuple[int, ...]
     rope_theta: float
     norm_before_residual: bool
+    before_deepstack: bool = False
 
 
 @dataclass(frozen=True, slots=True)

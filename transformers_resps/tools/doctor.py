@@ -3,7 +3,9 @@
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +14,16 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..data import Conversation, make_example, to_tokens
+from ..data import Conversation, Example, make_example, prepare_dataset, to_tokens
+from ..data.conversations import load_rows
+from ..data.image_texts import cast_for, image_inputs
+from ..data.preparation import shows_images
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import EvaluationMode, SpeculationDefaults
 from ..heads import BoundHead, DraftHead, DraftHeadConfig
 from ..heads.model import RotaryEmbedding
 from ..telemetry.display import moving
+from ..trainers.loading import load_processor
 from ..trainers.losses import unroll
 from ..verifying.forward import FeatureTap
 from .diagnosis import Cell, Diagnosis, Reading, Tally
@@ -34,6 +40,7 @@ from .loading import (
 
 
 _LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # of the first look
+_LOOK_CHARACTERS = 1 << 16  # of a file, in which the first row begins
 _ROUND = 10  # answers between two verdicts
 
 DEPTHS = 4
@@ -44,10 +51,23 @@ _BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """The tokens `[t]` of a prompt and an answer that the target wrote."""
+    """The tokens `[t]` of a prompt and an answer that the target wrote.
+
+    Attributes:
+        tokens: of both.
+        prompt_length: of the prompt.
+        shown: what the target's forward takes besides, where the prompt shows images.
+    """
 
     tokens: Tensor
     prompt_length: int
+    shown: dict[str, Tensor] = field(default_factory=dict)
+
+    def inputs_for(self, target: PreTrainedModel) -> dict[str, Any]:
+        """`shown`, as `target` takes it with these tokens."""
+        whole = cast_for(target, self.shown)
+        names = {name for name in whole if name.endswith("token_type_ids")}
+        return whole | {name: whole[name][:, : len(self.tokens)] for name in names}
 
 
 # The answers from one number up to another, with at most so many tokens of the target each.
@@ -79,17 +99,25 @@ class Probe:
     """Scores a head under several readings, on answers that come bit by bit.
 
     It tries the feature layers as read, one deeper and one shallower; the RoPE base as read, 1e4, 1e6 and the
-    target's; and the residual of the first layer before and after its norm. Nothing is generated: at depth k the head
-    reads the true text up to there, and its own output instead of the feature, as in training.
+    target's; the residual of the first layer before and after its norm; and, where answers are about images, the
+    features before and after what DeepStack adds. Nothing is generated: at depth k the head reads the true text up to
+    there, and its own output instead of the feature, as in training.
 
     The first of `readings` is the configured one; `None` is for all. Raises `ValueError` for a head of another target.
 
     Source: the training-time test of EAGLE-3 (arXiv 2503.01840), section 3.2.
     """
 
-    def __init__(self, target: PreTrainedModel, head: DraftHead, readings: Sequence[Reading] | None = None) -> None:
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        head: DraftHead,
+        readings: Sequence[Reading] | None = None,
+        *,
+        has_images: bool = False,
+    ) -> None:
         self._target = target
-        self._readings = list(_readings(head.config, target) if readings is None else readings)
+        self._readings = list(_readings(head.config, target, has_images) if readings is None else readings)
         self._drafters = [
             # prepacking would copy the weights for each reading, and so many rows at once do not need it
             BoundHead(_read_as(head, reading), target, is_prepacked=False)
@@ -110,17 +138,25 @@ class Probe:
         self._seen += len(answers)
         long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= DEPTHS]
         layers = sorted({layer for reading in self._readings for layer in reading.feature_layers})
-        with EvaluationMode().held(self._target), FeatureTap(self._target, layers) as tap:
+        with EvaluationMode().held(self._target):
             for batch in _batches(long_enough):
-                with tap.record() as features:
-                    logits = self._target(input_ids=batch.tokens.to(self._target.device), use_cache=False).logits
-                picks = logits.argmax(-1)
-                for number, (reading, drafter) in enumerate(zip(self._readings, self._drafters, strict=True)):
-                    head = drafter.head
-                    caught = [features.caught[layer].to(head.device, head.dtype) for layer in reading.feature_layers]
-                    tallies, agreed = _score(drafter, torch.cat(caught, dim=-1), batch, picks.to(head.device))
-                    self._tallies[number] += tallies
-                    self._agreed[number] += agreed
+                for is_before in sorted({reading.before_deepstack for reading in self._readings}):
+                    with FeatureTap(self._target, layers, before_deepstack=is_before) as tap:
+                        self._add(batch, tap)
+
+    def _add(self, batch: "_Batch", tap: FeatureTap) -> None:
+        """Score a batch under the readings that read features as `tap` catches them."""
+        tokens = batch.tokens.to(self._target.device)
+        given = {"attention_mask": torch.ones_like(tokens), **batch.shown_to(self._target)} if batch.shown else {}
+        with tap.record() as features:
+            picks = self._target(input_ids=tokens, use_cache=False, **given).logits.argmax(-1)
+        for number, (reading, drafter) in enumerate(zip(self._readings, self._drafters, strict=True)):
+            if reading.before_deepstack is tap.before_deepstack:
+                head = drafter.head
+                caught = [features.caught[layer].to(head.device, head.dtype) for layer in reading.feature_layers]
+                tallies, agreed = _score(drafter, torch.cat(caught, dim=-1), batch, picks.to(head.device))
+                self._tallies[number] += tallies
+                self._agreed[number] += agreed
 
     def diagnosis(self) -> Diagnosis:
         """Compare the readings on all answers so far. Raises `ValueError` when fewer than two were long enough."""
@@ -141,16 +177,19 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Labelle
 
     Raises `ValueError` when the head belongs to another target, or fewer than two answers are long enough to score.
     """
-    probe = Probe(target, head)
+    probe = Probe(target, head, has_images=any(answer.shown for answer in answers))
     probe.add(answers)
     return probe.diagnosis()
 
 
-def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Reading]:
+def _readings(config: DraftHeadConfig, target: PreTrainedModel, has_images: bool) -> Iterator[Reading]:
     """Yield the configured reading first, then the others that this target has layers for."""
     assert config.feature_layers is not None and config.rope_parameters is not None
     layer_count = target.config.get_text_config().num_hidden_layers
     theirs = getattr(target.config.get_text_config(), "rope_parameters", None) or {}
+    theirs = theirs.get("full_attention") or theirs  # in Gemma 3 each type of layers has its own
+    tower = getattr(target.config, "vision_config", None)
+    is_ambiguous = has_images and bool(getattr(tower, "deepstack_visual_indexes", None))
     base = config.rope_parameters["rope_theta"]
     bases = dict.fromkeys([base, *_BASES, *(b for b in [theirs.get("rope_theta")] if b)])
     for shift in _SHIFTS:
@@ -159,7 +198,8 @@ def _readings(config: DraftHeadConfig, target: PreTrainedModel) -> Iterator[Read
             continue
         for theta in bases:
             for is_before in (config.norm_before_residual, not config.norm_before_residual):
-                yield Reading(layers, theta, is_before)
+                for flips in (False, True)[: 1 + is_ambiguous]:
+                    yield Reading(layers, theta, is_before, config.before_deepstack is not flips)
 
 
 def _read_as(head: DraftHead, reading: Reading) -> DraftHead:
@@ -168,6 +208,7 @@ def _read_as(head: DraftHead, reading: Reading) -> DraftHead:
     config.feature_layers = list(reading.feature_layers)
     config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": reading.rope_theta}
     config.norm_before_residual = reading.norm_before_residual
+    config.before_deepstack = reading.before_deepstack
     with torch.device("meta"):
         variant = DraftHead(config)
     variant.load_state_dict(head.state_dict(), assign=True)
@@ -182,12 +223,17 @@ class _Batch:
 
     tokens: Tensor  # [b, t]
     scored: Tensor  # [b, t] bool: slots that predict a token of the answer and have all depths in the text
+    shown: LabelledText | None = None  # of one answer about images
+
+    def shown_to(self, target: PreTrainedModel) -> dict[str, Any]:
+        return {} if self.shown is None else self.shown.inputs_for(target)
 
 
 def _batches(answers: list[LabelledText]) -> Iterator[_Batch]:
-    """Yield answers of like length together, up to `_BATCH_TOKENS` tokens."""
+    """Yield answers of like length together, up to `_BATCH_TOKENS` tokens, and each that is about images alone."""
+    yield from (replace(_pad([answer]), shown=answer) for answer in answers if answer.shown)
     waiting: list[LabelledText] = []
-    for answer in sorted(answers, key=lambda answer: len(answer.tokens)):
+    for answer in sorted((one for one in answers if not one.shown), key=lambda answer: len(answer.tokens)):
         if waiting and (len(waiting) + 1) * len(answer.tokens) > _BATCH_TOKENS:
             yield _pad(waiting)
             waiting = []
@@ -229,14 +275,20 @@ def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -
 
 
 def refined(
-    target: PreTrainedModel, head: DraftHead, source: Source, count: int, max_new_tokens: int
+    target: PreTrainedModel,
+    head: DraftHead,
+    source: Source,
+    count: int,
+    max_new_tokens: int,
+    *,
+    has_images: bool = False,
 ) -> Iterator[Diagnosis]:
     """Diagnose `head` on few and short answers, then on more and more long ones.
 
     Readings that the first look finds far worse are dropped, and its short answers do not count later. Ends when more
     answers would change nothing, or after `count` answers. Raises `ValueError` as `diagnose` does.
     """
-    probe = Probe(target, head)
+    probe = Probe(target, head, has_images=has_images)
     if count > _LOOK_ANSWERS or max_new_tokens > _LOOK_TOKENS:
         probe.add(source(0, min(count, _LOOK_ANSWERS), min(max_new_tokens, _LOOK_TOKENS)))
         readings = None
@@ -244,7 +296,7 @@ def refined(
             look = probe.diagnosis()
             readings = look.worth_following
             yield look
-        probe = Probe(target, head, readings)
+        probe = Probe(target, head, readings, has_images=has_images)
     for start in range(0, count, _ROUND):
         end = min(start + _ROUND, count)
         probe.add(source(start, end, max_new_tokens))
@@ -281,8 +333,10 @@ def doctor(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
     head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
-    conversations = read_conversations(args, args.answers)
-    answers = answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
+    answers = about_images(args, target, tokenizer)
+    has_images = bool(answers)
+    conversations = [] if has_images else read_conversations(args, args.answers)
+    answers = answers or answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
     questions = [] if answers else questions_in(conversations, args.answers)
     prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
     count, tried, found = len(answers or prompts), 0, None
@@ -292,7 +346,7 @@ def doctor(args: argparse.Namespace) -> int:
     with tqdm(desc="Answers", total=count, unit="answer", disable=None) as bar:
         source = source_of(target, answers, prompts, bar)
         try:
-            for found in refined(target, head, source, count, args.max_new_tokens):
+            for found in refined(target, head, source, count, args.max_new_tokens, has_images=has_images):
                 tried = max(tried, len(found.cells))
                 bar.clear()
                 print(f"{found.answers}/{count} answers: {found.verdict}", flush=True)
@@ -355,13 +409,41 @@ def answered(
     return found
 
 
+def about_images(
+    args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[LabelledText]:
+    """The first answers of `--dataset` where its rows show images, as trainers read them; otherwise none."""
+    if not args.dataset or "image" not in target.input_modalities or find_spec("datasets") is None:
+        return []
+    if Path(args.dataset).is_file():
+        with Path(args.dataset).open(encoding="utf-8", errors="ignore") as file:
+            if '"image' not in file.read(_LOOK_CHARACTERS):
+                return []
+    rows = load_rows(args.dataset, args.split)
+    if not shows_images(rows):
+        return []
+    processor = load_processor(target)
+    how = {"max_length": args.max_length, "vocab_size": target.config.get_text_config().vocab_size}
+    few = rows.select(range(min(len(rows), args.answers)))
+    found = []
+    for row in prepare_dataset(few, args.dataset, tokenizer, processor=processor, **how):
+        example = Example.of_row(row)
+        start = int(example.loss_mask.int().argmax())
+        end = start + int(example.loss_mask[start:].int().cumprod(0).sum())
+        tokens = example.input_ids[: min(end, start + args.max_new_tokens)]
+        shown = None if example.pictures is None else example.pictures.before(start)
+        inputs = {} if processor is None else image_inputs([shown], processor, len(tokens))
+        found.append(LabelledText(tokens, start, inputs))
+    return found
+
+
 def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
     """Print a table, best reading first, and the verdict; `tried` readings had the first answers."""
     depths = range(1, len(diagnosis.configured.agreement) + 1)
     columns = "".join(f"  depth {depth}" for depth in depths)
     configured = diagnosis.configured
     print(f"\nAgreement with the target, at {configured.positions} positions of {len(configured.tallies)} answers:\n")
-    print(f"  {'feature layers':24}{'RoPE base':>10}  {'norm before residual':20}{columns}  accepted  log likelihood")
+    print(f"  {'feature layers':28}{'RoPE base':>10}  {'norm before residual':20}{columns}  accepted  log likelihood")
     for cell in sorted(diagnosis.cells, key=lambda cell: -cell.accepted):
         print(row(cell, diagnosis))
     dropped = tried - len(diagnosis.cells)
@@ -374,8 +456,8 @@ def row(cell: Cell, diagnosis: Diagnosis) -> str:
     reading = cell.reading
     marks = (">" if cell is diagnosis.configured else " ") + ("*" if cell is diagnosis.best else " ")
     numbers = "".join(f"{share:9.3f}" for share in cell.agreement)
-    layers = ", ".join(map(str, reading.feature_layers))
+    layers = ", ".join(map(str, reading.feature_layers)) + " before DeepStack" * reading.before_deepstack
     before = "yes" if reading.norm_before_residual else "no"
     return (
-        f"{marks}{layers:24}{reading.rope_theta:>10g}  {before:20}{numbers}{cell.accepted:10.2f}{cell.log_prob:16.3f}"
+        f"{marks}{layers:28}{reading.rope_theta:>10g}  {before:20}{numbers}{cell.accepted:10.2f}{cell.log_prob:16.3f}"
     )

@@ -12,13 +12,14 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils.logging import tqdm
 
 from ..calibration import calibrate, identity_of
 from ..data import Example, prepare_dataset, to_tokens
 from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches, collate
 from ..data.conversations import as_messages
+from ..data.preparation import shows_images
 from ..generation.output import sampling
 from ..heads import DraftHead, parameter_fingerprint
 from ..policies.action_grid import ActionGrid
@@ -68,8 +69,7 @@ class HeadTexts:
 
     Attributes:
         tokenizer: the target's; `None` where there is none, which is enough for texts that are token ids.
-        processor: of images, the target's; `None` where it reads none.
-        collate: makes a batch of rows.
+        processor: of images, the target's; `None` until a dataset has some.
 
     Raises:
         ValueError: `max_length` is more than the target reads, or the tokenizer belongs to another model.
@@ -87,9 +87,12 @@ class HeadTexts:
         self._args = args
         self._seed = args.seed if args.data_seed is None else args.data_seed
         self.tokenizer = load_tokenizer(target, processing_class)
-        shows_images = "image" in target.input_modalities
-        self.processor = load_processor(target, processing_class) if shows_images else None
-        self.collate = partial(collate, processor=self.processor)
+        self._target, self._processing_class = target, processing_class
+        self.processor: ProcessorMixin | None = None
+
+    def collate(self, rows: Any) -> dict[str, Any]:
+        """A batch of rows of a prepared dataset."""
+        return collate(rows, self.processor)
 
     def prepare(self, dataset: Any, name: str) -> Any:
         """Tokenize and mask a dataset, given as the argument `name`; for evaluation also a dict of them.
@@ -102,6 +105,8 @@ class HeadTexts:
         if isinstance(dataset, Mapping) and name != "train_dataset":
             return {split: self.prepare(part, f"{name}[{split!r}]") for split, part in dataset.items()}
         check_dataset(dataset, name, may_stream=True)
+        if self.processor is None and shows_images(dataset) and "image" in self._target.input_modalities:
+            self.processor = load_processor(self._target, self._processing_class)
         with self._args.main_process_first(desc=f"tokenizing {name}"):
             return prepare_dataset(
                 dataset,
@@ -196,6 +201,11 @@ class PolicyPrompts:
             raise ValueError(
                 f"`{name}` has the columns {sorted(dataset.column_names)}, but needs `prompt` or `messages`. Rename "
                 "one with `dataset.rename_column`."
+            )
+        if shows_images(dataset):
+            raise ValueError(
+                f"`{name}` has images, but policies learn from prompts of text. Leave out the column and the places "
+                "of the images; such a policy decodes prompts with images, too."
             )
         found = cls({}, set())
         column = "prompt" if "prompt" in dataset.column_names else "messages"

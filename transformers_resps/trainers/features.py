@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..data.batches import IGNORED, PreparedTexts, TokenBudgetBatches, collate
+from ..data.image_texts import cast_for
 from ..data.preparation import Example
 from ..heads.identity import parameter_fingerprint
 from ..verifying.forward import FeatureTap
@@ -50,19 +51,20 @@ class FrozenTarget:
     Args:
         model: any causal language model of Transformers.
         feature_layers: as in `DraftHeadConfig`.
+        before_deepstack: likewise.
 
     Raises:
         ValueError: the model has no output head.
     """
 
-    def __init__(self, model: PreTrainedModel, feature_layers: list[int]) -> None:
+    def __init__(self, model: PreTrainedModel, feature_layers: list[int], *, before_deepstack: bool = False) -> None:
         if model.get_output_embeddings() is None:
             raise ValueError(
                 f"{type(model).__name__} has no output head, but a draft head learns from the target's distribution. "
                 "Load the target with AutoModelForCausalLM."
             )
         self.model = model.eval().requires_grad_(False)
-        self.feature_layers = feature_layers
+        self.feature_layers, self.before_deepstack = feature_layers, before_deepstack
         config = model.config.get_text_config()
         multiplied, divided = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
         self.scale = float(multiplied) / float(divided)
@@ -107,25 +109,20 @@ class FrozenTarget:
     def _run(self, input_ids: Tensor, image_inputs: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """The features, and the decoder's output after its final norm."""
         decoder = self.model.get_decoder()
-        with FeatureTap(self.model, self.feature_layers) as tap, tap.record() as features:
+        tap = FeatureTap(self.model, self.feature_layers, before_deepstack=self.before_deepstack)
+        with tap, tap.record() as features:
             if not image_inputs:
                 hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
                 return features.concatenated(), hidden
             outputs = list[Any]()  # not every class hands on what its decoder gives
             hook = decoder.register_forward_hook(lambda module, arguments, output: outputs.append(output))
             try:
-                inputs = self._cast(image_inputs) | self._kept_logits
+                inputs = cast_for(self.model, image_inputs) | self._kept_logits
                 shown = torch.ones_like(input_ids)  # without a mask, Qwen-Omni counts no positions of images
                 self.model(input_ids=input_ids, attention_mask=shown, use_cache=False, **inputs)
             finally:
                 hook.remove()
         return features.concatenated(), outputs[-1].last_hidden_state
-
-    def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        device, dtype = self.model.device, self.model.dtype
-        return {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
-        }
 
     def _check_causal(self, input_ids: Tensor, image_inputs: dict[str, Tensor]) -> None:
         """In `generate` an answer is read token by token: its features must not depend on what follows."""
@@ -198,7 +195,8 @@ class CachedFeatures(PreparedTexts):
         self._folder.mkdir(parents=True, exist_ok=True)
         # Files of another target, or of another dtype, must not be read
         model = f"{type(target.model).__name__} {target.model.dtype} {parameter_fingerprint(target.model)}"
-        identity = {"layers": target.feature_layers, "dtype": str(dtype), "target": model}
+        identity: dict[str, Any] = {"layers": target.feature_layers, "dtype": str(dtype), "target": model}
+        identity |= {"before_deepstack": True} if target.before_deepstack else {}
         self._identity = json.dumps(identity, sort_keys=True)
         starts = range(0, len(self), _BLOCK)
         self._paths = [self._folder / f"{self._key(self._block(start))}.safetensors" for start in starts]

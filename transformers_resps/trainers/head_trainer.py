@@ -120,7 +120,8 @@ class DraftHeadTrainer(ArtefactTrainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's count of predicted tokens
         loaded.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
-        self.target = FrozenTarget(loaded, list(self.head.config.feature_layers or []))
+        reads = self.head.config
+        self.target = FrozenTarget(loaded, list(reads.feature_layers or []), before_deepstack=reads.before_deepstack)
         self._meters = {"train": LevelMeter(args.ttt_steps), "eval": LevelMeter(args.ttt_steps)}
         self._pace = Pace()
         self._train_texts: PreparedTexts | StreamedBatches | None = None

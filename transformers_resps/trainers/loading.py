@@ -1,5 +1,6 @@
 """The target, its tokenizer and its head that a training starts from: given, loaded by name, or a new head."""
 
+import copy
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ def load_tokenizer(target: PreTrainedModel, given: Any = None) -> PreTrainedToke
         return _tokenizer_at(target.config.name_or_path)
     tokenizer: Any = getattr(given, "tokenizer", None) if isinstance(given, ProcessorMixin) else given
     check_kind("processing_class", tokenizer, PreTrainedTokenizerBase)
+    if tokenizer is not given and tokenizer.chat_template is None:
+        tokenizer = copy.copy(tokenizer)  # the caller's stays as it is
+        tokenizer.chat_template = given.chat_template
     own = _tokenizer_at(target.config.name_or_path, local_files_only=True)
     if own is not None:
         ids, ours = tokenizer.get_vocab(), own.get_vocab()

@@ -34,14 +34,15 @@ class FeatureTap:
         target: any decoder of Transformers.
         layers: ascending, in the `output_hidden_states` convention: j is what enters layer j. The number of layers is
             what leaves the last one, before the final norm.
+        before_deepstack: catch what leaves layer j - 1 instead, to which DeepStack adds features of images.
 
     Raises:
         ValueError: the target has no such layers.
     """
 
-    def __init__(self, target: PreTrainedModel, layers: list[int]) -> None:
+    def __init__(self, target: PreTrainedModel, layers: list[int], *, before_deepstack: bool = False) -> None:
         self._decoder_layers = decoder_layers(target)
-        self._layers = layers
+        self._layers, self.before_deepstack = layers, before_deepstack
         self._hooks = ExitStack()
         if not layers or min(layers) < 0 or max(layers) > len(self._decoder_layers):
             raise ValueError(
@@ -51,8 +52,8 @@ class FeatureTap:
 
     def __enter__(self) -> "FeatureTap":
         for index in self._layers:
-            if index == len(self._decoder_layers):
-                handle = self._decoder_layers[-1].register_forward_hook(partial(self._leaving, index))
+            if index == len(self._decoder_layers) or (self.before_deepstack and index):
+                handle = self._decoder_layers[index - 1].register_forward_hook(partial(self._leaving, index))
             else:
                 layer = self._decoder_layers[index]
                 handle = layer.register_forward_pre_hook(partial(self._entering, index), with_kwargs=True)
@@ -145,16 +146,21 @@ class TargetForward:
         target: any decoder of Transformers.
         layers: the head's feature layers; `None` without a head.
         cache: of the call.
+        before_deepstack: see `FeatureTap`.
 
     Raises:
         ValueError: the caller compiled the target, and the head reads what its forward does not give.
     """
 
-    def __init__(self, target: PreTrainedModel, layers: list[int] | None, cache: Cache) -> None:
+    def __init__(
+        self, target: PreTrainedModel, layers: list[int] | None, cache: Cache, *, before_deepstack: bool = False
+    ) -> None:
         self.target, self.cache = target, cache
         self.layers = layers or []
         # PyTorch does not notice that hooks are added to a compiled module or removed from it.
-        self._tap = None if layers is None or is_compiled(target) else FeatureTap(target, layers)
+        self._tap = None
+        if layers is not None and not is_compiled(target):
+            self._tap = FeatureTap(target, layers, before_deepstack=before_deepstack)
         if self._tap is None and not are_outputs(target, self.layers):
             raise ValueError(
                 f"The head reads hidden state {self.layers[-1]}, the last layer's output, which a compiled target "

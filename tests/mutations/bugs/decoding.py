@@ -27,8 +27,8 @@ def one_row_is_enough(next_nodes: Function) -> Function:
 
 
 def pick_at_the_root(accept: Function) -> Function:
-    def wrong(tree: DraftTree, logits: Tensor, text: Any) -> Any:
-        return accept(tree, logits[:, :1].expand_as(logits), text)
+    def wrong(tree: DraftTree, logits: Tensor, text: Any, *reached: Any) -> Any:
+        return accept(tree, logits[:, :1].expand_as(logits), text, *reached)
 
     return wrong
 
@@ -46,8 +46,8 @@ class _Endless:
 
 
 def go_on_after_the_end(accept: Function) -> Function:
-    def wrong(tree: DraftTree, logits: Tensor, text: Any) -> Any:
-        return accept(tree, logits, _Endless(text))
+    def wrong(tree: DraftTree, logits: Tensor, text: Any, *reached: Any) -> Any:
+        return accept(tree, logits, _Endless(text), *reached)
 
     return wrong
 

@@ -34,6 +34,11 @@ def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Pat
     """
     if layout not in FORMATS:
         raise ValueError(f"`format` is {layout!r}, but must be one of {list(FORMATS)}.")
+    if config.before_deepstack:
+        raise ValueError(
+            "This head reads features before DeepStack adds to them, but other engines read them after it. Train one "
+            "with `before_deepstack=False`."
+        )
     written = _specforge_config(config) if layout == "specforge" else _speculators_config(config)
     written["dtype"] = written["torch_dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)

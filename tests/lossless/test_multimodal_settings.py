@@ -1,0 +1,125 @@
+"""Prompts that mix text, images, videos and sounds in every way, and calls that read them in unusual ways."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.lossless.hybrids import SAMPLED, answer, check_counts
+from tests.lossless.multimodal import ALL, DRAFTED, AnyShape, check, head_of, shown, target_of
+from tests.multimodal_targets import IMAGE, TARGETS, VOCABULARY, Medium, MultimodalTarget, target_named
+from transformers_resps import FixedPolicy, TreeShape
+from transformers_resps.verifying.forward import decoder_layers
+
+
+LOOKUPS = FixedPolicy(TreeShape(1, 0, 1, lookup=6))
+OFTEN = (
+    "qwen3_vl",
+    "gemma3",
+    "paligemma",
+    "idefics3",
+    "exaone4_5",
+    "qwen2_audio",
+)  # each reads a prompt in its own way
+MIXED = {
+    "two media and one": ("..xx..", ".x."),
+    "one and none": (".x..", "......."),
+    "none and one": ("...", "..x..."),
+    "at the end": ("...x", "....x"),
+    "at the start": ("x..", "x......"),
+    "three apart": (".x.x.x.",),
+    "nothing else": ("x", "xx"),
+}
+
+
+@pytest.mark.parametrize("rows", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("kind", DRAFTED if ALL else [*map(target_named, OFTEN)], ids=str)
+def test_rows_hold_as_many_media_as_they_like_anywhere(kind: MultimodalTarget, rows: tuple[str, ...]) -> None:
+    inputs = kind.prompt(*(row.replace("x", kind.letter) for row in rows))
+    check_counts(check(kind, inputs), *(check(kind, inputs, 1, **SAMPLED) for _ in range(ALL)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DRAFTED if len(kind.media) > 1], ids=str)
+def test_a_prompt_holds_media_of_several_kinds(kind: MultimodalTarget) -> None:
+    letters = "".join(kind.media)
+    check_counts(check(kind, kind.prompt("." + ".".join(letters) + ".", f"..{letters[1]}..")))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "gemma4_unified"])
+def test_an_image_may_be_longer_than_the_window(name: str) -> None:
+    kind = target_named(name)
+    narrow = replace(kind, text=kind.text | {"sliding_window": 3})
+    check_counts(check(narrow, narrow.prompt("..I..", "I.I..")))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "llava", "qwen3_5"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_prompt_is_read_in_chunks(name: str, size: int) -> None:
+    kind = target_named(name)
+    check_counts(check(kind, kind.prompt("...I...", ".I."), prefill_chunk_size=size))
+
+
+def test_threads_answer_about_different_images() -> None:
+    kind = target_named("llava")
+    target, prompts = target_of(kind), [shown(kind, "I", 2, seed) for seed in range(6)]
+
+    def ours(seed: int) -> Any:
+        drafting = {"assistant_model": head_of(kind), "policy": AnyShape(seed)}
+        return target.generate(**prompts[seed], max_new_tokens=14, **drafting).tolist()
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(ours, range(6)))
+    assert found == [target.generate(**prompt, max_new_tokens=14).tolist() for prompt in prompts]
+    assert len({str(text) for text in found}) == 6
+
+
+@pytest.mark.parametrize("kind", TARGETS, ids=str)
+def test_features_are_those_of_the_decoder(kind: MultimodalTarget) -> None:
+    """Its tower has as many layers."""
+    target = target_of(kind)
+    layers = decoder_layers(target)
+    assert len(layers) == target.config.get_text_config(decoder=True).num_hidden_layers
+    assert set(layers) <= set(target.get_decoder().modules())
+
+
+FAR = 3 * VOCABULARY  # no embedding has it
+
+
+def far_from_the_vocabulary() -> MultimodalTarget:
+    kind = target_named("gemma3")
+    media = {"I": Medium([FAR] * 4, kind.media["I"].arguments)}
+    return replace(
+        kind, media=media, config=kind.config | {"image_token_id": FAR, "image_token_index": FAR}, kinds={FAR: 1}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "placeholder"),
+    [(target_named("qwen3_vl"), IMAGE), (target_named("llava"), IMAGE), (far_from_the_vocabulary(), FAR)],
+    ids=["qwen3_vl", "llava", "beyond the vocabulary"],
+)
+def test_lookup_proposes_no_placeholder(kind: MultimodalTarget, placeholder: int) -> None:
+    """Whatever the text ends in was once followed by an image."""
+    target, read = target_of(kind), []
+    inputs = kind.prompt("..I.I..")
+    ids = inputs["input_ids"]
+    ids[(ids < 10) & (ids >= 0)] = 3  # one token of text, alone before and after images
+    options = {"suppress_tokens": [token for token in range(VOCABULARY) if token != 3], "policy": LOOKUPS}
+    handle = target.register_forward_pre_hook(lambda *call: read.append(call[2]["input_ids"]), with_kwargs=True)
+    try:
+        found = target.generate(**inputs, max_new_tokens=14, return_dict_in_generate=True, **options)
+    finally:
+        handle.remove()
+    assert found.sequences[0, ids.shape[1] :].tolist() == [3] * 14
+    assert any(tokens.shape[1] > 1 for tokens in read[1:]), "nothing was looked up"
+    assert not any((tokens == placeholder).any() for tokens in read[1:])
+
+
+def test_a_mask_that_grows_with_every_token_is_refused() -> None:
+    kind = target_named("mllama")
+    inputs = shown(kind, "I")
+    inputs["cross_attention_mask"] = torch.ones(1, inputs["input_ids"].shape[1], 1, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="cross_attention_mask"):
+        answer(target_of(kind), inputs, assistant_model=head_of(kind))
