@@ -58,7 +58,7 @@ def write_run(folder: Path, metrics: dict[str, Any], recipe: str, *, name: str |
     """
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
-    write_custom_generate(folder)
+    write_custom_generate(folder, name)
     write_card(folder, name)
 
 
