@@ -103,7 +103,7 @@ class MultimodalTarget:
         return inputs
 
     def follow(self, said: Tensor, mask: Tensor, *messages: str, seed: int = 0) -> dict[str, Tensor]:
-        """What was said, `[b, s]` with the mask of its prompt and media that a cache holds, and a message to each row."""
+        """What was said, `[b, s]` with its prompt's mask and media that a cache holds, and a message to each row."""
         new = self.prompt(*messages, seed=seed)
         seen = torch.cat([mask, mask.new_ones(len(said), said.shape[1] - mask.shape[1])], dim=1)
         old = {"input_ids": said, "attention_mask": seen, self.types: torch.zeros_like(said)}

@@ -109,7 +109,12 @@ def _check_pair(target: Any, head: Any) -> None:
             f"{type(head).__name__}. Load them with `AutoModelForCausalLM.from_pretrained` and "
             "`DraftHead.from_pretrained`."
         )
-    check_model(target)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
+    if target.config.is_encoder_decoder:
+        raise ValueError(
+            f"`calibrate` measures decoder-only models, and {type(target).__name__} is an encoder-decoder. Leave it "
+            "out: `policy='auto'` measures while it decodes."
+        )
+    check_model(target, has_head=head is not None)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
 
 
 def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, Any]:

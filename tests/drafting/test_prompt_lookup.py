@@ -97,6 +97,12 @@ def test_a_text_goes_on_as_its_source_does() -> None:
     assert [match.tokens[:2] for match in rows.matches()] == [[1, 3], [2, 0]]
 
 
+def test_nothing_follows_a_token_that_is_never_drafted() -> None:
+    rows = BatchLookup([0, 0], never_drafted=frozenset([0]))
+    rows.extend([[5, 0, 6, 5], [0, 6, 3, 0]])
+    assert [match.tokens for match in rows.matches()] == [[], []]
+
+
 def test_neither_source_nor_prompt_is_evidence() -> None:
     rows, whole = BatchLookup([0], sources=[[5, 6] * 20]), Lookup()
     rows.extend([[5, 6, 5]])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
@@ -103,10 +103,3 @@ def test_windows_counted_in_cache_slots_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="local layers in cache slots"):
         attach(GPTNeoForCausalLM(config)).generate(PROMPT, policy="auto", max_new_tokens=2)
-
-
-def test_an_encoder_decoder_is_refused() -> None:
-    config = T5Config(vocab_size=19, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    target = attach(T5ForConditionalGeneration(config))
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        target.generate(PROMPT, policy="auto")

@@ -1,5 +1,7 @@
 """The contract on every architecture: with any tree, the tokens of plain `generate` with the same seed."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import set_seed
@@ -7,6 +9,7 @@ from transformers import set_seed
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from transformers_resps import DraftHead, Observation, Policy, TreeShape, attach
 from transformers_resps.generation.checks import _COMPARED, check_tree_attention
+from transformers_resps.verifying.forward import TargetForward
 
 
 class ChangingPolicy(Policy):
@@ -58,7 +61,7 @@ def test_the_probe_agrees_with_every_architecture_that_is_compared(architecture:
     assert architecture.model_type in _COMPARED
     target = architecture.build(architecture.attention[0])
     target.config.get_text_config().model_type = "unknown"  # so that the probe runs
-    check_tree_attention(target)
+    check_tree_attention(partial(TargetForward.of, target))
 
 
 def test_the_probe_covers_exactly_the_architectures_that_are_compared() -> None:

@@ -66,6 +66,7 @@ class TreeDecoding:
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache holds, which
             the batch may lack.
         max_length: positions a text may reach.
+        sources: tokens that lookup reads before each row's text; see `BatchLookup`.
         never_drafted: tokens that lookup does not propose.
         draft_engine: lent to this call; `None` drafts without compiled code.
         keeps_ended: keep what the target has read of rows that end before the others.
@@ -84,6 +85,7 @@ class TreeDecoding:
         *,
         attention_mask: Tensor | None,
         max_length: int,
+        sources: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
         draft_engine: DraftEngine | None = None,
         keeps_ended: bool = False,
@@ -97,7 +99,13 @@ class TreeDecoding:
         unread = None if attention_mask is None else attention_mask[:, verifier.length :][:, -batch.length - 1 :]
         drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread, draft_engine)
         self._proposer = Proposer(
-            policy, drafter, batch, pads, reads_paths=verifier.reads_paths, never_drafted=never_drafted
+            policy,
+            drafter,
+            batch,
+            pads,
+            sources=sources,
+            reads_paths=verifier.reads_paths,
+            never_drafted=never_drafted,
         )
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0

@@ -90,7 +90,7 @@ class Lookup:
     """Proposes continuations of one text, and records how often they are right, used or not.
 
     Args:
-        never_drafted: tokens at which a continuation ends, such as those that stand for an image.
+        never_drafted: tokens at which a continuation ends, such as those that stand for an image; none follows them.
     """
 
     def __init__(self, never_drafted: frozenset[int] = frozenset()) -> None:
@@ -117,9 +117,9 @@ class Lookup:
     def match(self, most_tokens: int = LONGEST_DRAFT) -> Match:
         """The continuation of the text's end, at most `most_tokens` of it."""
         length, place = self._index.find()
-        if length == 0:
-            return NO_MATCH
         seen = self._index.tokens
+        if length == 0 or seen[-1] in self._never_drafted:
+            return NO_MATCH
         period = len(seen) - place  # a match that runs into the text's end goes on by repeating itself
         follow = (seen[place + offset % period] for offset in range(most_tokens))
         tokens = list(takewhile(lambda token: token not in self._never_drafted, follow))

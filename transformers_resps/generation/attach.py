@@ -40,7 +40,7 @@ def attach(
     them, in the mode that the model is in, and `detach` forgets them.
 
     Args:
-        model: any decoder-only model of Transformers, or a PEFT model around one.
+        model: any decoder-only model of Transformers, an encoder-decoder without a head, or a PEFT model around one.
         assistant_model: a `DraftHead` of this model, or its folder or Hub id.
         policy: a `Policy`, its folder or Hub id, or "auto", which needs no head.
         lockstep: as in `generate`; `False` lets the sampled rows of a batch advance each on its own.

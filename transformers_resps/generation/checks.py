@@ -4,19 +4,31 @@ Stock `generate` would ignore or misroute most of these settings when it is give
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Module
-from transformers import Cache, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..compat import CACHE_KEYWORD
+from ..drafting.prompt_lookup import LONGEST_DRAFT
 from ..tree import DraftTree
 from ..verifying.attention import GROUPED, STOCK, is_flash, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, window_of
+from ..verifying.forward import TargetForward, is_compiled
 from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
 from ..verifying.verifier import TreeVerifier
 
@@ -37,6 +49,7 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "assistant_ensemble_weight": bool,
     "output_attentions": bool,
     "output_hidden_states": bool,
+    "return_token_timestamps": bool,
     "prefill_chunk_size": lambda value: value < 0,
 }
 _WAYS_OUT = {
@@ -44,6 +57,8 @@ _WAYS_OUT = {
     "output_hidden_states": "Get them from a plain call, since the head reads them itself",
 }
 _ARGUMENTS = ("assistant_tokenizer", "custom_generate", "synced_gpus")
+# Of an encoder-decoder; whatever else its encoder takes has been used.
+_ENCODED = {"encoder_outputs", "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"}
 _CARRIED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_KEYWORD}
 # What changes no token: stock `generate` never hands over the labels of a trainer, and throws router logits away.
 NEVER_READ = frozenset(("labels", "output_router_logits"))
@@ -110,13 +125,14 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
         )
     if not arguments.get("use_cache", setting("use_cache") in (None, True)):  # here stock `generate` heeds a `None`
         raise _refusal(f"use_cache={arguments.get('use_cache', False)!r}", "Set `use_cache=True`")
-    _check_cache_settings(setting)
+    _check_cache_settings(model, setting)
     _check_user_cache(model, arguments)
 
 
-def _check_cache_settings(setting: Callable[[str], Any]) -> None:
+def _check_cache_settings(model: PreTrainedModel, setting: Callable[[str], Any]) -> None:
     implementation = setting("cache_implementation")
-    if implementation not in (None, "dynamic", "static", "hybrid"):  # stock unsets "hybrid", an old default of the Hub
+    known = (None, "dynamic", "hybrid")  # stock unsets "hybrid", an old default of the Hub
+    if implementation not in known + (() if model.config.is_encoder_decoder else ("static",)):
         raise _refusal(f"cache_implementation={implementation!r}", "Leave it out")
 
 
@@ -124,7 +140,11 @@ def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> N
     cache = arguments.get("cache", arguments.get("past_key_values"))
     if cache is None:
         return
-    if isinstance(cache, StaticCache):  # of which trees get a dynamic copy
+    if model.config.is_encoder_decoder:
+        if not isinstance(cache, EncoderDecoderCache):
+            raise _refusal(f"a `{type(cache).__name__}` for an encoder-decoder", "Pass an `EncoderDecoderCache`")
+        cache = cache.self_attention_cache
+    elif isinstance(cache, StaticCache):  # of which trees get a dynamic copy
         _check_static_cache(model, cache)
         return
     check_cache(cache)
@@ -184,7 +204,7 @@ def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapp
         ValueError: names the input and what to do.
     """
     taken = set(inspect.signature(model.forward).parameters) - _SETTINGS.keys()
-    _check_known(name for name in taken & arguments.keys() if arguments[name] is not None)
+    _check_known(model, (name for name in taken & arguments.keys() if arguments[name] is not None))
     for name in _PIXELS:
         given = arguments.get(name)
         if isinstance(given, Tensor) and not given.is_floating_point() and "mask" not in name:
@@ -192,19 +212,25 @@ def check_inputs(model: PreTrainedModel, prompts: Tensor | None, arguments: Mapp
                 f"`{name}` is a tensor of {given.dtype}, but {type(model).__name__} reads floats. Pass what the "
                 "processor returned."
             )
-    embeds, width = arguments.get("inputs_embeds"), model.config.get_text_config(decoder=True).hidden_size
-    if embeds is not None and (embeds.dim() != 3 or embeds.shape[-1] != width or not embeds.shape[1]):
+    if arguments.get("inputs_embeds") is not None:
+        _check_embeddings(model, arguments["inputs_embeds"], prompts)
+    elif prompts is not None:
+        _check_placeholders(model, prompts, arguments)
+
+
+def _check_embeddings(model: PreTrainedModel, embeds: Tensor, prompts: Tensor | None) -> None:
+    reader: Any = model.get_encoder() if model.config.is_encoder_decoder else model
+    width = reader.config.get_text_config(decoder=True).hidden_size
+    if embeds.dim() != 3 or embeds.shape[-1] != width or not embeds.shape[1]:
         raise ValueError(
             f"`inputs_embeds` has the shape {list(embeds.shape)}, but {type(model).__name__} reads `[b, s, {width}]` "
             "with at least one position. Pass what its input embedding returns."
         )
-    if embeds is not None and prompts is not None and prompts.shape[1] not in (0, embeds.shape[1]):
+    if prompts is not None and prompts.shape[1] not in (0, embeds.shape[1]) and not model.config.is_encoder_decoder:
         raise ValueError(
             f"Got `input_ids` of {prompts.shape[1]} tokens with `inputs_embeds` of {embeds.shape[1]} positions. Pass "
             "the tokens of all positions, or none."
         )
-    if prompts is not None and embeds is None:
-        _check_placeholders(model, prompts, arguments)
 
 
 def _check_placeholders(model: PreTrainedModel, prompts: Tensor, arguments: Mapping[str, Any]) -> None:
@@ -251,8 +277,9 @@ def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kw
     Raises:
         ValueError: names them.
     """
-    _check_known(name for name, value in model_kwargs.items() if value is not None)
-    _check_token_types(target, model_kwargs.get("token_type_ids"))
+    _check_known(target, (name for name, value in model_kwargs.items() if value is not None))
+    if not target.config.is_encoder_decoder:  # whose encoder has read them
+        _check_token_types(target, model_kwargs.get("token_type_ids"))
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() not in ((2, 3) if _has_planes(target) else (2,)):
         raise _refusal(
@@ -277,8 +304,11 @@ def check_forward_arguments(target: PreTrainedModel, input_ids: Tensor, model_kw
         )
 
 
-def _check_known(names: Iterable[str]) -> None:
-    unknown = sorted(set(names) - _CARRIED - PROMPT_ARGUMENTS - NEVER_READ - {"input_ids"})
+def _check_known(target: PreTrainedModel, names: Iterable[str]) -> None:
+    known = _CARRIED | PROMPT_ARGUMENTS | NEVER_READ | {"input_ids"}
+    if target.config.is_encoder_decoder:
+        known |= _ENCODED | set(inspect.signature(target.get_encoder().forward).parameters)
+    unknown = sorted(set(names) - known)
     if unknown:
         raise _refusal(f"the arguments {unknown}", "Leave them out, since a tree's forward does not get them")
 
@@ -383,8 +413,13 @@ _ROUNDING_LAYERS = frozenset(
 _ROUNDING_MARKS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse a target whose architecture or attention cannot verify a draft tree.
+# model_type of encoder-decoders whose `prepare_inputs_for_generation` adds nothing that a step needs.
+_PREPARE_AS_STOCK = ("whisper", "canary", "cohere_asr")
+_ENCODER_DECODER_INPUTS = {"decoder_input_ids", "decoder_attention_mask", "encoder_outputs", CACHE_KEYWORD}
+
+
+def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
+    """Refuse a target whose architecture or attention cannot verify a draft tree, or an encoder-decoder with a head.
 
     Raises:
         ValueError: names the architecture and the reason.
@@ -392,10 +427,7 @@ def check_model(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     name = f"{type(model).__name__} ({config.model_type})"
     if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} is an encoder-decoder, but draft trees need a decoder-only model. Call `generate` without a head "
-            "and a policy."
-        )
+        _check_encoder_decoder(model, name, has_head=has_head)
     wrapper = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
     if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(
@@ -423,6 +455,38 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
+def _check_encoder_decoder(model: PreTrainedModel, name: str, *, has_head: bool) -> None:
+    if has_head:
+        raise ValueError(
+            f"{name} is an encoder-decoder, but a head needs a decoder-only target. Leave out the head and pass "
+            "`policy='auto'`, to draft from the source and the text so far."
+        )
+    reason = _encoder_decoder_reason(model)
+    if reason is not None:
+        raise ValueError(f"{name} {reason}, so it cannot verify drafts. Call `generate` without a policy.")
+    if is_compiled(model):
+        raise ValueError(
+            f"{name} was compiled, but an encoder-decoder verifies drafts as it is. Use the model as it was before it "
+            "was compiled, or call `generate` without a policy."
+        )
+
+
+def _encoder_decoder_reason(model: PreTrainedModel) -> str | None:
+    """Why it cannot verify drafts, where a probe would not tell."""
+    config = model.config
+    missing = _ENCODER_DECODER_INPUTS - set(inspect.signature(model.forward).parameters)
+    if missing:
+        return f"takes no {sorted(missing)}"
+    preparing = next(kind for kind in type(model).__mro__ if "prepare_inputs_for_generation" in vars(kind))
+    if preparing is not GenerationMixin and config.model_type not in _PREPARE_AS_STOCK:
+        return "prepares each step in a way of its own"
+    if config.model_type == "nllb-moe":
+        return "routes all tokens of a forward by the mask of the last one"
+    if getattr(config, "expert_capacity", sys.maxsize) <= LONGEST_DRAFT:
+        return f"drops tokens of a forward, of which an expert takes {config.expert_capacity}"
+    return None
+
+
 def check_draws(model: Module) -> None:
     """Refuse a target or a head that draws random numbers in its forwards: a tree would draw others.
 
@@ -447,7 +511,7 @@ def _architecture_reason(model: PreTrainedModel) -> str | None:
         return "encodes positions by cache slot (alibi)"
     if "local" in (getattr(config, "attention_layers", None) or ()):
         return "counts the window of its local layers in cache slots"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not model.config.is_encoder_decoder and "position_ids" not in inspect.signature(model.forward).parameters:
         return "takes no `position_ids`"
     odd = layer_kinds(model) - _LAYER_KINDS
     if odd:
@@ -513,20 +577,24 @@ _LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
 
 
-def check_tree_attention(target: PreTrainedModel) -> None:
+def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
     """Compare a two-branch tree with plain forwards over each branch, unless the architecture is a known one and
-    attends to trees as to texts.
+    attends to trees as to texts. An encoder-decoder has to verify chains.
+
+    Args:
+        make_forward: the target's without a head, for one row and over a new cache that grows.
 
     Raises:
         ValueError: a node's logits depend on its siblings, or the forward fails on a tree's mask.
     """
+    target = make_forward().target
     config = target.config.get_text_config()
     model_type = config.model_type
     if model_type in _COMPARED and not is_flash(config._attn_implementation):
         return
     try:
-        error, scale = _tree_error(target)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as failure:
+        error, scale = _tree_error(target, make_forward)
+    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as failure:
         raise ValueError(
             f"{type(target).__name__} ({model_type}) fails on a draft tree's cache, positions and mask "
             f"({type(failure).__name__}: {failure}). Call `generate` without a head and a policy."
@@ -539,36 +607,39 @@ def check_tree_attention(target: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _tree_error(target: PreTrainedModel) -> tuple[float, float]:
+def _tree_error(target: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> tuple[float, float]:
     """The largest difference of logits between tree and text, and the largest logit.
 
-    The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on.
+    The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2; the path 0, 2, 4 is kept and read on. Of an
+    encoder-decoder a chain, of which 0, 1, 2 are kept.
     """
     vocabulary = target.config.get_text_config().vocab_size
     tokens = torch.arange(1, 11, device=target.device).remainder(vocabulary)[None]
     prompt, nodes, after = tokens[:, :4], tokens[:, 4:9], tokens[:, 9:]
-    tree = DraftTree.from_parents(nodes, torch.tensor([[0, 0, 0, 1, 2]], device=target.device))
-    path = torch.tensor([[0, 2, 4]], device=target.device)
-    with TreeVerifier.of(target, prompt.shape[1]) as verifier:
+    is_chain = target.config.is_encoder_decoder
+    parents, kept = ([0, 0, 1, 2, 3], [0, 1, 2]) if is_chain else ([0, 0, 0, 1, 2], [0, 2, 4])
+    tree = DraftTree.from_parents(nodes, torch.tensor([parents], device=target.device))
+    path = torch.tensor([kept], device=target.device)
+    positions = torch.arange(prompt.shape[1], device=target.device)[None]
+    with TreeVerifier(make_forward(), positions) as verifier:
         verifier.prefill(prompt)
         verified, _ = verifier.verify(tree)
         verifier.keep(path, path.tolist())
         last, _ = verifier.verify(DraftTree.root_only(after[:, 0]))
-    expected = _stepped(target, prompt, torch.cat([nodes.gather(1, path), after], dim=1))
+    expected = _stepped(make_forward(), prompt, torch.cat([nodes.gather(1, path), after], dim=1))
     found = torch.cat([verified[:, path[0]], last], dim=1)
     return float((found - expected).abs().max()), float(expected.abs().max())
 
 
-def _stepped(target: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> Tensor:
+def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
     """The logits `[1, t, v]` of tokens `[1, t]` that are read one by one after a prompt, as plain decoding reads them.
 
     Mamba-2 reads several at once with other time steps.
     """
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    logits, start = [], 0
+    logits, start = list[Tensor](), 0
     for part in (prompt, *tokens.split(1, dim=1)):
         positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
-        inputs = {"input_ids": part, "position_ids": positions, "use_cache": True, CACHE_KEYWORD: cache}
-        logits.append(target(**inputs).logits[:, -1:])
+        outputs: Any = forward.target(**forward.inputs(part, None, positions), use_cache=True)
+        logits.append(outputs.logits[:, -1:])
         start += part.shape[1]
     return torch.cat(logits[1:], dim=1)

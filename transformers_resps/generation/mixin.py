@@ -133,9 +133,13 @@ class ReSpSGenerationMixin(GenerationMixin):
             return cast(Any, super())._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
         return speculate(cast(PreTrainedModel, self), self.speculation_state, request, *args, **kwargs)
 
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        """Where stock `generate` goes without an assistant; a policy alone drafts by lookup."""
+    def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
+        """Where stock `generate` goes without an assistant; a policy alone drafts by lookup.
+
+        `inputs_tensor`, which an encoder has read, comes only to a method that names it.
+        """
         request = _request.get()
         if request is None or request.policy is None or request.bound is not None:
             return cast(Any, super())._sample(*args, **kwargs)
+        kwargs["inputs_tensor"] = inputs_tensor
         return speculate(cast(PreTrainedModel, self), self.speculation_state, request, *args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from ..telemetry.report import SpeculationReport
 
@@ -24,6 +24,19 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """
 
     speculation: SpeculationReport | None = None
+
+
+class SpeculativeSeq2SeqOutput(GenerateEncoderDecoderOutput):
+    """As `SpeculativeOutput`, of an encoder-decoder.
+
+    Attributes:
+        speculation: every step's shape, tokens and seconds. No item, since Whisper's `generate` takes all items apart
+            row by row, and makes outputs of the parts.
+    """
+
+    def __init__(self, *items: Any, speculation: SpeculationReport | None = None, **kept: Any) -> None:
+        super().__init__(*items, **kept)
+        self.speculation = speculation
 
 
 Ids = TypeVar("Ids", list[int], Tensor)

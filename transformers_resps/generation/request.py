@@ -5,7 +5,7 @@ checked before any work.
 """
 
 import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
@@ -26,6 +26,7 @@ from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
 from ..verifying.attention import is_flash
+from ..verifying.forward import TargetForward
 from ..verifying.slots import SlotEngine
 from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
 
@@ -232,11 +233,11 @@ class SpeculationState:
         self.draft_engines = DraftEngines()
         self._verified_trees = set[bool]()  # with FlashAttention and without
 
-    def check_trees(self, model: PreTrainedModel) -> None:
+    def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:
         """Check, once, that the model can verify a draft tree; see `check_tree_attention`."""
         reads_by_flash = is_flash(model.config.get_text_config()._attn_implementation)
         if reads_by_flash not in self._verified_trees:
-            check_tree_attention(model)
+            check_tree_attention(make_forward)
             self._verified_trees.add(reads_by_flash)
 
     def __reduce__(self) -> tuple[type["SpeculationState"], tuple[SpeculationDefaults]]:
@@ -261,8 +262,8 @@ class Call(NamedTuple):
     @property
     def rows(self) -> int:
         """Of its prompts."""
-        given = self.arguments.get("inputs_embeds") if self.prompts is None else self.prompts
-        return 1 if given is None else len(given)
+        given = (value for value in (self.prompts, *self.arguments.values()) if isinstance(value, Tensor))
+        return next(map(len, given), 1)
 
     def configured(self, own: GenerationConfig | None) -> Keywords:
         """The call's keywords, filled up from its config, then from the model's `own`."""
@@ -332,7 +333,7 @@ class Request:
                 "shapes the trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave "
                 "out `policy`."
             )
-        check_model(model)
+        check_model(model, has_head=head is not None)
         check_settings(model, call.config, call.arguments)
         check_inputs(model, call.prompts, call.arguments)
         bound = None if head is None else BoundHead(head, model)
@@ -352,7 +353,8 @@ class Request:
             )
         if policy.has_identity:
             policy.check_identity(**pair_identity(model, head))
-        state.check_trees(model)
+        if not model.config.is_encoder_decoder:  # whose source is not encoded yet
+            state.check_trees(model, partial(TargetForward.of, model))
         return cls(head, policy, bound, keywords.lockstep, keywords.compile)
 
 

@@ -18,14 +18,24 @@ from transformers import (
     StaticCache,
     StoppingCriteriaList,
 )
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..compat import CACHE_KEYWORD
 from ..decoding.loop import TreeDecoding
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
+from ..heads import DraftHeadConfig
 from ..verifying.attention import longrope_boundary
-from ..verifying.cache import stop_recording
-from ..verifying.forward import Features, TargetForward, are_outputs, is_compiled
+from ..verifying.cache import cached_length, stop_recording
+from ..verifying.forward import (
+    EncoderDecoderForward,
+    Features,
+    TargetForward,
+    are_outputs,
+    counts_slots,
+    is_compiled,
+)
 from ..verifying.hybrids import is_recurrent
 from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, dynamic_copy, fill_static, whole_cache
 from ..verifying.slots import SlotEngine
@@ -39,12 +49,12 @@ from .checks import (
     holds_more_than_tokens,
     placeholder_ids,
 )
-from .output import SpeculativeOutput
+from .output import SpeculativeOutput, SpeculativeSeq2SeqOutput
 from .request import AUTO, Request, SpeculationState
 
 
 # What stock decoding methods are told and a tree has no use for.
-_NOT_OURS = NEVER_READ | {"synced_gpus", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer"}
+_NOT_OURS = NEVER_READ | {"synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"}
 
 
 def speculate(
@@ -56,8 +66,9 @@ def speculate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: Any,
     streamer: Any = None,
+    inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
-) -> SpeculativeOutput | Tensor:
+) -> SpeculativeOutput | SpeculativeSeq2SeqOutput | Tensor:
     """Stand in for a decoding method of stock `generate`, which has merged processors, criteria and config.
 
     Args:
@@ -69,6 +80,7 @@ def speculate(
         stopping_criteria: all of the call.
         generation_config: of the call.
         streamer: gets each token; `None` for none.
+        inputs_tensor: what the encoder of an encoder-decoder has read, `[b, ...]`.
         model_kwargs: cache, mask and positions; whatever else the target's forward takes.
 
     Returns:
@@ -85,11 +97,13 @@ def speculate(
         static = cache if isinstance(cache, StaticCache) else None
         if static is not None:  # trees decode over slots, or where the cache grows
             model_kwargs[CACHE_KEYWORD] = dynamic_copy(static, target.config)
-        inputs = GenerateInputs(
-            input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, static
-        )
+        given = input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, static
+        inputs = GenerateInputs(*given)
+        if target.config.is_encoder_decoder:
+            inputs = encoded = EncoderDecoderInputs(*given, inputs_tensor)
+            state.check_trees(target, partial(EncoderDecoderForward.of_first, target, *encoded.encoded))
         if model_kwargs.get("inputs_embeds") is None:
-            positions = model_kwargs["position_ids"].shape[-1]
+            positions = inputs.position_ids.shape[-1]
             check_lengths(target, inputs.cache, input_ids.shape[1], positions, inputs.max_length)
         if static is not None and inputs.is_cache_given:
             check_room(static, inputs.longest - 1)
@@ -105,7 +119,8 @@ def speculate(
         return batch.input_ids
     kept: dict[str, Any] = {"sequences": batch.input_ids, "scores": batch.scores, "logits": batch.logits}
     kept[CACHE_KEYWORD] = _returned_cache(target, state, decoding, inputs)
-    return SpeculativeOutput(**kept, speculation=report)
+    made = SpeculativeSeq2SeqOutput if target.config.is_encoder_decoder else SpeculativeOutput
+    return made(**kept, speculation=report)
 
 
 def _decode(
@@ -113,7 +128,7 @@ def _decode(
 ) -> TreeDecoding:
     """Prefill, then one step after another until all texts are finished."""
     assert request.policy is not None
-    bound, kwargs = request.bound, inputs.model_kwargs
+    bound = request.bound
     with (
         _verifier(target, state.slot_engine, request, inputs) as verifier,
         state.draft_engines.borrow(bound if verifier.is_compiled else None) as draft_engine,
@@ -123,9 +138,10 @@ def _decode(
             bound,
             request.policy,
             batch,
-            attention_mask=kwargs["attention_mask"],
+            attention_mask=inputs.attention_mask,
             max_length=inputs.max_length,
-            never_drafted=placeholder_ids(target.config),
+            sources=inputs.sources(target),
+            never_drafted=inputs.never_drafted(target),
             draft_engine=draft_engine,
             keeps_ended=inputs.makes_cache,
         )
@@ -141,8 +157,8 @@ def _returned_cache(
     target: PreTrainedModel, state: SpeculationState, decoding: TreeDecoding, inputs: "GenerateInputs"
 ) -> Cache:
     """The cache that plain decoding returns: of all rows, and a static one if the caller asked for that."""
-    ended, tokens, prompt_mask = decoding.ended, decoding.batch.input_ids, inputs.model_kwargs["attention_mask"]
-    cache, static = inputs.cache, inputs.static
+    ended, tokens, prompt_mask = decoding.ended, decoding.batch.input_ids, inputs.attention_mask
+    cache, static = inputs.model_kwargs[CACHE_KEYWORD], inputs.static
     if not ended:
         return cache if static is None else fill_static(static, cache)
 
@@ -159,7 +175,7 @@ def _reader(
 ) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
     """What reads the prompt `[b, s]`: the verifier, or stock `generate` where it holds more than tokens."""
     kwargs = inputs.model_kwargs
-    if not holds_more_than_tokens(kwargs):
+    if not inputs.hold_more_than_tokens:
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
         return partial(verifier.prefill, chunk_size=inputs.config.prefill_chunk_size, **kept)
     # of a copy: stock takes apart what it reads in chunks
@@ -167,7 +183,7 @@ def _reader(
     return lambda tokens: verifier.prefill_by(run, len(tokens))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GenerateInputs:
     """What stock `generate` hands to the method that decodes; see `speculate`. A dynamic cache stands for a `static`
     one.
@@ -183,7 +199,37 @@ class GenerateInputs:
 
     @property
     def cache(self) -> Any:
+        """What the decoder has read."""
         return self.model_kwargs[CACHE_KEYWORD]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """`[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache already holds."""
+        return cast(Tensor | None, self.model_kwargs["attention_mask"])
+
+    @property
+    def position_ids(self) -> Tensor:
+        """`[b or 1, s]`, or `[planes, b or 1, s]`."""
+        return cast(Tensor, self.model_kwargs["position_ids"])
+
+    @property
+    def hold_more_than_tokens(self) -> bool:
+        """Whether stock `generate` has to read the prompt."""
+        return holds_more_than_tokens(self.model_kwargs)
+
+    def forward(self, target: PreTrainedModel, head: DraftHeadConfig | None) -> TargetForward:
+        """The target's, with the features that a head reads."""
+        if head is None:
+            return TargetForward(target, None, self.cache)
+        return TargetForward(target, head.feature_layers or [], self.cache, before_deepstack=head.before_deepstack)
+
+    def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
+        """Of each row, the tokens that its text is written from; `None` where there are none of the target's own."""
+        return None
+
+    def never_drafted(self, target: PreTrainedModel) -> frozenset[int]:
+        """Tokens that lookup does not propose."""
+        return placeholder_ids(target.config)
 
     @property
     def max_length(self) -> int:
@@ -200,7 +246,8 @@ class GenerateInputs:
     @property
     def is_cache_given(self) -> bool:
         """Whether the cache is the caller's, who may reuse it."""
-        return bool(getattr(self.cache if self.static is None else self.static, "_is_user_defined", False))
+        given = self.model_kwargs[CACHE_KEYWORD] if self.static is None else self.static
+        return bool(getattr(given, "_is_user_defined", False))
 
     @property
     def makes_cache(self) -> bool:
@@ -231,12 +278,72 @@ class GenerateInputs:
         )
 
 
+@dataclass(frozen=True)
+class EncoderDecoderInputs(GenerateInputs):
+    """Of an encoder-decoder, whose encoder has read `source`: `[b or fewer, ...]` tokens, or sounds or images."""
+
+    source: Tensor | None
+
+    @property
+    def cache(self) -> Any:
+        return self.model_kwargs[CACHE_KEYWORD].self_attention_cache
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        return self.model_kwargs.get("decoder_attention_mask")
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Slots, until the decoder has got its positions."""
+        past, length, mask = cached_length(self.cache), self.input_ids.shape[1], self.attention_mask
+        known = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
+        return torch.arange(length if known == length else past + length, device=self.input_ids.device)[None]
+
+    @property
+    def is_cache_given(self) -> bool:
+        """As `GenerateInputs.is_cache_given`. Of several rows a cache that is handed back is made as if it were."""
+        return super().is_cache_given or bool(self.config.return_dict_in_generate and len(self.input_ids) > 1)
+
+    @property
+    def hold_more_than_tokens(self) -> bool:
+        return True
+
+    @property
+    def encoded(self) -> tuple[Any, Tensor | None]:
+        """The encoder's outputs, and its mask of padding."""
+        outputs = self.model_kwargs["encoder_outputs"]
+        if not isinstance(outputs, ModelOutput):
+            outputs = BaseModelOutput(last_hidden_state=outputs[0])
+        return outputs, self.model_kwargs.get("attention_mask")
+
+    def forward(self, target: PreTrainedModel, head: DraftHeadConfig | None) -> TargetForward:
+        return EncoderDecoderForward(target, self.model_kwargs[CACHE_KEYWORD], *self.encoded)
+
+    def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
+        """As `GenerateInputs.sources`: they are the target's own where encoder and decoder have as many tokens."""
+        source, mask = self.source, self.model_kwargs.get("attention_mask")
+        if source is None or source.is_floating_point() or source.dim() != 2 or int(source.min()) < 0:
+            return None  # -100 stands for tokens of which only the encoder's outputs are known
+        sides: list[Any] = [target.get_encoder(), target.get_decoder()]
+        if len({side.get_input_embeddings().weight.shape[0] for side in sides}) > 1:
+            return None
+        tokens = source.repeat_interleave(len(self.input_ids) // len(source), dim=0)
+        shown = torch.ones_like(tokens) if mask is None or mask.shape != tokens.shape else mask
+        return [row[seen].tolist() for row, seen in zip(tokens, shown.bool(), strict=True)]
+
+    def never_drafted(self, target: PreTrainedModel) -> frozenset[int]:
+        """As `GenerateInputs.never_drafted`; M2M100 and others count positions without padding."""
+        padding = target.config.get_text_config(decoder=True).pad_token_id
+        return placeholder_ids(target.config) | ({padding} if isinstance(padding, int) else frozenset())
+
+
 def _batch(target: PreTrainedModel, lockstep: bool | None, inputs: GenerateInputs) -> Batch:
     """Make one text of each row, a ragged batch, or one of all rows where they advance in lockstep."""
     if len(inputs.input_ids) == 1:
         return Batch([inputs.text(inputs.input_ids)], drops_finished=False)
     reason = lockstep_reason(target, inputs)
-    if is_lockstep(lockstep, inputs.config.do_sample, reason):
+    of_target = "a decoder that counts the slots of its cache" if counts_slots(target) else None
+    if is_lockstep(lockstep, inputs.config.do_sample, reason or of_target):
         return Batch([inputs.text(inputs.input_ids)], drops_finished=reason is None)
     return Batch([inputs.text(row) for row in inputs.input_ids.split(1)], drops_finished=True)
 
@@ -306,11 +413,8 @@ def _verifier(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
             "Leave out `cache_implementation`, and use the model as it was before it was compiled."
         )
-    reads = None if request.bound is None else request.bound.head.config
-    layers = None if reads is None else reads.feature_layers or []
-    is_before = reads is not None and reads.before_deepstack
-    forward = TargetForward(target, layers, inputs.cache, before_deepstack=is_before)
-    given = inputs.model_kwargs["position_ids"], inputs.model_kwargs["attention_mask"]
+    forward = inputs.forward(target, None if request.bound is None else request.bound.head.config)
+    given = inputs.position_ids, inputs.attention_mask
     choice = request.compile
     if choice is None:
         choice = _stock_would_compile(target, inputs)
@@ -349,6 +453,8 @@ def _compile_obstacle(target: PreTrainedModel, layers: list[int]) -> str | None:
         return "the model has recurrent layers, which read a tree path by path"
     if not are_outputs(target, layers):
         return "the head reads the last layer's output, which a compiled forward gives only after the final norm"
+    if target.config.is_encoder_decoder:
+        return "the model is an encoder-decoder"
     if any(_is_active_adapter(module) for module in target.modules()):
         return "an adapter is active; merge it first"
     if len(devices) != 1 or devices.pop().type not in ("cpu", "cuda"):

@@ -243,7 +243,8 @@ def built_in_prompts(vocabulary: int) -> list[Tensor]:
 
 
 def _check_kinds(model: Any, head: Any, policy: Any) -> None:
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "generate"):
+    is_model = isinstance(model, torch.nn.Module) and hasattr(model, "generate")
+    if not is_model or model.config.is_encoder_decoder:
         raise ValueError(
             f"`assert_lossless` needs a loaded causal LM, got {_short(model)}. Pass "
             "`AutoModelForCausalLM.from_pretrained(...)`."

@@ -29,6 +29,8 @@ STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # names of attention implementati
 # On accelerators PyTorch's memory-efficient kernel takes a mask whose rows begin at multiples of 8 elements, of 16 in
 # older releases, and copies any other (`preprocess_mask` in ATen's `attention.cpp`).
 _ALIGNMENT = 16
+# Positions that a decoder's table has: Whisper's, LED's, all others'.
+_TABLE_SIZES = ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings")
 _OF_SDPA_ALONE = ("softcap", "position_bias")  # options that change its result
 
 
@@ -167,7 +169,7 @@ def last_position(config: PretrainedConfig, root_position: int) -> int | None:
     boundary = longrope_boundary(config)
     if boundary is not None:
         return boundary - 1 if root_position < boundary else None
-    most = getattr(config, "max_position_embeddings", None)
+    most = next((getattr(config, name) for name in _TABLE_SIZES if getattr(config, name, None) is not None), None)
     return None if getattr(config, "rope_parameters", None) or most is None else int(most) - 1
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from ..compat import CACHE_KEYWORD, SELECTS_HIDDEN_STATES
 from .attention import use_gqa_attention
@@ -167,6 +168,11 @@ class TargetForward:
                 "gives only after the final norm. Use the target as it was before it was compiled."
             )
 
+    @classmethod
+    def of(cls, target: PreTrainedModel) -> "TargetForward":
+        """Without a head, over a new cache that grows; of a decoder-only target."""
+        return cls(target, None, DynamicCache(config=target.config.get_text_config(decoder=True)))
+
     def __enter__(self) -> "TargetForward":
         if self._tap is not None:
             self._tap.__enter__()
@@ -217,9 +223,16 @@ class TargetForward:
         with use_gqa_attention(self.target):
             return self._run(tokens, mask, positions)
 
+    def keep_rows(self, rows: list[int]) -> None:
+        """Read for these rows only, from now on; the cache has its owner."""
+
+    def inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
+        """A forward's inputs by the names that the target gives them."""
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        return inputs | {CACHE_KEYWORD: self.cache}
+
     def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
-        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions} | options
-        inputs |= {CACHE_KEYWORD: self.cache, "use_cache": True, "return_dict": True}
+        inputs = self.inputs(tokens, mask, positions) | options | {"use_cache": True, "return_dict": True}
         if self._tap is not None:
             with self._tap.record() as features:
                 return self.target(**inputs), features
@@ -227,6 +240,62 @@ class TargetForward:
         features = Features(self.layers)
         features.caught = {layer: outputs.hidden_states[layer] for layer in self.layers}
         return outputs, features
+
+
+class EncoderDecoderForward(TargetForward):
+    """Runs the decoder of an encoder-decoder, whose encoder has read the source.
+
+    Args:
+        target: any encoder-decoder of Transformers.
+        cache: of the call. What the decoder has read is in its `self_attention_cache`.
+        encoder_outputs: of the source, as stock `generate` hands them to the target's forward.
+        encoder_mask: `[b, source]`, or `None`.
+    """
+
+    def __init__(
+        self, target: PreTrainedModel, cache: EncoderDecoderCache, encoder_outputs: Any, encoder_mask: Tensor | None
+    ) -> None:
+        super().__init__(target, None, cache.self_attention_cache)
+        self._both_caches, self._encoder_outputs, self._encoder_mask = cache, encoder_outputs, encoder_mask
+        self._takes_positions = not counts_slots(target)
+
+    @classmethod
+    def of_first(
+        cls, target: PreTrainedModel, encoder_outputs: Any, encoder_mask: Tensor | None
+    ) -> "EncoderDecoderForward":
+        """Of the first row's source, over new caches that grow."""
+        config = target.config.get_text_config(decoder=True)
+        cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        forward = cls(target, cache, encoder_outputs, encoder_mask)
+        forward.keep_rows([0])
+        return forward
+
+    def read_by(self, run: Callable[[], Any]) -> tuple[Any, Features, Tensor | None]:
+        """As `TargetForward.read_by`. A decoder that gets no positions counts slots."""
+        outputs, features, positions = super().read_by(run)
+        if positions is None:
+            positions = torch.arange(int(self.cache.get_seq_length()), device=self.target.device)[None]
+        return outputs, features, positions
+
+    def keep_rows(self, rows: list[int]) -> None:
+        outputs = self._encoder_outputs
+        self._both_caches.cross_attention_cache.batch_select_indices(torch.tensor(rows))
+        if self._encoder_mask is not None:
+            self._encoder_mask = self._encoder_mask[rows]
+        kept = {name: part[rows] if isinstance(part, Tensor) else part for name, part in outputs.items()}
+        self._encoder_outputs = type(outputs)(**kept)
+
+    def inputs(self, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
+        inputs = {"decoder_input_ids": tokens, "decoder_attention_mask": mask, CACHE_KEYWORD: self._both_caches}
+        if self._takes_positions:
+            inputs["decoder_position_ids"] = positions.expand_as(tokens)
+        return inputs | {"encoder_outputs": self._encoder_outputs, "attention_mask": self._encoder_mask}
+
+
+def counts_slots(target: PreTrainedModel) -> bool:
+    """Whether a decoder takes no positions, but counts the slots of its cache: only a chain stands where it should."""
+    takes = signature(target.forward).parameters
+    return bool(target.config.is_encoder_decoder) and "decoder_position_ids" not in takes
 
 
 def are_outputs(target: PreTrainedModel, layers: list[int]) -> bool:

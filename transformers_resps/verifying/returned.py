@@ -75,7 +75,7 @@ def dynamic_copy(static: StaticCache, config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     layers: list[Any] = [*zip(cache.layers, static.layers, strict=True)]
     for layer, filled in layers:
-        length = int(filled.get_seq_length())
+        length = 0 if getattr(filled, "keys", None) is None else int(filled.get_seq_length())
         if length:
             end = min(length, filled.max_cache_len)
             start = max(end + 1 - layer.sliding_window, 0) if filled.is_sliding else 0

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..tree import DraftTree, moved
 from .attention import last_position, tree_attention_mask, tree_positions
@@ -93,7 +93,7 @@ class Verifier(ABC):
         """Levels below the root that the target's positions allow."""
         if self._last_position is None:
             return sys.maxsize
-        return self._last_position - int(max(map(max, self._root_positions)))
+        return max(self._last_position - int(max(map(max, self._root_positions))), 0)
 
     @property
     def _row_ends(self) -> list[int]:
@@ -251,8 +251,7 @@ class TreeVerifier(Verifier):
     @classmethod
     def of(cls, target: PreTrainedModel, prompt_length: int) -> "TreeVerifier":
         """For prompts of one length, without padding and without a head; the cache is a new, dynamic one."""
-        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-        return cls(TargetForward(target, None, cache), torch.arange(prompt_length, device=target.device)[None])
+        return cls(TargetForward.of(target), torch.arange(prompt_length, device=target.device)[None])
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -303,6 +302,7 @@ class TreeVerifier(Verifier):
         self._slots.keep_rows(rows)
         self._shift_by([self._shifts[row] for row in rows])
         keep_rows(self._cache, rows, self.length)
+        self._forward.keep_rows(rows)
 
     def close(self) -> None:
         """As `Verifier.close`. A lone root that was verified stays, as after an interrupted plain step: no state can

@@ -82,9 +82,26 @@ def none_before_the_prefix_fills_it(window_of: Function) -> Function:
     return wrong
 
 
+def keep_the_first_sources(keep_rows: Function) -> Function:
+    def wrong(self: Any, rows: list[int]) -> None:
+        keep_rows(self, list(range(len(rows))))
+
+    return wrong
+
+
+def tell_no_positions(inputs: Function) -> Function:
+    def wrong(self: Any, tokens: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
+        told: dict[str, Any] = inputs(self, tokens, mask, positions)
+        return {name: value for name, value in told.items() if name != "decoder_position_ids"}
+
+    return wrong
+
+
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
 WINDOW = "tests/verifying/test_attention.py::test_a_sliding_layer_shows_the_end_of_a_nodes_own_text"
 KEPT = "tests/verifying/test_cache.py::test_the_cache_keeps_the_accepted_path_and_forgets_the_rest"
+ENCODED = "tests/lossless/test_encoder_decoders.py::test_chains_write_what_plain_decoding_writes"
+BEGUN = "tests/lossless/test_encoder_decoders.py::test_a_decoder_may_begin_with_a_prompt"
 RAGGED = "tests/verifying/test_cache.py::test_accepted_nodes_are_placed_after_each_rows_own_entries"
 
 MUTATIONS = (
@@ -102,6 +119,18 @@ MUTATIONS = (
         SIGHT,
     ),
     Mutation("positions count nodes", "verifying.attention:tree_positions", count_nodes_as_positions, SIGHT),
+    Mutation(
+        "rows go on with the sources of the first",
+        "verifying.forward:EncoderDecoderForward.keep_rows",
+        keep_the_first_sources,
+        ENCODED,
+    ),
+    Mutation(
+        "Whisper counts slots after a padded prompt",
+        "verifying.forward:EncoderDecoderForward.inputs",
+        tell_no_positions,
+        BEGUN,
+    ),
     Mutation("a window is one too wide", "verifying.cache:window_of", one_position_more, WINDOW),
     Mutation("a window is noticed too late", "verifying.cache:window_of", none_before_the_prefix_fills_it, WINDOW),
 )
