@@ -15,7 +15,7 @@ _GRACE_SECONDS = 5  # that running requests get to end in after Ctrl-C
 def add_command(commands: Any) -> None:
     """Add `resps serve TARGET [TARGET ...] [--head HEAD]`."""
     parser = commands.add_parser("serve", help="answer requests of OpenAI's API, one at a time")
-    parser.set_defaults(run=serve)
+    parser.set_defaults(run=run)
     add = parser.add_argument
     add("targets", type=model, nargs="+", metavar="TARGET", help="folder or Hub id; several are served by name")
     add("--head", type=model, action="append", help="folder or Hub id of a draft head; one per target, in their order")
@@ -31,7 +31,7 @@ def add_command(commands: Any) -> None:
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
 
 
-def serve(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C.
 
     Raises:

@@ -60,6 +60,7 @@ class Exchange:
         report: of its steps; `None` for plain decoding.
         plain_reason: why it was decoded plainly, if it was.
         error: what `generate` failed with.
+        status: of HTTP: 400 for a request that cannot be answered, 500 for a fault.
     """
 
     over: Event = field(default_factory=Event)
@@ -70,6 +71,7 @@ class Exchange:
     report: SpeculationReport | None = None
     plain_reason: str | None = None
     error: str | None = None
+    status: int = 200
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class Exchange:
     @property
     def outcome(self) -> str:
         if self.error is not None:
-            return "failed"
+            return "failed" if self.status >= 500 else "refused"
         if not self.ended:
             return "left" if self.has_left else "refused"
         return "plain" if self.report is None else "speculative"
@@ -158,6 +160,7 @@ class RequestModel:
             watch.check()
             sequences = self._answer(watch, arguments)
         except _FAILURES as error:
+            exchange.status = 400 if isinstance(error, ValueError) else 500
             exchange.error, exchange.ended = f"{type(error).__name__}: {error}", True
             raise
         exchange.ended = True
@@ -361,7 +364,7 @@ class _Handler(utils.BaseHandler):
             return Response(status_code=_CLIENT_LEFT)
         except _FAILURES as error:
             if exchange.error is not None:
-                raise HTTPException(400 if isinstance(error, ValueError) else 500, exchange.error) from error
+                raise HTTPException(exchange.status, exchange.error) from error
             if not isinstance(error, _BAD_REQUEST):
                 raise
             told = f"The request could not be read ({type(error).__name__}: {error}). See OpenAI's description of it."
@@ -449,7 +452,7 @@ async def _with_metrics(parts: AsyncIterator[str], exchange: Exchange) -> AsyncI
             continue
         before, mark, _ = part.partition('data: {"error": ')  # whose text stock does not escape
         if mark:
-            yield before + _event(_error_body(500, str(exchange.error)))
+            yield before + _event(_error_body(exchange.status, str(exchange.error)))
             continue
         events = [json.loads(event.removeprefix("data: ")) for event in part.split("\n\n") if event]
         for event in events:
