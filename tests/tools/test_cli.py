@@ -20,7 +20,7 @@ from transformers_resps.tools.cli import main
 from transformers_resps.verifying.verifier import TreeVerifier
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench", "serve"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
@@ -46,6 +46,8 @@ def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.Monkey
         "verify target --seeds 0",
         "inspect target --prompt x --output x.html --max-new-tokens 0",
         "doctor target head --dtype float17",
+        "serve target --dtype float17",
+        "serve ./not/there",
         "verify target --device gpu",
         "verify target --device meta",
         "calibrate target --dtype float8_e4m3fn",

@@ -1,6 +1,7 @@
 """Render, check and publish the folder of a head or policy, from the files of its training and benchmark."""
 
 from .artefact import Artefact, UnreadableArtefactError, read_artefact
+from .bundle import write_bundle
 from .card import render_card
 from .checks import find_faults
 from .publishable import check_publishable, target_faults
@@ -20,6 +21,7 @@ __all__ = [
     "recipe_of",
     "render_card",
     "target_faults",
+    "write_bundle",
     "write_card",
     "write_custom_generate",
     "write_run",

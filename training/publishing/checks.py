@@ -34,7 +34,7 @@ def find_faults(folder: Path, *names: str) -> list[str]:
         names: under which the card's example may load it.
     """
     files = sorted(file for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())
-    faults = [fault for file in files for fault in _file_faults(folder, file)]
+    faults = [fault for file in files for fault in _file_faults(folder, file, names)]
     missing = [name for name in (CONFIG, CARD, RESULTS, METRICS, RECIPE) if not (folder / name).is_file()]
     faults += [f"{name} is missing. {_ORIGINS[name]}" for name in missing]
     if CONFIG in missing:
@@ -59,14 +59,14 @@ _ORIGINS = {
 }
 
 
-def _file_faults(folder: Path, file: Path) -> Iterator[str]:
+def _file_faults(folder: Path, file: Path, names: tuple[str, ...]) -> Iterator[str]:
     """Faults of one file."""
     name = file.relative_to(folder).as_posix()
     if file.is_symlink():
         yield f"{name} is a link, but only plain files are published. Copy the file itself."
         return
     if name.startswith(f"{CUSTOM_GENERATE}/"):
-        if not is_ours(folder, file):
+        if not is_ours(folder, file, names):
             yield f"{name} is code that this release did not write. Delete it: publishing writes it again."
         return
     if "/" in name or file.suffix not in KINDS:

@@ -37,7 +37,7 @@ def write_run(folder: Path, recipe: str, *, name: str | None = None) -> None:
         name: what the card's example loads: the repository, by default the folder.
     """
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
-    write_custom_generate(folder)
+    write_custom_generate(folder, name)
     write_card(folder, name)
     for fault in target_faults(read_artefact(folder).target, RECIPE):
         print(f"{folder}: the card cannot say what to load. {fault}")

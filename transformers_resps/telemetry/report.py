@@ -178,6 +178,25 @@ class SpeculationReport:
         """New tokens of all rows over all seconds, prefill included; 0 if no time was measured."""
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
+    def acceptance(self) -> dict[str, Any]:
+        """What vLLM 0.32 says of a request as `metrics.speculative_decoding`, which AIPerf reads, and the forwards.
+
+        Steps begin after the prefill. Every node but the root is a draft token.
+        """
+        steps = self.steps[1:]
+        accepted = [step.accepted_total for step in steps]
+        drafted = sum(step.verified - 1 for step in steps)
+        return {
+            "num_target_forwards": self.target_forwards,
+            "mean_tokens_per_forward": self.tau,
+            "num_spec_steps": len(steps),
+            "num_draft_tokens": drafted,
+            "num_accepted_draft_tokens": sum(accepted),
+            "mean_acceptance_length": 1 + sum(accepted) / max(len(steps), 1),
+            "draft_acceptance_rate": sum(accepted) / max(drafted, 1),
+            "acceptance_histogram": [accepted.count(count) for count in range(max(accepted, default=0) + 1)],
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return the summary and every step as JSON values."""
         return {

@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
     parser.add_argument("--version", action="version", version=f"transformers-resps {version('transformers-resps')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (add_doctor, add_inspect, add_calibrate, add_verify, add_bench):
+    for add_command in (add_doctor, add_inspect, add_calibrate, add_verify, add_bench, add_serve):
         add_command(commands)
     return parser
 
@@ -165,3 +165,20 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     add("--compile", action="store_true", help=both)
     add("--threads", type=positive, help="CPU threads; default: as torch chooses")
     add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
+
+
+def add_serve(commands: Any) -> None:
+    """Add `resps serve TARGET [TARGET ...] [--head HEAD]`."""
+    parser = commands.add_parser("serve", help="answer requests of OpenAI's API, one at a time")
+    add = parser.add_argument
+    add("targets", type=model, nargs="+", metavar="TARGET", help="folder or Hub id; several are served by name")
+    add("--head", type=model, action="append", help="folder or Hub id of a draft head; one per target, in their order")
+    named = "folder or Hub id of a policy, 'auto' (the default), or total_tokens,depth,top_k[,lookup]"
+    add("--policy", default="auto", help=named)
+    compiled = "compiled steps: when they pay, or not"
+    add("--compile", choices=("auto", "always", "never"), default="never", help=compiled)
+    add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    add("--device", type=device, help="default: cuda if available, or cpu")
+    add("--pack", action="store_true", help="prepack the targets' weights first, as `prepack` does")
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
+    add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
