@@ -22,7 +22,7 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 # The releases of Transformers that we support: lowest, middle, and the newest that the index has.
 TRANSFORMERS_RELEASES ?= 5.20.2 5.23.0 5.24.0 newest
 LOWEST_TORCH := 2.9.0
-CONTRACT := tests/test_seams.py tests/verifying tests/decoding tests/generation tests/lossless
+CONTRACT := tests/test_seams.py tests/tools/test_serving_release.py tests/verifying tests/decoding tests/generation tests/lossless
 
 # Python keeps the bytecode of what it imports, which is a tenth of what pip would compile.
 unexport PYTHONDONTWRITEBYTECODE

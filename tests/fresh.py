@@ -92,6 +92,7 @@ def jobs() -> dict[str, list[Job]]:
         ],
         "": bare_jobs(),
         "bench": [Job(f"python {BENCHMARK} {SMALL} --methods prompt-lookup")],
+        "serve": [Job("python ask.py", says="by the openai client")],
         "inspect": [Job("python show.py", says="prefill")],
         "train": train_jobs(),
         "peers": [
@@ -128,6 +129,17 @@ def make_desk(folder: Path) -> Path:
     (desk / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     (desk / "quickstart.py").write_text(quickstart().code)
     (desk / "show.py").write_text(f"{quickstart().code}\nout.speculation.show(tokenizer)\n")
+    (desk / "ask.py").write_text(
+        "import openai, subprocess, sys\n"
+        f"command = [sys.executable, '-m', 'resps', 'serve', {TARGET!r}, '--head', {HEAD!r}, '--port', '0']\n"
+        "with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:\n"
+        "    port = server.stdout.readline().split('/v1')[0].rpartition(':')[2]\n"
+        "    client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='none')\n"
+        "    turns = [{'role': 'user', 'content': 'Name a planet.'}]\n"
+        f"    answer = client.chat.completions.create(model={TARGET!r}, messages=turns, max_tokens=16)\n"
+        "    print(answer.choices[0].message.content, answer.model_extra['metrics'], 'by the openai client')\n"
+        "    server.terminate()\n"
+    )
     (desk / "embed.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'training' / 'studies')!r})\nimport text_state\n"
         "print('embeds', text_state.embeds_text())\n"

@@ -1,6 +1,7 @@
 """Planted costs are found, kept, and believed only where they were measured, on a machine called by its own name."""
 
 import itertools
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from transformers_resps import DraftHead, TreeShape
 from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate, device_name, identity_of, processor_name
 from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
 from transformers_resps.policies.costs import CostTable, Range
-from transformers_resps.tools.cli import main, what_must_be_accepted
+from transformers_resps.tools.calibrate import what_must_be_accepted
+from transformers_resps.tools.cli import main
 from transformers_resps.verifying.hybrids import known_mixers
 
 
@@ -122,6 +124,9 @@ def test_the_command_prints_the_table_and_what_it_means(
     assert "packed        False" in printed
     assert main(["calibrate", str(tmp_path / "target"), "--pack"]) == 0
     assert "packed        True" in capsys.readouterr().out
+    assert main(["calibrate", str(tmp_path / "target"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["identity"]["packed"] is False and told["verdict"] in printed and len(told["verify"]) > 1
 
 
 def test_a_table_is_measured_once_and_kept(target: Any, head: DraftHead, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ QUICKLY = {
     "resps bench": "--limit 1 --max-new-tokens 6 --repeats 1 --dtype float32 --accept-noise",
     "resps calibrate": "--dtype float32",
     "resps verify": "--dtype float32 --seeds 2 --max-new-tokens 6",
+    "resps serve": "--port 0 --dtype float32",
     "resps inspect": "--dtype float32 --max-new-tokens 6",
     "benchmark.py": "--limit 1 --max-new-tokens 6 --repeats 1 --dtype float32 --accept-noise",
     "generate_dataset.py": "--max-new-tokens 6 --limit 4",
@@ -117,10 +118,18 @@ COMMANDS = [
 ]
 
 
+def _wait_for_no_requests(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server ends when it has loaded its models."""
+    if words[:2] == ["resps", "serve"]:
+        uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+        monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_a_page_works(line: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_function.torch, "compile", lambda function, **_: function)  # saves half a minute
     words = shlex.split(tiny(line), comments=True)
+    _wait_for_no_requests(words, monkeypatch)
     quickly = next((shlex.split(more) for name, more in QUICKLY.items() if name in " ".join(words[:2])), [])
     match words:
         case ["resps", *arguments]:

@@ -3,6 +3,8 @@
     python training/publish.py DIR --render                render its card
     python training/publish.py DIR REPO_ID --dry-run       check it, and list what would be uploaded
     python training/publish.py DIR REPO_ID --private       check and upload it
+    python training/publish.py DIR REPO_ID --bundle OUT    write the target's files into OUT, with code that decodes
+                                                           with what REPO_ID publishes
 
 Nothing is uploaded unless the folder is complete, measured with these weights, and has a matching card. All files go
 into one commit. Exit status: 0; 1 if something is wrong with the folder; 2 if the Hub refused.
@@ -18,8 +20,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from publishing import check_folder, files_of, publish, write_card, write_custom_generate
-from transformers_resps.hub.upload import Destination
+from publishing import (
+    check_folder,
+    files_of,
+    publish,
+    read_artefact,
+    target_faults,
+    write_bundle,
+    write_card,
+    write_custom_generate,
+)
+from transformers_resps.hub.upload import RECIPE, Destination
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--render", action="store_true", help="write README.md and custom_generate/ into DIR, and stop"
     )
+    parser.add_argument("--bundle", type=Path, metavar="OUT", help="write a bundle into a new folder, and stop")
+    parser.add_argument("--target", help="of the bundle: folder or Hub id, by default the one that DIR names")
     args = parser.parse_args(arguments)
     if not args.render and args.repo_id is None:
         parser.error("REPO_ID is missing. Pass it, or --render to write the card only.")
@@ -46,8 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if args.render:
+        for fault in target_faults(read_artefact(args.folder).target, RECIPE):
+            raise ValueError(fault)
         write_custom_generate(args.folder)
         print(f"written: {write_card(args.folder)}")
+    elif args.bundle:
+        names = write_bundle(args.folder, args.repo_id, args.bundle, args.target)
+        print(*names, f"written: {args.bundle}. Upload it with `hf upload OWNER/NAME {args.bundle}`.", sep="\n")
     elif args.dry_run:
         check_folder(args.folder, args.repo_id)
         for name, file in files_of(args.folder, args.repo_id).items():

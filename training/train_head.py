@@ -14,17 +14,15 @@ if __name__ == "__main__":
 import logging
 import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from publishing import check_publishable, head_metrics, recipe_of, write_run
+from publishing import check_publishable, recipe_of, write_run
 from runs.command_line import parse
 from runs.refusal import run
-from runs.timing import TimingCallback
 from transformers_resps.data import Conversation, load_conversations, split_conversations
-from transformers_resps.tools.results import machine
 from transformers_resps.trainers import DraftHeadTrainer, DraftHeadTrainingConfig
 from transformers_resps.trainers.base import newest_checkpoint
 
@@ -128,27 +126,6 @@ def make_trainer(script: HeadScriptArguments, adapters: AdapterArguments, args: 
     return trainer
 
 
-def training_facts(trainer: DraftHeadTrainer, seconds: float | None) -> dict[str, Any]:
-    """Size and duration of the run, over all resumptions."""
-    texts, epochs = len(trainer.train_dataset), round(trainer.state.epoch or 0.0, 3)
-    facts = {"steps": trainer.state.global_step, "texts": texts, "epochs": epochs}
-    if seconds is not None:
-        facts["minutes"] = round(seconds / 60, 1)
-    where = machine(trainer.target.model)
-    return {**facts, "dtype": "bfloat16" if trainer.args.bf16 else "float32", "device": where["device"]}
-
-
-def metrics_of(trainer: DraftHeadTrainer, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The quality of the head, for `metrics.json`."""
-    tree = str(replace(trainer.head.default_shape, lookup=0))  # the tree of `simulated_tau`
-    held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
-    return {
-        **head_metrics(evaluation, tree, held_out, trainer.args.tau_texts),
-        "draft_vocab_size": trainer.head.config.proposable_tokens,
-        "coverage": trainer.draft_vocabulary().coverage,
-    }
-
-
 def main() -> None:
     script, adapters, args = parse(HeadScriptArguments, AdapterArguments, DraftHeadTrainingConfig)
     recipe = recipe_of(sys.argv, {**asdict(script), **asdict(adapters)})
@@ -160,8 +137,6 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     checkpoint = newest_checkpoint(Path(args.output_dir))
     trainer = make_trainer(script, adapters, args)
-    timing = TimingCallback(checkpoint)
-    trainer.add_callback(timing)
     if checkpoint:
         say(f"resuming from {checkpoint}")
     try:
@@ -173,8 +148,7 @@ def main() -> None:
     evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if not trainer.is_world_process_zero():
         return
-    metrics = {**metrics_of(trainer, evaluation), "training": training_facts(trainer, timing.seconds)}
-    write_run(trainer.artefact_folder, metrics, recipe, name=trainer.hub_model_id)
+    write_run(trainer.artefact_folder, recipe, name=trainer.hub_model_id)
     if args.push_to_hub:
         print(f"pushed: {trainer.push_to_hub()}")
     print(evaluation)

@@ -21,7 +21,7 @@ import logging
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -32,15 +32,10 @@ from runs.refusal import run
 from transformers_resps.hub.upload import METRICS
 from transformers_resps.policies.throughput import ThroughputPolicy
 from transformers_resps.tools.loading import load_target
-from transformers_resps.tools.results import machine
 from transformers_resps.trainers import PolicyTrainer, PolicyTrainingConfig, fit_policy
 from transformers_resps.trainers.base import newest_checkpoint, push_folder
 from transformers_resps.trainers.loading import check_target_name
 from transformers_resps.trainers.policy_trainer import given_policy
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass
@@ -70,23 +65,21 @@ def main() -> None:
     policy, _ = (script.policy, None) if script.policy in ("resps", "auto") else given_policy(script.policy)
     if policy == "auto" or isinstance(policy, ThroughputPolicy):
         fit_policy(script.policy, eval_dataset=tested, **given)
-        steps, is_main = 0, bool(args.should_save)
+        is_main = bool(args.should_save)
     else:
         trainer = PolicyTrainer(script.policy, eval_dataset=watched, reward_func=script.reward_func, **given)
         trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))
         trainer.evaluate(tested, metric_key_prefix="test")  # the watched ones may have chosen the checkpoint
-        steps, is_main = trainer.state.global_step, trainer.is_world_process_zero()
+        is_main = trainer.is_world_process_zero()
     if is_main:
-        publish_run(args, recipe, learned, steps, target)
+        publish_run(args, recipe)
 
 
-def publish_run(args: PolicyTrainingConfig, recipe: str, learned: "Dataset", steps: int, target: Any) -> None:
+def publish_run(args: PolicyTrainingConfig, recipe: str) -> None:
     """Write what a card tells beside the policy, push both if asked to, and print how good the policy is."""
-    folder, where = Path(args.output_dir) / "policy", machine(target)
+    folder = Path(args.output_dir) / "policy"
     found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    training = {"texts": len(learned), "dtype": where["dtype"], "device": where["device"]}
-    name = args.hub_model_id
-    write_run(folder, found | {"training": {"steps": steps} | training if steps else training}, recipe, name=name)
+    write_run(folder, recipe, name=args.hub_model_id)
     if args.push_to_hub:
         print(f"pushed: {push_folder(folder, args)}")
     print(json.dumps(found, indent=2))

@@ -1,5 +1,6 @@
 """Everything a tree cannot do is refused by name, before any work: one row per refusal."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +116,42 @@ def test_a_policy_without_a_head_says_what_is_missing(target: PreTrainedModel) -
 def test_the_class_of_an_assistant_is_refused(target: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="or a loaded model or head, got .*DraftHead.from_pretrained"):
         target.generate(torch.tensor([[3, 4]]), assistant_model=DraftHead)
+
+
+@pytest.mark.parametrize(
+    ("given", "way_out"),
+    [
+        ("auto", "got 'auto'. Pass it as `policy`"),
+        (FixedPolicy(TreeShape(8, 3, 2)), r"got FixedPolicy\(.*Pass it as `policy`"),
+        (TreeShape(8, 3, 2), r"Pass a head, and `policy=FixedPolicy\(TreeShape\(total_tokens=8,"),
+        ({}, r"got \{\}. Pass `DraftHead"),
+    ],
+    ids=["a word", "a policy", "a shape", "a dict"],
+)
+def test_what_is_no_assistant_says_where_it_belongs(given: Any, way_out: str, target: PreTrainedModel) -> None:
+    for call in (
+        lambda: target.generate(PROMPT, assistant_model=given),
+        lambda: attach(target, assistant_model=given),
+    ):
+        with pytest.raises(ValueError, match=f"`assistant_model` must be a folder.*{way_out}"):
+            call()
+
+
+def test_a_shape_or_a_head_as_policy_says_where_it_belongs(target: PreTrainedModel, head: DraftHead) -> None:
+    with pytest.raises(ValueError, match=r"Pass `FixedPolicy\(TreeShape\(total_tokens=8, depth=3, top_k=2, lookup=0"):
+        target.generate(PROMPT, assistant_model=head, policy=TreeShape(8, 3, 2))
+    with pytest.raises(ValueError, match="got a DraftHead. Pass it as `assistant_model`."):
+        target.generate(PROMPT, policy=head)
+
+
+def test_a_model_that_was_not_attached_does_not_know_a_policy(head: DraftHead) -> None:
+    """Stock's words; docs/get-started.md holds them, so that who searches for them finds `attach`."""
+    stock = Architecture("llama").build("sdpa")
+    with pytest.raises(ValueError) as refused:
+        stock.generate(PROMPT, assistant_model=head, policy="auto")
+    words = "The following `model_kwargs` are not used by the model: ['policy']"
+    assert words in str(refused.value)
+    assert words in (Path(__file__).parents[2] / "docs" / "get-started.md").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_is_none_is_named(target: PreTrainedModel) -> None:

@@ -151,6 +151,16 @@ def test_a_file_that_is_no_usable_head_is_refused_by_name(
         DraftHead.from_pretrained(tmp_path, target=target)
 
 
+@pytest.mark.parametrize("shard_size", ["1MB", "20KB"], ids=["one file", "shards"])
+def test_a_whole_model_is_told_from_a_damaged_head(shard_size: str, target: PreTrainedModel, tmp_path: Path) -> None:
+    """Also where the shards are not there: gigabytes need not be downloaded for it."""
+    target.save_pretrained(tmp_path, max_shard_size=shard_size)
+    for shard in tmp_path.glob("model-*"):
+        shard.unlink()
+    with pytest.raises(ValueError, match=r"is a whole model \(LlamaForCausalLM\).*`AutoModelForCausalLM`"):
+        DraftHead.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -40,6 +40,7 @@ class Machine:
         self.tokens, self.seconds = 0, 0.0
         self.shapes: list[TreeShape] = []
         self.verified: list[int] = []
+        self.records: list[StepRecord] = []
 
     def run(self, policy: Policy, steps: int) -> float:
         """One text of so many steps; tokens per second."""
@@ -79,9 +80,9 @@ class Machine:
         self.seconds += verify + draft
         self.shapes.append(shape)
         self.verified.append(nodes + shape.lookup)
-        return StepRecord(
+        record = StepRecord(
             shape,
-            levels,
+            levels + shape.lookup,
             nodes + shape.lookup,
             RowCounts([accepted]),
             RowCounts([accepted + 1]),
@@ -90,6 +91,8 @@ class Machine:
             verify + draft,
             RowCounts([min(drafted_match, accepted + 1)]),
         )
+        self.records.append(record)
+        return record
 
     def _run_length(self, hit: float, most: int) -> int:
         length = 0

@@ -15,7 +15,7 @@ from transformers_resps.policies.costs import RunningCosts
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.policies.guard import BaselineGuard
 from transformers_resps.policies.throughput import ThroughputPolicy
-from transformers_resps.telemetry import RowCounts, StepRecord
+from transformers_resps.telemetry import RowCounts, SpeculationReport, StepRecord
 from transformers_resps.tree import TreeShape
 
 
@@ -267,3 +267,38 @@ def test_costs_of_the_policy_are_its_own_to_change(learns: bool) -> None:
     else:
         assert [known.verify_seconds(nodes) for nodes in (1, 4)] == [1.0, 1.2]
         assert policy.costs is not None and policy.costs.verify_seconds(4) == 2.4
+
+
+PREFILL = StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, 1.0, 1.0)
+
+
+def test_mostly_plain_steps_are_explained_by_what_trees_cost_here() -> None:
+    machine, policy = Machine(0.9, level_seconds=0.1, hit=0.01, lookup_hit=0.2), default_policy()
+    machine.run(policy, 60)
+    said = policy.explain([PREFILL, *machine.records])
+    assert said == "Mostly plain: 2 nodes cost 1.9 plain steps here, the only tree gained 0 tokens."
+    report = SpeculationReport(steps=[PREFILL, *machine.records], reason=said)
+    assert str(report).endswith(f". {said}") and report.to_dict()["reason"] == said
+    assert policy.explain([PREFILL, *machine.records[:7]]) is None, "seven steps show nothing"
+
+
+def test_a_head_that_was_only_tested_is_told_by_what_it_guessed() -> None:
+    machine, policy = Machine(0.1, 0.1, hit=0.02), default_policy()
+    machine.run(policy, 60)
+    tests = sum(record.drafted > 0 for record in machine.records)
+    said = policy.explain([PREFILL, *machine.records])
+    began = "drafts that were only tested began as the target went on"
+    assert said == f"Mostly plain: 0 of {tests} {began}, no tree was tried yet."
+
+
+def test_a_policy_that_drafts_has_nothing_to_explain() -> None:
+    machine, policy = Machine(0.02, 0.02, hit=0.8), default_policy()
+    machine.run(policy, 100)
+    assert policy.explain([PREFILL, *machine.records]) is None
+    assert FixedPolicy(TreeShape.plain()).explain([PREFILL, *machine.records]) is None
+
+
+def test_a_text_in_which_nothing_repeats_is_told_so() -> None:
+    machine, policy = Machine(0.02, 0.0, hit=0.0), BaselineGuard(FixedPolicy(TreeShape.plain()))
+    machine.run(policy, 20)
+    assert policy.explain([PREFILL, *machine.records]) == "Mostly plain: nothing worth verifying was drafted."

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from transformers_resps.data import write_training_prompts
 from transformers_resps.heads import pair_identity
 from transformers_resps.policies.resps import ReSpSConfig, ReSpSPolicy
 from transformers_resps.tools import bench as command
-from transformers_resps.tools.bench import BenchConfig, add_options, check_load, load_policies, read_options
-from transformers_resps.tools.cli import main
+from transformers_resps.tools.bench import BenchConfig, load_policies, read_options
+from transformers_resps.tools.cli import BENCH_METHODS, add_bench_options, main
 from transformers_resps.tools.methods import Bench
-from transformers_resps.tools.results import BusyMachineError
+from transformers_resps.tools.quiet import BusyMachineError, check_load
 
 
 ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]
@@ -54,7 +55,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 def parsed(words: str) -> BenchConfig:
     parser = argparse.ArgumentParser()
-    add_options(parser, BenchConfig)
+    add_bench_options(parser, BENCH_METHODS)
     return read_options(parser.parse_args(words.split()), BenchConfig)
 
 
@@ -79,9 +80,9 @@ def test_a_benchmark_writes_everything(
     assert bench("--policy", "auto", str(tmp_path / "mine"), "--temperature", "0", "1", "--shapes", "4,2,2") == 0
     found = results(tmp_path)
     methods = [row["method"] for row in found["pooled"]]
-    assert methods[:5] == ["plain", "plain, compiled", "prompt lookup", "EAGLE-3 60/5/10", "EAGLE-3 60/7/10"]
-    assert methods[5:] == ["tree 4/2/2", "auto", "Re-SpS mine"]
-    assert len(found["measurements"]) == 3 * 2 * 8 and not found["partial"] and not found["unexplained"]
+    assert methods[:4] == ["plain", "prompt lookup", "EAGLE-3 60/5/10", "EAGLE-3 60/7/10"]
+    assert methods[4:] == ["tree 4/2/2", "auto", "Re-SpS mine"]
+    assert len(found["measurements"]) == 3 * 2 * 7 and not found["partial"] and not found["unexplained"]
     assert found["same_text"]["Re-SpS mine"] == 6  # sampled or not, seed for seed
     assert found["settings"]["shapes"] == ["tree 4/2/2"] and found["command"][0] == "resps"
     assert {"device", "dtype", "threads", "versions", "advice", "costs", "steps", "head", "policies"} <= found.keys()
@@ -104,9 +105,9 @@ def test_after_ctrl_c_the_prompts_that_all_have_answered_are_written(
         return decode(self, *args, **kwargs)
 
     monkeypatch.setattr(Bench, "decode", counted)
-    assert bench("--methods", "prompt-lookup") == 130  # four methods
+    assert bench("--methods", "prompt-lookup") == 130  # three methods
     stopped = results(tmp_path)
-    assert stopped["partial"] and len(stopped["measurements"]) == 4
+    assert stopped["partial"] and len(stopped["measurements"]) == 3
 
 
 def test_trees_and_policies_are_measured_both_ways(
@@ -127,11 +128,39 @@ def test_plain_decoding_is_compiled_by_the_real_compiler(
     bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled_function.torch, "compile", REAL_COMPILE)
-    assert bench("--methods", "--pack") == 0
+    target, head, file = (str(tmp_path / name) for name in ("target", "head", "mine.jsonl"))
+    quickly: dict[str, Any] = {"limit": 2, "max_new_tokens": 8, "repeats": 1, "output": tmp_path / "out"}
+    asked: dict[str, Any] = {"policies": (), "methods": (), "pack": True, "compile": True, "accept_noise": True}
+    assert command.bench(BenchConfig(target, head, [file], **asked, **quickly)) == 0
     found = results(tmp_path)
-    assert [row["method"] for row in found["pooled"]] == ["plain", "plain, compiled", "auto"]
+    assert [row["method"] for row in found["pooled"]] == ["plain", "plain, compiled"]
     assert found["not_compiled"] is None and found["packed"]
-    assert found["same_text"] == dict.fromkeys(("plain", "plain, compiled", "auto"), 3)
+    assert found["same_text"] == dict.fromkeys(("plain", "plain, compiled"), 3)
+
+
+def test_nothing_is_compiled_unasked(
+    bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiled_function.torch, "compile", lambda *_, **__: 1 / 0)
+    assert bench("--methods", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["advice"] == results(tmp_path)["advice"]
+    assert [row["method"] for row in results(tmp_path)["pooled"]] == ["plain", "auto"]
+
+
+def test_lookup_is_measured_without_a_head(
+    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dataset", str(tmp_path / "mine.jsonl"), "--accept-noise", "--limit", "2", "--repeats", "1"]
+    options += ["--output", str(tmp_path / "out"), "--max-new-tokens", "8"]
+    target = str(tmp_path / "target")
+    assert main(["bench", target, *options, "--shapes", "1,0,1,4"]) == 0
+    found = results(tmp_path)
+    assert [row["method"] for row in found["pooled"]] == ["plain", "prompt lookup", "tree +4", "auto"]
+    assert found["head"] is None and not found["unexplained"] and found["training_prompts"] == {}
+    FixedPolicy(TreeShape(5, 2, 2)).save_pretrained(tmp_path / "tree")
+    for asked in (["--shapes", "8,4,2"], ["--methods", "eagle"], ["--policy", str(tmp_path / "tree")]):
+        assert main(["bench", target, *options, *asked]) == 2
+        assert "Name a HEAD after TARGET." in capsys.readouterr().err
 
 
 def test_what_cannot_be_compiled_is_told_in_a_line_and_the_rest_goes_on(
@@ -168,7 +197,8 @@ def test_training_prompts_are_not_evaluated(
 def test_a_busy_machine_is_refused(
     bench: BenchCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "other_load", lambda: 1.5)
+    monkeypatch.setattr("transformers_resps.tools.quiet.other_load", lambda: 1.5)
+    monkeypatch.setitem(sys.modules, "transformers_resps.tools.bench", None)  # found before it is loaded
     target, head, file = str(tmp_path / "target"), str(tmp_path / "head"), str(tmp_path / "mine.jsonl")
     assert main(["bench", target, head, "--dataset", file, "--output", str(tmp_path / "busy")]) == 2
     assert "Other processes use 1.5 CPUs" in capsys.readouterr().err and not (tmp_path / "busy").exists()
@@ -181,7 +211,7 @@ def test_a_machine_that_becomes_noisy_stops_the_measurement_and_what_is_there_is
         raise BusyMachineError("The machine is noisy.")
 
     monkeypatch.setattr(command, "check_spread", noisy)
-    monkeypatch.setattr(command, "other_load", lambda: 0.0)
+    monkeypatch.setattr("transformers_resps.tools.quiet.other_load", lambda: 0.0)
     target, head, file = str(tmp_path / "target"), str(tmp_path / "head"), str(tmp_path / "mine.jsonl")
     options = ["--methods", "--repeats", "1", "--max-new-tokens", "4", "--output", str(tmp_path / "out")]
     assert main(["bench", target, head, "--dataset", file, *options]) == 2

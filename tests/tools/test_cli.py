@@ -1,7 +1,9 @@
 """`resps` as a user types it."""
 
+import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers_resps.tools.cli import main
 from transformers_resps.verifying.verifier import TreeVerifier
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "inspect", "calibrate", "verify", "bench", "serve"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
@@ -28,9 +30,11 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[BenchConfig] = []
-    monkeypatch.setattr("transformers_resps.tools.bench.bench", lambda config: seen.append(config) or 1)
+    monkeypatch.setattr("transformers_resps.tools.quiet.other_load", lambda: 0.0)
+    monkeypatch.setattr("transformers_resps.tools.bench.bench", lambda config, *_, **__: seen.append(config) or 1)
     assert cli.main(["bench", "target", "head", "--dataset", "x.jsonl"]) == 1
-    assert seen == [BenchConfig("target", "head", ["x.jsonl"])]
+    assert cli.main(["bench", "target", "--dataset", "x.jsonl"]) == 1
+    assert seen == [BenchConfig("target", "head", ["x.jsonl"]), BenchConfig("target", None, ["x.jsonl"])]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,8 @@ def test_a_command_returns_the_status_of_what_it_runs(monkeypatch: pytest.Monkey
         "verify target --seeds 0",
         "inspect target --prompt x --output x.html --max-new-tokens 0",
         "doctor target head --dtype float17",
+        "serve target --dtype float17",
+        "serve ./not/there",
         "verify target --device gpu",
         "verify target --device meta",
         "calibrate target --dtype float8_e4m3fn",
@@ -62,16 +68,26 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_loaded(
     assert " is no " in capsys.readouterr().err
 
 
-def test_asking_for_help_needs_no_extra() -> None:
-    code = """
-import sys
-sys.modules.update(rich=None, gguf=None, trl=None, datasets=None)
-from transformers_resps.tools.cli import main
-main(["--help"])
-"""
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ("--help", 0, "doctor"),
+        ("--version", 0, f"transformers-resps {version('transformers-resps')}"),
+        ("bench --help", 0, "--dataset"),
+        ("frob", 2, "invalid choice: 'frob'"),
+        ("doctor target", 2, "required: head"),
+        ("verify target --prompts 0 --device cpu", 2, "'0' is no integer above 0"),
+    ],
+)
+def test_what_needs_no_model_loads_no_library(words: str, status: int, said: str) -> None:
+    """Neither PyTorch nor Transformers, which take seconds, nor an extra."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'rich', 'gguf', 'trl', 'datasets']))"
+    )
+    code += f"; from resps import main; main({words.split()})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "doctor" in done.stdout
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout + done.stderr and "loading PyTorch" not in done.stderr
 
 
 QUICK = ["--seeds", "1", "--prompts", "1", "--max-new-tokens", "3", "--device", "cpu"]
@@ -95,6 +111,11 @@ def test_a_lossless_head_is_told_so_with_status_0(folders: tuple[str, str], caps
     page = capsys.readouterr().out
     assert "LOSSLESS: every answer is the plain one" in page and "FixedPolicy" in page
     assert "torch.float32" in page and folders[1] in page
+    assert main(["verify", *folders, str(tmp_path), *QUICK, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (
+        told["is_lossless"] and told["verdict"].startswith("LOSSLESS") and told["facts"]["head"].startswith(folders[1])
+    )
 
 
 def test_a_lossy_engine_is_told_so_with_status_1(
@@ -114,6 +135,8 @@ def test_a_lossy_engine_is_told_so_with_status_1(
     assert main(["verify", *folders, "10,2,9", *QUICK]) == 1
     page = capsys.readouterr().out
     assert "NOT LOSSLESS: greedy" in page and "position 0: plain wrote" in page
+    assert main(["verify", *folders, "10,2,9", *QUICK, "--json"]) == 1
+    assert not json.loads(capsys.readouterr().out)["is_lossless"]
 
 
 def test_what_cannot_be_examined_has_status_2(folders: tuple[str, str], capsys: Any, tmp_path: Path) -> None:
@@ -134,3 +157,5 @@ def test_rounding_is_one_line_per_number_of_nodes(folders: tuple[str, str], caps
     assert all(
         name in page for name in ("bfloat16", "\n2 nodes: 3 gaps", "\n16 nodes: 3 gaps", "\nall at once: 3 gaps")
     )
+    assert main(["verify", folders[0], "--rounding", "--json", *QUICK]) == 0
+    assert [row["nodes"] for row in json.loads(capsys.readouterr().out)] == [2, 4, 8, 16, 0]

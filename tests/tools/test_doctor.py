@@ -1,5 +1,6 @@
 """Faults planted in a good head are found, named and mended; a good head is left alone."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -200,10 +201,14 @@ def test_the_command_prints_a_table_and_leaves_by_the_verdict(
     letter_tokenizer().save_pretrained(tmp_path)
     command = ["doctor", str(tmp_path), str(folder), "--device", "cpu", "--max-new-tokens", "12", "--answers", "12"]
     status = main([*command, "--set", "feature_layers=[2,3,4]"])
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "resps doctor: 2 of 12 answers read\n" in told and "12 of 12 answers read" in told, "on a pipe, too"
     assert re.search(r">[ *]2, 3, 4 +10000 +no +0\.\d+", printed) and status in (0, 1)
     tried, shown = 12, len(re.findall(r"^[> ][* ]\d, \d, \d ", printed, re.MULTILINE))
     assert ("readings were far worse" in printed) is (shown < tried)
+    main([*command, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["answers"] == 12 and found["readings"][0].keys() >= {"feature_layers", "agreement", "is_best"}
     assert main([*command, "--set", "rope_theta"]) == 2
     assert main(["doctor", str(tmp_path), str(tmp_path)]) == 2
     assert "resps doctor:" in capsys.readouterr().err
@@ -252,5 +257,5 @@ def test_ctrl_c_after_the_first_verdict_prints_the_last_one(
     monkeypatch.setattr("transformers_resps.tools.doctor.write_answers", stopped)
     assert main(["doctor", str(tmp_path), str(folder), "--device", "cpu", "--answers", "12"]) == 130
     printed = capsys.readouterr()
-    assert ("stopped" in printed.err) is (rounds == 0)
+    assert ("resps doctor: stopped before the first verdict." in printed.err) is (rounds == 0)
     assert printed.out.count("8/12 answers: ") == rounds and printed.out.count("* best") == rounds

@@ -1,5 +1,6 @@
 """A head learns from its target, and its run is measured."""
 
+import json
 import math
 from pathlib import Path
 
@@ -54,6 +55,24 @@ def test_loss_falls_and_agreement_rises_on_one_memorised_text(tmp_path):
         trainer.state.log_history[-3]
     )
     assert all(math.isfinite(value) for value in after.values())
+
+
+def test_settings_and_measurements_of_a_run_stand_beside_its_head(tmp_path):
+    """Where a run was started makes no difference: a script adds the card alone."""
+    target, head = fresh()
+    trainer = DraftHeadTrainer(head, config(tmp_path, max_steps=2), texts(), texts(1), target=target)
+    trainer.evaluate()
+    assert not trainer.artefact_folder.exists(), "nothing was trained yet"
+    trainer.train()
+    folder = trainer.artefact_folder
+    told = json.loads((folder / "metrics.json").read_text())
+    assert told["training"]["steps"] == 2 and told["training"]["texts"] == len(texts()) and "agreement" not in told
+    found = trainer.evaluate()
+    more = json.loads((folder / "metrics.json").read_text())
+    assert more["agreement"]["1"] == found["eval_accuracy_1"] and more["held_out_texts"] == 1
+    assert more["training"] == told["training"] and more["coverage"] <= 1
+    recipe = (folder / "recipe.yaml").read_text()
+    assert yaml.safe_load(recipe)["max_steps"] == 2 and str(tmp_path) not in recipe
 
 
 def test_checkpoints_and_exports_load_as_heads(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOTrainer
@@ -132,7 +133,10 @@ def test_a_fit_keeps_the_sizes_of_a_policy_and_uses_recordings_again(
     fit_policy(ThroughputPolicy(3, 2, 5), config(), TRAIN, **keywords)
     fitted = AutoPolicy.from_pretrained("run/policy").to_config()["policy"]  # type: ignore[attr-defined]
     assert (fitted["depth"], fitted["top_k"], fitted["most_nodes"]) == (3, 2, 5)
-    assert not Path("run/costs.json").exists() and not Path("run/policy/metrics.json").exists()
+    told = json.loads(Path("run/policy/metrics.json").read_text())
+    assert not Path("run/costs.json").exists() and told.keys() == {"training"}, "nothing was judged"
+    recipe = yaml.safe_load(Path("run/policy/recipe.yaml").read_text())
+    assert told["training"]["texts"] > 0 and (recipe["target"], recipe["head"]) == ("target", "head")
     monkeypatch.setattr(Recorder, "_answer", None)
     fit_policy(ThroughputPolicy(3, 2, 5), config(), TRAIN, **keywords)
 

@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[2]
         ("training/train_policy.py", "train_policy.py: "),
         ("training/publish.py", "publish.py: Check the folder of a head or a policy"),
         ("resps.py doctor target head", "resps doctor: loading PyTorch and Transformers"),
-        ("resps.py --help", "resps --help: loading PyTorch and Transformers"),
         ("-m examples.demo", "demo: loading PyTorch and Transformers"),
     ],
 )

@@ -143,7 +143,7 @@ def test_a_limit_is_of_one_dataset(folder: Path) -> None:
 def test_one_process_of_several_writes_the_artefact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SCRIPT["DraftHeadTrainer"], "is_world_process_zero", lambda trainer: False)
     run(folder, monkeypatch)
-    assert (folder / "run" / "checkpoint-2").is_dir() and not (folder / "run" / "head" / "metrics.json").exists()
+    assert (folder / "run" / "checkpoint-2").is_dir() and not (folder / "run" / "head" / "README.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_auto_is_fitted_to_prompts_and_lacks_only_its_measurements(
 def test_one_process_of_several_writes_the_policy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SCRIPT["PolicyTrainer"], "is_world_process_zero", lambda trainer: False)
     run(folder, monkeypatch, max_steps=8)
-    assert (folder / "run" / "replay").is_dir() and not (folder / "run" / "policy" / "metrics.json").exists()
+    assert (folder / "run" / "replay").is_dir() and not (folder / "run" / "policy" / "README.md").exists()
 
 
 def test_a_machine_on_which_nothing_can_pay_is_told_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from transformers_resps.heads import parameter_fingerprint
 from transformers_resps.tools.bench import (
     BenchConfig,
     BenchModels,
-    add_options,
     answer_all,
     methods_of,
     read_datasets,
@@ -25,11 +24,12 @@ from transformers_resps.tools.bench import (
     settings_of,
     start,
 )
+from transformers_resps.tools.cli import add_bench_options
 from transformers_resps.tools.methods import Prompt, fixed_tree
+from transformers_resps.tools.quiet import BusyMachineError, checked_load
 from transformers_resps.tools.results import (
     PLAIN,
     AnswerTiming,
-    BusyMachineError,
     Run,
     check_spread,
     machine,
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None, description: str) -> int:
     parser = argparse.ArgumentParser(
         "training/benchmark.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_options(parser, FullConfig)
+    add_bench_options(parser, FullConfig.choices)
     add = parser.add_argument_group("beyond `resps bench`").add_argument
     libraries = "also these installed libraries; they draft with --draft-model, otherwise by lookup"
     add("--peers", nargs="+", choices=PEERS, help=libraries)
@@ -97,10 +97,14 @@ def benchmark(config: FullConfig) -> int:
     Raises:
         ValueError: something is missing, does not fit, or would make the figures worthless.
     """
+    if config.head is None:
+        raise ValueError("HEAD is missing, whose trees are searched. Name it after TARGET, or run `resps bench`.")
     check_extra("bench")
     check_installed(config.peers)
-    load = start(config)
+    load = checked_load(config.accept_noise)
+    start(config)
     models = BenchModels.load(config)
+    assert models.head is not None
     evaluated, searched = choose_dialogues(config)
     models.check_unseen(evaluated)
     if not searched:
@@ -117,11 +121,11 @@ def benchmark(config: FullConfig) -> int:
         grid = shapes_for(models.target.device.type)
         replayer = Replayer(models.target, models.head, grid, costs, config.max_new_tokens)
         best = find_best_fixed(replayer, searched, models.tokenizer, min(config.temperatures), journal)
-        refusal = bench.compile_refusal(evaluated[0].prompt(models.tokenizer))
+        refusal = bench.compile_refusal(evaluated[0].prompt(models.tokenizer)) if config.compile else None
         methods = methods_of(
             config,
             models,
-            compiles=refusal is None,
+            compiles=config.compile and refusal is None,
             others=load_peers(config.peers, models.target, models.draft_model),
             trees=[] if best is None else [fixed_tree(models.head, best.shape, f"best fixed {best.shape}")],
         )

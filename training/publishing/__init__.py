@@ -1,11 +1,12 @@
 """Render, check and publish the folder of a head or policy, from the files of its training and benchmark."""
 
 from .artefact import Artefact, UnreadableArtefactError, read_artefact
+from .bundle import write_bundle
 from .card import render_card
 from .checks import find_faults
-from .publishable import check_publishable
+from .publishable import check_publishable, target_faults
 from .release import check_folder, files_of, publish, write_card, write_custom_generate
-from .training_run import head_metrics, recipe_of, write_run
+from .training_run import recipe_of, write_run
 
 
 __all__ = [
@@ -15,11 +16,12 @@ __all__ = [
     "check_publishable",
     "files_of",
     "find_faults",
-    "head_metrics",
     "publish",
     "read_artefact",
     "recipe_of",
     "render_card",
+    "target_faults",
+    "write_bundle",
     "write_card",
     "write_custom_generate",
     "write_run",

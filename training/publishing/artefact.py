@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from transformers_resps.heads import DraftHeadConfig
-from transformers_resps.hub.upload import METRICS, RESULTS, as_hub_id
+from transformers_resps.hub.upload import METRICS, RECIPE, RESULTS, as_hub_id
 from transformers_resps.tools.results import SCHEMA_VERSION
 
 
-CONFIG, WEIGHTS, RECIPE = "config.json", "model.safetensors", "recipe.yaml"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _TEXTS, _LISTS = {"target", "head", "license", "target_license", "method"}, {"languages", "limits"}
 _OF_DATA, _DATA_NEEDS = {"name", "license", "what", "hub_id"}, {"name", "license", "what"}
 
@@ -30,7 +30,7 @@ class Artefact:
         folder: its path.
         config: `config.json`.
         recipe: `recipe.yaml`; its `card` holds what no run can know.
-        metrics: `metrics.json`, written by the training script.
+        metrics: `metrics.json`, written by the trainer.
         results: `results.json` of the benchmark; empty if missing or in another schema.
         plots: PNG files, sorted. A policy without any has those of its head, if the folder next to it was measured in
             the same run: plots stand once for each target.

@@ -16,6 +16,9 @@ from transformers_resps.tools.results import ALL, PLAIN, method_cell, same_text,
 from .artefact import Artefact
 
 
+# Of repositories with `custom_generate/`: how Transformers finds them, and the papers that cards cite.
+CUSTOM_TAGS = ("custom_generate", "arxiv:2503.01840", "arxiv:2601.12212")
+
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 Table = tuple[list[str], list[str], list[list[str]]]  # headings of words, headings of numbers, rows
 
@@ -31,7 +34,12 @@ def render_card(artefact: Artefact, name: str, *, with_plots: bool = False) -> s
     said, results, default_tree = artefact.said, artefact.results, artefact.config.get("default_tree")
     data = card_data(
         artefact.target_id,
-        ["eagle3", "draft-policy" if artefact.is_policy else "draft-head", *GENERAL_TAGS],
+        [
+            "eagle3",
+            *(["draft-policy"] if artefact.is_policy else ["draft-head", "draft-model"]),
+            *CUSTOM_TAGS,
+            *GENERAL_TAGS,
+        ],
         license=said.get("license"),
         languages=said.get("languages") or (),
         datasets=[data["hub_id"] for data in said.get("data") or () if "hub_id" in data],
@@ -41,7 +49,7 @@ def render_card(artefact: Artefact, name: str, *, with_plots: bool = False) -> s
         template_path=str(_TEMPLATE),
         name=name,
         is_policy=artefact.is_policy,
-        target=artefact.target,
+        target=artefact.target_id,  # a folder's name loads nothing elsewhere
         head=artefact.head,
         said=said,
         config=artefact.config,

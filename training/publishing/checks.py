@@ -9,11 +9,11 @@ from safetensors import SafetensorError, safe_open
 from benchmarking.provenance import config_sha256, weights_sha256
 from transformers_resps.data import TRAINING_PROMPTS, read_training_prompts
 from transformers_resps.heads import DraftHead
-from transformers_resps.hub.upload import CARD, METRICS, RESULTS
+from transformers_resps.hub.upload import CARD, METRICS, RECIPE, RESULTS
 from transformers_resps.policies.saving import AutoPolicy
 from transformers_resps.tools.results import read_results
 
-from .artefact import CONFIG, RECIPE, WEIGHTS, Artefact, read_artefact
+from .artefact import CONFIG, WEIGHTS, Artefact, read_artefact
 from .card import render_card
 from .custom_code import CUSTOM_GENERATE, is_ours
 from .privacy import private_facts
@@ -34,7 +34,7 @@ def find_faults(folder: Path, *names: str) -> list[str]:
         names: under which the card's example may load it.
     """
     files = sorted(file for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())
-    faults = [fault for file in files for fault in _file_faults(folder, file)]
+    faults = [fault for file in files for fault in _file_faults(folder, file, names)]
     missing = [name for name in (CONFIG, CARD, RESULTS, METRICS, RECIPE) if not (folder / name).is_file()]
     faults += [f"{name} is missing. {_ORIGINS[name]}" for name in missing]
     if CONFIG in missing:
@@ -59,14 +59,14 @@ _ORIGINS = {
 }
 
 
-def _file_faults(folder: Path, file: Path) -> Iterator[str]:
+def _file_faults(folder: Path, file: Path, names: tuple[str, ...]) -> Iterator[str]:
     """Faults of one file."""
     name = file.relative_to(folder).as_posix()
     if file.is_symlink():
         yield f"{name} is a link, but only plain files are published. Copy the file itself."
         return
     if name.startswith(f"{CUSTOM_GENERATE}/"):
-        if not is_ours(folder, file):
+        if not is_ours(folder, file, names):
             yield f"{name} is code that this release did not write. Delete it: publishing writes it again."
         return
     if "/" in name or file.suffix not in KINDS:

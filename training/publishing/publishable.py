@@ -64,10 +64,7 @@ def card_faults(card: Mapping[str, Any], target: str | None, source: str) -> Ite
         target: its name in the card, or the one that the artefact remembers.
         source: name of the recipe, for the messages.
     """
-    if target is None:
-        yield f"No file names the target. Put `target: HUB_ID` under `card` in {source}."
-    elif as_hub_id(target) is None:
-        yield f"The target {target!r} is not a Hub id. Put `target: HUB_ID` under `card` in {source}."
+    yield from target_faults(target, source)
     if unsaid := [name for name in _NEEDED if not card.get(name)]:
         yield f"The `card` of {source} lacks {', '.join(unsaid)}. Add them."
     data = card.get("data") or []
@@ -81,6 +78,14 @@ def card_faults(card: Mapping[str, Any], target: str | None, source: str) -> Ite
     for dataset in (item["hub_id"] for item in data if "hub_id" in item):
         if _is_no_id(dataset):
             yield f"The `hub_id` {dataset!r} in {source} is no id of a dataset. Write `owner/name`, or leave it out."
+
+
+def target_faults(target: str | None, source: str) -> Iterator[str]:
+    """What is wrong with the name that others load the target by; `source` names the recipe, for the message."""
+    if target is None:
+        yield f"No file names the target. Put `target: HUB_ID` under `card` in {source}."
+    elif as_hub_id(target) is None:
+        yield f"The target {target!r} is not a Hub id. Put `target: HUB_ID` under `card` in {source}."
 
 
 def _repository_faults(name: str) -> Iterator[str]:

@@ -27,10 +27,14 @@ def write_card(folder: Path, name: str | None = None) -> Path:
     return file
 
 
-def write_custom_generate(folder: Path) -> None:
-    """Write `custom_generate/` into `folder`, so that it works locally as it does from the Hub."""
-    for name, content in custom_generate_files().items():
-        file = folder / name
+def write_custom_generate(folder: Path, name: str | None = None) -> None:
+    """Write `custom_generate/` into `folder`; its code loads `name`, by default the folder.
+
+    Raises:
+        ValueError: a file is missing or invalid.
+    """
+    for path, content in custom_generate_files(read_artefact(folder), name or local_name(folder)).items():
+        file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
 
@@ -41,7 +45,7 @@ def files_of(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     plain = {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.name != CARD}
     plots = {file.name: file for file in artefact.plots}
     card = render_card(artefact, repo_id, with_plots=True).encode()
-    return {CARD: card, **plain, **plots, **custom_generate_files()}
+    return {CARD: card, **plain, **plots, **custom_generate_files(artefact, repo_id)}
 
 
 def publish(folder: Path, destination: Destination) -> str:

@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from transformers_resps import DraftHead, TreeShape, attach
-from transformers_resps.tools.bench import check_load, other_load
-from transformers_resps.tools.loading import default_device, device, positive, shape
+from transformers_resps.tools.arguments import device, positive, shape
+from transformers_resps.tools.loading import default_device
 from transformers_resps.tools.methods import (
     Bench,
     Generate,
@@ -43,6 +43,7 @@ from transformers_resps.tools.methods import (
     policies,
     prompt_lookup,
 )
+from transformers_resps.tools.quiet import check_load, other_load
 from transformers_resps.tools.results import AnswerTiming, plain_spread, summarise
 from transformers_resps.verifying.hybrids import is_recurrent
 from transformers_resps.verifying.prepacking import prepack

@@ -25,6 +25,7 @@ from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
+from ..tree import TreeShape
 from ..verifying.attention import is_flash
 from ..verifying.forward import TargetForward
 from ..verifying.slots import SlotEngine
@@ -87,10 +88,11 @@ class Keywords:
         Raises:
             ValueError: names the keyword and what it takes.
         """
-        if isinstance(self.assistant_model, type):
+        given = self.assistant_model
+        if not (given is None or is_name(given) or isinstance(given, Module)):
             raise ValueError(
-                f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got "
-                f"{self.assistant_model!r}. Pass `DraftHead.from_pretrained(...)`."
+                f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
+                f"{_instead_of_assistant(given)}"
             )
         if not isinstance(self.lockstep, bool | None):
             raise ValueError(f"`lockstep` must be True, False or None, got {self.lockstep!r}.")
@@ -104,16 +106,33 @@ class Keywords:
         policy = self.policy
         if policy is None or isinstance(policy, Policy) or (isinstance(policy, str) and policy in (AUTO, PLAIN)):
             return
-        takes = (
+        if is_name(policy) and ("/" in os.fspath(policy) or Path(policy).is_dir()):
+            return
+        got = f"a {type(policy).__name__}" if isinstance(policy, Module) else repr(policy)  # a head prints its layers
+        raise ValueError(
             "`policy` must be 'auto', 'plain', a folder, a Hub id (`owner/name`) or an object of a subclass of "
-            f"`Policy`, got {policy!r}."
+            f"`Policy`, got {got}. {_instead_of_policy(policy)}"
         )
-        if not is_name(policy):
-            raise ValueError(
-                f"{takes} Subclass `transformers_resps.Policy`, write `choose`, and pass an object, not the class."
-            )
-        if "/" not in os.fspath(policy) and not Path(policy).is_dir():  # such as a mistyped "auto"
-            raise ValueError(f"{takes} Check the word, or the path.")
+
+
+def _instead_of_assistant(given: Any) -> str:
+    """What to pass for something that was given as `assistant_model` and is none."""
+    if isinstance(given, str | Policy):  # "auto" or "plain"
+        return "Pass it as `policy`, which needs no assistant to draft by lookup."
+    if isinstance(given, TreeShape):
+        return f"Pass a head, and `policy=FixedPolicy({given!r})`."
+    return "Pass `DraftHead.from_pretrained(...)`."
+
+
+def _instead_of_policy(given: Any) -> str:
+    """What to pass for something that was given as `policy` and is none."""
+    if isinstance(given, TreeShape):
+        return f"Pass `FixedPolicy({given!r})`."
+    if isinstance(given, Module):
+        return "Pass it as `assistant_model`."
+    if is_name(given):  # such as a mistyped "auto"
+        return "Check the word, or the path."
+    return "Subclass `transformers_resps.Policy`, write `choose`, and pass an object, not the class."
 
 
 _are_suspended: ContextVar[bool] = ContextVar("resps_defaults_are_suspended", default=False)

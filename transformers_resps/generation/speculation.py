@@ -149,6 +149,7 @@ def _decode(
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
                 decoding.step()
+    decoding.report.reason = request.policy.explain(decoding.report.steps)
     state.slot_engine.note(decoding.report.seconds)
     return decoding
 

@@ -417,8 +417,9 @@ class DraftHead(PreTrainedModel):
         Args:
             save_directory: the folder; made if missing.
             args: as in Transformers; for format "resps" only.
-            format: "resps" for this package; "specforge" for SGLang, vLLM and llama.cpp; "speculators" for vLLM.
-                Engines silently ignore config fields that they do not support: see docs/train-a-head.md.
+            format: "resps" for this package; or the layout of the library "specforge" (for SGLang and llama.cpp) or
+                "speculators" (for vLLM). We have run none of these engines, and they silently ignore config fields
+                that they do not support: see docs/train-a-head.md.
             keywords: as in Transformers; for format "resps" only.
 
         Raises:

@@ -17,7 +17,8 @@ from ..compat import TransportError
 
 LIBRARY = "transformers-resps"
 GENERAL_TAGS = ("speculative-decoding", "transformers-resps")
-CARD, RESULTS, METRICS = "README.md", "results.json", "metrics.json"  # what publishing puts beside weights
+# What publishing puts beside weights
+CARD, RESULTS, METRICS, RECIPE = "README.md", "results.json", "metrics.json", "recipe.yaml"
 
 Answer = TypeVar("Answer")
 

@@ -147,6 +147,10 @@ class Policy(ABC):
         """Learn from the record of a finished step."""
         return None
 
+    def explain(self, steps: Sequence[StepRecord]) -> str | None:
+        """Say in a sentence why most `steps` of a call, the prefill first, were plain; `None` if nothing is to say."""
+        return None
+
     def adopt_costs(self, costs: RunningCosts) -> None:
         """Go on with these costs in place of its own. A guard asks for it if it finds that others hold now: the
         context is far longer, or the finished rows of a batch are back.
@@ -196,6 +200,9 @@ class PolicyWrapper(Policy):
 
     def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
         self.policy.on_verified(tree, path, tokens)
+
+    def explain(self, steps: Sequence[StepRecord]) -> str | None:
+        return self.policy.explain(steps)
 
     def observe(self, record: StepRecord) -> None:
         self.policy.observe(record)

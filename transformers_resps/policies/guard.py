@@ -4,6 +4,7 @@ Source: conservative exploration (Wu et al., "Conservative Bandits", 2016, arXiv
 if the budget covers its worst outcome. The baseline is plain decoding, the worst outcome that nothing is accepted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Self
@@ -34,6 +35,8 @@ PLAIN_UP, PLAIN_DOWN = 0.2, 0.5  # weights of a new time above or below: a slow 
 MAX_TREES_BETWEEN = 64  # drafted steps
 OUTDATED = 0.7  # times the expected seconds: less shows that the machine or the batch has changed
 FAR_POSITIONS = 256  # a context that differs by more makes attention take longer or shorter
+
+EXPLAINED_STEPS = 8  # that a call makes at least, for a reason why most were plain
 
 # Added to the guessed costs of the first tree and level, in plain steps: a mask or new code may cost more than a node
 UNKNOWN_TREE_STEPS, UNKNOWN_LEVEL_STEPS = 0.5, 0.1
@@ -148,6 +151,27 @@ class BaselineGuard(PolicyWrapper, SavedPolicy):
             times = (record.verify_seconds, record.draft_seconds, record.step_seconds)
             self._own_costs.add(record.verified, levels, *times, rows=record.decoded_rows)
         self.policy.observe(record)
+
+    def explain(self, steps: Sequence[StepRecord]) -> str | None:
+        decided = steps[1:]
+        trees = [step for step in decided if step.verified > 1]
+        if len(decided) < EXPLAINED_STEPS or 2 * len(trees) >= len(decided):
+            return None
+        found = []
+        if self._known.knows_trees and self._plain.seconds > 0:
+            cost = 1.0 + self._verifying(2) / self._plain.seconds
+            found.append(f"2 nodes cost {cost:.1f} plain steps here")
+        if trees:
+            gained = sum(step.mean_emitted - 1.0 for step in trees) / len(trees)
+            counted = f"{len(trees)} trees gained {gained:.1f} tokens each"
+            found.append(counted if len(trees) > 1 else f"the only tree gained {gained:.0f} tokens")
+        if tests := [step for step in decided if step.drafted and step.verified == 1]:
+            right = sum(max(step.drafted_match) > 0 for step in tests)
+            untried = "" if self._known.knows_trees else ", no tree was tried yet"
+            found.append(f"{right} of {len(tests)} drafts that were only tested began as the target went on{untried}")
+        if not any(step.drafted for step in decided):
+            found.append("nothing worth verifying was drafted")
+        return f"Mostly plain: {', '.join(found)}."
 
     def _begin_call(self, context: int) -> None:
         """Costs are again those of all rows, and losses are forgiven."""

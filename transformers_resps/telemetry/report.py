@@ -141,12 +141,14 @@ class SpeculationReport:
         batch_size: number of rows decoded together.
         answers: the new token ids of each row, in the order of the steps; padded after a row's end.
         compile_seconds: seconds of compiling or capturing forwards, which no step counts.
+        reason: why most steps were plain, as the policy says it; `None` where they were not, or it says nothing.
     """
 
     batch_size: int = 1
     steps: list[StepRecord] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
     compile_seconds: float = 0.0
+    reason: str | None = None
 
     @property
     def emitted_total(self) -> int:
@@ -176,6 +178,25 @@ class SpeculationReport:
         """New tokens of all rows over all seconds, prefill included; 0 if no time was measured."""
         return self.emitted_total / self.seconds if self.seconds > 0 else 0.0
 
+    def acceptance(self) -> dict[str, Any]:
+        """What vLLM 0.32 says of a request as `metrics.speculative_decoding`, which AIPerf reads, and the forwards.
+
+        Steps begin after the prefill. Every node but the root is a draft token.
+        """
+        steps = self.steps[1:]
+        accepted = [step.accepted_total for step in steps]
+        drafted = sum(step.verified - 1 for step in steps)
+        return {
+            "num_target_forwards": self.target_forwards,
+            "mean_tokens_per_forward": self.tau,
+            "num_spec_steps": len(steps),
+            "num_draft_tokens": drafted,
+            "num_accepted_draft_tokens": sum(accepted),
+            "mean_acceptance_length": 1 + sum(accepted) / max(len(steps), 1),
+            "draft_acceptance_rate": sum(accepted) / max(drafted, 1),
+            "acceptance_histogram": [accepted.count(count) for count in range(max(accepted, default=0) + 1)],
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return the summary and every step as JSON values."""
         return {
@@ -186,6 +207,7 @@ class SpeculationReport:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "compile_seconds": self.compile_seconds,
+            "reason": self.reason,
             "steps": [step.to_dict() for step in self.steps],
         }
 
@@ -244,6 +266,7 @@ class SpeculationReport:
         return (
             f"{self.emitted_total} tokens in {self.target_forwards} forwards of the target, {trees} of them over "
             f"trees: tau {self.tau:.2f}, {self.tokens_per_second:.1f} tokens/s. Time: {shares or 'none'}."
+            + (f" {self.reason}" if self.reason else "")
         )
 
 

@@ -4,9 +4,8 @@
 """
 
 import argparse
-import os
+import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -26,19 +25,8 @@ from ..policies.costs import CostTable
 from ..policies.resps import ReSpSPolicy
 from ..tree import TreeShape
 from ..verifying.prepacking import is_prepacked
-from .loading import (
-    default_device,
-    device,
-    dtype,
-    load_policy,
-    load_target,
-    model,
-    named_tree,
-    positive,
-    shape,
-    short_name,
-    temperature,
-)
+from .cli import BENCH_METHODS, EAGLE, PROMPT_LOOKUP
+from .loading import default_device, load_policy, load_target, named_tree, short_name
 from .methods import (
     Bench,
     Generate,
@@ -55,10 +43,8 @@ from .methods import (
 )
 from .results import (
     NAMED_NODES,
-    NOISE_OPTION,
     SCHEMA_VERSION,
     AnswerTiming,
-    BusyMachineError,
     Run,
     advice_of,
     check_spread,
@@ -72,8 +58,6 @@ from .results import (
 from .session import Dialogue, Session, check_apart, read_dialogues, spread
 
 
-PROMPT_LOOKUP, EAGLE = "prompt-lookup", "eagle"
-MAX_LOAD = 0.5  # CPUs that other processes may use before the start
 _ADVICE_CONTEXT = 128  # positions
 
 
@@ -81,13 +65,10 @@ _ADVICE_CONTEXT = 128  # positions
 class BenchConfig:
     """The settings of one benchmark, as `resps bench --help` describes them; `methods` is `None` for all choices."""
 
-    choices: ClassVar[Mapping[str, str]] = {
-        PROMPT_LOOKUP: "Transformers' prompt lookup",
-        EAGLE: "EAGLE-3's published trees",
-    }
+    choices: ClassVar[Mapping[str, str]] = BENCH_METHODS
 
     target: str
-    head: str
+    head: str | None
     datasets: Sequence[str]
     policies: Sequence[str] = ("auto",)
     methods: Sequence[str] | None = None
@@ -106,55 +87,25 @@ class BenchConfig:
     accept_noise: bool = False
     output: Path = Path("results/bench")
 
+    def __post_init__(self) -> None:
+        asked = ["--methods eagle"] if EAGLE in (self.methods or ()) else []
+        asked += [f"--shapes {shape}" for shape in self.shapes if shape.asks_head]
+        if asked and self.head is None:
+            raise ValueError(f"`{asked[0]}` asks for trees of a draft head. Name a HEAD after TARGET.")
+
     @property
     def chosen(self) -> list[str]:
-        """The methods, none left out by default."""
-        return list(self.choices if self.methods is None else self.methods)
+        """The methods; by default all, without a head all that need none."""
+        possible = [name for name in self.choices if self.head is not None or name != EAGLE]
+        return possible if self.methods is None else list(self.methods)
 
 
 Config = TypeVar("Config", bound=BenchConfig)
 
 
-def add_command(commands: Any) -> None:
-    """Add `resps bench TARGET HEAD --dataset FILE`."""
-    parser = commands.add_parser("bench", help="policies, trees and plain decoding in turn, and which of them to use")
-    add_options(parser, BenchConfig)
-    parser.set_defaults(run=lambda args: bench(read_options(args, BenchConfig)))
-
-
-def add_options(parser: argparse.ArgumentParser, kind: type[BenchConfig]) -> None:
-    """Give `parser` an option for each field of `BenchConfig`, with the methods of `kind`."""
-    parser.argument_default = argparse.SUPPRESS  # what is left out keeps the default of the config
-    add = parser.add_argument
-    add("target", type=model, help="folder or Hub id of the target")
-    add("head", type=model, help="folder or Hub id of a draft head for the target")
-    add("--output", type=Path, help="folder for the results; default: results/bench")
-
-    add = parser.add_argument_group("methods to compare (plain decoding is always included)").add_argument
-    add("--policy", nargs="+", dest="policies", metavar="POLICY", help="'auto', folders or Hub ids; default: auto")
-    named = f"besides the policies: {', '.join(kind.choices.values())}; default: all"
-    add("--methods", nargs="*", choices=tuple(kind.choices), help=named)
-    add("--shapes", nargs="+", type=shape, help="also these fixed trees: total_tokens,depth,top_k[,lookup]")
-    add("--draft-model", metavar="ID", help="also Transformers' assisted generation with this model")
-
-    add = parser.add_argument_group("prompts").add_argument
-    layouts = ".jsonl or .json with turns, messages or prompt, or a Hub id; all user turns are answered"
-    add("--dataset", nargs="+", required=True, dest="datasets", metavar="FILE_OR_ID", help=layouts)
-    add("--split", help="of datasets from the Hub; default: test")
-    add("--limit", type=positive, help="prompts per dataset, spread evenly over it; default: 10")
-
-    add = parser.add_argument_group("conditions").add_argument
-    greedy = "0 (the default) is greedy"
-    add("--temperature", nargs="+", type=temperature, dest="temperatures", metavar="T", help=greedy)
-    add("--max-new-tokens", type=positive, help="of an answer; default: 128")
-    add("--repeats", type=positive, help="of everything; default: 3")
-    add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
-    add("--device", type=device, help="default: cuda if available, otherwise cpu")
-    add("--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too")
-    both = "decode with every tree and policy with and without compilation; plain decoding is always decoded both ways"
-    add("--compile", action="store_true", help=both)
-    add("--threads", type=positive, help="CPU threads; default: as torch chooses")
-    add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
+def run(args: argparse.Namespace) -> int:
+    """Run `resps bench`, whose machine was found quiet before."""
+    return bench(read_options(args, BenchConfig), args.load, as_json="json" in args)
 
 
 def read_options(args: argparse.Namespace, kind: type[Config]) -> Config:
@@ -163,20 +114,20 @@ def read_options(args: argparse.Namespace, kind: type[Config]) -> Config:
     return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
 
 
-def bench(config: BenchConfig) -> int:
+def bench(config: BenchConfig, load: float | None = None, *, as_json: bool = False) -> int:
     """Measure and report; 1 when an answer differs from the plain one by more than rounding, 130 after Ctrl-C.
 
     Raises:
         ValueError: something is missing, does not fit, or would make the figures worthless.
     """
-    load = start(config)
+    start(config)
     models = BenchModels.load(config)
     dialogues = [one for rows in read_datasets(config) for one in spread(rows, config.limit)]
     models.check_unseen(dialogues)
     costs = calibrate(models.target, models.head, folder=config.output / "costs")
     timed = Bench(models.target, config.max_new_tokens)
-    refusal = timed.compile_refusal(dialogues[0].prompt(models.tokenizer))
-    methods = methods_of(config, models, compiles=refusal is None)
+    refusal = timed.compile_refusal(dialogues[0].prompt(models.tokenizer)) if config.compile else None
+    methods = methods_of(config, models, compiles=config.compile and refusal is None)
     session = Session(timed, models.tokenizer, dialogues, methods, config.temperatures, config.repeats)
     session.warm_up()
 
@@ -196,47 +147,15 @@ def bench(config: BenchConfig) -> int:
         }
         results = facts | results_of(config, models, session, costs)
         file = write_results(config.output, results)
-    return report(results, file)
+    return report(results, file, as_json=as_json)
 
 
-def start(config: BenchConfig) -> float | None:
-    """Prepare the process; return how many CPUs others use. Raises `BusyMachineError` as `check_load` does."""
+def start(config: BenchConfig) -> None:
+    """Prepare the process."""
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    load = other_load()
-    if not config.accept_noise:
-        check_load(load)
     if config.threads:
         torch.set_num_threads(config.threads)
-    return load
-
-
-def other_load(seconds: float = 1.0) -> float | None:
-    """Return how many CPUs others use while this process waits for `seconds`; `None` if the system does not tell.
-
-    The load average would include this command's own last run.
-    """
-    counters = Path("/proc/stat")
-    if not counters.exists():
-        return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-    def idle_and_all() -> tuple[int, int]:
-        numbers = [int(part) for part in counters.read_text().split("\n", 1)[0].split()[1:9]]
-        return numbers[3] + numbers[4], sum(numbers)  # idle and waiting for a disk; all
-
-    before = idle_and_all()
-    time.sleep(seconds)
-    idle, total = (now - then for now, then in zip(idle_and_all(), before, strict=True))
-    return (1 - idle / total) * (os.cpu_count() or 1) if total else None
-
-
-def check_load(load: float | None) -> None:
-    """Raise `BusyMachineError` when other processes use more than `MAX_LOAD` CPUs; `None` is unknown."""
-    if load is not None and load > MAX_LOAD:
-        raise BusyMachineError(
-            f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "
-            f"until they are done, {NOISE_OPTION}."
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +171,7 @@ class BenchModels:
 
     target: Any
     tokenizer: Any
-    head: DraftHead
+    head: DraftHead | None
     policies: dict[str, Policy | str]
     draft_model: PreTrainedModel | None
     sources: dict[str, str]
@@ -263,11 +182,12 @@ class BenchModels:
         """Load what `config` names. Raises `ValueError` when something is missing or does not fit the target."""
         target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
         tokenizer = AutoTokenizer.from_pretrained(config.target)
-        head = DraftHead.from_pretrained(config.head, target=target)
+        head = None if config.head is None else DraftHead.from_pretrained(config.head, target=target)
         loaded = load_policies(config.policies, target, head)
         small = None if config.draft_model is None else load_draft_model(config.draft_model, target)
         named = zip(loaded, config.policies, strict=True)
-        sources = {"head": config.head} | {name: source for name, source in named if source != "auto"}
+        sources = {} if config.head is None else {"head": config.head}
+        sources |= {name: source for name, source in named if source != "auto"}
         trained_on = {name: training_prompts_of(source) for name, source in sources.items()}
         return cls(target, tokenizer, head, loaded, small, sources, trained_on)
 
@@ -277,11 +197,11 @@ class BenchModels:
             check_apart(dialogues, fingerprints or set(), f"the training prompts of {name}")
 
 
-def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[str, Policy | str]:
+def load_policies(names: Sequence[str], target: Any, head: DraftHead | None) -> dict[str, Policy | str]:
     """Load the benchmark's policies: name in the table -> policy.
 
     Raises:
-        ValueError: a policy does not exist, is named twice, or was trained for another target or head.
+        ValueError: a policy does not exist, is named twice, was trained for another target or head, or needs a head.
     """
     found: dict[str, Policy | str] = {}
     places: set[str | Path] = set()
@@ -293,6 +213,8 @@ def load_policies(names: Sequence[str], target: Any, head: DraftHead) -> dict[st
                 f"{source}`."
             )
         policy = load_policy(source, head)
+        if head is None and isinstance(policy, Policy) and policy.needs_head:
+            raise ValueError(f"`--policy {source}` shapes the trees of a draft head. Name a HEAD after TARGET.")
         if isinstance(policy, Policy) and policy.has_identity:
             policy.check_identity(**pair_identity(target, head))
         place = Path(source).resolve() if Path(source).is_dir() else source
@@ -355,12 +277,12 @@ def methods_of(
         *([] if models.draft_model is None else [draft_model(models.draft_model)]),
     ]
     own = [
-        *(eagle_trees(models.head) if EAGLE in config.chosen else []),
+        *(eagle_trees(models.head) if models.head is not None and EAGLE in config.chosen else []),
         *(fixed_tree(models.head, shape) for shape in config.shapes),
         *trees,
         *policies(models.head, models.policies),
     ]
-    if config.compile and compiles:
+    if compiles:
         own = [way for method in own for way in (method, compiled(method))]
     return [*stock, *others, *own]
 
@@ -431,14 +353,18 @@ def results_of(
     }
 
 
-def report(results: dict[str, Any], file: Path) -> int:
+def report(results: dict[str, Any], file: Path, *, as_json: bool = False) -> int:
     """Print what was found, and write the table beside the results; returns the exit status."""
+    status = 130 if results["partial"] else int(bool(results["unexplained"]))
     table = markdown_table(results)
     file.with_name("table.md").write_text(table + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(results))
+        return status
     print(table)
     if results["noise"]["accepted"]:
         print("\nMeasured on a machine that was allowed to be busy: do not publish these figures.")
     for line in results["unexplained"]:
         print(f"NOT explained by rounding: {line}")
     print(f"\n{results['advice']}\n\nWritten to {file}{', marked as partial' if results['partial'] else ''}")
-    return 130 if results["partial"] else int(bool(results["unexplained"]))
+    return status

@@ -1,54 +1,95 @@
-"""The command `resps`: its subcommands, of which `calibrate` and `verify` stand here."""
+"""The command `resps`: reads what is typed, and only then loads PyTorch and the module of the subcommand.
+
+The subcommand NAME is `run` in the module NAME beside this one. Nothing that is imported here may load PyTorch, which
+takes seconds: help, and the refusal of what cannot be, come at once.
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoTokenizer
-
-from ..calibration import calibrate
-from ..data import to_tokens
-from ..heads import DraftHead
-from ..policies.costs import CostTable, Range
-from ..testing import NotLosslessError, assert_lossless
-from ..testing.divergence import move_of_gaps
-from . import bench, doctor, inspect
-from .loading import (
+from . import quiet
+from .arguments import (
     add_question_options,
     add_target_options,
-    load_policy,
-    load_target,
+    device,
+    dtype,
     model,
     positive,
-    questions_in,
-    read_conversations,
+    shape,
+    temperature,
 )
 
 
-_MIN_SPREAD = 0.1  # plain forwards: a smaller one changes no conclusion
-_NODES = (2, 4, 8)  # of which the verdict of `resps calibrate` speaks
-_PAYS_BELOW = 1.6  # plain forwards that a verification may cost
+PROMPT_LOOKUP, EAGLE = "prompt-lookup", "eagle"
+BENCH_METHODS = {PROMPT_LOOKUP: "Transformers' prompt lookup", EAGLE: "EAGLE-3's published trees"}
+_JSON = "print the result as one JSON object"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; 1 when what it examined has a fault, 2 when it could not examine it, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in (doctor.add_command, inspect.add_command, add_calibrate, add_verify, bench.add_command):
-        add_command(commands)
-    args = parser.parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     try:
-        status: int = args.run(args)
+        if args.command == "bench":  # before anything is loaded, which takes CPUs itself
+            args.load = quiet.checked_load("accept_noise" in args)
+        if "torch" not in sys.modules:
+            print(f"resps {args.command}: loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
+        status: int = import_module(f".{args.command}", __package__).run(args)
     except (ValueError, OSError) as error:
         print(f"resps {args.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"resps {args.command}: stopped.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"resps {args.command}: {f'stopped {interrupt}'.rstrip()}.", file=sys.stderr)
         return 130
     return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
+    parser = argparse.ArgumentParser("resps", description="Lossless draft trees for Transformers.")
+    parser.add_argument("--version", action="version", version=f"transformers-resps {version('transformers-resps')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add_command in (add_doctor, add_inspect, add_calibrate, add_verify, add_bench, add_serve):
+        add_command(commands)
+    return parser
+
+
+def add_doctor(commands: Any) -> None:
+    """Add `resps doctor TARGET HEAD`."""
+    parser = commands.add_parser("doctor", help="check that a head is read with the settings it was trained with")
+    add_target_options(parser)
+    add_question_options(parser, "without assistant turns the target writes the answers")
+    add = parser.add_argument
+    add("head", type=model, help="folder or Hub id of a draft head for the target, in any published format")
+    add("--answers", type=positive, default=50, help="number of answers to check (default: 50)")
+    checked = "tokens to check per answer; a wrong RoPE base shows on long answers only (default: 256)"
+    add("--max-new-tokens", type=positive, default=256, help=checked)
+    longest = "tokens per conversation; longer ones are cut (default: 320)"
+    add("--max-length", type=positive, default=320, help=longest)
+    add("--revision", help="of the head")
+    settings = "read the head with these settings, for example rope_theta=1e4 feature_layers=[2,16,29]"
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=settings)
+    add("--json", action="store_true", help=_JSON)
+
+
+def add_inspect(commands: Any) -> None:
+    """Add `resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
+    parser = commands.add_parser("inspect", help="write one output as an HTML page: trees, decisions, times")
+    add_target_options(parser)
+    parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("--prompt", required=True, help="the user's message to the target")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the HTML page to write")
+    parser.add_argument(
+        "--policy",
+        help="auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; default: the head's tree",
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="default: 0, which is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of both outputs, if tokens are sampled")
 
 
 def add_calibrate(commands: Any) -> None:
@@ -56,67 +97,11 @@ def add_calibrate(commands: Any) -> None:
     parser = commands.add_parser(
         "calibrate", help="measure what steps cost on this machine, and whether drafting can pay"
     )
-    parser.set_defaults(run=print_costs)
     add_target_options(parser)
     parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
     parser.add_argument("--pack", action="store_true", help="prepack the target's weights first, as `prepack` does")
     parser.add_argument("--refresh", action="store_true", help="measure again even if a table is stored")
-
-
-def print_costs(args: argparse.Namespace) -> int:
-    """Print the cost table, measured now or before, and what follows from it."""
-    target = load_target(args.target, args.dtype, args.device, packed=args.pack)
-    head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
-    table = calibrate(target, head, refresh=args.refresh)
-    for key, value in table.identity.items():
-        print(f"{key:14}{value}")
-    contexts = sorted(table.verify)
-    print("\nMilliseconds per target forward, by context length: the median, and the middle half of the repeats.")
-    print("The last line is plain decoding.\n")
-    print("  nodes" + "".join(f"{context:>24}" for context in contexts))
-    for nodes in sorted(table.verify[contexts[0]]):
-        rows = [(table.verify[context][nodes], table.verify_range.get(context, {}).get(nodes)) for context in contexts]
-        print(f"{nodes:7}" + "".join(f"{_milliseconds(*row):>24}" for row in rows))
-    if table.plain:
-        rows = [(table.plain_seconds(context), table.plain_range.get(context)) for context in contexts]
-        print("  plain" + "".join(f"{_milliseconds(*row):>24}" for row in rows))
-    if table.draft:
-        print("\nMilliseconds per level of the head, by width:\n")
-        for width, seconds in sorted(table.draft.items()):
-            print(f"{width:7}{_milliseconds(seconds, table.draft_range.get(width)):>24}")
-    print(f"\nMilliseconds per step outside its forwards: {1e3 * table.overhead:.2f}")
-    print(f"\n{what_must_be_accepted(table)}")
-    return 0
-
-
-def _milliseconds(seconds: float, spread: Range | None) -> str:
-    ends = f" ({1e3 * spread[0]:.1f} to {1e3 * spread[1]:.1f})" if spread else ""
-    return f"{1e3 * seconds:.1f}{ends}"
-
-
-def what_must_be_accepted(table: CostTable) -> str:
-    """Say how many drafted tokens must be accepted for drafting to pay, or that repeats differ too much to tell."""
-    context = min(table.verify)
-    plain = table.plain_seconds(context)
-    costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in _NODES}
-    listed = ", ".join(f"{nodes} nodes {cost:.1f}" for nodes, cost in costs.items())
-    verify_range = table.verify_range.get(context, {})
-    ranges = [verify_range[nodes] for nodes in _NODES if nodes in verify_range]
-    ranges += [table.plain_range[context]] if context in table.plain_range else []
-    spread = max((high - low for low, high in ranges), default=0.0) / plain
-    difference = max(1.0, *costs.values()) - min(1.0, *costs.values())
-    if spread > max(difference, _MIN_SPREAD):
-        return (
-            f"TOO NOISY TO TELL: repeats of one forward differ by {spread:.1f} plain forwards, the costs by "
-            f"{difference:.1f}. Wait until the machine is idle, then measure again with --refresh.\n"
-            f"Cost of verifying, in plain forwards, as measured: {listed}."
-        )
-    least = min(costs.values())
-    verdict = "can pay" if least < _PAYS_BELOW else "can hardly pay"
-    return (
-        f"Cost of verifying, in plain forwards: {listed}. Drafting {verdict} here: a step must accept more than "
-        f"{max(least - 1, 0.0):.1f} drafted tokens on average, plus what pays for drafting them."
-    )
+    parser.add_argument("--json", action="store_true", help=_JSON)
 
 
 def add_verify(commands: Any) -> None:
@@ -124,7 +109,6 @@ def add_verify(commands: Any) -> None:
     parser = commands.add_parser(
         "verify", help="check that the output with a draft head is the model's own; prints a report"
     )
-    parser.set_defaults(run=prove_lossless)
     add_target_options(parser)
     add_question_options(parser, "its first user turns are the prompts")
     add = parser.add_argument
@@ -137,31 +121,64 @@ def add_verify(commands: Any) -> None:
     rounding = "instead, measure how far a tree forward moves the target's logits"
     add("--rounding", action="store_true", help=rounding)
     add("--revision", help="of the head")
+    add("--json", action="store_true", help=_JSON)
 
 
-def prove_lossless(args: argparse.Namespace) -> int:
-    """Print the report; 1 when the output is not the model's own, 2 when no draft was accepted, so nothing tested."""
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = load_target(args.target, args.dtype, args.device)
-    head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
-    policy = None if args.policy is None else load_policy(args.policy, head)
-    questions = questions_in(read_conversations(args, args.prompts), args.prompts)
-    prompts = [to_tokens(question, tokenizer) for question in questions]
-    if args.rounding:
-        return print_rounding(target, prompts, args.max_new_tokens)
-    print("Comparing; on a CPU this takes minutes ...\n")
-    try:
-        report = assert_lossless(target, head, policy, prompts, seeds=args.seeds, max_new_tokens=args.max_new_tokens)
-    except NotLosslessError as error:
-        print(error.report)
-        return 1
-    print(report)
-    return 0 if report.is_tested else 2
+def add_bench(commands: Any) -> None:
+    """Add `resps bench TARGET [HEAD] --dataset FILE`."""
+    parser = commands.add_parser("bench", help="policies, trees and plain decoding in turn, and which of them to use")
+    add_bench_options(parser, BENCH_METHODS)
+    parser.add_argument("--json", action="store_true", help="print what results.json holds, instead of the table")
 
 
-def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int) -> int:
-    """Print one line per number of nodes; always 0, because nothing is judged."""
-    print(f"Tree forwards against one-token decoding, {target.dtype}, {torch.get_num_threads()} threads:\n")
-    for moved in move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0]):
-        print(f"{f'{moved.nodes} nodes' if moved.nodes else 'all at once'}: {moved}")
-    return 0
+def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str]) -> None:
+    """Give `parser` an option for each field of `BenchConfig`, with these methods to choose from."""
+    parser.argument_default = argparse.SUPPRESS  # what is left out keeps the default of the config
+    add = parser.add_argument
+    add("target", type=model, help="folder or Hub id of the target")
+    drafter = "folder or Hub id of a draft head for the target; without one, drafts by lookup"
+    add("head", type=model, nargs="?", default=None, help=drafter)
+    add("--output", type=Path, help="folder for the results; default: results/bench")
+
+    add = parser.add_argument_group("methods to compare (plain decoding is always included)").add_argument
+    add("--policy", nargs="+", dest="policies", metavar="POLICY", help="'auto', folders or Hub ids; default: auto")
+    named = f"besides the policies: {', '.join(choices.values())}; default: all"
+    add("--methods", nargs="*", choices=tuple(choices), help=named)
+    add("--shapes", nargs="+", type=shape, help="also these fixed trees: total_tokens,depth,top_k[,lookup]")
+    add("--draft-model", metavar="ID", help="also Transformers' assisted generation with this model")
+
+    add = parser.add_argument_group("prompts").add_argument
+    layouts = ".jsonl or .json with turns, messages or prompt, or a Hub id; all user turns are answered"
+    add("--dataset", nargs="+", required=True, dest="datasets", metavar="FILE_OR_ID", help=layouts)
+    add("--split", help="of datasets from the Hub; default: test")
+    add("--limit", type=positive, help="prompts per dataset, spread evenly over it; default: 10")
+
+    add = parser.add_argument_group("conditions").add_argument
+    greedy = "0 (the default) is greedy"
+    add("--temperature", nargs="+", type=temperature, dest="temperatures", metavar="T", help=greedy)
+    add("--max-new-tokens", type=positive, help="of an answer; default: 128")
+    add("--repeats", type=positive, help="of everything; default: 3")
+    add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    add("--device", type=device, help="default: cuda if available, otherwise cpu")
+    add("--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too")
+    both = "decode in every way but Transformers' own with and without compilation, plain decoding too"
+    add("--compile", action="store_true", help=both)
+    add("--threads", type=positive, help="CPU threads; default: as torch chooses")
+    add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
+
+
+def add_serve(commands: Any) -> None:
+    """Add `resps serve TARGET [TARGET ...] [--head HEAD]`."""
+    parser = commands.add_parser("serve", help="answer requests of OpenAI's API, one at a time")
+    add = parser.add_argument
+    add("targets", type=model, nargs="+", metavar="TARGET", help="folder or Hub id; several are served by name")
+    add("--head", type=model, action="append", help="folder or Hub id of a draft head; one per target, in their order")
+    named = "folder or Hub id of a policy, 'auto' (the default), or total_tokens,depth,top_k[,lookup]"
+    add("--policy", default="auto", help=named)
+    compiled = "compiled steps: when they pay, or not"
+    add("--compile", choices=("auto", "always", "never"), default="never", help=compiled)
+    add("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
+    add("--device", type=device, help="default: cuda if available, or cpu")
+    add("--pack", action="store_true", help="prepack the targets' weights first, as `prepack` does")
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
+    add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")

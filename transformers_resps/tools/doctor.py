@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,7 @@ from ..trainers.loading import load_processor
 from ..trainers.losses import unroll
 from ..verifying.forward import FeatureTap
 from .diagnosis import Cell, Diagnosis, Reading, Tally
-from .loading import (
-    add_question_options,
-    add_target_options,
-    load_target,
-    model,
-    positive,
-    questions_in,
-    read_conversations,
-    up_to,
-)
+from .loading import load_target, questions_in, read_conversations, up_to
 
 
 _LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # of the first look
@@ -307,25 +299,7 @@ def refined(
                 return
 
 
-def add_command(commands: Any) -> None:
-    """Add `resps doctor TARGET HEAD`."""
-    parser = commands.add_parser("doctor", help="check that a head is read with the settings it was trained with")
-    parser.set_defaults(run=doctor)
-    add_target_options(parser)
-    add_question_options(parser, "without assistant turns the target writes the answers")
-    add = parser.add_argument
-    add("head", type=model, help="folder or Hub id of a draft head for the target, in any published format")
-    add("--answers", type=positive, default=50, help="number of answers to check (default: 50)")
-    checked = "tokens to check per answer; a wrong RoPE base shows on long answers only (default: 256)"
-    add("--max-new-tokens", type=positive, default=256, help=checked)
-    longest = "tokens per conversation; longer ones are cut (default: 320)"
-    add("--max-length", type=positive, default=320, help=longest)
-    add("--revision", help="of the head")
-    settings = "read the head with these settings, for example rope_theta=1e4 feature_layers=[2,16,29]"
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=settings)
-
-
-def doctor(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print how well the head agrees with its target under each reading; 1 when another reading is better.
 
     The first verdict comes soon, from few and short answers; 130 when Ctrl-C ends what follows.
@@ -339,26 +313,74 @@ def doctor(args: argparse.Namespace) -> int:
     answers = answers or answered(conversations, tokenizer, args.max_length, args.max_new_tokens)
     questions = [] if answers else questions_in(conversations, args.answers)
     prompts = [to_tokens(question, tokenizer)[-args.max_length :] for question in questions]
-    count, tried, found = len(answers or prompts), 0, None
-    print(
-        f"A few short answers give a first verdict, up to {count} long ones better ones; Ctrl-C ends it.", flush=True
-    )
-    with tqdm(desc="Answers", total=count, unit="answer", disable=None) as bar:
+    count, tried, found, status = len(answers or prompts), 0, None, 0
+    page = sys.stderr if args.json else sys.stdout
+    promise = f"A few short answers give a first verdict, up to {count} long ones better ones; Ctrl-C ends it."
+    print(promise, file=page, flush=True)
+    with tqdm(desc="Answers", total=count, unit="answer") if sys.stderr.isatty() else Lines(count) as bar:
         source = source_of(target, answers, prompts, bar)
         try:
             for found in refined(target, head, source, count, args.max_new_tokens, has_images=has_images):
                 tried = max(tried, len(found.cells))
                 bar.clear()
-                print(f"{found.answers}/{count} answers: {found.verdict}", flush=True)
-        except KeyboardInterrupt:
+                print(f"{found.answers}/{count} answers: {found.verdict}", file=page, flush=True)
+        except KeyboardInterrupt as interrupt:
             if found is None:
-                raise
-            bar.close()
-            print_diagnosis(found, tried)
-            return 130
+                raise KeyboardInterrupt("before the first verdict") from interrupt
+            status = 130
     assert found is not None
-    print_diagnosis(found, tried)
-    return int(not found.is_healthy)
+    if args.json:
+        print(json.dumps(told(found)))
+    else:
+        print_diagnosis(found, tried)
+    return status or int(not found.is_healthy)
+
+
+class Lines:
+    """Stands for a bar where no terminal draws one: a line to stderr after every tenth of the answers."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._said = total, 0, 0
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def update(self, n: int) -> None:
+        """Move by `n` answers; back, where the first look is over."""
+        self._done += n
+        self._said = min(self._said, self._done)
+        if self._done > self._said and 10 * (self._done - self._said) >= self._total:
+            self._said = self._done
+            print(f"resps doctor: {self._done} of {self._total} answers read", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Nothing is drawn."""
+
+
+def told(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return a diagnosis as JSON values, best reading first."""
+    cells = sorted(diagnosis.cells, key=lambda cell: -cell.accepted)
+    return {
+        "verdict": diagnosis.verdict,
+        "is_healthy": diagnosis.is_healthy,
+        "has_evidence": diagnosis.has_evidence,
+        "answers": diagnosis.answers,
+        "overrides": diagnosis.overrides,
+        "readings": [
+            asdict(cell.reading)
+            | {
+                "is_configured": cell is diagnosis.configured,
+                "is_best": cell is diagnosis.best,
+                "agreement": cell.agreement,
+                "accepted": cell.accepted,
+                "log_likelihood": cell.log_prob,
+            }
+            for cell in cells
+        ],
+    }
 
 
 def source_of(target: PreTrainedModel, answers: list[LabelledText], prompts: list[Tensor], bar: Any) -> Source:

@@ -32,7 +32,7 @@ from ..telemetry.report import SpeculationReport, StepRecord
 from ..testing import Divergence, explain_divergence
 from ..testing.divergence import first_difference
 from ..tree import DraftTree, TreeShape
-from .loading import add_target_options, load_policy, load_target, model, positive, temperature
+from .loading import load_policy, load_target
 
 
 @dataclass(slots=True)
@@ -355,24 +355,7 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def add_command(commands: Any) -> None:
-    """Add `resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
-    parser = commands.add_parser("inspect", help="write one output as an HTML page: trees, decisions, times")
-    parser.set_defaults(run=inspect)
-    add_target_options(parser)
-    parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
-    parser.add_argument("--prompt", required=True, help="the user's message to the target")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the HTML page to write")
-    parser.add_argument(
-        "--policy",
-        help="auto, total_tokens,depth,top_k[,lookup], or a policy's folder or Hub id; default: the head's tree",
-    )
-    parser.add_argument("--max-new-tokens", type=positive, default=128)
-    parser.add_argument("--temperature", type=temperature, default=0.0, help="default: 0, which is greedy")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of both outputs, if tokens are sampled")
-
-
-def inspect(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Write the page; 1 when both outputs differ and rounding cannot be the reason."""
     if not args.prompt.strip():
         raise ValueError("`--prompt` is empty. Pass a question in quotes.")

@@ -1,7 +1,6 @@
-"""What a command line names: types of arguments, which check it first, and targets, policies and questions."""
+"""What a command line names: targets, policies and questions."""
 
 import argparse
-import math
 import re
 from collections.abc import Sequence
 from itertools import islice
@@ -18,6 +17,7 @@ from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
 from ..tree import TreeShape
 from ..verifying.prepacking import prepack
+from .arguments import shape
 
 
 # Folder names of every training run, which do not tell runs apart.
@@ -44,72 +44,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def model(text: str) -> str:
-    """Accept an existing folder, or what may be a Hub id."""
-    if (text.count("/") > 1 or text.startswith(("/", ".", "~"))) and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder and no Hub id (NAME or OWNER/NAME). Check the path.")
-    return text
-
-
-def temperature(text: str) -> float:
-    """Accept a finite number from 0 on."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no temperature. Write 0 for greedy decoding, or a number above 0."
-        )
-    return value
-
-
-def shape(text: str) -> TreeShape:
-    """Read total_tokens, depth and top_k from `8,4,2`; a fourth number is `lookup`."""
-    try:
-        return TreeShape(*(int(part) for part in text.split(",")))
-    except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no shape. Write total_tokens,depth,top_k as in 8,4,2."
-        ) from error
-
-
-def dtype(text: str) -> str:
-    """Accept the name of a dtype that models are loaded in, or auto."""
-    if text not in ("auto", "float64", "float32", "bfloat16", "float16"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no supported dtype. Write auto, float32, bfloat16 or float16.")
-    return text
-
-
-def device(text: str) -> str:
-    """Accept an available device that computes."""
-    if text.startswith("meta"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device that computes. Write cpu, or leave it out.")
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no device here ({error}). Write cpu, or leave it out."
-        ) from error
-    return text
-
-
-def positive(text: str) -> int:
-    """Accept a whole number above zero."""
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer above 0.")
-    return int(text)
-
-
-def add_target_options(parser: argparse.ArgumentParser) -> None:
-    """Add TARGET, `--dtype` and `--device`."""
-    parser.add_argument("target", type=model, help="folder or Hub id of the target")
-    parser.add_argument("--dtype", type=dtype, help="auto, float32 (the default on a CPU), bfloat16 or float16")
-    parser.add_argument("--device", type=device, default=default_device(), help="default: cuda if available, or cpu")
-
-
-def load_target(name: str, dtype: str | None, device: str, *, packed: bool = False) -> Any:
-    """Load a target onto its device; without a dtype in float32 on a CPU, and elsewhere in its own."""
+def load_target(name: str, dtype: str | None, device: str | None = None, *, packed: bool = False) -> Any:
+    """Load a target onto its device, by default a GPU if any; without a dtype in float32 on a CPU, else in its own."""
+    device = device or default_device()
     chosen = dtype or ("float32" if device == "cpu" else "auto")
     target = load_model(name, dtype=chosen)
     return prepack(target.to(device)) if packed else target.to(device)
@@ -147,12 +84,6 @@ def short_name(source: str) -> str:
     given = PurePath(source)
     parts = (Path(source).resolve() if Path(source).is_dir() else given).parts
     return next((part for part in reversed(parts) if not _KINDS.fullmatch(part)), given.name)
-
-
-def add_question_options(parser: argparse.ArgumentParser, of_dataset: str) -> None:
-    """Add `--dataset` and `--split`."""
-    parser.add_argument("--dataset", help=f".json, .jsonl or Hub id of conversations; {of_dataset}")
-    parser.add_argument("--split", default="train", help="of a dataset from the Hub")
 
 
 def read_conversations(args: argparse.Namespace, most: int) -> list[Conversation]:

@@ -119,7 +119,7 @@ def draft_model(model: PreTrainedModel) -> Generate:
     return Generate("draft model", {"assistant_model": model}, effort=2, seed_exact=False)
 
 
-def fixed_tree(head: DraftHead, shape: TreeShape, name: str | None = None) -> Generate:
+def fixed_tree(head: DraftHead | None, shape: TreeShape, name: str | None = None) -> Generate:
     """Return the method that drafts one shape at every step; a shape of lookups alone needs no head."""
     assistant = {"assistant_model": head} if shape.asks_head else {}
     return Generate(name or f"tree {shape}", {**assistant, "policy": FixedPolicy(shape)}, effort=3)
@@ -133,10 +133,11 @@ def eagle_trees(head: DraftHead) -> list[Generate]:
     ]
 
 
-def policies(head: DraftHead, loaded: Mapping[str, Policy | str]) -> list[Generate]:
+def policies(head: DraftHead | None, loaded: Mapping[str, Policy | str]) -> list[Generate]:
     """Return a method for each policy, by its name."""
+    assistant = {} if head is None else {"assistant_model": head}
     return [
-        Generate(name, {"assistant_model": head, "policy": policy}, effort=4 if policy == "auto" else 5)
+        Generate(name, {**assistant, "policy": policy}, effort=4 if policy == "auto" else 5)
         for name, policy in loaded.items()
     ]
 

@@ -23,6 +23,7 @@ from ..calibration import device_name
 from ..generation.output import up_to_end
 from ..hub.upload import RESULTS
 from ..telemetry.report import StepRecord, bootstrap_interval, rate
+from .quiet import NOISE_OPTION, BusyMachineError
 
 
 SCHEMA_VERSION = 2
@@ -33,7 +34,6 @@ COMPILED_PLAIN = PLAIN + COMPILED
 NAMED_NODES = 8  # whose verification the advice names
 MIN_PROMPTS = 8  # an interval over fewer is narrower than what it stands for: a bootstrap draws from what it has
 MAX_SPREAD = 0.25  # interquartile range over median of plain decoding's rates
-NOISE_OPTION = "or pass --accept-noise (the results will say so)"
 
 _DIGITS = 7  # significant: a second to the microsecond and better
 _MIN_ANSWERS = 8  # before the spread is checked
@@ -46,10 +46,6 @@ _EFFICIENCY = {
     "compiled_ratio": "ratio to compiled plain",
     "compiled_efficiency": "that / tau",
 }
-
-
-class BusyMachineError(ValueError):
-    """Other processes use the machine, so measurements on it are not valid."""
 
 
 class Cell(NamedTuple):
@@ -340,7 +336,12 @@ def markdown_table(results: dict[str, Any]) -> str:
     """Return a row per dataset, temperature and method; what was estimated is in italics."""
     several = len(results["settings"]["temperatures"]) > 1
     left = ["dataset", *(["temperature"] if several else []), "method"]
-    right = [*_SPEED, *_EFFICIENCY.values(), "nodes", "same text"]
+    told = {
+        name: heading
+        for name, heading in _EFFICIENCY.items()
+        if any(row.get(name) is not None for row in chain.from_iterable(results["summaries"].values()))
+    }
+    right = [*_SPEED, *told.values(), "nodes", "same text"]
     lines = [table_row([*left, *right]), table_row(["---"] * len(left) + ["---:"] * len(right))]
     for dataset, rows in results["summaries"].items():
         for row in rows:
@@ -348,15 +349,15 @@ def markdown_table(results: dict[str, Any]) -> str:
             nodes = f"{steps['mean_nodes']:.1f}" if steps and row["measured"] else ""
             same = same_text(row, results) if dataset == ALL else ""
             place = [dataset, *([f"{row['temperature']:g}"] if several else [])]
-            lines.append(table_row([*place, *summary_cells(row), *_efficiency_cells(row), nodes, same]))
+            lines.append(table_row([*place, *summary_cells(row), *_efficiency_cells(row, told), nodes, same]))
     if results.get("not_compiled"):
         lines += ["", f"{COMPILED_PLAIN}: not measured. {results['not_compiled']}"]
     return "\n".join(lines)
 
 
-def _efficiency_cells(row: dict[str, Any]) -> list[str]:
-    """Return what `_EFFICIENCY` names; empty where older results lack it, or where it is estimated."""
-    told = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in _EFFICIENCY]
+def _efficiency_cells(row: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Return these of `_EFFICIENCY`; empty where it is not told, or estimated."""
+    told = [row.get(name) if row["measured"] or name == "compiled_ratio" else None for name in names]
     return ["" if value is None else f"{value:.2f}" for value in told]
 
 

@@ -10,15 +10,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, cast
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # no stubs; Transformers depends on it
@@ -34,9 +36,9 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 
-from ..hub.upload import CARD, RESULTS, Destination, Existing, make_repository, upload
+from ..hub.upload import CARD, METRICS, RECIPE, RESULTS, Destination, Existing, make_repository, upload
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -47,8 +49,9 @@ _UNMEASURED = Existing(refuse=(RESULTS,))
 class ArtefactTrainer(Trainer):
     """Trainer whose product is a head or a policy, in `OUTPUT_DIR/artefact_name`; it pushes that folder to the Hub.
 
-    The folder is written when the run has reached `max_steps`, or early stopping ended it. Until then the newest state
-    is in `OUTPUT_DIR/artefact_name-unfinished`, written at each checkpoint.
+    The folder is written when the run has reached `max_steps`, or early stopping ended it; `recipe.yaml` in it has the
+    settings, `metrics.json` the size of the run and what `evaluate` finds later. Until then the newest state is in
+    `OUTPUT_DIR/artefact_name-unfinished`, written at each checkpoint.
 
     Transformers' own trainer would push the whole output folder: weights in training precision, and
     `training_args.bin`, which is a pickle. With `hub_strategy="end"` there is one push, at the end; otherwise there is
@@ -59,6 +62,9 @@ class ArtefactTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._is_trained = False
+        self._timing = TimingCallback()
+        self.add_callback(self._timing)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, JITCheckpointCallback):
                 callback.on_train_end(self.args, self.state, self.control)  # gives its signal back
@@ -75,6 +81,14 @@ class ArtefactTrainer(Trainer):
     def plain_card(self, repo_id: str) -> str:
         """The card of a repository that has no other."""
         raise NotImplementedError
+
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` tells of a finished run; its `training` tells the size."""
+        return {"training": {"steps": self.state.global_step}}
+
+    def models(self) -> dict[str, str | None]:
+        """What was trained for what, for `recipe.yaml`: names of folders and Hub ids."""
+        return {}
 
     @property
     def steps_per_update(self) -> int:
@@ -114,13 +128,21 @@ class ArtefactTrainer(Trainer):
         """
         if resume_from_checkpoint is True:  # a kill may have left a newer one incomplete
             resume_from_checkpoint = newest_checkpoint(cast(str, self.args.output_dir)) or True
+        if isinstance(resume_from_checkpoint, str):
+            self._timing.resume(resume_from_checkpoint)
         with interruptible(self, self.steps_per_update):
             result = self._restored(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
             if result is None:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
             if self.is_finished and self.args.should_save:
-                write_whole(self.artefact_folder, self.write_artefact)
+                write_whole(self.artefact_folder, self._write_finished)
+        self._is_trained = self.is_finished
         return result
+
+    def _write_finished(self, folder: Path) -> None:
+        self.write_artefact(folder)
+        add_metrics(folder, self.metrics())
+        write_recipe(folder, self.args, type(self).__name__, self.models())
 
     def _restored(self, checkpoint: str) -> TrainOutput | None:
         """The end of a run that has taken all its steps before: Transformers would take one more."""
@@ -233,6 +255,44 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
     shutil.rmtree(unfinished)
+
+
+def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write `metrics.json` of a head or policy, or add to what it tells."""
+    file = folder / METRICS
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(told | metrics, indent=2) + "\n", encoding="utf-8")
+
+
+_OF_THE_MACHINE = ("_dir", "_token", "run_name", "local_rank")  # ends of settings that are nobody else's
+
+
+def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Mapping[str, str | None]) -> None:
+    """Write the models of a run, and its settings that are no defaults, as `recipe.yaml`; a user adds a `card` there.
+
+    What was loaded from a folder is called by the folder's name, because the file is published.
+    """
+    settings: dict[str, Any] = {}
+    for field in fields(args):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = getattr(args, field.name)
+        value = value.value if isinstance(value, Enum) else value
+        if value != default and not field.name.endswith(_OF_THE_MACHINE) and _is_plain(value):
+            settings[field.name] = value
+    told = {
+        name: Path(model).resolve().name if model and Path(model).is_dir() else model for name, model in models.items()
+    }
+    head = f"# Written by {trainer}. `card` is missing: training/PUBLISHING.md says what a card tells.\n"
+    (folder / RECIPE).write_text(head + yaml.safe_dump(told | settings, sort_keys=False), encoding="utf-8")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether YAML has a word for it."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(part) for name, part in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int | float | None)
 
 
 @contextmanager
@@ -409,6 +469,56 @@ def fit_schedule(args: TrainingArguments, steps: int) -> None:
         fitted,
         steps - fitted if decay else 0,
     )
+
+
+_SECONDS = "seconds.json"
+
+
+class TimingCallback(TrainerCallback):
+    """Counts the seconds of training. Every checkpoint holds them, so a resumed run continues the count.
+
+    Steps that a kill undid are not counted.
+
+    Args:
+        clock: in seconds.
+
+    Attributes:
+        seconds: so far; `None` if the checkpoint that the run resumed from does not say how long it took.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds: float | None = 0.0
+        self._clock, self._last = clock, clock()
+
+    def resume(self, checkpoint: str | Path) -> None:
+        """Continue the count of a checkpoint."""
+        file = Path(checkpoint) / _SECONDS
+        self.seconds = float(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start."""
+        self._last = self._clock()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the time in the checkpoint that was just written."""
+        self._advance()
+        if state.is_world_process_zero and self.seconds is not None:
+            folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            (folder / _SECONDS).write_text(json.dumps(self.seconds), encoding="utf-8")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop."""
+        self._advance()
+
+    def _advance(self) -> None:
+        now = self._clock()
+        if self.seconds is not None:
+            self.seconds += now - self._last
+        self._last = now
 
 
 _IN_BAR = ("loss", "tokens_per_second", "eval_tau", "eval_gain_over_best_fixed")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils.logging import tqdm
 
-from ..calibration import calibrate, identity_of
+from ..calibration import calibrate, device_name, identity_of
 from ..data import Example, prepare_dataset, to_tokens
 from ..data.batches import PreparedTexts, StreamedBatches, TokenBudgetBatches, collate
 from ..data.conversations import as_messages
@@ -405,6 +405,13 @@ class PolicyData:
         """Positions in the middle of the answer to a prompt of middle length."""
         lengths = sorted(len(tokens) for prompts in self.prompts.values() for tokens in prompts.tokens.values())
         return lengths[len(lengths) // 2] + self._args.max_completion_length // 2 if lengths else _USUAL_CONTEXT
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What was learned from and where, for `metrics.json`."""
+        target = self.pair.target
+        where = {"dtype": str(target.dtype).removeprefix("torch."), "device": device_name(target.device)}
+        return {"texts": len(self.prompts["train_dataset"].tokens), **where}
 
     def first_questions(self, *names: str) -> set[str]:
         """Of the prompts of these datasets, where there are some."""

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 from transformers.utils.logging import tqdm
 
+from ..calibration import device_name
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
 from ..heads import BoundHead, DraftHead, DraftHeadConfig
 from ..verifying.prepacking import prepack
-from .base import ArtefactTrainer, check_kind
+from .base import ArtefactTrainer, add_metrics, check_kind
 from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in, some_texts
 from .features import FrozenTarget, TargetFeatures
 from .head_config import MUON, DraftHeadTrainingConfig
@@ -217,6 +219,33 @@ class DraftHeadTrainer(ArtefactTrainer):
         self._pace.pause(time.monotonic() - began)
         return output
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in Transformers; after training, `metrics.json` beside the head tells the result, too."""
+        found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self._is_trained and not self.is_in_train and self.args.should_save and metric_key_prefix == "eval":
+            texts = 0 if isinstance(rows, dict) or is_streamed(rows) else len(rows)
+            tree = str(replace(self.head.default_shape, lookup=0))  # the tree of `simulated_tau`
+            add_metrics(self.artefact_folder, head_metrics(found, tree, texts, self.args.tau_texts))
+        return found
+
+    def metrics(self) -> dict[str, Any]:
+        training: dict[str, Any] = {"steps": self.state.global_step}
+        found: dict[str, Any] = {"draft_vocab_size": self.head.config.proposable_tokens}
+        rows: Any = self.train_dataset
+        if not is_streamed(rows):
+            training |= {"texts": len(rows), "epochs": round(self.state.epoch or 0.0, 3)}
+            found["coverage"] = self.draft_vocabulary().coverage
+        if self._timing.seconds is not None:
+            training["minutes"] = round(self._timing.seconds / 60, 1)
+        dtype = "bfloat16" if self.args.bf16 else "float32"
+        return {**found, "training": training | {"dtype": dtype, "device": device_name(self.target.model.device)}}
+
+    def models(self) -> dict[str, str | None]:
+        return {"target": (self.head.config.target or {}).get("name_or_path"), "head": self._origin or None}
+
     def measure_tau(self) -> float:
         """Simulated tau of the default tree on `tau_texts` held-out texts, evenly spread over their lengths."""
         return self._tau(self.get_eval_dataloader().dataset)
@@ -326,6 +355,25 @@ class DraftHeadTrainer(ArtefactTrainer):
         streamed = self._train_texts.questions if isinstance(self._train_texts, StreamedBatches) else set()
         asked = streamed | questions_in(self.train_dataset) | questions_in(self.eval_dataset)
         write_training_prompts(folder, asked, earlier=earlier or ())
+
+
+def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, tau_texts: int) -> dict[str, Any]:
+    """What `metrics.json` tells of the quality of a head.
+
+    Args:
+        evaluation: with `eval_accuracy_1`, `eval_accuracy_2`, ... and optionally `eval_tau`.
+        tree: total_tokens/depth/top_k of the tree that tau was simulated with.
+        held_out_texts: number of sequences evaluated; 0 if it is not known, and nothing is told.
+        tau_texts: number of these that tau was simulated on.
+    """
+    prefix = "eval_accuracy_"
+    agreement = {name.removeprefix(prefix): value for name, value in evaluation.items() if name.startswith(prefix)}
+    metrics: dict[str, Any] = {}
+    if agreement and held_out_texts:
+        metrics |= {"held_out_texts": held_out_texts, "agreement": agreement}
+    if "eval_tau" in evaluation and held_out_texts:
+        metrics |= {"tau_texts": min(tau_texts, held_out_texts), "simulated_tau": {tree: evaluation["eval_tau"]}}
+    return metrics
 
 
 def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: Any, peft_config: Any) -> None:

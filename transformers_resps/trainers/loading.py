@@ -201,6 +201,11 @@ class Pair:
         """Of `target` and `head`: what a policy is trained for."""
         return pair_identity(self.target, self.head)
 
+    @property
+    def names(self) -> dict[str, str | None]:
+        """Where both came from."""
+        return {"target": self.target.config.name_or_path or None, "head": unwrapped(self.head).name_or_path or None}
+
     @classmethod
     def of(
         cls, target: PreTrainedModel | str, head: DraftHead | str, tokenizer: Any, args: PolicyTrainingConfig

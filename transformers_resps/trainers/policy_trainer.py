@@ -1,7 +1,6 @@
 """Train a policy on prompts, in the manner of TRL: recordings and measurements are made inside."""
 
 import copy
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data import write_training_prompts
 from ..heads import DraftHead
-from ..hub.upload import METRICS
 from ..policies.action_grid import ActionGrid
 from ..policies.base import Policy
 from ..policies.costs import CostModel
@@ -30,10 +28,12 @@ from ..replay import Oracle, OutcomeTable, RankedText, RecordedText, fitted_poli
 from ..telemetry.report import Timing, bootstrap_interval, rate
 from .base import (
     ArtefactTrainer,
+    add_metrics,
     check_kind,
     check_resumable,
     make_unmeasured_repository,
     newest_checkpoint,
+    write_recipe,
     write_whole,
 )
 from .data import PolicyData, pools_of
@@ -84,7 +84,7 @@ class RolloutTrainer(ArtefactTrainer):
         super().__init__(model=policy.network, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.policy, self.rollouts, self.eval_rollouts = policy, rollouts, eval_rollouts
-        self._is_trained = self._has_warned = False
+        self._has_warned = False
         self._update: Update | None = None
         self._noted: dict[str, list[float]] = defaultdict(list)  # since the last line of metrics
 
@@ -95,7 +95,6 @@ class RolloutTrainer(ArtefactTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._update = None
         result: TrainOutput = super().train(*args, **kwargs)
-        self._is_trained = self.is_finished
         return result
 
     def get_train_dataloader(self) -> DataLoader[int]:
@@ -316,6 +315,12 @@ class PolicyTrainer(RolloutTrainer):
         comparison = self.compared_on(data.replays(held_out, grid), data.replays(searched, grid))
         return replace(comparison, learned_prompts=data.learned(held_out))
 
+    def metrics(self) -> dict[str, Any]:
+        return {"training": {"steps": self.state.global_step} | self.data.training}
+
+    def models(self) -> dict[str, str | None]:
+        return self.data.pair.names
+
     def write_artefact(self, folder: Path) -> None:
         """Write the policy for its target and head, in its guard if it came in one, and hashes of its prompts."""
         policy = ReSpSPolicy(replace(self.policy.config, **self.data.pair.identity), self.policy.network)
@@ -381,6 +386,8 @@ def fit_policy(
     def write(folder: Path) -> None:
         policy.save_pretrained(folder)
         write_training_prompts(folder, data.first_questions("train_dataset"))
+        add_metrics(folder, {"training": data.training})
+        write_recipe(folder, args, "fit_policy", data.pair.names)
         if comparison is not None:
             comparison.save(folder)
 
@@ -526,5 +533,5 @@ class PolicyComparison:
         return bool(self.doubts)
 
     def save(self, folder: Path) -> None:
-        """Write `metrics.json` into the policy's folder."""
-        (folder / METRICS).write_text(json.dumps(self.report(), indent=2) + "\n", encoding="utf-8")
+        """Tell the result in `metrics.json` in the policy's folder."""
+        add_metrics(folder, self.report())

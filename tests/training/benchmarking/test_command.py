@@ -52,9 +52,9 @@ def test_it_adds_the_best_fixed_tree_the_oracle_hashes_and_plots(
     assert bench("--temperature", "0", "1") == 0
     found = results(tmp_path)
     methods = [row["method"] for row in found["pooled"]]
-    assert methods[:5] == ["plain", "plain, compiled", "prompt lookup", "EAGLE-3 60/5/10", "EAGLE-3 60/7/10"]
-    assert methods[5].startswith("best fixed ") and methods[6:] == ["auto", "oracle (ceiling)"]
-    assert len(found["measurements"]) == 3 * 2 * 7 and len(found["ceilings"]) == 3 * 2
+    assert methods[:4] == ["plain", "prompt lookup", "EAGLE-3 60/5/10", "EAGLE-3 60/7/10"]
+    assert methods[4].startswith("best fixed ") and methods[5:] == ["auto", "oracle (ceiling)"]
+    assert len(found["measurements"]) == 3 * 2 * 6 and len(found["ceilings"]) == 3 * 2
     assert not found["partial"] and not found["unexplained"]
     for hashes in found["weights_sha256"], found["config_sha256"]:
         assert set(hashes) == {"head"} and all(hashes.values())
@@ -80,17 +80,17 @@ def test_after_ctrl_c_the_same_command_goes_on(
         return decode(self, *args, **kwargs)
 
     monkeypatch.setattr(Bench, "decode", counted)
-    options = ("--methods", "prompt-lookup")  # four methods, three turns
+    options = ("--methods", "prompt-lookup")  # three methods, three turns
     assert bench(*options) == 130
     stopped = results(tmp_path)
-    assert stopped["partial"] and len(stopped["measurements"]) == 4
+    assert stopped["partial"] and len(stopped["measurements"]) == 3
     assert bench(*options) == 0
-    assert len(calls) == 6 + 7  # five were kept
+    assert len(calls) == 6 + 4  # five were kept
     whole = results(tmp_path)
-    assert not whole["partial"] and len(whole["measurements"]) == 12
-    assert whole["measurements"][:4] == stopped["measurements"]
-    assert whole["steps"].keys() == {"plain, compiled", "auto"}
-    assert bench(*options) == 0 and len(calls) == 13
+    assert not whole["partial"] and len(whole["measurements"]) == 9
+    assert whole["measurements"][:3] == stopped["measurements"]
+    assert whole["steps"].keys() == {"auto"}
+    assert bench(*options) == 0 and len(calls) == 10
     assert bench(*options, "--max-new-tokens", "6") == 2  # other settings
 
 

@@ -33,7 +33,10 @@ def test_the_metadata_puts_a_card_on_the_page_of_its_target(kind):
     data = ModelCard.load(CARDS / f"{kind}.md").data
     assert data.base_model == "maker/tiny-1M-Instruct" and data.library_name == "transformers-resps"
     assert data.to_dict()["base_model_relation"] == "adapter"
-    assert {"eagle3", "speculative-decoding"} < set(data.tags)
+    assert {"eagle3", "speculative-decoding", "custom_generate", "arxiv:2503.01840", "arxiv:2601.12212"} < set(
+        data.tags
+    )
+    assert ("draft-model" in data.tags) == (kind == "head")
 
 
 def test_a_card_of_bare_weights_says_what_was_not_measured_and_no_more(tmp_path):
@@ -118,7 +121,8 @@ def test_every_folder_of_model_cards_loads_and_its_card_is_what_its_files_render
     loaded = (AutoPolicy if artefact.is_policy else DraftHead).from_pretrained(folder)
     assert loaded is not None
     assert (folder / "README.md").read_text() == render_card(artefact, local_name(folder))
-    assert all((folder / name).read_bytes() == ours for name, ours in custom_generate_files().items())
+    files = custom_generate_files(read_artefact(folder), local_name(folder))
+    assert all((folder / name).read_bytes() == ours for name, ours in files.items())
     assert {"license", "target_license", "languages", "data"} <= set(artefact.said)
     assert read_training_prompts(folder)
     if artefact.results:

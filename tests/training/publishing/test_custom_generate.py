@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from publishing import publish, write_custom_generate
+from publishing import publish, write_bundle, write_custom_generate
 from tests.conftest import build_target
-from tests.training.publishing.artefacts import policy_folder
+from tests.training.publishing.artefacts import head_folder, policy_folder
 from tests.training.publishing.tiny import tiny_target
 from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, ReSpSGenerationMixin, TreeShape, attach
 from transformers_resps.generation.attach import attached
@@ -81,7 +82,7 @@ def test_an_attached_model_stays_attached(where, target, head, prompt):
     from publishing.custom_generate.generate import generate
 
     plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
-    ours = generate(attach(target), **prompt, assistant_model=head, max_new_tokens=12, do_sample=False)
+    ours = generate(model=attach(target), **prompt, assistant_model=head, max_new_tokens=12, do_sample=False)
     assert torch.equal(ours, plain) and isinstance(target, ReSpSGenerationMixin)
 
 
@@ -96,10 +97,10 @@ def test_auto_goes_on_learning_from_call_to_call(target, head, prompt):
             return policy
 
     for _ in range(2):
-        generate(target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
+        generate(model=target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
     before = learned()
     assert before.policy.costs.knows_plain
-    generate(target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
+    generate(model=target, **prompt, assistant_model=head, policy="auto", max_new_tokens=12, do_sample=False)
     assert learned() is before
     assert not isinstance(target, ReSpSGenerationMixin)
 
@@ -114,3 +115,69 @@ def test_a_refusal_leaves_the_model_stock(where, target, head, prompt):
 def test_without_trust_nothing_is_run(where, target, head, prompt):
     with pytest.raises(ValueError, match="trust_remote_code"):
         target.generate(**prompt, custom_generate=where, trust_remote_code=False, assistant_model=head)
+
+
+def test_a_published_head_serves_by_itself(target, prompt, tmp_path):
+    folder = head_folder(tmp_path / "head")
+    write_custom_generate(folder, str(folder))
+    plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
+    settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    code = {"custom_generate": str(folder), "trust_remote_code": True}
+    for policy in (None, FixedPolicy(TreeShape(5, 2, 2))):
+        ours = target.generate(**prompt, **code, **settings, policy=policy)
+        assert torch.equal(ours.sequences, plain) and ours.speculation.steps
+    stock = target.generate(**prompt, **code, **settings, policy="plain")
+    assert torch.equal(stock.sequences, plain) and "speculation" not in stock
+
+
+@pytest.fixture
+def bundle(target, tmp_path):
+    """The folder of a target beside the code that loads a head."""
+    target.save_pretrained(tmp_path / "target")
+    folder = head_folder(tmp_path / "head")
+    write_bundle(folder, str(folder), tmp_path / "bundle", str(tmp_path / "target"))
+    return tmp_path / "bundle"
+
+
+def test_loading_a_bundle_makes_generate_fast_for_good(bundle, target, prompt):
+    plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
+    model = AutoModelForCausalLM.from_pretrained(bundle, trust_remote_code=True)
+    settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    for _ in range(2):
+        ours = model.generate(prompt["input_ids"], attention_mask=prompt["attention_mask"], **settings)
+        assert torch.equal(ours.sequences, plain) and ours.speculation.steps
+    assert isinstance(model, ReSpSGenerationMixin)
+    assert "speculation" not in model.generate(**prompt, **settings, policy="plain")
+    stock = AutoModelForCausalLM.from_pretrained(bundle)
+    assert torch.equal(stock.generate(**prompt, max_new_tokens=12, do_sample=False), plain)
+    assert not isinstance(stock, ReSpSGenerationMixin)
+
+
+def test_a_bundle_whose_head_is_gone_says_so_at_every_call(bundle, prompt):
+    model = AutoModelForCausalLM.from_pretrained(bundle, trust_remote_code=True)
+    (bundle.parent / "head" / "model.safetensors").unlink()
+    for _ in range(2):
+        with pytest.raises((ValueError, OSError), match="head"):
+            model.generate(**prompt, max_new_tokens=12)
+
+
+def test_a_bundle_says_what_it_is(bundle):
+    card = (bundle / "README.md").read_text()
+    assert "- custom_generate" in card and "base_model: maker/tiny-1M-Instruct" in card
+    assert {file.name for file in bundle.iterdir()} == {
+        "README.md",
+        "config.json",
+        "custom_generate",
+        "generation_config.json",
+        "model.safetensors",
+    }
+
+
+def test_a_bundle_of_another_target_or_over_other_files_is_refused(bundle, tmp_path):
+    folder = tmp_path / "head"
+    with pytest.raises(ValueError, match="is not empty"):
+        write_bundle(folder, str(folder), bundle, str(tmp_path / "target"))
+    build_target(hidden_size=40, vocab_size=72).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="hidden_size 40 instead of"):
+        write_bundle(folder, str(folder), tmp_path / "new", str(tmp_path / "other"))
+    assert not (tmp_path / "new").exists()

@@ -50,7 +50,7 @@ def test_a_stock_model_gets_a_head_and_a_policy_that_anybody_can_download(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("transformers_resps.calibration.HF_HOME", str(tmp_path / "costs"))
-    monkeypatch.setattr("transformers_resps.tools.bench.other_load", lambda: 0.0)  # as on a quiet machine,
+    monkeypatch.setattr("transformers_resps.tools.quiet.other_load", lambda: 0.0)  # as on a quiet machine,
     monkeypatch.setattr("benchmarking.command.check_spread", lambda *_: None)  # which this one is not
     torch.manual_seed(1)
     Architecture("llama", {"max_position_embeddings": 1024}).build("sdpa").float().save_pretrained(tmp_path / "target")

@@ -1,10 +1,12 @@
 """training/publish.py from a folder to the Hub and back."""
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 
+from publishing import write_run
 from tests.training.publishing.artefacts import changed, policy_folder, snapshot
 from transformers_resps import AutoPolicy, DraftHead
 
@@ -69,6 +71,18 @@ def test_a_faulty_folder_is_refused_before_anything_is_asked(hub, folder, capsys
         assert publish(folder, REPO, *mode) == 1
         assert "is partial" in capsys.readouterr().err
     assert hub.requests == []
+
+
+def test_a_targets_folder_is_never_in_a_card_and_its_id_is_asked_for(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    config["target"]["name_or_path"] = "tiny-135m"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert publish(folder, "--render") == 1
+    assert "The target 'tiny-135m' is not a Hub id. Put `target: HUB_ID` under `card`" in capsys.readouterr().err
+    write_run(folder, (folder / "recipe.yaml").read_text())
+    assert "the card cannot say what to load. The target 'tiny-135m' is" in capsys.readouterr().out
+    card = (folder / "README.md").read_text()
+    assert "tiny-135m" not in card and 'AutoModelForCausalLM.from_pretrained("TARGET"' in card and "None" not in card
 
 
 def test_render_mends_the_card_and_adds_the_code(hub, folder):

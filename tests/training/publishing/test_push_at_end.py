@@ -59,6 +59,16 @@ def test_a_checkpoint_of_a_head_goes_to_the_hub_in_its_targets_precision_and_wit
     assert DraftHead.from_pretrained("tester/early").dtype == torch.bfloat16
 
 
+def test_a_head_that_was_trained_in_python_lacks_a_card_and_a_benchmark_only(tmp_path):
+    target, head = fresh()
+    one = DraftHeadTrainer(head, config(tmp_path, max_steps=3), texts(), texts(1), target=target)
+    one.train()
+    one.evaluate()
+    faults = find_faults(one.artefact_folder, "head")
+    assert [fault.split(".")[0] for fault in faults[:2]] == ["README", "results"]
+    assert all("recipe.yaml" in fault for fault in faults[2:]) and "lacks license" in faults[-1], faults
+
+
 def test_at_the_end_alone_if_asked(hub, tmp_path):
     one = trainer(tmp_path, max_steps=3, hub_strategy="end")
     one.train()

@@ -7,7 +7,7 @@ those of the tensors; a config or a target that disagrees is refused, and what i
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,9 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
         if (whole := fetch(single)) is not None:
             return _read_json(path), _read_tensors(whole)
         if (index := fetch(f"{single}.index.json")) is not None:
-            return _read_json(path), _read_shards(index, fetch)
+            config = _read_json(path)
+            check_is_head(config, canonical_names(_read_json(index)["weight_map"], name), name)  # before the shards
+            return config, _read_shards(index, fetch)
     raise ValueError(
         f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their .index.json. "
         "Check that the download is complete, and whether you are offline."
@@ -182,6 +184,7 @@ class _PublishedHead:
         self._stated = self._published.fields
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        check_is_head(self._stated, self._tensors, self._source)
         for reason in other_kinds(self._stated, self._tensors):
             raise ValueError(
                 f"{self._source} {reason} Use an EAGLE-3 head of the same target, or train one with "
@@ -352,6 +355,20 @@ class _PublishedHead:
         if output is None or weight.shape != output.weight.shape:
             return False
         return torch.equal(weight, output.weight.detach().to(device="cpu", dtype=weight.dtype))
+
+
+_WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # ends of the names of models' classes
+
+
+def check_is_head(config: dict[str, Any], names: Container[str], source: str) -> None:
+    """Raise a `ValueError` for a whole model, by its config and our `names` of its tensors."""
+    kinds = [kind for kind in config.get("architectures") or () if kind.endswith(_WHOLE)]
+    if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
+        raise ValueError(
+            f"{source} is a whole model ({kinds[0]}), but a draft head is needed. Pass a head that was trained for "
+            "your model; to draft with this one as Transformers does, load it with `AutoModelForCausalLM`, and pass "
+            "the model as `assistant_model`."
+        )
 
 
 # Parts of tensors' names -> what they are of, where an EAGLE-3 head has none.

@@ -1,8 +1,13 @@
 """Names of tensors: every published spelling -> ours, and what a head must have."""
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+
+Item = TypeVar("Item")
 
 _PREFIXES = ("model.", "draft_model.", "eagle_module.")
 _SPELLINGS = (
@@ -31,13 +36,13 @@ _LAYER = (
 )
 
 
-def canonical_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The same tensors under our names; `t2d` and `hot_token_id` are kept for reading the vocabulary.
+def canonical_names(tensors: Mapping[str, Item], source: str) -> dict[str, Item]:
+    """The same tensors, or what else has their names, under ours; `t2d` and `hot_token_id` are kept.
 
     Raises:
         ValueError: two tensors mean the same.
     """
-    renamed: dict[str, Tensor] = {}
+    renamed: dict[str, Item] = {}
     origins: dict[str, str] = {}
     for name, tensor in tensors.items():
         canonical = _canonical(name)

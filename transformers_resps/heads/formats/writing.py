@@ -1,4 +1,4 @@
-"""Our canonical head -> the layouts that SGLang, vLLM and llama.cpp read."""
+"""Our canonical head -> the layouts of SpecForge and speculators, which other engines read."""
 
 import json
 from pathlib import Path
@@ -26,14 +26,17 @@ def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Pat
         config: the head's.
         tensors: its state dict.
         folder: made if missing.
-        layout: "specforge" (flat config, `midlayer.`, ids of layers; read by SGLang, vLLM and llama.cpp) or
-            "speculators" (nested config, `layers.0.`, ids of boundaries; read by vLLM).
+        layout: "specforge" (flat config, `midlayer.`, ids of layers) or "speculators" (nested config, `layers.0.`, ids
+            of boundaries).
 
     Raises:
         ValueError: the layout is unknown, or cannot express what this head does.
     """
     if layout not in FORMATS:
-        raise ValueError(f"`format` is {layout!r}, but must be one of {list(FORMATS)}.")
+        raise ValueError(
+            f"`format` is {layout!r}, but must be one of {list(FORMATS)}, which are layouts of files. "
+            'Write "specforge" for SGLang and llama.cpp, "speculators" for vLLM.'
+        )
     if config.before_deepstack:
         raise ValueError(
             "This head reads features before DeepStack adds to them, but other engines read them after it. Train one "

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerControl
 
-from runs.timing import TimingCallback
+from transformers_resps.trainers.base import TimingCallback
 
 
 def tell(timing: TimingCallback, event: str, folder: Path, step: int) -> None:
@@ -24,7 +24,8 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_kept_steps(tmp_path: 
     now[0] = 110
     tell(first, "on_save", tmp_path, 5)
     now[0] = 9000  # killed here, and started again on another day
-    second = TimingCallback(tmp_path / "checkpoint-5", clock=lambda: now[0])
+    second = TimingCallback(clock=lambda: now[0])
+    second.resume(tmp_path / "checkpoint-5")
     tell(second, "on_train_begin", tmp_path, 5)
     now[0] = 9004
     tell(second, "on_train_end", tmp_path, 8)
@@ -33,7 +34,8 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_kept_steps(tmp_path: 
 
 def test_a_checkpoint_that_does_not_tell_its_seconds_leaves_them_unknown(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
-    timing = TimingCallback(tmp_path / "checkpoint-5", clock=lambda: 1.0)
+    timing = TimingCallback(clock=lambda: 1.0)
+    timing.resume(tmp_path / "checkpoint-5")
     tell(timing, "on_train_begin", tmp_path, 5)
     tell(timing, "on_save", tmp_path, 8)
     assert timing.seconds is None and not list(tmp_path.glob("*/seconds.json"))

@@ -1,0 +1,373 @@
+"""`resps serve`, by what its clients see: answers, figures, refusals, and a server that lives."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+pytest.importorskip("openai", reason="the extra `serve` is not installed")
+
+import openai
+import uvicorn
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import build_target
+from tests.targets import VOCABULARY
+from tests.tokenizers import templated
+from tests.tools.serving_load import run_load
+from transformers_resps import DraftHead
+from transformers_resps.decoding.loop import TreeDecoding
+from transformers_resps.tools import serving
+from transformers_resps.tools.cli import main
+
+
+ASKED = [{"role": "user", "content": "abdabdabd"}]
+LENGTH = 64  # positions of the targets
+
+
+class Client:
+    """A running server, and what is asked of it over the loopback."""
+
+    def __init__(self, port: int, folder: Path) -> None:
+        self.port, self.folder = port, folder
+        self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+    @property
+    def target(self) -> str:
+        return str(self.folder / "target")
+
+    def send(self, path: str, body: Any, method: str = "POST") -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, data, {"content-type": "application/json"})
+        return connection
+
+    def ask(self, body: Any, path: str = "/v1/chat/completions") -> tuple[int, Any]:
+        answer = self.send(
+            path, {"model": self.target} | body if isinstance(body, dict) else body, "POST"
+        ).getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def stream(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> list[dict[str, Any]]:
+        answer = self.send(path, {"model": self.target, "stream": True} | body).getresponse()
+        events = answer.read().decode().split("\n\n")
+        return [json.loads(event.removeprefix("data: ")) for event in events if event]
+
+    def metrics(self) -> dict[str, float]:
+        lines = self.send("/metrics", b"", "GET").getresponse().read().decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    def plain(self, content: str = "abdabdabd", name: str = "target", **settings: Any) -> str:
+        """What the target writes alone."""
+        tokenizer, target = templated(), AutoModelForCausalLM.from_pretrained(self.folder / name)
+        turns = [{"role": "user", "content": content}]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = target.generate(**inputs, **settings)
+        return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def save_target(folder: Path, seed: int = 0) -> None:
+    target = build_target(
+        vocab_size=VOCABULARY,
+        initializer_range=0.6,
+        num_hidden_layers=2,
+        eos_token_id=None,
+        max_position_embeddings=LENGTH,
+        seed=seed,
+    )
+    target.save_pretrained(folder)
+    templated().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Two targets, of which the first has a head, served from a thread."""
+    folder = tmp_path_factory.mktemp("served")
+    save_target(folder / "target")
+    save_target(folder / "other", seed=1)
+    torch.manual_seed(1)
+    DraftHead.from_target(AutoModelForCausalLM.from_pretrained(folder / "target")).save_pretrained(folder / "head")
+    figures = serving.Figures()
+    worker = serving.OneAtATime(figures)
+    served = [
+        serving.Served(str(folder / "target"), str(folder / "head")),
+        serving.Served(str(folder / "other"), None),
+    ]
+    loading = {"policy": "10,2,9", "compile": None, "dtype": None, "device": "cpu", "packed": False}
+    models = serving.AttachedModels(served, **loading, worker=worker)
+    app = serving.build_app(models, worker, figures)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield Client(listening.getsockname()[1], folder)
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def test_the_openai_client_reads_the_plain_answer_and_what_speculation_did(client: Client) -> None:
+    answer = client.openai.chat.completions.create(model=client.target, messages=ASKED, max_tokens=20)
+    assert answer.choices[0].message.content == client.plain(max_new_tokens=20)
+    assert answer.choices[0].finish_reason == "length"
+    told = answer.model_extra["metrics"]["speculative_decoding"]
+    accepted = told["num_accepted_draft_tokens"]
+    assert told["num_target_forwards"] + accepted == 20 and told["num_draft_tokens"] >= accepted > 0
+    assert sum(told["acceptance_histogram"]) == told["num_spec_steps"] == told["num_target_forwards"] - 1
+    assert told["mean_tokens_per_forward"] == 20 / told["num_target_forwards"]
+
+
+def test_a_stream_is_the_answer_and_its_last_chunk_has_the_figures(client: Client) -> None:
+    chunks = list(
+        client.openai.chat.completions.create(model=client.target, messages=ASKED, max_tokens=20, stream=True)
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == client.plain(max_new_tokens=20)
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert [chunk for chunk in chunks if "metrics" in chunk.model_extra] == chunks[-1:]
+    assert chunks[-1].model_extra["metrics"]["speculative_decoding"]["num_spec_steps"] > 0
+
+
+def test_completions_and_responses_likewise(client: Client) -> None:
+    asked: dict[str, Any] = {"model": client.target, "prompt": "abdabd", "max_tokens": 9}
+    whole = client.openai.completions.create(**asked)
+    chunks = list(client.openai.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text != ""
+    asked = {"model": client.target, "input": "abdabdabd", "max_output_tokens": 9}
+    response = client.openai.responses.create(**asked)
+    events = list(client.openai.responses.create(**asked, stream=True))
+    assert response.output_text == client.plain(max_new_tokens=9)
+    assert events[-1].type == "response.completed" and events[-1].response.output_text == response.output_text
+    for told in (whole, chunks[-1], response, events[-1].response):
+        assert told.model_extra["metrics"]["speculative_decoding"]["num_target_forwards"] <= 9
+
+
+def test_a_seed_draws_what_plain_sampling_draws_with_it(client: Client) -> None:
+    torch.manual_seed(5)
+    plain = client.plain(do_sample=True, temperature=0.9, max_new_tokens=20)
+    settings = json.dumps({"do_sample": True, "temperature": 0.9, "max_new_tokens": 20})
+    asked: dict[str, Any] = {"messages": ASKED, "seed": 5, "generation_config": settings}
+    run_load(client.port, client.target, requests=4, clients=2)  # others draw in between
+    assert client.ask(asked)[1]["choices"][0]["message"]["content"] == plain
+    for request in (asked, {"messages": ASKED, "seed": 5, "temperature": 0.9, "max_tokens": 20}):
+        streamed = client.stream(request)
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in streamed) == plain
+
+
+@pytest.mark.parametrize("settings", [{"policy": "plain"}, {"generation_config": {"policy": "plain"}}])
+def test_a_request_may_ask_for_plain_decoding(client: Client, settings: dict[str, Any]) -> None:
+    answer = client.ask({"messages": ASKED, "max_tokens": 9} | settings)[1]
+    assert answer["metrics"] == {"speculative_decoding": {"plain": "The request asks for it."}}
+    assert answer["choices"][0]["message"]["content"] == client.plain(max_new_tokens=9)
+
+
+def test_what_a_tree_cannot_do_is_decoded_plainly_and_marked(client: Client) -> None:
+    settings = {"num_beams": 3, "max_new_tokens": 9}
+    asked = {"messages": ASKED, "generation_config": json.dumps(settings)}
+    plain = client.plain(**settings)
+    answer = client.ask(asked)[1]
+    assert answer["choices"][0]["message"]["content"] == plain != client.plain(max_new_tokens=9)
+    assert "num_beams=3" in answer["metrics"]["speculative_decoding"]["plain"]
+    streamed = client.stream(asked)
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in streamed) == plain
+    assert streamed[-1]["metrics"] == answer["metrics"]
+
+
+def test_an_own_assistant_of_stock_is_plain_and_streamed_once(client: Client) -> None:
+    settings = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 9}
+    streamed = client.stream({"messages": ASKED, "generation_config": json.dumps(settings)})
+    text = "".join(event["choices"][0]["delta"].get("content", "") for event in streamed)
+    assert text == client.plain(max_new_tokens=9)
+    assert "prompt_lookup_num_tokens=3" in streamed[-1]["metrics"]["speculative_decoding"]["plain"]
+
+
+def test_each_model_answers_by_its_name(client: Client) -> None:
+    names = [model.id for model in client.openai.models.list()]
+    assert names == [client.target, str(client.folder / "other")]
+    answer = client.ask({"model": names[1], "messages": ASKED, "max_tokens": 9})[1]
+    assert answer["choices"][0]["message"]["content"] == client.plain(name="other", max_new_tokens=9)
+
+
+def test_an_answer_ends_where_the_model_has_no_positions_left(client: Client) -> None:
+    answer = client.ask({"messages": ASKED})[1]
+    assert answer["usage"]["total_tokens"] == LENGTH and answer["choices"][0]["finish_reason"] == "length"
+    assert answer["choices"][0]["message"]["content"] == client.plain(max_length=LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"model": "other/model"}, 404, "is not served here"),
+        ({"model": None}, 404, "is not served here"),
+        ({"model": ["a"]}, 404, "is not served here"),
+        ({"messages": []}, 400, "`messages` is missing or empty"),
+        ({"messages": [{"content": "a"}]}, 400, "KeyError: 'role'"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "could not be read"),
+        ({"messages": [{"role": "user", "content": "a" * 70}]}, 400, "74 tokens, but the model reads 64"),
+        ({"n": 2}, 400, "`n` with the value 2"),
+        ({"logprobs": True}, 400, "`logprobs`"),
+        ({"response_format": {"type": "json_object"}}, 400, "`response_format`"),
+        ({"policy": "/etc"}, 400, "'auto' or 'plain' only"),
+        ({"generation_config": {"policy": "owner/name"}}, 400, "'auto' or 'plain' only"),
+        ({"generation_config": "{"}, 400, "could not be read"),
+        ({"generation_config": {"num_return_sequences": 2}}, 400, "`num_return_sequences`"),
+        ({"max_tokens": 0}, 400, "max_new_tokens"),
+        ({"max_tokens": "many"}, 400, "could not be read"),
+        ({"temperature": -1, "generation_config": {"do_sample": True}}, 400, "temperature"),
+        ({"seed": "5"}, 400, "`seed`"),
+        ({"beam": 2}, 422, "Unexpected fields"),
+    ],
+)
+def test_a_bad_request_is_told_why(client: Client, body: dict[str, Any], status: int, words: str) -> None:
+    found, told = client.ask({"messages": ASKED} | body)
+    assert found == status and words in told["error"]["message"], told
+    assert client.ask({"messages": ASKED, "max_tokens": 2})[0] == 200
+
+
+def test_a_body_that_is_no_json_or_too_large_is_refused(client: Client) -> None:
+    status, told = client.ask(b'{"messages": [')
+    assert status == 400 and "is no JSON object" in told["error"]["message"]
+    status, told = client.ask(b'{"messages": "' + b"a" * 100_000_000)
+    assert status == 413 and "33,554,432 bytes" in told["error"]["message"]
+    assert client.ask({"messages": ASKED, "max_tokens": 2})[0] == 200
+
+
+class Gate:
+    """Lets the steps of `TreeDecoding` pass when a test opens it, and counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps, self.arrived, self.opened = 0, threading.Event(), threading.Event()
+        step = TreeDecoding.step
+
+        def counted(decoding: TreeDecoding) -> None:
+            self.steps += 1
+            self.arrived.set()
+            assert self.opened.wait(20)
+            step(decoding)
+
+        monkeypatch.setattr(TreeDecoding, "step", counted)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_model_within_one_step(
+    client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    before = client.metrics().get('resps_requests_total{outcome="left"}', 0)
+    with monkeypatch.context() as patch:
+        gate = Gate(patch)
+        connection = client.send(
+            "/v1/chat/completions", {"model": client.target, "messages": ASKED, "stream": stream, "max_tokens": 40}
+        )
+        assert gate.arrived.wait(20)
+        waiting = client.send("/v1/chat/completions", {"model": client.target, "messages": ASKED, "max_tokens": 40})
+        waiting.close()  # leaves before its turn has come
+        connection.close()
+        time.sleep(0.3)  # for the event loop to notice
+        gate.opened.set()
+        answer = client.ask({"model": str(client.folder / "other"), "messages": ASKED, "policy": "plain"})
+    assert answer[0] == 200 and gate.steps == 1
+    assert client.metrics()['resps_requests_total{outcome="left"}'] == before + 2
+
+
+def test_an_error_in_the_middle_of_a_stream_is_told_and_the_server_lives(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TreeDecoding.step
+
+    def broken(decoding: TreeDecoding) -> None:
+        if len(decoding.report.steps) > 2:
+            raise RuntimeError('no "memory"\n\nleft')
+        step(decoding)
+
+    before = client.metrics().get('resps_requests_total{outcome="failed"}', 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(TreeDecoding, "step", broken)
+        with pytest.raises(openai.APIError, match='no "memory"'):
+            list(client.openai.chat.completions.create(model=client.target, messages=ASKED, stream=True))
+        with pytest.raises(openai.InternalServerError, match="memory"):
+            client.openai.chat.completions.create(model=client.target, messages=ASKED)
+    assert client.metrics()['resps_requests_total{outcome="failed"}'] == before + 2
+    assert client.ask({"messages": ASKED, "max_tokens": 9})[1]["choices"][0]["message"]["content"] == client.plain(
+        max_new_tokens=9
+    )
+
+
+def test_what_generate_refuses_in_a_stream_is_the_clients_fault(client: Client) -> None:
+    (_, told) = client.stream({"messages": ASKED, "max_tokens": 0})
+    assert told["error"]["code"] == 400 and "max_new_tokens" in told["error"]["message"]
+
+
+def test_no_client_drops_models_or_loads_others(client: Client) -> None:
+    assert client.ask({}, "/reset")[0] == 404
+    assert client.ask({"model": "a", "questions": []}, "/v1/systemone")[0] == 404
+    loaded = client.send("/load_model", {"model": "owner/other"}).getresponse().read().decode()
+    assert "is not served here" in loaded
+
+
+def test_the_figures_of_the_server_are_the_sums_of_its_answers(client: Client) -> None:
+    before = client.metrics()
+    answers = [client.ask({"messages": ASKED, "max_tokens": 8, "policy": policy})[1] for policy in (None, "plain")]
+    after, told = client.metrics(), answers[0]["metrics"]["speculative_decoding"]
+
+    def gained(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert gained("resps_emitted_tokens_total") == 16
+    assert gained("resps_prompt_tokens_total") == sum(answer["usage"]["prompt_tokens"] for answer in answers)
+    assert gained("resps_target_forwards_total") == told["num_target_forwards"]
+    assert gained("resps_draft_tokens_total") == told["num_draft_tokens"]
+    assert gained("resps_accepted_tokens_total") == told["num_accepted_draft_tokens"]
+    assert (
+        gained('resps_requests_total{outcome="speculative"}') == gained('resps_requests_total{outcome="plain"}') == 1
+    )
+    assert after["resps_requests_in_progress"] == 0
+
+
+def test_many_clients_at_once_lose_nothing_and_read_plain_answers(client: Client) -> None:
+    done = run_load(client.port, client.target, requests=20, clients=4)
+    assert done.answered + done.cut_off == 20 and done.cut_off > 0 and not done.faults
+    assert all(text == client.plain(content, max_new_tokens=count) for (content, count), text in done.answers.items())
+
+
+def test_the_command_serves_until_it_is_interrupted(client: Client) -> None:
+    command = [sys.executable, "-m", "resps", "serve", client.target, "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert line.startswith(f"Serving {client.target} at http://127.0.0.1:"), process.stderr.read()
+        own = Client(int(line.split("/v1")[0].rpartition(":")[2]), client.folder)
+        answer = own.ask({"messages": ASKED, "max_tokens": 9})[1]
+        assert answer["choices"][0]["message"]["content"] == client.plain(max_new_tokens=9)
+        own.send("/v1/chat/completions", {"messages": ASKED, "stream": True})
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        assert "Traceback" not in (told := process.stderr.read()) and "resps serve: stopped." in told
+
+
+def test_heads_are_one_per_target(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    head = str(client.folder / "head")
+    assert main(["serve", client.target, "--head", head, "--head", head]) == 2
+    assert "Got 2 heads for 1 targets" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(
+    client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", client.target, "--port", str(client.port)]) == 2
+    assert "Address already in use" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""`resps calibrate`: what steps cost on this machine, and whether drafting can pay."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from ..calibration import calibrate
+from ..heads import DraftHead
+from ..policies.costs import CostTable, Range
+from .loading import load_target
+
+
+_MIN_SPREAD = 0.1  # plain forwards: a smaller one changes no conclusion
+_NODES = (2, 4, 8)  # of which the verdict of `resps calibrate` speaks
+_PAYS_BELOW = 1.6  # plain forwards that a verification may cost
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the cost table, measured now or before, and what follows from it."""
+    target = load_target(args.target, args.dtype, args.device, packed=args.pack)
+    head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
+    table = calibrate(target, head, refresh=args.refresh)
+    if args.json:
+        print(json.dumps(asdict(table) | {"verdict": what_must_be_accepted(table)}))
+        return 0
+    for key, value in table.identity.items():
+        print(f"{key:14}{value}")
+    contexts = sorted(table.verify)
+    print("\nMilliseconds per target forward, by context length: the median, and the middle half of the repeats.")
+    print("The last line is plain decoding.\n")
+    print("  nodes" + "".join(f"{context:>24}" for context in contexts))
+    for nodes in sorted(table.verify[contexts[0]]):
+        rows = [(table.verify[context][nodes], table.verify_range.get(context, {}).get(nodes)) for context in contexts]
+        print(f"{nodes:7}" + "".join(f"{_milliseconds(*row):>24}" for row in rows))
+    if table.plain:
+        rows = [(table.plain_seconds(context), table.plain_range.get(context)) for context in contexts]
+        print("  plain" + "".join(f"{_milliseconds(*row):>24}" for row in rows))
+    if table.draft:
+        print("\nMilliseconds per level of the head, by width:\n")
+        for width, seconds in sorted(table.draft.items()):
+            print(f"{width:7}{_milliseconds(seconds, table.draft_range.get(width)):>24}")
+    print(f"\nMilliseconds per step outside its forwards: {1e3 * table.overhead:.2f}")
+    print(f"\n{what_must_be_accepted(table)}")
+    return 0
+
+
+def _milliseconds(seconds: float, spread: Range | None) -> str:
+    ends = f" ({1e3 * spread[0]:.1f} to {1e3 * spread[1]:.1f})" if spread else ""
+    return f"{1e3 * seconds:.1f}{ends}"
+
+
+def what_must_be_accepted(table: CostTable) -> str:
+    """Say how many drafted tokens must be accepted for drafting to pay, or that repeats differ too much to tell."""
+    context = min(table.verify)
+    plain = table.plain_seconds(context)
+    costs = {nodes: table.verify_seconds(nodes, context) / plain for nodes in _NODES}
+    listed = ", ".join(f"{nodes} nodes {cost:.1f}" for nodes, cost in costs.items())
+    verify_range = table.verify_range.get(context, {})
+    ranges = [verify_range[nodes] for nodes in _NODES if nodes in verify_range]
+    ranges += [table.plain_range[context]] if context in table.plain_range else []
+    spread = max((high - low for low, high in ranges), default=0.0) / plain
+    difference = max(1.0, *costs.values()) - min(1.0, *costs.values())
+    if spread > max(difference, _MIN_SPREAD):
+        return (
+            f"TOO NOISY TO TELL: repeats of one forward differ by {spread:.1f} plain forwards, the costs by "
+            f"{difference:.1f}. Wait until the machine is idle, then measure again with --refresh.\n"
+            f"Cost of verifying, in plain forwards, as measured: {listed}."
+        )
+    least = min(costs.values())
+    verdict = "can pay" if least < _PAYS_BELOW else "can hardly pay"
+    return (
+        f"Cost of verifying, in plain forwards: {listed}. Drafting {verdict} here: a step must accept more than "
+        f"{max(least - 1, 0.0):.1f} drafted tokens on average, plus what pays for drafting them."
+    )

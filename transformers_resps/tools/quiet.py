@@ -1,0 +1,49 @@
+"""Whether the machine is quiet enough to measure on; asked before PyTorch is loaded."""
+
+import os
+import time
+from pathlib import Path
+
+
+MAX_LOAD = 0.5  # CPUs that other processes may use before the start
+NOISE_OPTION = "or pass --accept-noise (the results will say so)"
+
+
+class BusyMachineError(ValueError):
+    """Other processes use the machine, so measurements on it are not valid."""
+
+
+def checked_load(accept_noise: bool) -> float | None:
+    """Return how many CPUs others use. Raises `BusyMachineError` as `check_load` does, unless noise is accepted."""
+    load = other_load()
+    if not accept_noise:
+        check_load(load)
+    return load
+
+
+def other_load(seconds: float = 1.0) -> float | None:
+    """Return how many CPUs others use while this process waits for `seconds`; `None` if the system does not tell.
+
+    The load average would include this command's own last run.
+    """
+    counters = Path("/proc/stat")
+    if not counters.exists():
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+    def idle_and_all() -> tuple[int, int]:
+        numbers = [int(part) for part in counters.read_text().split("\n", 1)[0].split()[1:9]]
+        return numbers[3] + numbers[4], sum(numbers)  # idle and waiting for a disk; all
+
+    before = idle_and_all()
+    time.sleep(seconds)
+    idle, total = (now - then for now, then in zip(idle_and_all(), before, strict=True))
+    return (1 - idle / total) * (os.cpu_count() or 1) if total else None
+
+
+def check_load(load: float | None) -> None:
+    """Raise `BusyMachineError` when other processes use more than `MAX_LOAD` CPUs; `None` is unknown."""
+    if load is not None and load > MAX_LOAD:
+        raise BusyMachineError(
+            f"Other processes use {load:.1f} CPUs, but at most {MAX_LOAD} may be in use during a measurement. Wait "
+            f"until they are done, {NOISE_OPTION}."
+        )

@@ -1,0 +1,54 @@
+"""`resps serve`: OpenAI's chat, completions and responses, answered by attached models."""
+
+import argparse
+import logging
+import socket
+
+from ..compat import check_extra
+from .loading import default_device, named_tree
+
+
+_GRACE_SECONDS = 5  # that running requests get to end in after Ctrl-C
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C.
+
+    Raises:
+        ValueError: a package is missing or of an unknown release, or the heads do not fit the targets.
+        OSError: the port is taken, or a model cannot be loaded.
+    """
+    check_extra("serve")
+    heads = args.head or []
+    if heads and len(heads) != len(args.targets):
+        raise ValueError(f"Got {len(heads)} heads for {len(args.targets)} targets. Pass one per target, or none.")
+    named_tree(args.policy)  # a mistyped tree shows before models are loaded
+    try:
+        import uvicorn
+
+        from . import serving
+    except ImportError as error:
+        raise ValueError(
+            f"The server of this release of Transformers is not one that `resps serve` knows ({error}). Install "
+            "Transformers 5.20 to 5.24."
+        ) from error
+    serving.check_release()
+    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # stock warns of every request
+    with socket.create_server((args.host, args.port)) as listening:
+        figures = serving.Figures()
+        worker = serving.OneAtATime(figures)
+        models = serving.AttachedModels(
+            [serving.Served(*pair) for pair in zip(args.targets, heads or [None] * len(args.targets), strict=True)],
+            policy=args.policy,
+            compile={"auto": "auto", "always": True, "never": None}[args.compile],
+            dtype=args.dtype,
+            device=args.device or default_device(),
+            packed=args.pack,
+            worker=worker,
+        )
+        app = serving.build_app(models, worker, figures)
+        host, port = listening.getsockname()[:2]
+        print(f"Serving {', '.join(models.names)} at http://{host}:{port}/v1. Ctrl-C stops it.", flush=True)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)
+        uvicorn.Server(config).run(sockets=[listening])
+    return 0

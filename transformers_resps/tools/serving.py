@@ -1,0 +1,684 @@
+"""Stock's server, that of `transformers serve`, over attached models.
+
+In reading order: one request, the model that answers it, the worker that runs one request at a time, the models that
+are served, the handlers of OpenAI's endpoints, the figures of `/metrics`, and the door through which requests come.
+Stock's classes are private: `check_release` compares what is relied on with the installed release.
+"""
+
+import asyncio
+import inspect
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Event, Lock
+from typing import Any, NamedTuple, cast
+
+import torch
+import transformers
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
+
+from ..generation.attach import attach
+from ..heads import DraftHead
+from ..policies.base import Policy
+from ..telemetry.report import SpeculationReport
+from .loading import load_policy, load_target
+
+
+MAX_BODY_BYTES = 32 << 20
+_DEFAULT_NEW_TOKENS = 1024  # stock's own least, where a request names none
+_SHUTDOWN_SECONDS = 60.0  # that the step which runs may take
+_CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
+_BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
+_FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
+
+
+class ClientLeftError(Exception):
+    """Ends a call of `generate` whose answer nobody waits for."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and what came of it, shared by the event loop and the worker.
+
+    Attributes:
+        over: set once nobody waits for an answer.
+        has_left: whether that is because the client has left.
+        policy: that the request asks for: "auto", "plain", or `None` for the server's.
+        seed: of its random numbers.
+        ended: whether `generate` has returned or failed.
+        report: of its steps; `None` for plain decoding.
+        plain_reason: why it was decoded plainly, if it was.
+        error: what `generate` failed with.
+        status: of HTTP: 400 for a request that cannot be answered, 500 for a fault.
+    """
+
+    over: Event = field(default_factory=Event)
+    has_left: bool = False
+    policy: str | None = None
+    seed: int | None = None
+    ended: bool = False
+    report: SpeculationReport | None = None
+    plain_reason: str | None = None
+    error: str | None = None
+    status: int = 200
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What answers carry as `metrics`."""
+        told = {"plain": self.plain_reason} if self.report is None else self.report.acceptance()
+        return {"speculative_decoding": told}
+
+    @property
+    def outcome(self) -> str:
+        if self.error is not None:
+            return "failed" if self.status >= 500 else "refused"
+        if not self.ended:
+            return "left" if self.has_left else "refused"
+        return "plain" if self.report is None else "speculative"
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self.has_left = True
+        self.over.set()
+
+
+_exchange: ContextVar[Exchange] = ContextVar("resps_exchange")
+
+
+class _Watch(StoppingCriteria):
+    """A streamer, or for beams a stopping criterion, that ends the call when the client has left.
+
+    It passes on to the streamer of a request what plain decoding would give it, and its end only with `finish`, when
+    the report is there.
+    """
+
+    def __init__(self, streamer: Any, over: Event) -> None:
+        self._streamer, self._over = streamer, over
+        self._has_prompt = self._expects_prompt = False
+        self.has_tokens = False
+
+    def start(self) -> None:
+        """Begin a call, whose first tokens are the prompt's."""
+        self._expects_prompt = True
+        self.check()
+
+    def check(self) -> None:
+        if self._over.is_set():
+            raise ClientLeftError("the client has left")
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.check()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def put(self, value: Tensor) -> None:
+        self.check()
+        is_prompt, self._expects_prompt = self._expects_prompt, False
+        if not is_prompt:
+            self.has_tokens = True
+        elif self._has_prompt:  # of a call that was refused after it
+            return
+        self._has_prompt = True
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+class RequestModel:
+    """An attached model as one request sees it: `generate` as stock's server calls it, any other attribute its own."""
+
+    def __init__(self, model: PreTrainedModel, exchange: Exchange, figures: "Figures") -> None:
+        self._model, self._exchange, self._figures = model, exchange, figures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(self, *, streamer: Any = None, **arguments: Any) -> Tensor:
+        """The token ids `[1, s + t]`; what a tree cannot do is decoded plainly.
+
+        Raises:
+            ClientLeftError: nobody waits for them.
+        """
+        exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
+        try:
+            watch.check()
+            sequences = self._answer(watch, arguments)
+        except _FAILURES as error:
+            exchange.status = 400 if isinstance(error, ValueError) else 500
+            exchange.error, exchange.ended = f"{type(error).__name__}: {error}", True
+            raise
+        exchange.ended = True
+        self._figures.add_answer(exchange, arguments["input_ids"].shape[1], sequences.shape[1])
+        watch.finish()
+        return sequences
+
+    def _answer(self, watch: _Watch, arguments: dict[str, Any]) -> Tensor:
+        exchange = self._exchange
+        if exchange.policy != "plain":
+            try:
+                out = self._decode(watch, arguments, policy=exchange.policy)
+            except ValueError as refusal:
+                if watch.has_tokens:
+                    raise
+                exchange.plain_reason = str(refusal)
+            else:
+                exchange.report = out.speculation
+                return cast(Tensor, out.sequences)
+        else:
+            exchange.plain_reason = "The request asks for it."
+        return cast(Tensor, self._decode(watch, arguments, policy="plain").sequences)
+
+    def _decode(self, watch: _Watch, arguments: dict[str, Any], policy: str | None) -> Any:
+        if self._exchange.seed is not None:
+            torch.manual_seed(self._exchange.seed)
+        config = arguments["generation_config"]
+        config.return_dict_in_generate = True
+        beams = config.num_beams or cast(Any, self._model.generation_config).num_beams or 1
+        watching: dict[str, Any] = {"streamer": watch}
+        if beams > 1:  # of which stock streams none
+            watching = {"stopping_criteria": StoppingCriteriaList([watch])}
+        watch.start()
+        generate = cast(Any, self._model).generate
+        out = generate(**arguments, **watching, policy=policy)
+        if beams > 1:
+            length = arguments["input_ids"].shape[1]
+            watch.put(out.sequences[0, :length].cpu())
+            watch.put(out.sequences[0, length:].cpu())
+        return out
+
+
+class OneAtATime(utils.GenerateManager):
+    """Runs one request after another, of all models, in one thread: a seed is of the process, and so are the cores."""
+
+    def __init__(self, figures: "Figures") -> None:
+        cast(Any, super()).__init__()
+        self._figures = figures
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
+    ) -> Any:
+        model = self._of_request(model, inputs, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> Any:
+        model = self._of_request(model, inputs, gen_config)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+
+    def _of_request(self, model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> Any:
+        _fit(config, inputs["input_ids"].shape[1], model)
+        return RequestModel(model, _exchange.get(), self._figures)
+
+    def drain(self) -> None:
+        """Wait for the requests that are here. Those whose clients have left end at once."""
+        self.submit(int).result(timeout=_SHUTDOWN_SECONDS)
+
+
+def _fit(config: GenerationConfig, length: int, model: PreTrainedModel) -> None:
+    """Set how many new tokens a prompt of `length` may get: at most as many as the model has positions left."""
+    if not length:
+        raise HTTPException(400, "The prompt has no tokens. Write at least one word.")
+    if config.max_new_tokens is None:  # of which stock tells whether an answer is cut off
+        config.max_new_tokens = _DEFAULT_NEW_TOKENS if config.max_length is None else config.max_length - length
+    config.max_length = None
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return
+    if length >= most:
+        raise HTTPException(
+            400, f"The prompt has {length} tokens, but the model reads {most} with the answer. Send a shorter one."
+        )
+    config.max_new_tokens = min(config.max_new_tokens, most - length)
+
+
+class OneManager(utils.GenerationState):
+    """Gives every model the same worker."""
+
+    def __init__(self, manager: OneAtATime) -> None:
+        super().__init__()
+        self._manager = manager
+
+    def get_manager(self, *args: Any, **kwargs: Any) -> Any:
+        return self._manager
+
+
+class Served(NamedTuple):
+    """A target that is served: its name, and that of its head if it has one."""
+
+    target: str
+    head: str | None
+
+
+class AttachedModels(model_manager.ModelManager):
+    """The targets of the command line and no others, each loaded once and attached.
+
+    Args:
+        served: what to load.
+        policy: as `resps` commands name it; `None` is the head's tree.
+        compile: as in `attach`.
+        dtype: as in `load_target`.
+        device: likewise.
+        packed: likewise.
+        worker: is waited for before models are dropped.
+    """
+
+    def __init__(
+        self,
+        served: Sequence[Served],
+        *,
+        policy: str | None,
+        compile: Any,
+        dtype: str | None,
+        device: str,
+        packed: bool,
+        worker: OneAtATime,
+    ) -> None:
+        super().__init__(model_timeout=-1)  # never unloaded
+        self._served = {self.process_model_name(one.target): one for one in served}
+        self._policy, self._compile, self._worker = policy, compile, worker
+        self._load = partial(load_target, dtype=dtype, device=device, packed=packed)
+        for name in self._served:
+            self.load_model_and_processor(name)
+
+    @property
+    def names(self) -> list[str]:
+        return [one.target for one in self._served.values()]
+
+    def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+        if model_id_and_revision not in self._served:
+            raise ValueError(f"{model_id_and_revision!r} is not served here. Ask for one of {self.names}.")
+        return super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
+
+    def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+        one = self._served[model_id_and_revision]
+        target = self._load(one.target)
+        head = None if one.head is None else DraftHead.from_pretrained(one.head, target=target)
+        policy: Policy | str = load_policy(self._policy, head)
+        return attach(target, assistant_model=head, policy=policy, compile=self._compile)
+
+    def list_models(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        return [{"id": name, "object": "model", "created": 0, "owned_by": "resps"} for name in self.names]
+
+    get_gen_models = list_models  # type: ignore[assignment]  # its name before Transformers 5.24
+
+    def shutdown(self) -> None:
+        self._worker.drain()
+        super().shutdown()
+
+
+# Fields that stock ignores, by the values with which they ask for nothing. Of any other value the answer would differ.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("auto",),
+    "functions": ([],),
+    "include": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "text": ({"format": {"type": "text"}},),
+    "tool_choice": ("auto",),
+    "top_logprobs": (0,),
+}
+# Fields that may be ignored: an answer may be the same without them.
+_HINTS = frozenset(
+    ("max_tool_calls", "metadata", "parallel_tool_calls", "prediction", "reasoning_effort", "service_tier", "store")
+    + ("stream_options", "truncation", "user")
+)
+
+
+class _Handler(utils.BaseHandler):
+    """What all three endpoints add to stock's: refusals by name, and `metrics` in every answer.
+
+    Attributes:
+        needs: the field that holds the prompt.
+    """
+
+    needs: str
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        exchange = _exchange.get()
+        try:
+            return await cast(Any, super()).handle_request(body, request_id)
+        except ClientLeftError:
+            return Response(status_code=_CLIENT_LEFT)
+        except _FAILURES as error:
+            if exchange.error is not None:
+                raise HTTPException(exchange.status, exchange.error) from error
+            if not isinstance(error, _BAD_REQUEST):
+                raise
+            told = f"The request could not be read ({type(error).__name__}: {error}). See OpenAI's description of it."
+            raise HTTPException(400, told) from error
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        exchange = _exchange.get()
+        exchange.policy = _checked_policy(body.pop("policy", None))
+        super()._validate_request(body)
+        for name in sorted(self._unused_fields & body.keys() - _HINTS):
+            if body[name] is not None and body[name] not in _NEUTRAL.get(name, ()):
+                raise HTTPException(400, f"`{name}` with the value {body[name]!r} is not supported. Leave it out.")
+        if not isinstance(body.get(self.needs), str | list) or not body[self.needs]:
+            raise HTTPException(400, f"`{self.needs}` is missing or empty. Write what the model shall answer.")
+        body.setdefault("stream", False)  # OpenAI's default; stock streams responses
+
+    def _resolve_model(self, body: dict[str, Any]) -> Any:
+        names, asked = cast(AttachedModels, self.model_manager).names, body.get("model")
+        if asked is None and len(names) == 1:
+            asked = names[0]
+        if asked not in names:
+            raise HTTPException(404, f"The model {asked!r} is not served here. Ask for one of {names}.")
+        body["model"] = asked
+        return super()._resolve_model(body)
+
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
+        exchange = _exchange.get()
+        seed = body.pop("seed", None)  # stock would seed now, while another request draws
+        if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
+            raise HTTPException(400, f"`seed` is {seed!r}, but must be an integer of 64 bits.")
+        exchange.seed = seed
+        if isinstance(body.get("generation_config"), dict):  # stock takes JSON in a string
+            body["generation_config"] = json.dumps(body["generation_config"])
+        config = super()._build_generation_config(body, *args, **kwargs)
+        if (body.get("temperature") or 0) > 0:  # stock leaves a greedy model greedy
+            config.do_sample = True
+        policy = vars(config).pop("policy", None)
+        exchange.policy = exchange.policy or _checked_policy(policy)
+        if (config.num_return_sequences or 1) > 1:
+            raise HTTPException(
+                400, "`num_return_sequences` above 1 is not supported. Send the request again for more."
+            )
+        return config
+
+    async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
+        answer: Response = await cast(Any, super())._non_streaming(*args, **kwargs)
+        return JSONResponse(json.loads(bytes(answer.body)) | {"metrics": _exchange.get().metrics})
+
+    def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
+        answer: StreamingResponse = cast(Any, super())._streaming(*args, **kwargs)
+        answer.body_iterator = _with_metrics(cast(AsyncIterator[str], answer.body_iterator), _exchange.get())
+        return answer
+
+
+class ChatHandler(_Handler, chat_completion.ChatCompletionHandler):
+    """`/v1/chat/completions`."""
+
+    needs = "messages"
+
+
+class CompletionHandler(_Handler, completion.CompletionHandler):
+    """`/v1/completions`."""
+
+    needs = "prompt"
+
+
+class ResponseHandler(_Handler, response.ResponseHandler):
+    """`/v1/responses`."""
+
+    needs = "input"
+
+
+def _checked_policy(policy: Any) -> str | None:
+    """A request names no folder and no repository that the server would have to load."""
+    if policy not in (None, "auto", "plain"):
+        raise HTTPException(400, f"`policy` is {policy!r}, but a request may ask for 'auto' or 'plain' only.")
+    return cast(str | None, policy)
+
+
+async def _with_metrics(parts: AsyncIterator[str], exchange: Exchange) -> AsyncIterator[str]:
+    """A stream of server-sent events, with the exchange's metrics in the last chunk of an answer."""
+    async for part in parts:
+        if not exchange.ended:
+            yield part
+            continue
+        before, mark, _ = part.partition('data: {"error": ')  # whose text stock does not escape
+        if mark:
+            yield before + _event(_error_body(exchange.status, str(exchange.error)))
+            continue
+        events = [json.loads(event.removeprefix("data: ")) for event in part.split("\n\n") if event]
+        for event in events:
+            if any(choice.get("finish_reason") for choice in event.get("choices") or ()):
+                event["metrics"] = exchange.metrics
+            elif event.get("type") == "response.completed":
+                event["response"]["metrics"] = exchange.metrics
+        yield "".join(map(_event, events))
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def _error_body(status: int, message: str) -> dict[str, Any]:
+    """An error in OpenAI's form, of which their client shows the message."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "code": status}}
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse(_error_body(status, message), status)
+
+
+class Figures:
+    """Counts since the start, in the text form of Prometheus."""
+
+    _HELP = {
+        "resps_requests_total": "Requests, by what came of them.",
+        "resps_prompt_tokens_total": "Tokens of the prompts that were answered.",
+        "resps_emitted_tokens_total": "Tokens of the answers.",
+        "resps_target_forwards_total": "Forwards of the target, of answers with draft trees.",
+        "resps_draft_tokens_total": "Drafted tokens that the target verified.",
+        "resps_accepted_tokens_total": "Drafted tokens that the target accepted.",
+        "resps_speculation_seconds_total": "Seconds of the steps of answers with draft trees.",
+        "resps_requests_in_progress": "Requests that wait or are answered.",
+    }
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._counts: Counter[str] = Counter(dict.fromkeys(list(self._HELP)[1:], 0))
+        self._outcomes: Counter[str] = Counter()
+
+    def add_answer(self, exchange: Exchange, prompt_length: int, length: int) -> None:
+        """Count an answer: tokens of the prompt, and of prompt and answer."""
+        added: dict[str, float] = {
+            "resps_prompt_tokens_total": prompt_length,
+            "resps_emitted_tokens_total": length - prompt_length,
+        }
+        if exchange.report is not None:
+            told = exchange.report.acceptance()
+            added["resps_target_forwards_total"] = told["num_target_forwards"]
+            added["resps_draft_tokens_total"] = told["num_draft_tokens"]
+            added["resps_accepted_tokens_total"] = told["num_accepted_draft_tokens"]
+            added["resps_speculation_seconds_total"] = exchange.report.seconds
+        with self._lock:
+            self._counts.update(cast(Any, added))
+
+    def begin(self) -> None:
+        with self._lock:
+            self._counts["resps_requests_in_progress"] += 1
+
+    def end(self, exchange: Exchange) -> None:
+        with self._lock:
+            self._counts["resps_requests_in_progress"] -= 1
+            self._outcomes[exchange.outcome] += 1
+
+    def __str__(self) -> str:
+        with self._lock:
+            counts, outcomes = dict(self._counts), dict(self._outcomes)
+        lines = []
+        for name, text in self._HELP.items():
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            if name in counts:
+                lines.append(
+                    f"{name} {counts[name]:g}" if isinstance(counts[name], float) else f"{name} {counts[name]}"
+                )
+            else:
+                lines += [f'{name}{{outcome="{outcome}"}} {count}' for outcome, count in sorted(outcomes.items())]
+        return "\n".join(lines) + "\n"
+
+
+class Door:
+    """The outermost layer: bounds a request's body, notices a client that leaves, and counts what came of it."""
+
+    _ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+    def __init__(self, app: ASGIApp, figures: Figures) -> None:
+        self._app, self._figures = app, figures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = Exchange()
+        _exchange.set(exchange)
+        is_counted = scope["path"] in self._ANSWERING
+        if is_counted:
+            self._figures.begin()
+        try:
+            body = await self._read(receive, exchange)
+            if body is None:
+                told = f"The body has more than {MAX_BODY_BYTES:,} bytes. Send a smaller one."
+                await _error(413, told)(scope, receive, send)
+            elif not exchange.has_left:
+                await self._pass_on(body, scope, receive, send, exchange)
+        finally:
+            if is_counted:
+                self._figures.end(exchange)
+
+    async def _read(self, receive: Receive, exchange: Exchange) -> bytes | None:
+        """The body; `None` for one that is too large, of which no more is kept than what is allowed."""
+        parts, size, is_whole = [], 0, False
+        while not is_whole:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                exchange.leave()
+                return b""
+            size += len(message.get("body", b""))
+            if size <= MAX_BODY_BYTES:
+                parts.append(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
+        return b"".join(parts) if size <= MAX_BODY_BYTES else None
+
+    async def _pass_on(self, body: bytes, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
+        gone = asyncio.create_task(_departure(receive, exchange))
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await asyncio.shield(gone)
+
+        try:
+            await self._app(scope, replay, send)
+        finally:
+            exchange.over.set()  # nothing goes on after its request
+            gone.cancel()
+
+
+async def _departure(receive: Receive, exchange: Exchange) -> Message:
+    while (message := await receive())["type"] != "http.disconnect":
+        pass
+    exchange.leave()
+    return message
+
+
+_DROPPED = ("/v1/systemone", "/v1/audio/transcriptions", "/reset")  # stock's, of other models, and to unload all
+
+
+def build_app(models: AttachedModels, worker: OneAtATime, figures: Figures) -> ASGIApp:
+    """The application that serves `models`, each request through `worker`."""
+    state = OneManager(worker)
+    app: FastAPI = server.build_server(
+        models,
+        ChatHandler(models, state),
+        completion_handler=CompletionHandler(models, state),
+        response_handler=ResponseHandler(models, state),
+        transcription_handler=cast(Any, None),  # their routes are dropped
+        systemone_handler=cast(Any, None),
+        generation_state=state,
+    )
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _DROPPED]
+
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        return PlainTextResponse(str(figures))
+
+    @app.exception_handler(StarletteHTTPException)
+    def refused(request: Request, error: StarletteHTTPException) -> Response:
+        return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    def unread(request: Request, error: RequestValidationError) -> Response:
+        return _error(400, f"The body is no JSON object ({error.errors()[0]['msg']}). See OpenAI's description of it.")
+
+    return Door(app, figures)
+
+
+# What is called, replaced or overridden of stock's server -> its parameters, in Transformers 5.20 to 5.24; after dots
+# some of them, where others are passed on or left out.
+RELIED_ON = {
+    server.build_server: "model_manager chat_handler completion_handler response_handler transcription_handler "
+    "systemone_handler generation_state enable_cors",
+    model_manager.ModelManager.__init__: "... model_timeout",
+    model_manager.ModelManager.process_model_name: "model_id",
+    model_manager.ModelManager.load_model_and_processor: "self model_id_and_revision progress_callback tqdm_class "
+    "gguf_file",
+    model_manager.ModelManager._load_model: "self model_id_and_revision tqdm_class progress_callback gguf_file",
+    model_manager.ModelManager.shutdown: "self",
+    utils.GenerationState.__init__: "self continuous_batching compile cb_config",
+    utils.GenerationState.get_manager: "self model_id use_cb",
+    utils.GenerateManager.__init__: "self",
+    utils.GenerateManager.generate_streaming: "self model processor inputs gen_config request_id response_parser",
+    utils.GenerateManager.generate_non_streaming: "self model processor inputs gen_config request_id",
+    utils.GenerateManager.submit: "self fn args kwargs",
+    utils.BaseHandler.__init__: "self model_manager generation_state chat_template_kwargs",
+    utils.BaseHandler._validate_request: "self body",
+    utils.BaseHandler._resolve_model: "self body",
+    utils.BaseHandler._build_generation_config: "self body model_generation_config use_cb",
+    **{
+        getattr(handler, method): parameters
+        for handler in (
+            chat_completion.ChatCompletionHandler,
+            completion.CompletionHandler,
+            response.ResponseHandler,
+        )
+        for method, parameters in {
+            "handle_request": "self body request_id",
+            "_streaming": "... request_id model inputs gen_config",
+            "_non_streaming": "... request_id model inputs gen_config",
+        }.items()
+    },
+}
+
+
+def check_release() -> None:
+    """Refuse a release of Transformers whose server is not the one that these classes were written over.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    for relied, parameters in RELIED_ON.items():
+        found, (first, *rest) = list(inspect.signature(relied).parameters), parameters.split()
+        if not set(rest) <= set(found) if first == "..." else found != [first, *rest]:
+            raise ValueError(
+                f"The server of Transformers {transformers.__version__} is not one that `resps serve` knows: "
+                f"`{relied.__qualname__}` takes ({' '.join(found)}), not ({parameters}). Install Transformers 5.20 to "
+                "5.24."
+            )

@@ -1,0 +1,55 @@
+"""`resps verify`: the proof that output is lossless."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ..data import to_tokens
+from ..heads import DraftHead
+from ..testing import LosslessReport, NotLosslessError, assert_lossless
+from ..testing.divergence import move_of_gaps
+from .loading import load_policy, load_target, questions_in, read_conversations
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 1 when the output is not the model's own, 2 when no draft was accepted, so nothing tested."""
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target = load_target(args.target, args.dtype, args.device)
+    head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
+    policy = None if args.policy is None else load_policy(args.policy, head)
+    questions = questions_in(read_conversations(args, args.prompts), args.prompts)
+    prompts = [to_tokens(question, tokenizer) for question in questions]
+    if args.rounding:
+        return print_rounding(target, prompts, args.max_new_tokens, as_json=args.json)
+    print("Comparing; on a CPU this takes minutes ...\n", file=sys.stderr, flush=True)
+    try:
+        report = assert_lossless(target, head, policy, prompts, seeds=args.seeds, max_new_tokens=args.max_new_tokens)
+    except NotLosslessError as error:
+        report = error.report
+    print(json.dumps(told(report), default=str) if args.json else report)
+    return 1 if not report.is_lossless else 0 if report.is_tested else 2
+
+
+def told(report: LosslessReport) -> dict[str, Any]:
+    """Return the report as JSON values; what has none is told in words."""
+    judged = {"verdict": report.verdict, "is_lossless": report.is_lossless, "is_tested": report.is_tested}
+    return judged | asdict(report)
+
+
+def print_rounding(target: Any, prompts: list[Tensor], max_new_tokens: int, *, as_json: bool = False) -> int:
+    """Print one line per number of nodes; always 0, because nothing is judged."""
+    found = move_of_gaps(target, prompts, max_new_tokens, [2, 4, 8, 16, 0])
+    if as_json:
+        rows = [{"nodes": one.nodes, "gaps": len(one.moves), "flips": len(one.flipped)} for one in found]
+        print(json.dumps(rows))
+        return 0
+    print(f"Tree forwards against one-token decoding, {target.dtype}, {torch.get_num_threads()} threads:\n")
+    for moved in found:
+        print(f"{f'{moved.nodes} nodes' if moved.nodes else 'all at once'}: {moved}")
+    return 0
