@@ -32,7 +32,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint coverage fix docs bench build fresh test-matrix test-newest-torch test-lowest-torch
+.PHONY: demo test check lint coverage fix docs site bench build fresh test-matrix test-newest-torch test-lowest-torch
 .PHONY: test-endurance mutants browser gpu
 .DELETE_ON_ERROR:
 # An environment whose Python is gone is no environment.
@@ -128,11 +128,16 @@ gpu: .venv/dev/.filled
 mutants: .venv/dev/.filled
 	$(DEV) -m tests.mutations
 
-# What is rendered: the API reference from the docstrings, the tables from the results files, the README's picture.
+# What is rendered: the API reference from the docstrings, the tables from the results files, the README's pictures.
 docs: .venv/dev/.filled
 	$(DEV) docs/make_api.py
 	$(DEV) docs/make_benchmarks.py
 	$(DEV) docs/make_picture.py
+	$(DEV) docs/make_chart.py
+
+# The pages with search, to read without a network: site/html/index.html.
+site: .venv/dev/.filled
+	$(DEV) docs/make_site.py
 
 bench: .venv/dev/.filled
 	$(DEV) training/benchmark.py "$$($(DEV) -m examples.demo.target)" $(HEAD) \

@@ -4,8 +4,8 @@ r"""Train, measure and publish a head and a policy for a stock model, in one run
         --benchmark other.jsonl --card card.yaml --repository me/smollm2 --output work/smollm2
 
 Read `main` from top to bottom. Every step is one command of the pages in docs/, printed before it runs. If the script
-is interrupted, run it again: it continues. `card.yaml` holds what no run can know (docs/publish.md). Run it in a
-checkout with the extras `train` and `bench`, on an idle machine, after `hf auth login`.
+is interrupted, run it again: it continues. `card.yaml` holds what no run can know (training/PUBLISHING.md). Run it in
+a checkout with the extras `train` and `bench`, on an idle machine, after `hf auth login`.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     head_folder = work / "head-run" / "head"
     run("resps", "doctor", target, head_folder)
 
-    # 3. Measure it on prompts that it was not trained on, and publish it (docs/publish.md).
+    # 3. Measure it on prompts that it was not trained on, and publish it (training/PUBLISHING.md).
     measure(head_folder, work / "head-results", target, head_folder, args.benchmark)
     run("python", "training/publish.py", head_folder, head)
 

@@ -1,4 +1,4 @@
-"""Fill the tables of `docs/benchmarks.md` from the results files named there: `python docs/make_benchmarks.py`.
+"""Fill the tables of two pages of results from the files named there: `python docs/make_benchmarks.py`.
 
 It writes what stands between `<!-- table KIND [OPTION ...] FILE ... -->` and `<!-- end -->`; the rest is prose.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 
-PAGE = Path(__file__).with_name("benchmarks.md")
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "training" / "studies" / "BENCHMARKS.md")
 MARK = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DATASETS = {"mt_bench": "MT-Bench", "humaneval": "HumanEval", "gsm8k": "GSM8K", "alpaca": "Alpaca", "cnn_dm": "CNN/DM"}
 COLUMNS = ("prompt lookup", "EAGLE-3 60/5/10", "fixed tree", "`auto`")
@@ -24,23 +25,24 @@ COMPILED = ", compiled"  # after the name of a method
 
 @dataclass(frozen=True)
 class Results:
-    """A results file, by its path in the repository."""
+    """A results file, by its path in the repository, and the way there from the page."""
 
     path: str
     data: dict[str, Any]
+    way: str = "../"
 
     @classmethod
-    def load(cls, path: str) -> "Results":
+    def load(cls, path: str, page: Path = PAGES[0]) -> "Results":
         """Read a file; one that is noisy or not finished is a `ValueError`."""
-        data = json.loads((PAGE.parent.parent / path).read_text(encoding="utf-8"))
+        data = json.loads((ROOT / path).read_text(encoding="utf-8"))
         if data.get("noise", {}).get("accepted") or data.get("partial"):
-            raise ValueError(f"{path} is noisy or partial. Measure it again, or remove it from {PAGE.name}.")
-        return cls(path, data)
+            raise ValueError(f"{path} is noisy or partial. Measure it again, or remove it from {page.name}.")
+        return cls(path, data, "../" * len(page.relative_to(ROOT).parts[:-1]))
 
     @property
     def link(self) -> str:
         file = Path(self.path)
-        return f"[{file.parent.name if file.stem == 'results' else file.stem}](../{self.path})"
+        return f"[{file.parent.name if file.stem == 'results' else file.stem}]({self.way}{self.path})"
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -204,10 +206,10 @@ def same_outputs(found: list[Results]) -> str:
 MAKERS = (overview, by_dataset, compiled, head_alone, engine, bad_head, batches, forward_costs, same_outputs)
 
 
-def fill(mark: str) -> str:
+def fill(mark: str, page: Path) -> str:
     """Conditions, each once with the files that share them, and the table."""
     kind, *words = mark.split()
-    found, options = [Results.load(w) for w in words if ".json" in w], [w for w in words if ".json" not in w]
+    found, options = [Results.load(w, page) for w in words if ".json" in w], [w for w in words if ".json" not in w]
     files = {one.conditions: [o.link for o in found if o.conditions == one.conditions] for one in found}
     wrap = textwrap.TextWrapper(119, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     captions = [wrap.fill(f"- {', '.join(links)}: {conditions}.") for conditions, links in files.items()]
@@ -215,10 +217,11 @@ def fill(mark: str) -> str:
     return "\n".join([*captions, "", maker(found, *options)])
 
 
-def render(page: str) -> str:
+def render(page: Path) -> str:
     """The page with all of its tables written anew."""
-    return MARK.sub(lambda mark: f"{mark[1]}\n{fill(mark[2])}\n\n{mark[3]}", page)
+    return MARK.sub(lambda mark: f"{mark[1]}\n{fill(mark[2], page)}\n\n{mark[3]}", page.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for written in PAGES:
+        written.write_text(render(written), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md are those that docs/make_benchmarks.py renders from the results files."""
+"""The tables of the pages of results are those that docs/make_benchmarks.py renders from the results files."""
 
 import json
 import re
@@ -11,29 +11,35 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "make_benchmarks.py"))
-WRITTEN = SCRIPT["PAGE"].read_text(encoding="utf-8")
-MARKS = [mark[2] for mark in SCRIPT["MARK"].finditer(WRITTEN)]
+PAGES = SCRIPT["PAGES"]
+MARKS = [(page, mark[2]) for page in PAGES for mark in SCRIPT["MARK"].finditer(page.read_text(encoding="utf-8"))]
 
 
-def test_the_page_is_what_the_results_files_say() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_page_is_what_the_results_files_say(page: Path) -> None:
     message = "results have changed: run `python docs/make_benchmarks.py` and look at the difference"
-    assert SCRIPT["render"](WRITTEN) == WRITTEN, message
+    assert SCRIPT["render"](page) == page.read_text(encoding="utf-8"), message
 
 
-def test_every_figure_in_a_table_stands_between_marks() -> None:
-    prose = SCRIPT["MARK"].sub("", WRITTEN)
+def test_the_page_of_the_docs_keeps_three_tables() -> None:
+    assert sum(page == PAGES[0] for page, _ in MARKS) == 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_figure_in_a_table_stands_between_marks(page: Path) -> None:
+    prose = SCRIPT["MARK"].sub("", page.read_text(encoding="utf-8"))
     assert prose.count("<!--") == 0, "a mark is not closed, or stands inside another"
     assert not re.findall(r"^\|.*\d\.\d.*$", prose, re.MULTILINE)
 
 
-@pytest.mark.parametrize("mark", MARKS, ids=lambda mark: mark[:60])
-def test_a_table_has_rows_of_one_width_and_links_its_files(mark: str) -> None:
-    lines = SCRIPT["fill"](mark).splitlines()
+@pytest.mark.parametrize(("page", "mark"), MARKS, ids=lambda value: str(value)[-60:])
+def test_a_table_has_rows_of_one_width_and_links_its_files(page: Path, mark: str) -> None:
+    lines = SCRIPT["fill"](mark, page).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) > 2
     assert len({line.count("|") for line in table}) == 1
     for file in (word for word in mark.split() if word.endswith(".json")):
-        assert f"](../{file})" in "\n".join(lines)
+        assert re.search(rf"\]\((\.\./)+{re.escape(file)}\)", "\n".join(lines))
 
 
 @pytest.mark.parametrize("fact", [{"noise": {"accepted": True, "load_before": 0.0}}, {"partial": True}], ids=str)

@@ -24,6 +24,7 @@ from .tokenizers import letter_tokenizer, turns
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
+PAGES += [ROOT / "training" / "PUBLISHING.md", ROOT / "training" / "benchmarking" / "RESULTS.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEMPLATE = (
     "{% for m in messages %}{{ ('h' if m.role == 'user' else 'i') + m.content + 'c' }}{% endfor %}"
@@ -84,12 +85,14 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def tiny(text: str) -> str:
     """The names of the docs, as they are called on the desk."""
-    text = re.sub(r"HuggingFaceTB/SmolLM2-135M-Instruct|\bTARGET\b", "target", text)
+    text = re.sub(r"HuggingFaceTB/SmolLM2-135M-Instruct|Qwen/Qwen3-8B|\bTARGET\b", "target", text)
     text = re.sub(r"\bFOLDER\b", "artefact", text)
     text = text.replace("google/gemma-3-4b-it", "seeing")
     text = re.sub(r"max_steps=\d+", "max_steps=4", text)
     text = re.sub(r"draft_vocab_size=\d+", "draft_vocab_size=12", text)
-    return re.sub(r"model_cards/smollm2-135m-instruct-head|\bHEAD\b", "given", text)
+    text = re.sub(r'(?<=")cuda(?=")|(?<=--device )mps', "cpu", text)
+    head = r"model_cards/smollm2-135m-instruct-head|RedHatAI/Qwen3-8B-speculator\.eagle3|\bHEAD\b"
+    return re.sub(head, "given", text)
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -181,6 +184,13 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), f"{page.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{page.name} links to {link}, which is no heading there"
+
+
+def test_the_site_has_every_page_and_no_other() -> None:
+    shown: set[Path] = runpy.run_path(str(ROOT / "docs" / "make_site.py"))["pages"]()
+    pages = {page.relative_to(ROOT) for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+    assert pages | {page for page in shown if page.parts[0] == "training"} == shown
+    assert all((ROOT / page).is_file() for page in shown)
 
 
 def test_the_api_page_is_what_the_docstrings_say() -> None:

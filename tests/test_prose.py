@@ -11,8 +11,11 @@ from tests.readme import README, quickstart
 ROOT = README.parent
 STUDIES = ROOT / "training" / "studies"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", STUDIES / "HEADROOM.md"]
-PAGES += [STUDIES / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [STUDIES / "LOG.md", STUDIES / "BENCHMARKS.md", ROOT / "training" / "benchmarking" / "RESULTS.md"]
+PAGES.append(ROOT / "training" / "PUBLISHING.md")
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "model_cards").glob("*/README.md"))
+MAX_LINES_OF_DOCS = 1400  # but for the reference that `make docs` writes
 MAX_LINES = {"README.md": 110, "CHANGELOG.md": 60, "CONTRIBUTING.md": 110}
 # Words of ours -> the word that a reader knows.
 FORBIDDEN = {
@@ -49,10 +52,20 @@ def test_a_page_stays_short(name: str) -> None:
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MAX_LINES[name]
 
 
+def test_the_docs_stay_short() -> None:
+    pages = (page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")
+    assert sum(len(page.read_text(encoding="utf-8").splitlines()) for page in pages) <= MAX_LINES_OF_DOCS
+
+
+def test_a_picture_stays_light() -> None:
+    pictures = [*(ROOT / "docs").glob("*.svg"), *(ROOT / "model_cards").glob("*/*.png")]
+    assert pictures and all(picture.stat().st_size <= 150_000 for picture in pictures)
+
+
 def test_the_quickstart_is_printed_with_its_output() -> None:
     shown = quickstart()
     assert "Same tokens: True" in shown.output and shown.code.count("print(") == 3
 
 
 def test_the_first_page_names_no_script_and_no_measurement_of_ours() -> None:
-    assert not re.findall(r"training/\S+|measurements/\S+", README.read_text(encoding="utf-8"))
+    assert not re.findall(r"training/\S+\.py|measurements/\S+", README.read_text(encoding="utf-8"))

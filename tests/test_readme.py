@@ -5,23 +5,18 @@ import json
 import re
 import runpy
 from contextlib import redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from examples.demo.target import prepared_target
 from tests.readme import README, quickstart
+from transformers_resps.tools.results import AnswerTiming, compare
 
 
 ROOT = README.parent
 HEADS = ("smollm2-135m-instruct-head", "qwen2.5-coder-0.5b-instruct-head")
-METHODS = {
-    "Transformers' prompt lookup": "prompt lookup",
-    "EAGLE-3's tree of 60 nodes": "EAGLE-3 60/5/10",
-    "Re-SpS": "Re-SpS ",
-    "the best fixed tree": "best fixed",
-    '**`policy="auto"`**': "auto",
-}
 
 
 def measured(head: str) -> list[dict[str, float]]:
@@ -34,13 +29,29 @@ def row_of(head: str, method: str) -> dict[str, float]:
     return next(row for row in measured(head) if str(row["method"]).startswith(method))
 
 
-@pytest.mark.parametrize("label", METHODS)
-def test_a_row_of_results_is_that_of_the_results_files(label: str) -> None:
-    line = next(line for line in README.read_text().splitlines() if line.startswith(f"| {label}"))
-    numbers = re.findall(r"\d\.\d\d", line)
-    rows = [row_of(head, METHODS[label]) for head in HEADS]
-    shown = ("ratio", "low", "high") if METHODS[label] == "auto" else ("ratio",)
-    assert numbers == [f"{row[name]:.2f}" for row in rows for name in shown]
+CHART = runpy.run_path(str(ROOT / "docs" / "make_chart.py"))
+
+
+def test_the_chart_is_drawn_from_the_results_files() -> None:
+    kept = CHART["CHART"].read_text(encoding="utf-8")
+    assert CHART["draw"]() == kept, "results have changed: run `make docs` and look at the difference"
+    figures = re.findall(r">(\d\.\d\d)</text>", kept)
+    assert figures == [f"{row_of(head, start)['ratio']:.2f}" for head in HEADS for start in CHART["METHODS"].values()]
+
+
+def test_what_is_said_of_auto_and_a_fixed_tree_is_what_the_results_files_say() -> None:
+    said = re.findall(r"(\d\.\d\d)x[^()]*\((\d\.\d\d) to (\d\.\d\d)\)", README.read_text())
+    assert said == [tuple(f"{value:.2f}" for value in over_best_fixed(head)) for head in HEADS]
+
+
+def over_best_fixed(head: str) -> tuple[float, float, float]:
+    """How much faster "auto" is than the best fixed tree, and its 95% interval over prompts."""
+    results = json.loads((ROOT / "model_cards" / head / "results.json").read_text())
+    names = [field.name for field in fields(AnswerTiming)]
+    timings = [AnswerTiming(**{name: one[name] for name in names if name in one}) for one in results["measurements"]]
+    fixed = str(row_of(head, "best fixed")["method"])
+    found = compare(timings, "auto", fixed)
+    return found.ratio, found.low, found.high
 
 
 def test_the_headline_is_the_figure_of_auto() -> None:

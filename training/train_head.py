@@ -57,7 +57,7 @@ class HeadScriptArguments:
     )
     card: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Facts for the card that no run can know, see docs/publish.md."},
+        metadata={"help": "Facts for the card that no run can know, see training/PUBLISHING.md."},
     )
 
 

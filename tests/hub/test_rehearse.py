@@ -1,4 +1,4 @@
-"""A publication is rehearsed as docs/publish.md says: by the commands a user types, in processes of their own."""
+"""A publication is rehearsed as training/PUBLISHING.md says: by the commands that a user types, in own processes."""
 
 from pathlib import Path
 

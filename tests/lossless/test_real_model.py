@@ -61,7 +61,7 @@ LENGTHS = [1, *map(int, os.environ.get("RESPS_PROMPT_LENGTHS", "").split())]
 def test_a_prompt_may_have_any_length(length: int) -> None:
     target, tokenizer, head = loaded(torch.float32)
     prose = Path(__file__).parents[2].joinpath("docs", "lossless.md").read_text(encoding="utf-8")
-    prompt = tokenizer(prose * (1 + length // 1000), return_tensors="pt").input_ids[:, :length]
+    prompt = tokenizer(prose * (1 + length // 500), return_tensors="pt").input_ids[:, :length]
     assert prompt.shape[1] == length
     policy = FixedPolicy(TreeShape(8, 4, 2, lookup=4))
     plain = target.generate(prompt, max_new_tokens=12, do_sample=False)

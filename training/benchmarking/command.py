@@ -37,7 +37,7 @@ from transformers_resps.tools.results import (
 )
 from transformers_resps.tools.session import Dialogue, Session, check_apart, read_dialogues, spread
 
-from .details import same_texts, sizes_and_shapes
+from .details import same_texts, shapes_chosen
 from .headroom import BestFixed, Replayer, ceiling_of, shapes_for
 from .journal import Journal, JournaledBench
 from .peers import PEERS, check_installed, load_peers, peer_versions
@@ -159,7 +159,7 @@ def benchmark(config: FullConfig) -> int:
             "ceilings": [asdict(one) for one in ceilings],
         }
         for name, steps in results["steps"].items():
-            steps |= sizes_and_shapes([run.steps for run in session.runs_of(name)])
+            steps["shapes"] = shapes_chosen([run.steps for run in session.runs_of(name)])
         file = write_results(config.output, results)
     status = report(results, file)
     if results["measurements"]:

@@ -1,4 +1,4 @@
-"""What the results hold besides the rows of the table: how many nodes steps verified, and pairs of methods."""
+"""What the results hold besides the rows of the table: the shapes that steps chose, and pairs of methods."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,31 +10,13 @@ from transformers_resps import StepRecord
 from transformers_resps.tools.results import Cell, Run, compare
 
 
-BUCKETS = ("plain", "2 to 4", "5 to 8", "9 to 16", "17 to 32", "above 32")  # nodes verified
-STEPS_PER_BIN = 8
-_MAX_NODES = (1, 4, 8, 16, 32)
 _MOST_SHAPES = 8
 
 
-def sizes_and_shapes(answers: Sequence[Sequence[StepRecord]]) -> dict[str, Any]:
-    """Count what steps verified after the prefill.
-
-    Returns:
-        `sizes`: for each eight steps of an answer, how many verified the nodes of each of `BUCKETS`; `shapes`: the
-        most frequent choices, shape -> steps.
-    """
-    most = max(len(steps) - 1 for steps in answers)
-    sizes = [[0] * len(BUCKETS) for _ in range(0, most, STEPS_PER_BIN)]
-    for steps in answers:
-        for number, step in enumerate(steps[1:]):
-            sizes[number // STEPS_PER_BIN][bucket_of(step.verified)] += 1
+def shapes_chosen(answers: Sequence[Sequence[StepRecord]]) -> dict[str, int]:
+    """Count the steps after the prefill by their shape; the most frequent shapes first, and no others."""
     shapes = Counter(str(step.shape) for steps in answers for step in steps[1:])
-    return {"sizes": sizes, "shapes": dict(shapes.most_common(_MOST_SHAPES))}
-
-
-def bucket_of(nodes: int) -> int:
-    """Return the index into `BUCKETS`."""
-    return sum(nodes > most for most in _MAX_NODES)
+    return dict(shapes.most_common(_MOST_SHAPES))
 
 
 def same_texts(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,15 +1,15 @@
-"""Draws five plots of a `results.json`."""
+"""Draws four plots of a `results.json`."""
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from transformers_resps.tools.loading import short_name
 from transformers_resps.tools.results import ALL, PLAIN
-
-from .details import BUCKETS, STEPS_PER_BIN
 
 
 # Okabe and Ito's colours, told apart by everyone, but for their yellow, which is hard to see on white. `auto` is blue
@@ -29,7 +29,6 @@ def draw_plots(results: dict[str, Any], folder: Path) -> list[Path]:
     drawings: dict[str, Callable[[dict[str, Any]], Any]] = {
         "ratios.png": ratios,
         "tau.png": tau_and_nodes,
-        "sizes.png": sizes_over_time,
         "time.png": time_parts,
         "costs.png": costs,
     }
@@ -51,8 +50,12 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def ratios(results: dict[str, Any]) -> Any:
-    """Plot speed over plain decoding with 95% intervals: a block of methods per benchmark, a panel per temperature."""
-    summaries = results["summaries"]
+    """Plot speed over plain decoding: a block of methods per benchmark, all prompts first, a panel per temperature.
+
+    Bars are 95% intervals over prompts; a benchmark of one prompt has none.
+    """
+    summaries = {ALL: results["summaries"][ALL]} | results["summaries"]
+    prompts = _prompt_counts(results)
     temperatures = sorted({row["temperature"] for row in summaries[ALL]})
     methods = [row["method"] for row in summaries[ALL] if row["temperature"] == temperatures[0]]
     methods = [method for method in methods if method != PLAIN]
@@ -60,18 +63,22 @@ def ratios(results: dict[str, Any]) -> Any:
         return None
     block = len(methods) + 1.5
     size = 8.5 * max(1, 0.7 * len(temperatures)), 2.2 + 0.17 * block * len(summaries)
-    figure = _figure(*size, "How much faster than plain decoding, with 95% intervals over prompts", results)
+    bars = "; bars: 95% intervals over prompts" if prompts[ALL] > 1 else ""
+    figure = _figure(*size, f"How much faster than plain decoding{bars}", results)
     panels = figure.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
     for axes, temperature in zip(panels, temperatures, strict=True):
-        for place, rows in enumerate(summaries.values()):
+        for place, (name, rows) in enumerate(summaries.items()):
             found = {row["method"]: row for row in rows if row["temperature"] == temperature}
             for number, method in enumerate(methods):
                 if method in found:
-                    _interval(axes, found[method], place * block + number, _style(results, method))
+                    style = _style(results, method)
+                    _ratio(axes, found[method], place * block + number, style, has_interval=prompts[name] > 1)
         axes.axvline(1, color="black", linewidth=0.8)
+        axes.axhline(block - 1.25, color=_GREY, linewidth=0.5)
         middles = [place * block + (len(methods) - 1) / 2 for place in range(len(summaries))]
-        axes.set_yticks(middles, ["all prompts" if name == ALL else name for name in summaries])
+        axes.set_yticks(middles, [f"{name}\n{_counted(prompts[name])}" for name in summaries], fontsize=9)
         axes.set_ylim(len(summaries) * block - 0.75, -1)
+        axes.set_xlim(0, axes.get_xlim()[1])
         axes.set_xlabel("tokens per second, over plain decoding")
         axes.set_title(f"temperature {temperature:g}" if temperature else "greedy", fontsize=10)
         axes.grid(axis="x", alpha=0.3)
@@ -100,30 +107,6 @@ def tau_and_nodes(results: dict[str, Any]) -> Any:
     axes.set_ylabel("tau: tokens per target forward")
     axes.grid(alpha=0.3)
     _legend(figure, axes.get_legend_handles_labels()[0])
-    return figure
-
-
-def sizes_over_time(results: dict[str, Any]) -> Any:
-    """Plot how many nodes the steps verified, from an answer's first step to its last: one panel for each policy."""
-    told = {name: steps["sizes"] for name, steps in results["steps"].items() if len(steps["shapes"]) > 1}
-    told = {name: sizes for name, sizes in told.items() if any(map(sum, sizes))}
-    if not told:
-        return None
-    figure = _figure(7.5, 1.8 + 2.2 * len(told), "How many nodes the steps of an answer verify", results)
-    panels = figure.subplots(len(told), 1, sharex=True, squeeze=False)[:, 0]
-    shades = ("#BBBBBB", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00")
-    for axes, (name, sizes) in zip(panels, told.items(), strict=True):
-        starts = [number * STEPS_PER_BIN for number in range(len(sizes))]
-        base = [0.0] * len(sizes)
-        for bucket, (label, shade) in enumerate(zip(BUCKETS, shades, strict=True)):
-            shares = [100 * part[bucket] / max(sum(part), 1) for part in sizes]
-            axes.bar(starts, shares, STEPS_PER_BIN * 0.92, base, align="edge", color=shade, label=label)
-            base = [low + share for low, share in zip(base, shares, strict=True)]
-        axes.set_title(name, fontsize=10)
-        axes.set_ylabel("% of steps")
-        axes.set_ylim(0, 100)
-    panels[-1].set_xlabel("step of the answer")
-    _legend(figure, panels[0].get_legend_handles_labels()[0], title="nodes verified")
     return figure
 
 
@@ -158,23 +141,27 @@ def time_parts(results: dict[str, Any]) -> Any:
 def costs(results: dict[str, Any]) -> Any:
     """Plot what a target forward costs by the nodes that it verifies, and a level of the head by its width.
 
-    Bars hold the middle half of the repeats, where the results have it.
+    A forward over more nodes does more work, so where it took less time than a smaller one, the difference is noise:
+    shaded. Bars hold the middle half of the repeats, where the results have it.
     """
     told = json.loads(json.dumps(results["costs"]))  # sizes as texts, as a file has them
     ranges = told.get("verify_range", {})
     repeats = ", and the middle half of its repeats" if ranges else ""
     figure = _figure(7, 5.2, f"What a forward costs{repeats}", results)
     axes = figure.subplots()
-    series = [(f"target forward, context {c}", row, ranges.get(c, {})) for c, row in told["verify"].items()]
+    series: list[Any] = [(f"target forward, context {c}", row, ranges.get(c, {})) for c, row in told["verify"].items()]
     series += [("one level of the head", told["draft"], told.get("draft_range", {}))] if told["draft"] else []
+    is_noisy = False
     for number, (label, row, spread) in enumerate(series):
         nodes = sorted(row, key=int)
         values = [1e3 * row[count] for count in nodes]
         ends = [[1e3 * seconds for seconds in spread.get(count, (row[count],) * 2)] for count in nodes]
         bars = [[abs(value - pair[end]) for value, pair in zip(values, ends, strict=True)] for end in (0, 1)]
-        style = {"marker": _MARKS[number], "color": (_AUTO, *_COLOURS)[number], "capsize": 4, "markersize": 5}
+        colour = (_AUTO, *_COLOURS)[number]
+        style = {"marker": _MARKS[number], "color": colour, "capsize": 4, "markersize": 5}
         style |= _HOLLOW | {"markeredgewidth": 1.5, "zorder": 3}
         axes.errorbar(list(map(int, nodes)), values, bars if spread else None, label=label, **style)
+        is_noisy |= _shade_noise(axes, list(map(int, nodes)), values, colour)
     context, first = next(iter(told["verify"].items()))
     plain = 1e3 * (told.get("plain") or {}).get(context, first["1"])
     axes.axhline(plain, color="black", linewidth=0.8, linestyle=":", label=f"plain decoding, context {context}")
@@ -186,8 +173,20 @@ def costs(results: dict[str, Any]) -> Any:
     axes.set_xlabel("nodes; for the head, width of the level")
     axes.set_ylabel("milliseconds")
     axes.grid(alpha=0.3)
+    if is_noisy:
+        axes.fill_between([], [], color=_GREY, alpha=0.3, label="shaded: noise, more nodes took less time")
     _legend(figure, axes.get_legend_handles_labels()[0])
     return figure
+
+
+def _shade_noise(axes: Any, nodes: list[int], values: list[float], colour: str) -> bool:
+    """Shade between the two rising lines that enclose the values, if these fall anywhere; whether they do."""
+    above = list(accumulate(values, max))
+    below = list(accumulate(reversed(values), min))[::-1]
+    if above == below:
+        return False
+    axes.fill_between(nodes, below, above, color=colour, alpha=0.2, linewidth=0)
+    return True
 
 
 def _figure(width: float, height: float, title: str, results: dict[str, Any]) -> Any:
@@ -211,10 +210,21 @@ def _legend(figure: Any, handles: Any, title: str | None = None) -> None:
     figure.legend(handles=handles, title=title, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
-def _interval(axes: Any, row: dict[str, Any], place: float, style: dict[str, Any]) -> None:
+def _ratio(axes: Any, row: dict[str, Any], place: float, style: dict[str, Any], *, has_interval: bool) -> None:
     """Caps reach above and below the mark, so that an interval shorter than it is seen, too."""
-    axes.plot([row["low"], row["high"]], [place, place], "|-", color=style["color"], linewidth=1.5, markersize=9)
+    if has_interval:
+        axes.plot([row["low"], row["high"]], [place, place], "|-", color=style["color"], linewidth=1.5, markersize=9)
     axes.plot(row["ratio"], place, **style, markersize=5, clip_on=False)
+
+
+def _prompt_counts(results: dict[str, Any]) -> Counter[str]:
+    """How many prompts each dataset has, and `all`."""
+    prompts = {measurement["prompt"] for measurement in results["measurements"]}
+    return Counter(prompt.rpartition("/")[0] for prompt in prompts) + Counter({ALL: len(prompts)})
+
+
+def _counted(prompts: int) -> str:
+    return f"{prompts} prompt{'s' if prompts != 1 else ''}"
 
 
 def _style(results: dict[str, Any], method: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class PromptArguments:
     max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
     card: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "What a card must tell and no run can know: see docs/publish.md."},
+        metadata={"help": "What a card must tell and no run can know: see training/PUBLISHING.md."},
     )
 
     def read_prompts(self, tokenizer: Any) -> "tuple[Dataset, Dataset, Dataset]":

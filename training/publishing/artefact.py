@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Artefact:
         recipe: `recipe.yaml`; its `card` holds what no run can know.
         metrics: `metrics.json`, written by the trainer.
         results: `results.json` of the benchmark; empty if missing or in another schema.
-        plots: names of the PNG files, sorted.
+        plots: PNG files, sorted. A policy without any has those of its head, if the folder next to it was measured in
+            the same run: plots stand once for each target.
     """
 
     folder: Path
@@ -40,7 +41,7 @@ class Artefact:
     recipe: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
-    plots: tuple[str, ...] = ()
+    plots: tuple[Path, ...] = ()
 
     @property
     def is_policy(self) -> bool:
@@ -86,14 +87,25 @@ def read_artefact(folder: Path) -> Artefact:
         )
     results, recipe = _mapping(folder / RESULTS), _mapping(folder / RECIPE)
     check_card(recipe.get("card"), folder / RECIPE)
-    return Artefact(
+    artefact = Artefact(
         folder,
         config,
         recipe=recipe,
         metrics=_mapping(folder / METRICS),
         results=results if results.get("schema_version") == SCHEMA_VERSION else {},
-        plots=tuple(sorted(file.name for file in folder.glob("*.png"))),
     )
+    return replace(artefact, plots=tuple(_plots(artefact)))
+
+
+def _plots(artefact: Artefact) -> list[Path]:
+    own = sorted(artefact.folder.glob("*.png"))
+    if own or not artefact.is_policy or artefact.head is None:
+        return own
+    beside = artefact.folder.resolve().parent / Path(artefact.head).name
+    files = [folder / RESULTS for folder in (artefact.folder, beside)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
+        return []
+    return sorted(beside.glob("*.png"))
 
 
 def check_card(card: Any, source: str | Path) -> None:
@@ -108,8 +120,8 @@ def check_card(card: Any, source: str | Path) -> None:
     """
     if faults := list(_card_faults(card)):
         raise UnreadableArtefactError(
-            f"The `card` of {source} is invalid: {'; '.join(faults)}. See docs/publish.md for its fields, and quote "
-            "words that YAML reads as another type, such as 'no'."
+            f"The `card` of {source} is invalid: {'; '.join(faults)}. See training/PUBLISHING.md for its fields, and "
+            "quote words that YAML reads as another type, such as 'no'."
         )
 
 

@@ -3,6 +3,7 @@
 Needs jinja2, which torch installs.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 Table = tuple[list[str], list[str], list[list[str]]]  # headings of words, headings of numbers, rows
 
 
-def render_card(artefact: Artefact, name: str) -> str:
+def render_card(artefact: Artefact, name: str, *, with_plots: bool = False) -> str:
     """Render the card; a section without facts is left out.
 
     Args:
         artefact: the folder.
         name: what a user passes to `from_pretrained`: a Hub id or a folder.
+        with_plots: the plots lie beside the card, as in a published repository, and not where they are here.
     """
     said, results, default_tree = artefact.said, artefact.results, artefact.config.get("default_tree")
     data = card_data(
@@ -54,13 +56,17 @@ def render_card(artefact: Artefact, name: str) -> str:
         metrics=artefact.metrics,
         results=results,
         has_recipe=bool(artefact.recipe),
-        plots=artefact.plots,
+        plots={file.name: file.name if with_plots else _place(file, artefact.folder) for file in artefact.plots},
         default_tree=TreeShape(*default_tree) if default_tree else None,
         agreement=_agreement(artefact.metrics),
         overall=_overall(results) if results else None,
         by_dataset=_by_dataset(results) if results else None,
     )
     return f"{card}\n"  # Jinja drops the last one of a template
+
+
+def _place(file: Path, folder: Path) -> str:
+    return Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
 
 
 def _agreement(metrics: dict[str, Any]) -> Table:

@@ -49,7 +49,7 @@ def check_publishable(recipe: str, args: TrainingArguments, target: str) -> None
         listed = "\n".join(f"- {fault}" for fault in faults)
         raise ValueError(
             f"`push_to_hub` is set, but the result of this run could not be published:\n{listed}\nFix these (see "
-            "docs/publish.md), or train without `push_to_hub` and publish the folder later with training/publish.py."
+            "training/PUBLISHING.md), or train without `push_to_hub` and publish the folder with training/publish.py."
         )
     if args.process_index == 0:
         private, token, revision = args.hub_private_repo, args.hub_token, args.hub_revision

@@ -41,10 +41,11 @@ def write_custom_generate(folder: Path, name: str | None = None) -> None:
 
 def files_of(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """What publishing `folder` uploads: path in the repository -> a local file, or its content."""
-    plain = {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.name != CARD}
     artefact = read_artefact(folder)
-    card = render_card(artefact, repo_id).encode()
-    return {CARD: card, **plain, **custom_generate_files(artefact, repo_id)}
+    plain = {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.name != CARD}
+    plots = {file.name: file for file in artefact.plots}
+    card = render_card(artefact, repo_id, with_plots=True).encode()
+    return {CARD: card, **plain, **plots, **custom_generate_files(artefact, repo_id)}
 
 
 def publish(folder: Path, destination: Destination) -> str:

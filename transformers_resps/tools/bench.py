@@ -326,7 +326,7 @@ def results_of(
     costs: CostTable,
     estimates: Sequence[AnswerTiming] = (),
 ) -> dict[str, Any]:
-    """Return the results so far, as in docs/bench-results-schema.md; `estimates` are marked as not measured."""
+    """Return the results so far, as in training/benchmarking/RESULTS.md; `estimates` are marked as not measured."""
     timings, names = session.timings, [method.name for method in session.methods]
     cost = costs.verify_seconds(NAMED_NODES, _ADVICE_CONTEXT) / costs.plain_seconds(_ADVICE_CONTEXT)
     reported = [method.name for method in session.methods if method.reports_steps and session.runs_of(method.name)]

@@ -1,6 +1,6 @@
 """What the answers of a benchmark show: rates and intervals, a table, an advice, and the file `results.json`.
 
-The file's schema is in docs/bench-results-schema.md. Every rate is total tokens over total seconds.
+The file's schema is in training/benchmarking/RESULTS.md. Every rate is total tokens over total seconds.
 """
 
 import json
@@ -112,7 +112,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One row of the table; docs/bench-results-schema.md describes the fields.
+    """One row of the table; training/benchmarking/RESULTS.md describes the fields.
 
     Attributes:
         compiled_ratio: `None`, like `compiled_efficiency`, where compiled plain decoding was not measured.
@@ -440,7 +440,7 @@ def read_results(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read as results of `resps bench` ({error}). Measure again.") from error
     if found != SCHEMA_VERSION:
         raise ValueError(
-            f"{file} has schema {found!r}, but this release reads {SCHEMA_VERSION}, see docs/bench-results-schema.md. "
-            "Measure again with this release, or read the file with the release that wrote it."
+            f"{file} has schema {found!r}, but this release reads {SCHEMA_VERSION} "
+            "(training/benchmarking/RESULTS.md). Measure again, or read the file with the release that wrote it."
         )
     return results

@@ -18,7 +18,7 @@ from transformers_resps.tools.results import BusyMachineError
 
 
 ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]
-PLOTS = {"ratios.png", "tau.png", "sizes.png", "time.png", "costs.png"}
+PLOTS = {"ratios.png", "tau.png", "time.png", "costs.png"}
 BenchCommand = Callable[..., int]
 
 
@@ -61,7 +61,7 @@ def test_it_adds_the_best_fixed_tree_the_oracle_hashes_and_plots(
     more = {"commit", "dirty", "code_sha256", "target_fingerprint", "peers", "same_texts", "environment"}
     assert more | {"command", "device", "dtype", "versions", "advice", "costs"} <= found.keys()
     assert found["noise"]["accepted"] and found["best_fixed"]["prompts"] and found["settings"]["searched"]
-    assert found["steps"]["auto"].keys() >= {"mean_nodes", "sizes", "shapes"}
+    assert found["steps"]["auto"].keys() >= {"mean_nodes", "shapes"}
     assert PLOTS | {"table.md", "journal.jsonl"} <= {file.name for file in (tmp_path / "out").iterdir()}
     printed = capsys.readouterr().out
     assert "| all | 1 | *oracle (ceiling)* |" in printed and found["advice"] in printed

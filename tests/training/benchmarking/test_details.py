@@ -3,9 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarking.details import BUCKETS, bucket_of, same_texts, sizes_and_shapes
-from tests.tools.measured import EFFORTS, made_up, step, steps_for
-from transformers_resps import TreeShape
+from benchmarking.details import same_texts, shapes_chosen
+from tests.tools.measured import EFFORTS, made_up, steps_for
 from transformers_resps.tools.results import Run
 
 
@@ -22,19 +21,5 @@ def test_two_methods_are_compared_on_texts_that_both_wrote_alike() -> None:
     assert ("plain", "auto") not in found
 
 
-def test_sizes_are_counted_by_eight_steps() -> None:
-    steps = [step(TreeShape.plain(), nodes, 1, 0, 0, 1) for nodes in [1, *[8] * 9]]
-    assert sizes_and_shapes([steps])["sizes"] == [[0, 0, 8, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
-
-
 def test_the_most_frequent_shapes_are_told() -> None:
-    found = sizes_and_shapes([steps_for("auto")] * 6)
-    assert found == {"sizes": [[6, 0, 0, 18, 0, 0]], "shapes": {"17/5/4+2": 18, "plain": 6}}
-
-
-@pytest.mark.parametrize(
-    ("nodes", "bucket"),
-    [(1, "plain"), (2, "2 to 4"), (4, "2 to 4"), (5, "5 to 8"), (16, "9 to 16"), (33, "above 32")],
-)
-def test_nodes_fall_into_buckets(nodes: int, bucket: str) -> None:
-    assert BUCKETS[bucket_of(nodes)] == bucket
+    assert shapes_chosen([steps_for("auto")] * 6) == {"17/5/4+2": 18, "plain": 6}

@@ -8,28 +8,24 @@ from typing import Any
 
 import pytest
 
-from benchmarking.details import sizes_and_shapes
-from benchmarking.plots import costs, draw_plots, ratios, sizes_over_time, tau_and_nodes, time_parts
-from tests.tools.measured import made_up, results_of, steps_for
+from benchmarking.plots import costs, draw_plots, ratios, tau_and_nodes, time_parts
+from tests.tools.measured import made_up, results_of
 from transformers_resps.tools.results import Run
 
 
 def detailed(runs: Sequence[Run]) -> dict[str, Any]:
-    results = results_of(runs, list(dict.fromkeys(run.timing.method for run in runs)))
-    for name, steps in results["steps"].items():
-        steps |= sizes_and_shapes([steps_for(name)] * 6)
-    return results
+    return results_of(runs, list(dict.fromkeys(run.timing.method for run in runs)))
 
 
 @pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 1.0)])
 def test_every_plot_is_drawn(tmp_path: Path, temperatures: tuple[float, ...]) -> None:
     results = json.loads(json.dumps(detailed(made_up(temperatures))))
     files = draw_plots(results, tmp_path)
-    assert [file.name for file in files] == ["ratios.png", "tau.png", "sizes.png", "time.png", "costs.png"]
+    assert [file.name for file in files] == ["ratios.png", "tau.png", "time.png", "costs.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
-@pytest.mark.parametrize("draw", [ratios, tau_and_nodes, sizes_over_time, time_parts, costs])
+@pytest.mark.parametrize("draw", [ratios, tau_and_nodes, time_parts, costs])
 def test_a_plot_has_a_title_and_cuts_nothing_off(draw: Any) -> None:
     runs = [
         replace(run, timing=replace(run.timing, method=long_name(run.timing.method))) for run in made_up((0.0, 1.0))
@@ -82,7 +78,31 @@ def test_costs_have_error_bars_where_the_spread_is_known() -> None:
     assert "middle half of its repeats" in figure.get_suptitle()
 
 
+def test_all_prompts_come_first_and_what_one_prompt_gave_has_no_interval() -> None:
+    runs = [run for run in made_up() if run.timing.prompt not in ("b/1", "b/2")]
+    figure = ratios(detailed(runs))
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all\n4 prompts", "a\n3 prompts", "b\n1 prompt"]
+    methods = len(detailed(runs)["pooled"]) - 1
+    intervals = [line for line in axes.get_lines() if line.get_marker() == "|" and len(line.get_xdata()) == 2]
+    assert len(intervals) == 2 * methods
+    assert "95% intervals" in figure.get_suptitle()
+    alone = ratios(detailed([run for run in runs if run.timing.prompt == "a/0"]))
+    assert "interval" not in alone.get_suptitle()
+
+
+def test_costs_shade_what_is_noise_and_nothing_where_more_nodes_cost_more() -> None:
+    told = detailed(made_up())
+    assert not costs(told).axes[0].collections
+    told["costs"] = {"verify": {128: {1: 0.01, 2: 0.014, 4: 0.012, 8: 0.02}}, "draft": {}}
+    figure = costs(told)
+    shade = figure.axes[0].collections[0]
+    corners = {tuple(point) for point in shade.get_paths()[0].vertices.round(6).tolist()}
+    assert corners == {(1, 10), (2, 12), (2, 14), (4, 12), (4, 14), (8, 20)}
+    assert "noise" in " ".join(text.get_text() for text in figure.legends[0].get_texts())
+
+
 def test_a_plot_without_data_is_left_out(tmp_path: Path) -> None:
     runs = [run for run in made_up() if run.timing.method == "plain"]
     names = [file.name for file in draw_plots(detailed(runs), tmp_path)]
-    assert "tau.png" not in names and "sizes.png" not in names and "costs.png" in names
+    assert "tau.png" not in names and "costs.png" in names

@@ -114,3 +114,20 @@ def test_a_refusal_of_the_hub_is_told(hub, folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert publish(folder, REPO) == 2
     assert "hf auth login" in capsys.readouterr().err
+
+
+def test_a_policy_shows_the_plots_of_its_head_and_takes_them_along_when_it_is_published(hub, tmp_path):
+    folder = policy_folder(tmp_path / "policy")
+    plot = folder / "speed_ratio.png"
+    beside = tmp_path / "tiny-head"
+    beside.mkdir()
+    drawn = plot.read_bytes()
+    plot.rename(beside / plot.name)
+    assert publish(folder, "--render") == 0
+    assert plot.name not in (folder / "README.md").read_text()  # a head that was measured in another run
+    (beside / "results.json").write_bytes((folder / "results.json").read_bytes())
+    assert publish(folder, "--render") == 0
+    assert "](../tiny-head/speed_ratio.png)" in (folder / "README.md").read_text()
+    assert publish(folder, "tester/policy") == 0
+    sent = hub.repositories["tester/policy"].files
+    assert sent[plot.name] == drawn and "](speed_ratio.png)" in sent["README.md"].decode()
