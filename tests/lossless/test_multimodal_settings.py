@@ -10,7 +10,7 @@ import torch
 from tests.lossless.hybrids import SAMPLED, answer, check_counts
 from tests.lossless.multimodal import ALL, DRAFTED, AnyShape, check, head_of, shown, target_of
 from tests.multimodal_targets import IMAGE, START, TARGETS, VOCABULARY, Medium, MultimodalTarget, target_named
-from transformers_resps import FixedPolicy, TreeShape
+from transformers_resps import FixedPolicy, TreeShape, attach
 from transformers_resps.verifying.forward import decoder_layers
 
 
@@ -124,3 +124,14 @@ def test_a_mask_that_grows_with_every_token_is_refused() -> None:
     inputs["cross_attention_mask"] = torch.ones(1, inputs["input_ids"].shape[1], 1, 1, dtype=torch.long)
     with pytest.raises(ValueError, match="cross_attention_mask"):
         answer(target_of(kind), inputs, assistant_model=head_of(kind))
+
+
+def test_a_target_that_its_caller_compiled_decodes_texts_and_refuses_images() -> None:
+    kind = target_named("gemma3")
+    target = attach(kind.build())
+    text, image = {"input_ids": kind.prompt("......")["input_ids"]}, kind.prompt("..I..")
+    plain = target.generate(**text, max_new_tokens=12, do_sample=False)
+    target.compile(backend="eager")
+    assert target.generate(**text, max_new_tokens=12, do_sample=False, policy="auto").tolist() == plain.tolist()
+    with pytest.raises(ValueError, match="A compiled .* reads prompts of tokens only"):
+        target.generate(**image, max_new_tokens=12, do_sample=False, policy="auto")

@@ -178,10 +178,9 @@ def _reader(
 
     Stock, too, where a decoder's prompt could hold more: EXAONE 4.5 reads other positions than it is given.
     """
-    kwargs = inputs.model_kwargs
-    config = target.config
+    kwargs, config = inputs.model_kwargs, target.config
     may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
-    if not may_hold_more and not inputs.hold_more_than_tokens:
+    if not inputs.hold_more_than_tokens and (not may_hold_more or is_compiled(target)):
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}
         return partial(verifier.prefill, chunk_size=inputs.config.prefill_chunk_size, **kept)
     # of a copy: stock takes apart what it reads in chunks
