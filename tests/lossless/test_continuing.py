@@ -265,7 +265,7 @@ def test_the_padding_of_a_batch_is_read_when_its_cache_is_first_looked_at(
     assert forwards, "the padding was read before: that cost every call a forward"
     del forwards[:]
     for cache in (found[CACHE_KEYWORD], copied):
-        assert type(cache) is DynamicCache
+        assert isinstance(cache, DynamicCache)
         check_equal_caches(cache, plain[CACHE_KEYWORD])
     handle.remove()
     assert not forwards, "it was read twice"

@@ -113,7 +113,7 @@ def test_drafts_about_images_are_printed(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_text_alone_trains_with_a_tokenizer_or_with_a_processor(tmp_path: Path) -> None:
-    rows, losses = Dataset.from_list([{"messages": turns("defg", "ghghkl")}] * 4), []
+    rows, losses = Dataset.from_list([{"messages": turns("defg", "ghghde")}] * 4), []
     for reads in (templated(), image_processor()):
         torch.manual_seed(1)
         target = image_target()

@@ -440,7 +440,7 @@ def read_results(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read as results of `resps bench` ({error}). Measure again.") from error
     if found != SCHEMA_VERSION:
         raise ValueError(
-            f"{file} has schema {found!r}, but this release reads {SCHEMA_VERSION} "
-            "(training/benchmarking/RESULTS.md). Measure again, or read the file with the release that wrote it."
+            f"{file} has schema {found!r}, but this release reads {SCHEMA_VERSION}. "
+            "Measure again, or read the file with the release that wrote it."
         )
     return results

@@ -164,7 +164,10 @@ def canonical_head(
     if overrides.get("rope_theta") is not None:
         rope = fields.get("rope_parameters") or {"rope_type": "default"}
         fields["rope_parameters"] = {**rope, "rope_theta": float(overrides["rope_theta"])}
-    return DraftHeadConfig.from_dict(fields), checkpoint.tensors
+    try:
+        return DraftHeadConfig.from_dict(fields), checkpoint.tensors
+    except AttributeError as error:  # a dtype that PyTorch does not have
+        raise ValueError(f"The config of {checkpoint.name} cannot be read ({error}). Download it again.") from error
 
 
 _COPIED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02}
