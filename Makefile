@@ -132,7 +132,7 @@ mutants: .venv/dev/.filled
 docs: .venv/dev/.filled
 	$(DEV) docs/make_api.py
 	$(DEV) docs/make_benchmarks.py
-	$(DEV) docs/make_picture.py
+	PYTHONPATH=. $(DEV) docs/make_picture.py
 	$(DEV) docs/make_chart.py
 
 # The pages with search, to read without a network: site/html/index.html.

@@ -1,9 +1,8 @@
 """`resps serve`: OpenAI's chat, completions and responses, answered by attached models."""
 
 import argparse
+import logging
 import socket
-
-from transformers.utils import logging
 
 from ..compat import check_extra
 from .loading import default_device, named_tree
@@ -34,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
             "Transformers 5.20 to 5.24."
         ) from error
     serving.check_release()
-    logging.get_logger("transformers.cli.serving").setLevel(logging.ERROR)  # stock warns of every request
+    server_log = logging.getLogger("transformers.cli.serving")
+    server_log.setLevel(logging.ERROR)  # stock warns of every request
     with socket.create_server((args.host, args.port)) as listening:
         figures = serving.Figures()
         worker = serving.OneAtATime(figures)

@@ -282,7 +282,7 @@ def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Ma
     told = {
         name: Path(model).resolve().name if model and Path(model).is_dir() else model for name, model in models.items()
     }
-    head = f"# Written by {trainer}. `card` is missing: training/PUBLISHING.md says what a card tells.\n"
+    head = f"# Written by {trainer}. `card` is missing: PUBLISHING.md beside the scripts says what a card tells.\n"
     (folder / RECIPE).write_text(head + yaml.safe_dump(told | settings, sort_keys=False), encoding="utf-8")
 
 
