@@ -10,6 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from tests.conftest import build_target
+from tests.targets import Architecture
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
 from transformers_resps.verifying.verifier import SlotVerifier, TreeVerifier, Verifier
@@ -104,3 +106,36 @@ def test_it_goes_on_after_what_the_cache_already_holds(target: PreTrainedModel) 
         verifier.prefill(PROMPTS)
         found, _ = verifier.verify(TREE)
     torch.testing.assert_close(found[0, 4], logits_after(target, text_of(0, BRANCH)))
+
+
+@torch.no_grad()
+def test_a_prompt_that_the_forward_lengthens_is_refused_with_the_reason(target: PreTrainedModel) -> None:
+    cache: Any = DynamicCache(config=target.config)
+
+    def read() -> Any:
+        longer = torch.cat([PROMPTS, PROMPTS[:, :2]], dim=1)
+        return target(input_ids=longer, position_ids=torch.arange(7)[None], use_cache=True, **{CACHE_KEYWORD: cache})
+
+    with (
+        pytest.raises(ValueError, match="LlamaForCausalLM reads a prompt of 5 positions as 7"),
+        TreeVerifier(TargetForward(target, None, cache), torch.arange(5)[None]) as verifier,
+    ):
+        verifier.prefill_by(read, rows=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_over_slots", [False, True], ids=["growing", "slots"])
+def test_it_goes_on_at_the_positions_that_the_decoder_got(is_over_slots: bool) -> None:
+    """Of a prompt that another has read; GPT-2 has a vector for each position."""
+    learned = Architecture("gpt2", {"vocab_size": 32}).build("sdpa")
+    cache: Any = DynamicCache(config=learned.config)
+    forward, counted = TargetForward(learned, None, cache), torch.arange(5)[None]
+    told = {"position_ids": torch.arange(3, 8)[None], "use_cache": True, CACHE_KEYWORD: cache}
+    with SlotVerifier(forward, None, counted) if is_over_slots else TreeVerifier(forward, counted) as verifier:
+        last, _ = verifier.prefill_by(lambda: learned(input_ids=PROMPTS, **told), rows=2)
+        found, _ = verifier.verify(TREE)
+    for row in range(2):
+        text, positions = torch.tensor([text_of(row, BRANCH)]), torch.arange(3, 11)[None]
+        expected = learned(input_ids=text, position_ids=positions, use_cache=False).logits[0]
+        torch.testing.assert_close(last[row, -1], expected[4])
+        torch.testing.assert_close(found[row, BRANCH[-1]], expected[-1])
