@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,7 +347,12 @@ def test_many_clients_at_once_lose_nothing_and_read_plain_answers(client: Client
 def test_the_command_serves_until_it_is_interrupted(client: Client) -> None:
     command = [sys.executable, "-m", "resps", "serve", client.target, "--port", "0", "--device", "cpu"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell lets its background ignore it
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
