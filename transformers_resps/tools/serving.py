@@ -38,13 +38,13 @@ from .loading import load_policy, load_target
 MAX_BODY_BYTES = 32 << 20
 _DEFAULT_NEW_TOKENS = 1024  # stock's own least, where a request names none
 _SHUTDOWN_SECONDS = 60.0  # that the step which runs may take
-_CLIENT_LEFT = 499  # nginx's status for it; nobody reads it
+_CLIENT_LEFT = 499  # nginx's status for it, seen in logs only
 _BAD_REQUEST = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
 _FAILURES = (*_BAD_REQUEST, RuntimeError, OSError, ImportError)
 
 
 class ClientLeftError(Exception):
-    """Ends a call of `generate` whose answer nobody waits for."""
+    """Ends a call of `generate` whose client has left."""
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Exchange:
     """One request and what came of it, shared by the event loop and the worker.
 
     Attributes:
-        over: set once nobody waits for an answer.
+        over: set once no answer is needed any more.
         has_left: whether that is because the client has left.
         policy: that the request asks for: "auto", "plain", or `None` for the server's.
         seed: of its random numbers.
@@ -153,7 +153,7 @@ class RequestModel:
         """The token ids `[1, s + t]`; what a tree cannot do is decoded plainly.
 
         Raises:
-            ClientLeftError: nobody waits for them.
+            ClientLeftError: the client has left.
         """
         exchange, watch = self._exchange, _Watch(streamer, self._exchange.over)
         try:

@@ -264,7 +264,7 @@ def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     file.write_text(json.dumps(told | metrics, indent=2) + "\n", encoding="utf-8")
 
 
-_OF_THE_MACHINE = ("_dir", "_token", "run_name", "local_rank")  # ends of settings that are nobody else's
+_OF_THE_MACHINE = ("_dir", "_token", "run_name", "local_rank")  # ends of settings that belong to one machine or run
 
 
 def write_recipe(folder: Path, args: TrainingArguments, trainer: str, models: Mapping[str, str | None]) -> None:
