@@ -1,0 +1,170 @@
+"""What drafts for a target: the source that a user passes, and its passes as they run below one target.
+
+A `DraftSource` lives between calls: a draft head, MTP layers, an assistant, a small model. Bound to a target it is a
+`StepModel`, whose passes the drafter of one call runs over committed tokens and over the levels of trees.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..tree import TreeShape
+from ..verifying.attention import attend
+
+
+# Which positions of `[b, t]` get an output: a slice, or `[b, q]` positions of each row
+Wanted = slice | Tensor
+# What a model computes from positions alone, such as the angles of RoPE: `[b or 1, t, any]` each
+Places = tuple[Tensor, ...]
+
+
+class Entries(ABC):
+    """What the tokens of one pass attend to, and where their own keys and values go.
+
+    Layers of Transformers take it as their cache, and `mask` as their attention mask.
+
+    Attributes:
+        mask: `[b or 1, 1 or heads that share keys, q, s]` bool over the s entries that `update` returns, true where
+            attended; `None` where plain causal attention, or attention to everything from one query, will do.
+        is_compileable: asked by models of Transformers.
+    """
+
+    mask: Tensor | None = None
+    is_compileable = False
+
+    @abstractmethod
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values `[b, kv heads, t, hd]` of the pass; return all that its tokens may attend to."""
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of the queries `[b, heads, q, hd]`, of the newest q of the t tokens, as `[b, heads, q, hd]`."""
+        return attend(queries, *self.update(keys, values, layer), self.mask)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Asked by models of Transformers, which get positions and a mask all the same."""
+        return 0
+
+
+class StepModel(ABC):
+    """A source as it drafts for one target: passes over tokens, each paired with the hidden state before it, if at all.
+
+    Depth k pairs token j with the output of depth k - 1 at token j - 1; the target's hidden state is that of depth -1.
+    With one depth it drafts any number of levels: a node then reads its parent's output.
+
+    Attributes:
+        depths: passes with weights of their own, each of which drafts one level; 1 for any number of levels.
+        reads_features: whether it pairs tokens with hidden states.
+        reads_target: whether it has no keys of its own, and attends to the target's committed ones.
+        rereads_target: whether deeper depths, too, read the target's hidden state in place of an output.
+        needs_all_queries: whether a pass computes every output, wanted or not.
+        has_fixed_places: whether `places` of a position do not depend on the other positions.
+        proposable_tokens: how many tokens it can propose after a node.
+        device: of its inputs.
+        dtype: of its hidden states.
+    """
+
+    depths: int = 1
+    reads_features: bool = True
+    reads_target: bool = False
+    rereads_target: bool = False
+    needs_all_queries: bool = True
+    has_fixed_places: bool = True
+    proposable_tokens: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def modules(self) -> nn.ModuleList:
+        """All whose weights drafting reads, the target's included."""
+
+    @abstractmethod
+    def fuse(self, features: Tensor) -> Tensor:
+        """`[b, t, F]` features of the target -> `[b, t, h]` hidden states of depth -1."""
+
+    @abstractmethod
+    def places(self, positions: Tensor) -> Places:
+        """What `run` needs to know of positions `[b or 1, t]`."""
+
+    @abstractmethod
+    def run(
+        self,
+        depth: int,
+        tokens: Tensor,
+        hidden: Tensor | None,
+        places: Places,
+        entries: Entries,
+        wanted: Wanted = slice(None),
+    ) -> Tensor:
+        """One pass.
+
+        Args:
+            depth: from 0 on.
+            tokens: `[b, t]` target vocabulary ids.
+            hidden: `[b, t, h]` the state before each token; `None` if it reads none.
+            places: of the tokens.
+            entries: what they attend to.
+            wanted: the tokens whose output is asked for.
+
+        Returns:
+            `[b, q, h]` outputs at the wanted tokens.
+        """
+
+    @abstractmethod
+    def logits(self, output: Tensor) -> Tensor:
+        """`[b, q, h]` outputs -> fp32 `[b, q, d]`."""
+
+    def feedback(self, output: Tensor) -> Tensor:
+        """What the next token is paired with: `[b, q, h]` outputs -> `[b, q, h]`."""
+        return output
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft vocabulary ids of any shape -> target ids."""
+        return draft_ids
+
+
+class DraftSource(ABC):
+    """What a user passes as `assistant_model` to draft trees; it lives between calls.
+
+    Attributes:
+        feature_layers: the target's hidden states that it reads, by index, 0 being the embeddings; empty for none.
+        before_deepstack: whether these are read before image features are added to them.
+    """
+
+    before_deepstack: bool = False
+
+    @property
+    @abstractmethod
+    def feature_layers(self) -> list[int]: ...
+
+    @property
+    @abstractmethod
+    def default_shape(self) -> TreeShape:
+        """The tree that is used when `generate` gets no policy."""
+
+    @abstractmethod
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Refuse a target that it was not made for.
+
+        Raises:
+            ValueError: names both models, and what differs.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of its weights: 16 hexadecimal digits."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What identifies it, for what is trained or measured with it: JSON values."""
+
+    @abstractmethod
+    def bind(self, target: PreTrainedModel) -> StepModel:
+        """The source as it drafts for a target.
+
+        Raises:
+            ValueError: it belongs to another target, or is on another device.
+        """
