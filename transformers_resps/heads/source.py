@@ -143,6 +143,26 @@ class StepModel(ABC):
         return draft_ids
 
 
+class TrainableModel(StepModel):
+    """A model whose logits are a normed output times the rows of an output head: what training reads."""
+
+    @abstractmethod
+    def normed(self, output: Tensor, depth: int = 0) -> Tensor:
+        """`[..., h]` outputs of a depth -> what its output head multiplies."""
+
+    @abstractmethod
+    def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
+        """`[..., h]` normed outputs of a depth -> fp32 `[..., d]`."""
+
+    @abstractmethod
+    def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Weight `[d, h]` of a depth's output head, and its bias `[d]`, if any."""
+
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
+        return self.normed_logits(self.normed(output, depth), depth)
+
+
 class DraftSource(ABC):
     """What a user passes as `assistant_model` to draft trees; it lives between calls.
 

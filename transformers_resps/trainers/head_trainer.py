@@ -21,7 +21,7 @@ from ..calibration import device_name
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
-from ..heads import BoundHead, DraftHead, DraftHeadConfig
+from ..heads import DraftHead, DraftHeadConfig, TrainableModel
 from ..verifying.prepacking import prepack
 from .base import ArtefactTrainer, add_metrics, check_kind
 from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in, some_texts
@@ -166,7 +166,8 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     def _levels(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss; per level the summed loss, the hits and all predicted tokens, in vocabulary or not."""
-        bound = BoundHead(unwrapped(self.accelerator.unwrap_model(model)), self.target.model)
+        head = self.head
+        bound = head.bind(self.target.model, head)
         if "features" in inputs:
             read = TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
         else:
@@ -176,28 +177,22 @@ class DraftHeadTrainer(ArtefactTrainer):
         levels = torch.arange(self.args.ttt_steps, device=places.device)[:, None]
         slots = places - 2 - levels  # [k, n]
         exists = slots >= 0
-        token_ids = bound.head.draft_token_ids
+        token_ids = head.draft_token_ids
         learnt = torch.isin(read.picks[rows, places - 1], token_ids)  # other picks have no loss at any level
         rows, places, slots = rows[learnt], places[learnt], slots[:, learnt]
         packed, columns = pack(rows, slots, read.picks.shape)
+        first_pass = head.bind(self.target.model, model).run  # gradient hooks wait for a forward of what wraps it
+        teacher = self.target.teacher(read.hidden[rows, places - 1], token_ids)
+        factors = (self.args.ttt_step_decay**levels * exists[:, learnt]).float()
         with self.accelerator.autocast():
-            hidden = unroll(
-                bound.head,
-                read.features.to(bound.head.dtype),
-                bound.embed(inputs["input_ids"]),
-                self.args.ttt_steps,
-                packed,
-                first_pass=model,
-            )
-            loss, losses, hits = soft_cross_entropy(
-                hidden[levels, rows, columns],  # [k, m, h]
-                bound.output_weight,
-                self.target.teacher(read.hidden[rows, places - 1], token_ids),
-                (self.args.ttt_step_decay**levels * exists[:, learnt]).float(),
-                self.args.loss_chunk_size,
-                bound.output_bias,
-            )
-        return loss, losses, hits, exists.sum(-1)
+            hidden = unroll(bound, read.features, inputs["input_ids"], len(levels), packed, first_pass=first_pass)
+            hidden = hidden[levels, rows, columns]  # [k, m, h]
+            parts = [
+                soft_cross_entropy(hidden[one], weight, teacher, factors[one], self.args.loss_chunk_size, bias)
+                for one, (weight, bias) in _by_output_head(bound, len(levels))
+            ]
+        loss, losses, hits = (torch.cat([part.reshape(-1) for part in same]) for same in zip(*parts, strict=True))
+        return loss.sum(), losses, hits, exists.sum(-1)
 
     def evaluation_loop(
         self,
@@ -256,15 +251,15 @@ class DraftHeadTrainer(ArtefactTrainer):
         is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         bar = tqdm(rows, "Simulating tau", self.args.tau_texts, leave=False, disable=is_quiet)
         with self._drafting() as bound, bar:
-            return round(simulated_tau(bound, bar, bound.head.default_shape), 3)
+            return round(simulated_tau(bound, bar, self.head.default_shape), 3)
 
     @contextmanager
-    def _drafting(self) -> Iterator[BoundHead]:
+    def _drafting(self) -> Iterator[TrainableModel]:
         """The head as it decodes, in evaluation mode."""
         head, is_training = self.head, self.head.training
         head.train(False)
         try:
-            yield BoundHead(head, self.target.model)
+            yield head.bind(self.target.model)
         finally:
             head.train(is_training)
 
@@ -274,7 +269,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             self._drafted_texts = list(map(self._with_features, some_texts(rows, self.args.num_drafts_to_print)))
         with self._drafting() as bound:
             tokenizer = cast(PreTrainedTokenizerBase, self.tokenizer)
-            print_drafts(bound, self._drafted_texts, tokenizer, self.state.global_step)
+            print_drafts(bound, self._drafted_texts, tokenizer, self.head.default_shape, self.state.global_step)
 
     def _with_features(self, row: dict[str, Any]) -> dict[str, Tensor]:
         found = {name: tensor.to(self.args.device) for name, tensor in row.items() if name != "pictures"}
@@ -355,6 +350,16 @@ class DraftHeadTrainer(ArtefactTrainer):
         streamed = self._train_texts.questions if isinstance(self._train_texts, StreamedBatches) else set()
         asked = streamed | questions_in(self.train_dataset) | questions_in(self.eval_dataset)
         write_training_prompts(folder, asked, earlier=earlier or ())
+
+
+def _by_output_head(
+    model: TrainableModel, levels: int
+) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
+    """Levels that share an output head, and its rows."""
+    if model.depths == 1:
+        yield list(range(levels)), model.output_rows()
+    else:
+        yield from (([level], model.output_rows(level)) for level in range(levels))
 
 
 def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, tau_texts: int) -> dict[str, Any]:
