@@ -49,7 +49,7 @@ class Entries(ABC):
 
 
 class StepModel(ABC):
-    """A source as it drafts for one target: passes over tokens, each paired with the hidden state before it, if at all.
+    """A source as it drafts for one target: passes over tokens, each paired with the hidden state before it, if any.
 
     Depth k pairs token j with the output of depth k - 1 at token j - 1; the target's hidden state is that of depth -1.
     With one depth it drafts any number of levels: a node then reads its parent's output.
