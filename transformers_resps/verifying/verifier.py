@@ -43,7 +43,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, slots=True)
 class TargetEntries:
-    """What the target keeps of the rows between two steps, for a drafter that attends to it: no rejected token is there.
+    """What the target keeps of the rows between two steps, without rejected tokens, for a drafter that attends to it.
 
     Valid until the next forward. Of each kind of layers, as the config names them, or "full_attention" where it names
     none, the last layer that has entries of its own.
