@@ -126,7 +126,7 @@ class _Queries(StepModel):
             return cast(Tensor, self._model.lm_head(output)).float()
         nearest = self._embedder.centroids(output).topk(self._embedder.centroid_intermediate_top_k).indices
         tokens = self._by_centroid[nearest].flatten(-2)  # [b, q, d]
-        scores = (self._model.lm_head.weight[tokens] @ output[..., None]).squeeze(-1).float()
+        scores: Tensor = (self._model.lm_head.weight[tokens] @ output[..., None]).squeeze(-1).float()
         return scores.new_full((*tokens.shape[:-1], self._vocab_size), -torch.inf).scatter_(-1, tokens, scores)
 
     def feedback(self, output: Tensor) -> Tensor:

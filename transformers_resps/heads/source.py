@@ -47,6 +47,14 @@ class Entries(ABC):
         """Asked by models of Transformers, which get positions and a mask all the same."""
         return 0
 
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Asked where `mask` is `None`."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Asked where `mask` is `None`: the tokens of the pass alone make a causal mask, or one needs none."""
+        return query_length, 0
+
 
 class StepModel(ABC):
     """A source as it drafts for one target: passes over tokens, each paired with the hidden state before it, if any.
@@ -61,6 +69,7 @@ class StepModel(ABC):
         rereads_target: whether deeper depths, too, read the target's hidden state in place of an output.
         needs_all_queries: whether a pass computes every output, wanted or not.
         has_fixed_places: whether `places` of a position do not depend on the other positions.
+        counts_padding: whether its positions may count a prompt's padding, as where only distances matter.
         proposable_tokens: how many tokens it can propose after a node.
         device: of its inputs.
         dtype: of its hidden states.
@@ -72,6 +81,7 @@ class StepModel(ABC):
     rereads_target: bool = False
     needs_all_queries: bool = True
     has_fixed_places: bool = True
+    counts_padding: bool = True
     proposable_tokens: int
     device: torch.device
     dtype: torch.dtype
