@@ -1,16 +1,18 @@
 """Small causal models as drafters: what they read and propose, and which of them are refused."""
 
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import build_target
 from tests.recurrent_targets import RECURRENT
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
+from tests.tokenizers import letter_tokenizer
 from transformers_resps.assistants import CausalDrafter
 from transformers_resps.heads.source import Entries
 
@@ -114,6 +116,21 @@ def test_what_cannot_draft_a_tree_is_refused_by_name() -> None:
     assert "Qwen3NextForCausalLM has recurrent layers" in refusal(hybrid, target)
     assert "takes no `position_ids`" in refusal(bloom, target)
     assert "is on meta, and the target on cpu" in refusal(build_target().to("meta"), target)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_where_both_are_known(tmp_path: Path) -> None:
+    """In folders, as `from_pretrained` names them; a model without files may draft."""
+    models = []
+    for name, first in (("target", "a"), ("same", "a"), ("other", "c")):
+        model = ARCHITECTURES[0].build("sdpa")
+        model.save_pretrained(tmp_path / name)
+        letter_tokenizer(first).save_pretrained(tmp_path / name)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64))
+    target, same, other = models
+    CausalDrafter(same, target).bind(target)
+    CausalDrafter(unnamed := ARCHITECTURES[0].build("sdpa"), target).bind(target)
+    assert unnamed.config.name_or_path == ""
+    assert "other (llama) has another tokenizer than the target" in refusal(other, target)
 
 
 def test_a_model_that_scales_its_logits_in_an_unknown_way_is_refused() -> None:

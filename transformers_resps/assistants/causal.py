@@ -1,9 +1,13 @@
 """Any causal model with the target's tokens, a smaller one of its family for example, as a drafter of trees."""
 
+import json
 from inspect import signature
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -19,10 +23,18 @@ _KINDS = {"full_attention", "sliding_attention"}
 _PADDED = 0.01  # the share of its rows by which a vocabulary may be padded
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LOW_PRECISION_TOLERANCE = 0.25  # of the largest logit
+_SAME_TOKENS = (
+    "Pass a model with the target's tokenizer, or leave out the policy and pass both tokenizers: Transformers then "
+    "drafts chains."
+)
 
 
 class CausalDrafter(LoadedModel):
-    """A causal model that reads no features: it has read the text itself."""
+    """A causal model that reads no features: it has read the text itself.
+
+    Its vocabulary has to be the target's. Tokenizers are compared where both models come with a `tokenizer.json`, and
+    by their sizes elsewhere.
+    """
 
     _is_probed = False
 
@@ -46,17 +58,14 @@ class CausalDrafter(LoadedModel):
             return "has no output head, so it writes no text. Pass a model of `AutoModelForCausalLM`."
         sizes = [_vocab_size(found) for found in (model, target)]
         if abs(sizes[0] - sizes[1]) > _PADDED * max(sizes):
-            return (
-                f"has a vocabulary of {sizes[0]} tokens, and the target one of {sizes[1]}, so their tokenizers "
-                "differ. Pass a model with the target's tokenizer, or leave out the policy and pass both tokenizers: "
-                "Transformers then drafts chains."
-            )
+            return f"has a vocabulary of {sizes[0]} tokens, and the target one of {sizes[1]}. {_SAME_TOKENS}"
         return None
 
     def bind(self, target: PreTrainedModel) -> StepModel:
         self.check_target(target)
         steps = _Steps(self.model, _vocab_size(target))
         if not self._is_probed:
+            _check_tokenizers(self.model, target)
             _check_trees(self.model, steps)
             self._is_probed = True
         return steps
@@ -65,6 +74,35 @@ class CausalDrafter(LoadedModel):
 def _vocab_size(model: PreTrainedModel) -> int:
     size: int = model.config.get_text_config(decoder=True).vocab_size
     return size
+
+
+def _name(model: PreTrainedModel) -> str:
+    return f"The assistant {model.config.name_or_path or type(model).__name__} ({model.config.model_type})"
+
+
+def _check_tokenizers(model: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Raise a `ValueError` where both are known and write other tokens."""
+    known = [_tokens(found) for found in (model, target)]
+    if None not in known and known[0] != known[1]:
+        raise ValueError(
+            f"{_name(model)} has another tokenizer than the target {target.config.name_or_path}. {_SAME_TOKENS}"
+        )
+
+
+def _tokens(model: PreTrainedModel) -> Any:
+    """The tokens of the `tokenizer.json` in a model's folder, or among the files of its repository on this machine;
+    `None` where there is none.
+    """
+    name = model.config.name_or_path or ""
+    path: Any = Path(name) / "tokenizer.json"
+    if not path.is_file():
+        try:
+            path = try_to_load_from_cache(name, path.name)
+        except HFValidationError:  # a folder, or nothing
+            return None
+    if not isinstance(path, str | Path):
+        return None
+    return json.loads(Path(path).read_text(encoding="utf-8")).get("model", {}).get("vocab")
 
 
 class _Steps(StepModel):
@@ -168,7 +206,7 @@ def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
     Raises:
         ValueError: they differ, or the forward fails on a tree's mask.
     """
-    name = f"The assistant {model.config.name_or_path or type(model).__name__} ({model.config.model_type})"
+    name = _name(model)
     tokens = torch.arange(1, 7, device=model.device).remainder(steps.proposable_tokens)[None]
     positions = torch.tensor([[0, 1, 2, 3, 3, 4]], device=model.device)  # 3 and 4 follow 2, and 5 follows 4
     mask = torch.ones(6, 6, dtype=torch.bool, device=model.device).tril()
