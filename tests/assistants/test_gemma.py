@@ -34,10 +34,10 @@ def our_chain(assistant: PreTrainedModel, target: PreTrainedModel, root: int, le
         nodes = torch.tensor([[11, 12, 13]])
         _, features = verifier.verify(DraftTree.from_parents(nodes, torch.tensor([[0, 0, 1]])))
         verifier.keep(torch.tensor([[0]]), [[0]])
-        entries: Any = verifier.target_entries()
+        entries = model.target_entries(verifier)
         token, hidden, found = torch.tensor([[root]]), model.fuse(features.concatenated()[:, :1]), []
         for _ in range(levels):
-            output = model.run(0, token, hidden, model.places(entries.positions), entries)
+            output = model.run(0, token, hidden, model.places(torch.zeros(1, 1)), entries)
             scores, hidden = model.logits(output)[0, 0], model.feedback(output)
             token = scores.argmax()[None, None]
             found.append((int(token), scores))

@@ -149,7 +149,7 @@ class _Steps(StepModel):
             outputs = self._decoder(
                 input_ids=tokens.clamp(max=self._known_tokens - 1) if self._has_unknown else tokens,
                 attention_mask=self._masks(positions.expand_as(tokens), entries),
-                position_ids=positions,
+                position_ids=positions.expand_as(tokens),
                 use_cache=True,
                 **{CACHE_KEYWORD: entries},
             )

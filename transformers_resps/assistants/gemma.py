@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..heads.source import Places, StepModel, Wanted
+from ..heads.source import Entries, Places, StepModel, Wanted
 from ..verifying.forward import decoder_layers
 from ..verifying.hybrids import layer_kinds
+from ..verifying.verifier import TargetEntries, Verifier
 from .loaded import LoadedModel
 
 
@@ -70,8 +71,18 @@ def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
+class _OfTarget(Entries):
+    """What the target keeps; the assistant's layers use its keys as those of a layer before them."""
+
+    def __init__(self, kept: TargetEntries) -> None:
+        self.kept = kept
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("An assistant has no keys of its own.")
+
+
 class _Queries(StepModel):
-    """The assistant over the nodes of a level, each a query for itself. `run` gets `TargetEntries`."""
+    """The assistant over the nodes of a level, each a query for itself."""
 
     reads_target = True
 
@@ -99,22 +110,25 @@ class _Queries(StepModel):
         """Nothing: the entries know where the root is."""
         return ()
 
+    def target_entries(self, verifier: Verifier) -> Entries:
+        return _OfTarget(verifier.target_entries())
+
     def run(
         self,
         depth: int,
         tokens: Tensor,
         hidden: Tensor | None,
         places: Places,
-        entries: Any,
+        entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        assert hidden is not None and isinstance(wanted, slice)
-        count = tokens.shape[1]
+        assert hidden is not None and isinstance(wanted, slice) and isinstance(entries, _OfTarget)
+        count, kept = tokens.shape[1], entries.kept
         outputs = self._model.model(
             inputs_embeds=self._model.pre_projection(torch.cat([self._embed(tokens), hidden], dim=-1)),
-            attention_mask={kind: mask.expand(-1, -1, count, -1) for kind, mask in entries.masks.items()},
-            position_ids=entries.positions.expand(-1, count),
-            shared_kv_states=entries.states,
+            attention_mask={kind: mask.expand(-1, -1, count, -1) for kind, mask in kept.masks.items()},
+            position_ids=kept.positions.expand(-1, count),
+            shared_kv_states=kept.states,
             use_cache=False,
             logits_to_keep=None,  # a number, 0 too, would cut inputs for each layer, of which an assistant has none
         )
