@@ -546,7 +546,7 @@ class BoundHead(StepModel):
         assert hidden is not None
         return self._fast.run_layers(hidden, self.embed(tokens), Rope(*places), entries, wanted)
 
-    def logits(self, output: Tensor) -> Tensor:
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         return self.normed_logits(cast(Tensor, self.head.norm(output)))
 
     def normed_logits(self, normed: Tensor) -> Tensor:

@@ -141,8 +141,8 @@ class StepModel(ABC):
         raise NotImplementedError(f"{type(self).__name__} has keys of its own.")
 
     @abstractmethod
-    def logits(self, output: Tensor) -> Tensor:
-        """`[b, q, h]` outputs -> fp32 `[b, q, d]`."""
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
 
     def feedback(self, output: Tensor) -> Tensor:
         """What the next token is paired with: `[b, q, h]` outputs -> `[b, q, h]`."""
