@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.conftest import build_target
 from transformers_resps import DraftHead, DraftHeadConfig
 from transformers_resps.trainers.losses import Teacher, pack, soft_cross_entropy, unroll
 
@@ -109,13 +110,13 @@ def small_head(**overrides):
     return DraftHead(config).double()
 
 
-def dense_levels(head, features, embeddings, steps):
+def dense_levels(head, embed, features, tokens, steps):
     """Every level over all earlier entries with an explicit `[(k + 1) t]` mask, as in the paper's figure."""
     length = features.shape[1]
     order = torch.arange(length)
     hidden, keys, values, outputs = head.fuse(features), {}, {}, []
     for level in range(steps):
-        tokens = F.pad(embeddings[:, level + 1 :], (0, 0, 0, level + 1))
+        embeddings = embed(F.pad(tokens[:, level + 1 :], (0, level + 1)))
         columns = torch.arange((level + 1) * length)
         mask = (columns < length) & (columns <= order[:, None])
         mask |= (columns >= length) & (columns % length == order[:, None])
@@ -129,7 +130,7 @@ def dense_levels(head, features, embeddings, steps):
             scores = (q @ all_keys.mT) * q.shape[-1] ** -0.5
             return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ all_values
 
-        hidden = head(head.feedback(hidden) if level else hidden, tokens, order[None] + level, attend)
+        hidden = head(head.feedback(hidden) if level else hidden, embeddings, head.rope(order[None] + level), attend)
         outputs.append(head.norm(hidden))
     return torch.stack(outputs)
 
@@ -142,15 +143,15 @@ SLOTS = {"all": None, "a part": [[2, 3, 7, 9], [0, 1, 9, 10]]}
     "overrides", [{}, {"num_hidden_layers": 2, "num_key_value_heads": 4}, {"feedback_post_norm": True}]
 )
 def test_levels_and_gradients_equal_those_of_a_dense_mask(overrides, slots):
-    head = small_head(**overrides)
+    head, target = small_head(**overrides), build_target(vocab_size=60).double()
     features = torch.randn(2, LENGTH, 96, dtype=torch.double)
-    embeddings = torch.randn(2, LENGTH, 32, dtype=torch.double)
+    tokens = torch.randint(60, (2, LENGTH))
     wanted = None if slots is None else torch.tensor(slots)
     rows = (slice(None),) if wanted is None else (torch.arange(2)[:, None], wanted)
     found, gradients = [], []
     for levels in (
-        dense_levels(head, features, embeddings, STEPS)[:, *rows],
-        unroll(head, features, embeddings, STEPS, wanted),
+        dense_levels(head, target.get_input_embeddings(), features, tokens, STEPS)[:, *rows],
+        unroll(head.bind(target, head), features, tokens, STEPS, wanted),
     ):
         head.zero_grad()
         torch.manual_seed(1)

@@ -249,6 +249,7 @@ class TreeDecoding:
             verify_seconds=seconds["verify"],
             drafted_match=self._drafted_match(proposal.pool, acceptance),
             step_seconds=sum(seconds.values()),
+            proposed=proposal.proposed(acceptance.paths, acceptance.gained),
         )
         self.report.steps.append(record)
         return record

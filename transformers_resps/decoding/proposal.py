@@ -14,7 +14,8 @@ from ..drafting.drafter import Drafter
 from ..drafting.level_drafter import MAX_UNREAD
 from ..drafting.prompt_lookup import LookupDrafter, mean_accept_probs
 from ..policies.base import Observation, Policy, choose_shape, count_nodes
-from ..tree import CandidatePool, DraftTree, TreeShape
+from ..telemetry import Proposed
+from ..tree import FIRST, SECOND, CandidatePool, DraftTree, TreeShape
 
 
 class Rows(Protocol):
@@ -47,6 +48,15 @@ class Proposal:
     def candidates(self) -> int:
         """Nodes that the drafter scored."""
         return 0 if self.pool is None else self.pool.tokens.shape[1]
+
+    def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
+        """Who proposed the accepted nodes: of `paths`, root first, those of the rows that `gained` tokens."""
+        accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
+        flags = self.tree.proposers
+        if not flags:
+            return Proposed(drafter=len(accepted))
+        found = [flags[row][node] for row, node in accepted]
+        return Proposed(found.count(FIRST), found.count(SECOND), found.count(FIRST | SECOND))
 
     @classmethod
     def plain(cls, root: Tensor) -> "Proposal":

@@ -181,14 +181,16 @@ class LevelDrafter(Drafter):
         """Read all tokens that wait. Returns the places of the `ahead` positions after them."""
         blocks, width = [part.counts for part in self._unread], self._waiting
         start, is_even = self._slots.length, self._slots.stays_even(blocks)
-        # Rotary attention is relative, so slots serve as positions, padding included.
-        if is_even:
+        # Rotary attention is relative, so slots serve as positions, padding included, unless a model knows better.
+        pads = None if self._model.counts_padding else self._slots.pads
+        taken = self._slots.take(blocks, self._device, ahead) if pads is not None or not is_even else None
+        if taken is None:
             for counts in blocks:
                 self._slots.extend(counts)
-            slots, places = None, self._window.at(start, self._slots.length + ahead)
+            places = self._window.at(start, self._slots.length + ahead)
         else:
-            taken = self._slots.take(blocks, self._device, ahead)
-            slots, places = taken[:, :width], self._model.places(taken)
+            places = self._model.places(taken if pads is None else taken - pads)
+        slots = None if taken is None or is_even else taken[:, :width]
         self._cache.reserve(self._slots.length)
         if width:
             tokens, features = self._joined()

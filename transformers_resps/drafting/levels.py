@@ -128,7 +128,7 @@ class DepthForward:
         places = tuple(part[:, order] for part in self._places)
         output = self._model.run(level, torch.cat([one.tokens for one in nodes], dim=1), hidden, places, entries)
         carried = hidden if self._model.rereads_target else self._model.feedback(output)
-        growth = branch(self._model, frontier, output[:, :width], is_last, carried[:, :width])
+        growth = branch(self._model, frontier, output[:, :width], is_last, carried=carried[:, :width], depth=level)
         self._above, self._carried = nodes, list(carried.split(width, dim=1))
         if growth.best is not None:
             self._origins.insert(0, growth.best.div(width, rounding_mode="floor"))

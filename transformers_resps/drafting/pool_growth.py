@@ -87,10 +87,19 @@ def sprout(model: StepModel, newest: Tensor, top_k: int, is_last: bool, carried:
 
 
 def branch(
-    model: StepModel, frontier: Frontier, output: Tensor, is_last: bool, carried: Tensor | None = None
+    model: StepModel,
+    frontier: Frontier,
+    output: Tensor,
+    is_last: bool,
+    *,
+    carried: Tensor | None = None,
+    depth: int = 0,
 ) -> Growth:
-    """The children of a frontier, by the model's output `[b, w, h]` over it, and which of them get children."""
-    tokens, scores = _children(model, output, frontier.tokens.shape[1])
+    """The children of a frontier, by the output `[b, w, h]` of a depth over it, and which of them get children.
+
+    `carried` is what these are paired with instead of feedback.
+    """
+    tokens, scores = _children(model, output, frontier.tokens.shape[1], depth)
     scores = scores + frontier.scores[..., None]
     if is_last:
         return Growth(tokens, scores, None, None)
@@ -119,9 +128,9 @@ def _joined(levels: list[Growth]) -> CandidatePool:
     return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, torch.cat(level_of))
 
 
-def _children(model: StepModel, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _children(model: StepModel, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
     """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, w, k]`."""
-    log_probs = model.logits(output).log_softmax(dim=-1)
+    log_probs = model.logits(output, depth).log_softmax(dim=-1)
     scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
     return model.target_ids(draft_ids), scores
 

@@ -54,6 +54,14 @@ class Entries(ABC):
         """Asked by models of Transformers, which get positions and a mask all the same."""
         return 0
 
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Asked where `mask` is `None`."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Asked where `mask` is `None`: the tokens of the pass alone make a causal mask, or one needs none."""
+        return query_length, 0
+
 
 class StepModel(ABC):
     """A source as it drafts for one target: passes over tokens, each paired with the hidden state before it, if any.
@@ -71,6 +79,7 @@ class StepModel(ABC):
         mask_copies: heads that share keys, where `run` wants a mask for each of them.
         entry_widths: kv heads and elements of each layer's keys and values, for a cache that is made beforehand.
         has_fixed_places: whether `places` of a position do not depend on the other positions.
+        counts_padding: whether its positions may count a prompt's padding, as where only distances matter.
         proposable_tokens: how many tokens it can propose after a node.
         device: of its inputs.
         dtype: of its hidden states.
@@ -82,6 +91,7 @@ class StepModel(ABC):
     rereads_target: bool = False
     needs_all_queries: bool = True
     has_fixed_places: bool = True
+    counts_padding: bool = True
     is_compilable: bool = False
     mask_copies: int = 1
     entry_widths: Sequence[tuple[int, int]] = ()
@@ -131,8 +141,8 @@ class StepModel(ABC):
         raise NotImplementedError(f"{type(self).__name__} has keys of its own.")
 
     @abstractmethod
-    def logits(self, output: Tensor) -> Tensor:
-        """`[b, q, h]` outputs -> fp32 `[b, q, d]`."""
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
 
     def feedback(self, output: Tensor) -> Tensor:
         """What the next token is paired with: `[b, q, h]` outputs -> `[b, q, h]`."""

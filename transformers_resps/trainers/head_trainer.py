@@ -352,9 +352,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         write_training_prompts(folder, asked, earlier=earlier or ())
 
 
-def _by_output_head(
-    model: TrainableModel, levels: int
-) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
+def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
     """Levels that share an output head, and its rows."""
     if model.depths == 1:
         yield list(range(levels)), model.output_rows()
