@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import build_target
 from transformers_resps import DraftHead, DraftHeadConfig
+from transformers_resps.assistants import MtpHead
+from transformers_resps.heads import DraftCache
 from transformers_resps.trainers.losses import Teacher, pack, soft_cross_entropy, unroll
 
 
@@ -176,3 +178,52 @@ def test_a_batch_whose_losses_need_nothing_still_gets_a_slot():
     """Distributed training waits for a gradient of every process."""
     packed, columns = pack(torch.zeros(0, dtype=torch.long), torch.zeros(3, 0, dtype=torch.long), torch.Size([2, 9]))
     assert packed.shape == (2, 1) and columns.shape == (3, 0)
+
+
+def chains(model, features, tokens, levels):
+    """Every slot's levels by the cache that drafting uses: a prefix, then one token at a time; `[levels, t, h]`."""
+    length, found = tokens.shape[1], []
+    padded = F.pad(tokens, (0, levels))
+    for slot in range(length):
+        caches, states, outputs = {}, model.fuse(features[:, : slot + 1]), []
+        hidden, order = states, torch.arange(slot + 1)
+        for level in range(levels):
+            depth = min(level, model.depths - 1)
+            fresh = depth not in caches
+            cache = caches.setdefault(depth, DraftCache.empty(model, 1))
+            if fresh:  # over the whole prefix
+                read, start = padded[:, level + 1 : slot + level + 2], 0
+                hidden = hidden if level == 0 or not model.rereads_target else states
+            else:
+                read, start = padded[:, slot + level + 1 :][:, :1], slot + level
+                hidden = states[:, -1:] if model.rereads_target else hidden[:, -1:]
+                order = order[-1:]
+            cache.reserve(start + read.shape[1])
+            entries = cache.attend_from(start, None, is_causal=read.shape[1] > 1)
+            output = model.run(depth, read, hidden, model.places(order[None] + level), entries)
+            outputs.append(model.normed(output[0, -1], depth))
+            hidden = model.feedback(output)
+        found.append(torch.stack(outputs))
+    return torch.stack(found, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"fed_back": "before", "fed": "before"}, {"fed_back": "target"}, {"depths": 3}]
+    + [{"depths": 3, "fed_back": "target"}, {"layer_types": ("sliding_attention",)}],
+    ids=str,
+)
+def test_the_levels_of_mtp_layers_are_those_of_a_drafted_chain(settings):
+    kind = "mistral" if "layer_types" in settings else "llama"
+    target = build_target(kind, initializer_range=0.3, **({"sliding_window": 4} if kind == "mistral" else {}))
+    head = MtpHead.fresh(target, **settings)
+    torch.manual_seed(0)
+    for parameter in head.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    features, tokens = torch.randn(2, LENGTH, 32), torch.randint(3, 64, (2, LENGTH))
+    slots = torch.tensor([[2, 3, 7], [0, 1, 7]])
+    found = unroll(head.bind(target, head), features, tokens, 3, slots)
+    for text in range(2):
+        wanted = chains(head.bind(target), features[text : text + 1], tokens[text : text + 1], 3)
+        torch.testing.assert_close(found[:, text], wanted[:, slots[text]], atol=1e-4, rtol=1e-4)

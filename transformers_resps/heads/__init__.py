@@ -6,7 +6,7 @@ from .cache import DraftCache
 from .config import DraftHeadConfig
 from .identity import parameter_fingerprint
 from .model import Attend, BoundHead, DraftHead, Rope, pair_identity
-from .source import DraftSource, Entries, Places, StepModel, TrainableModel, Wanted
+from .source import DraftSource, Entries, Places, StepModel, TrainableModel, TrainableSource, Wanted
 
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Rope",
     "StepModel",
     "TrainableModel",
+    "TrainableSource",
     "Wanted",
     "pair_identity",
     "parameter_fingerprint",

@@ -21,7 +21,7 @@ from ..tree import TreeShape
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
 from .identity import check_is_model, target_identity
-from .source import DraftSource, Entries, Places, TrainableModel, Wanted
+from .source import DraftSource, Entries, Places, TrainableModel, TrainableSource, Wanted
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
@@ -138,7 +138,7 @@ class DraftLayer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped
 
 
-class DraftHead(DraftSource, PreTrainedModel):
+class DraftHead(TrainableSource, PreTrainedModel):
     """An EAGLE-3 draft head: reads the target's hidden states and proposes tokens, which the target then verifies.
 
     Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
@@ -247,6 +247,19 @@ class DraftHead(DraftSource, PreTrainedModel):
             return torch.arange(self.config.vocab_size, device=self.device)
         offsets = cast(Tensor, self.d2t)
         return torch.arange(len(offsets), device=offsets.device) + offsets
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def target(self) -> dict[str, Any]:
+        self.config.target = self.config.target or {}
+        return self.config.target
+
+    @property
+    def output_heads(self) -> list[nn.Module]:
+        return [self.lm_head] if self.config.owns_output_head else []
 
     @property
     def feature_layers(self) -> list[int]:

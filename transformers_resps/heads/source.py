@@ -5,7 +5,7 @@ A `DraftSource` lives between calls: a draft head, MTP layers, an assistant, a s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -215,3 +215,47 @@ class DraftSource(ABC):
         Raises:
             ValueError: it belongs to another target, or is on another device.
         """
+
+
+class TrainableSource(DraftSource):
+    """A module with weights of its own, which borrows the rest from its target.
+
+    Attributes:
+        name_or_path: where it was loaded from; empty for a new one.
+        vocab_size: of its target.
+        target: what identifies its target, as far as it is known: see `target_identity`.
+    """
+
+    name_or_path: str
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def target(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> TrainableModel:
+        """As `DraftSource.bind`.
+
+        Args:
+            target: the model that it drafts for.
+            forward: computes a pass in place of packed copies of the weights: the module itself, or what training
+                wraps it in.
+        """
+
+    @property
+    @abstractmethod
+    def draft_token_ids(self) -> Tensor:
+        """Target ids of the tokens that it can propose, `[d]`, ascending."""
+
+    @property
+    @abstractmethod
+    def output_heads(self) -> list[nn.Module]:
+        """Those of its own; empty where it borrows the target's."""
+
+    @abstractmethod
+    def plain_card(self, repo_id: str) -> str:
+        """A card for a repository that has none: what it is, its target, and how to load it."""
