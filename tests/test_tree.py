@@ -1,6 +1,7 @@
 """Trees against brute force."""
 
 from itertools import product
+from math import inf
 
 import pytest
 import torch
@@ -44,9 +45,13 @@ def test_a_child_is_found_by_its_token_and_the_root_is_nobodys_child() -> None:
     assert tree.children() == [{(0, 5): 1, (0, 6): 2, (1, 5): 3}]
 
 
+def chains_of(chains: list[list[int]]) -> CandidatePool:
+    return CandidatePool.from_chains(chains, [[0.5**length for length in range(1, len(one) + 1)] for one in chains])
+
+
 @given(trees(8), st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4))
 def test_no_node_lies_deeper_than_a_tree_says(tree: DraftTree, chain: list[int]) -> None:
-    merged = tree.with_chains([chain])
+    merged = tree.with_pool(chains_of([chain]))
     for one in (tree, merged, merged.row(0), merged.padded(20)):
         assert int(one.depths.max()) <= one.level_count < one.node_count
 
@@ -65,7 +70,7 @@ def test_a_child_is_the_first_that_carries_the_token(tree: DraftTree) -> None:
 @settings(max_examples=500)
 @given(trees(), st.lists(st.integers(0, VOCABULARY - 1), max_size=6))
 def test_a_merged_chain_adds_its_texts_and_nothing_else(tree: DraftTree, chain: list[int]) -> None:
-    merged = tree.with_chains([chain])
+    merged = tree.with_pool(chains_of([chain]))
     count = tree.node_count
     assert texts_of(merged) == texts_of(tree) | {tuple(chain[:length]) for length in range(len(chain) + 1)}
     assert torch.equal(merged.tokens[:, :count], tree.tokens) and torch.equal(merged.parents[:, :count], tree.parents)
@@ -82,7 +87,7 @@ def test_chains_of_different_lengths_never_change_what_another_row_can_read(
 ) -> None:
     count = tree.node_count
     chains = [data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=5)) for _ in tree.tokens]
-    merged = tree.with_chains(chains)
+    merged = tree.with_pool(chains_of(chains))
     for row, chain in enumerate(chains):
         expected = texts_of(tree, row) | {tuple(chain[:length]) for length in range(len(chain) + 1)}
         filled = texts_of(merged, row) - expected
@@ -134,3 +139,37 @@ def test_tensors_that_move_together_stay_what_they_were() -> None:
     parts = [torch.tensor([[7, 8]]).expand(2, -1), torch.tensor([-0.5, -torch.inf]), torch.eye(3, dtype=torch.bool)]
     for part, there in zip(parts, moved(parts, torch.device("cpu")), strict=True):
         assert there.dtype == part.dtype and there.is_contiguous() and torch.equal(there, part)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 3), st.data())
+def test_merged_pools_hold_every_path_once_with_its_best_score(count: int, data: st.DataObject) -> None:
+    pools = [pool_of(data.draw(trees(6)), data.draw(st.floats(-3.0, -0.1))) for _ in range(count)]
+    merged = CandidatePool.merged(pools)
+    best: dict[tuple[int, ...], float] = {}
+    for pool in pools:
+        for path, score in zip(paths_of(pool), pool.scores[0].tolist(), strict=True):
+            best[path] = max(score, best.get(path, -inf))
+    found = {
+        path: score for path, score in zip(paths_of(merged), merged.scores[0].tolist(), strict=True) if score > -inf
+    }
+    assert found == best
+    assert merged.levels.tolist() == sorted(map(len, paths_of(merged)))
+    assert bool((merged.parents < torch.arange(merged.tokens.shape[1])).all())
+
+
+def pool_of(tree: DraftTree, score: float) -> CandidatePool:
+    """The nodes below a tree's root, in the order of their levels, each level less likely than the one above."""
+    order = tree.depths[0].sort(stable=True).indices
+    places = order.argsort()
+    levels = tree.depths[0, order][1:]
+    return CandidatePool(
+        tree.tokens[:, order[1:]], places[tree.parents[0, order[1:]]][None] - 1, score * levels[None].float(), levels
+    )
+
+
+def paths_of(pool: CandidatePool) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(pool.tokens[0].tolist(), pool.parents[0].tolist(), strict=True):
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return found

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from ..compat import CACHE_KEYWORD
 from ..decoding.loop import TreeDecoding
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
-from ..heads import DraftHeadConfig
+from ..heads import DraftSource
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length, stop_recording
 from ..verifying.forward import (
@@ -128,21 +128,23 @@ def _decode(
 ) -> TreeDecoding:
     """Prefill, then one step after another until all texts are finished."""
     assert request.policy is not None
-    bound = request.bound
     with (
         _verifier(target, state.slot_engine, request, inputs) as verifier,
-        state.draft_engines.borrow(bound if verifier.is_compiled else None) as draft_engine,
+        ExitStack() as lent,
     ):
+        parts = request.parts
+        if verifier.is_compiled:
+            engines = [state.draft_engines.borrow(part.source, part.model) for part in parts]
+            parts = [part._replace(engine=lent.enter_context(own)) for part, own in zip(parts, engines, strict=True)]
         decoding = TreeDecoding(
             verifier,
-            bound,
+            parts,
             request.policy,
             batch,
             attention_mask=inputs.attention_mask,
             max_length=inputs.max_length,
             sources=inputs.sources(target),
             never_drafted=inputs.never_drafted(target),
-            draft_engine=draft_engine,
             keeps_ended=inputs.makes_cache,
         )
         decoding.prefill(_reader(target, verifier, inputs))
@@ -222,11 +224,21 @@ class GenerateInputs:
         """Whether stock `generate` has to read the prompt."""
         return holds_more_than_tokens(self.model_kwargs)
 
-    def forward(self, target: PreTrainedModel, head: DraftHeadConfig | None) -> TargetForward:
-        """The target's, with the features that a head reads."""
-        if head is None:
-            return TargetForward(target, None, self.cache)
-        return TargetForward(target, head.feature_layers or [], self.cache, before_deepstack=head.before_deepstack)
+    def forward(self, target: PreTrainedModel, sources: Sequence[DraftSource]) -> TargetForward:
+        """The target's, with the features that the sources read.
+
+        Raises:
+            ValueError: they read the same layers before and after image features are added.
+        """
+        reading = [source for source in sources if source.feature_layers]
+        layers = sorted({layer for source in reading for layer in source.feature_layers})
+        before = {source.before_deepstack for source in reading}
+        if len(before) > 1:
+            raise ValueError(
+                "One assistant reads hidden states before image features are added to them, another one after. Pass "
+                "one of them."
+            )
+        return TargetForward(target, layers or None, self.cache, before_deepstack=True in before)
 
     def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
         """Of each row, the tokens that its text is written from; `None` where there are none of the target's own."""
@@ -321,7 +333,7 @@ class EncoderDecoderInputs(GenerateInputs):
             outputs = BaseModelOutput(last_hidden_state=outputs[0])
         return outputs, self.model_kwargs.get("attention_mask")
 
-    def forward(self, target: PreTrainedModel, head: DraftHeadConfig | None) -> TargetForward:
+    def forward(self, target: PreTrainedModel, sources: Sequence[DraftSource]) -> TargetForward:
         return EncoderDecoderForward(target, self.model_kwargs[CACHE_KEYWORD], *self.encoded)
 
     def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
@@ -418,7 +430,7 @@ def _verifier(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
             "Leave out `cache_implementation`, and use the model as it was before it was compiled."
         )
-    forward = inputs.forward(target, None if request.bound is None else request.bound.head.config)
+    forward = inputs.forward(target, [part.source for part in request.parts])
     given = inputs.position_ids, inputs.attention_mask
     choice = request.compile
     if choice is None:
