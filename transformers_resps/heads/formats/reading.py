@@ -106,6 +106,7 @@ def fetch_from(name: str, hub: dict[str, Any]) -> Fetch:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint; a `ValueError` where it is none."""
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
