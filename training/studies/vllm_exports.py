@@ -1,4 +1,4 @@
-"""Decode with a head's exports in vLLM, and with the head itself here: the same texts, in the same steps?
+"""Decode with a head's exports in vLLM and with the head itself here, and compare texts and steps.
 
 Question: does vLLM read the heads that we export as they were trained?
 Answer: not run yet.
