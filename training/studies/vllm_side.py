@@ -24,6 +24,7 @@ def decoded(job: dict[str, Any]) -> dict[str, Any]:
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=1,
+        gpu_memory_utilization=0.1,  # on a processor: the share of the memory that it takes at once
         enable_prefix_caching=False,
         disable_log_stats=False,
         generation_config="vllm",
