@@ -17,6 +17,7 @@ ROOMS = {
     "compilation": "",
     "verifying": "compat tree compilation",
     "heads": "hub tree verifying",
+    "assistants": "compat hub tree verifying heads",
     "telemetry": "tree",
     "policies": "hub tree telemetry",
     "drafting": "compat tree compilation verifying heads policies",

@@ -15,7 +15,7 @@ from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate, device_name, identity_of, processor_name
-from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.policies.costs import CostTable, Range
 from transformers_resps.tools.calibrate import what_must_be_accepted
 from transformers_resps.tools.cli import main
@@ -47,13 +47,13 @@ def test_planted_costs_are_found(
 ) -> None:
     clock = FakeClock()
     hook = plant(target, clock, lambda tokens: 1.0 if tokens == 1 else 3.0 + tokens)
-    draft = TreeCandidateGenerator.draft
+    draft = LevelDrafter.draft
 
     def slow(self: Any, shape: TreeShape, policy: Any) -> Any:
         clock.advance(0.1 + 0.25 * shape.depth)
         return draft(self, shape, policy)
 
-    monkeypatch.setattr(TreeCandidateGenerator, "draft", slow)
+    monkeypatch.setattr(LevelDrafter, "draft", slow)
     table = calibrate(target, head, folder=tmp_path, clock=clock)
     hook.remove()
     assert table.draft == pytest.approx(dict.fromkeys(WIDTHS, 0.25))

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from .compat import CACHE_KEYWORD
-from .drafting.head_drafter import TreeCandidateGenerator
+from .drafting.level_drafter import LevelDrafter
 from .generation.attach import attach, detach
 from .generation.checks import check_model
 from .generation.mixin import ReSpSGenerationMixin
@@ -223,10 +223,10 @@ def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _
 def _time_drafting(target: PreTrainedModel, head: DraftHead, watch: "_Stopwatch") -> dict[int, _Measured]:
     """Width -> seconds of one more level: the difference between drafting three levels and one, halved."""
     bound = BoundHead(head, target)
-    generator = TreeCandidateGenerator(bound, 1, None)
+    generator = LevelDrafter(bound, 1, None)
     features = torch.zeros(1, CONTEXTS[0], head.config.features_width, dtype=head.dtype, device=head.device)
     tokens = torch.zeros(1, CONTEXTS[0], dtype=torch.long, device=head.device)
-    generator.observe(features, tokens)
+    generator.observe(tokens, features)
     policy = FixedPolicy(TreeShape.plain())
 
     def draft(width: int, depth: int) -> None:

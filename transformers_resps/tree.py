@@ -7,7 +7,8 @@ width of the features (layers that the head reads times the target's hidden size
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -99,6 +100,19 @@ class CandidatePool:
     scores: Tensor
     levels: Tensor
 
+    @classmethod
+    def from_chains(cls, chains: Sequence[Sequence[int]], probs: Sequence[Sequence[float]]) -> "CandidatePool":
+        """One chain of tokens of each row, and the probability of each path: on the host.
+
+        A row with a shorter chain than another ends with nodes of no probability.
+        """
+        length = max(map(len, chains))
+        tokens, filled = (
+            torch.tensor([[*row, *[0] * (length - len(row))] for row in rows]) for rows in (chains, probs)
+        )
+        levels = torch.arange(1, length + 1)
+        return cls(tokens.long(), (levels - 2).expand(len(chains), -1), filled.float().log(), levels)
+
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
         """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
         rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)
@@ -147,8 +161,9 @@ class DraftTree:
         parents: `[b, n]` index of the parent, smaller than the node's own; the root is its own parent.
         depths: `[b, n]` distance to the root.
         ancestors: `[b, n, n]` bool; `[i, j]` says that j lies on the path from the root to i, i included.
-        scores: `[b, n]` fp32 cumulative draft log probability; 0 for the root, for looked-up and for padding nodes.
+        scores: `[b, n]` fp32 cumulative log probability, by the source that is surer; 0 for the root.
         level_count: levels below the root, at most: an upper bound that is known without reading a tensor.
+        proposers: of each row, flags of who proposed each node, `FIRST`, `SECOND` or both; empty where the first did.
     """
 
     tokens: Tensor
@@ -157,6 +172,7 @@ class DraftTree:
     ancestors: Tensor
     scores: Tensor
     level_count: int
+    proposers: Sequence[Sequence[int]] = ()
 
     @property
     def node_count(self) -> int:
@@ -227,28 +243,26 @@ class DraftTree:
         ancestors = seen > 0
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, scores, level_count)
 
-    def with_chains(self, chains: list[list[int]]) -> "DraftTree":
-        """Add one chain of tokens below the root per row; nodes that the tree already has are shared.
+    def with_pool(self, pool: CandidatePool) -> "DraftTree":
+        """Add the nodes of another source's pool, which is on the host as the tree is; a node that both have is one.
 
         Rows that gain fewer nodes are filled up with copies of the root's first child. Acceptance never reaches them,
         because it takes the first child that carries a token.
         """
-        rows = [
-            _merged(tokens, parents, chain)
-            for tokens, parents, chain in zip(self.tokens.tolist(), self.parents.tolist(), chains, strict=True)
-        ]
-        node_count = max(len(tokens) for tokens, _ in rows)
-        for tokens, parents in rows:
-            missing = node_count - len(tokens)
-            tokens.extend(tokens[1:2] * missing or [0] * missing)
-            parents.extend([0] * missing)
+        own = zip(self.tokens.tolist(), self.parents.tolist(), self.scores.tolist(), strict=True)
+        more = zip(pool.tokens.tolist(), pool.parents.tolist(), pool.scores.tolist(), strict=True)
+        rows = [_Nodes(*mine).with_nodes(*theirs) for mine, theirs in zip(own, more, strict=True)]
+        node_count = max(len(row.tokens) for row in rows)
+        for row in rows:
+            row.fill_up(node_count)
+        scores, proposers = torch.tensor([row.scores for row in rows]), [row.proposers for row in rows]
         if node_count == self.node_count:
-            return self
-        all_tokens = torch.tensor([row for row, _ in rows], device=self.tokens.device)
-        all_parents = torch.tensor([row for _, row in rows], device=self.tokens.device)
-        scores = pad(self.scores, (0, node_count - self.node_count))
-        levels = max(self.level_count, max(len(chain) for chain in chains))
-        return self._derive(all_tokens, all_parents, scores, levels)
+            return replace(self, scores=scores, proposers=proposers)
+        tokens, parents = (
+            torch.tensor(part) for part in zip(*((row.tokens, row.parents) for row in rows), strict=True)
+        )
+        tree = self._derive(tokens, parents, scores, max(self.level_count, int(pool.levels[-1])))
+        return replace(tree, proposers=proposers)
 
     def below(self, root: Tensor) -> "DraftTree":
         """The tree below the newest tokens `[b]`, on their device, in one copy; the tree's own root does not count."""
@@ -257,7 +271,7 @@ class DraftTree:
         own = [self.tokens, self.parents, self.depths, self.scores, self.ancestors]
         tokens, parents, depths, scores, ancestors = moved(own, root.device)
         tokens[:, 0] = root
-        return DraftTree(tokens, parents, depths, ancestors, scores, self.level_count)
+        return replace(self, tokens=tokens, parents=parents, depths=depths, ancestors=ancestors, scores=scores)
 
     def padded(self, node_count: int) -> "DraftTree":
         """Fill up to `node_count` nodes for the target's forward. Acceptance needs the tree without padding.
@@ -297,15 +311,44 @@ def first_children(parents: list[list[int]], tokens: list[list[int]]) -> list[di
     return [{(above[node], own[node]): node for node in nodes} for above, own in zip(parents, tokens, strict=True)]
 
 
-def _merged(tokens: list[int], parents: list[int], chain: list[int]) -> tuple[list[int], list[int]]:
-    """Nodes of one row with a chain below the root; the new nodes come last."""
-    shared = followed(tokens, parents, chain, 0)
-    node = shared[-1] if shared else 0
-    for token in chain[len(shared) :]:
-        tokens.append(token)
-        parents.append(node)
-        node = len(tokens) - 1
-    return tokens, parents
+FIRST, SECOND = 1, 2  # flags of `DraftTree.proposers`
+
+
+class _Nodes:
+    """The nodes of one row of a tree, as lists: for so few, tensor operations would take longer."""
+
+    def __init__(self, tokens: list[int], parents: list[int], scores: list[float]) -> None:
+        self.tokens, self.parents, self.scores = tokens, parents, scores
+        self.proposers = [FIRST] * len(tokens)
+        nodes = range(len(tokens) - 1, 0, -1)  # the first child last
+        self._places = {(parents[node], tokens[node]): node for node in nodes}
+
+    def with_nodes(self, tokens: list[int], parents: list[int], scores: list[float]) -> "_Nodes":
+        """Add those of a pool that have a probability."""
+        places: list[int] = []
+        for token, parent, score in zip(tokens, parents, scores, strict=True):
+            if score == -inf:
+                break
+            above = 0 if parent < 0 else places[parent]
+            place = self._places.get((above, token), len(self.tokens))
+            if place == len(self.tokens):
+                self._append(token, above, score, SECOND)
+                self._places[above, token] = place
+            else:
+                self.scores[place] = max(self.scores[place], score)
+                self.proposers[place] |= SECOND
+            places.append(place)
+        return self
+
+    def fill_up(self, node_count: int) -> None:
+        for _ in range(node_count - len(self.tokens)):
+            self._append(self.tokens[1] if len(self.tokens) > 1 else 0, 0, -inf, 0)
+
+    def _append(self, token: int, parent: int, score: float, proposers: int) -> None:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.scores.append(score)
+        self.proposers.append(proposers)
 
 
 def moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:

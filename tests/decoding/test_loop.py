@@ -13,7 +13,7 @@ from tests.conftest import FakeClock
 from tests.lossless.answering import both
 from transformers_resps import DraftHead, FixedPolicy, Observation, Policy, TreeShape
 from transformers_resps.decoding.loop import TreeDecoding, wait_for
-from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.drafting.prompt_lookup import SuffixIndex
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.verifier import TreeVerifier
@@ -36,9 +36,9 @@ def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_to
     target: PreTrainedModel, head: DraftHead, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, told = FakeClock(), []
-    read = TreeCandidateGenerator.read
+    read = LevelDrafter.read
 
-    def slow_read(self: TreeCandidateGenerator, at_least: int = 1) -> None:
+    def slow_read(self: LevelDrafter, at_least: int = 1) -> None:
         clock.advance(3.0)
         read(self, at_least)
 
@@ -47,7 +47,7 @@ def test_the_head_reads_the_prompt_only_when_a_step_follows_and_the_policy_is_to
             told.append(observation.prompt_seconds)
             return super().choose(observation)
 
-    monkeypatch.setattr(TreeCandidateGenerator, "read", slow_read)
+    monkeypatch.setattr(LevelDrafter, "read", slow_read)
     monkeypatch.setitem(TreeDecoding.__init__.__kwdefaults__, "clock", clock)
     options = {"assistant_model": head, "policy": Told(TreeShape.plain()), "return_dict_in_generate": True}
     target.generate(prompt, max_new_tokens=1, **options)

@@ -1,10 +1,13 @@
 """What a step verifies, with a drafter that is no head: by hand."""
 
+from typing import Any
+
 import torch
 
 from transformers_resps import Policy, TreeShape
 from transformers_resps.decoding.proposal import Proposer
 from transformers_resps.drafting.drafter import Drafter
+from transformers_resps.drafting.prompt_lookup import LookupDrafter
 from transformers_resps.policies.base import Observation
 from transformers_resps.policies.fixed import FixedPolicy
 from transformers_resps.tree import CandidatePool
@@ -16,11 +19,13 @@ class OneChild(Drafter):
     proposable_tokens = 2
 
     def __init__(self) -> None:
-        self.newest_features = torch.zeros(1, 4)
         self.read_after: list[int] = []
 
-    def observe(self, features: torch.Tensor, tokens: torch.Tensor, counts: list[int] | None = None) -> None:
-        raise AssertionError("observed by the loop alone")
+    def observe(self, tokens: torch.Tensor, features: torch.Tensor | None = None, rows: Any = None) -> None:
+        assert features is not None and features.shape[1] == tokens.shape[1] - 1, "those of a prompt"
+
+    def keep_rows(self, rows: list[int]) -> None:
+        raise AssertionError("there is one row")
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
         tokens, parents = torch.tensor([[7, 8, 9]]), torch.tensor([[-1, -1, 0]])
@@ -30,15 +35,16 @@ class OneChild(Drafter):
         self.read_after.append(at_least)
 
 
-class Text:
+class OneRow:
     in_lockstep = True
     row_weights = (1.0,)
 
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = tokens
 
-    def since(self, starts: list[int]) -> list[list[int]]:
-        return [self.tokens[starts[0] :]]
+def proposer_of(policy: Policy, drafter: Drafter | None, tokens: list[int]) -> Proposer:
+    """After it has observed a prompt."""
+    made = Proposer(policy, drafter, OneRow(), LookupDrafter([0]))
+    made.observe(torch.tensor([tokens]), torch.arange(len(tokens) - 1)[None, :, None])
+    return made
 
 
 class Sized(FixedPolicy):
@@ -56,19 +62,20 @@ class Sized(FixedPolicy):
 
 def test_the_best_nodes_of_the_pool_and_what_followed_before_make_one_tree() -> None:
     policy = Sized(TreeShape(8, 2, 2, lookup=2))
-    proposer = Proposer(policy, OneChild(), Text([1, 2, 7, 5, 1, 2]), [0])
+    proposer = proposer_of(policy, OneChild(), [1, 2, 7, 5, 1, 2])
     proposer.read_prompt()
     proposal = proposer.propose(torch.tensor([2]), step=4, context_length=6, room=10)
     assert proposal.tree.tokens.tolist() == [[2, 7, 9, 5]]
     assert proposal.tree.parents.tolist() == [[0, 0, 1, 1]]
     assert (proposal.candidates, proposal.looked_up) == (3, 2)
+    assert policy.seen.features is not None and policy.seen.features.tolist() == [[4]], "the newest ones"
     assert (policy.seen.step, policy.seen.context_length, policy.seen.room) == (4, 6, 10)
     assert len(policy.seen.prefix_accept_probs()) > 2
 
 
 def test_a_shape_is_cut_to_the_room_and_a_plain_step_asks_no_drafter() -> None:
     policy, drafter = Sized(TreeShape(8, 2, 2)), OneChild()
-    proposal = Proposer(policy, drafter, Text([1, 2]), [0]).propose(torch.tensor([2]), 0, 2, room=1)
+    proposal = proposer_of(policy, drafter, [1, 2]).propose(torch.tensor([2]), 0, 2, room=1)
     assert proposal.shape.depth == 0 and proposal.pool is None
     assert proposal.tree.tokens.tolist() == [[2]]
     assert drafter.read_after and min(drafter.read_after) > 1, "it may let a few positions wait"
@@ -76,6 +83,6 @@ def test_a_shape_is_cut_to_the_room_and_a_plain_step_asks_no_drafter() -> None:
 
 def test_without_a_drafter_lookup_alone_proposes() -> None:
     policy = FixedPolicy(TreeShape(8, 2, 2, lookup=2))
-    proposal = Proposer(policy, None, Text([1, 2, 7, 5, 1, 2]), [0]).propose(torch.tensor([2]), 0, 6, room=10)
+    proposal = proposer_of(policy, None, [1, 2, 7, 5, 1, 2]).propose(torch.tensor([2]), 0, 6, room=10)
     assert proposal.shape == TreeShape(1, 0, 1, 2)
     assert proposal.tree.tokens.tolist() == [[2, 7, 5]]

@@ -122,7 +122,7 @@ def test_a_capture_that_fails_leaves_levels_and_one_warning(
 
 
 def lent(engines: DraftEngines, head: DraftHead, target: PreTrainedModel) -> DraftEngine | None:
-    with engines.borrow(BoundHead(head, target)) as engine:
+    with engines.borrow(head, BoundHead(head, target)) as engine:
         return engine
 
 
@@ -136,16 +136,14 @@ def test_heads_that_take_turns_keep_their_engines_and_a_copy_of_the_model_starts
     assert lent(copy.deepcopy(engines), heads[0], target) is not first[0]
 
 
-def test_no_engine_is_lent_twice_without_a_head_or_where_angles_depend_on_the_length(
+def test_no_engine_is_lent_twice_or_where_angles_depend_on_the_length(
     target: PreTrainedModel, head: DraftHead
 ) -> None:
     engines, bound = DraftEngines(), BoundHead(head, target)
-    with engines.borrow(None) as engine:
-        assert engine is None
-    with engines.borrow(bound) as engine, engines.borrow(bound) as second:
+    with engines.borrow(bound.head, bound) as engine, engines.borrow(bound.head, bound) as second:
         assert engine is not None and second is None
     head.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with engines.borrow(bound) as engine:
+    with engines.borrow(bound.head, bound) as engine:
         assert engine is None
 
 

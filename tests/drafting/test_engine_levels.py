@@ -16,7 +16,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
-from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.heads import BoundHead
 from transformers_resps.tree import CandidatePool
 from transformers_resps.verifying.verifier import SlotVerifier
@@ -84,14 +84,15 @@ class Both:
         self, bound: BoundHead, engine: DraftEngine | None, rows: int, mask: torch.Tensor | None = None
     ) -> None:
         self.features, self.tokens = pairs(bound.head, rows, 150)
-        self.generators = [TreeCandidateGenerator(bound, rows, mask, lent) for lent in (engine, None)]
+        self.generators = [LevelDrafter(bound, rows, mask, lent) for lent in (engine, None)]
         self.read = 0
 
     def observe(self, count: int, counts: list[int] | None = None) -> None:
         new = slice(self.read, self.read + count)
         self.read += count
+        rows = None if counts is None else [[0] * own for own in counts]
         for generator in self.generators:
-            generator.observe(self.features[:, new], self.tokens[:, new], counts)
+            generator.observe(self.tokens[:, new], self.features[:, new], rows)
 
     def drafts(self, shape: TreeShape) -> tuple[CandidatePool, CandidatePool]:
         compiled, eager = (generator.draft(shape, FixedPolicy(shape)) for generator in self.generators)
@@ -212,7 +213,7 @@ def test_a_head_that_the_caller_drops_is_freed(target: PreTrainedModel, compiler
 
     def of_a_call() -> list[weakref.ref[Any]]:
         bound = BoundHead(DraftHead.from_target(target), target)
-        with engines.borrow(bound) as engine:
+        with engines.borrow(bound.head, bound) as engine:
             both = Both(bound, engine, rows=1)
             both.observe(5)
             both.agree(TREES[0])

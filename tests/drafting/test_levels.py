@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
-from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.drafting.levels import DraftFunction
-from transformers_resps.heads import BoundHead, HeadCache
+from transformers_resps.heads import BoundHead, DraftCache
 from transformers_resps.tree import DraftTree
 
 
@@ -54,8 +54,8 @@ def test_one_graph_drafts_what_levels_one_by_one_draft_at_every_length(target: P
     head_options, shape, backend = CASES[case]
     head = DraftHead.from_target(target, **head_options)
     bound, graphs = BoundHead(head, target), list[int]()
-    generator = TreeCandidateGenerator(bound, 1, None)
-    cache = HeadCache.empty(head.config, 1, head.dtype, head.device)
+    generator = LevelDrafter(bound, 1, None)
+    cache = DraftCache.empty(bound, 1)
     function = DraftFunction(bound, shape, cache.tree_room)
     draft = traced(function, graphs, backend)
     features, tokens = pairs(head, 1, max(LENGTHS))
@@ -63,7 +63,7 @@ def test_one_graph_drafts_what_levels_one_by_one_draft_at_every_length(target: P
     for length in LENGTHS:
         for start in range(read, length, PAIRS):
             new = slice(start, min(start + PAIRS, length))
-            generator.observe(features[:, new], tokens[:, new])
+            generator.observe(tokens[:, new], features[:, new])
             missing = PAIRS - (new.stop - new.start)
             slots = torch.tensor([[cache.capacity - 1] * missing + list(range(new.start, new.stop))])
             states, read_tokens = torch.zeros(1, PAIRS, features.shape[2]).double(), torch.zeros_like(slots)
@@ -85,7 +85,7 @@ def test_rows_of_unequal_lengths_and_padding_are_values_too(target: PreTrainedMo
     shape, lengths, pads = TreeShape(12, 3, 3), (6, 9), (0, 2)
     head = DraftHead.from_target(target)
     bound = BoundHead(head, target)
-    cache = HeadCache.empty(head.config, 2, head.dtype, head.device)
+    cache = DraftCache.empty(bound, 2)
     function = DraftFunction(bound, shape, cache.tree_room)
     features, tokens = pairs(head, 2, 9)
     shown = torch.arange(cache.capacity) >= torch.tensor(pads)[:, None]
@@ -97,8 +97,8 @@ def test_rows_of_unequal_lengths_and_padding_are_values_too(target: PreTrainedMo
     ]
     _, pool, _ = function.unpack(function(torch.stack(states), torch.stack(ordered), slots, shown, *cache.buffers))
     for row, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
-        alone = TreeCandidateGenerator(bound, 1, None)
-        alone.observe(features[row : row + 1, pad:length], tokens[row : row + 1, pad:length])
+        alone = LevelDrafter(bound, 1, None)
+        alone.observe(tokens[row : row + 1, pad:length], features[row : row + 1, pad:length])
         expected = alone.draft(shape, FixedPolicy(shape))
         assert pool.tokens[row].tolist() == expected.tokens[0].tolist()
         torch.testing.assert_close(pool.scores[row], expected.scores[0])

@@ -10,11 +10,11 @@ from transformers_resps.drafting.prompt_lookup import (
     LONGEST_KEY,
     LONGEST_MATCH,
     NO_MATCH,
-    BatchLookup,
     Lookup,
+    LookupDrafter,
     SuffixIndex,
 )
-from transformers_resps.tree import DraftTree
+from transformers_resps.tree import FIRST, SECOND, CandidatePool, DraftTree
 
 
 def scan(tokens: list[int]) -> tuple[int, int]:
@@ -77,49 +77,68 @@ def test_survival_falls_along_the_draft() -> None:
     )
 
 
+def read(drafter: LookupDrafter, *rows: list[int]) -> None:
+    drafter.observe(torch.tensor([row + row[-1:] * (max(map(len, rows)) - len(row)) for row in rows]), rows=rows)
+
+
 def test_rows_start_after_their_padding() -> None:
-    rows = BatchLookup([0, 2])
-    rows.extend([[7, 8, 7], [0, 0, 9]])
-    assert rows.lengths == [3, 3]
-    rows.extend([[8], [9]])
-    assert [match.tokens[:1] for match in rows.matches()] == [[7], [9]]
+    drafter = LookupDrafter([0, 2])
+    drafter.observe(torch.tensor([[7, 8, 7], [0, 0, 9]]))
+    read(drafter, [8], [9, 9])
+    assert [match.tokens[:1] for match in drafter.matches] == [[7], [9]]
 
 
 def test_a_text_goes_on_as_its_source_does() -> None:
-    rows = BatchLookup([0, 1, 0], sources=[[4, 5, 6, 2], [7, 8], []])
-    assert rows.lengths == [0, 0, 0], "the whole prompt comes first"
-    rows.extend([[0, 4, 5], [0, 9, 8], [1, 3, 1]])
-    assert rows.lengths == [3, 3, 3]
-    assert [match.tokens[:2] for match in rows.matches()] == [[6, 2], [9, 8], [3, 1]]
-    rows.keep_rows([2, 0])
-    rows.extend([[3], [6]])
-    assert rows.lengths == [4, 4]
-    assert [match.tokens[:2] for match in rows.matches()] == [[1, 3], [2, 0]]
+    drafter = LookupDrafter([0, 1, 0], sources=[[4, 5, 6, 2], [7, 8], []])
+    drafter.observe(torch.tensor([[0, 4, 5], [0, 9, 8], [1, 3, 1]]))
+    assert [match.tokens[:2] for match in drafter.matches] == [[6, 2], [9, 8], [3, 1]]
+    drafter.keep_rows([2, 0])
+    read(drafter, [3], [6])
+    assert [match.tokens[:2] for match in drafter.matches] == [[1, 3], [2, 0]]
+
+
+def test_rows_may_be_dropped_before_their_prompt_was_read() -> None:
+    drafter = LookupDrafter([0, 2, 1])
+    drafter.observe(torch.tensor([[7, 8, 7], [0, 0, 9], [0, 5, 5]]))
+    drafter.keep_rows([2])
+    assert [match.tokens[:1] for match in drafter.matches] == [[5]]
 
 
 def test_nothing_follows_a_token_that_is_never_drafted() -> None:
-    rows = BatchLookup([0, 0], never_drafted=frozenset([0]))
-    rows.extend([[5, 0, 6, 5], [0, 6, 3, 0]])
-    assert [match.tokens for match in rows.matches()] == [[], []]
+    drafter = LookupDrafter([0, 0], never_drafted=frozenset([0]))
+    drafter.observe(torch.tensor([[5, 0, 6, 5], [0, 6, 3, 0]]))
+    assert [match.tokens for match in drafter.matches] == [[], []]
 
 
 def test_neither_source_nor_prompt_is_evidence() -> None:
-    rows, whole = BatchLookup([0], sources=[[5, 6] * 20]), Lookup()
-    rows.extend([[5, 6, 5]])
+    drafter, whole = LookupDrafter([0], sources=[[5, 6] * 20]), Lookup()
+    drafter.observe(torch.tensor([[5, 6, 5]]))
     whole.extend([5, 6] * 21 + [5])
-    assert rows.matches() == [whole.match()]
+    assert drafter.matches == [whole.match()]
+
+
+def test_a_pool_holds_a_chain_of_each_row_with_the_probabilities_of_its_paths() -> None:
+    drafter, shape = LookupDrafter([0, 0]), TreeShape(1, 0, 1, lookup=3)
+    drafter.observe(torch.tensor([[1, 2, 1], [5, 6, 7]]))
+    pool = drafter.draft(shape, FixedPolicy(shape))
+    assert pool.tokens[0].tolist() == [2, 1, 2] and pool.parents.tolist() == [[-1, 0, 1]] * 2
+    assert pool.scores[0].exp().tolist() == pytest.approx(drafter.matches[0].prefix_accept_probs[:3])
+    assert pool.scores[1].tolist() == [-torch.inf] * 3, "the other row repeats nothing"
 
 
 def test_a_chain_shares_the_nodes_the_tree_has() -> None:
     tree = DraftTree.from_parents(torch.tensor([[5, 1, 2, 3]]), torch.tensor([[0, 0, 0, 1]]))
-    merged = tree.with_chains([[1, 3, 9, 9]])
+    merged = tree.with_pool(CandidatePool.from_chains([[1, 3, 9, 9]], [[0.9, 0.8, 0.5, 0.4]]))
     assert merged.tokens.tolist() == [[5, 1, 2, 3, 9, 9]]
     assert merged.parents.tolist() == [[0, 0, 0, 1, 3, 4]]
     assert merged.depths.tolist() == [[0, 1, 1, 2, 3, 4]]
+    assert merged.proposers == [[FIRST, FIRST | SECOND, FIRST, FIRST | SECOND, SECOND, SECOND]]
 
 
 def test_rows_with_shorter_chains_are_filled_up_without_effect() -> None:
-    tree = DraftTree.root_only(torch.tensor([5, 6])).with_chains([[1, 2], []])
+    tree = DraftTree.root_only(torch.tensor([5, 6])).with_pool(
+        CandidatePool.from_chains([[1, 2], []], [[0.5, 0.4], []])
+    )
     assert tree.tokens.shape == (2, 3)
     first, second = tree.children()
     assert first == {(0, 1): 1, (1, 2): 2} and (0, 7) not in second

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_resps import attach, prepack
-from transformers_resps.heads import BoundHead, DraftHead, HeadCache, RopeWindow
+from transformers_resps.drafting.level_drafter import PlaceWindow
+from transformers_resps.heads import BoundHead, DraftCache, DraftHead
 from transformers_resps.verifying.prepacking import PackedWeight, PrepackedLinear
 
 
@@ -27,7 +28,7 @@ def test_the_newest_output_alone_is_the_last_of_all_outputs(
     outputs = []
     with torch.no_grad():
         for wanted in (slice(None), slice(-1, None)):
-            cache = HeadCache.empty(head.config, 2, torch.float32, head.device)
+            cache = DraftCache.empty(head.bind(tiny_target), 2)
             attend = cache.attend_from(0, mask, is_causal=mask is None)
             outputs.append(head(hidden, embeddings, torch.arange(9)[None], attend, wanted=wanted))
             follow = cache.attend_from(9, None)
@@ -37,10 +38,12 @@ def test_the_newest_output_alone_is_the_last_of_all_outputs(
 
 
 @pytest.mark.parametrize("rope_type", ["default", "dynamic"])
-def test_angles_are_those_of_the_head_wherever_a_text_goes_on(tiny_head: DraftHead, rope_type: str) -> None:
+def test_angles_are_those_of_the_head_wherever_a_text_goes_on(
+    tiny_head: DraftHead, tiny_target: PreTrainedModel, rope_type: str
+) -> None:
     tiny_head.config.rope_parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
     head = DraftHead(tiny_head.config)
-    window = RopeWindow(head)
+    window = PlaceWindow(head.bind(tiny_target))
     for start, end in [(0, 3), (3, 9), (9, 300), (250, 260), (299, 700), (2, 4)]:
         for part, own in zip(window.at(start, end), head.rope(torch.arange(start, end)[None]), strict=True):
             assert torch.equal(part, own)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.conftest import build_target
-from transformers_resps.heads import BoundHead, DraftHead, HeadCache
+from transformers_resps.heads import BoundHead, DraftCache, DraftHead
 
 from .cases import CASES, FLAT, MODELOPT_FLAGS, eagle_config, nested, specforge
 from .published import LAYERS, Published, random_tensors, reference_logits, rename, save, write_config
@@ -26,7 +26,8 @@ def target() -> PreTrainedModel:
 
 def our_logits(head: DraftHead, target: PreTrainedModel, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """As the engine runs it: a prefix, then one drafted level after it."""
-    bound, cache = BoundHead(head, target), HeadCache.empty(head.config, 1, head.dtype, head.device)
+    bound = BoundHead(head, target)
+    cache = DraftCache.empty(bound, 1)
     length = features.shape[1]
     positions = torch.arange(length + 1)[None]
     embedded = bound.embed(tokens[None])

@@ -61,7 +61,12 @@ class Machine:
         prefix_accept_probs = [self.lookup_hit ** (i + 1) for i in range(8)] if self.lookup_hit else []
         shape = policy.choose(
             Observation(
-                torch.zeros(1, 4, device=self.device), self.context + step, step, room, lambda: prefix_accept_probs
+                torch.zeros(1, 4),
+                self.context + step,
+                step,
+                room,
+                lambda: prefix_accept_probs,
+                device_type=torch.device(self.device).type,
             )
         ).within(room - 1)
         nodes, levels = 1, 0

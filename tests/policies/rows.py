@@ -10,7 +10,7 @@ from transformers_resps.tree import TreeShape
 
 
 def observation(rows: int, step: int = 1) -> Observation:
-    return Observation(torch.zeros(rows, 4), 100 + step, step, 96, list)
+    return Observation(torch.zeros(rows, 4), 100 + step, step, 96, list, row_count=rows)
 
 
 def record(nodes: int, emitted: tuple[int, ...], seconds: float, **more: Any) -> StepRecord:

@@ -149,7 +149,7 @@ def test_a_row_that_runs_ahead_does_not_pay_for_one_that_drafts_do_not_help() ->
     """The call ends with the slower row. A tree costs half a plain step more; a third row has ended long ago."""
     guard, seconds, written, step = BaselineGuard(FixedPolicy(TreeShape(4, 3, 1))), 0.0, 0, 0
     while written < 96:
-        shape = guard.choose(Observation(torch.zeros(3, 4), 100 + step, step, 96 - written, list))
+        shape = guard.choose(Observation(torch.zeros(3, 4), 100 + step, step, 96 - written, list, row_count=3))
         nodes = 1 if shape.is_plain else min(guard.size(torch.zeros(3, 3), torch.arange(1, 4)), shape.total_tokens)
         cost = 1.0 + 0.5 * (nodes > 1)
         emitted = (min(nodes, 4), 1, 0)

@@ -168,7 +168,7 @@ def test_a_changed_cost_is_seen_at_the_next_step() -> None:
     """Eight looked-up nodes pay until the machine turns out to be slower at trees of eight."""
     costs = RunningCosts.starting_from({1: 1.0, 9: 1.4}, level_seconds=0.0)
     policy = ThroughputPolicy(costs=costs)
-    observation = Observation(None, 100, 1, 96, lambda: [0.95**place for place in range(1, 9)])
+    observation = Observation(None, 100, 1, 96, lambda: [0.95**place for place in range(1, 9)], can_draft=False)
     assert policy.choose(observation).lookup == 8
     for _ in range(60):
         costs.add(1, 0, 1.0, 0.0, 1.0)

@@ -83,5 +83,5 @@ def test_policies_that_decide_beforehand_say_so() -> None:
     policy = ThroughputPolicy()
     for device, grows in ((AWAY, False), ("cpu", True)):
         policy.costs.add(1, 1, 1.0, 0.1, 1.1)
-        policy.choose(Observation(torch.zeros(1, 4, device=device), 10, 3, 50, list))
+        policy.choose(Observation(torch.zeros(1, 4), 10, 3, 50, list, device_type=device))
         assert policy.grows is grows

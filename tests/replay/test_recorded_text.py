@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
-from transformers_resps.drafting.head_drafter import TreeCandidateGenerator
+from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.heads import BoundHead
 from transformers_resps.replay import RankedText, RecordedText, record_pools
 from transformers_resps.replay.recorded_text import PositionPools
@@ -27,8 +27,8 @@ def test_pools_drafted_together_are_those_of_live_drafting(target: PreTrainedMod
         together = list(pools.draft(torch.arange(8, 39), 3, 4))
         for prefixes, pool in together:
             for row, prefix in enumerate(prefixes.tolist()):
-                generator = TreeCandidateGenerator(bound, 1, None)
-                generator.observe(features[:, :prefix], text[:, 1 : prefix + 1])
+                generator = LevelDrafter(bound, 1, None)
+                generator.observe(text[:, 1 : prefix + 1], features[:, :prefix])
                 alone = generator.draft(TreeShape(9, 4, 3), FixedPolicy(TreeShape.plain()))
                 assert torch.equal(pool.tokens[row], alone.tokens[0])
                 assert torch.equal(pool.parents[row], alone.parents[0])

@@ -1,5 +1,6 @@
 """An examination made by hand: numbers and texts that can be checked by eye."""
 
+from dataclasses import replace
 from math import log
 
 import torch
@@ -8,6 +9,7 @@ from transformers_resps import DraftTree, SpeculationReport, StepRecord, TreeSha
 from transformers_resps.telemetry import RowCounts
 from transformers_resps.testing import Divergence
 from transformers_resps.tools.inspect import Examination, RecordedStep
+from transformers_resps.tree import FIRST, SECOND
 
 
 PREFILL = StepRecord(TreeShape.plain(), 0, 1, RowCounts([0]), RowCounts([1]), 0.0, 0.5, 0.5)
@@ -21,15 +23,17 @@ def decode(token_ids: object) -> str:
 
 
 def merged_step() -> RecordedStep:
-    """Root h; the head drafts e (0.5), a (0.25), below e: l (0.4, path 0.2); looked up e l i, so only i is new.
+    """Root h; the head drafts e (0.5), a (0.25), below e: l (0.4, path 0.2); looked up e l i (0.9, 0.6, 0.3), so only
+    i is new.
 
     The target accepts e and l, then writes p.
     """
-    step = RecordedStep(8, 0, 20, [0.9, 0.6, 0.3], TreeShape(4, 2, 2, 3), levels=2, head_nodes=4)
+    step = RecordedStep(8, 0, 20, [0.9, 0.6, 0.3], TreeShape(4, 2, 2, 3), levels=2)
     tokens = torch.tensor([[7, 4, 0, 11, 8]])
     parents = torch.tensor([[0, 0, 0, 1, 3]])
-    scores = torch.tensor([[0.0, log(0.5), log(0.25), log(0.2), 0.0]])
-    step.tree = DraftTree.from_parents(tokens, parents, scores)
+    scores = torch.tensor([[0.0, log(0.9), log(0.25), log(0.6), log(0.3)]])
+    tree = DraftTree.from_parents(tokens, parents, scores)
+    step.tree = replace(tree, proposers=[[FIRST, FIRST | SECOND, FIRST, FIRST | SECOND, SECOND]])
     step.path = [0, 1, 3]
     step.record = StepRecord(TreeShape(4, 2, 2, 3), 9, 5, RowCounts([2]), RowCounts([3]), 0.010, 0.030, 0.045)
     return step

@@ -13,7 +13,7 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
-from transformers_resps.heads import BoundHead, DraftHead, HeadCache
+from transformers_resps.heads import BoundHead, DraftCache, DraftHead
 from transformers_resps.tools import doctor
 from transformers_resps.tools.cli import main
 from transformers_resps.tools.doctor import DEPTHS, LabelledText, diagnose, refined, write_answers
@@ -119,7 +119,7 @@ def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedMode
         features = torch.cat([states.hidden_states[layer] for layer in (2, 3, 4)], dim=-1)
         picks = states.logits[0].argmax(-1)
         for slot in range(answer.prompt_length - 2, LENGTH - DEPTHS):
-            cache = HeadCache.empty(head.config, 1, head.dtype, head.device)
+            cache = DraftCache.empty(bound, 1)
             embedded = bound.embed(answer.tokens[None])
             order = torch.arange(LENGTH)[None]
             attend = cache.attend_from(0, None, is_causal=True)

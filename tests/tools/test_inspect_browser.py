@@ -135,8 +135,8 @@ def test_the_tree_shows_every_node_its_fate_and_its_probabilities(browser: Page)
     )
     assert rows == [
         ["root root", "h"],
-        ["accepted both", "e", "50%", "50%"],
-        ["accepted both", "l", "40%", "20%"],
+        ["accepted both", "e", "90%", "90%"],
+        ["accepted both", "l", "67%", "60%"],
         ["bonus", "p"],
         ["rejected lookup", "i", "50%", "30%"],
         ["rejected head", "a", "25%", "25%"],

@@ -105,17 +105,10 @@ def test_the_tokens_of_all_steps_are_the_answer_and_carry_their_source() -> None
 def test_nodes_have_the_probability_after_their_parent_and_of_the_whole_path() -> None:
     nodes = {node["text"]: node for node in STORY["steps"][1]["nodes"]}
     assert [nodes[text]["source"] for text in "heali"] == ["root", "both", "head", "both", "lookup"]
-    assert [nodes[text]["path"] for text in "eali"] == pytest.approx([0.5, 0.25, 0.2, 0.3])
-    assert [nodes[text]["probability"] for text in "eali"] == pytest.approx([0.5, 0.25, 0.4, 0.3 / 0.6])
+    assert [nodes[text]["path"] for text in "eali"] == pytest.approx([0.9, 0.25, 0.6, 0.3])
+    assert [nodes[text]["probability"] for text in "eali"] == pytest.approx([0.9, 0.25, 0.6 / 0.9, 0.3 / 0.6])
     assert [text for text in "healpi" if text in nodes and nodes[text]["accepted"]] == ["h", "e", "l"]
     assert [nodes[text]["depth"] for text in "heali"] == [0, 1, 1, 2, 3]
-
-
-def test_a_looked_up_node_beyond_the_track_record_has_no_probability() -> None:
-    found = examination()
-    found.steps[0].prefix_accept_probs = [0.9]
-    last = page_data(found, decode, "", FACTS)["steps"][1]["nodes"][4]
-    assert last["path"] is None and last["probability"] is None
 
 
 def test_a_step_says_what_the_policy_saw_and_decided() -> None:

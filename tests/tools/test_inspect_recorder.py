@@ -43,10 +43,14 @@ def test_the_accepted_path_of_every_tree_is_the_text(found: Examination) -> None
 
 def test_nodes_of_the_head_have_its_scores_and_the_looked_up_ones_come_last(found: Examination) -> None:
     for step in found.steps:
-        scores = step.tree.scores[0]
-        assert bool((scores[1 : step.head_nodes] < 0).all())
-        assert bool((scores[step.head_nodes :] == 0).all())
-        assert step.head_nodes == 6 or step.record.shape.depth < 3
+        last = step.tree.node_count - len(step.lookup_nodes)
+        assert step.lookup_nodes == list(range(last, step.tree.node_count))
+        assert bool((step.tree.scores[0, 1:] < 0).all())
+        assert last == 6 or step.record.shape.depth < 3
+        proposed = step.record.proposed
+        assert proposed.lookup == len(set(step.path) & set(step.lookup_nodes))
+        assert proposed.both == len(set(step.path) & set(step.shared_nodes))
+        assert sum(proposed) == int(step.record.accepted)
     assert any(step.lookup_nodes for step in found.steps)
 
 
@@ -62,7 +66,7 @@ def test_levels_are_those_that_were_drafted(
     found = examined(tiny_target, tiny_head, TwoLevels(SHAPE), prompt)
     roomy = [step for step in found.steps if step.record.shape == SHAPE]
     assert roomy and all(step.levels == 2 for step in roomy)
-    assert all(int(step.tree.depths[0, : step.head_nodes].max()) <= 2 for step in roomy)
+    assert all(int(step.tree.depths[0, : step.tree.node_count - len(step.lookup_nodes)].max()) <= 2 for step in roomy)
 
 
 def test_a_chain_through_nodes_of_the_head_is_both_sources() -> None:
@@ -108,7 +112,7 @@ def test_lookup_alone_needs_no_head(tiny_target: PreTrainedModel, prompt: dict[s
     assert Recorder(FixedPolicy(SHAPE)).needs_head
     found = examined(tiny_target, None, policy, prompt)
     assert found.parts_at is None
-    assert all(step.head_nodes == 1 and step.levels == 0 for step in found.steps)
+    assert all(len(step.lookup_nodes) == step.tree.node_count - 1 and step.levels == 0 for step in found.steps)
 
 
 def test_a_sampled_examination_equals_plain_sampling_and_leaves_the_generator_alone(

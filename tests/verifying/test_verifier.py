@@ -1,6 +1,7 @@
 """The target's side of a step: what it keeps is what plain decoding would have read."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from tests.conftest import build_target
-from tests.targets import Architecture
+from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
@@ -37,14 +38,16 @@ def text_of(row: int, path: list[int]) -> list[int]:
     return [*PROMPTS[row].tolist(), *TREE.tokens[row, path].tolist()]
 
 
-def over_slots(target: PreTrainedModel, prompt_length: int) -> Verifier:
-    forward = TargetForward(target, None, DynamicCache(config=target.config))
-    return SlotVerifier(forward, None, torch.arange(prompt_length)[None])
+@pytest.fixture(params=["growing", "slots"])
+def opened(request: pytest.FixtureRequest) -> Callable[..., Verifier]:
+    """`opened(target, prompt_length, positions=None, mask=None)`."""
 
+    def make(target: PreTrainedModel, length: int, positions: Any = None, mask: Tensor | None = None) -> Verifier:
+        forward = TargetForward(target, None, DynamicCache(config=target.config))
+        positions = torch.arange(length)[None] if positions is None else positions
+        over_slots = request.param == "slots"
+        return SlotVerifier(forward, None, positions, mask) if over_slots else TreeVerifier(forward, positions, mask)
 
-@pytest.fixture(params=[TreeVerifier.of, over_slots], ids=["growing", "slots"])
-def opened(request: pytest.FixtureRequest) -> Callable[[PreTrainedModel, int], Verifier]:
-    make: Callable[[PreTrainedModel, int], Verifier] = request.param
     return make
 
 
@@ -82,6 +85,45 @@ def test_a_tree_after_kept_nodes_continues_each_rows_own_path(
     for row, token in enumerate((30, 31)):
         torch.testing.assert_close(found[row, 0], logits_after(target, [*texts[row], token]))
     torch.testing.assert_close(alone[0, 4], logits_after(target, [*texts[1], 31, *TREE.tokens[0, BRANCH].tolist()]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "mistral-window", "gemma3_text"])
+@pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
+def test_it_hands_out_the_keys_of_kept_tokens_that_a_rows_next_token_sees(
+    model_type: str, counts: list[int], opened: Any
+) -> None:
+    """Padding, windows, a rejected tree and rejected nodes, rows that end at the same place or not."""
+    target = next(found for found in ARCHITECTURES if str(found) == model_type).build("sdpa")
+    paths = [BRANCH[: counts[0]], CHAIN[: counts[1]]]
+    padded = torch.tensor([path + path[-1:] * (3 - len(path)) for path in paths])
+    prompts, small = PROMPTS % 19, replace(TREE, tokens=TREE.tokens % 19)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with opened(target, 5, positions, mask) as verifier:
+        verifier.prefill(prompts)
+        verifier.verify(small)
+        verifier.undo()
+        for _ in range(3):
+            verifier.verify(small)
+            verifier.keep(padded, paths)
+        entries = verifier.target_entries()
+    for row, (path, pads) in enumerate(zip(paths, (2, 0), strict=True)):
+        text = [*prompts[row, pads:].tolist(), *small.tokens[row, path].tolist() * 3]
+        assert entries.positions.expand(2, 1)[row].tolist() == [len(text)]
+        cache: Any = DynamicCache()  # without windows: it keeps every key
+        target(input_ids=torch.tensor([text]), use_cache=True, **{CACHE_KEYWORD: cache})
+        for kind, (keys, values) in entries.states.items():
+            shown = entries.masks[kind].expand(2, -1, -1, -1)[row, 0, 0] == 0
+            index = max(at for at, own in enumerate(getattr(target.config, "layer_types", [kind] * 4)) if own == kind)
+            window = 7 if kind == "sliding_attention" or model_type == "mistral-window" else len(text)
+            for found, whole in ((keys, cache.layers[index].keys), (values, cache.layers[index].values)):
+                assert sorted_entries(found[row, :, shown]) == sorted_entries(whole[0, :, -window:])
+
+
+def sorted_entries(entries: Tensor) -> list[list[float]]:
+    """Of the first head, in an order that does not depend on slots."""
+    return sorted(entries[0].mul(1e6).round().div(1e6).add(0.0).tolist())
 
 
 @torch.no_grad()

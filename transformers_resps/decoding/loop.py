@@ -6,14 +6,16 @@ One `TreeDecoding` lives for one call of `generate`.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..drafting.engine import DraftEngine
-from ..drafting.head_drafter import TreeCandidateGenerator
-from ..heads import BoundHead
+from ..drafting.level_drafter import LevelDrafter
+from ..drafting.prompt_lookup import LookupDrafter
+from ..heads import StepModel
 from ..policies.base import Policy
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree
@@ -56,17 +58,17 @@ class StepClock:
 
 
 class TreeDecoding:
-    """Decodes one batch with a head and a policy.
+    """Decodes one batch with a drafter and a policy.
 
     Args:
         verifier: the target's side, open.
-        bound: the head that drafts; `None` to draft by lookup alone.
+        model: what drafts; `None` to draft by lookup alone.
         policy: decides.
         batch: starts as the prompts and gains the answers.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache holds, which
             the batch may lack.
         max_length: positions a text may reach.
-        sources: tokens that lookup reads before each row's text; see `BatchLookup`.
+        sources: tokens that lookup reads before each row's text; see `LookupDrafter`.
         never_drafted: tokens that lookup does not propose.
         draft_engine: lent to this call; `None` drafts without compiled code.
         keeps_ended: keep what the target has read of rows that end before the others.
@@ -79,7 +81,7 @@ class TreeDecoding:
     def __init__(
         self,
         verifier: Verifier,
-        bound: BoundHead | None,
+        model: StepModel | None,
         policy: Policy,
         batch: Batch,
         *,
@@ -95,18 +97,16 @@ class TreeDecoding:
         self.report = SpeculationReport(batch_size=len(batch))
         known = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - batch.length :]
         pads = [0] * len(batch) if known is None or not batch.length else leading_pads(known)
-        # The head's own text starts after cached positions, whose features are gone, and where tokens are known.
-        unread = None if attention_mask is None else attention_mask[:, verifier.length :][:, -batch.length - 1 :]
-        drafter = None if bound is None else TreeCandidateGenerator(bound, len(batch), unread, draft_engine)
-        self._proposer = Proposer(
-            policy,
-            drafter,
-            batch,
-            pads,
-            sources=sources,
-            reads_paths=verifier.reads_paths,
-            never_drafted=never_drafted,
-        )
+        self._reads_features = model is not None and model.reads_features
+        drafter = None
+        if model is not None:
+            # Features begin after cached positions, whose own are gone, and where tokens are known.
+            paired = None if attention_mask is None else attention_mask[:, verifier.length :][:, -batch.length - 1 :]
+            entries = partial(model.target_entries, verifier) if model.reads_target else None
+            read = paired if model.reads_features else known
+            drafter = LevelDrafter(model, len(batch), read, draft_engine, entries)
+        lookup = LookupDrafter(pads, sources=sources, never_drafted=never_drafted)
+        self._proposer = Proposer(policy, drafter, batch, lookup, reads_paths=verifier.reads_paths)
         self._max_length, self._clock = max_length, StepClock(clock)
         self._prompt_seconds = 0.0
         self._keeps_ended, self.ended = keeps_ended, dict[int, EndedRow]()
@@ -150,15 +150,15 @@ class TreeDecoding:
         self.policy.observe(record)
 
     def _read_prompt(self, features: list[Features]) -> None:
-        """Head and lookup read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
+        """All that draft read the prompt, before any step; this is what drafting costs even if nothing is drafted."""
         self._clock.lap("rest")
-        if not self._proposer.reads_features:
-            self._proposer.read_prompt()
-        else:
+        states = None
+        if self._reads_features:
             states = torch.cat([caught.concatenated() for caught in features], dim=1)
-            tokens = self.batch.input_ids[:, -states.shape[1] :]  # those of embeddings are not known
-            self._proposer.observe(states[:, -tokens.shape[1] :], tokens)
-            self._proposer.read_prompt()
+            states = states[:, -self.batch.length :]  # the tokens of embeddings are not known
+        self._proposer.observe(self.batch.input_ids, states)
+        self._proposer.read_prompt()
+        if states is not None:
             wait_for(states)
         self._clock.lap("draft")
         self._prompt_seconds = self._clock.seconds["draft"]
@@ -200,21 +200,21 @@ class TreeDecoding:
             self._verifier.keep(torch.tensor(paths, device=self._verifier.device), paths)
 
     def _keep(self, acceptance: Acceptance, features: Features) -> None:
-        """The target's cache keeps the accepted path; the features of that path go to the head."""
+        """The target's cache keeps the accepted path; the features of that path go to what drafts."""
         path = acceptance.path
         if self._verifier.reads_paths:
             self._clock.lap("rest")
         self._verifier.keep(path, acceptance.paths)
         if self._verifier.reads_paths:
             self._clock.lap("verify")  # recurrent layers have read the path again
-        if not self._proposer.reads_features:
-            return
-        states = features.concatenated()
-        if acceptance.is_front:
-            states = states[:, : path.shape[1]]
-        else:
-            states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
-        self._proposer.observe(states, acceptance.tokens, acceptance.counts)
+        states = None
+        if self._reads_features:
+            states = features.concatenated()
+            if acceptance.is_front:
+                states = states[:, : path.shape[1]]
+            else:
+                states = states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
+        self._proposer.observe(acceptance.tokens, states, acceptance.picks)
 
     def _keep_ended(self) -> None:
         """Keep what the target has read of the rows that have ended now, before they are dropped or read on."""
@@ -249,6 +249,7 @@ class TreeDecoding:
             verify_seconds=seconds["verify"],
             drafted_match=self._drafted_match(proposal.pool, acceptance),
             step_seconds=sum(seconds.values()),
+            proposed=proposal.proposed(acceptance.paths, acceptance.gained),
         )
         self.report.steps.append(record)
         return record

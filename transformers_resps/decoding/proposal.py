@@ -11,22 +11,21 @@ import torch
 from torch import Tensor
 
 from ..drafting.drafter import Drafter
-from ..drafting.head_drafter import MAX_UNREAD
-from ..drafting.prompt_lookup import BatchLookup, Match, mean_accept_probs
+from ..drafting.level_drafter import MAX_UNREAD
+from ..drafting.prompt_lookup import LookupDrafter, mean_accept_probs
 from ..policies.base import Observation, Policy, choose_shape, count_nodes
-from ..tree import CandidatePool, DraftTree, TreeShape
+from ..telemetry import Proposed
+from ..tree import FIRST, SECOND, CandidatePool, DraftTree, TreeShape
 
 
-class TextSoFar(Protocol):
-    """The committed tokens of the rows that are decoded, as a `Batch` has them."""
+class Rows(Protocol):
+    """The rows that are decoded, as a `Batch` has them."""
 
     @property
     def in_lockstep(self) -> bool: ...
 
     @property
     def row_weights(self) -> Sequence[float]: ...
-
-    def since(self, starts: list[int]) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,15 @@ class Proposal:
         """Nodes that the drafter scored."""
         return 0 if self.pool is None else self.pool.tokens.shape[1]
 
+    def proposed(self, paths: Sequence[Sequence[int]], gained: Sequence[bool]) -> Proposed:
+        """Who proposed the accepted nodes: of `paths`, root first, those of the rows that `gained` tokens."""
+        accepted = [(row, node) for row, path in enumerate(paths) if gained[row] for node in path[1:]]
+        flags = self.tree.proposers
+        if not flags:
+            return Proposed(drafter=len(accepted))
+        found = [flags[row][node] for row, node in accepted]
+        return Proposed(found.count(FIRST), found.count(SECOND), found.count(FIRST | SECOND))
+
     @classmethod
     def plain(cls, root: Tensor) -> "Proposal":
         """The root `[b]` alone."""
@@ -62,36 +70,32 @@ class Proposer:
     Args:
         policy: chooses the shape, says after each level whether to go on, and counts the nodes to verify.
         drafter: `None` to draft by lookup alone.
-        text: grows from step to step; lookup reads it.
-        pads: padding tokens before each row's prompt.
-        sources: see `BatchLookup`.
+        rows: those that are decoded.
+        lookup: drafts beside it.
         reads_paths: see `Observation`.
-        never_drafted: tokens that lookup does not propose.
     """
 
     def __init__(
         self,
         policy: Policy,
         drafter: Drafter | None,
-        text: TextSoFar,
-        pads: list[int],
+        rows: Rows,
+        lookup: LookupDrafter,
         *,
-        sources: list[list[int]] | None = None,
         reads_paths: bool = False,
-        never_drafted: frozenset[int] = frozenset(),
     ) -> None:
-        self._policy, self._drafter, self._text = policy, drafter, text
-        self._lookup, self._reads_paths = BatchLookup(pads, sources=sources, never_drafted=never_drafted), reads_paths
+        self._policy, self._drafter, self._rows, self._lookup = policy, drafter, rows, lookup
+        self._reads_paths = reads_paths
+        self._newest_features: Tensor | None = None  # [b, F]
 
-    @property
-    def reads_features(self) -> bool:
-        """Whether the drafter reads the target's features."""
-        return self._drafter is not None
-
-    def observe(self, features: Tensor, tokens: Tensor, counts: list[int] | None = None) -> None:
-        """Tell the drafter of newly committed positions; see `Drafter.observe`."""
-        if self._drafter is not None:
-            self._drafter.observe(features, tokens, counts)
+    def observe(
+        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Tell all that draft of newly committed tokens; see `Drafter.observe`."""
+        for drafter in (self._drafter, self._lookup):
+            if drafter is not None:
+                drafter.observe(tokens, features, rows)
+        self._newest_features = None if features is None else features[:, -1]
 
     def take_compile_seconds(self) -> float:
         """Seconds of compiling drafts since they were last taken."""
@@ -100,7 +104,7 @@ class Proposer:
     def read_prompt(self) -> None:
         """Let lookup and drafter read the prompt, before any step."""
         if self._policy.uses_lookup:
-            self._matches()
+            self._lookup.read()
         if self._drafter is not None:
             self._drafter.read()
 
@@ -119,10 +123,18 @@ class Proposer:
         Raises:
             ValueError: no step can follow a decision of the policy.
         """
-        features = None if self._drafter is None else self._drafter.newest_features
-        probs, weights = self._prefix_accept_probs, self._text.row_weights
         observation = Observation(
-            features, context_length, step, room, probs, prompt_seconds, weights, self._reads_paths
+            self._newest_features,
+            context_length,
+            step,
+            room,
+            self._prefix_accept_probs,
+            prompt_seconds,
+            self._rows.row_weights,
+            self._reads_paths,
+            can_draft=self._drafter is not None,
+            row_count=len(root),
+            device_type=root.device.type,
         )
         shape = choose_shape(
             self._policy, observation, 0 if self._drafter is None else self._drafter.proposable_tokens
@@ -134,8 +146,9 @@ class Proposer:
             pool = pool.on_host()  # one read for its size, the tree, the lookup and the outcome
         tree = self._tree(root, pool, shape.total_tokens)
         if shape.lookup:
-            chains = [match.tokens[: shape.lookup] for match in self._matches()]
-            tree, looked_up = tree.with_chains(chains), max(map(len, chains))
+            chains = self._lookup.draft(shape, self._policy)
+            looked_up = chains.tokens.shape[1]
+            tree = tree.with_pool(chains) if looked_up else tree
         return Proposal(shape, tree if tree.tokens.device == root.device else tree.below(root), pool, looked_up)
 
     def _tree(self, root: Tensor, pool: CandidatePool | None, total_tokens: int) -> DraftTree:
@@ -155,6 +168,8 @@ class Proposer:
     def keep_rows(self, rows: list[int]) -> None:
         """Propose for these rows only, from now on."""
         self._lookup.keep_rows(rows)
+        if self._newest_features is not None:
+            self._newest_features = torch.stack([self._newest_features[row] for row in rows])  # no copy to the device
         if self._drafter is not None:
             self._drafter.keep_rows(rows)
 
@@ -166,12 +181,8 @@ class Proposer:
         self._drafter.read(at_least=MAX_UNREAD)
         return None
 
-    def _matches(self) -> list[Match]:
-        self._lookup.extend(self._text.since(self._lookup.lengths))
-        return self._lookup.matches()
-
     def _prefix_accept_probs(self) -> list[float]:
-        matches = self._matches()
-        if self._text.in_lockstep:
+        matches = self._lookup.matches
+        if self._rows.in_lockstep:
             return min((match.prefix_accept_probs for match in matches), key=lambda probs: probs[:1])
-        return mean_accept_probs(matches, self._text.row_weights)
+        return mean_accept_probs(matches, self._rows.row_weights)

@@ -84,7 +84,6 @@ class Text:
         self._ids = input_ids  # lacks the tokens of `_ahead`
         self._ahead: list[Tensor] = []  # `[any]` each, of a single row
         self.length = int(input_ids.shape[1])
-        self._written: list[int] = []  # the newest tokens of a single row, as far as the host knows them
         self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         self.finished = False
         self.pad_token = pad_token
@@ -138,14 +137,6 @@ class Text:
     def newest(self) -> Tensor:
         """`[b]` the last token of each decoded row."""
         return self._of_decoded(self.input_ids[:, -1])
-
-    def since(self, start: int) -> list[list[int]]:
-        """The tokens of each decoded row from position `start` on."""
-        known_from = self.length - len(self._written)
-        if self._written and start >= known_from:
-            return [self._written[start - known_from :]]
-        found: list[list[int]] = self._of_decoded(self.input_ids[:, start:]).tolist()
-        return found
 
     def _of_decoded(self, values: Tensor) -> Tensor:
         return values if self._decoded is None else values[self._decoded]
@@ -205,7 +196,6 @@ class Text:
         """Append t tokens to this one row at once; `there` holds them, `[t]`, where the target reads."""
         self.length += len(tokens)
         self._ahead.append(there)
-        self._written += tokens
         if finished:
             self.unfinished, self.finished = torch.zeros_like(self.unfinished), True
         if self._streamer is not None:
@@ -234,7 +224,7 @@ class Text:
         if self._pads:
             assert self.pad_token is not None
             tokens = tokens * self.unfinished + self.pad_token * (1 - self.unfinished)
-        self._ids, self._written = torch.cat([self.input_ids, tokens[:, None]], dim=-1), []
+        self._ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
         self.length += 1
         self.unfinished = self.unfinished & ~self._stopping_criteria(
             cast(torch.LongTensor, self.input_ids), cast(Any, self.scores)
@@ -301,13 +291,6 @@ class Batch:
         total = sum(weights)
         return [weight * len(weights) / total for weight in weights]
 
-    def since(self, starts: list[int]) -> list[list[int]]:
-        """The tokens of each decoded row from its position in `starts` on."""
-        if self.in_lockstep:
-            return self._texts[0].since(starts[0])
-        texts = (self._texts[index] for index in self._decoded)
-        return [text.since(start)[0] for text, start in zip(texts, starts, strict=True)]
-
     @property
     def decoded_texts(self) -> list[Text]:
         """The texts with rows that are still decoded."""
@@ -349,8 +332,6 @@ class Batch:
 
     def answers(self, start: int) -> list[list[int]]:
         """What all rows hold from position `start` on, padded after their ends."""
-        if len(self) == 1:
-            return self.since([start])
         found: list[list[int]] = self.input_ids[:, start:].tolist()
         return found
 

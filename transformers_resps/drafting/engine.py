@@ -1,4 +1,4 @@
-"""What drafting keeps from call to call: for each head its cache, and captured drafts or compiled levels."""
+"""What drafting keeps from call to call: for each source its cache, and captured drafts or compiled levels."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
-from ..heads import BoundHead, DraftHead, HeadCache, Rope
+from ..heads import DraftCache, DraftSource, StepModel
 from ..tree import CandidatePool, DraftTree, TreeShape
 from .levels import DraftFunction, LevelForward
 from .pool_growth import Frontier, Growth, RunLevel
@@ -21,12 +21,12 @@ from .pool_growth import Frontier, Growth, RunLevel
 Capture = Callable[[Callable[..., tuple[Tensor, ...]]], CapturedFunction]
 
 # The dimensions of a level's inputs (`LevelForward.tensors`) and of its buffers that change, with several rows.
-_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1, 2), (0,), (0,), (0, 2))
-_BUFFER_SIZES = (1, 3)
+_NODE_SIZES, _PLACE_SIZES, _TEXT_SIZES = ((0, 1), (0, 1), (0, 1), (0, 1, 2)), (0,), (0, 2)
+_BUFFER_SIZES = (0, 2)
 
 
-class DraftEngine(CompileEngine[BoundHead]):
-    """Captures whole drafts of one head, each shape once; or compiles a level, once for trees and texts of all sizes.
+class DraftEngine(CompileEngine[StepModel]):
+    """Captures whole drafts of one source, each shape once; or compiles a level, once for all sizes.
 
     Args:
         capture: makes of a function one that runs as one launch. By default a CUDA graph on a GPU; elsewhere levels
@@ -40,20 +40,20 @@ class DraftEngine(CompileEngine[BoundHead]):
     def __init__(self, capture: Capture | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__(clock=clock)
         self._capture = capture
-        self._cache: HeadCache | None = None
+        self._cache: DraftCache | None = None
         self._in_batch = False
 
     def fingerprint(self) -> WeightFingerprint:
-        return WeightFingerprint(self.owner.modules, self.owner.head.training)
+        return WeightFingerprint(self.owner.modules, any(part.training for part in self.owner.modules))
 
-    def cache(self, rows: int) -> HeadCache:
-        """The head's cache for a call with so many rows, at the same place as in earlier calls."""
-        head, cache = self.owner.head, self._cache
+    def cache(self, rows: int) -> DraftCache:
+        """The source's cache for a call with so many rows, at the same place as in earlier calls."""
+        model, cache = self.owner, self._cache
         self._in_batch = rows > 1
         keys = None if cache is None else cache.buffers[0]
-        is_same = keys is not None and (keys.shape[1], keys.dtype, keys.device) == (rows, head.dtype, head.device)
+        is_same = keys is not None and (len(keys), keys.dtype, keys.device) == (rows, model.dtype, model.device)
         if cache is None or keys is None or not is_same or not is_of_this_mode(keys):
-            cache = self._cache = HeadCache.empty(head.config, rows, head.dtype, head.device)
+            cache = self._cache = DraftCache.empty(model, rows)
         return cache
 
     @property
@@ -63,14 +63,14 @@ class DraftEngine(CompileEngine[BoundHead]):
 
     @property
     def _makes_captures(self) -> bool:
-        return self._capture is not None or self.owner.head.device.type == "cuda"
+        return self._capture is not None or self.owner.device.type == "cuda"
 
     def draft(
-        self, shape: TreeShape, cache: HeadCache, inputs: tuple[Tensor, ...]
+        self, shape: TreeShape, cache: DraftCache, inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor, CandidatePool, DraftTree] | None:
         """Draft over the cache of this engine with one launch, or capture first.
 
-        `inputs` are those of a `DraftFunction`: features, tokens, slots and what is shown. Returns the head's output
+        `inputs` are those of a `DraftFunction`: features, tokens, slots and what is shown. Returns the model's output
         at the newest pair, the pool and the tree, until the next draft; `None` where capturing fails.
         """
         tree_room, pairs = cache.tree_room, inputs[1].shape[1]
@@ -108,23 +108,16 @@ class DraftEngine(CompileEngine[BoundHead]):
         return growth
 
     def _level_code(self, tree_room: int, is_batch: bool, is_chain: bool, buffer: Tensor) -> Code:
-        def level(
-            tokens: Tensor,
-            scores: Tensor,
-            hidden: Tensor,
-            visible: Tensor,
-            cosine: Tensor,
-            sine: Tensor,
-            text: Tensor,
-            keys: Tensor,
-            values: Tensor,
-        ) -> Growth:
-            cache, text = HeadCache(keys, values, tree_room), text[:, 0]
-            forward = LevelForward(self.owner, cache, Rope(cosine, sine), text.shape[1], text)
+        place_count = len(self.owner.places(torch.zeros(1, 1, dtype=torch.long, device=self.owner.device)))
+
+        def level(tokens: Tensor, scores: Tensor, hidden: Tensor, visible: Tensor, *others: Tensor) -> Growth:
+            places, text, buffers = others[:place_count], others[place_count][:, 0], others[place_count + 1 :]
+            forward = LevelForward(self.owner, DraftCache(buffers, tree_room), places, text.shape[1], text)
             return forward(Frontier(tokens, scores, hidden, visible), 1, False)
 
         def make() -> Code:
-            *dynamic, of_buffers = [sizes if is_batch else sizes[1:] for sizes in (*_SIZES, _BUFFER_SIZES)]
+            sizes = (*_NODE_SIZES, *[_PLACE_SIZES] * place_count, _TEXT_SIZES, _BUFFER_SIZES)
+            *dynamic, of_buffers = [some if is_batch else some[1:] for some in sizes]
             fast = CompiledFunction(level, dynamic, of_buffers)
             return Code(level, fast, lambda growth: growth.scores, "log probabilities", buffer.dtype)
 
@@ -133,40 +126,40 @@ class DraftEngine(CompileEngine[BoundHead]):
 
 def _example(inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and buffers whose sizes all differ: equal ones would be compiled as always equal."""
-    tokens, _, hidden, visible, cosine, sine, text = (part[:1, :1] for part in inputs)
+    tokens, _, hidden, visible, *places, text = (part[:1, :1] for part in inputs)
     rows, width, entries, length = min(len(inputs[0]), 2), min(inputs[0].shape[1], 3), 7, 11
     made = [
         tokens.expand(rows, width),
         hidden.new_zeros(rows, width, dtype=inputs[1].dtype),
         hidden.expand(rows, width, -1),
         visible.new_ones(rows, width, entries),
-        *(part.expand(rows, -1, -1) for part in (cosine, sine)),
+        *(part.expand(rows, -1, -1) for part in places),
         text.new_ones(rows, 1, length),
     ]
     return [part.clone(memory_format=torch.contiguous_format) for part in made], [
-        part[:, :rows].clone(memory_format=torch.contiguous_format) for part in buffers
+        part[:rows].clone(memory_format=torch.contiguous_format) for part in buffers
     ]
 
 
 class DraftEngines:
-    """An engine for each head that a model drafts with, as long as that head lives. A copied model starts anew."""
+    """An engine for each source that a model drafts with, as long as that lives. A copied model starts anew."""
 
     def __init__(self, make: Callable[[], DraftEngine] = DraftEngine) -> None:
         self._make = make
-        self._engines: WeakKeyDictionary[DraftHead, DraftEngine] = WeakKeyDictionary()
+        self._engines: WeakKeyDictionary[DraftSource, DraftEngine] = WeakKeyDictionary()
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type["DraftEngines"], tuple[()]]:
         return DraftEngines, ()
 
-    def borrow(self, bound: BoundHead | None) -> AbstractContextManager[DraftEngine | None]:
-        """Lend the engine of a head; nothing without a head, while another call uses it, or where the angles of its
-        positions depend on the text's length.
+    def borrow(self, source: DraftSource, model: StepModel) -> AbstractContextManager[DraftEngine | None]:
+        """Lend the engine of a source that drafts as `model`; nothing while another call uses it, or where the model
+        cannot run as compiled code, or its angles of positions depend on the text's length.
         """
-        if bound is None or not bound.head.config.has_fixed_rope:
+        if not model.is_compilable or not model.has_fixed_places:
             return nullcontext()
         with self._lock:
-            engine = self._engines.get(bound.head)
+            engine = self._engines.get(source)
             if engine is None:
-                engine = self._engines[bound.head] = self._make()
-        return engine.borrow(bound)
+                engine = self._engines[source] = self._make()
+        return engine.borrow(model)

@@ -1,4 +1,4 @@
-"""The head over the levels of a tree, one after the other, below one text; and a whole draft as one function."""
+"""A model over the levels of a tree, one after the other, below one text; and a whole draft as one function."""
 
 from collections.abc import Sequence
 
@@ -6,55 +6,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..heads import BoundHead, HeadCache, Rope
+from ..heads import DraftCache, Entries, Places, StepModel
 from ..tree import CandidatePool, DraftTree, TreeShape
 from .pool_growth import Frontier, Growth, branch, grow_pool, sprout
 
 
+def at_positions(places: Places, wanted: slice) -> Places:
+    """Those of some positions."""
+    return tuple(part[:, wanted] for part in places)
+
+
 class LevelForward:
-    """One pass of the head over each level: all its nodes share a position and see only the text and their ancestors.
+    """One pass over each level: all its nodes share a position and see only the text and their ancestors.
 
     What the levels have in common is computed once, before them.
 
     Args:
-        bound: the head, with its target's embedding and output rows.
+        model: drafts for a target.
         cache: holds the text's entries, and room for those of the tree.
-        rope: the angles of the levels' positions, `[b or 1, depth - 1]`.
+        places: of the levels' positions, `[b or 1, depth - 1]`.
         length: slots of the text.
         text: `[b or 1, length]` bool, true where a slot is seen; `None` where all are.
+        target: what all nodes attend to instead, of a model that has no entries.
     """
 
-    def __init__(self, bound: BoundHead, cache: HeadCache, rope: Rope, length: int, text: Tensor | None) -> None:
-        self.bound, self.cache, self._rope, self._length, self._text = bound, cache, rope, length, text
-        self._sharing = bound.head.config.num_attention_heads // bound.head.config.num_key_value_heads
+    def __init__(
+        self,
+        model: StepModel,
+        cache: DraftCache,
+        places: Places,
+        length: int,
+        text: Tensor | None,
+        target: Entries | None = None,
+    ) -> None:
+        self.model, self.cache, self._target = model, cache, target
+        self._places, self._length, self._text = places, length, text
 
     def __call__(self, frontier: Frontier, level: int, is_last: bool) -> Growth:
         """The children of the nodes of `level` that get some; see `branch`."""
-        entries = frontier.visible.shape[-1]
-        rope = self._rope.at(slice(level - 1, level))
-        attend = self.cache.attend_from(-entries, self._mask(frontier), end=self._length)
-        output = self.bound.run_layers(frontier.hidden, self.bound.embed(frontier.tokens), rope, attend)
-        return branch(self.bound, frontier, output, is_last)
+        places = at_positions(self._places, slice(level - 1, level))
+        entries = self._target or self._entries(frontier)
+        output = self.model.run(0, frontier.tokens, frontier.hidden, places, entries)
+        return branch(self.model, frontier, output, is_last)
 
     def tensors(self, frontier: Frontier, level: int) -> tuple[list[Tensor], Sequence[Tensor]]:
         """All that a level depends on, each input laid out row by row, and the buffers of its cache."""
         tokens, scores, hidden, visible = frontier
+        assert hidden is not None
         text = self._seen(frontier)
         # Sizes of one, and as many entries as nodes, would be compiled apart: an entry is added that no node sees.
         if level == 1:
             visible = F.pad(visible, (0, 1))
         if text.shape[1] == 1:
             text = F.pad(text, (0, 1))
-        shared = *self._rope.at(slice(level - 1, level)), text[:, None]
+        shared = *at_positions(self._places, slice(level - 1, level)), text[:, None]
         inputs = [tokens, scores, hidden, visible, *(part.expand(len(tokens), -1, -1) for part in shared)]
         return [part.clone(memory_format=torch.contiguous_format) for part in inputs], self.cache.buffers
 
+    def _entries(self, frontier: Frontier) -> Entries:
+        return self.cache.attend_from(-frontier.visible.shape[-1], self._mask(frontier), end=self._length)
+
     def _mask(self, frontier: Frontier) -> Tensor | None:
-        """`[b, heads that share keys, w, e + w + length]`: one copy for all of these heads."""
+        """`[b, mask copies, w, e + w + length]`."""
         rows, width, _ = frontier.visible.shape
         if self._text is None and width == 1:
             return None
-        shape = (rows, self._sharing, width, -1)
+        shape = (rows, self.model.mask_copies, width, -1)
         parts = frontier.visible[:, None], self._seen(frontier)[:, None, None]
         return torch.cat([part.expand(shape) for part in parts], dim=-1)
 
@@ -65,20 +82,80 @@ class LevelForward:
         return self._text
 
 
+class DepthForward:
+    """The levels of a model with several depths: level m + 1 comes from depth m, over the nodes of levels 1 to m.
+
+    A depth has entries of its own, so the nodes above a level go through it, too. It pairs them with what the depth
+    before carries on from their parents.
+
+    Args:
+        model: of several depths.
+        cache: holds the text's entries, and room for those of the tree.
+        places: of the levels' positions, `[b or 1, depths - 1]`.
+        length: slots of the text.
+        texts: of each depth, `[b or 1, length]` bool, true where a slot is seen.
+        carried: of each depth, what it carries on from the root, `[b, 1, h]`.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        cache: DraftCache,
+        places: Places,
+        length: int,
+        texts: Sequence[Tensor],
+        carried: Sequence[Tensor],
+    ) -> None:
+        self._model, self._cache, self._places, self._length = model, cache, places, length
+        self._texts, self._of_root = texts, carried
+        self._above: list[Frontier] = []  # the newest level first, as all that follows
+        self._origins: list[Tensor] = []  # [b, w] of each level but the first, the places of its nodes' parents
+        self._carried: list[Tensor] = []  # [b, w, h] of each level, by the depth before
+
+    def __call__(self, frontier: Frontier, level: int, is_last: bool) -> Growth:
+        """The children of the nodes of `level` that get some; see `branch`."""
+        assert frontier.hidden is not None
+        nodes, width = [frontier, *self._above], frontier.tokens.shape[1]
+        above = [
+            carried.gather(1, origin[..., None].expand(-1, -1, carried.shape[-1]))
+            for origin, carried in zip(self._origins[1:], self._carried[1:], strict=True)
+        ]
+        if self._above:
+            above.append(self._of_root[level - 1].expand(-1, width, -1))
+        hidden = torch.cat([frontier.hidden, *above], dim=1)
+        entries = self._cache.attend_from(-width * level, self._mask(nodes, level), end=self._length)
+        order = torch.arange(level - 1, -1, -1, device=hidden.device).repeat_interleave(width)
+        places = tuple(part[:, order] for part in self._places)
+        output = self._model.run(level, torch.cat([one.tokens for one in nodes], dim=1), hidden, places, entries)
+        carried = hidden if self._model.rereads_target else self._model.feedback(output)
+        growth = branch(self._model, frontier, output[:, :width], is_last, carried=carried[:, :width], depth=level)
+        self._above, self._carried = nodes, list(carried.split(width, dim=1))
+        if growth.best is not None:
+            self._origins.insert(0, growth.best.div(width, rounding_mode="floor"))
+        return growth
+
+    def _mask(self, nodes: Sequence[Frontier], level: int) -> Tensor:
+        """`[b, 1, w * level, w * level + length]`: no node sees those of later levels."""
+        rows, width = nodes[0].tokens.shape
+        seen = torch.cat([F.pad(one.visible, (width * later, 0)) for later, one in enumerate(nodes)], dim=1)
+        text = self._texts[level][:, None].expand(rows, width * level, -1)
+        return torch.cat([seen, text], dim=-1)[:, None]
+
+
 class DraftFunction:
     """Reads the newest pairs, grows a pool and builds its tree, without a decision on values in between.
 
-    Every size is fixed by the shape, the number of pairs and the capacity of the head's cache; the text's length is a
-    value. It gives what `TreeCandidateGenerator.draft` and `DraftTree.from_pool` give.
+    Every size is fixed by the shape, the number of pairs and the capacity of the cache; the text's length is a
+    value. It gives what `LevelDrafter.draft` and `DraftTree.from_pool` give.
 
-    `tree_room` is that of the head's cache, at least `(shape.depth - 1) * shape.top_k`.
+    `tree_room` is that of the cache, at least `(shape.depth - 1) * shape.top_k`.
     """
 
-    def __init__(self, bound: BoundHead, shape: TreeShape, tree_room: int) -> None:
-        self._bound, self._shape, self._tree_room = bound, shape, tree_room
+    def __init__(self, model: StepModel, shape: TreeShape, tree_room: int) -> None:
+        self._model, self._shape, self._tree_room = model, shape, tree_room
 
     def __call__(
-        self, features: Tensor, tokens: Tensor, slots: Tensor, shown: Tensor, keys: Tensor, values: Tensor
+        self, features: Tensor, tokens: Tensor, slots: Tensor, shown: Tensor, *buffers: Tensor
     ) -> tuple[Tensor, ...]:
         """Draft below the last of the tokens.
 
@@ -88,31 +165,31 @@ class DraftFunction:
             slots: `[b, m]` where the pairs go, ascending. A pair that is none goes to the cache's last slot, which no
                 text may reach.
             shown: `[b or 1, capacity or 1]` bool, false where a slot of the text is padding.
-            keys: of the cache, written in place.
-            values: likewise.
+            buffers: of the cache, written in place.
 
         Returns:
-            The head's output `[b, 1, h]` at the newest pair, the tensors of `CandidatePool` without its levels, then
+            The model's output `[b, 1, h]` at the newest pair, the tensors of `CandidatePool` without its levels, then
             those of `DraftTree`; see `unpack`.
         """
-        head, cache, width = self._bound.head, HeadCache(keys, values, self._tree_room), tokens.shape[1]
+        model, cache, width = self._model, DraftCache(buffers, self._tree_room), tokens.shape[1]
         capacity, ends = cache.capacity, slots[:, -1:] + 1
         order = torch.arange(capacity, device=slots.device)
         ahead = torch.arange(max(self._shape.depth - 1, 1), device=slots.device)
-        rope = head.rope(torch.cat([slots, ends + ahead], dim=1))
-        queries = 1 if head.config.num_hidden_layers == 1 else width
+        places = model.places(torch.cat([slots, ends + ahead], dim=1))
+        queries = width if model.needs_all_queries else 1
         mask = (order <= slots[:, -queries:, None]) & shown[:, None]
-        newest = self._bound.run_layers(
-            self._bound.fuse(features),
-            self._bound.embed(tokens),
-            rope.at(slice(width)),
+        newest = model.run(
+            0,
+            tokens,
+            model.fuse(features),
+            at_positions(places, slice(width)),
             cache.attend_at(slots, capacity, mask[:, None]),
             wanted=slice(-1, None),
         )
         text = (order < ends) & shown
-        levels = LevelForward(self._bound, cache, rope.at(slice(width, None)), capacity, text)
+        levels = LevelForward(model, cache, at_positions(places, slice(width, None)), capacity, text)
         depth = self._shape.depth
-        pool = grow_pool(sprout(self._bound, newest, self._shape.top_k, depth == 1), depth, levels)
+        pool = grow_pool(sprout(model, newest, self._shape.top_k, depth == 1), depth, levels)
         tree = DraftTree.from_pool(tokens[:, -1], pool, self._shape.total_tokens, depth)
         ranked = tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.scores
         return newest, pool.tokens, pool.parents, pool.scores, *ranked
@@ -123,8 +200,8 @@ class DraftFunction:
         return outputs[3]
 
     def unpack(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, CandidatePool, DraftTree]:
-        """The head's output, the pool and the tree that a call returns."""
-        width, depth = min(self._shape.top_k, self._bound.head.config.proposable_tokens), self._shape.depth
+        """The model's output, the pool and the tree that a call returns."""
+        width, depth = min(self._shape.top_k, self._model.proposable_tokens), self._shape.depth
         levels = torch.arange(1, depth + 1).repeat_interleave(torch.tensor([width] + [width**2] * (depth - 1)))
         newest, pool_tokens, pool_parents, pool_scores, tokens, parents, depths, ancestors, scores = outputs
         tree = DraftTree(tokens, parents, depths, ancestors, scores, min(depth, tokens.shape[1] - 1))

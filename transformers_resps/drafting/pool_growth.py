@@ -1,6 +1,6 @@
 """A pool that grows level by level: which nodes get children, and what these see.
 
-`grow_pool` knows no drafter; `sprout` and `branch` make its levels from what a head puts out.
+`grow_pool` knows no drafter; `sprout` and `branch` make its levels from what a model puts out.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..heads import BoundHead
+from ..heads import StepModel
 from ..tree import CandidatePool
 
 
@@ -20,14 +20,14 @@ class Frontier(NamedTuple):
     Attributes:
         tokens: `[b, w]`.
         scores: `[b, w]` as the pool has them.
-        hidden: `[b, w, h]` what stands in for a feature: the parent's output.
+        hidden: `[b, w, h]` what they are paired with: the parent's output; `None` where the model reads none.
         visible: `[b, w, w + e]` bool: which drafted entries a node sees; of its own level itself, then its ancestors
             in the earlier levels, the newest level first.
     """
 
     tokens: Tensor
     scores: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
     visible: Tensor
 
 
@@ -71,27 +71,44 @@ def grow_pool(
     return _joined(levels)
 
 
-def sprout(bound: BoundHead, newest: Tensor, top_k: int, is_last: bool) -> Growth:
-    """The first level, of `top_k` nodes or as many as the head can propose, all of which get children.
+def sprout(model: StepModel, newest: Tensor, top_k: int, is_last: bool, carried: Tensor | None = None) -> Growth:
+    """The first level, of `top_k` nodes or as many as the model can propose, all of which get children.
 
-    `newest` `[b, 1, h]` is the head's output at the last pair before the root.
+    `newest` `[b, 1, h]` is the model's output at the root, and `carried` what it pairs these with instead of feedback.
     """
-    tokens, scores = _children(bound, newest, top_k)  # [b, 1, k]
+    tokens, scores = _children(model, newest, top_k)  # [b, 1, k]
     if is_last:
         return Growth(tokens, scores, None, None)
     rows, _, width = tokens.shape
-    hidden = bound.head.feedback(newest).expand(-1, width, -1)
+    hidden = _paired(model, newest, carried)
+    hidden = None if hidden is None else hidden.expand(-1, width, -1)
     itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(rows, -1, -1)
     return Growth(tokens, scores, None, Frontier(tokens[:, 0], scores[:, 0], hidden, itself))
 
 
-def branch(bound: BoundHead, frontier: Frontier, output: Tensor, is_last: bool) -> Growth:
-    """The children of a frontier, by the head's output `[b, w, h]` over it, and which of them get children."""
-    tokens, scores = _children(bound, output, frontier.tokens.shape[1])
+def branch(
+    model: StepModel,
+    frontier: Frontier,
+    output: Tensor,
+    is_last: bool,
+    *,
+    carried: Tensor | None = None,
+    depth: int = 0,
+) -> Growth:
+    """The children of a frontier, by the output `[b, w, h]` of a depth over it, and which of them get children.
+
+    `carried` is what these are paired with instead of feedback.
+    """
+    tokens, scores = _children(model, output, frontier.tokens.shape[1], depth)
     scores = scores + frontier.scores[..., None]
     if is_last:
         return Growth(tokens, scores, None, None)
-    return Growth(tokens, scores, *_next(frontier, bound.head.feedback(output), tokens, scores))
+    return Growth(tokens, scores, *_next(frontier, _paired(model, output, carried), tokens, scores))
+
+
+def _paired(model: StepModel, output: Tensor, carried: Tensor | None) -> Tensor | None:
+    """What children are paired with; `None` where the model reads no hidden states."""
+    return model.feedback(output) if carried is None and model.reads_features else carried
 
 
 def _joined(levels: list[Growth]) -> CandidatePool:
@@ -111,20 +128,21 @@ def _joined(levels: list[Growth]) -> CandidatePool:
     return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, torch.cat(level_of))
 
 
-def _children(bound: BoundHead, output: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _children(model: StepModel, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
     """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, w, k]`."""
-    log_probs = bound.logits(output).log_softmax(dim=-1)
+    log_probs = model.logits(output, depth).log_softmax(dim=-1)
     scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
-    return bound.target_ids(draft_ids), scores
+    return model.target_ids(draft_ids), scores
 
 
-def _next(frontier: Frontier, hidden: Tensor, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Frontier]:
+def _next(frontier: Frontier, hidden: Tensor | None, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Frontier]:
     """The best children `[b, w, k]` of a frontier, wherever they hang: which they are, and the next frontier."""
     top_k = tokens.shape[-1]
     scores, best = scores.flatten(1).topk(top_k, dim=-1)
     origin = best.div(top_k, rounding_mode="floor")[..., None]  # [b, k, 1] position of the parent in the frontier
     tokens = tokens.flatten(1).gather(1, best)
-    hidden = hidden.gather(1, origin.expand(-1, -1, hidden.shape[-1]))
+    if hidden is not None:
+        hidden = hidden.gather(1, origin.expand(-1, -1, hidden.shape[-1]))
     seen = frontier.visible.gather(1, origin.expand(-1, -1, frontier.visible.shape[-1]))
     itself = frontier.visible[..., :top_k]  # every level begins with it
     return best, Frontier(tokens, scores, hidden, torch.cat([itself, seen], dim=-1))

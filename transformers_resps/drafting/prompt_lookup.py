@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from itertools import takewhile, zip_longest
 from operator import mul
 
+from torch import Tensor
+
+from ..policies.base import Policy
+from ..tree import CandidatePool, TreeShape
+from .drafter import Drafter
+
 
 LONGEST_KEY = 4  # tokens; longer matches are measured from the text itself
 LONGEST_MATCH = 16
@@ -43,7 +49,7 @@ class SuffixIndex:
         self.tokens: list[int] = []
         self._followed: list[dict[tuple[int, ...], int]] = [{} for _ in range(LONGEST_KEY)]
 
-    def extend(self, tokens: list[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
         """Append to the text; what stood before each token is now known to be followed by it."""
         for token in tokens:
             end = len(self.tokens)
@@ -103,7 +109,7 @@ class Lookup:
         """Tokens of the text it has seen."""
         return len(self._index.tokens)
 
-    def extend(self, tokens: list[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
         """Append committed tokens, and record for each whether the proposal there was right."""
         if not self._index.tokens:  # the prompt was not written by the target: it is no evidence
             self._index.extend(tokens)
@@ -130,8 +136,8 @@ class Lookup:
         return Match(length, tokens, prefix_accept_probs)
 
 
-class BatchLookup:
-    """One `Lookup` per row of a batch; each catches up with its text when it is asked.
+class LookupDrafter(Drafter):
+    """One `Lookup` per row of a batch. What it observes is read when a match is asked for.
 
     Args:
         pads: padding tokens before each row's prompt.
@@ -140,6 +146,9 @@ class BatchLookup:
         never_drafted: see `Lookup`.
     """
 
+    proposable_tokens = 1
+    most_levels = LONGEST_DRAFT
+
     def __init__(
         self,
         pads: list[int],
@@ -147,30 +156,45 @@ class BatchLookup:
         sources: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
     ) -> None:
-        self._rows = [Lookup(never_drafted) for _ in pads]
+        self._lookups = [Lookup(never_drafted) for _ in pads]
         self._pads = pads
         self._sources = [[] for _ in pads] if sources is None else sources
+        self._unread: list[Tensor | Sequence[Sequence[int]]] = []
+        self._matches: list[Match] | None = None
+
+    def observe(
+        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        self._unread.append(tokens if rows is None else rows)
+        self._matches = None
+
+    def read(self, at_least: int = 1) -> None:
+        for part in self._unread:
+            found: Sequence[Sequence[int]] = part.tolist() if isinstance(part, Tensor) else part
+            rows = zip(self._lookups, self._pads, self._sources, found, strict=True)
+            for lookup, pads, source, tokens in rows:
+                lookup.extend(tokens if lookup.length else [*source, *tokens[pads:]])
+        self._unread.clear()
 
     @property
-    def lengths(self) -> list[int]:
-        """Positions of each row's text that were read, padding included."""
-        rows = zip(self._rows, self._pads, self._sources, strict=True)
-        return [row.length - len(source) + pads if row.length else 0 for row, pads, source in rows]
-
-    def extend(self, rows: list[list[int]]) -> None:
-        """Append to each row what was committed since its length; at first the whole prompt, padding included."""
-        for row, pads, source, tokens in zip(self._rows, self._pads, self._sources, rows, strict=True):
-            row.extend(tokens if row.length else source + tokens[pads:])
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """Forget all rows but these."""
-        self._rows = [self._rows[row] for row in rows]
-        self._pads = [self._pads[row] for row in rows]
-        self._sources = [self._sources[row] for row in rows]
-
     def matches(self) -> list[Match]:
         """The match of every row."""
-        return [row.match() for row in self._rows]
+        if self._matches is None:
+            self.read()
+            self._matches = [lookup.match() for lookup in self._lookups]
+        return self._matches
+
+    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
+        """A chain of at most `shape.lookup` nodes of each row, on the host; see `CandidatePool.from_chains`."""
+        chains = [match.tokens[: shape.lookup] for match in self.matches]
+        return CandidatePool.from_chains(chains, [match.prefix_accept_probs[: shape.lookup] for match in self.matches])
+
+    def keep_rows(self, rows: list[int]) -> None:
+        self.read()
+        self._lookups = [self._lookups[row] for row in rows]
+        self._pads = [self._pads[row] for row in rows]
+        self._sources = [self._sources[row] for row in rows]
+        self._matches = None
 
 
 def mean_accept_probs(matches: Sequence[Match], row_weights: Sequence[float]) -> list[float]:

@@ -64,8 +64,8 @@ def attach(
             f"`attach` takes a `DraftHead` as `assistant_model`, got a {type(assistant_model).__name__}. Pass other "
             "assistants to `generate`."
         )
-    if defaults.head is not None:
-        defaults.head.check_target(cast(PreTrainedModel, inner))
+    if defaults.source is not None:
+        defaults.source.check_target(cast(PreTrainedModel, inner))
     _add_mixin(inner)
     if defaults != SpeculationDefaults():
         cast(ReSpSGenerationMixin, inner).speculation_state.defaults = defaults

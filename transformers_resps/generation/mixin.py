@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation.configuration_utils import GenerationMode
 
 from ..policies.base import Policy
 from .request import CONFIG_KEYWORDS, Call, CompileChoice, Keywords, Request, SpeculationState
@@ -115,31 +114,13 @@ class ReSpSGenerationMixin(GenerationMixin):
             finally:
                 _request.reset(token)
 
-    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, *args: Any) -> None:
-        """Stock refuses assistants where it cannot take states back, or draft for several answers; trees can."""
-        request, stock = _request.get(), cast(Any, super())
-        is_ours = request is not None and request.bound is not None
-        if is_ours and (stock._is_stateful or config.num_return_sequences > 1):
-            mode = GenerationMode.SAMPLE if config.do_sample else GenerationMode.GREEDY_SEARCH
-        stock._validate_generation_mode(mode, config, *args)
-
-    def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Where stock `generate` goes when it is given an assistant.
-
-        `inputs_tensor`, which the assistant of an encoder-decoder encodes, comes only to a method that names it.
-        """
-        request = _request.get()
-        if request is None or request.bound is None or kwargs.get("assistant_model") is not request.bound.head:
-            return cast(Any, super())._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
-        return speculate(cast(PreTrainedModel, self), self.speculation_state, request, *args, **kwargs)
-
     def _sample(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Where stock `generate` goes without an assistant; a policy alone drafts by lookup.
+        """Where stock `generate` goes without an assistant, and with one of ours, which it is not told of.
 
         `inputs_tensor`, which an encoder has read, comes only to a method that names it.
         """
         request = _request.get()
-        if request is None or request.policy is None or request.bound is not None:
+        if request is None or request.policy is None:
             return cast(Any, super())._sample(*args, **kwargs)
         kwargs["inputs_tensor"] = inputs_tensor
         return speculate(cast(PreTrainedModel, self), self.speculation_state, request, *args, **kwargs)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..compat import unwrapped
 from ..drafting.engine import DraftEngines
-from ..heads import BoundHead, DraftHead, pair_identity
+from ..heads import DraftHead, DraftSource, StepModel, pair_identity
 from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
@@ -62,15 +62,15 @@ class Keywords:
     compile: CompileChoice | None = None
 
     @property
-    def head(self) -> DraftHead | None:
-        """The loaded head, also from inside a PEFT wrapper; `None` for a name and for any other assistant."""
+    def source(self) -> DraftSource | None:
+        """What drafts trees, also from inside a PEFT wrapper; `None` for a name and for any other assistant."""
         inner = unwrapped(self.assistant_model)
-        return inner if isinstance(inner, DraftHead) else None
+        return inner if isinstance(inner, DraftSource) else None
 
     @property
     def has_stock_assistant(self) -> bool:
         """Whether the call drafts in Transformers' own way."""
-        return self.assistant_model is not None and not is_name(self.assistant_model) and self.head is None
+        return self.assistant_model is not None and not is_name(self.assistant_model) and self.source is None
 
     @property
     def is_plain(self) -> bool:
@@ -301,16 +301,18 @@ class Request:
     """What one call asks for; stock's own preparation stands between reading it and decoding.
 
     Attributes:
-        assistant_model: for stock `generate`: the head, an assistant of Transformers' own, or `None`.
+        assistant_model: an assistant of Transformers' own, for stock `generate`; `None` for a call of ours.
         policy: decides; `None` for a stock call.
-        bound: the head that drafts; `None` to draft by lookup alone.
+        source: drafts; `None` to draft by lookup alone.
+        model: the source, bound to the target.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
         compile: whether the target's steps run compiled; `None` likewise.
     """
 
-    assistant_model: Any
+    assistant_model: Any = None
     policy: Policy | None = None
-    bound: BoundHead | None = None
+    source: DraftSource | None = None
+    model: StepModel | None = None
     lockstep: bool | None = None
     compile: CompileChoice | None = None
 
@@ -334,8 +336,8 @@ class Request:
                 head = state.named_heads.load(keywords.assistant_model, model)
                 keywords = replace(keywords, assistant_model=head)
             if defaults.eval_mode:
-                stack.enter_context(state.evaluation_mode.held(model, keywords.head))
-            if keywords.head is None and keywords.policy is None:
+                stack.enter_context(state.evaluation_mode.held(model, *_modules(keywords.source)))
+            if keywords.source is None and keywords.policy is None:
                 _check_stock(call.keywords)  # what a config or `attach` says waits for a call that speculates
                 yield cls(keywords.assistant_model)
                 return
@@ -345,36 +347,41 @@ class Request:
     def _speculative(
         cls, model: PreTrainedModel, state: SpeculationState, call: Call, keywords: Keywords, stack: ExitStack
     ) -> "Request":
-        head, policy = keywords.head, keywords.policy
+        source, policy = keywords.source, keywords.policy
         if keywords.has_stock_assistant:
             raise ValueError(
                 f"Got policy={policy!r} with assistant_model={type(keywords.assistant_model).__name__}, but a policy "
                 "shapes the trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave "
                 "out `policy`."
             )
-        check_model(model, has_head=head is not None)
+        check_model(model, has_head=source is not None)
         check_settings(model, call.config, call.arguments)
         check_inputs(model, call.prompts, call.arguments)
-        bound = None if head is None else BoundHead(head, model)
-        if head is not None:
-            check_draws(head)
+        bound = None if source is None else source.bind(model)
+        for module in _modules(source):
+            check_draws(module)
         if policy is None:
-            policy = FixedPolicy(cast(DraftHead, head).default_shape)
+            policy = FixedPolicy(cast(DraftSource, source).default_shape)
         elif not isinstance(policy, Policy):
             name = os.fspath(policy)
             make = partial(default_policy, model.device) if name == AUTO else partial(AutoPolicy.from_pretrained, name)
             key = PolicyCache.key(model, call.rows, name, keywords.compile)
-            policy = stack.enter_context(state.policy_cache.borrow(head, key, make))
-        if head is None and policy.needs_head:
+            policy = stack.enter_context(state.policy_cache.borrow(source, key, make))
+        if source is None and policy.needs_head:
             raise ValueError(
                 f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
                 "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
             )
         if policy.has_identity:
-            policy.check_identity(**pair_identity(model, head))
+            policy.check_identity(**pair_identity(model, source))
         if not model.config.is_encoder_decoder:  # whose source is not encoded yet
             state.check_trees(model, partial(TargetForward.of, model))
-        return cls(head, policy, bound, keywords.lockstep, keywords.compile)
+        return cls(None, policy, source, bound, keywords.lockstep, keywords.compile)
+
+
+def _modules(source: DraftSource | None) -> list[Module]:
+    """The layers of a source that are its own."""
+    return [source] if isinstance(source, Module) else []
 
 
 def _saved(config: GenerationConfig | None, name: str) -> Any:

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -25,7 +25,8 @@ from ..compat import CACHE_KEYWORD
 from ..decoding.loop import TreeDecoding
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
-from ..heads import DraftHeadConfig
+from ..drafting.engine import DraftEngine
+from ..heads import DraftSource
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length, stop_recording
 from ..verifying.forward import (
@@ -128,14 +129,13 @@ def _decode(
 ) -> TreeDecoding:
     """Prefill, then one step after another until all texts are finished."""
     assert request.policy is not None
-    bound = request.bound
     with (
         _verifier(target, state.slot_engine, request, inputs) as verifier,
-        state.draft_engines.borrow(bound if verifier.is_compiled else None) as draft_engine,
+        _draft_engine(state, request, is_wanted=verifier.is_compiled) as draft_engine,
     ):
         decoding = TreeDecoding(
             verifier,
-            bound,
+            request.model,
             request.policy,
             batch,
             attention_mask=inputs.attention_mask,
@@ -152,6 +152,15 @@ def _decode(
     decoding.report.reason = request.policy.explain(decoding.report.steps)
     state.slot_engine.note(decoding.report.seconds)
     return decoding
+
+
+def _draft_engine(
+    state: SpeculationState, request: Request, *, is_wanted: bool
+) -> AbstractContextManager[DraftEngine | None]:
+    """Compiled code for what drafts, where it is wanted and can be had."""
+    if request.source is None or request.model is None or not is_wanted:
+        return nullcontext()
+    return state.draft_engines.borrow(request.source, request.model)
 
 
 def _returned_cache(
@@ -222,11 +231,11 @@ class GenerateInputs:
         """Whether stock `generate` has to read the prompt."""
         return holds_more_than_tokens(self.model_kwargs)
 
-    def forward(self, target: PreTrainedModel, head: DraftHeadConfig | None) -> TargetForward:
-        """The target's, with the features that a head reads."""
-        if head is None:
+    def forward(self, target: PreTrainedModel, source: DraftSource | None) -> TargetForward:
+        """The target's, with the features that a source reads."""
+        if source is None or not source.feature_layers:
             return TargetForward(target, None, self.cache)
-        return TargetForward(target, head.feature_layers or [], self.cache, before_deepstack=head.before_deepstack)
+        return TargetForward(target, source.feature_layers, self.cache, before_deepstack=source.before_deepstack)
 
     def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
         """Of each row, the tokens that its text is written from; `None` where there are none of the target's own."""
@@ -321,7 +330,7 @@ class EncoderDecoderInputs(GenerateInputs):
             outputs = BaseModelOutput(last_hidden_state=outputs[0])
         return outputs, self.model_kwargs.get("attention_mask")
 
-    def forward(self, target: PreTrainedModel, head: DraftHeadConfig | None) -> TargetForward:
+    def forward(self, target: PreTrainedModel, source: DraftSource | None) -> TargetForward:
         return EncoderDecoderForward(target, self.model_kwargs[CACHE_KEYWORD], *self.encoded)
 
     def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
@@ -418,7 +427,7 @@ def _verifier(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
             "Leave out `cache_implementation`, and use the model as it was before it was compiled."
         )
-    forward = inputs.forward(target, None if request.bound is None else request.bound.head.config)
+    forward = inputs.forward(target, request.source)
     given = inputs.position_ids, inputs.attention_mask
     choice = request.compile
     if choice is None:

@@ -2,20 +2,25 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .cache import HeadCache
+from .cache import DraftCache
 from .config import DraftHeadConfig
 from .identity import parameter_fingerprint
-from .model import Attend, BoundHead, DraftHead, Rope, RopeWindow, pair_identity
+from .model import Attend, BoundHead, DraftHead, Rope, pair_identity
+from .source import DraftSource, Entries, Places, StepModel, Wanted
 
 
 __all__ = [
     "Attend",
     "BoundHead",
+    "DraftCache",
     "DraftHead",
     "DraftHeadConfig",
-    "HeadCache",
+    "DraftSource",
+    "Entries",
+    "Places",
     "Rope",
-    "RopeWindow",
+    "StepModel",
+    "Wanted",
     "pair_identity",
     "parameter_fingerprint",
 ]

@@ -1,52 +1,49 @@
-"""The head's own KV cache: entries of true features, and before them those of the tree being drafted."""
+"""The KV cache of a drafter: entries of the text, and before them those of the tree being drafted."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..verifying.attention import attend
-from .config import DraftHeadConfig
-from .model import Attend
+from .source import Entries, StepModel
 
 
-_GROWTH = 256  # positions added when the buffer is full
+_GROWTH = 256  # positions added when the buffers are full
 _TREE_ROOM = 128  # entries of a tree at first
 
 
-class HeadCache:
-    """Preallocated keys and values of every head layer; the caller knows what each slot holds.
+class DraftCache:
+    """Preallocated keys and values of every layer; the caller knows what each slot holds.
 
     The sequence has the slots 0, 1, ..., a tree negative ones, so that both lie side by side and trees stay in place
     while the sequence grows. The next tree overwrites the last (EAGLE's stable keys), so dropping one costs nothing.
     Buffers start as zeros: a masked slot may be read.
 
     Args:
-        keys: `[layers, b, kv heads, slots, hd]`.
-        values: like `keys`.
+        buffers: keys and values of each layer in turn, `[b, kv heads, tree_room + capacity, hd]`. A layer that has
+            none gets them when it first writes.
         tree_room: how many of the slots, the first ones, are for a tree.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, tree_room: int) -> None:
-        self._keys, self._values, self._tree_room = keys, values, tree_room
+    def __init__(self, buffers: Sequence[Tensor] = (), tree_room: int = _TREE_ROOM) -> None:
+        pairs = zip(buffers[::2], buffers[1::2], strict=True)
+        self._layers = dict(enumerate(pairs))
+        self._tree_room = tree_room
+        self._capacity = buffers[0].shape[2] - tree_room if buffers else _GROWTH
 
     @classmethod
-    def empty(cls, config: DraftHeadConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> "HeadCache":
-        """For a head and a batch; `reserve` makes it grow."""
-        assert config.head_dim is not None
+    def empty(cls, model: StepModel, rows: int) -> "DraftCache":
+        """For a model and so many rows; `reserve` makes it grow."""
         slots = _TREE_ROOM + _GROWTH
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, slots, config.head_dim)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return cls(keys, values, _TREE_ROOM)
+        shapes = [(rows, heads, slots, width) for heads, width in model.entry_widths for _ in range(2)]
+        return cls([torch.zeros(shape, dtype=model.dtype, device=model.device) for shape in shapes])
 
     @property
-    def buffers(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, `[layers, b, kv heads, tree_room + capacity, hd]`."""
-        return self._keys, self._values
-
-    @property
-    def rows(self) -> int:
-        """Sequences of the batch."""
-        return self._keys.shape[1]
+    def buffers(self) -> tuple[Tensor, ...]:
+        """As they were given, those of layers that have written since included."""
+        return tuple(part for _, pair in sorted(self._layers.items()) for part in pair)
 
     @property
     def tree_room(self) -> int:
@@ -56,67 +53,92 @@ class HeadCache:
     @property
     def capacity(self) -> int:
         """Slots for the sequence."""
-        return self._keys.shape[3] - self._tree_room
+        return self._capacity
 
     def reserve(self, length: int, tree: int = 0) -> None:
         """Make room for `length` positions of the sequence, which is kept, and `tree` nodes."""
-        missing = length - self.capacity
-        if missing > 0:
-            self._keys, self._values = (
-                F.pad(kept, (0, 0, 0, missing + _GROWTH)) for kept in (self._keys, self._values)
-            )
-        missing = tree - self._tree_room
-        if missing > 0:
-            self._keys, self._values = (F.pad(kept, (0, 0, missing, 0)) for kept in (self._keys, self._values))
-            self._tree_room = tree
+        more = length - self._capacity + _GROWTH if length > self._capacity else 0
+        ahead = max(tree - self._tree_room, 0)
+        if more or ahead:
+            self._layers = {
+                layer: (F.pad(keys, (0, 0, ahead, more)), F.pad(values, (0, 0, ahead, more)))
+                for layer, (keys, values) in self._layers.items()
+            }
+            self._capacity, self._tree_room = self._capacity + more, self._tree_room + ahead
 
     def attend_from(
         self, start: int, mask: Tensor | None, *, end: int | None = None, is_causal: bool = False
-    ) -> Attend:
+    ) -> Entries:
         """Attention that writes its keys at the slots `[start, start + t)`.
 
         Args:
             start: where the new entries go; below 0 for a tree.
-            mask: `[b or 1, 1 or heads that share keys, t, s]` bool, true where attended; `None` sees everything. The s
-                slots are those from 0, or from `start` if that is lower, to `end`.
+            mask: see `Entries`. The s slots are those from 0, or from `start` if that is lower, to `end`.
             end: slot after the last that is seen; `start + t` when `None`.
             is_causal: instead of a mask, for `start == 0`.
 
         Fewer queries than keys mean that only the newest position has a query.
         """
+        return _EntriesFrom(self, start, end, mask, is_causal=is_causal)
 
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            stop = start + keys.shape[2]
-            here = slice(self._tree_room + start, self._tree_room + stop)
-            self._keys[layer, :, :, here] = keys
-            self._values[layer, :, :, here] = values
-            newest_only = queries.shape[2] < keys.shape[2]  # the last query sees everything
-            seen = slice(min(start, 0), stop if end is None else end)
-            return self._attended(layer, queries, seen, mask, is_causal=is_causal and not newest_only)
-
-        return attend
-
-    def attend_at(self, slots: Tensor, end: int, mask: Tensor) -> Attend:
+    def attend_at(self, slots: Tensor, end: int, mask: Tensor) -> Entries:
         """As `attend_from`, but keys are written at each row's own `slots` `[b, t]`, and slots before `end` seen."""
+        return _EntriesAt(self, slots, end, mask)
 
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            here = (self._tree_room + slots)[:, None, :, None]
-            for kept, states in ((self._keys[layer], keys), (self._values[layer], values)):
-                kept.scatter_(2, here.expand_as(states), states)
-            return self._attended(layer, queries, slice(0, end), mask)
-
-        return attend
-
-    def _attended(
-        self, layer: int, queries: Tensor, seen: slice, mask: Tensor | None, *, is_causal: bool = False
-    ) -> Tensor:
-        seen = slice(self._tree_room + seen.start, self._tree_room + seen.stop)
-        keys, values = self._keys[layer, :, :, seen], self._values[layer, :, :, seen]
-        if is_causal:
-            grouped = keys.shape[1] != queries.shape[1]
-            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
-        return attend(queries, keys, values, mask if mask is None else mask[:, :, -queries.shape[2] :])
+    def of_layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's buffers, which hold entries such as these: slot i is at `tree_room + i`."""
+        if layer not in self._layers:
+            slots = self._tree_room + self._capacity
+            self._layers[layer] = tuple(  # type: ignore[assignment]  # of two
+                part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in (keys, values)
+            )
+        return self._layers[layer]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows but these, `[r]` on the cache's device."""
-        self._keys, self._values = (kept.index_select(1, rows) for kept in (self._keys, self._values))
+        self._layers = {
+            layer: (keys.index_select(0, rows), values.index_select(0, rows))
+            for layer, (keys, values) in self._layers.items()
+        }
+
+
+class _EntriesFrom(Entries):
+    """See `DraftCache.attend_from`."""
+
+    def __init__(
+        self, cache: DraftCache, start: int, end: int | None, mask: Tensor | None, *, is_causal: bool
+    ) -> None:
+        self._cache, self._start, self._end = cache, start, end
+        self.mask, self.first_slot, self._is_causal = mask, min(start, 0), is_causal
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        room, stop = self._cache.tree_room, self._start + keys.shape[2]
+        seen = slice(room + self.first_slot, room + (stop if self._end is None else self._end))
+        found = []
+        for kept, part in zip(self._cache.of_layer(layer_idx, keys, values), (keys, values), strict=True):
+            kept[:, :, room + self._start : room + stop] = part
+            found.append(kept[:, :, seen])
+        return found[0], found[1]
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        newest_only = queries.shape[2] < keys.shape[2]  # the last query sees everything
+        keys, values = self.update(keys, values, layer)
+        if self._is_causal and not newest_only:
+            grouped = keys.shape[1] != queries.shape[1]
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+        return self._attended(queries, keys, values)
+
+
+class _EntriesAt(Entries):
+    """See `DraftCache.attend_at`."""
+
+    def __init__(self, cache: DraftCache, slots: Tensor, end: int, mask: Tensor) -> None:
+        self._cache, self._slots, self._end, self.mask = cache, slots, end, mask
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        room = self._cache.tree_room
+        here, found = (room + self._slots)[:, None, :, None], []
+        for kept, part in zip(self._cache.of_layer(layer_idx, keys, values), (keys, values), strict=True):
+            kept.scatter_(2, here.expand_as(part), part)
+            found.append(kept[:, :, room : room + self._end])
+        return found[0], found[1]

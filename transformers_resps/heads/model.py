@@ -21,13 +21,12 @@ from ..tree import TreeShape
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
 from .identity import check_is_model, target_identity
+from .source import DraftSource, Entries, Places, StepModel, Wanted
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
-# those of the q <= t wanted positions
+# those of the q <= t wanted positions. `Entries` are one.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-# Which positions of `[b, t]` get an output: a slice, or `[b, q]` positions of each row
-Wanted = slice | Tensor
 
 
 def _at(states: Tensor, wanted: Wanted) -> Tensor:
@@ -139,7 +138,7 @@ class DraftLayer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped
 
 
-class DraftHead(PreTrainedModel):
+class DraftHead(DraftSource, PreTrainedModel):
     """An EAGLE-3 draft head: reads the target's hidden states and proposes tokens, which the target then verifies.
 
     Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
@@ -257,8 +256,15 @@ class DraftHead(PreTrainedModel):
         return torch.arange(len(offsets), device=offsets.device) + offsets
 
     @property
+    def feature_layers(self) -> list[int]:
+        return self.config.feature_layers or []
+
+    @property
+    def before_deepstack(self) -> bool:  # type: ignore[override]  # the config tells
+        return self.config.before_deepstack
+
+    @property
     def default_shape(self) -> TreeShape:
-        """The tree that is used when `generate` gets no policy."""
         assert self.config.default_tree is not None
         return TreeShape(*self.config.default_tree)
 
@@ -274,6 +280,17 @@ class DraftHead(PreTrainedModel):
             raw = weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
             self._fingerprint = (version, hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16])
         return self._fingerprint[1]
+
+    def identity(self) -> dict[str, Any]:
+        """Its name, its sizes and, unless it is in float16, its `fingerprint`."""
+        sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
+        identity = {"name_or_path": self.config.name_or_path, **{size: getattr(self.config, size) for size in sizes}}
+        if self.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
+            identity["fingerprint"] = self.fingerprint()
+        return identity
+
+    def bind(self, target: PreTrainedModel) -> "BoundHead":
+        return BoundHead(self, target)
 
     def packed_view(self) -> "DraftHead":
         """The head with layers that multiply by packed weights; this very head where that is no faster.
@@ -462,7 +479,7 @@ class DraftHead(PreTrainedModel):
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
 
 
-class BoundHead:
+class BoundHead(StepModel):
     """A head as it decodes for one target, with the target's embedding table and output rows.
 
     Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target. A level
@@ -477,6 +494,8 @@ class BoundHead:
         ValueError: the head belongs to another target, or is on another device.
     """
 
+    is_compilable = True
+
     def __init__(self, head: DraftHead, target: PreTrainedModel, *, is_prepacked: bool = True) -> None:
         head.check_target(target)
         table = target.get_input_embeddings()
@@ -485,18 +504,24 @@ class BoundHead:
                 f"The head is on {head.device}, but the target's embedding is on {table.weight.device}. "
                 f"Call `head.to('{table.weight.device}')`, or load the head with `target=model`."
             )
+        config = head.config
+        assert config.head_dim is not None
         self.head = head
+        self.device, self.dtype = head.device, head.dtype
+        self.proposable_tokens, self.has_fixed_places = config.proposable_tokens, config.has_fixed_rope
+        self.needs_all_queries = config.num_hidden_layers > 1
+        self.mask_copies = config.num_attention_heads // config.num_key_value_heads
+        self.entry_widths = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
         self._fast = head.packed_view() if is_prepacked else head
-        self.embed_tokens = head.embed_tokens if head.config.owns_embedding else table
-        output = self._fast.lm_head if head.config.owns_output_head else target.get_output_embeddings()
+        self.embed_tokens = head.embed_tokens if config.owns_embedding else table
+        output = self._fast.lm_head if config.owns_output_head else target.get_output_embeddings()
         self._output = cast(nn.Module, output)
         self.output_weight = cast(Tensor, output.weight)
         self.output_bias = cast(Tensor | None, getattr(output, "bias", None))  # some targets' heads have one
-        self.draft_token_ids = None if head.config.draft_vocab_size is None else head.draft_token_ids
+        self.draft_token_ids = None if config.draft_vocab_size is None else head.draft_token_ids
 
     @property
     def modules(self) -> nn.ModuleList:
-        """All whose weights drafting reads, the target's included."""
         return nn.ModuleList([self.head, self.embed_tokens, self._output])
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -504,70 +529,47 @@ class BoundHead:
         return cast(Tensor, self.embed_tokens(tokens)).to(self.head.dtype)
 
     def fuse(self, features: Tensor) -> Tensor:
-        """As `DraftHead.fuse`."""
         return self._fast.fuse(features)
 
-    def run_layers(
-        self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)
-    ) -> Tensor:
-        """As `DraftHead.run_layers`."""
-        return self._fast.run_layers(hidden, embeddings, rope, attend, wanted)
+    def places(self, positions: Tensor) -> Places:
+        return self.head.rope(positions)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[b, t, h]` before the final norm -> fp32 `[b, t, d]`."""
-        return self.normed_logits(cast(Tensor, self.head.norm(hidden)))
+    def run(
+        self,
+        depth: int,
+        tokens: Tensor,
+        hidden: Tensor | None,
+        places: Places,
+        entries: Entries,
+        wanted: Wanted = slice(None),
+    ) -> Tensor:
+        assert hidden is not None
+        return self._fast.run_layers(hidden, self.embed(tokens), Rope(*places), entries, wanted)
+
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        return self.normed_logits(cast(Tensor, self.head.norm(output)))
 
     def normed_logits(self, normed: Tensor) -> Tensor:
         """`[..., h]` after the final norm -> fp32 `[..., d]`."""
         logits = cast(Tensor, self._output(normed.to(self.output_weight.dtype)))
         return logits.to(normed.device, torch.float32)  # a borrowed output head may lie on another device
 
+    def feedback(self, output: Tensor) -> Tensor:
+        return self.head.feedback(output)
+
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Draft vocabulary ids of any shape -> target ids."""
         return draft_ids if self.draft_token_ids is None else self.draft_token_ids[draft_ids]
 
 
-_POSITIONS = 256
-
-
-class RopeWindow:
-    """The angles of RoPE at many positions in a row, computed once for the many steps that read them."""
-
-    def __init__(self, head: DraftHead) -> None:
-        self._head, self._start, self._end = head, 0, 0
-        self._rope: Rope | None = None
-
-    def at(self, start: int, end: int) -> Rope:
-        """Those of the positions from `start` to before `end`: `[1, end - start]`."""
-        if not self._head.config.has_fixed_rope:  # the last position decides about all of them
-            return self._of(start, end)
-        if self._rope is None or start < self._start or end > self._end:
-            self._start, self._end = start, max(end, start + _POSITIONS)
-            self._rope = self._of(self._start, self._end)
-        return self._rope.at(slice(start - self._start, end - self._start))
-
-    def _of(self, start: int, end: int) -> Rope:
-        return self._head.rope(torch.arange(start, end, device=self._head.device)[None])
-
-
-def pair_identity(target: PreTrainedModel, head: DraftHead | None) -> dict[str, dict[str, Any]]:
-    """Identify a target and its head, for what is trained or measured with them.
+def pair_identity(target: PreTrainedModel, source: DraftSource | None) -> dict[str, dict[str, Any]]:
+    """Identify a target and what drafts for it, for what is trained or measured with them.
 
     Args:
         target: the loaded model.
-        head: its draft head; `None` if there is none.
+        source: its draft head, or another source; `None` if there is none.
 
     Returns:
-        `target`: its name and sizes. With a head also `head`: its name, its sizes and, unless it is in float16, its
-        `fingerprint`.
+        `target`: its name and sizes. With a source also `head`: see `DraftSource.identity`.
     """
     identity = {"target": target_identity(target)}
-    if head is not None:
-        sizes = ("feature_layers", "hidden_size", "num_hidden_layers", "vocab_size", "draft_vocab_size")
-        identity["head"] = {
-            "name_or_path": head.config.name_or_path,
-            **{size: getattr(head.config, size) for size in sizes},
-        }
-        if head.dtype != torch.float16:  # float16 loses the last bits of small weights: the hash would differ
-            identity["head"]["fingerprint"] = head.fingerprint()
-    return identity
+    return identity if source is None else identity | {"head": source.identity()}

@@ -5,6 +5,7 @@ A `DraftSource` lives between calls: a draft head, MTP layers, an assistant, a s
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..tree import TreeShape
 from ..verifying.attention import attend
+from ..verifying.verifier import Verifier
 
 
 # Which positions of `[b, t]` get an output: a slice, or `[b, q]` positions of each row
@@ -29,27 +31,40 @@ class Entries(ABC):
     Attributes:
         mask: `[b or 1, 1 or heads that share keys, q, s]` bool over the s entries that `update` returns, true where
             attended; `None` where plain causal attention, or attention to everything from one query, will do.
+        first_slot: of the s entries; those from slot 0 on are the text's, in its order.
         is_compileable: asked by models of Transformers.
     """
 
     mask: Tensor | None = None
-    is_compileable = False
+    first_slot: int = 0
+    is_compileable: bool = False
 
     @abstractmethod
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keep the keys and values `[b, kv heads, t, hd]` of the pass; return all that its tokens may attend to."""
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of the queries `[b, heads, q, hd]`, of the newest q of the t tokens, as `[b, heads, q, hd]`."""
-        return attend(queries, *self.update(keys, values, layer), self.mask)
+        """Attention of the queries `[b, heads, q, hd]` of the newest q of the t tokens, as `[b, heads, q, hd]`."""
+        return self._attended(queries, *self.update(keys, values, layer))
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return attend(queries, keys, values, None if self.mask is None else self.mask[:, :, -queries.shape[2] :])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Asked by models of Transformers, which get positions and a mask all the same."""
         return 0
 
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Asked where `mask` is `None`."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Asked where `mask` is `None`: the tokens of the pass alone make a causal mask, or one needs none."""
+        return query_length, 0
+
 
 class StepModel(ABC):
-    """A source as it drafts for one target: passes over tokens, each paired with the hidden state before it, if at all.
+    """A source as it drafts for one target: passes over tokens, each paired with the hidden state before it, if any.
 
     Depth k pairs token j with the output of depth k - 1 at token j - 1; the target's hidden state is that of depth -1.
     With one depth it drafts any number of levels: a node then reads its parent's output.
@@ -60,7 +75,11 @@ class StepModel(ABC):
         reads_target: whether it has no keys of its own, and attends to the target's committed ones.
         rereads_target: whether deeper depths, too, read the target's hidden state in place of an output.
         needs_all_queries: whether a pass computes every output, wanted or not.
+        is_compilable: whether a level may run as compiled or captured code.
+        mask_copies: heads that share keys, where `run` wants a mask for each of them.
+        entry_widths: kv heads and elements of each layer's keys and values, for a cache that is made beforehand.
         has_fixed_places: whether `places` of a position do not depend on the other positions.
+        counts_padding: whether its positions may count a prompt's padding, as where only distances matter.
         proposable_tokens: how many tokens it can propose after a node.
         device: of its inputs.
         dtype: of its hidden states.
@@ -72,6 +91,10 @@ class StepModel(ABC):
     rereads_target: bool = False
     needs_all_queries: bool = True
     has_fixed_places: bool = True
+    counts_padding: bool = True
+    is_compilable: bool = False
+    mask_copies: int = 1
+    entry_widths: Sequence[tuple[int, int]] = ()
     proposable_tokens: int
     device: torch.device
     dtype: torch.dtype
@@ -113,9 +136,13 @@ class StepModel(ABC):
             `[b, q, h]` outputs at the wanted tokens.
         """
 
+    def target_entries(self, verifier: Verifier) -> Entries:
+        """What a model with `reads_target` attends to below the newest tokens."""
+        raise NotImplementedError(f"{type(self).__name__} has keys of its own.")
+
     @abstractmethod
-    def logits(self, output: Tensor) -> Tensor:
-        """`[b, q, h]` outputs -> fp32 `[b, q, d]`."""
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
 
     def feedback(self, output: Tensor) -> Tensor:
         """What the next token is paired with: `[b, q, h]` outputs -> `[b, q, h]`."""

@@ -28,8 +28,8 @@ class Observation:
     """What a policy sees before a step is drafted.
 
     Attributes:
-        features: `[b, F]` the target's hidden states that the head reads, concatenated, at the newest position that
-            the target has processed, in its dtype; `None` without a head.
+        features: `[b, F]` the target's hidden states that the drafter reads, concatenated, at the newest position that
+            the target has processed, in its dtype; `None` where it reads none.
         context_length: positions of the sequence so far, padding included.
         step: 0 for the first decision in a call of `generate`.
         room: tokens that the sequence may still gain; a deeper tree is cut.
@@ -42,6 +42,9 @@ class Observation:
             weigh more, because a batch ends with its slowest row.
         reads_paths: whether the target has recurrent layers, whose work grows with leaves times depth: they read every
             path from the root to a leaf.
+        can_draft: whether there is a head, or another source of levels.
+        row_count: rows that are decoded.
+        device_type: where the target runs, such as "cpu".
     """
 
     features: Tensor | None
@@ -52,6 +55,9 @@ class Observation:
     prompt_seconds: float = 0.0
     row_weights: Sequence[float] = ()
     reads_paths: bool = False
+    can_draft: bool = True
+    row_count: int = 1
+    device_type: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

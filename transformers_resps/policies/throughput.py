@@ -116,14 +116,14 @@ class ThroughputPolicy(SavedPolicy):
         if step.lookup:
             step.lookup_hit = lookup_probs[0]
         has_lookup = step.lookup > 0
-        if observation.features is None or not self._memory.asks_head(step.lookup_hit, has_lookup=has_lookup):
+        if not observation.can_draft or not self._memory.asks_head(step.lookup_hit, has_lookup=has_lookup):
             return TreeShape(1, 0, 1, step.lookup)
         # In a batch nodes are expensive: with four rows, chains are the fastest of our trees
-        step.width = max(self._largest.top_k // len(observation.features), 1)
+        step.width = max(self._largest.top_k // observation.row_count, 1)
         if step.reads_paths:
             step.width = self._widths.choose(step.width)
         # An accelerator would have to be waited for after every level, and no level could be launched ahead
-        self.grows = observation.features.device.type == "cpu"
+        self.grows = observation.device_type == "cpu"
         depth = self._largest.depth if self.grows else self._planned_depth()
         return TreeShape(self._largest.total_tokens, depth, step.width, step.lookup)
 

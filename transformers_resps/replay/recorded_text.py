@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..drafting.pool_growth import Frontier, Growth, branch, grow_pool, sprout
-from ..heads import BoundHead, DraftHead, HeadCache
+from ..heads import DraftCache, DraftHead, StepModel
 from ..tree import CandidatePool
 from ..verifying.forward import FeatureTap
 
@@ -122,7 +122,7 @@ def record_pools(
     with FeatureTap(target, head.config.feature_layers or []) as tap, tap.record() as caught:
         target.get_decoder()(input_ids=text, use_cache=False)
     features = caught.concatenated()[:, :-1]
-    drafter = PositionPools(BoundHead(head, target), features, text[:, 1:])
+    drafter = PositionPools(head.bind(target), features, text[:, 1:])
     prefixes = torch.arange(prompt_length, length - 1)  # the root's place; it is the last token of the text so far
     pools = {
         top_k: _joined([pool for _, pool in drafter.draft(prefixes, top_k, depth)]) for top_k, depth in depths.items()
@@ -147,26 +147,26 @@ class PositionPools:
     It gets `features` `[1, s, F]` of the text's first s positions, and `tokens` `[1, s]`, the one after each of them.
     """
 
-    def __init__(self, bound: BoundHead, features: Tensor, tokens: Tensor) -> None:
-        self._bound = bound
-        module = bound.head
-        device, count = module.device, tokens.shape[1]
+    def __init__(self, model: StepModel, features: Tensor, tokens: Tensor) -> None:
+        self._model = model
+        device, count = model.device, tokens.shape[1]
         self._length = count
-        self._cache = HeadCache.empty(module.config, 1, module.dtype, device)
+        self._cache = DraftCache.empty(model, 1)
         self._cache.reserve(count)
-        self._outputs = bound.run_layers(
-            bound.fuse(features.to(device, module.dtype)),
-            bound.embed(tokens.to(device)),
-            module.rope(torch.arange(count, device=device)[None]),
+        self._outputs = model.run(
+            0,
+            tokens.to(device),
+            model.fuse(features.to(device, model.dtype)),
+            model.places(torch.arange(count, device=device)[None]),
             self._cache.attend_from(0, None, is_causal=count > 1),
         )[0]  # [s, h]
 
     def draft(self, prefixes: Tensor, top_k: int, depth: int) -> Iterator[tuple[Tensor, CandidatePool]]:
         """Yield some of the `prefixes` `[n]`, which are lengths, as `[r]`, and the pools of their next tokens."""
-        width = min(top_k, self._bound.head.config.proposable_tokens)
+        width = min(top_k, self._model.proposable_tokens)
         for part in prefixes.to(self._outputs.device).split(max(1, _MAX_QUERIES // width)):
             newest = self._outputs[part - 1][:, None]  # [r, 1, h]
-            first = sprout(self._bound, newest, width, depth == 1)
+            first = sprout(self._model, newest, width, depth == 1)
             yield part, grow_pool(first, depth, partial(self._run, part))
 
     def _run(self, prefixes: Tensor, frontier: Frontier, drafted: int, is_last: bool) -> Growth:
@@ -179,13 +179,15 @@ class PositionPools:
         nodes = [(part[:, :, None] & same_root).flatten(2).flatten(0, 1) for part in levels]  # [r * w, r * w]
         start = self._length + (len(nodes) - 1) * roots * width
         self._cache.reserve(start + roots * width)
-        output = self._bound.run_layers(
+        assert frontier.hidden is not None
+        output = self._model.run(
+            0,
+            frontier.tokens.flatten()[None],
             frontier.hidden.flatten(0, 1)[None],
-            self._bound.embed(frontier.tokens.flatten()[None]),
-            self._bound.head.rope((prefixes + drafted - 1).repeat_interleave(width)[None]),
+            self._model.places((prefixes + drafted - 1).repeat_interleave(width)[None]),
             self._cache.attend_from(start, torch.cat([prefix, *nodes], dim=1)[None, None]),
         )
-        return branch(self._bound, frontier, output.view(roots, width, -1), is_last)
+        return branch(self._model, frontier, output.view(roots, width, -1), is_last)
 
 
 @contextmanager

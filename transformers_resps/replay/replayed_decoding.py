@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..decoding.proposal import Proposal, Proposer
 from ..drafting.drafter import Drafter
+from ..drafting.prompt_lookup import LookupDrafter
 from ..policies.base import Level, Policy, wants_level
 from ..policies.costs import CostModel
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
@@ -74,14 +75,12 @@ def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterat
     Raises:
         ValueError: no step can follow a decision of the policy.
     """
-    beginning = _TextPrefix(text.input_ids.tolist(), text.prompt_length + 1)
-    proposer = Proposer(policy, drafter, beginning, [0])
+    proposer = Proposer(policy, drafter, _OneRow(), LookupDrafter([0]))
     place = observed = step = 0
     while place < len(text):
         root, left = text.prompt_length + place, len(text) - place
-        beginning.length = root + 1
-        newest = slice(text.prompt_length + observed, root + 1)
-        drafter.observe(text.features[None, observed : place + 1], text.input_ids[None, newest])
+        newest = slice(text.prompt_length + observed if step else 0, root + 1)
+        proposer.observe(text.input_ids[None, newest], text.features[None, observed : place + 1])
         if step == 0:
             proposer.read_prompt()
         proposal = proposer.propose(text.input_ids[root : root + 1], step, root + 1, left + text.spare_room)
@@ -90,17 +89,9 @@ def decode_again(text: RecordedText, policy: Policy, drafter: Drafter) -> Iterat
         step, observed, place = step + 1, place + 1, place + accepted + 1
 
 
-class _TextPrefix:
-    """The first `length` tokens of a text, as if there were no more."""
-
+class _OneRow:
     in_lockstep = True
     row_weights: Sequence[float] = (1.0,)
-
-    def __init__(self, tokens: list[int], length: int) -> None:
-        self._tokens, self.length = tokens, length
-
-    def since(self, starts: list[int]) -> list[list[int]]:
-        return [self._tokens[starts[0] : self.length]]
 
 
 class RecordedDrafter(Drafter):
@@ -110,9 +101,14 @@ class RecordedDrafter(Drafter):
         self._text, self._place = text, -1
         self.proposable_tokens = max(text.pools)
 
-    def observe(self, features: Tensor, tokens: Tensor, counts: list[int] | None = None) -> None:
-        self._place += tokens.shape[1]
-        self.newest_features = features[:, -1]
+    def observe(
+        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        assert features is not None
+        self._place += features.shape[1]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        raise NotImplementedError("A recorded text has one row.")
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
         """The recorded pool, cut where the policy stops it; raises `ValueError` when none was recorded."""

@@ -1,6 +1,6 @@
 """What happened in a call of `generate`: the record of each step, and the report over all of them."""
 
-from .report import RowCounts, SpeculationReport, StepRecord
+from .report import Proposed, RowCounts, SpeculationReport, StepRecord
 
 
-__all__ = ["RowCounts", "SpeculationReport", "StepRecord"]
+__all__ = ["Proposed", "RowCounts", "SpeculationReport", "StepRecord"]

@@ -73,6 +73,20 @@ def bootstrap_interval(
     return ratios[int(0.025 * draws)], ratios[min(int(0.975 * draws), draws - 1)]
 
 
+class Proposed(NamedTuple):
+    """Accepted nodes of all rows, by who proposed them.
+
+    Attributes:
+        drafter: the head, or another source of levels, alone.
+        lookup: prompt lookup alone.
+        both: the two of them.
+    """
+
+    drafter: int = 0
+    lookup: int = 0
+    both: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One decoding step: a target forward and the work around it.
@@ -89,6 +103,7 @@ class StepRecord:
         drafted_match: how many of the step's tokens, from the first, form a path among the head's candidates, verified
             or not. Ragged batches: one number per row, 0 for finished rows. Lockstep: one number for all, the minimum
             over rows that gained tokens. One 0 if the policy does not read it.
+        proposed: the accepted tokens of all rows, by who proposed them.
     """
 
     shape: TreeShape
@@ -100,6 +115,7 @@ class StepRecord:
     verify_seconds: float
     step_seconds: float
     drafted_match: RowCounts = RowCounts((0,))
+    proposed: Proposed = Proposed()
 
     @property
     def accepted_total(self) -> int:
@@ -127,7 +143,8 @@ class StepRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON values; counts of a single row are integers."""
         counts = {"accepted": self.accepted, "emitted": self.emitted, "drafted_match": self.drafted_match}
-        return asdict(self) | {name: count.to_json() for name, count in counts.items()}
+        found = {name: count.to_json() for name, count in counts.items()}
+        return asdict(self) | found | {"proposed": self.proposed._asdict()}
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..drafting.head_drafter import TreeCandidateGenerator
+from ..drafting.level_drafter import LevelDrafter
 from ..drafting.prompt_lookup import Lookup
 from ..heads import BoundHead, DraftHead
 from ..policies.fixed import FixedPolicy
@@ -71,12 +71,12 @@ class DraftReader:
     ) -> list[tuple[list[int], list[float]]]:
         """The head's first level after each token from `start` on."""
         assert self._bound is not None
-        generator = TreeCandidateGenerator(self._bound, 1, None)
+        generator = LevelDrafter(self._bound, 1, None)
         shape, policy = TreeShape(drafts + 1, 1, drafts), FixedPolicy(TreeShape.plain())
         found: list[tuple[list[int], list[float]]] = [([], [])]
         read = 0
         for place in range(start, len(text) - 1):
-            generator.observe(features[:, read:place], text[None, read + 1 : place + 1])
+            generator.observe(text[None, read + 1 : place + 1], features[:, read:place])
             read = place
             pool = generator.draft(shape, policy)
             found.append((pool.tokens[0].tolist(), pool.scores[0].exp().tolist()))

@@ -31,7 +31,7 @@ from ..telemetry.display import Decode, decode_after, decoder, detokenize_increm
 from ..telemetry.report import SpeculationReport, StepRecord
 from ..testing import Divergence, explain_divergence
 from ..testing.divergence import first_difference
-from ..tree import DraftTree, TreeShape
+from ..tree import FIRST, SECOND, DraftTree, TreeShape
 from .loading import load_policy, load_target
 
 
@@ -45,22 +45,23 @@ class RecordedStep:
     prefix_accept_probs: list[float]
     chosen: TreeShape  # before clipping
     levels: int = 0  # drafted by the head
-    head_nodes: int = 1  # of the tree, root included; later nodes are looked up
     tree: DraftTree = field(init=False)
     path: list[int] = field(init=False)  # accepted nodes, root first
     record: StepRecord = field(init=False)
 
     @property
     def lookup_nodes(self) -> list[int]:
-        return list(range(self.head_nodes, self.tree.node_count))
+        """Nodes that the lookup alone proposed."""
+        return self._proposed_by(SECOND)
 
     @property
     def shared_nodes(self) -> list[int]:
-        """Nodes of the head that the looked-up chain runs through: both sources proposed them."""
-        if not self.lookup_nodes:
-            return []
-        ancestors = self.tree.ancestors[0, self.head_nodes].nonzero().flatten().tolist()
-        return [node for node in ancestors if 0 < node < self.head_nodes]
+        """Nodes that both sources proposed."""
+        return self._proposed_by(FIRST | SECOND)
+
+    def _proposed_by(self, flags: int) -> list[int]:
+        found = self.tree.proposers[0] if self.tree.proposers else ()
+        return [node for node, own in enumerate(found) if own == flags]
 
 
 class Recorder(PolicyWrapper):
@@ -91,11 +92,8 @@ class Recorder(PolicyWrapper):
         return grows
 
     def size(self, scores: Tensor, levels: Tensor) -> int:
-        nodes = self.policy.size(scores, levels)
-        step = self.steps[-1]
-        step.levels = int(levels[-1])
-        step.head_nodes = max(1, min(int(nodes), scores.shape[-1] + 1, step.chosen.total_tokens))
-        return nodes
+        self.steps[-1].levels = int(levels[-1])
+        return self.policy.size(scores, levels)
 
     def on_verified(self, tree: DraftTree, path: Tensor, tokens: Tensor) -> None:
         self.steps[-1].tree, self.steps[-1].path = tree, path[0].tolist()
@@ -266,7 +264,7 @@ def _decision(step: RecordedStep) -> dict[str, Any]:
         "chosen": _shape(step.chosen),
         "cut": None if step.record.shape == step.chosen else _shape(step.record.shape),
         "levels": step.levels,
-        "headNodes": step.head_nodes - 1,
+        "headNodes": step.tree.node_count - 1 - len(step.lookup_nodes),
         "lookupNodes": len(step.lookup_nodes),
     }
 
@@ -287,13 +285,9 @@ def _nodes(step: RecordedStep, decode: Decode, before_root: int) -> list[dict[st
     tokens, parents, depths = (field[0].tolist() for field in (tree.tokens, tree.parents, tree.depths))
     paths = [math.exp(score) for score in tree.scores[0].tolist()]
     looked_up, shared, accepted = set(step.lookup_nodes), set(step.shared_nodes), set(step.path)
-    probs = step.prefix_accept_probs
-    for node in sorted(looked_up):  # the chain's own chance, as far as the track record reaches
-        paths[node] = probs[depths[node] - 1] if depths[node] <= len(probs) else math.nan
     nodes = []
     for node, (token, parent, depth) in enumerate(zip(tokens, parents, depths, strict=True)):
-        is_chance = node in looked_up and 1 < depth <= len(probs)
-        before = 1.0 if depth <= 1 else probs[depth - 2] if is_chance else paths[parent]
+        before = paths[parent]
         nodes.append(
             {
                 "text": decode_after(before_root if node == 0 else tokens[parent], token, decode),

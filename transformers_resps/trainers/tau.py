@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..drafting.head_drafter import TreeCandidateGenerator
+from ..drafting.level_drafter import LevelDrafter
 from ..heads import BoundHead
 from ..policies.fixed import FixedPolicy
 from ..replay import RecordedText, ReplayedStep, decode_again
@@ -37,9 +37,9 @@ def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: T
 def _decoded_again(bound: BoundHead, text: dict[str, Tensor], shape: TreeShape) -> Iterator[ReplayedStep]:
     """The engine's own drafting over an output, with trees of `shape`; none is cut at the end."""
     tokens, features, begins = text["input_ids"], text["features"], _output_start(text)
-    drafter = TreeCandidateGenerator(bound, 1, None)
+    drafter = LevelDrafter(bound, 1, None)
     if begins > 1:
-        drafter.observe(features[None, : begins - 1], tokens[None, 1:begins])
+        drafter.observe(tokens[None, :begins], features[None, : begins - 1])
     known = RecordedText(tokens, begins, features[begins - 1 : len(tokens) - 2], {}, spare_room=shape.depth)
     return decode_again(known, FixedPolicy(replace(shape, lookup=0)), drafter)
 

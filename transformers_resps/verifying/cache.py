@@ -294,6 +294,13 @@ def visible_length(cache: Cache, layer_index: int) -> int:
     return kept if window is None else min(kept, window - 1)
 
 
+def visible_entries(cache: Cache, layer_index: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of these positions, `[b, kv heads, visible length, hd]` each, of a layer that holds some."""
+    layer: Any = cache.layers[layer_index]
+    start = layer.keys.shape[-2] - visible_length(cache, layer_index)
+    return layer.keys[:, :, start:], layer.values[:, :, start:]
+
+
 def window_of(cache: Cache, layer_index: int) -> int | None:
     """The sliding window of a layer, or `None` where attention is full."""
     layer: Any = cache.layers[layer_index]

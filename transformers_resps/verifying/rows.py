@@ -34,6 +34,11 @@ class SlotMap:
         """Whether all rows end at the same slot."""
         return self._ends is None
 
+    @property
+    def pads(self) -> Tensor | None:
+        """`[b, 1]` the slots of padding before each row's prompt; `None` where there is none."""
+        return None if self._padding is None else self._padding.logical_not().sum(dim=1, keepdim=True)
+
     def extend(self, counts: Sequence[int]) -> None:
         """Give each row `counts` further entries, one number per row."""
         if self._ends is None and min(counts) == max(counts):

@@ -6,6 +6,7 @@ Over a cache that grows, or over slots.
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import torch
@@ -27,15 +28,35 @@ from .cache import (
     preallocate,
     record_windows,
     restore_stock_layers,
+    visible_entries,
+    window_of,
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
 from .returned import EndedRow
-from .rows import SlotMap, SlotTable
+from .rows import HIDDEN, SlotMap, SlotTable
 from .slots import SlotBuffers, SlotEngine, SlotForward, SlotInputs, filled_layers, give_back, padded_count
 
 
 Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetEntries:
+    """What the target keeps of the rows between two steps, without rejected tokens, for a drafter that attends to it.
+
+    Valid until the next forward. Of each kind of layers, as the config names them, or "full_attention" where it names
+    none, the last layer that has entries of its own.
+
+    Attributes:
+        states: kind -> keys and values, `[b, kv heads, s, hd]` each.
+        masks: kind -> `[b, 1, 1, s]`, 0 where the coming root may look, else the dtype's minimum. It has no entry yet.
+        positions: `[b or 1, 1]` of the coming roots, or `[planes, b or 1, 1]`.
+    """
+
+    states: dict[str, tuple[Tensor, Tensor]]
+    masks: dict[str, Tensor]
+    positions: Tensor
 
 
 class Verifier(ABC):
@@ -217,6 +238,17 @@ class Verifier(ABC):
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on."""
 
+    @abstractmethod
+    def target_entries(self) -> TargetEntries:
+        """What is kept now; the newest tree is settled."""
+
+    def _owners(self) -> dict[str, int]:
+        """Kind of layers -> the last of them that has entries of its own."""
+        kinds = getattr(self._forward.target.config.get_text_config(decoder=True), "layer_types", None)
+        layers: list[Any] = self._cache.layers
+        named = zip(layers, kinds or ["full_attention"] * len(layers), strict=False)
+        return {kind: index for index, (layer, kind) in enumerate(named) if getattr(layer, "keys", None) is not None}
+
     @property
     def is_even(self) -> bool:
         """Whether all rows end at the same position."""
@@ -269,17 +301,34 @@ class TreeVerifier(Verifier):
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         """As `Verifier.verify`. A lone root gets plain decoding's mask."""
-        ends = None if self._slots.is_even else self._slots.ends(tree.tokens.device)
-        if tree.node_count == 1 and (ends is None or not has_windows(self._cache)):
+        if tree.node_count == 1 and (self._slots.is_even or not has_windows(self._cache)):
             mask: Any = self._prefix_mask(self.length + 1)
         else:
-            target, prefix_mask = self._forward.target, self._prefix_mask(self.length)
-            mask = tree_attention_mask(target.config, self._cache, prefix_mask, tree, target.dtype, ends)
-        positions = tree_positions(tree, (self.length if ends is None else ends) + self._shift)
+            mask = self._tree_mask(tree)
+        positions = tree_positions(tree, self._roots())
         with self._mixers.reading(tree):
             outputs, features = self._forward.verify(tree.tokens, mask, positions)
         self._newest_nodes = tree.node_count
         return outputs.logits, features
+
+    def _tree_mask(self, tree: DraftTree) -> Tensor | dict[str, Tensor | None]:
+        target, prefix_mask = self._forward.target, self._prefix_mask(self.length)
+        ends = None if self._slots.is_even else self._slots.ends(tree.tokens.device)
+        return tree_attention_mask(target.config, self._cache, prefix_mask, tree, target.dtype, ends)
+
+    def _roots(self) -> Tensor | float:
+        """The positions of the coming roots: one, or `[..., b, 1]`."""
+        return (self.length if self._slots.is_even else self._slots.ends(self.device)) + self._shift
+
+    def target_entries(self) -> TargetEntries:
+        root = DraftTree.root_only(torch.zeros(len(self._shifts), dtype=torch.long, device=self.device))
+        found, owners = self._tree_mask(root), self._owners()
+        masks = found if isinstance(found, dict) else dict.fromkeys(owners, found)
+        return TargetEntries(
+            {kind: visible_entries(self._cache, index) for kind, index in owners.items()},
+            {kind: mask[..., :-1] for kind, mask in masks.items() if mask is not None and kind in owners},
+            tree_positions(root, self._roots()),
+        )
 
     def undo(self) -> None:
         crop(self._cache, self._newest_nodes)
@@ -393,6 +442,23 @@ class SlotVerifier(Verifier):
         if self._rows and len(set(self._table.lengths)) == 1:
             give_back(self._buffers.entries(self._table.rows), self._cache, self.length)
         super().close()
+
+    def target_entries(self) -> TargetEntries:
+        rows, size = len(self._shifts), _windowed(self._table.size)
+        ends = torch.tensor(self._table.lengths[:rows])[:, None]
+        places, planes = self._table.places(size)[:rows], torch.tensor(self._root_positions)  # [b, planes]
+        host = [ends - places, planes, places != HIDDEN]
+        distance, planes, seen = host if self.device.type == "cpu" else moved(host, self.device)
+        parts, filled = self._buffers.window(size), [id(layer) for layer in filled_layers(self._cache)]
+        states, masks = {}, {}
+        for kind, index in self._owners().items():
+            place, window = 2 * filled.index(id(self._cache.layers[index])), window_of(self._cache, index)
+            keys, values = (part[:, :rows].permute(1, 2, 0, 3) for part in parts[place : place + 2])
+            states[kind] = keys, values
+            shown = seen if window is None else seen & (distance < window)
+            minimum = torch.finfo(keys.dtype).min
+            masks[kind] = torch.zeros_like(shown, dtype=keys.dtype).masked_fill_(~shown, minimum)[:, None, None]
+        return TargetEntries(states, masks, planes if planes.shape[1] == 1 else planes.t()[..., None])
 
     def _inputs(self, tree: DraftTree) -> tuple[SlotInputs, list[Tensor]]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and the buffers that it sees."""

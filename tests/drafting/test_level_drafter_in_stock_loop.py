@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from transformers_resps import DraftHead, TreeShape
-from transformers_resps.drafting.head_drafter import TreeCandidateGenerator, best_path
+from transformers_resps.drafting.level_drafter import ChainCandidates, LevelDrafter, best_path
 from transformers_resps.heads import BoundHead
 from transformers_resps.policies.base import Policy
 from transformers_resps.tree import CandidatePool
@@ -32,7 +32,7 @@ class WithOurGenerator(LlamaForCausalLM):  # type: ignore[misc]
         return self.ours
 
 
-class Counted(TreeCandidateGenerator):
+class Counted(ChainCandidates):
     """Notes how many tokens of each chain were accepted, and that the loop tells so."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -43,7 +43,7 @@ class Counted(TreeCandidateGenerator):
         self.accepted.append(int(num_matches))
 
 
-class Planted(Counted):
+class Planted(LevelDrafter):
     """Its pools hold the next three tokens of a text, the last of them wrong, and worse ones beside them."""
 
     text: list[int]
@@ -76,7 +76,7 @@ def assisted(target: Any, generator: CandidateGenerator, **options: Any) -> torc
 def test_stocks_loop_writes_the_text_of_plain_generate(target: PreTrainedModel, layers: int) -> None:
     torch.manual_seed(3)
     head = DraftHead.from_target(target, num_hidden_layers=layers)
-    generator = Counted(BoundHead(head, target), 1, None)
+    generator = Counted(head, LevelDrafter(BoundHead(head, target), 1, None))
     plain = target.generate(PROMPT, max_new_tokens=48, do_sample=False)
     assert assisted(target, generator, max_new_tokens=48).tolist() == plain.tolist()
     assert sum(generator.accepted) > 0
@@ -85,8 +85,10 @@ def test_stocks_loop_writes_the_text_of_plain_generate(target: PreTrainedModel, 
 @needs_model_outputs
 def test_stocks_loop_accepts_what_the_best_path_has_right(target: PreTrainedModel) -> None:
     plain = target.generate(PROMPT, max_new_tokens=25, do_sample=False)
-    generator = Planted(BoundHead(DraftHead.from_target(target), target), 1, None)
-    generator.text = plain[0].tolist()
+    head = DraftHead.from_target(target)
+    drafter = Planted(head.bind(target), 1, None)
+    drafter.text = plain[0].tolist()
+    generator = Counted(head, drafter)
     assert assisted(target, generator, max_new_tokens=25).tolist() == plain.tolist()
     assert generator.accepted == [0] + [2] * 8
 
@@ -94,26 +96,26 @@ def test_stocks_loop_accepts_what_the_best_path_has_right(target: PreTrainedMode
 @needs_model_outputs
 def test_the_head_reads_in_stocks_loop_what_it_reads_in_ours(target: PreTrainedModel) -> None:
     head = DraftHead.from_target(target)
-    generator = Counted(BoundHead(head, target), 1, None)
-    text = assisted(target, generator, max_new_tokens=20)
-    generator.read()
-    states = target(text[:, : generator._slots.length], output_hidden_states=True).hidden_states
+    drafter = LevelDrafter(head.bind(target), 1, None)
+    text = assisted(target, ChainCandidates(head, drafter), max_new_tokens=20)
+    drafter.read()
+    states = target(text[:, : drafter._slots.length], output_hidden_states=True).hidden_states
     features = torch.cat([states[layer] for layer in head.config.feature_layers or []], dim=-1)
-    again = TreeCandidateGenerator(BoundHead(head, target), 1, None)
-    again.observe(features, text[:, 1 : features.shape[1] + 1])
+    again = LevelDrafter(BoundHead(head, target), 1, None)
+    again.observe(text[:, 1 : features.shape[1] + 1], features)
     again.read()
-    torch.testing.assert_close(generator._newest, again._newest)
+    torch.testing.assert_close(drafter._newest, again._newest)
 
 
 @needs_model_outputs
 def test_a_head_that_reads_the_last_layer_is_refused(target: PreTrainedModel) -> None:
     head = DraftHead.from_target(target, feature_layers=[0, 2, 4])
     with pytest.raises(ValueError, match=r"reads hidden state 4.*attach"):
-        assisted(target, TreeCandidateGenerator(BoundHead(head, target), 1, None), max_new_tokens=8)
+        assisted(target, ChainCandidates(head, LevelDrafter(head.bind(target), 1, None)), max_new_tokens=8)
 
 
 def test_it_is_a_candidate_generator_of_transformers() -> None:
-    assert issubclass(TreeCandidateGenerator, CandidateGenerator)
+    assert issubclass(ChainCandidates, CandidateGenerator)
 
 
 def test_the_best_path_is_the_one_with_the_most_expected_tokens() -> None:

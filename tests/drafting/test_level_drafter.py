@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
-from transformers_resps.drafting.head_drafter import MAX_UNREAD, TreeCandidateGenerator
-from transformers_resps.heads import BoundHead, HeadCache
+from transformers_resps.drafting.level_drafter import MAX_UNREAD, LevelDrafter
+from transformers_resps.heads import BoundHead, DraftCache
 from transformers_resps.tree import CandidatePool
 
 
@@ -33,7 +33,7 @@ def pairs(head: DraftHead, rows: int, count: int) -> tuple[torch.Tensor, torch.T
     return features, torch.randint(0, VOCABULARY, (rows, count), generator=generator)
 
 
-def draft(generator: TreeCandidateGenerator) -> CandidatePool:
+def draft(generator: LevelDrafter) -> CandidatePool:
     with torch.no_grad():
         return generator.draft(SHAPE, FixedPolicy(SHAPE))
 
@@ -44,9 +44,9 @@ def test_a_draft_is_the_same_however_the_text_was_read(target: PreTrainedModel, 
     features, tokens = pairs(head, rows=1, count=40)
     pools = []
     for at_least in (1, 7, 1000):
-        generator = TreeCandidateGenerator(BoundHead(head, target), 1, None)
+        generator = LevelDrafter(BoundHead(head, target), 1, None)
         for place in range(40):
-            generator.observe(features[:, place : place + 1], tokens[:, place : place + 1])
+            generator.observe(tokens[:, place : place + 1], features[:, place : place + 1])
             with torch.no_grad():
                 generator.read(at_least)
         pools.append(draft(generator))
@@ -59,21 +59,21 @@ def test_a_draft_is_the_same_however_the_text_was_read(target: PreTrainedModel, 
 def test_padding_changes_no_draft_and_one_query_needs_one_row_of_a_mask(
     target: PreTrainedModel, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, attend_from = [], HeadCache.attend_from
+    rows, attend_from = [], DraftCache.attend_from
 
-    def watched(self: HeadCache, start: int, mask: torch.Tensor | None, **options: Any) -> Any:
+    def watched(self: DraftCache, start: int, mask: torch.Tensor | None, **options: Any) -> Any:
         rows.append(None if mask is None else mask.shape[2])
         return attend_from(self, start, mask, **options)
 
-    monkeypatch.setattr(HeadCache, "attend_from", watched)
+    monkeypatch.setattr(DraftCache, "attend_from", watched)
     head = head_of(target, layers)
     features, tokens = pairs(head, rows=2, count=9)
     mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
-    together = TreeCandidateGenerator(BoundHead(head, target), 2, mask)
-    alone = TreeCandidateGenerator(BoundHead(head, target), 1, None)
+    together = LevelDrafter(BoundHead(head, target), 2, mask)
+    alone = LevelDrafter(BoundHead(head, target), 1, None)
     for cut in (slice(0, 6), slice(6, 9)):
-        together.observe(features[:, cut], tokens[:, cut])
-        alone.observe(features[1:, max(cut.start, 3) : cut.stop], tokens[1:, max(cut.start, 3) : cut.stop])
+        together.observe(tokens[:, cut], features[:, cut])
+        alone.observe(tokens[1:, max(cut.start, 3) : cut.stop], features[1:, max(cut.start, 3) : cut.stop])
         with torch.no_grad():
             together.read()
             alone.read()
@@ -86,13 +86,13 @@ def test_padding_changes_no_draft_and_one_query_needs_one_row_of_a_mask(
 def test_few_pairs_wait_for_a_policy_that_asks_no_head(
     target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting, observe = [], TreeCandidateGenerator.observe
+    waiting, observe = [], LevelDrafter.observe
 
-    def watched(self: TreeCandidateGenerator, *pairs: Any) -> None:
-        observe(self, *pairs)
+    def watched(self: LevelDrafter, *committed: Any) -> None:
+        observe(self, *committed)
         waiting.append(sum(block.tokens.shape[1] for block in self._unread))
 
-    monkeypatch.setattr(TreeCandidateGenerator, "observe", watched)
+    monkeypatch.setattr(LevelDrafter, "observe", watched)
     options = {"assistant_model": head_of(target), "policy": FixedPolicy(TreeShape.plain())}
     target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=MAX_UNREAD + 6, **options)
     assert max(waiting) == MAX_UNREAD and waiting[-1] < 6

@@ -1,0 +1,230 @@
+"""Any causal model with the target's tokens, a smaller one of its family for example, as a drafter of trees."""
+
+import json
+from inspect import signature
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ..compat import CACHE_KEYWORD
+from ..heads.source import Entries, Places, StepModel, Wanted
+from ..verifying.attention import last_position, use_gqa_attention
+from ..verifying.cache import window_of
+from ..verifying.hybrids import is_recurrent, layer_kinds, recurrence_obstacle
+from .loaded import LoadedModel
+
+
+_KINDS = {"full_attention", "sliding_attention"}
+_PADDED = 0.01  # the share of its rows by which a vocabulary may be padded
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+_LOW_PRECISION_TOLERANCE = 0.25  # of the largest logit
+_SAME_TOKENS = (
+    "Pass a model with the target's tokenizer, or leave out the policy and pass both tokenizers: Transformers then "
+    "drafts chains."
+)
+
+
+class CausalDrafter(LoadedModel):
+    """A causal model that reads no features: it has read the text itself.
+
+    Its vocabulary has to be the target's. Tokenizers are compared where both models come with a `tokenizer.json`, and
+    by their sizes elsewhere.
+    """
+
+    _is_probed = False
+
+    def _obstacle(self, target: PreTrainedModel) -> str | None:
+        model = self.model
+        if model is target:
+            return "is the target itself, so a draft costs what it saves. Pass a smaller model of its family."
+        if model.config.is_encoder_decoder:
+            return "is an encoder-decoder, and only a decoder can draft. Pass a causal model."
+        if is_recurrent(model) or recurrence_obstacle(model) is not None:
+            return (
+                "has recurrent layers, whose state cannot branch in a tree. Pass a model with attention alone, or "
+                "`policy='auto'` without an assistant, which drafts by lookup."
+            )
+        odd = layer_kinds(model) - _KINDS
+        if odd:
+            return f"has layers of the kind {sorted(odd)}, which it would draft wrongly with. Pass another model."
+        if "position_ids" not in signature(model.forward).parameters:
+            return "takes no `position_ids`, so it cannot draft trees. Pass another model."
+        if model.get_output_embeddings() is None:
+            return "has no output head, so it writes no text. Pass a model of `AutoModelForCausalLM`."
+        sizes = [_vocab_size(found) for found in (model, target)]
+        if abs(sizes[0] - sizes[1]) > _PADDED * max(sizes):
+            return f"has a vocabulary of {sizes[0]} tokens, and the target one of {sizes[1]}. {_SAME_TOKENS}"
+        return None
+
+    def bind(self, target: PreTrainedModel) -> StepModel:
+        self.check_target(target)
+        steps = _Steps(self.model, _vocab_size(target))
+        if not self._is_probed:
+            _check_tokenizers(self.model, target)
+            _check_trees(self.model, steps)
+            self._is_probed = True
+        return steps
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
+
+
+def _name(model: PreTrainedModel) -> str:
+    return f"The assistant {model.config.name_or_path or type(model).__name__} ({model.config.model_type})"
+
+
+def _check_tokenizers(model: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Raise a `ValueError` where both are known and write other tokens."""
+    known = [_tokens(found) for found in (model, target)]
+    if None not in known and known[0] != known[1]:
+        raise ValueError(
+            f"{_name(model)} has another tokenizer than the target {target.config.name_or_path}. {_SAME_TOKENS}"
+        )
+
+
+def _tokens(model: PreTrainedModel) -> Any:
+    """The tokens of the `tokenizer.json` in a model's folder, or among the files of its repository on this machine;
+    `None` where there is none.
+    """
+    name = model.config.name_or_path or ""
+    path: Any = Path(name) / "tokenizer.json"
+    if not path.is_file():
+        try:
+            path = try_to_load_from_cache(name, path.name)
+        except HFValidationError:  # a folder, or nothing
+            return None
+    if not isinstance(path, str | Path):
+        return None
+    return json.loads(Path(path).read_text(encoding="utf-8")).get("model", {}).get("vocab")
+
+
+class _Steps(StepModel):
+    """The model's passes. Its positions are those of the text, whose padding does not count."""
+
+    reads_features = False
+    counts_padding = False
+
+    def __init__(self, model: PreTrainedModel, target_vocab_size: int) -> None:
+        self._model, self._decoder = model, cast(Any, model.get_decoder())
+        self._output = cast(nn.Module, model.get_output_embeddings())
+        config = self._config = model.config.get_text_config(decoder=True)
+        self._known_tokens = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+        self._has_unknown = target_vocab_size > self._known_tokens
+        self.proposable_tokens = min(target_vocab_size, _vocab_size(model))
+        kinds: list[str | None] = getattr(config, "layer_types", None) or [None]
+        layers = cast(Any, DynamicCache(config=config))
+        self._windows = {kind: window_of(layers, kinds.index(kind)) for kind in kinds}
+        self._last_position = last_position(config, 0)
+        self.device, self.dtype = model.device, model.dtype
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        return nn.ModuleList([self._model])
+
+    def fuse(self, features: Tensor) -> Tensor:
+        raise NotImplementedError("A causal model reads no features.")
+
+    def places(self, positions: Tensor) -> Places:
+        """The positions; a table of learned ones ends, and what is drafted after its end is of no use."""
+        return (positions.clamp(0, self._last_position),)
+
+    def run(
+        self,
+        depth: int,
+        tokens: Tensor,
+        hidden: Tensor | None,
+        places: Places,
+        entries: Entries,
+        wanted: Wanted = slice(None),
+    ) -> Tensor:
+        (positions,) = places
+        with use_gqa_attention(self._model):
+            outputs = self._decoder(
+                input_ids=tokens.clamp(max=self._known_tokens - 1) if self._has_unknown else tokens,
+                attention_mask=self._masks(positions.expand_as(tokens), entries),
+                position_ids=positions.expand_as(tokens),
+                use_cache=True,
+                **{CACHE_KEYWORD: entries},
+            )
+        states: Tensor = outputs.last_hidden_state
+        if isinstance(wanted, slice):
+            return states[:, wanted]
+        return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
+
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        """Of the tokens that the target has, too; scaled and capped as some families do after the output head."""
+        config, logits = self._config, cast(Tensor, self._output(output)).float()
+        logits = logits[..., : self.proposable_tokens] * getattr(config, "logit_scale", 1.0)
+        logits = logits / getattr(config, "logits_scaling", 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _masks(self, positions: Tensor, entries: Entries) -> Any:
+        """Of each kind of layers where the model has several; `None` where it attends as to a text."""
+        mask = entries.mask
+        if not any(self._windows.values()):
+            if mask is None:
+                return None
+            masks = dict.fromkeys(self._windows, self._additive(mask))
+        else:  # the positions of all entries are kept with them, as one more layer
+            own = positions[:, None, :, None].float()
+            known, _ = entries.update(own, own, self._config.num_hidden_layers)
+            distance = own - known.transpose(-1, -2)  # [b, 1, t, s]
+            seen = distance >= 0 if mask is None else mask
+            windows = self._windows.items()
+            masks = {
+                kind: self._additive(seen if size is None else seen & (distance < size)) for kind, size in windows
+            }
+        return masks.get(None, masks)
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        """Eager attention adds a mask to the scores, and SDPA would make the same of a bool one in each layer."""
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
+
+
+class _Shown(Entries):
+    """Of one pass over a whole text, of which nothing is kept."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
+@torch.no_grad()
+def _check_trees(model: PreTrainedModel, steps: StepModel) -> None:
+    """Compare two branches of a tree with the same tokens alone: a wrong mask or scale would only draft worse.
+
+    Raises:
+        ValueError: they differ, or the forward fails on a tree's mask.
+    """
+    name = _name(model)
+    tokens = torch.arange(1, 7, device=model.device).remainder(steps.proposable_tokens)[None]
+    positions = torch.tensor([[0, 1, 2, 3, 3, 4]], device=model.device)  # 3 and 4 follow 2, and 5 follows 4
+    mask = torch.ones(6, 6, dtype=torch.bool, device=model.device).tril()
+    mask[4:, 3] = False
+    try:
+        output = steps.run(0, tokens, None, steps.places(positions), _Shown(mask[None, None]))
+        found = steps.logits(output)[0, [3, 5]]
+        texts = tokens[:, [0, 1, 2, 3]], tokens[:, [0, 1, 2, 4, 5]]
+        alone = [cast(Any, model)(input_ids=text, use_cache=False).logits[0, -1] for text in texts]
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as failure:
+        raise ValueError(
+            f"{name} fails on a draft tree's cache, positions and mask ({type(failure).__name__}: {failure}). Leave "
+            "out the policy, and Transformers drafts chains with it."
+        ) from failure
+    expected = torch.stack(alone)[..., : steps.proposable_tokens].float()
+    error, scale = float((found - expected).abs().max()), max(float(expected.abs().max()), 1.0)
+    if not error <= _TOLERANCE.get(model.dtype, _LOW_PRECISION_TOLERANCE) * scale:
+        raise ValueError(
+            f"{name} gives logits that differ by {error:.3g} between a draft tree and the same tokens alone. Leave "
+            "out the policy, and Transformers drafts chains with it."
+        )

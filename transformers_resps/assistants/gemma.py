@@ -1,0 +1,147 @@
+"""Google's assistants of Gemma 4, `google/gemma-4-E4B-it-assistant` for example.
+
+An assistant has no keys of its own. It looks at the target's, at all levels from the position of the root, and what a
+node knows of its path is its hidden state. So the nodes of a tree do not see each other, and nothing has to be kept.
+
+Of Transformers' own loop it differs in two ways: the keys of the first rejected token are never shown, and the walk
+accepts what the target picks, where Transformers accepts likeliest tokens as if they had been sampled.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..heads.source import Entries, Places, StepModel, Wanted
+from ..verifying.forward import decoder_layers
+from ..verifying.hybrids import layer_kinds
+from ..verifying.verifier import TargetEntries, Verifier
+from .loaded import LoadedModel
+
+
+class GemmaAssistant(LoadedModel):
+    """An assistant of a size of Gemma 4, as it is loaded by Transformers."""
+
+    def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
+        super().__init__(model, target)
+        self._layer_count: int = target.config.get_text_config(decoder=True).num_hidden_layers
+
+    @staticmethod
+    def is_one(model: nn.Module) -> bool:
+        """Whether a loaded model is an assistant of Gemma 4."""
+        config = getattr(model, "config", None)
+        return getattr(config, "model_type", None) in ("gemma4_assistant", "gemma4_unified_assistant")
+
+    @property
+    def feature_layers(self) -> list[int]:
+        return [self._layer_count]
+
+    def _obstacle(self, target: PreTrainedModel) -> str | None:
+        model, config = self.model, target.config.get_text_config(decoder=True)
+        way_out = "Load the assistant of the target's own size, `google/gemma-4-E4B-it-assistant` for example."
+        if not config.model_type.startswith("gemma4") or not layer_kinds(model) <= layer_kinds(target):
+            return f"drafts for Gemma 4 alone, not for a {type(target).__name__} ({config.model_type}). {way_out}"
+        needed = {
+            "hidden_size": model.config.backbone_hidden_size,
+            "vocab_size": model.config.get_text_config().vocab_size,
+            **_key_sizes(model),
+        }
+        sizes = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size, **_key_sizes(target)}
+        wrong = [f"{name} {size} (this target: {sizes[name]})" for name, size in needed.items() if sizes[name] != size]
+        if wrong:
+            return f"was made for another size of Gemma: it needs {', '.join(wrong)}. {way_out}"
+        if model.dtype != target.dtype:
+            return f"is in {model.dtype}, and the target in {target.dtype}. Load both with the same `dtype`."
+        return None
+
+    def bind(self, target: PreTrainedModel) -> StepModel:
+        self.check_target(target)
+        return _Queries(self.model, target)
+
+
+def _key_sizes(model: PreTrainedModel) -> dict[str, str]:
+    """What each kind of layers attends to."""
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    found: list[Any] = [layer.self_attn for layer in cast(Any, decoder_layers(model))]
+    return {
+        f"{own.layer_type} keys": f"{heads // own.num_key_value_groups}x{own.head_dim} in a window of "
+        f"{own.sliding_window or 'all'}"
+        for own in found
+    }
+
+
+class _OfTarget(Entries):
+    """What the target keeps; the assistant's layers use its keys as those of a layer before them."""
+
+    def __init__(self, kept: TargetEntries) -> None:
+        self.kept = kept
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("An assistant has no keys of its own.")
+
+
+class _Queries(StepModel):
+    """The assistant over the nodes of a level, each a query for itself."""
+
+    reads_target = True
+
+    def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
+        self._model, decoder = cast(Any, model), cast(Any, target.get_decoder())
+        self._embed, self._final_norm = target.get_input_embeddings(), decoder.norm
+        self._embedder: Any = self._model.masked_embedding
+        vocab_size: int = model.config.get_text_config().vocab_size
+        self.proposable_tokens = vocab_size
+        if self._embedder is not None:
+            self._by_centroid = self._embedder.token_ordering.view(self._embedder.num_centroids, -1)
+            self.proposable_tokens = self._embedder.centroid_intermediate_top_k * self._by_centroid.shape[1]
+        self._vocab_size = vocab_size
+        self.device, self.dtype = model.device, model.dtype
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        return nn.ModuleList([self._model, self._embed, self._final_norm])
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's last hidden state -> after its final norm, as the assistant was trained."""
+        return cast(Tensor, self._final_norm(features))
+
+    def places(self, positions: Tensor) -> Places:
+        """Nothing: the entries know where the root is."""
+        return ()
+
+    def target_entries(self, verifier: Verifier) -> Entries:
+        return _OfTarget(verifier.target_entries())
+
+    def run(
+        self,
+        depth: int,
+        tokens: Tensor,
+        hidden: Tensor | None,
+        places: Places,
+        entries: Entries,
+        wanted: Wanted = slice(None),
+    ) -> Tensor:
+        assert hidden is not None and isinstance(wanted, slice) and isinstance(entries, _OfTarget)
+        count, kept = tokens.shape[1], entries.kept
+        outputs = self._model.model(
+            inputs_embeds=self._model.pre_projection(torch.cat([self._embed(tokens), hidden], dim=-1)),
+            attention_mask={kind: mask.expand(-1, -1, count, -1) for kind, mask in kept.masks.items()},
+            position_ids=kept.positions.expand(-1, count),
+            shared_kv_states=kept.states,
+            use_cache=False,
+            logits_to_keep=None,  # a number, 0 too, would cut inputs for each layer, of which an assistant has none
+        )
+        return cast(Tensor, outputs.last_hidden_state)[:, wanted]
+
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        """Of a large vocabulary only the tokens of the centroids that are nearest to an output have a chance."""
+        if self._embedder is None:
+            return cast(Tensor, self._model.lm_head(output)).float()
+        nearest = self._embedder.centroids(output).topk(self._embedder.centroid_intermediate_top_k).indices
+        tokens = self._by_centroid[nearest].flatten(-2)  # [b, q, d]
+        scores: Tensor = (self._model.lm_head.weight[tokens] @ output[..., None]).squeeze(-1).float()
+        return scores.new_full((*tokens.shape[:-1], self._vocab_size), -torch.inf).scatter_(-1, tokens, scores)
+
+    def feedback(self, output: Tensor) -> Tensor:
+        return cast(Tensor, self._model.post_projection(output))

@@ -1,0 +1,62 @@
+"""A loaded model of Transformers as what drafts for a target."""
+
+from abc import abstractmethod
+from typing import Any
+from weakref import ref
+
+from transformers import PreTrainedModel
+
+from ..heads.identity import parameter_fingerprint, target_identity
+from ..heads.source import DraftSource
+from ..tree import TreeShape
+
+
+class LoadedModel(DraftSource):
+    """A source that is kept for a model as long as the model lives, and does not keep it alive.
+
+    Args:
+        model: drafts.
+        target: is drafted for.
+
+    Raises:
+        ValueError: the model cannot draft for this target.
+    """
+
+    def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
+        self._model = ref(model)
+        self.check_target(target)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, as long as it lives."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("The assistant has been deleted. Keep the model that drafts, and pass it again.")
+        return model
+
+    @property
+    def feature_layers(self) -> list[int]:
+        return []
+
+    @property
+    def default_shape(self) -> TreeShape:
+        return TreeShape(16, 4, 4)
+
+    @abstractmethod
+    def _obstacle(self, target: PreTrainedModel) -> str | None:
+        """Why it cannot draft for a target, and the way out."""
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        model = self.model
+        obstacle = self._obstacle(target)
+        if obstacle is None and model.device != target.device:
+            obstacle = f"is on {model.device}, and the target on {target.device}. Call `.to('{target.device}')` on it."
+        if obstacle is not None:
+            name = model.config.name_or_path or type(model).__name__
+            raise ValueError(f"The assistant {name} {obstacle}")
+
+    def fingerprint(self) -> str:
+        return parameter_fingerprint(self.model)
+
+    def identity(self) -> dict[str, Any]:
+        return target_identity(self.model) | {"fingerprint": self.fingerprint()}

@@ -1,0 +1,375 @@
+"""Grow the candidates of a step: a model drafts level by level, the policy says when it is enough."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from ..compat import SELECTS_HIDDEN_STATES
+from ..heads import DraftCache, DraftSource, Entries, Places, StepModel
+from ..policies.base import Level, Policy, wants_level
+from ..policies.fixed import FixedPolicy
+from ..tree import CandidatePool, TreeShape
+from ..verifying.forward import Features
+from ..verifying.rows import SlotMap
+from .drafter import Drafter
+from .engine import DraftEngine
+from .levels import DepthForward, LevelForward, at_positions
+from .pool_growth import RunLevel, grow_pool, sprout
+
+
+MAX_UNREAD = 64  # tokens: their features weigh more than the keys, and one draft would have to read them all
+
+
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """Committed tokens `[b, t]` that the model has not read, and the features `[b, t, F]` they are paired with."""
+
+    tokens: Tensor
+    features: Tensor | None
+    counts: list[int]
+
+    def of_rows(self, rows: list[int], order: Tensor) -> "_Unread":
+        counts = [self.counts[row] for row in rows]
+        tokens, features = (
+            None if part is None else part[:, : max(counts)].index_select(0, order.to(part.device))
+            for part in (self.tokens, self.features)
+        )
+        assert tokens is not None
+        return _Unread(tokens, features, counts)
+
+
+class LevelDrafter(Drafter):
+    """Drafts candidate pools with one model, for one call of `generate`.
+
+    Args:
+        model: drafts for the call's target.
+        batch_size: rows decoded together.
+        prompt_mask: `[b, s]`, 0 where the prompt is padding, of the positions that it reads: those whose features it
+            gets, or all tokens; `None` when there is none.
+        engine: lent to this call; `None` drafts level by level, without compiled code.
+        target_entries: what a model with `reads_target` attends to below the newest token.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        batch_size: int,
+        prompt_mask: Tensor | None,
+        engine: DraftEngine | None = None,
+        target_entries: Callable[[], Entries] | None = None,
+    ) -> None:
+        self._model, self._engine, self._target_entries = model, engine, target_entries
+        self.proposable_tokens = model.proposable_tokens
+        self.most_levels = model.depths if model.depths > 1 else None
+        self._device, self._dtype, self._rows = model.device, model.dtype, batch_size
+        if engine is None:
+            self._cache = DraftCache.empty(model, batch_size)
+        else:
+            self._cache = engine.cache(batch_size)
+        self._window = PlaceWindow(model)
+        self._slots = SlotMap(None if prompt_mask is None else prompt_mask.to(self._device))
+        self._all_shown = torch.ones(1, 1, dtype=torch.bool, device=self._device)
+        self._unread: list[_Unread] = []
+        self._newest = torch.empty(0)  # [b, 1, h] output of depth 0 at the root
+        self._carried: list[Tensor] = []  # [b, 1, h] of each depth, what the next one pairs the next token with
+
+    def observe(
+        self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """As `Drafter.observe`. They are read when a draft needs them or enough of them wait, so plain steps cost the
+        model almost nothing.
+        """
+        if not self._model.reads_features:
+            features = None
+        elif features is not None:
+            tokens = tokens[:, -features.shape[1] :]  # the first token of a text has nothing before it
+        counts = [tokens.shape[1]] * len(tokens) if rows is None else list(map(len, rows))
+        self._unread.append(_Unread(tokens, features, counts))
+
+    def take_compile_seconds(self) -> float:
+        return 0.0 if self._engine is None else self._engine.take_compile_seconds()
+
+    def keep_rows(self, rows: list[int]) -> None:
+        order = torch.tensor(rows, device=self._device)  # one write
+        self._rows = len(rows)
+        self._unread = [part.of_rows(rows, order) for part in self._unread]
+        self._newest = self._newest.index_select(0, order)
+        self._carried = [part.index_select(0, order) for part in self._carried]
+        self._slots.keep_rows(rows)
+        self._cache.keep_rows(order)
+
+    def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
+        """As `Drafter.draft`, by one launch or level by level; see `grow_pool`."""
+        # What ranks lower in its level is never kept
+        top_k = min(shape.top_k, max(shape.total_tokens - 1, 1), self.proposable_tokens)
+        depth = min(shape.depth, self.most_levels or shape.depth)
+        if self._engine is not None and self._engine.captures and not policy.grows:
+            pool = self._draft_at_once(self._engine, TreeShape(shape.total_tokens, depth, top_k))
+            if pool is not None:
+                return pool
+        self.built_tree = None
+
+        def goes_on(depth: int, scores: Tensor) -> bool:
+            return not policy.grows or wants_level(policy, Level(depth, scores))
+
+        places = self._read(ahead=max(depth - 1, 1))
+        first = sprout(self._model, self._newest, top_k, depth == 1, *self._carried[:1])
+        return grow_pool(first, depth, self._levels(places, depth, top_k), goes_on)
+
+    def _levels(self, places: Places, depth: int, top_k: int) -> RunLevel:
+        """What drafts the levels after the first."""
+        model, length = self._model, self._slots.length
+        if self._target_entries is not None:
+            return LevelForward(model, self._cache, places, length, None, self._target_entries())
+        text = self._slots.visible(length, self._device)
+        if model.depths > 1:
+            levels = range(1, depth)
+            self._cache.reserve(length, tree=top_k * sum(levels[-1:]))
+            text = self._all_shown.expand(1, length) if text is None else text
+            texts = [text, *(text & self._from_depth(at, text) for at in levels)]
+            return DepthForward(model, self._cache, places, length, texts, self._carried)
+        self._cache.reserve(length, tree=(depth - 1) * top_k + 1)
+        forward = LevelForward(model, self._cache, places, length, text)
+        return forward if self._engine is None else self._engine.levels(forward)
+
+    def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
+        """Read the tokens that wait and draft below them, in one launch. Each number of them is another function.
+
+        Returns `None` where they are none, or more than a step leaves.
+        """
+        width, device, before = self._waiting, self._device, self._slots
+        if not 0 < width <= shape.depth + 1:
+            return None
+        self._cache.reserve(before.length + width, tree=(shape.depth - 1) * shape.top_k)
+        self._slots = copy.copy(before)
+        slots = self._slots.take([part.counts for part in self._unread], device).expand(self._rows, -1)
+        shown = self._slots.visible(self._cache.capacity, device)
+        tokens, features = self._joined()
+        assert features is not None
+        inputs = features, tokens, slots, self._all_shown if shown is None else shown
+        drafted = engine.draft(shape, self._cache, inputs)
+        if drafted is None:
+            self._slots = before
+            return None
+        self._unread.clear()
+        self._newest, pool, self.built_tree = drafted
+        return pool
+
+    def read(self, at_least: int = 1) -> None:
+        """Extend the cache by the tokens committed since it was last read, in one pass, if `at_least` wait."""
+        if self._waiting >= at_least:
+            self._read()
+
+    @property
+    def _waiting(self) -> int:
+        return sum(part.tokens.shape[1] for part in self._unread)
+
+    def _joined(self) -> tuple[Tensor, Tensor | None]:
+        """All tokens that wait and their features, without a copy of a lone part."""
+        tokens = [part.tokens.to(self._device) for part in self._unread]
+        features = [part.features.to(self._device, self._dtype) for part in self._unread if part.features is not None]
+        joined = [parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (tokens, features) if parts]
+        return joined[0], joined[1] if features else None
+
+    def _read(self, ahead: int = 0) -> Places:
+        """Read all tokens that wait. Returns the places of the `ahead` positions after them."""
+        blocks, width = [part.counts for part in self._unread], self._waiting
+        start, is_even = self._slots.length, self._slots.stays_even(blocks)
+        # Rotary attention is relative, so slots serve as positions, padding included, unless a model knows better.
+        pads = None if self._model.counts_padding else self._slots.pads
+        taken = self._slots.take(blocks, self._device, ahead) if pads is not None or not is_even else None
+        if taken is None:
+            for counts in blocks:
+                self._slots.extend(counts)
+            places = self._window.at(start, self._slots.length + ahead)
+        else:
+            places = self._model.places(taken if pads is None else taken - pads)
+        slots = None if taken is None or is_even else taken[:, :width]
+        self._cache.reserve(self._slots.length)
+        if width:
+            tokens, features = self._joined()
+            self._unread.clear()
+            self._run(tokens, features, at_positions(places, slice(width)), start, slots)
+        return at_positions(places, slice(width, None))
+
+    def _run(self, tokens: Tensor, features: Tensor | None, places: Places, start: int, slots: Tensor | None) -> None:
+        """Pass over tokens `[b, t]` from slot `start` on, or at each row's own `slots` `[b, t]`, at every depth."""
+        model, last = self._model, slice(-1, None)
+        if self._target_entries is not None:  # only the root counts
+            tokens, places = tokens[:, last], at_positions(places, last)
+            features = None if features is None else features[:, last]
+        hidden = None if features is None else model.fuse(features)
+        carried: list[Tensor] = []
+        for depth in range(model.depths):
+            if depth:
+                assert hidden is not None
+                before = self._carried[depth - 1] if self._carried else torch.zeros_like(hidden[:, :1])
+                hidden = self._one_later(torch.cat([before, hidden], dim=1), slots)
+            wanted = last if model.depths == 1 else slice(None)
+            output = model.run(
+                depth, tokens, hidden, places, self._entries(start, tokens.shape[1], slots, depth), wanted
+            )
+            if depth == 0:
+                self._newest = output[:, last]
+            if model.depths > 1:
+                hidden = hidden if model.rereads_target else model.feedback(output)
+                assert hidden is not None
+                carried.append(hidden[:, last])
+        self._carried = carried
+
+    @staticmethod
+    def _one_later(states: Tensor, slots: Tensor | None) -> Tensor:
+        """Of `[b, 1 + t, h]`, the state before the tokens and those at them, the one before each of the tokens.
+
+        A row that has fewer tokens repeats slots, so the state before is that of the slot before.
+        """
+        if slots is None:
+            return states[:, :-1]
+        is_before = slots[:, None, :] == slots[:, :, None] - 1  # [b, t, t]
+        places = torch.where(is_before.any(-1), is_before.int().argmax(-1) + 1, 0)
+        return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
+    def _entries(self, start: int, width: int, slots: Tensor | None, depth: int) -> Entries:
+        """What `width` tokens attend to that go to the same slots of each row from `start` on, or to its own."""
+        if self._target_entries is not None:
+            return self._target_entries()
+        if slots is None:
+            mask = self._mask(start, width, depth)
+            return self._cache.attend_from(start, mask, is_causal=mask is None and width > 1)
+        end = self._slots.length
+        looking = slots[:, -self._queries(width) :, None]
+        order = torch.arange(end, device=self._device)
+        mask = order <= looking
+        seen = self._seen(end, depth)
+        if seen is not None:
+            mask = mask & seen[:, None]
+        if depth:
+            mask = mask | (order == looking)  # the first tokens of a text see themselves: never NaN
+        return self._cache.attend_at(slots, end, mask[:, None])
+
+    def _mask(self, start: int, count: int, depth: int) -> Tensor | None:
+        """`[b or 1, 1, q, start + count]` causal, without padding, of the last q tokens that look; `None` where plain
+        causal attention will do.
+        """
+        length, queries = start + count, self._queries(count)
+        seen = self._seen(length, depth)
+        if seen is None and (start == 0 or queries == 1):
+            return None
+        causal = torch.ones(queries, length, dtype=torch.bool, device=self._device).tril(length - queries)[None, None]
+        if seen is None:
+            return causal
+        own = torch.eye(queries, dtype=torch.bool, device=self._device)  # a padded row sees itself: never NaN
+        return causal & seen[:, None, None] | F.pad(own, (length - queries, 0))
+
+    def _seen(self, length: int, depth: int) -> Tensor | None:
+        """`[b or 1, length]` bool, true where a slot holds an entry of this depth that is seen; `None` if all do."""
+        seen = self._slots.visible(length, self._device)
+        if depth == 0:
+            return seen
+        seen = self._all_shown.expand(1, length) if seen is None else seen
+        return seen & self._from_depth(depth, seen)
+
+    @staticmethod
+    def _from_depth(depth: int, seen: Tensor) -> Tensor:
+        """Depth k has no entry of a text's first k tokens."""
+        return seen.cumsum(-1) > depth
+
+    def _queries(self, count: int) -> int:
+        """Of `count` tokens read at once, those that need queries: only the output of the newest is used."""
+        return count if self._model.needs_all_queries else 1
+
+
+_POSITIONS = 256
+
+
+class PlaceWindow:
+    """The places of many positions in a row, computed once for the many steps that read them."""
+
+    def __init__(self, model: StepModel) -> None:
+        self._model, self._start, self._end = model, 0, 0
+        self._places: Places = ()
+
+    def at(self, start: int, end: int) -> Places:
+        """Those of the positions from `start` to before `end`: `[1, end - start]`."""
+        if not self._model.has_fixed_places:  # the last position decides about all of them
+            return self._of(start, end)
+        if not self._end or start < self._start or end > self._end:
+            self._start, self._end = start, max(end, start + _POSITIONS)
+            self._places = self._of(self._start, self._end)
+        return at_positions(self._places, slice(start - self._start, end - self._start))
+
+    def _of(self, start: int, end: int) -> Places:
+        return self._model.places(torch.arange(start, end, device=self._model.device)[None])
+
+
+class ChainCandidates(CandidateGenerator):
+    """What Transformers' own loop of assisted decoding asks for: the best path of a source's default tree.
+
+    Args:
+        source: what drafts.
+        drafter: of the source, for one row.
+    """
+
+    requires_model_outputs = True  # the loop passes the target's hidden states
+
+    def __init__(self, source: DraftSource, drafter: Drafter) -> None:
+        self._source, self._layers, self._drafter = source, source.feature_layers, drafter
+        self._has_read = False
+        self.model_kwargs_overrides = {"output_hidden_states": self._layers if SELECTS_HIDDEN_STATES else True}
+
+    def get_candidates(  # type: ignore[override]  # Transformers passes more where `requires_model_outputs`
+        self, input_ids: Tensor, *, model_outputs: Any, is_first_iteration: bool, n_last_matches: int, **context: Any
+    ) -> tuple[Tensor, None]:
+        """The chain that the loop verifies next.
+
+        Args:
+            input_ids: `[1, s]` the text so far.
+            model_outputs: of the last forward, with hidden states.
+            is_first_iteration: the prompt was not read yet; nothing is drafted.
+            n_last_matches: tokens of the last chain that were accepted.
+            context: anything else that the loop tells.
+
+        Returns:
+            `[1, s + m]` the text and the chain, and no logits: the loop then compares tokens.
+
+        Raises:
+            ValueError: the source reads the last layer's output, which Transformers gives only after the final norm.
+        """
+        if is_first_iteration:
+            return input_ids, None
+        states = model_outputs.hidden_states
+        if self._layers[-1] == len(states) - 1:
+            raise ValueError(
+                f"The head reads hidden state {self._layers[-1]}, the last layer's output, which Transformers gives "
+                "only after the final norm. Call `transformers_resps.attach(model)`, and `generate` drafts trees."
+            )
+        features = Features(self._layers)
+        features.caught = {layer: states[layer] for layer in self._layers}
+        read = n_last_matches + 1 if self._has_read else input_ids.shape[1] - 1
+        self._has_read = True
+        self._drafter.observe(input_ids[:, -read:], features.concatenated()[:, :read])
+        shape = self._source.default_shape
+        best = best_path(self._drafter.draft(shape, FixedPolicy(shape))).to(input_ids.device)
+        return torch.cat([input_ids, best], dim=1), None
+
+
+def best_path(pool: CandidatePool) -> Tensor:
+    """Tokens `[1, m]` of the path below the root of which the most are expected to be accepted, in a pool of one row.
+
+    Of a path as many are expected as its nodes' probabilities sum up to.
+    """
+    parents, probs = pool.parents[0].tolist(), pool.scores[0].exp().tolist()
+    expected: list[float] = []
+    for parent, prob in zip(parents, probs, strict=True):
+        expected.append(prob + (expected[parent] if parent >= 0 else 0.0))
+    node, path = max(range(len(expected)), key=expected.__getitem__), list[int]()
+    while node >= 0:
+        path.insert(0, node)
+        node = parents[node]
+    return pool.tokens[:, path]
