@@ -150,10 +150,8 @@ def test_merged_pools_hold_every_path_once_with_its_best_score(count: int, data:
     for pool in pools:
         for path, score in zip(paths_of(pool), pool.scores[0].tolist(), strict=True):
             best[path] = max(score, best.get(path, -inf))
-    found = {
-        path: score for path, score in zip(paths_of(merged), merged.scores[0].tolist(), strict=True) if score > -inf
-    }
-    assert found == best
+    scores = zip(paths_of(merged), merged.scores[0].tolist(), strict=True)
+    assert {path: score for path, score in scores if score > -inf} == best
     assert merged.levels.tolist() == sorted(map(len, paths_of(merged)))
     assert bool((merged.parents < torch.arange(merged.tokens.shape[1])).all())
 

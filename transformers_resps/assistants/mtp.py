@@ -325,6 +325,8 @@ class BoundMtp(StepModel):
         config, decoder, text = head.config, cast(Any, target.get_decoder()), target.config.get_text_config()
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
+        # Experts are chosen by values, and rows of an output head are packed when they are asked for.
+        self.is_compilable = config.depths == 1 and not any(config.experts or ()) and config.draft_token_ids is None
         self.device, self.dtype = head.device, head.dtype
         self._final_norm = decoder.norm if config.fed == "after" else nn.Identity()
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())

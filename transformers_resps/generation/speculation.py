@@ -135,7 +135,8 @@ def _decode(
         parts = request.parts
         if verifier.is_compiled:
             engines = [state.draft_engines.borrow(part.source, part.model) for part in parts]
-            parts = [part._replace(engine=lent.enter_context(own)) for part, own in zip(parts, engines, strict=True)]
+            lent_to = zip(parts, engines, strict=True)
+            parts = tuple(part._replace(engine=lent.enter_context(own)) for part, own in lent_to)
         decoding = TreeDecoding(
             verifier,
             parts,
