@@ -158,7 +158,7 @@ class _Steps(StepModel):
             return states[:, wanted]
         return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
 
-    def logits(self, output: Tensor) -> Tensor:
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """Of the tokens that the target has, too; scaled and capped as some families do after the output head."""
         config, logits = self._config, cast(Tensor, self._output(output)).float()
         logits = logits[..., : self.proposable_tokens] * getattr(config, "logit_scale", 1.0)

@@ -134,7 +134,7 @@ class _Queries(StepModel):
         )
         return cast(Tensor, outputs.last_hidden_state)[:, wanted]
 
-    def logits(self, output: Tensor) -> Tensor:
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """Of a large vocabulary only the tokens of the centroids that are nearest to an output have a chance."""
         if self._embedder is None:
             return cast(Tensor, self._model.lm_head(output)).float()
