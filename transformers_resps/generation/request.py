@@ -22,7 +22,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..assistants import CausalDrafter, GemmaAssistant
 from ..compat import load_model, unwrapped
 from ..drafting.engine import DraftEngines
-from ..heads import DraftHead, DraftSource, StepModel, pair_identity
+from ..drafting.mixed_drafter import DraftPart
+from ..heads import DraftHead, DraftSource, pair_identity
 from ..heads.formats.reading import WholeModelError
 from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
@@ -347,16 +348,14 @@ class Request:
     Attributes:
         assistant_model: an assistant of Transformers' own, for stock `generate`; `None` for a call of ours.
         policy: decides; `None` for a stock call.
-        source: drafts; `None` to draft by lookup alone.
-        model: the source, bound to the target.
+        parts: what drafts; empty to draft by lookup alone.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
         compile: whether the target's steps run compiled; `None` likewise.
     """
 
     assistant_model: Any = None
     policy: Policy | None = None
-    source: DraftSource | None = None
-    model: StepModel | None = None
+    parts: tuple[DraftPart, ...] = ()
     lockstep: bool | None = None
     compile: CompileChoice | None = None
 
@@ -401,7 +400,7 @@ class Request:
         check_inputs(model, call.prompts, call.arguments)
         for module in [] if source is None else source.own_modules:
             check_draws(module)
-        bound = None if source is None else source.bind(model)
+        parts = () if source is None else (DraftPart(source, source.bind(model)),)
         if policy is None:
             policy = FixedPolicy(cast(DraftSource, source).default_shape)
         elif not isinstance(policy, Policy):
@@ -418,7 +417,7 @@ class Request:
             policy.check_identity(**pair_identity(model, source))
         if not model.config.is_encoder_decoder:  # whose source is not encoded yet
             state.check_trees(model, partial(TargetForward.of, model))
-        return cls(None, policy, source, bound, keywords.lockstep, keywords.compile)
+        return cls(None, policy, parts, keywords.lockstep, keywords.compile)
 
 
 def _saved(config: GenerationConfig | None, name: str) -> Any:

@@ -69,13 +69,7 @@ def read_checkpoint(
 
 
 def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    folder = Path(name)
-    if folder.is_file():
-        raise ValueError(
-            f"{name} is a file, but `from_pretrained` needs the folder with config.json and the weights. "
-            f"Pass {folder.parent} instead."
-        )
-    fetch = _in_folder(folder, hub) if folder.is_dir() else RepositoryFiles(name, **hub).fetch
+    fetch = fetch_from(name, hub)
     path = fetch("config.json")
     if path is None:
         raise ValueError(
@@ -84,12 +78,12 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
         )
     for single in _WEIGHTS:
         if (whole := fetch(single)) is not None:
-            config = _read_json(path)
+            config = read_json(path)
             _check_names(config, whole, name)
             return config, _read_tensors(whole)
         if (index := fetch(f"{single}.index.json")) is not None:
-            config = _read_json(path)
-            check_is_head(config, canonical_names(_read_json(index)["weight_map"], name), name)  # before the shards
+            config = read_json(path)
+            check_is_head(config, canonical_names(read_json(index)["weight_map"], name), name)  # before the shards
             return config, _read_shards(index, fetch)
     raise ValueError(
         f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their .index.json. "
@@ -97,12 +91,20 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     )
 
 
-def _in_folder(folder: Path, hub: dict[str, Any]) -> Fetch:
+def fetch_from(name: str, hub: dict[str, Any]) -> Fetch:
+    """How to get at the files of a folder or of one commit of a Hub repository; `hub` as in `read_checkpoint`."""
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(
+            f"{name} is a file, but `from_pretrained` needs the folder with config.json and the weights. "
+            f"Pass {folder.parent} instead."
+        )
+
     def local(file: str) -> Path | None:
         path = folder / (hub.get("subfolder") or "") / file
         return path if path.is_file() else None
 
-    return local
+    return local if folder.is_dir() else RepositoryFiles(name, **hub).fetch
 
 
 def _check_names(config: dict[str, Any], path: Path, name: str) -> None:
@@ -117,7 +119,7 @@ def _check_names(config: dict[str, Any], path: Path, name: str) -> None:
     check_is_head(config, canonical_names(names, name), name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -127,7 +129,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_shards(index: Path, fetch: Fetch) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(_read_json(index)["weight_map"].values())):
+    for shard in sorted(set(read_json(index)["weight_map"].values())):
         path = fetch(shard)
         if path is None:
             raise ValueError(f"{index} names the shard {shard}, which is not there. Download the checkpoint again.")
@@ -485,7 +487,7 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
     return None if rows == vocab_size else ids - torch.arange(rows)
 
 
-_HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 _LOADING = {
     "adapter_kwargs",
     "attn_implementation",
@@ -506,14 +508,14 @@ _LOADING = {
 def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Keywords -> (where the files are, how Transformers loads them, corrections to the head's config)."""
     fields = set(DraftHeadConfig.__annotations__) | PUBLISHED_ONLY
-    hub = {key: value for key, value in keywords.items() if key in _HUB}
+    hub = {key: value for key, value in keywords.items() if key in HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
     overrides = {key: value for key, value in keywords.items() if key in fields}
     unknown = sorted(set(keywords) - set(hub) - set(loading) - set(overrides))
     if unknown:
         raise ValueError(
             f"DraftHead.from_pretrained got {unknown}, which it does not know. Check the spelling: it takes the "
-            f"loading arguments {sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
+            f"loading arguments {sorted(HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
         )
     if overrides.get("sliding_window") is not None:
         raise ValueError(
