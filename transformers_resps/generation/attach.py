@@ -18,7 +18,7 @@ from ..heads import DraftHead
 from ..policies.base import Policy
 from ..policies.saving import AutoPolicy
 from .mixin import ReSpSGenerationMixin
-from .request import CompileChoice, SpeculationDefaults, SpeculationState, is_name
+from .request import Assistants, CompileChoice, SpeculationDefaults, SpeculationState, is_name, load_assistant
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -57,15 +57,17 @@ def attach(
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
     if is_name(assistant_model):
-        head = DraftHead.from_pretrained(cast(str, assistant_model), target=cast(PreTrainedModel, inner))
-        defaults = replace(defaults, assistant_model=head)
-    if defaults.has_stock_assistant:
+        loaded = load_assistant(cast(str, assistant_model), cast(PreTrainedModel, inner), policy)
+        defaults = replace(defaults, assistant_model=loaded)
+    if defaults.has_stock_assistant and policy is None:
         raise ValueError(
-            f"`attach` takes a `DraftHead` as `assistant_model`, got a {type(assistant_model).__name__}. Pass other "
-            "assistants to `generate`."
+            "`attach` takes a `DraftHead` as `assistant_model`, or a model with a policy, got a "
+            f"{type(assistant_model).__name__}. Pass a policy, too, or pass other assistants to `generate`."
         )
     if defaults.source is not None:
         defaults.source.check_target(cast(PreTrainedModel, inner))
+    elif defaults.has_stock_assistant:
+        Assistants().source(defaults.assistant_model, cast(PreTrainedModel, inner))
     _add_mixin(inner)
     if defaults != SpeculationDefaults():
         cast(ReSpSGenerationMixin, inner).speculation_state.defaults = defaults

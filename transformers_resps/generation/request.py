@@ -13,15 +13,18 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple, Self, cast
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..compat import unwrapped
+from ..assistants import CausalDrafter, GemmaAssistant
+from ..compat import load_model, unwrapped
 from ..drafting.engine import DraftEngines
 from ..drafting.mixed_drafter import DraftPart
 from ..heads import DraftHead, DraftSource, pair_identity
+from ..heads.formats.reading import WholeModelError
 from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
@@ -181,22 +184,61 @@ class SpeculationDefaults(Keywords):
         return call if call.has_stock_assistant else call.or_else(self)
 
 
+def load_assistant(
+    name: str | os.PathLike[str], target: PreTrainedModel, policy: Any = None
+) -> DraftHead | PreTrainedModel:
+    """What a folder or a Hub id holds, on the target's device and in its dtype: a draft head or, for trees of a
+    `policy`, a whole model.
+
+    Raises:
+        ValueError, OSError: as `DraftHead.from_pretrained`.
+    """
+    try:
+        return DraftHead.from_pretrained(name, target=target)
+    except WholeModelError:
+        if policy is None:
+            raise
+    model: PreTrainedModel = load_model(os.fspath(name), dtype=target.dtype)
+    return cast(Any, model).to(target.device)  # type: ignore[no-any-return]
+
+
 class NamedHeads:
-    """The heads of one target that calls named by a folder or a Hub id, each loaded once."""
+    """The heads and small models that calls named by a folder or a Hub id for one target, each loaded once."""
 
     def __init__(self) -> None:
-        self._heads: dict[Hashable, DraftHead] = {}
+        self._loaded: dict[Hashable, DraftHead | PreTrainedModel] = {}
 
-    def load(self, name: str | os.PathLike[str], target: PreTrainedModel) -> DraftHead:
-        """The head, on the target's device and in its dtype.
+    def load(self, name: str | os.PathLike[str], target: PreTrainedModel, policy: Any) -> DraftHead | PreTrainedModel:
+        """As `load_assistant`."""
+        key = os.fspath(name), target.device, target.dtype
+        if key not in self._loaded:
+            self._loaded[key] = load_assistant(name, target, policy)
+        return self._loaded[key]
+
+
+class Assistants:
+    """The models that draft trees for one target, as sources, each as long as the model lives."""
+
+    def __init__(self) -> None:
+        self._sources: WeakKeyDictionary[PreTrainedModel, DraftSource] = WeakKeyDictionary()
+
+    def source(self, assistant: Module, target: PreTrainedModel) -> DraftSource:
+        """The same for the same model, also from inside a PEFT wrapper.
 
         Raises:
-            ValueError, OSError: as `DraftHead.from_pretrained`.
+            ValueError: it is no model of Transformers, or cannot draft for this target.
         """
-        key = os.fspath(name), target.device, target.dtype
-        if key not in self._heads:
-            self._heads[key] = DraftHead.from_pretrained(name, target=target)
-        return self._heads[key]
+        model = unwrapped(assistant)
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
+                "head or of a causal model. Pass `assistant_model=DraftHead.from_pretrained(...)`, a model of "
+                "`AutoModelForCausalLM`, or leave out `policy`."
+            )
+        if model not in self._sources:
+            kind = GemmaAssistant if GemmaAssistant.is_one(model) else CausalDrafter
+            self._sources[model] = kind(model, target)
+        return self._sources[model]
 
 
 class EvaluationMode:
@@ -238,7 +280,8 @@ class SpeculationState:
     Attributes:
         defaults: what `attach` was given.
         policy_cache: what "auto", and policies that calls named, have learned on this model.
-        named_heads: the heads that calls named.
+        named_heads: the heads and small models that calls named.
+        assistants: the models that have drafted trees.
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
@@ -248,6 +291,7 @@ class SpeculationState:
         self.defaults = defaults or SpeculationDefaults()
         self.policy_cache = PolicyCache()
         self.named_heads = NamedHeads()
+        self.assistants = Assistants()
         self.evaluation_mode = EvaluationMode()
         self.slot_engine = SlotEngine()
         self.draft_engines = DraftEngines()
@@ -332,10 +376,14 @@ class Request:
             defaults = state.defaults.in_force()
             keywords = defaults.fill(keywords)
             if is_name(keywords.assistant_model):
-                head = state.named_heads.load(keywords.assistant_model, model)
-                keywords = replace(keywords, assistant_model=head)
+                loaded = state.named_heads.load(keywords.assistant_model, model, keywords.policy)
+                keywords = replace(keywords, assistant_model=loaded)
+            if keywords.has_stock_assistant and keywords.policy is not None:
+                source = state.assistants.source(keywords.assistant_model, model)
+                keywords = replace(keywords, assistant_model=source)
             if defaults.eval_mode:
-                stack.enter_context(state.evaluation_mode.held(model, *_modules(keywords.source)))
+                own = [] if keywords.source is None else keywords.source.own_modules
+                stack.enter_context(state.evaluation_mode.held(model, *own))
             if keywords.source is None and keywords.policy is None:
                 _check_stock(call.keywords)  # what a config or `attach` says waits for a call that speculates
                 yield cls(keywords.assistant_model)
@@ -347,18 +395,12 @@ class Request:
         cls, model: PreTrainedModel, state: SpeculationState, call: Call, keywords: Keywords, stack: ExitStack
     ) -> "Request":
         source, policy = keywords.source, keywords.policy
-        if keywords.has_stock_assistant:
-            raise ValueError(
-                f"Got policy={policy!r} with assistant_model={type(keywords.assistant_model).__name__}, but a policy "
-                "shapes the trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave "
-                "out `policy`."
-            )
         check_model(model, has_head=source is not None)
         check_settings(model, call.config, call.arguments)
         check_inputs(model, call.prompts, call.arguments)
-        parts = () if source is None else (DraftPart(source, source.bind(model)),)
-        for module in _modules(source):
+        for module in [] if source is None else source.own_modules:
             check_draws(module)
+        parts = () if source is None else (DraftPart(source, source.bind(model)),)
         if policy is None:
             policy = FixedPolicy(cast(DraftSource, source).default_shape)
         elif not isinstance(policy, Policy):
@@ -376,11 +418,6 @@ class Request:
         if not model.config.is_encoder_decoder:  # whose source is not encoded yet
             state.check_trees(model, partial(TargetForward.of, model))
         return cls(None, policy, parts, keywords.lockstep, keywords.compile)
-
-
-def _modules(source: DraftSource | None) -> list[Module]:
-    """The layers of a source that are its own."""
-    return [source] if isinstance(source, Module) else []
 
 
 def _saved(config: GenerationConfig | None, name: str) -> Any:
