@@ -22,7 +22,7 @@ ROOMS = {
     "policies": "hub tree telemetry",
     "drafting": "compat tree compilation verifying heads policies",
     "decoding": "tree verifying heads telemetry policies drafting",
-    "generation": "compat tree verifying heads telemetry policies drafting decoding",
+    "generation": "compat tree assistants verifying heads telemetry policies drafting decoding",
     "calibration": "compat tree verifying heads policies drafting generation",
     "testing": "compat tree verifying heads telemetry policies drafting generation calibration",
     "__init__": "tree verifying heads telemetry policies generation calibration testing",
