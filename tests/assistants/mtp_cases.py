@@ -86,7 +86,7 @@ class Case:
                     shapes[f"{self.part(depth, part)}.weight"] = (H,)
             shapes[f"{self.part(depth, 'eh_proj')}.weight"] = (H, 2 * H)
             if "head" in self.names:
-                shapes[f"{self.part(depth, 'head')}.weight"] = (V, H)
+                shapes[f"{self.part(depth, 'head')}.weight"] = (self.config.get("vocab_size", V), H)
             if self.does.get("projection_bias"):
                 shapes[f"{self.part(depth, 'eh_proj')}.bias"] = (H,)
         is_plain = not self.does.get("zero_centred")
@@ -164,7 +164,7 @@ class Reference:
     """What a module computes over the pairs of a text, one at a time.
 
     Args:
-        case: gives `does`: zero_centred, fed, fed_back, hidden_first, zeroed_start; latent, or gate, qk_norm, qkv_bias,
+        case: gives `does`: zero_centred, fed, fed_back, hidden_first, zeroed_start; latent, gate, qk_norm, qkv_bias,
             sinks, key_heads, window, value_scale; rotary (share of the width), theta; router, fused, shared.
         raw: the module's tensors.
         target: gives the final norm, the embedding and the output head.

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers_resps.assistants import MtpHead
 from transformers_resps.heads.source import Entries, StepModel
 
-from .mtp_cases import CASES, H, V, Case, Reference
+from .mtp_cases import CASES, Case, H, Reference, V
 
 
 LENGTH = 9

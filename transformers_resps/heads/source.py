@@ -168,6 +168,11 @@ class DraftSource(ABC):
     def feature_layers(self) -> list[int]: ...
 
     @property
+    def own_modules(self) -> list[nn.Module]:
+        """The layers that are its own."""
+        return [self] if isinstance(self, nn.Module) else []
+
+    @property
     @abstractmethod
     def default_shape(self) -> TreeShape:
         """The tree that is used when `generate` gets no policy."""
