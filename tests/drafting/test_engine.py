@@ -143,7 +143,7 @@ def test_no_engine_is_lent_twice_or_where_angles_depend_on_the_length(
     with engines.borrow(bound.head, bound) as engine, engines.borrow(bound.head, bound) as second:
         assert engine is not None and second is None
     head.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with engines.borrow(bound.head, bound) as engine:
+    with engines.borrow(head, BoundHead(head, target)) as engine:
         assert engine is None
 
 

@@ -13,6 +13,8 @@ from tests.conftest import FakeClock
 from tests.drafting.test_levels import pairs
 from tests.targets import VOCABULARY, Architecture
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach
+from transformers_resps.assistants.mtp import MtpHead
+from transformers_resps.assistants.mtp_layouts import MtpConfig
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
@@ -121,6 +123,31 @@ def test_one_code_serves_trees_and_texts_of_all_sizes_and_another_chains(
             both.observe(2)
             both.agree(CHAIN)
         assert compiler.count == 2
+
+
+@torch.no_grad()
+def test_an_mtp_layer_drafts_by_compiled_levels_and_one_with_experts_as_it_is(compiler: Compiler) -> None:
+    compiler.traces = True
+    target = Architecture("qwen3").build("sdpa")
+    module = MtpHead(MtpConfig(), target).to(target.dtype).eval()
+    model, width = module.bind(target), target.config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    with DraftEngines().borrow(module, model) as engine:
+        drafters = [LevelDrafter(model, 1, None, lent) for lent in (engine, None)]
+        for length, shape in ((5, TREES[0]), (3, TREES[1]), (60, TREES[0])):
+            tokens = torch.randint(VOCABULARY, (1, length), generator=generator)
+            features = torch.randn(1, length, width, generator=generator, dtype=target.dtype)
+            pools = []
+            for drafter in drafters:
+                drafter.observe(tokens, features)
+                pools.append(drafter.draft(shape, FixedPolicy(shape)))
+            for name in CandidatePool.__slots__:
+                torch.testing.assert_close(getattr(pools[0], name), getattr(pools[1], name))
+    assert compiler.count == 1
+    sparse = Architecture("qwen3_moe").build("sdpa")
+    module = MtpHead(MtpConfig(experts=(True,)), sparse)
+    with DraftEngines().borrow(module, module.bind(sparse)) as engine:
+        assert engine is None
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def test_an_export_comes_back_with_the_same_logits(
 ) -> None:
     case.write(tmp_path / "published", random_tensors(case), case)
     head = DraftHead.from_pretrained(tmp_path / "published", target=target)
-    if layout == "specforge" and (case.post_norm or case.qk_norm or 0 in case.layers):
+    if layout == "specforge" and (case.qk_norm or 0 in case.layers):
         with pytest.raises(ValueError, match='Use `format="speculators"`'):
             head.save_pretrained(tmp_path / "exported", format=layout)
         return
@@ -107,7 +107,8 @@ def test_exports_write_ids_and_rope_in_each_formats_own_words(target: PreTrained
     head = DraftHead.from_target(target, 16, feature_layers=[2, 4, 8], rope_parameters=rope)
     flat = exported(head, tmp_path / "flat", "specforge")
     assert flat["architectures"] == ["LlamaForCausalLMEagle3"] and flat["model_type"] == "llama"
-    assert flat["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 7]
+    assert flat["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 7]  # SGLang's: layers
+    assert flat["eagle_aux_hidden_state_layer_ids"] == [2, 4, 8]  # vLLM's: boundaries
     layered = exported(head, tmp_path / "nested", "speculators")
     assert layered["speculators_model_type"] == "eagle3" and layered["norm_before_residual"] is False
     assert layered["eagle_aux_hidden_state_layer_ids"] == [2, 4, 8]
@@ -131,6 +132,82 @@ def test_sglang_is_told_to_borrow_an_output_head_that_is_not_in_the_file(
     written = exported(DraftHead.from_target(target, owns_output_head=True), tmp_path / "owns", "specforge")
     assert written["draft_vocab_size"] == 64
     assert exported(DraftHead.from_target(target), tmp_path / "vllm", "speculators")["draft_vocab_size"] == 64
+
+
+@pytest.mark.parametrize("layout", ["specforge", "speculators"])
+def test_vllm_reads_how_many_layers_there_are_and_that_the_normed_output_is_fed_back(
+    layout: str, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    head = DraftHead.from_target(target, 16, feature_layers=[1, 2, 3, 6], feedback_post_norm=True)
+    written = exported(head, tmp_path, layout)
+    assert (
+        written["norm_output"] is True
+        and written.get("transformer_layer_config", written)["num_aux_hidden_states"] == 4
+    )
+    back = DraftHead.from_pretrained(tmp_path, target=target)
+    assert back.config.feedback_post_norm and back.config.feature_layers == [1, 2, 3, 6]
+    head.config.feedback_post_norm = False
+    assert exported(head, tmp_path, layout)["norm_output"] is False
+
+
+@pytest.mark.parametrize("layout", ["specforge", "speculators"])
+@pytest.mark.parametrize("own", [{"attention_bias": True}, {"attention_output_bias": True}], ids=str)
+@torch.no_grad()
+def test_all_projections_of_an_export_have_biases_or_none_has(
+    own: dict[str, bool], layout: str, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Engines make four of them for one flag, and a file that lacks one leaves it undefined."""
+    from safetensors.torch import load_file
+
+    head = DraftHead.from_target(target, 16, num_hidden_layers=2, **own)
+    for name, tensor in head.named_parameters():
+        if name.endswith("bias"):
+            tensor.normal_()
+    written = exported(head, tmp_path, layout)
+    assert written.get("transformer_layer_config", written)["attention_bias"] is True
+    biases = {name: bias for name, bias in load_file(tmp_path / "model.safetensors").items() if name.endswith("bias")}
+    assert len(biases) == 8
+    for name, bias in biases.items():
+        ours = head.state_dict().get(name.replace("midlayer", "layers.0"))
+        assert torch.equal(bias, torch.zeros_like(bias) if ours is None else ours), name
+    back = DraftHead.from_pretrained(tmp_path, target=target)
+    features = features_of(target, head.config.feature_layers or [])[:, :-2]
+    for ours, theirs in zip(
+        our_logits(back, target, features, TOKENS[1:]), our_logits(head, target, features, TOKENS[1:]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    plain = DraftHead.from_target(target, 16)
+    assert exported(plain, tmp_path / "plain", layout).get("attention_bias") is not True
+    assert not [name for name in load_file(tmp_path / "plain" / "model.safetensors") if name.endswith("bias")]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"fc_bias": True}, "bias in `fc`, which other engines drop.*`fc_bias=False`"),
+        ({"qk_norm": True, "attention_output_bias": True}, "which vLLM drops.*`attention_output_bias=False`"),
+        ({"qk_norm": True, "mlp_bias": True}, "which vLLM drops.*`mlp_bias=False`"),
+        ({"before_deepstack": True}, "before DeepStack.*`before_deepstack=False`"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_what_another_engine_would_drop_silently_is_not_exported(
+    parts: dict[str, bool], message: str, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    head = DraftHead.from_target(target, 16, **parts)
+    with pytest.raises(ValueError, match=message):
+        head.save_pretrained(tmp_path / "out", format="speculators")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["specforge", "speculators"])
+def test_a_head_that_sglang_reads_wrongly_is_exported_with_a_warning(
+    layout: str, target: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    DraftHead.from_target(target, 16, norm_before_residual=True, mlp_bias=True).save_pretrained(
+        tmp_path, format=layout
+    )
+    assert ("SGLang" in caplog.text) == (layout == "specforge")
 
 
 @pytest.mark.parametrize("layout", ["specforge", "speculators"])

@@ -1,7 +1,9 @@
-"""Models of Transformers that draft: Gemma 4's assistants, and any small causal model."""
+"""Models of Transformers that draft: MTP layers of a checkpoint, Gemma 4's assistants, and any small causal model."""
 
 from .causal import CausalDrafter
 from .gemma import GemmaAssistant
+from .mtp import MtpHead
+from .mtp_layouts import MtpConfig
 
 
-__all__ = ["CausalDrafter", "GemmaAssistant"]
+__all__ = ["CausalDrafter", "GemmaAssistant", "MtpConfig", "MtpHead"]

@@ -4,18 +4,15 @@ One `TreeDecoding` lives for one call of `generate`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..drafting.engine import DraftEngine
-from ..drafting.level_drafter import LevelDrafter
+from ..drafting.mixed_drafter import DraftPart, drafter_of
 from ..drafting.prompt_lookup import LookupDrafter
-from ..heads import StepModel
 from ..policies.base import Policy
 from ..telemetry import RowCounts, SpeculationReport, StepRecord
 from ..tree import CandidatePool, DraftTree
@@ -62,7 +59,7 @@ class TreeDecoding:
 
     Args:
         verifier: the target's side, open.
-        model: what drafts; `None` to draft by lookup alone.
+        parts: what drafts; empty to draft by lookup alone.
         policy: decides.
         batch: starts as the prompts and gains the answers.
         attention_mask: `[b, s]` of the prompt, or `None` when nothing is padded; s counts what the cache holds, which
@@ -70,7 +67,6 @@ class TreeDecoding:
         max_length: positions a text may reach.
         sources: tokens that lookup reads before each row's text; see `LookupDrafter`.
         never_drafted: tokens that lookup does not propose.
-        draft_engine: lent to this call; `None` drafts without compiled code.
         keeps_ended: keep what the target has read of rows that end before the others.
         clock: seconds; tests pass a fake one.
 
@@ -81,7 +77,7 @@ class TreeDecoding:
     def __init__(
         self,
         verifier: Verifier,
-        model: StepModel | None,
+        parts: Sequence[DraftPart],
         policy: Policy,
         batch: Batch,
         *,
@@ -89,7 +85,6 @@ class TreeDecoding:
         max_length: int,
         sources: list[list[int]] | None = None,
         never_drafted: frozenset[int] = frozenset(),
-        draft_engine: DraftEngine | None = None,
         keeps_ended: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -97,14 +92,10 @@ class TreeDecoding:
         self.report = SpeculationReport(batch_size=len(batch))
         known = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - batch.length :]
         pads = [0] * len(batch) if known is None or not batch.length else leading_pads(known)
-        self._reads_features = model is not None and model.reads_features
-        drafter = None
-        if model is not None:
-            # Features begin after cached positions, whose own are gone, and where tokens are known.
-            paired = None if attention_mask is None else attention_mask[:, verifier.length :][:, -batch.length - 1 :]
-            entries = partial(model.target_entries, verifier) if model.reads_target else None
-            read = paired if model.reads_features else known
-            drafter = LevelDrafter(model, len(batch), read, draft_engine, entries)
+        self._reads_features = any(part.model.reads_features for part in parts)
+        # Features begin after cached positions, whose own are gone, and where tokens are known.
+        paired = None if attention_mask is None else attention_mask[:, verifier.length :][:, -batch.length - 1 :]
+        drafter = drafter_of(parts, verifier, len(batch), paired_mask=paired, text_mask=known)
         lookup = LookupDrafter(pads, sources=sources, never_drafted=never_drafted)
         self._proposer = Proposer(policy, drafter, batch, lookup, reads_paths=verifier.reads_paths)
         self._max_length, self._clock = max_length, StepClock(clock)

@@ -50,7 +50,7 @@ class DraftEngine(CompileEngine[StepModel]):
         """The source's cache for a call with so many rows, at the same place as in earlier calls."""
         model, cache = self.owner, self._cache
         self._in_batch = rows > 1
-        keys = None if cache is None else cache.buffers[0]
+        keys = cache.buffers[0] if cache is not None and cache.buffers else None
         is_same = keys is not None and (len(keys), keys.dtype, keys.device) == (rows, model.dtype, model.device)
         if cache is None or keys is None or not is_same or not is_of_this_mode(keys):
             cache = self._cache = DraftCache.empty(model, rows)

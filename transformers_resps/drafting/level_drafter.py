@@ -141,10 +141,10 @@ class LevelDrafter(Drafter):
     def _draft_at_once(self, engine: DraftEngine, shape: TreeShape) -> CandidatePool | None:
         """Read the tokens that wait and draft below them, in one launch. Each number of them is another function.
 
-        Returns `None` where they are none, or more than a step leaves.
+        Returns `None` where they are none, or more than a step leaves, or where no layer has a buffer yet.
         """
         width, device, before = self._waiting, self._device, self._slots
-        if not 0 < width <= shape.depth + 1:
+        if not 0 < width <= shape.depth + 1 or not self._cache.buffers:
             return None
         self._cache.reserve(before.length + width, tree=(shape.depth - 1) * shape.top_k)
         self._slots = copy.copy(before)
@@ -217,7 +217,7 @@ class LevelDrafter(Drafter):
             )
             if depth == 0:
                 self._newest = output[:, last]
-            if model.depths > 1:
+            if model.depths > 1 or model.rereads_target:
                 hidden = hidden if model.rereads_target else model.feedback(output)
                 assert hidden is not None
                 carried.append(hidden[:, last])

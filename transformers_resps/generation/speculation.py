@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -25,7 +25,6 @@ from ..compat import CACHE_KEYWORD
 from ..decoding.loop import TreeDecoding
 from ..decoding.processors import is_stateless
 from ..decoding.text import Batch, Text
-from ..drafting.engine import DraftEngine
 from ..heads import DraftSource
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length, stop_recording
@@ -131,18 +130,22 @@ def _decode(
     assert request.policy is not None
     with (
         _verifier(target, state.slot_engine, request, inputs) as verifier,
-        _draft_engine(state, request, is_wanted=verifier.is_compiled) as draft_engine,
+        ExitStack() as lent,
     ):
+        parts = request.parts
+        if verifier.is_compiled:
+            engines = [state.draft_engines.borrow(part.source, part.model) for part in parts]
+            lent_to = zip(parts, engines, strict=True)
+            parts = tuple(part._replace(engine=lent.enter_context(own)) for part, own in lent_to)
         decoding = TreeDecoding(
             verifier,
-            request.model,
+            parts,
             request.policy,
             batch,
             attention_mask=inputs.attention_mask,
             max_length=inputs.max_length,
             sources=inputs.sources(target),
             never_drafted=inputs.never_drafted(target),
-            draft_engine=draft_engine,
             keeps_ended=inputs.makes_cache,
         )
         decoding.prefill(_reader(target, verifier, inputs))
@@ -152,15 +155,6 @@ def _decode(
     decoding.report.reason = request.policy.explain(decoding.report.steps)
     state.slot_engine.note(decoding.report.seconds)
     return decoding
-
-
-def _draft_engine(
-    state: SpeculationState, request: Request, *, is_wanted: bool
-) -> AbstractContextManager[DraftEngine | None]:
-    """Compiled code for what drafts, where it is wanted and can be had."""
-    if request.source is None or request.model is None or not is_wanted:
-        return nullcontext()
-    return state.draft_engines.borrow(request.source, request.model)
 
 
 def _returned_cache(
@@ -231,11 +225,21 @@ class GenerateInputs:
         """Whether stock `generate` has to read the prompt."""
         return holds_more_than_tokens(self.model_kwargs)
 
-    def forward(self, target: PreTrainedModel, source: DraftSource | None) -> TargetForward:
-        """The target's, with the features that a source reads."""
-        if source is None or not source.feature_layers:
-            return TargetForward(target, None, self.cache)
-        return TargetForward(target, source.feature_layers, self.cache, before_deepstack=source.before_deepstack)
+    def forward(self, target: PreTrainedModel, sources: Sequence[DraftSource]) -> TargetForward:
+        """The target's, with the features that the sources read.
+
+        Raises:
+            ValueError: they read the same layers before and after image features are added.
+        """
+        reading = [source for source in sources if source.feature_layers]
+        layers = sorted({layer for source in reading for layer in source.feature_layers})
+        before = {source.before_deepstack for source in reading}
+        if len(before) > 1:
+            raise ValueError(
+                "One assistant reads hidden states before image features are added to them, another one after. Pass "
+                "one of them."
+            )
+        return TargetForward(target, layers or None, self.cache, before_deepstack=True in before)
 
     def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
         """Of each row, the tokens that its text is written from; `None` where there are none of the target's own."""
@@ -330,7 +334,7 @@ class EncoderDecoderInputs(GenerateInputs):
             outputs = BaseModelOutput(last_hidden_state=outputs[0])
         return outputs, self.model_kwargs.get("attention_mask")
 
-    def forward(self, target: PreTrainedModel, source: DraftSource | None) -> TargetForward:
+    def forward(self, target: PreTrainedModel, sources: Sequence[DraftSource]) -> TargetForward:
         return EncoderDecoderForward(target, self.model_kwargs[CACHE_KEYWORD], *self.encoded)
 
     def sources(self, target: PreTrainedModel) -> list[list[int]] | None:
@@ -427,7 +431,7 @@ def _verifier(
             f"{type(target).__name__} has recurrent layers and cannot verify trees over a static cache or compiled. "
             "Leave out `cache_implementation`, and use the model as it was before it was compiled."
         )
-    forward = inputs.forward(target, request.source)
+    forward = inputs.forward(target, [part.source for part in request.parts])
     given = inputs.position_ids, inputs.attention_mask
     choice = request.compile
     if choice is None:

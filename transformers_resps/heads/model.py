@@ -441,8 +441,8 @@ class DraftHead(TrainableSource, PreTrainedModel):
             save_directory: the folder; made if missing.
             args: as in Transformers; for format "resps" only.
             format: "resps" for this package; or the layout of the library "specforge" (for SGLang and llama.cpp) or
-                "speculators" (for vLLM). We have run none of these engines, and they silently ignore config fields
-                that they do not support: see docs/train-a-head.md.
+                "speculators" (for vLLM). What these engines silently ignore is refused or warned of: see
+                docs/train-a-head.md.
             keywords: as in Transformers; for format "resps" only.
 
         Raises:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -69,13 +69,7 @@ def read_checkpoint(
 
 
 def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    folder = Path(name)
-    if folder.is_file():
-        raise ValueError(
-            f"{name} is a file, but `from_pretrained` needs the folder with config.json and the weights. "
-            f"Pass {folder.parent} instead."
-        )
-    fetch = _in_folder(folder, hub) if folder.is_dir() else RepositoryFiles(name, **hub).fetch
+    fetch = fetch_from(name, hub)
     path = fetch("config.json")
     if path is None:
         raise ValueError(
@@ -84,10 +78,12 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
         )
     for single in _WEIGHTS:
         if (whole := fetch(single)) is not None:
-            return _read_json(path), _read_tensors(whole)
+            config = read_json(path)
+            _check_names(config, whole, name)
+            return config, _read_tensors(whole)
         if (index := fetch(f"{single}.index.json")) is not None:
-            config = _read_json(path)
-            check_is_head(config, canonical_names(_read_json(index)["weight_map"], name), name)  # before the shards
+            config = read_json(path)
+            check_is_head(config, canonical_names(read_json(index)["weight_map"], name), name)  # before the shards
             return config, _read_shards(index, fetch)
     raise ValueError(
         f"There are no weights in {name}: it needs one of {', '.join(_WEIGHTS)}, or shards with their .index.json. "
@@ -95,15 +91,36 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     )
 
 
-def _in_folder(folder: Path, hub: dict[str, Any]) -> Fetch:
+def fetch_from(name: str, hub: dict[str, Any]) -> Fetch:
+    """How to get at the files of a folder or of one commit of a Hub repository; `hub` as in `read_checkpoint`."""
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(
+            f"{name} is a file, but `from_pretrained` needs the folder with config.json and the weights. "
+            f"Pass {folder.parent} instead."
+        )
+
     def local(file: str) -> Path | None:
         path = folder / (hub.get("subfolder") or "") / file
         return path if path.is_file() else None
 
-    return local
+    return local if folder.is_dir() else RepositoryFiles(name, **hub).fetch
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _check_names(config: dict[str, Any], path: Path, name: str) -> None:
+    """Refuse a whole model before its weights are read, where the file lists them."""
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = dict.fromkeys(file.keys())
+    except SafetensorError:  # told when it is read
+        return
+    check_is_head(config, canonical_names(names, name), name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint; a `ValueError` where it is none."""
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -113,7 +130,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_shards(index: Path, fetch: Fetch) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(_read_json(index)["weight_map"].values())):
+    for shard in sorted(set(read_json(index)["weight_map"].values())):
         path = fetch(shard)
         if path is None:
             raise ValueError(f"{index} names the shard {shard}, which is not there. Download the checkpoint again.")
@@ -363,14 +380,18 @@ class _PublishedHead:
 _WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # ends of the names of models' classes
 
 
+class WholeModelError(ValueError):
+    """A checkpoint of a whole model, where a head is needed."""
+
+
 def check_is_head(config: dict[str, Any], names: Container[str], source: str) -> None:
-    """Raise a `ValueError` for a whole model, by its config and our `names` of its tensors."""
+    """Raise a `WholeModelError` for a whole model, by its config and our `names` of its tensors."""
     kinds = [kind for kind in config.get("architectures") or () if kind.endswith(_WHOLE)]
     if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
-        raise ValueError(
+        raise WholeModelError(
             f"{source} is a whole model ({kinds[0]}), but a draft head is needed. Pass a head that was trained for "
-            "your model; to draft with this one as Transformers does, load it with `AutoModelForCausalLM`, and pass "
-            "the model as `assistant_model`."
+            "your model; to draft with this one pass `policy='auto'` to `generate`, too, or load it with "
+            "`AutoModelForCausalLM`, and pass the model as `assistant_model`."
         )
 
 
@@ -467,7 +488,7 @@ def draft_offsets(tensors: dict[str, Tensor], rows: int, vocab_size: int, source
     return None if rows == vocab_size else ids - torch.arange(rows)
 
 
-_HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+HUB = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 _LOADING = {
     "adapter_kwargs",
     "attn_implementation",
@@ -488,14 +509,14 @@ _LOADING = {
 def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Keywords -> (where the files are, how Transformers loads them, corrections to the head's config)."""
     fields = set(DraftHeadConfig.__annotations__) | PUBLISHED_ONLY
-    hub = {key: value for key, value in keywords.items() if key in _HUB}
+    hub = {key: value for key, value in keywords.items() if key in HUB}
     loading = {key: value for key, value in keywords.items() if key in _LOADING or key.startswith("_")}
     overrides = {key: value for key, value in keywords.items() if key in fields}
     unknown = sorted(set(keywords) - set(hub) - set(loading) - set(overrides))
     if unknown:
         raise ValueError(
             f"DraftHead.from_pretrained got {unknown}, which it does not know. Check the spelling: it takes the "
-            f"loading arguments {sorted(_HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
+            f"loading arguments {sorted(HUB | _LOADING)} and, to correct a head's config, {sorted(fields)}."
         )
     if overrides.get("sliding_window") is not None:
         raise ValueError(

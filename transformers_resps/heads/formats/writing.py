@@ -1,6 +1,7 @@
 """Our canonical head -> the layouts of SpecForge and speculators, which other engines read."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 from ..config import ROPE_BASE, DraftHeadConfig
 
 
+logger = logging.getLogger(f"transformers.{__name__}")
 FORMATS = ("resps", "specforge", "speculators")
+_PROJECTIONS = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
 _LAYER_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range", "attention_bias"),
-    *("mlp_bias", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range", "mlp_bias"),
+    *("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 
 
@@ -37,11 +40,7 @@ def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Pat
             f"`format` is {layout!r}, but must be one of {list(FORMATS)}, which are layouts of files. "
             'Write "specforge" for SGLang and llama.cpp, "speculators" for vLLM.'
         )
-    if config.before_deepstack:
-        raise ValueError(
-            "This head reads features before DeepStack adds to them, but other engines read them after it. Train one "
-            "with `before_deepstack=False`."
-        )
+    _check_expressible(config, layout)
     written = _specforge_config(config) if layout == "specforge" else _speculators_config(config)
     written["dtype"] = written["torch_dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,16 +48,53 @@ def export_head(config: DraftHeadConfig, tensors: dict[str, Tensor], folder: Pat
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _check_expressible(config: DraftHeadConfig, layout: str) -> None:
+    """Refuse what engines would load as another head, silently: vLLM 0.32.0 and SGLang 0.5.23, by their sources."""
+    assert config.feature_layers is not None
+    is_flat, nested = layout == "specforge", 'Use `format="speculators"`.'
+    outer_biases = config.attention_output_bias or config.mlp_bias
+    for cannot, reason, way_out in (
+        (
+            config.before_deepstack,
+            "reads features before DeepStack adds to them, but other engines read them after it",
+            "Train one with `before_deepstack=False`.",
+        ),
+        (config.fc_bias, "has a bias in `fc`, which other engines drop", "Train one with `fc_bias=False`."),
+        (is_flat and config.qk_norm, "norms queries and keys, which the SpecForge layout cannot express", nested),
+        (
+            config.qk_norm and outer_biases,
+            "norms queries and keys and has biases after them, which vLLM drops",
+            "Train one with `attention_output_bias=False` and `mlp_bias=False`.",
+        ),
+        (
+            is_flat and 0 in config.feature_layers,
+            "reads the embedding output, which the SpecForge layout cannot express",
+            nested,
+        ),
+    ):
+        if cannot:
+            raise ValueError(f"This head {reason}. {way_out}")
+
+
 def _published_tensors(state: dict[str, Tensor], config: DraftHeadConfig, layout: str) -> dict[str, Tensor]:
     first = "midlayer." if layout == "specforge" else "layers.0."
     tensors = {
         name.replace("layers.0.", first, 1): tensor.detach().cpu().contiguous() for name, tensor in state.items()
     }
+    if _has_attention_biases(config):
+        weights = {name: tensor for name, tensor in tensors.items() if name.endswith(_PROJECTIONS)}
+        for name, weight in weights.items():
+            tensors.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
     if "d2t" in tensors:
         allowed = torch.zeros(config.vocab_size, dtype=torch.bool)
         allowed[torch.arange(len(tensors["d2t"])) + tensors["d2t"]] = True
         tensors["t2d"] = allowed
     return tensors
+
+
+def _has_attention_biases(config: DraftHeadConfig) -> bool:
+    """Engines know one flag for all four projections, and fill a bias that no file has with what memory held."""
+    return config.attention_bias or config.attention_output_bias
 
 
 def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
@@ -69,6 +105,8 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
     return {
         "model_type": "qwen3" if config.qk_norm else "llama",
         **{field: getattr(config, field) for field in _LAYER_FIELDS},
+        "attention_bias": _has_attention_biases(config),
+        "num_aux_hidden_states": len(config.feature_layers or ()),  # vLLM expects three wherever it finds no number
         "tie_word_embeddings": False,
         "rope_theta": theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
@@ -77,9 +115,11 @@ def _layer_config(config: DraftHeadConfig) -> dict[str, Any]:
 
 
 def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
-    """`feature_layers` is our own field: without it, ids that look like another convention's would be read shifted."""
+    """`feature_layers` and `feedback_post_norm` are our own: others' mean different things in different layouts."""
     return {
         "feature_layers": config.feature_layers,
+        "feedback_post_norm": config.feedback_post_norm,
+        "norm_output": config.feedback_post_norm,
         "draft_vocab_size": config.proposable_tokens,
         "owns_embedding": config.owns_embedding,
         "target_hidden_size": config.target_hidden_size,
@@ -91,21 +131,17 @@ def _shared_fields(config: DraftHeadConfig) -> dict[str, Any]:
 
 def _specforge_config(config: DraftHeadConfig) -> dict[str, Any]:
     assert config.feature_layers is not None
-    for flag, reason in (
-        (config.feedback_post_norm, "feeds back its normed output"),
-        (config.qk_norm, "norms queries and keys"),
-        (0 in config.feature_layers, "reads the embedding output"),
-    ):
-        if flag:
-            raise ValueError(
-                f'This head {reason}, which the SpecForge layout cannot express. Use `format="speculators"`.'
-            )
+    ignored = [flag for flag in ("norm_before_residual", "attention_bias", "mlp_bias") if getattr(config, flag)]
+    if ignored:
+        logger.warning("SGLang 0.5.23 ignores %s, which this head has, and would draft badly. vLLM reads it.", ignored)
     return {
         **_layer_config(config),
         **_shared_fields(config),
         # SGLang borrows the target's output head if there is no number; with one it runs rows that it never loads
         "draft_vocab_size": config.proposable_tokens if config.owns_output_head else None,
         "architectures": ["LlamaForCausalLMEagle3"],
+        # vLLM counts boundaries wherever it finds the ids, SGLang layers in `eagle_config`; vLLM looks here first
+        "eagle_aux_hidden_state_layer_ids": config.feature_layers,
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in config.feature_layers],
             "use_aux_hidden_state": True,
@@ -122,7 +158,6 @@ def _speculators_config(config: DraftHeadConfig) -> dict[str, Any]:
         "speculators_model_type": "eagle3",
         "speculators_version": "0.3.0",
         "eagle_aux_hidden_state_layer_ids": config.feature_layers,
-        "norm_output": config.feedback_post_norm,
         "embed_requires_grad": config.owns_embedding,
         "tie_word_embeddings": False,
         "transformer_layer_config": _layer_config(config),

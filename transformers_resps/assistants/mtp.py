@@ -1,0 +1,458 @@
+"""Multi-token prediction (MTP) layers, which many checkpoints bring along and Transformers drops when it loads them.
+
+The entry of a token joins its embedding with the hidden state of the token before, and runs a decoder layer of the
+target's own class over it; the output head then tells the token after (DeepSeek-V3, arXiv 2412.19437, section 2.2). In
+reading order: the layer, the module with its loading and saving, and the module as it drafts for one target.
+"""
+
+import copy
+import inspect
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..compat import CACHE_KEYWORD
+from ..heads.formats.reading import HUB
+from ..heads.formats.tensor_names import check_exact
+from ..heads.fresh import draft_vocabulary
+from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
+from ..heads.source import DraftSource, Entries, Places, StepModel, Wanted
+from ..tree import TreeShape
+from ..verifying.attention import GROUPED
+from ..verifying.forward import decoder_layers
+from ..verifying.prepacking import PackedWeights, packed_linear
+from .mtp_layouts import MODEL_TYPE, MtpCheckpoint, MtpConfig, Stored
+
+
+class MtpLayer(nn.Module):
+    """One depth: the projection of a pair, and a decoder layer of the target's class.
+
+    Args:
+        target: gives the classes and their config.
+        config: of the module.
+        depth: of this layer.
+    """
+
+    def __init__(self, target: PreTrainedModel, config: MtpConfig, depth: int) -> None:
+        super().__init__()
+        text, size = _layer_config(target, config, depth), target.config.get_text_config().hidden_size
+        norm, eps = type(target.get_decoder().norm), text.rms_norm_eps
+        if config.own_embedding:
+            self.embed_tokens = nn.Embedding(text.vocab_size, size)
+        self.enorm, self.hnorm = norm(size, eps=eps), norm(size, eps=eps)
+        self.eh_proj = nn.Linear(2 * size, size, bias=config.projection_bias)
+        self.block = type(decoder_layers(target)[-1])(text, depth)
+        self.norm = norm(size, eps=eps) if config.own_norm else nn.Identity()
+        if config.own_output_head:
+            self.head = nn.Linear(size, text.vocab_size, bias=False)
+        self.is_eager = text._attn_implementation == "eager"
+        self._hidden_first = config.hidden_first
+
+    def forward(self, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
+        """`[b, t, h]` embeddings and hidden states of the tokens before -> `[b, t, h]`, before the own norm."""
+        pair = [self.enorm(embeddings), self.hnorm(hidden)]
+        output = self.block(self.eh_proj(torch.cat(pair[::-1] if self._hidden_first else pair, dim=-1)), **block)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any:
+    """The target's config, with only layers such as this one; a layer asks it by its own number."""
+    text = target.config.get_text_config(decoder=True)
+    kind, kinds = config.layer_type(depth), getattr(text, "layer_types", None)
+    if kinds and kind in kinds and getattr(text, "is_heterogeneous", False):
+        text = text.per_layer_config[kinds.index(kind)]
+    text, count = copy.deepcopy(text), config.depths
+    is_sparse = bool(config.experts) and config.experts[depth]
+    alike = {
+        "layer_types": [kind] * count,
+        "mlp_layer_types": ["sparse" if is_sparse else "dense"] * count,
+        "mlp_only_layers": [] if is_sparse else list(range(count)),
+        "first_k_dense_replace": 0 if is_sparse else count,
+        "decoder_sparse_step": 1,
+        "moe_layer_interval": 1,
+        "moe_layer_start_index": 0 if is_sparse else count,
+        "moe_layer_end_index": count,
+        "num_hidden_layers": count,
+    }
+    for name, value in alike.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, value)
+    is_eager = text._attn_implementation == "eager" or not target._supports_sdpa
+    text._attn_implementation = "eager" if is_eager else GROUPED
+    return text
+
+
+class MtpHead(DraftSource, nn.Module):
+    """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
+
+    It holds the layers alone. Embedding and output head are the target's unless the checkpoint has others, and so is
+    the norm that the target's hidden state goes through first.
+
+    Args:
+        config: what the layers compute, and which parts they have.
+        target: the model that it drafts for; gives the class and the sizes of the layers.
+    """
+
+    def __init__(self, config: MtpConfig, target: PreTrainedModel) -> None:
+        super().__init__()
+        self.config, self.name_or_path = config, ""
+        self.layers = nn.ModuleList(MtpLayer(target, config, depth) for depth in range(config.depths))
+        self._target = target_identity(target)
+        self._stored = {name: Stored.whole(self._numbered(name)) for name in self.state_dict()}
+        self._shift = 0  # of the norms' weights: what the class takes less what the file holds
+        self._packed = PackedWeights()
+        self._rows = KeptRows()
+
+    def _numbered(self, name: str) -> str:
+        """The name of a tensor after the target's own layers."""
+        _, depth, rest = name.split(".", 2)
+        return f"model.layers.{self._target['num_hidden_layers'] + int(depth)}.{rest}"
+
+    @classmethod
+    def from_target(cls, target: PreTrainedModel, **keywords: Any) -> "MtpHead":
+        """Load the layers that came with `target`, from where it was loaded; keywords as in `from_pretrained`."""
+        check_is_model(target)
+        name = target.config.name_or_path
+        if not name:
+            raise ValueError(
+                "The target does not know where it was loaded from (its `name_or_path` is empty). Call "
+                "`MtpHead.from_pretrained(id, target=model)` with the checkpoint that has the MTP layers."
+            )
+        commit = getattr(target.config, "_commit_hash", None)
+        return cls.from_pretrained(name, target, **({"revision": commit} if commit else {}) | keywords)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_folder: str | os.PathLike[str],
+        target: PreTrainedModel,
+        *,
+        draft_token_ids: Tensor | Sequence[int] | None = None,
+        **keywords: Any,
+    ) -> "MtpHead":
+        """Load the MTP layers of a checkpoint, or what `save_pretrained` wrote, in the target's dtype, on its device.
+
+        Args:
+            id_or_folder: a checkpoint of the target's kind, such as the one that a quantised or fine-tuned target was
+                made of. Only files that hold the layers are opened.
+            target: the model that the layers will draft for.
+            draft_token_ids: ids `[d]` of the tokens that may be drafted, in any order; `None` for all. A small
+                model spends most of a draft in its output head, which then has d rows.
+            keywords: `revision`, `token` and others of `huggingface_hub.hf_hub_download`; and any field of
+                `MtpConfig`, to correct what the family does.
+
+        Returns:
+            The module, with every weight read from the files.
+
+        Raises:
+            ValueError: the checkpoint has no such layers, or none that we can draft with; they are quantised in an
+                unknown way, damaged or incomplete; or they do not fit `target`.
+            OSError: the Hub refuses.
+        """
+        check_is_model(target)
+        hub = {key: keywords.pop(key) for key in HUB & keywords.keys()}
+        unknown = sorted(keywords.keys() - {field.name for field in fields(MtpConfig)})
+        if unknown:
+            raise ValueError(f"MtpHead got {unknown}, but takes {sorted(HUB)} and the fields of `MtpConfig` only.")
+        checkpoint = MtpCheckpoint(os.fspath(id_or_folder), hub)
+        checkpoint.check_target(target_identity(target))
+        if draft_token_ids is not None:
+            keywords["draft_token_ids"] = tuple(cast(Tensor, draft_vocabulary(target, None, draft_token_ids)).tolist())
+        config = _borrowing(replace(checkpoint.config(), **keywords), checkpoint, target)
+        with torch.device("meta"):
+            head = cls(config, target)
+        head.name_or_path = checkpoint.name
+        head._load(checkpoint, target)
+        return head.eval()
+
+    def _load(self, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> None:
+        config, dtype = self.config, target.dtype
+        borrowed = {"embed_tokens.weight": not config.own_embedding, "head.weight": not config.own_output_head}
+        left_out = tuple(name for name, is_so in borrowed.items() if is_so)
+        depths = tuple(f"layers.{depth}." for depth in range(config.depths))
+        names = [name for name in checkpoint.stored if name.startswith(depths) and not name.endswith(left_out)]
+        check_exact(self.state_dict(), checkpoint.read(names, dtype, sizes_only=True), checkpoint.name)
+        tensors = checkpoint.read(names, dtype)
+        if config.zero_centred is not None:
+            self._shift = int(config.zero_centred) - int(_is_zero_centred(target))
+        kept = tuple(target._keep_in_fp32_modules_strict or ()) if dtype.itemsize < 4 else ()
+        for name, tensor in tensors.items():
+            if name.endswith("norm.weight") and self._shift:
+                tensor = tensor + self._shift
+            is_fp32 = any(part in name for part in kept)
+            tensors[name] = tensor.to(target.device, torch.float32 if is_fp32 else dtype)
+        self.load_state_dict(tensors, assign=True)
+        self._stored = {name: checkpoint.stored[name] for name in names}
+        assert not any(buffer.is_meta for buffer in self.buffers())
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the layers alone, in the names of the checkpoint that they came from; `from_pretrained` reads them.
+
+        Args:
+            save_directory: the folder; made if missing.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.state_dict().items():
+            shift = self._shift if name.endswith("norm.weight") else 0
+            theirs = self._stored[name].split(tensor - shift if shift else tensor)
+            tensors |= {name: part.detach().cpu().contiguous().clone() for name, part in theirs.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        sizes = {key: self._target[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
+        config = {"model_type": MODEL_TYPE, **sizes, "target": self._target, "mtp": asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def device(self) -> torch.device:
+        """Of the layers."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layers."""
+        return next(self.parameters()).dtype
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """What leaves the target's last layer, before the final norm."""
+        return [self._target["num_hidden_layers"]]
+
+    @property
+    def default_shape(self) -> TreeShape:
+        return TreeShape(16, 4 if self.config.depths == 1 else min(4, self.config.depths), 4)
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        check_is_model(target)
+        theirs = target_identity(target)
+        sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+        wrong = [
+            f"{key} {self._target[key]} (this target: {theirs[key]})"
+            for key in sizes
+            if self._target[key] != theirs[key]
+        ]
+        if wrong:
+            raise ValueError(
+                f"These MTP layers were loaded for {self._target['name_or_path'] or 'another target'}, not for "
+                f"{theirs['name_or_path'] or type(target).__name__}: they need {', '.join(wrong)}. Load those of this "
+                "target with `MtpHead.from_target(model)`."
+            )
+
+    def fingerprint(self) -> str:
+        return parameter_fingerprint(self)
+
+    def identity(self) -> dict[str, Any]:
+        ids = self.config.draft_token_ids
+        return {
+            "name_or_path": self.name_or_path,
+            "feature_layers": self.feature_layers,
+            "hidden_size": self._target["hidden_size"],
+            "num_hidden_layers": self.config.depths,
+            "vocab_size": self._target["vocab_size"],
+            "draft_vocab_size": None if ids is None else len(ids),
+            "fingerprint": self.fingerprint(),
+        }
+
+    def bind(self, target: PreTrainedModel) -> "BoundMtp":
+        self.check_target(target)
+        table = target.get_input_embeddings()
+        if table.weight.device != self.device and not hasattr(table, "_hf_hook"):
+            raise ValueError(
+                f"The MTP layers are on {self.device}, but the target's embedding is on {table.weight.device}. Call "
+                f"`head.to('{table.weight.device}')`, or load them with `target=model`."
+            )
+        return BoundMtp(self, target, self._packed.view(self.layers), self._rows)
+
+
+def _is_zero_centred(target: PreTrainedModel) -> bool:
+    """Whether the target's norms multiply by 1 + weight, as what multiplies by one when it is new."""
+    with torch.device("cpu"):
+        return not type(target.get_decoder().norm)(1).weight.any()
+
+
+def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> MtpConfig:
+    """Without an embedding and output heads that are copies of the target's own."""
+
+    def differs(part: str, theirs: Any) -> bool:
+        names = [f"layers.{depth}.{part}.weight" for depth in range(config.depths)]
+        return not all(checkpoint.is_copy(name, theirs.weight) for name in names)
+
+    return replace(
+        config,
+        own_embedding=config.own_embedding and differs("embed_tokens", target.get_input_embeddings()),
+        own_output_head=config.own_output_head and differs("head", target.get_output_embeddings()),
+    )
+
+
+class KeptRows:
+    """Rows of an output head, copied once for as long as its weight stays as it is."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
+
+    def __reduce__(self) -> tuple[type["KeptRows"], tuple[()]]:
+        return KeptRows, ()
+
+    def of(self, output: nn.Module, ids: Tensor, depth: int) -> Callable[[Tensor], Tensor]:
+        """`[..., h]` -> the logits `[..., d]` of the tokens `ids` by an output head, that of a depth."""
+        weight, bias = cast(Tensor, output.weight), cast(Tensor | None, getattr(output, "bias", None))
+        version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if depth not in self._kept or self._kept[depth][0] != version:
+            rows = packed_linear(weight.detach()[ids], None if bias is None else bias.detach()[ids])
+            self._kept[depth] = version, rows
+        return self._kept[depth][1]
+
+
+class BoundMtp(StepModel):
+    """MTP layers as they draft for one target; made by `MtpHead.bind`.
+
+    Args:
+        head: the module.
+        target: its target.
+        layers: the module's own, or such as multiply by packed weights.
+        rows: keeps what the draft vocabulary takes of the output heads.
+    """
+
+    def __init__(self, head: MtpHead, target: PreTrainedModel, layers: nn.Module, rows: KeptRows) -> None:
+        config, decoder, text = head.config, cast(Any, target.get_decoder()), target.config.get_text_config()
+        self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
+        self.depths, self.rereads_target = config.depths, config.fed_back == "target"
+        self.device, self.dtype = head.device, head.dtype
+        self._final_norm = decoder.norm if config.fed == "after" else nn.Identity()
+        table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
+        self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
+        self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
+        self._rotary = getattr(decoder, "rotary_emb", None)
+        self._kinds = _kinds_of_angles(self._rotary, config)
+        rope = getattr(text, "rope_parameters", None) or {}
+        self.has_fixed_places = rope.get("rope_type") not in ("dynamic", "longrope")
+        types = [config.layer_type(depth) for depth in range(config.depths)]
+        self._windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
+        # Values choose experts, lengths the window, and rows of an output head are packed when they are asked for
+        is_odd = any(config.experts) or any(self._windows) or config.draft_token_ids is not None
+        self.is_compilable = config.depths == 1 and not is_odd and not self.rereads_target
+        ids = config.draft_token_ids
+        self._ids = None if ids is None else torch.tensor(ids, device=self.device)
+        self.proposable_tokens = text.vocab_size if ids is None else len(ids)
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        return nn.ModuleList([self._head, self._final_norm, *self._tables, *self._outputs])
+
+    def fuse(self, features: Tensor) -> Tensor:
+        return cast(Tensor, self._final_norm(features)).to(self.device, self.dtype)
+
+    def places(self, positions: Tensor) -> Places:
+        """Cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""
+        like = torch.empty(1, 1, 1, dtype=self.dtype, device=self.device)
+        angles = [cast(Any, self._rotary)(like, positions, **kind) for kind in self._kinds.values()]
+        return (*(part for pair in angles for part in pair), positions[..., None])
+
+    def run(
+        self,
+        depth: int,
+        tokens: Tensor,
+        hidden: Tensor | None,
+        places: Places,
+        entries: Entries,
+        wanted: Wanted = slice(None),
+    ) -> Tensor:
+        """Outputs are normed unless they are fed back before the norm."""
+        embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
+        positions, options = places[-1], dict[str, Any]()
+        if self._config.zeroed_start and depth == 0 and entries.first_slot == 0:
+            embeddings = embeddings.masked_fill(_starts(entries.mask, positions), 0)
+        if self._kinds:
+            at = 2 * list(self._kinds).index(self._config.layer_type(depth))
+            options["position_embeddings"] = places[at : at + 2]
+        window, mask = self._windows[depth], entries.mask
+        if window is not None:
+            mask = _near(entries, positions, window)
+            entries = entries if mask is not None else _Newest(entries, window)
+        if self._layers[depth].is_eager:
+            mask = _added(mask, embeddings)
+        options |= {"attention_mask": mask, "position_ids": positions[..., 0], CACHE_KEYWORD: entries}
+        output = _at(self._layers[depth](embeddings, hidden, **options), wanted)
+        return output if self._config.fed_back == "before" else self._normed(output, depth)
+
+    def _normed(self, output: Tensor, depth: int) -> Tensor:
+        return cast(Tensor, self._layers[depth].norm(output))
+
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        """By an output head of the module, or the target's; some rows of it where there is a draft vocabulary."""
+        head: Any = self._outputs[depth]
+        project = head if self._ids is None else self._rows.of(head, self._ids, depth)
+        normed = self._normed(output, depth) if self._config.fed_back == "before" else output
+        return cast(Tensor, project(normed.to(head.weight.device, head.weight.dtype))).to(self.device, torch.float32)
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        return draft_ids if self._ids is None else self._ids[draft_ids]
+
+
+def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]]:
+    """What `rotary` is told of each kind of layer of the module; nothing where the target has no RoPE."""
+    types = [config.layer_type(depth) for depth in range(config.depths)]
+    if rotary is None:
+        return {}
+    is_told = "layer_type" in inspect.signature(rotary.forward).parameters
+    return {kind: {"layer_type": kind} if is_told else {} for kind in dict.fromkeys(types)}
+
+
+def _at(states: Tensor, wanted: Wanted) -> Tensor:
+    """`[b, t, h]` -> `[b, q, h]`."""
+    if isinstance(wanted, slice):
+        return states[:, wanted]
+    return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:
+    """`[b or 1, t, 1]`: which entries are the first of their text, and so see themselves alone."""
+    return positions == 0 if mask is None else mask[:, 0].sum(dim=-1, keepdim=True) == 1
+
+
+def _near(entries: Entries, positions: Tensor, window: int) -> Tensor | None:
+    """The mask of `entries`, without those of the text that a window has left; `None` where a lone query has none.
+
+    Positions are slots, `[b or 1, t, 1]`.
+    """
+    mask, count = entries.mask, positions.shape[1]
+    if mask is None and count == 1:
+        return None
+    length = count if mask is None else mask.shape[-1]
+    slots = torch.arange(length, device=positions.device) + entries.first_slot
+    near = (slots < 0) | (slots > positions - window)
+    return (near if mask is not None else near & (slots <= positions))[:, None] & (True if mask is None else mask)
+
+
+class _Newest(Entries):
+    """Entries of which a lone query, without a mask, sees those of a tree and the newest of the text."""
+
+    def __init__(self, entries: Entries, window: int) -> None:
+        self._entries, self._window = entries, window
+        self.first_slot = entries.first_slot
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        found, tree = self._entries.update(keys, values, layer_idx), -self.first_slot
+        gone = found[0].shape[2] - self._window
+        if gone <= 0:
+            return found
+        keys, values = (torch.cat([part[:, :, :tree], part[:, :, tree + gone :]], dim=2) for part in found)
+        return keys, values
+
+
+def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """What eager attention adds to the scores: 0 where attended, else the dtype's minimum. `like` is `[b, t, h]`."""
+    count = like.shape[1]
+    if mask is None and count == 1:
+        return None
+    if mask is None:
+        mask = torch.ones(1, 1, count, count, dtype=torch.bool, device=like.device).tril()
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, torch.finfo(like.dtype).min)

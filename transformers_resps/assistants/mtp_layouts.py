@@ -1,0 +1,416 @@
+"""MTP layers as their publishers name and store them -> what a module computes, and its tensors.
+
+Only JSON and safetensors are read, and of these only the files and tensors that belong to the module. Names are those
+that SGLang 0.5.23 loads (`*_mtp.py`, `*_nextn.py`, `ernie4_eagle.py`).
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..heads.formats.reading import fetch_from, read_json
+
+
+@dataclass(frozen=True, slots=True)
+class MtpConfig:
+    """What an MTP module computes, and which parts it has.
+
+    Attributes:
+        depths: layers with weights of their own, each of which drafts one level; 1 drafts any number.
+        fed: the target's hidden state is read "after" or "before" the target's final norm.
+        fed_back: the next level reads the output "after" or "before" the module's own norm, or the hidden state of the
+            "target" again.
+        hidden_first: the projection reads the hidden state before the embedding.
+        zero_centred: the norms in the file multiply by 1 + weight; `None` where the target's class says so.
+        zeroed_start: the embedding counts as zero where the first hidden state of a text is read.
+        layer_types: the attention of each depth, "full_attention" or "sliding_attention"; empty for full.
+        experts: whether each depth has a mixture of experts; empty for none.
+        projection_bias: the projection has one.
+        own_norm: outputs are normed before the output head.
+        own_embedding: the module has one, in place of the target's.
+        own_output_head: each depth has one, in place of the target's.
+        draft_token_ids: the tokens that it may propose, ascending; `None` for all.
+    """
+
+    depths: int = 1
+    fed: Literal["after", "before"] = "after"
+    fed_back: Literal["after", "before", "target"] = "after"
+    hidden_first: bool = False
+    zero_centred: bool | None = None
+    zeroed_start: bool = False
+    layer_types: tuple[str, ...] = ()
+    experts: tuple[bool, ...] = ()
+    projection_bias: bool = False
+    own_norm: bool = True
+    own_embedding: bool = False
+    own_output_head: bool = False
+    draft_token_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("fed", ("after", "before")), ("fed_back", ("after", "before", "target"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+
+    def layer_type(self, depth: int) -> str:
+        """The attention of a depth."""
+        return self.layer_types[depth] if self.layer_types else "full_attention"
+
+
+# What is different in a family, known by a part of its tensors' names or by the start of its `model_type`.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "mtp_layers.0.input_proj.": {"hidden_first": True, "zeroed_start": True},  # MiMo-7B
+    "mtp_linear_proj.0.": {"fed_back": "before", "zeroed_start": True},  # ERNIE-4.5
+    "mimo_v2": {"fed_back": "target", "layer_types": ("sliding_attention",)},
+    "mellum": {"layer_types": ("sliding_attention",)},
+    "step3": {"fed": "before", "fed_back": "before"},
+}
+# Parts of names -> why such a module is not drafted with.
+_REFUSED = {
+    ".e_proj.": "carries a stream of hyper-connections from token to token, as DeepSeek-V4's",
+    "mtp.fc_embedding.": "carries a stream of hyper-connections from token to token, as Qwen4's",
+    ".mixer.": "runs several layers of different kinds for one token, as Nemotron-H's",
+    ".indexer.": "attends to what an indexer selects, as DeepSeek-V3.2's and GLM-5's",
+    "mtp_dspark.": "is a block head (DSpark), which drafts several tokens at once",
+}
+
+_STEM = re.compile(r"^(?:(?:model|language_model)\.)*")
+_NUMBERED = re.compile(r"layers\.(\d+)\.")  # above the target's own layers
+# How other names begin -> depth and part.
+_ROOTS = {
+    r"mtp[._]layers\.(\d+)\.": r"\1.",
+    r"mtp\.fc\.": "0.eh_proj.",
+    r"mtp\.pre_fc_norm_embedding\.": "0.enorm.",
+    r"mtp\.pre_fc_norm_hidden\.": "0.hnorm.",
+    r"mtp\.norm\.": "0.norm.",
+    r"mtp\.embed_tokens\.": "0.embed_tokens.",
+    r"mtp_block\.(\d+)\.": r"\1.block.",
+    r"mtp_emb_norm\.(\d+)\.": r"\1.enorm.",
+    r"mtp_hidden_norm\.(\d+)\.": r"\1.hnorm.",
+    r"mtp_linear_proj\.(\d+)\.": r"\1.eh_proj.",
+}
+# How the rest begins -> our part; what is not here is of the decoder layer, `block`.
+_PARTS = {
+    "enorm.m.": "enorm.",
+    "hnorm.m.": "hnorm.",
+    "token_layernorm.": "enorm.",
+    "hidden_layernorm.": "hnorm.",
+    "input_proj.": "eh_proj.",
+    "final_layernorm.": "norm.",
+    "shared_head.norm.": "norm.",
+    "shared_head.head.": "head.",
+    "shared_head.output.": "head.",
+    **{f"{part}.": f"{part}." for part in ("enorm", "hnorm", "eh_proj", "norm", "head", "embed_tokens", "block")},
+}
+_WRAPPERS = re.compile(r"^transformer(_layer)?\.")  # around the parts, or some of them
+# Inside of the decoder layer, where Transformers has another name.
+_INSIDE = {
+    "pre_mlp_layernorm.": "post_attention_layernorm.",
+    "self_attn.attention_sink_bias": "self_attn.sinks",
+    "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
+    "mlp.gate.expert_bias": "mlp.gate.e_score_correction_bias",
+    "mlp.moe_statics.": "mlp.gate.moe_statics.",
+    "moe.router_bias": "mlp.gate.e_score_correction_bias",
+    "moe.gate.": "mlp.gate.",
+    "share_expert.": "mlp.shared_experts.",
+}
+# One expert's tensor or, without a number, all of theirs in one -> the merged tensor, and which part of its rows.
+_EXPERT = re.compile(r"(.*block\.)(?:mlp\.experts\.(\d+)|moe)\.(gate|up|down)_proj\.weight")
+_MERGED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
+
+_SCALE = "_scale_inv"  # FP8: what the blocks of the tensor of that name are multiplied by
+_BLOCK = (128, 128)  # where a config does not say
+_QUANTISED = ("_packed", "_scale", "_scale_2", "zero_point", "qweight", "qzeros", ".scales", ".g_idx", ".absmax")
+_NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # what belongs to others, or is computed
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+_DEPTHS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")  # in configs
+_COMPARED = 64  # rows
+MODEL_TYPE = "resps_mtp"  # of a module that was saved alone
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a checkpoint stores one of our tensors: as it is, or in parts of its rows, each for all experts or for one.
+
+    Attributes:
+        parts: names by expert, or by -1 where one tensor has all.
+    """
+
+    parts: tuple[dict[int, str], dict[int, str]] = field(default_factory=lambda: ({}, {}))
+
+    @classmethod
+    def whole(cls, name: str) -> "Stored":
+        """Of one tensor as it is."""
+        return cls(({-1: name}, {}))
+
+    @property
+    def names(self) -> list[list[str]]:
+        """Of each part, in the order of the experts."""
+        return [[part[key] for key in sorted(part)] for part in self.parts if part]
+
+    @property
+    def _is_apart(self) -> bool:
+        return -1 not in self.parts[0]
+
+    def joined(self, tensor_of: Callable[[str], Tensor]) -> Tensor:
+        """Ours, from theirs by name."""
+        rows = [
+            torch.stack([tensor_of(name) for name in names]) if self._is_apart else tensor_of(names[0])
+            for names in self.names
+        ]
+        return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Theirs by name, from ours."""
+        rows = tensor.chunk(len(self.names), dim=1) if len(self.names) > 1 else (tensor,)
+        each = [part.unbind(0) if self._is_apart else (part,) for part in rows]
+        return {
+            name: one
+            for names, ones in zip(self.names, each, strict=True)
+            for name, one in zip(names, ones, strict=True)
+        }
+
+
+def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
+    """The module's tensors, by our names, among the `names` of a checkpoint whose target has `layer_count` layers."""
+    stored: dict[str, Stored] = {}
+    for name in names:
+        ours = _canonical(name, layer_count)
+        if ours is None or ours.endswith(_NOT_OURS):
+            continue
+        key, place = -1, 0
+        if expert := _EXPERT.fullmatch(ours):
+            merged, place = _MERGED[expert[3]]
+            ours = f"{expert[1]}mlp.experts.{merged}"
+            key = int(expert[2] or -1)
+        stored.setdefault(ours, Stored()).parts[place][key] = name
+    return stored
+
+
+def _canonical(name: str, layer_count: int) -> str | None:
+    """`layers.{depth}.{part}`, our name of a tensor; `None` where it is not of the module."""
+    name = _STEM.sub("", name)
+    if numbered := _NUMBERED.match(name):
+        above = int(numbered[1]) - layer_count
+        return None if above < 0 else f"layers.{above}.{_part(name[numbered.end() :])}"
+    for theirs, ours in _ROOTS.items():
+        if root := re.match(theirs, name):
+            depth, _, part = root.expand(ours).partition(".")
+            return f"layers.{depth}.{_part(part + name[root.end() :])}"
+    return None
+
+
+def _part(rest: str) -> str:
+    rest = _WRAPPERS.sub("", rest)
+    for theirs, ours in _PARTS.items():
+        if rest.startswith(theirs):
+            rest = ours + rest.removeprefix(theirs)
+            break
+    else:
+        rest = f"block.{rest}"
+    for theirs, ours in _INSIDE.items():
+        if rest.startswith(f"block.{theirs}"):
+            return rest.replace(theirs, ours, 1)
+    return rest
+
+
+class MtpCheckpoint:
+    """The MTP module in a checkpoint of its target, or one that was saved alone.
+
+    Args:
+        name: Hub id or folder.
+        hub: `revision`, `token` and other keywords of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        ValueError: it holds no module, one that we cannot draft with, or is damaged.
+        OSError: the Hub refuses.
+    """
+
+    def __init__(self, name: str, hub: dict[str, Any]) -> None:
+        self.name, self._fetch = name, fetch_from(name, hub)
+        path = self._fetch("config.json")
+        if path is None:
+            raise ValueError(
+                f"There is no config.json in {name}. Pass the repository or folder of the original checkpoint, with "
+                "config.json and safetensors, and check whether you are offline."
+            )
+        self._config = read_json(path)
+        nested = (self._config.get(key) for key in ("text_config", "language_config", "llm_config"))
+        self._text: dict[str, Any] = next(filter(None, nested), self._config)
+        self._files = self._file_names()
+        self.stored = stored_names(self._files, int(self.stated("num_hidden_layers") or 0))
+        self._check()
+
+    def stated(self, key: str) -> Any:
+        """What the config says of the text decoder; `None` where it says nothing."""
+        return self._text.get(key, self._config.get(key))
+
+    def _file_names(self) -> dict[str, str]:
+        """Tensor -> file."""
+        single, index = "model.safetensors", self._fetch("model.safetensors.index.json")
+        if index is not None:
+            return dict(read_json(index)["weight_map"])
+        if self._fetch(single) is None:
+            raise ValueError(
+                f"There is neither model.safetensors nor its index in {self.name}. Pass the original repository, "
+                "which has them, and check whether you are offline."
+            )
+        return dict.fromkeys(self._opened(single, lambda file: list(file.keys())), single)
+
+    def _opened(self, file_name: str, read: Callable[[Any], Any]) -> Any:
+        """What `read` finds in a file, whose name the index has."""
+        path = self._fetch(file_name)
+        if path is None:
+            raise ValueError(f"{self.name} lacks the file {file_name}. Download the checkpoint again.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                return read(file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is truncated or corrupt, or lacks a tensor of the index: {error}. Download it again."
+            ) from error
+
+    def _check(self) -> None:
+        mine = [name for name in self._files if "mtp" in name]
+        mine += [name for stored in self.stored.values() for names in stored.names for name in names]
+        for part, reason in _REFUSED.items():
+            if any(part in name for name in mine):
+                raise ValueError(
+                    f"The MTP module of {self.name} {reason}. Draft with a head or a small model instead."
+                )
+        if "layers.0.eh_proj.weight" not in self.stored:
+            found = f"only {', '.join(sorted(mine)[:3])}" if mine else "none"
+            raise ValueError(
+                f"{self.name} holds no MTP weights that we know ({found}). Conversions often drop them: pass the "
+                "original repository to `MtpHead.from_pretrained(id, target=model)`."
+            )
+        quantised = [name for name in mine if name.endswith(_QUANTISED)]
+        if quantised:
+            raise ValueError(
+                f"{self.name} stores its MTP module quantised ({quantised[0]}), in a way that we do not read. Pass a "
+                "repository in bfloat16 or block-wise FP8 (`weight_scale_inv`)."
+            )
+        stated = max((int(self.stated(key) or 0) for key in _DEPTHS), default=0)
+        if stated > self._depths:
+            raise ValueError(
+                f"The config of {self.name} names {stated} MTP layers, but its files hold {self._depths}. Download it "
+                "again, or pass the original repository."
+            )
+
+    def check_target(self, target: dict[str, Any]) -> None:
+        """Refuse a target, by its `target_identity`, of other sizes."""
+        wrong = [
+            f"{key} {self.stated(key)} (the target: {target[key]})"
+            for key in ("hidden_size", "vocab_size")
+            if self.stated(key) not in (None, target[key])
+        ]
+        if wrong:
+            raise ValueError(
+                f"The MTP layers of {self.name} need {', '.join(wrong)}. Pass a checkpoint of the target's own model, "
+                f"which is {target['name_or_path'] or target['model_type']}."
+            )
+
+    @property
+    def _depths(self) -> int:
+        return 1 + max(int(name.split(".")[1]) for name in self.stored)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it holds the module and nothing else, as `MtpHead.save_pretrained` writes it."""
+        return self._config.get("model_type") == MODEL_TYPE
+
+    def config(self) -> MtpConfig:
+        """What the module computes, by its family, and which parts the files hold."""
+        if self.is_alone:
+            lists = {key: tuple(value) for key, value in self._config["mtp"].items() if isinstance(value, list)}
+            return MtpConfig(**self._config["mtp"] | lists)
+        depths, known = self._depths, dict[str, Any]()
+        kinds = [str(config.get("model_type")) for config in (self._text, self._config)]
+        for sign, fields in _FAMILIES.items():
+            if any(kind.startswith(sign) for kind in kinds) or any(sign in name for name in self._files):
+                known |= fields
+        types = (
+            self.stated("mtp_layer_types") or (self.stated("layer_types") or [])[self.stated("num_hidden_layers") :]
+        )
+        types = tuple(types[:depths]) or known.pop("layer_types", ()) * depths
+        return MtpConfig(
+            depths,
+            layer_types=types,
+            experts=tuple(self._has(f"layers.{depth}.block.mlp.gate.weight") for depth in range(depths)),
+            projection_bias=self._has("layers.0.eh_proj.bias"),
+            own_norm=self._has("layers.0.norm.weight"),
+            own_embedding=self._has("layers.0.embed_tokens.weight"),
+            own_output_head=self._has("layers.0.head.weight"),
+            **{key: value for key, value in known.items() if key != "layer_types"},
+        )
+
+    def _has(self, ours: str) -> bool:
+        return ours in self.stored
+
+    def is_copy(self, ours: str, weight: Tensor) -> bool:
+        """Whether one of our tensors is `weight` `[n, m]`, by some of its rows."""
+        name = self.stored[ours].names[0][0]
+        some = range(0, len(weight), max(1, len(weight) // _COMPARED))
+
+        def rows(file: Any) -> Tensor | None:
+            part = file.get_slice(name)
+            return torch.stack([part[row] for row in some]) if part.get_shape() == list(weight.shape) else None
+
+        found = self._opened(self._files[name], rows)
+        theirs = weight.detach()[list(some)].cpu()
+        return found is not None and torch.equal(found.to(theirs.dtype), theirs)
+
+    def read(self, ours: Iterable[str], dtype: torch.dtype, *, sizes_only: bool = False) -> dict[str, Tensor]:
+        """Tensors by our names, on the CPU as stored, FP8 in `dtype`; with `sizes_only` all are meta, none is read.
+
+        Raises:
+            ValueError: one is quantised in a way that we do not read, or damaged.
+        """
+        wanted = {name: self.stored[name] for name in ours}
+        raw = [name for stored in wanted.values() for names in stored.names for name in names]
+        raw += [name + _SCALE for name in raw if name + _SCALE in self._files]
+        take, found = _size_of if sizes_only else _tensor_of, dict[str, Tensor]()
+
+        def read_all(names: list[str], file: Any) -> dict[str, Tensor]:
+            return {name: take(file, name) for name in names}
+
+        for file_name in dict.fromkeys(self._files[name] for name in raw):
+            here = [name for name in raw if self._files[name] == file_name]
+            found |= self._opened(file_name, partial(read_all, here))
+        return {name: stored.joined(partial(self._whole, found, dtype)) for name, stored in wanted.items()}
+
+    def _whole(self, found: dict[str, Tensor], dtype: torch.dtype, name: str) -> Tensor:
+        """A tensor, times its scales where it is in FP8."""
+        tensor, scales = found.pop(name), found.pop(name + _SCALE, None)
+        if tensor.dtype != torch.float8_e4m3fn:
+            return tensor
+        sizes = (self.stated("quantization_config") or {}).get("weight_block_size") or _BLOCK
+        needed = [-(-length // size) for length, size in zip(tensor.shape[-2:], sizes, strict=True)]
+        if scales is None or list(scales.shape[-2:]) != needed:
+            raise ValueError(
+                f"{self.name} stores {name} in FP8 without a scale for each block of {sizes[0]} x {sizes[1]} "
+                f"(`{name + _SCALE}`). Pass a repository in bfloat16."
+            )
+        for dim, size in zip((-2, -1), sizes, strict=True):
+            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, tensor.shape[dim])
+        return (tensor.float() * scales).to(dtype)
+
+
+def _tensor_of(file: Any, name: str) -> Tensor:
+    return file.get_tensor(name)  # type: ignore[no-any-return]  # safetensors leaves it untyped
+
+
+def _size_of(file: Any, name: str) -> Tensor:
+    part = file.get_slice(name)
+    return torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
