@@ -253,7 +253,7 @@ class DraftHead(TrainableSource, PreTrainedModel):
         return self.config.vocab_size
 
     @property
-    def target(self) -> dict[str, Any]:
+    def target(self) -> dict[str, Any]:  # type: ignore[override]  # the config tells
         self.config.target = self.config.target or {}
         return self.config.target
 

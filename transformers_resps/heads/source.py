@@ -226,20 +226,15 @@ class TrainableSource(DraftSource):
     """A module with weights of its own, which borrows the rest from its target.
 
     Attributes:
-        name_or_path: where it was loaded from; empty for a new one.
         vocab_size: of its target.
         target: what identifies its target, as far as it is known: see `target_identity`.
     """
 
-    name_or_path: str
+    target: dict[str, Any]
 
     @property
     @abstractmethod
     def vocab_size(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def target(self) -> dict[str, Any]: ...
 
     @abstractmethod
     def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> TrainableModel:

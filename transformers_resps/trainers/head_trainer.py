@@ -38,7 +38,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class DraftHeadTrainer(ArtefactTrainer):
-    """Trains a `DraftHead` or an `MtpHead` on a target's outputs: EAGLE-3's training-time test with a soft cross-entropy loss.
+    """Trains a `DraftHead` or `MtpHead` on a target's outputs: EAGLE-3's training-time test, soft cross-entropy loss.
 
     The signature is that of TRL's `SFTTrainer`, and the target. Datasets have the columns `messages`; `prompt` and
     `completion`; `text`; or `input_ids` with `assistant_masks` or `completion_mask`. Conversations get the tokenizer's
