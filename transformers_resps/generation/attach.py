@@ -57,7 +57,7 @@ def attach(
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
     if is_name(assistant_model):
-        loaded = load_assistant(cast(str, assistant_model), cast(PreTrainedModel, inner), policy)
+        loaded = load_assistant(cast(str, assistant_model), cast(PreTrainedModel, inner))
         defaults = replace(defaults, assistant_model=loaded)
     if defaults.has_stock_assistant and policy is None:
         raise ValueError(

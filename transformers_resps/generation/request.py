@@ -184,11 +184,8 @@ class SpeculationDefaults(Keywords):
         return call if call.has_stock_assistant else call.or_else(self)
 
 
-def load_assistant(
-    name: str | os.PathLike[str], target: PreTrainedModel, policy: Any = None
-) -> DraftHead | PreTrainedModel:
-    """What a folder or a Hub id holds, on the target's device and in its dtype: a draft head or, for trees of a
-    `policy`, a whole model.
+def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftHead | PreTrainedModel:
+    """The draft head or the whole model in a folder or a repository, on the target's device and in its dtype.
 
     Raises:
         ValueError, OSError: as `DraftHead.from_pretrained`.
@@ -196,23 +193,21 @@ def load_assistant(
     try:
         return DraftHead.from_pretrained(name, target=target)
     except WholeModelError:
-        if policy is None:
-            raise
-    model: PreTrainedModel = load_model(os.fspath(name), dtype=target.dtype)
-    return cast(Any, model).to(target.device)  # type: ignore[no-any-return]
+        model = load_model(os.fspath(name), dtype=target.dtype).to(target.device)
+    return cast(PreTrainedModel, model)
 
 
 class NamedHeads:
-    """The heads and small models that calls named by a folder or a Hub id for one target, each loaded once."""
+    """The heads and models that calls named by a folder or a Hub id for one target, each loaded once."""
 
     def __init__(self) -> None:
         self._loaded: dict[Hashable, DraftHead | PreTrainedModel] = {}
 
-    def load(self, name: str | os.PathLike[str], target: PreTrainedModel, policy: Any) -> DraftHead | PreTrainedModel:
+    def load(self, name: str | os.PathLike[str], target: PreTrainedModel) -> DraftHead | PreTrainedModel:
         """As `load_assistant`."""
         key = os.fspath(name), target.device, target.dtype
         if key not in self._loaded:
-            self._loaded[key] = load_assistant(name, target, policy)
+            self._loaded[key] = load_assistant(name, target)
         return self._loaded[key]
 
 
@@ -280,7 +275,7 @@ class SpeculationState:
     Attributes:
         defaults: what `attach` was given.
         policy_cache: what "auto", and policies that calls named, have learned on this model.
-        named_heads: the heads and small models that calls named.
+        named_heads: the heads and models that calls named.
         assistants: the models that have drafted trees.
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
@@ -376,7 +371,7 @@ class Request:
             defaults = state.defaults.in_force()
             keywords = defaults.fill(keywords)
             if is_name(keywords.assistant_model):
-                loaded = state.named_heads.load(keywords.assistant_model, model, keywords.policy)
+                loaded = state.named_heads.load(keywords.assistant_model, model)
                 keywords = replace(keywords, assistant_model=loaded)
             if keywords.has_stock_assistant and keywords.policy is not None:
                 source = state.assistants.source(keywords.assistant_model, model)
