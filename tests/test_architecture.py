@@ -25,7 +25,7 @@ ROOMS = {
     "generation": "compat tree assistants verifying heads telemetry policies drafting decoding",
     "calibration": "compat tree verifying heads policies drafting generation",
     "testing": "compat tree verifying heads telemetry policies drafting generation calibration",
-    "__init__": "tree verifying heads telemetry policies generation calibration testing",
+    "__init__": "tree assistants verifying heads telemetry policies generation calibration testing",
     "data": "hub heads",
     "replay": "tree verifying heads telemetry policies drafting decoding",
     "trainers": "compat hub tree verifying heads telemetry policies drafting generation calibration data replay",

@@ -1,5 +1,6 @@
 """Planted costs are found, kept, and believed only where they were measured, on a machine called by its own name."""
 
+import hashlib
 import itertools
 import json
 import time
@@ -16,6 +17,7 @@ from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate, device_name, identity_of, processor_name
 from transformers_resps.drafting.level_drafter import LevelDrafter
+from transformers_resps.heads import BoundHead
 from transformers_resps.policies.costs import CostTable, Range
 from transformers_resps.tools.calibrate import what_must_be_accepted
 from transformers_resps.tools.cli import main
@@ -47,17 +49,23 @@ def test_planted_costs_are_found(
 ) -> None:
     clock = FakeClock()
     hook = plant(target, clock, lambda tokens: 1.0 if tokens == 1 else 3.0 + tokens)
-    draft = LevelDrafter.draft
+    draft, run = LevelDrafter.draft, BoundHead.run
 
-    def slow(self: Any, shape: TreeShape, policy: Any) -> Any:
-        clock.advance(0.1 + 0.25 * shape.depth)
-        return draft(self, shape, policy)
+    def slow_draft(self: Any, *arguments: Any) -> Any:
+        clock.advance(0.1)
+        return draft(self, *arguments)
 
-    monkeypatch.setattr(LevelDrafter, "draft", slow)
+    def slow_pass(self: Any, *arguments: Any) -> Any:
+        clock.advance(0.25)  # over committed tokens, which gives the first level, or over a level
+        return run(self, *arguments)
+
+    monkeypatch.setattr(LevelDrafter, "draft", slow_draft)
+    monkeypatch.setattr(BoundHead, "run", slow_pass)
     table = calibrate(target, head, folder=tmp_path, clock=clock)
     hook.remove()
     assert table.draft == pytest.approx(dict.fromkeys(WIDTHS, 0.25))
     assert table.draft_range == {width: pytest.approx((0.25, 0.25)) for width in WIDTHS}
+    assert table.draft_start == pytest.approx(dict.fromkeys(WIDTHS, 0.1))
     assert set(table.verify) == set(CONTEXTS) and set(table.draft) == set(WIDTHS)
     for row in table.verify.values():
         assert row == {nodes: 1.0 if nodes == 1 else 3.0 + nodes for nodes in NODES}
@@ -71,6 +79,32 @@ def test_planted_costs_are_found(
     costs = table.running(400)
     assert costs.step_seconds(TreeShape.plain(), 400) == pytest.approx(1.0 + table.overhead)
     assert costs.knows_plain and costs.verify_seconds(1) == 1.0 and costs.verify_seconds(8) == 11.0
+    assert costs.draft_seconds(4, 5) == pytest.approx(0.1 + 5 * 0.25) and costs.level_seconds == pytest.approx(0.25)
+
+
+def test_levels_that_cost_nothing_are_measured_as_that(
+    target: Any, head: DraftHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, draft = FakeClock(), LevelDrafter.draft
+    hook = plant(target, clock, lambda tokens: 1.0)
+
+    def slow(self: Any, *arguments: Any) -> Any:
+        clock.advance(0.5)
+        return draft(self, *arguments)
+
+    monkeypatch.setattr(LevelDrafter, "draft", slow)
+    table = calibrate(target, head, folder=tmp_path, clock=clock)
+    hook.remove()
+    assert table.draft == dict.fromkeys(WIDTHS, 0.0) and table.draft_start == dict.fromkeys(WIDTHS, 0.5)
+    assert calibrate(target, head, folder=tmp_path) == table
+
+
+def test_a_stored_table_of_an_older_release_is_measured_again(target: Any, tmp_path: Path) -> None:
+    """It did not tell what a draft costs beside its levels."""
+    identity = json.dumps(identity_of(target, None), sort_keys=True)
+    older = tmp_path / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    CostTable({9: {1: 7.0}}, {}, identity_of(target, None)).save(older)
+    assert calibrate(target, folder=tmp_path).verify != {9: {1: 7.0}}
 
 
 def test_the_spread_of_the_repeats_is_kept(target: Any, tmp_path: Path) -> None:

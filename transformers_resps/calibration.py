@@ -23,7 +23,7 @@ from .generation.attach import attach, detach
 from .generation.checks import check_model
 from .generation.mixin import ReSpSGenerationMixin
 from .generation.request import SpeculationDefaults
-from .heads import BoundHead, DraftHead
+from .heads import DraftHead
 from .policies.costs import CostTable, Range
 from .policies.fixed import FixedPolicy
 from .tree import DraftTree, TreeShape
@@ -33,6 +33,7 @@ from .verifying.prepacking import is_prepacked
 from .verifying.verifier import TreeVerifier
 
 
+FORMAT = 2  # of stored tables; it is part of their names, so that those without the start of drafts are not read
 CONTEXTS = (128, 768)
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _MORE_NODES = (48, 64, 96)  # beyond a CPU, where "auto" asks for them
@@ -68,7 +69,7 @@ def calibrate(
     """
     _check_pair(target, head)
     identity = identity_of(target, head)
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder or Path(HF_HOME) / "transformers-resps" / "costs") / f"{name}.json"
     if path.exists() and not refresh:
         table = CostTable.load(path)
@@ -84,7 +85,7 @@ def calibrate(
     with tqdm(total=total, desc="Measuring what steps cost", unit="measurement") as bar:
         watch = _Stopwatch(clock, bar.update)
         verify = {context: _time_verifying(target, context, counts, watch) for context, counts in nodes.items()}
-        draft = {} if head is None else _time_drafting(target, head, watch)
+        start, draft = ({}, {}) if head is None else _time_drafting(target, head, watch)
         plain = {context: _time_plain(target, context, watch) for context in contexts}
         overhead = _time_overhead(target, head, room)
         bar.update()
@@ -97,6 +98,7 @@ def calibrate(
         verify_range={context: _ranges(row) for context, row in verify.items()},
         draft_range=_ranges(draft),
         plain_range=_ranges(plain),
+        draft_start=start,
     )
     table.save(path)
     return table
@@ -220,28 +222,36 @@ def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _
 
 
 @torch.no_grad()
-def _time_drafting(target: PreTrainedModel, head: DraftHead, watch: "_Stopwatch") -> dict[int, _Measured]:
-    """Width -> seconds of one more level: the difference between drafting three levels and one, halved."""
-    bound = BoundHead(head, target)
-    generator = LevelDrafter(bound, 1, None)
+def _time_drafting(
+    target: PreTrainedModel, head: DraftHead, watch: "_Stopwatch"
+) -> tuple[dict[int, float], dict[int, _Measured]]:
+    """Width -> seconds of a draft beside its levels, and of each level, from drafts of one level and of three."""
+    drafter = LevelDrafter(head.bind(target), 1, None)
     features = torch.zeros(1, CONTEXTS[0], head.config.features_width, dtype=head.dtype, device=head.device)
     tokens = torch.zeros(1, CONTEXTS[0], dtype=torch.long, device=head.device)
-    generator.observe(tokens, features)
+    drafter.observe(tokens, features)
     policy = FixedPolicy(TreeShape.plain())
 
     def draft(width: int, depth: int) -> None:
-        generator.draft(TreeShape(width + 1, depth, width), policy).scores[0, -1].item()
+        drafter.observe(tokens[:, :1], features[:, :1])  # a step commits a token at least, which a draft reads first
+        drafter.draft(TreeShape(width + 1, depth, width), policy).scores[0, -1].item()
 
-    def of_one(several: float, one: float) -> float:
-        return (several - one) / 2 if several > one else several / 3  # noise hides what a tiny head takes
+    starts, levels = dict[int, float](), dict[int, _Measured]()
+    for width in WIDTHS:
+        several, one = watch.time(partial(draft, width, 3)), watch.time(partial(draft, width, 1))
+        each = [
+            _of_one(*pair) for pair in zip(several, one, strict=False)
+        ]  # a slow machine may have repeated one less
+        shortest = statistics.median(one)
+        median, found = _of_one(statistics.median(several), shortest), _Measured.of(each)
+        levels[width] = _Measured(median, min(median, found.low), max(median, found.high))
+        starts[width] = max(shortest - median, 0.0)
+    return starts, levels
 
-    def level(width: int) -> _Measured:
-        several, one = watch.time(lambda: draft(width, 3)), watch.time(lambda: draft(width, 1))
-        each = [of_one(*pair) for pair in zip(several, one, strict=False)]  # a slow machine may have repeated one less
-        median, found = of_one(statistics.median(several), statistics.median(one)), _Measured.of(each)
-        return _Measured(median, min(median, found.low), max(median, found.high))
 
-    return {width: level(width) for width in WIDTHS}
+def _of_one(three: float, one: float) -> float:
+    """Seconds of a level, from those of drafts of three and of one; noise may hide what it takes."""
+    return max(three - one, 0.0) / 2
 
 
 def _time_overhead(target: PreTrainedModel, head: DraftHead | None, room: int) -> float:

@@ -27,8 +27,11 @@ BUDGETS = {
     "8/4/2 sampled, penalty": (238, 2.0),
     "8/4/2 of three rows": (207, 3.3),
     "auto": (198, 2.7),
+    "mtp 8/3/2": (244, 2.0),
+    "mtp 8/4/2": (298, 2.0),
     "lookups": (7, 1.2),
 }
+MTP_LEVEL = 25  # kernels beside those of the decoder layer
 
 # Kernels per recurrent layer that reading a tree adds to a plain step, and synchronisations, at most: parents are
 # read, and paths are written. What a layer computes by a kernel of its own counts once.
@@ -44,6 +47,8 @@ def test_steps_stay_within_their_budgets_and_texts_are_those_of_plain_decoding()
     for call, (kernels, waits) in BUDGETS.items():
         counted = found["counts"][call]
         assert counted["kernels"] <= kernels and counted["waits"] <= waits, (call, counted)
+    deep, shallow = (found["counts"][f"mtp 8/{depth}/2"]["kernels"] for depth in (4, 3))
+    assert found["layer"] > 0 and deep - shallow <= found["layer"] + MTP_LEVEL, (deep, shallow, found["layer"])
     for target, counted in found["hybrids"].items():
         plain = counted["plain"]["verify"]
         for tree, (kernels, waits) in RECURRENT.items():

@@ -18,7 +18,8 @@ class Machine:
         verify: nodes -> seconds of the target's forward, or seconds of each further node where a plain step takes 1.
         level_seconds: of the head.
         hit: what is true; the head claims `claimed`, by default the truth.
-        device: of the features.
+        device: of the target.
+        start_seconds: of a draft beside its levels.
     """
 
     def __init__(
@@ -30,10 +31,12 @@ class Machine:
         claimed: float | None = None,
         seed: int = 0,
         device: str = "cpu",
+        start_seconds: float = 0.0,
     ) -> None:
         self.device = device
         self.verify = verify if callable(verify) else lambda nodes: 1.0 + verify * (nodes - 1)
         self.level_seconds, self.hit, self.lookup_hit = level_seconds, hit, lookup_hit
+        self.start_seconds = start_seconds
         self.claimed = hit if claimed is None else claimed
         self.generator = random.Random(seed)
         self.context = 100
@@ -80,7 +83,8 @@ class Machine:
             nodes = max(min(policy.size(scores, torch.arange(1, levels + 1)), shape.total_tokens, levels + 1), 1)
         drafted_match = self._run_length(self.hit, levels)
         accepted = max(min(drafted_match, nodes - 1), self._run_length(self.lookup_hit, shape.lookup))
-        verify, draft = self.verify(nodes + shape.lookup), self.level_seconds * levels
+        verify = self.verify(nodes + shape.lookup)
+        draft = self.start_seconds + self.level_seconds * levels if levels else 0.0
         self.tokens += accepted + 1
         self.seconds += verify + draft
         self.shapes.append(shape)

@@ -84,6 +84,59 @@ def test_a_rescaled_copy_takes_longer_and_leaves_the_original_alone() -> None:
     assert [longer.verify_seconds(nodes) for nodes in (1, 4)] == [2.0, 2.4]
     assert [costs.verify_seconds(nodes) for nodes in (1, 4)] == [1.0, 1.2]
     assert longer.draft_seconds(1, 1) == 0.1 and longer.overhead == 0.05
+    longer.add(1, 1, 2.0, 0.3, 2.3)
+    assert costs.draft_seconds(1, 1) == 0.1 < longer.draft_seconds(1, 1)
+
+
+def drafted(costs: RunningCosts, levels: int, seconds: float) -> None:
+    costs.add(1, levels, 1.0, seconds, 1.0 + seconds)
+
+
+@pytest.mark.parametrize(("start", "level"), [(0.0, 0.05), (0.3, 0.01), (0.02, 0.2), (0.3, 0.0)])
+def test_a_draft_costs_its_start_and_its_levels(start: float, level: float) -> None:
+    costs = RunningCosts()
+    for levels in (1, 3, 2, 1, 3, 2, 3, 1, 2, 3, 1, 2):
+        drafted(costs, levels, start + level * levels)
+    assert costs.level_seconds == pytest.approx(level, abs=0.01)
+    for levels in (1, 2, 3, 8):
+        assert costs.draft_seconds(4, levels) == pytest.approx(start + level * levels, abs=0.05)
+    assert costs.draft_seconds(4, 0) == 0.0
+
+
+def test_drafts_of_one_depth_are_assumed_to_have_no_start_but_a_further_level_is_worth_a_try() -> None:
+    costs = RunningCosts()
+    assert costs.draft_seconds(1, 3) == costs.level_seconds == 0.0
+    for _ in range(9):
+        drafted(costs, 2, 0.4)
+    assert costs.draft_seconds(1, 3) == pytest.approx(0.6)
+    assert costs.level_seconds == pytest.approx(0.1), "between nothing and all"
+
+
+def test_the_price_of_a_level_outlasts_many_drafts_of_one_depth_and_follows_new_ones() -> None:
+    costs = RunningCosts()
+    for step in range(12):
+        drafted(costs, 1 + step % 2, 0.3 + 0.02 * (1 + step % 2))
+    for _ in range(500):
+        drafted(costs, 5, 0.4)
+    assert costs.level_seconds == pytest.approx(0.02, abs=0.005)
+    assert costs.draft_seconds(1, 1) == pytest.approx(0.32, abs=0.02)
+    for step in range(60):
+        drafted(costs, 1 + step % 4, 0.1 * (1 + step % 4))
+    assert costs.level_seconds == pytest.approx(0.1, abs=0.005)
+
+
+def test_a_price_of_drafting_is_never_negative_and_an_interruption_moves_it_by_little() -> None:
+    costs = RunningCosts()
+    for levels, seconds in ((1, 0.2), (2, 0.25), (1, 0.2), (2, 0.25), (4, 1e6)):
+        drafted(costs, levels, seconds)
+    assert costs.draft_seconds(1, 1) < 0.3 and costs.draft_seconds(1, 4) < 0.6
+    for _ in range(40):
+        drafted(costs, 1, 0.5)
+        drafted(costs, 5, 0.1)
+    assert costs.level_seconds == 0.0 < costs.draft_seconds(1, 9)
+    for seconds in (0.0, 1.0, 0.0, 3.0):
+        drafted(costs, 6, seconds)
+        assert min(costs.draft_seconds(1, levels) for levels in (1, 3, 9)) >= 0.0
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from transformers_resps.policies.costs import CostTable
+from transformers_resps.tree import TreeShape
 
 
-def test_a_table_without_ranges_is_still_read(tmp_path: Path) -> None:
+def test_a_table_without_ranges_and_start_is_still_read(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text(json.dumps({"verify": {"9": {"1": 0.5}}, "draft": {}, "identity": {}}))
     table = CostTable.load(path)
-    assert table.verify == {9: {1: 0.5}} and table.verify_range == {} and table.plain_range == {}
+    assert table.verify == {9: {1: 0.5}} and table.verify_range == table.plain_range == table.draft_start == {}
+    assert CostTable(table.verify, {2: 0.1}, {}).draft_seconds(2, 3) == pytest.approx(0.3)
     path.write_text(json.dumps({"verify": {"9": {"1": 0.5}}, "draft": {}, "identity": {}, "plain_range": {"9": [1]}}))
     with pytest.raises(ValueError, match="Delete it and run"):
         CostTable.load(path)
@@ -78,6 +80,27 @@ def test_costs_that_fall_at_the_end_are_not_carried_on_below_the_last_one() -> N
     assert table.draft_seconds(40, 5) == pytest.approx(5 * 0.002)
 
 
+def test_a_draft_costs_its_start_and_its_levels(tmp_path: Path) -> None:
+    table = CostTable({9: {1: 1.0}}, {1: 0.1, 3: 0.0}, {}, draft_range={3: (0.0, 0.1)}, draft_start={1: 0.0, 3: 0.4})
+    assert table.draft_seconds(1, 5) == pytest.approx(0.5)
+    assert table.draft_seconds(3, 1) == table.draft_seconds(3, 5) == pytest.approx(0.4)
+    assert table.draft_seconds(2, 3) == pytest.approx(0.2 + 3 * 0.05)
+    assert table.draft_seconds(3, 0) == 0.0
+    assert table.step_seconds(TreeShape(6, 5, 3), 9) == pytest.approx(1.4)
+    assert table.step_seconds(TreeShape.plain(), 9) == 1.0
+    table.save(tmp_path / "costs.json")
+    assert CostTable.load(tmp_path / "costs.json") == table
+
+
+@pytest.mark.parametrize(
+    ("draft", "start"),
+    [({1: 0.0}, {1: 0.0}), ({1: 0.1}, {1: -0.1}), ({1: 0.1}, {2: 0.1}), ({1: 0.1}, None), ({1: 0.1}, {1: "a"})],
+)
+def test_a_start_of_drafts_that_does_not_belong_to_their_levels_is_refused(draft: Any, start: Any) -> None:
+    with pytest.raises(ValueError, match="costs that are no positive numbers.*Measure again with `calibrate"):
+        CostTable({9: {1: 1.0}}, draft, {}, draft_start=start)
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_costs_that_are_no_times_are_refused(seconds: float) -> None:
     for verify, draft in (({9: {1: seconds}}, {}), ({9: {1: 1.0}}, {1: seconds})):
@@ -94,7 +117,11 @@ def test_costs_that_are_not_monotone_stay_so() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 4, 10])
 def test_running_costs_start_with_levels_of_the_policys_own_width(top_k: int) -> None:
-    table = CostTable({100: {1: 0.04, 8: 0.06}}, {1: 0.002, 4: 0.004, 16: 0.010}, {}, 0.001)
+    table = CostTable(
+        {100: {1: 0.04, 8: 0.06}}, {1: 0.002, 4: 0.004, 16: 0.010}, {}, 0.001, draft_start={1: 0.01, 16: 0.04}
+    )
     costs = table.running(100, top_k)
-    assert costs.draft_seconds(top_k, 3) == pytest.approx(table.draft_seconds(top_k, 3))
+    for levels in (1, 3, 6):
+        assert costs.draft_seconds(top_k, levels) == pytest.approx(table.draft_seconds(top_k, levels))
+    assert costs.level_seconds == pytest.approx(table.draft_seconds(top_k, 2) - table.draft_seconds(top_k, 1))
     assert costs.verify_seconds(5) == pytest.approx(table.verify_seconds(5, 100)) and costs.overhead == 0.001

@@ -40,6 +40,44 @@ def test_slow_levels_make_shallow_trees() -> None:
     assert sum(slow.verified[100:]) < 0.7 * sum(cheap.verified[100:])
 
 
+class Proportional(RunningCosts):
+    """Prices drafts by the nearest depth that was seen, as if all had no start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, float] = {}
+
+    def add(self, nodes: int, levels: int, verify: float, draft: float, step: float, *, rows: int = 1) -> None:
+        super().add(nodes, levels, verify, draft, step, rows=rows)
+        self.seen |= {levels: draft} if levels else {}
+
+    def draft_seconds(self, width: int, levels: int) -> float:
+        nearest = min(self.seen, key=lambda known: abs(known - levels), default=1)
+        return self.seen.get(nearest, 0.0) * levels / nearest
+
+    @property
+    def level_seconds(self) -> float:
+        return self.draft_seconds(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("start", "level", "gain"), [(0.5, 0.01, 1.5), (0.3, 0.02, 1.15), (0.5, 0.0, 1.5), (0.02, 0.3, 0.98)]
+)
+def test_the_start_of_a_draft_does_not_keep_from_further_levels(start: float, level: float, gain: float) -> None:
+    """Proportional prices charge every level with the start; where there is hardly any, both choose as well."""
+    rates = []
+    for costs in (Proportional, RunningCosts):
+        machines = [Machine(0.03, level, hit=0.8, seed=seed, start_seconds=start) for seed in range(4)]
+        rates.append(sum(machine.run(ThroughputPolicy(costs=costs()), 200) for machine in machines))
+    assert rates[1] > gain * rates[0]
+
+
+def test_a_source_of_an_expensive_start_comes_to_deep_drafts_below_a_guard() -> None:
+    machine, policy = Machine(0.03, 0.01, hit=0.85, start_seconds=0.5), BaselineGuard(ThroughputPolicy())
+    speeds = [machine.write(policy, 160) for _ in range(6)]
+    assert min(speeds) > 0.97 and speeds[-1] > 2.0
+
+
 def test_a_sure_lookup_is_preferred_to_a_slow_head() -> None:
     machine = Machine(0.02, level_seconds=0.3, hit=0.5, lookup_hit=0.95)
     machine.run(ThroughputPolicy(), 200)
@@ -57,7 +95,7 @@ def test_it_gains_on_both_sources_alone() -> None:
 @pytest.mark.parametrize("hit", [0.5, 0.6])
 def test_after_copied_text_the_head_is_asked_as_before(hit: float) -> None:
     after = before = 0.0
-    for seed in range(6):
+    for seed in range(24):
         machine, policy = Machine(0.03, 0.06, hit=hit, seed=seed), default_policy()
         before += [machine.write(policy, 128) for _ in range(4)][-1]
         machine.lookup_hit = 0.97

@@ -10,6 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from transformers_resps import DraftHead, attach
+from transformers_resps.assistants.mtp import MtpHead
+from transformers_resps.assistants.mtp_layouts import MtpConfig
 
 
 VOCABULARY = 128
@@ -48,6 +50,16 @@ def pair() -> tuple[LlamaForCausalLM, DraftHead]:
     _plant_target(target)
     _plant_head(head)
     return target, head
+
+
+def mtp(target: LlamaForCausalLM) -> MtpHead:
+    """An MTP layer that knows the text: it shows the target's output head the embedding of the newest token."""
+    module = MtpHead(MtpConfig(), target).eval().requires_grad_(False)
+    layer: Any = module.layers[0]
+    layer.eh_proj.weight.copy_(torch.eye(VOCABULARY, 2 * VOCABULARY))
+    layer.block.self_attn.o_proj.weight.zero_()
+    layer.block.mlp.down_proj.weight.zero_()
+    return module
 
 
 def _plant_target(target: LlamaForCausalLM) -> None:

@@ -21,7 +21,7 @@ from transformers_resps.verifying.verifier import SlotVerifier
 
 from .counting import Count
 from .device import move, on_device
-from .pair import VOCABULARY, cycle, pair
+from .pair import VOCABULARY, cycle, mtp, pair
 
 
 _NEW_TOKENS = 48
@@ -53,6 +53,8 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "8/4/2 of three rows": {"rows": 3, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
     "auto": {"with_head": True, "policy": "auto"},
+    "mtp 8/4/2": {"with_mtp": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
+    "mtp 8/3/2": {"with_mtp": True, "policy": FixedPolicy(TreeShape(8, 3, 2))},
     "lookups": {"policy": FixedPolicy(TreeShape(1, 0, 1, lookup=8))},
 }
 
@@ -158,17 +160,42 @@ def prompt(rows: int = 1) -> torch.Tensor:
     return torch.stack([row.roll(6 * place) for place in range(rows)])
 
 
-def generate(models: tuple[Any, DraftHead], ids: torch.Tensor, **call: Any) -> torch.Tensor:
+def generate(models: tuple[Any, DraftHead | None], ids: torch.Tensor, **call: Any) -> torch.Tensor:
     """A call with the same seed everywhere; `with_head` drafts."""
     options = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "attention_mask": None} | call
     if options.pop("with_head", False):
         options["assistant_model"] = models[1]
+    if options.pop("with_mtp", False):
+        options["assistant_model"] = module = mtp(models[0])
+        move(module)
     if options["attention_mask"] is None:
         options["attention_mask"] = torch.ones_like(ids)
     torch.manual_seed(0)
     with torch.no_grad():
         made: torch.Tensor = models[0].generate(ids, **options)
     return made
+
+
+def count_layer() -> int:
+    """Kernels of the decoder layer of an MTP module, over a level of two nodes."""
+    target, _ = moved_pair()
+    module, counts, found = mtp(target), Count(), list[int]()
+    move(module)
+
+    def begin(*_: Any) -> None:
+        counts.enter_region("layer")
+        counts.kernels["layer"] = 0
+
+    def end(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+        found.append(counts.kernels["layer"] if output.shape[1] == 2 else 0)
+        counts.enter_region("step")
+
+    block: Any = module.layers[0].block
+    block.register_forward_pre_hook(begin)
+    block.register_forward_hook(end)
+    with counts:
+        generate((target, None), on_device(prompt()), assistant_model=module, policy=FixedPolicy(TreeShape(8, 4, 2)))
+    return max(found)
 
 
 def count(name: str) -> StepCount:

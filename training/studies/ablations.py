@@ -84,7 +84,7 @@ VARIANTS = {
 
 def without_drafting(table: CostTable) -> CostTable:
     """The costs that the code of Re-SpS times: drafting is free."""
-    return replace(table, draft={})
+    return replace(table, draft={}, draft_start={})
 
 
 def train(variant: Variant, rollouts: ReplayRollouts, seed: int = 0) -> ReSpSPolicy:

@@ -57,13 +57,13 @@ class Decider:
             ahead = self._values(drafts[level + 1], verify)[0]
             coming = ahead if coming is None else torch.maximum(ahead, coming)
             here = self._values(drafts[level], verify)[0]
-            gain = coming - here - self._level_costs(verify)
+            gain = coming - here - self._level_costs(verify, level)
             inputs = self._inputs(fit, drafts[level], here)
             net = fit_net(inputs.flatten(0, 1), gain.flatten(), level, is_odds=False)
             self._nets.insert(0, net)
             with torch.no_grad():
                 more = net(inputs.flatten(0, 1)).view_as(gain)
-            coming = torch.where(more > 0, coming - self._level_costs(verify), here)
+            coming = torch.where(more > 0, coming - self._level_costs(verify, level), here)
         self._start = self._settle(fit, drafts, verify)
 
     def seconds(self, positions: Positions) -> Tensor:
@@ -118,8 +118,10 @@ class Decider:
         """Lambda in tokens per second: `[t, r]`."""
         return torch.tensor(_RATES) / (verify[:, :1] + self._costs.overhead)
 
-    def _level_costs(self, verify: Tensor) -> Tensor:
-        return self._rates(verify) * self._costs.draft_seconds(TOP_K, 1)
+    def _level_costs(self, verify: Tensor, drafted: int) -> Tensor:
+        """Tokens that one more level costs, `[t, r]`."""
+        less, more = (self._costs.draft_seconds(TOP_K, levels) for levels in (drafted, drafted + 1))
+        return self._rates(verify) * (more - less)
 
     def _values(self, draft: tuple[Tensor, Tensor, Tensor], verify: Tensor) -> tuple[Tensor, Tensor]:
         """Net tokens of verifying the best number of nodes, and that number: both `[t, r]`."""
@@ -152,7 +154,7 @@ class Decider:
                 more = torch.zeros_like(going)
             stops = going & ~more
             taken = verify.gather(1, nodes) + self._costs.overhead
-            taken = taken + (self._costs.draft_seconds(TOP_K, level) if level else 0.0)
+            taken = taken + self._costs.draft_seconds(TOP_K, level)
             emitted = torch.where(stops, draft[1].gather(1, nodes) + 1, emitted)
             seconds = torch.where(stops, taken, seconds)
             going &= more

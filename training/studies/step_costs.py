@@ -21,8 +21,11 @@ def read_tables(files: list[Path]) -> dict[str, CostTable]:
 
 def _table(values: dict[str, Any]) -> CostTable:
     verify = {int(c): {int(n): float(s) for n, s in row.items()} for c, row in values["verify"].items()}
-    draft = {int(width): float(seconds) for width, seconds in values["draft"].items()}
-    return CostTable(verify, draft, {}, float(values["overhead"] or 0.0))
+    draft, start = (
+        {int(width): float(seconds) for width, seconds in values.get(part, {}).items()}
+        for part in ("draft", "draft_start")
+    )
+    return CostTable(verify, draft, {}, float(values["overhead"] or 0.0), draft_start=start)
 
 
 def outcome_table(texts: list[RecordedText], grid: ActionGrid, table: CostTable) -> OutcomeTable:

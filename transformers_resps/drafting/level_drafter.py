@@ -217,7 +217,7 @@ class LevelDrafter(Drafter):
             )
             if depth == 0:
                 self._newest = output[:, last]
-            if model.depths > 1:
+            if model.depths > 1 or model.rereads_target:
                 hidden = hidden if model.rereads_target else model.feedback(output)
                 assert hidden is not None
                 carried.append(hidden[:, last])

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple, Self, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 from torch.nn import Module
@@ -54,7 +54,7 @@ class Keywords:
     """The keywords of `generate` that speculation adds, and its assistant; `None` where nothing is said.
 
     Attributes:
-        assistant_model: a draft head, its folder or Hub id, or an assistant of Transformers' own.
+        assistant_model: a source, its folder or Hub id, an assistant of Transformers' own, or several sources.
         policy: a policy, its folder or Hub id, "auto" or "plain".
         lockstep: whether the rows of a batch advance together.
         compile: whether the target's steps run compiled.
@@ -66,15 +66,32 @@ class Keywords:
     compile: CompileChoice | None = None
 
     @property
-    def source(self) -> DraftSource | None:
-        """What drafts trees, also from inside a PEFT wrapper; `None` for a name and for any other assistant."""
-        inner = unwrapped(self.assistant_model)
-        return inner if isinstance(inner, DraftSource) else None
+    def assistants(self) -> list[Any]:
+        """One, several, or none."""
+        given = self.assistant_model
+        return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+
+    @property
+    def sources(self) -> list[DraftSource]:
+        """What drafts trees, also from inside PEFT wrappers: no names, and no other assistants."""
+        return [inner for inner in map(unwrapped, self.assistants) if isinstance(inner, DraftSource)]
 
     @property
     def has_stock_assistant(self) -> bool:
         """Whether the call drafts in Transformers' own way."""
-        return self.assistant_model is not None and not is_name(self.assistant_model) and self.source is None
+        return len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
+
+    @property
+    def asks_trees(self) -> bool:
+        """Whether models of Transformers are to draft trees, too: with a policy, or beside other assistants."""
+        return self.policy is not None or isinstance(self.assistant_model, list | tuple)
+
+    def loaded(self, load: Callable[[Any], Any]) -> Self:
+        """The same with every assistant as `load` returns it."""
+        given = self.assistant_model
+        if isinstance(given, list | tuple):
+            return replace(self, assistant_model=[load(one) for one in given])
+        return self if given is None else replace(self, assistant_model=load(given))
 
     @property
     def is_plain(self) -> bool:
@@ -92,12 +109,14 @@ class Keywords:
         Raises:
             ValueError: names the keyword and what it takes.
         """
-        given = self.assistant_model
-        if not (given is None or is_name(given) or isinstance(given, Module)):
-            raise ValueError(
-                f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
-                f"{_instead_of_assistant(given)}"
-            )
+        if isinstance(self.assistant_model, list | tuple) and not self.assistants:
+            raise ValueError("`assistant_model` is an empty list. Leave it out to draft by lookup alone.")
+        for given in self.assistants:
+            if not (is_name(given) or isinstance(given, Module | DraftSource)):
+                raise ValueError(
+                    f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
+                    f"{_instead_of_assistant(given)}"
+                )
         if not isinstance(self.lockstep, bool | None):
             raise ValueError(f"`lockstep` must be True, False or None, got {self.lockstep!r}.")
         if self.compile is not None and not isinstance(self.compile, bool) and self.compile != AUTO:
@@ -197,33 +216,27 @@ def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> Dra
     return cast(PreTrainedModel, model)
 
 
-class NamedHeads:
-    """The heads and models that calls named by a folder or a Hub id for one target, each loaded once."""
-
-    def __init__(self) -> None:
-        self._loaded: dict[Hashable, DraftHead | PreTrainedModel] = {}
-
-    def load(self, name: str | os.PathLike[str], target: PreTrainedModel) -> DraftHead | PreTrainedModel:
-        """As `load_assistant`."""
-        key = os.fspath(name), target.device, target.dtype
-        if key not in self._loaded:
-            self._loaded[key] = load_assistant(name, target)
-        return self._loaded[key]
-
-
 class Assistants:
-    """The models that draft trees for one target, as sources, each as long as the model lives."""
+    """What drafts for one target: each name loaded once, and a source for each model, as long as the model lives."""
 
     def __init__(self) -> None:
+        self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}
         self._sources: WeakKeyDictionary[PreTrainedModel, DraftSource] = WeakKeyDictionary()
 
-    def source(self, assistant: Module, target: PreTrainedModel) -> DraftSource:
-        """The same for the same model, also from inside a PEFT wrapper.
+    def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
+        """An assistant that a call named or holds; a model of Transformers stays what it is, or drafts trees.
 
         Raises:
-            ValueError: it is no model of Transformers, or cannot draft for this target.
+            ValueError, OSError: it is not there, or cannot draft for this target.
         """
+        if is_name(assistant):
+            key = os.fspath(assistant), target.device, target.dtype
+            if key not in self._named:
+                self._named[key] = load_assistant(assistant, target)
+            assistant = self._named[key]
         model = unwrapped(assistant)
+        if not as_source or isinstance(model, DraftSource):
+            return assistant
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
                 f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
@@ -275,7 +288,7 @@ class SpeculationState:
     Attributes:
         defaults: what `attach` was given.
         policy_cache: what "auto", and policies that calls named, have learned on this model.
-        named_heads: the heads and models that calls named.
+        assistants: the sources that calls named or made of models.
         assistants: the models that have drafted trees.
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
@@ -285,7 +298,6 @@ class SpeculationState:
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
         self.defaults = defaults or SpeculationDefaults()
         self.policy_cache = PolicyCache()
-        self.named_heads = NamedHeads()
         self.assistants = Assistants()
         self.evaluation_mode = EvaluationMode()
         self.slot_engine = SlotEngine()
@@ -370,16 +382,12 @@ class Request:
                 keywords = replace(keywords, policy=None)
             defaults = state.defaults.in_force()
             keywords = defaults.fill(keywords)
-            if is_name(keywords.assistant_model):
-                loaded = state.named_heads.load(keywords.assistant_model, model)
-                keywords = replace(keywords, assistant_model=loaded)
-            if keywords.has_stock_assistant and keywords.policy is not None:
-                source = state.assistants.source(keywords.assistant_model, model)
-                keywords = replace(keywords, assistant_model=source)
+            keywords = keywords.loaded(partial(state.assistants.load, model, as_source=keywords.asks_trees))
+            sources = keywords.sources
             if defaults.eval_mode:
-                own = [] if keywords.source is None else keywords.source.own_modules
+                own = [module for source in sources for module in source.own_modules]
                 stack.enter_context(state.evaluation_mode.held(model, *own))
-            if keywords.source is None and keywords.policy is None:
+            if not sources and keywords.policy is None:
                 _check_stock(call.keywords)  # what a config or `attach` says waits for a call that speculates
                 yield cls(keywords.assistant_model)
                 return
@@ -389,27 +397,28 @@ class Request:
     def _speculative(
         cls, model: PreTrainedModel, state: SpeculationState, call: Call, keywords: Keywords, stack: ExitStack
     ) -> "Request":
-        source, policy = keywords.source, keywords.policy
-        check_model(model, has_head=source is not None)
+        sources, policy = keywords.sources, keywords.policy
+        check_model(model, has_head=bool(sources))
         check_settings(model, call.config, call.arguments)
         check_inputs(model, call.prompts, call.arguments)
-        for module in [] if source is None else source.own_modules:
-            check_draws(module)
-        parts = () if source is None else (DraftPart(source, source.bind(model)),)
+        for source in sources:
+            for module in source.own_modules:
+                check_draws(module)
+        parts = tuple(DraftPart(source, source.bind(model)) for source in sources)
         if policy is None:
-            policy = FixedPolicy(cast(DraftSource, source).default_shape)
+            policy = FixedPolicy(sources[0].default_shape)
         elif not isinstance(policy, Policy):
             name = os.fspath(policy)
             make = partial(default_policy, model.device) if name == AUTO else partial(AutoPolicy.from_pretrained, name)
-            key = PolicyCache.key(model, call.rows, name, keywords.compile)
-            policy = stack.enter_context(state.policy_cache.borrow(source, key, make))
-        if source is None and policy.needs_head:
+            key = PolicyCache.key(model, call.rows, name, keywords.compile), *map(ref, sources[1:])
+            policy = stack.enter_context(state.policy_cache.borrow(sources[0] if sources else None, key, make))
+        if not sources and policy.needs_head:
             raise ValueError(
                 f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
                 "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
             )
         if policy.has_identity:
-            policy.check_identity(**pair_identity(model, source))
+            policy.check_identity(**pair_identity(model, sources[0] if sources else None))
         if not model.config.is_encoder_decoder:  # whose source is not encoded yet
             state.check_trees(model, partial(TargetForward.of, model))
         return cls(None, policy, parts, keywords.lockstep, keywords.compile)

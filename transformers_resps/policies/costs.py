@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class CostModel(ABC):
 
     @abstractmethod
     def draft_seconds(self, width: int, levels: int) -> float:
-        """Seconds of drafting `levels` levels of `width` nodes."""
+        """Seconds of drafting `levels` levels of `width` nodes; 0 for none."""
 
     def step_seconds(self, shape: TreeShape, context: int) -> float:
         """Seconds of a whole step: drafting, the target's forward over all nodes, and the overhead."""
@@ -46,7 +46,7 @@ class CostTable(CostModel):
 
     Attributes:
         verify: context positions -> nodes -> seconds of a target forward; one node is a plain step.
-        draft: level width -> seconds of one head level; empty without a head.
+        draft: level width -> seconds of each level of a draft; empty without a head.
         identity: device, dtype, threads, versions, target, attention and head that the table is valid for.
         overhead: seconds of a step outside its forwards: acceptance, caches, policy.
         plain: context positions -> seconds of a forward of plain `generate`, with the attention and cache of
@@ -55,9 +55,11 @@ class CostTable(CostModel):
             median, in seconds; may be empty, like the next two.
         draft_range: likewise of `draft`.
         plain_range: likewise of `plain`.
+        draft_start: level width -> seconds of a draft beside its levels; empty in older tables, which count it as 0.
 
     Raises:
-        ValueError: no forward is in the table, a size is below 1, or a cost is no positive number of seconds.
+        ValueError: no forward is in the table, a size is below 1, or a cost is no positive number of seconds. A level,
+            or the start of a draft, may cost nothing, but not both.
     """
 
     verify: dict[int, dict[int, float]]
@@ -68,16 +70,17 @@ class CostTable(CostModel):
     verify_range: dict[int, dict[int, Range]] = field(default_factory=dict)
     draft_range: dict[int, Range] = field(default_factory=dict)
     plain_range: dict[int, Range] = field(default_factory=dict)
+    draft_start: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         is_measured = isinstance(self.verify, dict) and bool(self.verify) and all(map(_is_size, self.verify))
-        rows = [self.draft, self.plain, *(self.verify.values() if is_measured else ())]
+        rows = [_first_levels(self.draft, self.draft_start), self.plain]
+        rows += self.verify.values() if is_measured else ()
         ranges = [self.draft_range, self.plain_range, *self.verify_range.values()]
-        rows += [dict(zip(row, ends, strict=True)) for row in ranges for ends in zip(*row.values(), strict=True)]
-        has_overhead = _is_time(self.overhead) or self.overhead == 0
         if (
             not (is_measured and all(self.verify.values()) and all(map(_is_row, rows)))
-            or not has_overhead
+            or not all(_is_size(size) and all(map(_is_cost, ends)) for row in ranges for size, ends in row.items())
+            or not _is_cost(self.overhead)
             or not isinstance(self.identity, dict)
         ):
             raise ValueError(
@@ -94,7 +97,10 @@ class CostTable(CostModel):
         return _interpolated(self.plain, context) if self.plain else self.verify_seconds(1, context)
 
     def draft_seconds(self, width: int, levels: int) -> float:
-        return levels * _interpolated(self.draft, width) if self.draft else 0.0
+        if not self.draft or levels == 0:
+            return 0.0
+        start = _interpolated(self.draft_start, width) if self.draft_start else 0.0
+        return start + levels * _interpolated(self.draft, width)
 
     def running(self, context: int, top_k: int = 4) -> "RunningCosts":
         """Starting costs for a `ThroughputPolicy`, which corrects them while it decodes.
@@ -105,7 +111,8 @@ class CostTable(CostModel):
         """
         sizes = min(self.verify.values(), key=len)
         verify = {nodes: self.verify_seconds(nodes, context) for nodes in sizes}
-        return RunningCosts.starting_from(verify, self.draft_seconds(top_k, 1), self.overhead)
+        first, second = (self.draft_seconds(top_k, levels) for levels in (1, 2))
+        return RunningCosts.starting_from(verify, second - first, self.overhead, 2 * first - second)
 
     def check_here(self, here: Mapping[str, Any]) -> None:
         """Check that the table was measured where it is used.
@@ -158,6 +165,7 @@ class CostTable(CostModel):
                 verify_range={int(context): _ranges(row) for context, row in read.get("verify_range", {}).items()},
                 draft_range=_ranges(read.get("draft_range", {})),
                 plain_range=_ranges(read.get("plain_range", {})),
+                draft_start=_row(read.get("draft_start", {})),
             )
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(_no_table(path, repr(error)[:200])) from error
@@ -173,6 +181,14 @@ def _row(read: dict[str, Any]) -> dict[int, float]:
 
 def _ranges(read: dict[str, Any]) -> dict[int, Range]:
     return {int(size): (float(low), float(high)) for size, (low, high) in read.items()}
+
+
+def _first_levels(draft: Any, start: Any) -> Any:
+    """Level width -> seconds of a draft of one level; `None` if the parts are no costs of the same widths."""
+    is_priced = all(isinstance(row, dict) and all(map(_is_cost, row.values())) for row in (draft, start))
+    if not is_priced or not start.keys() <= draft.keys():
+        return None
+    return {width: seconds + start.get(width, 0.0) for width, seconds in draft.items()}
 
 
 def _interpolated(row: dict[int, float], at: int) -> float:
@@ -195,7 +211,11 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return _is_cost(value) and value != 0
+
+
+def _is_cost(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 # Weights of a surprise (measured over expected seconds, minus one): for the machine's speed, and for this size alone.
@@ -208,12 +228,18 @@ _OUTDATED_PLAIN = 0.6  # times a plain step: a tree faster than this shows that 
 _GUESSED_SLOPE, _GUESSED_ROW = 0.04, 0.02
 _RUINOUS_SLOPE = 1.2  # in plain steps, per further node: far above every machine that we know
 _ROUNDING = 1e-9  # seconds
+_NEWEST = 0.1  # weight of a new draft in the price of drafting
+_INERTIA = 0.1  # the known price of a level counts as much as drafts whose levels have this variance
+# Times the price of a level while it is unknown, for deeper drafts have to be tried: below a guard 2.8 plain rates in
+# place of 1.2 where the start of a draft costs half a plain step, and as good as 1.0 elsewhere
+_UNTRIED = 0.5
 
 
 class RunningCosts(CostModel):
     """Exponential means of measured seconds, interpolated between the node counts that were seen.
 
-    They hold for the context and the level width of the steps that were measured, so both arguments are ignored.
+    They hold for the context, the level width and the drafter of the steps that were measured, so both arguments are
+    ignored.
 
     A larger tree is never cheaper than a smaller one, but a plain step may cost more than a small tree: without a
     mask, attention takes another code path, which is slower on CPUs for long sequences (SmolLM2 after 768 positions:
@@ -227,25 +253,29 @@ class RunningCosts(CostModel):
     def __init__(self) -> None:
         self.overhead = 0.0
         self._verify: dict[int, float] = {}  # nodes -> seconds of the target's forward
-        self._draft: dict[int, float] = {}  # levels -> seconds of drafting them
+        self._draft = _DraftPrice()
         self._guessed_slope = _GUESSED_SLOPE
         self._curve: Sequence[float] = ()  # see `verify_curve`; emptied when a value changes
 
     @classmethod
-    def starting_from(cls, verify: dict[int, float], level_seconds: float, overhead: float = 0.0) -> "RunningCosts":
-        """Costs that were known before: nodes -> seconds of the target's forward, and seconds of a head level."""
+    def starting_from(
+        cls, verify: dict[int, float], level_seconds: float, overhead: float = 0.0, start_seconds: float = 0.0
+    ) -> "RunningCosts":
+        """Costs that were known before: nodes -> seconds of the target's forward; seconds of each level of a draft, of
+        a step outside its forwards, and of a draft beside its levels.
+        """
         costs = cls()
         for nodes, seconds in verify.items():
             costs.add(nodes, 0, seconds, 0.0, seconds)
-        if level_seconds > 0:
-            costs._draft[1] = level_seconds
+        if start_seconds + level_seconds > 0:
+            costs._draft = _DraftPrice(1.0, start_seconds + level_seconds, level_seconds, 1.0, level_seconds)
         costs.overhead = overhead
         return costs
 
     def copy(self) -> "RunningCosts":
         """The same costs, which from now on learn on their own."""
         copied = RunningCosts()
-        copied._verify, copied._draft = dict(self._verify), dict(self._draft)
+        copied._verify, copied._draft = dict(self._verify), replace(self._draft)
         copied.overhead, copied._guessed_slope = self.overhead, self._guessed_slope
         return copied
 
@@ -272,7 +302,7 @@ class RunningCosts(CostModel):
         self._guessed_slope = _GUESSED_SLOPE + _GUESSED_ROW * (rows - 1)
         self._time(nodes, verify_seconds)
         if levels:
-            self._draft[levels] = _mean(self._draft.get(levels), draft_seconds)
+            self._draft.add(levels, draft_seconds)
         self.overhead = _mean(self.overhead or None, max(rest, 0.0))
 
     def _time(self, nodes: int, seconds: float) -> None:
@@ -309,7 +339,7 @@ class RunningCosts(CostModel):
 
     @property
     def knows_head(self) -> bool:
-        return bool(self._draft)
+        return self._draft.levels > 0
 
     @property
     def largest_tree(self) -> int:
@@ -352,11 +382,44 @@ class RunningCosts(CostModel):
         return measured
 
     def draft_seconds(self, width: int, levels: int) -> float:
-        """Seconds of drafting `levels`; proportional to the nearest depth that was measured, 0 before any was."""
-        if not self._draft or levels == 0:
-            return 0.0
-        nearest = min(self._draft, key=lambda known: abs(known - levels))
-        return self._draft[nearest] * levels / nearest
+        """Seconds of drafting `levels`; 0 before any draft was measured."""
+        return self._draft.at(levels) if levels else 0.0
+
+    @property
+    def level_seconds(self) -> float:
+        """Seconds of one more level of a draft; half the highest possible before drafts of two depths were seen."""
+        return self._draft.slope * (1.0 if self._draft.variance else _UNTRIED)
+
+
+@dataclass(slots=True)
+class _DraftPrice:
+    """Seconds of a draft as `start + slope * levels`, neither below 0: least squares, in which the past fades.
+
+    Drafts of one depth do not tell the slope. It is that of drafts without a start at first, and stays later.
+    """
+
+    levels: float = 0.0  # mean; 0 before a draft
+    seconds: float = 0.0  # mean
+    slope: float = 0.0
+    variance: float = 0.0  # of the levels
+    covariance: float = 0.0  # of levels and seconds
+
+    def at(self, levels: int) -> float:
+        return self.seconds + self.slope * (levels - self.levels)
+
+    def add(self, levels: int, seconds: float) -> None:
+        if not self.levels:
+            self.levels, self.seconds, self.slope = levels, seconds, seconds / levels
+            return
+        known = self.at(levels)
+        deeper = levels - self.levels
+        longer = (min(seconds, INTERRUPTED * known) if known > 0.0 else seconds) - self.seconds
+        self.levels += _NEWEST * deeper
+        self.seconds += _NEWEST * longer
+        self.variance = (1.0 - _NEWEST) * (self.variance + _NEWEST * deeper * deeper)
+        self.covariance = (1.0 - _NEWEST) * (self.covariance + _NEWEST * deeper * longer)
+        slope = (self.covariance + _INERTIA * self.slope) / (self.variance + _INERTIA)
+        self.slope = min(max(slope, 0.0), self.seconds / self.levels)
 
 
 def _mean(old: float | None, new: float) -> float:

@@ -153,7 +153,7 @@ class ThroughputPolicy(SavedPolicy):
         step.node_probs = sorted(step.node_probs + [left * prob for prob in probs], reverse=True)
         with_children = sorted(step.node_probs + [left * prob for prob in children], reverse=True)
         more, gain = self._best_prefix(with_children)[1], self._best_prefix(step.node_probs)[1]
-        return more - gain > step.rate * self.costs.draft_seconds(step.width, 1)
+        return more - gain > step.rate * self.costs.level_seconds
 
     def size(self, scores: Tensor, levels: Tensor) -> int:
         step, level_of = self._step, levels.tolist()

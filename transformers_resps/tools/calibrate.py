@@ -36,9 +36,10 @@ def run(args: argparse.Namespace) -> int:
         rows = [(table.plain_seconds(context), table.plain_range.get(context)) for context in contexts]
         print("  plain" + "".join(f"{_milliseconds(*row):>24}" for row in rows))
     if table.draft:
-        print("\nMilliseconds per level of the head, by width:\n")
+        print("\nMilliseconds per level of the head, by width, and of a draft beside its levels:\n")
         for width, seconds in sorted(table.draft.items()):
-            print(f"{width:7}{_milliseconds(seconds, table.draft_range.get(width)):>24}")
+            start = _milliseconds(table.draft_start.get(width, 0.0), None)
+            print(f"{width:7}{_milliseconds(seconds, table.draft_range.get(width)):>24}{start:>24}")
     print(f"\nMilliseconds per step outside its forwards: {1e3 * table.overhead:.2f}")
     print(f"\n{what_must_be_accepted(table)}")
     return 0

@@ -398,7 +398,7 @@ class PolicyData:
                 calibrate(self.pair.target, self.pair.head).save(file)
         table = CostTable.load(file)
         table.check_here(identity_of(self.pair.target, self.pair.head))
-        return table if self._args.reward_includes_drafting else replace(table, draft={})
+        return table if self._args.reward_includes_drafting else replace(table, draft={}, draft_start={})
 
     @property
     def usual_context(self) -> int:

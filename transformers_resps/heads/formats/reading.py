@@ -120,6 +120,7 @@ def _check_names(config: dict[str, Any], path: Path, name: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint; a `ValueError` where it is none."""
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
