@@ -81,6 +81,11 @@ class Keywords:
         """Whether the call drafts in Transformers' own way."""
         return len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
 
+    @property
+    def asks_trees(self) -> bool:
+        """Whether models of Transformers are to draft trees, too: with a policy, or beside other assistants."""
+        return self.policy is not None or isinstance(self.assistant_model, list | tuple)
+
     def loaded(self, load: Callable[[Any], Any]) -> Self:
         """The same with every assistant as `load` returns it."""
         given = self.assistant_model
@@ -218,8 +223,8 @@ class Assistants:
         self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}
         self._sources: WeakKeyDictionary[PreTrainedModel, DraftSource] = WeakKeyDictionary()
 
-    def load(self, target: PreTrainedModel, policy: Any, assistant: Any) -> Any:
-        """An assistant that a call named or holds, as what drafts trees; without a policy a model stays what it is.
+    def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
+        """An assistant that a call named or holds; a model of Transformers stays what it is, or drafts trees.
 
         Raises:
             ValueError, OSError: it is not there, or cannot draft for this target.
@@ -230,7 +235,7 @@ class Assistants:
                 self._named[key] = load_assistant(assistant, target)
             assistant = self._named[key]
         model = unwrapped(assistant)
-        if policy is None or isinstance(model, DraftSource):
+        if not as_source or isinstance(model, DraftSource):
             return assistant
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
@@ -376,7 +381,7 @@ class Request:
                 keywords = replace(keywords, policy=None)
             defaults = state.defaults.in_force()
             keywords = defaults.fill(keywords)
-            keywords = keywords.loaded(partial(state.assistants.load, model, keywords.policy))
+            keywords = keywords.loaded(partial(state.assistants.load, model, as_source=keywords.asks_trees))
             sources = keywords.sources
             if defaults.eval_mode:
                 own = [module for source in sources for module in source.own_modules]
