@@ -257,6 +257,24 @@ class MtpHead(TrainableSource, nn.Module):
             if self.settings.own_output_head:
                 layer.head.load_state_dict(target.get_output_embeddings().state_dict())
 
+    def read_as(self, target: PreTrainedModel, **settings: Any) -> "MtpHead":
+        """The same weights, shared and not copied, read by other settings: fields of `MtpConfig`."""
+        with torch.device("meta"):
+            head = MtpHead(_configured(self.settings, settings), target)
+        shift = head.is_zero_centred(target) - self.is_zero_centred(target)
+        ours, wanted = self.state_dict(), head.state_dict()
+        tensors = {
+            name: ours[name] + shift if shift and name.endswith("norm.weight") else ours[name] for name in wanted
+        }
+        head.load_state_dict(tensors, assign=True)
+        head.name_or_path, head._stored, head._shift = self.name_or_path, self._stored, self._shift + shift
+        return head.eval()
+
+    def is_zero_centred(self, target: PreTrainedModel) -> bool:
+        """Whether the norms in the file multiply by 1 + weight."""
+        stated = self.settings.zero_centred
+        return _is_zero_centred(target) if stated is None else stated
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the layers alone, in the names of the checkpoint that they came from; `from_pretrained` reads them.
 
@@ -288,7 +306,8 @@ class MtpHead(TrainableSource, nn.Module):
     @property
     def feature_layers(self) -> list[int]:
         """What leaves the target's last layer, before the final norm."""
-        return [self.target["num_hidden_layers"]]
+        chosen = self.settings.feature_layer
+        return [self.target["num_hidden_layers"] if chosen is None else chosen]
 
     @property
     def default_shape(self) -> TreeShape:
@@ -370,13 +389,22 @@ def _sizes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 _SMALLEST_FACTOR = 0.1  # of a norm, that is undone
-_FRESH = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "norm": "norm"}
+# What the parts of a new module are called.
+_FRESH = {
+    "enorm": "pre_fc_norm_embedding",
+    "hnorm": "pre_fc_norm_hidden",
+    "eh_proj": "fc",
+    "norm": "norm",
+    "embed_tokens": "embed_tokens",
+    "block": "layers.0",
+    "head": "layers.0.shared_head.head",
+}
 
 
 def _fresh_name(ours: str) -> str:
-    """The name of a tensor of a new module."""
-    _, depth, part, rest = ours.split(".", 3)
-    return f"mtp.{_FRESH[part]}.{rest}" if part in _FRESH else f"mtp.layers.{depth}.{rest}"
+    """The name of a tensor of a new module with one depth."""
+    part, rest = ours.removeprefix("layers.0.").split(".", 1)
+    return f"mtp.{_FRESH[part]}.{rest}"
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
