@@ -289,7 +289,6 @@ class SpeculationState:
         defaults: what `attach` was given.
         policy_cache: what "auto", and policies that calls named, have learned on this model.
         assistants: the sources that calls named or made of models.
-        assistants: the models that have drafted trees.
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
