@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .assistants import MtpHead
     from .calibration import calibrate
     from .generation.attach import attach, detach
     from .generation.mixin import ReSpSGenerationMixin
@@ -36,6 +37,7 @@ __all__ = [
     "FixedPolicy",
     "Level",
     "LosslessReport",
+    "MtpHead",
     "NotLosslessError",
     "Observation",
     "Policy",
@@ -54,6 +56,7 @@ __all__ = [
     "unprepack",
 ]
 _HOMES = {
+    "assistants": ("MtpHead",),
     "calibration": ("calibrate",),
     "generation.attach": ("attach", "detach"),
     "generation.mixin": ("ReSpSGenerationMixin",),

@@ -86,7 +86,7 @@ class Case:
                     shapes[f"{self.part(depth, part)}.weight"] = (H,)
             shapes[f"{self.part(depth, 'eh_proj')}.weight"] = (H, 2 * H)
             if "head" in self.names:
-                shapes[f"{self.part(depth, 'head')}.weight"] = (V, H)
+                shapes[f"{self.part(depth, 'head')}.weight"] = (self.config.get("vocab_size", V), H)
             if self.does.get("projection_bias"):
                 shapes[f"{self.part(depth, 'eh_proj')}.bias"] = (H,)
         is_plain = not self.does.get("zero_centred")
@@ -164,7 +164,7 @@ class Reference:
     """What a module computes over the pairs of a text, one at a time.
 
     Args:
-        case: gives `does`: zero_centred, fed, fed_back, hidden_first, zeroed_start; latent, or gate, qk_norm, qkv_bias,
+        case: gives `does`: zero_centred, fed, fed_back, hidden_first, zeroed_start; latent, gate, qk_norm, qkv_bias,
             sinks, key_heads, window, value_scale; rotary (share of the width), theta; router, fused, shared.
         raw: the module's tensors.
         target: gives the final norm, the embedding and the output head.
@@ -185,20 +185,33 @@ class Reference:
 
         The first k pairs of depth k mean nothing.
         """
-        does = self.does
-        given = states if does.get("fed") == "before" else self.norm(states, self.final_norm)
-        fed, logits = [], []
+        fed, logits, given = [], [], self.given(states)
         for depth in range(self.case.depths):
-            output = self.layer(depth, given, tokens)
-            normed = output
-            if "norm" in self.case.names:
-                normed = self.norm(output, self.raw[f"{self.case.part(depth, 'norm')}.weight"])
-            back = does.get("fed_back", "after")
-            fed.append({"after": normed, "before": output, "target": given}[back])
-            head = self.raw[f"{self.case.part(depth, 'head')}.weight"] if "head" in self.case.names else self.head
-            logits.append(normed @ head.T)
+            for found, kept in zip(self.step(depth, given, tokens), (fed, logits), strict=True):
+                kept.append(found)
             given = torch.cat([torch.zeros(1, H), fed[-1][:-1]])  # of the token before
         return fed, logits
+
+    def given(self, states: Tensor) -> Tensor:
+        return states if self.does.get("fed") == "before" else self.norm(states, self.final_norm)
+
+    def step(self, depth: int, given: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What is fed back, and the logits."""
+        output = normed = self.layer(depth, given, tokens)
+        if "norm" in self.case.names:
+            normed = self.norm(output, self.raw[f"{self.case.part(depth, 'norm')}.weight"])
+        head = self.raw[f"{self.case.part(depth, 'head')}.weight"] if "head" in self.case.names else self.head
+        fed = {"after": normed, "before": output, "target": given}[self.does.get("fed_back", "after")]
+        return fed, normed @ head.T
+
+    def log_prob(self, states: Tensor, tokens: Tensor, path: list[int]) -> float:
+        """Of a path after the last token, by a module of one depth."""
+        given, found = self.given(states), 0.0
+        for token in path:
+            fed, logits = self.step(0, given, tokens)
+            found += float(logits[-1].log_softmax(-1)[token])
+            given, tokens = torch.cat([given, fed[-1:]]), torch.cat([tokens, torch.tensor([token])])
+        return found
 
     def layer(self, depth: int, given: Tensor, tokens: Tensor) -> Tensor:
         def inner(name: str) -> Tensor:

@@ -166,9 +166,12 @@ def test_lockstep_is_true_false_or_none(given: Any, target: PreTrainedModel, hea
         target.generate(torch.tensor([[3, 4]]), assistant_model=head, lockstep=given)
 
 
-def test_a_policy_with_a_stock_assistant_is_refused(target: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="a policy shapes the trees of a draft head"):
-        target.generate(PROMPT, policy=FixedPolicy(TreeShape(8, 3, 2)), assistant_model=target)
+def test_a_policy_with_what_cannot_draft_is_refused(target: PreTrainedModel) -> None:
+    policy = FixedPolicy(TreeShape(8, 3, 2))
+    with pytest.raises(ValueError, match="is the target itself"):
+        target.generate(PROMPT, policy=policy, assistant_model=target)
+    with pytest.raises(ValueError, match="shapes the trees of a draft head or of a causal model"):
+        target.generate(PROMPT, policy=policy, assistant_model=torch.nn.Linear(2, 2))
 
 
 class LooksLikeAPolicy:

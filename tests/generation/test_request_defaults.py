@@ -164,7 +164,7 @@ def test_the_head_of_a_call_replaces_the_default_head(model: Any, head: DraftHea
 def test_what_cannot_be_a_default_is_refused_by_attach(model: Any, head: DraftHead) -> None:
     with pytest.raises(ValueError, match="There is no config.json in head/folder"):
         attach(model, assistant_model="head/folder")
-    with pytest.raises(ValueError, match="takes a `DraftHead`.*Pass other assistants to `generate`"):
+    with pytest.raises(ValueError, match="takes a `DraftHead`.*pass other assistants to `generate`"):
         attach(model, assistant_model=model)
     with pytest.raises(ValueError, match="`policy` must be"):
         attach(model, policy=FixedPolicy)

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from typing import Any
 from weakref import ref
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..heads.identity import parameter_fingerprint, target_identity
@@ -33,6 +34,10 @@ class LoadedModel(DraftSource):
         if model is None:
             raise ReferenceError("The assistant has been deleted. Keep the model that drafts, and pass it again.")
         return model
+
+    @property
+    def own_modules(self) -> list[nn.Module]:
+        return [self.model]
 
     @property
     def feature_layers(self) -> list[int]:

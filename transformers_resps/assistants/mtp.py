@@ -1,8 +1,8 @@
 """Multi-token prediction (MTP) layers, which many checkpoints bring along and Transformers drops when it loads them.
 
-The entry of a token joins its embedding with the hidden state of the token before, and runs one decoder layer of the
-target's own class over it; the target's output head reads what comes next (DeepSeek-V3, arXiv 2412.19437, section 2.2).
-In reading order: the layer, the module with its loading and saving, and the module as it drafts for one target.
+The entry of a token joins its embedding with the hidden state of the token before, and runs a decoder layer of the
+target's own class over it; the output head then tells the token after (DeepSeek-V3, arXiv 2412.19437, section 2.2). In
+reading order: the layer, the module with its loading and saving, and the module as it drafts for one target.
 """
 
 import copy
@@ -175,8 +175,8 @@ class MtpHead(DraftSource, nn.Module):
 
     def _load(self, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> None:
         config, dtype = self.config, target.dtype
-        left_out = () if config.own_embedding else ("embed_tokens.weight",)
-        left_out += () if config.own_output_head else ("head.weight",)
+        borrowed = {"embed_tokens.weight": not config.own_embedding, "head.weight": not config.own_output_head}
+        left_out = tuple(name for name, is_so in borrowed.items() if is_so)
         depths = tuple(f"layers.{depth}." for depth in range(config.depths))
         names = [name for name in checkpoint.stored if name.startswith(depths) and not name.endswith(left_out)]
         check_exact(self.state_dict(), checkpoint.read(names, dtype, sizes_only=True), checkpoint.name)
@@ -214,12 +214,12 @@ class MtpHead(DraftSource, nn.Module):
     @property
     def device(self) -> torch.device:
         """Of the layers."""
-        return cast(Tensor, self.layers[0].eh_proj.weight).device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the layers."""
-        return cast(Tensor, self.layers[0].eh_proj.weight).dtype
+        return next(self.parameters()).dtype
 
     @property
     def feature_layers(self) -> list[int]:
@@ -228,11 +228,9 @@ class MtpHead(DraftSource, nn.Module):
 
     @property
     def default_shape(self) -> TreeShape:
-        """The tree that is used when `generate` gets no policy."""
         return TreeShape(16, 4 if self.config.depths == 1 else min(4, self.config.depths), 4)
 
     def check_target(self, target: PreTrainedModel) -> None:
-        """See `DraftSource.check_target`."""
         check_is_model(target)
         theirs = target_identity(target)
         sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -249,11 +247,9 @@ class MtpHead(DraftSource, nn.Module):
             )
 
     def fingerprint(self) -> str:
-        """See `DraftSource.fingerprint`."""
         return parameter_fingerprint(self)
 
     def identity(self) -> dict[str, Any]:
-        """See `DraftSource.identity`."""
         ids = self.config.draft_token_ids
         return {
             "name_or_path": self.name_or_path,
@@ -266,7 +262,6 @@ class MtpHead(DraftSource, nn.Module):
         }
 
     def bind(self, target: PreTrainedModel) -> "BoundMtp":
-        """See `DraftSource.bind`."""
         self.check_target(target)
         table = target.get_input_embeddings()
         if table.weight.device != self.device and not hasattr(table, "_hf_hook"):
@@ -274,7 +269,7 @@ class MtpHead(DraftSource, nn.Module):
                 f"The MTP layers are on {self.device}, but the target's embedding is on {table.weight.device}. Call "
                 f"`head.to('{table.weight.device}')`, or load them with `target=model`."
             )
-        return BoundMtp(self, target, cast(nn.ModuleList, self._packed.view(self.layers)), self._rows)
+        return BoundMtp(self, target, self._packed.view(self.layers), self._rows)
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
@@ -285,13 +280,16 @@ def _is_zero_centred(target: PreTrainedModel) -> bool:
 
 def _borrowing(config: MtpConfig, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> MtpConfig:
     """Without an embedding and output heads that are copies of the target's own."""
-    owned = {"own_embedding": ("embed_tokens", target.get_input_embeddings())}
-    owned["own_output_head"] = ("head", target.get_output_embeddings())
-    for flag, (part, theirs) in owned.items():
+
+    def differs(part: str, theirs: Any) -> bool:
         names = [f"layers.{depth}.{part}.weight" for depth in range(config.depths)]
-        if getattr(config, flag) and all(checkpoint.is_copy(name, theirs.weight) for name in names):
-            config = replace(config, **{flag: False})
-    return config
+        return not all(checkpoint.is_copy(name, theirs.weight) for name in names)
+
+    return replace(
+        config,
+        own_embedding=config.own_embedding and differs("embed_tokens", target.get_input_embeddings()),
+        own_output_head=config.own_output_head and differs("head", target.get_output_embeddings()),
+    )
 
 
 class KeptRows:
@@ -323,55 +321,39 @@ class BoundMtp(StepModel):
         rows: keeps what the draft vocabulary takes of the output heads.
     """
 
-    def __init__(self, head: MtpHead, target: PreTrainedModel, layers: nn.ModuleList, rows: KeptRows) -> None:
-        config, decoder, text = head.config, target.get_decoder(), target.config.get_text_config()
-        self._head, self._layers, self._config = head, layers, config
+    def __init__(self, head: MtpHead, target: PreTrainedModel, layers: nn.Module, rows: KeptRows) -> None:
+        config, decoder, text = head.config, cast(Any, target.get_decoder()), target.config.get_text_config()
+        self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
-        # Experts are chosen by values, and rows of an output head are packed when they are asked for.
-        self.is_compilable = config.depths == 1 and not any(config.experts or ()) and config.draft_token_ids is None
         self.device, self.dtype = head.device, head.dtype
         self._final_norm = decoder.norm if config.fed == "after" else nn.Identity()
-        self._tables = [
-            layer.embed_tokens if config.own_embedding else target.get_input_embeddings() for layer in layers
-        ]
-        self._outputs = [layer.head if config.own_output_head else target.get_output_embeddings() for layer in layers]
+        table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
+        self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
+        self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
         self._rotary = getattr(decoder, "rotary_emb", None)
+        self._kinds = _kinds_of_angles(self._rotary, config)
         rope = getattr(text, "rope_parameters", None) or {}
         self.has_fixed_places = rope.get("rope_type") not in ("dynamic", "longrope")
-        self._kinds = self._rotary_kinds()
-        self._windows = [
-            text.sliding_window if config.layer_type(depth) == "sliding_attention" else None
-            for depth in range(config.depths)
-        ]
-        self._ids = (
-            None if config.draft_token_ids is None else torch.tensor(config.draft_token_ids, device=self.device)
-        )
-        self._rows = rows
-        self.proposable_tokens = text.vocab_size if self._ids is None else len(self._ids)
-
-    def _rotary_kinds(self) -> list[str | None]:
-        """The layer types that have angles of their own; one `None` where all have the same, nothing without RoPE."""
-        if self._rotary is None:
-            return []
-        if "layer_type" not in inspect.signature(self._rotary.forward).parameters:
-            return [None]
-        return list(dict.fromkeys(self._config.layer_type(depth) for depth in range(self.depths)))
+        types = [config.layer_type(depth) for depth in range(config.depths)]
+        self._windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
+        # Values choose experts, lengths the window, and rows of an output head are packed when they are asked for
+        is_odd = any(config.experts) or any(self._windows) or config.draft_token_ids is not None
+        self.is_compilable = config.depths == 1 and not is_odd and not self.rereads_target
+        ids = config.draft_token_ids
+        self._ids = None if ids is None else torch.tensor(ids, device=self.device)
+        self.proposable_tokens = text.vocab_size if ids is None else len(ids)
 
     @property
     def modules(self) -> nn.ModuleList:
-        """See `StepModel.modules`."""
         return nn.ModuleList([self._head, self._final_norm, *self._tables, *self._outputs])
 
     def fuse(self, features: Tensor) -> Tensor:
-        """See `StepModel.fuse`."""
         return cast(Tensor, self._final_norm(features)).to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
-        """Cosine and sine for each kind of layer, and the positions themselves `[b or 1, t, 1]`."""
+        """Cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""
         like = torch.empty(1, 1, 1, dtype=self.dtype, device=self.device)
-        angles = [
-            self._rotary(like, positions, **({} if kind is None else {"layer_type": kind})) for kind in self._kinds
-        ]
+        angles = [cast(Any, self._rotary)(like, positions, **kind) for kind in self._kinds.values()]
         return (*(part for pair in angles for part in pair), positions[..., None])
 
     def run(
@@ -383,45 +365,45 @@ class BoundMtp(StepModel):
         entries: Entries,
         wanted: Wanted = slice(None),
     ) -> Tensor:
-        """See `StepModel.run`; outputs are normed unless they are fed back before the norm."""
-        embeddings = cast(Tensor, self._tables[depth](tokens)).to(self.device, self.dtype)
-        positions = places[-1]
+        """Outputs are normed unless they are fed back before the norm."""
+        embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
+        positions, options = places[-1], dict[str, Any]()
         if self._config.zeroed_start and depth == 0 and entries.first_slot == 0:
             embeddings = embeddings.masked_fill(_starts(entries.mask, positions), 0)
-        options: dict[str, Any] = {}
         if self._kinds:
-            at = 2 * self._kinds.index(None if None in self._kinds else self._config.layer_type(depth))
-            options["position_embeddings"] = (places[at], places[at + 1])
-        window = self._windows[depth]
-        mask = entries.mask if window is None else _near(entries, positions, window)
-        if window is not None and mask is None:
-            entries = _Newest(entries, window)
+            at = 2 * list(self._kinds).index(self._config.layer_type(depth))
+            options["position_embeddings"] = places[at : at + 2]
+        window, mask = self._windows[depth], entries.mask
+        if window is not None:
+            mask = _near(entries, positions, window)
+            entries = entries if mask is not None else _Newest(entries, window)
         if self._layers[depth].is_eager:
-            mask = _added(mask, tokens.shape[1], embeddings)
-        assert hidden is not None
-        output = self._layers[depth](
-            embeddings,
-            hidden,
-            attention_mask=mask,
-            position_ids=positions[..., 0],
-            **options,
-            **{CACHE_KEYWORD: entries},
-        )
-        output = _at(output, wanted)
-        return output if self._config.fed_back == "before" else cast(Tensor, self._layers[depth].norm(output))
+            mask = _added(mask, embeddings)
+        options |= {"attention_mask": mask, "position_ids": positions[..., 0], CACHE_KEYWORD: entries}
+        output = _at(self._layers[depth](embeddings, hidden, **options), wanted)
+        return output if self._config.fed_back == "before" else self._normed(output, depth)
+
+    def _normed(self, output: Tensor, depth: int) -> Tensor:
+        return cast(Tensor, self._layers[depth].norm(output))
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
-        if self._config.fed_back == "before":
-            output = cast(Tensor, self._layers[depth].norm(output))
-        head = self._outputs[depth]
-        weight = cast(Tensor, head.weight)
+        """By an output head of the module, or the target's; some rows of it where there is a draft vocabulary."""
+        head: Any = self._outputs[depth]
         project = head if self._ids is None else self._rows.of(head, self._ids, depth)
-        return cast(Tensor, project(output.to(weight.device, weight.dtype))).to(self.device, torch.float32)
+        normed = self._normed(output, depth) if self._config.fed_back == "before" else output
+        return cast(Tensor, project(normed.to(head.weight.device, head.weight.dtype))).to(self.device, torch.float32)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """See `StepModel.target_ids`."""
         return draft_ids if self._ids is None else self._ids[draft_ids]
+
+
+def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]]:
+    """What `rotary` is told of each kind of layer of the module; nothing where the target has no RoPE."""
+    types = [config.layer_type(depth) for depth in range(config.depths)]
+    if rotary is None:
+        return {}
+    is_told = "layer_type" in inspect.signature(rotary.forward).parameters
+    return {kind: {"layer_type": kind} if is_told else {} for kind in dict.fromkeys(types)}
 
 
 def _at(states: Tensor, wanted: Wanted) -> Tensor:
@@ -437,14 +419,17 @@ def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:
 
 
 def _near(entries: Entries, positions: Tensor, window: int) -> Tensor | None:
-    """The entries' mask, without the text's entries that a window has left behind; positions count in slots."""
+    """The mask of `entries`, without those of the text that a window has left; `None` where a lone query has none.
+
+    Positions are slots, `[b or 1, t, 1]`.
+    """
     mask, count = entries.mask, positions.shape[1]
-    if mask is None and count <= (window if count > 1 else 1):
+    if mask is None and count == 1:
         return None
     length = count if mask is None else mask.shape[-1]
     slots = torch.arange(length, device=positions.device) + entries.first_slot
-    near = ((slots < 0) | (slots > positions - window))[:, None]
-    return near & (slots <= positions)[:, None] if mask is None else near & mask
+    near = (slots < 0) | (slots > positions - window)
+    return (near if mask is not None else near & (slots <= positions))[:, None] & (True if mask is None else mask)
 
 
 class _Newest(Entries):
@@ -456,21 +441,18 @@ class _Newest(Entries):
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         found, tree = self._entries.update(keys, values, layer_idx), -self.first_slot
-        gone = tree + found[0].shape[2] - self._window
-        if gone <= tree:
+        gone = found[0].shape[2] - self._window
+        if gone <= 0:
             return found
-        newest = (
-            torch.cat([part[:, :, :tree], part[:, :, gone:]], dim=2) if tree else part[:, :, gone:] for part in found
-        )
-        return next(newest), next(newest)
+        keys, values = (torch.cat([part[:, :, :tree], part[:, :, tree + gone :]], dim=2) for part in found)
+        return keys, values
 
 
-def _added(mask: Tensor | None, count: int, like: Tensor) -> Tensor | None:
-    """A mask for eager attention, which adds it: 0 where attended, else the dtype's minimum."""
+def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """What eager attention adds to the scores: 0 where attended, else the dtype's minimum. `like` is `[b, t, h]`."""
+    count = like.shape[1]
     if mask is None and count == 1:
         return None
     if mask is None:
-        mask = torch.ones(count, count, dtype=torch.bool, device=like.device).tril()[None, None]
-    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(
-        ~mask, torch.finfo(like.dtype).min
-    )
+        mask = torch.ones(1, 1, count, count, dtype=torch.bool, device=like.device).tril()
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, torch.finfo(like.dtype).min)

@@ -7,6 +7,7 @@ that SGLang 0.5.23 loads (`*_mtp.py`, `*_nextn.py`, `ernie4_eagle.py`).
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -125,7 +126,7 @@ _MERGED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("dow
 _SCALE = "_scale_inv"  # FP8: what the blocks of the tensor of that name are multiplied by
 _BLOCK = (128, 128)  # where a config does not say
 _QUANTISED = ("_packed", "_scale", "_scale_2", "zero_point", "qweight", "qzeros", ".scales", ".g_idx", ".absmax")
-_DERIVED = (".inv_freq", ".cos_cached", ".sin_cached", "weight_shape", "input_scale")
+_NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # what belongs to others, or is computed
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -174,7 +175,11 @@ class Stored:
         """Theirs by name, from ours."""
         rows = tensor.chunk(len(self.names), dim=1) if len(self.names) > 1 else (tensor,)
         each = [part.unbind(0) if self._is_apart else (part,) for part in rows]
-        return {name: one for names, ones in zip(self.names, each, strict=True) for name, one in zip(names, ones)}
+        return {
+            name: one
+            for names, ones in zip(self.names, each, strict=True)
+            for name, one in zip(names, ones, strict=True)
+        }
 
 
 def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
@@ -182,12 +187,13 @@ def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)
-        if ours is None or ours.endswith(_DERIVED):
+        if ours is None or ours.endswith(_NOT_OURS):
             continue
         key, place = -1, 0
         if expert := _EXPERT.fullmatch(ours):
             merged, place = _MERGED[expert[3]]
-            ours, key = f"{expert[1]}mlp.experts.{merged}", int(expert[2] or -1)
+            ours = f"{expert[1]}mlp.experts.{merged}"
+            key = int(expert[2] or -1)
         stored.setdefault(ours, Stored()).parts[place][key] = name
     return stored
 
@@ -196,8 +202,8 @@ def _canonical(name: str, layer_count: int) -> str | None:
     """`layers.{depth}.{part}`, our name of a tensor; `None` where it is not of the module."""
     name = _STEM.sub("", name)
     if numbered := _NUMBERED.match(name):
-        depth = int(numbered[1]) - layer_count
-        return None if depth < 0 else f"layers.{depth}.{_part(name[numbered.end() :])}"
+        above = int(numbered[1]) - layer_count
+        return None if above < 0 else f"layers.{above}.{_part(name[numbered.end() :])}"
     for theirs, ours in _ROOTS.items():
         if root := re.match(theirs, name):
             depth, _, part = root.expand(ours).partition(".")
@@ -257,8 +263,8 @@ class MtpCheckpoint:
             return dict(read_json(index)["weight_map"])
         if self._fetch(single) is None:
             raise ValueError(
-                f"There is neither model.safetensors nor its index in {self.name}. Pass the original repository, which "
-                "has safetensors, and check whether you are offline."
+                f"There is neither model.safetensors nor its index in {self.name}. Pass the original repository, "
+                "which has them, and check whether you are offline."
             )
         return dict.fromkeys(self._opened(single, lambda file: list(file.keys())), single)
 
@@ -286,8 +292,8 @@ class MtpCheckpoint:
         if "layers.0.eh_proj.weight" not in self.stored:
             found = f"only {', '.join(sorted(mine)[:3])}" if mine else "none"
             raise ValueError(
-                f"{self.name} holds no MTP weights that we know ({found}). Conversions and fine-tunes often drop them: "
-                "pass the original repository to `MtpHead.from_pretrained(id, target=model)`."
+                f"{self.name} holds no MTP weights that we know ({found}). Conversions often drop them: pass the "
+                "original repository to `MtpHead.from_pretrained(id, target=model)`."
             )
         quantised = [name for name in mine if name.endswith(_QUANTISED)]
         if quantised:
@@ -329,7 +335,7 @@ class MtpCheckpoint:
         if self.is_alone:
             lists = {key: tuple(value) for key, value in self._config["mtp"].items() if isinstance(value, list)}
             return MtpConfig(**self._config["mtp"] | lists)
-        depths, known = self._depths, {}
+        depths, known = self._depths, dict[str, Any]()
         kinds = [str(config.get("model_type")) for config in (self._text, self._config)]
         for sign, fields in _FAMILIES.items():
             if any(kind.startswith(sign) for kind in kinds) or any(sign in name for name in self._files):
@@ -366,7 +372,7 @@ class MtpCheckpoint:
         return found is not None and torch.equal(found.to(theirs.dtype), theirs)
 
     def read(self, ours: Iterable[str], dtype: torch.dtype, *, sizes_only: bool = False) -> dict[str, Tensor]:
-        """Tensors by our names, on the CPU as stored, but FP8 in `dtype`; with `sizes_only` none is read, all are meta.
+        """Tensors by our names, on the CPU as stored, FP8 in `dtype`; with `sizes_only` all are meta, none is read.
 
         Raises:
             ValueError: one is quantised in a way that we do not read, or damaged.
@@ -374,13 +380,17 @@ class MtpCheckpoint:
         wanted = {name: self.stored[name] for name in ours}
         raw = [name for stored in wanted.values() for names in stored.names for name in names]
         raw += [name + _SCALE for name in raw if name + _SCALE in self._files]
-        take, found = _size_of if sizes_only else _tensor_of, {}
+        take, found = _size_of if sizes_only else _tensor_of, dict[str, Tensor]()
+
+        def read_all(names: list[str], file: Any) -> dict[str, Tensor]:
+            return {name: take(file, name) for name in names}
+
         for file_name in dict.fromkeys(self._files[name] for name in raw):
             here = [name for name in raw if self._files[name] == file_name]
-            found |= self._opened(file_name, lambda file, here=here: {name: take(file, name) for name in here})
-        return {name: stored.joined(lambda raw: self._whole(found, raw, dtype)) for name, stored in wanted.items()}
+            found |= self._opened(file_name, partial(read_all, here))
+        return {name: stored.joined(partial(self._whole, found, dtype)) for name, stored in wanted.items()}
 
-    def _whole(self, found: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    def _whole(self, found: dict[str, Tensor], dtype: torch.dtype, name: str) -> Tensor:
         """A tensor, times its scales where it is in FP8."""
         tensor, scales = found.pop(name), found.pop(name + _SCALE, None)
         if tensor.dtype != torch.float8_e4m3fn:
@@ -389,8 +399,8 @@ class MtpCheckpoint:
         needed = [-(-length // size) for length, size in zip(tensor.shape[-2:], sizes, strict=True)]
         if scales is None or list(scales.shape[-2:]) != needed:
             raise ValueError(
-                f"{self.name} stores {name} in FP8, {'without' if scales is None else 'with other'} scales than one for "
-                f"each block of {sizes[0]} x {sizes[1]} (`{name + _SCALE}`). Pass a repository in bfloat16."
+                f"{self.name} stores {name} in FP8 without a scale for each block of {sizes[0]} x {sizes[1]} "
+                f"(`{name + _SCALE}`). Pass a repository in bfloat16."
             )
         for dim, size in zip((-2, -1), sizes, strict=True):
             scales = scales.repeat_interleave(size, dim).narrow(dim, 0, tensor.shape[dim])

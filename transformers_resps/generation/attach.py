@@ -5,7 +5,7 @@ The class is a subclass of the model's own, made in memory: same name, same modu
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -14,11 +14,11 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..compat import unwrapped
-from ..heads import DraftHead
+from ..heads import DraftSource
 from ..policies.base import Policy
 from ..policies.saving import AutoPolicy
 from .mixin import ReSpSGenerationMixin
-from .request import CompileChoice, SpeculationDefaults, SpeculationState, is_name
+from .request import Assistants, CompileChoice, SpeculationDefaults, SpeculationState, is_name, load_assistant
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def attach(
     model: Model,
     *,
-    assistant_model: DraftHead | str | os.PathLike[str] | None = None,
+    assistant_model: DraftSource | PreTrainedModel | str | os.PathLike[str] | Sequence[Any] | None = None,
     policy: Policy | str | os.PathLike[str] | None = None,
     lockstep: bool | None = None,
     compile: CompileChoice | None = None,
@@ -41,7 +41,8 @@ def attach(
 
     Args:
         model: any decoder-only model of Transformers, an encoder-decoder without a head, or a PEFT model around one.
-        assistant_model: a `DraftHead` of this model, or its folder or Hub id.
+        assistant_model: a `DraftHead` of this model or another source, its folder or Hub id, or a list of them; with a
+            policy also a small causal model.
         policy: a `Policy`, its folder or Hub id, or "auto", which needs no head.
         lockstep: as in `generate`; `False` lets the sampled rows of a batch advance each on its own.
         compile: as in `generate`; `True` or "auto" lets the target's steps run compiled.
@@ -56,16 +57,15 @@ def attach(
     _check_generate(inner)
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
-    if is_name(assistant_model):
-        head = DraftHead.from_pretrained(cast(str, assistant_model), target=cast(PreTrainedModel, inner))
-        defaults = replace(defaults, assistant_model=head)
-    if defaults.has_stock_assistant:
+    target = cast(PreTrainedModel, inner)
+    defaults = defaults.loaded(lambda one: load_assistant(one, target) if is_name(one) else one)
+    if defaults.has_stock_assistant and policy is None:
         raise ValueError(
-            f"`attach` takes a `DraftHead` as `assistant_model`, got a {type(assistant_model).__name__}. Pass other "
-            "assistants to `generate`."
+            "`attach` takes a `DraftHead` as `assistant_model`, or a model with a policy, got a "
+            f"{type(assistant_model).__name__}. Pass a policy, too, or pass other assistants to `generate`."
         )
-    if defaults.source is not None:
-        defaults.source.check_target(cast(PreTrainedModel, inner))
+    for source in defaults.loaded(functools.partial(Assistants().load, target, as_source=defaults.asks_trees)).sources:
+        source.check_target(target)
     _add_mixin(inner)
     if defaults != SpeculationDefaults():
         cast(ReSpSGenerationMixin, inner).speculation_state.defaults = defaults

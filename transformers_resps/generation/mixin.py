@@ -5,7 +5,7 @@ and so does every call without a head and a policy.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, cast
@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..heads import DraftSource
 from ..policies.base import Policy
 from .request import CONFIG_KEYWORDS, Call, CompileChoice, Keywords, Request, SpeculationState
 from .speculation import speculate
@@ -54,7 +55,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
         synced_gpus: bool | None = None,
-        assistant_model: PreTrainedModel | str | os.PathLike[str] | None = None,
+        assistant_model: DraftSource | PreTrainedModel | str | os.PathLike[str] | Sequence[Any] | None = None,
         streamer: Any = None,
         negative_prompt_ids: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
@@ -70,8 +71,9 @@ class ReSpSGenerationMixin(GenerationMixin):
         All parameters of the stock method hold. `None` takes what `generation_config` says (`policy` and `lockstep`
         only), then what `attach` was given. A folder or a Hub id is loaded once and kept as long as the model lives.
 
-        - `assistant_model`: a `DraftHead`, or its folder or Hub id, drafts trees; any other assistant is Transformers'
-          own assisted decoding.
+        - `assistant_model`: a `DraftHead` or another source, or its folder or Hub id, drafts trees; so does, with a
+          policy, a small causal model, or an assistant of Gemma 4. The sources of a list draft one tree together.
+          Without a policy any other assistant is Transformers' own assisted decoding.
         - `policy`: shapes the trees; an object, or the folder or Hub id of a saved one. `None` uses the head's default
           tree. "auto" weighs every node against its cost, drafts by lookup alone where there is no head, and keeps
           what it learned as long as model and head live. "plain" is stock decoding, whatever `attach` was given.

@@ -13,15 +13,18 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple, Self, cast
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..compat import unwrapped
+from ..assistants import CausalDrafter, GemmaAssistant
+from ..compat import load_model, unwrapped
 from ..drafting.engine import DraftEngines
 from ..drafting.mixed_drafter import DraftPart
 from ..heads import DraftHead, DraftSource, pair_identity
+from ..heads.formats.reading import WholeModelError
 from ..policies.auto import PolicyCache, default_policy
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
@@ -51,7 +54,7 @@ class Keywords:
     """The keywords of `generate` that speculation adds, and its assistant; `None` where nothing is said.
 
     Attributes:
-        assistant_model: a draft head, its folder or Hub id, or an assistant of Transformers' own.
+        assistant_model: a source, its folder or Hub id, an assistant of Transformers' own, or several sources.
         policy: a policy, its folder or Hub id, "auto" or "plain".
         lockstep: whether the rows of a batch advance together.
         compile: whether the target's steps run compiled.
@@ -63,15 +66,32 @@ class Keywords:
     compile: CompileChoice | None = None
 
     @property
-    def source(self) -> DraftSource | None:
-        """What drafts trees, also from inside a PEFT wrapper; `None` for a name and for any other assistant."""
-        inner = unwrapped(self.assistant_model)
-        return inner if isinstance(inner, DraftSource) else None
+    def assistants(self) -> list[Any]:
+        """One, several, or none."""
+        given = self.assistant_model
+        return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+
+    @property
+    def sources(self) -> list[DraftSource]:
+        """What drafts trees, also from inside PEFT wrappers: no names, and no other assistants."""
+        return [inner for inner in map(unwrapped, self.assistants) if isinstance(inner, DraftSource)]
 
     @property
     def has_stock_assistant(self) -> bool:
         """Whether the call drafts in Transformers' own way."""
-        return self.assistant_model is not None and not is_name(self.assistant_model) and self.source is None
+        return len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
+
+    @property
+    def asks_trees(self) -> bool:
+        """Whether models of Transformers are to draft trees, too: with a policy, or beside other assistants."""
+        return self.policy is not None or isinstance(self.assistant_model, list | tuple)
+
+    def loaded(self, load: Callable[[Any], Any]) -> Self:
+        """The same with every assistant as `load` returns it."""
+        given = self.assistant_model
+        if isinstance(given, list | tuple):
+            return replace(self, assistant_model=[load(one) for one in given])
+        return self if given is None else replace(self, assistant_model=load(given))
 
     @property
     def is_plain(self) -> bool:
@@ -89,12 +109,14 @@ class Keywords:
         Raises:
             ValueError: names the keyword and what it takes.
         """
-        given = self.assistant_model
-        if not (given is None or is_name(given) or isinstance(given, Module)):
-            raise ValueError(
-                f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
-                f"{_instead_of_assistant(given)}"
-            )
+        if isinstance(self.assistant_model, list | tuple) and not self.assistants:
+            raise ValueError("`assistant_model` is an empty list. Leave it out to draft by lookup alone.")
+        for given in self.assistants:
+            if not (is_name(given) or isinstance(given, Module | DraftSource)):
+                raise ValueError(
+                    f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
+                    f"{_instead_of_assistant(given)}"
+                )
         if not isinstance(self.lockstep, bool | None):
             raise ValueError(f"`lockstep` must be True, False or None, got {self.lockstep!r}.")
         if self.compile is not None and not isinstance(self.compile, bool) and self.compile != AUTO:
@@ -181,22 +203,50 @@ class SpeculationDefaults(Keywords):
         return call if call.has_stock_assistant else call.or_else(self)
 
 
-class NamedHeads:
-    """The heads of one target that calls named by a folder or a Hub id, each loaded once."""
+def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftHead | PreTrainedModel:
+    """The draft head or the whole model in a folder or a repository, on the target's device and in its dtype.
+
+    Raises:
+        ValueError, OSError: as `DraftHead.from_pretrained`.
+    """
+    try:
+        return DraftHead.from_pretrained(name, target=target)
+    except WholeModelError:
+        model = load_model(os.fspath(name), dtype=target.dtype).to(target.device)
+    return cast(PreTrainedModel, model)
+
+
+class Assistants:
+    """What drafts for one target: each name loaded once, and a source for each model, as long as the model lives."""
 
     def __init__(self) -> None:
-        self._heads: dict[Hashable, DraftHead] = {}
+        self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}
+        self._sources: WeakKeyDictionary[PreTrainedModel, DraftSource] = WeakKeyDictionary()
 
-    def load(self, name: str | os.PathLike[str], target: PreTrainedModel) -> DraftHead:
-        """The head, on the target's device and in its dtype.
+    def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
+        """An assistant that a call named or holds; a model of Transformers stays what it is, or drafts trees.
 
         Raises:
-            ValueError, OSError: as `DraftHead.from_pretrained`.
+            ValueError, OSError: it is not there, or cannot draft for this target.
         """
-        key = os.fspath(name), target.device, target.dtype
-        if key not in self._heads:
-            self._heads[key] = DraftHead.from_pretrained(name, target=target)
-        return self._heads[key]
+        if is_name(assistant):
+            key = os.fspath(assistant), target.device, target.dtype
+            if key not in self._named:
+                self._named[key] = load_assistant(assistant, target)
+            assistant = self._named[key]
+        model = unwrapped(assistant)
+        if not as_source or isinstance(model, DraftSource):
+            return assistant
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"Got a policy with assistant_model={type(model).__name__}, but a policy shapes the trees of a draft "
+                "head or of a causal model. Pass `assistant_model=DraftHead.from_pretrained(...)`, a model of "
+                "`AutoModelForCausalLM`, or leave out `policy`."
+            )
+        if model not in self._sources:
+            kind = GemmaAssistant if GemmaAssistant.is_one(model) else CausalDrafter
+            self._sources[model] = kind(model, target)
+        return self._sources[model]
 
 
 class EvaluationMode:
@@ -238,7 +288,7 @@ class SpeculationState:
     Attributes:
         defaults: what `attach` was given.
         policy_cache: what "auto", and policies that calls named, have learned on this model.
-        named_heads: the heads that calls named.
+        assistants: the sources that calls named or made of models.
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
@@ -247,7 +297,7 @@ class SpeculationState:
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
         self.defaults = defaults or SpeculationDefaults()
         self.policy_cache = PolicyCache()
-        self.named_heads = NamedHeads()
+        self.assistants = Assistants()
         self.evaluation_mode = EvaluationMode()
         self.slot_engine = SlotEngine()
         self.draft_engines = DraftEngines()
@@ -331,12 +381,12 @@ class Request:
                 keywords = replace(keywords, policy=None)
             defaults = state.defaults.in_force()
             keywords = defaults.fill(keywords)
-            if is_name(keywords.assistant_model):
-                head = state.named_heads.load(keywords.assistant_model, model)
-                keywords = replace(keywords, assistant_model=head)
+            keywords = keywords.loaded(partial(state.assistants.load, model, as_source=keywords.asks_trees))
+            sources = keywords.sources
             if defaults.eval_mode:
-                stack.enter_context(state.evaluation_mode.held(model, *_modules(keywords.source)))
-            if keywords.source is None and keywords.policy is None:
+                own = [module for source in sources for module in source.own_modules]
+                stack.enter_context(state.evaluation_mode.held(model, *own))
+            if not sources and keywords.policy is None:
                 _check_stock(call.keywords)  # what a config or `attach` says waits for a call that speculates
                 yield cls(keywords.assistant_model)
                 return
@@ -346,41 +396,31 @@ class Request:
     def _speculative(
         cls, model: PreTrainedModel, state: SpeculationState, call: Call, keywords: Keywords, stack: ExitStack
     ) -> "Request":
-        source, policy = keywords.source, keywords.policy
-        if keywords.has_stock_assistant:
-            raise ValueError(
-                f"Got policy={policy!r} with assistant_model={type(keywords.assistant_model).__name__}, but a policy "
-                "shapes the trees of a draft head. Pass `assistant_model=DraftHead.from_pretrained(...)`, or leave "
-                "out `policy`."
-            )
-        check_model(model, has_head=source is not None)
+        sources, policy = keywords.sources, keywords.policy
+        check_model(model, has_head=bool(sources))
         check_settings(model, call.config, call.arguments)
         check_inputs(model, call.prompts, call.arguments)
-        parts = () if source is None else (DraftPart(source, source.bind(model)),)
-        for module in _modules(source):
-            check_draws(module)
+        for source in sources:
+            for module in source.own_modules:
+                check_draws(module)
+        parts = tuple(DraftPart(source, source.bind(model)) for source in sources)
         if policy is None:
-            policy = FixedPolicy(cast(DraftSource, source).default_shape)
+            policy = FixedPolicy(sources[0].default_shape)
         elif not isinstance(policy, Policy):
             name = os.fspath(policy)
             make = partial(default_policy, model.device) if name == AUTO else partial(AutoPolicy.from_pretrained, name)
-            key = PolicyCache.key(model, call.rows, name, keywords.compile)
-            policy = stack.enter_context(state.policy_cache.borrow(source, key, make))
-        if source is None and policy.needs_head:
+            key = PolicyCache.key(model, call.rows, name, keywords.compile), *map(ref, sources[1:])
+            policy = stack.enter_context(state.policy_cache.borrow(sources[0] if sources else None, key, make))
+        if not sources and policy.needs_head:
             raise ValueError(
                 f"policy={policy!r} shapes the trees of a draft head, and the call has none. Pass "
                 "`assistant_model=DraftHead.from_pretrained(...)`, or `policy='auto'` to draft by lookup alone."
             )
         if policy.has_identity:
-            policy.check_identity(**pair_identity(model, source))
+            policy.check_identity(**pair_identity(model, sources[0] if sources else None))
         if not model.config.is_encoder_decoder:  # whose source is not encoded yet
             state.check_trees(model, partial(TargetForward.of, model))
         return cls(None, policy, parts, keywords.lockstep, keywords.compile)
-
-
-def _modules(source: DraftSource | None) -> list[Module]:
-    """The layers of a source that are its own."""
-    return [source] if isinstance(source, Module) else []
 
 
 def _saved(config: GenerationConfig | None, name: str) -> Any:

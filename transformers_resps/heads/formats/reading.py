@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -78,7 +78,9 @@ def _read_files(name: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[st
         )
     for single in _WEIGHTS:
         if (whole := fetch(single)) is not None:
-            return read_json(path), _read_tensors(whole)
+            config = read_json(path)
+            _check_names(config, whole, name)
+            return config, _read_tensors(whole)
         if (index := fetch(f"{single}.index.json")) is not None:
             config = read_json(path)
             check_is_head(config, canonical_names(read_json(index)["weight_map"], name), name)  # before the shards
@@ -105,7 +107,20 @@ def fetch_from(name: str, hub: dict[str, Any]) -> Fetch:
     return local if folder.is_dir() else RepositoryFiles(name, **hub).fetch
 
 
+def _check_names(config: dict[str, Any], path: Path, name: str) -> None:
+    """Refuse a whole model before its weights are read, where the file lists them."""
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = dict.fromkeys(file.keys())
+    except SafetensorError:  # told when it is read
+        return
+    check_is_head(config, canonical_names(names, name), name)
+
+
 def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint; a `ValueError` where it is none."""
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -365,14 +380,18 @@ class _PublishedHead:
 _WHOLE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # ends of the names of models' classes
 
 
+class WholeModelError(ValueError):
+    """A checkpoint of a whole model, where a head is needed."""
+
+
 def check_is_head(config: dict[str, Any], names: Container[str], source: str) -> None:
-    """Raise a `ValueError` for a whole model, by its config and our `names` of its tensors."""
+    """Raise a `WholeModelError` for a whole model, by its config and our `names` of its tensors."""
     kinds = [kind for kind in config.get("architectures") or () if kind.endswith(_WHOLE)]
     if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
-        raise ValueError(
+        raise WholeModelError(
             f"{source} is a whole model ({kinds[0]}), but a draft head is needed. Pass a head that was trained for "
-            "your model; to draft with this one as Transformers does, load it with `AutoModelForCausalLM`, and pass "
-            "the model as `assistant_model`."
+            "your model; to draft with this one load it with `AutoModelForCausalLM`, and pass the model as "
+            "`assistant_model`, with `policy='auto'` for trees."
         )
 
 
