@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
-from ..heads.formats.reading import HUB
+from ..heads.formats.reading import HUB, fetch_from, read_json
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
 from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
@@ -115,6 +115,12 @@ class MtpHead(DraftSource, nn.Module):
         """The name of a tensor after the target's own layers."""
         _, depth, rest = name.split(".", 2)
         return f"model.layers.{self._target['num_hidden_layers'] + int(depth)}.{rest}"
+
+    @staticmethod
+    def is_saved_in(id_or_folder: str | os.PathLike[str]) -> bool:
+        """Whether a folder or a Hub repository holds what `save_pretrained` wrote; raises as `from_pretrained`."""
+        path = fetch_from(os.fspath(id_or_folder), {})("config.json")
+        return path is not None and read_json(path).get("model_type") == MODEL_TYPE
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **keywords: Any) -> "MtpHead":
@@ -325,8 +331,6 @@ class BoundMtp(StepModel):
         config, decoder, text = head.config, cast(Any, target.get_decoder()), target.config.get_text_config()
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
-        # Experts are chosen by values, and rows of an output head are packed when they are asked for.
-        self.is_compilable = config.depths == 1 and not any(config.experts or ()) and config.draft_token_ids is None
         self.device, self.dtype = head.device, head.dtype
         self._final_norm = decoder.norm if config.fed == "after" else nn.Identity()
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
@@ -338,6 +342,9 @@ class BoundMtp(StepModel):
         self.has_fixed_places = rope.get("rope_type") not in ("dynamic", "longrope")
         types = [config.layer_type(depth) for depth in range(config.depths)]
         self._windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
+        # Values choose experts, lengths the window, and rows of an output head are packed when they are asked for
+        is_odd = any(config.experts) or any(self._windows) or config.draft_token_ids is not None
+        self.is_compilable = config.depths == 1 and not is_odd and not self.rereads_target
         ids = config.draft_token_ids
         self._ids = None if ids is None else torch.tensor(ids, device=self.device)
         self.proposable_tokens = text.vocab_size if ids is None else len(ids)
