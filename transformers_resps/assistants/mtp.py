@@ -287,8 +287,8 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """What leaves the target's last layer, before the final norm."""
-        return [self.target["num_hidden_layers"]]
+        """What leaves the target's final norm or, before it, the last layer; see `FeatureTap`."""
+        return [self.target["num_hidden_layers"] + (self.settings.fed == "after")]
 
     @property
     def default_shape(self) -> TreeShape:
@@ -442,7 +442,6 @@ class BoundMtp(TrainableModel):
         self._forward = forward
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
         self.device, self.dtype = head.device, head.dtype
-        self._final_norm = decoder.norm if config.fed == "after" else nn.Identity()
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
         self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
@@ -461,10 +460,10 @@ class BoundMtp(TrainableModel):
 
     @property
     def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([self._head, self._final_norm, *self._tables, *self._outputs])
+        return nn.ModuleList([self._head, *self._tables, *self._outputs])
 
     def fuse(self, features: Tensor) -> Tensor:
-        return cast(Tensor, self._final_norm(features)).to(self.device, self.dtype)
+        return features.to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
         """Cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""
