@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from tests.assistants.mtp_cases import CASES
 from tests.lossless.hybrids import SAMPLED, answer, check_counts, compare, padded, tokens
 from tests.recurrent_targets import NEEDS_STATES, VOCABULARY
 from transformers_resps import FixedPolicy, MtpHead, TreeShape, attach, detach
+from transformers_resps.compilation import compiled
 
 
 HYBRID = ["Qwen3.5", "Qwen3-Next"]
@@ -97,3 +99,21 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_a_call_gives_the_text_of_plain_generate(name: str, target: PreTrainedModel, head: MtpHead) -> None:
     inputs, options = CALLS[name]
     check_counts(compare(target, head, inputs, **options), in_a_row=1)
+
+
+@torch.no_grad()
+def test_compiled_steps_serve_layers_that_are_fed_after_the_final_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled by nothing, but with all that compiled steps do without: hooks above all."""
+    target = attached("GLM-4.6", tmp_path)
+    monkeypatch.setattr(compiled.torch, "compile", lambda function, **options: function)
+    head = MtpHead.from_target(target)
+    plain = answer(target, tokens(9))
+    found = answer(target, tokens(9), assistant_model=head, policy=FixedPolicy(TreeShape(8, 3, 2)), compile=True)
+    assert found.sequences.tolist() == plain.sequences.tolist()
+    engine = target.speculation_state.slot_engine
+    assert engine.is_compiled and engine.obstacle is None
+    before = MtpHead.from_target(target, fed="before")
+    answer(target, tokens(9), assistant_model=before, policy=FixedPolicy(TreeShape(8, 3, 2)), compile=True)
+    assert "before the final norm" in str(engine.obstacle) or "after the final norm" in str(engine.obstacle)

@@ -425,7 +425,9 @@ class Request:
         elif not isinstance(policy, Policy):
             name = os.fspath(policy)
             make = partial(default_policy, model.device) if name == AUTO else partial(AutoPolicy.from_pretrained, name)
-            key = PolicyCache.key(model, call.rows, name, keywords.compile), *map(ref, sources[1:])
+            key = PolicyCache.key(model, call.rows, name, keywords.compile)
+            if len(sources) > 1:
+                key = key, *map(ref, sources[1:])
             policy = stack.enter_context(state.policy_cache.borrow(sources[0] if sources else None, key, make))
         if not sources and policy.needs_head:
             raise ValueError(
