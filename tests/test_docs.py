@@ -11,11 +11,13 @@ from shutil import copytree
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
 from transformers_resps.tools import cli
 
+from .assistants.mtp_cases import CASES
 from .hub import rehearse
 from .image_processors import image_processor, image_target, parts, picture
 from .targets import Architecture
@@ -72,6 +74,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for row in rows
     ]
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    save_with_mtp(tmp_path / "with-mtp")
+    tokenizer.save_pretrained(tmp_path / "with-mtp")
     image_target().save_pretrained(tmp_path / "seeing")
     image_processor().save_pretrained(tmp_path / "seeing")
     picture().save(tmp_path / "photo.jpg")
@@ -83,9 +87,19 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def save_with_mtp(folder: Path) -> None:
+    """A tiny Qwen3.5 as it is published: Transformers drops its MTP layer on load."""
+    case = next(case for case in CASES if case.name == "Qwen3.5")
+    case.build().save_pretrained(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    save_file(load_file(weights) | case.raw(), weights, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | case.stated))
+
+
 def tiny(text: str) -> str:
     """The names of the docs, as they are called on the desk."""
-    text = re.sub(r"HuggingFaceTB/SmolLM2-135M-Instruct|Qwen/Qwen3-8B|\bTARGET\b", "target", text)
+    text = re.sub(r"HuggingFaceTB/SmolLM2-(135M|1.7B)-Instruct|Qwen/Qwen3-8B|\bTARGET\b", "target", text)
+    text = text.replace("Qwen/Qwen3.5-4B", "with-mtp")
     text = re.sub(r"\bFOLDER\b", "artefact", text)
     text = text.replace("google/gemma-3-4b-it", "seeing")
     text = re.sub(r"max_steps=\d+", "max_steps=4", text)

@@ -169,7 +169,7 @@ def test_norms_are_read_as_the_caller_says(tmp_path: Path) -> None:
 def test_a_checkpoint_serves_a_target_that_came_from_elsewhere(tmp_path: Path) -> None:
     target, _ = published(tmp_path)
     target.config.name_or_path = ""
-    assert MtpHead.from_pretrained(tmp_path, target).feature_layers == [LAYERS]
+    assert MtpHead.from_pretrained(tmp_path, target).feature_layers == [LAYERS + 1]
     with pytest.raises(ValueError, match="does not know where it was loaded from"):
         MtpHead.from_target(target)
 

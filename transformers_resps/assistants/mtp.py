@@ -229,8 +229,8 @@ class MtpHead(DraftSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """What leaves the target's last layer, before the final norm."""
-        return [self._target["num_hidden_layers"]]
+        """What leaves the target's last layer, or its final norm."""
+        return [self._target["num_hidden_layers"] + (self.config.fed == "after")]
 
     @property
     def default_shape(self) -> TreeShape:
@@ -332,7 +332,6 @@ class BoundMtp(StepModel):
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
         self.device, self.dtype = head.device, head.dtype
-        self._final_norm = decoder.norm if config.fed == "after" else nn.Identity()
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
         self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
@@ -351,10 +350,10 @@ class BoundMtp(StepModel):
 
     @property
     def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([self._head, self._final_norm, *self._tables, *self._outputs])
+        return nn.ModuleList([self._head, *self._tables, *self._outputs])
 
     def fuse(self, features: Tensor) -> Tensor:
-        return cast(Tensor, self._final_norm(features)).to(self.device, self.dtype)
+        return features.to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
         """Cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""
@@ -373,7 +372,8 @@ class BoundMtp(StepModel):
     ) -> Tensor:
         """Outputs are normed unless they are fed back before the norm."""
         embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
-        positions, options = places[-1], dict[str, Any]()
+        positions = places[-1]
+        options: dict[str, Any] = {}
         if self._config.zeroed_start and depth == 0 and entries.first_slot == 0:
             embeddings = embeddings.masked_fill(_starts(entries.mask, positions), 0)
         if self._kinds:

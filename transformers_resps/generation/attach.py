@@ -58,13 +58,13 @@ def attach(
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
     target = cast(PreTrainedModel, inner)
-    defaults = defaults.loaded(lambda one: load_assistant(one, target, policy) if is_name(one) else one)
+    defaults = defaults.loaded(lambda one: load_assistant(one, target) if is_name(one) else one)
     if defaults.has_stock_assistant and policy is None:
         raise ValueError(
             "`attach` takes a `DraftHead` as `assistant_model`, or a model with a policy, got a "
             f"{type(assistant_model).__name__}. Pass a policy, too, or pass other assistants to `generate`."
         )
-    for source in defaults.loaded(functools.partial(Assistants().load, target, policy)).sources:
+    for source in defaults.loaded(functools.partial(Assistants().load, target, as_source=defaults.asks_trees)).sources:
         source.check_target(target)
     _add_mixin(inner)
     if defaults != SpeculationDefaults():

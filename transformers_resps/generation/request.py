@@ -83,6 +83,11 @@ class Keywords:
         """Whether the call drafts in Transformers' own way."""
         return len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
 
+    @property
+    def asks_trees(self) -> bool:
+        """Whether models of Transformers are to draft trees, too: with a policy, or beside other assistants."""
+        return self.policy is not None or isinstance(self.assistant_model, list | tuple)
+
     def loaded(self, load: Callable[[Any], Any]) -> Self:
         """The same with every assistant as `load` returns it."""
         given = self.assistant_model
@@ -200,11 +205,9 @@ class SpeculationDefaults(Keywords):
         return call if call.has_stock_assistant else call.or_else(self)
 
 
-def load_assistant(
-    name: str | os.PathLike[str], target: PreTrainedModel, policy: Any = None
-) -> DraftSource | PreTrainedModel:
-    """What a folder or a Hub id holds, on the target's device and in its dtype: a draft head, MTP layers or, for trees
-    of a `policy`, a whole model. "mtp" means the layers that came with the target.
+def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftSource | PreTrainedModel:
+    """The draft head, the MTP layers or the whole model in a folder or a repository, on the target's device and in its
+    dtype. "mtp" means the layers that came with the target.
 
     Raises:
         ValueError, OSError: as `DraftHead.from_pretrained`.
@@ -216,10 +219,8 @@ def load_assistant(
     try:
         return DraftHead.from_pretrained(name, target=target)
     except WholeModelError:
-        if policy is None:
-            raise
-    model: PreTrainedModel = load_model(os.fspath(name), dtype=target.dtype)
-    return cast(Any, model).to(target.device)  # type: ignore[no-any-return]
+        model = load_model(os.fspath(name), dtype=target.dtype).to(target.device)
+    return cast(PreTrainedModel, model)
 
 
 class Assistants:
@@ -229,8 +230,8 @@ class Assistants:
         self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}
         self._sources: WeakKeyDictionary[PreTrainedModel, DraftSource] = WeakKeyDictionary()
 
-    def load(self, target: PreTrainedModel, policy: Any, assistant: Any) -> Any:
-        """An assistant that a call named or holds, as what drafts trees; without a policy a model stays what it is.
+    def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
+        """An assistant that a call named or holds; a model of Transformers stays what it is, or drafts trees.
 
         Raises:
             ValueError, OSError: it is not there, or cannot draft for this target.
@@ -238,10 +239,10 @@ class Assistants:
         if is_name(assistant):
             key = os.fspath(assistant), target.device, target.dtype
             if key not in self._named:
-                self._named[key] = load_assistant(assistant, target, policy)
+                self._named[key] = load_assistant(assistant, target)
             assistant = self._named[key]
         model = unwrapped(assistant)
-        if policy is None or isinstance(model, DraftSource):
+        if not as_source or isinstance(model, DraftSource):
             return assistant
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
@@ -295,7 +296,6 @@ class SpeculationState:
         defaults: what `attach` was given.
         policy_cache: what "auto", and policies that calls named, have learned on this model.
         assistants: the sources that calls named or made of models.
-        assistants: the models that have drafted trees.
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
@@ -391,7 +391,7 @@ class Request:
             if keywords.policy is not None and not keywords.assistants and call.arguments.get(USE_MTP):
                 keywords = replace(keywords, assistant_model=MTP)
                 call = call._replace(arguments={key: value for key, value in call.arguments.items() if key != USE_MTP})
-            keywords = keywords.loaded(partial(state.assistants.load, model, keywords.policy))
+            keywords = keywords.loaded(partial(state.assistants.load, model, as_source=keywords.asks_trees))
             sources = keywords.sources
             if defaults.eval_mode:
                 own = [module for source in sources for module in source.own_modules]

@@ -1,6 +1,7 @@
 """The comparison with vLLM, with our own reading of the exports in its place, and a module that stands for vLLM."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,17 @@ def test_each_variant_is_compared_in_both_layouts_as_its_files_say(
     assert [config.attention_bias for config in configs] == [False, True, False, False]
     assert [config.feedback_post_norm for config in configs] == [False, False, True, False]
     assert [config.feature_layers for config in configs] == 3 * [[1, 2, 4]] + [[1, 2, 4, 5]]
+
+
+def test_the_kept_measurement_is_what_the_pages_say() -> None:
+    root = Path(vllm_exports.__file__).parents[2]
+    found = json.loads((root / "training" / "studies" / "measurements" / "smollm2-vllm.json").read_text())
+    assert len(found["rows"]) == 8 and all(
+        one["prompts"] == one["same texts as plain"] == one["same numbers of drafts"] == 10 for one in found["rows"]
+    )
+    page = (root / "docs" / "train-a-head.md").read_text()
+    said = re.search(r"vLLM (\S+) on a CPU.*exactly our steps: (\d+)", page, re.DOTALL)
+    assert said and [*said.groups()] == [found["vllm"], str(found["rows"][0]["drafts in vLLM"])]
 
 
 def test_an_engine_that_fails_ends_the_study(command: list[str]) -> None:
