@@ -169,7 +169,7 @@ def test_norms_are_read_as_the_caller_says(tmp_path: Path) -> None:
 def test_a_checkpoint_serves_a_target_that_came_from_elsewhere(tmp_path: Path) -> None:
     target, _ = published(tmp_path)
     target.config.name_or_path = ""
-    assert MtpHead.from_pretrained(tmp_path, target).feature_layers == [LAYERS]
+    assert MtpHead.from_pretrained(tmp_path, target).feature_layers == [LAYERS + 1]
     with pytest.raises(ValueError, match="does not know where it was loaded from"):
         MtpHead.from_target(target)
 
@@ -249,7 +249,7 @@ def test_one_file_without_an_index_will_do(tmp_path: Path) -> None:
     target, raw = published(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     save_file({name: tensor.contiguous() for name, tensor in raw.items()}, tmp_path / "model.safetensors")
-    assert MtpHead.from_target(target).config.depths == 1
+    assert MtpHead.from_target(target).settings.depths == 1
 
 
 def test_unknown_keywords_and_another_target_are_refused(tmp_path: Path) -> None:

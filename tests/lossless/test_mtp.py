@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from tests.assistants.mtp_cases import CASES
 from tests.lossless.hybrids import SAMPLED, answer, check_counts, compare, padded, tokens
 from tests.recurrent_targets import NEEDS_STATES, VOCABULARY
-from transformers_resps import MtpHead, attach, detach
+from transformers_resps import FixedPolicy, MtpHead, TreeShape, attach, detach
+from transformers_resps.compilation import compiled
 
 
 HYBRID = ["Qwen3.5", "Qwen3-Next"]
@@ -56,6 +58,17 @@ def test_the_layers_that_came_with_a_model_are_named_by_a_word_and_loaded_once(
 
 
 @NEEDS_STATES
+def test_a_config_that_asks_for_the_layers_gets_trees_of_a_policy(
+    hybrid: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = answer(hybrid, padded(3))
+    monkeypatch.setattr(hybrid.generation_config, "use_mtp", True)
+    found = answer(hybrid, padded(3), policy=FixedPolicy(TreeShape(8, 3, 2)))
+    assert found.sequences.tolist() == plain.sequences.tolist()
+    assert sum(step.drafted for step in found.speculation.steps)
+
+
+@NEEDS_STATES
 def test_saved_layers_are_known_by_their_folder(hybrid: PreTrainedModel, tmp_path: Path) -> None:
     MtpHead.from_target(hybrid).save_pretrained(tmp_path)
     check_counts(compare(hybrid, tmp_path, tokens(9)), in_a_row=1)
@@ -86,3 +99,21 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_a_call_gives_the_text_of_plain_generate(name: str, target: PreTrainedModel, head: MtpHead) -> None:
     inputs, options = CALLS[name]
     check_counts(compare(target, head, inputs, **options), in_a_row=1)
+
+
+@torch.no_grad()
+def test_compiled_steps_serve_layers_that_are_fed_after_the_final_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled by nothing, but with all that compiled steps do without: hooks above all."""
+    target = attached("GLM-4.6", tmp_path)
+    monkeypatch.setattr(compiled.torch, "compile", lambda function, **options: function)
+    head = MtpHead.from_target(target)
+    plain = answer(target, tokens(9))
+    found = answer(target, tokens(9), assistant_model=head, policy=FixedPolicy(TreeShape(8, 3, 2)), compile=True)
+    assert found.sequences.tolist() == plain.sequences.tolist()
+    engine = target.speculation_state.slot_engine
+    assert engine.is_compiled and engine.obstacle is None
+    before = MtpHead.from_target(target, fed="before")
+    answer(target, tokens(9), assistant_model=before, policy=FixedPolicy(TreeShape(8, 3, 2)), compile=True)
+    assert "before the final norm" in str(engine.obstacle) or "after the final norm" in str(engine.obstacle)

@@ -305,9 +305,9 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """What leaves the target's last layer, before the final norm."""
-        chosen = self.settings.feature_layer
-        return [self.target["num_hidden_layers"] if chosen is None else chosen]
+        """What leaves the target's final norm or, before it, the last layer; see `FeatureTap`."""
+        last = self.target["num_hidden_layers"] + (self.settings.fed == "after")
+        return [last if self.settings.feature_layer is None else self.settings.feature_layer]
 
     @property
     def default_shape(self) -> TreeShape:
@@ -470,10 +470,11 @@ class BoundMtp(TrainableModel):
         self._forward = forward
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
         self.device, self.dtype = head.device, head.dtype
-        self._final_norm = decoder.norm if config.fed == "after" else nn.Identity()
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
         self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
+        is_normed = config.feature_layer is not None and config.fed == "after"
+        self._final_norm = decoder.norm if is_normed else nn.Identity()
         self._rotary = getattr(decoder, "rotary_emb", None)
         self._kinds = _kinds_of_angles(self._rotary, config)
         rope = getattr(text, "rope_parameters", None) or {}
@@ -489,7 +490,7 @@ class BoundMtp(TrainableModel):
 
     @property
     def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([self._head, self._final_norm, *self._tables, *self._outputs])
+        return nn.ModuleList([self._head, *self._tables, *self._outputs])
 
     def fuse(self, features: Tensor) -> Tensor:
         return cast(Tensor, self._final_norm(features)).to(self.device, self.dtype)
