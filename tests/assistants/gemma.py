@@ -23,12 +23,12 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "sliding_window": WINDOW,
 }
-_KINDS = ["sliding_attention", "full_attention"]
+KINDS = ["sliding_attention", "full_attention"]
 
 
 def gemma_target(**overrides: Any) -> PreTrainedModel:
     """Six layers, of which the last two use the keys of the two before them."""
-    sizes = _SIZES | {"hidden_size": 32, "num_hidden_layers": 6, "layer_types": _KINDS * 3, "initializer_range": 0.4}
+    sizes = _SIZES | {"hidden_size": 32, "num_hidden_layers": 6, "layer_types": KINDS * 3, "initializer_range": 0.4}
     shared = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY}
     config = AutoConfig.for_model("gemma4_text", **(sizes | shared | overrides))
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def gemma_target(**overrides: Any) -> PreTrainedModel:
 
 def gemma_assistant(backbone_hidden_size: int = 32, *, centroids: bool = False, **overrides: Any) -> PreTrainedModel:
     """Two layers over the target's keys. With `centroids` it proposes the tokens of 2 of 8."""
-    sizes = _SIZES | {"hidden_size": 16, "num_hidden_layers": 2, "layer_types": _KINDS, "initializer_range": 0.4}
+    sizes = _SIZES | {"hidden_size": 16, "num_hidden_layers": 2, "layer_types": KINDS, "initializer_range": 0.4}
     none = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     config = Gemma4AssistantConfig(
         text_config=Gemma4TextConfig(**(sizes | none | overrides)),
@@ -48,6 +48,7 @@ def gemma_assistant(backbone_hidden_size: int = 32, *, centroids: bool = False, 
     )
     torch.manual_seed(1)
     model = Gemma4AssistantForCausalLM(config).eval()
+    model.generation_config.num_assistant_tokens = 4
     if centroids:
         model.masked_embedding.token_ordering.copy_(torch.randperm(VOCABULARY))
     return model

@@ -185,20 +185,33 @@ class Reference:
 
         The first k pairs of depth k mean nothing.
         """
-        does = self.does
-        given = states if does.get("fed") == "before" else self.norm(states, self.final_norm)
-        fed, logits = [], []
+        fed, logits, given = [], [], self.given(states)
         for depth in range(self.case.depths):
-            output = self.layer(depth, given, tokens)
-            normed = output
-            if "norm" in self.case.names:
-                normed = self.norm(output, self.raw[f"{self.case.part(depth, 'norm')}.weight"])
-            back = does.get("fed_back", "after")
-            fed.append({"after": normed, "before": output, "target": given}[back])
-            head = self.raw[f"{self.case.part(depth, 'head')}.weight"] if "head" in self.case.names else self.head
-            logits.append(normed @ head.T)
+            for found, kept in zip(self.step(depth, given, tokens), (fed, logits), strict=True):
+                kept.append(found)
             given = torch.cat([torch.zeros(1, H), fed[-1][:-1]])  # of the token before
         return fed, logits
+
+    def given(self, states: Tensor) -> Tensor:
+        return states if self.does.get("fed") == "before" else self.norm(states, self.final_norm)
+
+    def step(self, depth: int, given: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What is fed back, and the logits."""
+        output = normed = self.layer(depth, given, tokens)
+        if "norm" in self.case.names:
+            normed = self.norm(output, self.raw[f"{self.case.part(depth, 'norm')}.weight"])
+        head = self.raw[f"{self.case.part(depth, 'head')}.weight"] if "head" in self.case.names else self.head
+        fed = {"after": normed, "before": output, "target": given}[self.does.get("fed_back", "after")]
+        return fed, normed @ head.T
+
+    def log_prob(self, states: Tensor, tokens: Tensor, path: list[int]) -> float:
+        """Of a path after the last token, by a module of one depth."""
+        given, found = self.given(states), 0.0
+        for token in path:
+            fed, logits = self.step(0, given, tokens)
+            found += float(logits[-1].log_softmax(-1)[token])
+            given, tokens = torch.cat([given, fed[-1:]]), torch.cat([tokens, torch.tensor([token])])
+        return found
 
     def layer(self, depth: int, given: Tensor, tokens: Tensor) -> Tensor:
         def inner(name: str) -> Tensor:

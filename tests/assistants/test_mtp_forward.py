@@ -1,5 +1,6 @@
 """Every published layout computes what loops over its raw tensors compute."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from transformers_resps import FixedPolicy, TreeShape
 from transformers_resps.assistants import MtpHead
+from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.heads.source import Entries, StepModel
 
 from .mtp_cases import CASES, Case, H, Reference, V
@@ -56,15 +59,19 @@ def outputs_of(
     return fed, logits
 
 
+def pairs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(1, LENGTH, H, generator=generator)
+    return states, torch.randint(0, V, (1, LENGTH), generator=generator)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_a_module_computes_what_its_family_does(case: Case, tmp_path: Path) -> None:
     target, raw = case.build(), case.raw()
     case.write(tmp_path, target, raw)
     model = MtpHead.from_target(target).bind(target)
-    generator = torch.Generator().manual_seed(1)
-    states = torch.randn(1, LENGTH, H, generator=generator)
-    tokens = torch.randint(0, V, (1, LENGTH), generator=generator)
+    states, tokens = pairs()
     expected = Reference(case, raw, target).outputs(states[0], tokens[0])
     for passes in ([LENGTH], [1] * LENGTH, [4, 3, 1, 1]):
         found = outputs_of(model, states, tokens, passes)
@@ -72,3 +79,29 @@ def test_a_module_computes_what_its_family_does(case: Case, tmp_path: Path) -> N
             assert len(ours) == case.depths
             for depth in range(case.depths):
                 torch.testing.assert_close(ours[depth][depth:], theirs[depth][depth:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fed_back", ["after", "before", "target"])
+@pytest.mark.parametrize("name", ["Qwen3.5", "DeepSeek-V3", "Mellum"])
+@torch.no_grad()
+def test_a_tree_is_drafted_as_each_path_alone(name: str, fed_back: str, tmp_path: Path) -> None:
+    """One layer drafts all levels; the window of Mellum's is shorter than the text."""
+    case = next(case for case in CASES if case.name == name)
+    target, raw = case.build(), case.raw()
+    case.write(tmp_path, target, raw)
+    case = replace(case, does=case.does | {"fed_back": fed_back})
+    model = MtpHead.from_target(target, fed_back=fed_back).bind(target)
+    states, tokens = pairs()
+    for shape in (TreeShape(20, 3, 3), TreeShape(4, 3, 1)):
+        drafter = LevelDrafter(model, 1, None)
+        drafter.observe(tokens[:, :5], states[:, :5])
+        drafter.draft(shape, FixedPolicy(shape))
+        drafter.observe(tokens[:, 5:], states[:, 5:])
+        pool = drafter.draft(shape, FixedPolicy(shape))
+        for node in range(pool.tokens.shape[1]):
+            path, at = list[int](), node
+            while at >= 0:
+                path.insert(0, int(pool.tokens[0, at]))
+                at = int(pool.parents[0, at])
+            expected = Reference(case, raw, target).log_prob(states[0], tokens[0], path)
+            assert float(pool.scores[0, node]) == pytest.approx(expected, abs=1e-3)

@@ -1,21 +1,23 @@
 """Measure the engine alone: how much of tau becomes speed, eager and compiled, at a tau that is planted.
 
 Question: what part of the mean acceptance length (tau) becomes speed, against plain decoding eager and compiled? What
-part where three of four layers are recurrent, which read a tree path by path?
+part where three of four layers are recurrent, which read a tree path by path, and what with an MTP layer?
 Answer: on two cores, compiled Llamas of 0.1B and 1B keep 0.41 to 0.90 of tau, `auto` 0.69 to 0.87; each level reads a
 head that is a sixth, or a ninth, of the target. On hybrids of 0.15B on a CPU, with PyTorch's own scans and tau 2.3, a
 chain is about as fast as plain decoding and a tree slower, and `auto` decodes plainly.
 
     python -m training.studies.engine_speed --shape 0.1b 1b --tau 2 3 4 --dtype bfloat16
+    python -m training.studies.engine_speed --shape 0.1b --drafter mtp --tau 2 2.5 3 --draft-vocabulary 8192
     python -m training.studies.engine_speed --shape 0.1b-gdn 0.1b-mamba2 --tau 2.5 --trees 6,3,2 --dtype float32
     python -m training.studies.engine_speed --shape tiny --tau 2 --eager --accept-noise --max-new-tokens 32
 
-Method: targets of random weights (`random_target`) and a rigged head for each tau (`rigged_head`), which drafts as a
-trained head of EAGLE-3's sizes does, and is right as often as tau needs. Greedy, one prompt at a time, every way in
-turn, total tokens over total seconds. Chains draft `2 tau - 1` tokens; trees are as deep, yield what their first chain
-yields, and show what width costs. Prompt lookup never finds a match in these texts: its row shows what looking costs.
-`auto` meets the same heads, and is not held to a tau. A first pass, which compiles, is thrown away. Where layers are
-recurrent, Transformers has no prompt lookup, and we compile nothing.
+Method: targets of random weights (`random_target`) and, rigged to each tau (`rigged_head`), a head that drafts as a
+trained one of EAGLE-3's sizes does, or with `--drafter mtp` a layer as checkpoints bring along: either is right as
+often as tau needs. Greedy, one prompt at a time, every way in turn, total tokens over total seconds. Chains draft
+`2 tau - 1` tokens; trees are as deep, yield what their first chain yields, and show what width costs. Prompt lookup
+never finds a match in these texts: its row shows what looking costs. `auto` meets the same heads, and is not held to
+a tau. A first pass, which compiles, is thrown away. Where layers are recurrent, Transformers has no prompt lookup, and
+we compile nothing.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from transformers_resps import DraftHead, TreeShape, attach
+from transformers_resps.assistants import MtpHead
 from transformers_resps.tools.arguments import device, positive, shape
 from transformers_resps.tools.loading import default_device
 from transformers_resps.tools.methods import (
@@ -50,10 +53,11 @@ from transformers_resps.verifying.prepacking import prepack
 
 from .experiment import Experiment, execute
 from .random_target import SHAPES, following, random_target
-from .rigged_head import hit_rate_for, rigged_head
+from .rigged_head import hit_rate_for, rigged_head, rigged_mtp
 
 
 DRAFT_VOCABULARY = 32_000  # as EAGLE-3 publishes its heads
+DRAFTERS = {"head": rigged_head, "mtp": rigged_mtp}
 
 
 class Way(NamedTuple):
@@ -75,7 +79,11 @@ def tree_of(tau: float, device: str) -> TreeShape:
 
 
 def ways_of(
-    heads: dict[float, DraftHead], shapes: dict[float, Sequence[TreeShape]], *, compiles: bool, looks_up: bool = True
+    heads: dict[float, DraftHead | MtpHead],
+    shapes: dict[float, Sequence[TreeShape]],
+    *,
+    compiles: bool,
+    looks_up: bool = True,
 ) -> list[Way]:
     """Every way, in the order of the table.
 
@@ -116,12 +124,16 @@ class EngineRun:
     same: bool
 
 
-def rig(target: Any, texts: Sequence[Tensor], tau: float) -> DraftHead:
-    """Make a head whose chain of `tau` yields as much on `texts`."""
-    hit_rate = hit_rate_for(tau, chain_of(tau).depth)
-    size = min(DRAFT_VOCABULARY, target.config.vocab_size)
-    after = following(target.config.vocab_size)
-    return rigged_head(target, after, hit_rate, tokens=torch.cat(list(texts)), draft_vocab_size=size).head
+def rig(
+    target: Any, texts: Sequence[Tensor], tau: float, drafter: str, draft_vocabulary: int | None
+) -> DraftHead | MtpHead:
+    """Make one of `DRAFTERS` whose chain of `tau` yields as much on `texts`."""
+    hit_rate, vocab_size = hit_rate_for(tau, chain_of(tau).depth), target.config.vocab_size
+    if draft_vocabulary is None and drafter == "head":
+        draft_vocabulary = DRAFT_VOCABULARY
+    size = None if draft_vocabulary is None else min(draft_vocabulary, vocab_size)
+    tokens = torch.cat(list(texts))
+    return DRAFTERS[drafter](target, following(vocab_size), hit_rate, tokens=tokens, draft_vocab_size=size).head
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +168,7 @@ class EngineBench:
             prompt = Prompt(f"random/{number}", ids)
             texts.append(torch.cat([ids, bench.decode(prompt, plain()).token_ids]))
         reason = "Left out by --eager." if args.eager else bench.compile_refusal(prompt)
-        heads = {tau: rig(target, texts, tau) for tau in args.tau}
+        heads = {tau: rig(target, texts, tau, args.drafter, args.draft_vocabulary) for tau in args.tau}
         shapes = {tau: [chain_of(tau), *(args.trees or [tree_of(tau, args.device)])] for tau in args.tau}
         ways = ways_of(heads, shapes, compiles=reason is None, looks_up=not is_recurrent(target))
         return cls(model, bench, ways, texts, args.prompt_tokens, reason)
@@ -226,6 +238,12 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--shape", nargs="+", choices=SHAPES, default=["0.1b"], help="sizes of the targets; default: 0.1b")
     add("--tau", nargs="+", type=float, default=[2.0, 3.0, 4.0], help="that heads are rigged to; default: 2 3 4")
+    add("--drafter", choices=DRAFTERS, default="head", help="what is rigged; default: head")
+    add(
+        "--draft-vocabulary",
+        type=positive,
+        help=f"tokens that it can propose; default: {DRAFT_VOCABULARY} of a head, and all of an MTP layer",
+    )
     add("--trees", nargs="+", type=shape, help="besides chains: total_tokens,depth,top_k; default: as deep and wide")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--device", type=device, default=default_device(), help="default: cuda if available, otherwise cpu")

@@ -1,10 +1,10 @@
-"""Part of the study `engine_speed`: a head that is right at a chosen rate, for targets without a trained head.
+"""Part of the study `engine_speed`: a head, or an MTP layer, that is right at a chosen rate, for targets without one.
 
 It lets an engine be measured at a known mean acceptance length.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from transformers_resps import DraftHead
+from transformers_resps.assistants.mtp import MtpHead, MtpLayer
+from transformers_resps.assistants.mtp_layouts import MtpConfig
 from transformers_resps.heads import Attend, Rope
 from transformers_resps.heads.model import DraftLayer, Wanted
 
@@ -58,6 +60,14 @@ class RiggedLayer(DraftLayer):
         return embeddings.gather(1, places).add(output, alpha=ECHO)
 
 
+class RiggedMtpLayer(MtpLayer):
+    """Likewise of an MTP module."""
+
+    def forward(self, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
+        """As `MtpLayer.forward`; the embeddings are the planted outputs."""
+        return embeddings.add(super().forward(embeddings, hidden, **block), alpha=ECHO)
+
+
 class Rigged(NamedTuple):
     """A head, and what was planted in it.
 
@@ -66,7 +76,7 @@ class Rigged(NamedTuple):
         hits: `[v]` bool: whether its first choice after each token is right.
     """
 
-    head: DraftHead
+    head: DraftHead | MtpHead
     hits: Tensor
 
 
@@ -98,28 +108,70 @@ def rigged_head(
         draft_vocab_size: tokens that it can propose, those after `tokens` among them; `None` for all.
         seed: of weights and errors, from a generator of its own.
     """
-    vocab_size = len(following)
-    asked = torch.arange(vocab_size) if tokens is None else tokens.cpu().unique()
-    known, size = following[asked].unique(), draft_vocab_size or vocab_size
-    others = torch.arange(vocab_size)
-    others = others[~torch.isin(others, known)][: max(size - len(known), 0)]
+    known = _known(following, tokens, draft_vocab_size)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        draft_token_ids = torch.cat([known, others]).sort().values
-        head: Any = DraftHead.from_target(target, draft_token_ids=draft_token_ids, owns_embedding=True)
+        head: Any = DraftHead.from_target(target, draft_token_ids=known.ids, owns_embedding=True)
         layer = RiggedLayer(head.config, len(head.layers) - 1).to(head.device, head.dtype)
         layer.load_state_dict(head.layers[-1].state_dict())
         head.layers[-1] = layer
-        head.lm_head.weight.normal_(std=_row_scale(len(draft_token_ids), head.config.hidden_size))
+        head.lm_head.weight.normal_(std=_row_scale(len(known.ids), head.config.hidden_size))
     head.norm.weight.fill_(1.0)
-    random = torch.Generator().manual_seed(seed)
-    hits = torch.rand(vocab_size, generator=random) < hit_rate
-    right = torch.searchsorted(draft_token_ids, following[asked])
-    rows = head.lm_head.weight.float().cpu()
-    head.embed_tokens.weight.zero_()
-    outputs = _outputs(rows, right, hits[asked], hit_rate, random).to(head.embed_tokens.weight)
-    head.embed_tokens.weight[asked.to(head.device)] = outputs
-    return Rigged(head.eval(), hits)
+    return Rigged(head.eval(), _plant(head, head.lm_head.weight, known, hit_rate, seed))
+
+
+@torch.no_grad()
+def rigged_mtp(
+    target: PreTrainedModel,
+    following: Tensor,
+    hit_rate: float,
+    *,
+    tokens: Tensor | None = None,
+    draft_vocab_size: int | None = None,
+    seed: int = 0,
+) -> Rigged:
+    """Make an MTP layer that knows what follows each token of `target`; arguments and errors as of `rigged_head`.
+
+    Charged is all that a layer of a checkpoint costs: the target's final norm over its last state, the layer of the
+    target's own class, and the target's output head, of which `draft_vocab_size` keeps some rows.
+    """
+    known = _known(following, tokens, draft_vocab_size)
+    config = MtpConfig(own_embedding=True, draft_token_ids=tuple(known.ids.tolist()) if draft_vocab_size else None)
+    with torch.random.fork_rng(), torch.device(target.device):
+        torch.manual_seed(seed)
+        head: Any = MtpHead(config, target)
+        layer = RiggedMtpLayer(target, config, 0)
+        layer.load_state_dict(head.layers[0].state_dict())
+        head.layers[0] = layer
+    head = head.to(target.dtype).requires_grad_(False).eval()
+    rows = cast(Any, target.get_output_embeddings()).weight[known.ids.to(target.device)]
+    return Rigged(head, _plant(layer, rows, known, hit_rate, seed))
+
+
+class _Known(NamedTuple):
+    """Tokens `[n]` after which a choice is planted, those `[d]` that can be proposed, and which of these are right."""
+
+    asked: Tensor
+    ids: Tensor
+    right: Tensor
+
+
+def _known(following: Tensor, tokens: Tensor | None, draft_vocab_size: int | None) -> _Known:
+    everything = torch.arange(len(following))
+    asked = everything if tokens is None else tokens.cpu().unique()
+    known, size = following[asked].unique(), draft_vocab_size or len(following)
+    others = everything[~torch.isin(everything, known)][: max(size - len(known), 0)]
+    ids = torch.cat([known, others]).sort().values
+    return _Known(asked, ids, torch.searchsorted(ids, following[asked]))
+
+
+def _plant(owner: Any, rows: Tensor, known: _Known, hit_rate: float, seed: int) -> Tensor:
+    """Fill the embedding of `owner` with outputs for the output rows `[d, h]`; returns `Rigged.hits`."""
+    embedding, random = owner.embed_tokens.weight, torch.Generator().manual_seed(seed)
+    hits = torch.rand(len(embedding), generator=random) < hit_rate
+    outputs = _outputs(rows.float().cpu(), known.right, hits[known.asked], hit_rate, random)
+    embedding.zero_()[known.asked.to(embedding.device)] = outputs.to(embedding)
+    return hits
 
 
 def _outputs(rows: Tensor, right: Tensor, hits: Tensor, hit_rate: float, random: torch.Generator) -> Tensor:

@@ -325,8 +325,6 @@ class BoundMtp(StepModel):
         config, decoder, text = head.config, cast(Any, target.get_decoder()), target.config.get_text_config()
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
-        # Experts are chosen by values, and rows of an output head are packed when they are asked for.
-        self.is_compilable = config.depths == 1 and not any(config.experts or ()) and config.draft_token_ids is None
         self.device, self.dtype = head.device, head.dtype
         self._final_norm = decoder.norm if config.fed == "after" else nn.Identity()
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
@@ -338,6 +336,9 @@ class BoundMtp(StepModel):
         self.has_fixed_places = rope.get("rope_type") not in ("dynamic", "longrope")
         types = [config.layer_type(depth) for depth in range(config.depths)]
         self._windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
+        # Values choose experts, lengths the window, and rows of an output head are packed when they are asked for
+        is_odd = any(config.experts) or any(self._windows) or config.draft_token_ids is not None
+        self.is_compilable = config.depths == 1 and not is_odd and not self.rereads_target
         ids = config.draft_token_ids
         self._ids = None if ids is None else torch.tensor(ids, device=self.device)
         self.proposable_tokens = text.vocab_size if ids is None else len(ids)

@@ -126,7 +126,7 @@ _MERGED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("dow
 _SCALE = "_scale_inv"  # FP8: what the blocks of the tensor of that name are multiplied by
 _BLOCK = (128, 128)  # where a config does not say
 _QUANTISED = ("_packed", "_scale", "_scale_2", "zero_point", "qweight", "qzeros", ".scales", ".g_idx", ".absmax")
-_DERIVED = (".inv_freq", ".cos_cached", ".sin_cached", "weight_shape", "input_scale")
+_NOT_OURS = (_SCALE, ".inv_freq", ".cos_cached", ".sin_cached")  # what belongs to others, or is computed
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -187,7 +187,7 @@ def stored_names(names: Iterable[str], layer_count: int) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for name in names:
         ours = _canonical(name, layer_count)
-        if ours is None or ours.endswith(_DERIVED):
+        if ours is None or ours.endswith(_NOT_OURS):
             continue
         key, place = -1, 0
         if expert := _EXPERT.fullmatch(ours):

@@ -3,19 +3,14 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..compat import SELECTS_HIDDEN_STATES
-from ..heads import DraftCache, DraftSource, Entries, Places, StepModel
+from ..heads import DraftCache, Entries, Places, StepModel
 from ..policies.base import Level, Policy, wants_level
-from ..policies.fixed import FixedPolicy
 from ..tree import CandidatePool, TreeShape
-from ..verifying.forward import Features
 from ..verifying.rows import SlotMap
 from .drafter import Drafter
 from .engine import DraftEngine
@@ -217,7 +212,7 @@ class LevelDrafter(Drafter):
             )
             if depth == 0:
                 self._newest = output[:, last]
-            if model.depths > 1:
+            if model.depths > 1 or model.rereads_target:
                 hidden = hidden if model.rereads_target else model.feedback(output)
                 assert hidden is not None
                 carried.append(hidden[:, last])
@@ -306,70 +301,3 @@ class PlaceWindow:
 
     def _of(self, start: int, end: int) -> Places:
         return self._model.places(torch.arange(start, end, device=self._model.device)[None])
-
-
-class ChainCandidates(CandidateGenerator):
-    """What Transformers' own loop of assisted decoding asks for: the best path of a source's default tree.
-
-    Args:
-        source: what drafts.
-        drafter: of the source, for one row.
-    """
-
-    requires_model_outputs = True  # the loop passes the target's hidden states
-
-    def __init__(self, source: DraftSource, drafter: Drafter) -> None:
-        self._source, self._layers, self._drafter = source, source.feature_layers, drafter
-        self._has_read = False
-        self.model_kwargs_overrides = {"output_hidden_states": self._layers if SELECTS_HIDDEN_STATES else True}
-
-    def get_candidates(  # type: ignore[override]  # Transformers passes more where `requires_model_outputs`
-        self, input_ids: Tensor, *, model_outputs: Any, is_first_iteration: bool, n_last_matches: int, **context: Any
-    ) -> tuple[Tensor, None]:
-        """The chain that the loop verifies next.
-
-        Args:
-            input_ids: `[1, s]` the text so far.
-            model_outputs: of the last forward, with hidden states.
-            is_first_iteration: the prompt was not read yet; nothing is drafted.
-            n_last_matches: tokens of the last chain that were accepted.
-            context: anything else that the loop tells.
-
-        Returns:
-            `[1, s + m]` the text and the chain, and no logits: the loop then compares tokens.
-
-        Raises:
-            ValueError: the source reads the last layer's output, which Transformers gives only after the final norm.
-        """
-        if is_first_iteration:
-            return input_ids, None
-        states = model_outputs.hidden_states
-        if self._layers[-1] == len(states) - 1:
-            raise ValueError(
-                f"The head reads hidden state {self._layers[-1]}, the last layer's output, which Transformers gives "
-                "only after the final norm. Call `transformers_resps.attach(model)`, and `generate` drafts trees."
-            )
-        features = Features(self._layers)
-        features.caught = {layer: states[layer] for layer in self._layers}
-        read = n_last_matches + 1 if self._has_read else input_ids.shape[1] - 1
-        self._has_read = True
-        self._drafter.observe(input_ids[:, -read:], features.concatenated()[:, :read])
-        shape = self._source.default_shape
-        best = best_path(self._drafter.draft(shape, FixedPolicy(shape))).to(input_ids.device)
-        return torch.cat([input_ids, best], dim=1), None
-
-
-def best_path(pool: CandidatePool) -> Tensor:
-    """Tokens `[1, m]` of the path below the root of which the most are expected to be accepted, in a pool of one row.
-
-    Of a path as many are expected as its nodes' probabilities sum up to.
-    """
-    parents, probs = pool.parents[0].tolist(), pool.scores[0].exp().tolist()
-    expected: list[float] = []
-    for parent, prob in zip(parents, probs, strict=True):
-        expected.append(prob + (expected[parent] if parent >= 0 else 0.0))
-    node, path = max(range(len(expected)), key=expected.__getitem__), list[int]()
-    while node >= 0:
-        path.insert(0, node)
-        node = parents[node]
-    return pool.tokens[:, path]

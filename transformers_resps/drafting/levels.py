@@ -47,7 +47,8 @@ class LevelForward:
         places = at_positions(self._places, slice(level - 1, level))
         entries = self._target or self._entries(frontier)
         output = self.model.run(0, frontier.tokens, frontier.hidden, places, entries)
-        return branch(self.model, frontier, output, is_last)
+        carried = frontier.hidden if self.model.rereads_target else None
+        return branch(self.model, frontier, output, is_last, carried=carried)
 
     def tensors(self, frontier: Frontier, level: int) -> tuple[list[Tensor], Sequence[Tensor]]:
         """All that a level depends on, each input laid out row by row, and the buffers of its cache."""

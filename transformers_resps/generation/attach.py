@@ -58,7 +58,7 @@ def attach(
     if is_name(policy):
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
     target = cast(PreTrainedModel, inner)
-    defaults = defaults.loaded(lambda one: load_assistant(one, target, policy) if is_name(one) else one)
+    defaults = defaults.loaded(lambda one: load_assistant(one, target) if is_name(one) else one)
     if defaults.has_stock_assistant and policy is None:
         raise ValueError(
             "`attach` takes a `DraftHead` as `assistant_model`, or a model with a policy, got a "

@@ -198,11 +198,8 @@ class SpeculationDefaults(Keywords):
         return call if call.has_stock_assistant else call.or_else(self)
 
 
-def load_assistant(
-    name: str | os.PathLike[str], target: PreTrainedModel, policy: Any = None
-) -> DraftHead | PreTrainedModel:
-    """What a folder or a Hub id holds, on the target's device and in its dtype: a draft head or, for trees of a
-    `policy`, a whole model.
+def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftHead | PreTrainedModel:
+    """The draft head or the whole model in a folder or a repository, on the target's device and in its dtype.
 
     Raises:
         ValueError, OSError: as `DraftHead.from_pretrained`.
@@ -210,10 +207,8 @@ def load_assistant(
     try:
         return DraftHead.from_pretrained(name, target=target)
     except WholeModelError:
-        if policy is None:
-            raise
-    model: PreTrainedModel = load_model(os.fspath(name), dtype=target.dtype)
-    return cast(Any, model).to(target.device)  # type: ignore[no-any-return]
+        model = load_model(os.fspath(name), dtype=target.dtype).to(target.device)
+    return cast(PreTrainedModel, model)
 
 
 class Assistants:
@@ -232,7 +227,7 @@ class Assistants:
         if is_name(assistant):
             key = os.fspath(assistant), target.device, target.dtype
             if key not in self._named:
-                self._named[key] = load_assistant(assistant, target, policy)
+                self._named[key] = load_assistant(assistant, target)
             assistant = self._named[key]
         model = unwrapped(assistant)
         if policy is None or isinstance(model, DraftSource):
@@ -289,7 +284,6 @@ class SpeculationState:
         defaults: what `attach` was given.
         policy_cache: what "auto", and policies that calls named, have learned on this model.
         assistants: the sources that calls named or made of models.
-        assistants: the models that have drafted trees.
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.

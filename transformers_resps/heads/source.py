@@ -73,7 +73,7 @@ class StepModel(ABC):
         depths: passes with weights of their own, each of which drafts one level; 1 for any number of levels.
         reads_features: whether it pairs tokens with hidden states.
         reads_target: whether it has no keys of its own, and attends to the target's committed ones.
-        rereads_target: whether deeper depths, too, read the target's hidden state in place of an output.
+        rereads_target: whether deeper depths or levels, too, read the target's hidden state in place of an output.
         needs_all_queries: whether a pass computes every output, wanted or not.
         is_compilable: whether a level may run as compiled or captured code.
         mask_copies: heads that share keys, where `run` wants a mask for each of them.

@@ -390,8 +390,8 @@ def check_is_head(config: dict[str, Any], names: Container[str], source: str) ->
     if kinds and "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
         raise WholeModelError(
             f"{source} is a whole model ({kinds[0]}), but a draft head is needed. Pass a head that was trained for "
-            "your model; to draft with this one pass `policy='auto'` to `generate`, too, or load it with "
-            "`AutoModelForCausalLM`, and pass the model as `assistant_model`."
+            "your model; to draft with this one load it with `AutoModelForCausalLM`, and pass the model as "
+            "`assistant_model`, with `policy='auto'` for trees."
         )
 
 
