@@ -13,7 +13,9 @@ from tests.conftest import build_target
 from tests.recurrent_targets import RECURRENT
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
 from tests.tokenizers import letter_tokenizer
+from transformers_resps import FixedPolicy, TreeShape
 from transformers_resps.assistants import CausalDrafter
+from transformers_resps.drafting.level_drafter import LevelDrafter
 from transformers_resps.heads.source import Entries
 
 
@@ -69,6 +71,43 @@ def test_a_prompt_and_a_newest_token_need_no_mask(model_type: str) -> None:
         output = steps.run(0, TOKENS[:, 12:13], None, steps.places(torch.tensor([[12]])), entries)
         expected = model(input_ids=TOKENS[:, :13], use_cache=False).logits[:, -1:].float()
         torch.testing.assert_close(steps.logits(output), expected, atol=1e-4, rtol=1e-4)
+
+
+SHAPE = TreeShape(30, 4, 3)
+
+
+def pool_of(drafter: LevelDrafter, row: int) -> tuple[list[int], list[int], Tensor]:
+    pool = drafter.draft(SHAPE, FixedPolicy(SHAPE))
+    return pool.tokens[row].tolist(), pool.parents[row].tolist(), pool.scores[row]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "mistral-window", "gemma3_text", "gpt2", "deepseek_v3"])
+def test_a_pool_in_the_middle_of_ragged_texts_is_that_of_each_text_read_at_once(model_type: str) -> None:
+    """Three rows with padding; trees between commits of different lengths; a row ends, and two go on."""
+    small = next(found for found in ARCHITECTURES if str(found) == model_type)
+    model, target = small.build("sdpa"), small.build("sdpa", seed=1)
+    steps, generator = CausalDrafter(model, target).bind(target), torch.Generator().manual_seed(0)
+    prompts = torch.randint(VOCABULARY, (3, 9), generator=generator)
+    pads = [4, 0, 2]
+    mask = (torch.arange(9) >= torch.tensor(pads)[:, None]).long()
+    drafter, kept = LevelDrafter(steps, 3, mask), [0, 1, 2]
+    drafter.observe(prompts)
+    texts = [row[pad:].tolist() for row, pad in zip(prompts, pads, strict=True)]
+    for counts in ([1, 4, 2], [3, 3, 3], [2, 1, 5], [4, 1], [2, 2]):
+        pool_of(drafter, 0)
+        if len(counts) < len(kept):
+            drafter.keep_rows([0, 2])
+            kept = [0, 2]
+        rows = [torch.randint(VOCABULARY, (count,), generator=generator).tolist() for count in counts]
+        drafter.observe(torch.tensor([row + row[-1:] * (max(counts) - len(row)) for row in rows]), rows=rows)
+        for place, (index, row) in enumerate(zip(kept, rows, strict=True)):
+            texts[index] += row
+            fresh = LevelDrafter(steps, 1, None)
+            fresh.observe(torch.tensor([texts[index]]))
+            (tokens, parents, scores), expected = pool_of(drafter, place), pool_of(fresh, 0)
+            assert (tokens, parents) == expected[:2]
+            torch.testing.assert_close(scores, expected[2], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from tests.assistants.gemma import KINDS, gemma_assistant, gemma_target
 from tests.targets import ARCHITECTURES, VOCABULARY
 from transformers_resps import FixedPolicy, Observation, Policy, TreeShape, attach, detach
+from transformers_resps.heads import DraftSource
 
 
 PROMPTS = torch.tensor([[0, 0, 0, 5, 6, 7, 1, 2], [1, 2, 3, 4, 5, 9, 8, 7], [0, 3, 3, 3, 9, 3, 3, 3]])
@@ -80,6 +81,11 @@ def test_a_small_model_of_another_architecture_changes_no_token() -> None:
     assert check_equal(attach(built("llama")), built("gpt2").float()) > 1
 
 
+def source_of(target: Any, assistant: PreTrainedModel) -> DraftSource:
+    found: DraftSource = target.speculation_state.assistants.load(target, assistant, as_source=True)
+    return found
+
+
 @pytest.mark.parametrize("kind", ["gemma", "causal"])
 def test_auto_uses_an_assistant_and_keeps_what_it_learned(kind: str) -> None:
     target = attach(gemma_target() if kind == "gemma" else built("llama").float())
@@ -89,14 +95,13 @@ def test_auto_uses_an_assistant_and_keeps_what_it_learned(kind: str) -> None:
     for _ in range(2):
         found = target.generate(**inputs, do_sample=False, assistant_model=assistant, policy="auto")
         assert found.tolist() == expected.tolist()
-    state = target.speculation_state
-    assert state.assistants.load(target, "auto", assistant) is state.assistants.load(target, "auto", assistant)
+    assert source_of(target, assistant) is source_of(target, assistant)
 
 
 def test_a_source_lives_as_long_as_its_model() -> None:
     target, small = attach(built("llama")), built("gpt2").double()
     target.generate(PROMPTS[1:2], max_new_tokens=4, assistant_model=small, policy=FixedPolicy(TreeShape(6, 2, 3)))
-    source = weakref.ref(target.speculation_state.assistants.load(target, "auto", small))
+    source = weakref.ref(source_of(target, small))
     assert source() is not None
     del small
     gc.collect()
@@ -127,6 +132,14 @@ def test_an_assistant_is_named_by_its_folder(tmp_path: Path) -> None:
         assert not hasattr(target.generate(PROMPTS[1:2], assistant_model=str(tmp_path / name), **asked), "speculation")
     attach(target, assistant_model=tmp_path / "small", policy=FixedPolicy(TreeShape(9, 2, 4)))
     assert target.generate(PROMPTS[1:2], **asked).speculation.steps[1].drafted > 0
+
+
+def test_several_models_draft_one_tree_without_a_policy_too() -> None:
+    target = attach(gemma_target())
+    asked = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    found = target.generate(PROMPTS[1:2], assistant_model=[noisy(target), gemma_assistant()], **asked)
+    assert found.sequences.tolist() == target.generate(PROMPTS[1:2], **asked).sequences.tolist()
+    assert sum(step.accepted_total for step in found.speculation.steps) > 0
 
 
 def test_a_model_that_does_not_fit_is_no_default() -> None:

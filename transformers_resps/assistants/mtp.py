@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
-from ..heads.formats.reading import HUB
+from ..heads.formats.reading import HUB, fetch_from, read_json
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
 from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
@@ -115,6 +115,12 @@ class MtpHead(DraftSource, nn.Module):
         """The name of a tensor after the target's own layers."""
         _, depth, rest = name.split(".", 2)
         return f"model.layers.{self._target['num_hidden_layers'] + int(depth)}.{rest}"
+
+    @staticmethod
+    def is_saved_in(id_or_folder: str | os.PathLike[str]) -> bool:
+        """Whether a folder or a Hub repository holds what `save_pretrained` wrote; raises as `from_pretrained`."""
+        path = fetch_from(os.fspath(id_or_folder), {})("config.json")
+        return path is not None and read_json(path).get("model_type") == MODEL_TYPE
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **keywords: Any) -> "MtpHead":

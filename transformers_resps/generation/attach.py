@@ -64,7 +64,7 @@ def attach(
             "`attach` takes a `DraftHead` as `assistant_model`, or a model with a policy, got a "
             f"{type(assistant_model).__name__}. Pass a policy, too, or pass other assistants to `generate`."
         )
-    for source in defaults.loaded(functools.partial(Assistants().load, target, policy)).sources:
+    for source in defaults.loaded(functools.partial(Assistants().load, target, as_source=defaults.asks_trees)).sources:
         source.check_target(target)
     _add_mixin(inner)
     if defaults != SpeculationDefaults():

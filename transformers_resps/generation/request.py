@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..assistants import CausalDrafter, GemmaAssistant
+from ..assistants import CausalDrafter, GemmaAssistant, MtpHead
 from ..compat import load_model, unwrapped
 from ..drafting.engine import DraftEngines
 from ..drafting.mixed_drafter import DraftPart
@@ -38,6 +38,8 @@ from .checks import check_draws, check_inputs, check_model, check_settings, chec
 
 AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
 PLAIN: Literal["plain"] = "plain"  # stock decoding, whatever `attach` was given
+MTP: Literal["mtp"] = "mtp"  # as `assistant_model` the layers that came with the target
+USE_MTP = "use_mtp"  # Transformers' keyword for them: with a policy they draft trees
 # The keywords that a `generation_config` may hold, as JSON of these types.
 CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool}
 # True compiles at the first step, "auto" when eager steps have taken as long as compiling will
@@ -80,6 +82,11 @@ class Keywords:
     def has_stock_assistant(self) -> bool:
         """Whether the call drafts in Transformers' own way."""
         return len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
+
+    @property
+    def asks_trees(self) -> bool:
+        """Whether models of Transformers are to draft trees, too: with a policy, or beside other assistants."""
+        return self.policy is not None or isinstance(self.assistant_model, list | tuple)
 
     def loaded(self, load: Callable[[Any], Any]) -> Self:
         """The same with every assistant as `load` returns it."""
@@ -198,12 +205,17 @@ class SpeculationDefaults(Keywords):
         return call if call.has_stock_assistant else call.or_else(self)
 
 
-def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftHead | PreTrainedModel:
-    """The draft head or the whole model in a folder or a repository, on the target's device and in its dtype.
+def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftSource | PreTrainedModel:
+    """What a folder or a Hub id holds, on the target's device and in its dtype: a draft head, MTP layers or a whole
+    model. "mtp" means the layers that came with the target.
 
     Raises:
         ValueError, OSError: as `DraftHead.from_pretrained`.
     """
+    if name == MTP:
+        return MtpHead.from_target(target)
+    if MtpHead.is_saved_in(name):
+        return MtpHead.from_pretrained(name, target)
     try:
         return DraftHead.from_pretrained(name, target=target)
     except WholeModelError:
@@ -218,8 +230,8 @@ class Assistants:
         self._named: dict[Hashable, DraftSource | PreTrainedModel] = {}
         self._sources: WeakKeyDictionary[PreTrainedModel, DraftSource] = WeakKeyDictionary()
 
-    def load(self, target: PreTrainedModel, policy: Any, assistant: Any) -> Any:
-        """An assistant that a call named or holds, as what drafts trees; without a policy a model stays what it is.
+    def load(self, target: PreTrainedModel, assistant: Any, *, as_source: bool) -> Any:
+        """An assistant that a call named or holds; a model of Transformers stays what it is, or drafts trees.
 
         Raises:
             ValueError, OSError: it is not there, or cannot draft for this target.
@@ -230,7 +242,7 @@ class Assistants:
                 self._named[key] = load_assistant(assistant, target)
             assistant = self._named[key]
         model = unwrapped(assistant)
-        if policy is None or isinstance(model, DraftSource):
+        if not as_source or isinstance(model, DraftSource):
             return assistant
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
@@ -376,7 +388,10 @@ class Request:
                 keywords = replace(keywords, policy=None)
             defaults = state.defaults.in_force()
             keywords = defaults.fill(keywords)
-            keywords = keywords.loaded(partial(state.assistants.load, model, keywords.policy))
+            if keywords.policy is not None and not keywords.assistants and call.arguments.get(USE_MTP):
+                keywords = replace(keywords, assistant_model=MTP)
+                call = call._replace(arguments={key: value for key, value in call.arguments.items() if key != USE_MTP})
+            keywords = keywords.loaded(partial(state.assistants.load, model, as_source=keywords.asks_trees))
             sources = keywords.sources
             if defaults.eval_mode:
                 own = [module for source in sources for module in source.own_modules]
