@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from tests.assistants.mtp_cases import CASES
 from tests.lossless.hybrids import SAMPLED, answer, check_counts, compare, padded, tokens
 from tests.recurrent_targets import NEEDS_STATES, VOCABULARY
-from transformers_resps import MtpHead, attach, detach
+from transformers_resps import FixedPolicy, MtpHead, TreeShape, attach, detach
 
 
 HYBRID = ["Qwen3.5", "Qwen3-Next"]
@@ -53,6 +53,17 @@ def test_the_layers_that_came_with_a_model_are_named_by_a_word_and_loaded_once(
     reports.append(compare(hybrid, "mtp", tokens(9, seed=1), policy="auto"))
     reports.append(compare(hybrid, None, padded(3), use_mtp=True))
     check_counts(*reports, in_a_row=1)
+
+
+@NEEDS_STATES
+def test_a_config_that_asks_for_the_layers_gets_trees_of_a_policy(
+    hybrid: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = answer(hybrid, padded(3))
+    monkeypatch.setattr(hybrid.generation_config, "use_mtp", True)
+    found = answer(hybrid, padded(3), policy=FixedPolicy(TreeShape(8, 3, 2)))
+    assert found.sequences.tolist() == plain.sequences.tolist()
+    assert sum(step.drafted for step in found.speculation.steps)
 
 
 @NEEDS_STATES

@@ -111,8 +111,8 @@ class ReSpSGenerationMixin(GenerationMixin):
         with Request.read(cast(PreTrainedModel, self), self.speculation_state, call) as request:
             if request.assistant_model is not None:
                 arguments["assistant_model"] = request.assistant_model
-            if request.policy is not None:
-                arguments.pop(USE_MTP, None)
+            if request.policy is not None and call.asks_mtp(self.generation_config):
+                arguments[USE_MTP] = False  # whatever a config says
             token = _request.set(request)
             try:
                 return super().generate(*([] if inputs is None else [inputs]), **arguments)

@@ -342,6 +342,12 @@ class Call(NamedTuple):
         given = (value for value in (self.prompts, *self.arguments.values()) if isinstance(value, Tensor))
         return next(map(len, given), 1)
 
+    def asks_mtp(self, own: GenerationConfig | None) -> bool:
+        """Whether the call, its config or the model's `own` asks for the layers that came with the target."""
+        configs = [config for config in (self.config, own) if config is not None]
+        saved = next((getattr(config, USE_MTP, None) for config in configs), None)
+        return bool(self.arguments.get(USE_MTP, saved))
+
     def configured(self, own: GenerationConfig | None) -> Keywords:
         """The call's keywords, filled up from its config, then from the model's `own`."""
         keywords = self.keywords
@@ -388,9 +394,9 @@ class Request:
                 keywords = replace(keywords, policy=None)
             defaults = state.defaults.in_force()
             keywords = defaults.fill(keywords)
-            if keywords.policy is not None and not keywords.assistants and call.arguments.get(USE_MTP):
+            if keywords.policy is not None and not keywords.assistants and call.asks_mtp(model.generation_config):
                 keywords = replace(keywords, assistant_model=MTP)
-                call = call._replace(arguments={key: value for key, value in call.arguments.items() if key != USE_MTP})
+                call = call._replace(arguments={**call.arguments, USE_MTP: False})
             keywords = keywords.loaded(partial(state.assistants.load, model, as_source=keywords.asks_trees))
             sources = keywords.sources
             if defaults.eval_mode:

@@ -191,7 +191,7 @@ class TargetForward:
         if self._tap is not None:
             self._tap.__exit__()
 
-    def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
+    def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
         """Run over a prompt or a part of it: tokens and positions `[b, t]`. Returns the outputs and the features."""
         outputs, features = self._run(tokens, mask, positions, **options)
         crop(self.cache, 0)
@@ -236,7 +236,7 @@ class TargetForward:
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         return inputs | {CACHE_KEYWORD: self.cache}
 
-    def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
+    def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
         inputs = self.inputs(tokens, mask, positions) | options | {"use_cache": True, "return_dict": True}
         if self._tap is not None:
             with self._tap.record() as features:
@@ -302,6 +302,11 @@ def counts_slots(target: PreTrainedModel) -> bool:
     """Whether a decoder takes no positions, but counts the slots of its cache: only a chain stands where it should."""
     takes = signature(target.forward).parameters
     return bool(target.config.is_encoder_decoder) and "decoder_position_ids" not in takes
+
+
+def skips_positions(target: PreTrainedModel) -> bool:
+    """Whether layers without keys of their own skip positions whose logits are not kept, as those of Gemma 4 do."""
+    return bool(getattr(target.config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
 
 
 def are_outputs(target: PreTrainedModel, layers: list[int]) -> bool:
