@@ -305,9 +305,9 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """What leaves the target's final norm or, before it, the last layer; see `FeatureTap`."""
-        last = self.target["num_hidden_layers"] + (self.settings.fed == "after")
-        return [last if self.settings.feature_layer is None else self.settings.feature_layer]
+        """What leaves the target's final norm or, before it, the last layer; or the layer of the config."""
+        last, chosen = self.target["num_hidden_layers"], self.settings.feature_layer
+        return [last + (self.settings.fed == "after") if chosen is None else chosen]
 
     @property
     def default_shape(self) -> TreeShape:
@@ -469,6 +469,8 @@ class BoundMtp(TrainableModel):
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self._forward = forward
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
+        is_normed = config.fed == "before" or config.feature_layer is None  # or read so
+        self._final_norm = nn.Identity() if is_normed else target.get_decoder().norm
         self.device, self.dtype = head.device, head.dtype
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
@@ -490,7 +492,7 @@ class BoundMtp(TrainableModel):
 
     @property
     def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([self._head, *self._tables, *self._outputs])
+        return nn.ModuleList([self._head, self._final_norm, *self._tables, *self._outputs])
 
     def fuse(self, features: Tensor) -> Tensor:
         return cast(Tensor, self._final_norm(features)).to(self.device, self.dtype)
