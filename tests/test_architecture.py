@@ -28,7 +28,8 @@ ROOMS = {
     "__init__": "tree assistants verifying heads telemetry policies generation calibration testing",
     "data": "hub heads",
     "replay": "tree verifying heads telemetry policies drafting decoding",
-    "trainers": "compat hub tree verifying heads telemetry policies drafting generation calibration data replay",
+    "trainers": "compat hub tree verifying heads assistants telemetry policies drafting generation calibration data "
+    "replay",
     "tools": "compat hub tree verifying heads telemetry policies generation calibration testing data trainers",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in ROOMS.items()}

@@ -121,8 +121,7 @@ def make_trainer(script: HeadScriptArguments, adapters: AdapterArguments, args: 
     vocabulary = trainer.draft_vocabulary()
     say(f"draft vocabulary: {len(vocabulary.token_ids)} tokens cover {vocabulary.coverage:.2%} of the answers")
     if script.target_name is not None:
-        config = trainer.head.config
-        config.target = {**(config.target or {}), "name_or_path": script.target_name}
+        trainer.head.target["name_or_path"] = script.target_name
     return trainer
 
 

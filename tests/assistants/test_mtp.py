@@ -61,7 +61,7 @@ def test_saved_layers_have_the_names_of_their_checkpoint_and_load_again(case: Ca
     saved = load_file(tmp_path / "alone" / "model.safetensors")
     assert saved.keys() == raw.keys() and all(torch.equal(saved[key], raw[key]) for key in raw)
     again = MtpHead.from_pretrained(tmp_path / "alone", target)
-    assert again.config == head.config and again.config.draft_token_ids == (3, 9, 40)
+    assert again.settings == head.settings and again.settings.draft_token_ids == (3, 9, 40)
     for ours, theirs in zip(logits_of(again, target), logits_of(head, target), strict=True):
         assert torch.equal(ours, theirs)
     assert again.fingerprint() == head.fingerprint()
@@ -143,10 +143,10 @@ def test_an_embedding_and_an_output_head_of_its_own_are_used_and_copies_of_the_t
     name = f"model.layers.{LAYERS}.{'shared_head.head' if part == 'head' else 'embed_tokens'}.weight"
     case.write(tmp_path / "copy", target, raw | {name: theirs.clone()})
     copied = MtpHead.from_target(target)
-    assert not copied.config.own_output_head and not copied.config.own_embedding
+    assert not copied.settings.own_output_head and not copied.settings.own_embedding
     case.write(tmp_path / "own", target, raw | {name: theirs.flip(0)})
     own = MtpHead.from_target(target)
-    assert own.config.own_output_head is (part == "head") and own.config.own_embedding is (part != "head")
+    assert own.settings.own_output_head is (part == "head") and own.settings.own_embedding is (part != "head")
     found, usual = logits_of(own, target)[0], logits_of(copied, target)[0]
     if part == "head":
         torch.testing.assert_close(found, usual.flip(1))
@@ -169,7 +169,7 @@ def test_norms_are_read_as_the_caller_says(tmp_path: Path) -> None:
 def test_a_checkpoint_serves_a_target_that_came_from_elsewhere(tmp_path: Path) -> None:
     target, _ = published(tmp_path)
     target.config.name_or_path = ""
-    assert MtpHead.from_pretrained(tmp_path, target).feature_layers == [LAYERS]
+    assert MtpHead.from_pretrained(tmp_path, target).feature_layers == [LAYERS + 1]
     with pytest.raises(ValueError, match="does not know where it was loaded from"):
         MtpHead.from_target(target)
 
@@ -249,7 +249,7 @@ def test_one_file_without_an_index_will_do(tmp_path: Path) -> None:
     target, raw = published(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     save_file({name: tensor.contiguous() for name, tensor in raw.items()}, tmp_path / "model.safetensors")
-    assert MtpHead.from_target(target).config.depths == 1
+    assert MtpHead.from_target(target).settings.depths == 1
 
 
 def test_unknown_keywords_and_another_target_are_refused(tmp_path: Path) -> None:

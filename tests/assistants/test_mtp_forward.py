@@ -41,14 +41,14 @@ class Text(Entries):
 
 
 def outputs_of(
-    model: StepModel, states: Tensor, tokens: Tensor, passes: list[int]
+    model: StepModel, features: Tensor, tokens: Tensor, passes: list[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As `Reference.outputs`, read in passes over so many tokens each."""
-    entries, given = Text(), model.fuse(states)
+    entries, given = Text(), model.fuse(features)
     fed, logits = [], []
     for depth in range(model.depths):
         found = []
-        for slots in torch.arange(states.shape[1]).split(passes):
+        for slots in torch.arange(features.shape[1]).split(passes):
             part = given[:, slots], model.places(slots[None]), entries.at(slots, depth)
             found.append(model.run(depth, tokens[:, slots], *part))
         output = torch.cat(found, dim=1)
@@ -72,9 +72,10 @@ def test_a_module_computes_what_its_family_does(case: Case, tmp_path: Path) -> N
     case.write(tmp_path, target, raw)
     model = MtpHead.from_target(target).bind(target)
     states, tokens = pairs()
-    expected = Reference(case, raw, target).outputs(states[0], tokens[0])
+    reference = Reference(case, raw, target)
+    expected, features = reference.outputs(states[0], tokens[0]), reference.given(states)
     for passes in ([LENGTH], [1] * LENGTH, [4, 3, 1, 1]):
-        found = outputs_of(model, states, tokens, passes)
+        found = outputs_of(model, features, tokens, passes)
         for theirs, ours in zip(expected, found, strict=True):
             assert len(ours) == case.depths
             for depth in range(case.depths):
@@ -92,11 +93,12 @@ def test_a_tree_is_drafted_as_each_path_alone(name: str, fed_back: str, tmp_path
     case = replace(case, does=case.does | {"fed_back": fed_back})
     model = MtpHead.from_target(target, fed_back=fed_back).bind(target)
     states, tokens = pairs()
+    features = Reference(case, raw, target).given(states)
     for shape in (TreeShape(20, 3, 3), TreeShape(4, 3, 1)):
         drafter = LevelDrafter(model, 1, None)
-        drafter.observe(tokens[:, :5], states[:, :5])
+        drafter.observe(tokens[:, :5], features[:, :5])
         drafter.draft(shape, FixedPolicy(shape))
-        drafter.observe(tokens[:, 5:], states[:, 5:])
+        drafter.observe(tokens[:, 5:], features[:, 5:])
         pool = drafter.draft(shape, FixedPolicy(shape))
         for node in range(pool.tokens.shape[1]):
             path, at = list[int](), node

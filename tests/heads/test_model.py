@@ -30,9 +30,9 @@ def test_the_newest_output_alone_is_the_last_of_all_outputs(
         for wanted in (slice(None), slice(-1, None)):
             cache = DraftCache.empty(head.bind(tiny_target), 2)
             attend = cache.attend_from(0, mask, is_causal=mask is None)
-            outputs.append(head(hidden, embeddings, torch.arange(9)[None], attend, wanted=wanted))
+            outputs.append(head(hidden, embeddings, head.rope(torch.arange(9)[None]), attend, wanted))
             follow = cache.attend_from(9, None)
-            outputs.append(head(hidden[:, :1], embeddings[:, :1], torch.tensor([[9]]), follow))
+            outputs.append(head(hidden[:, :1], embeddings[:, :1], head.rope(torch.tensor([[9]])), follow))
     torch.testing.assert_close(outputs[2], outputs[0][:, -1:])
     torch.testing.assert_close(outputs[3], outputs[1])  # what was kept is the same
 
@@ -128,6 +128,6 @@ def test_a_head_that_its_user_prepacked_or_bound_unpacked_computes_with_its_own_
 ) -> None:
     features = torch.randn(1, 2, tiny_head.config.features_width)
     plain, found = tiny_head.fuse(features), drafted_by(tiny_head)
-    assert torch.equal(BoundHead(tiny_head, tiny_target, is_prepacked=False).fuse(features), plain)
+    assert torch.equal(BoundHead(tiny_head, tiny_target, tiny_head).fuse(features), plain)
     assert found == {nn.Linear}
     assert prepack(tiny_head).packed_view() is tiny_head

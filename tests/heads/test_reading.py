@@ -32,10 +32,9 @@ def our_logits(head: DraftHead, target: PreTrainedModel, features: Tensor, token
     positions = torch.arange(length + 1)[None]
     embedded = bound.embed(tokens[None])
     attend = cache.attend_from(0, None, is_causal=True)
-    hidden = head(head.fuse(features), embedded[:, :length], positions[:, :length], attend)
-    deeper = head(
-        head.feedback(hidden[:, -1:]), embedded[:, length:], positions[:, length:], cache.attend_from(length, None)
-    )
+    hidden = head(head.fuse(features), embedded[:, :length], head.rope(positions[:, :length]), attend)
+    last = head.rope(positions[:, length:])
+    deeper = head(head.feedback(hidden[:, -1:]), embedded[:, length:], last, cache.attend_from(length, None))
     return bound.logits(hidden)[0], bound.logits(deeper)[0]
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import set_seed
 
 from tests.recurrent_targets import VOCABULARY
-from transformers_resps import DraftHead, Observation, Policy, SpeculationReport, TreeShape
+from transformers_resps import Observation, Policy, SpeculationReport, TreeShape
 
 
 SAMPLED = {"do_sample": True, "temperature": 0.9}
@@ -52,7 +52,7 @@ def answer(target: Any, inputs: Any, seed: int = 0, **options: Any) -> Any:
     return target.generate(**inputs, return_dict_in_generate=True, **{"max_new_tokens": 14} | options)
 
 
-def compare(target: Any, head: DraftHead | None, inputs: Any, seed: int = 0, **options: Any) -> SpeculationReport:
+def compare(target: Any, head: Any, inputs: Any, seed: int = 0, **options: Any) -> SpeculationReport:
     """Check that a call with trees is the plain one, and drew as many random numbers; its report.
 
     Args:
@@ -60,9 +60,9 @@ def compare(target: Any, head: DraftHead | None, inputs: Any, seed: int = 0, **o
         head: of the call with trees.
         inputs: a prompt, or keywords.
         seed: of both calls.
-        options: of both calls; `lockstep` and `policy` of the one with trees.
+        options: of both calls; `lockstep`, `policy` and `use_mtp` of the one with trees.
     """
-    ours = {name: options.pop(name) for name in ("lockstep", "policy") if name in options}
+    ours = {name: options.pop(name) for name in ("lockstep", "policy", "use_mtp") if name in options}
     plain = answer(target, inputs, seed, **options)
     drawn = torch.get_rng_state()
     found = answer(target, inputs, seed, **options, **{"assistant_model": head, "policy": AnyShape(seed)} | ours)

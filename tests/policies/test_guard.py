@@ -250,6 +250,13 @@ def test_a_tree_drafted_in_one_go_is_priced_by_all_its_levels() -> None:
     assert not [shape for shape in machine.shapes if shape.total_tokens > shape.depth + 1]
 
 
+@pytest.mark.parametrize(("start", "level"), [(0.5, 0.01), (0.3, 0.0), (0.02, 0.4)])
+def test_a_useless_source_of_any_price_costs_little(start: float, level: float) -> None:
+    for seed in range(4):
+        machine, policy = Machine(0.03, level, 0.01, claimed=0.8, seed=seed, start_seconds=start), default_policy()
+        assert min(machine.write(policy, 128) for _ in range(3)) > 0.97
+
+
 @pytest.mark.parametrize("learns", [True, False])
 def test_costs_of_the_policy_are_its_own_to_change(learns: bool) -> None:
     """In a far longer context all steps take twice as long. The guard asks for it and changes nothing itself."""

@@ -52,9 +52,8 @@ def train_head(target: PreTrainedModel, generator: torch.Generator) -> DraftHead
     for _ in range(120):
         texts = periodic_texts(16, generator)
         with torch.no_grad(), FeatureTap(target, LAYERS) as tap, tap.record() as features:
-            embeddings = target.get_input_embeddings()(texts)
             target(texts)
-        levels = unroll(head, features.concatenated(), embeddings, DEPTHS)
+        levels = unroll(head.bind(target, head), features.concatenated(), texts, DEPTHS)
         losses = [
             F.cross_entropy(head.lm_head(level[:, PERIOD : -2 - depth]).mT, texts[:, PERIOD + 2 + depth :])
             for depth, level in enumerate(levels)
@@ -121,9 +120,11 @@ def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedMode
         for slot in range(answer.prompt_length - 2, LENGTH - DEPTHS):
             cache = DraftCache.empty(bound, 1)
             embedded = bound.embed(answer.tokens[None])
-            order = torch.arange(LENGTH)[None]
+            rope = head.rope(torch.arange(LENGTH)[None])
             attend = cache.attend_from(0, None, is_causal=True)
-            hidden = head(head.fuse(features[:, : slot + 1]), embedded[:, 1 : slot + 2], order[:, : slot + 1], attend)
+            hidden = head(
+                head.fuse(features[:, : slot + 1]), embedded[:, 1 : slot + 2], rope.at(slice(slot + 1)), attend
+            )
             chain = []
             for depth in range(DEPTHS):
                 guess = bound.target_ids(bound.logits(hidden[:, -1:]).argmax(-1))
@@ -132,7 +133,7 @@ def test_agreement_is_what_a_drafted_chain_would_have(pair: tuple[PreTrainedMode
                 if depth < DEPTHS - 1:
                     attend = cache.attend_from(here, None)
                     fed = head.feedback(hidden[:, -1:])
-                    hidden = head(fed, embedded[:, token : token + 1], order[:, here : here + 1], attend)
+                    hidden = head(fed, embedded[:, token : token + 1], rope.at(slice(here, here + 1)), attend)
             hits += torch.tensor(chain)
             kept += next((i for i, hit in enumerate(chain) if not hit), DEPTHS)
             positions += 1

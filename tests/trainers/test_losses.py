@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.conftest import build_target
 from transformers_resps import DraftHead, DraftHeadConfig
+from transformers_resps.assistants import MtpHead
+from transformers_resps.heads import DraftCache
 from transformers_resps.trainers.losses import Teacher, pack, soft_cross_entropy, unroll
 
 
@@ -109,13 +112,13 @@ def small_head(**overrides):
     return DraftHead(config).double()
 
 
-def dense_levels(head, features, embeddings, steps):
+def dense_levels(head, embed, features, tokens, steps):
     """Every level over all earlier entries with an explicit `[(k + 1) t]` mask, as in the paper's figure."""
     length = features.shape[1]
     order = torch.arange(length)
     hidden, keys, values, outputs = head.fuse(features), {}, {}, []
     for level in range(steps):
-        tokens = F.pad(embeddings[:, level + 1 :], (0, 0, 0, level + 1))
+        embeddings = embed(F.pad(tokens[:, level + 1 :], (0, level + 1)))
         columns = torch.arange((level + 1) * length)
         mask = (columns < length) & (columns <= order[:, None])
         mask |= (columns >= length) & (columns % length == order[:, None])
@@ -129,7 +132,7 @@ def dense_levels(head, features, embeddings, steps):
             scores = (q @ all_keys.mT) * q.shape[-1] ** -0.5
             return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ all_values
 
-        hidden = head(head.feedback(hidden) if level else hidden, tokens, order[None] + level, attend)
+        hidden = head(head.feedback(hidden) if level else hidden, embeddings, head.rope(order[None] + level), attend)
         outputs.append(head.norm(hidden))
     return torch.stack(outputs)
 
@@ -142,15 +145,15 @@ SLOTS = {"all": None, "a part": [[2, 3, 7, 9], [0, 1, 9, 10]]}
     "overrides", [{}, {"num_hidden_layers": 2, "num_key_value_heads": 4}, {"feedback_post_norm": True}]
 )
 def test_levels_and_gradients_equal_those_of_a_dense_mask(overrides, slots):
-    head = small_head(**overrides)
+    head, target = small_head(**overrides), build_target(vocab_size=60).double()
     features = torch.randn(2, LENGTH, 96, dtype=torch.double)
-    embeddings = torch.randn(2, LENGTH, 32, dtype=torch.double)
+    tokens = torch.randint(60, (2, LENGTH))
     wanted = None if slots is None else torch.tensor(slots)
     rows = (slice(None),) if wanted is None else (torch.arange(2)[:, None], wanted)
     found, gradients = [], []
     for levels in (
-        dense_levels(head, features, embeddings, STEPS)[:, *rows],
-        unroll(head, features, embeddings, STEPS, wanted),
+        dense_levels(head, target.get_input_embeddings(), features, tokens, STEPS)[:, *rows],
+        unroll(head.bind(target, head), features, tokens, STEPS, wanted),
     ):
         head.zero_grad()
         torch.manual_seed(1)
@@ -175,3 +178,52 @@ def test_a_batch_whose_losses_need_nothing_still_gets_a_slot():
     """Distributed training waits for a gradient of every process."""
     packed, columns = pack(torch.zeros(0, dtype=torch.long), torch.zeros(3, 0, dtype=torch.long), torch.Size([2, 9]))
     assert packed.shape == (2, 1) and columns.shape == (3, 0)
+
+
+def chains(model, features, tokens, levels):
+    """Every slot's levels by the cache that drafting uses: a prefix, then one token at a time; `[levels, t, h]`."""
+    length, found = tokens.shape[1], []
+    padded = F.pad(tokens, (0, levels))
+    for slot in range(length):
+        caches, states, outputs = {}, model.fuse(features[:, : slot + 1]), []
+        hidden, order = states, torch.arange(slot + 1)
+        for level in range(levels):
+            depth = min(level, model.depths - 1)
+            fresh = depth not in caches
+            cache = caches.setdefault(depth, DraftCache.empty(model, 1))
+            if fresh:  # over the whole prefix
+                read, start = padded[:, level + 1 : slot + level + 2], 0
+                hidden = hidden if level == 0 or not model.rereads_target else states
+            else:
+                read, start = padded[:, slot + level + 1 :][:, :1], slot + level
+                hidden = states[:, -1:] if model.rereads_target else hidden[:, -1:]
+                order = order[-1:]
+            cache.reserve(start + read.shape[1])
+            entries = cache.attend_from(start, None, is_causal=read.shape[1] > 1)
+            output = model.run(depth, read, hidden, model.places(order[None] + level), entries)
+            outputs.append(model.normed(output[0, -1], depth))
+            hidden = model.feedback(output)
+        found.append(torch.stack(outputs))
+    return torch.stack(found, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"fed_back": "before", "fed": "before"}, {"fed_back": "target"}, {"depths": 3}]
+    + [{"depths": 3, "fed_back": "target"}, {"layer_types": ("sliding_attention",)}],
+    ids=str,
+)
+def test_the_levels_of_mtp_layers_are_those_of_a_drafted_chain(settings):
+    kind = "mistral" if "layer_types" in settings else "llama"
+    target = build_target(kind, initializer_range=0.3, **({"sliding_window": 4} if kind == "mistral" else {}))
+    head = MtpHead.fresh(target, **settings)
+    torch.manual_seed(0)
+    for parameter in head.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    features, tokens = torch.randn(2, LENGTH, 32), torch.randint(3, 64, (2, LENGTH))
+    slots = torch.tensor([[2, 3, 7], [0, 1, 7]])
+    found = unroll(head.bind(target, head), features, tokens, 3, slots)
+    for text in range(2):
+        wanted = chains(head.bind(target), features[text : text + 1], tokens[text : text + 1], 3)
+        torch.testing.assert_close(found[:, text], wanted[:, slots[text]], atol=1e-4, rtol=1e-4)

@@ -5,8 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from tests.multimodal_targets import TARGETS, MultimodalTarget
+from tests.targets import Architecture
 from transformers_resps.compat import CACHE_KEYWORD
-from transformers_resps.verifying.forward import FeatureTap, TargetForward, decoder_layers
+from transformers_resps.verifying.forward import FeatureTap, TargetForward, decoder_layers, output_places
 
 
 TEXT = torch.tensor([[3, 4, 5, 6, 7]])
@@ -53,3 +54,16 @@ def test_two_taps_on_one_target_catch_their_own_forwards_only() -> None:
         with second.record() as others:
             target(input_ids=TEXT[:, :2])
     assert features.concatenated().shape[1] == 5 and others.concatenated().shape[1] == 2
+
+
+def test_the_last_hidden_states_are_caught_before_and_after_the_final_norm() -> None:
+    target = Architecture("gemma2").build("eager")
+    last, tokens = target.config.num_hidden_layers, torch.arange(1, 9)[None]
+    with torch.no_grad(), FeatureTap(target, [1, last, last + 1]) as tap, tap.record() as features:
+        outputs = target(tokens, output_hidden_states=True)
+    caught = [features.caught[layer] for layer in (1, last + 1)]
+    assert output_places(target, [1, last + 1]) == [1, last]
+    assert [torch.equal(one, outputs.hidden_states[place]) for one, place in zip(caught, (1, last), strict=True)]
+    torch.testing.assert_close(target.get_decoder().norm(features.caught[last]), features.caught[last + 1])
+    with pytest.raises(ValueError, match=r"reads the feature layers \[1, \d+\]"):
+        FeatureTap(target, [1, last + 2])

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
-from ..heads.formats.reading import HUB
+from ..heads.formats.reading import HUB, fetch_from, read_json
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
 from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
-from ..heads.source import DraftSource, Entries, Places, StepModel, Wanted
+from ..heads.source import Entries, Places, TrainableModel, TrainableSource, Wanted
+from ..hub.upload import plain_card
 from ..tree import TreeShape
 from ..verifying.attention import GROUPED
 from ..verifying.forward import decoder_layers
@@ -90,7 +92,7 @@ def _layer_config(target: PreTrainedModel, config: MtpConfig, depth: int) -> Any
     return text
 
 
-class MtpHead(DraftSource, nn.Module):
+class MtpHead(TrainableSource, nn.Module):
     """The MTP layers of a checkpoint, as a drafter: pass it to `generate` as `assistant_model`.
 
     It holds the layers alone. Embedding and output head are the target's unless the checkpoint has others, and so is
@@ -103,9 +105,9 @@ class MtpHead(DraftSource, nn.Module):
 
     def __init__(self, config: MtpConfig, target: PreTrainedModel) -> None:
         super().__init__()
-        self.config, self.name_or_path = config, ""
+        self.settings, self.name_or_path = config, ""
         self.layers = nn.ModuleList(MtpLayer(target, config, depth) for depth in range(config.depths))
-        self._target = target_identity(target)
+        self.target = target_identity(target)
         self._stored = {name: Stored.whole(self._numbered(name)) for name in self.state_dict()}
         self._shift = 0  # of the norms' weights: what the class takes less what the file holds
         self._packed = PackedWeights()
@@ -114,7 +116,13 @@ class MtpHead(DraftSource, nn.Module):
     def _numbered(self, name: str) -> str:
         """The name of a tensor after the target's own layers."""
         _, depth, rest = name.split(".", 2)
-        return f"model.layers.{self._target['num_hidden_layers'] + int(depth)}.{rest}"
+        return f"model.layers.{self.target['num_hidden_layers'] + int(depth)}.{rest}"
+
+    @staticmethod
+    def is_saved_in(id_or_folder: str | os.PathLike[str]) -> bool:
+        """Whether a folder or a Hub repository holds what `save_pretrained` wrote; raises as `from_pretrained`."""
+        path = fetch_from(os.fspath(id_or_folder), {})("config.json")
+        return path is not None and read_json(path).get("model_type") == MODEL_TYPE
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **keywords: Any) -> "MtpHead":
@@ -136,6 +144,7 @@ class MtpHead(DraftSource, nn.Module):
         target: PreTrainedModel,
         *,
         draft_token_ids: Tensor | Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
         **keywords: Any,
     ) -> "MtpHead":
         """Load the MTP layers of a checkpoint, or what `save_pretrained` wrote, in the target's dtype, on its device.
@@ -146,6 +155,7 @@ class MtpHead(DraftSource, nn.Module):
             target: the model that the layers will draft for.
             draft_token_ids: ids `[d]` of the tokens that may be drafted, in any order; `None` for all. A small
                 model spends most of a draft in its output head, which then has d rows.
+            dtype: of the layers; `None` for the target's.
             keywords: `revision`, `token` and others of `huggingface_hub.hf_hub_download`; and any field of
                 `MtpConfig`, to correct what the family does.
 
@@ -159,22 +169,19 @@ class MtpHead(DraftSource, nn.Module):
         """
         check_is_model(target)
         hub = {key: keywords.pop(key) for key in HUB & keywords.keys()}
-        unknown = sorted(keywords.keys() - {field.name for field in fields(MtpConfig)})
-        if unknown:
-            raise ValueError(f"MtpHead got {unknown}, but takes {sorted(HUB)} and the fields of `MtpConfig` only.")
         checkpoint = MtpCheckpoint(os.fspath(id_or_folder), hub)
         checkpoint.check_target(target_identity(target))
         if draft_token_ids is not None:
             keywords["draft_token_ids"] = tuple(cast(Tensor, draft_vocabulary(target, None, draft_token_ids)).tolist())
-        config = _borrowing(replace(checkpoint.config(), **keywords), checkpoint, target)
+        config = _borrowing(_configured(checkpoint.config(), keywords), checkpoint, target)
         with torch.device("meta"):
             head = cls(config, target)
         head.name_or_path = checkpoint.name
-        head._load(checkpoint, target)
+        head._load(checkpoint, target, dtype or target.dtype)
         return head.eval()
 
-    def _load(self, checkpoint: MtpCheckpoint, target: PreTrainedModel) -> None:
-        config, dtype = self.config, target.dtype
+    def _load(self, checkpoint: MtpCheckpoint, target: PreTrainedModel, dtype: torch.dtype) -> None:
+        config = self.settings
         borrowed = {"embed_tokens.weight": not config.own_embedding, "head.weight": not config.own_output_head}
         left_out = tuple(name for name, is_so in borrowed.items() if is_so)
         depths = tuple(f"layers.{depth}." for depth in range(config.depths))
@@ -193,6 +200,63 @@ class MtpHead(DraftSource, nn.Module):
         self._stored = {name: checkpoint.stored[name] for name in names}
         assert not any(buffer.is_meta for buffer in self.buffers())
 
+    @classmethod
+    def fresh(
+        cls,
+        target: PreTrainedModel,
+        *,
+        draft_token_ids: Tensor | Sequence[int] | None = None,
+        **settings: Any,
+    ) -> "MtpHead":
+        """Make an untrained module for `target`, in its dtype and on its device, in the names of Qwen3.5's.
+
+        It begins with the target's own state, and a copy of its last layer that adds nothing yet, which trains faster.
+
+        Args:
+            target: the model that the layers will draft for.
+            draft_token_ids: as in `from_pretrained`.
+            settings: any field of `MtpConfig`; `depths` layers, one by default.
+
+        Returns:
+            The module. Train it before use, with `DraftHeadTrainer`.
+
+        Raises:
+            ValueError: the draft vocabulary is not part of the target's, or there is no such setting.
+        """
+        rows = draft_vocabulary(target, None, draft_token_ids)
+        ids = None if rows is None else tuple(rows.tolist())
+        config = _configured(MtpConfig(draft_token_ids=ids), settings)
+        if not config.experts and "mlp.gate.weight" in decoder_layers(target)[-1].state_dict():
+            config = replace(config, experts=(True,) * config.depths)
+        head = cls(config, target).to(target.device, target.dtype)
+        if config.depths == 1:
+            head._stored = {name: Stored.whole(_fresh_name(name)) for name in head._stored}
+        head._start_from(target)
+        return head.eval()
+
+    @torch.no_grad()
+    def _start_from(self, target: PreTrainedModel) -> None:
+        """Begin with the target's own state as the output, and its last such layer, which adds nothing yet."""
+        norm, shift = cast(Tensor, target.get_decoder().norm.weight), int(_is_zero_centred(target))
+        factors = (norm.float() + shift).abs().clamp(min=_SMALLEST_FACTOR).copysign(norm.float() + shift)
+        for layer in cast(Any, self.layers):
+            alike = [one for one in decoder_layers(target) if _sizes(one) == _sizes(layer.block)]
+            if alike:
+                layer.block.load_state_dict(alike[-1].state_dict())
+            for name, parameter in layer.block.named_parameters():
+                if any(part in name for part in ("o_proj.", "down_proj")):
+                    parameter.zero_()
+            if self.settings.fed == "after":
+                layer.hnorm.weight.copy_(1 / factors - shift)
+            places = (0, 1) if self.settings.hidden_first else (1, 0)
+            layer.eh_proj.weight.zero_()[:, places[0] * len(norm) :][:, : len(norm)].fill_diagonal_(1)
+            if self.settings.own_norm:
+                layer.norm.weight.copy_(norm)
+            if self.settings.own_embedding:
+                layer.embed_tokens.load_state_dict(target.get_input_embeddings().state_dict())
+            if self.settings.own_output_head:
+                layer.head.load_state_dict(target.get_output_embeddings().state_dict())
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the layers alone, in the names of the checkpoint that they came from; `from_pretrained` reads them.
 
@@ -207,8 +271,8 @@ class MtpHead(DraftSource, nn.Module):
             theirs = self._stored[name].split(tensor - shift if shift else tensor)
             tensors |= {name: part.detach().cpu().contiguous().clone() for name, part in theirs.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        sizes = {key: self._target[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
-        config = {"model_type": MODEL_TYPE, **sizes, "target": self._target, "mtp": asdict(self.config)}
+        sizes = {key: self.target[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
+        config = {"model_type": MODEL_TYPE, **sizes, "target": self.target, "mtp": asdict(self.settings)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @property
@@ -223,25 +287,25 @@ class MtpHead(DraftSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """What leaves the target's last layer, before the final norm."""
-        return [self._target["num_hidden_layers"]]
+        """What leaves the target's final norm or, before it, the last layer; see `FeatureTap`."""
+        return [self.target["num_hidden_layers"] + (self.settings.fed == "after")]
 
     @property
     def default_shape(self) -> TreeShape:
-        return TreeShape(16, 4 if self.config.depths == 1 else min(4, self.config.depths), 4)
+        return TreeShape(16, 4 if self.settings.depths == 1 else min(4, self.settings.depths), 4)
 
     def check_target(self, target: PreTrainedModel) -> None:
         check_is_model(target)
         theirs = target_identity(target)
         sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
         wrong = [
-            f"{key} {self._target[key]} (this target: {theirs[key]})"
+            f"{key} {self.target[key]} (this target: {theirs[key]})"
             for key in sizes
-            if self._target[key] != theirs[key]
+            if self.target[key] != theirs[key]
         ]
         if wrong:
             raise ValueError(
-                f"These MTP layers were loaded for {self._target['name_or_path'] or 'another target'}, not for "
+                f"These MTP layers were loaded for {self.target['name_or_path'] or 'another target'}, not for "
                 f"{theirs['name_or_path'] or type(target).__name__}: they need {', '.join(wrong)}. Load those of this "
                 "target with `MtpHead.from_target(model)`."
             )
@@ -250,18 +314,39 @@ class MtpHead(DraftSource, nn.Module):
         return parameter_fingerprint(self)
 
     def identity(self) -> dict[str, Any]:
-        ids = self.config.draft_token_ids
+        ids = self.settings.draft_token_ids
         return {
             "name_or_path": self.name_or_path,
             "feature_layers": self.feature_layers,
-            "hidden_size": self._target["hidden_size"],
-            "num_hidden_layers": self.config.depths,
-            "vocab_size": self._target["vocab_size"],
+            "hidden_size": self.target["hidden_size"],
+            "num_hidden_layers": self.settings.depths,
+            "vocab_size": self.target["vocab_size"],
             "draft_vocab_size": None if ids is None else len(ids),
             "fingerprint": self.fingerprint(),
         }
 
-    def bind(self, target: PreTrainedModel) -> "BoundMtp":
+    def forward(self, depth: int, embeddings: Tensor, hidden: Tensor, **block: Any) -> Tensor:
+        """One depth over pairs; see `MtpLayer`."""
+        return cast(Tensor, self.layers[depth](embeddings, hidden, **block))
+
+    @property
+    def draft_token_ids(self) -> Tensor:
+        ids = self.settings.draft_token_ids
+        return torch.tensor(range(self.vocab_size) if ids is None else ids, device=self.device)
+
+    @property
+    def vocab_size(self) -> int:
+        return cast(int, self.target["vocab_size"])
+
+    @property
+    def output_heads(self) -> list[nn.Module]:
+        return [layer.head for layer in cast(Any, self.layers)] if self.settings.own_output_head else []
+
+    def plain_card(self, repo_id: str) -> str:
+        use = f'head = MtpHead.from_pretrained("{repo_id}", target=model)'
+        return plain_card("MTP module", "mtp", self.target["name_or_path"], use)
+
+    def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundMtp":
         self.check_target(target)
         table = target.get_input_embeddings()
         if table.weight.device != self.device and not hasattr(table, "_hf_hook"):
@@ -269,7 +354,29 @@ class MtpHead(DraftSource, nn.Module):
                 f"The MTP layers are on {self.device}, but the target's embedding is on {table.weight.device}. Call "
                 f"`head.to('{table.weight.device}')`, or load them with `target=model`."
             )
-        return BoundMtp(self, target, self._packed.view(self.layers), self._rows)
+        layers = self._packed.view(self.layers) if forward is None else self.layers
+        return BoundMtp(self, target, layers, self._rows, forward)
+
+
+def _configured(config: MtpConfig, settings: dict[str, Any]) -> MtpConfig:
+    unknown = sorted(settings.keys() - {field.name for field in fields(MtpConfig)})
+    if unknown:
+        raise ValueError(f"MtpHead got {unknown}, but takes {sorted(HUB)} and the fields of `MtpConfig` only.")
+    return replace(config, **settings)
+
+
+def _sizes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+_SMALLEST_FACTOR = 0.1  # of a norm, that is undone
+_FRESH = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "norm": "norm"}
+
+
+def _fresh_name(ours: str) -> str:
+    """The name of a tensor of a new module."""
+    _, depth, part, rest = ours.split(".", 3)
+    return f"mtp.{_FRESH[part]}.{rest}" if part in _FRESH else f"mtp.layers.{depth}.{rest}"
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
@@ -311,7 +418,7 @@ class KeptRows:
         return self._kept[depth][1]
 
 
-class BoundMtp(StepModel):
+class BoundMtp(TrainableModel):
     """MTP layers as they draft for one target; made by `MtpHead.bind`.
 
     Args:
@@ -319,14 +426,22 @@ class BoundMtp(StepModel):
         target: its target.
         layers: the module's own, or such as multiply by packed weights.
         rows: keeps what the draft vocabulary takes of the output heads.
+        forward: computes a pass in place of the layers, as `MtpHead.forward` does.
     """
 
-    def __init__(self, head: MtpHead, target: PreTrainedModel, layers: nn.Module, rows: KeptRows) -> None:
-        config, decoder, text = head.config, cast(Any, target.get_decoder()), target.config.get_text_config()
+    def __init__(
+        self,
+        head: MtpHead,
+        target: PreTrainedModel,
+        layers: nn.Module,
+        rows: KeptRows,
+        forward: Callable[..., Tensor] | None = None,
+    ) -> None:
+        config, decoder, text = head.settings, cast(Any, target.get_decoder()), target.config.get_text_config()
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
+        self._forward = forward
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
         self.device, self.dtype = head.device, head.dtype
-        self._final_norm = decoder.norm if config.fed == "after" else nn.Identity()
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
         self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
@@ -345,10 +460,10 @@ class BoundMtp(StepModel):
 
     @property
     def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([self._head, self._final_norm, *self._tables, *self._outputs])
+        return nn.ModuleList([self._head, *self._tables, *self._outputs])
 
     def fuse(self, features: Tensor) -> Tensor:
-        return cast(Tensor, self._final_norm(features)).to(self.device, self.dtype)
+        return features.to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
         """Cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""
@@ -380,18 +495,28 @@ class BoundMtp(StepModel):
         if self._layers[depth].is_eager:
             mask = _added(mask, embeddings)
         options |= {"attention_mask": mask, "position_ids": positions[..., 0], CACHE_KEYWORD: entries}
-        output = _at(self._layers[depth](embeddings, hidden, **options), wanted)
+        layer = self._layers[depth] if self._forward is None else partial(self._forward, depth)
+        output = _at(layer(embeddings, hidden, **options), wanted)
         return output if self._config.fed_back == "before" else self._normed(output, depth)
 
     def _normed(self, output: Tensor, depth: int) -> Tensor:
         return cast(Tensor, self._layers[depth].norm(output))
 
-    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+    def normed(self, output: Tensor, depth: int = 0) -> Tensor:
+        return self._normed(output, depth) if self._config.fed_back == "before" else output
+
+    def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         """By an output head of the module, or the target's; some rows of it where there is a draft vocabulary."""
         head: Any = self._outputs[depth]
         project = head if self._ids is None else self._rows.of(head, self._ids, depth)
-        normed = self._normed(output, depth) if self._config.fed_back == "before" else output
         return cast(Tensor, project(normed.to(head.weight.device, head.weight.dtype))).to(self.device, torch.float32)
+
+    def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
+        head = self._outputs[depth]
+        parts = cast(Tensor, head.weight), cast(Tensor | None, getattr(head, "bias", None))
+        weight, bias = (part if part is None or self._ids is None else part[self._ids] for part in parts)
+        assert weight is not None
+        return weight, bias
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         return draft_ids if self._ids is None else self._ids[draft_ids]

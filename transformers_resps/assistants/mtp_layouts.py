@@ -225,6 +225,12 @@ def _part(rest: str) -> str:
     return rest
 
 
+def names_mtp(config: dict[str, Any]) -> bool:
+    """Whether a config says that its files hold MTP layers, alone or with their target."""
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    return config.get("model_type") == MODEL_TYPE or any(part.get(key) for part in parts for key in _DEPTHS)
+
+
 class MtpCheckpoint:
     """The MTP module in a checkpoint of its target, or one that was saved alone.
 

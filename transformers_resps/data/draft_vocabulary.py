@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import DraftHead
+from ..heads import TrainableSource
 from .preparation import Example
 
 
@@ -49,14 +49,14 @@ def choose_draft_vocabulary(
     return DraftVocabulary(token_ids, _share(counts, token_ids))
 
 
-def vocabulary_of(head: DraftHead, examples: Iterable[Example]) -> DraftVocabulary:
+def vocabulary_of(head: TrainableSource, examples: Iterable[Example]) -> DraftVocabulary:
     """The draft vocabulary of an existing head, with its coverage of the training `examples`.
 
     Raises:
         ValueError: it covers none of the assistant's tokens, so the head could learn nothing.
     """
     token_ids = head.draft_token_ids.cpu()
-    coverage = _share(_answer_counts(examples, head.config.vocab_size), token_ids)
+    coverage = _share(_answer_counts(examples, head.vocab_size), token_ids)
     if coverage == 0:
         raise ValueError(
             f"The head can propose {len(token_ids)} tokens, but none of them occurs in the answers. Start from "

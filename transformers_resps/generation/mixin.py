@@ -21,7 +21,7 @@ from transformers import (
 
 from ..heads import DraftSource
 from ..policies.base import Policy
-from .request import CONFIG_KEYWORDS, Call, CompileChoice, Keywords, Request, SpeculationState
+from .request import CONFIG_KEYWORDS, USE_MTP, Call, CompileChoice, Keywords, Request, SpeculationState
 from .speculation import speculate
 
 
@@ -71,8 +71,9 @@ class ReSpSGenerationMixin(GenerationMixin):
         All parameters of the stock method hold. `None` takes what `generation_config` says (`policy` and `lockstep`
         only), then what `attach` was given. A folder or a Hub id is loaded once and kept as long as the model lives.
 
-        - `assistant_model`: a `DraftHead` or another source, or its folder or Hub id, drafts trees; so does, with a
-          policy, a small causal model, or an assistant of Gemma 4. The sources of a list draft one tree together.
+        - `assistant_model`: a `DraftHead` or another source, or its folder or Hub id, drafts trees; "mtp" the layers
+          that came with the model, as `use_mtp=True` with a policy; and with a policy a small causal model, or an
+          assistant of Gemma 4. The sources of a list draft one tree together.
           Without a policy any other assistant is Transformers' own assisted decoding.
         - `policy`: shapes the trees; an object, or the folder or Hub id of a saved one. `None` uses the head's default
           tree. "auto" weighs every node against its cost, drafts by lookup alone where there is no head, and keeps
@@ -110,6 +111,8 @@ class ReSpSGenerationMixin(GenerationMixin):
         with Request.read(cast(PreTrainedModel, self), self.speculation_state, call) as request:
             if request.assistant_model is not None:
                 arguments["assistant_model"] = request.assistant_model
+            if request.policy is not None and call.asks_mtp(self.generation_config):
+                arguments[USE_MTP] = False  # whatever a config says
             token = _request.set(request)
             try:
                 return super().generate(*([] if inputs is None else [inputs]), **arguments)

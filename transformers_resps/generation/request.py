@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..assistants import CausalDrafter, GemmaAssistant
+from ..assistants import CausalDrafter, GemmaAssistant, MtpHead
 from ..compat import load_model, unwrapped
 from ..drafting.engine import DraftEngines
 from ..drafting.mixed_drafter import DraftPart
@@ -38,6 +38,8 @@ from .checks import check_draws, check_inputs, check_model, check_settings, chec
 
 AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
 PLAIN: Literal["plain"] = "plain"  # stock decoding, whatever `attach` was given
+MTP: Literal["mtp"] = "mtp"  # as `assistant_model` the layers that came with the target
+USE_MTP = "use_mtp"  # Transformers' keyword for them: with a policy they draft trees
 # The keywords that a `generation_config` may hold, as JSON of these types.
 CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool}
 # True compiles at the first step, "auto" when eager steps have taken as long as compiling will
@@ -203,12 +205,17 @@ class SpeculationDefaults(Keywords):
         return call if call.has_stock_assistant else call.or_else(self)
 
 
-def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftHead | PreTrainedModel:
-    """The draft head or the whole model in a folder or a repository, on the target's device and in its dtype.
+def load_assistant(name: str | os.PathLike[str], target: PreTrainedModel) -> DraftSource | PreTrainedModel:
+    """What a folder or a Hub id holds, on the target's device and in its dtype: a draft head, MTP layers or a whole
+    model. "mtp" means the layers that came with the target.
 
     Raises:
         ValueError, OSError: as `DraftHead.from_pretrained`.
     """
+    if name == MTP:
+        return MtpHead.from_target(target)
+    if MtpHead.is_saved_in(name):
+        return MtpHead.from_pretrained(name, target)
     try:
         return DraftHead.from_pretrained(name, target=target)
     except WholeModelError:
@@ -335,6 +342,12 @@ class Call(NamedTuple):
         given = (value for value in (self.prompts, *self.arguments.values()) if isinstance(value, Tensor))
         return next(map(len, given), 1)
 
+    def asks_mtp(self, own: GenerationConfig | None) -> bool:
+        """Whether the call, its config or the model's `own` asks for the layers that came with the target."""
+        configs = [config for config in (self.config, own) if config is not None]
+        saved = next((getattr(config, USE_MTP, None) for config in configs), None)
+        return bool(self.arguments.get(USE_MTP, saved))
+
     def configured(self, own: GenerationConfig | None) -> Keywords:
         """The call's keywords, filled up from its config, then from the model's `own`."""
         keywords = self.keywords
@@ -381,6 +394,9 @@ class Request:
                 keywords = replace(keywords, policy=None)
             defaults = state.defaults.in_force()
             keywords = defaults.fill(keywords)
+            if keywords.policy is not None and not keywords.assistants and call.asks_mtp(model.generation_config):
+                keywords = replace(keywords, assistant_model=MTP)
+                call = call._replace(arguments={**call.arguments, USE_MTP: False})
             keywords = keywords.loaded(partial(state.assistants.load, model, as_source=keywords.asks_trees))
             sources = keywords.sources
             if defaults.eval_mode:
@@ -409,7 +425,9 @@ class Request:
         elif not isinstance(policy, Policy):
             name = os.fspath(policy)
             make = partial(default_policy, model.device) if name == AUTO else partial(AutoPolicy.from_pretrained, name)
-            key = PolicyCache.key(model, call.rows, name, keywords.compile), *map(ref, sources[1:])
+            key = PolicyCache.key(model, call.rows, name, keywords.compile)
+            if len(sources) > 1:
+                key = key, *map(ref, sources[1:])
             policy = stack.enter_context(state.policy_cache.borrow(sources[0] if sources else None, key, make))
         if not sources and policy.needs_head:
             raise ValueError(

@@ -35,6 +35,7 @@ from ..verifying.forward import (
     are_outputs,
     counts_slots,
     is_compiled,
+    skips_positions,
 )
 from ..verifying.hybrids import is_recurrent
 from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, dynamic_copy, fill_static, whole_cache
@@ -148,7 +149,7 @@ def _decode(
             never_drafted=inputs.never_drafted(target),
             keeps_ended=inputs.makes_cache,
         )
-        decoding.prefill(_reader(target, verifier, inputs))
+        decoding.prefill(_reader(target, verifier, request, inputs))
         with cast(Any, target)._optimize_model_for_decode():
             while not batch.finished:
                 decoding.step()
@@ -175,13 +176,16 @@ def _returned_cache(
 
 
 def _reader(
-    target: PreTrainedModel, verifier: Verifier, inputs: "GenerateInputs"
+    target: PreTrainedModel, verifier: Verifier, request: Request, inputs: "GenerateInputs"
 ) -> Callable[[Tensor], tuple[Tensor, list[Features]]]:
     """What reads the prompt `[b, s]`: the verifier, or stock `generate` where it holds more than tokens.
 
     Stock, too, where a decoder's prompt could hold more: EXAONE 4.5 reads other positions than it is given.
     """
     kwargs, config = inputs.model_kwargs, target.config
+    read = [part.model for part in request.parts if part.model.reads_features]
+    if skips_positions(target) and not all(model.reads_target for model in read):
+        kwargs = kwargs | {"logits_to_keep": torch.tensor([-1])}  # a number skips the features, too
     may_hold_more = not config.is_encoder_decoder and config is not config.get_text_config(decoder=True)
     if not inputs.hold_more_than_tokens and (not may_hold_more or is_compiled(target)):
         kept = {"logits_to_keep": kwargs["logits_to_keep"]} if "logits_to_keep" in kwargs else {}

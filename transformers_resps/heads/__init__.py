@@ -6,7 +6,7 @@ from .cache import DraftCache
 from .config import DraftHeadConfig
 from .identity import parameter_fingerprint
 from .model import Attend, BoundHead, DraftHead, Rope, pair_identity
-from .source import DraftSource, Entries, Places, StepModel, Wanted
+from .source import DraftSource, Entries, Places, StepModel, TrainableModel, TrainableSource, Wanted
 
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "Places",
     "Rope",
     "StepModel",
+    "TrainableModel",
+    "TrainableSource",
     "Wanted",
     "pair_identity",
     "parameter_fingerprint",

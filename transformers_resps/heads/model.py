@@ -21,7 +21,7 @@ from ..tree import TreeShape
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
 from .identity import check_is_model, target_identity
-from .source import DraftSource, Entries, Places, StepModel, Wanted
+from .source import DraftSource, Entries, Places, TrainableModel, TrainableSource, Wanted
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
@@ -138,7 +138,7 @@ class DraftLayer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped
 
 
-class DraftHead(DraftSource, PreTrainedModel):
+class DraftHead(TrainableSource, PreTrainedModel):
     """An EAGLE-3 draft head: reads the target's hidden states and proposes tokens, which the target then verifies.
 
     Load a published head with `from_pretrained`, or make a new one with `from_target`, and pass it to `generate` as
@@ -204,9 +204,8 @@ class DraftHead(DraftSource, PreTrainedModel):
         self,
         hidden: Tensor,
         embeddings: Tensor,
-        positions: Tensor,
+        rope: Rope,
         attend: Attend,
-        *,
         wanted: Wanted = slice(None),
     ) -> Tensor:
         """Run the head's layers over all positions in parallel.
@@ -214,7 +213,7 @@ class DraftHead(DraftSource, PreTrainedModel):
         Args:
             hidden: `[b, t, h]` fused features, or the previous level's `feedback`.
             embeddings: `[b, t, h]` embeddings of the token after each feature.
-            positions: `[b, t]` RoPE positions.
+            rope: of the positions, see there.
             attend: attention over the keys and values that the caller keeps (see `HeadCache`).
             wanted: the positions whose output is computed, a slice or `[b, q]` of each row. The others
                 give only their keys and values, which is a third of the work.
@@ -222,22 +221,16 @@ class DraftHead(DraftSource, PreTrainedModel):
         Returns:
             `[b, q, h]` hidden states, before the final norm.
         """
-        return self.run_layers(hidden, embeddings, self.rope(positions), attend, wanted)
-
-    def rope(self, positions: Tensor) -> Rope:
-        """The angles of RoPE at positions `[b, t]`, which any number of `run_layers` may share."""
-        cosine, sine = self.rotary_emb(self.norm.weight, positions)
-        first, second = sine.chunk(2, dim=-1)
-        return Rope(cosine, torch.cat([-first, second], dim=-1))
-
-    def run_layers(
-        self, hidden: Tensor, embeddings: Tensor, rope: Rope, attend: Attend, wanted: Wanted = slice(None)
-    ) -> Tensor:
-        """As `forward`, at positions whose `rope` is known."""
         for layer in self.layers:
             is_last = layer is self.layers[-1]
             hidden = layer(hidden, embeddings, rope, attend, wanted if is_last else slice(None))
         return hidden
+
+    def rope(self, positions: Tensor) -> Rope:
+        """The angles of RoPE at positions `[b, t]`, which any number of passes may share."""
+        cosine, sine = self.rotary_emb(self.norm.weight, positions)
+        first, second = sine.chunk(2, dim=-1)
+        return Rope(cosine, torch.cat([-first, second], dim=-1))
 
     def feedback(self, hidden: Tensor) -> Tensor:
         """What the next level reads in place of fused features: `[b, t, h]` -> `[b, t, h]`."""
@@ -254,6 +247,19 @@ class DraftHead(DraftSource, PreTrainedModel):
             return torch.arange(self.config.vocab_size, device=self.device)
         offsets = cast(Tensor, self.d2t)
         return torch.arange(len(offsets), device=offsets.device) + offsets
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def target(self) -> dict[str, Any]:  # type: ignore[override]  # the config tells
+        self.config.target = self.config.target or {}
+        return self.config.target
+
+    @property
+    def output_heads(self) -> list[nn.Module]:
+        return [self.lm_head] if self.config.owns_output_head else []
 
     @property
     def feature_layers(self) -> list[int]:
@@ -289,8 +295,8 @@ class DraftHead(DraftSource, PreTrainedModel):
             identity["fingerprint"] = self.fingerprint()
         return identity
 
-    def bind(self, target: PreTrainedModel) -> "BoundHead":
-        return BoundHead(self, target)
+    def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> "BoundHead":
+        return BoundHead(self, target, forward)
 
     def packed_view(self) -> "DraftHead":
         """The head with layers that multiply by packed weights; this very head where that is no faster.
@@ -479,7 +485,7 @@ class DraftHead(DraftSource, PreTrainedModel):
         return plain_card("draft head", "draft-head", (self.config.target or {}).get("name_or_path"), use)
 
 
-class BoundHead(StepModel):
+class BoundHead(TrainableModel):
     """A head as it decodes for one target, with the target's embedding table and output rows.
 
     Made anew for each call of `generate`, so that saving, copying or moving a head never touches its target. A level
@@ -488,7 +494,7 @@ class BoundHead(StepModel):
     Args:
         head: the head.
         target: the model that it drafts for.
-        is_prepacked: false computes with the head's own weights, without packed copies of them.
+        forward: computes a pass in place of the head's packed copy: the head itself, or what training wraps it in.
 
     Raises:
         ValueError: the head belongs to another target, or is on another device.
@@ -496,7 +502,7 @@ class BoundHead(StepModel):
 
     is_compilable = True
 
-    def __init__(self, head: DraftHead, target: PreTrainedModel, *, is_prepacked: bool = True) -> None:
+    def __init__(self, head: DraftHead, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> None:
         head.check_target(target)
         table = target.get_input_embeddings()
         if table.weight.device != head.device and not hasattr(table, "_hf_hook"):
@@ -512,12 +518,12 @@ class BoundHead(StepModel):
         self.needs_all_queries = config.num_hidden_layers > 1
         self.mask_copies = config.num_attention_heads // config.num_key_value_heads
         self.entry_widths = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
-        self._fast = head.packed_view() if is_prepacked else head
+        self._fast = head.packed_view() if forward is None else head
+        self._forward = forward or self._fast.forward
         self.embed_tokens = head.embed_tokens if config.owns_embedding else table
         output = self._fast.lm_head if config.owns_output_head else target.get_output_embeddings()
         self._output = cast(nn.Module, output)
-        self.output_weight = cast(Tensor, output.weight)
-        self.output_bias = cast(Tensor | None, getattr(output, "bias", None))  # some targets' heads have one
+        self._output_weight = cast(Tensor, output.weight)
         self.draft_token_ids = None if config.draft_vocab_size is None else head.draft_token_ids
 
     @property
@@ -544,15 +550,17 @@ class BoundHead(StepModel):
         wanted: Wanted = slice(None),
     ) -> Tensor:
         assert hidden is not None
-        return self._fast.run_layers(hidden, self.embed(tokens), Rope(*places), entries, wanted)
+        return self._forward(hidden, self.embed(tokens), Rope(*places), entries, wanted)
 
-    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        return self.normed_logits(cast(Tensor, self.head.norm(output)))
+    def normed(self, output: Tensor, depth: int = 0) -> Tensor:
+        return cast(Tensor, self.head.norm(output))
 
-    def normed_logits(self, normed: Tensor) -> Tensor:
-        """`[..., h]` after the final norm -> fp32 `[..., d]`."""
-        logits = cast(Tensor, self._output(normed.to(self.output_weight.dtype)))
+    def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
+        logits = cast(Tensor, self._output(normed.to(self._output_weight.dtype)))
         return logits.to(normed.device, torch.float32)  # a borrowed output head may lie on another device
+
+    def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
+        return self._output_weight, cast(Tensor | None, getattr(self._output, "bias", None))  # some targets have one
 
     def feedback(self, output: Tensor) -> Tensor:
         return self.head.feedback(output)

@@ -5,7 +5,7 @@ A `DraftSource` lives between calls: a draft head, MTP layers, an assistant, a s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -159,6 +159,26 @@ class StepModel(ABC):
         return draft_ids
 
 
+class TrainableModel(StepModel):
+    """A model whose logits are a normed output times the rows of an output head: what training reads."""
+
+    @abstractmethod
+    def normed(self, output: Tensor, depth: int = 0) -> Tensor:
+        """`[..., h]` outputs of a depth -> what its output head multiplies."""
+
+    @abstractmethod
+    def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
+        """`[..., h]` normed outputs of a depth -> fp32 `[..., d]`."""
+
+    @abstractmethod
+    def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Weight `[d, h]` of a depth's output head, and its bias `[d]`, if any."""
+
+    def logits(self, output: Tensor, depth: int = 0) -> Tensor:
+        """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
+        return self.normed_logits(self.normed(output, depth), depth)
+
+
 class DraftSource(ABC):
     """What a user passes as `assistant_model` to draft trees; it lives between calls.
 
@@ -206,3 +226,42 @@ class DraftSource(ABC):
         Raises:
             ValueError: it belongs to another target, or is on another device.
         """
+
+
+class TrainableSource(DraftSource):
+    """A module with weights of its own, which borrows the rest from its target.
+
+    Attributes:
+        vocab_size: of its target.
+        target: what identifies its target, as far as it is known: see `target_identity`.
+    """
+
+    target: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @abstractmethod
+    def bind(self, target: PreTrainedModel, forward: Callable[..., Tensor] | None = None) -> TrainableModel:
+        """As `DraftSource.bind`.
+
+        Args:
+            target: the model that it drafts for.
+            forward: computes a pass in place of packed copies of the weights: the module itself, or what training
+                wraps it in.
+        """
+
+    @property
+    @abstractmethod
+    def draft_token_ids(self) -> Tensor:
+        """Target ids of the tokens that it can propose, `[d]`, ascending."""
+
+    @property
+    @abstractmethod
+    def output_heads(self) -> list[nn.Module]:
+        """Those of its own; empty where it borrows the target's."""
+
+    @abstractmethod
+    def plain_card(self, repo_id: str) -> str:
+        """A card for a repository that has none: what it is, its target, and how to load it."""

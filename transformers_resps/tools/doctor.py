@@ -112,7 +112,7 @@ class Probe:
         self._readings = list(_readings(head.config, target, has_images) if readings is None else readings)
         self._drafters = [
             # prepacking would copy the weights for each reading, and so many rows at once do not need it
-            BoundHead(_read_as(head, reading), target, is_prepacked=False)
+            BoundHead(variant := _read_as(head, reading), target, variant)
             for reading in self._readings
         ]
         self._tallies: list[list[Tally]] = [[] for _ in self._readings]
@@ -247,9 +247,9 @@ def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -
     """Return the tallies of a batch's answers, and for each depth how often the head agreed, `[depths]`."""
     start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
     scored = batch.scored[:, start:].to(features.device)
-    embeddings = drafter.embed(batch.tokens.to(features.device))
+    tokens = batch.tokens.to(features.device)
     slots = torch.arange(start, batch.scored.shape[1], device=features.device).expand(len(scored), -1)
-    hidden = unroll(drafter.head, features, embeddings, DEPTHS, slots)  # normed [depths, b, slots, h]
+    hidden = unroll(drafter, features, tokens, DEPTHS, slots)  # normed [depths, b, slots, h]
     draft_ids = drafter.head.draft_token_ids
     hits, log_probs = [], []
     for depth in range(DEPTHS):

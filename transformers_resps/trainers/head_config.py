@@ -55,10 +55,14 @@ class DraftHeadTrainingConfig(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of squares; EAGLE-3 uses 0.95."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "For a head that is loaded or made: fields of DraftHeadConfig, and revision and the like."},
+        metadata={"help": "For a head that is loaded or made: fields of its config, and revision and the like."},
     )
     target_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "For a target that is loaded by name: dtype (default auto), revision, ..."}
+    )
+    new_head: str = field(
+        default="eagle3",
+        metadata={"help": "What a new head is: eagle3, or mtp for a layer such as many checkpoints bring along."},
     )
     draft_vocab_size: int = field(
         default=8192,
@@ -125,6 +129,7 @@ class DraftHeadTrainingConfig(TrainingArguments):
         for name, least in {"max_length": 3, "dataset_num_proc": 1}.items():
             if getattr(self, name) is not None:
                 check_count(self, name, least, " or None")
+        check_setting(self, "new_head", self.new_head in ("eagle3", "mtp"), '"eagle3" or "mtp"')
         check_setting(self, "ttt_step_decay", 0 < self.ttt_step_decay <= 1, "above 0 and at most 1")
         for name in ("model_init_kwargs", "target_init_kwargs"):
             check_mapping(self, name)

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 from transformers.utils.logging import tqdm
 
+from ..assistants import MtpHead
 from ..calibration import device_name
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
-from ..heads import BoundHead, DraftHead, DraftHeadConfig
+from ..heads import DraftHeadConfig, TrainableModel, TrainableSource
 from ..verifying.prepacking import prepack
 from .base import ArtefactTrainer, add_metrics, check_kind
 from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in, some_texts
@@ -37,18 +38,18 @@ logger = logging.getLogger(f"transformers.{__name__}")
 
 
 class DraftHeadTrainer(ArtefactTrainer):
-    """Trains a `DraftHead` on a target's outputs: EAGLE-3's training-time test with a soft cross-entropy loss.
+    """Trains a `DraftHead` or `MtpHead` on a target's outputs: EAGLE-3's training-time test, soft cross-entropy loss.
 
     The signature is that of TRL's `SFTTrainer`, and the target. Datasets have the columns `messages`; `prompt` and
     `completion`; `text`; or `input_ids` with `assistant_masks` or `completion_mask`. Conversations get the tokenizer's
     chat template and are learned from where the assistant speaks; prompts are not learned from.
 
-    Checkpoints hold the head alone and load with `DraftHead.from_pretrained`; `OUTPUT_DIR/head` is the head of the
-    finished run, in bf16, with the fingerprints of the prompts that it learned from.
+    Checkpoints hold the head alone and load with its `from_pretrained`; `OUTPUT_DIR/head` is the head of the finished
+    run, in bf16, with the fingerprints of the prompts that it learned from.
 
     Args:
-        model: the head, a PEFT model of it, its folder or Hub id; `None` for a new head, whose draft vocabulary is
-            counted over the training data.
+        model: the head, a PEFT model of it, its folder or Hub id, or "mtp" for the layers that came with the target;
+            `None` for a new head, whose draft vocabulary is counted over the training data.
         args: see `DraftHeadTrainingConfig`; by default they write into `TARGET-head`.
         train_dataset: a `Dataset`, or an `IterableDataset`, which needs `max_steps`.
         eval_dataset: held-out texts: one of these, or a dict of them.
@@ -69,7 +70,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     def __init__(
         self,
-        model: DraftHead | str | None,
+        model: TrainableSource | str | None,
         args: DraftHeadTrainingConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -102,9 +103,9 @@ class DraftHeadTrainer(ArtefactTrainer):
         held_out = self._data.prepare(eval_dataset, "eval_dataset")
         if head is None:
             examples = [] if rows is None else counted_examples(rows)
-            head = new_head(loaded, examples, self.tokenizer, args.draft_vocab_size, **settings)
-        elif rows is not None:
-            vocabulary_of(unwrapped(head), counted_examples(rows))  # a head that could learn nothing is refused
+            head = new_head(loaded, examples, self.tokenizer, args.draft_vocab_size, args.new_head, **settings)
+        elif rows is not None:  # a head that could learn nothing is refused
+            vocabulary_of(unwrapped(head), counted_examples(rows))
         self._origin: str = unwrapped(head).name_or_path  # folder or Hub id; empty for a new head
         if peft_config is not None:
             from peft import get_peft_model
@@ -122,22 +123,37 @@ class DraftHeadTrainer(ArtefactTrainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's count of predicted tokens
         loaded.to(args.device)  # type: ignore[arg-type]  # stubs lose `device` behind a decorator
-        reads = self.head.config
-        self.target = FrozenTarget(loaded, list(reads.feature_layers or []), before_deepstack=reads.before_deepstack)
+        reads = self.head
+        self.target = FrozenTarget(loaded, reads.feature_layers, before_deepstack=reads.before_deepstack)
         self._meters = {"train": LevelMeter(args.ttt_steps), "eval": LevelMeter(args.ttt_steps)}
         self._pace = Pace()
         self._train_texts: PreparedTexts | StreamedBatches | None = None
         self._drafted_texts: list[dict[str, Tensor]] | None = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _check_checkpoint(resume_from_checkpoint, self.head.config)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        whole = self.accelerator.unwrap_model(self.model)
+        if not isinstance(whole, MtpHead):
+            _check_checkpoint(resume_from_checkpoint, self.head.config)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = MtpHead.from_pretrained(resume_from_checkpoint, self.target.model, dtype=whole.dtype)
+        if saved.settings != whole.settings:
+            raise ValueError(
+                f"{resume_from_checkpoint} holds MTP layers with other settings than those in training. Pass the "
+                "settings of that run, or another `output_dir`."
+            )
+        whole.load_state_dict(saved.state_dict())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        whole = self.accelerator.unwrap_model(self.model)
+        if isinstance(whole, MtpHead) and self.args.should_save:  # Transformers saves it without a config
+            whole.save_pretrained(cast(str, output_dir or self.args.output_dir))
 
     @property
-    def head(self) -> DraftHead:
-        """The head in training, without adapters' or processes' wrappers."""
-        head: DraftHead = unwrapped(self.accelerator.unwrap_model(self.model))
-        return head
+    def head(self) -> Any:
+        """The `DraftHead` or `MtpHead` in training, without adapters' or processes' wrappers."""
+        return unwrapped(self.accelerator.unwrap_model(self.model))
 
     def draft_vocabulary(self) -> DraftVocabulary:
         """The tokens that the head can propose, and the share of the training data's answers that they cover."""
@@ -166,7 +182,8 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     def _levels(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss; per level the summed loss, the hits and all predicted tokens, in vocabulary or not."""
-        bound = BoundHead(unwrapped(self.accelerator.unwrap_model(model)), self.target.model)
+        head: TrainableSource = self.head
+        bound = head.bind(self.target.model, self.head)
         if "features" in inputs:
             read = TargetFeatures(inputs["features"], inputs["hidden"], inputs["picks"].long())
         else:
@@ -176,28 +193,22 @@ class DraftHeadTrainer(ArtefactTrainer):
         levels = torch.arange(self.args.ttt_steps, device=places.device)[:, None]
         slots = places - 2 - levels  # [k, n]
         exists = slots >= 0
-        token_ids = bound.head.draft_token_ids
+        token_ids = head.draft_token_ids
         learnt = torch.isin(read.picks[rows, places - 1], token_ids)  # other picks have no loss at any level
         rows, places, slots = rows[learnt], places[learnt], slots[:, learnt]
         packed, columns = pack(rows, slots, read.picks.shape)
+        first_pass = head.bind(self.target.model, model).run  # gradient hooks wait for a forward of what wraps it
+        teacher = self.target.teacher(read.hidden[rows, places - 1], token_ids)
+        factors = (self.args.ttt_step_decay**levels * exists[:, learnt]).float()
         with self.accelerator.autocast():
-            hidden = unroll(
-                bound.head,
-                read.features.to(bound.head.dtype),
-                bound.embed(inputs["input_ids"]),
-                self.args.ttt_steps,
-                packed,
-                first_pass=model,
-            )
-            loss, losses, hits = soft_cross_entropy(
-                hidden[levels, rows, columns],  # [k, m, h]
-                bound.output_weight,
-                self.target.teacher(read.hidden[rows, places - 1], token_ids),
-                (self.args.ttt_step_decay**levels * exists[:, learnt]).float(),
-                self.args.loss_chunk_size,
-                bound.output_bias,
-            )
-        return loss, losses, hits, exists.sum(-1)
+            hidden = unroll(bound, read.features, inputs["input_ids"], len(levels), packed, first_pass=first_pass)
+            hidden = hidden[levels, rows, columns]  # [k, m, h]
+            parts = [
+                soft_cross_entropy(hidden[one], weight, teacher, factors[one], self.args.loss_chunk_size, bias)
+                for one, (weight, bias) in _by_output_head(bound, len(levels))
+            ]
+        loss, losses, hits = (torch.cat([part.reshape(-1) for part in same]) for same in zip(*parts, strict=True))
+        return loss.sum(), losses, hits, exists.sum(-1)
 
     def evaluation_loop(
         self,
@@ -233,7 +244,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
     def metrics(self) -> dict[str, Any]:
         training: dict[str, Any] = {"steps": self.state.global_step}
-        found: dict[str, Any] = {"draft_vocab_size": self.head.config.proposable_tokens}
+        found: dict[str, Any] = {"draft_vocab_size": len(self.head.draft_token_ids)}
         rows: Any = self.train_dataset
         if not is_streamed(rows):
             training |= {"texts": len(rows), "epochs": round(self.state.epoch or 0.0, 3)}
@@ -244,7 +255,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return {**found, "training": training | {"dtype": dtype, "device": device_name(self.target.model.device)}}
 
     def models(self) -> dict[str, str | None]:
-        return {"target": (self.head.config.target or {}).get("name_or_path"), "head": self._origin or None}
+        return {"target": self.head.target.get("name_or_path"), "head": self._origin or None}
 
     def measure_tau(self) -> float:
         """Simulated tau of the default tree on `tau_texts` held-out texts, evenly spread over their lengths."""
@@ -256,15 +267,15 @@ class DraftHeadTrainer(ArtefactTrainer):
         is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         bar = tqdm(rows, "Simulating tau", self.args.tau_texts, leave=False, disable=is_quiet)
         with self._drafting() as bound, bar:
-            return round(simulated_tau(bound, bar, bound.head.default_shape), 3)
+            return round(simulated_tau(bound, bar, self.head.default_shape), 3)
 
     @contextmanager
-    def _drafting(self) -> Iterator[BoundHead]:
+    def _drafting(self) -> Iterator[TrainableModel]:
         """The head as it decodes, in evaluation mode."""
         head, is_training = self.head, self.head.training
         head.train(False)
         try:
-            yield BoundHead(head, self.target.model)
+            yield head.bind(self.target.model)
         finally:
             head.train(is_training)
 
@@ -274,7 +285,7 @@ class DraftHeadTrainer(ArtefactTrainer):
             self._drafted_texts = list(map(self._with_features, some_texts(rows, self.args.num_drafts_to_print)))
         with self._drafting() as bound:
             tokenizer = cast(PreTrainedTokenizerBase, self.tokenizer)
-            print_drafts(bound, self._drafted_texts, tokenizer, self.state.global_step)
+            print_drafts(bound, self._drafted_texts, tokenizer, self.head.default_shape, self.state.global_step)
 
     def _with_features(self, row: dict[str, Any]) -> dict[str, Tensor]:
         found = {name: tensor.to(self.args.device) for name, tensor in row.items() if name != "pictures"}
@@ -346,7 +357,7 @@ class DraftHeadTrainer(ArtefactTrainer):
         return self.optimizer
 
     def plain_card(self, repo_id: str) -> str:
-        return self.head.plain_card(repo_id)
+        return cast(str, self.head.plain_card(repo_id))
 
     def write_artefact(self, folder: Path) -> None:
         """Write the head in bf16, and the fingerprints of the prompts it learned from."""
@@ -355,6 +366,14 @@ class DraftHeadTrainer(ArtefactTrainer):
         streamed = self._train_texts.questions if isinstance(self._train_texts, StreamedBatches) else set()
         asked = streamed | questions_in(self.train_dataset) | questions_in(self.eval_dataset)
         write_training_prompts(folder, asked, earlier=earlier or ())
+
+
+def _by_output_head(model: TrainableModel, levels: int) -> Iterator[tuple[list[int], tuple[Tensor, Tensor | None]]]:
+    """Levels that share an output head, and its rows."""
+    if model.depths == 1:
+        yield list(range(levels)), model.output_rows()
+    else:
+        yield from (([level], model.output_rows(level)) for level in range(levels))
 
 
 def head_metrics(evaluation: dict[str, float], tree: str, held_out_texts: int, tau_texts: int) -> dict[str, Any]:
@@ -380,12 +399,12 @@ def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: A
     """Check what `DraftHeadTrainer` is given before anything is loaded."""
     check_kind("args", args, DraftHeadTrainingConfig)
     if model is not None and not isinstance(model, str):
-        if isinstance(unwrapped(model), PreTrainedModel) and not isinstance(unwrapped(model), DraftHead):
+        if isinstance(unwrapped(model), PreTrainedModel) and not isinstance(unwrapped(model), TrainableSource):
             raise ValueError(
                 f"`model` is a {type(unwrapped(model)).__name__}, but must be the draft head to train. Pass this "
                 "model as `target`, and `None` as `model` for a new head."
             )
-        check_kind("model", unwrapped(model), DraftHead)
+        check_kind("model", unwrapped(model), TrainableSource)
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` is set, but `model` is a loaded head. Leave one of them out.")
     if args.log_drafts and find_spec("rich") is None:
@@ -417,23 +436,28 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
         )
 
 
-def freeze_output_head(head: DraftHead, is_frozen: bool) -> None:
+def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
     """Freeze the output rows of a head, or leave them to be trained."""
-    config: DraftHeadConfig = head.config
-    if not (config.owns_output_head or is_frozen):
+    if not (head.output_heads or is_frozen):
         raise ValueError(
             "`freeze_output_head` is false, but the head borrows its output head from the target, which is never "
             "trained. Leave it true, or start from a head with a draft vocabulary of its own."
         )
-    if not (config.owns_output_head and is_frozen):
+    if not (head.output_heads and is_frozen):
         return
-    if config.hidden_size != config.target_hidden_size and config.source is None:
+    config = getattr(head, "config", None)
+    if (
+        isinstance(config, DraftHeadConfig)
+        and config.hidden_size != config.target_hidden_size
+        and config.source is None
+    ):
         raise ValueError(
             f"`freeze_output_head` is true, but this head's output rows are {config.hidden_size} wide, the target's "
             f"{config.target_hidden_size}, so they cannot be copied and must be trained. "
             "Pass `freeze_output_head=False`."
         )
-    head.lm_head.requires_grad_(False)
+    for output in head.output_heads:
+        output.requires_grad_(False)
 
 
 def _check_checkpoint(checkpoint: str, config: DraftHeadConfig) -> None:

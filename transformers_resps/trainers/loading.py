@@ -17,10 +17,12 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..assistants import MtpHead
+from ..assistants.mtp_layouts import names_mtp
 from ..compat import load_model, unwrapped
 from ..data import Example, choose_draft_vocabulary
 from ..generation.attach import attach
-from ..heads import DraftHead, DraftHeadConfig, pair_identity
+from ..heads import DraftHead, DraftHeadConfig, TrainableSource, pair_identity
 from .base import check_kind
 from .policy_config import PolicyTrainingConfig
 
@@ -116,12 +118,16 @@ def end_tokens(target: PreTrainedModel) -> set[int]:
     return found
 
 
-def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> DraftHead:
-    """The head in a folder or on the Hub, which was given as `argument`.
+def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
+    """The head or the MTP layers in a folder or on the Hub, which was given as `argument`; of "mtp" the target's own.
 
     Raises:
         ValueError: it holds no head, or one of another target.
     """
+    if name == "mtp":
+        return MtpHead.from_target(target, **init_kwargs)
+    if names_mtp(PreTrainedConfig.get_config_dict(name, **_places(init_kwargs))[0]):
+        return MtpHead.from_pretrained(name, target, **init_kwargs)
     try:
         return DraftHead.from_pretrained(name, target=target, **init_kwargs)
     except ValueError as error:
@@ -138,9 +144,10 @@ def new_head(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase | None,
     draft_vocab_size: int,
+    kind: str,
     **init_kwargs: Any,
-) -> DraftHead:
-    """A head for `target` in float32 with the fields `init_kwargs` of `DraftHeadConfig`.
+) -> TrainableSource:
+    """A head for `target` in float32 with the fields `init_kwargs` of its config; its `kind` is "eagle3" or "mtp".
 
     Its draft vocabulary is counted over the answers in `examples`, which are not read for one of all tokens
     (`draft_vocab_size` 0). End tokens and special tokens of the tokenizer are always in it.
@@ -148,12 +155,14 @@ def new_head(
     Raises:
         ValueError: no head of this target can have such a config.
     """
-    given = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
     everything: int = target.config.get_text_config().vocab_size
     ids = None
     if draft_vocab_size:
         always = end_tokens(target) | set([] if tokenizer is None else tokenizer.all_special_ids)
         ids = choose_draft_vocabulary(examples, everything, draft_vocab_size, always).token_ids
+    if kind == "mtp":
+        return MtpHead.fresh(target, draft_token_ids=ids, **init_kwargs).to(torch.float32)
+    given = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
     head = DraftHead.from_target(target, draft_token_ids=ids, **given)
     return cast(DraftHead, head.to(torch.float32))  # type: ignore[arg-type]  # wrapped by Transformers
 
@@ -218,9 +227,9 @@ class Pair:
         model: Any = attach(as_target(target, cast(Any, args.target_init_kwargs)))
         if isinstance(target, str):
             model.to(args.device)
-        if isinstance(head, str):
-            head = load_head("head", head, model)
-        check_kind("head", unwrapped(head), DraftHead)
+        loaded = load_head("head", head, model) if isinstance(head, str) else head
+        check_kind("head", unwrapped(loaded), DraftHead)
+        head = cast(DraftHead, loaded)
         unwrapped(head).check_target(model)
         reads = load_tokenizer(model, tokenizer)
         if reads is None:

@@ -9,20 +9,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..drafting.level_drafter import LevelDrafter
-from ..heads import BoundHead
+from ..heads import StepModel
 from ..policies.fixed import FixedPolicy
 from ..replay import RecordedText, ReplayedStep, decode_again
 from ..tree import TreeShape
 
 
 @torch.no_grad()
-def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: TreeShape) -> float:
+def simulated_tau(model: StepModel, texts: Iterable[dict[str, Tensor]], shape: TreeShape) -> float:
     """Simulate tau, the mean acceptance length: tokens per target forward when `shape` is drafted at every step.
 
     Exact for texts that the target itself wrote, greedily or sampled.
 
     Args:
-        bound: the head with what it borrows from its target.
+        model: what drafts for the target.
         texts: each with `input_ids` and `loss_mask` `[t]`, and `features` `[t, F]`. The last run of true `loss_mask`
             is the output, and its first token comes from prefill.
         shape: nodes, depth and width of every tree; its `lookup` is not simulated.
@@ -30,14 +30,14 @@ def simulated_tau(bound: BoundHead, texts: Iterable[dict[str, Tensor]], shape: T
     Returns:
         Tau, at least 1; 1 without texts.
     """
-    emitted = [step.accepted + 1 for text in texts for step in _decoded_again(bound, text, shape)]
+    emitted = [step.accepted + 1 for text in texts for step in _decoded_again(model, text, shape)]
     return sum(emitted) / len(emitted) if emitted else 1.0
 
 
-def _decoded_again(bound: BoundHead, text: dict[str, Tensor], shape: TreeShape) -> Iterator[ReplayedStep]:
+def _decoded_again(model: StepModel, text: dict[str, Tensor], shape: TreeShape) -> Iterator[ReplayedStep]:
     """The engine's own drafting over an output, with trees of `shape`; none is cut at the end."""
     tokens, features, begins = text["input_ids"], text["features"], _output_start(text)
-    drafter = LevelDrafter(bound, 1, None)
+    drafter = LevelDrafter(model, 1, None)
     if begins > 1:
         drafter.observe(tokens[None, :begins], features[None, : begins - 1])
     known = RecordedText(tokens, begins, features[begins - 1 : len(tokens) - 2], {}, spare_room=shape.depth)
@@ -67,11 +67,11 @@ class DraftedStep:
 
 
 @torch.no_grad()
-def drafted_steps(bound: BoundHead, text: dict[str, Tensor], shape: TreeShape) -> list[DraftedStep]:
+def drafted_steps(model: StepModel, text: dict[str, Tensor], shape: TreeShape) -> list[DraftedStep]:
     """Decode the beginning of a text's output again; the arguments are those of `simulated_tau`."""
     begin = {name: tensor[: _output_start(text) + _TOKENS + 1] for name, tensor in text.items()}
     tokens, found = begin["input_ids"].tolist(), []
-    for step in _decoded_again(bound, begin, shape):
+    for step in _decoded_again(model, begin, shape):
         tree, node = step.proposal.tree, 0
         (children,) = tree.children()
         *accepted, missed = tokens[step.root + 1 :][: step.accepted + 1]
@@ -87,7 +87,11 @@ def drafted_steps(bound: BoundHead, text: dict[str, Tensor], shape: TreeShape) -
 
 
 def print_drafts(
-    bound: BoundHead, texts: Sequence[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase, step: int
+    model: StepModel,
+    texts: Sequence[dict[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    shape: TreeShape,
+    step: int,
 ) -> None:
     """Print prompt, output, drafts and tau of each text, as TRL prints completions; see `simulated_tau`."""
     from rich.console import Console
@@ -102,7 +106,7 @@ def print_drafts(
     table.columns[-1].justify = "right"
     for text in texts:
         begins, tokens = _output_start(text), text["input_ids"].tolist()
-        steps = drafted_steps(bound, text, bound.head.default_shape)
+        steps = drafted_steps(model, text, shape)
         drafts: Any = Text()
         for one in steps:
             drafts.append("|" if drafts else "", "dim")

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class FeatureTap:
     Args:
         target: any decoder of Transformers.
         layers: ascending, in the `output_hidden_states` convention: j is what enters layer j. The number of layers is
-            what leaves the last one, before the final norm.
+            what leaves the last one, before the final norm, and one more is what leaves that norm.
         before_deepstack: catch what leaves layer j - 1 instead, to which DeepStack adds features of images.
 
     Raises:
@@ -43,9 +43,11 @@ class FeatureTap:
 
     def __init__(self, target: PreTrainedModel, layers: list[int], *, before_deepstack: bool = False) -> None:
         self._decoder_layers = decoder_layers(target)
+        self._final_norm = cast(nn.Module | None, getattr(target.get_decoder(), "norm", None))
         self._layers, self.before_deepstack = layers, before_deepstack
         self._hooks = ExitStack()
-        if not layers or min(layers) < 0 or max(layers) > len(self._decoder_layers):
+        most = len(self._decoder_layers) + (self._final_norm is not None)
+        if not layers or min(layers) < 0 or max(layers) > most:
             raise ValueError(
                 f"The head reads the feature layers {layers}, but {type(target).__name__} has the hidden states 0 to "
                 f"{len(self._decoder_layers)}. Load the head that belongs to this target."
@@ -53,7 +55,10 @@ class FeatureTap:
 
     def __enter__(self) -> "FeatureTap":
         for index in self._layers:
-            if index == len(self._decoder_layers) or (self.before_deepstack and index):
+            if index > len(self._decoder_layers):
+                assert self._final_norm is not None
+                handle = self._final_norm.register_forward_hook(partial(self._leaving, index))
+            elif index == len(self._decoder_layers) or (self.before_deepstack and index):
                 handle = self._decoder_layers[index - 1].register_forward_hook(partial(self._leaving, index))
             else:
                 layer = self._decoder_layers[index]
@@ -186,7 +191,7 @@ class TargetForward:
         if self._tap is not None:
             self._tap.__exit__()
 
-    def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
+    def read(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
         """Run over a prompt or a part of it: tokens and positions `[b, t]`. Returns the outputs and the features."""
         outputs, features = self._run(tokens, mask, positions, **options)
         crop(self.cache, 0)
@@ -231,14 +236,15 @@ class TargetForward:
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         return inputs | {CACHE_KEYWORD: self.cache}
 
-    def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: int) -> tuple[Any, Features]:
+    def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
         inputs = self.inputs(tokens, mask, positions) | options | {"use_cache": True, "return_dict": True}
         if self._tap is not None:
             with self._tap.record() as features:
                 return self.target(**inputs), features
-        outputs: Any = self.target(**inputs, **hidden_states_asked(self.layers))
+        places = output_places(self.target, self.layers)
+        outputs: Any = self.target(**inputs, **hidden_states_asked(places))
         features = Features(self.layers)
-        features.caught = {layer: outputs.hidden_states[layer] for layer in self.layers}
+        features.caught = {layer: outputs.hidden_states[at] for layer, at in zip(self.layers, places, strict=True)}
         return outputs, features
 
 
@@ -298,13 +304,23 @@ def counts_slots(target: PreTrainedModel) -> bool:
     return bool(target.config.is_encoder_decoder) and "decoder_position_ids" not in takes
 
 
+def skips_positions(target: PreTrainedModel) -> bool:
+    """Whether layers without keys of their own skip positions whose logits are not kept, as those of Gemma 4 do."""
+    return bool(getattr(target.config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
+
+
 def are_outputs(target: PreTrainedModel, layers: list[int]) -> bool:
     """Whether the target's outputs hold these hidden states; they give the last layer's after the final norm."""
     return target.config.get_text_config().num_hidden_layers not in layers
 
 
+def output_places(target: PreTrainedModel, layers: list[int]) -> list[int]:
+    """Where the target's outputs have the hidden states of these `are_outputs` layers."""
+    return [min(layer, target.config.get_text_config().num_hidden_layers) for layer in layers]
+
+
 def hidden_states_asked(layers: list[int]) -> dict[str, Any]:
-    """The keyword with which a forward returns the hidden states of these layers."""
+    """The keyword with which a forward returns the hidden states at these places."""
     return {"output_hidden_states": layers if SELECTS_HIDDEN_STATES else True} if layers else {}
 
 

@@ -19,7 +19,7 @@ from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
 from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
-from .forward import hidden_states_asked
+from .forward import hidden_states_asked, output_places
 from .rows import HIDDEN
 
 
@@ -185,7 +185,7 @@ class SlotForward:
     Args:
         target: any decoder of Transformers.
         cache: of dynamic layers, filled with the prompt.
-        feature_layers: the hidden states that a head reads, below the last.
+        feature_layers: the hidden states that sources read; none is the last layer's before the final norm.
         options: of `torch.compile`, where the caller has some.
     """
 
@@ -219,7 +219,8 @@ def _function(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) 
     placeholders = [layer if getattr(layer, "keys", None) is None else None for layer in layers]
     kinds: list[str | None] = getattr(target.config.get_text_config(), "layer_types", None) or [None]
     windows = {kind: window_of(cache, kinds.index(kind)) for kind in kinds}  # without types one mask serves all layers
-    asked, dtype = hidden_states_asked(feature_layers), target.dtype
+    read, dtype = output_places(target, feature_layers), target.dtype
+    asked = hidden_states_asked(read)
 
     def forward(
         tokens: Tensor,
@@ -249,7 +250,7 @@ def _function(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) 
             **{CACHE_KEYWORD: held},
             **asked,
         )
-        return (outputs.logits, *(outputs.hidden_states[layer] for layer in feature_layers))
+        return (outputs.logits, *(outputs.hidden_states[place] for place in read))
 
     return forward
 

@@ -143,7 +143,7 @@ class Verifier(ABC):
         elif any(shift != first for shift in shifts):
             self._shift = torch.tensor(shifts, device=self.device)
 
-    def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: int) -> tuple[Tensor, list[Features]]:
+    def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: Any) -> tuple[Tensor, list[Features]]:
         """Read what the cache lacks of the prompt.
 
         Args:

@@ -1,6 +1,8 @@
 """The prices of the offline studies, against decoding again with the same prices."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from transformers_resps.replay import Oracle, record_pools, replay_policy
 
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
-TABLE = CostTable({64: {1: 1.0, 4: 1.3, 16: 2.0, 40: 5.0}}, {1: 0.04, 4: 0.07}, {}, 0.01)
+VERIFY, LEVEL, START = {64: {1: 1.0, 4: 1.3, 16: 2.0, 40: 5.0}}, {1: 0.04, 4: 0.07}, {1: 0.2, 4: 0.3}
+TABLE = CostTable(VERIFY, LEVEL, {}, 0.01, draft_start=START)
 SHAPES = (TreeShape.plain(), TreeShape(1, 0, 1, 5), TreeShape(6, 3, 4), TreeShape(6, 3, 4, 4), TreeShape(3, 2, 1, 6))
 
 
@@ -32,3 +35,12 @@ def test_a_fixed_shape_takes_as_long_on_the_table_as_when_it_decodes_the_text_ag
     merged = [step.verified for step in replay_policy(text, FixedPolicy(SHAPES[3]), TABLE).steps]
     assert len(set(merged)) > 2, "nodes that both propose are shared at some steps and not at others"
     sys.modules.pop("positions", None)
+
+
+def test_the_start_of_drafts_is_read_where_a_file_tells_it(tmp_path: Path) -> None:
+    told = {"verify": VERIFY, "draft": LEVEL, "overhead": 0.01}
+    for name, more in (("older", {}), ("newer", {"draft_start": START})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"costs": told | more}))
+    tables = step_costs.read_tables([tmp_path / name / "results.json" for name in ("older", "newer")])
+    assert tables["newer"] == TABLE and tables["older"].draft_start == {}
