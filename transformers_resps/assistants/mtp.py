@@ -418,6 +418,9 @@ class KeptRows:
         return self._kept[depth][1]
 
 
+_GROWING_ROPES = ("dynamic", "longrope")  # in a config, where each layer type may have its own
+
+
 class BoundMtp(TrainableModel):
     """MTP layers as they draft for one target; made by `MtpHead.bind`.
 
@@ -447,8 +450,7 @@ class BoundMtp(TrainableModel):
         self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
         self._rotary = getattr(decoder, "rotary_emb", None)
         self._kinds = _kinds_of_angles(self._rotary, config)
-        rope = getattr(text, "rope_parameters", None) or {}
-        self.has_fixed_places = rope.get("rope_type") not in ("dynamic", "longrope")
+        self.has_fixed_places = all(kind not in str(getattr(text, "rope_parameters", None)) for kind in _GROWING_ROPES)
         types = [config.layer_type(depth) for depth in range(config.depths)]
         self._windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
         # Values choose experts, lengths the window, and rows of an output head are packed when they are asked for
