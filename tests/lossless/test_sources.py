@@ -150,7 +150,7 @@ EXTRAS: dict[str, Callable[[Random], dict[str, Any]]] = {
     "repetition": lambda random: {"repetition_penalty": random.choice([0.7, 1.3, 2.0])},
     "n-grams": lambda random: {"no_repeat_ngram_size": random.choice([2, 3])},
     "bad words": lambda random: {"bad_words_ids": [[3], [1, 4]]},
-    "least length": lambda random: {"min_new_tokens": random.randint(2, 8), "eos_token_id": [1, 2]},
+    "least length": lambda random: {"min_new_tokens": random.randint(2, 6), "eos_token_id": [1, 2]},
     "stateful": lambda random: {"logits_processor": LogitsProcessorList([Restive()])},
     "stop strings": lambda random: {"stop_strings": ["de", "bcb"], "tokenizer": letter_tokenizer()},
     "grammar": lambda random: {"prefix_allowed_tokens_fn": grammar},

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from transformers_resps.tools.diagnosis import Cell, Diagnosis, Reading, Tally
+from transformers_resps.tools.diagnosis import Cell, Diagnosis, Tally
+from transformers_resps.tools.readings import HeadReading
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from transformers_resps.tools.diagnosis import Cell, Diagnosis, Reading, Tally
 def test_a_reading_is_better_only_beyond_noise(kept: list[int], nats: list[float], is_healthy: bool) -> None:
     def cell(theta: float, kept: list[int], nats: list[float]) -> Cell:
         tallies = (Tally(40, k, n) for k, n in zip(kept, nats, strict=True))
-        return Cell(Reading((2, 4, 5), theta, False), (0.5, 0.4), tuple(tallies))
+        return Cell(HeadReading((2, 4, 5), theta, False), (0.5, 0.4), tuple(tallies))
 
     configured = cell(1e6, [30, 33, 31, 36], [-90.0, -95.0, -92.0, -99.0])
     found = Diagnosis((configured, cell(1e4, kept, nats)))
@@ -30,7 +31,7 @@ def test_a_reading_is_better_only_beyond_noise(kept: list[int], nats: list[float
 
 def cells(*kept: list[int]) -> Diagnosis:
     """Of readings whose chains keep so many tokens at 40 positions of each answer; nats that tell nothing."""
-    readings = [Reading((2, 4, 5), base, False) for base in (1e4, 1e5, 1e6)]
+    readings = [HeadReading((2, 4, 5), base, False) for base in (1e4, 1e5, 1e6)]
     tallies = [tuple(Tally(40, number, -90.0) for number in row) for row in kept]
     return Diagnosis(tuple(Cell(r, (0.5, 0.4), t) for r, t in zip(readings, tallies, strict=False)))
 

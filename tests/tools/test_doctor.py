@@ -14,7 +14,6 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 from tests.conftest import build_target
 from tests.tokenizers import letter_tokenizer
 from transformers_resps.heads import BoundHead, DraftCache, DraftHead
-from transformers_resps.tools import doctor
 from transformers_resps.tools.cli import main
 from transformers_resps.tools.doctor import DEPTHS, LabelledText, diagnose, refined, write_answers
 from transformers_resps.trainers.losses import unroll
@@ -32,15 +31,17 @@ def periodic_texts(count: int, generator: torch.Generator) -> Tensor:
     return block.repeat(1, LENGTH // PERIOD)
 
 
-def train_target(generator: torch.Generator) -> PreTrainedModel:
-    target = build_target(num_hidden_layers=5, vocab_size=V, initializer_range=0.1).train()
+def train_target(generator: torch.Generator, last_norm: Tensor | None = None) -> PreTrainedModel:
+    target: Any = build_target(num_hidden_layers=5, vocab_size=V, initializer_range=0.1).train()
+    if last_norm is not None:
+        target.model.norm.weight.data.copy_(last_norm)
     optimizer = torch.optim.AdamW(target.parameters(), lr=4e-3)
     for _ in range(120):
         texts = periodic_texts(16, generator)
         target(texts, labels=texts).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return target.eval()
+    return target.eval()  # type: ignore[no-any-return]
 
 
 def train_head(target: PreTrainedModel, generator: torch.Generator) -> DraftHead:
@@ -175,12 +176,12 @@ def test_readings_share_the_weights_and_pack_none_of_them(
     target, folder, answers = pair
     head, heads = DraftHead.from_pretrained(folder, target=target), []
 
-    def bound(head: DraftHead, target: PreTrainedModel, **how: Any) -> BoundHead:
+    def bound(head: DraftHead, target: PreTrainedModel, *how: Any) -> BoundHead:
         heads.append(head)
-        return BoundHead(head, target, **how)
+        return BoundHead(head, target, *how)
 
     monkeypatch.setattr(PackedWeight, "blocks", lambda self, weight: 1 / 0)
-    monkeypatch.setattr(doctor, "BoundHead", bound)
+    monkeypatch.setattr(DraftHead, "bind", bound)
     diagnose(target, head, answers)
     assert len(heads) > 10
     assert all(one.fc.weight.data_ptr() == head.fc.weight.data_ptr() for one in heads)

@@ -257,6 +257,32 @@ class MtpHead(TrainableSource, nn.Module):
             if self.settings.own_output_head:
                 layer.head.load_state_dict(target.get_output_embeddings().state_dict())
 
+    def read_as(self, target: PreTrainedModel, **settings: Any) -> "MtpHead":
+        """The same weights, shared and not copied, read by other settings: fields of `MtpConfig`."""
+        with torch.device("meta"):
+            head = MtpHead(_configured(self.settings, settings), target)
+        shift = head.is_zero_centred(target) - self.is_zero_centred(target)
+        ours, wanted = self.state_dict(), head.state_dict()
+        tensors = {
+            name: ours[name] + shift if shift and name.endswith("norm.weight") else ours[name] for name in wanted
+        }
+        head.load_state_dict(tensors, assign=True)
+        head.name_or_path, head._stored, head._shift = self.name_or_path, self._stored, self._shift + shift
+        return head.eval()
+
+    def whole(self, target: PreTrainedModel) -> "MtpHead":
+        """The module with the output heads of its files, too, where it reads the target's in place of others."""
+        if self.output_heads or not self.name_or_path:
+            return self
+        checkpoint = MtpCheckpoint(self.name_or_path, {})
+        has_others = _borrowing(checkpoint.config(), checkpoint, target).own_output_head
+        return MtpHead.from_pretrained(self.name_or_path, target, dtype=self.dtype) if has_others else self
+
+    def is_zero_centred(self, target: PreTrainedModel) -> bool:
+        """Whether the norms in the file multiply by 1 + weight."""
+        stated = self.settings.zero_centred
+        return _is_zero_centred(target) if stated is None else stated
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the layers alone, in the names of the checkpoint that they came from; `from_pretrained` reads them.
 
@@ -287,8 +313,9 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def feature_layers(self) -> list[int]:
-        """What leaves the target's final norm or, before it, the last layer; see `FeatureTap`."""
-        return [self.target["num_hidden_layers"] + (self.settings.fed == "after")]
+        """What leaves the target's final norm or, before it, the last layer; or the layer of the config."""
+        last, chosen = self.target["num_hidden_layers"], self.settings.feature_layer
+        return [last + (self.settings.fed == "after") if chosen is None else chosen]
 
     @property
     def default_shape(self) -> TreeShape:
@@ -370,13 +397,22 @@ def _sizes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 _SMALLEST_FACTOR = 0.1  # of a norm, that is undone
-_FRESH = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "norm": "norm"}
+# What the parts of a new module are called.
+_FRESH = {
+    "enorm": "pre_fc_norm_embedding",
+    "hnorm": "pre_fc_norm_hidden",
+    "eh_proj": "fc",
+    "norm": "norm",
+    "embed_tokens": "embed_tokens",
+    "block": "layers.0",
+    "head": "layers.0.shared_head.head",
+}
 
 
 def _fresh_name(ours: str) -> str:
-    """The name of a tensor of a new module."""
-    _, depth, part, rest = ours.split(".", 3)
-    return f"mtp.{_FRESH[part]}.{rest}" if part in _FRESH else f"mtp.layers.{depth}.{rest}"
+    """The name of a tensor of a new module with one depth."""
+    part, rest = ours.removeprefix("layers.0.").split(".", 1)
+    return f"mtp.{_FRESH[part]}.{rest}"
 
 
 def _is_zero_centred(target: PreTrainedModel) -> bool:
@@ -444,10 +480,14 @@ class BoundMtp(TrainableModel):
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self._forward = forward
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
+        is_normed = config.fed == "before" or config.feature_layer is None  # or read so
+        self._final_norm = nn.Identity() if is_normed else target.get_decoder().norm
         self.device, self.dtype = head.device, head.dtype
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
         self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
+        is_normed = config.feature_layer is not None and config.fed == "after"
+        self._final_norm = decoder.norm if is_normed else nn.Identity()
         self._rotary = getattr(decoder, "rotary_emb", None)
         self._kinds = _kinds_of_angles(self._rotary, config)
         self.has_fixed_places = all(kind not in str(getattr(text, "rope_parameters", None)) for kind in _GROWING_ROPES)
@@ -462,10 +502,10 @@ class BoundMtp(TrainableModel):
 
     @property
     def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([self._head, *self._tables, *self._outputs])
+        return nn.ModuleList([self._head, self._final_norm, *self._tables, *self._outputs])
 
     def fuse(self, features: Tensor) -> Tensor:
-        return features.to(self.device, self.dtype)
+        return cast(Tensor, self._final_norm(features)).to(self.device, self.dtype)
 
     def places(self, positions: Tensor) -> Places:
         """Cosine and sine for each kind of layer that has its own, and the positions `[b or 1, t, 1]`."""

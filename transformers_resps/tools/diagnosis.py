@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from .readings import Reading
+
 
 _SURE = 3.0  # standard errors; more than two because the best of some twenty readings is compared
 _MIN_GAIN = 0.01  # accepted tokens per chain: less is not worth another file
@@ -15,16 +17,6 @@ _FEW_ANSWERS = 10  # no verdict from fewer
 _DROPPING_ANSWERS = 8  # no reading is dropped after fewer
 _SETTLING_ANSWERS = 20  # the diagnosis does not end before: early answers decide by chance more often
 _STRANGER = 0.05  # agreement at depth 1 below which a head was not made for its target
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One way to read the head's file, as the overrides of `DraftHead.from_pretrained`."""
-
-    feature_layers: tuple[int, ...]
-    rope_theta: float
-    norm_before_residual: bool
-    before_deepstack: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +153,7 @@ class Diagnosis:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What to pass to `DraftHead.from_pretrained`; empty when healthy."""
+        """What to pass to `from_pretrained` of the reading's `loader`; empty when healthy."""
         changes = self._changes(self.best)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
 
@@ -187,7 +179,7 @@ class Diagnosis:
             return (
                 f"The head is read wrongly: {configured} as configured, {self.best.accepted:.2f} with `{passed}` "
                 f"(gain {gain:.2f} +- {error:.2f}; {self.best.log_prob - self.configured.log_prob:+.3f} nats per "
-                f"token). Pass `DraftHead.from_pretrained(..., {passed})`."
+                f"token). Pass `{self.best.reading.loader}.from_pretrained(..., {passed})`."
             )
         if self.configured.agreement[0] < _STRANGER:
             return (

@@ -15,20 +15,21 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from ..assistants import MtpHead
 from ..data import Conversation, Example, make_example, prepare_dataset, to_tokens
 from ..data.conversations import load_rows
 from ..data.image_texts import cast_for, image_inputs
 from ..data.preparation import shows_images
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import EvaluationMode, SpeculationDefaults
-from ..heads import BoundHead, DraftHead, DraftHeadConfig
-from ..heads.model import RotaryEmbedding
+from ..heads import TrainableModel, TrainableSource
 from ..telemetry.display import moving
-from ..trainers.loading import load_processor
+from ..trainers.loading import load_processor, read_head
 from ..trainers.losses import unroll
 from ..verifying.forward import FeatureTap
-from .diagnosis import Cell, Diagnosis, Reading, Tally
+from .diagnosis import Cell, Diagnosis, Tally
 from .loading import load_target, questions_in, read_conversations, up_to
+from .readings import Reading, read_as, readings_of
 
 
 _LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # of the first look
@@ -36,8 +37,6 @@ _LOOK_CHARACTERS = 1 << 16  # of a file, in which the first row begins
 _ROUND = 10  # answers between two verdicts
 
 DEPTHS = 4
-_SHIFTS = (0, 1, -1)
-_BASES = (1e4, 1e6)
 _BATCH_TOKENS = 1024  # one forward; the target's logits of so many are alive at once
 
 
@@ -90,10 +89,8 @@ def write_answers(
 class Probe:
     """Scores a head under several readings, on answers that come bit by bit.
 
-    It tries the feature layers as read, one deeper and one shallower; the RoPE base as read, 1e4, 1e6 and the
-    target's; the residual of the first layer before and after its norm; and, where answers are about images, the
-    features before and after what DeepStack adds. Nothing is generated: at depth k the head reads the true text up to
-    there, and its own output instead of the feature, as in training.
+    Nothing is generated: at depth k the head reads the true text up to there, and its own output instead of the
+    feature, as in training.
 
     The first of `readings` is the configured one; `None` is for all. Raises `ValueError` for a head of another target.
 
@@ -103,20 +100,23 @@ class Probe:
     def __init__(
         self,
         target: PreTrainedModel,
-        head: DraftHead,
+        head: TrainableSource,
         readings: Sequence[Reading] | None = None,
         *,
         has_images: bool = False,
     ) -> None:
-        self._target = target
-        self._readings = list(_readings(head.config, target, has_images) if readings is None else readings)
-        self._drafters = [
-            # prepacking would copy the weights for each reading, and so many rows at once do not need it
-            BoundHead(variant := _read_as(head, reading), target, variant)
-            for reading in self._readings
-        ]
+        weights = head.whole(target) if isinstance(head, MtpHead) else head
+        if readings is None:
+            has_output_heads = bool(weights.output_heads)
+            readings = readings_of(head, target, has_images=has_images, has_output_heads=has_output_heads)
+        self._target, self._readings = target, list(readings)
+        self._heads: list[Any] = [read_as(head, reading, target, weights) for reading in self._readings]
+        # packing would copy the weights for each reading, and so many rows at once do not need it
+        self._drafters: list[TrainableModel] = [head.bind(target, head) for head in self._heads]
+        depths = self._drafters[0].depths
+        self._depths = DEPTHS if depths == 1 else min(depths, DEPTHS)
         self._tallies: list[list[Tally]] = [[] for _ in self._readings]
-        self._agreed = [torch.zeros(DEPTHS, dtype=torch.long) for _ in self._readings]
+        self._agreed = [torch.zeros(self._depths, dtype=torch.long) for _ in self._readings]
         self._seen = 0
 
     @property
@@ -128,10 +128,11 @@ class Probe:
     def add(self, answers: Sequence[LabelledText]) -> None:
         """Score more answers; only the target's own tokens count, and those of too short answers do not."""
         self._seen += len(answers)
-        long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= DEPTHS]
-        layers = sorted({layer for reading in self._readings for layer in reading.feature_layers})
+        depths = self._depths
+        long_enough = [answer for answer in answers if len(answer.tokens) - max(answer.prompt_length, 2) >= depths]
+        layers = sorted({layer for head in self._heads for layer in head.feature_layers})
         with EvaluationMode().held(self._target):
-            for batch in _batches(long_enough):
+            for batch in _batches(long_enough, depths):
                 for is_before in sorted({reading.before_deepstack for reading in self._readings}):
                     with FeatureTap(self._target, layers, before_deepstack=is_before) as tap:
                         self._add(batch, tap)
@@ -142,11 +143,11 @@ class Probe:
         given = {"attention_mask": torch.ones_like(tokens), **batch.shown_to(self._target)} if batch.shown else {}
         with tap.record() as features:
             picks = self._target(input_ids=tokens, use_cache=False, **given).logits.argmax(-1)
-        for number, (reading, drafter) in enumerate(zip(self._readings, self._drafters, strict=True)):
-            if reading.before_deepstack is tap.before_deepstack:
-                head = drafter.head
-                caught = [features.caught[layer].to(head.device, head.dtype) for layer in reading.feature_layers]
-                tallies, agreed = _score(drafter, torch.cat(caught, dim=-1), batch, picks.to(head.device))
+        for number, (head, drafter) in enumerate(zip(self._heads, self._drafters, strict=True)):
+            if head.before_deepstack is tap.before_deepstack:
+                caught = [features.caught[layer].to(head.device, head.dtype) for layer in head.feature_layers]
+                read, ids = torch.cat(caught, dim=-1), head.draft_token_ids
+                tallies, agreed = _score(drafter, ids, read, batch, picks.to(head.device), self._depths)
                 self._tallies[number] += tallies
                 self._agreed[number] += agreed
 
@@ -154,8 +155,8 @@ class Probe:
         """Compare the readings on all answers so far. Raises `ValueError` when fewer than two were long enough."""
         if not self.is_ready:
             raise ValueError(
-                f"{len(self._tallies[0])} of {self._seen} answers have at least {DEPTHS} tokens of the target, but at "
-                "least 2 are needed. Pass about 50 answers."
+                f"{len(self._tallies[0])} of {self._seen} answers have at least {self._depths} tokens of the target, "
+                "but at least 2 are needed. Pass about 50 answers."
             )
         cells = []
         for reading, tallies, agreed in zip(self._readings, self._tallies, self._agreed, strict=True):
@@ -164,7 +165,7 @@ class Probe:
         return Diagnosis(tuple(cells))
 
 
-def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[LabelledText]) -> Diagnosis:
+def diagnose(target: PreTrainedModel, head: TrainableSource, answers: Sequence[LabelledText]) -> Diagnosis:
     """Compare the configured reading of `head` with its likely corrections, on some fifty answers of `target`.
 
     Raises `ValueError` when the head belongs to another target, or fewer than two answers are long enough to score.
@@ -172,41 +173,6 @@ def diagnose(target: PreTrainedModel, head: DraftHead, answers: Sequence[Labelle
     probe = Probe(target, head, has_images=any(answer.shown for answer in answers))
     probe.add(answers)
     return probe.diagnosis()
-
-
-def _readings(config: DraftHeadConfig, target: PreTrainedModel, has_images: bool) -> Iterator[Reading]:
-    """Yield the configured reading first, then the others that this target has layers for."""
-    assert config.feature_layers is not None and config.rope_parameters is not None
-    layer_count = target.config.get_text_config().num_hidden_layers
-    theirs = getattr(target.config.get_text_config(), "rope_parameters", None) or {}
-    theirs = theirs.get("full_attention") or theirs  # in Gemma 3 each type of layers has its own
-    tower = getattr(target.config, "vision_config", None)
-    is_ambiguous = has_images and bool(getattr(tower, "deepstack_visual_indexes", None))
-    base = config.rope_parameters["rope_theta"]
-    bases = dict.fromkeys([base, *_BASES, *(b for b in [theirs.get("rope_theta")] if b)])
-    for shift in _SHIFTS:
-        layers = tuple(layer + shift for layer in config.feature_layers)
-        if layers[0] < 0 or layers[-1] > layer_count:
-            continue
-        for theta in bases:
-            for is_before in (config.norm_before_residual, not config.norm_before_residual):
-                for flips in (False, True)[: 1 + is_ambiguous]:
-                    yield Reading(layers, theta, is_before, config.before_deepstack is not flips)
-
-
-def _read_as(head: DraftHead, reading: Reading) -> DraftHead:
-    """Return a head with the same weights, shared and not copied, under another config."""
-    config = DraftHeadConfig.from_dict(head.config.to_dict())
-    config.feature_layers = list(reading.feature_layers)
-    config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": reading.rope_theta}
-    config.norm_before_residual = reading.norm_before_residual
-    config.before_deepstack = reading.before_deepstack
-    with torch.device("meta"):
-        variant = DraftHead(config)
-    variant.load_state_dict(head.state_dict(), assign=True)
-    variant.rotary_emb = RotaryEmbedding(config).to(head.device)
-    variant.train(False)
-    return variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,39 +187,40 @@ class _Batch:
         return {} if self.shown is None else self.shown.inputs_for(target)
 
 
-def _batches(answers: list[LabelledText]) -> Iterator[_Batch]:
+def _batches(answers: list[LabelledText], depths: int) -> Iterator[_Batch]:
     """Yield answers of like length together, up to `_BATCH_TOKENS` tokens, and each that is about images alone."""
-    yield from (replace(_pad([answer]), shown=answer) for answer in answers if answer.shown)
+    yield from (replace(_pad([answer], depths), shown=answer) for answer in answers if answer.shown)
     waiting: list[LabelledText] = []
     for answer in sorted((one for one in answers if not one.shown), key=lambda answer: len(answer.tokens)):
         if waiting and (len(waiting) + 1) * len(answer.tokens) > _BATCH_TOKENS:
-            yield _pad(waiting)
+            yield _pad(waiting, depths)
             waiting = []
         waiting.append(answer)
     if waiting:
-        yield _pad(waiting)
+        yield _pad(waiting, depths)
 
 
-def _pad(answers: list[LabelledText]) -> _Batch:
+def _pad(answers: list[LabelledText], depths: int) -> _Batch:
     width = max(len(answer.tokens) for answer in answers)
     tokens = torch.stack([F.pad(answer.tokens.cpu(), (0, width - len(answer.tokens))) for answer in answers])
     first = torch.tensor([max(answer.prompt_length, 2) - 2 for answer in answers])[:, None]
-    end = torch.tensor([len(answer.tokens) - DEPTHS for answer in answers])[:, None]
+    end = torch.tensor([len(answer.tokens) - depths for answer in answers])[:, None]
     slots = torch.arange(width)
     return _Batch(tokens, (slots >= first) & (slots < end))
 
 
-def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -> tuple[list[Tally], Tensor]:
+def _score(
+    drafter: TrainableModel, draft_ids: Tensor, features: Tensor, batch: _Batch, picks: Tensor, depths: int
+) -> tuple[list[Tally], Tensor]:
     """Return the tallies of a batch's answers, and for each depth how often the head agreed, `[depths]`."""
     start = int(batch.scored.any(0).int().argmax())  # no slot before it is scored
     scored = batch.scored[:, start:].to(features.device)
     tokens = batch.tokens.to(features.device)
     slots = torch.arange(start, batch.scored.shape[1], device=features.device).expand(len(scored), -1)
-    hidden = unroll(drafter, features, tokens, DEPTHS, slots)  # normed [depths, b, slots, h]
-    draft_ids = drafter.head.draft_token_ids
+    hidden = unroll(drafter, features, tokens, depths, slots)  # normed [depths, b, slots, h]
     hits, log_probs = [], []
-    for depth in range(DEPTHS):
-        logits = drafter.normed_logits(hidden[depth][scored])
+    for depth in range(depths):
+        logits = drafter.normed_logits(hidden[depth][scored], min(depth, drafter.depths - 1))
         wanted = F.pad(picks[:, start + 1 + depth :], (0, 1 + depth))[scored]  # the token after t + 1 + depth
         rows = torch.searchsorted(draft_ids, wanted).clamp(max=len(draft_ids) - 1)
         likely = logits.gather(1, rows[:, None])[:, 0] - logits.logsumexp(-1)
@@ -268,7 +235,7 @@ def _score(drafter: BoundHead, features: Tensor, batch: _Batch, picks: Tensor) -
 
 def refined(
     target: PreTrainedModel,
-    head: DraftHead,
+    head: TrainableSource,
     source: Source,
     count: int,
     max_new_tokens: int,
@@ -306,7 +273,7 @@ def run(args: argparse.Namespace) -> int:
     """
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
-    head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision, **corrections(args.set))
+    head = read_head(args.head, target, revision=args.revision, **corrections(args.set))
     answers = about_images(args, target, tokenizer)
     has_images = bool(answers)
     conversations = [] if has_images else read_conversations(args, args.answers)
@@ -465,21 +432,20 @@ def print_diagnosis(diagnosis: Diagnosis, tried: int) -> None:
     columns = "".join(f"  depth {depth}" for depth in depths)
     configured = diagnosis.configured
     print(f"\nAgreement with the target, at {configured.positions} positions of {len(configured.tallies)} answers:\n")
-    print(f"  {'feature layers':28}{'RoPE base':>10}  {'norm before residual':20}{columns}  accepted  log likelihood")
+    told = [cell.reading.told for cell in diagnosis.cells]
+    widths = {name: max(len(name), *(len(one[name]) for one in told)) for name in told[0]}
+    names = "  ".join(f"{name:{width}}" for name, width in widths.items())
+    print(f"  {names}{columns}  accepted  log likelihood")
     for cell in sorted(diagnosis.cells, key=lambda cell: -cell.accepted):
-        print(row(cell, diagnosis))
+        print(row(cell, diagnosis, widths))
     dropped = tried - len(diagnosis.cells)
     left_out = f"   {dropped} readings were far worse on the first answers" if dropped else ""
     print(f"\n  > as configured   * best{left_out}\n\n{diagnosis.verdict}")
 
 
-def row(cell: Cell, diagnosis: Diagnosis) -> str:
+def row(cell: Cell, diagnosis: Diagnosis, widths: dict[str, int]) -> str:
     """Return one line of the table."""
-    reading = cell.reading
     marks = (">" if cell is diagnosis.configured else " ") + ("*" if cell is diagnosis.best else " ")
     numbers = "".join(f"{share:9.3f}" for share in cell.agreement)
-    layers = ", ".join(map(str, reading.feature_layers)) + " before DeepStack" * reading.before_deepstack
-    before = "yes" if reading.norm_before_residual else "no"
-    return (
-        f"{marks}{layers:28}{reading.rope_theta:>10g}  {before:20}{numbers}{cell.accepted:10.2f}{cell.log_prob:16.3f}"
-    )
+    told = "  ".join(f"{cell.reading.told[name]:{width}}" for name, width in widths.items())
+    return f"{marks}{told}{numbers}{cell.accepted:10.2f}{cell.log_prob:16.3f}"

@@ -575,11 +575,12 @@ class TrainingProgress(ProgressCallback):
         tqdm.write("  ".join(f"{name} {value}" for name, value in line.items()))
 
 
-def check_kind(name: str, value: Any, kind: type[Any]) -> None:
+def check_kind(name: str, value: Any, *kinds: type[Any]) -> None:
     """Check the type of an argument."""
-    if not isinstance(value, kind):
+    if not isinstance(value, kinds):
+        needed = " or ".join(f"`{kind.__name__}`" for kind in kinds)
         raise ValueError(
-            f"`{name}` is a {type(value).__name__}, but must be a `{kind.__name__}`. Pass an object of that class."
+            f"`{name}` is a {type(value).__name__}, but must be a {needed}. Pass an object of that class."
         )
 
 

@@ -22,7 +22,7 @@ from ..calibration import device_name
 from ..compat import unwrapped
 from ..data import DraftVocabulary, training_prompts_of, vocabulary_of, write_training_prompts
 from ..data.batches import IGNORED, PreparedTexts, StreamedBatches
-from ..heads import DraftHeadConfig, TrainableModel, TrainableSource
+from ..heads import DraftHead, DraftHeadConfig, TrainableModel, TrainableSource
 from ..verifying.prepacking import prepack
 from .base import ArtefactTrainer, add_metrics, check_kind
 from .data import HeadTexts, check_dataset, counted_examples, is_streamed, questions_in, some_texts
@@ -404,7 +404,7 @@ def _check_arguments(model: Any, args: DraftHeadTrainingConfig, train_dataset: A
                 f"`model` is a {type(unwrapped(model)).__name__}, but must be the draft head to train. Pass this "
                 "model as `target`, and `None` as `model` for a new head."
             )
-        check_kind("model", unwrapped(model), TrainableSource)
+        check_kind("model", unwrapped(model), DraftHead, MtpHead)
         if args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` is set, but `model` is a loaded head. Leave one of them out.")
     if args.log_drafts and find_spec("rich") is None:

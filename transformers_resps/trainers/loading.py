@@ -124,12 +124,8 @@ def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: 
     Raises:
         ValueError: it holds no head, or one of another target.
     """
-    if name == "mtp":
-        return MtpHead.from_target(target, **init_kwargs)
-    if names_mtp(PreTrainedConfig.get_config_dict(name, **_places(init_kwargs))[0]):
-        return MtpHead.from_pretrained(name, target, **init_kwargs)
     try:
-        return DraftHead.from_pretrained(name, target=target, **init_kwargs)
+        return read_head(name, target, **init_kwargs)
     except ValueError as error:
         if holds_head(name, **_places(init_kwargs)):
             raise
@@ -137,6 +133,17 @@ def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: 
             f"`{argument}` is {name!r}, which holds no draft head. Pass the folder or Hub id of one, or make a new "
             "head with `DraftHeadTrainer(None, ...)`; the model that it drafts for is `target`."
         ) from error
+
+
+def read_head(name: str, target: PreTrainedModel, **init_kwargs: Any) -> TrainableSource:
+    """The head or the MTP layers in a folder or on the Hub; of "mtp" those that came with the target. Raises as their
+    `from_pretrained`.
+    """
+    if name == "mtp":
+        return MtpHead.from_target(target, **{key: value for key, value in init_kwargs.items() if value is not None})
+    if names_mtp(PreTrainedConfig.get_config_dict(name, **_places(init_kwargs))[0]):
+        return MtpHead.from_pretrained(name, target, **init_kwargs)
+    return DraftHead.from_pretrained(name, target=target, **init_kwargs)
 
 
 def new_head(
