@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.assistants.mtp_cases import CASES
 from tests.conftest import build_target
 from tests.trainers.heads import bits, config, texts
 from transformers_resps import MtpHead
@@ -19,7 +20,7 @@ from transformers_resps.trainers.losses import unroll
 def test_a_fresh_layer_learns_and_leaves_alone_what_it_borrows(tmp_path: Path) -> None:
     target = build_target(initializer_range=0.3)
     before, rows = bits(target), texts(12)
-    args = config(tmp_path, new_head="mtp", draft_vocab_size=40, max_steps=30, save_strategy="no", logging_steps=30)
+    args = config(tmp_path, new_head="mtp", draft_vocab_size=40, max_steps=30, save_strategy="no", tau_texts=1)
     trainer = DraftHeadTrainer(None, args, rows, rows, target=target)
     losses = [trainer.evaluate()["eval_loss_1"]]
     trainer.train()
@@ -33,7 +34,7 @@ def test_a_fresh_layer_learns_and_leaves_alone_what_it_borrows(tmp_path: Path) -
     assert saved.draft_token_ids.tolist() == trainer.draft_vocabulary().token_ids.tolist()
     names = load_file(tmp_path / "head" / "model.safetensors").keys()
     assert {"mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.self_attn.q_proj.weight"} < names
-    assert not any("embed" in name or "head" in name for name in names)
+    assert not any("embed_tokens" in name or "head" in name for name in names)
 
 
 @pytest.mark.parametrize("settings", [{}, {"depths": 2}], ids=str)
@@ -55,6 +56,21 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
     start = bits(MtpHead.from_pretrained(tmp_path / "start", target))
     assert not any(torch.equal(start[name], weight) for name, weight in whole.items() if "proj" in name)
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5", "DeepSeek-V3", "GLM-4.6"])
+def test_published_layers_are_tuned_and_keep_their_names(name: str, tmp_path: Path) -> None:
+    """A hybrid target's, with latent attention, and with experts."""
+    case = next(case for case in CASES if case.name == name)
+    target, raw = case.build(), case.raw()
+    case.write(tmp_path / "published", target, raw)
+    before = bits(target)
+    rows, args = texts(12, vocabulary=40), config(tmp_path, ttt_steps=2, max_steps=2, tau_texts=0)
+    DraftHeadTrainer("mtp", args, rows, target=target).train()
+    saved = load_file(tmp_path / "head" / "model.safetensors")
+    assert saved.keys() == raw.keys() and all(saved[name].shape == raw[name].shape for name in raw)
+    assert not any(torch.equal(saved[name], raw[name].bfloat16()) for name in raw if "self_attn" in name)
+    assert all(torch.equal(weight, before[name]) for name, weight in target.state_dict().items())
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
