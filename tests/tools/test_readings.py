@@ -1,5 +1,6 @@
 """Each misreading of MTP layers is found, named and mended; layers that are read as trained are left alone."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from tests.tokenizers import letter_tokenizer
 from tests.tools.test_doctor import PERIOD, V, periodic_texts, train_target
 from transformers_resps.assistants import MtpHead
+from transformers_resps.tools.cli import main
 from transformers_resps.tools.doctor import DEPTHS, LabelledText, diagnose
 from transformers_resps.trainers.features import FrozenTarget
 from transformers_resps.trainers.losses import unroll
@@ -78,3 +81,16 @@ def test_a_planted_misreading_is_found_and_its_cure_named(
     assert found.overrides == cure and found.is_healthy is (not fault)
     assert all(f"{key}={value!r}" in found.verdict for key, value in cure.items())
     assert ("MtpHead.from_pretrained(" in found.verdict) is bool(fault)
+
+
+def test_the_command_takes_mtp_layers_as_it_takes_heads(
+    pair: tuple[PreTrainedModel, Path, list[LabelledText]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, folder, _ = pair
+    target.save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    command = ["doctor", str(tmp_path), str(folder), "--device", "cpu", "--max-new-tokens", "8", "--answers", "4"]
+    main([*command, "--set", 'fed="before"'])
+    printed = capsys.readouterr().out
+    assert re.search(r"^  layer +fed +fed back +order +norms +output head +depth 1 ", printed, re.MULTILINE)
+    assert re.search(r"^>[ *]5 +before norm +after norm +token, state +w +own +\d\.\d+", printed, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Read the folder of a head or a policy."""
+"""Read the folder of a head, of an MTP layer or of a policy."""
 
 import json
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from transformers_resps.assistants.mtp_layouts import MODEL_TYPE as MTP_TYPE
 from transformers_resps.heads import DraftHeadConfig
 from transformers_resps.hub.upload import METRICS, RECIPE, RESULTS, as_hub_id
 from transformers_resps.tools.results import SCHEMA_VERSION
@@ -48,6 +49,10 @@ class Artefact:
         return "policy_type" in self.config
 
     @property
+    def is_mtp(self) -> bool:
+        return self.config.get("model_type") == MTP_TYPE
+
+    @property
     def said(self) -> dict[str, Any]:
         """The `card` of the recipe."""
         return dict(self.recipe.get("card") or {})
@@ -79,7 +84,8 @@ def read_artefact(folder: Path) -> Artefact:
         UnreadableArtefactError: `config.json` is missing or of something else, or a file is invalid.
     """
     config = _mapping(folder / CONFIG)
-    if config.get("model_type") != DraftHeadConfig.model_type and "policy_type" not in config:
+    kinds = (DraftHeadConfig.model_type, MTP_TYPE)
+    if config.get("model_type") not in kinds and "policy_type" not in config:
         raise UnreadableArtefactError(
             f"{folder / CONFIG} "
             + ("describes neither a draft head nor a policy" if config else "is missing")

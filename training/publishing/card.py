@@ -35,7 +35,7 @@ def render_card(artefact: Artefact, name: str, *, with_plots: bool = False) -> s
     data = card_data(
         artefact.target_id,
         [
-            "eagle3",
+            "mtp" if artefact.is_mtp else "eagle3",
             *(["draft-policy"] if artefact.is_policy else ["draft-head", "draft-model"]),
             *CUSTOM_TAGS,
             *GENERAL_TAGS,
@@ -49,6 +49,7 @@ def render_card(artefact: Artefact, name: str, *, with_plots: bool = False) -> s
         template_path=str(_TEMPLATE),
         name=name,
         is_policy=artefact.is_policy,
+        is_mtp=artefact.is_mtp,
         target=artefact.target_id,  # a folder's name loads nothing elsewhere
         head=artefact.head,
         said=said,

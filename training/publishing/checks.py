@@ -43,7 +43,8 @@ def find_faults(folder: Path, *names: str) -> list[str]:
         artefact = read_artefact(folder)
         if not artefact.is_policy and not (folder / WEIGHTS).is_file():
             return [*faults, f"{WEIGHTS} is missing. {_ORIGINS[WEIGHTS]}"]
-        (AutoPolicy if artefact.is_policy else DraftHead).from_pretrained(folder)
+        if not artefact.is_mtp:  # which takes its sizes from its target
+            (AutoPolicy if artefact.is_policy else DraftHead).from_pretrained(folder)
     except (ValueError, OSError) as error:
         return [*faults, str(error)]
     return [*faults, *_content_faults(artefact, names)]

@@ -270,6 +270,14 @@ class MtpHead(TrainableSource, nn.Module):
         head.name_or_path, head._stored, head._shift = self.name_or_path, self._stored, self._shift + shift
         return head.eval()
 
+    def whole(self, target: PreTrainedModel) -> "MtpHead":
+        """The module with the output heads of its files, too, where it reads the target's in place of others."""
+        if self.output_heads or not self.name_or_path:
+            return self
+        checkpoint = MtpCheckpoint(self.name_or_path, {})
+        has_others = _borrowing(checkpoint.config(), checkpoint, target).own_output_head
+        return MtpHead.from_pretrained(self.name_or_path, target, dtype=self.dtype) if has_others else self
+
     def is_zero_centred(self, target: PreTrainedModel) -> bool:
         """Whether the norms in the file multiply by 1 + weight."""
         stated = self.settings.zero_centred
@@ -475,6 +483,8 @@ class BoundMtp(TrainableModel):
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
         self._outputs = [layer.head if config.own_output_head else output for layer in self._layers]
+        is_normed = config.feature_layer is not None and config.fed == "after"
+        self._final_norm = decoder.norm if is_normed else nn.Identity()
         self._rotary = getattr(decoder, "rotary_emb", None)
         self._kinds = _kinds_of_angles(self._rotary, config)
         rope = getattr(text, "rope_parameters", None) or {}

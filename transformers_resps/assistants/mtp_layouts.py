@@ -23,8 +23,8 @@ class MtpConfig:
 
     Attributes:
         depths: layers with weights of their own, each of which drafts one level; 1 drafts any number.
-        feature_layer: the target's hidden state that is read, by index; `None` for what leaves the last layer.
-        fed: this state is read "after" or "before" the target's final norm.
+        feature_layer: the layer whose output is read, counted from 1; `None` for the target's last.
+        fed: it is read "after" or "before" the target's final norm.
         fed_back: the next level reads the output "after" or "before" the module's own norm, or the hidden state of the
             "target" again.
         hidden_first: the projection reads the hidden state before the embedding.

@@ -60,18 +60,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_doctor(commands: Any) -> None:
     """Add `resps doctor TARGET HEAD`."""
-    parser = commands.add_parser("doctor", help="check that a head is read with the settings it was trained with")
+    told = "check that a head or MTP layers are read with the settings they were trained with"
+    parser = commands.add_parser("doctor", help=told)
     add_target_options(parser)
     add_question_options(parser, "without assistant turns the target writes the answers")
     add = parser.add_argument
-    add("head", type=model, help="folder or Hub id of a draft head for the target, in any published format")
+    read = "folder or Hub id of a draft head or MTP layers for the target, in any published format; mtp for its own"
+    add("head", type=model, help=read)
     add("--answers", type=positive, default=50, help="number of answers to check (default: 50)")
     checked = "tokens to check per answer; a wrong RoPE base shows on long answers only (default: 256)"
     add("--max-new-tokens", type=positive, default=256, help=checked)
     longest = "tokens per conversation; longer ones are cut (default: 320)"
     add("--max-length", type=positive, default=320, help=longest)
     add("--revision", help="of the head")
-    settings = "read the head with these settings, for example rope_theta=1e4 feature_layers=[2,16,29]"
+    settings = 'read the head with these settings, for example rope_theta=1e4 feature_layers=[2,16,29] or fed="before"'
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=settings)
     add("--json", action="store_true", help=_JSON)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from ..assistants import MtpHead
 from ..data import Conversation, Example, make_example, prepare_dataset, to_tokens
 from ..data.conversations import load_rows
 from ..data.image_texts import cast_for, image_inputs
@@ -28,7 +29,7 @@ from ..trainers.losses import unroll
 from ..verifying.forward import FeatureTap
 from .diagnosis import Cell, Diagnosis, Tally
 from .loading import load_target, questions_in, read_conversations, up_to
-from .readings import Reading, read_as, readings_of, whole
+from .readings import Reading, read_as, readings_of
 
 
 _LOOK_ANSWERS, _LOOK_TOKENS = 8, 48  # of the first look
@@ -104,7 +105,7 @@ class Probe:
         *,
         has_images: bool = False,
     ) -> None:
-        weights = whole(head, target)
+        weights = head.whole(target) if isinstance(head, MtpHead) else head
         if readings is None:
             has_output_heads = bool(weights.output_heads)
             readings = readings_of(head, target, has_images=has_images, has_output_heads=has_output_heads)

@@ -123,14 +123,6 @@ def _from(configured: Any, *known: Any) -> list[Any]:
     return list(dict.fromkeys([configured, *known]))
 
 
-def whole(source: TrainableSource, target: PreTrainedModel) -> TrainableSource:
-    """What has all weights of the source's file: also output heads that it reads the target's in place of."""
-    if not isinstance(source, MtpHead) or source.output_heads or not source.name_or_path:
-        return source
-    found = MtpHead.from_pretrained(source.name_or_path, target, dtype=source.dtype)
-    return found if found.output_heads else source
-
-
 def read_as(source: TrainableSource, reading: Reading, target: PreTrainedModel, weights: Any) -> TrainableSource:
     """The source as another reading has it, with these `weights`, shared and not copied."""
     if isinstance(source, MtpHead):

@@ -1,0 +1,80 @@
+"""MTP layers, fresh or loaded, are trained, saved and resumed as heads are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import build_target
+from tests.trainers.heads import bits, config, texts
+from transformers_resps import MtpHead
+from transformers_resps.trainers import DraftHeadTrainer
+from transformers_resps.trainers.features import FrozenTarget
+from transformers_resps.trainers.losses import unroll
+
+
+def test_a_fresh_layer_learns_and_leaves_alone_what_it_borrows(tmp_path: Path) -> None:
+    target = build_target(initializer_range=0.3)
+    before, rows = bits(target), texts(12)
+    args = config(tmp_path, new_head="mtp", draft_vocab_size=40, max_steps=30, save_strategy="no", logging_steps=30)
+    trainer = DraftHeadTrainer(None, args, rows, rows, target=target)
+    losses = [trainer.evaluate()["eval_loss_1"]]
+    trainer.train()
+    losses.append(trainer.evaluate()["eval_loss_1"])
+    assert losses[1] < 0.95 * losses[0]
+    assert all(torch.equal(weight, before[name]) for name, weight in target.state_dict().items())
+    metrics = json.loads((tmp_path / "head" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["draft_vocab_size"] == 40 and metrics["simulated_tau"].keys() == {"16/4/4"}
+    saved: Any = MtpHead.from_pretrained(tmp_path / "head", target)
+    torch.testing.assert_close(bits(saved), bits(trainer.head), atol=0.01, rtol=0.01)  # in bfloat16
+    assert saved.draft_token_ids.tolist() == trainer.draft_vocabulary().token_ids.tolist()
+    names = load_file(tmp_path / "head" / "model.safetensors").keys()
+    assert {"mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.self_attn.q_proj.weight"} < names
+    assert not any("embed" in name or "head" in name for name in names)
+
+
+@pytest.mark.parametrize("settings", [{}, {"depths": 2}], ids=str)
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    target = build_target(initializer_range=0.3)
+    MtpHead.fresh(target, **settings).save_pretrained(tmp_path / "start")
+    levels = {"ttt_steps": settings.get("depths", 3), "tau_texts": 0, "disable_tqdm": True}
+
+    def run(**how: Any) -> DraftHeadTrainer:
+        args = config(tmp_path, max_steps=4, save_steps=2, **levels)
+        trainer = DraftHeadTrainer(str(tmp_path / "start"), args, texts(12), target=target)
+        trainer.train(**how)
+        return trainer
+
+    whole = bits(run().head)
+    again = bits(run(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).head)
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+    start = bits(MtpHead.from_pretrained(tmp_path / "start", target))
+    assert not any(torch.equal(start[name], weight) for name, weight in whole.items() if "proj" in name)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    target = build_target(initializer_range=0.3)
+    MtpHead.fresh(target, fed="before").save_pretrained(tmp_path)
+    trainer = DraftHeadTrainer(MtpHead.fresh(target), config(tmp_path), texts(12), target=target)
+    with pytest.raises(ValueError, match="MTP layers with other settings"):
+        trainer._load_from_checkpoint(str(tmp_path))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("settings", [{}, {"hidden_first": True}, {"depths": 2}], ids=str)
+def test_a_fresh_layer_says_what_the_state_that_it_reads_says(model_type: str, settings: dict[str, Any]) -> None:
+    """Whether the norms multiply by their weight or by one more, and however uneven they are."""
+    target: Any = build_target(model_type, initializer_range=0.3, head_dim=8, num_hidden_layers=6)
+    target.model.norm.weight.copy_(torch.linspace(0.4, 2, 32))
+    head = MtpHead.fresh(target, **settings)
+    tokens = torch.randint(3, 64, (2, 9))
+    read = FrozenTarget(target, head.feature_layers).read(tokens)
+    model = head.bind(target, head)
+    for level in unroll(model, read.features, tokens, head.settings.depths):
+        torch.testing.assert_close(model.normed_logits(level), target(tokens).logits, atol=2e-3, rtol=2e-3)
