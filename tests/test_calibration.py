@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from tests.assistants.kinds import KINDS, add_mtp_layer, pair_of
 from tests.conftest import FakeClock
 from tests.recurrent_targets import NEEDS_STATES, recurrent
 from tests.targets import Architecture
 from transformers_resps import DraftHead, TreeShape
 from transformers_resps.calibration import CONTEXTS, NODES, WIDTHS, calibrate, device_name, identity_of, processor_name
 from transformers_resps.drafting.level_drafter import LevelDrafter
+from transformers_resps.generation.request import Assistants
 from transformers_resps.heads import BoundHead
 from transformers_resps.policies.costs import CostTable, Range
 from transformers_resps.tools.calibrate import what_must_be_accepted
@@ -80,6 +82,29 @@ def test_planted_costs_are_found(
     assert costs.step_seconds(TreeShape.plain(), 400) == pytest.approx(1.0 + table.overhead)
     assert costs.knows_plain and costs.verify_seconds(1) == 1.0 and costs.verify_seconds(8) == 11.0
     assert costs.draft_seconds(4, 5) == pytest.approx(0.1 + 5 * 0.25) and costs.level_seconds == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_level_of_every_kind_of_drafter_is_measured(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, (target, head) = FakeClock(), pair_of(kind, tmp_path / "checkpoint")
+    source = Assistants().source(target, head)
+    assert source is not None
+    steps = type(source.bind(target))
+    run = steps.run
+
+    def slow_pass(self: Any, *arguments: Any) -> Any:
+        clock.advance(0.25)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(steps, "run", slow_pass)
+    plant(target, clock, lambda tokens: 1.0)
+    table = calibrate(target, head, folder=tmp_path / "costs", clock=clock)
+    assert table.draft == pytest.approx(dict.fromkeys(WIDTHS, 0.25))
+    assert table.draft_start == pytest.approx(dict.fromkeys(WIDTHS, 0.0))
+    assert table.identity["head"].startswith(f"{kind} of ") and 0 < table.overhead < 1
+    assert calibrate(target, source, folder=tmp_path / "costs") == table
 
 
 def test_levels_that_cost_nothing_are_measured_as_that(
@@ -161,6 +186,10 @@ def test_the_command_prints_the_table_and_what_it_means(
     assert main(["calibrate", str(tmp_path / "target"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["identity"]["packed"] is False and told["verdict"] in printed and len(told["verify"]) > 1
+    add_mtp_layer(tmp_path / "target")
+    assert main(["calibrate", str(tmp_path / "target"), "mtp"]) == 0
+    printed = capsys.readouterr().out
+    assert "head          MtpHead of" in printed and "Milliseconds per level of the head" in printed
 
 
 def test_a_table_is_measured_once_and_kept(target: Any, head: DraftHead, tmp_path: Path) -> None:
@@ -206,8 +235,8 @@ def test_targets_that_hold_no_tree_are_refused_before_they_are_measured(tmp_path
     for model, message in ((t5, "encoder-decoder.*policy=.auto"), (mamba, "cannot verify sibling nodes")):
         with pytest.raises(ValueError, match=message):
             calibrate(model, folder=tmp_path)
-    for pair in ((None,), ("gpt2",), (t5, "head"), (torch.nn.Linear(2, 2),), (type(t5),)):
-        with pytest.raises(ValueError, match="needs a loaded causal LM and a `DraftHead`.*got .*Load them"):
+    for pair in ((None,), ("gpt2",), (torch.nn.Linear(2, 2),), (type(t5),)):
+        with pytest.raises(ValueError, match="needs a loaded causal LM, got .*Load it"):
             calibrate(*pair, folder=tmp_path)  # type: ignore[arg-type]
 
 

@@ -35,8 +35,8 @@ def test_a_symbol_that_is_gone_is_named(symbol: str) -> None:
 
 
 def test_a_parameter_that_is_gone_is_named() -> None:
-    with pytest.raises(TypeError, match="`tree:_merged` has no parameter 'count', 'self', 'token'. The bug 'old'"):
-        Mutation("old", "tree:_merged", no_end, "tests").plant()
+    with pytest.raises(TypeError, match="`tree:followed` has no parameter 'count', 'self', 'token'. The bug 'old'"):
+        Mutation("old", "tree:followed", no_end, "tests").plant()
 
 
 def test_a_bug_is_planted_wherever_its_function_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:

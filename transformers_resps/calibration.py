@@ -18,12 +18,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from .compat import CACHE_KEYWORD
-from .drafting.level_drafter import LevelDrafter
+from .drafting.mixed_drafter import DraftPart, drafter_of
 from .generation.attach import attach, detach
 from .generation.checks import check_model
 from .generation.mixin import ReSpSGenerationMixin
-from .generation.request import SpeculationDefaults
-from .heads import DraftHead
+from .generation.request import Assistants, SpeculationDefaults
+from .heads import DraftSource
 from .policies.costs import CostTable, Range
 from .policies.fixed import FixedPolicy
 from .tree import DraftTree, TreeShape
@@ -44,7 +44,7 @@ _SECONDS_PER_CELL = 1.0  # a slow machine gets fewer repeats, so that the whole 
 
 def calibrate(
     target: PreTrainedModel,
-    head: DraftHead | None = None,
+    head: DraftSource | PreTrainedModel | str | None = None,
     *,
     refresh: bool = False,
     folder: str | Path | None = None,
@@ -54,7 +54,8 @@ def calibrate(
 
     Args:
         target: the model, in the dtype and on the device that it decodes with.
-        head: its draft head, or `None`.
+        head: what drafts for it: its draft head, MTP layers, an assistant, a small model, or the name of one; or
+            `None`.
         refresh: measure again even if a table is stored.
         folder: where tables are stored; `None` is a folder in the Hugging Face cache.
         clock: returns seconds.
@@ -67,8 +68,10 @@ def calibrate(
         ValueError: the stored table is damaged or was measured elsewhere, the head belongs to another target, the
             target or its cache does not support draft trees, or the clock does not advance.
     """
-    _check_pair(target, head)
-    identity = identity_of(target, head)
+    _check_target(target, has_head=head is not None)
+    assistants = Assistants()  # keeps what it loads
+    source = assistants.source(target, head)
+    identity = identity_of(target, source)
     name = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder or Path(HF_HOME) / "transformers-resps" / "costs") / f"{name}.json"
     if path.exists() and not refresh:
@@ -81,13 +84,13 @@ def calibrate(
     kept = 2 * (_REPEATS + 1) * len(sizes) if is_recurrent(target) else 0  # two nodes of each chain
     contexts = sorted({max(min(context, room - max(sizes) - 1 - kept), 1) for context in CONTEXTS})
     nodes = {context: [count for count in sizes if count <= max(room - context, 1)] for context in contexts}
-    total = sum(map(len, nodes.values())) + (0 if head is None else 2 * len(WIDTHS)) + len(contexts) + 1
+    total = sum(map(len, nodes.values())) + (0 if source is None else 2 * len(WIDTHS)) + len(contexts) + 1
     with tqdm(total=total, desc="Measuring what steps cost", unit="measurement") as bar:
         watch = _Stopwatch(clock, bar.update)
         verify = {context: _time_verifying(target, context, counts, watch) for context, counts in nodes.items()}
-        start, draft = ({}, {}) if head is None else _time_drafting(target, head, watch)
+        start, draft = ({}, {}) if source is None else _time_drafting(target, source, contexts[0], watch)
         plain = {context: _time_plain(target, context, watch) for context in contexts}
-        overhead = _time_overhead(target, head, room)
+        overhead = _time_overhead(target, source, room)
         bar.update()
     table = CostTable(
         verify={context: _medians(row) for context, row in verify.items()},
@@ -104,22 +107,21 @@ def calibrate(
     return table
 
 
-def _check_pair(target: Any, head: Any) -> None:
-    if not hasattr(target, "generate") or isinstance(target, type) or not isinstance(head, DraftHead | None):
+def _check_target(target: Any, *, has_head: bool) -> None:
+    if not hasattr(target, "generate") or isinstance(target, type):
         raise ValueError(
-            f"`calibrate` needs a loaded causal LM and a `DraftHead` (or None), got {type(target).__name__} and "
-            f"{type(head).__name__}. Load them with `AutoModelForCausalLM.from_pretrained` and "
-            "`DraftHead.from_pretrained`."
+            f"`calibrate` needs a loaded causal LM, got {type(target).__name__}. Load it with "
+            "`AutoModelForCausalLM.from_pretrained`."
         )
     if target.config.is_encoder_decoder:
         raise ValueError(
             f"`calibrate` measures decoder-only models, and {type(target).__name__} is an encoder-decoder. Leave it "
             "out: `policy='auto'` measures while it decodes."
         )
-    check_model(target, has_head=head is not None)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
+    check_model(target, has_head=has_head)  # type: ignore[arg-type]  # a PEFT wrapper is no PreTrainedModel
 
 
-def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, Any]:
+def identity_of(target: PreTrainedModel, source: DraftSource | None) -> dict[str, Any]:
     """What a measurement depends on."""
     config = target.config
     return {
@@ -131,8 +133,15 @@ def identity_of(target: PreTrainedModel, head: DraftHead | None) -> dict[str, An
         "target": f"{config.name_or_path or type(target).__name__}, {target.num_parameters()} parameters",
         "attention": config.get_text_config()._attn_implementation,
         "packed": is_prepacked(target),
-        "head": None if head is None else f"{head.num_parameters()} parameters, {head.dtype}",
+        "head": None if source is None else _size_of(source, target),
     }
+
+
+def _size_of(source: DraftSource, target: PreTrainedModel) -> str:
+    """The kind, and what its levels cost by: parameters of its own, dtype and tokens to choose from."""
+    model, modules = source.bind(target), source.own_modules
+    count = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return f"{type(source).__name__} of {count} parameters, {model.dtype}, {model.proposable_tokens} tokens"
 
 
 def device_name(device: torch.device) -> str:
@@ -223,51 +232,55 @@ def _time_plain(target: PreTrainedModel, context: int, watch: "_Stopwatch") -> _
 
 @torch.no_grad()
 def _time_drafting(
-    target: PreTrainedModel, head: DraftHead, watch: "_Stopwatch"
+    target: PreTrainedModel, source: DraftSource, context: int, watch: "_Stopwatch"
 ) -> tuple[dict[int, float], dict[int, _Measured]]:
     """Width -> seconds of a draft beside its levels, and of each level, from drafts of one level and of three."""
-    drafter = LevelDrafter(head.bind(target), 1, None)
-    features = torch.zeros(1, CONTEXTS[0], head.config.features_width, dtype=head.dtype, device=head.device)
-    tokens = torch.zeros(1, CONTEXTS[0], dtype=torch.long, device=head.device)
-    drafter.observe(tokens, features)
-    policy = FixedPolicy(TreeShape.plain())
-
-    def draft(width: int, depth: int) -> None:
-        drafter.observe(tokens[:, :1], features[:, :1])  # a step commits a token at least, which a draft reads first
-        drafter.draft(TreeShape(width + 1, depth, width), policy).scores[0, -1].item()
-
+    layers, policy = source.feature_layers, FixedPolicy(TreeShape.plain())
+    tokens = torch.zeros(1, context + 1, dtype=torch.long, device=target.device)
     starts, levels = dict[int, float](), dict[int, _Measured]()
-    for width in WIDTHS:
-        several, one = watch.time(partial(draft, width, 3)), watch.time(partial(draft, width, 1))
-        each = [
-            _of_one(*pair) for pair in zip(several, one, strict=False)
-        ]  # a slow machine may have repeated one less
-        shortest = statistics.median(one)
-        median, found = _of_one(statistics.median(several), shortest), _Measured.of(each)
-        levels[width] = _Measured(median, min(median, found.low), max(median, found.high))
-        starts[width] = max(shortest - median, 0.0)
+    with TreeVerifier.of(target, context, layers, before_deepstack=source.before_deepstack) as verifier:
+        drafter = drafter_of([DraftPart(source, source.bind(target))], verifier, 1)
+        assert drafter is not None
+        _, (read,) = verifier.prefill(tokens[:, 1:])
+        features = read.concatenated() if layers else None
+        drafter.observe(tokens, features)
+        most = min(drafter.most_levels or 3, 3)
+
+        def draft(width: int, depth: int) -> None:
+            # a step commits a token at least, which a draft reads first
+            drafter.observe(tokens[:, :1], None if features is None else features[:, :1])
+            drafter.draft(TreeShape(width + 1, depth, width), policy).scores[0, -1].item()
+
+        for width in WIDTHS:
+            several, one = watch.time(partial(draft, width, most)), watch.time(partial(draft, width, 1))
+            pairs = zip(several, one, strict=False)  # a slow machine may have repeated one less
+            found = _Measured.of([_of_one(*pair, most - 1) for pair in pairs])
+            shortest = statistics.median(one)
+            median = _of_one(statistics.median(several), shortest, most - 1)
+            levels[width] = _Measured(median, min(median, found.low), max(median, found.high))
+            starts[width] = max(shortest - median, 0.0)
     return starts, levels
 
 
-def _of_one(three: float, one: float) -> float:
-    """Seconds of a level, from those of drafts of three and of one; noise may hide what it takes."""
-    return max(three - one, 0.0) / 2
+def _of_one(several: float, one: float, more: int) -> float:
+    """Seconds of a level, from those of a draft of one and of one with `more`; noise may hide what it takes."""
+    return max(several - one, 0.0) / more
 
 
-def _time_overhead(target: PreTrainedModel, head: DraftHead | None, room: int) -> float:
+def _time_overhead(target: PreTrainedModel, source: DraftSource | None, room: int) -> float:
     """Median seconds of a step outside its forwards, over a short answer: prompt and answer fit `room` positions."""
     prompt_tokens = min(16, room // 2)
     new_tokens = min(24, room - prompt_tokens)
     was_attached = isinstance(target, ReSpSGenerationMixin)
     model: Any = attach(target)
     prompt = torch.ones(1, prompt_tokens, dtype=torch.long, device=target.device)
-    shape = TreeShape(1, 0, 1, 3) if head is None else TreeShape(4, 2, 2, 3)
+    shape = TreeShape(1, 0, 1, 3) if source is None else TreeShape(4, 2, 2, 3)
     try:
         with SpeculationDefaults.suspended():
             report = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                assistant_model=head,
+                assistant_model=source,
                 policy=FixedPolicy(shape),
                 do_sample=False,
                 max_new_tokens=new_tokens,

@@ -58,7 +58,7 @@ def gemma_assistant(backbone_hidden_size: int = 32, *, centroids: bool = False, 
 def chain_after(
     assistant: Any, target: Any, text: list[int], levels: int, *, rejected: tuple[int, ...] = ()
 ) -> list[tuple[int, Tensor]]:
-    """The likeliest token of each level and the scores `[v]` it was taken from, by Transformers' modules alone.
+    """The likeliest token of each level and the log probabilities `[v]`, by Transformers' modules alone.
 
     `rejected` are tokens in the root's place and after it whose keys are left in.
     """
@@ -77,5 +77,5 @@ def chain_after(
             shared_kv_states=dict(read.shared_kv_states),
         )
         token, state = drafted.logits.argmax(dim=-1), drafted.last_hidden_state
-        found.append((int(token), drafted.logits[0, 0]))
+        found.append((int(token), drafted.logits[0, 0].log_softmax(-1)))
     return found

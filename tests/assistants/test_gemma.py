@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
-from tests.assistants.gemma import chain_after, gemma_assistant, gemma_target
+from tests.assistants.gemma import VOCABULARY, chain_after, gemma_assistant, gemma_target
 from tests.conftest import build_target
 from transformers_resps.assistants import GemmaAssistant
 from transformers_resps.compat import CACHE_KEYWORD
@@ -38,9 +38,9 @@ def our_chain(assistant: PreTrainedModel, target: PreTrainedModel, root: int, le
         token, hidden, found = torch.tensor([[root]]), model.fuse(features.concatenated()[:, :1]), []
         for _ in range(levels):
             output = model.run(0, token, hidden, model.places(torch.zeros(1, 1)), entries)
-            scores, hidden = model.logits(output)[0, 0], model.feedback(output)
-            token = scores.argmax()[None, None]
-            found.append((int(token), scores))
+            (tokens, scores), hidden = model.children(output, VOCABULARY), model.feedback(output)
+            token = tokens[..., 0]
+            found.append((int(token), torch.full((VOCABULARY,), -torch.inf).scatter(0, tokens[0, 0], scores[0, 0])))
     return found
 
 
@@ -48,9 +48,9 @@ def our_chain(assistant: PreTrainedModel, target: PreTrainedModel, root: int, le
 def test_it_drafts_as_after_a_text_that_never_had_the_rejected_tokens(target: PreTrainedModel) -> None:
     assistant = gemma_assistant()
     expected = chain_after(assistant, target, [*PROMPT, 11, 8], levels=4)
-    for (token, scores), (wanted, logits) in zip(our_chain(assistant, target, 8, 4), expected, strict=True):
+    for (token, scores), (wanted, others) in zip(our_chain(assistant, target, 8, 4), expected, strict=True):
         assert token == wanted
-        torch.testing.assert_close(scores, logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scores, others, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -70,18 +70,18 @@ def test_transformers_own_loop_shows_the_key_of_the_first_rejected_token(target:
     )
     with_rejected = torch.stack([scores for _, scores in chain_after(assistant, target, text, 4, rejected=(12,))])
     ours = torch.stack([scores for _, scores in our_chain(assistant, target, 8, 4)])
-    torch.testing.assert_close(drafted[0], with_rejected, atol=1e-4, rtol=1e-4)
-    assert (drafted[0] - ours).abs().amax(dim=-1).gt(0.1).all()
+    torch.testing.assert_close(drafted[0].log_softmax(-1), with_rejected, atol=1e-4, rtol=1e-4)
+    assert (with_rejected - ours).abs().amax(dim=-1).gt(0.1).all()
 
 
 @torch.no_grad()
 def test_only_tokens_of_the_nearest_centroids_have_a_chance(target: PreTrainedModel) -> None:
     assistant = gemma_assistant(centroids=True)
     expected = chain_after(assistant, target, [*PROMPT, 11, 8], levels=3)
-    for (token, scores), (wanted, logits) in zip(our_chain(assistant, target, 8, 3), expected, strict=True):
-        possible = logits > logits.min()
+    for (token, scores), (wanted, others) in zip(our_chain(assistant, target, 8, 3), expected, strict=True):
+        possible = others > others.min()
         assert token == wanted and possible.sum() == 6
-        torch.testing.assert_close(scores[possible], logits[possible], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scores[possible], others[possible].log_softmax(-1), atol=1e-4, rtol=1e-4)
         assert scores[~possible].eq(-torch.inf).all()
 
 

@@ -1,6 +1,7 @@
 """The kit passes a sound engine; of an engine with a planted fault it says what differs, and where."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from tests.assistants.kinds import KINDS, pair_of
 from tests.conftest import build_target
 from tests.mutations.bugs.decoding import one_end_token_of_several
 from tests.mutations.planting import Function, plant
@@ -60,6 +62,14 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
     for fact in ("torch.float32", "threads", torch.__version__, "LlamaForCausalLM", repr(WIDE), "detected"):
         assert fact in page
     assert len(page.splitlines()) < 25
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_drafter_passes_the_whole_examination(kind: str, tmp_path: Path) -> None:
+    target, head = pair_of(kind, tmp_path)
+    report = assert_lossless(target, head, WIDE, **BRIEF)
+    assert report.distribution.has_power and report.verdict == "LOSSLESS: every answer is the plain one"
+    assert len(report.texts) == 9 and f"{kind} of " in report.facts["head"]
 
 
 def test_rows_of_a_batch_that_have_ended_took_no_forwards(target: Any, head: DraftHead) -> None:
@@ -155,7 +165,9 @@ def test_what_auto_has_learned_with_a_model_survives_its_examination(target: Any
     [
         ({"model": None}, "needs a loaded causal LM, got None"),
         ({"model": "gpt2"}, "needs a loaded causal LM, got 'gpt2'"),
-        ({"head": "head"}, "`head` must be a loaded .*got 'head'"),
+        ({"head": 3}, "`head` must be what drafts: .*got 3. Pass"),
+        ({"head": torch.nn.Linear(2, 2)}, "`head` must be what drafts: .*got a Linear. Pass"),
+        ({"head": "auto"}, "`head` must be what drafts: .*got 'auto'. Pass it as `policy`"),
     ],
     ids=str,
 )
@@ -282,6 +294,25 @@ def test_a_fault_outside_acceptance_and_the_policys_own_trees_is_found(
     with pytest.raises(NotLosslessError) as refusal:
         assert_lossless(target, head, SMALL, **BRIEF)
     assert check in [found.name for found in refusal.value.report.texts if not found.passed]
+
+
+def test_a_tree_that_changes_after_its_verification_is_found_with_mtp_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys that are kept are then those of another token."""
+
+    def changing(verify: Function) -> Function:
+        def wrong(self: Any, tree: DraftTree) -> Any:
+            logits, features = verify(self, tree)
+            tree.tokens[:, 1:2] = logits[:, 0].argmax(-1, keepdim=True)
+            return logits, features
+
+        return wrong
+
+    target, head = pair_of("MtpHead", tmp_path)
+    plant("verifying.verifier:TreeVerifier.verify", changing, monkeypatch.setattr)
+    with pytest.raises(NotLosslessError, match="NOT LOSSLESS: greedy"):
+        assert_lossless(target, head, SMALL, **BRIEF)
 
 
 def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tests.assistants.kinds import add_mtp_layer
+from tests.conftest import build_target
 from tests.tools.conversations import save_models, save_rows
 from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation import compiled as compiled_function
@@ -161,6 +163,20 @@ def test_lookup_is_measured_without_a_head(
     for asked in (["--shapes", "8,4,2"], ["--methods", "eagle"], ["--policy", str(tmp_path / "tree")]):
         assert main(["bench", target, *options, *asked]) == 2
         assert "Name a HEAD after TARGET." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["mtp", "small"])
+def test_any_drafter_is_measured(bench: BenchCommand, tmp_path: Path, head: str) -> None:
+    add_mtp_layer(tmp_path / "target")
+    build_target(num_hidden_layers=1, seed=5).save_pretrained(tmp_path / "small")
+    options = ["--accept-noise", "--limit", "1", "--repeats", "1", "--max-new-tokens", "8", "--methods"]
+    options += ["--dataset", str(tmp_path / "mine.jsonl"), "--output", str(tmp_path / "out"), "--shapes", "9,2,4"]
+    given = head if head == "mtp" else str(tmp_path / head)
+    assert main(["bench", str(tmp_path / "target"), given, *options]) == 0
+    found = results(tmp_path)
+    assert [row["method"] for row in found["pooled"]] == ["plain", "tree 9/2/4", "auto"]
+    assert found["head"] == given and not found["unexplained"] and found["costs"]["draft"]
+    assert found["training_prompts"] == {"head": None}
 
 
 def test_what_cannot_be_compiled_is_told_in_a_line_and_the_rest_goes_on(

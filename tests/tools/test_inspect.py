@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tests.assistants.kinds import add_mtp_layer
 from tests.targets import ARCHITECTURES
 from tests.tokenizers import letter_tokenizer
 from tests.tools.test_inspect_page import parsed
@@ -24,7 +25,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     target: PreTrainedModel = ARCHITECTURES[0].build("sdpa").float()
     folder = tmp_path_factory.mktemp("models")
     target.save_pretrained(folder / "letters")
+    add_mtp_layer(folder / "letters")
     letter_tokenizer().save_pretrained(folder / "letters")
+    ARCHITECTURES[0].build("sdpa", seed=1).save_pretrained(folder / "small")
     torch.manual_seed(1)
     DraftHead.from_target(target).save_pretrained(folder / "letters-head")
     return str(folder / "letters"), str(folder / "letters-head")
@@ -45,11 +48,19 @@ def test_it_writes_the_page_and_says_how_it_went(
     assert data["prompt"] == "dedede" and data["sameText"] == {"same": True}
     facts = data["facts"]
     assert isinstance(facts, dict)
-    assert (facts["target"], facts["head"], facts["decoding"]) == ("letters", "letters-head", "greedy")
+    assert (facts["target"], facts["head"], facts["decoding"]) == ("letters", "letters-head (DraftHead)", "greedy")
     assert str(tmp_path.parent) not in output.read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     assert "24 tokens in" in printed and "Same text as plain decoding: yes." in printed
     assert f"The page: {output}" in printed
+
+
+@pytest.mark.parametrize(("name", "shown"), [("mtp", "letters (MtpHead)"), ("small", "small (CausalDrafter)")])
+def test_any_drafter_is_shown(folders: tuple[str, str], tmp_path: Path, name: str, shown: str) -> None:
+    given = name if name == "mtp" else str(Path(folders[0]).parent / name)
+    data = inspected(tmp_path / "page.html", folders[0], given, "--prompt", "dedede")
+    assert data["facts"]["head"] == shown and data["sameText"] == {"same": True}  # type: ignore[index]
+    assert any(step.get("headNodes") for step in data["steps"])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

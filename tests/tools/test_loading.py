@@ -1,11 +1,15 @@
 """What a command line names."""
 
+import gc
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
-from transformers_resps import DraftHead, FixedPolicy, TreeShape
-from transformers_resps.tools.loading import load_policy, short_name
+from tests.assistants.kinds import pair_of
+from transformers_resps import DraftHead, FixedPolicy, MtpHead, TreeShape
+from transformers_resps.tools.loading import load_policy, load_source, short_name
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,29 @@ def test_numbers_name_a_tree(text: str, tree: TreeShape) -> None:
 def test_without_a_name_it_is_the_heads_own_tree_and_without_a_head_auto(tiny_head: DraftHead) -> None:
     assert str(load_policy(None, tiny_head)) == f"FixedPolicy({tiny_head.default_shape})"
     assert load_policy(None, None) == load_policy("auto", tiny_head) == "auto"
+
+
+@pytest.mark.parametrize("kind", ["DraftHead", "MtpHead", "saved MtpHead", "CausalDrafter"])
+def test_a_name_loads_whatever_drafts_and_the_target_keeps_it(kind: str, tmp_path: Path) -> None:
+    target, head = pair_of(kind.split()[-1], tmp_path)
+    if kind == "DraftHead":
+        head = DraftHead.from_target(target)
+    elif kind != "MtpHead":
+        head = MtpHead.from_target(target) if kind == "saved MtpHead" else head
+    if kind != "MtpHead":
+        head.save_pretrained(tmp_path / "drafts")
+    name = "mtp" if kind == "MtpHead" else str(tmp_path / "drafts")
+    source = load_source(name, target)
+    gc.collect()
+    assert type(source).__name__ == kind.split()[-1] and source is load_source(name, target)
+    assert str(load_policy(None, source)) == f"FixedPolicy({source.default_shape})"
+    assert target.generate(torch.tensor([[3, 4]]), assistant_model=source, max_new_tokens=2).shape == (1, 4)
+
+
+def test_no_name_is_no_drafter_and_a_missing_one_is_refused(tiny_target: PreTrainedModel) -> None:
+    assert load_source(None, tiny_target) is None
+    with pytest.raises((ValueError, OSError), match="no/where"):
+        load_source("no/where", tiny_target)
 
 
 @pytest.mark.parametrize("name", ["plain-name", "8,4,2"])

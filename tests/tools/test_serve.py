@@ -25,6 +25,7 @@ import openai
 import uvicorn
 from transformers import AutoModelForCausalLM
 
+from tests.assistants.kinds import add_mtp_layer
 from tests.conftest import build_target
 from tests.targets import VOCABULARY
 from tests.tokenizers import templated
@@ -97,17 +98,18 @@ def save_target(folder: Path, seed: int = 0) -> None:
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Two targets, of which the first has a head, served from a thread."""
+    """Two targets, of which the first has a head and the second MTP layers, served from a thread."""
     folder = tmp_path_factory.mktemp("served")
     save_target(folder / "target")
     save_target(folder / "other", seed=1)
+    add_mtp_layer(folder / "other")
     torch.manual_seed(1)
     DraftHead.from_target(AutoModelForCausalLM.from_pretrained(folder / "target")).save_pretrained(folder / "head")
     figures = serving.Figures()
     worker = serving.OneAtATime(figures)
     served = [
         serving.Served(str(folder / "target"), str(folder / "head")),
-        serving.Served(str(folder / "other"), None),
+        serving.Served(str(folder / "other"), "mtp"),
     ]
     loading = {"policy": "10,2,9", "compile": None, "dtype": None, "device": "cpu", "packed": False}
     models = serving.AttachedModels(served, **loading, worker=worker)

@@ -11,7 +11,7 @@ from transformers.utils.logging import tqdm
 
 from transformers_resps.calibration import calibrate
 from transformers_resps.compat import check_extra
-from transformers_resps.heads import parameter_fingerprint
+from transformers_resps.heads import DraftHead, parameter_fingerprint
 from transformers_resps.tools.bench import (
     BenchConfig,
     BenchModels,
@@ -91,6 +91,14 @@ def main(arguments: list[str] | None, description: str) -> int:
         return 2
 
 
+def replayable(models: BenchModels) -> DraftHead:
+    """The head whose trees are replayed to find the best one; raises `ValueError` for other drafters."""
+    if not isinstance(models.head, DraftHead):
+        got = type(models.head).__name__
+        raise ValueError(f"Only trees of a draft head are searched, got a {got}. Run `resps bench`, or name a head.")
+    return models.head
+
+
 def benchmark(config: FullConfig) -> int:
     """Measure, judge, report; returns the exit status.
 
@@ -104,7 +112,7 @@ def benchmark(config: FullConfig) -> int:
     load = checked_load(config.accept_noise)
     start(config)
     models = BenchModels.load(config)
-    assert models.head is not None
+    head = replayable(models)
     evaluated, searched = choose_dialogues(config)
     models.check_unseen(evaluated)
     if not searched:
@@ -117,9 +125,9 @@ def benchmark(config: FullConfig) -> int:
         journal.note("accepted_noise", True)
     bench = JournaledBench(models.target, config.max_new_tokens, journal)
     try:
-        costs = calibrate(models.target, models.head, folder=config.output / "costs")
+        costs = calibrate(models.target, head, folder=config.output / "costs")
         grid = shapes_for(models.target.device.type)
-        replayer = Replayer(models.target, models.head, grid, costs, config.max_new_tokens)
+        replayer = Replayer(models.target, head, grid, costs, config.max_new_tokens)
         best = find_best_fixed(replayer, searched, models.tokenizer, min(config.temperatures), journal)
         refusal = bench.compile_refusal(evaluated[0].prompt(models.tokenizer)) if config.compile else None
         methods = methods_of(
@@ -127,7 +135,7 @@ def benchmark(config: FullConfig) -> int:
             models,
             compiles=config.compile and refusal is None,
             others=load_peers(config.peers, models.target, models.draft_model),
-            trees=[] if best is None else [fixed_tree(models.head, best.shape, f"best fixed {best.shape}")],
+            trees=[] if best is None else [fixed_tree(head, best.shape, f"best fixed {best.shape}")],
         )
         session = Session(bench, models.tokenizer, evaluated, methods, config.temperatures, config.repeats)
         session.warm_up()

@@ -90,12 +90,10 @@ class _Queries(StepModel):
         self._model, decoder = cast(Any, model), cast(Any, target.get_decoder())
         self._embed, self._final_norm = target.get_input_embeddings(), decoder.norm
         self._embedder: Any = self._model.masked_embedding
-        vocab_size: int = model.config.get_text_config().vocab_size
-        self.proposable_tokens = vocab_size
+        self.proposable_tokens = model.config.get_text_config().vocab_size
         if self._embedder is not None:
             self._by_centroid = self._embedder.token_ordering.view(self._embedder.num_centroids, -1)
             self.proposable_tokens = self._embedder.centroid_intermediate_top_k * self._by_centroid.shape[1]
-        self._vocab_size = vocab_size
         self.device, self.dtype = model.device, model.dtype
 
     @property
@@ -135,13 +133,27 @@ class _Queries(StepModel):
         return cast(Tensor, outputs.last_hidden_state)[:, wanted]
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
-        """Of a large vocabulary only the tokens of the centroids that are nearest to an output have a chance."""
+        """Of the tokens that are possible after each output: all or, of a large vocabulary, those of the centroids
+        that are nearest to it.
+        """
         if self._embedder is None:
             return cast(Tensor, self._model.lm_head(output)).float()
+        return self._scores(output, self._nearest(output))
+
+    def children(self, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
+        if self._embedder is None:
+            return super().children(output, top_k, depth)
+        tokens = self._nearest(output)
+        scores, best = self._scores(output, tokens).log_softmax(dim=-1).topk(min(top_k, tokens.shape[-1]), dim=-1)
+        return tokens.gather(-1, best), scores
+
+    def _nearest(self, output: Tensor) -> Tensor:
+        """Token ids `[b, q, d]`."""
         nearest = self._embedder.centroids(output).topk(self._embedder.centroid_intermediate_top_k).indices
-        tokens = self._by_centroid[nearest].flatten(-2)  # [b, q, d]
-        scores: Tensor = (self._model.lm_head.weight[tokens] @ output[..., None]).squeeze(-1).float()
-        return scores.new_full((*tokens.shape[:-1], self._vocab_size), -torch.inf).scatter_(-1, tokens, scores)
+        return cast(Tensor, self._by_centroid[nearest]).flatten(-2)
+
+    def _scores(self, output: Tensor, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self._model.lm_head.weight[tokens] @ output[..., None]).squeeze(-1).float()
 
     def feedback(self, output: Tensor) -> Tensor:
         return cast(Tensor, self._model.post_projection(output))

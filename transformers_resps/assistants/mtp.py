@@ -454,6 +454,9 @@ class KeptRows:
         return self._kept[depth][1]
 
 
+_GROWING_ROPES = ("dynamic", "longrope")  # in a config, where each layer type may have its own
+
+
 class BoundMtp(TrainableModel):
     """MTP layers as they draft for one target; made by `MtpHead.bind`.
 
@@ -487,8 +490,7 @@ class BoundMtp(TrainableModel):
         self._final_norm = decoder.norm if is_normed else nn.Identity()
         self._rotary = getattr(decoder, "rotary_emb", None)
         self._kinds = _kinds_of_angles(self._rotary, config)
-        rope = getattr(text, "rope_parameters", None) or {}
-        self.has_fixed_places = rope.get("rope_type") not in ("dynamic", "longrope")
+        self.has_fixed_places = all(kind not in str(getattr(text, "rope_parameters", None)) for kind in _GROWING_ROPES)
         types = [config.layer_type(depth) for depth in range(config.depths)]
         self._windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
         # Values choose experts, lengths the window, and rows of an output head are packed when they are asked for

@@ -367,7 +367,9 @@ class MtpCheckpoint:
         return ours in self.stored
 
     def is_copy(self, ours: str, weight: Tensor) -> bool:
-        """Whether one of our tensors is `weight` `[n, m]`, by some of its rows."""
+        """Whether one of our tensors is `weight` `[n, m]`, by some of its rows; no, where these are on disk."""
+        if weight.is_meta:
+            return False
         name = self.stored[ours].names[0][0]
         some = range(0, len(weight), max(1, len(weight) // _COMPARED))
 

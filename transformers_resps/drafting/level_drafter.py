@@ -157,8 +157,11 @@ class LevelDrafter(Drafter):
         return pool
 
     def read(self, at_least: int = 1) -> None:
-        """Extend the cache by the tokens committed since it was last read, in one pass, if `at_least` wait."""
-        if self._waiting >= at_least:
+        """Extend the cache by the tokens committed since it was last read, in one pass, if `at_least` wait.
+
+        Without features the tokens of a text may all wait: who does not ask for a draft pays for no reading.
+        """
+        if self._waiting >= at_least and (at_least == 1 or self._model.reads_features):
             self._read()
 
     @property

@@ -76,7 +76,7 @@ def sprout(model: StepModel, newest: Tensor, top_k: int, is_last: bool, carried:
 
     `newest` `[b, 1, h]` is the model's output at the root, and `carried` what it pairs these with instead of feedback.
     """
-    tokens, scores = _children(model, newest, top_k)  # [b, 1, k]
+    tokens, scores = model.children(newest, top_k)  # [b, 1, k]
     if is_last:
         return Growth(tokens, scores, None, None)
     rows, _, width = tokens.shape
@@ -99,7 +99,7 @@ def branch(
 
     `carried` is what these are paired with instead of feedback.
     """
-    tokens, scores = _children(model, output, frontier.tokens.shape[1], depth)
+    tokens, scores = model.children(output, frontier.tokens.shape[1], depth)
     scores = scores + frontier.scores[..., None]
     if is_last:
         return Growth(tokens, scores, None, None)
@@ -126,13 +126,6 @@ def _joined(levels: list[Growth]) -> CandidatePool:
     scores = torch.cat([level.scores for level in levels], dim=1).flatten(1)
     level_of = [torch.full((size,), number) for number, size in enumerate(sizes, start=1)]
     return CandidatePool(tokens, torch.cat(hung, dim=1).flatten(1), scores, torch.cat(level_of))
-
-
-def _children(model: StepModel, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
-    """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, w, k]`."""
-    log_probs = model.logits(output, depth).log_softmax(dim=-1)
-    scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
-    return model.target_ids(draft_ids), scores
 
 
 def _next(frontier: Frontier, hidden: Tensor | None, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Frontier]:

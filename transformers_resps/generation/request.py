@@ -255,6 +255,23 @@ class Assistants:
             self._sources[model] = kind(model, target)
         return self._sources[model]
 
+    def source(self, target: PreTrainedModel, head: Any) -> DraftSource | None:
+        """What drafts trees, of what a tool was given as `head`: a source, a model, or the name of either; `None` for
+        none.
+
+        Raises:
+            ValueError, OSError: it is nothing of that, is not there, or cannot draft for this target.
+        """
+        if head is None:
+            return None
+        if not (is_name(head) or isinstance(unwrapped(head), DraftSource | PreTrainedModel)):
+            got = f"a {type(head).__name__}" if isinstance(head, Module) else repr(head)
+            raise ValueError(
+                f"`head` must be what drafts: a loaded draft head, another source or model, or a name, got {got}. "
+                f"{_instead_of_assistant(head)}"
+            )
+        return cast(DraftSource, unwrapped(self.load(target, head, as_source=True)))
+
 
 class EvaluationMode:
     """Takes layers out of training mode while calls run, and puts them back after the last one.

@@ -144,6 +144,12 @@ class StepModel(ABC):
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """`[b, q, h]` outputs of a depth -> fp32 `[b, q, d]`."""
 
+    def children(self, output: Tensor, top_k: int, depth: int = 0) -> tuple[Tensor, Tensor]:
+        """The `top_k` likeliest tokens after each output: target ids and fp32 log probabilities, `[b, q, k]`."""
+        log_probs = self.logits(output, depth).log_softmax(dim=-1)
+        scores, draft_ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
+        return self.target_ids(draft_ids), scores
+
     def feedback(self, output: Tensor) -> Tensor:
         """What the next token is paired with: `[b, q, h]` outputs -> `[b, q, h]`."""
         return output

@@ -20,7 +20,7 @@ from ..generation.attach import attach, detach, detached
 from ..generation.mixin import ReSpSGenerationMixin
 from ..generation.output import end_ids, left_padded, up_to_end
 from ..generation.request import EvaluationMode, SpeculationDefaults
-from ..heads import DraftHead
+from ..heads import DraftSource
 from ..policies.base import Policy
 from ..telemetry.report import SpeculationReport
 from .divergence import HALF_PRECISIONS, MAX_SPACINGS, Divergence, explain_divergence
@@ -43,7 +43,7 @@ class ModelUnderTest:
     """
 
     model: Any  # as the user holds it, perhaps inside a PEFT model
-    head: DraftHead | None  # `None` to draft by lookup alone
+    head: DraftSource | None  # `None` to draft by lookup alone
     policy: Policy | str | None
     done: Callable[[], Any] = lambda: None
 

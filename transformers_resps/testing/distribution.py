@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..drafting.level_drafter import LevelDrafter
-from ..drafting.prompt_lookup import Lookup
-from ..heads import BoundHead, DraftHead
+from ..drafting.mixed_drafter import DraftPart, drafter_of
+from ..drafting.prompt_lookup import LookupDrafter
+from ..heads import DraftSource
 from ..policies.fixed import FixedPolicy
-from ..tree import TreeShape
-from ..verifying.forward import FeatureTap
+from ..tree import DraftTree, TreeShape
+from ..verifying.verifier import TreeVerifier
 from .comparison import SAMPLED, ModelUnderTest
 
 
@@ -39,60 +39,37 @@ class Place:
 
 
 class DraftReader:
-    """Computes what a target would draw and what its head, or prompt lookup without one, proposes."""
+    """Computes what a target would draw and what its source, or prompt lookup without one, proposes."""
 
-    def __init__(self, target: PreTrainedModel, head: DraftHead | None) -> None:
+    def __init__(self, target: PreTrainedModel, source: DraftSource | None) -> None:
         self._target = target
-        self._bound = None if head is None else BoundHead(head, target)
+        self._parts = [] if source is None else [DraftPart(source, source.bind(target))]
+        self._reads = ([], False) if source is None else (source.feature_layers, source.before_deepstack)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, prompt: Tensor, output: Tensor, drafts: int) -> list[Place]:
         """Every token of `output` `[t]` after `prompt` `[s]`, all but the first with up to `drafts` drafted tokens."""
-        device = self._target.device
-        text = torch.cat([prompt.to(device), output.to(device)])
-        if self._bound is None:
-            logits = self._logits(text[:-1], len(output))
-            drafted = _looked_up(text.tolist(), len(prompt))
-        else:
-            layers = self._bound.head.config.feature_layers or []
-            with FeatureTap(self._target, layers) as tap, tap.record() as features:
-                logits = self._logits(text[:-1], len(output))
-            drafted = self._from_head(features.concatenated(), text, len(prompt), drafts)
-        probs = logits.float().softmax(-1).cpu()
+        text = torch.cat([prompt, output.to(prompt.device)]).to(self._target.device)
+        logits = self._target(input_ids=text[None, :-1], use_cache=False, logits_to_keep=len(output)).logits[0]
+        probs, drafted = logits.float().softmax(-1).cpu(), [([], []), *self._drafted(text, len(prompt), drafts)]
         return [Place(token, probs[place], *drafted[place]) for place, token in enumerate(output.tolist())]
 
-    def _logits(self, text: Tensor, most: int) -> Tensor:
-        """Of a plain forward over `text` `[s]` the last rows, `[most, v]`."""
-        logits: Tensor = self._target(input_ids=text[None], use_cache=False, logits_to_keep=most).logits[0]
-        return logits
-
-    def _from_head(
-        self, features: Tensor, text: Tensor, start: int, drafts: int
-    ) -> list[tuple[list[int], list[float]]]:
-        """The head's first level after each token from `start` on."""
-        assert self._bound is not None
-        generator = LevelDrafter(self._bound, 1, None)
-        shape, policy = TreeShape(drafts + 1, 1, drafts), FixedPolicy(TreeShape.plain())
-        found: list[tuple[list[int], list[float]]] = [([], [])]
-        read = 0
-        for place in range(start, len(text) - 1):
-            generator.observe(text[None, read + 1 : place + 1], features[:, read:place])
-            read = place
-            pool = generator.draft(shape, policy)
-            found.append((pool.tokens[0].tolist(), pool.scores[0].exp().tolist()))
+    def _drafted(self, text: Tensor, start: int, drafts: int) -> list[tuple[list[int], list[float]]]:
+        """The first level below each token of `text` `[s + t]` from `start` on but the last, with probabilities."""
+        shape, policy = TreeShape(drafts + 1, 1, drafts, lookup=1), FixedPolicy(TreeShape.plain())
+        root = torch.zeros(1, 1, dtype=torch.long, device=text.device)
+        found, read = [], 0
+        layers, before = self._reads
+        with TreeVerifier.of(self._target, start, layers, before_deepstack=before) as verifier:
+            drafter = drafter_of(self._parts, verifier, 1) or LookupDrafter([0])
+            _, (features,) = verifier.prefill(text[None, :start], logits_to_keep=1)
+            for place in range(start, len(text) - 1):
+                drafter.observe(text[None, read : place + 1], features.concatenated() if layers else None)
+                pool, read = drafter.draft(shape, policy), place + 1
+                found.append((pool.tokens[0].tolist(), pool.scores[0].exp().tolist()))
+                _, features = verifier.verify(DraftTree.root_only(text[place : place + 1]))
+                verifier.keep(root, [[0]])
         return found
-
-
-def _looked_up(text: list[int], start: int) -> list[tuple[list[int], list[float]]]:
-    """The token that followed the last time, with its probability from the track record."""
-    lookup = Lookup()
-    lookup.extend(text[: start + 1])
-    found: list[tuple[list[int], list[float]]] = [([], [])]
-    for token in text[start + 1 :]:
-        match = lookup.match(1)
-        found.append((match.tokens, match.prefix_accept_probs))
-        lookup.extend([token])
-    return found
 
 
 SIGNIFICANCE = 1e-4  # one false alarm in ten thousand examinations

@@ -1,4 +1,4 @@
-"""`assert_lossless`: check that the output with a head and a policy is the model's own."""
+"""`assert_lossless`: check that the output with a drafter and a policy is the model's own."""
 
 import platform
 import time
@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..calibration import identity_of
-from ..generation.request import Keywords
-from ..heads import DraftHead
+from ..compat import unwrapped
+from ..generation.request import AUTO, Assistants, Keywords
+from ..heads import DraftSource
 from ..policies.base import Observation, Policy
 from ..tree import TreeShape
 from .comparison import (
@@ -106,14 +108,14 @@ _ENDS = 8  # tokens of an output that are used as end tokens
 
 def assert_lossless(
     model: Any,
-    head: DraftHead | None = None,
+    head: DraftSource | PreTrainedModel | str | None = None,
     policy: Policy | str | None = None,
     prompts: Sequence[Tensor | Sequence[int]] | None = None,
     *,
     seeds: int = 4,
     max_new_tokens: int = 32,
 ) -> LosslessReport:
-    """Compare `generate` with a head and a policy to plain `generate`, and raise if it is not lossless.
+    """Compare `generate` with a drafter and a policy to plain `generate`, and raise if it is not lossless.
 
     In fp32 and fp64 all tokens must be equal, and so must the padding after their ends and the random numbers drawn.
     In bf16 and fp16 the first divergence of each output must be a near-tie that rounding explains; later tokens cannot
@@ -128,7 +130,8 @@ def assert_lossless(
 
     Args:
         model: any model that `attach` takes, on its device, in its dtype.
-        head: its draft head; `None` to draft by lookup alone.
+        head: what drafts for it: its draft head, MTP layers, an assistant, a small model, or the name of one; `None`
+            to draft by lookup alone.
         policy: as `generate` takes it; "auto" when there is neither head nor policy.
         prompts: token ids, each `[s]` with s of at least 2; `None` for four built-in ones that fit any vocabulary.
             Real prompts test more, because more drafts are accepted.
@@ -144,8 +147,10 @@ def assert_lossless(
         ValueError: a prompt, a number, the model or the head is unusable, or `generate` refuses it or the policy.
     """
     started = time.perf_counter()
-    _check_kinds(model, head, policy)
-    under_test = ModelUnderTest(model, head, "auto" if head is None and policy is None else policy)
+    _check_kinds(model, policy)
+    assistants = Assistants()  # keeps what it loads
+    source = assistants.source(unwrapped(model), head)
+    under_test = ModelUnderTest(model, source, AUTO if head is None and policy is None else policy)
     vocabulary = under_test.target.config.get_text_config().vocab_size
     ids = [_token_ids(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
     if not ids or seeds < 1 or max_new_tokens < 2:
@@ -242,25 +247,15 @@ def built_in_prompts(vocabulary: int) -> list[Tensor]:
     return [ids[:2], ids[2:11], ids[11:35], ids[35:44].repeat(2)]
 
 
-def _check_kinds(model: Any, head: Any, policy: Any) -> None:
+def _check_kinds(model: Any, policy: Any) -> None:
     is_model = isinstance(model, torch.nn.Module) and hasattr(model, "generate")
     if not is_model or model.config.is_encoder_decoder:
+        got = type(model).__name__ if isinstance(model, torch.nn.Module) else repr(model)  # a module prints its layers
         raise ValueError(
-            f"`assert_lossless` needs a loaded causal LM, got {_short(model)}. Pass "
-            "`AutoModelForCausalLM.from_pretrained(...)`."
-        )
-    if not isinstance(head, DraftHead | None):
-        raise ValueError(
-            f"`head` must be a loaded `DraftHead` or None, got {_short(head)}. Pass "
-            "`DraftHead.from_pretrained(..., target=model)`."
+            f"`assert_lossless` needs a loaded causal LM, got {got}. Pass `AutoModelForCausalLM.from_pretrained(...)`."
         )
     if Keywords(policy=policy).is_plain:
         raise ValueError("`policy='plain'` drafts nothing, so there is nothing to compare. Pass another policy.")
-
-
-def _short(given: Any) -> str:
-    """A module by its class name; its `repr` would fill the message."""
-    return type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
 
 
 def _token_ids(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
@@ -281,6 +276,6 @@ def _facts(model: ModelUnderTest) -> dict[str, str]:
     facts |= {name: str(known[name]) for name in ("transformers", "torch", "device", "threads", "dtype", "target")}
     facts["head"] = "none, drafts by lookup"
     if model.head is not None:
-        facts["head"] = f"{model.head.name_or_path or 'without a name'}, {known['head']}"
+        facts["head"] = f"{model.head.identity()['name_or_path'] or 'without a name'}, {known['head']}"
     facts["policy"] = "the head's default tree" if model.policy is None else str(model.policy)
     return facts

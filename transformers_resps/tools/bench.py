@@ -19,14 +19,14 @@ from transformers.utils import logging as transformers_logging
 from ..calibration import calibrate
 from ..data import training_prompts_of
 from ..generation.attach import attach
-from ..heads import DraftHead, pair_identity
+from ..heads import DraftSource, pair_identity
 from ..policies.base import Policy
 from ..policies.costs import CostTable
 from ..policies.resps import ReSpSPolicy
 from ..tree import TreeShape
 from ..verifying.prepacking import is_prepacked
 from .cli import BENCH_METHODS, EAGLE, PROMPT_LOOKUP
-from .loading import default_device, load_policy, load_target, named_tree, short_name
+from .loading import default_device, load_policy, load_source, load_target, named_tree, short_name
 from .methods import (
     Bench,
     Generate,
@@ -160,7 +160,7 @@ def start(config: BenchConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BenchModels:
-    """A target, its head, policies and perhaps a draft model, which fit together.
+    """A target, what drafts for it, policies and perhaps a draft model, which fit together.
 
     Attributes:
         policies: name in the table -> policy, or "auto".
@@ -171,7 +171,7 @@ class BenchModels:
 
     target: Any
     tokenizer: Any
-    head: DraftHead | None
+    head: DraftSource | None
     policies: dict[str, Policy | str]
     draft_model: PreTrainedModel | None
     sources: dict[str, str]
@@ -182,11 +182,11 @@ class BenchModels:
         """Load what `config` names. Raises `ValueError` when something is missing or does not fit the target."""
         target = attach(load_target(config.target, config.dtype, config.device, packed=config.pack))
         tokenizer = AutoTokenizer.from_pretrained(config.target)
-        head = None if config.head is None else DraftHead.from_pretrained(config.head, target=target)
+        head = load_source(config.head, target)
         loaded = load_policies(config.policies, target, head)
         small = None if config.draft_model is None else load_draft_model(config.draft_model, target)
         named = zip(loaded, config.policies, strict=True)
-        sources = {} if config.head is None else {"head": config.head}
+        sources = {} if head is None else {"head": str(head.identity()["name_or_path"])}
         sources |= {name: source for name, source in named if source != "auto"}
         trained_on = {name: training_prompts_of(source) for name, source in sources.items()}
         return cls(target, tokenizer, head, loaded, small, sources, trained_on)
@@ -197,7 +197,7 @@ class BenchModels:
             check_apart(dialogues, fingerprints or set(), f"the training prompts of {name}")
 
 
-def load_policies(names: Sequence[str], target: Any, head: DraftHead | None) -> dict[str, Policy | str]:
+def load_policies(names: Sequence[str], target: Any, head: DraftSource | None) -> dict[str, Policy | str]:
     """Load the benchmark's policies: name in the table -> policy.
 
     Raises:

@@ -5,9 +5,8 @@ import json
 from dataclasses import asdict
 
 from ..calibration import calibrate
-from ..heads import DraftHead
 from ..policies.costs import CostTable, Range
-from .loading import load_target
+from .loading import load_source, load_target
 
 
 _MIN_SPREAD = 0.1  # plain forwards: a smaller one changes no conclusion
@@ -18,8 +17,7 @@ _PAYS_BELOW = 1.6  # plain forwards that a verification may cost
 def run(args: argparse.Namespace) -> int:
     """Print the cost table, measured now or before, and what follows from it."""
     target = load_target(args.target, args.dtype, args.device, packed=args.pack)
-    head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
-    table = calibrate(target, head, refresh=args.refresh)
+    table = calibrate(target, load_source(args.head, target), refresh=args.refresh)
     if args.json:
         print(json.dumps(asdict(table) | {"verdict": what_must_be_accepted(table)}))
         return 0

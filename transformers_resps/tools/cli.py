@@ -25,6 +25,7 @@ from .arguments import (
 )
 
 
+HEAD = "draft head, small model or assistant for the target, by folder or Hub id; or mtp, for the target's MTP layers"
 PROMPT_LOOKUP, EAGLE = "prompt-lookup", "eagle"
 BENCH_METHODS = {PROMPT_LOOKUP: "Transformers' prompt lookup", EAGLE: "EAGLE-3's published trees"}
 _JSON = "print the result as one JSON object"
@@ -82,7 +83,7 @@ def add_inspect(commands: Any) -> None:
     """Add `resps inspect TARGET [HEAD] --prompt TEXT --output FILE.html`."""
     parser = commands.add_parser("inspect", help="write one output as an HTML page: trees, decisions, times")
     add_target_options(parser)
-    parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("head", type=model, nargs="?", help=HEAD)
     parser.add_argument("--prompt", required=True, help="the user's message to the target")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.html", help="the HTML page to write")
     parser.add_argument(
@@ -100,7 +101,7 @@ def add_calibrate(commands: Any) -> None:
         "calibrate", help="measure what steps cost on this machine, and whether drafting can pay"
     )
     add_target_options(parser)
-    parser.add_argument("head", type=model, nargs="?", help="folder or Hub id of a draft head for the target")
+    parser.add_argument("head", type=model, nargs="?", help=HEAD)
     parser.add_argument("--pack", action="store_true", help="prepack the target's weights first, as `prepack` does")
     parser.add_argument("--refresh", action="store_true", help="measure again even if a table is stored")
     parser.add_argument("--json", action="store_true", help=_JSON)
@@ -114,7 +115,7 @@ def add_verify(commands: Any) -> None:
     add_target_options(parser)
     add_question_options(parser, "its first user turns are the prompts")
     add = parser.add_argument
-    add("head", type=model, nargs="?", help="folder or Hub id of a draft head; without one, drafts by lookup")
+    add("head", type=model, nargs="?", help=f"{HEAD}; without one, drafts by lookup")
     named = "folder or Hub id of a policy, 'auto', or total_tokens,depth,top_k[,lookup]; default: the head's tree"
     add("policy", nargs="?", help=named)
     add("--prompts", type=positive, default=4, help="number of prompts (default: 4)")
@@ -122,7 +123,7 @@ def add_verify(commands: Any) -> None:
     add("--max-new-tokens", type=positive, default=32, help="length of each compared output (default: 32)")
     rounding = "instead, measure how far a tree forward moves the target's logits"
     add("--rounding", action="store_true", help=rounding)
-    add("--revision", help="of the head")
+    add("--revision", help="of a draft head")
     add("--json", action="store_true", help=_JSON)
 
 
@@ -138,8 +139,7 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     parser.argument_default = argparse.SUPPRESS  # what is left out keeps the default of the config
     add = parser.add_argument
     add("target", type=model, help="folder or Hub id of the target")
-    drafter = "folder or Hub id of a draft head for the target; without one, drafts by lookup"
-    add("head", type=model, nargs="?", default=None, help=drafter)
+    add("head", type=model, nargs="?", default=None, help=f"{HEAD}; without one, drafts by lookup")
     add("--output", type=Path, help="folder for the results; default: results/bench")
 
     add = parser.add_argument_group("methods to compare (plain decoding is always included)").add_argument
@@ -174,7 +174,7 @@ def add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="answer requests of OpenAI's API, one at a time")
     add = parser.add_argument
     add("targets", type=model, nargs="+", metavar="TARGET", help="folder or Hub id; several are served by name")
-    add("--head", type=model, action="append", help="folder or Hub id of a draft head; one per target, in their order")
+    add("--head", type=model, action="append", help=f"{HEAD}; one per target, in their order")
     named = "folder or Hub id of a policy, 'auto' (the default), or total_tokens,depth,top_k[,lookup]"
     add("--policy", default="auto", help=named)
     compiled = "compiled steps: when they pay, or not"

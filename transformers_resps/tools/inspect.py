@@ -24,7 +24,7 @@ from ..calibration import device_name
 from ..data import to_tokens
 from ..generation.attach import attach
 from ..generation.request import SpeculationDefaults
-from ..heads import DraftHead
+from ..heads import DraftSource
 from ..policies.auto import default_policy
 from ..policies.base import Level, Observation, Policy, PolicyWrapper
 from ..telemetry.display import Decode, decode_after, decoder, detokenize_incrementally, moving
@@ -32,7 +32,7 @@ from ..telemetry.report import SpeculationReport, StepRecord
 from ..testing import Divergence, explain_divergence
 from ..testing.divergence import first_difference
 from ..tree import FIRST, SECOND, DraftTree, TreeShape
-from .loading import load_policy, load_target
+from .loading import load_policy, load_source, load_target
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class Examination:
 
 def examine(
     model: PreTrainedModel,
-    head: DraftHead | None,
+    head: DraftSource | None,
     policy: Policy,
     prompt_ids: Tensor,
     *,
@@ -162,12 +162,13 @@ def examine(
     return Examination(prompt_ids, plain_ids, plain_seconds, output.speculation, seconds, recorder.steps, divergence)
 
 
-def facts_of(model: PreTrainedModel, head: DraftHead | None, policy: Policy, decoding: str) -> dict[str, str]:
+def facts_of(model: PreTrainedModel, head: DraftSource | None, policy: Policy, decoding: str) -> dict[str, str]:
     """Return what a page tells about models and machine. Names only, no local paths: pages are shared."""
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    kind = {} if head is None else {"head": f"{_name(head, head.identity()['name_or_path'])} ({type(head).__name__})"}
     return {
-        "target": _name(model),
-        **({} if head is None else {"head": _name(head)}),
+        "target": _name(model, model.config.name_or_path),
+        **kind,
         "policy": str(policy),
         "decoding": decoding,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -177,9 +178,9 @@ def facts_of(model: PreTrainedModel, head: DraftHead | None, policy: Policy, dec
     }
 
 
-def _name(model: Any) -> str:
-    """Return the Hub id, or the last part of a local path."""
-    name = str(model.config.name_or_path or type(model).__name__)
+def _name(model: Any, known: str | None) -> str:
+    """Return the Hub id, or the last part of a local path; of what is not `known` by a name its class."""
+    name = known or type(model).__name__
     return Path(name).resolve().name if Path(name).exists() else name
 
 
@@ -356,7 +357,7 @@ def run(args: argparse.Namespace) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fail here, not after minutes
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = attach(load_target(args.target, args.dtype, args.device))
-    head = DraftHead.from_pretrained(args.head, target=target) if args.head else None
+    head = load_source(args.head, target)
     named = load_policy(args.policy, head)
     policy = default_policy(target.device) if isinstance(named, str) else named
     prompt_ids = to_tokens([{"role": "user", "content": args.prompt}], tokenizer)
@@ -378,7 +379,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"max_new_tokens": args.max_new_tokens, **sampling}
 
 
-def warm_up(target: PreTrainedModel, head: DraftHead | None, prompt_ids: Tensor) -> None:
+def warm_up(target: PreTrainedModel, head: DraftSource | None, prompt_ids: Tensor) -> None:
     """Allocate and compile before the timed calls; the policy stays as it is."""
     for assistant in (None, head) if head is not None else (None,):
         call: Any = target

@@ -1,4 +1,4 @@
-"""What a command line names: targets, policies and questions."""
+"""What a command line names: targets, what drafts for them, policies and questions."""
 
 import argparse
 import re
@@ -11,7 +11,9 @@ import torch
 
 from ..compat import load_model
 from ..data import Conversation, load_conversations
-from ..heads import DraftHead
+from ..generation.attach import attach
+from ..generation.request import Assistants
+from ..heads import DraftHead, DraftSource
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..policies.saving import AutoPolicy
@@ -52,7 +54,17 @@ def load_target(name: str, dtype: str | None, device: str | None = None, *, pack
     return prepack(target.to(device)) if packed else target.to(device)
 
 
-def load_policy(text: str | None, head: DraftHead | None) -> Policy | str:
+def load_source(name: str | None, target: Any, revision: str | None = None) -> DraftSource | None:
+    """Load what drafts for a target, which is attached and keeps it: a draft head, MTP layers, an assistant or a small
+    model, from a folder or Hub id, or by the word "mtp"; `None` without a name. Only a head may have a revision.
+    """
+    assistants: Assistants = attach(target).speculation_state.assistants
+    if name is None or revision is None:
+        return assistants.source(target, name)
+    return DraftHead.from_pretrained(name, target=target, revision=revision)
+
+
+def load_policy(text: str | None, head: DraftSource | None) -> Policy | str:
     """Return a fixed tree from its numbers, a saved policy from its folder or Hub id, or "auto" as it is.
 
     Without a text it is the head's default tree, and without a head "auto". Raises `ValueError` for unknown names.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..generation.output import end_ids, sampling
 from ..generation.request import SpeculationDefaults
-from ..heads import DraftHead
+from ..heads import DraftSource
 from ..policies.base import Policy
 from ..policies.fixed import FixedPolicy
 from ..telemetry.report import SpeculationReport
@@ -119,13 +119,13 @@ def draft_model(model: PreTrainedModel) -> Generate:
     return Generate("draft model", {"assistant_model": model}, effort=2, seed_exact=False)
 
 
-def fixed_tree(head: DraftHead | None, shape: TreeShape, name: str | None = None) -> Generate:
+def fixed_tree(head: DraftSource | None, shape: TreeShape, name: str | None = None) -> Generate:
     """Return the method that drafts one shape at every step; a shape of lookups alone needs no head."""
     assistant = {"assistant_model": head} if shape.asks_head else {}
     return Generate(name or f"tree {shape}", {**assistant, "policy": FixedPolicy(shape)}, effort=3)
 
 
-def eagle_trees(head: DraftHead) -> list[Generate]:
+def eagle_trees(head: DraftSource) -> list[Generate]:
     """Return the trees that EAGLE-3 publishes."""
     return [
         fixed_tree(head, TreeShape.from_eagle(*numbers), f"EAGLE-3 {'/'.join(map(str, numbers))}")
@@ -133,7 +133,7 @@ def eagle_trees(head: DraftHead) -> list[Generate]:
     ]
 
 
-def policies(head: DraftHead | None, loaded: Mapping[str, Policy | str]) -> list[Generate]:
+def policies(head: DraftSource | None, loaded: Mapping[str, Policy | str]) -> list[Generate]:
     """Return a method for each policy, by its name."""
     assistant = {} if head is None else {"assistant_model": head}
     return [

@@ -29,10 +29,9 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
 
 from ..generation.attach import attach
-from ..heads import DraftHead
 from ..policies.base import Policy
 from ..telemetry.report import SpeculationReport
-from .loading import load_policy, load_target
+from .loading import load_policy, load_source, load_target
 
 
 MAX_BODY_BYTES = 32 << 20
@@ -309,7 +308,7 @@ class AttachedModels(model_manager.ModelManager):
     def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         one = self._served[model_id_and_revision]
         target = self._load(one.target)
-        head = None if one.head is None else DraftHead.from_pretrained(one.head, target=target)
+        head = load_source(one.head, target)
         policy: Policy | str = load_policy(self._policy, head)
         return attach(target, assistant_model=head, policy=policy, compile=self._compile)
 

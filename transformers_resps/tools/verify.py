@@ -11,17 +11,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..data import to_tokens
-from ..heads import DraftHead
 from ..testing import LosslessReport, NotLosslessError, assert_lossless
 from ..testing.divergence import move_of_gaps
-from .loading import load_policy, load_target, questions_in, read_conversations
+from .loading import load_policy, load_source, load_target, questions_in, read_conversations
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 when the output is not the model's own, 2 when no draft was accepted, so nothing tested."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = load_target(args.target, args.dtype, args.device)
-    head = DraftHead.from_pretrained(args.head, target=target, revision=args.revision) if args.head else None
+    head = load_source(args.head, target, args.revision)
     policy = None if args.policy is None else load_policy(args.policy, head)
     questions = questions_in(read_conversations(args, args.prompts), args.prompts)
     prompts = [to_tokens(question, tokenizer) for question in questions]

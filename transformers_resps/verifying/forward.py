@@ -174,9 +174,12 @@ class TargetForward:
             )
 
     @classmethod
-    def of(cls, target: PreTrainedModel) -> "TargetForward":
-        """Without a head, over a new cache that grows; of a decoder-only target."""
-        return cls(target, None, DynamicCache(config=target.config.get_text_config(decoder=True)))
+    def of(
+        cls, target: PreTrainedModel, layers: list[int] | None = None, *, before_deepstack: bool = False
+    ) -> "TargetForward":
+        """Over a new cache that grows; of a decoder-only target."""
+        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+        return cls(target, layers, cache, before_deepstack=before_deepstack)
 
     def __enter__(self) -> "TargetForward":
         if self._tap is not None:

@@ -281,9 +281,19 @@ class TreeVerifier(Verifier):
         self._newest_nodes = 0  # nodes of the newest forward, padding included; 0 once it is settled
 
     @classmethod
-    def of(cls, target: PreTrainedModel, prompt_length: int) -> "TreeVerifier":
-        """For prompts of one length, without padding and without a head; the cache is a new, dynamic one."""
-        return cls(TargetForward.of(target), torch.arange(prompt_length, device=target.device)[None])
+    def of(
+        cls,
+        target: PreTrainedModel,
+        prompt_length: int,
+        layers: list[int] | None = None,
+        *,
+        before_deepstack: bool = False,
+    ) -> "TreeVerifier":
+        """For prompts of one length, without padding; the cache is a new, dynamic one. See `FeatureTap` for the rest,
+        which is what a source reads.
+        """
+        forward = TargetForward.of(target, layers or None, before_deepstack=before_deepstack)
+        return cls(forward, torch.arange(prompt_length, device=target.device)[None])
 
     def __enter__(self) -> Self:
         super().__enter__()

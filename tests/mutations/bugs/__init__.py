@@ -1,6 +1,6 @@
 """The planted bugs, by room: each function takes the right one and returns the wrong one."""
 
-from . import decoding, recurrent, target, tree
+from . import decoding, drafting, recurrent, target, tree
 
 
-MUTATIONS = (*tree.MUTATIONS, *decoding.MUTATIONS, *target.MUTATIONS, *recurrent.MUTATIONS)
+MUTATIONS = (*tree.MUTATIONS, *drafting.MUTATIONS, *decoding.MUTATIONS, *target.MUTATIONS, *recurrent.MUTATIONS)

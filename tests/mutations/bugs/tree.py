@@ -1,6 +1,7 @@
 """Bugs in trees."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,27 @@ def nodes_without_themselves(derive: Function) -> Function:
     return wrong
 
 
-def chain_as_a_star(merged: Function) -> Function:
-    def wrong(tokens: list[int], parents: list[int], chain: list[int]) -> tuple[list[int], list[int]]:
-        count = len(parents)
-        tokens, parents = merged(tokens, parents, chain)
-        parents[count:] = [0] * (len(parents) - count)
-        return tokens, parents
+def chain_as_a_star(append: Function) -> Function:
+    def wrong(self: Any, token: int, parent: int, score: float, proposers: int) -> None:
+        append(self, token, 0, score, proposers)
+
+    return wrong
+
+
+def shared_with_cousins(init: Function) -> Function:
+    def wrong(self: Any, tokens: list[int], parents: list[int], scores: list[float]) -> None:
+        init(self, tokens, parents, scores)
+        nodes = range(len(tokens) - 1, 0, -1)
+        self._places = {(above, tokens[node]): node for node in nodes for above in range(len(tokens))}
+
+    return wrong
+
+
+def the_first_ones_score(merged: Function) -> Function:
+    def wrong(cls: type[CandidatePool], pools: list[CandidatePool]) -> CandidatePool:
+        found = merged(cls, pools)
+        alone = merged(cls, [pools[0], *(replace(pool, scores=pool.scores - 50.0) for pool in pools[1:])])
+        return replace(found, scores=torch.where(found.scores > -torch.inf, alone.scores, found.scores))
 
     return wrong
 
@@ -81,6 +97,7 @@ def followed_through_cousins(followed: Function) -> Function:
 POOL = "tests/test_tree.py::test_a_tree_keeps_the_best_of_a_pool_and_orphans_nobody"
 CHILD = "tests/test_tree.py::test_a_child_is_the_first_that_carries_the_token"
 CHAIN = "tests/test_tree.py::test_a_merged_chain_adds_its_texts_and_nothing_else"
+MERGED = "tests/test_tree.py::test_merged_pools_hold_every_path_once_with_its_best_score"
 MATCH = "tests/test_tree.py::test_the_drafted_match_is_the_longest_path_along_the_tokens"
 SIGHT = "tests/verifying/test_attention.py::test_a_node_sees_the_prefix_and_its_own_path"
 
@@ -90,7 +107,8 @@ MUTATIONS = (
     Mutation("the root is its own child", "tree:DraftTree.children", root_among_its_children, CHILD),
     Mutation("the deepest nodes lack an ancestor", "tree:DraftTree._derive", half_the_levels, POOL),
     Mutation("a node is no ancestor of itself", "tree:DraftTree._derive", nodes_without_themselves, SIGHT),
-    Mutation("a merged chain becomes a star", "tree:_merged", chain_as_a_star, CHAIN),
-    Mutation("a merged chain is shared with cousins", "tree:followed", followed_through_cousins, CHAIN),
+    Mutation("a merged chain becomes a star", "tree:_Nodes._append", chain_as_a_star, CHAIN),
+    Mutation("a merged chain is shared with cousins", "tree:_Nodes.__init__", shared_with_cousins, CHAIN),
+    Mutation("a pool's better score is lost", "tree:CandidatePool.merged", the_first_ones_score, MERGED),
     Mutation("cousins count as drafted", "tree:followed", followed_through_cousins, MATCH),
 )
