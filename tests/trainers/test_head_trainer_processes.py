@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from tests.trainers import two_processes
-from transformers_resps import DraftHead
+from tests.trainers.heads import bits
+from transformers_resps import MtpHead
 
 
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path: Path) -> None:
@@ -25,7 +26,12 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    alone, together = (DraftHead.from_pretrained(tmp_path / f"of-{count}").state_dict() for count in (1, 2))
-    for name, weight in alone.items():
-        torch.testing.assert_close(together[name], weight, atol=1e-5, rtol=1e-3, msg=name)
-    assert not torch.equal(alone["fc.weight"], two_processes.fresh()[1].fc.weight)
+    target, head = two_processes.fresh()
+    torch.manual_seed(2)
+    for start in (head, MtpHead.fresh(target)):
+        kind, before = type(start), bits(start)
+        folders = [tmp_path / f"{kind.__name__}-of-{count}" for count in (1, 2)]
+        alone, together = (bits(kind.from_pretrained(folder, target=target)) for folder in folders)
+        for name, weight in alone.items():
+            torch.testing.assert_close(together[name], weight, atol=1e-5, rtol=1e-3, msg=name)
+        assert not any(torch.equal(weight, before[name]) for name, weight in alone.items() if "proj" in name)
