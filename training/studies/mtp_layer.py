@@ -1,8 +1,8 @@
 """Compare an MTP layer with a draft head of the same training, by simulated tau.
 
 Question: does a layer like the target's own draft as well as an EAGLE-3 head that was trained on the same tokens?
-Answer: nearly. After 205,000 positions of training SmolLM2's layer reaches a tau of 1.65 with the tree 16/4/4, the head
-1.70, on four benchmarks; as a chain of four 1.31 and 1.37 (`LOG.md`).
+Answer: nearly. After 205,000 positions of training SmolLM2's layer reaches a tau of 1.65 with the tree 16/4/4, the
+head 1.70, on four benchmarks; as a chain of four 1.31 and 1.37 (`LOG.md`).
 
     python training/train_head.py --config training/recipes/smollm2_135m_instruct_mtp.yaml
     python training/train_head.py --config training/recipes/smollm2_135m_instruct_mtp.yaml --new_head eagle3 \

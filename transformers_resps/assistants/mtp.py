@@ -480,8 +480,6 @@ class BoundMtp(TrainableModel):
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self._forward = forward
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
-        is_normed = config.fed == "before" or config.feature_layer is None  # or read so
-        self._final_norm = nn.Identity() if is_normed else target.get_decoder().norm
         self.device, self.dtype = head.device, head.dtype
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
@@ -524,7 +522,8 @@ class BoundMtp(TrainableModel):
     ) -> Tensor:
         """Outputs are normed unless they are fed back before the norm."""
         embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
-        positions, options = places[-1], dict[str, Any]()
+        positions = places[-1]
+        options: dict[str, Any] = {}
         if self._config.zeroed_start and depth == 0 and entries.first_slot == 0:
             embeddings = embeddings.masked_fill(_starts(entries.mask, positions), 0)
         if self._kinds:
