@@ -1,15 +1,17 @@
 """Compare an MTP layer with a draft head of the same training, by simulated tau.
 
 Question: does a layer like the target's own draft as well as an EAGLE-3 head that was trained on the same tokens?
-Answer: nearly. After 205,000 positions of training SmolLM2's layer reaches a tau of 1.65 with the tree 16/4/4, the
-head 1.70, on four benchmarks; as a chain of four 1.31 and 1.37 (`LOG.md`).
+Answer: nearly. After 205,000 positions of training SmolLM2's layer reaches a tau of 1.65 with the tree 16/4/4 and the
+head 1.70, on four benchmarks; with a chain of four tokens 1.31 and 1.37 (`LOG.md`).
 
-    python training/train_head.py --config training/recipes/smollm2_135m_instruct_mtp.yaml
-    python training/train_head.py --config training/recipes/smollm2_135m_instruct_mtp.yaml --new_head eagle3 \
-        --output_dir work/head_same
     python -m training.studies.mtp_layer work/smollm2 model_cards/smollm2-135m-instruct-mtp work/head_same/head \
         model_cards/smollm2-135m-instruct-head --dataset eval/mt_bench.jsonl eval/gsm8k.jsonl eval/humaneval.jsonl \
         eval/alpaca.jsonl --limit 6 --max-new-tokens 80 --shapes 16,4,4 5,4,1 --output smollm2-mtp.json
+
+The head of the same training:
+
+    python training/train_head.py --config training/recipes/smollm2_135m_instruct_mtp.yaml --new_head eagle3 \
+        --output_dir work/head_same
 
 Method: the target answers the first prompts of each file greedily, once; what each module drafts with a tree is then
 simulated on these answers, as in training. Nothing is timed, so other work may run at the same time.
