@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import CACHE_KEYWORD
-from ..heads.source import Entries, Places, StepModel, Wanted
+from ..heads.source import Entries, Places, StepModel, Wanted, at_wanted
 from ..verifying.attention import last_position, use_gqa_attention
 from ..verifying.cache import window_of
 from ..verifying.hybrids import is_recurrent, layer_kinds, recurrence_obstacle
@@ -154,9 +154,7 @@ class _Steps(StepModel):
                 **{CACHE_KEYWORD: entries},
             )
         states: Tensor = outputs.last_hidden_state
-        if isinstance(wanted, slice):
-            return states[:, wanted]
-        return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
+        return at_wanted(states, wanted)
 
     def logits(self, output: Tensor, depth: int = 0) -> Tensor:
         """Of the tokens that the target has, too; scaled and capped as some families do after the output head."""

@@ -35,7 +35,8 @@ class GemmaAssistant(LoadedModel):
 
     @property
     def feature_layers(self) -> list[int]:
-        return [self._layer_count]
+        """What leaves the target's final norm; see `FeatureTap`."""
+        return [self._layer_count + 1]
 
     def _obstacle(self, target: PreTrainedModel) -> str | None:
         model, config = self.model, target.config.get_text_config(decoder=True)
@@ -87,8 +88,8 @@ class _Queries(StepModel):
     reads_target = True
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel) -> None:
-        self._model, decoder = cast(Any, model), cast(Any, target.get_decoder())
-        self._embed, self._final_norm = target.get_input_embeddings(), decoder.norm
+        self._model = cast(Any, model)
+        self._embed = target.get_input_embeddings()
         self._embedder: Any = self._model.masked_embedding
         self.proposable_tokens = model.config.get_text_config().vocab_size
         if self._embedder is not None:
@@ -98,11 +99,10 @@ class _Queries(StepModel):
 
     @property
     def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([self._model, self._embed, self._final_norm])
+        return nn.ModuleList([self._model, self._embed])
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's last hidden state -> after its final norm, as the assistant was trained."""
-        return cast(Tensor, self._final_norm(features))
+        return features
 
     def places(self, positions: Tensor) -> Places:
         """Nothing: the entries know where the root is."""

@@ -25,7 +25,7 @@ from ..heads.formats.reading import HUB, fetch_from, read_json
 from ..heads.formats.tensor_names import check_exact
 from ..heads.fresh import draft_vocabulary
 from ..heads.identity import check_is_model, parameter_fingerprint, target_identity
-from ..heads.source import Entries, Places, TrainableModel, TrainableSource, Wanted
+from ..heads.source import Entries, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 from ..hub.upload import plain_card
 from ..tree import TreeShape
 from ..verifying.attention import GROUPED
@@ -480,8 +480,6 @@ class BoundMtp(TrainableModel):
         self._head, self._config, self._rows, self._layers = head, config, rows, list(cast(Any, layers))
         self._forward = forward
         self.depths, self.rereads_target = config.depths, config.fed_back == "target"
-        is_normed = config.fed == "before" or config.feature_layer is None  # or read so
-        self._final_norm = nn.Identity() if is_normed else target.get_decoder().norm
         self.device, self.dtype = head.device, head.dtype
         table, output = target.get_input_embeddings(), cast(nn.Module, target.get_output_embeddings())
         self._tables = [layer.embed_tokens if config.own_embedding else table for layer in self._layers]
@@ -524,7 +522,8 @@ class BoundMtp(TrainableModel):
     ) -> Tensor:
         """Outputs are normed unless they are fed back before the norm."""
         embeddings = self._tables[depth](tokens).to(self.device, self.dtype)
-        positions, options = places[-1], dict[str, Any]()
+        positions = places[-1]
+        options: dict[str, Any] = {}
         if self._config.zeroed_start and depth == 0 and entries.first_slot == 0:
             embeddings = embeddings.masked_fill(_starts(entries.mask, positions), 0)
         if self._kinds:
@@ -538,7 +537,7 @@ class BoundMtp(TrainableModel):
             mask = _added(mask, embeddings)
         options |= {"attention_mask": mask, "position_ids": positions[..., 0], CACHE_KEYWORD: entries}
         layer = self._layers[depth] if self._forward is None else partial(self._forward, depth)
-        output = _at(layer(embeddings, hidden, **options), wanted)
+        output = at_wanted(layer(embeddings, hidden, **options), wanted)
         return output if self._config.fed_back == "before" else self._normed(output, depth)
 
     def _normed(self, output: Tensor, depth: int) -> Tensor:
@@ -571,13 +570,6 @@ def _kinds_of_angles(rotary: Any, config: MtpConfig) -> dict[str, dict[str, str]
         return {}
     is_told = "layer_type" in inspect.signature(rotary.forward).parameters
     return {kind: {"layer_type": kind} if is_told else {} for kind in dict.fromkeys(types)}
-
-
-def _at(states: Tensor, wanted: Wanted) -> Tensor:
-    """`[b, t, h]` -> `[b, q, h]`."""
-    if isinstance(wanted, slice):
-        return states[:, wanted]
-    return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _starts(mask: Tensor | None, positions: Tensor) -> Tensor:

@@ -21,19 +21,12 @@ from ..tree import TreeShape
 from ..verifying.prepacking import PackedWeights
 from .config import DraftHeadConfig
 from .identity import check_is_model, target_identity
-from .source import DraftSource, Entries, Places, TrainableModel, TrainableSource, Wanted
+from .source import DraftSource, Entries, Places, TrainableModel, TrainableSource, Wanted, at_wanted
 
 
 # (layer index, queries [b, heads, q, hd], keys [b, kv heads, t, hd], values) -> [b, heads, q, hd]; the queries are
 # those of the q <= t wanted positions. `Entries` are one.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-def _at(states: Tensor, wanted: Wanted) -> Tensor:
-    """`[b, t, n]` -> `[b, q, n]`."""
-    if isinstance(wanted, slice):
-        return states[:, wanted]
-    return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
@@ -66,7 +59,7 @@ class Rope(NamedTuple):
 
     def at(self, wanted: Wanted) -> "Rope":
         """Those of some positions."""
-        return Rope(*(_at(part, wanted) for part in self))
+        return Rope(*(at_wanted(part, wanted) for part in self))
 
     def turn(self, states: Tensor) -> Tensor:
         """`[b, heads, t, hd]` turned by the angles of its positions."""
@@ -98,7 +91,7 @@ class DraftAttention(nn.Module):
     def forward(self, states: Tensor, rope: Rope, attend: Attend, wanted: Wanted) -> Tensor:
         """`[b, t, width]` -> `[b, q, h]` at the `wanted` positions."""
         heads = (-1, self.head_dim)
-        queries = self.q_norm(self.q_proj(_at(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
+        queries = self.q_norm(self.q_proj(at_wanted(states, wanted)).unflatten(-1, heads)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(states).unflatten(-1, heads)).transpose(1, 2)
         values = self.v_proj(states).unflatten(-1, heads).transpose(1, 2)
         if queries.shape[2] == keys.shape[2]:  # turned in one go
@@ -134,7 +127,7 @@ class DraftLayer(nn.Module):
             states = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)  # embedding first, as published
         else:
             states = self.input_layernorm(hidden)
-        residual = _at(residual, wanted) + self.self_attn(states, rope, attend, wanted)
+        residual = at_wanted(residual, wanted) + self.self_attn(states, rope, attend, wanted)
         return residual + self.mlp(self.post_attention_layernorm(residual))  # type: ignore[no-any-return]  # untyped
 
 

@@ -23,6 +23,13 @@ Wanted = slice | Tensor
 Places = tuple[Tensor, ...]
 
 
+def at_wanted(states: Tensor, wanted: Wanted) -> Tensor:
+    """`[b, t, n]` -> `[b, q, n]`."""
+    if isinstance(wanted, slice):
+        return states[:, wanted]
+    return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
+
+
 class Entries(ABC):
     """What the tokens of one pass attend to, and where their own keys and values go.
 
