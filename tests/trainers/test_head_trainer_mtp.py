@@ -81,6 +81,21 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         trainer._load_from_checkpoint(str(tmp_path))
 
 
+def test_layers_that_cannot_be_trained_are_refused_by_name(tmp_path: Path) -> None:
+    target = build_target()
+    with pytest.raises(ValueError, match="does not know where it was loaded from"):
+        DraftHeadTrainer("mtp", config(tmp_path), texts(12), target=target)
+    target.save_pretrained(tmp_path)
+    target.config.name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match="holds no MTP weights"):
+        DraftHeadTrainer("mtp", config(tmp_path), texts(12), target=target)
+    with pytest.raises(ValueError, match="each of these 2 MTP layers drafts one level. Pass `ttt_steps=2`"):
+        DraftHeadTrainer(MtpHead.fresh(target, depths=2), config(tmp_path), texts(12), target=target)
+    with pytest.raises(ValueError, match="`freeze_output_head` is false, but the head borrows"):
+        args = config(tmp_path, freeze_output_head=False)
+        DraftHeadTrainer(MtpHead.fresh(target), args, texts(12), target=target)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("settings", [{}, {"hidden_first": True}, {"depths": 2}], ids=str)

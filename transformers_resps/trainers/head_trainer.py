@@ -112,6 +112,7 @@ class DraftHeadTrainer(ArtefactTrainer):
 
             head = get_peft_model(head, peft_config)
         freeze_output_head(unwrapped(head), args.freeze_output_head)
+        _check_levels(unwrapped(head), args)
         super().__init__(
             model=head,
             args=args,
@@ -436,6 +437,15 @@ def _check_stream(args: DraftHeadTrainingConfig) -> None:
         )
 
 
+def _check_levels(head: TrainableSource, args: DraftHeadTrainingConfig) -> None:
+    depths = head.settings.depths if isinstance(head, MtpHead) else 1
+    if 1 < depths < args.ttt_steps:
+        raise ValueError(
+            f"`ttt_steps` is {args.ttt_steps}, but each of these {depths} MTP layers drafts one level. Pass "
+            f"`ttt_steps={depths}`."
+        )
+
+
 def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
     """Freeze the output rows of a head, or leave them to be trained."""
     if not (head.output_heads or is_frozen):
@@ -445,12 +455,8 @@ def freeze_output_head(head: TrainableSource, is_frozen: bool) -> None:
         )
     if not (head.output_heads and is_frozen):
         return
-    config = getattr(head, "config", None)
-    if (
-        isinstance(config, DraftHeadConfig)
-        and config.hidden_size != config.target_hidden_size
-        and config.source is None
-    ):
+    config = head.config if isinstance(head, DraftHead) else None
+    if config and config.hidden_size != config.target_hidden_size and config.source is None:
         raise ValueError(
             f"`freeze_output_head` is true, but this head's output rows are {config.hidden_size} wide, the target's "
             f"{config.target_hidden_size}, so they cannot be copied and must be trained. "

@@ -27,6 +27,7 @@ from .base import check_kind
 from .policy_config import PolicyTrainingConfig
 
 
+MTP = "mtp"  # names the layers that came with a target, or a new one
 _ODD_SHARE = 0.01  # of ids that a fine-tune's tokenizer may give to other tokens, such as reserved ones
 
 
@@ -127,7 +128,7 @@ def load_head(argument: str, name: str, target: PreTrainedModel, **init_kwargs: 
     try:
         return read_head(name, target, **init_kwargs)
     except ValueError as error:
-        if holds_head(name, **_places(init_kwargs)):
+        if _holds_mtp(name, **_places(init_kwargs)) or holds_head(name, **_places(init_kwargs)):
             raise
         raise ValueError(
             f"`{argument}` is {name!r}, which holds no draft head. Pass the folder or Hub id of one, or make a new "
@@ -139,11 +140,15 @@ def read_head(name: str, target: PreTrainedModel, **init_kwargs: Any) -> Trainab
     """The head or the MTP layers in a folder or on the Hub; of "mtp" those that came with the target. Raises as their
     `from_pretrained`.
     """
-    if name == "mtp":
+    if name == MTP:
         return MtpHead.from_target(target, **{key: value for key, value in init_kwargs.items() if value is not None})
-    if names_mtp(PreTrainedConfig.get_config_dict(name, **_places(init_kwargs))[0]):
+    if _holds_mtp(name, **_places(init_kwargs)):
         return MtpHead.from_pretrained(name, target, **init_kwargs)
     return DraftHead.from_pretrained(name, target=target, **init_kwargs)
+
+
+def _holds_mtp(name: str, **hub: Any) -> bool:
+    return name == MTP or names_mtp(PreTrainedConfig.get_config_dict(name, **hub)[0])
 
 
 def new_head(
@@ -167,7 +172,7 @@ def new_head(
     if draft_vocab_size:
         always = end_tokens(target) | set([] if tokenizer is None else tokenizer.all_special_ids)
         ids = choose_draft_vocabulary(examples, everything, draft_vocab_size, always).token_ids
-    if kind == "mtp":
+    if kind == MTP:
         return MtpHead.fresh(target, draft_token_ids=ids, **init_kwargs).to(torch.float32)
     given = {"fc_norm": True, "default_tree": [8, 4, 2], **init_kwargs}
     head = DraftHead.from_target(target, draft_token_ids=ids, **given)
