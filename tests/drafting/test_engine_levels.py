@@ -125,11 +125,14 @@ def test_one_code_serves_trees_and_texts_of_all_sizes_and_another_chains(
         assert compiler.count == 2
 
 
+@pytest.mark.parametrize("ids", [None, tuple(range(1, VOCABULARY, 2))])
 @torch.no_grad()
-def test_an_mtp_layer_drafts_by_compiled_levels_and_one_with_experts_as_it_is(compiler: Compiler) -> None:
+def test_an_mtp_layer_drafts_by_compiled_levels_and_one_with_experts_as_it_is(
+    compiler: Compiler, ids: tuple[int, ...] | None
+) -> None:
     compiler.traces = True
     target = Architecture("qwen3").build("sdpa")
-    module = MtpHead(MtpConfig(), target).to(target.dtype).eval()
+    module = MtpHead(MtpConfig(draft_token_ids=ids), target).to(target.dtype).eval()
     model, width = module.bind(target), target.config.hidden_size
     generator = torch.Generator().manual_seed(0)
     with DraftEngines().borrow(module, model) as engine:

@@ -491,12 +491,14 @@ class BoundMtp(TrainableModel):
         self.has_fixed_places = all(kind not in str(getattr(text, "rope_parameters", None)) for kind in _GROWING_ROPES)
         types = [config.layer_type(depth) for depth in range(config.depths)]
         self._windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
-        # Values choose experts, lengths the window, and rows of an output head are packed when they are asked for
-        is_odd = any(config.experts) or any(self._windows) or config.draft_token_ids is not None
+        is_odd = any(config.experts) or any(self._windows)  # values choose experts, and lengths what a window shows
         self.is_compilable = config.depths == 1 and not is_odd and not self.rereads_target
         ids = config.draft_token_ids
         self._ids = None if ids is None else torch.tensor(ids, device=self.device)
         self.proposable_tokens = text.vocab_size if ids is None else len(ids)
+        self._projections: list[Any] = self._outputs if ids is None else []
+        if self._ids is not None and forward is None:  # training changes weights, so it packs no rows of theirs
+            self._projections = [rows.of(one, self._ids, depth) for depth, one in enumerate(self._outputs)]
 
     @property
     def modules(self) -> nn.ModuleList:
@@ -549,7 +551,11 @@ class BoundMtp(TrainableModel):
     def normed_logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         """By an output head of the module, or the target's; some rows of it where there is a draft vocabulary."""
         head: Any = self._outputs[depth]
-        project = head if self._ids is None else self._rows.of(head, self._ids, depth)
+        if self._projections:
+            project = self._projections[depth]
+        else:
+            assert self._ids is not None
+            project = self._rows.of(head, self._ids, depth)
         return cast(Tensor, project(normed.to(head.weight.device, head.weight.dtype))).to(self.device, torch.float32)
 
     def output_rows(self, depth: int = 0) -> tuple[Tensor, Tensor | None]:
