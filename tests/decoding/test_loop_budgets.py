@@ -26,9 +26,9 @@ BUDGETS = {
     "8/4/2 sampled": (177, 1.0),
     "8/4/2 sampled, penalty": (238, 2.0),
     "8/4/2 of three rows": (207, 3.3),
-    "auto": (198, 2.7),
-    "mtp 8/3/2": (244, 2.0),
-    "mtp 8/4/2": (298, 2.0),
+    "auto": (201, 2.7),
+    "mtp 8/3/2": (238, 2.0),
+    "mtp 8/4/2": (292, 2.0),
     "lookups": (7, 1.2),
 }
 MTP_LEVEL = 25  # kernels beside those of the decoder layer
