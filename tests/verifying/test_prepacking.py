@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, prepack, unprepack
-from transformers_resps.verifying.prepacking import PackedWeight, PackedWeights, PrepackedLinear, is_prepacked
+from transformers_resps.verifying.prepacking import (
+    PackedWeight,
+    PackedWeights,
+    PrepackedLinear,
+    is_prepacked,
+    packed_linear,
+)
 
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -190,3 +197,21 @@ def test_layers_without_weights_work_as_before_and_what_is_no_module_is_refused(
         assert torch.equal(layer(torch.empty(2, 0)), layer.bias.expand(2, 4))
     with pytest.raises(ValueError, match="`prepack` needs a model, a head or another `nn.Module`, got None"):
         prepack(None)
+
+
+def test_compiled_code_multiplies_by_rows_as_they_are() -> None:
+    """The compiler packs weights itself, and knows no lowering of the packed product."""
+    operations = list[str]()
+
+    def noted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    weight, states = torch.randn(256, 128), torch.randn(3, 128)
+    with torch.no_grad():
+        multiply = packed_linear(weight)
+        torch._dynamo.reset()
+        found = torch.compile(lambda states: multiply(states), fullgraph=True, backend=noted)(states)
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, states @ weight.T)
+    assert operations and not any("mkldnn" in name for name in operations)

@@ -133,7 +133,13 @@ def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tenso
     if not _can_prepack(weight):
         return lambda input: F.linear(input, weight, bias)
     blocks = _reordered(weight)
-    return lambda input: _multiplied(input, blocks, bias)
+
+    def multiplied(input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler packs weights itself
+            return F.linear(input, weight, bias)
+        return _multiplied(input, blocks, bias)
+
+    return multiplied
 
 
 def prepack(module: Module) -> Module:
