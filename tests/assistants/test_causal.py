@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.assistants.growing import Growing
 from tests.conftest import build_target
 from tests.recurrent_targets import RECURRENT
 from tests.targets import ARCHITECTURES, VOCABULARY, Architecture
@@ -16,20 +17,6 @@ from tests.tokenizers import letter_tokenizer
 from transformers_resps import FixedPolicy, TreeShape
 from transformers_resps.assistants import CausalDrafter
 from transformers_resps.drafting.level_drafter import LevelDrafter
-from transformers_resps.heads.source import Entries
-
-
-class Growing(Entries):
-    """Keeps all that was ever written, each pass after the last."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if layer_idx in self.kept:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.kept[layer_idx], (keys, values), strict=True))
-        self.kept[layer_idx] = keys, values
-        return keys, values
 
 
 PADS = torch.tensor([[3], [0]])

@@ -15,6 +15,7 @@ from tests.assistants.gemma import KINDS, gemma_assistant, gemma_target
 from tests.targets import ARCHITECTURES, VOCABULARY
 from transformers_resps import FixedPolicy, Observation, Policy, TreeShape, attach, detach
 from transformers_resps.heads import DraftSource
+from transformers_resps.verifying.verifier import TreeVerifier
 
 
 PROMPTS = torch.tensor([[0, 0, 0, 5, 6, 7, 1, 2], [1, 2, 3, 4, 5, 9, 8, 7], [0, 3, 3, 3, 9, 3, 3, 3]])
@@ -69,6 +70,19 @@ def check_equal(target: Any, assistant: Any) -> float:
 def test_a_gemma_assistant_changes_no_token(window: int, centroids: bool) -> None:
     target = attach(gemma_target(sliding_window=window))
     assert check_equal(target, gemma_assistant(sliding_window=window, centroids=centroids)) > 1
+
+
+def test_the_targets_keys_are_laid_out_once_for_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, handed_out, entries = attach(gemma_target()), list[int](), TreeVerifier.target_entries
+
+    def counted(self: TreeVerifier) -> Any:
+        handed_out.append(self.length)
+        return entries(self)
+
+    monkeypatch.setattr(TreeVerifier, "target_entries", counted)
+    asked = {"policy": FixedPolicy(TreeShape(8, 3, 2)), "return_dict_in_generate": True, "max_new_tokens": 12}
+    target.generate(PROMPTS[1:2], assistant_model=gemma_assistant(), **asked)
+    assert handed_out and len(set(handed_out)) == len(handed_out)
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma3_text", "gpt2", "qwen3_moe"])

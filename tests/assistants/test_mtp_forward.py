@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,25 +10,17 @@ from torch import Tensor
 from transformers_resps import FixedPolicy, TreeShape
 from transformers_resps.assistants import MtpHead
 from transformers_resps.drafting.level_drafter import LevelDrafter
-from transformers_resps.heads.source import Entries, StepModel
+from transformers_resps.heads.source import StepModel
 
+from .growing import Growing
 from .mtp_cases import CASES, Case, H, Reference, V
 
 
 LENGTH = 9
 
 
-class Text(Entries):
-    """The entries of a text so far, read in passes; none but the first `hidden` are seen."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if layer_idx in self.kept:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.kept[layer_idx], (keys, values), strict=True))
-        self.kept[layer_idx] = keys, values
-        return keys, values
+class Text(Growing):
+    """The entries of a text so far, read in passes; a depth has none of its first tokens."""
 
     def at(self, slots: Tensor, depth: int) -> "Text":
         """As a pass over these slots sees them."""

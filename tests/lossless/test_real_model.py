@@ -17,6 +17,7 @@ from transformers_resps.testing import explain_divergence
 
 
 HEAD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-head"
+MTP = HEAD.with_name("smollm2-135m-instruct-mtp")
 pytestmark = pytest.mark.real
 PROMPTS = [json.loads(line)["messages"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
@@ -28,8 +29,10 @@ def loaded(dtype: torch.dtype) -> tuple[Any, Any, DraftHead]:
     return attach(target), tokenizer, DraftHead.from_pretrained(HEAD, target=target)
 
 
-def answers(dtype: torch.dtype, messages: Any, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """The prompt, the plain answer, and the output of the same call with the head."""
+def answers(
+    dtype: torch.dtype, messages: Any, assistant_model: Any = None, **keywords: Any
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """The prompt, the plain answer, and the output of the same call with the head, or another assistant."""
     target, tokenizer, head = loaded(dtype)
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     keywords = {"max_new_tokens": 24, "do_sample": False} | keywords
@@ -38,7 +41,7 @@ def answers(dtype: torch.dtype, messages: Any, **keywords: Any) -> tuple[torch.T
     torch.manual_seed(3)
     out = target.generate(
         **inputs,
-        assistant_model=head,
+        assistant_model=assistant_model or head,
         policy=FixedPolicy(TreeShape(8, 4, 2)),
         return_dict_in_generate=True,
         **keywords,
@@ -51,6 +54,16 @@ def answers(dtype: torch.dtype, messages: Any, **keywords: Any) -> tuple[torch.T
 def test_in_float32_the_text_is_that_of_plain_generate(messages: Any, keywords: dict[str, Any]) -> None:
     prompt, plain, out = answers(torch.float32, messages, **keywords)
     assert out.sequences[0, len(prompt) :].tolist() == plain.tolist()
+
+
+def test_a_trained_mtp_layer_is_believed_and_changes_no_text() -> None:
+    """Its folder is the assistant. A layer that is read wrongly drafts fluently, and is not believed."""
+    steps = tokens = 0
+    for messages in PROMPTS[:2]:
+        prompt, plain, out = answers(torch.float32, messages, str(MTP), max_new_tokens=48)
+        assert out.sequences[0, len(prompt) :].tolist() == plain.tolist()
+        steps, tokens = steps + len(out.speculation.steps), tokens + len(plain)
+    assert tokens > 1.3 * steps, (tokens, steps)
 
 
 # The model reads 8,192 positions: RESPS_PROMPT_LENGTHS="8000" adds minutes.

@@ -64,9 +64,11 @@ def test_levels_are_those_that_were_drafted(
             return bool(level.depth < 2)
 
     found = examined(tiny_target, tiny_head, TwoLevels(SHAPE), prompt)
-    roomy = [step for step in found.steps if step.record.shape == SHAPE]
-    assert roomy and all(step.levels == 2 for step in roomy)
-    assert all(int(step.tree.depths[0, : step.tree.node_count - len(step.lookup_nodes)].max()) <= 2 for step in roomy)
+    whole = [step for step in found.steps if step.record.shape == SHAPE]
+    assert whole and all(step.levels == 2 for step in whole)
+    for step in whole:
+        by_the_head = step.tree.node_count - len(step.lookup_nodes)
+        assert int(step.tree.depths[0, :by_the_head].max()) <= 2
 
 
 def test_a_chain_through_nodes_of_the_head_is_both_sources() -> None:

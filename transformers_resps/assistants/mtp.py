@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -110,6 +111,9 @@ class MtpHead(TrainableSource, nn.Module):
         self.target = target_identity(target)
         self._stored = {name: Stored.whole(self._numbered(name)) for name in self.state_dict()}
         self._shift = 0  # of the norms' weights: what the class takes less what the file holds
+        ids = config.draft_token_ids
+        kept = None if ids is None else torch.tensor(ids, device="cpu")  # also where the layers are made as meta
+        self.register_buffer("_draft_token_ids", kept, persistent=False)
         self._packed = PackedWeights()
         self._rows = KeptRows()
 
@@ -197,6 +201,7 @@ class MtpHead(TrainableSource, nn.Module):
             is_fp32 = any(part in name for part in kept)
             tensors[name] = tensor.to(target.device, torch.float32 if is_fp32 else dtype)
         self.load_state_dict(tensors, assign=True)
+        self.to(target.device)  # the draft vocabulary, too
         self._stored = {name: checkpoint.stored[name] for name in names}
         assert not any(buffer.is_meta for buffer in self.buffers())
 
@@ -299,7 +304,10 @@ class MtpHead(TrainableSource, nn.Module):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         sizes = {key: self.target[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
         config = {"model_type": MODEL_TYPE, **sizes, "target": self.target, "mtp": asdict(self.settings)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(config, indent=2)
+        if self.settings.draft_token_ids is not None:  # thousands of numbers, on one line
+            text = re.sub(r'("draft_token_ids": )\[[^]]*\]', rf"\g<1>{list(self.settings.draft_token_ids)}", text)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     @property
     def device(self) -> torch.device:
@@ -358,8 +366,8 @@ class MtpHead(TrainableSource, nn.Module):
 
     @property
     def draft_token_ids(self) -> Tensor:
-        ids = self.settings.draft_token_ids
-        return torch.tensor(range(self.vocab_size) if ids is None else ids, device=self.device)
+        kept = cast(Tensor | None, self._draft_token_ids)
+        return torch.arange(self.vocab_size, device=self.device) if kept is None else kept.to(self.device)
 
     @property
     def vocab_size(self) -> int:
@@ -493,10 +501,9 @@ class BoundMtp(TrainableModel):
         self._windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
         is_odd = any(config.experts) or any(self._windows)  # values choose experts, and lengths what a window shows
         self.is_compilable = config.depths == 1 and not is_odd and not self.rereads_target
-        ids = config.draft_token_ids
-        self._ids = None if ids is None else torch.tensor(ids, device=self.device)
-        self.proposable_tokens = text.vocab_size if ids is None else len(ids)
-        self._projections: list[Any] = self._outputs if ids is None else []
+        self._ids = None if config.draft_token_ids is None else head.draft_token_ids
+        self.proposable_tokens = text.vocab_size if self._ids is None else len(self._ids)
+        self._projections: list[Any] = self._outputs if self._ids is None else []
         if self._ids is not None and forward is None:  # training changes weights, so it packs no rows of theirs
             self._projections = [rows.of(one, self._ids, depth) for depth, one in enumerate(self._outputs)]
 

@@ -73,6 +73,7 @@ class LevelDrafter(Drafter):
         self._unread: list[_Unread] = []
         self._newest = torch.empty(0)  # [b, 1, h] output of depth 0 at the root
         self._carried: list[Tensor] = []  # [b, 1, h] of each depth, what the next one pairs the next token with
+        self._target: Entries | None = None  # what `target_entries` gave since the newest token was observed
 
     def observe(
         self, tokens: Tensor, features: Tensor | None = None, rows: Sequence[Sequence[int]] | None = None
@@ -86,6 +87,7 @@ class LevelDrafter(Drafter):
             tokens = tokens[:, -features.shape[1] :]  # the first token of a text has nothing before it
         counts = [tokens.shape[1]] * len(tokens) if rows is None else list(map(len, rows))
         self._unread.append(_Unread(tokens, features, counts))
+        self._target = None
 
     def take_compile_seconds(self) -> float:
         return 0.0 if self._engine is None else self._engine.take_compile_seconds()
@@ -98,6 +100,7 @@ class LevelDrafter(Drafter):
         self._carried = [part.index_select(0, order) for part in self._carried]
         self._slots.keep_rows(rows)
         self._cache.keep_rows(order)
+        self._target = None
 
     def draft(self, shape: TreeShape, policy: Policy) -> CandidatePool:
         """As `Drafter.draft`, by one launch or level by level; see `grow_pool`."""
@@ -121,7 +124,7 @@ class LevelDrafter(Drafter):
         """What drafts the levels after the first."""
         model, length = self._model, self._slots.length
         if self._target_entries is not None:
-            return LevelForward(model, self._cache, places, length, None, self._target_entries())
+            return LevelForward(model, self._cache, places, length, None, self._of_target())
         text = self._slots.visible(length, self._device)
         if model.depths > 1:
             levels = range(1, depth)
@@ -236,7 +239,7 @@ class LevelDrafter(Drafter):
     def _entries(self, start: int, width: int, slots: Tensor | None, depth: int) -> Entries:
         """What `width` tokens attend to that go to the same slots of each row from `start` on, or to its own."""
         if self._target_entries is not None:
-            return self._target_entries()
+            return self._of_target()
         if slots is None:
             mask = self._mask(start, width, depth)
             return self._cache.attend_from(start, mask, is_causal=mask is None and width > 1)
@@ -250,6 +253,13 @@ class LevelDrafter(Drafter):
         if depth:
             mask = mask | (order == looking)  # the first tokens of a text see themselves: never NaN
         return self._cache.attend_at(slots, end, mask[:, None])
+
+    def _of_target(self) -> Entries:
+        """What the root and all nodes below it attend to: made once for both."""
+        if self._target is None:
+            assert self._target_entries is not None
+            self._target = self._target_entries()
+        return self._target
 
     def _mask(self, start: int, count: int, depth: int) -> Tensor | None:
         """`[b or 1, 1, q, start + count]` causal, without padding, of the last q tokens that look; `None` where plain

@@ -207,7 +207,7 @@ class DraftHead(TrainableSource, PreTrainedModel):
             hidden: `[b, t, h]` fused features, or the previous level's `feedback`.
             embeddings: `[b, t, h]` embeddings of the token after each feature.
             rope: of the positions, see there.
-            attend: attention over the keys and values that the caller keeps (see `HeadCache`).
+            attend: attention over the keys and values that the caller keeps (see `DraftCache`).
             wanted: the positions whose output is computed, a slice or `[b, q]` of each row. The others
                 give only their keys and values, which is a third of the work.
 
