@@ -32,6 +32,7 @@ def attach(
     lockstep: bool | None = None,
     compile: CompileChoice | None = None,
     eval_mode: bool = False,
+    invariant: bool | None = None,
 ) -> Model:
     """Let `model.generate` take draft heads and policies. Same object, same weights.
 
@@ -47,12 +48,13 @@ def attach(
         lockstep: as in `generate`; `False` lets the sampled rows of a batch advance each on its own.
         compile: as in `generate`; `True` or "auto" lets the target's steps run compiled.
         eval_mode: run every call in evaluation mode, without dropout, also while the model trains.
+        invariant: as in `generate`; `True` lets every call write the same text in any dtype, whatever drafts.
 
     Raises:
         ValueError: the model cannot generate, or a default cannot serve it.
     """
     inner = unwrapped(model)
-    defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, eval_mode)
+    defaults = SpeculationDefaults(assistant_model, policy, lockstep, compile, invariant, eval_mode)
     defaults.check()
     _check_generate(inner)
     if is_name(policy):

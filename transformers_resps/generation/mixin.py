@@ -64,12 +64,13 @@ class ReSpSGenerationMixin(GenerationMixin):
         policy: Policy | str | os.PathLike[str] | None = None,
         lockstep: bool | None = None,
         compile: CompileChoice | None = None,
+        invariant: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """`GenerationMixin.generate`, and faster with a draft head or a policy.
 
-        All parameters of the stock method hold. `None` takes what `generation_config` says (`policy` and `lockstep`
-        only), then what `attach` was given. A folder or a Hub id is loaded once and kept as long as the model lives.
+        All parameters of the stock method hold. `None` takes what `generation_config` says (`policy`, `lockstep`
+        and `invariant` only), then what `attach` was given. A folder or a Hub id is loaded once and kept as long as the model lives.
 
         - `assistant_model`: a `DraftHead` or another source, or its folder or Hub id, drafts trees; "mtp" the layers
           that came with the model, as `use_mtp=True` with a policy; and with a policy a small causal model, or an
@@ -84,6 +85,9 @@ class ReSpSGenerationMixin(GenerationMixin):
         - `compile`: whether the target's steps run compiled, on a CPU with the weights inside the code, on a GPU as
           CUDA graphs. `True` compiles at the first step, for a minute or more; "auto" does when eager steps have taken
           as long. What cannot be compiled runs as it is, with a warning. A `compile_config` means `True`.
+        - `invariant`: whether the text is to be the same in any dtype, whatever drafts, whatever the policy decides,
+          however the prompt is cut and whichever greedy rows stand beside it. Without head and policy this is plain
+          decoding of the same mode, which is what the text is compared to: stock decoding rounds otherwise.
 
         Returns:
             `[b, s + t]` token ids: those of the same call without head and policy, with the same seed. With
@@ -106,7 +110,7 @@ class ReSpSGenerationMixin(GenerationMixin):
         # By name, and only what was given: a model class may have a `generate` of its own.
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         prompts = kwargs.get("input_ids") if inputs is None else inputs
-        keywords = Keywords(assistant_model, policy, lockstep, compile)
+        keywords = Keywords(assistant_model, policy, lockstep, compile, invariant)
         call = Call(keywords, generation_config, arguments, prompts)
         with Request.read(cast(PreTrainedModel, self), self.speculation_state, call) as request:
             if request.assistant_model is not None:

@@ -41,7 +41,7 @@ PLAIN: Literal["plain"] = "plain"  # stock decoding, whatever `attach` was given
 MTP: Literal["mtp"] = "mtp"  # as `assistant_model` the layers that came with the target
 USE_MTP = "use_mtp"  # Transformers' keyword for them: with a policy they draft trees
 # The keywords that a `generation_config` may hold, as JSON of these types.
-CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool}
+CONFIG_KEYWORDS: dict[str, type] = {"policy": str, "lockstep": bool, "invariant": bool}
 # True compiles at the first step, "auto" when eager steps have taken as long as compiling will
 CompileChoice = bool | Literal["auto"]
 
@@ -60,12 +60,14 @@ class Keywords:
         policy: a policy, its folder or Hub id, "auto" or "plain".
         lockstep: whether the rows of a batch advance together.
         compile: whether the target's steps run compiled.
+        invariant: whether the text is to be the same in any dtype, whatever drafts.
     """
 
     assistant_model: Any = None
     policy: Any = None
     lockstep: bool | None = None
     compile: CompileChoice | None = None
+    invariant: bool | None = None
 
     @property
     def assistants(self) -> list[Any]:
@@ -119,8 +121,10 @@ class Keywords:
                     f"`assistant_model` must be a folder, a Hub id, or a loaded model or head, got {given!r}. "
                     f"{_instead_of_assistant(given)}"
                 )
-        if not isinstance(self.lockstep, bool | None):
-            raise ValueError(f"`lockstep` must be True, False or None, got {self.lockstep!r}.")
+        for name in ("lockstep", "invariant"):
+            value = getattr(self, name)
+            if not isinstance(value, bool | None):
+                raise ValueError(f"`{name}` must be True, False or None, got {value!r}.")
         if self.compile is not None and not isinstance(self.compile, bool) and self.compile != AUTO:
             raise ValueError(f"`compile` must be True, False, 'auto' or None, got {self.compile!r}.")
         if self.is_plain and self.assistant_model is not None and not self.has_stock_assistant:
@@ -387,6 +391,7 @@ class Request:
         parts: what drafts; empty to draft by lookup alone.
         lockstep: whether the rows of a batch advance together; `None` when the caller leaves it to us.
         compile: whether the target's steps run compiled; `None` likewise.
+        invariant: whether the text is to be the same in any dtype, whatever drafts.
     """
 
     assistant_model: Any = None
@@ -394,6 +399,7 @@ class Request:
     parts: tuple[DraftPart, ...] = ()
     lockstep: bool | None = None
     compile: CompileChoice | None = None
+    invariant: bool = False
 
     @classmethod
     @contextmanager
@@ -416,6 +422,8 @@ class Request:
                 call = call._replace(arguments={**call.arguments, USE_MTP: False})
             keywords = keywords.loaded(partial(state.assistants.load, model, as_source=keywords.asks_trees))
             sources = keywords.sources
+            if keywords.invariant and not sources and keywords.policy is None and not keywords.has_stock_assistant:
+                keywords = replace(keywords, policy=FixedPolicy(TreeShape.plain()))
             if defaults.eval_mode:
                 own = [module for source in sources for module in source.own_modules]
                 stack.enter_context(state.evaluation_mode.held(model, *own))
@@ -442,7 +450,7 @@ class Request:
         elif not isinstance(policy, Policy):
             name = os.fspath(policy)
             make = partial(default_policy, model.device) if name == AUTO else partial(AutoPolicy.from_pretrained, name)
-            key = PolicyCache.key(model, call.rows, name, keywords.compile)
+            key = PolicyCache.key(model, call.rows, name, keywords.compile, keywords.invariant)
             if len(sources) > 1:
                 key = key, *map(ref, sources[1:])
             policy = stack.enter_context(state.policy_cache.borrow(sources[0] if sources else None, key, make))
@@ -455,7 +463,7 @@ class Request:
             policy.check_identity(**pair_identity(model, sources[0] if sources else None))
         if not model.config.is_encoder_decoder:  # whose source is not encoded yet
             state.check_trees(model, partial(TargetForward.of, model))
-        return cls(None, policy, parts, keywords.lockstep, keywords.compile)
+        return cls(None, policy, parts, keywords.lockstep, keywords.compile, bool(keywords.invariant))
 
 
 def _saved(config: GenerationConfig | None, name: str) -> Any:

@@ -34,11 +34,13 @@ class PolicyCache:
         self._policies: WeakKeyDictionary[Any, dict[Hashable, Policy]] = WeakKeyDictionary()
 
     @staticmethod
-    def key(target: Any, rows: int, name: str = "auto", compile: bool | str | None = None) -> Hashable:
+    def key(
+        target: Any, rows: int, name: str = "auto", compile: bool | str | None = None, invariant: bool | None = None
+    ) -> Hashable:
         """The policy's name, and what a step's cost depends on: device, dtype and threads now, rows of the batch,
-        whether steps run compiled.
+        whether steps run compiled, and whether they are invariant.
         """
-        return name, target.device, target.dtype, torch.get_num_threads(), rows, compile or False
+        return name, target.device, target.dtype, torch.get_num_threads(), rows, compile or False, invariant or False
 
     @contextmanager
     def borrow(
