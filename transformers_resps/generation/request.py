@@ -83,8 +83,9 @@ class Keywords:
 
     @property
     def has_stock_assistant(self) -> bool:
-        """Whether the call drafts in Transformers' own way."""
-        return len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
+        """Whether the call drafts in Transformers' own way: with a policy, a small model drafts trees."""
+        is_model = len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
+        return is_model and (self.policy is None or self.is_plain)
 
     @property
     def asks_trees(self) -> bool:
