@@ -30,8 +30,10 @@ from tests.recurrent_targets import recurrent
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import FixedPolicy, TreeShape, attach, prepack, unprepack
 from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.generation import checks
 from transformers_resps.generation.invariance import InvariantCalls
 from transformers_resps.verifying.cache import crop_to
+from transformers_resps.verifying.slots import SlotEngine
 
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))
@@ -190,12 +192,69 @@ def test_a_setting_that_would_change_the_text_is_refused_by_name(row: str, targe
 def test_windows_sinks_and_experts_that_ask_the_interface_are_no_obstacle(name: str) -> None:
     """Attention sinks are written for eager attention alone."""
     target = attach(named(name, "eager" if name == "gpt_oss" else "sdpa"))
-    InvariantCalls().admit(target, None, {}, None)
+    InvariantCalls().admit(target, SlotEngine(), None, {}, None)
 
 
 def test_an_adapter_is_no_obstacle(target: Any) -> None:
     wrapped: Any = get_peft_model(target, LoraConfig(target_modules=["q_proj"], r=2)).eval()
     assert wrapped.generate(input_ids=PROMPT, **INVARIANT).shape[1] == PROMPT.shape[1] + 4
+
+
+def test_a_target_with_sinks_attends_as_it_did_after_a_call_in_the_mode() -> None:
+    target = attach(named("gpt_oss", "eager"))
+    expected = target(PROMPT).logits
+    target.generate(PROMPT, **INVARIANT)
+    assert target.config._attn_implementation == "eager" and torch.equal(target(PROMPT).logits, expected)
+
+
+def newcomer() -> PreTrainedModel:
+    """Of an architecture that was never compared."""
+    target = plain().float()
+    target.config.model_type = "newcomer"
+    return attach(target)
+
+
+def test_an_unknown_architecture_is_compared_bit_for_bit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[PreTrainedModel] = []
+
+    def watched(target: PreTrainedModel, *arguments: Any) -> bool:
+        compared.append(target)
+        return compare(target, *arguments)
+
+    compare = checks._has_same_bits
+    monkeypatch.setattr(checks, "_has_same_bits", watched)
+    target = newcomer()
+    for _ in range(2):
+        target.generate(PROMPT, **INVARIANT)
+    assert compared == [target]
+    target.generate(PROMPT, **INVARIANT | {"invariant": False, "policy": LOOKUP})
+    assert compared == [target]
+
+
+def test_an_unknown_architecture_that_looks_at_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By so little that a tree in the normal mode is within its tolerance."""
+    target: Any = newcomer()
+    kind = type(target.model.layers[0].mlp)
+    run = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, states: run(self, states) + 1e-5 * states.mean(1, keepdim=True))
+    assert target.generate(PROMPT, policy=LOOKUP, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
+    with pytest.raises(ValueError, match=r"\(newcomer\) gives other logits to a token when other .*`invariant=False`"):
+        target.generate(PROMPT, **INVARIANT)
+
+
+def test_an_unknown_architecture_whose_attention_is_not_told_of_the_layout_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target: Any = newcomer()
+    kind = type(target.model.layers[0].self_attn)
+    run = kind.forward
+
+    def deaf(self: Any, *args: Any, resps_layout: Any = None, **kwargs: Any) -> Any:
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", deaf)
+    with pytest.raises(ValueError, match=r"\(newcomer\) fails on the attention of `invariant=True` \(RuntimeError"):
+        target.generate(PROMPT, **INVARIANT)
 
 
 def test_autocast_is_refused(target: PreTrainedModel) -> None:

@@ -17,9 +17,12 @@ from transformers import Cache, GenerationConfig, MaxTimeCriteria, PreTrainedMod
 
 from ..verifying.attention import GROUPED, STOCK, longrope_boundary
 from ..verifying.cache import cached_length
+from ..verifying.forward import TargetForward
 from ..verifying.hybrids import is_recurrent
 from ..verifying.prepacking import is_prepacked
-from .checks import PROMPT_ARGUMENTS, given_cache, setting_of
+from ..verifying.slots import SlotEngine
+from ..verifying.verifier import InvariantVerifier
+from .checks import PROMPT_ARGUMENTS, check_same_bits, given_cache, setting_of
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -28,6 +31,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 Obstacle = tuple[str, str]
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
+_MOST_ROWS = 16  # of a product that a machine may need
 _POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # of attention layers
 
 
@@ -115,10 +119,12 @@ class InvariantCalls:
         self._filled: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # positions
         self._first = dict[str, Any]()  # how the first one ran
         self._warned = set[str]()
+        self._has_same_bits = False  # whether that was checked
 
     def admit(
         self,
         model: PreTrainedModel,
+        engine: SlotEngine,
         config: GenerationConfig | None,
         arguments: Mapping[str, Any],
         compile: bool | str | None,
@@ -128,6 +134,7 @@ class InvariantCalls:
 
         Args:
             model: the target, which `check_model` lets verify trees.
+            engine: the model's.
             config: the `generation_config` of the call.
             arguments: all other keyword arguments of the call.
             compile: whether the target's steps run compiled.
@@ -139,6 +146,11 @@ class InvariantCalls:
         for came, way_out in chain(_of_model(model), _of_layers(model), _of_call(arguments, setting, compile)):
             raise ValueError(f"`invariant=True` does not support {came}. {way_out}, or pass `invariant=False`.")
         self._check_cache(given_cache(arguments))
+        if not self._has_same_bits:
+            check_same_bits(
+                model, lambda positions: InvariantVerifier(TargetForward.of(model), engine, _MOST_ROWS, positions)
+            )
+            self._has_same_bits = True
         self._compare(model, compile)
 
     def note(self, cache: Cache, is_invariant: bool) -> None:

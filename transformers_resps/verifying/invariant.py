@@ -132,8 +132,9 @@ def invariant_attention(
     Returns:
         `[b, n, heads, hd of values]`, and nothing for the weights.
     """
+    if resps_layout is None and s_aux is not None:
+        raise RuntimeError("A target with attention sinks runs with `invariant=True` in another thread. Wait for it.")
     if resps_layout is None:
-        options |= {} if s_aux is None else {"s_aux": s_aux}
         return grouped_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
     batch_size, heads, count, size = query.shape
     kv_heads = key.shape[1]
@@ -198,10 +199,11 @@ AttentionMaskInterface.register(INVARIANT, sdpa_mask)
 
 @contextmanager
 def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
-    """Inside, `target`, which attends by `sdpa`, attends by `invariant_attention`. One thread at a time."""
+    """Inside, `target`, which attends by `sdpa` or "eager", attends by `invariant_attention`. One thread at a time."""
     config = target.config.get_text_config()
+    own = "eager" if config._attn_implementation == "eager" else STOCK  # no name that another call lends
     config._attn_implementation = INVARIANT
     try:
         yield
     finally:
-        config._attn_implementation = STOCK
+        config._attn_implementation = own
