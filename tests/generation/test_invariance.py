@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,7 +34,9 @@ from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.generation import checks
 from transformers_resps.generation.invariance import InvariantCalls
 from transformers_resps.verifying.cache import crop_to
+from transformers_resps.verifying.forward import TargetForward
 from transformers_resps.verifying.slots import SlotEngine
+from transformers_resps.verifying.verifier import InvariantVerifier
 
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))
@@ -207,6 +210,18 @@ def test_a_target_with_sinks_attends_as_it_did_after_a_call_in_the_mode() -> Non
     assert target.config._attn_implementation == "eager" and torch.equal(target(PROMPT).logits, expected)
 
 
+_COMPARED = [one for one in ARCHITECTURES if str(one) not in ("gemma2", "deepseek_v3") and not one.has_experts]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("architecture", _COMPARED, ids=str)
+def test_a_known_architecture_need_not_be_compared(architecture: Architecture, dtype: torch.dtype) -> None:
+    target: Any = attach(architecture.build(architecture.attention[0])).to(dtype)
+    engine = SlotEngine()
+    forward = partial(TargetForward.of, target)
+    assert checks._has_same_bits(target, lambda positions: InvariantVerifier(forward(), engine, 16, positions))
+
+
 def newcomer() -> PreTrainedModel:
     """Of an architecture that was never compared."""
     target = plain().float()
@@ -335,6 +350,25 @@ def test_a_cache_that_the_normal_mode_filled_or_went_on_with_is_refused(
     tokens = target.generate(first.sequences, **normal, cache=first[CACHE_KEYWORD])
     with pytest.raises(ValueError, match=REFUSED_CACHE):
         filled(target, invariant=True, prompt=tokens, cache=first[CACHE_KEYWORD])
+
+
+def test_the_cache_of_a_batch_whose_rows_ended_apart_is_refused(target: PreTrainedModel) -> None:
+    """The padding of its shorter rows is read in the normal mode."""
+    rows = torch.cat([PROMPT, PROMPT.flip(1) + 6])
+    written = filled(target, invariant=True, prompt=rows, max_new_tokens=8).sequences[:, PROMPT.shape[1] :]
+    end = next(token for token in written[0].tolist() if token not in written[1])
+    first = filled(target, invariant=True, prompt=rows, max_new_tokens=8, eos_token_id=end)
+    with pytest.raises(ValueError, match="only such calls of this model have filled, and this .* has other entries"):
+        filled(target, invariant=True, prompt=first.sequences, cache=first[CACHE_KEYWORD])
+
+
+def test_a_padded_batch_goes_on_from_its_cache(target: PreTrainedModel) -> None:
+    rows, mask = torch.cat([PROMPT, PROMPT.flip(1)]), torch.ones(2, 5, dtype=torch.long)
+    mask[0, :2] = 0
+    expected = filled(target, invariant=True, prompt=rows, attention_mask=mask, max_new_tokens=8).sequences
+    first = filled(target, invariant=True, prompt=rows, attention_mask=mask)
+    options = {"cache": first[CACHE_KEYWORD], "attention_mask": torch.nn.functional.pad(mask, (0, 4), value=1)}
+    assert filled(target, invariant=True, prompt=first.sequences, **options).sequences.tolist() == expected.tolist()
 
 
 def test_the_cache_of_another_model_or_a_copy_is_refused(target: PreTrainedModel) -> None:
