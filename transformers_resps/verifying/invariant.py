@@ -68,7 +68,7 @@ class Layout:
         self._tail_seen = (is_text | (is_node & is_ancestor)) & (self._tail_places >= self._starts)
         self._prefix = torch.arange(blocks * BLOCK, device=depths.device)
         self._prefix_seen = self._prefix < self._starts
-        self._rows = dict[tuple[int, int, int], tuple[Tensor, Tensor]]()
+        self._rows: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """The additive mask of the prefix, then of the tail: `[b, 1, n, blocks * BLOCK + w]`."""
@@ -82,8 +82,10 @@ class Layout:
         """The mask for the heads that share keys as rows of one head: of the blocks `[blocks, 1 or b * kv heads, rows,
         BLOCK]`, of the tail `[b * kv heads, sharing * n, w]` in float64.
         """
+        if torch.compiler.is_compiling():  # which computes what is equal once
+            return _rows_of(mask, len(self._prefix), kv_heads, sharing)
         known = id(mask), kv_heads, sharing
-        if torch.compiler.is_compiling() or known not in self._rows:
+        if known not in self._rows:
             self._rows[known] = _rows_of(mask, len(self._prefix), kv_heads, sharing)
         return self._rows[known]
 
