@@ -121,8 +121,11 @@ def add_verify(commands: Any) -> None:
     add("--prompts", type=positive, default=4, help="number of prompts (default: 4)")
     add("--seeds", type=positive, default=4, help="sampled outputs per sampling setting (default: 4)")
     add("--max-new-tokens", type=positive, default=32, help="length of each compared output (default: 32)")
+    either = parser.add_mutually_exclusive_group().add_argument
+    invariant = "compare in the invariant mode, where no difference is excused in any dtype"
+    either("--invariant", action="store_true", help=invariant)
     rounding = "instead, measure how far a tree forward moves the target's logits"
-    add("--rounding", action="store_true", help=rounding)
+    either("--rounding", action="store_true", help=rounding)
     add("--revision", help="of a draft head")
     add("--json", action="store_true", help=_JSON)
 
