@@ -168,6 +168,8 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     add("--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too")
     both = "decode in every way but Transformers' own with and without compilation, plain decoding too"
     add("--compile", action="store_true", help=both)
+    one_text = "decode in every way but Transformers' own also in the invariant mode, plain decoding too"
+    add("--invariant", action="store_true", help=one_text)
     add("--threads", type=positive, help="CPU threads; default: as torch chooses")
     add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
 
