@@ -17,7 +17,7 @@ from transformers_resps import DraftHead
 def command(tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead) -> list[str]:
     target, head = save_models(tmp_path, tiny_target, tiny_head)
     file = save_rows(tmp_path / "mine.jsonl", [["defgdefg", "never asked"], ["klkl"], ["m"], ["qrst"], ["uv"]])
-    options = ["--dataset", file, "--dtype", "float32", "--tokens", "5", "--output", str(tmp_path / "texts.json")]
+    options = ["--dataset", file, "--dtype", "bfloat16", "--tokens", "5", "--output", str(tmp_path / "texts.json")]
     return [target, head, *options]
 
 
@@ -38,7 +38,7 @@ def test_every_arm_writes_every_prompt_and_the_table_counts_equal_ones(
     assert len(promised) == sum(arm.is_promised for arm in arms) == 14
     assert all(row["texts equal"] == row["of"] == 5 for row in promised)
     assert "| normal, greedy: auto | normal, greedy: stock |" in capsys.readouterr().out
-    assert found["facts"]["dtype"] == "float32" and {"threads", "versions", "device"} <= found["facts"].keys()
+    assert found["facts"]["dtype"] == "bfloat16" and {"threads", "versions", "device"} <= found["facts"].keys()
 
 
 def test_a_command_that_was_cut_off_goes_on(
