@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps.verifying.experts import (
-    expert_weights,
     has_invariant_experts,
     invariant_experts,
     multiply_segments,
+    routed_layers,
     use_invariant_experts,
 )
 
@@ -146,14 +146,22 @@ def test_the_name_of_the_implementation_changes_for_one_forward() -> None:
 
 @pytest.mark.parametrize("model_type", CLASSES)
 @torch.no_grad()
-def test_the_weights_to_probe_are_those_that_rows_are_multiplied_by(model_type: str) -> None:
-    model = target(model_type, torch.float32)
-    into, out = expert_weights(model)
+def test_one_expert_and_the_router_stand_for_a_mixture_when_kernels_are_tried(model_type: str) -> None:
+    model = target(model_type, torch.bfloat16)
+    rows = torch.randn(2, 5, WIDTH, dtype=model.dtype)
+    layers = dict(routed_layers(model))
+    routers = [name for name, module in model.named_modules() if type(module).__name__.lower().endswith("router")]
+    assert [name for name in layers if not name.endswith("experts")] == routers
+    for layer in layers.values():
+        assert layer.in_features == WIDTH
+        found = layer(rows)
+        assert found.shape[:2] == (2, 5)
+        torch.testing.assert_close(layer(rows[:, 1:3]), found[:, 1:3])
     (experts,) = experts_of(model)
-    rows = torch.randn(5, WIDTH) @ into
-    result = (experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)) @ out
-    assert result.shape == (5, WIDTH)
-    assert has_invariant_experts(model)
+    everywhere = torch.zeros(10, 1, dtype=torch.long)
+    expected = experts(rows.flatten(0, 1), everywhere, torch.ones(10, 1, dtype=model.dtype))
+    (expert,) = (layer for name, layer in layers.items() if name.endswith("experts"))
+    torch.testing.assert_close(expert(rows).flatten(0, 1), expected)
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "jetmoe"])

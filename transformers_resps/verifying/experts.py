@@ -1,18 +1,18 @@
 """Mixtures of experts in which the result of a token does not depend on the tokens beside it.
 
-How many tokens of a forward go to an expert depends on all of them, and with so few rows a product may round in
-another way (exact.md 1). Here an expert multiplies at least `least` rows, and a token adds the results of its experts
-in its own order. Transformers' experts are served, which look up their function at each forward; Megatron-LM pads the
-rows of experts for the same reason.
+How many tokens of a forward go to an expert depends on all of them, and a product over other rows may round in another
+way. Here the rows of an expert are filled up to a number that rounds alike, and a token adds the results of its
+experts in its own order. Transformers' modules of experts, which look up their function at each forward, are served.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
@@ -29,18 +29,19 @@ def multiply_segments(rows: Tensor, weights: Tensor, ends: Tensor, least: int) -
         rows: `[s, i]`, the segments in order.
         weights: `[experts, i, o]`.
         ends: `[experts]` where each segment ends.
-        least: rows of a product. A shorter segment is multiplied with rows beside it, whose results are dropped.
+        least: rows of a product, or a multiple of them. A segment that has fewer is multiplied with rows beside it,
+            whose results are dropped.
 
     Returns:
         `[s, o]`, in memory of its own.
     """
-    padded = functional.pad(rows, (0, 0, 0, max(least - len(rows), 0)))
-    last = len(padded) - least  # where a product can start at most
+    padded = functional.pad(rows, (0, 0, 0, -len(rows) % least))
     products, start = [rows.new_empty(0, weights.shape[2])], 0
     for expert, end in enumerate(ends.tolist()):
         if start < end:
-            first = min(start, last)
-            product = padded[first : max(end, first + least)] @ weights[expert]
+            count = -(-(end - start) // least) * least
+            first = min(start, len(padded) - count)
+            product = padded[first : first + count] @ weights[expert]
             products.append(product[start - first : end - first])
         start = end
     return torch.cat(products)
@@ -61,7 +62,7 @@ def invariant_experts(
         hidden_states: `[n, h]`, as the result.
         top_k_index: `[n, k]` the experts of each token.
         top_k_weights: `[n, k]` what their results count.
-        least: rows of a product from which on all numbers of rows round alike.
+        least: rows of a product, or a multiple of them, that round alike.
     """
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
@@ -119,14 +120,52 @@ def has_invariant_experts(target: PreTrainedModel) -> bool:
     return all(any(_is_served(part, config) for part in module.modules()) for module in mixtures)
 
 
-def expert_weights(target: PreTrainedModel) -> Iterator[Tensor]:
-    """By what the experts multiply their rows, `[i, o]`: those of the first expert of each module."""
+def routed_layers(target: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """What mixtures of experts compute of each row, one expert of each: names and layers `[b, m, in_features]` ->
+    `[b, m, out_features]`, for whoever asks how a layer rounds. Routers that are `nn.Linear` are not among them.
+    """
     config = target.config.get_text_config(decoder=True)
-    for module in target.modules():
-        if _is_served(module, config):
-            experts: Any = module
-            for weights in (experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj):
-                yield weights[0] if experts.is_transposed else weights[0].t()
+    for prefix, block in target.named_modules():
+        parts = dict(block.named_children())
+        if any(_is_served(part, config) for part in parts.values()):
+            for name, part in parts.items():
+                weight = getattr(part, "weight", None)
+                if _is_served(part, config):
+                    yield f"{prefix}.{name}", _Expert(part)
+                elif isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(part, nn.Linear):
+                    yield f"{prefix}.{name}", _Router(part, block)
+
+
+class _Expert(nn.Module):
+    """The first expert of a module."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.experts = experts
+        self.in_features = self.out_features = experts.down_proj.shape[2 if experts.is_transposed else 1]
+
+    def forward(self, states: Tensor) -> Tensor:
+        rows = states.flatten(0, 1)
+        chosen = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        return invariant_experts(self.experts, rows, chosen, rows.new_ones(len(rows), 1), least=1).view_as(states)
+
+
+class _Router(nn.Module):
+    """Scores and weights of all experts or of those chosen, one after the other."""
+
+    def __init__(self, router: Any, block: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+        self.out_features, self.in_features = router.weight.shape
+        _, *others = signature(router.forward).parameters.values()
+        asked = [each.name for each in others if each.default is each.empty]  # biases, which some blocks keep
+        self._given = {name: getattr(block, name) for name in asked}
+
+    def forward(self, states: Tensor) -> Tensor:
+        found = self.router.forward(states.flatten(0, 1), **self._given)
+        parts: tuple[Tensor, ...] = (found,) if isinstance(found, Tensor) else found
+        joined = torch.cat([part.double() for part in parts], dim=-1)
+        return joined.view(*states.shape[:2], -1)
 
 
 def _is_served(module: Any, config: PreTrainedConfig) -> bool:
