@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from .attention import STOCK, grouped_attention
+from .attention import GROUPED, STOCK, grouped_attention
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
@@ -200,10 +200,13 @@ AttentionMaskInterface.register(INVARIANT, sdpa_mask)
 
 @contextmanager
 def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
-    """Inside, `target`, which attends by `sdpa`, attends by `invariant_attention`. One thread at a time."""
+    """Inside, `target`, which attends by `sdpa` or knows no other than `eager`, attends by `invariant_attention`. One
+    thread at a time.
+    """
     config = target.config.get_text_config()
+    own = config._attn_implementation
     config._attn_implementation = INVARIANT
     try:
         yield
     finally:
-        config._attn_implementation = STOCK
+        config._attn_implementation = STOCK if own == GROUPED else own  # lent by a call in another thread
