@@ -2,40 +2,71 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.verifying.filled_cache import filled_cache
-from transformers_resps.verifying.slots import SlotBuffers, filled_layers, padded_count
+from transformers_resps.verifying.slots import SlotBuffers, padded_count
 
 
 LENGTH = 5
-SLOTS = [[0, 2, 1, 4], [3, 1, 0, 2]]  # of each row, in the order of a text
+SLOTS = torch.tensor([[0, 2, 1, 4], [3, 1, 0, 2]])  # of each row, in any order
+
+
+def parts_of(length: int, rows: int) -> list[Tensor]:
+    layer = filled_cache(length, rows=rows).layers[0]
+    return [layer.keys, layer.values]
+
+
+def filled(buffers: SlotBuffers, length: int, rows: int, all_rows: int) -> SlotBuffers:
+    parts = parts_of(length, rows)
+    buffers.reserve(parts, all_rows, 16)
+    buffers.fill(parts, length, [torch.arange(length)] * all_rows)
+    return buffers
 
 
 @pytest.fixture
 def buffers() -> SlotBuffers:
     """Two rows of five entries, and a copy of the last row."""
-    buffers = SlotBuffers()
-    buffers.fill(filled_layers(filled_cache(LENGTH, rows=2)), LENGTH, 3, 16)
-    return buffers
+    return filled(SlotBuffers(), LENGTH, 2, 3)
 
 
-def test_entries_come_back_in_the_order_of_each_rows_text_also_from_larger_buffers(buffers: SlotBuffers) -> None:
-    (layer,) = filled_layers(filled_cache(LENGTH, rows=2))
+def test_entries_come_back_in_the_order_that_is_asked_for_also_from_larger_buffers(buffers: SlotBuffers) -> None:
+    expected = parts_of(LENGTH, 2)
     for size in (16, 40):
         if buffers.size < size:
             buffers.grow(size)
-        keys, values = buffers.entries(SLOTS)
         assert buffers.size == size
-        for row, slots in enumerate(SLOTS):
-            assert torch.equal(keys[row], layer.keys[row, :, slots])
-            assert torch.equal(values[row], layer.values[row, :, slots])
+        for found, part in zip(buffers.entries(SLOTS), expected, strict=True):
+            for row, slots in enumerate(SLOTS):
+                assert torch.equal(found[row], part[row, :, slots])
+
+
+def test_a_row_without_its_padding_begins_at_slot_0() -> None:
+    buffers, parts = SlotBuffers(), parts_of(LENGTH, 2)
+    buffers.reserve(parts, 2, 16)
+    newest = [part[:, :, 1:] for part in parts]  # of a sliding layer, which forgot its first entry
+    buffers.fill(newest, LENGTH, [torch.tensor([2, 3, 4]), torch.arange(5)])
+    found = buffers.entries(torch.arange(5)[None].expand(2, -1))
+    for part, expected in zip(found, parts, strict=True):
+        assert torch.equal(part[0, :, :3], expected[0, :, 2:]) and not part[0, :, 3:].any()
+        assert torch.equal(part[1, :, 1:], expected[1, :, 1:]) and not part[1, :, 0].any()
+
+
+def test_each_rows_entries_move_in_all_parts(buffers: SlotBuffers) -> None:
+    before = buffers.entries(torch.arange(LENGTH).expand(3, -1))
+    buffers.move(torch.tensor([[2, 4], [1, 3], [4, 4]]), torch.tensor([[0, 1], [0, 1], [2, 2]]))
+    after = buffers.entries(torch.arange(LENGTH).expand(3, -1))
+    for found, part in zip(after, before, strict=True):
+        assert torch.equal(found[0], part[0][:, [2, 4, 2, 3, 4]])
+        assert torch.equal(found[1], part[1][:, [1, 3, 2, 3, 4]])
+        assert torch.equal(found[2], part[2][:, [0, 1, 4, 3, 4]])
 
 
 @pytest.mark.parametrize("rows", [[1], [1, 0, 0]], ids=["fewer", "as many"])
 def test_rows_that_are_kept_keep_their_entries(buffers: SlotBuffers, rows: list[int]) -> None:
-    before = buffers.entries([SLOTS[0]] * 3)
+    before = buffers.entries(SLOTS[:1].expand(3, -1))
     buffers.keep_rows(rows)
-    for found, expected in zip(buffers.entries([SLOTS[0]] * len(rows)), before, strict=True):
+    for found, expected in zip(buffers.entries(SLOTS[:1].expand(len(rows), -1)), before, strict=True):
         assert torch.equal(found, expected[rows])
 
 
@@ -44,14 +75,14 @@ def test_a_window_is_the_same_tensors_at_every_call_and_writes_to_the_buffers(bu
     assert all(part is again for part, again in zip(window, buffers.window(8), strict=True))
     assert {part.shape[0] for part in window} == {8} and not any(part._is_view() for part in window)
     window[0][2] = -1.0
-    assert (buffers.entries([[2]] * 3)[0] == -1.0).all()
+    assert (buffers.entries(torch.full((3, 1), 2))[0] == -1.0).all()
 
 
 def test_the_next_text_finds_the_same_buffers_unless_it_needs_others(buffers: SlotBuffers) -> None:
     first = buffers.window(8)[0]
-    buffers.fill(filled_layers(filled_cache(3, rows=3)), 3, 3, 16)
+    filled(buffers, 3, 3, 3)
     assert buffers.window(8)[0] is first
-    buffers.fill(filled_layers(filled_cache(3, rows=2)), 3, 2, 16)
+    filled(buffers, 3, 2, 2)
     assert buffers.window(8)[0].shape[:2] == (8, 2)
 
 

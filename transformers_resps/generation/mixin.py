@@ -69,8 +69,9 @@ class ReSpSGenerationMixin(GenerationMixin):
     ) -> Any:
         """`GenerationMixin.generate`, and faster with a draft head or a policy.
 
-        All parameters of the stock method hold. `None` takes what `generation_config` says (`policy`, `lockstep`
-        and `invariant` only), then what `attach` was given. A folder or a Hub id is loaded once and kept as long as the model lives.
+        All parameters of the stock method hold. `None` takes what `generation_config` says (`policy`, `lockstep` and
+        `invariant` only), then what `attach` was given. A folder or a Hub id is loaded once and kept as long as the
+        model lives.
 
         - `assistant_model`: a `DraftHead` or another source, or its folder or Hub id, drafts trees; "mtp" the layers
           that came with the model, as `use_mtp=True` with a policy; and with a policy a small causal model, or an

@@ -40,7 +40,7 @@ from ..verifying.forward import (
 from ..verifying.hybrids import is_recurrent
 from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, dynamic_copy, fill_static, whole_cache
 from ..verifying.slots import SlotEngine
-from ..verifying.verifier import SlotVerifier, TreeVerifier, Verifier
+from ..verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
 from .checks import (
     NEVER_READ,
     check_forward_arguments,
@@ -437,6 +437,10 @@ def _verifier(
         )
     forward = inputs.forward(target, [part.source for part in request.parts])
     given = inputs.position_ids, inputs.attention_mask
+    if request.invariant:
+        with _invariant_verifier(target, engine, forward, given, compiles=bool(request.compile)) as verifier:
+            yield verifier
+        return
     choice = request.compile
     if choice is None:
         choice = _stock_would_compile(target, inputs)
@@ -456,6 +460,29 @@ def _verifier(
         SlotVerifier(forward, lent, *given, options=options) as verifier,
     ):
         yield verifier
+
+
+@contextmanager
+def _invariant_verifier(
+    target: PreTrainedModel,
+    engine: SlotEngine,
+    forward: TargetForward,
+    given: tuple[Tensor, Tensor | None],
+    *,
+    compiles: bool,
+) -> Iterator[InvariantVerifier]:
+    """As `_verifier`. What cannot be compiled is refused: steps that run as they are round otherwise."""
+    obstacle = _compile_obstacle(target, forward.layers) if compiles else None
+    if obstacle is not None:
+        raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
+    with engine.borrow(target) if compiles else nullcontext() as lent:
+        if compiles and lent is None:
+            raise ValueError(
+                "Another call runs the compiled code of this model, and steps that are not compiled round otherwise. "
+                "Call `generate` when it has ended, or with `compile=False`."
+            )
+        with InvariantVerifier(forward, engine, 4, *given, compiles=compiles) as verifier:
+            yield verifier
 
 
 def _stock_would_compile(target: PreTrainedModel, inputs: GenerateInputs) -> bool:

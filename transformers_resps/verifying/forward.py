@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from inspect import signature
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from .cache import crop
 _recording: ContextVar[tuple["FeatureTap", dict[int, Tensor]] | None] = ContextVar("resps_features", default=None)
 # Likewise the `position_ids` that the text decoder gets, forward by forward.
 _seen_positions: ContextVar[list[Tensor | None] | None] = ContextVar("resps_positions", default=None)
+
+
+Result = TypeVar("Result")
 
 
 class FeatureTap:
@@ -200,6 +203,11 @@ class TargetForward:
         crop(self.cache, 0)
         return outputs, features
 
+    def catch(self, run: Callable[[], Result]) -> tuple[Result, Features]:
+        """What `run` returns, and the features of the forwards in it; the caller did not compile the target."""
+        with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
+            return run(), features
+
     def read_by(self, run: Callable[[], Any]) -> tuple[Any, Features, Tensor | None]:
         """Let `run` read a prompt, in one forward or in chunks.
 
@@ -219,8 +227,7 @@ class TargetForward:
         token = _seen_positions.set(seen)
         hook = self.target.get_decoder().register_forward_pre_hook(_note_positions, with_kwargs=True)
         try:
-            with nullcontext(Features([])) if self._tap is None else self._tap.record() as features:
-                outputs = run()
+            outputs, features = self.catch(run)
         finally:
             hook.remove()
             _seen_positions.reset(token)
@@ -242,8 +249,7 @@ class TargetForward:
     def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **options: Any) -> tuple[Any, Features]:
         inputs = self.inputs(tokens, mask, positions) | options | {"use_cache": True, "return_dict": True}
         if self._tap is not None:
-            with self._tap.record() as features:
-                return self.target(**inputs), features
+            return self.catch(lambda: cast(Any, self.target)(**inputs))
         places = output_places(self.target, self.layers)
         outputs: Any = self.target(**inputs, **hidden_states_asked(places))
         features = Features(self.layers)

@@ -1,16 +1,19 @@
-"""A tree's nodes in free slots of buffers that live from call to call: nothing moves, and the forward sees few sizes.
+"""Buffers in the order of the text that live from call to call: the entry at place i of a row's text lies in slot i.
 
-Accepted nodes stay where they were written, and the slots of the others are free again. The mask tells which slots a
-node sees.
+A tree's nodes lie in the slots after the text, and the accepted ones move to their places. The forward sees few sizes,
+so that it can be compiled or captured.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..compat import CACHE_KEYWORD
@@ -20,7 +23,7 @@ from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_t
 from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
 from .forward import hidden_states_asked, output_places
-from .rows import HIDDEN
+from .invariant import Layout, use_invariant_attention
 
 
 class SlotLayer(CacheLayerMixin):
@@ -67,7 +70,8 @@ class SlotBuffers:
     """
 
     def __init__(self) -> None:
-        self._parts: list[Tensor] = []  # keys and values of the first layer, of the second, and so on
+        self._stores: list[Tensor] = []  # `[parts, slots, b, kv heads, hd]`: parts that are alike move at once
+        self._parts: list[Tensor] = []  # of the stores: keys and values of the first layer, of the second, and so on
         self._windows: dict[int, list[Tensor]] = {}
 
     @property
@@ -75,44 +79,64 @@ class SlotBuffers:
         """Slots."""
         return self._parts[0].shape[0] if self._parts else 0
 
-    def fill(self, layers: list[Any], length: int, rows: int, size: int) -> None:
-        """Take over the entries of filled dynamic layers, each at the slot of its place in the text.
+    def reserve(self, kinds: Sequence[Tensor], rows: int, size: int) -> None:
+        """Have at least `size` slots for so many rows, and zeros in those that are new.
+
+        `kinds` are entries `[any, kv heads, any, hd]` of each part.
+        """
+        shapes = [(rows, part.shape[1], part.shape[3], part.dtype, part.device) for part in kinds]
+        known = [(*part.shape[1:], part.dtype, part.device) for part in self._parts]
+        if self.size >= size and known == shapes and is_of_this_mode(self._parts[0]):
+            return
+        alike = Counter(shapes)
+        stores = {
+            shape: torch.zeros(count, size, *shape[:3], dtype=shape[3], device=shape[4])
+            for shape, count in alike.items()
+        }
+        free = {shape: iter(store) for shape, store in stores.items()}
+        self._own(list(stores.values()), [next(free[shape]) for shape in shapes])
+
+    def fill(self, parts: Sequence[Tensor], length: int, orders: Sequence[Tensor]) -> None:
+        """Take over entries of dynamic layers.
 
         Args:
-            layers: with entries `[b, kv heads, s, hd]`; a sliding one has the last ones of the text only.
-            length: of the text.
-            rows: of the buffers, at least b; copies of the batch's last row fill those that are too many.
-            size: slots that are needed.
+            parts: `[b, kv heads, s, hd]`, keys and values in turn; of a sliding layer the last ones only.
+            length: of the rows in those layers.
+            orders: of each row of the buffers, which of these go to its first slots, ascending; copies of the last row
+                fill those that are too many.
         """
-        parts = [part for layer in layers for part in (layer.keys, layer.values)]
-        kinds = [(rows, part.shape[1], part.shape[3], part.dtype, part.device) for part in parts]
-        known = [(*part.shape[1:], part.dtype, part.device) for part in self._parts]
-        if self.size < size or known != kinds or not is_of_this_mode(self._parts[0]):
-            self._own([part.new_zeros(size, rows, part.shape[1], part.shape[3]) for part in parts])
         for buffer, part in zip(self._parts, parts, strict=True):
             entries = part.permute(2, 0, 1, 3)
-            place = buffer[length - len(entries) : length]
-            place[:, : entries.shape[1]] = entries
-            place[:, entries.shape[1] :] = entries[:, -1:]
+            first = length - len(entries)
+            for row, order in enumerate(orders):
+                kept = order[order >= first].to(part.device)
+                stop = len(order)
+                buffer[stop - len(kept) : stop, row] = entries[kept - first, min(row, entries.shape[1] - 1)]
 
     def grow(self, size: int) -> None:
         """Move to buffers of `size` slots."""
-        grown = [part.new_zeros(size, *part.shape[1:]) for part in self._parts]
-        for buffer, part in zip(grown, self._parts, strict=True):
+        before = self._parts
+        self.reserve([part.permute(1, 2, 0, 3) for part in before], before[0].shape[1], size)
+        for buffer, part in zip(self._parts, before, strict=True):
             buffer[: len(part)] = part
-        self._own(grown)
+
+    def move(self, slots: Tensor, to: Tensor) -> None:
+        """Copy each row's entries in `slots` `[b, m]` to the slots `to`, in all parts."""
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        for store in self._stores:
+            store[:, to, rows] = store[:, slots, rows]
 
     def keep_rows(self, rows: list[int]) -> None:
         """Forget all rows but these; as many rows as there are stay where they are."""
-        order, kept = torch.tensor(rows), list[Tensor]()
-        for part in self._parts:
+        before, order = self._parts, torch.tensor(rows)
+        kept = list[Tensor]()
+        for part in before:
             order = order.to(part.device)  # once, unless layers lie on several devices
             kept.append(part.index_select(1, order))
-        if kept and kept[0].shape == self._parts[0].shape:
-            for part, chosen in zip(self._parts, kept, strict=True):
-                part.copy_(chosen)
-        else:
-            self._own(kept)
+        if len(rows) != before[0].shape[1]:
+            self.reserve([part.permute(1, 2, 0, 3) for part in kept], len(rows), self.size)
+        for part, chosen in zip(self._parts, kept, strict=True):
+            part.copy_(chosen)
 
     def window(self, size: int) -> list[Tensor]:
         """The first `size` slots: keys and values `[slots, b, kv heads, hd]` of the first layer, the second, ..."""
@@ -120,17 +144,16 @@ class SlotBuffers:
             self._windows[size] = [_front(part, size) for part in self._parts]
         return self._windows[size]
 
-    def entries(self, slots: list[list[int]], first: int = 0) -> list[Tensor]:
-        """`[b, kv heads, s, hd]` of each row's `slots`, in their order; keys and values of each layer in turn.
+    def entries(self, slots: Tensor, first: int = 0) -> list[Tensor]:
+        """What lies in each row's `slots` `[b, s]`, in their order: `[b, kv heads, s, hd]`, keys and values in turn.
 
         `slots` are those of the row `first` and the next ones.
         """
-        places = torch.tensor(slots, device=self._parts[0].device)
-        order = torch.arange(first, first + len(slots), device=places.device)[:, None]
-        return [part[places, order].transpose(1, 2) for part in self._parts]
+        rows = torch.arange(first, first + len(slots), device=slots.device)[:, None]
+        return [part[slots, rows].transpose(1, 2) for part in self._parts]
 
-    def _own(self, parts: list[Tensor]) -> None:
-        self._parts, self._windows = parts, {}
+    def _own(self, stores: list[Tensor], parts: list[Tensor]) -> None:
+        self._stores, self._parts, self._windows = stores, parts, {}
 
 
 def _front(part: Tensor, size: int) -> Tensor:
@@ -138,42 +161,55 @@ def _front(part: Tensor, size: int) -> Tensor:
     if part.device.type != "cpu":
         return part[:size]
     storage, shape = part.untyped_storage(), (size, *part.shape[1:])
-    return part.new_empty(0).set_(storage, 0, shape, part.stride())  # type: ignore[call-overload, no-any-return]
+    start, strides = part.storage_offset(), part.stride()
+    return part.new_empty(0).set_(storage, start, shape, strides)  # type: ignore[call-overload, no-any-return]
 
 
-def filled_layers(cache: Cache) -> list[Any]:
+def filled(cache: Cache) -> list[int]:
     """The layers that hold entries; one that shares another's keys has none."""
-    layers: list[Any] = cache.layers
-    return [layer for layer in layers if getattr(layer, "keys", None) is not None]
+    return [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
 
 
-def give_back(parts: list[Tensor], cache: Cache, length: int) -> None:
-    """Let the dynamic layers of a cache hold entries `[b, kv heads, s, hd]` of `length` positions; keys and values in
-    turn.
+def give_back(parts: list[Tensor], cache: Cache, indices: list[int], length: int) -> None:
+    """Let these dynamic layers of a cache hold entries `[b, kv heads, s, hd]` of `length` positions.
+
+    `parts` are keys and values in turn. A layer may hold nothing yet.
     """
-    for layer, keys, values in zip(filled_layers(cache), parts[::2], parts[1::2], strict=True):
+    for index, keys, values in zip(indices, parts[::2], parts[1::2], strict=True):
+        layer: Any = cache.layers[index] if index < len(cache.layers) else None
+        if getattr(layer, "keys", None) is None:
+            cache.update(keys.contiguous(), values.contiguous(), index)
+            continue
         kept = min(length, layer.sliding_window - 1) if getattr(layer, "is_sliding", False) else length
         replace_entries(layer, [part[:, :, length - kept :].contiguous() for part in (keys, values)], length)
 
 
 class SlotInputs(NamedTuple):
-    """A tree, and where it goes.
+    """A tree, and where it stands. Node i lies in the slot i after the root's place.
 
     Attributes:
         tokens: `[b, n]`.
         depths: `[b, n]` below the root.
         ancestors: `[b, n, n]` bool, see `DraftTree`.
-        slots: `[b, n]` that the nodes are written to.
-        places: `[b, slots]` in the row's text of the entry in each slot; `HIDDEN` where none may be seen.
         roots: `[b, 1 + planes]` the root's place in the text, and its positions.
+        seen: `[b, slots]` false where a slot holds padding.
     """
 
     tokens: Tensor
     depths: Tensor
     ancestors: Tensor
-    slots: Tensor
-    places: Tensor
     roots: Tensor
+    seen: Tensor
+
+
+class InvariantInputs(NamedTuple):
+    """As `SlotInputs`, without padding. `blocks` `[any]` is as long as the prefix has blocks; see `invariant`."""
+
+    tokens: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    roots: Tensor
+    blocks: Tensor
 
 
 class SlotForward:
@@ -184,10 +220,12 @@ class SlotForward:
 
     Args:
         target: any decoder of Transformers.
-        cache: of dynamic layers, filled with the prompt.
+        cache: of dynamic layers, filled with anything.
         feature_layers: the hidden states that sources read; none is the last layer's before the final norm.
         options: of `torch.compile`, where the caller has some.
     """
+
+    is_invariant = False
 
     def __init__(
         self,
@@ -197,15 +235,91 @@ class SlotForward:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self.function = _function(target, cache, feature_layers)
+        self.function = self._function(cache)
 
-    def __call__(self, inputs: SlotInputs, buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _function(self, cache: Cache) -> Callable[..., tuple[Tensor, ...]]:
+        """Of `SlotInputs` and buffers."""
+        run, windows, dtype = (
+            _run(self.target, cache, self.feature_layers),
+            _windows(self.target, cache),
+            self.target.dtype,
+        )
+
+        def forward(
+            tokens: Tensor, depths: Tensor, ancestors: Tensor, roots: Tensor, seen: Tensor, *buffers: Tensor
+        ) -> tuple[Tensor, ...]:
+            root = roots[:, :1].long()  # some targets count positions in floats
+            node_places = root + depths
+            slots = root + torch.arange(tokens.shape[1], device=tokens.device)
+            places = torch.arange(seen.shape[1], device=tokens.device).expand_as(seen)
+            index = slots[:, None].expand_as(ancestors)
+            visible = (seen & (places < root))[:, None].expand(-1, tokens.shape[1], -1).scatter(2, index, ancestors)
+            distance = node_places[..., None] - places.scatter(1, slots, node_places)[:, None]  # [b, n, slots]
+            masks: dict[str | None, Tensor] = {}
+            for kind, window in windows.items():
+                shown = visible if window is None else visible & (distance < window)
+                masks[kind] = torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, torch.finfo(dtype).min)[:, None]
+            return run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers)
+
+        return forward
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the target attend as the function wants it."""
+        with use_gqa_attention(self.target):
+            yield
+
+    def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor], **options: Any) -> tuple[Tensor, ...]:
         """Run it without compilation: the logits `[b, n, v]`, and the hidden states `[b, n, h]` of each feature layer.
 
-        `buffers` are keys and values of each layer, `[slots, b, kv heads, hd]`; the tree's are written.
+        `buffers` are keys and values of each layer, `[slots, b, kv heads, hd]`; the tree's are written. `options` are
+        of the target's forward.
         """
-        with use_gqa_attention(self.target):
-            return self.function(*inputs, *buffers)
+        with self.running():
+            return self.function(*inputs, *buffers, **options)
+
+
+class InvariantForward(SlotForward):
+    """Attends so that a node's result depends on its own text alone. One thread at a time runs a target, by `lock`."""
+
+    is_invariant = True
+
+    def __init__(self, lock: Lock, *args: Any) -> None:
+        super().__init__(*args)
+        self._lock = lock
+
+    def _function(self, cache: Cache) -> Callable[..., tuple[Tensor, ...]]:
+        """Of `InvariantInputs` and buffers."""
+        run, windows, dtype = (
+            _run(self.target, cache, self.feature_layers),
+            _windows(self.target, cache),
+            self.target.dtype,
+        )
+
+        def forward(
+            tokens: Tensor,
+            depths: Tensor,
+            ancestors: Tensor,
+            roots: Tensor,
+            blocks: Tensor,
+            *buffers: Tensor,
+            positions: Tensor | None = None,
+            **options: Any,
+        ) -> tuple[Tensor, ...]:
+            root = roots[:, :1].long()
+            layout = Layout(depths, ancestors, root, blocks.shape[0])
+            slots = root + torch.arange(tokens.shape[1], device=tokens.device)
+            masks = {kind: layout.mask(window, dtype) for kind, window in windows.items()}
+            if positions is None:
+                positions = _positions(roots[:, 1:], depths)
+            return run(tokens, slots, positions, masks, buffers, resps_layout=layout, **options)
+
+        return forward
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self._lock, use_invariant_attention(self.target):
+            yield
 
 
 def _positions(roots: Tensor, depths: Tensor) -> Tensor:
@@ -213,50 +327,48 @@ def _positions(roots: Tensor, depths: Tensor) -> Tensor:
     return roots + depths if roots.shape[1] == 1 else roots.t()[..., None] + depths
 
 
-def _function(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+def _windows(target: PreTrainedModel, cache: Cache) -> dict[str | None, int | None]:
+    """Kind of layers -> its sliding window. Without kinds one mask serves all layers."""
+    kinds: list[str | None] = getattr(target.config.get_text_config(), "layer_types", None) or [None]
+    return {kind: window_of(cache, kinds.index(kind)) for kind in kinds}
+
+
+def _run(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """What runs the target over buffers, given masks for each kind of layers."""
     layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
     placeholders = [layer if getattr(layer, "keys", None) is None else None for layer in layers]
-    kinds: list[str | None] = getattr(target.config.get_text_config(), "layer_types", None) or [None]
-    windows = {kind: window_of(cache, kinds.index(kind)) for kind in kinds}  # without types one mask serves all layers
-    read, dtype = output_places(target, feature_layers), target.dtype
+    read = output_places(target, feature_layers)
     asked = hidden_states_asked(read)
 
-    def forward(
+    def run(
         tokens: Tensor,
-        depths: Tensor,
-        ancestors: Tensor,
         slots: Tensor,
-        places: Tensor,
-        roots: Tensor,
-        *buffers: Tensor,
+        positions: Tensor,
+        masks: dict[str | None, Tensor],
+        buffers: tuple[Tensor, ...],
+        **options: Any,
     ) -> tuple[Tensor, ...]:
         pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
         held = Cache(layers=[SlotLayer(*next(pairs), slots) if other is None else other for other in placeholders])
-        node_places = roots[:, :1].long() + depths  # some targets count positions in floats
-        index = slots[:, None].expand_as(ancestors)
-        visible = (places != HIDDEN)[:, None].expand(-1, tokens.shape[1], -1).scatter(2, index, ancestors)
-        distance = node_places[..., None] - places.scatter(1, slots, node_places)[:, None]  # [b, n, slots]
-        masks: dict[str | None, Tensor] = {}
-        for kind, window in windows.items():
-            seen = visible if window is None else visible & (distance < window)
-            masks[kind] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
         outputs: Any = target(
             input_ids=tokens,
             attention_mask=masks.get(None, masks),
-            position_ids=_positions(roots[:, 1:], depths),
+            position_ids=positions,
             use_cache=True,
             return_dict=True,
             **{CACHE_KEYWORD: held},
             **asked,
+            **options,
         )
         return (outputs.logits, *(outputs.hidden_states[place] for place in read))
 
-    return forward
+    return run
 
 
-# The dimensions of `SlotInputs` and of the buffers that change, with several rows.
-_SIZES = ((0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1), (0,))
+# The dimensions of the inputs and of the buffers that change, with several rows.
+_SIZES = ((0, 1), (0, 1), (0, 1, 2), (0,), (0, 1))
+_INVARIANT_SIZES = (*_SIZES[:-1], (0,))
 _BUFFER_SIZES = (0, 1)
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
 
@@ -270,7 +382,19 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__(clock=clock)
         self.buffers = SlotBuffers()
+        self.lock = Lock()  # of the name of the target's attention
+        self._pattern: tuple[Hashable, Cache] | None = None
         self._decoded_seconds = 0.0
+
+    def pattern(self, target: PreTrainedModel) -> Cache:
+        """A dynamic cache that holds one token of the target: how its layers keep entries."""
+        kind = target.dtype, target.device
+        if self._pattern is None or self._pattern[0] != kind:
+            cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+            token = torch.zeros(1, 1, dtype=torch.long, device=target.device)
+            cast(Any, target)(input_ids=token, use_cache=True, **{CACHE_KEYWORD: cache})
+            self._pattern = kind, cache
+        return self._pattern[1]
 
     def fingerprint(self) -> WeightFingerprint:
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
@@ -284,31 +408,33 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         """Note that a call has decoded for so long."""
         self._decoded_seconds += seconds
 
-    def forward(self, forward: SlotForward, inputs: SlotInputs, buffers: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
         """Run a forward compiled, or as it is where that fails."""
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
             code = self._code_of(forward, inputs)
-            with use_gqa_attention(forward.target):
+            with forward.running():
                 outputs = self.run(code, inputs, buffers)
         return forward(inputs, buffers) if outputs is None else outputs
 
-    def _code_of(self, forward: SlotForward, inputs: SlotInputs) -> Code:
+    def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor]) -> Code:
         """The code that serves a single row or several, and the features of one head."""
-        is_batch = len(inputs.tokens) > 1
+        is_batch = len(inputs[0]) > 1
 
         def make() -> Code:
             fast: CompiledFunction | CapturedFunction
-            if inputs.tokens.device.type == "cuda" and forward.options is None:
+            sizes = _INVARIANT_SIZES if forward.is_invariant else _SIZES
+            if inputs[0].device.type == "cuda" and forward.options is None:
                 fast = CapturedFunction(forward.function)
             elif is_batch:
-                fast = CompiledFunction(forward.function, _SIZES, _BUFFER_SIZES, forward.options)
+                fast = CompiledFunction(forward.function, sizes, _BUFFER_SIZES, forward.options)
             else:  # one row stays one row
-                dynamic = [tuple(size for size in sizes if size) for sizes in _SIZES]
+                dynamic = [tuple(size for size in of_one if size) for of_one in _SIZES]
+                dynamic[-1] = sizes[-1][-1:]
                 fast = CompiledFunction(forward.function, dynamic, _BUFFER_SIZES[:1], forward.options)
             return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
 
-        return self.code((is_batch, *forward.feature_layers, str(forward.options)), make)
+        return self.code((forward.is_invariant, is_batch, *forward.feature_layers, str(forward.options)), make)
 
 
 def padded_count(device: torch.device, count: int) -> int:

@@ -33,9 +33,20 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
+from .invariant import BLOCK, TAIL, block_count
 from .returned import EndedRow
-from .rows import HIDDEN, SlotMap, SlotTable
-from .slots import SlotBuffers, SlotEngine, SlotForward, SlotInputs, filled_layers, give_back, padded_count
+from .rows import SlotMap
+from .slots import (
+    InvariantForward,
+    InvariantInputs,
+    SlotBuffers,
+    SlotEngine,
+    SlotForward,
+    SlotInputs,
+    filled,
+    give_back,
+    padded_count,
+)
 
 
 Row = TypeVar("Row")
@@ -82,6 +93,7 @@ class Verifier(ABC):
 
     def __init__(self, forward: TargetForward, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         target, self._cache = forward.target, forward.cache
+        self._pattern = self._cache  # tells which layers have entries of their own, and their windows
         # Plain decoding leaves the text where the caller put it, and so do we; the target reads on its own device.
         self.device = position_ids.device if target.device.type == "meta" else target.device
         self._forward = forward
@@ -245,7 +257,7 @@ class Verifier(ABC):
     def _owners(self) -> dict[str, int]:
         """Kind of layers -> the last of them that has entries of its own."""
         kinds = getattr(self._forward.target.config.get_text_config(decoder=True), "layer_types", None)
-        layers: list[Any] = self._cache.layers
+        layers: list[Any] = self._pattern.layers
         named = zip(layers, kinds or ["full_attention"] * len(layers), strict=False)
         return {kind: index for index, (layer, kind) in enumerate(named) if getattr(layer, "keys", None) is not None}
 
@@ -377,7 +389,7 @@ _WINDOW = 128  # slots: the forward sees multiples of it
 
 
 class SlotVerifier(Verifier):
-    """Verifies trees over slots, whose entries never move. The prompt is read into a dynamic cache.
+    """Verifies trees over buffers in the order of the text. The prompt is read into a dynamic cache.
 
     `engine` is lent to this call; with `None` steps run as they are. `options` are the caller's for `torch.compile`.
     """
@@ -395,74 +407,106 @@ class SlotVerifier(Verifier):
         self.is_compiled = engine is not None and not engine.is_broken
         self._buffers = SlotBuffers() if engine is None else engine.buffers
         self._rows = 0  # of the buffers: those that are decoded, and copies of the last; 0 before the first step
+        self._seen: dict[int, Tensor] = {}  # size of a window -> where it holds no padding
 
     @property
-    def _row_ends(self) -> list[int]:
-        """Once steps have begun, the table alone knows."""
-        return self._table.lengths[: len(self._shifts)] if self._rows else super()._row_ends
+    def _places(self) -> list[int]:
+        """Slots of each row that are taken; the coming root lies in the next one."""
+        return self._row_ends
+
+    def _orders(self, length: int) -> list[Tensor]:
+        """Of each row, which of the cache's first `length` positions fill its first slots."""
+        return [torch.arange(length)] * len(self._shifts)
 
     def _begin_steps(self) -> None:
         """Move the prompt's entries into the buffers."""
         self._forward.stop_catching()  # code that is compiled with hooks would always run them
-        rows, length = len(self._shifts), self.length
         self._over_slots = SlotForward(self._forward.target, self._cache, self._forward.layers, self._options)
-        visible = self._slots.visible(length, torch.device("cpu"))
-        self._table = SlotTable([[True] * length] * rows if visible is None else visible.tolist())
-        self._buffers.fill(filled_layers(self._cache), length, rows, _windowed(length + _WINDOW))
-        self._rows = rows
+        self._fill(self.length)
+
+    def _fill(self, length: int) -> None:
+        """Have buffers for so many positions and more, with what the cache holds in their first slots."""
+        self._rows = len(self._shifts)
+        self._buffers.reserve(_parts(self._pattern), self._rows, _windowed(length + _WINDOW))
+        if self.length:
+            self._buffers.fill(_parts(self._cache), self.length, self._orders(self.length))
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        rows, count = tree.tokens.shape
         inputs, engine = self._inputs(tree), self._engine
-        padded = self._over_slots(*inputs) if engine is None else engine.forward(self._over_slots, *inputs)
-        outputs = [part[:rows, :count] for part in padded]
+        outputs = self._over_slots(*inputs) if engine is None else engine.forward(self._over_slots, *inputs)
         features = Features(self._forward.layers)
         features.caught = dict(zip(features.layers, outputs[1:], strict=True))
-        return outputs[0], features
+        return self._without_padding(tree, outputs[0], features)
+
+    def _without_padding(self, tree: DraftTree, logits: Tensor, features: Features) -> tuple[Tensor, Features]:
+        rows, count = tree.tokens.shape
+        features.caught = {layer: part[:rows, :count] for layer, part in features.caught.items()}
+        return logits[:rows, :count], features
 
     def take_compile_seconds(self) -> float:
         return 0.0 if self._engine is None else self._engine.take_compile_seconds()
 
     def undo(self) -> None:
-        """As `Verifier.undo`: the slots of the newest tree are still free."""
+        """As `Verifier.undo`: the next tree overwrites the newest one."""
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
-        self._table.keep(_filled_up(paths, self._rows))
+        if any(nodes[-1] >= len(nodes) for nodes in paths):
+            self._move_up(paths)
+        self._slots.extend(list(map(len, paths)))
+
+    def _move_up(self, paths: list[list[int]]) -> None:
+        """Let each row's nodes of a path follow its text."""
+        longest, roots = max(map(len, paths)), self._places
+        nodes = [_filled_up(path, longest) for path in paths]
+        ranks = [_filled_up(list(range(len(path))), longest) for path in paths]
+        taken = [
+            [[root + place for place in row] for root, row in zip(roots, rows, strict=True)] for rows in (nodes, ranks)
+        ]
+        moves = torch.tensor([_filled_up(rows, self._rows) for rows in taken])  # [2, b, m]
+        self._buffers.move(*(moves if self.device.type == "cpu" else moved([moves], self.device)[0]))
 
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on.
 
         Of a batch two are kept on a CPU, since one row alone is compiled apart; elsewhere all are, for their graphs.
         """
+        self._slots.keep_rows(rows)
         self._shift_by([self._shifts[row] for row in rows])
         kept = _filled_up(rows, min(self._rows, 2) if self.device.type == "cpu" else self._rows)
-        self._rows = len(kept)
-        self._table.keep_rows(kept)
+        self._rows, self._seen = len(kept), {}
         self._buffers.keep_rows(kept)
 
     def _row_cache(self, row: int, length: int) -> Cache:
         if not self._rows:
             return super()._row_cache(row, length)
         cache = copied_row(self._cache, 0, 0)
-        give_back(self._buffers.entries([self._table.rows[row]], row), cache, length)
+        self._give_back(self._orders(length)[row : row + 1], row, cache, length)
         return cache
 
     def close(self) -> None:
-        """Give the cache what was kept, in the order of the text; rows that differ in length have no further use."""
-        if self._rows and len(set(self._table.lengths)) == 1:
-            give_back(self._buffers.entries(self._table.rows), self._cache, self.length)
+        """Give the cache what was kept, in its own order; rows that differ in length have no further use."""
+        if self._rows and self.is_even:
+            self._give_back(self._orders(self.length), 0, self._cache, self.length)
         super().close()
 
+    def _give_back(self, orders: list[Tensor], first: int, cache: Cache, length: int) -> None:
+        """Let a cache hold `length` positions of the row `first` and the next ones."""
+        positions = torch.arange(length)
+        slots = torch.stack([torch.searchsorted(order, positions, right=True) for order in orders]) - 1
+        parts = self._buffers.entries(slots.clamp(min=0).to(self.device), first)
+        give_back(parts, cache, filled(self._pattern), length)
+
     def target_entries(self) -> TargetEntries:
-        rows, size = len(self._shifts), _windowed(self._table.size)
-        ends = torch.tensor(self._table.lengths[:rows])[:, None]
-        places, planes = self._table.places(size)[:rows], torch.tensor(self._root_positions)  # [b, planes]
-        host = [ends - places, planes, places != HIDDEN]
-        distance, planes, seen = host if self.device.type == "cpu" else moved(host, self.device)
-        parts, filled = self._buffers.window(size), [id(layer) for layer in filled_layers(self._cache)]
+        rows, size = len(self._shifts), _windowed(max(self._places))
+        ends, planes = torch.tensor(self._places)[:, None], torch.tensor(self._root_positions)  # [b, planes]
+        host = [ends, planes]
+        ends, planes = host if self.device.type == "cpu" else moved(host, self.device)
+        distance = ends - torch.arange(size, device=self.device)
+        seen = self._visible(size)[:rows] & (distance > 0)
+        parts, indices = self._buffers.window(size), filled(self._pattern)
         states, masks = {}, {}
         for kind, index in self._owners().items():
-            place, window = 2 * filled.index(id(self._cache.layers[index])), window_of(self._cache, index)
+            place, window = 2 * indices.index(index), window_of(self._pattern, index)
             keys, values = (part[:, :rows].permute(1, 2, 0, 3) for part in parts[place : place + 2])
             states[kind] = keys, values
             shown = seen if window is None else seen & (distance < window)
@@ -470,22 +514,205 @@ class SlotVerifier(Verifier):
             masks[kind] = torch.zeros_like(shown, dtype=keys.dtype).masked_fill_(~shown, minimum)[:, None, None]
         return TargetEntries(states, masks, planes if planes.shape[1] == 1 else planes.t()[..., None])
 
-    def _inputs(self, tree: DraftTree) -> tuple[SlotInputs, list[Tensor]]:
+    def _visible(self, size: int) -> Tensor:
+        """`[rows of the buffers, size]`, false where a slot holds padding."""
+        if size not in self._seen:
+            self._seen[size] = self._slots.unpadded(size, self._rows, self.device)
+        return self._seen[size]
+
+    def _inputs(self, tree: DraftTree) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and the buffers that it sees."""
-        count = padded_count(self.device, tree.node_count)
-        count += count == self._rows  # sizes that are equal at the first call are compiled as always equal
-        slots = self._table.offer(count)
-        size = _windowed(self._table.size)
+        nodes = self._nodes(tree, padded_count(self.device, tree.node_count))
+        size = self._reserve(nodes[0].shape[1])
+        return SlotInputs(*nodes, self._visible(size)), self._buffers.window(size)
+
+    def _reserve(self, count: int) -> int:
+        """Have slots for so many nodes; returns how many the forward sees."""
+        size = _windowed(max(self._places) + count)
         if size > self._buffers.size:
             self._buffers.grow(2 * size)
-        positions = _filled_up(self._root_positions, self._rows)
-        roots = [[place, *planes] for place, planes in zip(self._table.lengths, positions, strict=True)]
-        host = [torch.tensor(slots), self._table.places(size), torch.tensor(roots)]
+        return size
+
+    def _nodes(self, tree: DraftTree, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, depths, ancestors and roots of a tree, padded to rows and nodes."""
+        count += count == self._rows  # sizes that are equal at the first call are compiled as always equal
+        places, positions = (_filled_up(part, self._rows) for part in (self._places, self._root_positions))
+        roots = torch.tensor([[place, *planes] for place, planes in zip(places, positions, strict=True)])
         if self.device.type != "cpu":
-            host = moved(host, self.device)
+            (roots,) = moved([roots], self.device)
         padded = tree.padded(count)
-        nodes = [_with_rows(part, self._rows) for part in (padded.tokens, padded.depths, padded.ancestors)]
-        return SlotInputs(*nodes, *host), self._buffers.window(size)
+        nodes = (_with_rows(part, self._rows) for part in (padded.tokens, padded.depths, padded.ancestors))
+        tokens, depths, ancestors = nodes
+        return tokens, depths, ancestors, roots
+
+
+_CHUNK = 128  # tokens of a prompt that one forward reads; their results do not depend on it
+
+
+class InvariantVerifier(SlotVerifier):
+    """Verifies trees so that the logits of a node are those of its text, whatever else is in the forward.
+
+    The prompt is read over the same buffers, as a chain of tokens. A row's text begins at slot 0, without padding.
+
+    Args:
+        forward: as in `Verifier`.
+        engine: the target's. Where `compiles`, it is lent to this call.
+        least_rows: of a product with the target's weights, so that a row's result does not depend on the others.
+        position_ids: as in `Verifier`.
+        attention_mask: as in `Verifier`.
+        compiles: whether steps run compiled. The prompt never does.
+    """
+
+    def __init__(
+        self,
+        forward: TargetForward,
+        engine: SlotEngine,
+        least_rows: int,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        compiles: bool = False,
+    ) -> None:
+        super().__init__(forward, engine if compiles else None, position_ids, attention_mask)
+        self._least_rows, self._pattern = least_rows, engine.pattern(forward.target)
+        given = engine.lock, forward.target, self._pattern
+        self._eagerly = InvariantForward(*given, [])  # features are caught by hooks
+        self._over_slots = InvariantForward(*given, forward.layers) if compiles else self._eagerly
+        self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
+
+    @property
+    def _places(self) -> list[int]:
+        return [end - hidden for end, hidden in zip(self._row_ends, self._hidden, strict=True)]
+
+    @property
+    def levels_left(self) -> int:
+        """As `Verifier.levels_left`. The prefix of every node must be text by now."""
+        return min(super().levels_left, TAIL)
+
+    def _orders(self, length: int) -> list[Tensor]:
+        seen = self._slots.unpadded(length, len(self._shifts), torch.device("cpu"))
+        return [row.nonzero().flatten() for row in seen]
+
+    def _visible(self, size: int) -> Tensor:
+        return torch.ones(self._rows, size, dtype=torch.bool, device=self.device)
+
+    def _begin_steps(self) -> None:
+        end = self._positions.shape[-1]
+        self._hidden = [end - len(order) for order in self._orders(end)]
+        self._fill(end)
+
+    def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: Any) -> tuple[Tensor, list[Features]]:
+        """As `Verifier.prefill`. No chunk is larger than suits the machine."""
+        self._start(len(tokens))
+        orders = [order.to(self.device) for order in self._orders(self._positions.shape[-1])]
+        prompt = _PromptTexts(tokens.to(self.device), self._positions, orders, self.length)
+        size = min(chunk_size or _CHUNK, _CHUNK)
+        logits: list[Tensor] = [torch.empty(0)] * len(tokens)
+        read = [self._read(prompt, start, size, logits, options) for start in range(0, max(prompt.counts), size)]
+        self._slots.extend([prompt.length] * len(tokens))
+        if self._engine is not None:
+            self._forward.stop_catching()  # see `SlotVerifier`
+        features = Features(self._forward.layers)
+        for layer in read[0].caught:
+            features.caught[layer] = prompt.padded(torch.cat([chunk.caught[layer] for chunk in read], dim=1))
+        return torch.stack(logits), [features]
+
+    def _read(
+        self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor], options: dict[str, Any]
+    ) -> Features:
+        """Read each row's next tokens. Rows that end with them get their `logits` `[1, v]`."""
+        width = min(size, prompt.tokens.shape[1] - start)
+        count = max(width, -(-self._least_rows // len(prompt.counts)))
+        read = torch.arange(count, device=self.device)
+        chosen = start + read.clamp(max=width - 1)
+        left = torch.tensor(prompt.counts, device=self.device)[:, None] - start
+        roots = torch.tensor(prompt.starts, device=self.device)[:, None] + start + left.clamp(max=0)
+        depths = torch.minimum(read, (left - 1).clamp(min=0))
+        chain = torch.ones(count, count, dtype=torch.bool, device=self.device).tril().expand(len(roots), -1, -1)
+        last = max(prompt.starts) + start + count - 1
+        blocks = torch.empty(block_count(last), device=self.device)
+        inputs = InvariantInputs(prompt.tokens[:, chosen], depths, chain, roots, blocks)
+        ends = {row: end - 1 - start for row, end in enumerate(prompt.counts) if start < end <= start + width}
+        kept = list(range(count))
+        if "logits_to_keep" in options:
+            kept = sorted({*ends.values(), *range(-(-self._least_rows // len(prompt.counts)))})
+            options = options | {"logits_to_keep": torch.tensor(kept, device=self.device)}
+        window = self._buffers.window(_windowed(last + 1))
+        positions = prompt.positions[..., chosen]
+        outputs, features = self._forward.catch(lambda: self._eagerly(inputs, window, positions=positions, **options))
+        for row, end in ends.items():
+            logits[row] = outputs[0][row, kept.index(end)][None]
+        features.caught = {layer: part[:, :width] for layer, part in features.caught.items()}
+        return features
+
+    def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
+        if self._engine is not None:
+            found = super().verify(tree)
+            if self._engine.is_broken:
+                raise RuntimeError(
+                    f"The target's steps could not run compiled: {self._engine.obstacle}. As they are, they round "
+                    "otherwise, so call `generate` with `compile=False` to write a text in one way."
+                )
+            return found
+        inputs, buffers = self._inputs(tree)
+        outputs, features = self._forward.catch(lambda: self._eagerly(inputs, buffers))
+        return self._without_padding(tree, outputs[0], features)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        self._hidden = [self._hidden[row] for row in rows]
+        super().keep_rows(rows)
+
+    def _inputs(self, tree: DraftTree) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        count = max(tree.node_count, -(-self._least_rows // self._rows))
+        blocks = block_count(max(self._places) + min(count - 1, TAIL))
+        if self._engine is not None:
+            count, blocks = padded_count(self.device, count), max(blocks, 2)  # one and none are compiled apart
+        nodes = self._nodes(tree, count)
+        size = max(self._reserve(nodes[0].shape[1]), blocks * BLOCK)
+        return InvariantInputs(*nodes, torch.empty(blocks, device=self.device)), self._buffers.window(size)
+
+
+class _PromptTexts:
+    """What is new of each row's prompt, without padding.
+
+    Args:
+        tokens: `[b, any]` the end of the prompts.
+        position_ids: `[b or 1, s]`, or `[planes, b or 1, s]`, of the whole prompts.
+        orders: of each row, which of the s are text, ascending.
+        known: positions that the cache holds.
+
+    Attributes:
+        tokens: `[b, t]`; a row that has fewer repeats its last.
+        positions: `[..., b, t]` of them.
+        counts: new tokens of each row.
+        starts: tokens of each row before them.
+        length: new positions of the prompts, padding included.
+    """
+
+    def __init__(self, tokens: Tensor, position_ids: Tensor, orders: list[Tensor], known: int) -> None:
+        self.length = position_ids.shape[-1] - known
+        self._orders = [order[order >= known] for order in orders]
+        self.counts = list(map(len, self._orders))
+        self.starts = [len(order) - count for order, count in zip(orders, self.counts, strict=True)]
+        longest = torch.arange(max(self.counts), device=tokens.device)
+        index = torch.stack([order[longest.clamp(max=len(order) - 1)] for order in self._orders])
+        self.tokens = tokens.gather(1, index - (position_ids.shape[-1] - tokens.shape[1]))
+        self.positions = position_ids.expand(*position_ids.shape[:-2], len(tokens), -1).gather(
+            -1, index.expand(*position_ids.shape[:-2], -1, -1)
+        )
+        self._known = known
+
+    def padded(self, states: Tensor) -> Tensor:
+        """States `[b, t or more, h]` of the tokens, where they stand in the prompts: `[b, length, h]`."""
+        places = torch.arange(self._known, self._known + self.length, device=states.device)
+        index = torch.stack([torch.searchsorted(order, places, right=True) for order in self._orders]) - 1
+        return states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _parts(cache: Cache) -> list[Tensor]:
+    """Keys and values of each layer that holds some, in turn."""
+    layers: list[Any] = cache.layers
+    return [part for index in filled(cache) for part in (layers[index].keys, layers[index].values)]
 
 
 def _filled_up(rows: list[Row], count: int) -> list[Row]:
