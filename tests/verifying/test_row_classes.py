@@ -1,0 +1,205 @@
+"""The probe of row classes on layers whose classes are planted, and on models whose classes this machine decides."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from transformers_resps import prepack
+from transformers_resps.verifying.row_classes import RowClasses, least_rows
+
+
+class Planted(nn.Linear):
+    """Multiplies row by row, and moves the rows `wrong(count)` of a call by the last bit."""
+
+    def __init__(self, wrong: Callable[[int], slice | None]) -> None:
+        super().__init__(24, 40, bias=False)
+        self.wrong, self.calls = wrong, 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        found = torch.stack([self.weight @ row for row in input[0]])
+        rows = self.wrong(len(found))
+        if rows is not None:
+            found[rows] = found[rows].nextafter(torch.tensor(torch.inf))
+        return found[None]
+
+
+EXACT: Callable[[int], slice | None] = lambda count: None  # noqa: E731
+ALL = slice(None)
+
+
+def target_of(**layers: nn.Module) -> PreTrainedModel:
+    """What the probe sees of a target."""
+    target: Any = nn.Module()
+    target.dtype = torch.float32
+    for name, layer in layers.items():
+        target.add_module(name, layer)
+    return cast(PreTrainedModel, target)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "least"),
+    [
+        (EXACT, 1),
+        (lambda count: ALL if count == 1 else None, 2),
+        (lambda count: ALL if count < 4 else None, 4),
+        (lambda count: ALL if count < 8 else None, 8),
+        (lambda count: slice(-1, None) if count % 4 == 1 else None, 2),  # 33 rows of PyTorch's attention on a CPU
+        (lambda count: slice(-(count % 4), None) if count % 4 and count < 12 else None, 4),  # MKL on two threads
+        (lambda count: slice(1, 2) if count in (6, 10) else None, 4),  # two rows of one call
+        (lambda count: ALL if count == 65 else None, 2),
+    ],
+)
+def test_a_planted_class_is_found(wrong: Callable[[int], slice | None], least: int) -> None:
+    torch.manual_seed(0)
+    assert RowClasses().least(target_of(up=Planted(EXACT), down=Planted(wrong))) == least
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda count: ALL if count > 8 and count % 16 else None,
+        lambda count: slice(count // 2, None) if count > 8 else None,  # where a second thread begins
+        lambda count: slice(-1, None),
+    ],
+)
+def test_a_layer_without_a_class_is_refused_by_name(wrong: Callable[[int], slice | None]) -> None:
+    target = target_of(up=Planted(EXACT), mlp=nn.ModuleDict({"down": Planted(wrong)}))
+    wanted = r"`mlp.down` \(Planted, 24 -> 40, torch.float32\) .* Call `prepack\(model\)`, use another dtype"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=wanted):
+            RowClasses().least(target)
+
+
+def test_another_order_of_a_sum_shows_although_bfloat16_rounds_it_away() -> None:
+    """One row alone is summed from its end: of random results one in 10,000 differs."""
+
+    class Reversed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            terms = (
+                (input[0, :, None] * self.weight.float()).double()
+                if False
+                else input[0, :, None].float() * self.weight
+            )
+            terms = terms.flip(-1) if len(terms) == 1 else terms
+            return terms.cumsum(-1)[None, ..., -1].to(input.dtype)
+
+    torch.manual_seed(0)
+    layer = Reversed(256, 8, bias=False, dtype=torch.bfloat16)
+    assert RowClasses().least(target_of(layer=layer)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("prepare", [lambda target: target, prepack], ids=["stock", "packed"])
+def test_the_rows_found_are_enough_for_each_layer_of_a_model(
+    make_target: Callable[..., PreTrainedModel], dtype: torch.dtype, prepare: Callable[[PreTrainedModel], Any]
+) -> None:
+    target: Any = prepare(make_target(hidden_act="gelu_pytorch_tanh").to(dtype))
+    least = RowClasses().least(target)
+    states = 5 * torch.randn(1, 96, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    layer = target.model.layers[1]
+    with torch.no_grad():
+        for part in (layer.mlp, layer.self_attn.k_proj, target.lm_head):
+            together = part(states)
+            for count in range(least, 40, least):
+                for start in range(0, 96 - count, 9):
+                    found = part(states[:, start : start + count].clone())
+                    assert torch.equal(found, together[:, start : start + count])
+
+
+def test_activations_are_tried_at_the_width_of_the_layer_that_reads_them() -> None:
+    """In float32 the last values of a call, which fill no vector, are computed in another way (AVX2 and later)."""
+
+    class LastValues(nn.ReLU):
+        __module__ = nn.ReLU.__module__
+
+        def forward(self, input: Tensor) -> Tensor:
+            found = input.clone()
+            found.view(-1)[found.numel() // 32 * 32 :] += 1
+            return found
+
+    exact = {"up": Planted(EXACT), "act": LastValues(), "down": Planted(EXACT)}
+    assert RowClasses().least(target_of(**exact)) == 4  # rows of 24 values
+
+
+def test_layers_of_other_kinds_are_found() -> None:
+    """GPT-2's, and those inside an adapter."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.in_features, self.out_features, self.base_layer = layer.in_features, layer.out_features, layer
+
+    class PlantedConv1D(Conv1D):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([row @ self.weight + (x.shape[1] < 3) for row in x[0]])[None]
+
+    assert RowClasses().least(target_of(first=PlantedConv1D(40, 24))) == 4
+    alone = Planted(lambda count: ALL if count == 1 else None)
+    assert RowClasses().least(target_of(first=Planted(EXACT), second=Wrapped(alone))) == 2
+
+
+def test_what_was_found_is_kept_for_each_kind_of_layer_and_number_of_threads() -> None:
+    layers = [Planted(lambda count: ALL if count == 1 else None) for _ in range(3)]
+    classes, target = RowClasses(), target_of(first=layers[0], second=layers[1])
+    assert classes.least(target) == classes.least(target) == 2
+    calls = layers[0].calls
+    assert calls and layers[1].calls == 0
+    assert classes.least(target_of(third=layers[2])) == 2 and layers[2].calls == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert classes.least(target) == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert layers[0].calls == 2 * calls
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_packed_and_stock_layers_of_one_size_are_tried_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes, layer, packed = RowClasses(), nn.Linear(24, 40), []
+    classes.least(target_of(layer=layer))
+    forward = type(prepack(nn.Linear(1, 1))).forward
+    noted = lambda self, input: packed.append(len(input[0])) or forward(self, input)  # noqa: E731
+    monkeypatch.setattr(type(prepack(nn.Linear(1, 1))), "forward", noted)
+    classes.least(target_of(layer=prepack(layer)))
+    assert packed
+
+
+def test_a_new_adapter_is_tried_again_once_its_weights_are_not_zero() -> None:
+    layer, classes = Planted(lambda count: ALL if count == 1 else None), RowClasses()
+    alone = layer.wrong
+    layer.wrong = EXACT
+    nn.init.zeros_(layer.weight)
+    assert classes.least(target_of(layer=layer)) == 1
+    layer.wrong = alone
+    nn.init.ones_(layer.weight)
+    assert classes.least(target_of(layer=layer)) == 2
+
+
+def test_the_probe_leaves_the_random_state_runs_no_hook_and_keeps_no_graph(tiny_target: PreTrainedModel) -> None:
+    ran = list[int]()
+    for part in tiny_target.modules():
+        part.register_forward_hook(lambda *_: ran.append(1))
+    before = torch.get_rng_state()
+    RowClasses().least(tiny_target)
+    assert torch.equal(torch.get_rng_state(), before) and not ran
+    assert all(weight.grad is None for weight in tiny_target.parameters())
+
+
+def test_a_forward_over_chains_is_tried_by_the_same_function() -> None:
+    sample = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+
+    def answer(rows: range) -> Tensor:
+        asked.append((rows.start, len(rows)))
+        return sample[: len(rows)].cumsum(dim=0) + (len(rows) < 3) * 1e-3
+
+    asked = list[tuple[int, int]]()
+    assert least_rows(answer, [1, 2, 3, 4, 8, 16]) == 4
+    assert {start for start, _ in asked} == {0}
+    assert least_rows(lambda rows: sample[: len(rows)] * len(rows), [1, 2, 4, 8, 16]) is None
