@@ -17,6 +17,7 @@ from transformers import Cache, GenerationConfig, MaxTimeCriteria, PreTrainedMod
 
 from ..verifying.attention import GROUPED, STOCK, longrope_boundary
 from ..verifying.cache import cached_length
+from ..verifying.experts import has_invariant_experts
 from ..verifying.forward import TargetForward
 from ..verifying.hybrids import is_recurrent
 from ..verifying.prepacking import is_prepacked
@@ -55,6 +56,12 @@ def _of_model(model: PreTrainedModel) -> Iterator[Obstacle]:
         yield f"{name}, whose attention does not ask Transformers' `AttentionInterface`", _OTHER_MODEL
     if getattr(config, "attn_logit_softcapping", None) is not None:
         yield f"{name}, which caps the scores of its attention (`attn_logit_softcapping`)", _OTHER_MODEL
+
+
+def _of_weights(model: PreTrainedModel) -> Iterator[Obstacle]:
+    if not has_invariant_experts(model):
+        name = type(model).__name__
+        yield f"the experts of {name}, which do not ask Transformers' `ExpertsInterface`", "Use a model without"
     weights = list(model.parameters())
     odd = sorted({weight.device.type for weight in weights} - {"cpu"})
     if odd:
@@ -73,24 +80,12 @@ def _of_layers(model: PreTrainedModel) -> Iterator[Obstacle]:
             )
         if any(name in module._modules for name in _POSITION_BIASES):
             yield f"the position biases of {kind}", _OTHER_MODEL
-        if _routes_by_itself(module):
-            yield f"the experts of {kind}, which do not ask Transformers' `ExpertsInterface`", "Use a model without"
 
 
 def _is_compiled(module: nn.Module) -> bool:
     """By `module.compile()`, by `torch.compile(module)`, or by compiling its `forward`."""
     compiled: bool = module._compiled_call_impl is not None or "_orig_mod" in module._modules
     return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
-
-
-def _routes_by_itself(module: nn.Module) -> bool:
-    """Whether a layer holds experts whose products nothing can reach: the shape of each depends on the other tokens.
-
-    `use_experts_implementation` gives every class that asks the interface an `_apply_gate`.
-    """
-    kind = type(module)
-    holds = "Expert" in kind.__name__ or kind.__name__.endswith("CDMoE")  # Doge's
-    return (holds and not hasattr(kind, "_apply_gate")) or type(module._modules.get("experts")) is nn.ModuleList
 
 
 def _of_call(
@@ -142,8 +137,8 @@ class InvariantCalls:
         Raises:
             ValueError: names what stands against it, and the way out.
         """
-        setting = partial(setting_of, model=model, config=config, arguments=arguments)
-        for came, way_out in chain(_of_model(model), _of_layers(model), _of_call(arguments, setting, compile)):
+        call = _of_call(arguments, partial(setting_of, model=model, config=config, arguments=arguments), compile)
+        for came, way_out in chain(_of_model(model), _of_weights(model), _of_layers(model), call):
             raise ValueError(f"`invariant=True` does not support {came}. {way_out}, or pass `invariant=False`.")
         self._check_cache(given_cache(arguments))
         if not self._has_same_bits:
