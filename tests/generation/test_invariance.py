@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -299,6 +300,24 @@ def test_no_work_is_done_before_a_refusal_and_none_is_needed_after_it(target: Pr
 def test_the_normal_mode_takes_all_that_the_mode_refuses(target: PreTrainedModel) -> None:
     options = {"policy": LOOKUP, "max_new_tokens": 2, "do_sample": False, "invariant": False}
     assert target.generate(PROMPT, max_time=60.0, **options).shape[1] > PROMPT.shape[1]
+
+
+@pytest.mark.parametrize("options", [{"policy": LOOKUP}, {}], ids=["trees", "stock"])
+def test_another_thread_decodes_in_the_normal_mode_meanwhile(options: dict[str, Any], target: Any) -> None:
+    """In the middle of a forward of the mode, while the target shows the name of its attention."""
+    normal = {"max_new_tokens": 4, "do_sample": False} | options
+    expected, invariant = (target.generate(PROMPT, **call).tolist() for call in (normal, INVARIANT))
+    found: list[Any] = []
+
+    def meanwhile(*_: Any) -> None:
+        if not found and target.config._attn_implementation == "resps_invariant":
+            found.append(None)
+            with ThreadPoolExecutor(1) as others:
+                found.append(others.submit(target.generate, PROMPT, **normal).result().tolist())
+
+    target.model.layers[0].mlp.register_forward_pre_hook(meanwhile)
+    assert target.generate(PROMPT, **INVARIANT).tolist() == invariant
+    assert found[1:] == [expected]
 
 
 # Caches

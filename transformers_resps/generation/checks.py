@@ -31,9 +31,11 @@ from ..verifying.attention import GROUPED, STOCK, is_flash, last_position, longr
 from ..verifying.cache import cached_length, check_cache, window_of
 from ..verifying.forward import TargetForward, is_compiled
 from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
+from ..verifying.invariant import INVARIANT
 from ..verifying.verifier import TreeVerifier, Verifier
 
 
+LENT = (STOCK, GROUPED, INVARIANT)  # what a target of `sdpa` may show while a call in another thread runs it
 # Setting -> whether a value asks for something that trees do not support.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda value: value > 1,
@@ -450,7 +452,7 @@ def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
     _check_layers(model, name)
     check_draws(model)
     attention = config._attn_implementation
-    if attention not in (STOCK, GROUPED, "eager") and not is_flash(attention):
+    if attention not in (*LENT, "eager") and not is_flash(attention):
         raise ValueError(
             f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa', 'eager' or "
             "FlashAttention. Call `model.set_attn_implementation('sdpa')` first."

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, MaxTimeCriteria, PreTrainedModel, StaticCache
 
-from ..verifying.attention import GROUPED, STOCK, longrope_boundary
+from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length
 from ..verifying.experts import has_invariant_experts
 from ..verifying.forward import TargetForward
@@ -23,7 +23,7 @@ from ..verifying.hybrids import is_recurrent
 from ..verifying.prepacking import is_prepacked
 from ..verifying.slots import SlotEngine
 from ..verifying.verifier import InvariantVerifier
-from .checks import PROMPT_ARGUMENTS, check_same_bits, given_cache, setting_of
+from .checks import LENT, PROMPT_ARGUMENTS, check_same_bits, given_cache, setting_of
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -50,7 +50,7 @@ def _of_model(model: PreTrainedModel) -> Iterator[Obstacle]:
     if longrope_boundary(config) is not None:
         yield f"{name} of rope_type 'longrope', whose frequencies depend on the longest row", _OTHER_MODEL
     attention = config._attn_implementation
-    if attention not in (STOCK, GROUPED) and (attention != "eager" or model._supports_sdpa):
+    if attention not in LENT and (attention != "eager" or model._supports_sdpa):
         yield f"attn_implementation={attention!r}", "Call `model.set_attn_implementation('sdpa')` first"
     if not model._can_set_attn_implementation():
         yield f"{name}, whose attention does not ask Transformers' `AttentionInterface`", _OTHER_MODEL
