@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
     StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from tests.image_processors import image_target
@@ -172,12 +173,20 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "embeddings": ({"inputs_embeds": torch.zeros(1, 5, 32, dtype=torch.float64)}, r"more than tokens.*inputs_embeds"),
     "a time": ({"max_time": 5.0}, "`max_time`, which ends a text by the clock. Set `max_new_tokens`"),
+    "guidance": ({"guidance_scale": 1.5}, "`guidance_scale`, which runs the model once more, in the normal mode"),
+    "a processor of guidance": (
+        {"logits_processor": lambda target: [UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, target)]},
+        "`guidance_scale`",
+    ),
     "a criterion of time": ({"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(5.0)])}, "`max_time`"),
 }
 
 
+MADE = (CACHE_KEYWORD, "logits_processor")  # of the target
+
+
 def made(options: dict[str, Any], target: PreTrainedModel) -> dict[str, Any]:
-    return {name: value(target) if name == CACHE_KEYWORD else value for name, value in options.items()}
+    return {name: value(target) if name in MADE else value for name, value in options.items()}
 
 
 @pytest.mark.parametrize("row", CALLS)

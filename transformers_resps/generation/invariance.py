@@ -5,7 +5,7 @@ docs/same-text.md says so.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,7 +13,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, MaxTimeCriteria, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    GenerationConfig,
+    MaxTimeCriteria,
+    PreTrainedModel,
+    StaticCache,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length
@@ -102,9 +109,15 @@ def _of_call(
     given = sorted(name for name in PROMPT_ARGUMENTS & arguments.keys() if arguments[name] is not None)
     if given:
         yield f"prompts of more than tokens, here {given}", "Pass `input_ids` alone"
-    criteria = arguments.get("stopping_criteria") or ()
-    if setting("max_time") is not None or any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
+    if setting("max_time") is not None or _holds(MaxTimeCriteria, arguments.get("stopping_criteria")):
         yield "`max_time`, which ends a text by the clock", "Set `max_new_tokens`"
+    guided = setting("guidance_scale") not in (None, 1)
+    if guided or _holds(UnbatchedClassifierFreeGuidanceLogitsProcessor, arguments.get("logits_processor")):
+        yield "`guidance_scale`, which runs the model once more, in the normal mode", "Leave it out"
+
+
+def _holds(kind: type, given: Iterable[Any] | None) -> bool:
+    return any(isinstance(one, kind) for one in given or ())
 
 
 class InvariantCalls:
