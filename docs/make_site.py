@@ -23,6 +23,7 @@ SECTIONS = {
         "docs/read-a-report",
         "docs/performance",
         "docs/lossless",
+        "docs/same-text",
         "docs/grammars",
         "docs/trl",
         "docs/serve",

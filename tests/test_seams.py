@@ -43,7 +43,7 @@ def test_decoding_methods_are_told_nothing_that_we_do_not_know(name: str) -> Non
 def test_generate_has_the_parameters_we_name() -> None:
     theirs = list(inspect.signature(GenerationMixin.generate).parameters)[1:-1]
     ours = list(inspect.signature(ReSpSGenerationMixin.generate).parameters)[1:-1]
-    assert ours == [*theirs, "policy", "lockstep", "compile"]
+    assert ours == [*theirs, "policy", "lockstep", "compile", "invariant"]
 
 
 def test_attention_by_sdpa_has_no_option_that_we_would_not_pass_on() -> None:

@@ -1,5 +1,6 @@
 """The kit passes a sound engine; of an engine with a planted fault it says what differs, and where."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ from transformers_resps.decoding.acceptance import Acceptance, accept
 from transformers_resps.decoding.text import Text
 from transformers_resps.policies.auto import PolicyCache
 from transformers_resps.testing import MAX_SPACINGS, spacing_at
-from transformers_resps.testing.comparison import Call, ModelUnderTest, compare_batch, compare_one_by_one
+from transformers_resps.testing.comparison import (
+    SAMPLED,
+    Call,
+    ModelUnderTest,
+    compare_batch,
+    compare_one_by_one,
+)
 from transformers_resps.testing.distribution import check_distribution
 from transformers_resps.testing.lossless import built_in_prompts
 from transformers_resps.tree import DraftTree
@@ -61,7 +68,7 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
     page = str(report)
     for fact in ("torch.float32", "threads", torch.__version__, "LlamaForCausalLM", repr(WIDE), "detected"):
         assert fact in page
-    assert len(page.splitlines()) < 25
+    assert len(page.splitlines()) <= 25
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -315,20 +322,24 @@ def test_a_tree_that_changes_after_its_verification_is_found_with_mtp_layers(
         assert_lossless(target, head, SMALL, **BRIEF)
 
 
-def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
-    target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def rounding(target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision, in which every logit moves by up to half of what is excused: no gap by more than that."""
     target.bfloat16()
     head.bfloat16()
     generator = torch.Generator().manual_seed(1)
 
     def rounds_otherwise(tree: DraftTree, logits: torch.Tensor, text: Text, *reached: Any) -> Acceptance:
-        """Moves every logit by up to half of what is excused, so that a gap moves by no more than that."""
         spacing = spacing_at(float(logits.abs().max()), torch.bfloat16) / 2  # the best logit may be the smaller one
         noise = MAX_SPACINGS / 2 * (2 * torch.rand(logits.shape, generator=generator) - 1)
         return accept(tree, logits.float() + noise * spacing, text)
 
     plant_rule(rounds_otherwise, monkeypatch)
+
+
+def test_half_precision_excuses_what_rounding_can_do_sampled_answers_too(
+    target: Any, head: DraftHead, rounding: None
+) -> None:
     report = assert_lossless(target, head, WIDE, **BRIEF | {"max_new_tokens": 24})
     sampled = [difference for check in report.texts[2:] for difference in check.differences]
     assert sampled and all(0 < difference.divergence.spacings <= MAX_SPACINGS for difference in sampled)
@@ -367,3 +378,60 @@ def test_a_head_that_reads_the_answers_of_another_model_is_still_lossless(target
     for parameter in head.parameters():
         parameter.data.normal_()
     assert assert_lossless(target, head, WIDE, **BRIEF).is_lossless
+
+
+# --- the invariant mode ----------------------------------------------------------------------------------------------
+
+
+def test_the_invariant_mode_is_examined_in_half_precision_and_told(target: Any, head: DraftHead) -> None:
+    report = assert_lossless(target.bfloat16(), head.bfloat16(), WIDE, **BRIEF, invariant=True)
+    assert not any(check.differences for check in report.texts) and report.distribution.has_power
+    assert report.stock is not None and report.stock.prompts == 2
+    assert report.verdict == f"LOSSLESS: every answer is the plain one of the invariant mode; {report.stock}"
+    names = [check.name for check in report.texts]
+    assert "sampled, in a padded batch" in names and "greedy, prompts in chunks against each at once" in names
+    assert re.search(r"\nmode +invariant\n", str(report))
+
+
+def test_in_the_normal_mode_stock_is_the_reference_itself(target: Any, head: DraftHead) -> None:
+    report = assert_lossless(target, head, WIDE, seeds=1, max_new_tokens=2)
+    assert report.stock is None and "stock" not in report.verdict and re.search(r"\nmode +normal\n", str(report))
+
+
+def test_every_call_of_the_examination_runs_in_the_mode_but_stocks(
+    target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def noting(generate: Function) -> Function:
+        return lambda *given, **named: (asked.append(named.get("invariant")), generate(*given, **named))[1]
+
+    plant("generation.mixin:ReSpSGenerationMixin.generate", noting, monkeypatch.setattr)
+    assert_lossless(target, head, WIDE, seeds=1, max_new_tokens=4, invariant=True)
+    assert asked and all(asked)
+
+
+def test_the_invariant_mode_excuses_nothing(target: Any, head: DraftHead, rounding: None) -> None:
+    calls = [Call(0, built_in_prompts(19)[1], seed, SAMPLED | {"max_new_tokens": 12}) for seed in range(12)]
+    model = ModelUnderTest(target, head, WIDE, invariant=True)
+    with model.undisturbed(), model.without_settings():
+        found = compare_one_by_one(model, "", calls)
+    assert not found.passed and all(one.divergence.spacings <= MAX_SPACINGS for one in found.differences)
+    assert "spacings of the dtype: NOT excused in the invariant mode" in str(found.differences[0])
+
+
+def test_a_fault_that_trees_and_plain_decoding_share_in_batches_is_found_by_the_rows_alone(
+    target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows_disturb_each_other(generate: Function) -> Function:
+        return lambda self, prompts, **settings: generate(
+            self, prompts, **settings | ({"suppress_tokens": list(range(3, 12))} if len(prompts) > 1 else {})
+        )
+
+    plant("testing.comparison:ModelUnderTest._generate", rows_disturb_each_other, monkeypatch.setattr)
+    with pytest.raises(NotLosslessError) as found:
+        assert_lossless(target, head, WIDE, **BRIEF, invariant=True)
+    assert [check.name for check in found.value.report.texts if not check.passed] == [
+        "greedy, rows of a padded batch against each alone",
+        "greedy, prompts in chunks against each at once",
+    ]

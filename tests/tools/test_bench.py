@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers_resps.tools.bench import BenchConfig, load_policies, read_opti
 from transformers_resps.tools.cli import BENCH_METHODS, add_bench_options, main
 from transformers_resps.tools.methods import Bench
 from transformers_resps.tools.quiet import BusyMachineError, check_load
+from transformers_resps.tools.results import SAME_TEXT_INVARIANT
 
 
 ROWS = [["defg", "hi"], ["klkl"], ["mnop"], ["qrst"], ["uvwx"]]
@@ -124,6 +126,18 @@ def test_trees_and_policies_are_measured_both_ways(
         row["compiled_efficiency"] == pytest.approx(row["compiled_ratio"] / row["tau"]) for row in rows.values()
     )
     assert found["same_text"] == dict.fromkeys(rows, 3) and "| ratio to compiled plain |" in capsys.readouterr().out
+
+
+def test_trees_and_policies_are_measured_in_both_modes(
+    bench: BenchCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--methods", "--shapes", "4,2,2", "--invariant", "--dtype", "bfloat16") == 0
+    found, own = results(tmp_path), ["tree 4/2/2, invariant", "auto, invariant"]
+    methods = ["plain", "plain, invariant", "tree 4/2/2", own[0], "auto", own[1]]
+    assert [row["method"] for row in found["pooled"]] == methods == list(found["same_text"])
+    assert found["same_text_invariant"] == dict.fromkeys(own, 3) and found["settings"]["invariant"]
+    told = capsys.readouterr().out
+    assert len(re.findall(r"\| all \| .*, invariant .*\| 3 of 3 \|\n", told)) >= 2 and SAME_TEXT_INVARIANT in told
 
 
 def test_plain_decoding_is_compiled_by_the_real_compiler(

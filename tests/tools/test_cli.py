@@ -122,6 +122,21 @@ def test_a_lossless_head_is_told_so_with_status_0(folders: tuple[str, str], caps
     )
 
 
+def test_the_invariant_mode_is_examined_in_half_precision(folders: tuple[str, str], capsys: Any) -> None:
+    invariant = ["--invariant", "--dtype", "bfloat16", *QUICK]
+    assert main(["verify", *folders, "10,2,9", *invariant]) == 0
+    page = capsys.readouterr().out
+    assert re.search(r"\nmode +invariant\n", page)
+    assert re.search(
+        r"\nLOSSLESS: every answer is the plain one of the invariant mode; stock .* in \d of 1 prompts", page
+    )
+    assert main(["verify", *folders, "10,2,9", *invariant, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["facts"]["mode"] == "invariant" and told["stock"]["prompts"] == 1
+    with pytest.raises(SystemExit):
+        main(["verify", *folders, *invariant, "--rounding"])
+
+
 @pytest.mark.parametrize("name", ["mtp", "small"])
 def test_any_drafter_is_examined(name: str, folders: tuple[str, str], capsys: Any) -> None:
     folder = Path(folders[0]) if name == "mtp" else Path(folders[0]).parent / name

@@ -23,11 +23,13 @@ from transformers_resps.tools.methods import (
     Prompt,
     draft_model,
     fixed_tree,
+    invariant,
+    invariant_plain,
     plain,
     policies,
     prompt_lookup,
 )
-from transformers_resps.tools.results import Run
+from transformers_resps.tools.results import AnswerTiming, Run
 from transformers_resps.tools.session import Dialogue, Judge, Session, check_apart, read_dialogues, spread
 
 
@@ -215,6 +217,25 @@ def test_a_sampled_text_of_a_stock_assistant_may_differ(bench: Bench) -> None:
     judge = Judge(bench.target, [plain(), other])
     judge.add(PROMPT, [one, bench.decode(PROMPT, other, 0, 1.0)])
     assert judge.same_text["prompt lookup"] == 0 and not judge.unexplained
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_in_half_precision_a_near_tie_is_passed_over_in_the_normal_mode_alone(
+    bench: Bench, tiny_head: DraftHead, temperature: float
+) -> None:
+    bench.target.bfloat16().lm_head.weight.data.zero_()  # every token is as likely as any other
+    tree = fixed_tree(tiny_head, SHAPE)
+    methods = [plain(), invariant_plain(), tree, invariant(tree)]
+
+    def run(name: str, text: list[int]) -> Run:
+        return Run(AnswerTiming(name, PROMPT.name, 0, 2, 2, 1.0, 1, temperature), torch.tensor(text))
+
+    judge, texts = Judge(bench.target, methods), ([3, 4], [3, 5], [3, 6], [3, 6])
+    judge.add(PROMPT, [run(method.name, text) for method, text in zip(methods, texts, strict=True)])
+    assert judge.same_text == {"plain": 1, "plain, invariant": 0, "tree 4/2/2": 0, "tree 4/2/2, invariant": 0}
+    assert judge.same_text_invariant == {"tree 4/2/2, invariant": 0}
+    [line] = judge.unexplained
+    assert line.startswith("tree 4/2/2, invariant, a/0, turn 1")
 
 
 def test_prompts_that_were_learned_from_are_refused() -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from transformers_resps import TreeShape
 from transformers_resps.hub.upload import GENERAL_TAGS, card_data
-from transformers_resps.tools.results import ALL, PLAIN, method_cell, same_text, summary_cells
+from transformers_resps.tools.results import ALL, PLAIN, SAME_TEXT_INVARIANT, method_cell, same_text, summary_cells
 
 from .artefact import Artefact
 
@@ -62,6 +62,7 @@ def render_card(artefact: Artefact, name: str, *, with_plots: bool = False) -> s
         agreement=_agreement(artefact.metrics),
         overall=_overall(results) if results else None,
         by_dataset=_by_dataset(results) if results else None,
+        same_text_invariant=SAME_TEXT_INVARIANT,
     )
     return f"{card}\n"  # Jinja drops the last one of a template
 

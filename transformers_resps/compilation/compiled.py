@@ -114,6 +114,8 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()
-    return types.FunctionType(
+    copied = types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied

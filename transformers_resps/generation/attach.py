@@ -61,7 +61,7 @@ def attach(
         defaults = replace(defaults, policy=AutoPolicy.from_pretrained(cast(str, policy)))
     target = cast(PreTrainedModel, inner)
     defaults = defaults.loaded(lambda one: load_assistant(one, target) if is_name(one) else one)
-    if defaults.has_stock_assistant and policy is None:
+    if defaults.has_stock_assistant:
         raise ValueError(
             "`attach` takes a `DraftHead` as `assistant_model`, or a model with a policy, got a "
             f"{type(assistant_model).__name__}. Pass a policy, too, or pass other assistants to `generate`."

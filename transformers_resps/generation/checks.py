@@ -6,6 +6,7 @@ Stock `generate` would ignore or misroute most of these settings when it is give
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,14 +105,7 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     Raises:
         ValueError: names the setting and the way out.
     """
-
-    def setting(name: str) -> Any:
-        """As `generate` resolves it: the call's keyword, the call's config, the model's config."""
-        for value in (arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)):
-            if value is not None:
-                return value
-        return None
-
+    setting = partial(setting_of, model=model, config=config, arguments=arguments)
     for name, is_asked in _SETTINGS.items():
         value = setting(name)
         if value is not None and is_asked(value):
@@ -129,6 +123,19 @@ def check_settings(model: PreTrainedModel, config: GenerationConfig | None, argu
     _check_user_cache(model, arguments)
 
 
+def setting_of(
+    name: str, model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]
+) -> Any:
+    """As `generate` resolves it: the call's keyword, the call's config, the model's config; `None` where all are."""
+    given = arguments.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)
+    return next((value for value in given if value is not None), None)
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The caller's cache, of the name that it has in any release; `None` without."""
+    return arguments.get("cache", arguments.get("past_key_values"))
+
+
 def _check_cache_settings(model: PreTrainedModel, setting: Callable[[str], Any]) -> None:
     implementation = setting("cache_implementation")
     known = (None, "dynamic", "hybrid")  # stock unsets "hybrid", an old default of the Hub
@@ -137,7 +144,7 @@ def _check_cache_settings(model: PreTrainedModel, setting: Callable[[str], Any])
 
 
 def _check_user_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
-    cache = arguments.get("cache", arguments.get("past_key_values"))
+    cache = given_cache(arguments)
     if cache is None:
         return
     if model.config.is_encoder_decoder:

@@ -34,6 +34,7 @@ from ..verifying.attention import is_flash
 from ..verifying.forward import TargetForward
 from ..verifying.slots import SlotEngine
 from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
+from .invariance import InvariantCalls
 
 
 AUTO: Literal["auto"] = "auto"  # as `policy` our default one, which learns while it decodes
@@ -82,8 +83,9 @@ class Keywords:
 
     @property
     def has_stock_assistant(self) -> bool:
-        """Whether the call drafts in Transformers' own way."""
-        return len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
+        """Whether the call drafts in Transformers' own way: with a policy, a small model drafts trees."""
+        is_model = len(self.assistants) == 1 and not is_name(self.assistant_model) and not self.sources
+        return is_model and (self.policy is None or self.is_plain)
 
     @property
     def asks_trees(self) -> bool:
@@ -129,6 +131,11 @@ class Keywords:
             raise ValueError(f"`compile` must be True, False, 'auto' or None, got {self.compile!r}.")
         if self.is_plain and self.assistant_model is not None and not self.has_stock_assistant:
             raise ValueError("`policy='plain'` decodes without a draft head. Leave out one of the two.")
+        if self.is_plain and self.invariant:
+            raise ValueError(
+                "`policy='plain'` with `invariant=True` is a contradiction, since stock decoding rounds otherwise. "
+                "Leave out the policy for invariant plain decoding."
+            )
         self._check_policy()
 
     def _check_policy(self) -> None:
@@ -320,6 +327,7 @@ class SpeculationState:
         evaluation_mode: of the model's layers and its heads', for `eval_mode`.
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
+        invariant_calls: what calls with `invariant=True` share.
     """
 
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
@@ -329,6 +337,7 @@ class SpeculationState:
         self.evaluation_mode = EvaluationMode()
         self.slot_engine = SlotEngine()
         self.draft_engines = DraftEngines()
+        self.invariant_calls = InvariantCalls()
         self._verified_trees = set[bool]()  # with FlashAttention and without
 
     def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:
@@ -441,6 +450,8 @@ class Request:
         check_model(model, has_head=bool(sources))
         check_settings(model, call.config, call.arguments)
         check_inputs(model, call.prompts, call.arguments)
+        if keywords.invariant:
+            state.invariant_calls.admit(model, call.config, call.arguments, keywords.compile)
         for source in sources:
             for module in source.own_modules:
                 check_draws(module)
@@ -489,4 +500,9 @@ def _check_stock(keywords: Keywords) -> None:
         raise ValueError(
             f"Got compile={keywords.compile!r} without a draft head or a policy, but only our own steps are compiled. "
             "Pass `policy='auto'`, or `policy=FixedPolicy(TreeShape.plain())` for compiled plain decoding."
+        )
+    if keywords.invariant:
+        raise ValueError(
+            "Got invariant=True with an assistant of Transformers' own, whose text depends on what it drafts. Pass "
+            "`policy='auto'` as well, so that it drafts trees."
         )

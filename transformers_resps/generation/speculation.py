@@ -109,6 +109,7 @@ def speculate(
         if static is not None and inputs.is_cache_given:
             check_room(static, inputs.longest - 1)
             stack.callback(fill_static, static, inputs.cache)
+        stack.callback(state.invariant_calls.note, inputs.cache, request.invariant)
         stack.callback(stop_recording, inputs.cache)
         batch = _batch(target, request.lockstep, inputs)
         decoding = _decode(target, state, request, batch, inputs)

@@ -3,6 +3,8 @@
 In fp32 and fp64 they must be equal. In half precision rounding may change a pick, and later tokens cannot be compared,
 so only the first divergence is judged. With sampling the same seed gives both sides the same random numbers up to that
 place, so it can be judged too: would plain decoding have picked either token if its logit were a few spacings higher?
+
+In the invariant mode any difference from plain decoding of that mode fails, in every dtype.
 """
 
 import math
@@ -39,12 +41,15 @@ class Written:
 class ModelUnderTest:
     """A model, and the head and policy whose output must be the model's own.
 
-    `done` is called after each call with the policy, to move a progress bar.
+    Attributes:
+        invariant: whether every call, plain ones too, runs in the invariant mode.
+        done: is called after each call with the policy, to move a progress bar.
     """
 
     model: Any  # as the user holds it, perhaps inside a PEFT model
     head: DraftSource | None  # `None` to draft by lookup alone
     policy: Policy | str | None
+    invariant: bool = False
     done: Callable[[], Any] = lambda: None
 
     @property
@@ -53,6 +58,14 @@ class ModelUnderTest:
         return cast(PreTrainedModel, unwrapped(self.model))
 
     def plain(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
+        """The reference, for prompts `[s]`: stock `generate`, or plain decoding of the invariant mode."""
+        if not self.invariant:
+            return self.stock(prompts, seed, **settings)
+        attach(self.model)
+        torch.manual_seed(seed)
+        return self._written(self._generate(prompts, invariant=True, **settings).sequences, prompts)
+
+    def stock(self, prompts: Sequence[Tensor], seed: int = 0, **settings: Any) -> Written:
         """Call stock `generate` of the detached model, for prompts `[s]`."""
         with detached(self.model):
             torch.manual_seed(seed)
@@ -64,7 +77,8 @@ class ModelUnderTest:
         """The same call with the head and the policy."""
         attach(self.model)
         torch.manual_seed(seed)
-        output = self._generate(prompts, assistant_model=self.head, policy=self.policy, **settings)
+        own = {"assistant_model": self.head, "policy": self.policy, "invariant": self.invariant}
+        output = self._generate(prompts, **own, **settings)
         self.done()
         return self._written(output.sequences, prompts), output.speculation
 
@@ -135,7 +149,8 @@ class Difference:
     divergence: Divergence
 
     def __str__(self) -> str:
-        verdict = "rounding explains it" if self.divergence.explained else "NOT explained by rounding"
+        unexcused = "NOT excused in the invariant mode" if self.divergence.invariant else "NOT explained by rounding"
+        verdict = "rounding explains it" if self.divergence.explained else unexcused
         return f"prompt {self.prompt}, seed {self.seed}, {self.divergence}: {verdict}"
 
 
@@ -203,23 +218,41 @@ def compare_one_by_one(model: ModelUnderTest, name: str, calls: Sequence[Call]) 
 
 def compare_batch(model: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> TextCheck:
     """Compare all prompts in one left-padded batch. In half precision only greedily: one draw cannot be judged."""
-    return _compare(model, name, [[Call(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]])
+    return _compare(model, name, [_batch(prompts, settings)])
 
 
-def _compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]]) -> TextCheck:
-    """Batches of calls with one seed and the same settings."""
+def compare_with_alone(
+    model: ModelUnderTest, name: str, prompts: Sequence[Tensor], settings: dict[str, Any]
+) -> TextCheck:
+    """Compare all prompts in one left-padded greedy batch with each alone and read at once: for the invariant mode."""
+    return _compare(model, name, [_batch(prompts, settings)], alone=True)
+
+
+def _batch(prompts: Sequence[Tensor], settings: dict[str, Any]) -> list[Call]:
+    return [Call(index, prompt, 0, settings) for index, prompt in enumerate(prompts)]
+
+
+def _alone(model: ModelUnderTest, calls: Sequence[Call]) -> list[Written]:
+    """What plain decoding writes to each prompt without the others, which it reads at once."""
+    return [model.plain([call.prompt], call.seed, **call.settings | {"prefill_chunk_size": None}) for call in calls]
+
+
+def _compare(model: ModelUnderTest, name: str, batches: Sequence[Sequence[Call]], *, alone: bool = False) -> TextCheck:
+    """Batches of calls with one seed and the same settings; `alone`: plain decoding reads each prompt alone."""
     differences, mismatches, tokens, forwards = [], [], 0, 0
     for calls in batches:
         prompts, seed, settings = [call.prompt for call in calls], calls[0].seed, calls[0].settings
-        plain = model.plain(prompts, seed, **settings)
+        plain = _alone(model, calls) if alone else [model.plain(prompts, seed, **settings)]
         found, report = model.speculative(prompts, seed, **settings)
         tokens += sum(map(len, found.outputs))
         forwards += sum(step.decoded_rows for step in report.steps)
-        for call, expected, output in zip(calls, plain.outputs, found.outputs, strict=True):
-            difference = _first_difference(model, call, expected, output)
+        expected = [output for written in plain for output in written.outputs]
+        for call, own, output in zip(calls, expected, found.outputs, strict=True):
+            difference = _first_difference(model, call, own, output)
             differences += [] if difference is None else [difference]
-        where = f"prompt {calls[0].index}, seed {seed}: " if len(calls) == 1 else ""
-        mismatches += [where + mismatch for mismatch in _mismatches_beside(plain, found)]
+        if not alone:
+            where = f"prompt {calls[0].index}, seed {seed}: " if len(calls) == 1 else ""
+            mismatches += [where + mismatch for mismatch in _mismatches_beside(plain[0], found)]
     return TextCheck(name, sum(map(len, batches)), tokens, forwards, tuple(differences), tuple(mismatches))
 
 
@@ -237,7 +270,7 @@ def _mismatches_beside(plain: Written, found: Written) -> list[str]:
 
 def _first_difference(model: ModelUnderTest, call: Call, plain: Tensor, found: Tensor) -> Difference | None:
     """Where two outputs `[t]`, `[t']` diverge first, judged; `None` when they are equal."""
-    divergence = explain_divergence(model.target, call.prompt, plain, found)
+    divergence = explain_divergence(model.target, call.prompt, plain, found, invariant=model.invariant)
     if divergence is None:
         return None
     if divergence.dtype in HALF_PRECISIONS:

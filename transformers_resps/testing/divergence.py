@@ -45,6 +45,7 @@ class Divergence:
             logit of either token must rise before plain decoding, with the same random numbers, picks it there; the
             larger of both, rounded up to a power of two, infinite beyond `MAX_SPACINGS`. `None` where bare logits
             decide.
+        invariant: whether both were written in the invariant mode, which rounds every token alike.
     """
 
     position: int
@@ -55,6 +56,7 @@ class Divergence:
     best_logit: float
     dtype: torch.dtype
     needed: float | None = None
+    invariant: bool = False
 
     @property
     def gap(self) -> float:
@@ -80,9 +82,10 @@ class Divergence:
     def explained(self) -> bool:
         """Whether rounding explains the difference: in half precision, within `MAX_SPACINGS` of the pick.
 
-        An output that ends early is never explained: an end token is compared like any other token.
+        Nothing is explained in the invariant mode, nor an output that ends early: an end token is compared like any
+        other token.
         """
-        return self.dtype in HALF_PRECISIONS and self.spacings <= MAX_SPACINGS
+        return not self.invariant and self.dtype in HALF_PRECISIONS and self.spacings <= MAX_SPACINGS
 
     def __str__(self) -> str:
         spacings = f"{self.spacings:.1f}" if self.needed is None else f"up to {self.spacings:g}"
@@ -94,7 +97,12 @@ class Divergence:
 
 @torch.inference_mode()
 def explain_divergence(
-    model: PreTrainedModel, prompt_ids: Tensor, plain_ids: Tensor, speculative_ids: Tensor
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    plain_ids: Tensor,
+    speculative_ids: Tensor,
+    *,
+    invariant: bool = False,
 ) -> Divergence | None:
     """Compare two greedy outputs of `model` to one prompt; `None` when they are equal.
 
@@ -105,6 +113,7 @@ def explain_divergence(
         prompt_ids: `[s]`, without padding.
         plain_ids: `[t]` the output of plain `generate`, without the prompt.
         speculative_ids: `[t']` the output to judge, without the prompt.
+        invariant: whether both were written with `invariant=True`.
     """
     plain, speculative = plain_ids.tolist(), speculative_ids.tolist()
     position = first_difference(plain, speculative)
@@ -126,6 +135,7 @@ def explain_divergence(
         speculative_logit=speculative_logit,
         best_logit=float(logits.max()),
         dtype=model.dtype,
+        invariant=invariant,
     )
 
 

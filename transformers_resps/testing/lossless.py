@@ -29,9 +29,21 @@ from .comparison import (
     TextCheck,
     compare_batch,
     compare_one_by_one,
+    compare_with_alone,
 )
 from .distribution import DistributionCheck, check_distribution
 from .divergence import HALF_PRECISIONS
+
+
+@dataclass(frozen=True, slots=True)
+class StockCheck:
+    """In how many of the `prompts` stock decoding wrote the greedy text of the invariant mode; it need not."""
+
+    equal: int
+    prompts: int
+
+    def __str__(self) -> str:
+        return f"stock decoding wrote the same text in {self.equal} of {self.prompts} prompts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +51,19 @@ class LosslessReport:
     """The result of `assert_lossless`; printed, it is a short page to paste into an issue.
 
     Attributes:
-        facts: versions, device, dtype, threads, target, head, policy.
+        facts: versions, device, dtype, threads, target, head, policy, mode.
         texts: outputs compared token for token, one entry per decoding setting.
         distribution: the test of sampled tokens, with its control.
         seconds: that the check took.
+        stock: how plain decoding of the invariant mode compares with stock's; `None` in the normal mode, where they
+            are one.
     """
 
     facts: dict[str, str]
     texts: tuple[TextCheck, ...]
     distribution: DistributionCheck
     seconds: float
+    stock: StockCheck | None = None
 
     @property
     def is_lossless(self) -> bool:
@@ -77,7 +92,8 @@ class LosslessReport:
         blind = "" if self.distribution.has_power else "; the distribution test had no power"
         idle = [check.name for check in self.texts if check.is_of_policy and not check.accepted]
         untested = f"; no draft was accepted in {len(idle)} of the comparisons" if idle else ""
-        return f"LOSSLESS: every answer is the plain one{except_for}{untested}{blind}"
+        beside_stock = "" if self.stock is None else f" of the invariant mode; {self.stock}"
+        return f"LOSSLESS: every answer is the plain one{except_for}{beside_stock}{untested}{blind}"
 
     def __str__(self) -> str:
         width = max(map(len, self.facts))
@@ -114,6 +130,7 @@ def assert_lossless(
     *,
     seeds: int = 4,
     max_new_tokens: int = 32,
+    invariant: bool = False,
 ) -> LosslessReport:
     """Compare `generate` with a drafter and a policy to plain `generate`, and raise if it is not lossless.
 
@@ -124,6 +141,10 @@ def assert_lossless(
     The policy's trees are tested greedily, one by one and in a left-padded batch, and sampled with equal seeds, with
     and without logits processors. Built-in trees that change at every step are tested in addition, also with a prompt
     in chunks, with end tokens inside trees, and in a sampled batch.
+
+    With `invariant=True` every call runs in the invariant mode and is compared with plain decoding of that mode. No
+    difference is excused, in any dtype. Rows of a padded batch, whose prompts may come in chunks, are also compared
+    with each prompt alone and read at once. How often stock decoding writes the same text is told, and not judged.
 
     The model need not be attached, and is afterwards as it was before, like the global random generators. Do not use
     it elsewhere meanwhile. Its own generation settings apply to the compared outputs, not to the distribution.
@@ -138,19 +159,20 @@ def assert_lossless(
         seeds: number of sampled outputs per sampling setting, over the prompts in turn; the distribution is tested on
             the first tokens of twelve times as many.
         max_new_tokens: length of each compared output.
+        invariant: whether `generate(..., invariant=True)` is compared.
 
     Returns:
         The report.
 
     Raises:
-        NotLosslessError: an `AssertionError` with the report: rounding does not explain a difference.
+        NotLosslessError: an `AssertionError` with the report: rounding does not explain a difference, or may not.
         ValueError: a prompt, a number, the model or the head is unusable, or `generate` refuses it or the policy.
     """
     started = time.perf_counter()
     _check_kinds(model, policy)
     assistants = Assistants()  # keeps what it loads
     source = assistants.source(unwrapped(model), head)
-    under_test = ModelUnderTest(model, source, AUTO if head is None and policy is None else policy)
+    under_test = ModelUnderTest(model, source, AUTO if head is None and policy is None else policy, invariant)
     vocabulary = under_test.target.config.get_text_config().vocab_size
     ids = [_token_ids(prompt, vocabulary) for prompt in (built_in_prompts(vocabulary) if prompts is None else prompts)]
     if not ids or seeds < 1 or max_new_tokens < 2:
@@ -168,7 +190,8 @@ def assert_lossless(
             *(replace(check, is_of_policy=False) for check in changing),
         )
         distribution = check_distribution(under_test, ids, _DISTRIBUTION_OUTPUTS * seeds)
-    report = LosslessReport(_facts(under_test), texts, distribution, time.perf_counter() - started)
+        stock = _beside_stock(under_test, ids, GREEDY | limit) if invariant else None
+    report = LosslessReport(_facts(under_test), texts, distribution, time.perf_counter() - started, stock)
     if not report.is_lossless:
         raise NotLosslessError(report)
     return report
@@ -183,6 +206,8 @@ def _with_the_policy(
     yield compare_batch(model, "greedy, in a padded batch", ids, GREEDY | limit)
     yield compare_one_by_one(model, "sampled, temperature 1", _calls(ids, seeds, SAMPLED | limit))
     yield compare_one_by_one(model, processed, _calls(ids, seeds, PROCESSED | limit))
+    if model.invariant:
+        yield compare_with_alone(model, "greedy, rows of a padded batch against each alone", ids, GREEDY | limit)
 
 
 def _with_changing_trees(
@@ -191,7 +216,7 @@ def _with_changing_trees(
     stressed = replace(model, policy=ChangingTrees(model.head is not None))
     longest = max(range(len(ids)), key=lambda index: len(ids[index]))
     in_chunks = GREEDY | limit | {"prefill_chunk_size": 5}
-    if model.target.dtype not in HALF_PRECISIONS:
+    if model.invariant or model.target.dtype not in HALF_PRECISIONS:
         yield compare_batch(stressed, "sampled, in a padded batch", ids, SAMPLED | limit)
     with model.without_settings():
         yield compare_batch(stressed, "greedy, in a padded batch, built-in trees", ids, GREEDY | limit)
@@ -200,6 +225,13 @@ def _with_changing_trees(
         yield compare_one_by_one(
             stressed, "greedy, ends inside trees", list(_ending_calls(model, ids, GREEDY | limit))
         )
+        if model.invariant:
+            yield compare_with_alone(stressed, "greedy, prompts in chunks against each at once", ids, in_chunks)
+
+
+def _beside_stock(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> StockCheck:
+    texts = [(model.plain([prompt], **settings), model.stock([prompt], **settings)) for prompt in ids]
+    return StockCheck(sum(torch.equal(own.outputs[0], stock.outputs[0]) for own, stock in texts), len(ids))
 
 
 def _ending_calls(model: ModelUnderTest, ids: list[Tensor], settings: dict[str, Any]) -> Iterator[Call]:
@@ -278,4 +310,5 @@ def _facts(model: ModelUnderTest) -> dict[str, str]:
     if model.head is not None:
         facts["head"] = f"{model.head.identity()['name_or_path'] or 'without a name'}, {known['head']}"
     facts["policy"] = "the head's default tree" if model.policy is None else str(model.policy)
+    facts["mode"] = "invariant" if model.invariant else "normal"
     return facts

@@ -37,6 +37,8 @@ from .methods import (
     draft_model,
     eagle_trees,
     fixed_tree,
+    invariant,
+    invariant_plain,
     plain,
     policies,
     prompt_lookup,
@@ -82,6 +84,7 @@ class BenchConfig:
     dtype: str | None = None
     device: str = field(default_factory=default_device)
     compile: bool = False
+    invariant: bool = False
     pack: bool = False
     threads: int | None = None
     accept_noise: bool = False
@@ -273,6 +276,8 @@ def methods_of(
     stock = [
         plain(),
         *([compiled_plain()] if compiles else []),
+        *([invariant_plain()] if config.invariant else []),
+        *([invariant(compiled_plain())] if config.invariant and compiles else []),
         *([prompt_lookup()] if PROMPT_LOOKUP in config.chosen else []),
         *([] if models.draft_model is None else [draft_model(models.draft_model)]),
     ]
@@ -284,6 +289,8 @@ def methods_of(
     ]
     if compiles:
         own = [way for method in own for way in (method, compiled(method))]
+    if config.invariant:
+        own = [way for method in own for way in (method, invariant(method))]
     return [*stock, *others, *own]
 
 
@@ -310,6 +317,7 @@ def settings_of(config: BenchConfig, dialogues: Sequence[Dialogue]) -> dict[str,
         "methods": config.chosen,
         "shapes": [f"tree {shape}" for shape in config.shapes],
         "compile": config.compile,
+        "invariant": config.invariant,
         "datasets": list(config.datasets),
         "split": config.split,
         "prompts": {dialogue.name: dialogue.fingerprint for dialogue in dialogues},
@@ -345,6 +353,7 @@ def results_of(
         "cut_short": sorted(session.cut),
         "advice": advice_of({method.name: method.effort for method in session.methods}, timings, cost),
         "same_text": dict(session.judge.same_text),
+        "same_text_invariant": dict(session.judge.same_text_invariant),
         "unexplained": session.judge.unexplained,
         "plain_spread": plain_spread(timings),
         **summary_rows(timings, names, estimates),

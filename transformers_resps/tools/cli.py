@@ -121,8 +121,11 @@ def add_verify(commands: Any) -> None:
     add("--prompts", type=positive, default=4, help="number of prompts (default: 4)")
     add("--seeds", type=positive, default=4, help="sampled outputs per sampling setting (default: 4)")
     add("--max-new-tokens", type=positive, default=32, help="length of each compared output (default: 32)")
+    either = parser.add_mutually_exclusive_group().add_argument
+    invariant = "compare in the invariant mode, where no difference is excused in any dtype"
+    either("--invariant", action="store_true", help=invariant)
     rounding = "instead, measure how far a tree forward moves the target's logits"
-    add("--rounding", action="store_true", help=rounding)
+    either("--rounding", action="store_true", help=rounding)
     add("--revision", help="of a draft head")
     add("--json", action="store_true", help=_JSON)
 
@@ -165,6 +168,8 @@ def add_bench_options(parser: argparse.ArgumentParser, choices: Mapping[str, str
     add("--pack", action="store_true", help="prepack the target's weights, for every method, plain decoding too")
     both = "decode in every way but Transformers' own with and without compilation, plain decoding too"
     add("--compile", action="store_true", help=both)
+    one_text = "decode in every way but Transformers' own also in the invariant mode, plain decoding too"
+    add("--invariant", action="store_true", help=one_text)
     add("--threads", type=positive, help="CPU threads; default: as torch chooses")
     add("--accept-noise", action="store_true", help="measure even on a noisy machine; the results say so")
 

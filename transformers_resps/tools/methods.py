@@ -21,7 +21,7 @@ from ..policies.fixed import FixedPolicy
 from ..telemetry.report import SpeculationReport
 from ..tree import TreeShape
 from ..verifying.forward import decoder_layers
-from .results import COMPILED, PLAIN, AnswerTiming, Run, token_count
+from .results import COMPILED, COMPILED_PLAIN, INVARIANT, PLAIN, AnswerTiming, Run, token_count
 
 
 EAGLE_TREES = ((60, 5, 10), (60, 7, 10))  # total_token, depth and top_k as EAGLE counts them
@@ -44,11 +44,13 @@ class Method(ABC):
         effort: what a user needs for it; of equally fast methods the one with the least effort is advised.
         seed_exact: whether sampled texts must be those of plain decoding with the same seed. Transformers' own
             assistants draw other random numbers, so only their distribution is right.
+        reference: name of the method whose texts it must write: plain decoding of its mode.
     """
 
     name: str
     effort: int = field(default=0, kw_only=True)
     seed_exact: bool = field(default=True, kw_only=True)
+    reference: str = field(default=PLAIN, kw_only=True)
 
     @property
     def reports_steps(self) -> bool:
@@ -106,7 +108,23 @@ def compiled(method: Generate) -> Generate:
 
 def compiled_plain() -> Generate:
     """Return plain decoding with the compilation and the caches of `compiled` trees."""
-    return compiled(Generate(PLAIN, {"policy": FixedPolicy(TreeShape.plain())}))
+    return compiled(_plain_steps())
+
+
+def invariant(method: Generate) -> Generate:
+    """Return one of our methods, compiled or not, in the invariant mode."""
+    reference = (COMPILED_PLAIN if "compile" in method.keywords else PLAIN) + INVARIANT
+    keywords = {**method.keywords, "invariant": True}
+    return replace(method, name=method.name + INVARIANT, keywords=keywords, reference=reference)
+
+
+def invariant_plain() -> Generate:
+    """Return plain decoding of the invariant mode."""
+    return invariant(_plain_steps())
+
+
+def _plain_steps() -> Generate:
+    return Generate(PLAIN, {"policy": FixedPolicy(TreeShape.plain())})
 
 
 def prompt_lookup() -> Generate:

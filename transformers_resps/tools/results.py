@@ -31,6 +31,10 @@ ALL = "all"
 PLAIN = "plain"
 COMPILED = ", compiled"  # after the name of a method whose forwards are compiled
 COMPILED_PLAIN = PLAIN + COMPILED
+INVARIANT = ", invariant"  # after the name of a method in the invariant mode
+SAME_TEXT_INVARIANT = (
+    f"`{INVARIANT}`: texts are compared with `{PLAIN}{INVARIANT}`, and its own with `{PLAIN}`."
+)
 NAMED_NODES = 8  # whose verification the advice names
 MIN_PROMPTS = 8  # an interval over fewer is narrower than what it stands for: a bootstrap draws from what it has
 MAX_SPREAD = 0.25  # interquartile range over median of plain decoding's rates
@@ -352,6 +356,8 @@ def markdown_table(results: dict[str, Any]) -> str:
             lines.append(table_row([*place, *summary_cells(row), *_efficiency_cells(row, told), nodes, same]))
     if results.get("not_compiled"):
         lines += ["", f"{COMPILED_PLAIN}: not measured. {results['not_compiled']}"]
+    if results.get("same_text_invariant"):
+        lines += ["", SAME_TEXT_INVARIANT]
     return "\n".join(lines)
 
 
@@ -378,10 +384,14 @@ def method_cell(row: dict[str, Any]) -> str:
 
 
 def same_text(row: dict[str, Any], results: dict[str, Any]) -> str:
-    """Count answers that equal plain decoding's; empty over several temperatures, which are counted together."""
+    """Count answers that equal those of plain decoding in the same mode; the mode's own are compared with stock's.
+
+    Empty over several temperatures, which are counted together.
+    """
     if not row["measured"] or len(results["settings"]["temperatures"]) > 1:
         return ""
-    return f"{results['same_text'][row['method']]} of {results['same_text'].get(PLAIN, 0)}"
+    method, same = row["method"], results["same_text"]
+    return f"{results.get('same_text_invariant', {}).get(method, same[method])} of {same.get(PLAIN, 0)}"
 
 
 def table_row(cells: list[str]) -> str:

@@ -83,43 +83,56 @@ def check_apart(evaluated: Sequence[Dialogue], others: set[str], what: str) -> N
 
 
 class Judge:
-    """Compares the answers to each prompt with the plain one.
+    """Compares the answers to each prompt with plain ones.
 
     Attributes:
-        same_text: method -> answers of the first repeat that are equal.
+        same_text: method -> answers of the first repeat that equal the plain ones.
+        same_text_invariant: method of the invariant mode, but its plain decoding -> those that equal its.
         unexplained: differences that should not be. Greedy ones that rounding does not explain; sampled ones in
-            float32 or float64 of a method that promises the plain text seed for seed. In half precision a sampled
-            text may differ from a near-tie on, which cannot be told afterwards: it is counted, not judged.
+            float32 or float64 of a method that promises the plain text seed for seed; any in the invariant mode. In
+            half precision a sampled text of the normal mode may differ from a near-tie on, which cannot be told
+            afterwards: it is counted, not judged.
     """
 
     def __init__(self, target: Any, methods: Sequence[Method]) -> None:
         self._target = target
         self._promises = {method.name for method in methods if method.seed_exact}
+        self._references = {method.name: method.reference for method in methods}
         self.same_text: Counter[str] = Counter({method.name: 0 for method in methods})
+        in_mode = [method.name for method in methods if method.reference not in (PLAIN, method.name)]
+        self.same_text_invariant: Counter[str] = Counter(dict.fromkeys(in_mode, 0))
         self.unexplained: list[str] = []
 
     def add(self, prompt: Prompt, runs: Sequence[Run]) -> None:
         """Judge all answers of one cell."""
-        plain = next(run for run in runs if run.timing.method == PLAIN)
-        for run in runs:
-            m = run.timing
-            same = run.token_ids.tolist() == plain.token_ids.tolist()
+        by_name = {run.timing.method: run for run in runs}
+        for name, run in by_name.items():
+            m, reference = run.timing, by_name[self._references[name]]
+            same = _is_same(run, reference)
             if m.repeat == 0:
-                self.same_text[m.method] += same
-            found = None if same else self._difference(prompt, plain, run)
+                self.same_text[name] += _is_same(run, by_name[PLAIN])
+                if name in self.same_text_invariant:
+                    self.same_text_invariant[name] += same
+            found = None if same else self._difference(prompt, reference, run)
             if found is not None:
                 self.unexplained.append(
-                    f"{m.method}, {m.prompt}, turn {m.turn}, temperature {m.temperature:g}, repeat {m.repeat}, {found}"
+                    f"{name}, {m.prompt}, turn {m.turn}, temperature {m.temperature:g}, repeat {m.repeat}, {found}"
                 )
 
-    def _difference(self, prompt: Prompt, plain: Run, run: Run) -> str | None:
+    def _difference(self, prompt: Prompt, reference: Run, run: Run) -> str | None:
+        name, ids = run.timing.method, (reference.token_ids, run.token_ids)
+        is_invariant = name in self.same_text_invariant
         if run.timing.temperature == 0:
-            found = explain_divergence(self._target, prompt.input_ids, plain.token_ids, run.token_ids)
+            found = explain_divergence(self._target, prompt.input_ids, *ids, invariant=is_invariant)
             return None if found is None or found.explained else str(found)
-        exact = self._target.dtype in (torch.float32, torch.float64)
-        if run.timing.method in self._promises and exact:
+        exact = is_invariant or self._target.dtype in (torch.float32, torch.float64)
+        if name in self._promises and exact:
             return "sampled another text than plain decoding with the same seed"
         return None
+
+
+def _is_same(run: Run, other: Run) -> bool:
+    return run.token_ids.tolist() == other.token_ids.tolist()
 
 
 class Session:

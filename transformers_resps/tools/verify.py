@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
         return print_rounding(target, prompts, args.max_new_tokens, as_json=args.json)
     print("Comparing; on a CPU this takes minutes ...\n", file=sys.stderr, flush=True)
     try:
-        report = assert_lossless(target, head, policy, prompts, seeds=args.seeds, max_new_tokens=args.max_new_tokens)
+        settings = {name: getattr(args, name) for name in ("seeds", "max_new_tokens", "invariant")}
+        report = assert_lossless(target, head, policy, prompts, **settings)
     except NotLosslessError as error:
         report = error.report
     print(json.dumps(told(report), default=str) if args.json else report)

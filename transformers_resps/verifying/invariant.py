@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from .attention import STOCK, grouped_attention
+from .attention import GROUPED, STOCK, grouped_attention
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
@@ -68,7 +68,7 @@ class Layout:
         self._tail_seen = (is_text | (is_node & is_ancestor)) & (self._tail_places >= self._starts)
         self._prefix = torch.arange(blocks * BLOCK, device=depths.device)
         self._prefix_seen = self._prefix < self._starts
-        self._rows = dict[tuple[int, int, int], tuple[Tensor, Tensor]]()
+        self._rows: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """The additive mask of the prefix, then of the tail: `[b, 1, n, blocks * BLOCK + w]`."""
@@ -82,8 +82,10 @@ class Layout:
         """The mask for the heads that share keys as rows of one head: of the blocks `[blocks, 1 or b * kv heads, rows,
         BLOCK]`, of the tail `[b * kv heads, sharing * n, w]` in float64.
         """
+        if torch.compiler.is_compiling():  # which computes what is equal once
+            return _rows_of(mask, len(self._prefix), kv_heads, sharing)
         known = id(mask), kv_heads, sharing
-        if torch.compiler.is_compiling() or known not in self._rows:
+        if known not in self._rows:
             self._rows[known] = _rows_of(mask, len(self._prefix), kv_heads, sharing)
         return self._rows[known]
 
@@ -198,10 +200,13 @@ AttentionMaskInterface.register(INVARIANT, sdpa_mask)
 
 @contextmanager
 def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
-    """Inside, `target`, which attends by `sdpa`, attends by `invariant_attention`. One thread at a time."""
+    """Inside, `target`, which attends by `sdpa` or knows no other than `eager`, attends by `invariant_attention`. One
+    thread at a time.
+    """
     config = target.config.get_text_config()
+    own = config._attn_implementation
     config._attn_implementation = INVARIANT
     try:
         yield
     finally:
-        config._attn_implementation = STOCK
+        config._attn_implementation = STOCK if own == GROUPED else own  # lent by a call in another thread

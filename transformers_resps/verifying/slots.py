@@ -22,6 +22,7 @@ from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
 from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
+from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
 from .invariant import Layout, use_invariant_attention
 
@@ -280,13 +281,16 @@ class SlotForward:
 
 
 class InvariantForward(SlotForward):
-    """Attends so that a node's result depends on its own text alone. One thread at a time runs a target, by `lock`."""
+    """Computes a node so that its result depends on its own text alone. One thread at a time runs a target, by `lock`.
+
+    Experts fill up their rows to `least_rows`, or a multiple.
+    """
 
     is_invariant = True
 
-    def __init__(self, lock: Lock, *args: Any) -> None:
+    def __init__(self, lock: Lock, least_rows: int, *args: Any) -> None:
         super().__init__(*args)
-        self._lock = lock
+        self._lock, self._least_rows = lock, least_rows
 
     def _function(self, cache: Cache) -> Callable[..., tuple[Tensor, ...]]:
         """Of `InvariantInputs` and buffers."""
@@ -318,7 +322,7 @@ class InvariantForward(SlotForward):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with self._lock, use_invariant_attention(self.target):
+        with self._lock, use_invariant_attention(self.target), use_invariant_experts(self.target, self._least_rows):
             yield
 
 

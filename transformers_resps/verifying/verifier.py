@@ -575,7 +575,7 @@ class InvariantVerifier(SlotVerifier):
     ) -> None:
         super().__init__(forward, engine if compiles else None, position_ids, attention_mask)
         self._least_rows, self._pattern = least_rows, engine.pattern(forward.target)
-        given = engine.lock, forward.target, self._pattern
+        given = engine.lock, least_rows, forward.target, self._pattern
         self._eagerly = InvariantForward(*given, [])  # features are caught by hooks
         self._over_slots = InvariantForward(*given, forward.layers) if compiles else self._eagerly
         self._hidden: list[int] = []  # of each row, positions of its prompt that are no text

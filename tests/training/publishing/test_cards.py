@@ -16,6 +16,7 @@ from transformers_resps import AutoPolicy, DraftHead, FixedPolicy, TreeShape
 from transformers_resps.data import read_training_prompts
 from transformers_resps.policies.guard import BaselineGuard
 from transformers_resps.policies.throughput import ThroughputPolicy
+from transformers_resps.tools.results import SAME_TEXT_INVARIANT
 
 
 CARDS = Path(__file__).parent / "cards"
@@ -60,6 +61,20 @@ def test_a_card_tells_what_was_measured_on_a_busy_machine_and_how_many_shapes_we
     card = render_card(read_artefact(folder), "me/mine")
     assert "the machine may have been busy; the speed of plain decoding varied by 12%." in card
     assert "it picked 1 of its shapes" in card
+
+
+def test_a_card_tells_equal_texts_in_both_modes(tmp_path):
+    folder = head_folder(tmp_path / "head")
+    assert SAME_TEXT_INVARIANT not in render_card(read_artefact(folder), "me/mine")
+    rows = json.loads((folder / "results.json").read_text())["summaries"]["all"]
+    rows += [row | {"method": f"{row['method']}, invariant"} for row in rows if row["measured"]]
+    same = {"plain": 20, "tree 8/3/3": 9, "plain, invariant": 11, "tree 8/3/3, invariant": 10}
+    changed(folder, results={"summaries": {"all": rows}, "same_text": same})
+    changed(folder, results={"same_text_invariant": {"tree 8/3/3, invariant": 20}})
+    card = render_card(read_artefact(folder), "me/mine")
+    told = {line.split(" | ")[0][2:]: line.split(" | ")[-1][:-2] for line in card.splitlines() if " of 20 |" in line}
+    counts = {"plain": "20", "tree 8/3/3": "9", "plain, invariant": "11", "tree 8/3/3, invariant": "20"}
+    assert told == {name: f"{count} of 20" for name, count in counts.items()} and SAME_TEXT_INVARIANT in card
 
 
 def test_several_temperatures_are_told_apart(tmp_path):

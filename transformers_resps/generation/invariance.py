@@ -1,0 +1,175 @@
+"""What a call with `invariant=True` may ask for, refused by name before any work, and what such calls must agree in.
+
+Whether a processor, a criterion or a layer of the caller's own reads the clock or other rows cannot be seen:
+docs/same-text.md says so.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationConfig, MaxTimeCriteria, PreTrainedModel, StaticCache
+
+from ..verifying.attention import GROUPED, STOCK, longrope_boundary
+from ..verifying.cache import cached_length
+from ..verifying.hybrids import is_recurrent
+from ..verifying.prepacking import is_prepacked
+from .checks import PROMPT_ARGUMENTS, given_cache, setting_of
+
+
+logger = logging.getLogger(f"transformers.{__name__}")
+
+# What came, and the way out.
+Obstacle = tuple[str, str]
+
+_OTHER_MODEL = "Use a decoder of text with attention layers alone"
+_POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # of attention layers
+
+
+def _of_model(model: PreTrainedModel) -> Iterator[Obstacle]:
+    config, name = model.config.get_text_config(decoder=True), type(model).__name__
+    if model.config.is_encoder_decoder:
+        yield f"{name}, an encoder-decoder", _OTHER_MODEL
+    if is_recurrent(model):
+        yield (
+            f"{name}, whose recurrent layers read prompts by chunks and steps one by one, which rounds otherwise",
+            _OTHER_MODEL,
+        )
+    if config is not model.config:
+        yield f"{name}, whose prompts stock `generate` reads, with images or sounds or without", _OTHER_MODEL
+    if longrope_boundary(config) is not None:
+        yield f"{name} of rope_type 'longrope', whose frequencies depend on the longest row", _OTHER_MODEL
+    attention = config._attn_implementation
+    if attention not in (STOCK, GROUPED) and (attention != "eager" or model._supports_sdpa):
+        yield f"attn_implementation={attention!r}", "Call `model.set_attn_implementation('sdpa')` first"
+    if not model._can_set_attn_implementation():
+        yield f"{name}, whose attention does not ask Transformers' `AttentionInterface`", _OTHER_MODEL
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        yield f"{name}, which caps the scores of its attention (`attn_logit_softcapping`)", _OTHER_MODEL
+    weights = list(model.parameters())
+    odd = sorted({weight.device.type for weight in weights} - {"cpu"})
+    if odd:
+        yield f"weights on {odd}, where kernels round by the whole shape of a product", "Decode on a CPU"
+    if getattr(model, "hf_quantizer", None) is not None or any(type(weight) is not nn.Parameter for weight in weights):
+        yield "quantized or sharded weights", "Load the model without"
+
+
+def _of_layers(model: PreTrainedModel) -> Iterator[Obstacle]:
+    for module in model.modules():
+        kind = type(module).__name__
+        if _is_compiled(module):
+            yield (
+                f"the {kind} that you compiled, which may round otherwise for another number of tokens",
+                "Use the model as it was, and pass `compile=True`",
+            )
+        if any(name in module._modules for name in _POSITION_BIASES):
+            yield f"the position biases of {kind}", _OTHER_MODEL
+        if _routes_by_itself(module):
+            yield f"the experts of {kind}, which do not ask Transformers' `ExpertsInterface`", "Use a model without"
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `module.compile()`, by `torch.compile(module)`, or by compiling its `forward`."""
+    compiled: bool = module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
+def _routes_by_itself(module: nn.Module) -> bool:
+    """Whether a layer holds experts whose products nothing can reach: the shape of each depends on the other tokens.
+
+    `use_experts_implementation` gives every class that asks the interface an `_apply_gate`.
+    """
+    kind = type(module)
+    holds = "Expert" in kind.__name__ or kind.__name__.endswith("CDMoE")  # Doge's
+    return (holds and not hasattr(kind, "_apply_gate")) or type(module._modules.get("experts")) is nn.ModuleList
+
+
+def _of_call(
+    arguments: Mapping[str, Any], setting: Callable[[str], Any], compile: bool | str | None
+) -> Iterator[Obstacle]:
+    if torch.is_autocast_enabled("cpu"):
+        yield "autocast", "Leave its block"
+    if compile == "auto":
+        yield "compile='auto', which goes by the clock", "Pass `compile=True`"
+    if setting("compile_config") is not None:
+        yield "a `compile_config`", "Pass `compile=True`"
+    if setting("cache_implementation") == "static" or isinstance(given_cache(arguments), StaticCache):
+        yield "a static cache", "Leave it out"
+    given = sorted(name for name in PROMPT_ARGUMENTS & arguments.keys() if arguments[name] is not None)
+    if given:
+        yield f"prompts of more than tokens, here {given}", "Pass `input_ids` alone"
+    criteria = arguments.get("stopping_criteria") or ()
+    if setting("max_time") is not None or any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
+        yield "`max_time`, which ends a text by the clock", "Set `max_new_tokens`"
+
+
+class InvariantCalls:
+    """What the calls with `invariant=True` of one model share: caches that they filled, and how they ran."""
+
+    def __init__(self) -> None:
+        self._filled: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # positions
+        self._first = dict[str, Any]()  # how the first one ran
+        self._warned = set[str]()
+
+    def admit(
+        self,
+        model: PreTrainedModel,
+        config: GenerationConfig | None,
+        arguments: Mapping[str, Any],
+        compile: bool | str | None,
+    ) -> None:
+        """Refuse a target or a call whose text would not be the same however it is drafted. Warn, once for each, of
+        what rounds and differs from the first call.
+
+        Args:
+            model: the target, which `check_model` lets verify trees.
+            config: the `generation_config` of the call.
+            arguments: all other keyword arguments of the call.
+            compile: whether the target's steps run compiled.
+
+        Raises:
+            ValueError: names what stands against it, and the way out.
+        """
+        setting = partial(setting_of, model=model, config=config, arguments=arguments)
+        for came, way_out in chain(_of_model(model), _of_layers(model), _of_call(arguments, setting, compile)):
+            raise ValueError(f"`invariant=True` does not support {came}. {way_out}, or pass `invariant=False`.")
+        self._check_cache(given_cache(arguments))
+        self._compare(model, compile)
+
+    def note(self, cache: Cache, is_invariant: bool) -> None:
+        """Note that a call has filled a cache, in the mode or not."""
+        self._filled.pop(cache, None)
+        if is_invariant:
+            self._filled[cache] = cached_length(cache)
+
+    def _check_cache(self, cache: Any) -> None:
+        """Cropped, it is still what the mode has filled."""
+        if cache is not None and cached_length(cache) > self._filled.get(cache, 0):
+            raise ValueError(
+                f"`invariant=True` goes on from a cache that only such calls of this model have filled, and this "
+                f"`{type(cache).__name__}` has other entries. Pass one that such a call returned, itself and no copy, "
+                "or leave it out."
+            )
+
+    def _compare(self, model: PreTrainedModel, compile: bool | str | None) -> None:
+        now = {
+            "torch.get_num_threads()": torch.get_num_threads(),
+            "the dtype": model.dtype,
+            "`prepack`": is_prepacked(model),
+            "`compile`": bool(compile),
+            "torch.backends.mkldnn.enabled": torch.backends.mkldnn.enabled,
+            "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
+        }
+        self._first = self._first or now
+        for name, value in now.items():
+            if value != self._first[name] and name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    f"Texts of `invariant=True` are the same where {name} is: it was {self._first[name]} in this "
+                    f"model's first such call and is {value} now, so texts of then and now may differ."
+                )
