@@ -198,3 +198,10 @@ def test_a_forward_over_chains_is_tried_by_the_same_function() -> None:
     assert least_rows(answer, [1, 2, 3, 4, 8, 16, 32]) == 4
     assert {start for start, _ in asked} == {0}
     assert least_rows(lambda rows: sample[: len(rows)] * len(rows), [1, 2, 4, 8, 16, 32]) is None
+
+
+def test_in_float64_nothing_is_tried_since_no_choice_depends_on_its_rounding() -> None:
+    layer = Planted(lambda count: slice(-1, None))
+    target: Any = target_of(layer=layer)
+    target.dtype = torch.float64
+    assert RowClasses().least(target) == 1 and not layer.calls

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .experts import routed_layers
 from .invariant import Layout, block_count, invariant_attention
 from .prepacking import is_prepacked
 
@@ -25,7 +26,7 @@ _COUNTS = (*range(1, 13), 15, 16, 17, 24, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65
 _FEWEST = 48  # rows tried at least, where products are expensive
 _MOST_WORK = 2**29  # multiplications of a product over more rows
 _TRIED = 12  # rows of each count: one shows another order of its sum with a probability of at least 0.5 (measured)
-_TRIED_VALUES = 2**15  # of an activation, of which one in 1,000 shows another way to compute it (measured)
+_TRIED_RESULTS = 2**17  # where none can be made to show it
 _SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
 _PLACES = 256  # of the text that attention is tried with
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -77,11 +78,13 @@ class RowClasses:
             target: on a CPU.
 
         Returns:
-            1, 2, 4, 8 or 16.
+            1, 2, 4, 8 or 16; 1 in float64, which rounds too far from any choice of a token.
 
         Raises:
             ValueError: a layer, or attention, has no such number.
         """
+        if target.dtype is torch.float64:
+            return 1
         settings = torch.get_num_threads(), torch.backends.mkldnn.enabled
         least = 1
         for part in _parts(target):
@@ -134,7 +137,8 @@ class _Layer(_Part):
     def kind(self) -> Hashable:
         module, weight = self.module, self.weight
         layout = None if weight is None else (weight.stride(), module.bias is None, is_prepacked(module))
-        return type(module), self.inputs, self.outputs, self.dtype, layout
+        inner = tuple((type(part), *(weight.shape for weight in part.parameters())) for part in module.children())
+        return type(module), self.inputs, self.outputs, self.dtype, layout, inner
 
     @property
     def shows_order(self) -> bool:  # type: ignore[override]  # read only
@@ -145,7 +149,7 @@ class _Layer(_Part):
     def least_rows(self) -> int | None:
         most = _COUNTS[-1] if self.weight is None else max(_MOST_WORK // self.weight.numel(), _FEWEST)
         size = max(count for count in _COUNTS if count <= most and count % _CANDIDATES[0] == 0)
-        tried = _TRIED if self.weight is not None else max(_TRIED_VALUES // self.outputs, 1)
+        tried = max(_TRIED_RESULTS // self.outputs, 1) if self.weight is None else _TRIED
         sample = self._sample(size)
 
         def answer(rows: range) -> Tensor:
@@ -219,7 +223,7 @@ def _random(*sizes: int) -> Tensor:
 
 
 def _parts(target: PreTrainedModel) -> Iterator[_Part]:
-    """The linear layers, the activations beside them, whose input is that of the last one, and attention."""
+    """The linear layers, the activations beside them, whose input is that of the last one, experts, and attention."""
     for prefix, parent in target.named_modules():
         children = dict(parent.named_children())
         widths = [inputs for part in children.values() if (inputs := _sizes(part)[0])]
@@ -230,6 +234,8 @@ def _parts(target: PreTrainedModel) -> Iterator[_Part]:
                 yield _Layer(name, part, *_sizes(part), weight.dtype, weight)
             elif widths and type(part).__module__ in _ACTIVATIONS:
                 yield _Layer(name, part, widths[-1], widths[-1], target.dtype, None)
+    for name, layer in routed_layers(target):
+        yield _Layer(name, layer, *_sizes(layer), target.dtype, None)
     config = target.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
