@@ -32,6 +32,7 @@ from ..policies.saving import AutoPolicy
 from ..tree import TreeShape
 from ..verifying.attention import is_flash
 from ..verifying.forward import TargetForward
+from ..verifying.row_classes import RowClasses
 from ..verifying.slots import SlotEngine
 from .checks import check_draws, check_inputs, check_model, check_settings, check_tree_attention
 from .invariance import InvariantCalls
@@ -328,6 +329,7 @@ class SpeculationState:
         slot_engine: the buffers and the compiled code of this model.
         draft_engines: the captured or compiled drafts of its heads, each as long as the head lives.
         invariant_calls: what calls with `invariant=True` share.
+        row_classes: what was found of this machine's kernels for such calls.
     """
 
     def __init__(self, defaults: SpeculationDefaults | None = None) -> None:
@@ -338,6 +340,7 @@ class SpeculationState:
         self.slot_engine = SlotEngine()
         self.draft_engines = DraftEngines()
         self.invariant_calls = InvariantCalls()
+        self.row_classes = RowClasses()
         self._verified_trees = set[bool]()  # with FlashAttention and without
 
     def check_trees(self, model: PreTrainedModel, make_forward: Callable[[], TargetForward]) -> None:

@@ -39,7 +39,6 @@ from ..verifying.forward import (
 )
 from ..verifying.hybrids import is_recurrent
 from ..verifying.returned import UnreadDynamicCache, UnreadStaticCache, dynamic_copy, fill_static, whole_cache
-from ..verifying.slots import SlotEngine
 from ..verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
 from .checks import (
     NEVER_READ,
@@ -131,7 +130,7 @@ def _decode(
     """Prefill, then one step after another until all texts are finished."""
     assert request.policy is not None
     with (
-        _verifier(target, state.slot_engine, request, inputs) as verifier,
+        _verifier(target, state, request, inputs) as verifier,
         ExitStack() as lent,
     ):
         parts = request.parts
@@ -423,7 +422,7 @@ def lockstep_reason(target: PreTrainedModel, inputs: GenerateInputs) -> str | No
 
 @contextmanager
 def _verifier(
-    target: PreTrainedModel, engine: SlotEngine, request: Request, inputs: GenerateInputs
+    target: PreTrainedModel, state: SpeculationState, request: Request, inputs: GenerateInputs
 ) -> Iterator[Verifier]:
     """The verifier of one call, open: over a cache that grows, or over slots, compiled or not.
 
@@ -439,10 +438,10 @@ def _verifier(
     forward = inputs.forward(target, [part.source for part in request.parts])
     given = inputs.position_ids, inputs.attention_mask
     if request.invariant:
-        with _invariant_verifier(target, engine, forward, given, compiles=bool(request.compile)) as verifier:
+        with _invariant_verifier(target, state, forward, given, compiles=bool(request.compile)) as verifier:
             yield verifier
         return
-    choice = request.compile
+    choice, engine = request.compile, state.slot_engine
     if choice is None:
         choice = _stock_would_compile(target, inputs)
     compiles = choice is True or (choice == AUTO and engine.pays)
@@ -466,7 +465,7 @@ def _verifier(
 @contextmanager
 def _invariant_verifier(
     target: PreTrainedModel,
-    engine: SlotEngine,
+    state: SpeculationState,
     forward: TargetForward,
     given: tuple[Tensor, Tensor | None],
     *,
@@ -476,13 +475,14 @@ def _invariant_verifier(
     obstacle = _compile_obstacle(target, forward.layers) if compiles else None
     if obstacle is not None:
         raise ValueError(f"`compile=True` with `invariant=True` cannot run: {obstacle}. Leave out `compile`.")
+    engine, least_rows = state.slot_engine, state.row_classes.least(target)
     with engine.borrow(target) if compiles else nullcontext() as lent:
         if compiles and lent is None:
             raise ValueError(
                 "Another call runs the compiled code of this model, and steps that are not compiled round otherwise. "
                 "Call `generate` when it has ended, or with `compile=False`."
             )
-        with InvariantVerifier(forward, engine, 4, *given, compiles=compiles) as verifier:
+        with InvariantVerifier(forward, engine, least_rows, *given, compiles=compiles) as verifier:
             yield verifier
 
 

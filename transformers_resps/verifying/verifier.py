@@ -7,6 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, Self, TypeVar
 
 import torch
@@ -522,7 +523,8 @@ class SlotVerifier(Verifier):
 
     def _inputs(self, tree: DraftTree) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and the buffers that it sees."""
-        nodes = self._nodes(tree, padded_count(self.device, tree.node_count))
+        count = padded_count(self.device, tree.node_count)
+        nodes = self._nodes(tree, count + (count == self._rows))  # what is equal at first is compiled as always equal
         size = self._reserve(nodes[0].shape[1])
         return SlotInputs(*nodes, self._visible(size)), self._buffers.window(size)
 
@@ -535,7 +537,6 @@ class SlotVerifier(Verifier):
 
     def _nodes(self, tree: DraftTree, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, depths, ancestors and roots of a tree, padded to rows and nodes."""
-        count += count == self._rows  # sizes that are equal at the first call are compiled as always equal
         places, positions = (_filled_up(part, self._rows) for part in (self._places, self._root_positions))
         roots = torch.tensor([[place, *planes] for place, planes in zip(places, positions, strict=True)])
         if self.device.type != "cpu":
@@ -557,7 +558,7 @@ class InvariantVerifier(SlotVerifier):
     Args:
         forward: as in `Verifier`.
         engine: the target's. Where `compiles`, it is lent to this call.
-        least_rows: of a product with the target's weights, so that a row's result does not depend on the others.
+        least_rows: as `RowClasses.least`: a forward has a multiple of them.
         position_ids: as in `Verifier`.
         attention_mask: as in `Verifier`.
         compiles: whether steps run compiled. The prompt never does.
@@ -622,7 +623,8 @@ class InvariantVerifier(SlotVerifier):
     ) -> Features:
         """Read each row's next tokens. Rows that end with them get their `logits` `[1, v]`."""
         width = min(size, prompt.tokens.shape[1] - start)
-        count = max(width, -(-self._least_rows // len(prompt.counts)))
+        step = self._step(len(prompt.counts))
+        count = _rounded_up(width, step)
         read = torch.arange(count, device=self.device)
         chosen = start + read.clamp(max=width - 1)
         left = torch.tensor(prompt.counts, device=self.device)[:, None] - start
@@ -635,7 +637,10 @@ class InvariantVerifier(SlotVerifier):
         ends = {row: end - 1 - start for row, end in enumerate(prompt.counts) if start < end <= start + width}
         kept = list(range(count))
         if "logits_to_keep" in options:
-            kept = sorted({*ends.values(), *range(-(-self._least_rows // len(prompt.counts)))})
+            kept = [end for end in range(count) if end in ends.values()]
+            kept += [end for end in range(count) if end not in kept][
+                : _rounded_up(max(len(kept), 1), step) - len(kept)
+            ]
             options = options | {"logits_to_keep": torch.tensor(kept, device=self.device)}
         window = self._buffers.window(_windowed(last + 1))
         positions = prompt.positions[..., chosen]
@@ -663,13 +668,21 @@ class InvariantVerifier(SlotVerifier):
         super().keep_rows(rows)
 
     def _inputs(self, tree: DraftTree) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        count = max(tree.node_count, -(-self._least_rows // self._rows))
+        step = self._step(self._rows)
+        count = _rounded_up(tree.node_count, step)
+        if self._engine is not None:  # one node is compiled apart, and what is equal at first as always equal
+            count = _rounded_up(padded_count(self.device, count), step)
+            count += step * (count == self._rows)
         blocks = block_count(max(self._places) + min(count - 1, TAIL))
         if self._engine is not None:
-            count, blocks = padded_count(self.device, count), max(blocks, 2)  # one and none are compiled apart
+            blocks = max(blocks, 2)
         nodes = self._nodes(tree, count)
         size = max(self._reserve(nodes[0].shape[1]), blocks * BLOCK)
         return InvariantInputs(*nodes, torch.empty(blocks, device=self.device)), self._buffers.window(size)
+
+    def _step(self, rows: int) -> int:
+        """What the nodes of so many rows must be a multiple of."""
+        return self._least_rows // gcd(self._least_rows, rows)
 
 
 class _PromptTexts:
@@ -727,4 +740,9 @@ def _with_rows(part: Tensor, count: int) -> Tensor:
 
 
 def _windowed(count: int) -> int:
-    return -(-count // _WINDOW) * _WINDOW
+    return _rounded_up(count, _WINDOW)
+
+
+def _rounded_up(count: int, step: int) -> int:
+    """The next multiple."""
+    return -(-count // step) * step
