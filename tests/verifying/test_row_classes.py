@@ -10,6 +10,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from transformers_resps import prepack
+from transformers_resps.verifying import row_classes
 from transformers_resps.verifying.row_classes import RowClasses, least_rows
 
 
@@ -76,17 +77,19 @@ def test_a_layer_without_a_class_is_refused_by_name(wrong: Callable[[int], slice
             RowClasses().least(target)
 
 
-def test_another_order_of_a_sum_shows_although_bfloat16_rounds_it_away() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_another_order_of_a_sum_shows_although_bfloat16_rounds_it_away(bias: bool) -> None:
     """One row alone is summed by halves: of random results one in 10,000 differs."""
 
     class ByHalves(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             terms = input[0, :, None].float() * self.weight
             halves = terms.chunk(2, dim=-1) if len(terms) == 1 else (terms[..., ::2], terms[..., 1::2])
-            return (halves[0].sum(dim=-1) + halves[1].sum(dim=-1)).to(input.dtype)[None]
+            total = halves[0].sum(dim=-1) + halves[1].sum(dim=-1)
+            return (total if self.bias is None else total + self.bias.float()).to(input.dtype)[None]
 
     torch.manual_seed(0)
-    layer = ByHalves(256, 8, bias=False, dtype=torch.bfloat16)
+    layer = ByHalves(256, 8, bias=bias, dtype=torch.bfloat16)
     assert RowClasses().least(target_of(layer=layer)) == 2
 
 
@@ -138,6 +141,25 @@ def test_layers_of_other_kinds_are_found() -> None:
     assert RowClasses().least(target_of(first=PlantedConv1D(40, 24))) == 4
     alone = Planted(lambda count: ALL if count == 1 else None)
     assert RowClasses().least(target_of(layer=Wrapped(alone))) == 2
+
+
+def test_experts_are_tried_beside_the_linear_layers(make_target: Callable[..., PreTrainedModel]) -> None:
+    target: Any = make_target("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    assert RowClasses().least(target) < 16
+    experts = target.model.layers[2].mlp.experts
+    gate = experts._apply_gate
+    experts._apply_gate = lambda rows: gate(rows) + (len(rows) < 9) * 1e-3
+    assert RowClasses().least(target) < 16  # of equal layers the first is tried
+    experts = target.model.layers[0].mlp.experts
+    experts._apply_gate = lambda rows: gate(rows) + (len(rows) < 9) * 1e-3
+    assert RowClasses().least(target) == 16
+
+
+def test_attention_that_depends_on_its_rows_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_classes, "invariant_attention", lambda module, query, *_, **__: query * query.shape[2])
+    wanted = r"PyTorch's attention \(4 heads over 4, of 8, torch.float32\) .* Use the attention of PyTorch as"
+    with pytest.raises(ValueError, match=wanted):
+        RowClasses().least(target_of())
 
 
 def test_what_was_found_is_kept_for_each_kind_of_layer_and_number_of_threads(

@@ -26,7 +26,7 @@ _COUNTS = (*range(1, 13), 15, 16, 17, 24, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65
 _FEWEST = 48  # rows tried at least, where products are expensive
 _MOST_WORK = 2**29  # multiplications of a product over more rows
 _TRIED = 12  # rows of each count: one shows another order of its sum with a probability of at least 0.5 (measured)
-_TRIED_RESULTS = 2**17  # where none can be made to show it
+_TRIED_VALUES = 2**14  # of an activation: one in 1,000 shows another way to compute it (measured)
 _SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
 _PLACES = 256  # of the text that attention is tried with
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -123,7 +123,7 @@ class _Layer(_Part):
     """A layer from `[..., inputs]` to `[..., outputs]`."""
 
     name: str
-    module: nn.Module
+    module: Any
     inputs: int
     outputs: int
     dtype: torch.dtype
@@ -149,7 +149,10 @@ class _Layer(_Part):
     def least_rows(self) -> int | None:
         most = _COUNTS[-1] if self.weight is None else max(_MOST_WORK // self.weight.numel(), _FEWEST)
         size = max(count for count in _COUNTS if count <= most and count % _CANDIDATES[0] == 0)
-        tried = max(_TRIED_RESULTS // self.outputs, 1) if self.weight is None else _TRIED
+        tried = _TRIED
+        if self.weight is None:
+            is_activation = next(self.module.parameters(), None) is None
+            tried = max(_TRIED_VALUES // self.outputs if is_activation else 0, 4 * _TRIED)
         sample = self._sample(size)
 
         def answer(rows: range) -> Tensor:
@@ -166,11 +169,13 @@ class _Layer(_Part):
         if self.weight is None:
             return sample
         rows = torch.arange(size)
-        weight = self.weight[7 * rows % self.outputs].double()
+        chosen = 7 * rows % self.outputs
+        weight = self.weight[chosen].double()
+        bias = 0 if self.module.bias is None else self.module.bias[chosen].double()
         places = weight.abs().topk(min(2, self.inputs)).indices
         sample.scatter_(1, places, 0)
         for place in places.t():
-            rest = (sample.double() * weight).sum(dim=1)
+            rest = (sample.double() * weight).sum(dim=1) + bias
             sample[rows, place] = (-rest / weight[rows, place]).nan_to_num(0, 0, 0).to(self.dtype)
         return sample
 
@@ -204,15 +209,15 @@ class _Attention(_Part):
             mask, asked = layout.mask(None, self.dtype), query[:, :, rows.start : rows.stop]
             return invariant_attention(nn.Module(), asked, key, value, mask, resps_layout=layout)[0][0]
 
-        counts = [count for count in _COUNTS if count <= _PLACES // 2]
-        return least_rows(answer, [*counts, _PLACES], _spread(_PLACES, 4))
+        return least_rows(answer, (*range(1, 10), 16, 17, 33, 48, 128, _PLACES), _spread(_PLACES, 2))
 
 
 def _spread(size: int, tried: int) -> Callable[[int], list[int]]:
     """Where a number of the `size` rows of a sample are tried, so that `tried` rows or more are."""
 
     def starts(count: int) -> list[int]:
-        places, tries = size - count + 1, -(-tried // count)
+        places = size - count + 1
+        tries = min(-(-tried // count), places)
         return [(7 * count + at * places // tries) % places for at in range(tries)]
 
     return starts
