@@ -406,6 +406,12 @@ def test_every_call_of_the_examination_runs_in_the_mode_but_stocks(
     assert asked and all(asked)
 
 
+def test_a_target_that_the_mode_refuses_is_refused_by_its_examination(target: Any, head: DraftHead) -> None:
+    target.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="`invariant=True` does not support attn_implementation='eager'"):
+        assert_lossless(target, head, WIDE, **SHORT, invariant=True)
+
+
 def test_the_invariant_mode_excuses_nothing(target: Any, head: DraftHead, rounding: None) -> None:
     calls = [Call(0, built_in_prompts(19)[1], seed, SAMPLED | {"max_new_tokens": 12}) for seed in range(12)]
     model = ModelUnderTest(target, head, WIDE, invariant=True)
