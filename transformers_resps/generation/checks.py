@@ -31,6 +31,7 @@ from ..verifying.attention import GROUPED, STOCK, is_flash, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, window_of
 from ..verifying.forward import TargetForward, is_compiled
 from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
+from ..verifying.invariant import INVARIANT
 from ..verifying.verifier import TreeVerifier
 
 
@@ -450,7 +451,7 @@ def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
     _check_layers(model, name)
     check_draws(model)
     attention = config._attn_implementation
-    if attention not in (STOCK, GROUPED, "eager") and not is_flash(attention):
+    if attention not in (STOCK, GROUPED, INVARIANT, "eager") and not is_flash(attention):
         raise ValueError(
             f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa', 'eager' or "
             "FlashAttention. Call `model.set_attn_implementation('sdpa')` first."

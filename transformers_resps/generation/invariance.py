@@ -18,6 +18,7 @@ from transformers import Cache, GenerationConfig, MaxTimeCriteria, PreTrainedMod
 from ..verifying.attention import GROUPED, STOCK, longrope_boundary
 from ..verifying.cache import cached_length
 from ..verifying.hybrids import is_recurrent
+from ..verifying.invariant import INVARIANT
 from ..verifying.prepacking import is_prepacked
 from .checks import PROMPT_ARGUMENTS, given_cache, setting_of
 
@@ -45,7 +46,7 @@ def _of_model(model: PreTrainedModel) -> Iterator[Obstacle]:
     if longrope_boundary(config) is not None:
         yield f"{name} of rope_type 'longrope', whose frequencies depend on the longest row", _OTHER_MODEL
     attention = config._attn_implementation
-    if attention not in (STOCK, GROUPED) and (attention != "eager" or model._supports_sdpa):
+    if attention not in (STOCK, GROUPED, INVARIANT) and (attention != "eager" or model._supports_sdpa):
         yield f"attn_implementation={attention!r}", "Call `model.set_attn_implementation('sdpa')` first"
     if not model._can_set_attn_implementation():
         yield f"{name}, whose attention does not ask Transformers' `AttentionInterface`", _OTHER_MODEL
