@@ -10,7 +10,7 @@ from typing import Any
 
 Function = Callable[..., Any]
 SetAttr = Callable[[Any, str, Any], None]
-_KINDS = (staticmethod, classmethod)
+_KINDS = (staticmethod, classmethod, property)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def plant(symbol: str, wrong: Callable[[Function], Function], set_attr: SetAttr 
     """
     owner, name, stored = resolve(symbol)
     kind = next((kind for kind in _KINDS if isinstance(stored, kind)), None)
-    right: Function = stored.__func__ if kind else stored
+    right: Function = stored.fget if kind is property else stored.__func__ if kind else stored
     replacement = wrong(right)
     surplus = _parameters(replacement) - _parameters(right)
     if surplus:

@@ -15,7 +15,9 @@ from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.verifier import SlotVerifier, TreeVerifier, Verifier
+from transformers_resps.verifying.invariant import TAIL
+from transformers_resps.verifying.slots import SlotEngine
+from transformers_resps.verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
 
 
 PROMPTS = torch.tensor([[3, 4, 5, 6, 7], [9, 1, 2, 6, 6]])
@@ -23,6 +25,8 @@ TREE = DraftTree.from_parents(
     torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 24, 25]]), torch.tensor([[0, 0, 0, 1, 2]] * 2)
 )
 BRANCH, CHAIN = [0, 2, 4], [0, 1, 3]
+LEAST_ROWS = 4
+PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 
 @pytest.fixture
@@ -38,13 +42,22 @@ def text_of(row: int, path: list[int]) -> list[int]:
     return [*PROMPTS[row].tolist(), *TREE.tokens[row, path].tolist()]
 
 
-@pytest.fixture(params=["growing", "slots"])
+@pytest.fixture(params=["growing", "slots", "invariant"])
 def opened(request: pytest.FixtureRequest) -> Callable[..., Verifier]:
-    """`opened(target, prompt_length, positions=None, mask=None)`."""
+    """`opened(target, prompt_length, positions=None, mask=None, cache=None, layers=None)`."""
 
-    def make(target: PreTrainedModel, length: int, positions: Any = None, mask: Tensor | None = None) -> Verifier:
-        forward = TargetForward(target, None, DynamicCache(config=target.config))
+    def make(
+        target: PreTrainedModel,
+        length: int,
+        positions: Any = None,
+        mask: Tensor | None = None,
+        cache: Any = None,
+        layers: list[int] | None = None,
+    ) -> Verifier:
+        forward = TargetForward(target, layers, DynamicCache(config=target.config) if cache is None else cache)
         positions = torch.arange(length)[None] if positions is None else positions
+        if request.param == "invariant":
+            return InvariantVerifier(forward, SlotEngine(), LEAST_ROWS, positions, mask)
         over_slots = request.param == "slots"
         return SlotVerifier(forward, None, positions, mask) if over_slots else TreeVerifier(forward, positions, mask)
 
@@ -181,3 +194,109 @@ def test_it_goes_on_at_the_positions_that_the_decoder_got(is_over_slots: bool) -
         expected = learned(input_ids=text, position_ids=positions, use_cache=False).logits[0]
         torch.testing.assert_close(last[row, -1], expected[4])
         torch.testing.assert_close(found[row, BRANCH[-1]], expected[-1])
+
+
+# Over slots
+
+
+def padded_positions() -> Tensor:
+    return (PADDED.cumsum(-1) - 1).clamp(min=0)
+
+
+def keys_of(target: PreTrainedModel, text: list[int]) -> Tensor:
+    """Of the first layer, `[kv heads, s, hd]`, as the target reads a text at once."""
+    cache: Any = DynamicCache()
+    target(input_ids=torch.tensor([text]), use_cache=True, **{CACHE_KEYWORD: cache})
+    keys: Tensor = cache.layers[0].keys[0]
+    return keys
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("opened", ["slots", "invariant"], indirect=True)
+@pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
+def test_over_slots_what_was_kept_lies_in_the_order_of_the_text(
+    target: PreTrainedModel, counts: list[int], opened: Any
+) -> None:
+    """Also where rows end at different places."""
+    paths = [BRANCH[: counts[0]], CHAIN[: counts[1]]]
+    padded = torch.tensor([path + path[-1:] * (3 - len(path)) for path in paths])
+    with opened(target, 5, padded_positions(), PADDED) as verifier:
+        verifier.prefill(PROMPTS)
+        for _ in range(2):
+            verifier.verify(TREE)
+            verifier.keep(padded, paths)
+        entries = verifier.target_entries()
+    ((keys, _),), (mask,) = entries.states.values(), entries.masks.values()
+    for row, pads in enumerate((2, 0)):
+        text = [*PROMPTS[row, pads:].tolist(), *TREE.tokens[row, paths[row]].tolist() * 2]
+        found = keys[row, :, mask.expand(2, -1, -1, -1)[row, 0, 0] == 0]
+        cache: Any = DynamicCache()
+        target(input_ids=torch.tensor([text]), use_cache=True, **{CACHE_KEYWORD: cache})
+        torch.testing.assert_close(found, cache.layers[-1].keys[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [[3, 3], [2, 2]], ids=str)
+def test_a_cache_gets_the_texts_where_its_mask_shows_them(
+    target: PreTrainedModel, counts: list[int], opened: Any
+) -> None:
+    cache: Any = DynamicCache(config=target.config)
+    paths = [BRANCH[: counts[0]], CHAIN[: counts[1]]]
+    with opened(target, 5, padded_positions(), PADDED, cache) as verifier:
+        verifier.prefill(PROMPTS)
+        verifier.verify(TREE)
+        verifier.keep(torch.tensor(paths), paths)
+    for row, pads in enumerate((2, 0)):
+        text = text_of(row, paths[row])[pads:]
+        torch.testing.assert_close(cache.layers[0].keys[row, :, pads:], keys_of(target, text))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_features_of_a_padded_prompt_stand_where_its_tokens_stand(
+    target: PreTrainedModel, chunk_size: int | None, opened: Any
+) -> None:
+    with opened(target, 5, padded_positions(), PADDED, layers=[1]) as verifier:
+        _, features = verifier.prefill(PROMPTS, chunk_size)
+    found = torch.cat([part.caught[1] for part in features], dim=1)
+    for row, pads in enumerate((2, 0)):
+        outputs = target(input_ids=PROMPTS[row : row + 1, pads:], output_hidden_states=True)
+        torch.testing.assert_close(found[row, pads:], outputs.hidden_states[1][0])
+
+
+# The invariant one
+
+
+@pytest.fixture
+def row_counts(target: Any) -> list[int]:
+    """Of each product of some layers."""
+    counts: list[int] = []
+    for layer in (target.model.layers[0].mlp.down_proj, target.lm_head):
+        layer.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[:-1].numel()))
+    return counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("opened", ["invariant"], indirect=True)
+def test_every_layer_multiplies_as_many_rows_as_the_machine_needs(
+    target: PreTrainedModel, row_counts: list[int], opened: Any
+) -> None:
+    """A last chunk of one token, its logits alone, a lone root, two rows and the one that is left."""
+    for rows in (1, 2):
+        with opened(target, 5) as verifier:
+            row_counts.clear()  # opening one reads a token, to see how layers keep entries
+            verifier.prefill(PROMPTS[:rows], chunk_size=2, logits_to_keep=1)
+            verifier.verify(TREE.row(0) if rows == 1 else TREE)
+            verifier.keep(torch.tensor([CHAIN] * rows), [CHAIN] * rows)
+            verifier.keep_rows([rows - 1])
+            verifier.verify(DraftTree.root_only(torch.tensor([7])))
+        assert len(row_counts) == 10 and not any(count % LEAST_ROWS for count in row_counts), row_counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("opened", ["invariant"], indirect=True)
+def test_no_level_is_deeper_than_the_tail(target: PreTrainedModel, opened: Any) -> None:
+    """Where the target has positions for more."""
+    with opened(target, 5) as verifier:
+        verifier.prefill(PROMPTS)
+        assert verifier.levels_left == TAIL

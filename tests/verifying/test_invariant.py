@@ -1,0 +1,274 @@
+"""Attention of the invariant mode: right, and to the bit the same for a token whatever else is in the forward."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.trees import path_of
+from transformers_resps.tree import DraftTree
+from transformers_resps.verifying.invariant import BLOCK, TAIL, Layout, block_count, invariant_attention
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+BORDERS = [place + step for place in (32, 64, 96, 128, 160, 512) for step in (-1, 0, 1)]
+STALE = 30.0  # what a slot holds that is of no text: large beside the others
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of one layer."""
+
+    count: int
+    kv: int
+    size: int
+    value_size: int
+
+
+HEADS = [Heads(4, 4, 16, 16), Heads(4, 2, 64, 64), Heads(6, 2, 16, 16), Heads(8, 1, 64, 64), Heads(4, 2, 24, 16)]
+
+
+def any_tree(random: Random, count: int, kind: str) -> list[int]:
+    """The parents of so many nodes. Not deeper than the tail allows."""
+    if kind == "chain":
+        return [0, *range(count - 1)]
+    if kind == "star":
+        return [0] * count
+    parents, depths = [0], [0]
+    for node in range(1, count):
+        parent = random.choice([max(node - 1 - node % 2, 0), random.randrange(node)])
+        parent = parent if depths[parent] < TAIL else 0
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+    return parents
+
+
+def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Case:
+    """Texts that end in the nodes of a tree: queries, keys and values `[places or nodes, heads, hd]` of each row."""
+
+    def __init__(self, heads: Heads, roots: list[int], parents: list[int], dtype: torch.dtype, seed: int) -> None:
+        self.heads, self.roots, self.parents, self.dtype, self.seed = heads, roots, parents, dtype, seed
+        rows, count, longest = len(roots), len(parents), max(roots)
+        self.queries = drawn(seed, rows, count, heads.count, heads.size, dtype=dtype)
+        kinds = (heads.size, heads.value_size)
+        self.text = [drawn(seed + 1 + at, rows, longest, heads.kv, size, dtype=dtype) for at, size in enumerate(kinds)]
+        self.nodes = [drawn(seed + 3 + at, rows, count, heads.kv, size, dtype=dtype) for at, size in enumerate(kinds)]
+        self.sinks = drawn(seed + 5, heads.count, dtype=dtype)
+
+    def text_of(self, row: int, node: int) -> list[Tensor]:
+        """Keys and values of a node's text, its own included: `[s, kv heads, hd]`."""
+        path = path_of(self.parents, node)
+        pairs = zip(self.text, self.nodes, strict=True)
+        return [torch.cat([text[row, : self.roots[row]], nodes[row, path]]) for text, nodes in pairs]
+
+    def tree(self, stale: float = STALE, **options: Any) -> Tensor:
+        """What all nodes get in one forward, `[b, n, heads, hd]`."""
+        size = max(self.roots) + len(self.parents)
+        buffers = buffers_of(self.heads, size, len(self.roots), self.dtype, stale)
+        for row, root in enumerate(self.roots):
+            for buffer, text, nodes in zip(buffers, self.text, self.nodes, strict=True):
+                buffer[:root, row] = text[row, :root]
+                buffer[root : root + len(self.parents), row] = nodes[row]
+        tree = DraftTree.from_parents(
+            torch.zeros(len(self.roots), len(self.parents), dtype=torch.long),
+            torch.tensor([self.parents] * len(self.roots)),
+        )
+        roots = torch.tensor(self.roots)[:, None]
+        return attend(tree.depths, tree.ancestors, roots, self.queries, buffers, **self.options(**options))
+
+    def alone(self, row: int, node: int, **options: Any) -> Tensor:
+        """What a node gets as the newest token of its text, `[heads, hd]`."""
+        entries = self.text_of(row, node)
+        place = len(entries[0]) - 1
+        buffers = buffers_of(self.heads, place + 1, 1, self.dtype, STALE)
+        for buffer, text in zip(buffers, entries, strict=True):
+            buffer[: place + 1, 0] = text
+        one = torch.zeros(1, 1, dtype=torch.long)
+        query = self.queries[row, node][None, None]
+        options = self.options(**options)
+        return attend(one, torch.ones(1, 1, 1, dtype=torch.bool), one + place, query, buffers, **options)[0, 0]
+
+    def expected(self, row: int, node: int, window: int | None = None, sinks: bool = False) -> Tensor:
+        """The same by a softmax in float64."""
+        keys, values = (part.double()[-(window or len(part)) :] for part in self.text_of(row, node))
+        sharing = self.heads.count // self.heads.kv
+        found = []
+        for head, query in enumerate(self.queries[row, node].double()):
+            scores = keys[:, head // sharing] @ query * self.heads.size**-0.5
+            if sinks:
+                scores = torch.cat([scores, self.sinks[head].double()[None]])
+            found.append(scores.softmax(0)[: len(keys)] @ values[:, head // sharing])
+        return torch.stack(found)
+
+    def options(self, window: int | None = None, sinks: bool = False, extra: int = 0) -> dict[str, Any]:
+        return {"window": window, "sinks": self.sinks if sinks else None, "extra": extra}
+
+
+def buffers_of(heads: Heads, size: int, rows: int, dtype: torch.dtype, stale: float) -> list[Tensor]:
+    """Keys and values `[slots, b, kv heads, hd]` with so many slots in use."""
+    slots = -(-size // BLOCK) * BLOCK + BLOCK
+    return [torch.full((slots, rows, heads.kv, size), stale, dtype=dtype) for size in (heads.size, heads.value_size)]
+
+
+def attend(
+    depths: Tensor,
+    ancestors: Tensor,
+    roots: Tensor,
+    queries: Tensor,
+    buffers: list[Tensor],
+    *,
+    window: int | None,
+    sinks: Tensor | None,
+    extra: int,
+) -> Tensor:
+    """With `extra` blocks that the prefixes do not need."""
+    layout = Layout(depths, ancestors, roots, block_count(int((roots + depths).max())) + extra)
+    keys, values = (buffer.permute(1, 2, 0, 3) for buffer in buffers)
+    module: Any = None
+    found, _ = invariant_attention(
+        module,
+        queries.transpose(1, 2),
+        keys,
+        values,
+        layout.mask(window, queries.dtype),
+        resps_layout=layout,
+        s_aux=sinks,
+    )
+    return found
+
+
+def some_nodes(random: Random, parents: list[int]) -> Iterator[int]:
+    """The root, the last and the deepest node, and two others."""
+    deepest = max(range(len(parents)), key=lambda node: len(path_of(parents, node)))
+    yield from {0, len(parents) - 1, deepest, random.randrange(len(parents)), random.randrange(len(parents))}
+
+
+def check(case: Case, random: Random, **options: Any) -> None:
+    """Right, and to the bit what a node gets alone."""
+    found = case.tree(**options)
+    alone = {name: value for name, value in options.items() if name != "extra"}
+    for row in range(len(case.roots)):
+        for node in some_nodes(random, case.parents):
+            place = f"{case.heads}, {case.dtype}, roots {case.roots}, node {node} of {case.parents}, {options}"
+            expected, error = case.expected(row, node, **alone), TOLERANCE[case.dtype]
+            torch.testing.assert_close(found[row, node].double(), expected, rtol=error, atol=error, msg=place)
+            assert torch.equal(found[row, node], case.alone(row, node, **alone)), place
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_node_gets_the_bits_of_the_same_token_alone_at_every_border(dtype: torch.dtype) -> None:
+    random = Random(1)
+    for seed, root in enumerate([0, 1, *BORDERS]):
+        parents = any_tree(random, random.randint(1, 40), random.choice(["any", "any", "chain", "star"]))
+        check(Case(random.choice(HEADS), [root], parents, dtype, seed), random)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_rows_that_begin_anywhere_get_the_bits_of_each_text_alone(heads: Heads) -> None:
+    """The longer ones lend the others blocks that these do not need."""
+    random = Random(2)
+    for seed, dtype in enumerate(DTYPES):
+        roots = random.sample([0, 3, *BORDERS], 3)
+        check(Case(heads, roots, any_tree(random, 12, "any"), dtype, seed), random, extra=seed)
+
+
+@pytest.mark.parametrize("window", [1, 5, 31, 32, 33, 64, 100, 128, 300, 1000])
+def test_a_sliding_layer_shows_a_node_the_end_of_its_own_text(window: int) -> None:
+    """Inside the tail, in the middle of a block, across two, and longer than the text."""
+    random = Random(window)
+    for seed, root in enumerate([0, 30, 63, 127, 161, 290]):
+        parents = any_tree(random, random.randint(1, 40), "any")
+        case = Case(random.choice(HEADS), [root, root // 2], parents, random.choice(DTYPES), seed)
+        check(case, random, window=window, sinks=seed % 2 == 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sink_takes_its_share_of_each_text(dtype: torch.dtype) -> None:
+    random = Random(4)
+    for seed, root in enumerate([0, 20, 95, 200]):
+        check(Case(random.choice(HEADS), [root], any_tree(random, 9, "any"), dtype, seed), random, sinks=True)
+
+
+@pytest.mark.parametrize("count", [*range(1, 9), 31, 32, 33, 34, 35, 36, 63, 64, 65])
+def test_no_number_of_query_rows_changes_a_bit(count: int) -> None:
+    """A kernel groups its rows by 4, 32, 64 and more."""
+    random = Random(count)
+    for seed, heads in enumerate([Heads(2, 2, 16, 16), Heads(3, 1, 16, 16), Heads(8, 1, 64, 64)]):
+        parents = any_tree(random, count, "any" if count <= TAIL else "star")
+        check(Case(heads, [random.choice([130, 300])], parents, DTYPES[seed - count % 3], count), random)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [Heads(8, 1, 64, 64), Heads(4, 4, 16, 16)], ids=str)
+def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(dtype: torch.dtype, heads: Heads) -> None:
+    """A chain as long as a chunk is the one tree that is deeper than the tail."""
+    random = Random(5)
+    for root, count in ((0, 128), (128, 128), (77, 100)):
+        check(Case(heads, [root], any_tree(random, count, "chain"), dtype, root), random)
+
+
+def test_a_score_of_any_size_is_right() -> None:
+    """One key of the tail or of a block outweighs all others: exp overflows where nothing is taken off."""
+    for place in (3, 140, 170):
+        case = Case(HEADS[0], [171], [0, 0], torch.float32, place)
+        case.text[0][:, place] = 200 * case.queries[0, 0]
+        check(case, Random(place))
+
+
+# What lies in slots of no text
+
+
+def test_what_other_texts_left_in_a_slot_changes_no_bit() -> None:
+    """Any finite number: a buffer begins with zeros, and what was kept of an earlier text stays."""
+    random = Random(6)
+    for root in (0, 33, 100, 161, 300):
+        case = Case(HEADS[1], [root, root // 3], any_tree(random, 11, "any"), torch.bfloat16, root)
+        zeros, *others = (case.tree(stale, extra=1) for stale in (0.0, -STALE, 1e4))
+        assert all(torch.equal(zeros, other) for other in others)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("root", [0, 31, 45, 130, 161, 300])
+def test_slots_after_the_tree_are_not_read(root: int, value: float) -> None:
+    """Where its blocks end inside the text. In others it may read zeros, or what a buffer has been given."""
+    case = Case(HEADS[1], [root], any_tree(Random(7), 11, "any"), torch.bfloat16, root)
+    assert torch.equal(case.tree(value), case.tree())
+
+
+# Where keys are looked for
+
+
+def test_a_layout_names_the_keys_of_each_node() -> None:
+    """A root at 95 and three nodes, of which the last is a child of the first: by hand."""
+    tree = DraftTree.from_parents(torch.tensor([[7, 8, 9, 5]]), torch.tensor([[0, 0, 0, 1]]))
+    layout = Layout(tree.depths, tree.ancestors, torch.tensor([[95]]), block_count(97))
+    assert layout.tail.tolist() == [[*range(32, 99), 98]]
+    mask = layout.mask(None, torch.float32)
+    assert mask.shape == (1, 1, 4, BLOCK + 68)
+    slots = [*range(BLOCK), *range(32, 99), 98]
+    seen = [[(at < BLOCK, slots[at]) for at in (row == 0).nonzero().flatten().tolist()] for row in mask[0, 0]]
+    text = [(False, place) for place in range(32, 95)]
+    assert seen[0] == [(True, place) for place in range(32)] + text + [(False, 95)]
+    later = [(True, place) for place in range(64)] + text[32:] + [(False, 95)]
+    assert seen[1:] == [[*later, (False, 96)], [*later, (False, 97)], [*later, (False, 96), (False, 98)]]
+    windowed = layout.mask(3, torch.float32)[0, 0] == 0
+    assert [[slots[at] for at in row.nonzero().flatten().tolist()] for row in windowed] == [
+        [93, 94, 95],
+        [94, 95, 96],
+        [94, 95, 97],
+        [95, 96, 98],
+    ]
+
+
+def test_a_block_is_read_from_the_first_place_that_needs_it() -> None:
+    needed = [(place, block_count(place)) for place in (0, 63, 64, 191, 192, 319, 320, 512)]
+    assert needed == [(0, 0), (63, 0), (64, 1), (191, 1), (192, 2), (319, 2), (320, 3), (512, 4)]
