@@ -144,6 +144,15 @@ class CompileEngine(ABC, Generic[Owner]):
         if reason is not None:
             self._give_up(reason)
 
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Count the seconds inside the `with` block as compiling."""
+        started, before = self._clock(), self._untaken_seconds
+        try:
+            yield
+        finally:
+            self._untaken_seconds = before + self._clock() - started
+
     def take_compile_seconds(self) -> float:
         """Seconds of compiling since they were last taken."""
         seconds, self._untaken_seconds = self._untaken_seconds, 0.0

@@ -387,6 +387,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         super().__init__(clock=clock)
         self.buffers = SlotBuffers()
         self.lock = Lock()  # of the name of the target's attention
+        self.steps: dict[tuple[int, int], int] = {}  # rows, threads -> nodes that invariant compiled code needs
         self._pattern: tuple[Hashable, Cache] | None = None
         self._decoded_seconds = 0.0
 

@@ -36,6 +36,7 @@ from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
 from .invariant import BLOCK, TAIL, block_count
 from .returned import EndedRow
+from .row_classes import least_rows
 from .rows import SlotMap
 from .slots import (
     InvariantForward,
@@ -548,6 +549,7 @@ class SlotVerifier(Verifier):
 
 
 _CHUNK = 128  # tokens of a prompt that one forward reads; their results do not depend on it
+_TRIED = (2, 3, 4, 5, 8, 16, 32, 48)  # nodes of chains with which compiled code is tried
 
 
 class InvariantVerifier(SlotVerifier):
@@ -652,33 +654,67 @@ class InvariantVerifier(SlotVerifier):
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
         if self._engine is not None:
-            found = super().verify(tree)
-            if self._engine.is_broken:
-                raise RuntimeError(
-                    f"The target's steps could not run compiled: {self._engine.obstacle}. As they are, they round "
-                    "otherwise, so call `generate` with `compile=False` to write a text in one way."
-                )
-            return found
-        inputs, buffers = self._inputs(tree)
-        outputs, features = self._forward.catch(lambda: self._eagerly(inputs, buffers))
+            return self._without_padding(tree, *self._compiled(tree, self._compiled_step(self._engine)))
+        outputs, features = self._forward.catch(
+            lambda: self._eagerly(*self._inputs_of(tree, _rounded_up(tree.node_count, self._step(self._rows))))
+        )
         return self._without_padding(tree, outputs[0], features)
+
+    def _compiled(self, tree: DraftTree, step: int) -> tuple[Tensor, Features]:
+        """Run the compiled forward over a multiple of `step` nodes.
+
+        Raises:
+            RuntimeError: it cannot be compiled. Without compilation it rounds otherwise.
+        """
+        assert self._engine is not None
+        count = _rounded_up(padded_count(self.device, tree.node_count), step)
+        count += step * (count == self._rows)  # what is equal at first is compiled as always equal
+        outputs = self._engine.forward(self._over_slots, *self._inputs_of(tree, count))
+        if self._engine.is_broken:
+            raise RuntimeError(
+                f"The target's steps could not run compiled: {self._engine.obstacle}. As they are, they round "
+                "otherwise, so call `generate` with `compile=False` to write a text in one way."
+            )
+        features = Features(self._forward.layers)
+        features.caught = dict(zip(features.layers, outputs[1:], strict=True))
+        return outputs[0], features
+
+    def _compiled_step(self, engine: SlotEngine) -> int:
+        """As `_step`, of compiled code, whose kernels are others: tried once for so many rows.
+
+        Raises:
+            ValueError: there is none.
+        """
+        kind = self._rows, torch.get_num_threads()
+        if kind not in engine.steps:
+
+            def answer(nodes: range) -> Tensor:
+                tokens = torch.arange(len(nodes), device=self.device).expand(len(self._shifts), -1)
+                parents = (torch.arange(len(nodes), device=self.device) - 1).clamp(min=0).expand_as(tokens)
+                return self._compiled(DraftTree.from_parents(tokens, parents), 1)[0][0, : len(nodes)]
+
+            with engine.preparing():
+                found = least_rows(answer, _TRIED)
+            if found is None:
+                raise ValueError(
+                    f"{type(self._forward.target).__name__} rounds a row by the number of rows beside it when it runs "
+                    "compiled. Call `generate` with `compile=False`, or leave out `invariant=True`."
+                )
+            engine.steps[kind] = found
+        return engine.steps[kind]
 
     def keep_rows(self, rows: list[int]) -> None:
         self._hidden = [self._hidden[row] for row in rows]
         super().keep_rows(rows)
 
-    def _inputs(self, tree: DraftTree) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        step = self._step(self._rows)
-        count = _rounded_up(tree.node_count, step)
-        if self._engine is not None:  # one node is compiled apart, and what is equal at first as always equal
-            count = _rounded_up(padded_count(self.device, count), step)
-            count += step * (count == self._rows)
+    def _inputs_of(self, tree: DraftTree, count: int) -> tuple[InvariantInputs, list[Tensor]]:
+        """The inputs of a forward over a tree of `count` nodes, padding included, and the buffers that it sees."""
         blocks = block_count(max(self._places) + min(count - 1, TAIL))
         if self._engine is not None:
-            blocks = max(blocks, 2)
-        nodes = self._nodes(tree, count)
-        size = max(self._reserve(nodes[0].shape[1]), blocks * BLOCK)
-        return InvariantInputs(*nodes, torch.empty(blocks, device=self.device)), self._buffers.window(size)
+            blocks = max(blocks, 2)  # one and none are compiled apart
+        size = max(self._reserve(count), blocks * BLOCK)
+        inputs = InvariantInputs(*self._nodes(tree, count), torch.empty(blocks, device=self.device))
+        return inputs, self._buffers.window(size)
 
     def _step(self, rows: int) -> int:
         """What the nodes of so many rows must be a multiple of."""
