@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from transformers_resps.verifying.experts import (
+    RoutedLayer,
     has_invariant_experts,
     invariant_experts,
     multiply_segments,
@@ -146,22 +147,24 @@ def test_the_name_of_the_implementation_changes_for_one_forward() -> None:
 
 @pytest.mark.parametrize("model_type", CLASSES)
 @torch.no_grad()
-def test_one_expert_and_the_router_stand_for_a_mixture_when_kernels_are_tried(model_type: str) -> None:
-    model = target(model_type, torch.bfloat16)
-    rows = torch.randn(2, 5, WIDTH, dtype=model.dtype)
-    layers = dict(routed_layers(model))
-    routers = [name for name, module in model.named_modules() if type(module).__name__.lower().endswith("router")]
-    assert [name for name in layers if not name.endswith("experts")] == routers
-    for layer in layers.values():
-        assert layer.in_features == WIDTH
-        found = layer(rows)
-        assert found.shape[:2] == (2, 5)
-        torch.testing.assert_close(layer(rows[:, 1:3]), found[:, 1:3])
+def test_all_that_a_mixture_computes_can_be_tried_alone(model_type: str) -> None:
+    model = target(model_type, torch.float32)
+    layers = dict[str, list[RoutedLayer]]()
+    for name, layer in routed_layers(model, 16):
+        assert layer(torch.randn(2, 5, layer.in_features)).shape[:2] == (2, 5)
+        layers.setdefault(name.rpartition(".")[2], []).append(layer)
+    raised, lowered, activation = layers.pop("experts")
+    (router,), (whole,) = layers.values()
     (experts,) = experts_of(model)
-    everywhere = torch.zeros(10, 1, dtype=torch.long)
-    expected = experts(rows.flatten(0, 1), everywhere, torch.ones(10, 1, dtype=model.dtype))
-    (expert,) = (layer for name, layer in layers.items() if name.endswith("experts"))
-    torch.testing.assert_close(expert(rows).flatten(0, 1), expected)
+    rows, first = torch.randn(6, WIDTH), torch.zeros(6, 1, dtype=torch.long)
+    expected = invariant_experts(experts, rows, first, torch.ones(6, 1), least=1)
+    inner = activation(raised(rows) + (experts.gate_up_proj_bias[0] if experts.has_bias else 0))
+    torch.testing.assert_close(lowered(inner) + (experts.down_proj_bias[0] if experts.has_bias else 0), expected)
+    assert lowered.weight is not None and lowered.weight.shape == (WIDTH, 192)
+    assert router.weight is not None and router.weight.shape == (COUNT, WIDTH)
+    (block,) = (module for module in model.modules() if experts in module.children())
+    expected = block(rows[None])
+    torch.testing.assert_close(whole(rows), (expected[0] if isinstance(expected, tuple) else expected)[0])
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "jetmoe"])

@@ -5,7 +5,7 @@ way. Here the rows of an expert are filled up to a number that rounds alike, and
 experts in its own order. Transformers' modules of experts, which look up their function at each forward, are served.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
 from inspect import signature
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 _ENDS_OF_NAMES = ("Experts", "MoE", "Moe", "MoA", "MoEBlock", "MoeBlock")  # of classes that mix experts
@@ -120,52 +121,77 @@ def has_invariant_experts(target: PreTrainedModel) -> bool:
     return all(any(_is_served(part, config) for part in module.modules()) for module in mixtures)
 
 
-def routed_layers(target: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """What mixtures of experts compute of each row, one expert of each: names and layers `[b, m, in_features]` ->
-    `[b, m, out_features]`, for whoever asks how a layer rounds. Routers that are `nn.Linear` are not among them.
+class RoutedLayer(nn.Module):
+    """Something that a mixture of experts computes of each row, `[..., in_features]` -> `[..., out_features]`.
+
+    Args:
+        run: of rows `[m, in_features]`.
+        sizes: inputs and outputs.
+        weight: `[out_features, in_features]` where the rows are multiplied by one.
+    """
+
+    bias = None
+
+    def __init__(self, run: Callable[[Tensor], Any], sizes: tuple[int, int], weight: Tensor | None = None) -> None:
+        super().__init__()
+        self._run, self.weight = run, None if weight is None else weight.detach()
+        self.in_features, self.out_features = sizes
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Of several results those that are numbers, one after the other."""
+        found = self._run(states.flatten(0, -2))
+        parts = [part for part in ([found] if isinstance(found, Tensor) else found) if part.is_floating_point()]
+        joined = torch.cat(parts, dim=-1)
+        return joined.view(*states.shape[:-1], -1)
+
+
+def routed_layers(target: PreTrainedModel, least: int) -> Iterator[tuple[str, RoutedLayer]]:
+    """Of all mixtures of experts what to try of a machine's kernels, with names: the products and the activation of an
+    expert, routers that are no linear layers, and what the mixture makes of it all.
+
+    Args:
+        target: for which `has_invariant_experts` holds.
+        least: see `invariant_experts`; so many serve on any machine.
     """
     config = target.config.get_text_config(decoder=True)
     for prefix, block in target.named_modules():
         parts = dict(block.named_children())
-        if any(_is_served(part, config) for part in parts.values()):
-            for name, part in parts.items():
-                weight = getattr(part, "weight", None)
-                if _is_served(part, config):
-                    yield f"{prefix}.{name}", _Expert(part)
-                elif isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(part, nn.Linear):
-                    yield f"{prefix}.{name}", _Router(part, block)
+        if not any(_is_served(part, config) for part in parts.values()):
+            continue
+        for name, part in parts.items():
+            weight = getattr(part, "weight", None)
+            if _is_served(part, config):
+                yield from ((f"{prefix}.{name}", layer) for layer in _of_expert(part))
+            elif isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(part, nn.Linear):
+                yield f"{prefix}.{name}", RoutedLayer(_router(part, block), (weight.shape[1], weight.shape[0]), weight)
+        if not isinstance(block, GradientCheckpointingLayer):  # a decoder layer attends, too
+            yield prefix, RoutedLayer(_mixture(block, target, least), (config.hidden_size, config.hidden_size))
 
 
-class _Expert(nn.Module):
-    """The first expert of a module."""
-
-    def __init__(self, experts: Any) -> None:
-        super().__init__()
-        self.experts = experts
-        self.in_features = self.out_features = experts.down_proj.shape[2 if experts.is_transposed else 1]
-
-    def forward(self, states: Tensor) -> Tensor:
-        rows = states.flatten(0, 1)
-        chosen = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
-        return invariant_experts(self.experts, rows, chosen, rows.new_ones(len(rows), 1), least=1).view_as(states)
+def _of_expert(experts: Any) -> Iterator[RoutedLayer]:
+    """The first one's."""
+    raised = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    for weights in (raised, experts.down_proj):
+        weight = weights[0].detach() if experts.is_transposed else weights[0].detach().t()
+        yield RoutedLayer(partial(torch.matmul, other=weight), tuple(weight.shape), weight.t())
+    activation = experts._apply_gate if experts.has_gate else experts.act_fn
+    inner = experts.down_proj.shape[1 if experts.is_transposed else 2]
+    yield RoutedLayer(activation, (2 * inner if experts.has_gate else inner, inner))
 
 
-class _Router(nn.Module):
-    """Scores and weights of all experts or of those chosen, one after the other."""
+def _router(router: Any, block: nn.Module) -> Callable[[Tensor], Any]:
+    _, *others = signature(router.forward).parameters.values()
+    asked = [each.name for each in others if each.default is each.empty]  # biases, which some mixtures keep
+    return partial(router.forward, **{name: getattr(block, name) for name in asked})
 
-    def __init__(self, router: Any, block: nn.Module) -> None:
-        super().__init__()
-        self.router = router
-        self.out_features, self.in_features = router.weight.shape
-        _, *others = signature(router.forward).parameters.values()
-        asked = [each.name for each in others if each.default is each.empty]  # biases, which some blocks keep
-        self._given = {name: getattr(block, name) for name in asked}
 
-    def forward(self, states: Tensor) -> Tensor:
-        found = self.router.forward(states.flatten(0, 1), **self._given)
-        parts: tuple[Tensor, ...] = (found,) if isinstance(found, Tensor) else found
-        joined = torch.cat([part.double() for part in parts], dim=-1)
-        return joined.view(*states.shape[:2], -1)
+def _mixture(block: Any, target: PreTrainedModel, least: int) -> Callable[[Tensor], Any]:
+    def run(rows: Tensor) -> Any:
+        with use_invariant_experts(target, least):
+            found = block.forward(rows[None])
+        return (found if isinstance(found, Tensor) else found[0])[0]
+
+    return run
 
 
 def _is_served(module: Any, config: PreTrainedConfig) -> bool:
