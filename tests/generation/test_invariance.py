@@ -3,7 +3,9 @@
 import copy
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
     StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from tests.image_processors import image_target
@@ -30,8 +33,12 @@ from tests.recurrent_targets import recurrent
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import FixedPolicy, TreeShape, attach, prepack, unprepack
 from transformers_resps.compat import CACHE_KEYWORD
+from transformers_resps.generation import checks
 from transformers_resps.generation.invariance import InvariantCalls
 from transformers_resps.verifying.cache import crop_to
+from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.slots import SlotEngine
+from transformers_resps.verifying.verifier import InvariantVerifier
 
 
 LOOKUP = FixedPolicy(TreeShape(1, 0, 1, lookup=4))
@@ -107,13 +114,6 @@ def quantized() -> PreTrainedModel:
     return target
 
 
-def own_experts() -> PreTrainedModel:
-    """As remote code has them: a list of layers, through which each token goes its own way."""
-    target: Any = plain()
-    target.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
-    return target
-
-
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LONGROPE |= {"original_max_position_embeddings": 128}
 DBRX = {
@@ -137,8 +137,10 @@ TARGETS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "an attention of its own": (falcon, "does not ask .* `AttentionInterface`"),
     "soft caps": (lambda: named("gemma2", "eager"), "attn_logit_softcapping"),
     "position biases": (biased, "the position biases of LlamaAttention"),
-    "experts of their own": (lambda: Architecture("dbrx", DBRX).build("sdpa"), "the experts of DbrxExperts, which do"),
-    "a list of experts": (own_experts, "the experts of LlamaMLP"),
+    "experts of their own": (
+        lambda: Architecture("dbrx", DBRX).build("sdpa"),
+        "the experts of DbrxForCausalLM",
+    ),
     "a compiled model": (lambda: compiled_in_place(lambda target: target), "LlamaForCausalLM that you compiled"),
     "a compiled forward": (compiled_forward, "the LlamaForCausalLM that you compiled.*`compile=True`"),
     "a compiled layer": (lambda: compiled_in_place(lambda target: target.model.layers[0]), "LlamaDecoderLayer that"),
@@ -171,12 +173,20 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "embeddings": ({"inputs_embeds": torch.zeros(1, 5, 32, dtype=torch.float64)}, r"more than tokens.*inputs_embeds"),
     "a time": ({"max_time": 5.0}, "`max_time`, which ends a text by the clock. Set `max_new_tokens`"),
+    "guidance": ({"guidance_scale": 1.5}, "`guidance_scale`, which runs the model once more, in the normal mode"),
+    "a processor of guidance": (
+        {"logits_processor": lambda target: [UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, target)]},
+        "`guidance_scale`",
+    ),
     "a criterion of time": ({"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(5.0)])}, "`max_time`"),
 }
 
 
+MADE = (CACHE_KEYWORD, "logits_processor")  # of the target
+
+
 def made(options: dict[str, Any], target: PreTrainedModel) -> dict[str, Any]:
-    return {name: value(target) if name == CACHE_KEYWORD else value for name, value in options.items()}
+    return {name: value(target) if name in MADE else value for name, value in options.items()}
 
 
 @pytest.mark.parametrize("row", CALLS)
@@ -190,12 +200,78 @@ def test_a_setting_that_would_change_the_text_is_refused_by_name(row: str, targe
 def test_windows_sinks_and_experts_that_ask_the_interface_are_no_obstacle(name: str) -> None:
     """Attention sinks are written for eager attention alone."""
     target = attach(named(name, "eager" if name == "gpt_oss" else "sdpa"))
-    InvariantCalls().admit(target, None, {}, None)
+    InvariantCalls().admit(target, SlotEngine(), None, {}, None)
 
 
 def test_an_adapter_is_no_obstacle(target: Any) -> None:
     wrapped: Any = get_peft_model(target, LoraConfig(target_modules=["q_proj"], r=2)).eval()
     assert wrapped.generate(input_ids=PROMPT, **INVARIANT).shape[1] == PROMPT.shape[1] + 4
+
+
+def test_a_target_with_sinks_attends_as_it_did_after_a_call_in_the_mode() -> None:
+    target = attach(named("gpt_oss", "eager"))
+    expected = target(PROMPT).logits
+    target.generate(PROMPT, **INVARIANT)
+    assert target.config._attn_implementation == "eager" and torch.equal(target(PROMPT).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("architecture", [one for one in ARCHITECTURES if str(one) != "gemma2"], ids=str)
+def test_a_known_architecture_need_not_be_compared(architecture: Architecture, dtype: torch.dtype) -> None:
+    target: Any = attach(architecture.build(architecture.attention[0])).to(dtype)
+    engine = SlotEngine()
+    forward = partial(TargetForward.of, target)
+    assert checks._has_same_bits(target, lambda positions: InvariantVerifier(forward(), engine, 16, positions))
+
+
+def newcomer() -> PreTrainedModel:
+    """Of an architecture that was never compared."""
+    target = plain().float()
+    target.config.model_type = "newcomer"
+    return attach(target)
+
+
+def test_an_unknown_architecture_is_compared_bit_for_bit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[PreTrainedModel] = []
+
+    def watched(target: PreTrainedModel, *arguments: Any) -> bool:
+        compared.append(target)
+        return compare(target, *arguments)
+
+    compare = checks._has_same_bits
+    monkeypatch.setattr(checks, "_has_same_bits", watched)
+    target = newcomer()
+    for _ in range(2):
+        target.generate(PROMPT, **INVARIANT)
+    assert compared == [target]
+    target.generate(PROMPT, **INVARIANT | {"invariant": False, "policy": LOOKUP})
+    assert compared == [target]
+
+
+def test_an_unknown_architecture_that_looks_at_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By so little that a tree in the normal mode is within its tolerance."""
+    target: Any = newcomer()
+    kind = type(target.model.layers[0].mlp)
+    run = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, states: run(self, states) + 1e-5 * states.mean(1, keepdim=True))
+    assert target.generate(PROMPT, policy=LOOKUP, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
+    with pytest.raises(ValueError, match=r"\(newcomer\) gives other logits to a token when other .*`invariant=False`"):
+        target.generate(PROMPT, **INVARIANT)
+
+
+def test_an_unknown_architecture_whose_attention_is_not_told_of_the_layout_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target: Any = newcomer()
+    kind = type(target.model.layers[0].self_attn)
+    run = kind.forward
+
+    def deaf(self: Any, *args: Any, resps_layout: Any = None, **kwargs: Any) -> Any:
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", deaf)
+    with pytest.raises(ValueError, match=r"\(newcomer\) fails on the attention of `invariant=True` \(RuntimeError"):
+        target.generate(PROMPT, **INVARIANT)
 
 
 def test_autocast_is_refused(target: PreTrainedModel) -> None:
@@ -233,6 +309,24 @@ def test_no_work_is_done_before_a_refusal_and_none_is_needed_after_it(target: Pr
 def test_the_normal_mode_takes_all_that_the_mode_refuses(target: PreTrainedModel) -> None:
     options = {"policy": LOOKUP, "max_new_tokens": 2, "do_sample": False, "invariant": False}
     assert target.generate(PROMPT, max_time=60.0, **options).shape[1] > PROMPT.shape[1]
+
+
+@pytest.mark.parametrize("options", [{"policy": LOOKUP}, {}], ids=["trees", "stock"])
+def test_another_thread_decodes_in_the_normal_mode_meanwhile(options: dict[str, Any], target: Any) -> None:
+    """In the middle of a forward of the mode, while the target shows the name of its attention."""
+    normal = {"max_new_tokens": 4, "do_sample": False} | options
+    expected, invariant = (target.generate(PROMPT, **call).tolist() for call in (normal, INVARIANT))
+    found: list[Any] = []
+
+    def meanwhile(*_: Any) -> None:
+        if not found and target.config._attn_implementation == "resps_invariant":
+            found.append(None)
+            with ThreadPoolExecutor(1) as others:
+                found.append(others.submit(target.generate, PROMPT, **normal).result().tolist())
+
+    target.model.layers[0].mlp.register_forward_pre_hook(meanwhile)
+    assert target.generate(PROMPT, **INVARIANT).tolist() == invariant
+    assert found[1:] == [expected]
 
 
 # Caches
@@ -278,6 +372,25 @@ def test_a_cache_that_the_normal_mode_filled_or_went_on_with_is_refused(
         filled(target, invariant=True, prompt=tokens, cache=first[CACHE_KEYWORD])
 
 
+def test_the_cache_of_a_batch_whose_rows_ended_apart_is_refused(target: PreTrainedModel) -> None:
+    """The padding of its shorter rows is read in the normal mode."""
+    rows = torch.cat([PROMPT, PROMPT.flip(1) + 6])
+    written = filled(target, invariant=True, prompt=rows, max_new_tokens=8).sequences[:, PROMPT.shape[1] :]
+    end = next(token for token in written[0].tolist() if token not in written[1])
+    first = filled(target, invariant=True, prompt=rows, max_new_tokens=8, eos_token_id=end)
+    with pytest.raises(ValueError, match="only such calls of this model have filled, and this .* has other entries"):
+        filled(target, invariant=True, prompt=first.sequences, cache=first[CACHE_KEYWORD])
+
+
+def test_a_padded_batch_goes_on_from_its_cache(target: PreTrainedModel) -> None:
+    rows, mask = torch.cat([PROMPT, PROMPT.flip(1)]), torch.ones(2, 5, dtype=torch.long)
+    mask[0, :2] = 0
+    expected = filled(target, invariant=True, prompt=rows, attention_mask=mask, max_new_tokens=8).sequences
+    first = filled(target, invariant=True, prompt=rows, attention_mask=mask)
+    options = {"cache": first[CACHE_KEYWORD], "attention_mask": torch.nn.functional.pad(mask, (0, 4), value=1)}
+    assert filled(target, invariant=True, prompt=first.sequences, **options).sequences.tolist() == expected.tolist()
+
+
 def test_the_cache_of_another_model_or_a_copy_is_refused(target: PreTrainedModel) -> None:
     first = filled(target, invariant=True)
     for cache, other in ((copy.deepcopy(first[CACHE_KEYWORD]), target), (first[CACHE_KEYWORD], copy.deepcopy(target))):
@@ -302,12 +415,10 @@ def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
+    """As if so many computed: real ones wait for each other on a busy machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: count)
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -320,7 +431,7 @@ def packed(target: PreTrainedModel) -> Iterator[None]:
 
 
 CHANGES: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
-    "threads": (lambda _: threads(torch.get_num_threads() + 1), r"get_num_threads\(\) is: it was 1 .* and is 2 now"),
+    "threads": (lambda _: threads(2), r"get_num_threads\(\) is: it was 1 .* and is 2 now"),
     "packing": (packed, "`prepack` is: it was False in this model's first such call and is True now"),
     "oneDNN": (lambda _: torch.backends.mkldnn.flags(enabled=False), "mkldnn.enabled is: it was True"),
 }

@@ -64,11 +64,11 @@ def test_a_sound_engine_passes_and_the_report_says_what_was_examined(target: Any
     assert not any(check.differences for check in report.texts)
     assert all(check.tau > 1 for check in report.texts if "batch" not in check.name)
     assert report.distribution.has_power and report.distribution.fit.draws == 24 * 8
-    assert report.verdict == "LOSSLESS: every answer is the plain one"
+    assert report.verdict == "LOSSLESS: every answer is the plain one" and report.stock is None
     page = str(report)
     for fact in ("torch.float32", "threads", torch.__version__, "LlamaForCausalLM", repr(WIDE), "detected"):
         assert fact in page
-    assert len(page.splitlines()) <= 25
+    assert len(page.splitlines()) <= 26 and re.search(r"\nmode +normal\n", page)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -393,11 +393,6 @@ def test_the_invariant_mode_is_examined_in_half_precision_and_told(target: Any, 
     assert re.search(r"\nmode +invariant\n", str(report))
 
 
-def test_in_the_normal_mode_stock_is_the_reference_itself(target: Any, head: DraftHead) -> None:
-    report = assert_lossless(target, head, WIDE, seeds=1, max_new_tokens=2)
-    assert report.stock is None and "stock" not in report.verdict and re.search(r"\nmode +normal\n", str(report))
-
-
 def test_every_call_of_the_examination_runs_in_the_mode_but_stocks(
     target: Any, head: DraftHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +404,12 @@ def test_every_call_of_the_examination_runs_in_the_mode_but_stocks(
     plant("generation.mixin:ReSpSGenerationMixin.generate", noting, monkeypatch.setattr)
     assert_lossless(target, head, WIDE, seeds=1, max_new_tokens=4, invariant=True)
     assert asked and all(asked)
+
+
+def test_a_target_that_the_mode_refuses_is_refused_by_its_examination(target: Any, head: DraftHead) -> None:
+    target.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="`invariant=True` does not support attn_implementation='eager'"):
+        assert_lossless(target, head, WIDE, **SHORT, invariant=True)
 
 
 def test_the_invariant_mode_excuses_nothing(target: Any, head: DraftHead, rounding: None) -> None:

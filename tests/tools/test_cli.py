@@ -123,16 +123,11 @@ def test_a_lossless_head_is_told_so_with_status_0(folders: tuple[str, str], caps
 
 
 def test_the_invariant_mode_is_examined_in_half_precision(folders: tuple[str, str], capsys: Any) -> None:
-    invariant = ["--invariant", "--dtype", "bfloat16", *QUICK]
-    assert main(["verify", *folders, "10,2,9", *invariant]) == 0
-    page = capsys.readouterr().out
-    assert re.search(r"\nmode +invariant\n", page)
-    assert re.search(
-        r"\nLOSSLESS: every answer is the plain one of the invariant mode; stock .* in \d of 1 prompts", page
-    )
+    invariant = ["--invariant", "--dtype", "bfloat16", "--pack", *QUICK]
     assert main(["verify", *folders, "10,2,9", *invariant, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["facts"]["mode"] == "invariant" and told["stock"]["prompts"] == 1
+    assert (told["facts"]["mode"], told["facts"]["packed"], told["stock"]["prompts"]) == ("invariant", "True", 1)
+    assert re.search("plain one of the invariant mode; stock .* in [01] of 1 prompts", told["verdict"])
     with pytest.raises(SystemExit):
         main(["verify", *folders, *invariant, "--rounding"])
 

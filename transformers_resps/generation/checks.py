@@ -27,14 +27,15 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from ..compat import CACHE_KEYWORD
 from ..drafting.prompt_lookup import LONGEST_DRAFT
 from ..tree import DraftTree
-from ..verifying.attention import GROUPED, STOCK, is_flash, longrope_boundary
+from ..verifying.attention import GROUPED, STOCK, is_flash, last_position, longrope_boundary
 from ..verifying.cache import cached_length, check_cache, window_of
 from ..verifying.forward import TargetForward, is_compiled
 from ..verifying.hybrids import RECURRENT_KINDS, layer_kinds, recurrence_obstacle
 from ..verifying.invariant import INVARIANT
-from ..verifying.verifier import TreeVerifier
+from ..verifying.verifier import TreeVerifier, Verifier
 
 
+LENT = (STOCK, GROUPED, INVARIANT)  # what a target of `sdpa` may show while a call in another thread runs it
 # Setting -> whether a value asks for something that trees do not support.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda value: value > 1,
@@ -451,7 +452,7 @@ def check_model(model: PreTrainedModel, *, has_head: bool) -> None:
     _check_layers(model, name)
     check_draws(model)
     attention = config._attn_implementation
-    if attention not in (STOCK, GROUPED, INVARIANT, "eager") and not is_flash(attention):
+    if attention not in (*LENT, "eager") and not is_flash(attention):
         raise ValueError(
             f"{name} runs with attn_implementation={attention!r}, but draft trees need 'sdpa', 'eager' or "
             "FlashAttention. Call `model.set_attn_implementation('sdpa')` first."
@@ -582,6 +583,7 @@ _COMPARED = frozenset(
     ("cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama")
     + ("mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 )
+_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)  # of a forward on unknown inputs
 _LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LOW_PRECISION_LOGIT_TOLERANCE = 0.25  # share of the largest logit; contamination between siblings is far above it
 
@@ -603,7 +605,7 @@ def check_tree_attention(make_forward: Callable[[], TargetForward]) -> None:
         return
     try:
         error, scale = _tree_error(target, make_forward)
-    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as failure:
+    except _FAILURES as failure:
         raise ValueError(
             f"{type(target).__name__} ({model_type}) fails on a draft tree's cache, positions and mask "
             f"({type(failure).__name__}: {failure}). Call `generate` without a head and a policy."
@@ -652,3 +654,53 @@ def _stepped(forward: TargetForward, prompt: Tensor, tokens: Tensor) -> Tensor:
         logits.append(outputs.logits[:, -1:])
         start += part.shape[1]
     return torch.cat(logits[1:], dim=1)
+
+
+def check_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> None:
+    """Compare a tree and a prompt, bit for bit, with the same tokens read in parts, unless the architecture is a known
+    one.
+
+    Args:
+        target: a decoder.
+        make_verifier: of `invariant=True`, over a new cache, given `position_ids` `[1, s]`.
+
+    Raises:
+        ValueError: logits depend on what else is in a forward, or the forward fails.
+    """
+    model_type = target.config.get_text_config(decoder=True).model_type
+    if model_type in _COMPARED:
+        return
+    name, way_out = f"{type(target).__name__} ({model_type})", "Pass `invariant=False`."
+    try:
+        is_same = _has_same_bits(target, make_verifier)
+    except _FAILURES as failure:
+        raise ValueError(
+            f"{name} fails on the attention of `invariant=True` ({type(failure).__name__}: {failure}). {way_out}"
+        ) from failure
+    if not is_same:
+        raise ValueError(
+            f"{name} gives other logits to a token when other tokens are in its forward, with `invariant=True`, too. "
+            f"{way_out}"
+        )
+
+
+@torch.no_grad()
+def _has_same_bits(target: PreTrainedModel, make_verifier: Callable[[Tensor], Verifier]) -> bool:
+    """The tree: root 0, its children 1 and 2, then 3 below 1 and 4 below 2. The prompt is as long as the target reads
+    it, up to 80 tokens: of the last 16 a part is attended to in blocks.
+    """
+    most = last_position(target.config, 0)
+    length = 80 if most is None else min(80, most - 4)
+    tokens = torch.arange(1, length + 6, device=target.device).remainder(target.config.get_text_config().vocab_size)
+    prompt, nodes, path = tokens[None, :length], tokens[None, length:], [0, 2, 4]
+    positions = torch.arange(length, device=target.device)[None]
+    with make_verifier(positions) as verifier:
+        whole, _ = verifier.prefill(prompt)
+        tree, _ = verifier.verify(DraftTree.from_parents(nodes, torch.tensor([[0, 0, 0, 1, 2]], device=target.device)))
+    alone = list[Tensor]()
+    with make_verifier(positions) as verifier:
+        parts, _ = verifier.prefill(prompt, chunk_size=32)
+        for place in path:
+            alone.append(verifier.verify(DraftTree.root_only(nodes[:, place]))[0][:, :1])
+            verifier.keep(torch.zeros_like(nodes[:, :1]), [[0]])
+    return torch.equal(whole[:, -1], parts[:, -1]) and torch.equal(tree[:, path], torch.cat(alone, dim=1))

@@ -5,7 +5,7 @@ docs/same-text.md says so.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,14 +13,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, MaxTimeCriteria, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    GenerationConfig,
+    MaxTimeCriteria,
+    PreTrainedModel,
+    StaticCache,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
-from ..verifying.attention import GROUPED, STOCK, longrope_boundary
+from ..verifying.attention import longrope_boundary
 from ..verifying.cache import cached_length
+from ..verifying.experts import has_invariant_experts
+from ..verifying.forward import TargetForward
 from ..verifying.hybrids import is_recurrent
-from ..verifying.invariant import INVARIANT
 from ..verifying.prepacking import is_prepacked
-from .checks import PROMPT_ARGUMENTS, given_cache, setting_of
+from ..verifying.slots import SlotEngine
+from ..verifying.verifier import InvariantVerifier
+from .checks import LENT, PROMPT_ARGUMENTS, check_same_bits, given_cache, setting_of
 
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -29,6 +39,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 Obstacle = tuple[str, str]
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
+_MOST_ROWS = 16  # of a product that a machine may need
 _POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # of attention layers
 
 
@@ -46,12 +57,18 @@ def _of_model(model: PreTrainedModel) -> Iterator[Obstacle]:
     if longrope_boundary(config) is not None:
         yield f"{name} of rope_type 'longrope', whose frequencies depend on the longest row", _OTHER_MODEL
     attention = config._attn_implementation
-    if attention not in (STOCK, GROUPED, INVARIANT) and (attention != "eager" or model._supports_sdpa):
+    if attention not in LENT and (attention != "eager" or model._supports_sdpa):
         yield f"attn_implementation={attention!r}", "Call `model.set_attn_implementation('sdpa')` first"
     if not model._can_set_attn_implementation():
         yield f"{name}, whose attention does not ask Transformers' `AttentionInterface`", _OTHER_MODEL
     if getattr(config, "attn_logit_softcapping", None) is not None:
         yield f"{name}, which caps the scores of its attention (`attn_logit_softcapping`)", _OTHER_MODEL
+
+
+def _of_weights(model: PreTrainedModel) -> Iterator[Obstacle]:
+    if not has_invariant_experts(model):
+        name = type(model).__name__
+        yield f"the experts of {name}, which do not ask Transformers' `ExpertsInterface`", "Use a model without"
     weights = list(model.parameters())
     odd = sorted({weight.device.type for weight in weights} - {"cpu"})
     if odd:
@@ -70,24 +87,12 @@ def _of_layers(model: PreTrainedModel) -> Iterator[Obstacle]:
             )
         if any(name in module._modules for name in _POSITION_BIASES):
             yield f"the position biases of {kind}", _OTHER_MODEL
-        if _routes_by_itself(module):
-            yield f"the experts of {kind}, which do not ask Transformers' `ExpertsInterface`", "Use a model without"
 
 
 def _is_compiled(module: nn.Module) -> bool:
     """By `module.compile()`, by `torch.compile(module)`, or by compiling its `forward`."""
     compiled: bool = module._compiled_call_impl is not None or "_orig_mod" in module._modules
     return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
-
-
-def _routes_by_itself(module: nn.Module) -> bool:
-    """Whether a layer holds experts whose products nothing can reach: the shape of each depends on the other tokens.
-
-    `use_experts_implementation` gives every class that asks the interface an `_apply_gate`.
-    """
-    kind = type(module)
-    holds = "Expert" in kind.__name__ or kind.__name__.endswith("CDMoE")  # Doge's
-    return (holds and not hasattr(kind, "_apply_gate")) or type(module._modules.get("experts")) is nn.ModuleList
 
 
 def _of_call(
@@ -104,9 +109,15 @@ def _of_call(
     given = sorted(name for name in PROMPT_ARGUMENTS & arguments.keys() if arguments[name] is not None)
     if given:
         yield f"prompts of more than tokens, here {given}", "Pass `input_ids` alone"
-    criteria = arguments.get("stopping_criteria") or ()
-    if setting("max_time") is not None or any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
+    if setting("max_time") is not None or _holds(MaxTimeCriteria, arguments.get("stopping_criteria")):
         yield "`max_time`, which ends a text by the clock", "Set `max_new_tokens`"
+    guided = setting("guidance_scale") not in (None, 1)
+    if guided or _holds(UnbatchedClassifierFreeGuidanceLogitsProcessor, arguments.get("logits_processor")):
+        yield "`guidance_scale`, which runs the model once more, in the normal mode", "Leave it out"
+
+
+def _holds(kind: type, given: Iterable[Any] | None) -> bool:
+    return any(isinstance(one, kind) for one in given or ())
 
 
 class InvariantCalls:
@@ -116,10 +127,12 @@ class InvariantCalls:
         self._filled: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # positions
         self._first = dict[str, Any]()  # how the first one ran
         self._warned = set[str]()
+        self._has_same_bits = False  # whether that was checked
 
     def admit(
         self,
         model: PreTrainedModel,
+        engine: SlotEngine,
         config: GenerationConfig | None,
         arguments: Mapping[str, Any],
         compile: bool | str | None,
@@ -129,6 +142,7 @@ class InvariantCalls:
 
         Args:
             model: the target, which `check_model` lets verify trees.
+            engine: the model's.
             config: the `generation_config` of the call.
             arguments: all other keyword arguments of the call.
             compile: whether the target's steps run compiled.
@@ -136,10 +150,15 @@ class InvariantCalls:
         Raises:
             ValueError: names what stands against it, and the way out.
         """
-        setting = partial(setting_of, model=model, config=config, arguments=arguments)
-        for came, way_out in chain(_of_model(model), _of_layers(model), _of_call(arguments, setting, compile)):
+        call = _of_call(arguments, partial(setting_of, model=model, config=config, arguments=arguments), compile)
+        for came, way_out in chain(_of_model(model), _of_weights(model), _of_layers(model), call):
             raise ValueError(f"`invariant=True` does not support {came}. {way_out}, or pass `invariant=False`.")
         self._check_cache(given_cache(arguments))
+        if not self._has_same_bits:
+            check_same_bits(
+                model, lambda positions: InvariantVerifier(TargetForward.of(model), engine, _MOST_ROWS, positions)
+            )
+            self._has_same_bits = True
         self._compare(model, compile)
 
     def note(self, cache: Cache, is_invariant: bool) -> None:

@@ -454,7 +454,7 @@ class Request:
         check_settings(model, call.config, call.arguments)
         check_inputs(model, call.prompts, call.arguments)
         if keywords.invariant:
-            state.invariant_calls.admit(model, call.config, call.arguments, keywords.compile)
+            state.invariant_calls.admit(model, state.slot_engine, call.config, call.arguments, keywords.compile)
         for source in sources:
             for module in source.own_modules:
                 check_draws(module)

@@ -51,7 +51,7 @@ class LosslessReport:
     """The result of `assert_lossless`; printed, it is a short page to paste into an issue.
 
     Attributes:
-        facts: versions, device, dtype, threads, target, head, policy, mode.
+        facts: versions, device, dtype, threads, packing, target, head, policy, mode.
         texts: outputs compared token for token, one entry per decoding setting.
         distribution: the test of sampled tokens, with its control.
         seconds: that the check took.
@@ -305,7 +305,9 @@ def _token_ids(prompt: Tensor | Sequence[int], vocabulary: int) -> Tensor:
 def _facts(model: ModelUnderTest) -> dict[str, str]:
     known = identity_of(model.target, model.head)
     facts = {"transformers-resps": version("transformers-resps"), "python": platform.python_version()}
-    facts |= {name: str(known[name]) for name in ("transformers", "torch", "device", "threads", "dtype", "target")}
+    facts |= {
+        name: str(known[name]) for name in ("transformers", "torch", "device", "threads", "dtype", "packed", "target")
+    }
     facts["head"] = "none, drafts by lookup"
     if model.head is not None:
         facts["head"] = f"{model.head.identity()['name_or_path'] or 'without a name'}, {known['head']}"

@@ -126,6 +126,7 @@ def add_verify(commands: Any) -> None:
     either("--invariant", action="store_true", help=invariant)
     rounding = "instead, measure how far a tree forward moves the target's logits"
     either("--rounding", action="store_true", help=rounding)
+    add("--pack", action="store_true", help="prepack the target's weights first, as `prepack` does")
     add("--revision", help="of a draft head")
     add("--json", action="store_true", help=_JSON)
 

@@ -19,7 +19,7 @@ from .loading import load_policy, load_source, load_target, questions_in, read_c
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 when the output is not the model's own, 2 when no draft was accepted, so nothing tested."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = load_target(args.target, args.dtype, args.device)
+    target = load_target(args.target, args.dtype, args.device, packed=args.pack)
     head = load_source(args.head, target, args.revision)
     policy = None if args.policy is None else load_policy(args.policy, head)
     questions = questions_in(read_conversations(args, args.prompts), args.prompts)

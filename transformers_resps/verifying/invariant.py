@@ -68,7 +68,9 @@ class Layout:
         self._tail_seen = (is_text | (is_node & is_ancestor)) & (self._tail_places >= self._starts)
         self._prefix = torch.arange(blocks * BLOCK, device=depths.device)
         self._prefix_seen = self._prefix < self._starts
-        self._rows: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._rows: list[
+            tuple[Tensor, int, int, tuple[Tensor, Tensor]]
+        ] = []  # of masks and heads: alike in all layers
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """The additive mask of the prefix, then of the tail: `[b, 1, n, blocks * BLOCK + w]`."""
@@ -82,12 +84,12 @@ class Layout:
         """The mask for the heads that share keys as rows of one head: of the blocks `[blocks, 1 or b * kv heads, rows,
         BLOCK]`, of the tail `[b * kv heads, sharing * n, w]` in float64.
         """
-        if torch.compiler.is_compiling():  # which computes what is equal once
-            return _rows_of(mask, len(self._prefix), kv_heads, sharing)
-        known = id(mask), kv_heads, sharing
-        if known not in self._rows:
-            self._rows[known] = _rows_of(mask, len(self._prefix), kv_heads, sharing)
-        return self._rows[known]
+        for known, *kind, rows in self._rows:
+            if known is mask and kind == [kv_heads, sharing]:
+                return rows
+        rows = _rows_of(mask, len(self._prefix), kv_heads, sharing)
+        self._rows.append((mask, kv_heads, sharing, rows))
+        return rows
 
 
 def _rows_of(mask: Tensor, prefix: int, kv_heads: int, sharing: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +101,14 @@ def _rows_of(mask: Tensor, prefix: int, kv_heads: int, sharing: int) -> tuple[Te
     blocks = blocks.permute(2, 0, 1, 3)  # [blocks, b, rows, BLOCK]
     if batch_size > 1:
         blocks = blocks[:, :, None].expand(-1, -1, kv_heads, -1, -1).flatten(1, 2)
-    return pad(blocks, (0, 0, 0, -rows % _ROWS)).contiguous(), tail
+    return _filled_up(blocks, 2), tail
+
+
+def _filled_up(states: Tensor, dimension: int) -> Tensor:
+    """Rows as PyTorch's kernel takes them, the last one repeated. One more at least: none would be compiled apart."""
+    rows = states.shape[dimension]
+    order = torch.arange((rows // _ROWS + 1) * _ROWS, device=states.device)
+    return states.index_select(dimension, order.clamp(max=rows - 1))
 
 
 def invariant_attention(
@@ -181,7 +190,7 @@ def _attend_to_blocks(
     size = values.shape[-1]
     if size < keys.shape[-1]:
         values = pad(values, (0, keys.shape[-1] - size))
-    queries = pad(queries, (0, 0, 0, -rows % _ROWS)).expand(blocks, -1, -1, -1)
+    queries = _filled_up(queries, 1).expand(blocks, -1, -1, -1)
     found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         queries, keys, values, 0.0, False, attn_mask=mask, scale=scaling
     )

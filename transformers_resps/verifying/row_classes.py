@@ -5,16 +5,19 @@ number that four does not divide in another than the rows before it, and compute
 another way than what lies in the middle. No documentation says when, so the kernels of this machine are tried.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .experts import routed_layers
+from .invariant import Layout, block_count, invariant_attention
 from .prepacking import is_prepacked
 
 
@@ -23,7 +26,9 @@ _COUNTS = (*range(1, 13), 15, 16, 17, 24, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65
 _FEWEST = 48  # rows tried at least, where products are expensive
 _MOST_WORK = 2**29  # multiplications of a product over more rows
 _TRIED = 12  # rows of each count: one shows another order of its sum with a probability of at least 0.5 (measured)
-_SCALE = 3  # of the values: the two ways to compute gelu differ at -5
+_TRIED_VALUES = 2**14  # of an activation: one in 1,000 shows another way to compute it (measured)
+_SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
+_PLACES = 256  # of the text that attention is tried with
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 
 
@@ -55,7 +60,7 @@ def least_rows(
 
 
 class RowClasses:
-    """Finds the rows that a target's layers need on this machine, and keeps what it found of each kind of layer.
+    """Finds the rows that a target's kernels need on this machine, and keeps what it found of each kind of layer.
 
     A kind is a layer's type, sizes, dtype, bias and packing, and the number of threads.
     """
@@ -73,93 +78,157 @@ class RowClasses:
             target: on a CPU.
 
         Returns:
-            1, 2, 4, 8 or 16.
+            1, 2, 4, 8 or 16; 1 in float64, which rounds too far from any choice of a token.
 
         Raises:
-            ValueError: a layer has no such number.
+            ValueError: a layer, or attention, has no such number.
         """
+        if target.dtype is torch.float64:
+            return 1
         settings = torch.get_num_threads(), torch.backends.mkldnn.enabled
         least = 1
-        for layer in _row_layers(target):
-            kind = settings, layer.kind
-            found = self._known[kind] if kind in self._known else layer.least_rows()
+        for part in _parts(target):
+            kind = settings, part.kind
+            found = self._known[kind] if kind in self._known else part.least_rows()
             if found is None:
                 raise ValueError(
-                    f"{layer} rounds a row by the number of rows beside it, even among multiples of 16, with "
-                    f"{settings[0]} threads. Call `prepack(model)`, use another dtype or number of threads, or leave "
-                    "out `invariant=True`."
+                    f"{part} rounds a row by the number of rows beside it, even among multiples of {_CANDIDATES[0]}, "
+                    f"with {settings[0]} threads. {part.remedy}, use another dtype or number of threads, or leave out "
+                    "`invariant=True`."
                 )
-            if kind not in self._known and layer.shows_order:
+            if kind not in self._known and part.shows_order:
                 self._known[kind] = found
             least = max(least, found)
         return least
 
 
-@dataclass(frozen=True, slots=True)
-class _RowLayer:
-    """A layer that answers each row `[inputs]` alone, by `[outputs]`."""
+class _Part(ABC):
+    """Answers each row of what it is given alone."""
+
+    remedy: ClassVar[str]
+    shows_order = True  # of a sum, by its bits
+
+    @property
+    @abstractmethod
+    def kind(self) -> Hashable:
+        """Equal for those that run the same kernels."""
+
+    @abstractmethod
+    def least_rows(self) -> int | None:
+        """As the function, each row of a random sample at several places."""
+
+
+@dataclass(frozen=True)
+class _Layer(_Part):
+    """A layer from `[..., inputs]` to `[..., outputs]`."""
 
     name: str
-    module: nn.Module
+    module: Any
     inputs: int
     outputs: int
     dtype: torch.dtype
     weight: Tensor | None  # `[outputs, inputs]`
+    remedy = "Call `prepack(model)`"
 
     def __str__(self) -> str:
         return f"`{self.name}` ({type(self.module).__name__}, {self.inputs} -> {self.outputs}, {self.dtype})"
 
     @property
     def kind(self) -> Hashable:
-        """Equal for layers that run the same kernels."""
         module, weight = self.module, self.weight
         layout = None if weight is None else (weight.stride(), module.bias is None, is_prepacked(module))
-        return type(module), self.inputs, self.outputs, self.dtype, layout
+        inner = tuple((type(part), *(weight.shape for weight in part.parameters())) for part in module.children())
+        return type(module), self.inputs, self.outputs, self.dtype, layout, inner
 
     @property
-    def shows_order(self) -> bool:
-        """Not while a weight is zero, as a new adapter's is."""
-        return all(bool(part.any()) for part in self.module.parameters() if part.dim() > 1)
+    def shows_order(self) -> bool:  # type: ignore[override]  # read only
+        """Not while all weights are zero, as a new adapter's are."""
+        return self.weight is None or bool(self.weight.any())
 
     @torch.no_grad()
     def least_rows(self) -> int | None:
-        """As the function, over random rows, each at several places."""
-        work = max((part.numel() for part in self.module.parameters()), default=1)
-        counts = [count for count in _COUNTS if count <= max(_MOST_WORK // work, _FEWEST)]
-        size = max(count for count in counts if count % _CANDIDATES[0] == 0)
+        most = _COUNTS[-1] if self.weight is None else max(_MOST_WORK // self.weight.numel(), _FEWEST)
+        size = max(count for count in _COUNTS if count <= most and count % _CANDIDATES[0] == 0)
+        tried = _TRIED
+        if self.weight is None:
+            is_activation = next(self.module.parameters(), None) is None
+            tried = max(_TRIED_VALUES // self.outputs if is_activation else 0, 4 * _TRIED)
         sample = self._sample(size)
 
         def answer(rows: range) -> Tensor:
             found: Tensor = self.module.forward(sample[None, rows.start : rows.stop].clone())
             return found[0]
 
-        def starts(count: int) -> list[int]:
-            places, tries = size - count + 1, -(-_TRIED // count)
-            return [(7 * count + at * places // tries) % places for at in range(tries)]
-
-        return least_rows(answer, [count for count in counts if count <= size], starts)
+        return least_rows(answer, [count for count in _COUNTS if count <= size], _spread(size, tried))
 
     def _sample(self, size: int) -> Tensor:
-        """Random rows `[size, inputs]`. Of a linear layer one result of each is almost 0: in the others, rounded to
-        bfloat16, another order of the sum would hardly show (one of 10,000 differs, measured).
+        """Random rows `[size, inputs]`. Of a linear layer one result of each row is almost 0: the others, rounded to
+        bfloat16, hardly show another order of their sum (one in 10,000, measured).
         """
-        generator = torch.Generator().manual_seed(0)
-        sample = torch.randn(size, self.inputs, generator=generator, dtype=torch.float32, device="cpu")
-        sample = (_SCALE * sample).to(self.dtype)
+        sample = (_SCALE * _random(size, self.inputs)).to(self.dtype)
         if self.weight is None:
             return sample
         rows = torch.arange(size)
-        weight = self.weight[rows * 7 % self.outputs].double()
+        chosen = 7 * rows % self.outputs
+        weight = self.weight[chosen].double()
+        bias = 0 if self.module.bias is None else self.module.bias[chosen].double()
         places = weight.abs().topk(min(2, self.inputs)).indices
         sample.scatter_(1, places, 0)
         for place in places.t():
-            rest = (sample.double() * weight).sum(dim=1)
+            rest = (sample.double() * weight).sum(dim=1) + bias
             sample[rows, place] = (-rest / weight[rows, place]).nan_to_num(0, 0, 0).to(self.dtype)
         return sample
 
 
-def _row_layers(target: PreTrainedModel) -> Iterator[_RowLayer]:
-    """The linear layers, and the activations beside them, whose input is that of the last one."""
+@dataclass(frozen=True)
+class _Attention(_Part):
+    """`invariant_attention` over chains of tokens, anywhere in a text."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    dtype: torch.dtype
+    remedy = "Use the attention of PyTorch as it was released"
+
+    def __str__(self) -> str:
+        return f"PyTorch's attention ({self.heads} heads over {self.kv_heads}, of {self.size}, {self.dtype})"
+
+    @property
+    def kind(self) -> Hashable:
+        return self
+
+    @torch.no_grad()
+    def least_rows(self) -> int | None:
+        states = _random(self.heads + 2 * self.kv_heads, _PLACES, self.size)[None].to(self.dtype)
+        query, key, value = states.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+
+        def answer(rows: range) -> Tensor:
+            count = len(rows)
+            chain = torch.ones(1, count, count, dtype=torch.bool).tril()
+            layout = Layout(torch.arange(count)[None], chain, torch.tensor([[rows.start]]), block_count(rows.stop - 1))
+            mask, asked = layout.mask(None, self.dtype), query[:, :, rows.start : rows.stop]
+            return invariant_attention(nn.Module(), asked, key, value, mask, resps_layout=layout)[0][0]
+
+        return least_rows(answer, (*range(1, 10), 16, 17, 33, 48, 128, _PLACES), _spread(_PLACES, 2))
+
+
+def _spread(size: int, tried: int) -> Callable[[int], list[int]]:
+    """Where a number of the `size` rows of a sample are tried, so that `tried` rows or more are."""
+
+    def starts(count: int) -> list[int]:
+        places = size - count + 1
+        tries = min(-(-tried // count), places)
+        return [(7 * count + at * places // tries) % places for at in range(tries)]
+
+    return starts
+
+
+def _random(*sizes: int) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+
+
+def _parts(target: PreTrainedModel) -> Iterator[_Part]:
+    """The linear layers, the activations beside them, whose input is that of the last one, experts, and attention."""
     for prefix, parent in target.named_modules():
         children = dict(parent.named_children())
         widths = [inputs for part in children.values() if (inputs := _sizes(part)[0])]
@@ -167,9 +236,15 @@ def _row_layers(target: PreTrainedModel) -> Iterator[_RowLayer]:
             name = f"{prefix}.{child}" if prefix else child
             if isinstance(part, nn.Linear | Conv1D):
                 weight = part.weight if isinstance(part, nn.Linear) else part.weight.t()
-                yield _RowLayer(name, part, *_sizes(part), weight.dtype, weight)
+                yield _Layer(name, part, *_sizes(part), weight.dtype, weight)
             elif widths and type(part).__module__ in _ACTIVATIONS:
-                yield _RowLayer(name, part, widths[-1], widths[-1], target.dtype, None)
+                yield _Layer(name, part, widths[-1], widths[-1], target.dtype, None)
+    for name, layer in routed_layers(target):
+        yield _Layer(name, layer, *_sizes(layer), target.dtype, None)
+    config = target.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    yield _Attention(heads, getattr(config, "num_key_value_heads", None) or heads, size, target.dtype)
 
 
 def _sizes(layer: Any) -> tuple[int, int]:

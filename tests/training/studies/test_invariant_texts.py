@@ -17,7 +17,7 @@ from transformers_resps import DraftHead
 def command(tmp_path: Path, tiny_target: PreTrainedModel, tiny_head: DraftHead) -> list[str]:
     target, head = save_models(tmp_path, tiny_target, tiny_head)
     file = save_rows(tmp_path / "mine.jsonl", [["defgdefg", "never asked"], ["klkl"], ["m"], ["qrst"], ["uv"]])
-    options = ["--dataset", file, "--dtype", "bfloat16", "--tokens", "5", "--output", str(tmp_path / "texts.json")]
+    options = ["--dataset", file, "--dtype", "bfloat16", "--tokens", "4", "--output", str(tmp_path / "texts.json")]
     return [target, head, *options]
 
 
