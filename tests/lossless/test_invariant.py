@@ -172,6 +172,18 @@ def test_the_normal_mode_does_not(kind: str) -> None:
     assert sum(same) < len(same) / 2
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_in_float32_the_text_is_that_of_stock_generate(kind: str) -> None:
+    """Rounding apart: the one oracle that does not run in the mode."""
+    target = attach(build(kind).float())
+    prompts = [prompt_of(length, length) for length in (1, 90, 130)]
+    stock = write(target, padded(prompts), invariant=None)
+    for options in ({}, {"policy": LOOKUP, "prefill_chunk_size": 50}):
+        found = write(target, padded(prompts), **options)
+        assert found.tokens == stock.tokens
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(stock.logits), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 64, None])
 def test_the_chunks_of_a_prompt_change_no_bit(chunk: int | None) -> None:
     """Also where the last one holds one token."""

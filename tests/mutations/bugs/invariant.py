@@ -27,11 +27,12 @@ def leave_a_rest_of_rows(invariant_attention: Function) -> Function:
     return wrong
 
 
-def read_one_block_as_long_as_the_text(attend_to_blocks: Function) -> Function:
+def halve_the_longest_text(attend_to_blocks: Function) -> Function:
     def wrong(queries: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Any:
-        joined = mask.permute(1, 2, 0, 3).flatten(2)[None].contiguous()
-        with patch.object(invariant, "BLOCK", joined.shape[-1]):
-            return attend_to_blocks(queries, key, value, joined, scaling)
+        halves = mask.permute(1, 2, 0, 3).flatten(2).unflatten(2, (min(len(mask), 2), -1))
+        halves = halves.permute(2, 0, 1, 3).contiguous()
+        with patch.object(invariant, "BLOCK", halves.shape[-1]):
+            return attend_to_blocks(queries, key, value, halves, scaling)
 
     return wrong
 
@@ -167,9 +168,9 @@ MUTATIONS = (
         f"{UNIT}::test_no_number_of_query_rows_changes_a_bit",
     ),
     Mutation(
-        "the prefix is one block, as long as the longest text",
+        "the longest text decides where blocks end",
         "verifying.invariant:_attend_to_blocks",
-        read_one_block_as_long_as_the_text,
+        halve_the_longest_text,
         f"{UNIT}::test_rows_that_begin_anywhere_get_the_bits_of_each_text_alone",
     ),
     Mutation("tails begin by the root", "verifying.invariant:_prefix_ends", begin_the_tail_by_the_root, BORDERS),
@@ -193,7 +194,10 @@ MUTATIONS = (
     Mutation("all rows end like the first", "verifying.slots:SlotBuffers.move", move_to_the_first_rows_places, KEPT),
     Mutation("padding is text", "verifying.verifier:InvariantVerifier._orders", keep_the_padding, BATCH),
     Mutation(
-        "a prompt ends one token early", "verifying.verifier:InvariantVerifier._read", end_one_token_early, ONE_TEXT
+        "a prompt ends one token early",
+        "verifying.verifier:InvariantVerifier._read",
+        end_one_token_early,
+        f"{SLOTS}::test_each_node_is_verified_as_the_end_of_its_own_path",
     ),
     Mutation(
         "features of padded rows stay at the front",
