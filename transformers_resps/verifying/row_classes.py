@@ -239,7 +239,7 @@ def _parts(target: PreTrainedModel) -> Iterator[_Part]:
                 yield _Layer(name, part, *_sizes(part), weight.dtype, weight)
             elif widths and type(part).__module__ in _ACTIVATIONS:
                 yield _Layer(name, part, widths[-1], widths[-1], target.dtype, None)
-    for name, layer in routed_layers(target):
+    for name, layer in routed_layers(target, _CANDIDATES[0]):
         yield _Layer(name, layer, *_sizes(layer), target.dtype, None)
     config = target.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
