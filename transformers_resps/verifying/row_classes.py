@@ -242,6 +242,7 @@ def _parts(target: PreTrainedModel) -> Iterator[_Part]:
     for name, layer in routed_layers(target, _CANDIDATES[0]):
         yield _Layer(name, layer, *_sizes(layer), target.dtype, None)
     config = target.config.get_text_config(decoder=True)
+    config = (getattr(config, "per_layer_config", None) or [config])[0]  # Gemma 4's layers differ in size
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     yield _Attention(heads, getattr(config, "num_key_value_heads", None) or heads, size, target.dtype)
