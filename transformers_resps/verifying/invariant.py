@@ -166,6 +166,9 @@ def invariant_attention(
     if blocks:
         of_blocks = weights[..., keys.shape[1] : keys.shape[1] + blocks].permute(2, 0, 1)[..., None]
         attended = attended + (of_blocks * found).sum(dim=0)
+    if query.dtype is torch.float32:  # where order would decide a tie: 40 bits are kept (Dekker 1971, section 4)
+        high = attended * (2**13 + 1)
+        attended = high - (high - attended)
     return attended.to(query.dtype).view(batch_size, heads, count, -1).transpose(1, 2).contiguous(), None
 
 

@@ -240,7 +240,7 @@ def _parts(target: PreTrainedModel) -> Iterator[_Part]:
             elif widths and type(part).__module__ in _ACTIVATIONS:
                 yield _Layer(name, part, widths[-1], widths[-1], target.dtype, None)
     for name, layer in routed_layers(target, _CANDIDATES[0]):
-        yield _Layer(name, layer, *_sizes(layer), target.dtype, None)
+        yield _Layer(name, layer, *_sizes(layer), target.dtype, layer.weight)
     config = target.config.get_text_config(decoder=True)
     config = (getattr(config, "per_layer_config", None) or [config])[0]  # Gemma 4's layers differ in size
     heads = config.num_attention_heads
