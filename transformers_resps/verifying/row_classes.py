@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .experts import routed_layers
-from .invariant import Layout, block_count, invariant_attention
+from .invariant import BlockMasks, Layout, invariant_attention, mask_of
 from .prepacking import is_prepacked
 
 
@@ -203,11 +203,11 @@ class _Attention(_Part):
         query, key, value = states.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
 
         def answer(rows: range) -> Tensor:
-            count = len(rows)
-            chain = torch.ones(1, count, count, dtype=torch.bool).tril()
-            layout = Layout(torch.arange(count)[None], chain, torch.tensor([[rows.start]]), block_count(rows.stop - 1))
-            mask, asked = layout.mask(None, self.dtype), query[:, :, rows.start : rows.stop]
-            return invariant_attention(nn.Module(), asked, key, value, mask, resps_layout=layout)[0][0]
+            roots, depths = torch.tensor([[rows.start]]), torch.arange(len(rows))[None]
+            layout = Layout.of_chain(roots, depths)
+            mask = mask_of(layout.seen, layout.places, roots + depths, None, self.dtype)
+            asked = query[:, :, rows.start : rows.stop]
+            return invariant_attention(nn.Module(), asked, key, value, mask, resps_masks=BlockMasks())[0][0]
 
         return least_rows(answer, (*range(1, 10), 16, 17, 33, 48, 128, _PLACES), _spread(_PLACES, 2))
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -24,25 +25,28 @@ from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
 from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
-from .invariant import Layout, use_invariant_attention
+from .invariant import BLOCK, BlockMasks, mask_of, use_invariant_attention
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's windows of the buffers, `[slots, b, kv heads, hd]`, in a forward that writes the slots `[b, n]`."""
+    """One layer's windows of the buffers, `[slots, b, kv heads, hd]`, in a forward that writes the slots `[b, n]`.
+
+    Entries in the slots `sources` `[b, m]` are then copied to the slots `copies`.
+    """
 
     is_compileable = True
 
-    def __init__(self, keys: Tensor, values: Tensor, written: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, written: Tensor, *moves: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._buffers = keys, values
-        rows = torch.arange(written.shape[0], device=written.device)[:, None]
-        self._places = written, rows.expand_as(written)
+        self._buffers, self._written, self._moves = (keys, values), written, moves
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write `[b, kv heads, n, hd]` entries; returns all slots, `[b, kv heads, slots, hd]`."""
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer.index_put_(self._places, states.transpose(1, 2))
+            _write(buffer, self._written, states.transpose(1, 2))
+            for sources, copies in [self._moves] if self._moves else []:
+                _write(buffer, copies, _read(buffer, sources))
         keys, values = (buffer.permute(1, 2, 0, 3) for buffer in self._buffers)
         return keys, values
 
@@ -62,6 +66,23 @@ class SlotLayer(CacheLayerMixin):
         return self._buffers[0].shape[0]
 
     get_max_cache_shape = get_max_length
+
+
+def _write(buffer: Tensor, slots: Tensor, entries: Tensor) -> None:
+    """Write `[b, m, kv heads, hd]` to each row's slots `[b, m]` of `[slots, b, kv heads, hd]`."""
+    if len(slots) == 1:
+        buffer.index_copy_(0, slots[0], entries.transpose(0, 1))
+    else:
+        buffer.index_put_((slots, _rows(slots)), entries)
+
+
+def _read(buffer: Tensor, slots: Tensor) -> Tensor:
+    """The other way."""
+    return buffer.index_select(0, slots[0]).transpose(0, 1) if len(slots) == 1 else buffer[slots, _rows(slots)]
+
+
+def _rows(slots: Tensor) -> Tensor:
+    return torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
 
 
 class SlotBuffers:
@@ -204,13 +225,23 @@ class SlotInputs(NamedTuple):
 
 
 class InvariantInputs(NamedTuple):
-    """As `SlotInputs`, without padding. `blocks` `[any]` is as long as the prefix has blocks; see `invariant`."""
+    """A tree, and where it stands; see `SlotInputs` and `Layout`, of whose slots the forward sees the first."""
 
     tokens: Tensor
     depths: Tensor
-    ancestors: Tensor
     roots: Tensor
-    blocks: Tensor
+    slots: Tensor
+    places: Tensor
+    seen: Tensor
+    sources: Tensor
+    copies: Tensor
+
+    def without_small_sizes(self) -> "InvariantInputs":
+        """The same with two blocks and two copies at least: sizes of none and one are compiled apart."""
+        missing = max(2 * BLOCK - self.places.shape[1], 0)
+        filled = self._replace(places=pad(self.places, (0, missing)), seen=pad(self.seen, (0, missing)))
+        own = self.slots[:, :1].expand(-1, 2)
+        return filled if self.copies.shape[1] else filled._replace(sources=own, copies=own)
 
 
 class SlotForward:
@@ -260,7 +291,7 @@ class SlotForward:
             for kind, window in windows.items():
                 shown = visible if window is None else visible & (distance < window)
                 masks[kind] = torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, torch.finfo(dtype).min)[:, None]
-            return run(tokens, slots, _positions(roots[:, 1:], depths), masks, buffers)
+            return run(tokens, (slots,), _positions(roots[:, 1:], depths), masks, buffers)
 
         return forward
 
@@ -303,20 +334,22 @@ class InvariantForward(SlotForward):
         def forward(
             tokens: Tensor,
             depths: Tensor,
-            ancestors: Tensor,
             roots: Tensor,
-            blocks: Tensor,
+            slots: Tensor,
+            places: Tensor,
+            seen: Tensor,
+            sources: Tensor,
+            copies: Tensor,
             *buffers: Tensor,
             positions: Tensor | None = None,
             **options: Any,
         ) -> tuple[Tensor, ...]:
-            root = roots[:, :1].long()
-            layout = Layout(depths, ancestors, root, blocks.shape[0])
-            slots = root + torch.arange(tokens.shape[1], device=tokens.device)
-            masks = {kind: layout.mask(window, dtype) for kind, window in windows.items()}
+            nodes = roots[:, :1].long() + depths
+            masks = {kind: mask_of(seen, places, nodes, window, dtype) for kind, window in windows.items()}
             if positions is None:
                 positions = _positions(roots[:, 1:], depths)
-            return run(tokens, slots, positions, masks, buffers, resps_layout=layout, **options)
+            written = (slots, sources, copies) if sources.shape[1] else (slots,)
+            return run(tokens, written, positions, masks, buffers, resps_masks=BlockMasks(), **options)
 
         return forward
 
@@ -347,14 +380,14 @@ def _run(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Ca
 
     def run(
         tokens: Tensor,
-        slots: Tensor,
+        slots: tuple[Tensor, ...],
         positions: Tensor,
         masks: dict[str | None, Tensor],
         buffers: tuple[Tensor, ...],
         **options: Any,
     ) -> tuple[Tensor, ...]:
         pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
-        held = Cache(layers=[SlotLayer(*next(pairs), slots) if other is None else other for other in placeholders])
+        held = Cache(layers=[SlotLayer(*next(pairs), *slots) if other is None else other for other in placeholders])
         outputs: Any = target(
             input_ids=tokens,
             attention_mask=masks.get(None, masks),
@@ -372,7 +405,7 @@ def _run(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Ca
 
 # The dimensions of the inputs and of the buffers that change, with several rows.
 _SIZES = ((0, 1), (0, 1), (0, 1, 2), (0,), (0, 1))
-_INVARIANT_SIZES = (*_SIZES[:-1], (0,))
+_INVARIANT_SIZES = ((0, 1), (0, 1), (0,), (0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1))
 _BUFFER_SIZES = (0, 1)
 _CAPTURED_SIZES = (1, 2, 4, 8, 16, 32, 48, 64)
 
@@ -434,8 +467,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
             elif is_batch:
                 fast = CompiledFunction(forward.function, sizes, _BUFFER_SIZES, forward.options)
             else:  # one row stays one row
-                dynamic = [tuple(size for size in of_one if size) for of_one in _SIZES]
-                dynamic[-1] = sizes[-1][-1:]
+                dynamic = [tuple(size for size in changing if size) for changing in sizes]
                 fast = CompiledFunction(forward.function, dynamic, _BUFFER_SIZES[:1], forward.options)
             return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
 

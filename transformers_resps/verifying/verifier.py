@@ -34,7 +34,7 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
-from .invariant import BLOCK, TAIL, block_count
+from .invariant import Layout
 from .returned import EndedRow
 from .row_classes import least_rows
 from .rows import SlotMap
@@ -452,20 +452,18 @@ class SlotVerifier(Verifier):
         """As `Verifier.undo`: the next tree overwrites the newest one."""
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
-        if any(nodes[-1] >= len(nodes) for nodes in paths):
-            self._move_up(paths)
+        taken = self._slots_of_nodes(paths)
+        places = [list(range(start, start + len(nodes))) for start, nodes in zip(self._places, paths, strict=True)]
+        if taken != places:
+            longest = path.shape[1]
+            moves = [[_filled_up(row, longest) for row in _filled_up(rows, self._rows)] for rows in (taken, places)]
+            both = torch.tensor(moves)  # [2, b, m]
+            self._buffers.move(*(both if self.device.type == "cpu" else moved([both], self.device)[0]))
         self._slots.extend(list(map(len, paths)))
 
-    def _move_up(self, paths: list[list[int]]) -> None:
-        """Let each row's nodes of a path follow its text."""
-        longest, roots = max(map(len, paths)), self._places
-        nodes = [_filled_up(path, longest) for path in paths]
-        ranks = [_filled_up(list(range(len(path))), longest) for path in paths]
-        taken = [
-            [[root + place for place in row] for root, row in zip(roots, rows, strict=True)] for rows in (nodes, ranks)
-        ]
-        moves = torch.tensor([_filled_up(rows, self._rows) for rows in taken])  # [2, b, m]
-        self._buffers.move(*(moves if self.device.type == "cpu" else moved([moves], self.device)[0]))
+    def _slots_of_nodes(self, paths: list[list[int]]) -> list[list[int]]:
+        """Where each row's nodes of the newest tree lie."""
+        return [[root + node for node in path] for root, path in zip(self._places, paths, strict=True)]
 
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on.
@@ -525,13 +523,13 @@ class SlotVerifier(Verifier):
     def _inputs(self, tree: DraftTree) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The inputs of a forward over `tree`, padded to rows and nodes, and the buffers that it sees."""
         count = padded_count(self.device, tree.node_count)
-        nodes = self._nodes(tree, count + (count == self._rows))  # what is equal at first is compiled as always equal
-        size = self._reserve(nodes[0].shape[1])
+        count += count == self._rows  # what is equal at first is compiled as always equal
+        nodes, size = self._nodes(tree, count), self._reserve(max(self._places) + count)
         return SlotInputs(*nodes, self._visible(size)), self._buffers.window(size)
 
     def _reserve(self, count: int) -> int:
-        """Have slots for so many nodes; returns how many the forward sees."""
-        size = _windowed(max(self._places) + count)
+        """Have so many slots; returns how many the forward sees."""
+        size = _windowed(count)
         if size > self._buffers.size:
             self._buffers.grow(2 * size)
         return size
@@ -587,11 +585,6 @@ class InvariantVerifier(SlotVerifier):
     def _places(self) -> list[int]:
         return [end - hidden for end, hidden in zip(self._row_ends, self._hidden, strict=True)]
 
-    @property
-    def levels_left(self) -> int:
-        """As `Verifier.levels_left`. The prefix of every node must be text by now."""
-        return min(super().levels_left, TAIL)
-
     def _orders(self, length: int) -> list[Tensor]:
         seen = self._slots.unpadded(length, len(self._shifts), torch.device("cpu"))
         return [row.nonzero().flatten() for row in seen]
@@ -627,15 +620,12 @@ class InvariantVerifier(SlotVerifier):
         width = min(size, prompt.tokens.shape[1] - start)
         step = self._step(len(prompt.counts))
         count = _rounded_up(width, step)
-        read = torch.arange(count, device=self.device)
+        read = torch.arange(count)
         chosen = start + read.clamp(max=width - 1)
-        left = torch.tensor(prompt.counts, device=self.device)[:, None] - start
-        roots = torch.tensor(prompt.starts, device=self.device)[:, None] + start + left.clamp(max=0)
+        left = torch.tensor(prompt.counts)[:, None] - start
+        roots = torch.tensor(prompt.starts)[:, None] + start + left.clamp(max=0)
         depths = torch.minimum(read, (left - 1).clamp(min=0))
-        chain = torch.ones(count, count, dtype=torch.bool, device=self.device).tril().expand(len(roots), -1, -1)
-        last = max(prompt.starts) + start + count - 1
-        blocks = torch.empty(block_count(last), device=self.device)
-        inputs = InvariantInputs(prompt.tokens[:, chosen], depths, chain, roots, blocks)
+        inputs, window = self._laid_out(prompt.tokens[:, chosen], depths, roots, Layout.of_chain(roots, depths))
         ends = {row: end - 1 - start for row, end in enumerate(prompt.counts) if start < end <= start + width}
         kept = list(range(count))
         if "logits_to_keep" in options:
@@ -644,7 +634,6 @@ class InvariantVerifier(SlotVerifier):
                 : _rounded_up(max(len(kept), 1), step) - len(kept)
             ]
             options = options | {"logits_to_keep": torch.tensor(kept, device=self.device)}
-        window = self._buffers.window(_windowed(last + 1))
         positions = prompt.positions[..., chosen]
         outputs, features = self._forward.catch(lambda: self._eagerly(inputs, window, positions=positions, **options))
         for row, end in ends.items():
@@ -669,7 +658,8 @@ class InvariantVerifier(SlotVerifier):
         assert self._engine is not None
         count = _rounded_up(padded_count(self.device, tree.node_count), step)
         count += step * (count == self._rows)  # what is equal at first is compiled as always equal
-        outputs = self._engine.forward(self._over_slots, *self._inputs_of(tree, count))
+        inputs, buffers = self._inputs_of(tree, count)
+        outputs = self._engine.forward(self._over_slots, inputs.without_small_sizes(), buffers)
         if self._engine.is_broken:
             raise RuntimeError(
                 f"The target's steps could not run compiled: {self._engine.obstacle}. As they are, they round "
@@ -709,12 +699,20 @@ class InvariantVerifier(SlotVerifier):
 
     def _inputs_of(self, tree: DraftTree, count: int) -> tuple[InvariantInputs, list[Tensor]]:
         """The inputs of a forward over a tree of `count` nodes, padding included, and the buffers that it sees."""
-        blocks = block_count(max(self._places) + min(count - 1, TAIL))
-        if self._engine is not None:
-            blocks = max(blocks, 2)  # one and none are compiled apart
-        size = max(self._reserve(count), blocks * BLOCK)
-        inputs = InvariantInputs(*self._nodes(tree, count), torch.empty(blocks, device=self.device))
-        return inputs, self._buffers.window(size)
+        tokens, depths, ancestors, roots = self._nodes(tree, count)
+        layout = Layout.of_tree(roots[:, :1].long(), depths, ancestors)
+        self._newest = layout.slots
+        return self._laid_out(tokens, depths, roots, layout)
+
+    def _laid_out(
+        self, tokens: Tensor, depths: Tensor, roots: Tensor, layout: Layout
+    ) -> tuple[InvariantInputs, list[Tensor]]:
+        size = self._reserve(max(int(layout.slots.max()) + 1, layout.places.shape[1]))
+        parts = layout.slots, layout.places, layout.seen, layout.sources, layout.copies
+        return InvariantInputs(tokens, depths, roots, *parts), self._buffers.window(size)
+
+    def _slots_of_nodes(self, paths: list[list[int]]) -> list[list[int]]:
+        return [[slots[node] for node in path] for slots, path in zip(self._newest.tolist(), paths, strict=False)]
 
     def _step(self, rows: int) -> int:
         """What the nodes of so many rows must be a multiple of."""
