@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tests.trees import path_of
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.invariant import BLOCK, TAIL, Layout, block_count, invariant_attention
+from transformers_resps.verifying.invariant import BLOCK, BlockMasks, Layout, invariant_attention, mask_of
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,18 +35,12 @@ HEADS = [Heads(4, 4, 16, 16), Heads(4, 2, 64, 64), Heads(6, 2, 16, 16), Heads(8,
 
 
 def any_tree(random: Random, count: int, kind: str) -> list[int]:
-    """The parents of so many nodes. Not deeper than the tail allows."""
+    """The parents of so many nodes."""
     if kind == "chain":
         return [0, *range(count - 1)]
     if kind == "star":
         return [0] * count
-    parents, depths = [0], [0]
-    for node in range(1, count):
-        parent = random.choice([max(node - 1 - node % 2, 0), random.randrange(node)])
-        parent = parent if depths[parent] < TAIL else 0
-        parents.append(parent)
-        depths.append(depths[parent] + 1)
-    return parents
+    return [0, *(random.choice([max(node - 1 - node % 2, 0), random.randrange(node)]) for node in range(1, count))]
 
 
 def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,32 +65,31 @@ class Case:
         pairs = zip(self.text, self.nodes, strict=True)
         return [torch.cat([text[row, : self.roots[row]], nodes[row, path]]) for text, nodes in pairs]
 
-    def tree(self, stale: float = STALE, **options: Any) -> Tensor:
-        """What all nodes get in one forward, `[b, n, heads, hd]`."""
-        size = max(self.roots) + len(self.parents)
-        buffers = buffers_of(self.heads, size, len(self.roots), self.dtype, stale)
+    def tree(self, stale: float = STALE, extra: int = 0, **options: Any) -> Tensor:
+        """What all nodes get in one forward, `[b, n, heads, hd]`, with `extra` blocks that it does not need."""
+        rows = len(self.roots)
+        parents = torch.tensor([self.parents] * rows)
+        tree = DraftTree.from_parents(torch.zeros_like(parents), parents)
+        roots = torch.tensor(self.roots)[:, None]
+        layout = Layout.of_tree(roots, tree.depths, tree.ancestors)
+        buffers = buffers_of(self.heads, layout.places[0].numel(), rows, self.dtype, stale)
         for row, root in enumerate(self.roots):
             for buffer, text, nodes in zip(buffers, self.text, self.nodes, strict=True):
                 buffer[:root, row] = text[row, :root]
-                buffer[root : root + len(self.parents), row] = nodes[row]
-        tree = DraftTree.from_parents(
-            torch.zeros(len(self.roots), len(self.parents), dtype=torch.long),
-            torch.tensor([self.parents] * len(self.roots)),
-        )
-        roots = torch.tensor(self.roots)[:, None]
-        return attend(tree.depths, tree.ancestors, roots, self.queries, buffers, **self.options(**options))
+                buffer[layout.slots[row], row] = nodes[row]
+                buffer[layout.copies[row], row] = buffer[layout.sources[row], row]
+        return attend(layout, roots + tree.depths, self.queries, buffers, extra, **self.options(**options))
 
     def alone(self, row: int, node: int, **options: Any) -> Tensor:
         """What a node gets as the newest token of its text, `[heads, hd]`."""
         entries = self.text_of(row, node)
-        place = len(entries[0]) - 1
-        buffers = buffers_of(self.heads, place + 1, 1, self.dtype, STALE)
+        place = torch.tensor([[len(entries[0]) - 1]])
+        layout = Layout.of_chain(place, torch.zeros_like(place))
+        buffers = buffers_of(self.heads, layout.places[0].numel(), 1, self.dtype, STALE)
         for buffer, text in zip(buffers, entries, strict=True):
-            buffer[: place + 1, 0] = text
-        one = torch.zeros(1, 1, dtype=torch.long)
+            buffer[: len(text), 0] = text
         query = self.queries[row, node][None, None]
-        options = self.options(**options)
-        return attend(one, torch.ones(1, 1, 1, dtype=torch.bool), one + place, query, buffers, **options)[0, 0]
+        return attend(layout, place, query, buffers, 0, **self.options(**options))[0, 0]
 
     def expected(self, row: int, node: int, window: int | None = None, sinks: bool = False) -> Tensor:
         """The same by a softmax in float64."""
@@ -109,39 +103,36 @@ class Case:
             found.append(scores.softmax(0)[: len(keys)] @ values[:, head // sharing])
         return torch.stack(found)
 
-    def options(self, window: int | None = None, sinks: bool = False, extra: int = 0) -> dict[str, Any]:
-        return {"window": window, "sinks": self.sinks if sinks else None, "extra": extra}
+    def options(self, window: int | None = None, sinks: bool = False) -> dict[str, Any]:
+        return {"window": window, "sinks": self.sinks if sinks else None}
 
 
 def buffers_of(heads: Heads, size: int, rows: int, dtype: torch.dtype, stale: float) -> list[Tensor]:
-    """Keys and values `[slots, b, kv heads, hd]` with so many slots in use, and two blocks after them."""
-    slots = (-(-size // BLOCK) + 2) * BLOCK
-    return [torch.full((slots, rows, heads.kv, size), stale, dtype=dtype) for size in (heads.size, heads.value_size)]
+    """Keys and values `[slots, b, kv heads, hd]`: so many slots, and two blocks after them."""
+    found = [torch.full((size + 2 * BLOCK, rows, heads.kv, width), stale) for width in (heads.size, heads.value_size)]
+    if not torch.isfinite(torch.tensor(stale)):
+        for buffer in found:
+            buffer[:size] = 0
+    return [buffer.to(dtype) for buffer in found]
 
 
 def attend(
-    depths: Tensor,
-    ancestors: Tensor,
-    roots: Tensor,
+    layout: Layout,
+    places: Tensor,
     queries: Tensor,
     buffers: list[Tensor],
+    extra: int,
     *,
     window: int | None,
     sinks: Tensor | None,
-    extra: int,
 ) -> Tensor:
-    """With `extra` blocks that the prefixes do not need."""
-    layout = Layout(depths, ancestors, roots, block_count(int((roots + depths).max())) + extra)
+    """With `extra` blocks that nobody sees."""
+    seen, slots = (pad(part, (0, 0, 0, extra)) for part in (layout.seen, layout.places))
+    mask = mask_of(seen, slots, places, window, queries.dtype)
     keys, values = (buffer.permute(1, 2, 0, 3) for buffer in buffers)
     module: Any = None
     found, _ = invariant_attention(
-        module,
-        queries.transpose(1, 2),
-        keys,
-        values,
-        layout.mask(window, queries.dtype),
-        resps_layout=layout,
-        s_aux=sinks,
+        module, queries.transpose(1, 2), keys, values, mask, resps_masks=BlockMasks(), s_aux=sinks
     )
     return found
 
@@ -203,14 +194,13 @@ def test_no_number_of_query_rows_changes_a_bit(count: int) -> None:
     """A kernel groups its rows by 4, 32, 64 and more."""
     random = Random(count)
     for seed, heads in enumerate([Heads(2, 2, 16, 16), Heads(3, 1, 16, 16), Heads(8, 1, 64, 64)]):
-        parents = any_tree(random, count, "any" if count <= TAIL else "star")
+        parents = any_tree(random, count, "any")
         check(Case(heads, [random.choice([130, 300])], parents, DTYPES[seed - count % 3], count), random)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [Heads(8, 1, 64, 64), Heads(4, 4, 16, 16)], ids=str)
 def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(dtype: torch.dtype, heads: Heads) -> None:
-    """A chain as long as a chunk is the one tree that is deeper than the tail."""
     random = Random(5)
     for root, count in ((0, 128), (128, 128), (77, 100)):
         check(Case(heads, [root], any_tree(random, count, "chain"), dtype, root), random)
@@ -238,8 +228,7 @@ def test_what_other_texts_left_in_a_slot_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("root", [0, 31, 45, 130, 161, 300])
-def test_slots_after_the_tree_are_not_read(root: int, value: float) -> None:
-    """Where its blocks end inside the text. In others it may read zeros, or what a buffer has been given."""
+def test_slots_after_the_blocks_of_the_tree_are_not_read(root: int, value: float) -> None:
     case = Case(HEADS[1], [root], any_tree(Random(7), 11, "any"), torch.bfloat16, root)
     assert torch.equal(case.tree(value), case.tree())
 
@@ -247,28 +236,23 @@ def test_slots_after_the_tree_are_not_read(root: int, value: float) -> None:
 # Where keys are looked for
 
 
-def test_a_layout_names_the_keys_of_each_node() -> None:
-    """A root at 95 and three nodes, of which the last is a child of the first: by hand."""
-    tree = DraftTree.from_parents(torch.tensor([[7, 8, 9, 5]]), torch.tensor([[0, 0, 0, 1]]))
-    layout = Layout(tree.depths, tree.ancestors, torch.tensor([[95]]), block_count(97))
-    assert layout.tail.tolist() == [[*range(32, 99), 98]]
-    mask = layout.mask(None, torch.float32)
-    assert mask.shape == (1, 1, 4, BLOCK + 68)
-    slots = [*range(BLOCK), *range(32, 99), 98]
-    seen = [[(at < BLOCK, slots[at]) for at in (row == 0).nonzero().flatten().tolist()] for row in mask[0, 0]]
-    text = [(False, place) for place in range(32, 95)]
-    assert seen[0] == [(True, place) for place in range(32)] + text + [(False, 95)]
-    later = [(True, place) for place in range(64)] + text[32:] + [(False, 95)]
-    assert seen[1:] == [[*later, (False, 96)], [*later, (False, 97)], [*later, (False, 96), (False, 98)]]
-    windowed = layout.mask(3, torch.float32)[0, 0] == 0
-    assert [[slots[at] for at in row.nonzero().flatten().tolist()] for row in windowed] == [
-        [93, 94, 95],
-        [94, 95, 96],
-        [94, 95, 97],
-        [95, 96, 98],
-    ]
+def test_a_layout_gives_each_path_what_precedes_it_since_the_last_border() -> None:
+    """A root at 66 and three nodes, of which the last is a child of the first, and one of padding: by hand."""
+    tree = DraftTree.from_parents(torch.tensor([[7, 8, 9, 5]]), torch.tensor([[0, 0, 0, 1]])).padded(5)
+    layout = Layout.of_tree(torch.tensor([[66]]), tree.depths, tree.ancestors)
+    assert layout.slots.tolist() == [[66, 131, 67, 132, 196]]  # node 2 is the first leaf: its path lies as text
+    assert layout.places.flatten().tolist() == [*range(128), *range(64, 128)]
+    copied = dict(zip(layout.copies[0].tolist(), layout.sources[0].tolist(), strict=True))
+    assert [copied[slot] for slot in (128, 129, 130)] == [64, 65, 66]
+    seen = [row.nonzero().flatten().tolist() for row in layout.seen[0].flatten(1)]
+    root, second = [*range(67)], [*range(64), *range(128, 132)]
+    assert seen == [root, second, [*root, 67], [*second, 132], root]
 
 
-def test_a_block_is_read_from_the_first_place_that_needs_it() -> None:
-    needed = [(place, block_count(place)) for place in (0, 63, 64, 191, 192, 319, 320, 512)]
-    assert needed == [(0, 0), (63, 0), (64, 1), (191, 1), (192, 2), (319, 2), (320, 3), (512, 4)]
+def test_a_chain_lies_where_it_would_lie_as_text() -> None:
+    roots, depths = torch.tensor([[70]]), torch.arange(3)[None]
+    chain, tree = Layout.of_chain(roots, depths), Layout.of_tree(roots, depths, torch.ones(1, 3, 3).tril().bool())
+    for layout in (chain, tree):
+        assert layout.slots.tolist() == [[70, 71, 72]] and not layout.copies.numel()
+        assert layout.places.flatten().tolist() == list(range(128))
+        assert layout.seen.sum(dim=(2, 3)).tolist() == [[71, 72, 73]]

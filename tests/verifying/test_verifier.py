@@ -15,7 +15,6 @@ from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
-from transformers_resps.verifying.invariant import TAIL
 from transformers_resps.verifying.slots import SlotEngine
 from transformers_resps.verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
 
@@ -291,12 +290,3 @@ def test_every_layer_multiplies_as_many_rows_as_the_machine_needs(
             verifier.keep_rows([rows - 1])
             verifier.verify(DraftTree.root_only(torch.tensor([7])))
         assert len(row_counts) == 10 and not any(count % LEAST_ROWS for count in row_counts), row_counts
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("opened", ["invariant"], indirect=True)
-def test_no_level_is_deeper_than_the_tail(target: PreTrainedModel, opened: Any) -> None:
-    """Where the target has positions for more."""
-    with opened(target, 5) as verifier:
-        verifier.prefill(PROMPTS)
-        assert verifier.levels_left == TAIL

@@ -47,7 +47,7 @@ class CompiledFunction:
 
     def __call__(self, inputs: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         """Run `function(*inputs, *buffers)`; compile it first, where sizes are new."""
-        kind = self._kind(inputs)
+        kind, inputs = self._kind(inputs), [_dense(part) for part in inputs]
         if kind in self._compiled:
             return self._compiled[kind](*inputs, *buffers)
         sizes = [*self._dynamic, *[self._dynamic_buffers] * len(buffers)]
@@ -82,6 +82,15 @@ class CompiledFunction:
             for part, dimensions in zip(inputs, self._dynamic, strict=True)
         )
         return sizes, _callers_settings(inputs[0].device.type)
+
+
+def _dense(part: Tensor) -> Tensor:
+    """With the strides of a new tensor: of a dimension of size 1 a view may have any, and other code would run."""
+    stride, expected = 1, list[int]()
+    for size in reversed(part.shape):
+        expected.insert(0, stride)
+        stride *= max(size, 1)
+    return part if list(part.stride()) == expected else part.clone(memory_format=torch.contiguous_format)
 
 
 def _callers_settings(device_type: str) -> Hashable:

@@ -10,6 +10,7 @@ positions 0.36 ms instead of 0.55 (the study `attention_speed`). On accelerators
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .hybrids import RECURRENT_KINDS
 
 
 STOCK, GROUPED = "sdpa", "resps_grouped_sdpa"  # names of attention implementations
+naming_attention = Lock()  # held from the look at a target's name to its change
 # On accelerators PyTorch's memory-efficient kernel takes a mask whose rows begin at multiples of 8 elements, of 16 in
 # older releases, and copies any other (`preprocess_mask` in ATen's `attention.cpp`).
 _ALIGNMENT = 16
@@ -113,15 +115,16 @@ def use_gqa_attention(target: PreTrainedModel) -> Iterator[None]:
     config = target.config.get_text_config()
     if is_flash(config._attn_implementation):
         _take_trees(config._attn_implementation)
-    if config._attn_implementation != STOCK:
-        yield
-        return
-    config._attn_implementation = GROUPED
+    with naming_attention:
+        changes = config._attn_implementation == STOCK
+        if changes:
+            config._attn_implementation = GROUPED
     try:
         yield
     finally:
-        if config._attn_implementation == GROUPED:  # not if another one was chosen meanwhile
-            config._attn_implementation = STOCK
+        with naming_attention:
+            if changes and config._attn_implementation == GROUPED:  # not if another one was chosen meanwhile
+                config._attn_implementation = STOCK
 
 
 def is_flash(attention: str) -> bool:

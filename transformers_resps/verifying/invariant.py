@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from .attention import GROUPED, STOCK, grouped_attention
+from .attention import GROUPED, STOCK, grouped_attention, naming_attention
 
 
 INVARIANT = "resps_invariant"  # name of the attention implementation
@@ -36,8 +36,8 @@ class Layout:
 
     Attributes:
         slots: `[b, n]` of the nodes.
-        places: `[b, slots]` in the text of the entry in each slot; a multiple of `BLOCK` slots.
-        seen: `[b, n, slots]` bool, which of them a node sees, itself included.
+        places: `[b, blocks, BLOCK]` in the text of the entry in each slot.
+        seen: `[b, n, blocks, BLOCK]` bool, which of them a node sees, itself included.
         sources: `[b, m]` slots of entries that other paths need as well.
         copies: `[b, m]` slots where they need them; m is 0 where the first path is the only one.
     """
@@ -55,7 +55,8 @@ class Layout:
         slots = roots + torch.arange(count)
         places = torch.arange(_in_blocks(int(roots.max()) + count)).expand(len(roots), -1)
         none = slots[:, :0]
-        return cls(slots, places, places[:, None] <= (roots + depths)[..., None], none, none)
+        seen = places[:, None] <= (roots + depths)[..., None]
+        return cls(slots, _cut(places), _cut(seen), none, none)
 
     @classmethod
     def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor) -> "Layout":
@@ -77,7 +78,7 @@ class Layout:
         places = torch.where(of_path > 0, starts + after % span, places)
         is_own = (of_path < 0)[:, None] | (of_path[:, None] == rank[..., None])
         seen = is_own & (places[:, None] <= (roots + depths)[..., None])
-        return cls(slots, places, seen, *_copies(roots, depths, ancestors, is_leaf, slots, span, paths))
+        return cls(slots, _cut(places), _cut(seen), *_copies(roots, depths, ancestors, is_leaf, slots, span, paths))
 
 
 def _copies(
@@ -100,45 +101,47 @@ def _copies(
     return sources.flatten(1), copies.expand_as(sources).flatten(1)
 
 
+def _cut(states: Tensor) -> Tensor:
+    """The last dimension by blocks."""
+    return states.view(*states.shape[:-1], -1, BLOCK)
+
+
 def _in_blocks(count: int) -> int:
     return -(-count // BLOCK) * BLOCK
 
 
 def mask_of(seen: Tensor, places: Tensor, nodes: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """The additive mask `[b, 1, n, slots]` of a kind of layers, for nodes at the places `nodes` `[b, n]`.
+    """The additive mask `[b, n, blocks, BLOCK]` of a kind of layers, for nodes at the places `nodes` `[b, n]`.
 
     `seen` and `places` are those of a `Layout`.
     """
     if window is not None:
-        seen = seen & (nodes[..., None] - places[:, None] < window)
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        seen = seen & (nodes[..., None, None] - places[:, None] < window)
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 class BlockMasks:
     """The masks of one forward, laid out for the heads that share keys, once for all layers that are alike."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[Tensor, int, int, Tensor]] = []
+        self._known: list[tuple[Tensor, int, int, Tensor, Tensor]] = []
 
-    def of(self, mask: Tensor, kv_heads: int, sharing: int) -> Tensor:
-        """A mask `[b, 1, n, slots]` for rows of heads: `[blocks, 1 or b * kv heads, rows and more, BLOCK]`."""
-        for known, *kind, found in self._known:
+    def of(self, mask: Tensor, kv_heads: int, sharing: int) -> tuple[Tensor, Tensor]:
+        """A mask of `mask_of` for rows of heads: `[blocks, 1 or b * kv heads, rows, BLOCK]`; and which of the
+        n * sharing each of these rows is: they are filled up as PyTorch's kernel takes them.
+        """
+        for known, *kind, found, order in self._known:
             if known is mask and kind == [kv_heads, sharing]:
-                return found
-        rows = mask.shape[2] * sharing
-        blocks = mask.expand(-1, sharing, -1, -1).reshape(len(mask), rows, -1, BLOCK).permute(2, 0, 1, 3)
+                return found, order
+        rows = mask.shape[1] * sharing
+        # One more at least: a size that may stay as it is would be compiled apart.
+        order = torch.arange((rows // _ROWS + 1) * _ROWS, device=mask.device).clamp(max=rows - 1)
+        blocks = mask.permute(2, 0, 1, 3)[:, :, None].expand(-1, -1, sharing, -1, -1).flatten(2, 3)
         if len(mask) > 1:
             blocks = blocks[:, :, None].expand(-1, -1, kv_heads, -1, -1).flatten(1, 2)
-        found = _filled_up(blocks, 2)
-        self._known.append((mask, kv_heads, sharing, found))
-        return found
-
-
-def _filled_up(states: Tensor, dimension: int) -> Tensor:
-    """Rows as PyTorch's kernel takes them, the last one repeated. One more at least: none would be compiled apart."""
-    rows = states.shape[dimension]
-    order = torch.arange((rows // _ROWS + 1) * _ROWS, device=states.device)
-    return states.index_select(dimension, order.clamp(max=rows - 1))
+        found = blocks.index_select(2, order)
+        self._known.append((mask, kv_heads, sharing, found, order))
+        return found, order
 
 
 def invariant_attention(
@@ -179,8 +182,8 @@ def invariant_attention(
     batch_size, heads, count, size = query.shape
     kv_heads = key.shape[1]
     sharing = heads // kv_heads
-    mask = resps_masks.of(attention_mask, kv_heads, sharing)
-    rows = _filled_up(query.reshape(batch_size * kv_heads, sharing * count, size), 1)
+    mask, order = resps_masks.of(attention_mask, kv_heads, sharing)
+    rows = query.reshape(batch_size * kv_heads, sharing * count, size).index_select(1, order)
     keys, values = (_in_block_order(part, len(mask)) for part in (key, value))
     narrow = values.shape[-1]
     if narrow < size:
@@ -219,9 +222,10 @@ def use_invariant_attention(target: PreTrainedModel) -> Iterator[None]:
     thread at a time.
     """
     config = target.config.get_text_config()
-    own = config._attn_implementation
-    config._attn_implementation = INVARIANT
+    with naming_attention:
+        own, config._attn_implementation = config._attn_implementation, INVARIANT
     try:
         yield
     finally:
-        config._attn_implementation = STOCK if own == GROUPED else own  # lent by a call in another thread
+        with naming_attention:
+            config._attn_implementation = STOCK if own == GROUPED else own  # lent by a call in another thread

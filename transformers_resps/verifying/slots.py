@@ -25,7 +25,7 @@ from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
 from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
-from .invariant import BLOCK, BlockMasks, mask_of, use_invariant_attention
+from .invariant import BlockMasks, mask_of, use_invariant_attention
 
 
 class SlotLayer(CacheLayerMixin):
@@ -238,8 +238,8 @@ class InvariantInputs(NamedTuple):
 
     def without_small_sizes(self) -> "InvariantInputs":
         """The same with two blocks and two copies at least: sizes of none and one are compiled apart."""
-        missing = max(2 * BLOCK - self.places.shape[1], 0)
-        filled = self._replace(places=pad(self.places, (0, missing)), seen=pad(self.seen, (0, missing)))
+        missing = (0, 0, 0, max(2 - self.places.shape[1], 0))
+        filled = self._replace(places=pad(self.places, missing), seen=pad(self.seen, missing))
         own = self.slots[:, :1].expand(-1, 2)
         return filled if self.copies.shape[1] else filled._replace(sources=own, copies=own)
 

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 from ..tree import DraftTree, moved
@@ -34,7 +35,7 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
-from .invariant import Layout
+from .invariant import BLOCK, Layout
 from .returned import EndedRow
 from .row_classes import least_rows
 from .rows import SlotMap
@@ -452,18 +453,20 @@ class SlotVerifier(Verifier):
         """As `Verifier.undo`: the next tree overwrites the newest one."""
 
     def keep(self, path: Tensor, paths: list[list[int]]) -> None:
-        taken = self._slots_of_nodes(paths)
-        places = [list(range(start, start + len(nodes))) for start, nodes in zip(self._places, paths, strict=True)]
-        if taken != places:
-            longest = path.shape[1]
-            moves = [[_filled_up(row, longest) for row in _filled_up(rows, self._rows)] for rows in (taken, places)]
-            both = torch.tensor(moves)  # [2, b, m]
-            self._buffers.move(*(both if self.device.type == "cpu" else moved([both], self.device)[0]))
+        """As `Verifier.keep`. What moves is computed on the device, which is not waited for."""
+        if not self._lie_as_text(paths):
+            path = _with_rows(path, self._rows)
+            ranks = pad((path[:, 1:] != path[:, :-1]).cumsum(dim=1), (1, 0))
+            self._buffers.move(self._newest_slots().gather(1, path), self._newest_roots + ranks)
         self._slots.extend(list(map(len, paths)))
 
-    def _slots_of_nodes(self, paths: list[list[int]]) -> list[list[int]]:
-        """Where each row's nodes of the newest tree lie."""
-        return [[root + node for node in path] for root, path in zip(self._places, paths, strict=True)]
+    def _lie_as_text(self, paths: list[list[int]]) -> bool:
+        """Whether the nodes of each row's path already follow its text."""
+        return all(nodes[-1] < len(nodes) for nodes in paths)
+
+    def _newest_slots(self) -> Tensor:
+        """Where the nodes of the newest tree lie: `[rows of the buffers, n]`."""
+        return self._newest_roots + torch.arange(self._newest_count, device=self.device)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on.
@@ -543,6 +546,7 @@ class SlotVerifier(Verifier):
         padded = tree.padded(count)
         nodes = (_with_rows(part, self._rows) for part in (padded.tokens, padded.depths, padded.ancestors))
         tokens, depths, ancestors = nodes
+        self._newest_roots, self._newest_count = roots[:, :1].long(), count
         return tokens, depths, ancestors, roots
 
 
@@ -700,19 +704,23 @@ class InvariantVerifier(SlotVerifier):
     def _inputs_of(self, tree: DraftTree, count: int) -> tuple[InvariantInputs, list[Tensor]]:
         """The inputs of a forward over a tree of `count` nodes, padding included, and the buffers that it sees."""
         tokens, depths, ancestors, roots = self._nodes(tree, count)
-        layout = Layout.of_tree(roots[:, :1].long(), depths, ancestors)
+        layout = Layout.of_tree(self._newest_roots, depths, ancestors)
         self._newest = layout.slots
         return self._laid_out(tokens, depths, roots, layout)
 
     def _laid_out(
         self, tokens: Tensor, depths: Tensor, roots: Tensor, layout: Layout
     ) -> tuple[InvariantInputs, list[Tensor]]:
-        size = self._reserve(max(int(layout.slots.max()) + 1, layout.places.shape[1]))
+        size = self._reserve(max(int(layout.slots.max()) + 1, layout.places[0].numel(), 2 * BLOCK))
         parts = layout.slots, layout.places, layout.seen, layout.sources, layout.copies
         return InvariantInputs(tokens, depths, roots, *parts), self._buffers.window(size)
 
-    def _slots_of_nodes(self, paths: list[list[int]]) -> list[list[int]]:
-        return [[slots[node] for node in path] for slots, path in zip(self._newest.tolist(), paths, strict=False)]
+    def _lie_as_text(self, paths: list[list[int]]) -> bool:
+        taken = [[slots[node] for node in path] for slots, path in zip(self._newest.tolist(), paths, strict=False)]
+        return taken == [list(range(root, root + len(path))) for root, path in zip(self._places, paths, strict=True)]
+
+    def _newest_slots(self) -> Tensor:
+        return self._newest
 
     def _step(self, rows: int) -> int:
         """What the nodes of so many rows must be a multiple of."""

@@ -27,50 +27,44 @@ def leave_a_rest_of_rows(invariant_attention: Function) -> Function:
     return wrong
 
 
-def halve_the_longest_text(attend_to_blocks: Function) -> Function:
-    def wrong(queries: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Any:
-        halves = mask.permute(1, 2, 0, 3).flatten(2).unflatten(2, (min(len(mask), 2), -1))
-        halves = halves.permute(2, 0, 1, 3).contiguous()
-        with patch.object(invariant, "BLOCK", halves.shape[-1]):
-            return attend_to_blocks(queries, key, value, halves, scaling)
+def see_all_paths(mask_of: Function) -> Function:
+    def wrong(seen: Tensor, *arguments: Any) -> Tensor:
+        found: Tensor = mask_of(seen.any(dim=1, keepdim=True).expand_as(seen), *arguments)
+        return found
 
     return wrong
 
 
-def begin_the_tail_by_the_root(prefix_ends: Function) -> Function:
-    def wrong(places: Tensor) -> Tensor:
-        return prefix_ends(places[:, :1]).expand_as(places)
+def count_the_window_in_slots(mask_of: Function) -> Function:
+    def wrong(seen: Tensor, places: Tensor, *arguments: Any) -> Tensor:
+        found: Tensor = mask_of(
+            seen, torch.arange(places[0].numel()).view_as(places[:1]).expand_as(places), *arguments
+        )
+        return found
 
     return wrong
 
 
-def sum_in_float32(invariant_attention: Function) -> Function:
-    def wrong(*arguments: Any, **options: Any) -> Any:
-        with patch.object(Tensor, "double", Tensor.float):
-            return invariant_attention(*arguments, **options)
+def copy_nothing(copies: Function) -> Function:
+    def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
+        sources, _ = copies(*arguments)
+        return sources[:, :0], sources[:, :0]
 
     return wrong
 
 
-def see_uncles(init: Function) -> Function:
-    def wrong(self: Any, depths: Tensor, ancestors: Tensor, roots: Tensor, blocks: int) -> None:
-        init(self, depths, torch.ones_like(ancestors).tril(), roots, blocks)
+def copy_the_text_alone(copies: Function) -> Function:
+    def wrong(roots: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        sources, to = copies(roots, *arguments)
+        return torch.where(sources < roots, sources, to), to
 
     return wrong
 
 
-def take_slots_for_places(init: Function) -> Function:
-    def wrong(self: Any, depths: Tensor, ancestors: Tensor, roots: Tensor, blocks: int) -> None:
-        init(self, torch.arange(depths.shape[1]).expand_as(depths), ancestors, roots, blocks)
-
-    return wrong
-
-
-def count_the_window_in_slots(mask: Function) -> Function:
-    def wrong(self: Any, window: int | None, dtype: torch.dtype) -> Tensor:
-        with patch.object(self, "_tail_places", self.tail[:, None]):
-            found: Tensor = mask(self, window, dtype)
-            return found
+def count_nodes_as_levels(positions: Function) -> Function:
+    def wrong(roots: Tensor, depths: Tensor) -> Tensor:
+        found: Tensor = positions(roots, torch.arange(depths.shape[1]).expand_as(depths))
+        return found
 
     return wrong
 
@@ -133,13 +127,6 @@ def give_back_slots(give_back: Function) -> Function:
     return wrong
 
 
-def allow_any_depth(levels_left: Function) -> Function:
-    def wrong(self: Any) -> int:
-        return super(type(self), self).levels_left  # type: ignore[misc, no-any-return]
-
-    return wrong
-
-
 def forget_the_mode_of_a_cache(note: Function) -> Function:
     def wrong(self: Any, cache: Any, is_invariant: bool) -> None:
         note(self, cache, True)
@@ -149,7 +136,7 @@ def forget_the_mode_of_a_cache(note: Function) -> Function:
 
 UNIT, SLOTS = "tests/verifying/test_invariant.py", "tests/verifying/test_verifier.py"
 CALLS = "tests/lossless/test_invariant.py"
-BORDERS = f"{UNIT}::test_a_node_gets_the_bits_of_the_same_token_alone_at_every_border"
+PATHS = f"{UNIT}::test_a_node_gets_the_bits_of_the_same_token_alone_at_every_border"
 ONE_TEXT = f"{CALLS}::test_every_source_and_every_tree_write_one_text"
 BATCH = f"{CALLS}::test_a_row_of_a_padded_batch_is_the_prompt_alone"
 KEPT = f"{SLOTS}::test_over_slots_what_was_kept_lies_in_the_order_of_the_text"
@@ -167,19 +154,13 @@ MUTATIONS = (
         leave_a_rest_of_rows,
         f"{UNIT}::test_no_number_of_query_rows_changes_a_bit",
     ),
-    Mutation(
-        "the longest text decides where blocks end",
-        "verifying.invariant:_attend_to_blocks",
-        halve_the_longest_text,
-        f"{UNIT}::test_rows_that_begin_anywhere_get_the_bits_of_each_text_alone",
-    ),
-    Mutation("tails begin by the root", "verifying.invariant:_prefix_ends", begin_the_tail_by_the_root, BORDERS),
-    Mutation("tails are summed in float32", "verifying.invariant:invariant_attention", sum_in_float32, BORDERS),
-    Mutation("nodes see their uncles", "verifying.invariant:Layout.__init__", see_uncles, BORDERS),
-    Mutation("a node's place is its slot", "verifying.invariant:Layout.__init__", take_slots_for_places, ONE_TEXT),
+    Mutation("a node sees all paths", "verifying.invariant:mask_of", see_all_paths, PATHS),
+    Mutation("paths are not copied", "verifying.invariant:_copies", copy_nothing, PATHS),
+    Mutation("paths get the text alone", "verifying.invariant:_copies", copy_the_text_alone, PATHS),
+    Mutation("a node's position is its number", "verifying.slots:_positions", count_nodes_as_levels, ONE_TEXT),
     Mutation(
         "a window counts slots",
-        "verifying.invariant:Layout.mask",
+        "verifying.invariant:mask_of",
         count_the_window_in_slots,
         f"{UNIT}::test_a_sliding_layer_shows_a_node_the_end_of_its_own_text",
     ),
@@ -210,12 +191,6 @@ MUTATIONS = (
         "verifying.verifier:SlotVerifier._give_back",
         give_back_slots,
         f"{SLOTS}::test_a_cache_gets_the_texts_where_its_mask_shows_them",
-    ),
-    Mutation(
-        "trees are deeper than the tail",
-        "verifying.verifier:InvariantVerifier.levels_left",
-        allow_any_depth,
-        f"{SLOTS}::test_no_level_is_deeper_than_the_tail",
     ),
     Mutation(
         "any cache is of the mode",
