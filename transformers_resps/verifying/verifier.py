@@ -457,16 +457,16 @@ class SlotVerifier(Verifier):
         if not self._lie_as_text(paths):
             path = _with_rows(path, self._rows)
             ranks = pad((path[:, 1:] != path[:, :-1]).cumsum(dim=1), (1, 0))
-            self._buffers.move(self._newest_slots().gather(1, path), self._newest_roots + ranks)
+            self._buffers.move(self._slots_of(path), self._newest_roots + ranks)
         self._slots.extend(list(map(len, paths)))
 
     def _lie_as_text(self, paths: list[list[int]]) -> bool:
         """Whether the nodes of each row's path already follow its text."""
         return all(nodes[-1] < len(nodes) for nodes in paths)
 
-    def _newest_slots(self) -> Tensor:
-        """Where the nodes of the newest tree lie: `[rows of the buffers, n]`."""
-        return self._newest_roots + torch.arange(self._newest_count, device=self.device)
+    def _slots_of(self, nodes: Tensor) -> Tensor:
+        """Where these nodes `[rows of the buffers, m]` of the newest tree lie."""
+        return self._newest_roots + nodes
 
     def keep_rows(self, rows: list[int]) -> None:
         """Decode these rows only, from now on.
@@ -546,7 +546,7 @@ class SlotVerifier(Verifier):
         padded = tree.padded(count)
         nodes = (_with_rows(part, self._rows) for part in (padded.tokens, padded.depths, padded.ancestors))
         tokens, depths, ancestors = nodes
-        self._newest_roots, self._newest_count = roots[:, :1].long(), count
+        self._newest_roots = roots[:, :1].long()
         return tokens, depths, ancestors, roots
 
 
@@ -719,8 +719,8 @@ class InvariantVerifier(SlotVerifier):
         taken = [[slots[node] for node in path] for slots, path in zip(self._newest.tolist(), paths, strict=False)]
         return taken == [list(range(root, root + len(path))) for root, path in zip(self._places, paths, strict=True)]
 
-    def _newest_slots(self) -> Tensor:
-        return self._newest
+    def _slots_of(self, nodes: Tensor) -> Tensor:
+        return self._newest.gather(1, nodes)
 
     def _step(self, rows: int) -> int:
         """What the nodes of so many rows must be a multiple of."""
