@@ -192,7 +192,8 @@ def invariant_attention(
         rows.expand(len(mask), -1, -1, -1), keys, values, 0.0, False, attn_mask=mask, scale=scaling
     )
     weights = _weights(sums, s_aux, sharing, count)
-    attended = (weights[..., None] * found).sum(dim=0)[:, : sharing * count, :narrow].to(query.dtype)
+    attended = (weights.float()[..., None] * found).sum(dim=0, dtype=torch.float64)
+    attended = attended[:, : sharing * count, :narrow].to(query.dtype)
     return attended.reshape(batch_size, heads, count, narrow).transpose(1, 2).contiguous(), None
 
 

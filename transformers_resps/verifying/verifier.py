@@ -704,7 +704,11 @@ class InvariantVerifier(SlotVerifier):
     def _inputs_of(self, tree: DraftTree, count: int) -> tuple[InvariantInputs, list[Tensor]]:
         """The inputs of a forward over a tree of `count` nodes, padding included, and the buffers that it sees."""
         tokens, depths, ancestors, roots = self._nodes(tree, count)
-        layout = Layout.of_tree(self._newest_roots, depths, ancestors)
+        chain = [0, *range(tree.node_count - 1)]
+        if all(parents == chain for parents in tree.parents.tolist()):
+            layout = Layout.of_chain(self._newest_roots, depths)
+        else:
+            layout = Layout.of_tree(self._newest_roots, depths, ancestors)
         self._newest = layout.slots
         return self._laid_out(tokens, depths, roots, layout)
 
