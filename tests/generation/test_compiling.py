@@ -477,3 +477,47 @@ def test_inductor_compiles_target_and_levels_with_their_weights_inside_once(
     told = [record.getMessage() for record in caplog.records if "transformers_resps" in record.name]
     assert sum("Compiling" in line for line in told) == len(told) == 2
     assert SlotEngine().is_compiled is False
+
+
+INVARIANT = {"invariant": True, "compile": True}
+
+
+def test_the_invariant_mode_is_compiled_once_for_all_sizes_and_writes_one_text(
+    target: PreTrainedModel, head: DraftHead, backend: CountingBackend
+) -> None:
+    """A size that may be none or one would be compiled apart, and rounds otherwise."""
+    policies = [FixedPolicy(TreeShape.plain()), FixedPolicy(TreeShape(1, 0, 1, lookup=6)), "auto"]
+    texts = [
+        speculate(target, None, policy, **INVARIANT, max_new_tokens=150).sequences.tolist() for policy in policies
+    ]
+    assert backend.count == 1
+    texts.append(speculate(target, head, WIDE, **INVARIANT, max_new_tokens=150).sequences.tolist())
+    assert backend.count == 2, "the features are other outputs"
+    assert texts == texts[:1] * 4
+
+
+def test_the_invariant_mode_never_runs_steps_as_they_are_where_compiled_ones_are_asked_for(
+    target: PreTrainedModel, untraced: CountingBackend
+) -> None:
+    with target.speculation_state.slot_engine.borrow(target), pytest.raises(ValueError, match="Another call runs"):
+        speculate(target, None, "auto", **INVARIANT)
+    untraced.fault = RuntimeError("no compiler")
+    with pytest.raises(RuntimeError, match=r"could not run compiled: RuntimeError: no compiler\..*`compile=False`"):
+        speculate(target, None, "auto", **INVARIANT)
+    target.train()
+    with pytest.raises(ValueError, match=r"training mode\. Leave out `compile`"):
+        speculate(target, None, "auto", **INVARIANT)
+
+
+def test_compiled_code_of_the_invariant_mode_gets_the_nodes_that_it_needs(
+    target: PreTrainedModel, untraced: CountingBackend
+) -> None:
+    """Planted code that rounds a row by the parity of the rows, and code that has no such number."""
+    untraced.change = lambda outputs: tuple(part + part.shape[1] % 2 * 1e-3 for part in outputs)
+    speculate(target, None, FixedPolicy(TreeShape(1, 0, 1, lookup=6)), **INVARIANT)
+    steps = target.speculation_state.slot_engine.steps
+    assert steps and not any(step % 2 for step in steps.values()), "this machine's kernels may ask for more"
+    other = attach(Architecture("llama", {"num_hidden_layers": 1}).build("sdpa"))
+    untraced.change = lambda outputs: tuple(part + part.shape[1] * 1e-5 for part in outputs)
+    with pytest.raises(ValueError, match=r"rounds a row by the number of rows beside it when it runs compiled"):
+        speculate(other, None, "auto", **INVARIANT)

@@ -681,9 +681,10 @@ class InvariantVerifier(SlotVerifier):
         """
         kind = self._rows, torch.get_num_threads()
         if kind not in engine.steps:
+            vocabulary = self._forward.target.config.get_text_config().vocab_size
 
             def answer(nodes: range) -> Tensor:
-                tokens = torch.arange(len(nodes), device=self.device).expand(len(self._shifts), -1)
+                tokens = (torch.arange(len(nodes), device=self.device) % vocabulary).expand(len(self._shifts), -1)
                 parents = (torch.arange(len(nodes), device=self.device) - 1).clamp(min=0).expand_as(tokens)
                 return self._compiled(DraftTree.from_parents(tokens, parents), 1)[0][0, : len(nodes)]
 
