@@ -99,6 +99,27 @@ def test_in_bfloat16_every_difference_is_a_near_tie() -> None:
         assert found is None or found.explained, str(found)
 
 
+@pytest.mark.parametrize("keywords", [{}, SAMPLING], ids=["greedy", "sampled"])
+def test_in_bfloat16_the_invariant_mode_writes_one_text_from_the_same_logits(keywords: dict[str, Any]) -> None:
+    """`answers` decodes plainly first, and so by the mode."""
+    target, *_ = loaded(torch.bfloat16)
+    options = {"invariant": True, "max_new_tokens": 40, **keywords}
+    prompt, plain, out = answers(torch.bfloat16, PROMPTS[0], **options, output_logits=True)
+    assert out.sequences[0, len(prompt) :].tolist() == plain.tolist()
+    torch.manual_seed(3)
+    again = target.generate(
+        prompt[None],
+        policy=FixedPolicy(TreeShape(1, 0, 1, lookup=6)),
+        prefill_chunk_size=7,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **({"do_sample": False} | options),
+    )
+    assert again.sequences.tolist() == out.sequences.tolist()
+    assert all(torch.equal(one, other) for one, other in zip(again.logits, out.logits, strict=True))
+    assert len(out.speculation.steps) < len(plain), "drafts were accepted"
+
+
 def test_the_published_head_is_accepted_often() -> None:
     reports = [answers(torch.float32, messages)[2].speculation for messages in PROMPTS[:2]]
     emitted, forwards = (sum(getattr(r, name) for r in reports) for name in ("emitted_total", "target_forwards"))
