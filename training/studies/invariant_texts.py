@@ -2,8 +2,8 @@
 
 Question: in bfloat16, to how many prompts is the text the same, whatever drafts, decides, cuts the prompt or batches?
 Answer so far, for SmolLM2 with 96 tokens: in the mode to all, under each of 14 arms (6 prompts, of which 4 in
-batches). In the normal mode greedy texts equal stock's for 3 of 6 with `auto`, for 1 with the head's default tree, and
-for 4 with stock's prompt lookup.
+batches). In the normal mode greedy texts equal stock's for 1 of 6 with `auto`, for 1 with the head's default tree, and
+for 4 with stock's prompt lookup; plain decoding of the mode writes stock's text for 4.
 
     python -m training.studies.invariant_texts work/smollm2 model_cards/smollm2-135m-instruct-head --pack \
         --dataset eval/mt_bench.jsonl eval/gsm8k.jsonl --prompts 1000 --tokens 256 --dtype bfloat16 \
@@ -131,7 +131,7 @@ def wilson(equal: int, total: int) -> tuple[float, float]:
     """The 95% interval of a share (Wilson, 1927), which has a width where all or none are equal, too."""
     share, weight = equal / total, Z * Z / total
     middle, half = share + weight / 2, Z * sqrt((share * (1 - share) + weight / 4) / total)
-    return (middle - half) / (1 + weight), (middle + half) / (1 + weight)
+    return max(middle - half, 0) / (1 + weight), (middle + half) / (1 + weight)
 
 
 class Record:
