@@ -521,3 +521,14 @@ def test_compiled_code_of_the_invariant_mode_gets_the_nodes_that_it_needs(
     untraced.change = lambda outputs: tuple(part + part.shape[1] * 1e-5 for part in outputs)
     with pytest.raises(ValueError, match=r"rounds a row by the number of rows beside it when it runs compiled"):
         speculate(other, None, "auto", **INVARIANT)
+
+
+def test_what_an_earlier_text_left_in_the_buffers_reaches_no_text_of_the_invariant_mode(
+    target: PreTrainedModel, untraced: CountingBackend
+) -> None:
+    policy = FixedPolicy(TreeShape(1, 0, 1, lookup=6))
+    first = speculate(target, None, policy, **INVARIANT)
+    buffers = target.speculation_state.slot_engine.buffers
+    for part in buffers.window(buffers.size):
+        part.fill_(torch.nan)
+    assert speculate(target, None, policy, **INVARIANT).sequences.tolist() == first.sequences.tolist()

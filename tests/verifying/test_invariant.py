@@ -126,7 +126,7 @@ def attend(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """With `extra` blocks that nobody sees."""
+    """With `extra` blocks that no node sees."""
     seen, slots = (pad(part, (0, 0, 0, extra)) for part in (layout.seen, layout.places))
     mask = mask_of(seen, slots, places, window, queries.dtype)
     keys, values = (buffer.permute(1, 2, 0, 3) for buffer in buffers)

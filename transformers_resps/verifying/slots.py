@@ -135,6 +135,11 @@ class SlotBuffers:
                 stop = len(order)
                 buffer[stop - len(kept) : stop, row] = entries[kept - first, min(row, entries.shape[1] - 1)]
 
+    def clear(self) -> None:
+        """Forget all entries: what an overflow left would reach a text from a slot that no node sees."""
+        for store in self._stores:
+            store.zero_()
+
     def grow(self, size: int) -> None:
         """Move to buffers of `size` slots."""
         before = self._parts

@@ -599,6 +599,7 @@ class InvariantVerifier(SlotVerifier):
     def _begin_steps(self) -> None:
         end = self._positions.shape[-1]
         self._hidden = [end - len(order) for order in self._orders(end)]
+        self._buffers.clear()
         self._fill(end)
 
     def prefill(self, tokens: Tensor, chunk_size: int | None = None, **options: Any) -> tuple[Tensor, list[Features]]:
@@ -633,10 +634,9 @@ class InvariantVerifier(SlotVerifier):
         ends = {row: end - 1 - start for row, end in enumerate(prompt.counts) if start < end <= start + width}
         kept = list(range(count))
         if "logits_to_keep" in options:
-            kept = [end for end in range(count) if end in ends.values()]
-            kept += [end for end in range(count) if end not in kept][
-                : _rounded_up(max(len(kept), 1), step) - len(kept)
-            ]
+            asked = sorted(set(ends.values()))
+            others = [node for node in range(count) if node not in asked]
+            kept = asked + others[: _rounded_up(max(len(asked), 1), step) - len(asked)]
             options = options | {"logits_to_keep": torch.tensor(kept, device=self.device)}
         positions = prompt.positions[..., chosen]
         outputs, features = self._forward.catch(lambda: self._eagerly(inputs, window, positions=positions, **options))
