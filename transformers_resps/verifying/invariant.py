@@ -88,9 +88,8 @@ def _copies(
     if paths == 1:
         return slots[:, :0], slots[:, :0]
     starts, within = roots // BLOCK * BLOCK, torch.arange(span)
-    leaves = (
-        is_leaf.logical_not().int().argsort(dim=1, stable=True)[:, 1:paths]
-    )  # a row with fewer repeats other nodes
+    # of a row with fewer, other nodes: their copies are seen by none
+    leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True)[:, 1:paths]
     on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, paths - 1, n]
     by_depth = torch.zeros(*leaves.shape, span, dtype=torch.long)
     by_depth.scatter_add_(2, depths[:, None].expand_as(on_path), slots[:, None] * on_path)

@@ -272,15 +272,13 @@ class SlotForward:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self.function = self._function(cache)
+        self.function = self._function(_run(target, cache, feature_layers), _windows(target, cache))
 
-    def _function(self, cache: Cache) -> Callable[..., tuple[Tensor, ...]]:
+    def _function(
+        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
+    ) -> Callable[..., tuple[Tensor, ...]]:
         """Of `SlotInputs` and buffers."""
-        run, windows, dtype = (
-            _run(self.target, cache, self.feature_layers),
-            _windows(self.target, cache),
-            self.target.dtype,
-        )
+        dtype = self.target.dtype
 
         def forward(
             tokens: Tensor, depths: Tensor, ancestors: Tensor, roots: Tensor, seen: Tensor, *buffers: Tensor
@@ -328,13 +326,11 @@ class InvariantForward(SlotForward):
         super().__init__(*args)
         self._lock, self._least_rows = lock, least_rows
 
-    def _function(self, cache: Cache) -> Callable[..., tuple[Tensor, ...]]:
+    def _function(
+        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
+    ) -> Callable[..., tuple[Tensor, ...]]:
         """Of `InvariantInputs` and buffers."""
-        run, windows, dtype = (
-            _run(self.target, cache, self.feature_layers),
-            _windows(self.target, cache),
-            self.target.dtype,
-        )
+        dtype = self.target.dtype
 
         def forward(
             tokens: Tensor,
