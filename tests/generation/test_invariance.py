@@ -266,7 +266,7 @@ def test_an_unknown_architecture_whose_attention_is_not_told_of_the_layout_is_re
     kind = type(target.model.layers[0].self_attn)
     run = kind.forward
 
-    def deaf(self: Any, *args: Any, resps_masks: Any = None, **kwargs: Any) -> Any:
+    def deaf(self: Any, *args: Any, resps_reads: Any = None, **kwargs: Any) -> Any:
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", deaf)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .experts import routed_layers
-from .invariant import BlockMasks, Layout, invariant_attention, mask_of
+from .invariant import BlockReads, Layout, invariant_attention
 from .prepacking import is_prepacked
 
 
@@ -204,10 +204,14 @@ class _Attention(_Part):
 
         def answer(rows: range) -> Tensor:
             roots, depths = torch.tensor([[rows.start]]), torch.arange(len(rows))[None]
-            layout = Layout.of_chain(roots, depths)
-            mask = mask_of(layout.seen, layout.places, roots + depths, None, self.dtype)
+            ancestors = torch.ones(1, len(rows), len(rows), dtype=torch.bool).tril()
             asked = query[:, :, rows.start : rows.stop]
-            return invariant_attention(nn.Module(), asked, key, value, mask, resps_masks=BlockMasks())[0][0]
+            found = []
+            for layout in (Layout.of_chain(roots, depths), Layout.of_tree(roots, depths, ancestors)):
+                reads = BlockReads(layout, roots + depths, self.dtype)
+                mask = reads.mask(None)
+                found.append(invariant_attention(nn.Module(), asked, key, value, mask, resps_reads=reads)[0][0])
+            return found[0] if torch.equal(*found) else torch.full_like(found[0], torch.nan)
 
         return least_rows(answer, (*range(1, 10), 16, 17, 33, 48, 128, _PLACES), _spread(_PLACES, 2))
 
