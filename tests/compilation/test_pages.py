@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.pretend.device import on_device
-from transformers_resps.compilation.pages import HUGE, Kernel, collapse
+from transformers_resps.compilation.pages import HUGE, Kernel, collapse, zeros
 
 
 class Planted(Kernel):
-    """Notes the addresses that it is asked to collapse, and answers `errors` in turn, the last one again and again.
+    """Notes what it is asked to collapse, or to begin in huge pages, and answers `errors` in turn, the last for good.
 
     All addresses are the process's own, unless `ranges` are.
     """
@@ -24,6 +24,7 @@ class Planted(Kernel):
         self.errors, self.available = list(errors or (0,)), available
         self.ranges = [(0, 1 << 63)] if ranges is None else ranges
         self.asked = list[int]()
+        self.begun = list[tuple[int, int]]()
 
     def has_huge_pages(self) -> bool:
         return True
@@ -35,8 +36,12 @@ class Planted(Kernel):
         return self.ranges
 
     def advise(self, start: int, size: int, advice: int) -> int:
-        assert (start % HUGE, size, advice) == (0, HUGE, 25)
-        self.asked.append(start)
+        assert start % HUGE == size % HUGE == 0
+        if advice == 14:
+            self.begun.append((start, size))
+        else:
+            assert (size, advice) == (HUGE, 25)
+            self.asked.append(start)
         return self.errors.pop(0) if len(self.errors) > 1 else self.errors[0]
 
 
@@ -169,6 +174,40 @@ def test_files_and_shared_memory_are_left_alone(kind: str, tmp_path: Path) -> No
     kernel = Planted(ranges=Kernel().own_ranges())
     assert collapse([tensor], kernel) == 0 and not kernel.asked
     assert collapse([own := large()], kernel) == len(filled_half(own)) * HUGE
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not Kernel().has_huge_pages(), reason="no Linux with huge pages of 2 MiB")
+def test_large_zeros_begin_in_huge_pages() -> None:
+    made = zeros(3, 20, HUGE // 4, dtype=torch.int32, device=CPU)
+    assert huge_bytes(made) >= 30 * HUGE  # of 60: memory may be in pieces
+    assert made.shape == (3, 20, HUGE // 4) and made.dtype is torch.int32 and not made.any()
+
+
+def test_only_the_pages_that_zeros_fill_begin_as_huge_ones() -> None:
+    kernel = Planted()
+    made = zeros(20, HUGE, dtype=torch.uint8, device=CPU, kernel=kernel)
+    ((start, size),) = kernel.begun
+    assert 0 <= start - made.data_ptr() < HUGE and 19 * HUGE <= size <= made.data_ptr() + 20 * HUGE - start
+
+
+@pytest.mark.parametrize(
+    ("pages", "device", "kernel"),
+    [
+        (1, "cpu", Planted()),
+        (20, "cpu", Planted(ranges=[])),
+        (20, "cpu", Planted(errno.EINVAL)),
+        (20, "meta", Planted()),
+    ],
+    ids=["small", "not of its own", "refused", "another device"],
+)
+def test_other_zeros_are_those_of_torch(pages: int, device: str, kernel: Planted) -> None:
+    made = zeros(pages, HUGE, dtype=torch.uint8, device=torch.device(device), kernel=kernel)
+    assert made.shape == (pages, HUGE) and made.device.type == device
+    assert device == "meta" or not made.any()
+    assert len(kernel.begun) == (kernel.errors == [errno.EINVAL])
 
 
 MAPS = """\

@@ -1,7 +1,8 @@
-"""Weights in huge pages of Linux: a CPU that reads them in pages of 4 KiB waits for the addresses of the pages.
+"""Tensors in huge pages of Linux: a CPU that reads weights in pages of 4 KiB waits for the addresses of the pages.
 
-`MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address. The memory of others,
-and what is allocated later, stays as it is; so does everything where the kernel refuses.
+`MADV_COLLAPSE` (Linux 6.1, madvise(2)) copies small pages into a huge one at the same address; `MADV_HUGEPAGE` lets
+what is written first begin in one. The memory of others, and what is allocated later, stays as it is; so does
+everything where the kernel refuses.
 """
 
 import ctypes
@@ -19,7 +20,8 @@ from torch import Tensor
 logger = logging.getLogger(f"transformers.{__name__}")
 
 HUGE = 2 << 20  # bytes of a huge page, which begins at a multiple of them
-_COLLAPSE = 25  # of madvise(2)
+_HUGEPAGE, _COLLAPSE = 14, 25  # of madvise(2)
+_ALONE = 32 << 20  # bytes: glibc's malloc maps what is as large by itself, and gives it back by itself
 _MEMORY_IS_SHORT = (errno.ENOMEM, errno.EBUSY)  # on the machine; in the control group
 
 
@@ -41,7 +43,7 @@ class Kernel:
     def available_bytes(self) -> int:
         """What programs may still take without swapping; 0 if unknown."""
         lines = map(str.split, _text_of(self._process / "meminfo").splitlines())
-        return next((int(line[1]) << 10 for line in lines if line[0] == "MemAvailable:"), 0)
+        return next((int(line[1]) << 10 for line in lines if line[:1] == ["MemAvailable:"]), 0)
 
     def own_ranges(self) -> list[tuple[int, int]]:
         """First and last address + 1, ascending, of the process's memory that no file and no other process shares."""
@@ -93,6 +95,18 @@ def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
     return moved
 
 
+def zeros(*size: int, dtype: torch.dtype, device: torch.device, kernel: Kernel = _LINUX) -> Tensor:
+    """As `torch.zeros`; a large tensor in the CPU's memory lies in huge pages, where the kernel has them."""
+    if device.type != "cpu":
+        return torch.zeros(*size, dtype=dtype, device=device)
+    made = torch.empty(*size, dtype=dtype, device=device)
+    if made.nbytes >= _ALONE and kernel.has_huge_pages():
+        first, stop = -(-made.data_ptr() // HUGE) * HUGE, (made.data_ptr() + made.nbytes) // HUGE * HUGE
+        if _lies_in(kernel.own_ranges(), first, stop):
+            kernel.advise(first, stop - first, _HUGEPAGE)
+    return made.zero_()
+
+
 def _filled_pages(tensors: Iterable[Tensor], kernel: Kernel) -> list[int]:
     """Addresses of the huge pages that can take these tensors, ascending."""
     filled = Counter[int]()
@@ -125,6 +139,6 @@ def _lies_in(ranges: list[tuple[int, int]], start: int, stop: int) -> bool:
 def _text_of(file: Path) -> str:
     """Empty if it cannot be read, as in some containers."""
     try:
-        return file.read_text()
+        return file.read_text("utf-8", errors="replace")
     except OSError:
         return ""
