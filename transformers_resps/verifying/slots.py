@@ -20,6 +20,7 @@ from ..compat import CACHE_KEYWORD
 from ..compilation.captured import CapturedFunction
 from ..compilation.compiled import CompiledFunction
 from ..compilation.engine import Code, CompileEngine, WeightFingerprint, is_of_this_mode
+from ..compilation.pages import zeros
 from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
 from .experts import use_invariant_experts
@@ -101,8 +102,7 @@ class SlotBuffers:
             return
         alike = Counter(shapes)
         stores = {
-            shape: torch.zeros(count, size, *shape[:3], dtype=shape[3], device=shape[4])
-            for shape, count in alike.items()
+            shape: zeros(count, size, *shape[:3], dtype=shape[3], device=shape[4]) for shape, count in alike.items()
         }
         free = {shape: iter(store) for shape, store in stores.items()}
         self._own(list(stores.values()), [next(free[shape]) for shape in shapes])
