@@ -117,7 +117,8 @@ def _callers_settings(device_type: str) -> Hashable:
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
         torch.get_num_threads(),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.fp32_precision,  # `torch.get_float32_matmul_precision()` raises where both differ
+        torch.backends.mkldnn.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
     )
 
