@@ -130,7 +130,7 @@ def test_a_page_that_the_kernel_refuses_stays_and_one_line_tells_it(
     assert collapse([tensor], kernel) == HUGE
     assert kernel.asked == filled_half(tensor)
     (line,) = caplog.messages
-    assert line.startswith("2 MiB of weights lie in huge pages, after 0.0 s.")
+    assert line.startswith("2 MiB of weights lie in huge pages, after ")
     assert line.endswith(f" The kernel refused others: {errno.errorcode[error]}.")
 
 
