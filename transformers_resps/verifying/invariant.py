@@ -187,6 +187,9 @@ class BlockReads:
 
     def __init__(self, layout: Layout, places: Tensor, dtype: torch.dtype) -> None:
         self._layout, self._places, self._dtype = layout, places, dtype
+        rows, slots = len(places), layout.slots
+        row = torch.arange(rows, device=slots.device)[:, None, None]
+        self._entries = (slots * rows + row).permute(1, 2, 0).flatten()  # of `[slots * b]`
         self._masks: list[tuple[Tensor, Tensor]] = []
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
@@ -249,10 +252,8 @@ class BlockReads:
     def own_entries(self, states: Tensor) -> Tensor:
         """Entries `[b, kv heads, slots, hd]` of the blocks of all groups: `[g, b * kv heads, BLOCK, hd]`."""
         rows, kv_heads, _, size = states.shape
-        slots = self._layout.slots
-        index = (slots * rows + torch.arange(rows, device=slots.device)[:, None, None]).permute(1, 2, 0).flatten()
-        found = states.permute(2, 0, 1, 3).flatten(0, 1).index_select(0, index)
-        return found.view(slots.shape[1], BLOCK, rows * kv_heads, size).transpose(1, 2)
+        found = states.permute(2, 0, 1, 3).flatten(0, 1).index_select(0, self._entries)
+        return found.view(self._layout.slots.shape[1], BLOCK, rows * kv_heads, size).transpose(1, 2)
 
 
 def invariant_attention(
@@ -301,17 +302,17 @@ def invariant_attention(
     if len(read.own.mask):
         entries = [resps_reads.own_entries(part) for part in (key, value)]
         parts.append(_in_order(read, *_attended(queries, read.own, entries, scaling)))
-    sums, found = (torch.cat(part) for part in zip(*parts, strict=True))
+    sums, found = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
     weights = _weights(sums, s_aux, heads // kv_heads)
     joined = (weights.float()[..., None] * found).sum(dim=0, dtype=torch.float64).to(query.dtype)
     joined = joined.flatten(0, 1).index_select(0, read.order).view(rows, count, heads, size)
-    return joined[..., :narrow].contiguous(), None
+    return joined if narrow == size else joined[..., :narrow].contiguous(), None
 
 
 def _shared_entries(states: Tensor, blocks: int) -> Tensor:
     """The first entries of `[b, kv heads, slots, hd]` as `[blocks, b * kv heads, BLOCK, hd]`."""
-    states = states.permute(2, 0, 1, 3)[: blocks * BLOCK].flatten(1, 2)
-    return states.view(blocks, BLOCK, *states.shape[1:]).transpose(1, 2)
+    states = states.flatten(0, 1)
+    return states[:, : blocks * BLOCK].view(len(states), blocks, BLOCK, -1).transpose(0, 1)
 
 
 def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: float | None) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
 from .invariant import Layout
 from .returned import EndedRow
-from .row_classes import least_rows
+from .row_classes import RowNeeds, least_rows
 from .rows import SlotMap
 from .slots import (
     InvariantForward,
@@ -562,7 +562,7 @@ class InvariantVerifier(SlotVerifier):
     Args:
         forward: as in `Verifier`.
         engine: the target's. Where `compiles`, it is lent to this call.
-        least_rows: as `RowClasses.least`: a forward has a multiple of them.
+        needs: rows that are computed together, as `RowClasses` finds them.
         position_ids: as in `Verifier`.
         attention_mask: as in `Verifier`.
         compiles: whether steps run compiled. The prompt never does.
@@ -572,18 +572,30 @@ class InvariantVerifier(SlotVerifier):
         self,
         forward: TargetForward,
         engine: SlotEngine,
-        least_rows: int,
+        needs: RowNeeds,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
         compiles: bool = False,
     ) -> None:
         super().__init__(forward, engine if compiles else None, position_ids, attention_mask)
-        self._least_rows, self._pattern = least_rows, engine.pattern(forward.target)
-        given = engine.lock, least_rows, forward.target, self._pattern
+        self._needs, self._pattern = needs, engine.pattern(forward.target)
+        given = engine.lock, needs.most, forward.target, self._pattern
         self._eagerly = InvariantForward(*given, [])  # features are caught by hooks
         self._over_slots = InvariantForward(*given, forward.layers) if compiles else self._eagerly
         self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
+        self._filling_up = needs.filling_up(forward.target)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._filling_up.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            super().__exit__(*exception)
+        finally:
+            self._filling_up.__exit__(None, None, None)
 
     @property
     def _places(self) -> list[int]:
@@ -722,7 +734,7 @@ class InvariantVerifier(SlotVerifier):
 
     def _step(self, rows: int) -> int:
         """What the nodes of so many rows must be a multiple of."""
-        return self._least_rows // gcd(self._least_rows, rows)
+        return self._needs.forward // gcd(self._needs.forward, rows)
 
 
 class _PromptTexts:
