@@ -43,9 +43,7 @@ def test_batches_are_answered_in_turn_and_some_prompts_alone_and_the_table_count
     promised = {row["mode and arm"]: row for row in found["rows"] if row["compared with"].startswith("invariant")}
     assert all(row["texts equal"] == row["of"] for row in promised.values())
     counts = [promised[arm.key]["of"] if arm.key in promised else 0 for arm in arms if arm.is_promised]
-    assert sorted(counts) == [0] * 4 + [1] + [2] * 15, (
-        "seven ways by turns, of three batches, and eight and five alone"
-    )
+    assert sorted(counts) == [0] * 4 + [1] + [2] * 15, "seven ways by turns, of which three came, and all alone"
     assert "| normal, greedy: auto | normal, greedy: stock |" in capsys.readouterr().out
     assert found["facts"]["dtype"] == "bfloat16" and {"threads", "versions", "device"} <= found["facts"].keys()
 
