@@ -67,11 +67,12 @@ def kernel_settings() -> dict[str, Hashable]:
 
     Not autocast, which the invariant mode refuses.
     """
+    onednn: Any = torch.backends.mkldnn
     # `torch.get_float32_matmul_precision()` raises where its parts were set apart
-    precision = torch.backends.mkldnn.matmul.fp32_precision
+    precision = onednn.matmul.fp32_precision
     return {
         "torch.get_num_threads()": torch.get_num_threads(),
-        "torch.backends.mkldnn.enabled": torch.backends.mkldnn.enabled,
+        "torch.backends.mkldnn.enabled": onednn.enabled,
         "torch.backends.mkldnn.matmul.fp32_precision": "ieee" if precision == "none" else precision,
         "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
     }
