@@ -1,6 +1,6 @@
 """Compiled functions: one code for all sizes, and never another module's weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from transformers_resps.compilation import compiled as compiled_module
+from transformers_resps.compilation import pages
 from transformers_resps.compilation.compiled import CompiledFunction
 
 
@@ -72,6 +74,24 @@ def test_weights_go_into_the_code_and_cpp_calls_the_kernels_but_not_in_what_call
     )
     assert seen == [(True, True)]
     assert (config.freezing, config.cpp_wrapper) == before == (False, False)
+
+
+@torch.no_grad()
+def test_what_the_compiler_lays_out_is_moved_into_huge_pages_and_no_earlier_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = list[int]()
+
+    def noted(tensors: Iterable[Tensor]) -> None:
+        calls.append(sum(stop - start for start, stop in map(pages._span, tensors)))
+
+    monkeypatch.setattr(compiled_module, "collapse", noted)
+    for width in (96, 160):
+        layer, states = nn.Linear(64, width), torch.randn(4, 64)
+        found = CompiledFunction(lambda states, layer=layer: layer(states), [(0,)])([states])
+        torch.testing.assert_close(found, layer(states), rtol=1e-4, atol=1e-5)
+    weights = [4 * 64 * width for width in (96, 160)]
+    assert all(weight <= moved < 2 * weight for moved, weight in zip(calls, weights, strict=True))
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from transformers_resps.generation import checks
 from transformers_resps.generation.invariance import InvariantCalls
 from transformers_resps.verifying.cache import crop_to
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.row_classes import RowNeeds
 from transformers_resps.verifying.slots import SlotEngine
 from transformers_resps.verifying.verifier import InvariantVerifier
 
@@ -221,7 +222,9 @@ def test_a_known_architecture_need_not_be_compared(architecture: Architecture, d
     target: Any = attach(architecture.build(architecture.attention[0])).to(dtype)
     engine = SlotEngine()
     forward = partial(TargetForward.of, target)
-    assert checks._has_same_bits(target, lambda positions: InvariantVerifier(forward(), engine, 16, positions))
+    assert checks._has_same_bits(
+        target, lambda positions: InvariantVerifier(forward(), engine, RowNeeds(16, {}), positions)
+    )
 
 
 def newcomer() -> PreTrainedModel:
@@ -266,7 +269,7 @@ def test_an_unknown_architecture_whose_attention_is_not_told_of_the_layout_is_re
     kind = type(target.model.layers[0].self_attn)
     run = kind.forward
 
-    def deaf(self: Any, *args: Any, resps_masks: Any = None, **kwargs: Any) -> Any:
+    def deaf(self: Any, *args: Any, resps_reads: Any = None, **kwargs: Any) -> Any:
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", deaf)

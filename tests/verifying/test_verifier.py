@@ -15,6 +15,7 @@ from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
 from transformers_resps.verifying.forward import TargetForward
+from transformers_resps.verifying.row_classes import RowNeeds
 from transformers_resps.verifying.slots import SlotEngine
 from transformers_resps.verifying.verifier import InvariantVerifier, SlotVerifier, TreeVerifier, Verifier
 
@@ -56,7 +57,7 @@ def opened(request: pytest.FixtureRequest) -> Callable[..., Verifier]:
         forward = TargetForward(target, layers, DynamicCache(config=target.config) if cache is None else cache)
         positions = torch.arange(length)[None] if positions is None else positions
         if request.param == "invariant":
-            return InvariantVerifier(forward, SlotEngine(), LEAST_ROWS, positions, mask)
+            return InvariantVerifier(forward, SlotEngine(), RowNeeds(LEAST_ROWS, {}), positions, mask)
         over_slots = request.param == "slots"
         return SlotVerifier(forward, None, positions, mask) if over_slots else TreeVerifier(forward, positions, mask)
 

@@ -52,9 +52,9 @@ def tree_of(tokens: torch.Tensor, paths: int) -> DraftTree:
 def verifiers(target: Any, engine: SlotEngine, place: int, *, compiles: bool) -> list[Verifier]:
     """Of both modes, for a prompt of so many tokens."""
     positions, forward = torch.arange(place)[None], TargetForward.of
-    least_rows = RowClasses().least(target)
+    needs = RowClasses().needs(target)
     normal = SlotVerifier(forward(target), engine, positions) if compiles else TreeVerifier.of(target, place)
-    return [normal, InvariantVerifier(forward(target), engine, least_rows, positions, compiles=compiles)]
+    return [normal, InvariantVerifier(forward(target), engine, needs, positions, compiles=compiles)]
 
 
 def least_seconds(steps: Sequence[Callable[[], Any]], repeats: int) -> list[float]:

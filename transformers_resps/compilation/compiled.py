@@ -5,11 +5,14 @@ then runs near the memory limit of a CPU. They are constants from then on: see `
 """
 
 import types
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .pages import collapse
 
 
 # As options of `torch.compile` they come too late: weights become constants before these are read. Layers that read
@@ -59,7 +62,8 @@ class CompiledFunction:
         if options is None:
             options = {"fullgraph": True, "options": {"guard_filter_fn": _guards_on_inputs}}
         compiled = torch.compile(_with_own_code(self._function), **options)
-        with torch._inductor.config.patch(_INDUCTOR | {"cpp_wrapper": inputs[0].device.type == "cpu"}):
+        settings = _INDUCTOR | {"cpp_wrapper": inputs[0].device.type == "cpu"}
+        with torch._inductor.config.patch(settings), _constants_in_huge_pages():
             outputs = compiled(*inputs, *buffers)
         self._compiled[kind] = compiled  # not before: compiling may be interrupted
         return outputs
@@ -82,6 +86,19 @@ class CompiledFunction:
             for part, dimensions in zip(inputs, self._dynamic, strict=True)
         )
         return sizes, _callers_settings(inputs[0].device.type)
+
+
+@contextmanager
+def _constants_in_huge_pages() -> Iterator[None]:
+    """Move what inductor lays out inside the `with` block: each step reads it once."""
+    from torch._inductor.codecache import PyCodeCache  # loads the compiler
+
+    # Not a public place. Where it is another, constants stay in small pages.
+    modules: list[types.ModuleType] = getattr(PyCodeCache, "modules", [])
+    known = len(modules)
+    yield
+    constants = (value for module in modules[known:] for value in vars(module).values())
+    collapse(value for value in constants if isinstance(value, Tensor))
 
 
 def _dense(part: Tensor) -> Tensor:

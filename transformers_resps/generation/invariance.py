@@ -28,6 +28,7 @@ from ..verifying.experts import has_invariant_experts
 from ..verifying.forward import TargetForward
 from ..verifying.hybrids import is_recurrent
 from ..verifying.prepacking import is_prepacked
+from ..verifying.row_classes import RowNeeds
 from ..verifying.slots import SlotEngine
 from ..verifying.verifier import InvariantVerifier
 from .checks import LENT, PROMPT_ARGUMENTS, check_same_bits, given_cache, setting_of
@@ -39,7 +40,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 Obstacle = tuple[str, str]
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
-_MOST_ROWS = 16  # of a product that a machine may need
+_ANY_NEEDS = RowNeeds(16, {})  # of any machine
 _POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # of attention layers
 
 
@@ -156,7 +157,7 @@ class InvariantCalls:
         self._check_cache(given_cache(arguments))
         if not self._has_same_bits:
             check_same_bits(
-                model, lambda positions: InvariantVerifier(TargetForward.of(model), engine, _MOST_ROWS, positions)
+                model, lambda positions: InvariantVerifier(TargetForward.of(model), engine, _ANY_NEEDS, positions)
             )
             self._has_same_bits = True
         self._compare(model, compile)
