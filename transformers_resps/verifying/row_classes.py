@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -92,24 +91,33 @@ class RowNeeds:
 
 
 class _Filling:
-    """Fills up the rows of one layer by zeros, and takes them away again."""
+    """Fills up the rows of one layer by its last row, and takes them away again."""
 
     def __init__(self, least: int, thread: int) -> None:
         self._least, self._thread = least, thread
-        self._shape = torch.Size()  # of the rows, while the layer runs
+        self._orders: dict[int, Tensor] = {}
+        self._shape = torch.Size()  # of the rows, while they are filled up
 
     def before(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if torch.compiler.is_compiling() or get_ident() != self._thread:
             return None
         states, *others = arguments
-        self._shape = states.shape[:-1]
-        missing = -self._shape.numel() % self._least
-        return (pad(states.reshape(1, -1, states.shape[-1]), (0, 0, 0, missing)), *others) if missing else None
+        shape = states.shape[:-1]
+        count = shape.numel()
+        if count % self._least == 0:
+            return None
+        if count not in self._orders:
+            size = count - count % self._least + self._least
+            self._orders[count] = torch.arange(size).clamp(max=count - 1)
+        self._shape = shape
+        return (states.reshape(1, count, -1).index_select(1, self._orders[count]), *others)
 
     def after(self, layer: nn.Module, arguments: tuple[Tensor, ...], found: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or get_ident() != self._thread or not -self._shape.numel() % self._least:
+        shape = self._shape
+        if not shape or torch.compiler.is_compiling() or get_ident() != self._thread:
             return None
-        return found[0, : self._shape.numel()].view(*self._shape, -1)
+        self._shape = torch.Size()
+        return found[:, : shape.numel()].view(*shape, -1)
 
 
 class RowClasses:

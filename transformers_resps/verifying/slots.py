@@ -35,13 +35,16 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, keys: Tensor, values: Tensor, written: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._buffers, self._written = (keys, values), written
+        self._buffers, self._written = (keys, values), written[0] if len(written) == 1 else written
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write `[b, kv heads, n, hd]` entries; returns all slots, `[b, kv heads, slots, hd]`."""
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            _write(buffer, self._written, states.transpose(1, 2))
+            if self._written.dim() == 1:
+                buffer.index_copy_(0, self._written, states.permute(2, 0, 1, 3))
+            else:
+                buffer.index_put_((self._written, _rows(self._written)), states.transpose(1, 2))
         keys, values = (buffer.permute(1, 2, 0, 3) for buffer in self._buffers)
         return keys, values
 
@@ -61,14 +64,6 @@ class SlotLayer(CacheLayerMixin):
         return self._buffers[0].shape[0]
 
     get_max_cache_shape = get_max_length
-
-
-def _write(buffer: Tensor, slots: Tensor, entries: Tensor) -> None:
-    """Write `[b, m, kv heads, hd]` to each row's slots `[b, m]` of `[slots, b, kv heads, hd]`."""
-    if len(slots) == 1:
-        buffer.index_copy_(0, slots[0], entries.transpose(0, 1))
-    else:
-        buffer.index_put_((slots, _rows(slots)), entries)
 
 
 def _rows(slots: Tensor) -> Tensor:
