@@ -200,18 +200,17 @@ class BlockReads:
         rows, slots = len(places), layout.slots
         row = torch.arange(rows, device=slots.device)[:, None, None]
         self._entries = (slots * rows + row).permute(1, 2, 0).flatten()  # of `[slots * b]`
-        self._masks: list[tuple[Tensor, Tensor]] = []
         self._known: list[tuple[Tensor, int, int, _LayerReads]] = []
 
     def mask(self, window: int | None) -> Tensor:
-        """The additive mask `[b, n, blocks, BLOCK]` of a kind of layers over shared blocks, which stands for both."""
+        """The additive mask of a kind of layers, `[b, 1, n * blocks + g * _ROWS, BLOCK]`: of shared blocks, then of
+        groups. Some targets hand on a view of it.
+        """
         layout = self._layout
-        shared = layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1
-        starts = layout.starts[..., None, None]
-        own = starts + torch.arange(BLOCK, device=starts.device), layout.places[..., None], layout.places[..., None]
-        masks = [self._shown(*part, window) for part in (shared, own)]
-        self._masks.append((masks[0], masks[1]))
-        return masks[0]
+        shared = self._shown(layout.shared, self._places[..., None, None], layout.ends[..., None, None] - 1, window)
+        starts, places = layout.starts[..., None, None], layout.places[..., None]
+        own = self._shown(starts + torch.arange(BLOCK, device=starts.device), places, places, window)
+        return torch.cat([part.flatten(1, 2) for part in (shared, own)], dim=1)[:, None]
 
     def _shown(self, keys: Tensor, places: Tensor, last: Tensor, window: int | None) -> Tensor:
         """Where nodes at `places` see keys at other places, up to the `last`."""
@@ -227,10 +226,13 @@ class BlockReads:
                 return found
         layout, sharing = self._layout, heads // kv_heads
         order = layout.order.expand(len(mask), -1)[None]
-        shared = self._rows(order, mask.index_select(1, layout.order).permute(2, 0, 1, 3), heads, kv_heads)
+        blocks, groups = len(layout.shared), layout.groups.shape[1]
+        of_shared, of_groups = mask[:, 0].split([layout.ends.shape[1] * blocks, groups * _ROWS], dim=1)
+        seen = of_shared.unflatten(1, (layout.ends.shape[1], blocks)).index_select(1, layout.order)
+        shared = self._rows(order, seen.permute(2, 0, 1, 3), heads, kv_heads)
         own = None
-        if layout.groups.shape[1]:
-            seen = next(of_groups for one, of_groups in self._masks if one is mask)
+        if groups:
+            seen = of_groups.unflatten(1, (groups, _ROWS))
             rows = self._rows(layout.groups.transpose(0, 1), seen.transpose(0, 1), heads, kv_heads)
             own = _OwnReads(rows, *self._asked(sharing, kv_heads))
         found = _LayerReads(shared, self._order(shared.mask.shape[2], sharing, kv_heads), own)
