@@ -208,8 +208,7 @@ def _opened(target: PreTrainedModel, context: int, *, invariant: bool) -> Iterat
     verifier: Verifier = TreeVerifier.of(target, context)
     if invariant:
         positions = torch.arange(context, device=target.device)[None]
-        needs = RowClasses().needs(target)
-        verifier = InvariantVerifier(TargetForward.of(target), SlotEngine(), needs, positions)
+        verifier = InvariantVerifier(TargetForward.of(target), SlotEngine(), RowClasses().needs(target), positions)
     with verifier:
         yield verifier
 

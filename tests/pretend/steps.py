@@ -44,6 +44,13 @@ CALLS: dict[str, dict[str, Any]] = {
         "with_head": True,
         "policy": FixedPolicy(TreeShape(8, 4, 2)),
     },
+    "8/4/2 in a window": {"window": 16, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
+    "8/4/2 in a window, captured": {
+        "captures": True,
+        "window": 16,
+        "with_head": True,
+        "policy": FixedPolicy(TreeShape(8, 4, 2)),
+    },
     "8/4/2 sampled": {
         "with_head": True,
         "policy": FixedPolicy(TreeShape(8, 4, 2)),
@@ -218,6 +225,7 @@ def count(name: str) -> StepCount:
     keywords["clock"] = steps.clock
     try:
         call = dict(CALLS[name])
+        head.config.sliding_window = call.pop("window", None)
         ids = on_device(prompt(call.pop("rows", 1)))
         with counts, ExitStack() as stack:
             stack.enter_context(patch.object(invariance, "_of_weights", lambda model: ()))

@@ -8,6 +8,7 @@ everything where the kernel refuses.
 import ctypes
 import errno
 import logging
+import time
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable
@@ -83,7 +84,7 @@ def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
     if kernel.available_bytes() < len(pages) * HUGE:
         logger.info(f"Left {len(pages) * HUGE >> 20} MiB of weights in small pages: memory is short.")
         return 0
-    errors = Counter[int]()
+    started, errors = time.perf_counter(), Counter[int]()
     for page in pages:
         error = kernel.advise(page, HUGE, _COLLAPSE)
         errors[error] += 1
@@ -91,7 +92,8 @@ def collapse(tensors: Iterable[Tensor], kernel: Kernel = _LINUX) -> int:
             break
     moved = errors.pop(0, 0) * HUGE
     refusals = "".join(f" The kernel refused others: {errno.errorcode.get(error, error)}." for error in errors)
-    logger.info(f"{moved >> 20} MiB of weights lie in huge pages.{refusals}")
+    seconds = time.perf_counter() - started
+    logger.info(f"{moved >> 20} MiB of weights lie in huge pages, after {seconds:.1f} s.{refusals}")
     return moved
 
 

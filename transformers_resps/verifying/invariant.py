@@ -190,22 +190,32 @@ class _Rows(NamedTuple):
     mask: Tensor
 
 
+class _OwnReads(NamedTuple):
+    """What groups read.
+
+    Attributes:
+        rows: of groups, over their own blocks.
+        places: `[levels * b * kv heads * rows]` of rows over shared blocks among `[g, rows, b * kv heads]`.
+        is_missing: `[levels, b * kv heads, rows]` which of them stand nowhere.
+    """
+
+    rows: _Rows
+    places: Tensor
+    is_missing: Tensor
+
+
 class _LayerReads(NamedTuple):
     """What a kind of layers reads.
 
     Attributes:
         shared: rows over shared blocks.
-        own: rows of groups over their own blocks.
-        asked: `[levels * b * kv heads * rows]` where the rows of `shared` stand among `[g, rows, b * kv heads]`.
-        is_missing: `[levels, b * kv heads, rows]` which of them stand nowhere.
         order: `[b * n * heads]` of `[b * kv heads * rows]`, by nodes.
+        own: of groups, if there are any.
     """
 
     shared: _Rows
-    own: _Rows
-    asked: Tensor
-    is_missing: Tensor
     order: Tensor
+    own: _OwnReads | None
 
 
 class BlockReads:
@@ -249,27 +259,33 @@ class BlockReads:
         for known, *kind, found in self._known:
             if known is mask and kind == [heads, kv_heads]:
                 return found
-        layout, of_groups = self._layout, next(own for shared, own in self._masks if shared is mask)
+        layout, sharing = self._layout, heads // kv_heads
         order = layout.order.expand(len(mask), -1)[None]
-        shown = mask.index_select(1, layout.order).permute(2, 0, 1, 3)
-        shared = self._rows(order, shown, heads, kv_heads)
-        own = self._rows(layout.groups.transpose(0, 1), of_groups.transpose(0, 1), heads, kv_heads)
-        found = _LayerReads(shared, own, *self._places_of(heads // kv_heads, kv_heads, shared.mask.shape[2]))
+        shared = self._rows(order, mask.index_select(1, layout.order).permute(2, 0, 1, 3), heads, kv_heads)
+        own = None
+        if layout.groups.shape[1]:
+            seen = next(of_groups for one, of_groups in self._masks if one is mask)
+            rows = self._rows(layout.groups.transpose(0, 1), seen.transpose(0, 1), heads, kv_heads)
+            own = _OwnReads(rows, *self._asked(sharing, kv_heads))
+        found = _LayerReads(shared, self._order(shared.mask.shape[2], sharing, kv_heads), own)
         self._known.append((mask, heads, kv_heads, found))
         return found
 
-    def _places_of(self, sharing: int, kv_heads: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The last three of `_LayerReads`, for `count` rows."""
+    def _order(self, count: int, sharing: int, kv_heads: int) -> Tensor:
+        rows, nodes = self._places.shape
+        device = self._places.device
+        key_heads = torch.arange(rows * kv_heads, device=device).view(rows, 1, kv_heads, 1) * count
+        asking = torch.arange(nodes * sharing, device=device).view(nodes, 1, sharing)
+        return (key_heads + asking).flatten()
+
+    def _asked(self, sharing: int, kv_heads: int) -> tuple[Tensor, Tensor]:
         asked = self._layout.asked.index_select(2, self._layout.order)[:, :, None, :, None]
         rows, device = asked.shape[1], asked.device
         asked = asked.expand(-1, -1, kv_heads, -1, sharing)
         key_heads = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads, 1, 1)
-        head = torch.arange(sharing, device=device)
-        index = (asked.clamp(min=0) * sharing + head) * (rows * kv_heads) + key_heads
+        index = (asked.clamp(min=0) * sharing + torch.arange(sharing, device=device)) * (rows * kv_heads) + key_heads
         index, is_missing = (_filled_up(part.flatten(3).flatten(1, 2), 2) for part in (index, asked < 0))
-        nodes = torch.arange(self._places.shape[1], device=device)[:, None, None]
-        order = key_heads.transpose(1, 2) * count + nodes * sharing + head  # [b, n, kv heads, sharing]
-        return index.flatten(), is_missing, order.flatten()
+        return index.flatten(), is_missing
 
     def _rows(self, nodes: Tensor, mask: Tensor, heads: int, kv_heads: int) -> _Rows:
         """Of nodes `[any, b, r]` and what they see `[any, b, r, BLOCK]`: the heads that share keys stand together."""
@@ -333,12 +349,12 @@ def invariant_attention(
     if len(read.shared.mask):
         entries = [_shared_entries(part, len(read.shared.mask)) for part in (key, value)]
         parts.append(_attended(queries, read.shared, entries, scaling))
-    if len(read.own.mask):
+    if read.own is not None:
         entries = [resps_reads.own_entries(part) for part in (key, value)]
-        parts.append(_in_order(read, *_attended(queries, read.own, entries, scaling)))
+        parts.append(_in_order(read.own, *_attended(queries, read.own.rows, entries, scaling)))
     sums, found = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
     weights = _weights(sums, s_aux, heads // kv_heads)
-    joined = (weights.float()[..., None] * found).sum(dim=0, dtype=torch.float64).to(query.dtype)
+    joined = (weights[..., None] * found).sum(dim=0).to(query.dtype)
     joined = joined.flatten(0, 1).index_select(0, read.order).view(rows, count, heads, size)
     return joined if narrow == size else joined[..., :narrow].contiguous(), None
 
@@ -372,11 +388,11 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
     return sums[..., :count], found  # it fills up the sums
 
 
-def _in_order(read: _LayerReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """What the rows of groups got, in the order of the rows over shared blocks."""
     shape, size = read.is_missing.shape, found.shape[-1]
-    found = found.transpose(1, 2).reshape(-1, size).index_select(0, read.asked).view(*shape, size)
-    sums = sums.transpose(1, 2).reshape(-1).index_select(0, read.asked).view(shape)
+    found = found.transpose(1, 2).reshape(-1, size).index_select(0, read.places).view(*shape, size)
+    sums = sums.transpose(1, 2).reshape(-1).index_select(0, read.places).view(shape)
     return sums.masked_fill(read.is_missing, torch.finfo(sums.dtype).min), found
 
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -79,6 +78,22 @@ def keeps_rows(answer: Callable[[range], Tensor], size: int, count: int) -> bool
     return all(torch.equal(answer(range(start, start + count)), known[start : start + count]) for start in starts)
 
 
+def kernel_settings() -> dict[str, Hashable]:
+    """What may give a layer other kernels on a CPU at the next call, by its name.
+
+    Not autocast, which the invariant mode refuses.
+    """
+    onednn: Any = torch.backends.mkldnn
+    # `torch.get_float32_matmul_precision()` raises where its parts were set apart
+    precision = onednn.matmul.fp32_precision
+    return {
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.backends.mkldnn.enabled": onednn.enabled,
+        "torch.backends.mkldnn.matmul.fp32_precision": "ieee" if precision == "none" else precision,
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
 @dataclass(frozen=True)
 class RowNeeds:
     """How many rows of one target must be computed together, or a multiple of them.
@@ -115,30 +130,39 @@ class RowNeeds:
 
 
 class _Filling:
-    """Fills up the rows of one layer by zeros, and takes them away again."""
+    """Fills up the rows of one layer by its last row, and takes them away again."""
 
     def __init__(self, least: int, thread: int) -> None:
         self._least, self._thread = least, thread
-        self._shape = torch.Size()  # of the rows, while the layer runs
+        self._orders: dict[int, Tensor] = {}
+        self._shape = torch.Size()  # of the rows, while they are filled up
 
     def before(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if torch.compiler.is_compiling() or get_ident() != self._thread:
             return None
         states, *others = arguments
-        self._shape = states.shape[:-1]
-        missing = -self._shape.numel() % self._least
-        return (pad(states.reshape(1, -1, states.shape[-1]), (0, 0, 0, missing)), *others) if missing else None
+        shape = states.shape[:-1]
+        count = shape.numel()
+        if count % self._least == 0:
+            return None
+        if count not in self._orders:
+            size = count - count % self._least + self._least
+            self._orders[count] = torch.arange(size).clamp(max=count - 1)
+        self._shape = shape
+        return (states.reshape(1, count, -1).index_select(1, self._orders[count]), *others)
 
     def after(self, layer: nn.Module, arguments: tuple[Tensor, ...], found: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or get_ident() != self._thread or not -self._shape.numel() % self._least:
+        shape = self._shape
+        if not shape or torch.compiler.is_compiling() or get_ident() != self._thread:
             return None
-        return found[0, : self._shape.numel()].view(*self._shape, -1)
+        self._shape = torch.Size()
+        return found[:, : shape.numel()].view(*shape, -1)
 
 
 class RowClasses:
     """Finds the rows that a target's kernels need on this machine, and keeps what it found of each kind of layer.
 
-    A kind is a layer's type, sizes, dtype, bias and packing, and the number of threads.
+    A kind is a layer's type, sizes, dtype, bias and packing, and the `kernel_settings`.
     """
 
     def __init__(self) -> None:
@@ -182,8 +206,7 @@ class RowClasses:
 
     @torch.no_grad()
     def _least_rows(self, part: "_Part", exactly: int | None) -> int:
-        settings = torch.get_num_threads(), torch.backends.mkldnn.enabled, exactly
-        kind = settings, part.kind
+        kind = *kernel_settings().values(), exactly, part.kind
         if kind in self._known:
             found = self._known[kind]
         elif exactly is None:
@@ -198,8 +221,8 @@ class RowClasses:
         if found is None:
             raise ValueError(
                 f"{part} rounds a row by the number of rows beside it, even among multiples of {_CANDIDATES[0]}, "
-                f"with {settings[0]} threads. {part.remedy}, use another dtype or number of threads, or leave out "
-                "`invariant=True`."
+                f"with {torch.get_num_threads()} threads. {part.remedy}, use another dtype or number of threads, or "
+                "leave out `invariant=True`."
             )
         if part.shows_order:
             self._known[kind] = found
