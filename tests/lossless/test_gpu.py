@@ -20,6 +20,7 @@ from tests.targets import Architecture
 from training.studies.random_target import following, random_target
 from training.studies.rigged_head import rigged_head
 from transformers_resps import DraftHead, FixedPolicy, TreeShape, attach, calibrate
+from transformers_resps.generation import invariance
 
 
 CUDA = pytest.param(
@@ -97,6 +98,54 @@ def test_a_compiled_text_is_that_of_plain_decoding(device: str, compiled: dict[s
         for most in (MOST // 2, MOST, MOST):
             plain, tree = texts_of(model, head, ids, {"max_new_tokens": most}, {"policy": policy} | compiled)
             assert tree.sequences.tolist() == plain.sequences.tolist()
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The invariant mode is refused on a GPU until these tests have passed on one."""
+    monkeypatch.setattr(invariance, "TRIED_DEVICES", ("cpu", "cuda"))
+
+
+def written_alike(target: Any, ids: Tensor, **options: Any) -> tuple[list[int], list[Tensor]]:
+    """The text of a call in the invariant mode, and the logits of each token."""
+    call = {"do_sample": False, "max_new_tokens": MOST, "attention_mask": torch.ones_like(ids), "invariant": True}
+    found = target.generate(ids, **call, **options, return_dict_in_generate=True, output_logits=True)
+    return found.sequences[0].tolist(), [row.cpu() for row in found.logits]
+
+
+ON_CUDA = [
+    pytest.param("cuda", compiled, dtype, marks=CUDA.marks)
+    for compiled in (False, True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+]
+
+
+@pytest.mark.parametrize(("device", "compiled", "dtype"), [("cpu", False, torch.bfloat16), *ON_CUDA], ids=str)
+@pytest.mark.usefixtures("tried")
+def test_in_the_invariant_mode_logits_are_equal_to_the_bit(device: str, compiled: bool, dtype: torch.dtype) -> None:
+    """Not the rigged target: of one whose layers add something, and whose near-ties would show."""
+    sizes = {"hidden_size": 64, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.15}
+    target = attach(Architecture("llama", sizes).build("sdpa").to(device, dtype))
+    head = DraftHead.from_target(target).to(dtype)
+    ids = torch.randint(3, 19, (1, 7), generator=torch.Generator().manual_seed(0)).repeat(1, 17).to(device)
+    text, logits = written_alike(target, ids, compile=compiled)
+    wide, lookups = FixedPolicy(TreeShape(40, 3, 8)), FixedPolicy(TreeShape(1, 0, 1, lookup=8))
+    for policy, chunk in ((TREE, None), (wide, 11), (lookups, 32), ("auto", None)):
+        drafting = {"assistant_model": head, "policy": policy, "prefill_chunk_size": chunk}
+        found = written_alike(target, ids, compile=compiled, **drafting)
+        assert found[0] == text and all(map(torch.equal, found[1], logits)), policy
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("tried")
+def test_in_the_invariant_mode_a_row_of_a_batch_is_the_row_alone(device: str) -> None:
+    target = attach(Architecture("llama", {"max_position_embeddings": 512}).build("sdpa").to(device, torch.bfloat16))
+    ids = torch.randint(3, 19, (3, 70), generator=torch.Generator().manual_seed(1)).to(device)
+    call = {"do_sample": False, "max_new_tokens": MOST, "invariant": True}
+    drafting = {"assistant_model": DraftHead.from_target(target).bfloat16(), "policy": FixedPolicy(WIDE)}
+    found = target.generate(ids, attention_mask=torch.ones_like(ids), **call, **drafting)
+    for row in range(3):
+        assert found[row].tolist() == written_alike(target, ids[row : row + 1])[0]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,10 +1,12 @@
 """The contract on the pretend device: its texts are those of plain decoding on the CPU."""
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from transformers_resps import FixedPolicy, TreeShape
+from transformers_resps.generation import invariance
 
 from .counting import Count
 from .device import held, on_device
@@ -28,6 +30,8 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batch": ({"padded": True}, _TREE),
     "batch with ends": ({"padded": True, "eos_token_id": [5, 77]}, _TREE),
     "sampled batch": ({"padded": True} | _SAMPLED, _TREE),
+    "with one text": ({"invariant": True}, {"with_head": True, "policy": FixedPolicy(TreeShape(40, 4, 8))}),
+    "batch with one text": ({"padded": True, "invariant": True, "eos_token_id": [5, 77]}, _TREE),
     "in static buffers": ({"cache_implementation": "static", "disable_compile": True}, _TREE),
 }
 
@@ -44,6 +48,6 @@ def texts(name: str) -> tuple[list[list[int]], list[list[int]]]:
         ids = ids * mask
     writing["max_new_tokens"] = _NEW_TOKENS
     plain = generate(pair(), ids, attention_mask=mask, **writing)
-    with Count():
+    with Count(), patch.object(invariance, "_of_weights", lambda model: ()):
         drafted = generate(moved_pair(), on_device(ids), attention_mask=on_device(mask), **writing, **drafting)
     return plain.tolist(), held(drafted).tolist()

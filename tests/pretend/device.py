@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 
@@ -21,6 +22,7 @@ _LAUNCH_NOTHING |= {"empty", "empty_like", "new_empty", "empty_strided", "new_em
 # The size of their result stands in the device's memory.
 _SIZE_UNKNOWN = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "equal"}
 _SIZE_UNKNOWN |= {"repeat_interleave"}
+_LOG2_E = 1.4426950408889634
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -99,12 +101,27 @@ def run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meter: Me
         reason = _why_it_waits(name, args, there=bool(there), stays=stays)
         if reason is not None:
             meter.waited(reason)
+    operation = _efficient_attention if name == "_scaled_dot_product_efficient_attention" else operation
     here = {key: torch.device("cpu") if key == "device" and value else held(value) for key, value in kwargs.items()}
     result = operation(*map(held, args), **here)
     if not stays or name == "_local_scalar_dense":
         return result
     known = {id(value.held): value for value in there}  # an operation in place returns the tensor it was given
     return _wrapped(result, known)
+
+
+def _efficient_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, has_sums: bool, *, scale: float | None = None
+) -> tuple[Tensor, ...]:
+    """As the CUDA kernel: scores are multiplied by log2(e), a row that sees no key has the sum 0, and sums are filled
+    up to a multiple of 32 rows (`mem_eff_attention/kernel_forward.h` of PyTorch).
+    """
+    found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=bias, scale=scale
+    )
+    sees_none = (bias.float() * _LOG2_E).isinf().all(-1)
+    sums = pad(sums.masked_fill(sees_none, 0), (0, -sums.shape[-1] % 32), value=torch.nan)
+    return found.masked_fill(sees_none[..., None], 0), sums, torch.zeros(()), torch.zeros(())
 
 
 def _wrapped(value: Any, known: dict[int, PretendTensor]) -> Any:

@@ -16,6 +16,7 @@ from transformers_resps import DraftHead, FixedPolicy, TreeShape
 from transformers_resps.compilation.captured import CapturedFunction
 from transformers_resps.decoding.loop import TreeDecoding
 from transformers_resps.drafting.engine import DraftEngine, DraftEngines
+from transformers_resps.generation import invariance
 from transformers_resps.verifying.slots import SlotForward
 from transformers_resps.verifying.verifier import SlotVerifier
 
@@ -36,6 +37,13 @@ CALLS: dict[str, dict[str, Any]] = {
     "8/4/2 captured": {"captures": True, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
     "60/8/10 captured": {"captures": True, "with_head": True, "policy": FixedPolicy(TreeShape(60, 8, 10))},
     "auto captured": {"captures": True, "with_head": True, "policy": "auto"},
+    "8/4/2 with one text": {"invariant": True, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
+    "8/4/2 with one text, captured": {
+        "invariant": True,
+        "captures": True,
+        "with_head": True,
+        "policy": FixedPolicy(TreeShape(8, 4, 2)),
+    },
     "8/4/2 in a window": {"window": 16, "with_head": True, "policy": FixedPolicy(TreeShape(8, 4, 2))},
     "8/4/2 in a window, captured": {
         "captures": True,
@@ -89,9 +97,9 @@ def _forward_over_slots_captured(count: Count) -> Iterator[None]:
     """Inside, the forward over a tree is one launch with all that it computes from its inputs, masks above all."""
     run = SlotForward.__call__
 
-    def launch(forward: SlotForward, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    def launch(forward: SlotForward, *inputs: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         before = count.enter_region("captured")
-        outputs = run(forward, *inputs)
+        outputs = run(forward, *inputs, **options)
         count.enter_region(before)
         count.kernels[before] += 2
         return outputs
@@ -208,7 +216,9 @@ def count_layer() -> int:
 def count(name: str) -> StepCount:
     """Count the steps of one of `CALLS`."""
     target, head = moved_pair()
-    counts = Count()
+    state, counts = target.speculation_state, Count()
+    with torch.no_grad(), Count():
+        state.slot_engine.pattern(target)  # reads a token, which is no step
     steps = _Steps(counts, target)
     keywords: Any = TreeDecoding.__init__.__kwdefaults__
     clock: Callable[[], float] = keywords["clock"]
@@ -218,10 +228,11 @@ def count(name: str) -> StepCount:
         head.config.sliding_window = call.pop("window", None)
         ids = on_device(prompt(call.pop("rows", 1)))
         with counts, ExitStack() as stack:
+            stack.enter_context(patch.object(invariance, "_of_weights", lambda model: ()))
             if call.pop("captures", False):
                 made = partial(DraftEngine, lambda function: _Captured(function, counts))
-                target.speculation_state.draft_engines = DraftEngines(made)
-                call["cache_implementation"] = "static"
+                state.draft_engines = DraftEngines(made)
+                call |= {} if "invariant" in call else {"cache_implementation": "static"}
                 stack.enter_context(_forward_over_slots_captured(counts))
             text = generate((target, head), ids, **call)
     finally:

@@ -1,5 +1,6 @@
 """Attention of the invariant mode: right, and to the bit the same for a token whatever else is in the forward."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
@@ -12,11 +13,19 @@ from torch.nn import Module
 
 from tests.trees import path_of
 from transformers_resps.tree import DraftTree
-from transformers_resps.verifying.invariant import BLOCK, BlockReads, Layout, invariant_attention
+from transformers_resps.verifying.invariant import (
+    BLOCK,
+    BlockReads,
+    Layout,
+    Sizes,
+    invariant_attention,
+    levels_below,
+)
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+META_SIZES = (6, 3, 24), (2, 256, 24), (2, 256, 16)  # queries, keys and values
 BORDERS = [place + step for place in (32, 64, 96, 128, 160, 512) for step in (-1, 0, 1)]
 STALE = 30.0  # what a slot holds that is of no text: large beside the others
 
@@ -79,6 +88,23 @@ class Case:
                 buffer[root : root + len(self.parents), row] = nodes[row]
         layout = layout.of_any_size() if is_compiled else layout
         return attend(layout, roots + tree.depths, self.queries, buffers, **self.options(**options))
+
+    def in_parts(self, step: int) -> Tensor:
+        """As `tree` of the first row, which so many nodes at a time are read of, `[n, heads, hd]`: of fixed sizes."""
+        parents, root = torch.tensor([self.parents]), self.roots[0]
+        tree, places = DraftTree.from_parents(torch.zeros_like(parents), parents), torch.tensor([[root]])
+        blocks = 1 << ((root + len(self.parents)) // BLOCK).bit_length()
+        buffers, found = buffers_of(self.heads, blocks * BLOCK, 1, self.dtype, STALE), []
+        for buffer, text in zip(buffers, self.text, strict=True):
+            buffer[:root, 0] = text[0, :root]
+        for stop in range(step, len(self.parents) + 1, step):
+            own, sizes = slice(stop - step, stop), Sizes(step, blocks, levels_below(root, tree.level_count))
+            for buffer, nodes in zip(buffers, self.nodes, strict=True):
+                buffer[root + own.start : root + stop, 0] = nodes[0, own]
+            layout = Layout.of_tree(places, tree.depths[:, :stop], tree.ancestors[:, :stop, :stop], sizes)
+            asking = (places + tree.depths)[:, own], self.queries[:1, own]
+            found.append(attend(layout, *asking, buffers, window=None, sinks=None)[0])
+        return torch.cat(found)
 
     def alone(self, row: int, node: int, **options: Any) -> Tensor:
         """What a node gets as the newest token of its text, `[heads, hd]`."""
@@ -194,6 +220,18 @@ def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(dtype: torch.dtype, hea
         check(Case(heads, [root], any_tree(random, count, "chain"), dtype, root), random)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["chain", "star", "any"])
+def test_a_tree_read_in_parts_of_one_size_gives_each_node_the_same_bits(kind: str, dtype: torch.dtype) -> None:
+    """As on a GPU, where nothing is read of the tree before its forwards: its blocks are counted from above."""
+    random = Random(8)
+    for seed, root in enumerate([0, 33, 63, 120, 200]):
+        case = Case(random.choice(HEADS), [root], any_tree(random, 24, kind), dtype, seed)
+        found = case.in_parts(8)
+        for node in some_nodes(random, case.parents):
+            assert torch.equal(found[node], case.alone(0, node)), (case.heads, root, node, case.parents)
+
+
 def test_a_score_of_any_size_is_right() -> None:
     """One key of the tail or of a block outweighs all others: exp overflows where nothing is taken off."""
     for place in (3, 140, 170):
@@ -244,6 +282,41 @@ def test_a_node_after_the_next_border_asks_two_blocks_of_its_path() -> None:
     assert layout.groups.tolist() == [[[0, 1, 2, 0], [2, 0, 0, 0]]]
     assert layout.asked.tolist() == [[[0, 1, 2]], [[-1, -1, 4]]]
     assert layout.slots[0, 0].tolist() == list(range(64)) and layout.slots[0, 1, 0] == 64
+
+
+def test_the_last_nodes_of_a_tree_ask_blocks_of_fixed_sizes() -> None:
+    """A root at 66 and four nodes, of which the last two ask: one on each of two paths."""
+    parents = torch.tensor([[0, 0, 0, 1]])
+    tree = DraftTree.from_parents(torch.zeros_like(parents), parents)
+    sizes = Sizes(asking=2, blocks=4, levels=levels_below(66, 2))
+    layout = Layout.of_tree(torch.tensor([[66]]), tree.depths, tree.ancestors, sizes)
+    assert layout.shared.flatten().tolist() == list(range(256)) and layout.ends.tolist() == [[64, 64]]
+    assert layout.groups.tolist() == [[[0, 0, 0, 0], [1, 0, 0, 0]]] and layout.asked.tolist() == [[[0, 4]]]
+    assert layout.places.tolist() == [[[67, -1, -1, -1], [68, -1, -1, -1]]]
+    assert [slots[:5] for slots in layout.slots[0].tolist()] == [[64, 65, 66, 68, 66], [64, 65, 66, 67, 69]]
+
+
+@pytest.mark.parametrize(("place", "depth", "blocks"), [(0, 0, 1), (63, 0, 1), (63, 1, 2), (64, 63, 1), (70, 140, 3)])
+def test_the_blocks_below_a_root_are_counted_by_hand(place: int, depth: int, blocks: int) -> None:
+    assert levels_below(place, depth) == blocks
+
+
+def test_a_kernel_of_a_gpu_gets_what_it_takes() -> None:
+    """On the meta device, where PyTorch checks shapes: with heads that share keys, and values narrower than keys."""
+    layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
+    reads = BlockReads(Layout(*(part.to("meta") for part in layout)), torch.zeros(1, 3, device="meta"), torch.bfloat16)
+    query, key, value = (torch.empty(1, *sizes, device="meta", dtype=torch.bfloat16) for sizes in META_SIZES)
+    mask = reads.mask(None)
+    found, _ = invariant_attention(Module(), query, key, value, mask, resps_reads=reads)
+    assert found.shape == (1, 3, 6, 16) and found.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_kernel_turns_what_is_hidden_into_an_infinite_score(dtype: torch.dtype) -> None:
+    """Those of a GPU multiply by log2(e), and give a row whose scores are all infinite the log-sum-exp 0."""
+    layout = Layout.of_chain(torch.tensor([[70]]), torch.arange(3)[None])
+    mask = BlockReads(layout, torch.arange(70, 73)[None], dtype).mask(None)
+    assert mask.min() < -3e4 and (mask.float() / math.log(2)).isfinite().all()
 
 
 def test_a_chain_is_read_where_it_lies() -> None:

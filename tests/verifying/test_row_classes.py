@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from tests.kernels import deterministic_algorithms, one_more_thread, products_in_bfloat16, without_onednn
 from transformers_resps import prepack
 from transformers_resps.verifying import row_classes
+from transformers_resps.verifying.invariant import invariant_attention
 from transformers_resps.verifying.row_classes import RowClasses, RowNeeds, least_rows
 
 
@@ -40,6 +41,7 @@ def target_of(**layers: nn.Module) -> PreTrainedModel:
     """What the probe sees of a target."""
     target: Any = nn.Module()
     target.dtype, target.config = torch.float32, LlamaConfig(hidden_size=32, num_attention_heads=4)
+    target.device = torch.device("cpu")
     for name, layer in layers.items():
         target.add_module(name, layer)
     return cast(PreTrainedModel, target)
@@ -77,6 +79,41 @@ def test_a_layer_without_a_class_is_refused_by_name(wrong: Callable[[int], slice
     for _ in range(2):
         with pytest.raises(ValueError, match=wanted):
             RowClasses().needs(target)
+
+
+@pytest.mark.parametrize("wrong", [EXACT, lambda count: ALL if count == 16 else None], ids=["exact", "of its shape"])
+def test_where_kernels_go_by_the_shape_one_number_of_rows_serves(wrong: Callable[[int], slice | None]) -> None:
+    assert RowClasses().needs(target_of(layer=Planted(wrong)), exactly=16) == RowNeeds(16, {}, is_exact=True)
+
+
+def test_a_layer_that_rounds_by_the_place_among_them_is_refused_by_name() -> None:
+    target = target_of(down=Planted(lambda count: slice(3, 4)))
+    with pytest.raises(ValueError, match=r"`down` .* rounds a row by its place among 16 rows, or by the others. Use"):
+        RowClasses().needs(target, exactly=16)
+
+
+def test_a_layer_that_rounds_by_the_other_rows_is_refused_too() -> None:
+    """As one that scales its input by the largest value of them all."""
+
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            largest = input.abs().max()
+            return super().forward(input / largest) * largest
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"`layer` \(Scaled"):
+        RowClasses().needs(target_of(layer=Scaled(24, 40)), exactly=16)
+
+
+def test_attention_that_rounds_by_the_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def placed(*given: Any, **options: Any) -> Any:
+        found, _ = invariant_attention(*given, **options)
+        found[:, 5] = found[:, 5].nextafter(torch.tensor(torch.inf))
+        return found, None
+
+    monkeypatch.setattr(row_classes, "invariant_attention", placed)
+    with pytest.raises(ValueError, match=r"PyTorch's attention .* rounds a row by its place among 16 rows"):
+        RowClasses().needs(target_of(), exactly=16)
 
 
 @pytest.mark.parametrize("bias", [False, True])

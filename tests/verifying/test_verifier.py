@@ -11,9 +11,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from tests.conftest import build_target
+from tests.drafting.test_engine import FakeCapture
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.tree import DraftTree
+from transformers_resps.verifying import slots
 from transformers_resps.verifying.forward import TargetForward
 from transformers_resps.verifying.row_classes import RowNeeds
 from transformers_resps.verifying.slots import SlotEngine
@@ -42,7 +44,7 @@ def text_of(row: int, path: list[int]) -> list[int]:
     return [*PROMPTS[row].tolist(), *TREE.tokens[row, path].tolist()]
 
 
-@pytest.fixture(params=["growing", "slots", "invariant"])
+@pytest.fixture(params=["growing", "slots", "invariant", "exact"])
 def opened(request: pytest.FixtureRequest) -> Callable[..., Verifier]:
     """`opened(target, prompt_length, positions=None, mask=None, cache=None, layers=None)`."""
 
@@ -56,8 +58,9 @@ def opened(request: pytest.FixtureRequest) -> Callable[..., Verifier]:
     ) -> Verifier:
         forward = TargetForward(target, layers, DynamicCache(config=target.config) if cache is None else cache)
         positions = torch.arange(length)[None] if positions is None else positions
-        if request.param == "invariant":
-            return InvariantVerifier(forward, SlotEngine(), RowNeeds(LEAST_ROWS, {}), positions, mask)
+        if request.param in ("invariant", "exact"):
+            needs = RowNeeds(LEAST_ROWS, {}, is_exact=request.param == "exact")
+            return InvariantVerifier(forward, SlotEngine(), needs, positions, mask)
         over_slots = request.param == "slots"
         return SlotVerifier(forward, None, positions, mask) if over_slots else TreeVerifier(forward, positions, mask)
 
@@ -235,7 +238,7 @@ def keys_of(target: PreTrainedModel, text: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("opened", ["slots", "invariant"], indirect=True)
+@pytest.mark.parametrize("opened", ["slots", "invariant", "exact"], indirect=True)
 @pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
 def test_over_slots_what_was_kept_lies_in_the_order_of_the_text(
     target: PreTrainedModel, counts: list[int], opened: Any
@@ -314,3 +317,67 @@ def test_every_layer_multiplies_as_many_rows_as_the_machine_needs(
             verifier.keep_rows([rows - 1])
             verifier.verify(DraftTree.root_only(torch.tensor([7])))
         assert len(row_counts) == 10 and not any(count % LEAST_ROWS for count in row_counts), row_counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("opened", ["exact"], indirect=True)
+def test_every_layer_multiplies_just_so_many_rows_where_a_kernel_goes_by_them_all(
+    target: PreTrainedModel, row_counts: list[int], opened: Any
+) -> None:
+    """Chunks of two tokens, trees of five nodes, in two parts, and lone roots: row by row."""
+    with opened(target, 5) as verifier:
+        row_counts.clear()
+        verifier.prefill(PROMPTS, chunk_size=2, logits_to_keep=1)
+        verifier.verify(TREE)
+        verifier.keep(torch.tensor([CHAIN] * 2), [CHAIN] * 2)
+        verifier.keep_rows([1])
+        verifier.verify(DraftTree.root_only(torch.tensor([7])))
+    assert row_counts == [LEAST_ROWS] * 2 * (2 * 3 + 2 * 2 + 1)
+
+
+def exact(target: PreTrainedModel, positions: Tensor, layers: list[int] | None = None, **more: Any) -> Verifier:
+    engine = more.pop("engine", None) or SlotEngine()
+    needs, forward = RowNeeds(16, {}, is_exact=True), TargetForward.of(target, layers)
+    return InvariantVerifier(forward, engine, needs, positions, **more)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 60, 150])
+def test_a_tree_in_several_forwards_gives_the_bits_of_its_text_read_as_a_prompt(length: int) -> None:
+    """Of 40 nodes, in three forwards of 16 rows; in bfloat16, of two rows, of which one begins with padding."""
+    target, random = build_target(max_position_embeddings=256).bfloat16(), torch.Generator().manual_seed(length)
+    prompts, nodes = (torch.randint(1, 32, (2, count), generator=random) for count in (length, 40))
+    above = [[int(torch.randint(max(node - 6, 0), node, (1,), generator=random)) for node in range(1, 40)]] * 2
+    tree = DraftTree.from_parents(nodes, torch.tensor([[0, *parents] for parents in above]))
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, :3] = 0
+    with exact(target, (mask.cumsum(-1) - 1).clamp(min=0), attention_mask=mask) as verifier:
+        verifier.prefill(prompts)
+        found, _ = verifier.verify(tree)
+    for row, node in ((0, 0), (0, 14), (0, 39), (1, 17), (1, 38)):
+        path = tree.ancestors[row, node].nonzero().flatten()
+        text = torch.cat([prompts[row, 3 * row :], tree.tokens[row, path]])[None]
+        with exact(target, torch.arange(text.shape[1])[None]) as verifier:
+            alone, _ = verifier.prefill(text, chunk_size=7)
+        assert torch.equal(found[row, node], alone[0, 0]), (row, node)
+
+
+@torch.no_grad()
+def test_a_graph_of_each_row_gives_what_the_forwards_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes is overwritten by the next part of a tree; three texts later no size is new."""
+    monkeypatch.setattr(slots, "CapturedFunction", FakeCapture)
+    monkeypatch.setattr(FakeCapture, "captures", 0)
+    target, positions, engine = build_target().double(), torch.arange(5)[None], SlotEngine()
+    parents = torch.tensor([[0, *range(19)]] * 2)
+    tree, captures = DraftTree.from_parents(torch.arange(40).view(2, 20) % 32, parents), list[int]()
+    for _ in range(3):
+        with exact(target, positions, layers=[1]) as verifier:
+            verifier.prefill(PROMPTS)
+            expected, states = verifier.verify(tree)
+        with engine.borrow(target), exact(target, positions, layers=[1], engine=engine, compiles=True) as verifier:
+            verifier.prefill(PROMPTS)
+            verifier.verify(DraftTree.root_only(torch.tensor([7, 8])))
+            found, features = verifier.verify(tree)
+        assert torch.equal(found, expected) and torch.equal(features.caught[1], states.caught[1])
+        captures.append(FakeCapture.captures)
+    assert captures == [4] * 3, "a part of the tree, with those before it or not, of each row"

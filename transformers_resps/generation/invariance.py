@@ -40,7 +40,7 @@ logger = logging.getLogger(f"transformers.{__name__}")
 Obstacle = tuple[str, str]
 
 _OTHER_MODEL = "Use a decoder of text with attention layers alone"
-_ANY_NEEDS = RowNeeds(16, {})  # of any machine
+TRIED_DEVICES = ("cpu",)  # where the mode has run. For GPUs it is written: tests/lossless/test_gpu.py, `make gpu`
 _POSITION_BIASES = ("relative_position_bias", "relative_attention_bias")  # of attention layers
 
 
@@ -71,9 +71,11 @@ def _of_weights(model: PreTrainedModel) -> Iterator[Obstacle]:
         name = type(model).__name__
         yield f"the experts of {name}, which do not ask Transformers' `ExpertsInterface`", "Use a model without"
     weights = list(model.parameters())
-    odd = sorted({weight.device.type for weight in weights} - {"cpu"})
+    odd = sorted({weight.device.type for weight in weights}.difference(TRIED_DEVICES))
     if odd:
-        yield f"weights on {odd}, where kernels round by the whole shape of a product", "Decode on a CPU"
+        yield f"weights on {odd}, where the mode has never run", "Decode on a CPU"
+    if model.dtype is torch.float64 and model.device.type != "cpu":
+        yield "float64 on a GPU, where PyTorch has no attention for it", "Use float32"
     if getattr(model, "hf_quantizer", None) is not None or any(type(weight) is not nn.Parameter for weight in weights):
         yield "quantized or sharded weights", "Load the model without"
 
@@ -99,7 +101,7 @@ def _is_compiled(module: nn.Module) -> bool:
 def _of_call(
     arguments: Mapping[str, Any], setting: Callable[[str], Any], compile: bool | str | None
 ) -> Iterator[Obstacle]:
-    if torch.is_autocast_enabled("cpu"):
+    if any(map(torch.is_autocast_enabled, TRIED_DEVICES)):
         yield "autocast", "Leave its block"
     if compile == "auto":
         yield "compile='auto', which goes by the clock", "Pass `compile=True`"
@@ -170,8 +172,9 @@ class InvariantCalls:
         self._check_cache(given_cache(arguments))
         _check_forward(model, engine)
         if not self._has_same_bits:
+            needs = RowNeeds.of_any_machine(model.device)
             check_same_bits(
-                model, lambda positions: InvariantVerifier(TargetForward.of(model), engine, _ANY_NEEDS, positions)
+                model, lambda positions: InvariantVerifier(TargetForward.of(model), engine, needs, positions)
             )
             self._has_same_bits = True
         self._compare(model, compile)

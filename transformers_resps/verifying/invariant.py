@@ -29,6 +29,27 @@ BLOCK = 64  # keys of a block
 _ROWS = 4  # PyTorch's kernel on a CPU takes another path for a rest of one to three query rows
 
 
+class Sizes(NamedTuple):
+    """Of a layout for the last nodes of a tree, so that the tree need not be read: few ones serve all trees.
+
+    Attributes:
+        asking: the last nodes. Those before them lie in their slots already.
+        blocks: that are shared.
+        levels: blocks that any path has after the border, at most; see `levels_below`.
+    """
+
+    asking: int
+    blocks: int
+    levels: int
+
+
+def levels_below(place: int, depth: int) -> int:
+    """Blocks in which the nodes of a tree lie whose root has this place in the text and whose deepest node this
+    depth.
+    """
+    return (place % BLOCK + depth) // BLOCK + 1
+
+
 class Layout(NamedTuple):
     """What the nodes of a tree, or the tokens of a prompt, read of buffers in the order of the text.
 
@@ -63,49 +84,60 @@ class Layout(NamedTuple):
         rows, count = depths.shape
         none = torch.zeros(rows, 0, dtype=torch.long)
         groups, slots = (none[..., None].expand(-1, -1, size) for size in (_ROWS, BLOCK))
-        shared = _blocks(_rounded_up(int(roots.max()) + count, BLOCK))
+        shared = _blocks(_rounded_up(int(roots.max()) + count, BLOCK), roots.device)
         asked = none.new_empty(0, rows, count)
         return cls(shared, roots + depths + 1, torch.arange(count), groups, groups, slots, none, asked)
 
     @classmethod
-    def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor) -> "Layout":
-        """Of a tree below the places `roots` `[b, 1]`; see `DraftTree`. All is on the host."""
+    def of_tree(cls, roots: Tensor, depths: Tensor, ancestors: Tensor, sizes: Sizes | None = None) -> "Layout":
+        """Of a tree below the places `roots` `[b, 1]`; see `DraftTree`. All is on the host, unless `sizes` tell what
+        would be read.
+        """
         rows, count = depths.shape
-        order, places, border = torch.arange(count), roots + depths, roots // BLOCK * BLOCK
+        order, border = torch.arange(count, device=depths.device), roots // BLOCK * BLOCK
+        places, first = roots + depths, 0 if sizes is None else count - sizes.asking
         is_padding = (depths == 0) & (order > 0)
         is_leaf = (ancestors.sum(dim=1) == 1) & ~is_padding
         ranks = is_leaf.cumsum(dim=1) - 1
         path = ranks.gather(1, (ancestors & is_leaf[..., None]).int().argmax(dim=1)).clamp(min=0)  # its first one
         block = (places - border) // BLOCK  # after the border
-        levels = int(block.max()) + 1
-        level = torch.arange(levels)[:, None]
-        asks = ((level <= block[:, None]) & ~is_padding[:, None]).flatten(1)  # [b, levels * n]
+        levels = int(block.max()) + 1 if sizes is None else sizes.levels
+        level = torch.arange(levels, device=depths.device)[:, None]
+        is_silent = is_padding if first == 0 else is_padding | (order < first)
+        is_silent = ((level > block[:, None]) | is_silent[:, None]).flatten(1)  # [b, levels * n]
         kind = (path[:, None] * levels + level).flatten(1)  # a block of a path
-        members = (kind[..., None] == torch.arange(int(kind.max()) + 1)) & asks[..., None]
+        kinds = int(kind.max()) + 1 if sizes is None else count * levels
+        members = (kind[..., None] == torch.arange(kinds, device=kind.device)) & ~is_silent[..., None]
         needed = _rounded_up(members.sum(dim=1), _ROWS)
         before = (needed.cumsum(dim=1) - needed).gather(1, kind)
         asked = before + members.cumsum(dim=1).gather(2, kind[..., None])[..., 0] - 1
-        size = int(needed.sum(dim=1).max())
-        index = asked.where(asks, torch.tensor(size))
+        size = int(needed.sum(dim=1).max()) if sizes is None else _ROWS * sizes.asking * levels
+        index = asked.masked_fill(is_silent, size)
 
         def grouped(values: Tensor, empty: int) -> Tensor:
-            found = torch.full((rows, size + 1), empty).scatter(1, index, values.repeat(1, levels))
+            found = values.new_full((rows, size + 1), empty).scatter(1, index, values.repeat(1, levels))
             return found[:, :-1].view(rows, -1, _ROWS)
 
-        first = torch.full((rows, size + 1), 0).scatter(1, index, kind)[:, :-1:_ROWS]
-        starts = border + first % levels * BLOCK
-        slots = _slots(roots, depths, ancestors, is_leaf, first.div(levels, rounding_mode="floor"), starts)
-        asked = asked.masked_fill(~asks, -1).view(rows, levels, count).transpose(0, 1)
+        of_group = kind.new_zeros(rows, size + 1).scatter(1, index, kind)[:, :-1:_ROWS]
+        starts = border + of_group % levels * BLOCK
+        slots = _slots(roots, depths, ancestors, is_leaf, of_group.div(levels, rounding_mode="floor"), starts)
+        asked = asked.masked_fill(is_silent, -1).view(rows, levels, count).transpose(0, 1)
         groups = grouped(order.expand(rows, -1), 0)
-        shared = _blocks(int(border.max()))
+        shared = _blocks(int(border.max()) if sizes is None else sizes.blocks * BLOCK, depths.device)
         ends = border.expand(-1, count)
-        return cls(shared, ends, order, groups, grouped(places, -1), slots, starts, asked)
+        found = cls(shared, ends, order, groups, grouped(places, -1), slots, starts, asked)
+        return found._from(first) if first else found
+
+    def _from(self, first: int) -> "Layout":
+        """Of these nodes and the next ones, which alone ask."""
+        ends, order, asked = self.ends[:, first:], self.order[:-first], self.asked[..., first:]
+        return self._replace(ends=ends, order=order, asked=asked, groups=(self.groups - first).clamp(min=0))
 
     def of_any_size(self) -> "Layout":
         """The same as compiled code takes it: sizes of none and one, and rows to be filled up, are compiled apart."""
         shared, groups, levels = (max(2 - len(part), 0) for part in (self.shared, self.groups[0], self.asked))
         return self._replace(
-            shared=_blocks(self.shared.numel() + shared * BLOCK),
+            shared=_blocks(self.shared.numel() + shared * BLOCK, self.shared.device),
             order=_filled_up(self.order, 0),
             groups=pad(self.groups, (0, 0, 0, groups)),
             places=pad(self.places, (0, 0, 0, groups), value=-1),
@@ -122,16 +154,16 @@ def _slots(roots: Tensor, depths: Tensor, ancestors: Tensor, is_leaf: Tensor, pa
     """
     leaves = is_leaf.logical_not().int().argsort(dim=1, stable=True).gather(1, paths)
     on_path = ancestors.gather(1, leaves[..., None].expand(-1, -1, ancestors.shape[2]))  # [b, g, n]
-    by_depth = torch.zeros(*paths.shape, int(depths.max()) + 2, dtype=torch.long)
-    nodes = torch.arange(depths.shape[1])
-    by_depth.scatter_add_(2, depths[:, None].expand_as(on_path), nodes * on_path)
-    places, first = starts[..., None] + torch.arange(BLOCK), roots[..., None]
-    of_nodes = first + by_depth.gather(2, (places - first).clamp(0, by_depth.shape[2] - 1))
+    count, device = depths.shape[1], depths.device
+    by_depth = depths.new_zeros(*paths.shape, count + 1)
+    by_depth.scatter_add_(2, depths[:, None].expand_as(on_path), torch.arange(count, device=device) * on_path)
+    places, first = starts[..., None] + torch.arange(BLOCK, device=device), roots[..., None]
+    of_nodes = first + by_depth.gather(2, (places - first).clamp(0, count))
     return torch.where(places < first, places, of_nodes)
 
 
-def _blocks(size: int) -> Tensor:
-    return torch.arange(size).view(-1, BLOCK)
+def _blocks(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device).view(-1, BLOCK)
 
 
 def _rounded_up(count: Any, step: int) -> Any:
@@ -217,7 +249,9 @@ class BlockReads:
         seen = keys <= last
         if window is not None:
             seen = seen & (places - keys < window)
-        return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min)
+        # Kernels on a GPU multiply scores by log2(e): the minimum itself would become infinite there, and they give a
+        # block without any key the log-sum-exp 0.
+        return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min / 2)
 
     def of(self, mask: Tensor, heads: int, kv_heads: int) -> _LayerReads:
         """Of layers with so many heads and a mask of `mask`."""
@@ -343,10 +377,17 @@ def _attended(queries: Tensor, rows: _Rows, entries: list[Tensor], scaling: floa
     size, narrow = keys.shape[-1], values.shape[-1]
     asking = queries.index_select(0, rows.heads).view(-1, keys.shape[1], count, size).expand(blocks, -1, -1, -1)
     values = pad(values, (0, size - narrow)) if narrow < size else values
-    found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        asking, keys, values, 0.0, False, attn_mask=rows.mask, scale=scaling
+    if keys.device.type == "cpu":
+        found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            asking, keys, values, 0.0, False, attn_mask=rows.mask, scale=scaling
+        )
+        return sums, found
+    # Of the kernels with a mask, the one chosen by the size of heads, not by the number of rows (`cutlassF.h`).
+    mask = rows.mask.expand(-1, keys.shape[1], -1, -1)
+    found, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        asking, keys, values, mask, True, scale=scaling
     )
-    return sums, found
+    return sums[..., :count], found  # it fills up the sums
 
 
 def _in_order(read: _OwnReads, sums: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .experts import routed_layers
-from .invariant import BlockReads, Layout, invariant_attention
+from .invariant import BLOCK, BlockReads, Layout, Sizes, invariant_attention, levels_below
 from .prepacking import is_prepacked
 
 
@@ -32,6 +32,9 @@ _TRIED = 12  # rows of each count: one shows another order of its sum with a pro
 _TRIED_VALUES = 2**14  # of an activation: one in 1,000 shows another way to compute it (measured)
 _SCALE = 3  # of the values: in bfloat16 gelu's two ways differ at -5 only
 _PLACES = 256  # of the text that attention is tried with
+# Nodes of each forward on a GPU, where a kernel is chosen by the whole shape of a product: twice what "auto" asks for,
+# and few enough that weights, not products, take the time in float32, too.
+_EXACTLY = 32
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 
 
@@ -62,6 +65,19 @@ def least_rows(
     return least
 
 
+def keeps_rows(answer: Callable[[range], Tensor], size: int, count: int) -> bool:
+    """Whether `count` rows computed together get the same bits at every place among them, and beside other rows.
+
+    Args:
+        answer: as in `least_rows`.
+        size: rows of the sample, a multiple of `count`.
+        count: rows of each call.
+    """
+    known = torch.cat([answer(range(start, start + count)) for start in range(0, size, count)])
+    starts = range(size - count + 1)
+    return all(torch.equal(answer(range(start, start + count)), known[start : start + count]) for start in starts)
+
+
 def kernel_settings() -> dict[str, Hashable]:
     """What may give a layer other kernels on a CPU at the next call, by its name.
 
@@ -85,11 +101,18 @@ class RowNeeds:
     Attributes:
         forward: nodes of all rows of a forward.
         layers: name -> rows of a layer that needs more than that, and is filled up by itself.
+        is_exact: whether each forward has just so many nodes, of one row, and no multiple.
         most: of any layer.
     """
 
     forward: int
     layers: Mapping[str, int]
+    is_exact: bool = False
+
+    @classmethod
+    def of_any_machine(cls, device: torch.device) -> "RowNeeds":
+        """That a machine finds where it finds any."""
+        return cls(_CANDIDATES[0], {}) if device.type == "cpu" else cls(_EXACTLY, {}, is_exact=True)
 
     @property
     def most(self) -> int:
@@ -145,14 +168,17 @@ class RowClasses:
     def __init__(self) -> None:
         self._known: dict[Hashable, int | None] = {}
 
-    def needs(self, target: PreTrainedModel) -> RowNeeds:
+    def needs(self, target: PreTrainedModel, exactly: int | None = None) -> RowNeeds:
         """Find how many rows a forward of the target must have, or a multiple of them, and which layers need more.
+
+        On a GPU each forward has one number of rows, and what is tried is whether places and other rows matter.
 
         The first call costs about as much as a prompt of 60 tokens, another one a look at each layer. No hook runs,
         and the random state of the process stays.
 
         Args:
-            target: on a CPU.
+            target: on a CPU, or on one GPU.
+            exactly: rows of each forward; `None` lets the device decide.
 
         Returns:
             1, 2, 4, 8 or 16 of all; 1 in float64, which rounds too far from any choice of a token. Filling up a layer
@@ -161,21 +187,37 @@ class RowClasses:
         Raises:
             ValueError: a layer, or attention, has no such number.
         """
-        if target.dtype is torch.float64:
+        any_machine = RowNeeds.of_any_machine(target.device)
+        if exactly is None and any_machine.is_exact:
+            exactly = any_machine.forward
+        if target.dtype is torch.float64 and exactly is None:
             return RowNeeds(1, {})
         least, layers = 1, dict[str, int]()
-        for part in _parts(target):
-            found = self._least_rows(part)
+        for part in _parts(target, exactly or _CANDIDATES[0]):
+            found = self._least_rows(part, exactly)
             if isinstance(part, _Layer) and part.is_module:
                 layers[part.name] = found
             else:
                 least = max(least, found)
+        if exactly is not None:
+            return RowNeeds(exactly, {}, is_exact=True)
         least = max(least, int(median_low(layers.values())) if layers else 1)
         return RowNeeds(least, {name: found for name, found in layers.items() if found > least})
 
-    def _least_rows(self, part: "_Part") -> int:
-        kind = *kernel_settings().values(), part.kind
-        found = self._known[kind] if kind in self._known else part.least_rows()
+    @torch.no_grad()
+    def _least_rows(self, part: "_Part", exactly: int | None) -> int:
+        kind = *kernel_settings().values(), exactly, part.kind
+        if kind in self._known:
+            found = self._known[kind]
+        elif exactly is None:
+            found = part.least_rows()
+        else:
+            found = exactly if part.keeps_rows(exactly) else None
+        if found is None and exactly is not None:
+            raise ValueError(
+                f"{part} rounds a row by its place among {exactly} rows, or by the others. Use another dtype, decode "
+                "on a CPU, or leave out `invariant=True`."
+            )
         if found is None:
             raise ValueError(
                 f"{part} rounds a row by the number of rows beside it, even among multiples of {_CANDIDATES[0]}, "
@@ -202,6 +244,10 @@ class _Part(ABC):
     def least_rows(self) -> int | None:
         """As the function, each row of a random sample at several places."""
 
+    @abstractmethod
+    def keeps_rows(self, count: int) -> bool:
+        """As the function, on a random sample."""
+
 
 @dataclass(frozen=True)
 class _Layer(_Part):
@@ -212,6 +258,7 @@ class _Layer(_Part):
     inputs: int
     outputs: int
     dtype: torch.dtype
+    device: torch.device
     weight: Tensor | None  # `[outputs, inputs]`
     is_module: bool = True  # of the target, by its name
     remedy = "Call `prepack(model)`"
@@ -224,14 +271,13 @@ class _Layer(_Part):
         module, weight = self.module, self.weight
         layout = None if weight is None else (weight.stride(), module.bias is None, is_prepacked(module))
         inner = tuple((type(part), *(weight.shape for weight in part.parameters())) for part in module.children())
-        return type(module), self.inputs, self.outputs, self.dtype, layout, inner
+        return type(module), self.inputs, self.outputs, self.dtype, self.device, layout, inner
 
     @property
     def shows_order(self) -> bool:  # type: ignore[override]  # read only
         """Not while all weights are zero, as a new adapter's are."""
         return self.weight is None or bool(self.weight.any())
 
-    @torch.no_grad()
     def least_rows(self) -> int | None:
         most = _COUNTS[-1] if self.weight is None else max(_MOST_WORK // self.weight.numel(), _FEWEST)
         size = max(count for count in _COUNTS if count <= most and count % _CANDIDATES[0] == 0)
@@ -239,22 +285,29 @@ class _Layer(_Part):
         if self.weight is None:
             is_activation = next(self.module.parameters(), None) is None
             tried = max(_TRIED_VALUES // self.outputs if is_activation else 0, 4 * _TRIED)
+        return least_rows(self._answers(size), [count for count in _COUNTS if count <= size], _spread(size, tried))
+
+    def keeps_rows(self, count: int) -> bool:
+        return keeps_rows(self._answers(3 * count), 3 * count, count)
+
+    def _answers(self, size: int) -> Callable[[range], Tensor]:
+        """What the layer makes of rows of a sample of this size."""
         sample = self._sample(size)
 
         def answer(rows: range) -> Tensor:
             found: Tensor = self.module.forward(sample[None, rows.start : rows.stop].clone())
             return found[0]
 
-        return least_rows(answer, [count for count in _COUNTS if count <= size], _spread(size, tried))
+        return answer
 
     def _sample(self, size: int) -> Tensor:
         """Random rows `[size, inputs]`. Of a linear layer one result of each row is almost 0: the others, rounded to
         bfloat16, hardly show another order of their sum (one in 10,000, measured).
         """
-        sample = (_SCALE * _random(size, self.inputs)).to(self.dtype)
+        sample = (_SCALE * _random(size, self.inputs)).to(self.device, self.dtype)
         if self.weight is None:
             return sample
-        rows = torch.arange(size)
+        rows = torch.arange(size, device=self.device)
         chosen = 7 * rows % self.outputs
         weight = self.weight[chosen].double()
         bias = 0 if self.module.bias is None else self.module.bias[chosen].double()
@@ -274,6 +327,7 @@ class _Attention(_Part):
     kv_heads: int
     size: int
     dtype: torch.dtype
+    device: torch.device
     remedy = "Use the attention of PyTorch as it was released"
 
     def __str__(self) -> str:
@@ -283,23 +337,30 @@ class _Attention(_Part):
     def kind(self) -> Hashable:
         return self
 
-    @torch.no_grad()
     def least_rows(self) -> int | None:
-        states = _random(self.heads + 2 * self.kv_heads, _PLACES, self.size)[None].to(self.dtype)
+        return least_rows(self._answers(), (*range(1, 10), 16, 17, 33, 48, 128, _PLACES), _spread(_PLACES, 2))
+
+    def keeps_rows(self, count: int) -> bool:
+        return keeps_rows(self._answers(is_exact=True), _PLACES, count)
+
+    def _answers(self, is_exact: bool = False) -> Callable[[range], Tensor]:
+        """What tokens of a sample get, read as a prompt and as a tree; no numbers where these differ."""
+        states = _random(self.heads + 2 * self.kv_heads, _PLACES, self.size)[None].to(self.device, self.dtype)
         query, key, value = states.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
 
         def answer(rows: range) -> Tensor:
             roots, depths = torch.tensor([[rows.start]]), torch.arange(len(rows))[None]
             ancestors = torch.ones(1, len(rows), len(rows), dtype=torch.bool).tril()
-            asked = query[:, :, rows.start : rows.stop]
+            sizes = Sizes(len(rows), _PLACES // BLOCK, levels_below(rows.start, len(rows) - 1)) if is_exact else None
             found = []
-            for layout in (Layout.of_chain(roots, depths), Layout.of_tree(roots, depths, ancestors)):
-                reads = BlockReads(layout, roots + depths, self.dtype)
-                mask = reads.mask(None)
-                found.append(invariant_attention(nn.Module(), asked, key, value, mask, resps_reads=reads)[0][0])
+            for layout in (Layout.of_chain(roots, depths), Layout.of_tree(roots, depths, ancestors, sizes)):
+                layout = Layout(*(part.to(self.device) for part in layout))
+                reads = BlockReads(layout, (roots + depths).to(self.device), self.dtype)
+                given = query[:, :, rows.start : rows.stop], key, value, reads.mask(None)
+                found.append(invariant_attention(nn.Module(), *given, resps_reads=reads)[0][0])
             return found[0] if torch.equal(*found) else torch.full_like(found[0], torch.nan)
 
-        return least_rows(answer, (*range(1, 10), 16, 17, 33, 48, 128, _PLACES), _spread(_PLACES, 2))
+        return answer
 
 
 def _spread(size: int, tried: int) -> Callable[[int], list[int]]:
@@ -317,7 +378,7 @@ def _random(*sizes: int) -> Tensor:
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
 
 
-def _parts(target: PreTrainedModel) -> Iterator[_Part]:
+def _parts(target: PreTrainedModel, enough: int) -> Iterator[_Part]:
     """The linear layers, the activations beside them, whose input is that of the last one, norms, experts, and
     attention.
     """
@@ -328,18 +389,19 @@ def _parts(target: PreTrainedModel) -> Iterator[_Part]:
             name = f"{prefix}.{child}" if prefix else child
             if isinstance(part, nn.Linear | Conv1D):
                 weight = part.weight if isinstance(part, nn.Linear) else part.weight.t()
-                yield _Layer(name, part, *_sizes(part), weight.dtype, weight)
+                yield _Layer(name, part, *_sizes(part), weight.dtype, weight.device, weight)
             elif widths and type(part).__module__ in _ACTIVATIONS:
-                yield _Layer(name, part, widths[-1], widths[-1], target.dtype, None)
+                yield _Layer(name, part, widths[-1], widths[-1], target.dtype, target.device, None)
             elif type(part).__name__.endswith("Norm") and getattr(part, "weight", None) is not None:
-                yield _Layer(name, part, len(part.weight), len(part.weight), target.dtype, None)
-    for name, layer in routed_layers(target, _CANDIDATES[0]):
-        yield _Layer(name, layer, *_sizes(layer), target.dtype, layer.weight, is_module=False)
+                yield _Layer(name, part, len(part.weight), len(part.weight), target.dtype, target.device, None)
+    for name, layer in routed_layers(target, enough):
+        yield _Layer(name, layer, *_sizes(layer), target.dtype, target.device, layer.weight, is_module=False)
     config = target.config.get_text_config(decoder=True)
     config = (getattr(config, "per_layer_config", None) or [config])[0]  # Gemma 4's layers differ in size
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    yield _Attention(heads, getattr(config, "num_key_value_heads", None) or heads, size, target.dtype)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    yield _Attention(heads, kv_heads, size, target.dtype, target.device)
 
 
 def _sizes(layer: Any) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from .attention import use_gqa_attention
 from .cache import replace_entries, window_of
 from .experts import use_invariant_experts
 from .forward import hidden_states_asked, output_places
-from .invariant import BlockReads, Layout, use_invariant_attention
+from .invariant import BLOCK, BlockReads, Layout, Sizes, use_invariant_attention
 
 
 class SlotLayer(CacheLayerMixin):
@@ -88,7 +88,7 @@ class SlotBuffers:
     def __init__(self) -> None:
         self._stores: list[Tensor] = []  # `[parts, slots, b, kv heads, hd]`: parts that are alike move at once
         self._parts: list[Tensor] = []  # of the stores: keys and values of the first layer, of the second, and so on
-        self._windows: dict[int, list[Tensor]] = {}
+        self._windows: dict[tuple[int, int | None], list[Tensor]] = {}
 
     @property
     def size(self) -> int:
@@ -158,11 +158,15 @@ class SlotBuffers:
         for part, chosen in zip(self._parts, kept, strict=True):
             part.copy_(chosen)
 
-    def window(self, size: int) -> list[Tensor]:
-        """The first `size` slots: keys and values `[slots, b, kv heads, hd]` of the first layer, the second, ..."""
-        if size not in self._windows:
-            self._windows[size] = [_front(part, size) for part in self._parts]
-        return self._windows[size]
+    def window(self, size: int, row: int | None = None) -> list[Tensor]:
+        """The first `size` slots: keys and values `[slots, b, kv heads, hd]` of the first layer, the second, ...
+
+        Of one row alone where `row` names it.
+        """
+        if (size, row) not in self._windows:
+            parts = self._parts if row is None else [part[:, row : row + 1] for part in self._parts]
+            self._windows[size, row] = [_front(part, size) for part in parts]
+        return self._windows[size, row]
 
     def entries(self, slots: Tensor, first: int = 0) -> list[Tensor]:
         """What lies in each row's `slots` `[b, s]`, in their order: `[b, kv heads, s, hd]`, keys and values in turn.
@@ -177,7 +181,7 @@ class SlotBuffers:
 
 
 def _front(part: Tensor, size: int) -> Tensor:
-    """The first `size` slots of a contiguous buffer; where code is compiled, as a tensor that is no view."""
+    """The first `size` slots of a buffer; where code is compiled, as a tensor that is no view."""
     if part.device.type != "cpu":
         return part[:size]
     storage, shape = part.untyped_storage(), (size, *part.shape[1:])
@@ -230,6 +234,24 @@ class InvariantInputs(NamedTuple):
     roots: Tensor
 
 
+class PartInputs(NamedTuple):
+    """Some nodes of a tree of one row, those before them, which lie in their slots, and where the tree stands.
+
+    Attributes:
+        tokens: `[1, n]` of these nodes, the last ones.
+        depths: `[1, t]` of all.
+        ancestors: `[1, t, t]` of all, see `DraftTree`.
+        roots: as in `SlotInputs`.
+        levels: `[levels]` of `Sizes`; what it holds is not read.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    roots: Tensor
+    levels: Tensor
+
+
 class SlotForward:
     """The forward of one target over trees, as a function of tensors.
 
@@ -244,6 +266,7 @@ class SlotForward:
     """
 
     is_invariant = False
+    is_captured = False  # whatever the device and the options are
     _layer = SlotLayer
 
     def __init__(
@@ -339,6 +362,28 @@ class InvariantForward(SlotForward):
             yield
 
 
+class PartForward(InvariantForward):
+    """Computes some nodes of a tree, of which it reads nothing on the host: it can be captured, the layout as well."""
+
+    is_captured = True
+
+    def _function(
+        self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """Of `PartInputs` and buffers."""
+        read = super()._function(run, windows)
+
+        def forward(
+            tokens: Tensor, depths: Tensor, ancestors: Tensor, roots: Tensor, levels: Tensor, *buffers: Tensor
+        ) -> tuple[Tensor, ...]:
+            sizes = Sizes(tokens.shape[1], buffers[0].shape[0] // BLOCK, len(levels))
+            layout = Layout.of_tree(roots[:, :1].long(), depths, ancestors, sizes)
+            first = depths.shape[1] - tokens.shape[1]
+            return read(tokens, depths[:, first:] - first, roots + first, *layout, *buffers)
+
+        return forward
+
+
 def _positions(roots: Tensor, depths: Tensor) -> Tensor:
     """Of nodes `[b, n]` below roots `[b, planes]`: `[b, n]`, or `[planes, b, n]` of several planes."""
     return roots + depths if roots.shape[1] == 1 else roots.t()[..., None] + depths
@@ -429,23 +474,25 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         """Note that a call has decoded for so long."""
         self._decoded_seconds += seconds
 
-    def forward(self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor]) -> tuple[Tensor, ...]:
-        """Run a forward compiled, or as it is where that fails."""
+    def forward(
+        self, forward: SlotForward, inputs: Sequence[Tensor], buffers: list[Tensor], row: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Run a forward compiled, or as it is where that fails. `row` is that of the buffers, if they are of one."""
         outputs: tuple[Tensor, ...] | None = None
         if not self.is_broken:
-            code = self._code_of(forward, inputs)
+            code = self._code_of(forward, inputs, row)
             with forward.running():
                 outputs = self.run(code, inputs, buffers)
         return forward(inputs, buffers) if outputs is None else outputs
 
-    def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor]) -> Code:
-        """The code that serves a single row or several, and the features of one head."""
+    def _code_of(self, forward: SlotForward, inputs: Sequence[Tensor], row: int) -> Code:
+        """The code that serves a single row or several, and the features of one head; a graph serves one row."""
         is_batch = len(inputs[0]) > 1
 
         def make() -> Code:
             fast: CompiledFunction | CapturedFunction
             sizes = _INVARIANT_SIZES if forward.is_invariant else _SIZES
-            if inputs[0].device.type == "cuda" and forward.options is None:
+            if forward.is_captured or (inputs[0].device.type == "cuda" and forward.options is None):
                 fast = CapturedFunction(forward.function)
             else:
                 fixed = "." if is_batch else ".b"
@@ -455,7 +502,7 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
                 fast = CompiledFunction(forward.function, dynamic, of_buffers, forward.options)
             return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
 
-        return self.code((forward.is_invariant, is_batch, *forward.feature_layers, str(forward.options)), make)
+        return self.code((forward.is_invariant, is_batch, row, *forward.feature_layers, str(forward.options)), make)
 
 
 def padded_count(device: torch.device, count: int) -> int:

@@ -35,13 +35,15 @@ from .cache import (
 )
 from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
-from .invariant import Layout
+from .invariant import Layout, levels_below
 from .returned import EndedRow
 from .row_classes import RowNeeds, kernel_settings, least_rows
 from .rows import SlotMap
 from .slots import (
     InvariantForward,
     InvariantInputs,
+    PartForward,
+    PartInputs,
     SlotBuffers,
     SlotEngine,
     SlotForward,
@@ -558,6 +560,7 @@ class InvariantVerifier(SlotVerifier):
     """Verifies trees so that the logits of a node are those of its text, whatever else is in the forward.
 
     The prompt is read over the same buffers, as a chain of tokens. A row's text begins at slot 0, without padding.
+    Where kernels go by whole shapes, each forward has one number of nodes, of one row; larger trees take several.
 
     Args:
         forward: as in `Verifier`.
@@ -582,7 +585,8 @@ class InvariantVerifier(SlotVerifier):
         self._needs, self._pattern = needs, engine.pattern(forward.target)
         given = engine.lock, needs.most, forward.target, self._pattern
         self._eagerly = InvariantForward(*given, [])  # features are caught by hooks
-        self._over_slots = InvariantForward(*given, forward.layers) if compiles else self._eagerly
+        kind, layers = PartForward if needs.is_exact else InvariantForward, forward.layers if compiles else []
+        self._over_slots = kind(*given, layers)
         self._hidden: list[int] = []  # of each row, positions of its prompt that are no text
         self._filling_up = needs.filling_up(forward.target)
 
@@ -618,17 +622,35 @@ class InvariantVerifier(SlotVerifier):
         """As `Verifier.prefill`. No chunk is larger than suits the machine."""
         self._start(len(tokens))
         orders = [order.to(self.device) for order in self._orders(self._positions.shape[-1])]
-        prompt = _PromptTexts(tokens.to(self.device), self._positions, orders, self.length)
-        size = min(chunk_size or _CHUNK, _CHUNK)
-        logits: list[Tensor] = [torch.empty(0)] * len(tokens)
-        read = [self._read(prompt, start, size, logits, options) for start in range(0, max(prompt.counts), size)]
-        self._slots.extend([prompt.length] * len(tokens))
+        tokens, positions = (
+            tokens.to(self.device),
+            self._positions.expand(*self._positions.shape[:-2], len(tokens), -1),
+        )
+        largest, together = _CHUNK, [slice(None)]
+        if self._needs.is_exact:
+            options.pop("logits_to_keep", None)
+            largest, together = self._needs.forward, [slice(row, row + 1) for row in range(len(tokens))]
+        logits, caught = list[Tensor](), list[dict[int, Tensor]]()
+        for rows in together:
+            prompt = _PromptTexts(tokens[rows], positions[..., rows, :], orders[rows], self.length, rows.start)
+            found, states = self._read_all(prompt, min(chunk_size or largest, largest), options)
+            logits += found
+            caught.append(states)
+        self._slots.extend([positions.shape[-1] - self.length] * len(tokens))
         if self._engine is not None:
             self._forward.stop_catching()  # see `SlotVerifier`
         features = Features(self._forward.layers)
-        for layer in read[0].caught:
-            features.caught[layer] = prompt.padded(torch.cat([chunk.caught[layer] for chunk in read], dim=1))
+        features.caught = {layer: torch.cat([states[layer] for states in caught]) for layer in caught[0]}
         return torch.stack(logits), [features]
+
+    def _read_all(
+        self, prompt: "_PromptTexts", size: int, options: dict[str, Any]
+    ) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Read rows in chunks: the last logits `[1, v]` of each, and the features `[b, length, h]`."""
+        logits: list[Tensor] = [torch.empty(0)] * len(prompt.counts)
+        read = [self._read(prompt, start, size, logits, options) for start in range(0, max(prompt.counts), size)]
+        joined = {layer: torch.cat([chunk.caught[layer] for chunk in read], dim=1) for layer in read[0].caught}
+        return logits, {layer: prompt.padded(states) for layer, states in joined.items()}
 
     def _read(
         self, prompt: "_PromptTexts", start: int, size: int, logits: list[Tensor], options: dict[str, Any]
@@ -642,7 +664,12 @@ class InvariantVerifier(SlotVerifier):
         left = torch.tensor(prompt.counts)[:, None] - start
         roots = torch.tensor(prompt.starts)[:, None] + start + left.clamp(max=0)
         depths = torch.minimum(read, (left - 1).clamp(min=0))
-        inputs, window = self._laid_out(prompt.tokens[:, chosen], depths, roots, Layout.of_chain(roots, depths))
+        end, layout = int(roots.max()) + count, Layout.of_chain(roots, depths)
+        if self.device.type != "cpu":
+            chosen, depths, roots, *parts = moved([chosen, depths, roots, *layout], self.device)
+            layout = Layout(*parts)
+        given = prompt.tokens[:, chosen], depths, roots
+        inputs, window = self._laid_out(InvariantInputs(*given), layout, end, prompt.row)
         ends = {row: end - 1 - start for row, end in enumerate(prompt.counts) if start < end <= start + width}
         kept = list(range(count))
         if "logits_to_keep" in options:
@@ -658,32 +685,63 @@ class InvariantVerifier(SlotVerifier):
         return features
 
     def verify(self, tree: DraftTree) -> tuple[Tensor, Features]:
-        if self._engine is not None:
-            return self._without_padding(tree, *self._compiled(tree, self._compiled_step(self._engine)))
-        outputs, features = self._forward.catch(
-            lambda: self._eagerly(*self._inputs_of(tree, _rounded_up(tree.node_count, self._step(self._rows))))
-        )
-        return self._without_padding(tree, outputs[0], features)
+        if self._needs.is_exact:
+            logits, caught = self._in_parts(tree, self._needs.forward)
+        elif self._engine is not None:
+            logits, caught = self._compiled(tree, self._compiled_step(self._engine))
+        else:
+            count = _rounded_up(tree.node_count, self._step(self._rows))
+            logits, caught = self._run(*self._inputs_of(tree, count))
+        features = Features(self._forward.layers)
+        features.caught = caught
+        return self._without_padding(tree, logits, features)
 
-    def _compiled(self, tree: DraftTree, step: int) -> tuple[Tensor, Features]:
-        """Run the compiled forward over a multiple of `step` nodes.
+    def _in_parts(self, tree: DraftTree, step: int) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run forwards over `step` nodes of a row each; of a larger tree, those before them lie in their slots."""
+        count = _rounded_up(tree.node_count, step)
+        tokens, depths, ancestors, roots = self._nodes(tree, count)
+        size, rows = self._reserve(max(self._places) + count), len(tree.tokens)
+        read = list[tuple[Tensor, dict[int, Tensor]]]()
+        for row, place in enumerate(self._places):
+            own, levels = slice(row, row + 1), torch.arange(levels_below(place, tree.level_count), device=self.device)
+            for stop in range(step, count + 1, step):
+                nodes = tokens[own, stop - step : stop], depths[own, :stop], ancestors[own, :stop, :stop]
+                inputs = PartInputs(*nodes, roots[own], levels)
+                logits, caught = self._run(inputs, self._buffers.window(size, row), row)
+                if self._engine is not None and rows * count > step:  # a graph writes to the same place again
+                    logits, caught = logits.clone(), {layer: part.clone() for layer, part in caught.items()}
+                read.append((logits, caught))
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts, dim=1).view(rows, count, -1) if len(parts) > 1 else parts[0]
+
+        found = {layer: joined([caught[layer] for _, caught in read]) for layer in read[0][1]}
+        return joined([logits for logits, _ in read]), found
+
+    def _compiled(self, tree: DraftTree, step: int) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the compiled forward over a multiple of `step` nodes."""
+        count = _rounded_up(padded_count(self.device, tree.node_count), step)
+        count += step * (count == self._rows)  # what is equal at first is compiled as always equal
+        return self._run(*self._inputs_of(tree, count))
+
+    def _run(
+        self, inputs: tuple[Tensor, ...], buffers: list[Tensor], row: int = 0
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the forward over slots: logits, and the features of each layer. `row` as in `SlotEngine.forward`.
 
         Raises:
             RuntimeError: it cannot be compiled. Without compilation it rounds otherwise.
         """
-        assert self._engine is not None
-        count = _rounded_up(padded_count(self.device, tree.node_count), step)
-        count += step * (count == self._rows)  # what is equal at first is compiled as always equal
-        inputs, buffers = self._inputs_of(tree, count)
-        outputs = self._engine.forward(self._over_slots, inputs, buffers)
+        if self._engine is None:
+            outputs, features = self._forward.catch(lambda: self._over_slots(inputs, buffers))
+            return outputs[0], features.caught
+        outputs = self._engine.forward(self._over_slots, inputs, buffers, row)
         if self._engine.is_broken:
             raise RuntimeError(
                 f"The target's steps could not run compiled: {self._engine.obstacle}. As they are, they round "
                 "otherwise, so call `generate` with `compile=False` to write a text in one way."
             )
-        features = Features(self._forward.layers)
-        features.caught = dict(zip(features.layers, outputs[1:], strict=True))
-        return outputs[0], features
+        return outputs[0], dict(zip(self._forward.layers, outputs[1:], strict=True))
 
     def _compiled_step(self, engine: SlotEngine) -> int:
         """As `_step`, of compiled code, whose kernels are others: tried once for so many rows.
@@ -724,13 +782,22 @@ class InvariantVerifier(SlotVerifier):
             layout = Layout.of_chain(self._newest_roots, depths)
         else:
             layout = Layout.of_tree(self._newest_roots, depths, ancestors)
-        return self._laid_out(tokens, depths, roots, layout)
+        return self._laid_out(InvariantInputs(tokens, depths, roots), layout, max(self._places) + count)
 
     def _laid_out(
-        self, tokens: Tensor, depths: Tensor, roots: Tensor, layout: Layout
+        self, inputs: InvariantInputs, layout: Layout, end: int, row: int | None = None
     ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        size = self._reserve(max(int(roots[:, 0].max()) + tokens.shape[1], layout.shared.numel()))
-        return (*InvariantInputs(tokens, depths, roots), *layout), self._buffers.window(size)
+        """The inputs of a forward that writes slots up to `end`, and the buffers that it sees, of one row or all."""
+        size = self._reserve(max(end, layout.shared.numel()))
+        return (*inputs, *layout), self._buffers.window(size, row)
+
+    def _reserve(self, count: int) -> int:
+        if not self._needs.is_exact:
+            return super()._reserve(count)
+        size = max(1 << (count - 1).bit_length(), _WINDOW)  # few sizes: each is captured by itself
+        if size > self._buffers.size:
+            self._buffers.grow(size)
+        return size
 
     def _step(self, rows: int) -> int:
         """What the nodes of so many rows must be a multiple of."""
@@ -745,6 +812,7 @@ class _PromptTexts:
         position_ids: `[b or 1, s]`, or `[planes, b or 1, s]`, of the whole prompts.
         orders: of each row, which of the s are text, ascending.
         known: positions that the cache holds.
+        row: of the buffers, if they are of one.
 
     Attributes:
         tokens: `[b, t]`; a row that has fewer repeats its last.
@@ -754,8 +822,10 @@ class _PromptTexts:
         length: new positions of the prompts, padding included.
     """
 
-    def __init__(self, tokens: Tensor, position_ids: Tensor, orders: list[Tensor], known: int) -> None:
-        self.length = position_ids.shape[-1] - known
+    def __init__(
+        self, tokens: Tensor, position_ids: Tensor, orders: list[Tensor], known: int, row: int | None = None
+    ) -> None:
+        self.row, self.length = row, position_ids.shape[-1] - known
         self._orders = [order[order >= known] for order in orders]
         self.counts = list(map(len, self._orders))
         self.starts = [len(order) - count for order, count in zip(orders, self.counts, strict=True)]
