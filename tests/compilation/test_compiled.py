@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.kernels import products_in_bfloat16
 from transformers_resps.compilation import compiled as compiled_module
 from transformers_resps.compilation import pages
 from transformers_resps.compilation.compiled import CompiledFunction
@@ -118,8 +119,9 @@ def test_two_modules_of_the_same_lines_keep_their_own_weights() -> None:
         torch.inference_mode,
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: one_more_thread(),
+        products_in_bfloat16,
     ],
-    ids=["inference mode", "autocast", "threads"],
+    ids=["inference mode", "autocast", "threads", "precision"],
 )
 @torch.no_grad()
 def test_a_callers_other_settings_are_known_to_compile_anew(setting: Callable[[], Any]) -> None:

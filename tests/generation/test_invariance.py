@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from tests.image_processors import image_target
+from tests.kernels import deterministic_algorithms, products_in_bfloat16, without_onednn
 from tests.recurrent_targets import recurrent
 from tests.targets import ARCHITECTURES, Architecture
 from transformers_resps import FixedPolicy, TreeShape, attach, prepack, unprepack
@@ -282,6 +284,14 @@ def test_autocast_is_refused(target: PreTrainedModel) -> None:
         target.generate(PROMPT, **INVARIANT)
 
 
+def test_autocast_inside_the_models_forward_is_refused(target: Any) -> None:
+    """As `Accelerator(mixed_precision="bf16").prepare` leaves it; no setting shows it before the forward runs."""
+    target.float()
+    target.forward = MethodType(torch.autocast("cpu", torch.bfloat16)(type(target).forward), target)
+    with pytest.raises(ValueError, match=r"computes in \['torch.bfloat16'\] with weights in torch.float32"):
+        target.generate(PROMPT, **INVARIANT)
+
+
 def test_weights_elsewhere_are_refused(target: Any) -> None:
     """Here on the meta device, with hooks that bring them."""
     cpu_offload(target)
@@ -436,7 +446,8 @@ def packed(target: PreTrainedModel) -> Iterator[None]:
 CHANGES: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
     "threads": (lambda _: threads(2), r"get_num_threads\(\) is: it was 1 .* and is 2 now"),
     "packing": (packed, "`prepack` is: it was False in this model's first such call and is True now"),
-    "oneDNN": (lambda _: torch.backends.mkldnn.flags(enabled=False), "mkldnn.enabled is: it was True"),
+    "oneDNN": (lambda _: without_onednn(), "mkldnn.enabled is: it was True"),
+    "algorithms": (lambda _: deterministic_algorithms(), r"algorithms_enabled\(\) is: it was False"),
 }
 
 
@@ -454,6 +465,18 @@ def test_a_call_that_rounds_otherwise_than_the_first_one_warns_once(
                 target.generate(PROMPT, **INVARIANT)
             found = warned()
             assert [bool(re.search(message, warning)) for warning in found] == [True] * expected
+
+
+def test_a_precision_that_was_set_for_one_backend_alone_is_told(
+    target: PreTrainedModel, warned: Callable[[], list[str]]
+) -> None:
+    target.generate(PROMPT, **INVARIANT)
+    with products_in_bfloat16(), pytest.raises(RuntimeError):
+        torch.get_float32_matmul_precision()
+    with products_in_bfloat16():
+        target.generate(PROMPT, **INVARIANT)
+    (found,) = warned()
+    assert re.search("mkldnn.matmul.fp32_precision is: it was ieee .* and is bf16 now", found)
 
 
 def test_the_warning_names_what_differs(target: PreTrainedModel, warned: Callable[[], list[str]]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tests.kernels import deterministic_algorithms, one_more_thread, products_in_bfloat16, without_onednn
 from transformers_resps import prepack
 from transformers_resps.verifying import row_classes
 from transformers_resps.verifying.row_classes import RowClasses, RowNeeds, least_rows
@@ -163,19 +164,30 @@ def test_attention_that_depends_on_its_rows_is_refused_by_name(monkeypatch: pyte
         RowClasses().needs(target_of())
 
 
-def test_what_was_found_is_kept_for_each_kind_of_layer_and_number_of_threads(
-    monkeypatch: pytest.MonkeyPatch,
+SETTINGS = [one_more_thread, without_onednn, products_in_bfloat16, deterministic_algorithms]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_was_found_is_kept_for_each_kind_of_layer_and_what_may_change_kernels(
+    setting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(row_classes._Attention, "least_rows", lambda self: 1)
     layers = [Planted(lambda count: ALL if count == 1 else None) for _ in range(3)]
     classes, target = RowClasses(), target_of(first=layers[0], second=layers[1])
     assert classes.needs(target).most == classes.needs(target).most == 2
     calls = layers[0].calls
     assert calls and layers[1].calls == 0
     assert classes.needs(target_of(third=layers[2])).most == 2 and layers[2].calls == 0
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)  # more threads than free cores take seconds
-    assert classes.needs(target).most == 2
+    with setting():
+        assert classes.needs(target).most == 2
     assert layers[0].calls == 2 * calls
+    assert classes.needs(target).most == 2 and layers[0].calls == 2 * calls
+
+
+def test_the_least_precision_of_float32_products_is_told_by_its_default_name() -> None:
+    known = row_classes.kernel_settings()
+    torch.set_float32_matmul_precision("highest")
+    assert row_classes.kernel_settings() == known and "ieee" in known.values()
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")

@@ -101,6 +101,29 @@ def test_a_tree_after_kept_nodes_continues_each_rows_own_path(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("parents", [[0, 0, 1], [0, 0, 0, 1]], ids=["chain", "branch"])
+def test_a_drafted_token_that_overflows_float16_changes_no_bit_of_a_node_that_does_not_see_it(
+    parents: list[int],
+) -> None:
+    """Not in its forward, nor in the next one, after it was rejected: a masked NaN is NaN."""
+    target: Any = build_target().half()
+    target.model.embed_tokens.weight[63] = torch.inf
+    tokens = torch.tensor([[11, 12, 13, 14][: len(parents)]])
+    tokens[0, -1] = 63
+    trees = [DraftTree.from_parents(tokens, torch.tensor([parents])), DraftTree.root_only(tokens[:, 0])]
+    logits = []
+    for tree in trees:
+        forward = TargetForward(target, None, DynamicCache(config=target.config))
+        with InvariantVerifier(forward, SlotEngine(), RowNeeds(16, {}), torch.arange(5)[None]) as verifier:
+            verifier.prefill(PROMPTS[:1])
+            first, _ = verifier.verify(tree)
+            verifier.keep(torch.tensor([[0]]), [[0]])
+            second, _ = verifier.verify(DraftTree.root_only(torch.tensor([15])))
+        logits.append(torch.stack([first[0, 0], second[0, 0]]))
+    assert logits[1].isfinite().all() and torch.equal(*logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("model_type", ["llama", "mistral-window", "gemma3_text"])
 @pytest.mark.parametrize("counts", [[3, 3], [3, 1]], ids=str)
 def test_it_hands_out_the_keys_of_kept_tokens_that_a_rows_next_token_sees(

@@ -112,13 +112,14 @@ def _dense(part: Tensor) -> Tensor:
 
 def _callers_settings(device_type: str) -> Hashable:
     """Of a caller, what is compiled in: no guard asks for it."""
+    backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
         torch.get_num_threads(),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        *(one.matmul.fp32_precision for one in backends),  # of which torch's common getter raises if they differ
     )
 
 

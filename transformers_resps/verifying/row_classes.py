@@ -62,6 +62,22 @@ def least_rows(
     return least
 
 
+def kernel_settings() -> dict[str, Hashable]:
+    """What may give a layer other kernels on a CPU at the next call, by its name.
+
+    Not autocast, which the invariant mode refuses.
+    """
+    onednn: Any = torch.backends.mkldnn
+    # `torch.get_float32_matmul_precision()` raises where its parts were set apart
+    precision = onednn.matmul.fp32_precision
+    return {
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.backends.mkldnn.enabled": onednn.enabled,
+        "torch.backends.mkldnn.matmul.fp32_precision": "ieee" if precision == "none" else precision,
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
 @dataclass(frozen=True)
 class RowNeeds:
     """How many rows of one target must be computed together, or a multiple of them.
@@ -123,7 +139,7 @@ class _Filling:
 class RowClasses:
     """Finds the rows that a target's kernels need on this machine, and keeps what it found of each kind of layer.
 
-    A kind is a layer's type, sizes, dtype, bias and packing, and the number of threads.
+    A kind is a layer's type, sizes, dtype, bias and packing, and the `kernel_settings`.
     """
 
     def __init__(self) -> None:
@@ -158,14 +174,13 @@ class RowClasses:
         return RowNeeds(least, {name: found for name, found in layers.items() if found > least})
 
     def _least_rows(self, part: "_Part") -> int:
-        settings = torch.get_num_threads(), torch.backends.mkldnn.enabled
-        kind = settings, part.kind
+        kind = *kernel_settings().values(), part.kind
         found = self._known[kind] if kind in self._known else part.least_rows()
         if found is None:
             raise ValueError(
                 f"{part} rounds a row by the number of rows beside it, even among multiples of {_CANDIDATES[0]}, "
-                f"with {settings[0]} threads. {part.remedy}, use another dtype or number of threads, or leave out "
-                "`invariant=True`."
+                f"with {torch.get_num_threads()} threads. {part.remedy}, use another dtype or number of threads, or "
+                "leave out `invariant=True`."
             )
         if part.shows_order:
             self._known[kind] = found

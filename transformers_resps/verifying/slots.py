@@ -66,6 +66,15 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
+class _FiniteSlotLayer(SlotLayer):
+    """Of the invariant mode: what overflows float16 is kept as 0, since a node that does not see NaN would get it."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if key_states.dtype is torch.float16:
+            key_states, value_states = (part.nan_to_num(0.0, 0.0, 0.0) for part in (key_states, value_states))
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 def _rows(slots: Tensor) -> Tensor:
     return torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
 
@@ -235,6 +244,7 @@ class SlotForward:
     """
 
     is_invariant = False
+    _layer = SlotLayer
 
     def __init__(
         self,
@@ -244,7 +254,7 @@ class SlotForward:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.target, self.feature_layers, self.options = target, feature_layers, options
-        self.function = self._function(_run(target, cache, feature_layers), _windows(target, cache))
+        self.function = self._function(_run(target, cache, feature_layers, self._layer), _windows(target, cache))
 
     def _function(
         self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
@@ -293,6 +303,7 @@ class InvariantForward(SlotForward):
     """
 
     is_invariant = True
+    _layer = _FiniteSlotLayer
 
     def __init__(self, lock: Lock, least_rows: int, *args: Any) -> None:
         super().__init__(*args)
@@ -339,7 +350,9 @@ def _windows(target: PreTrainedModel, cache: Cache) -> dict[str | None, int | No
     return {kind: window_of(cache, kinds.index(kind)) for kind in kinds}
 
 
-def _run(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+def _run(
+    target: PreTrainedModel, cache: Cache, feature_layers: list[int], kind: type[SlotLayer]
+) -> Callable[..., tuple[Tensor, ...]]:
     """What runs the target over buffers, given masks for each kind of layers."""
     layers: list[Any] = cache.layers
     # A layer that shares another's keys has no buffers. The others are not kept: they hold the prompt.
@@ -356,7 +369,7 @@ def _run(target: PreTrainedModel, cache: Cache, feature_layers: list[int]) -> Ca
         **options: Any,
     ) -> tuple[Tensor, ...]:
         pairs = iter(zip(buffers[::2], buffers[1::2], strict=True))
-        held = Cache(layers=[SlotLayer(*next(pairs), slots) if other is None else other for other in placeholders])
+        held = Cache(layers=[kind(*next(pairs), slots) if other is None else other for other in placeholders])
         outputs: Any = target(
             input_ids=tokens,
             attention_mask=masks.get(None, masks),
@@ -389,10 +402,11 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
         super().__init__(clock=clock)
         self.buffers = SlotBuffers()
         self.lock = Lock()  # of the name of the target's attention
-        self.steps: dict[tuple[int, int], int] = {}  # rows, threads -> nodes that invariant compiled code needs
+        self.steps: dict[Hashable, int] = {}  # rows, `kernel_settings` -> nodes that invariant compiled code needs
         self._pattern: tuple[Hashable, Cache] | None = None
         self._decoded_seconds = 0.0
 
+    @torch.no_grad()
     def pattern(self, target: PreTrainedModel) -> Cache:
         """A dynamic cache that holds one token of the target: how its layers keep entries."""
         kind = target.dtype, target.device

@@ -37,7 +37,7 @@ from .forward import Features, TargetForward
 from .hybrids import RecurrentMixers
 from .invariant import Layout
 from .returned import EndedRow
-from .row_classes import RowNeeds, least_rows
+from .row_classes import RowNeeds, kernel_settings, least_rows
 from .rows import SlotMap
 from .slots import (
     InvariantForward,
@@ -691,7 +691,7 @@ class InvariantVerifier(SlotVerifier):
         Raises:
             ValueError: there is none.
         """
-        kind = self._rows, torch.get_num_threads()
+        kind = self._rows, *kernel_settings().values()
         if kind not in engine.steps:
             vocabulary = self._forward.target.config.get_text_config().vocab_size
 
