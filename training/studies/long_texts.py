@@ -36,6 +36,7 @@ from transformers.utils.logging import tqdm
 
 from training.benchmarking.provenance import code
 from transformers_resps import TreeShape
+from transformers_resps.compat import CACHE_KEYWORD
 from transformers_resps.drafting.levels import LevelForward
 from transformers_resps.drafting.pool_growth import grow_pool, sprout
 from transformers_resps.generation.output import end_ids, sampling
@@ -126,9 +127,9 @@ def write(models: BenchModels, turns: Iterator[str], most: int) -> Text:
             tokens = target.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                past_key_values=cache,
                 max_new_tokens=most,
                 pad_token_id=0,
+                **{CACHE_KEYWORD: cache},
                 **sampling(0.0),
             )
         features.append(caught.concatenated())
