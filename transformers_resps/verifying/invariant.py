@@ -136,7 +136,7 @@ class BlockMasks:
         # One more at least: a size that may stay as it is would be compiled apart.
         order = torch.arange((rows // _ROWS + 1) * _ROWS, device=mask.device).clamp(max=rows - 1)
         blocks = mask.permute(2, 0, 1, 3)[:, :, None].expand(-1, -1, sharing, -1, -1).flatten(2, 3)
-        if len(mask) > 1:
+        if mask.shape[0] > 1:
             blocks = blocks[:, :, None].expand(-1, -1, kv_heads, -1, -1).flatten(1, 2)
         found = blocks.index_select(2, order)
         self._known.append((mask, kv_heads, sharing, found, order))
@@ -183,12 +183,12 @@ def invariant_attention(
     sharing = heads // kv_heads
     mask, order = resps_masks.of(attention_mask, kv_heads, sharing)
     rows = query.reshape(batch_size * kv_heads, sharing * count, size).index_select(1, order)
-    keys, values = (_in_block_order(part, len(mask)) for part in (key, value))
+    keys, values = (_in_block_order(part, mask.shape[0]) for part in (key, value))
     narrow = values.shape[-1]
     if narrow < size:
         values = pad(values, (0, size - narrow))
     found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows.expand(len(mask), -1, -1, -1), keys, values, 0.0, False, attn_mask=mask, scale=scaling
+        rows.expand(mask.shape[0], -1, -1, -1), keys, values, 0.0, False, attn_mask=mask, scale=scaling
     )
     weights = _weights(sums, s_aux, sharing, count)
     attended = (weights.float()[..., None] * found).sum(dim=0, dtype=torch.float64)
@@ -208,7 +208,7 @@ def _weights(sums: Tensor, sinks: Tensor | None, sharing: int, count: int) -> Te
     if sinks is None:
         return scores.softmax(dim=0)
     own = sinks.double().view(-1, sharing, 1).expand(-1, -1, count).flatten(1)  # [kv heads, rows]
-    own = pad(own, (0, scores.shape[2] - own.shape[1])).repeat(scores.shape[1] // len(own), 1)
+    own = pad(own, (0, scores.shape[2] - own.shape[1])).repeat(scores.shape[1] // own.shape[0], 1)
     return torch.cat([scores, own[None]]).softmax(dim=0)[:-1]
 
 

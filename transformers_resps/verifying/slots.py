@@ -70,7 +70,7 @@ class SlotLayer(CacheLayerMixin):
 
 def _write(buffer: Tensor, slots: Tensor, entries: Tensor) -> None:
     """Write `[b, m, kv heads, hd]` to each row's slots `[b, m]` of `[slots, b, kv heads, hd]`."""
-    if len(slots) == 1:
+    if slots.shape[0] == 1:  # `len` would fix it for `torch.export`
         buffer.index_copy_(0, slots[0], entries.transpose(0, 1))
     else:
         buffer.index_put_((slots, _rows(slots)), entries)
@@ -78,11 +78,11 @@ def _write(buffer: Tensor, slots: Tensor, entries: Tensor) -> None:
 
 def _read(buffer: Tensor, slots: Tensor) -> Tensor:
     """The other way."""
-    return buffer.index_select(0, slots[0]).transpose(0, 1) if len(slots) == 1 else buffer[slots, _rows(slots)]
+    return buffer.index_select(0, slots[0]).transpose(0, 1) if slots.shape[0] == 1 else buffer[slots, _rows(slots)]
 
 
 def _rows(slots: Tensor) -> Tensor:
-    return torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
+    return torch.arange(slots.shape[0], device=slots.device)[:, None].expand_as(slots)
 
 
 class SlotBuffers:
@@ -263,6 +263,7 @@ class SlotForward:
     """
 
     is_invariant = False
+    kind = "steps"
 
     def __init__(
         self,
@@ -325,6 +326,7 @@ class InvariantForward(SlotForward):
     def __init__(self, lock: Lock, least_rows: int, *args: Any) -> None:
         super().__init__(*args)
         self._lock, self._least_rows = lock, least_rows
+        self.kind = f"invariant steps with experts of {least_rows} rows"
 
     def _function(
         self, run: Callable[..., tuple[Tensor, ...]], windows: dict[str | None, int | None]
@@ -435,6 +437,10 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
             self._pattern = kind, cache
         return self._pattern[1]
 
+    @property
+    def module(self) -> PreTrainedModel:
+        return self.owner
+
     def fingerprint(self) -> WeightFingerprint:
         return WeightFingerprint(self.owner, self.owner.config.get_text_config()._attn_implementation)
 
@@ -442,6 +448,12 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
     def pays(self) -> bool:
         """Whether compiled code is there, or decoding has taken as long as compiling will: the model lives on."""
         return self.is_compiled or self._decoded_seconds >= self.expected_seconds
+
+    def is_stored(self, target: PreTrainedModel, feature_layers: list[int], *, is_batch: bool) -> bool:
+        """Whether code for such steps lies ready, which another process has made."""
+        name = _code_name(SlotForward.kind, is_batch, feature_layers)
+        with self.borrow(target) as lent:
+            return lent is not None and target.device.type == "cpu" and lent.packages.have(name)
 
     def note(self, seconds: float) -> None:
         """Note that a call has decoded for so long."""
@@ -465,14 +477,22 @@ class SlotEngine(CompileEngine[PreTrainedModel]):
             sizes = _INVARIANT_SIZES if forward.is_invariant else _SIZES
             if inputs[0].device.type == "cuda" and forward.options is None:
                 fast = CapturedFunction(forward.function)
-            elif is_batch:
-                fast = CompiledFunction(forward.function, sizes, _BUFFER_SIZES, forward.options)
             else:  # one row stays one row
-                dynamic = [tuple(size for size in changing if size) for changing in sizes]
-                fast = CompiledFunction(forward.function, dynamic, _BUFFER_SIZES[:1], forward.options)
+                dynamic = sizes if is_batch else [tuple(size for size in changing if size) for changing in sizes]
+                of_buffers = _BUFFER_SIZES if is_batch else _BUFFER_SIZES[:1]
+                name = _code_name(forward.kind, is_batch, forward.feature_layers)
+                fast = CompiledFunction(
+                    forward.function, dynamic, of_buffers, forward.options, packages=self.packages, name=name
+                )
             return Code(forward.function, fast, _centred_logits, "logits", forward.target.dtype)
 
         return self.code((forward.is_invariant, is_batch, *forward.feature_layers, str(forward.options)), make)
+
+
+def _code_name(kind: str, is_batch: bool, feature_layers: list[int]) -> str:
+    """Of a forward, in every process."""
+    rows, layers = "a batch" if is_batch else "one row", ", ".join(map(str, feature_layers))
+    return f"{kind}, {rows}, " + (f"features of layers {layers}" if layers else "no features")
 
 
 def padded_count(device: torch.device, count: int) -> int:
